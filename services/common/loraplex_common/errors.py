@@ -1,0 +1,277 @@
+"""The exception tree of loraplex and its mapping to the wire.
+
+One class per row of the error table in docs/errors.md: gRPC code, reason, HTTP status and retry advice are class
+attributes, so raising the right class is all a caller does. `grpc_server` turns them into statuses; nothing else does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+DOMAIN = "loraplex"
+
+
+class LoraplexError(Exception):
+    """A failure with a place in the contract.
+
+    Args:
+        message: What is wrong and how to mend it, for people.
+        retry_after_s: Earliest useful retry; sent as `RetryInfo`.
+        metadata: Facts for programs, sent in `ErrorInfo.metadata`.
+        field: The offending request field, sent as a `BadRequest` violation.
+        drop_reason: Value of the trailer `loraplex-drop-reason`, if the request was shed.
+
+    Attributes:
+        code: gRPC status code.
+        reason: Stable upper-case identifier.
+        http_status: Status on the OpenAI-compatible port.
+    """
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    reason: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        metadata: dict[str, str] | None = None,
+        field: str | None = None,
+        drop_reason: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.metadata = metadata or {}
+        self.field = field
+        self.drop_reason = drop_reason
+
+
+class InvalidParameterError(LoraplexError):
+    """A request field has a value that cannot be served; `field` names it."""
+
+    code, reason, http_status = grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PARAMETER", 400
+
+
+class AdapterNotFoundError(LoraplexError):
+    """Unknown adapter, revision or alias. Also unknown base model."""
+
+    code, reason, http_status = grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", 404
+
+
+class ModelNotFoundError(LoraplexError):
+    """No engine of this base model is known."""
+
+    code, reason, http_status = grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", 404
+
+
+class AdapterLoadingError(LoraplexError):
+    """FAIL_FAST and the adapter is on its way."""
+
+    code, reason, http_status = grpc.StatusCode.UNAVAILABLE, "ADAPTER_LOADING", 503
+
+
+class AdapterIncompatibleError(LoraplexError):
+    """Rank, module, shape or base model do not fit; the message names the tensor or setting."""
+
+    code, reason, http_status = grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_INCOMPATIBLE", 409
+
+
+class AdapterInUseError(LoraplexError):
+    """Refused while running requests lease the adapter; `force` overrides."""
+
+    code, reason, http_status = grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_IN_USE", 409
+
+
+class AdapterCorruptUploadError(LoraplexError):
+    """What the caller sent is not a sound checkpoint."""
+
+    code, reason, http_status = grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_CORRUPT", 400
+
+
+class AdapterCorruptError(LoraplexError):
+    """What the store or an engine holds does not match its digest."""
+
+    code, reason, http_status = grpc.StatusCode.DATA_LOSS, "ADAPTER_CORRUPT", 500
+
+
+class UnauthenticatedError(LoraplexError):
+    """No or bad credentials."""
+
+    code, reason, http_status = grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", 401
+
+
+class AdapterForbiddenError(LoraplexError):
+    """The tenant may not use this adapter."""
+
+    code, reason, http_status = grpc.StatusCode.PERMISSION_DENIED, "ADAPTER_FORBIDDEN", 403
+
+
+class ConflictError(LoraplexError):
+    """Stale etag, generation or expected revision: read again."""
+
+    code, reason, http_status = grpc.StatusCode.ABORTED, "CONFLICT", 409
+
+
+class AlreadyExistsError(LoraplexError):
+    """The name is taken."""
+
+    code, reason, http_status = grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS", 409
+
+
+class RequestRunningError(LoraplexError):
+    """A request with this id is still running."""
+
+    code, reason, http_status = grpc.StatusCode.ALREADY_EXISTS, "REQUEST_RUNNING", 409
+
+
+class TenantQuotaError(LoraplexError):
+    """The tenant has used up its quota."""
+
+    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "TENANT_QUOTA", 429
+
+
+class SaturatedError(LoraplexError):
+    """Queues are full."""
+
+    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "SATURATED", 429
+
+
+class QueueTimeoutError(LoraplexError):
+    """queue_timeout passed before the request got a place in a batch."""
+
+    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_TTL", 429
+
+
+class SloUnreachableError(LoraplexError):
+    """Ended early because it could not have met its objective."""
+
+    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "SLO_UNREACHABLE", 429
+
+
+class NoEngineError(LoraplexError):
+    """No engine is ready."""
+
+    code, reason, http_status = grpc.StatusCode.UNAVAILABLE, "NO_ENGINE", 503
+
+
+class DrainingError(LoraplexError):
+    """This server is shutting down; try another."""
+
+    code, reason, http_status = grpc.StatusCode.UNAVAILABLE, "DRAINING", 503
+
+
+class StoreUnavailableError(LoraplexError):
+    """The adapter store or its Valkey cannot be reached."""
+
+    code, reason, http_status = grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE", 503
+
+
+class DeadlineError(LoraplexError):
+    """The caller's deadline passed."""
+
+    code, reason, http_status = grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE", 504
+
+
+class StreamInterruptedError(LoraplexError):
+    """The engine died mid-stream and the request could not be continued elsewhere."""
+
+    code, reason, http_status = grpc.StatusCode.ABORTED, "STREAM_INTERRUPTED", 500
+
+
+class SlowConsumerError(LoraplexError):
+    """The client or gateway did not read its stream."""
+
+    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_CONSUMER", 429
+
+
+class RequestTooLargeError(LoraplexError):
+    """The request can never fit the page pool; the message has the arithmetic."""
+
+    code, reason, http_status = grpc.StatusCode.FAILED_PRECONDITION, "REQUEST_TOO_LARGE", 409
+
+
+class EngineOomError(LoraplexError):
+    """The device ran out of memory for this request."""
+
+    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "ENGINE_OOM", 503
+
+
+class SequenceGapError(LoraplexError):
+    """The watch position is too old: list again."""
+
+    code, reason, http_status = grpc.StatusCode.OUT_OF_RANGE, "SEQUENCE_GAP", 400
+
+
+class CancelledRequestError(LoraplexError):
+    """The caller went away."""
+
+    code, reason, http_status = grpc.StatusCode.CANCELLED, "CANCELLED", 499
+
+
+class NotSupportedError(LoraplexError):
+    """Part of the contract that this build does not serve; the message says why."""
+
+    code, reason, http_status = grpc.StatusCode.UNIMPLEMENTED, "NOT_SUPPORTED", 501
+
+
+class RemoteError(LoraplexError):
+    """A peer's status passed on unchanged; code, reason and HTTP status are the instance's, not the class's."""
+
+    def __init__(self, message: str, *, code: grpc.StatusCode, reason: str, http_status: int, **keywords: Any) -> None:
+        super().__init__(message, **keywords)
+        self.code = code  # type: ignore[misc]
+        self.reason = reason  # type: ignore[misc]
+        self.http_status = http_status  # type: ignore[misc]
+
+
+def _subclasses(root: type[LoraplexError]) -> list[type[LoraplexError]]:
+    return [cls for child in root.__subclasses__() for cls in (child, *_subclasses(child))]
+
+
+def to_status(error: LoraplexError) -> status_pb2.Status:
+    """Return the `google.rpc.Status` of an error, with `ErrorInfo` and what else the error carries."""
+    details: list[Any] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata),
+    ]
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(max(1, round(error.retry_after_s * 1000)))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def from_status(status: status_pb2.Status) -> LoraplexError:
+    """Rebuild the error that `to_status` encoded; an unknown reason becomes a `RemoteError` with the same code."""
+    info, retry, bad = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
+    retry_after_s: float | None = None
+    field: str | None = None
+    for detail in status.details:
+        if detail.Is(info.DESCRIPTOR):
+            detail.Unpack(info)
+        elif detail.Is(retry.DESCRIPTOR):
+            detail.Unpack(retry)
+            retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+        elif detail.Is(bad.DESCRIPTOR):
+            detail.Unpack(bad)
+            field = bad.field_violations[0].field if bad.field_violations else None
+    code = next((c for c in grpc.StatusCode if c.value[0] == status.code), grpc.StatusCode.UNKNOWN)
+    keywords: dict[str, Any] = {"retry_after_s": retry_after_s, "metadata": dict(info.metadata), "field": field}
+    for cls in _subclasses(LoraplexError):
+        if cls is not RemoteError and cls.reason == info.reason and cls.code == code:
+            return cls(status.message, **keywords)
+    reason = info.reason or code_pb2.Code.Name(status.code)
+    return RemoteError(status.message, code=code, reason=reason, http_status=500, **keywords)

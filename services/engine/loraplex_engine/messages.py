@@ -1,0 +1,303 @@
+"""What crosses between the step loop's thread and the asyncio side: commands in, events out.
+
+Domain types only; the servicer and the store client convert from and to the wire. Commands are posted to the loop's
+one inbox; events leave through one outbox per session and one for the store client.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from loraplex_common.adapter_image import AdapterSpec
+from loraplex_common.errors import LoraplexError
+from loraplex_engine.step import TokenLogprobs
+from numpy.typing import NDArray
+
+
+class Priority(enum.IntEnum):
+    """Class of service; higher goes first."""
+
+    BATCH = 1
+    NORMAL = 2
+    HIGH = 3
+
+
+class FinishReason(enum.Enum):
+    """Why an output ended normally."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TIME_LIMIT = "time_limit"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How a request draws; ranges as in gateway.proto, validated by the servicer."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] = ()
+    num_logprobs: int = -1
+    prompt_logprobs: int = -1
+
+    @property
+    def uses_penalties(self) -> bool:
+        """True if the tokens so far change the next draw."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoppingParams:
+    """Where a request's output ends.
+
+    Attributes:
+        max_new_tokens: Over resumed and new tokens together; None means what max_model_len leaves.
+        stop_token_ids: Besides the model's end-of-text ids.
+        ignore_eos: End-of-text ids (not stop_token_ids) are ordinary tokens.
+    """
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """One request as a gateway handed it over.
+
+    Attributes:
+        session_id: Which session's outbox gets the outputs.
+        session_slot: The gateway's number for the request, unique among its running requests.
+        prompt_token_ids: int32 ``[num_prompt_tokens]``, not empty, each below the vocabulary size.
+        resumed_token_ids: int32; output tokens drawn elsewhere before, continued here.
+        adapter_digest: None for the base model.
+        deadline_s: ``time.monotonic()`` at which nobody waits for the answer any more, or None.
+        queue_deadline_s: ``time.monotonic()`` by which it must have a place in a batch, or None.
+        time_limit_at_s: ``time.monotonic()`` at which the output is cut with TIME_LIMIT, or None.
+    """
+
+    session_id: int
+    session_slot: int
+    request_id: str
+    prompt_token_ids: NDArray[np.int32]
+    resumed_token_ids: NDArray[np.int32]
+    sampling: SamplingParams
+    stopping: StoppingParams
+    adapter_digest: str | None = None
+    adapter_scale: float = 1.0
+    deadline_s: float | None = None
+    queue_deadline_s: float | None = None
+    time_limit_at_s: float | None = None
+    fairness_key: str = ""
+    priority: Priority = Priority.NORMAL
+    cache_salt: str = ""
+    fail_fast: bool = False
+    arrived_s: float = 0.0
+
+
+# --- commands: asyncio side -> step loop ---
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Take a request. Every submission ends in exactly one `Ended`, whatever happens."""
+
+    submission: Submission
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End one request; its `Ended` has FinishReason.CANCELLED."""
+
+    session_id: int
+    session_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession:
+    """End all requests of a session whose peer is gone; nothing more is sent to its outbox."""
+
+    session_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageArrived:
+    """A verified image lies in arena slots that were granted for it."""
+
+    spec: AdapterSpec
+    arena_slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRefused:
+    """The store cannot supply an image; requests waiting for it end with the error."""
+
+    digest: str
+    error: LoraplexError
+
+
+@dataclass(frozen=True, slots=True)
+class DropAdapter:
+    """An adapter will not be wanted any more: drain it from the device and the arena."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Run a function on the loop's thread between two steps and put its result into the future."""
+
+    function: Callable[[], object]
+    future: Future[object]
+
+
+Command = Submit | Abort | CloseSession | ImageArrived | ImageRefused | DropAdapter | Call
+
+
+# --- events: step loop -> sessions ---
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """A request got its place in a batch."""
+
+    session_slot: int
+    cached_tokens: int
+    queue_s: float
+    adapter_load_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loading:
+    """A request waits for its adapter."""
+
+    session_slot: int
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenWithLogprobs:
+    """A token of a request that asked for probabilities."""
+
+    session_slot: int
+    position: int
+    token_id: int
+    logprobs: TokenLogprobs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptLogprobs:
+    """Probabilities of prompt tokens ``[first, first + len(entries))``; sent before the first token."""
+
+    session_slot: int
+    first: int
+    entries: list[TokenLogprobs]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """The one terminal event of a request: `error` or a finish reason.
+
+    Attributes:
+        stop_token_id: What matched, for FinishReason.STOP; it is the last token of the output.
+        queue_s: Waiting for a place in a batch; of that ``adapter_load_s`` for the adapter.
+    """
+
+    session_slot: int
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: LoraplexError | None = None
+    queue_s: float = 0.0
+    adapter_load_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+SessionEvent = Started | Loading | TokenWithLogprobs | PromptLogprobs | Ended
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutputs:
+    """What one step did for one session.
+
+    Attributes:
+        token_slots: Session slots of plain tokens; with ``token_positions`` and ``token_ids`` in parallel, int32.
+        events: Everything else, in order; an event's tokens come after the plain ones of the same slot.
+    """
+
+    step_id: int
+    token_slots: NDArray[np.int32]
+    token_positions: NDArray[np.int32]
+    token_ids: NDArray[np.int32]
+    events: list[SessionEvent]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSnapshot:
+    """The engine's load between two steps; fields as in engine.proto LoadReport."""
+
+    sequence: int
+    running: int
+    waiting: int
+    queued_uncached_tokens: int
+    pages_total: int
+    pages_free: int
+    pages_kv: int
+    pages_adapter: int
+    pages_pinned: int
+    adapters_resident: int
+    tokens_per_s: float
+    draining: bool
+
+
+# --- events: step loop -> store client ---
+
+
+class ResidencyState(enum.Enum):
+    """Where an adapter stands on this engine; transitions in adapter_cache.TRANSITIONS."""
+
+    ABSENT = "absent"
+    WANTED = "wanted"
+    IN_ARENA = "in_arena"
+    LOADING = "loading"
+    RESIDENT = "resident"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class WantImage:
+    """An image is needed from the store."""
+
+    digest: str
+    deadline_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResidencyChanged:
+    """An adapter moved; the sequence rises by one with each event."""
+
+    sequence: int
+    digest: str
+    state: ResidencyState
+    generation: int
+    num_leases: int
+    num_pages: int
+    is_pinned: bool
+    max_rank: int
+
+
+StoreEvent = WantImage | ResidencyChanged

@@ -1,0 +1,206 @@
+"""The contract between the scheduler, which decides, and a model runner, which only computes.
+
+A `StepPlan` is self-contained: everything a backend needs to run one step is in it or was handed over earlier by slot,
+so it can be executed while the host prepares the next plan, and broadcast to tensor-parallel ranks. All arrays are
+host numpy and never written again once the plan is made.
+
+Legend: N = rows (sequences) of the step, T = tokens of the step, S = rows that sample, P = widest block table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import numpy as np
+from loraplex_common.adapter_image import AdapterSpec
+from numpy.typing import NDArray
+
+FROM_DEVICE: Final = -1
+"""In ``StepPlan.token_ids``: use the token last sampled for this slot, which the host may not know yet."""
+
+NO_ADAPTER: Final = -1
+"""In ``StepPlan.adapters``: the row runs on the base model alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingArrays:
+    """How the S sampling rows draw, one entry per row of ``StepPlan.sample_rows``.
+
+    Attributes:
+        temperature: fp32; 0 is greedy.
+        top_k: int32; 0 keeps all.
+        top_p: fp32 in (0, 1].
+        min_p: fp32 in [0, 1].
+        repetition_penalty: fp32; 1 is off. Over prompt and output.
+        presence_penalty: fp32; 0 is off. Over output only.
+        frequency_penalty: fp32; 0 is off. Over output only.
+        seed: uint64; with ``position`` the only source of randomness (Philox counter, design.md section 5).
+        position: int32; index in the request's output of the token to be drawn, resumed tokens included.
+        num_logprobs: int32; -1 none, 0 the drawn token only, k the k likeliest as well.
+        ban_stops: bool; end-of-text and stop ids cannot be drawn yet (min_new_tokens).
+    """
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    repetition_penalty: NDArray[np.float32]
+    presence_penalty: NDArray[np.float32]
+    frequency_penalty: NDArray[np.float32]
+    seed: NDArray[np.uint64]
+    position: NDArray[np.int32]
+    num_logprobs: NDArray[np.int32]
+    ban_stops: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotSetup:
+    """What a runner must know of a slot's new occupant and no array carries; sent once, in the occupant's first plan.
+
+    Sent again after preemption, with the tokens so far: penalty counts are rebuilt from them.
+
+    Attributes:
+        prompt_token_ids: int32; only if the request uses a penalty over them, else empty.
+        output_token_ids: int32; tokens drawn before this occupancy, if the request uses a penalty, else empty.
+        logit_bias: token id -> added to its logit.
+        allowed_token_ids: If not empty, nothing else can be drawn.
+        stop_token_ids: End-of-text and stop ids, for ``SamplingArrays.ban_stops``.
+        prompt_logprobs: -1 none; else how many likeliest tokens to report per prompt position.
+    """
+
+    slot: int
+    prompt_token_ids: NDArray[np.int32]
+    output_token_ids: NDArray[np.int32]
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: int = -1
+    uses_penalties: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    """One forward pass over a batch of sequences: decode rows first, then prefill chunks.
+
+    Attributes:
+        step_id: Rises by one with each plan.
+        slots: int32 ``[N]``; row of the decode state, stable while a request runs.
+        num_tokens: int32 ``[N]``; tokens computed per row: 1 for decode, the chunk's length for prefill.
+        starts: int32 ``[N]``; tokens of the sequence already in the pool; the row computes positions
+            ``[starts, starts + num_tokens)``.
+        token_ids: int32 ``[T]``; input tokens row after row; ``FROM_DEVICE`` for a decode row's input.
+        block_tables: int32 ``[N, P]``; page id of each block of ``block_tokens`` tokens; unused entries are -1.
+        adapters: int32 ``[N]``; index into the runner's adapter table, or ``NO_ADAPTER``.
+        adapter_scales: fp32 ``[N]``; the request's own factor on the adapter's scaling.
+        num_decode_rows: The first rows, each with one token.
+        sample_rows: int32 ``[S]``; rows whose last token's logits are sampled; all but unfinished prefill chunks.
+        sampling: How they draw.
+        setups: Slots with a new occupant in this step that needs more than the arrays say.
+    """
+
+    step_id: int
+    slots: NDArray[np.int32]
+    num_tokens: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    token_ids: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+    adapters: NDArray[np.int32]
+    adapter_scales: NDArray[np.float32]
+    num_decode_rows: int
+    sample_rows: NDArray[np.int32]
+    sampling: SamplingArrays
+    setups: tuple[SlotSetup, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """Probabilities at one position: the drawn token first, then the likeliest, best first.
+
+    Attributes:
+        token_ids: int32 ``[1 + k]``.
+        logprobs: fp32 ``[1 + k]``, natural logarithms.
+    """
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step drew.
+
+    Attributes:
+        step_id: The plan's.
+        slots: int32 ``[S]``; slots of the plan's sampling rows, in order.
+        token_ids: int32 ``[S]``.
+        logprobs: index into S -> probabilities, for rows that asked.
+        prompt_logprobs: slot -> one entry per prompt position this step computed that predicts another prompt token.
+        failed_slots: slot -> what was wrong (e.g. logits are NaN); only these requests end.
+    """
+
+    step_id: int
+    slots: NDArray[np.int32]
+    token_ids: NDArray[np.int32]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    failed_slots: dict[int, str] = field(default_factory=dict)
+
+
+class StepHandle(Protocol):
+    """A step on its way through the device."""
+
+    def is_done(self) -> bool:
+        """Tell without blocking whether the device has finished the step, reads of its pages included."""
+        ...
+
+    def wait(self) -> StepResult:
+        """Block until the step's tokens are on the host."""
+        ...
+
+
+class LoadHandle(Protocol):
+    """An adapter's pages on their way from the host arena to the pool."""
+
+    def is_done(self) -> bool:
+        """Tell without blocking whether a step launched now may read the pages."""
+        ...
+
+
+class ModelRunner(Protocol):
+    """A compute backend. Not thread-safe: the step loop is its only caller.
+
+    The pool's memory belongs to the runner; the `PagePool` only accounts for it.
+    """
+
+    @property
+    def pipeline_depth(self) -> int:
+        """Most plans worth having in flight: 1 if `launch` computes before it returns, else 2."""
+        ...
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Start a step. Plans execute in the order of launches."""
+        ...
+
+    def load_adapter(
+        self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
+    ) -> LoadHandle:
+        """Start to copy an image into pages of the pool and bind it to an index of the adapter table.
+
+        Ordered after every step launched so far, which may still read what the pages held before.
+
+        Args:
+            index: Free index of the adapter table; plans may name it once the handle is done.
+            spec: Modules, ranks and scalings.
+            pages: int32 ``[num_pages]``; page ids in image order.
+            source: ``[num_pages, page_bytes]`` of host memory, not necessarily contiguous in dim 0; unchanged until done.
+        """
+        ...
+
+    def unload_adapter(self, index: int) -> None:
+        """Unbind an index; no later plan names it until it is loaded again."""
+        ...
+
+    def close(self) -> None:
+        """Free the device's memory."""
+        ...
