@@ -6,11 +6,14 @@ attributes, so raising the right class is all a caller does. `grpc_server` turns
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 DOMAIN = "loraplex"
 
@@ -23,6 +26,7 @@ class LoraplexError(Exception):
         retry_after_s: Earliest useful retry; sent as `RetryInfo`.
         metadata: Facts for programs, sent in `ErrorInfo.metadata`.
         field: The offending request field, sent as a `BadRequest` violation.
+        violations: All offending fields as (field, what is wrong) where there are several; replaces `field`.
         drop_reason: Value of the trailer `loraplex-drop-reason`, if the request was shed.
 
     Attributes:
@@ -42,13 +46,15 @@ class LoraplexError(Exception):
         retry_after_s: float | None = None,
         metadata: dict[str, str] | None = None,
         field: str | None = None,
+        violations: Sequence[tuple[str, str]] = (),
         drop_reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.retry_after_s = retry_after_s
         self.metadata = metadata or {}
-        self.field = field
+        self.violations = tuple(violations) or (((field, message),) if field is not None else ())
+        self.field = self.violations[0][0] if self.violations else None
         self.drop_reason = drop_reason
 
 
@@ -243,9 +249,10 @@ def to_status(error: LoraplexError) -> status_pb2.Status:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(max(1, round(error.retry_after_s * 1000)))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    if error.field is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.violations:
+        violation = error_details_pb2.BadRequest.FieldViolation
+        violations = [violation(field=field, description=text) for field, text in error.violations]
+        details.append(error_details_pb2.BadRequest(field_violations=violations))
     status = status_pb2.Status(code=error.code.value[0], message=error.message)
     for detail in details:
         packed = any_pb2.Any()
@@ -258,7 +265,7 @@ def from_status(status: status_pb2.Status) -> LoraplexError:
     """Rebuild the error that `to_status` encoded; an unknown reason becomes a `RemoteError` with the same code."""
     info, retry, bad = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
     retry_after_s: float | None = None
-    field: str | None = None
+    violations: list[tuple[str, str]] = []
     for detail in status.details:
         if detail.Is(info.DESCRIPTOR):
             detail.Unpack(info)
@@ -267,9 +274,13 @@ def from_status(status: status_pb2.Status) -> LoraplexError:
             retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
         elif detail.Is(bad.DESCRIPTOR):
             detail.Unpack(bad)
-            field = bad.field_violations[0].field if bad.field_violations else None
+            violations = [(violation.field, violation.description) for violation in bad.field_violations]
     code = next((c for c in grpc.StatusCode if c.value[0] == status.code), grpc.StatusCode.UNKNOWN)
-    keywords: dict[str, Any] = {"retry_after_s": retry_after_s, "metadata": dict(info.metadata), "field": field}
+    keywords: dict[str, Any] = {
+        "retry_after_s": retry_after_s,
+        "metadata": dict(info.metadata),
+        "violations": violations,
+    }
     for cls in _subclasses(LoraplexError):
         if cls is not RemoteError and cls.reason == info.reason and cls.code == code:
             return cls(status.message, **keywords)
