@@ -228,7 +228,9 @@ def layout(geometry: Geometry, ranks: tuple[tuple[int, str, int], ...]) -> Image
     tiles: list[tuple[int, ...]] = []
     for layer in sorted(by_layer):
         for op, slices in OPS.items():
-            present = [(index, name, by_layer[layer][name]) for index, name in enumerate(slices) if name in by_layer[layer]]
+            present = [
+                (index, name, by_layer[layer][name]) for index, name in enumerate(slices) if name in by_layer[layer]
+            ]
             if not present:
                 continue
             stacked = sum(rank for _, _, rank in present)
@@ -239,7 +241,9 @@ def layout(geometry: Geometry, ranks: tuple[tuple[int, str, int], ...]) -> Image
                 tiles.append((layer, OP_INDEX[op], KIND_A, 0, start, stacked, stop - start, *place))
             for index, name, rank in present:
                 outputs = geometry.local_shape(name)[1]
-                for start, stop in _steps(outputs, rank * item, geometry.tile_bytes, f"layer {layer} {name}: rank {rank}"):
+                for start, stop in _steps(
+                    outputs, rank * item, geometry.tile_bytes, f"layer {layer} {name}: rank {rank}"
+                ):
                     place = cursor.place((stop - start) * rank * item)
                     tiles.append((layer, OP_INDEX[op], KIND_B, index, start, stop - start, rank, *place))
     table = np.array(tiles, dtype=TILE_DTYPE)
@@ -263,7 +267,9 @@ def _encode(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     return to_bfloat16(values) if dtype == "bfloat16" else np.ascontiguousarray(values, dtype=np.float32)
 
 
-def _shard(geometry: Geometry, tp_rank: int, projection: str, axis_of: str, matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+def _shard(
+    geometry: Geometry, tp_rank: int, projection: str, axis_of: str, matrix: NDArray[np.float32]
+) -> NDArray[np.float32]:
     """Cut A's columns (row-parallel) or B's rows (column-parallel) to what one rank computes."""
     if (axis_of == "A") != (projection in ROW_PARALLEL):
         return matrix
@@ -282,7 +288,7 @@ def pack(geometry: Geometry, spec: AdapterSpec, tensors: Tensors, tp_rank: int =
     """
     plan = layout(geometry, spec.ranks)
     image = np.zeros((plan.num_pages, geometry.page_bytes), dtype=np.uint8)
-    for (layer, projection, rank) in spec.ranks:
+    for layer, projection, rank in spec.ranks:
         columns, outputs = geometry.projection_shape(projection)
         a, b = tensors[layer, projection]
         for name, tensor, expected in (("lora_A", a, (rank, columns)), ("lora_B", b, (outputs, rank))):

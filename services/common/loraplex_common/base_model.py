@@ -9,10 +9,12 @@ import hashlib
 import json
 import struct
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.adapter_image import Geometry
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ARCHITECTURES: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
@@ -96,7 +98,9 @@ def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[
         config: dict[str, Any] = json.loads((directory / "config.json").read_text())
         tokenizer = hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
     except OSError as error:
-        raise BaseModelError(f"{error.filename}: {error.strerror}; expected a model directory in Hugging Face layout") from error
+        raise BaseModelError(
+            f"{error.filename}: {error.strerror}; expected a model directory in Hugging Face layout"
+        ) from error
     except ValueError as error:
         raise BaseModelError(f"{directory / 'config.json'}: {error}") from error
     architectures = config.get("architectures") or []

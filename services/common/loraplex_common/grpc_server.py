@@ -1,0 +1,137 @@
+"""Builds, runs and drains a gRPC server the same way in every service."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from loraplex_common.health import HealthServicer
+from loraplex_common.interceptors import LoraplexInterceptor
+
+if TYPE_CHECKING:
+    from loraplex_common.auth import Authenticator
+    from loraplex_common.rpc_metrics import RpcMetrics
+
+MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
+LIVENESS: Final = "liveness"
+READINESS: Final = "readiness"
+
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Our clients ping every 30 s, also between calls; gRPC's default would answer that with too_many_pings.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A peer whose machine vanished sends no FIN; without these its streams would hold leases for hours.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Two servers on one port must be an error, not a coin toss per connection.
+    ("grpc.so_reuseport", 0),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """Where a server listens and how.
+
+    Attributes:
+        port: 0 picks a free one.
+        tls_cert: Server certificate chain, PEM; with ``tls_key`` turns TLS on.
+        tls_client_ca: Certificates that clients' certificates must be signed by, PEM; turns mutual TLS on.
+        max_concurrent_streams: Calls at once per connection; unlimited if unset.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    enable_reflection: bool = False
+    max_concurrent_streams: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together: give both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
+
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """Return TLS credentials, or None for plain text."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        client_ca = self.tls_client_ca.read_bytes() if self.tls_client_ca else None
+        pair = (self.tls_key.read_bytes(), self.tls_cert.read_bytes())
+        return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
+
+
+class GrpcServer:
+    """A gRPC server with health, reflection, the error table, authentication and RPC metrics.
+
+    Create it inside a running event loop, add servicers to ``server``, `start`, `set_ready`, and finally `drain`.
+
+    Attributes:
+        server: For ``add_XxxServicer_to_server(servicer, grpc_server.server)``.
+        health: The table behind the health service.
+    """
+
+    def __init__(
+        self, config: ServerConfig, *, authenticator: Authenticator | None = None, metrics: RpcMetrics | None = None
+    ) -> None:
+        self._config = config
+        self._names: list[str] = []
+        self._is_draining = False
+        options = list(_OPTIONS)
+        if config.max_concurrent_streams is not None:
+            options.append(("grpc.max_concurrent_streams", config.max_concurrent_streams))
+        interceptor = LoraplexInterceptor(authenticator=authenticator, metrics=metrics)
+        self.server = grpc.aio.server(interceptors=[interceptor], options=options)
+        self.health = HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+
+    def add_service_name(self, full_name: str) -> None:
+        """Announce a service such as ``loraplex.v1.EngineService`` to health and reflection."""
+        self._names.append(full_name)
+
+    async def start(self) -> int:
+        """Listen and return the bound port; the server is alive but not ready yet.
+
+        Raises:
+            OSError: If the address cannot be bound.
+        """
+        if self._config.enable_reflection:
+            reflection.enable_server_reflection([*self._names, reflection.SERVICE_NAME], self.server)
+        address = f"{self._config.host}:{self._config.port}"
+        credentials = self._config.credentials()
+        try:
+            if credentials is None:
+                port = self.server.add_insecure_port(address)
+            else:
+                port = self.server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from error
+        self.set_ready(False)
+        self.health.set(LIVENESS, is_serving=True)
+        await self.server.start()
+        return port
+
+    def set_ready(self, ready: bool) -> None:
+        """Tell load balancers whether to send work; a draining server stays not ready."""
+        for name in ("", READINESS, *self._names):
+            self.health.set(name, is_serving=ready and not self._is_draining)
+
+    async def drain(self, *, settle_s: float, grace_s: float) -> None:
+        """Go out of service without failing a call.
+
+        Says NOT_SERVING, serves on for ``settle_s`` seconds until balancers have noticed, then refuses new calls and
+        gives running ones ``grace_s`` seconds. Liveness stays SERVING: a draining process must not be shot.
+        """
+        self._is_draining = True
+        self.set_ready(False)
+        await asyncio.sleep(settle_s)
+        await self.server.stop(grace_s)

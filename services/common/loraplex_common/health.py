@@ -1,0 +1,69 @@
+"""The gRPC health service (grpc.health.v1).
+
+The servicer in grpcio-health-checking forgets every watcher of a service when one of them leaves, and setting a state
+there is a coroutine; this one is a table and a wake-up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from loraplex_common.errors import RemoteError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_health has no types
+    """Answers health checks and watches from a table of service names."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, bool] = {}
+        self._changed = asyncio.Event()
+
+    def set(self, service: str, *, is_serving: bool) -> None:
+        """Record a service's state and tell its watchers."""
+        self._states[service] = is_serving
+        # Everybody who waits holds the old event; whoever comes later waits for the next change.
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _status(self, service: str) -> int:
+        if service not in self._states:
+            return int(_UNKNOWN)
+        return int(_SERVING if self._states[service] else _NOT_SERVING)
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> health_pb2.HealthCheckResponse:
+        """Return a service's state; NOT_FOUND for a name this server does not have."""
+        status = self._status(request.service)
+        if status == _UNKNOWN:
+            raise RemoteError(
+                f"no service {request.service!r} here",
+                code=grpc.StatusCode.NOT_FOUND,
+                reason="SERVICE_NOT_FOUND",
+                http_status=404,
+            )
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """Stream a service's state: now, and whenever it changes."""
+        last: int | None = None
+        while True:
+            changed, status = self._changed, self._status(request.service)
+            if status != last:
+                yield health_pb2.HealthCheckResponse(status=status)
+                last = status
+            else:
+                await changed.wait()

@@ -1,0 +1,83 @@
+"""Names and identities as they appear on the wire: request ids, digests, adapter references."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass
+from typing import Final
+
+from loraplex_common.errors import InvalidParameterError
+
+_PART: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_NAME: Final = re.compile(rf"{_PART}(/{_PART})?", re.ASCII)  # hub ids work as they are
+_LABEL: Final = re.compile(_PART, re.ASCII)
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+DEFAULT_LABEL: Final = "latest"
+
+
+def new_request_id() -> str:
+    """Return a fresh request id, a UUID4."""
+    return str(uuid.uuid4())
+
+
+def is_digest(text: str) -> bool:
+    """Return whether ``text`` is a revision: 64 lower-case hex digits."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def check_adapter_name(name: str, *, field: str = "name") -> str:
+    """Return ``name`` if it is one an adapter can have.
+
+    Raises:
+        InvalidParameterError: If it is not; ``field`` names the request's field.
+    """
+    if _NAME.fullmatch(name) is None or ".." in name:
+        raise InvalidParameterError(
+            f"{name!r} is no adapter name: letters, digits, '.', '_', '-', at most one '/', no '..'", field=field
+        )
+    return name
+
+
+def check_label(label: str, *, field: str = "label") -> str:
+    """Return ``label`` if it is one an alias can have.
+
+    Raises:
+        InvalidParameterError: If it is not.
+    """
+    if _LABEL.fullmatch(label) is None:
+        raise InvalidParameterError(f"{label!r} is no label: letters, digits, '.', '_', '-'", field=field)
+    return label
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """How a caller names an adapter: ``name`` (its label ``latest``), ``name:label`` or ``name@revision``.
+
+    Attributes:
+        label: Alias label; None if a revision is given.
+        revision: 64 hex digits; None if a label is given.
+    """
+
+    name: str
+    label: str | None = DEFAULT_LABEL
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, *, field: str = "adapter") -> AdapterRef:
+        """Read a reference.
+
+        Raises:
+            InvalidParameterError: If name, label or revision is malformed; ``field`` names the request's field.
+        """
+        name, at, revision = text.partition("@")
+        if at:
+            if not is_digest(revision):
+                raise InvalidParameterError(f"{text!r}: a revision is 64 lower-case hex digits", field=field)
+            return cls(check_adapter_name(name, field=field), None, revision)
+        name, colon, label = text.partition(":")
+        check_adapter_name(name, field=field)
+        return cls(name, check_label(label, field=field) if colon else DEFAULT_LABEL)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision is not None else f"{self.name}:{self.label}"

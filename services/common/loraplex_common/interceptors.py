@@ -1,0 +1,206 @@
+"""What every call passes through: authentication, the error table, metrics. Servicers just raise."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import grpc
+from grpc_status import rpc_status
+
+from loraplex_common.auth import Authenticator, acting_as
+from loraplex_common.errors import InvalidParameterError, LoraplexError, to_status
+from loraplex_common.log import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from loraplex_common.rpc_metrics import RpcMetrics
+
+DROP_REASON_KEY: Final = "loraplex-drop-reason"
+PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"  # proposal A6: the server's say in when a retry comes
+# Probes and tools come without credentials; both services tell nothing about tenants.
+OPEN_SERVICES: Final = ("/grpc.health.v1.", "/grpc.reflection.")
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
+
+_log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Undecodable:
+    """Stands for a request that could not be parsed until the handler can answer for it."""
+
+    cause: str
+
+    def error(self) -> InvalidParameterError:
+        return InvalidParameterError(f"the request is not a valid message: {self.cause}")
+
+
+class _Call:
+    """One call: wraps a handler's behaviour for its four shapes."""
+
+    def __init__(self, method: str, authorization: str | None, server: LoraplexInterceptor) -> None:
+        self._method = method
+        self._authorization = authorization
+        self._server = server
+
+    async def guard(self, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
+        """Run a handler as its tenant; turn what it raises into a status; record the outcome."""
+        metrics, label = self._server.metrics, self._method.lstrip("/")
+        started = time.perf_counter()
+        status = grpc.StatusCode.OK.name
+        if metrics is not None:
+            metrics.started(label)
+        try:
+            with acting_as(self._server.tenant(self._method, self._authorization, context)):
+                return await run()
+        except asyncio.CancelledError:
+            is_late = (context.time_remaining() or 1.0) <= 0
+            status = (grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED).name
+            raise
+        except grpc.aio.AbortError:
+            status = _status_name(context)
+            raise
+        except LoraplexError as error:
+            status = error.code.name
+            await abort(context, error)
+        except Exception as error:
+            if context.done():  # writing to a client that went away
+                status = grpc.StatusCode.CANCELLED.name
+                raise asyncio.CancelledError from error
+            status = grpc.StatusCode.INTERNAL.name
+            await abort(context, internal_error(self._method, error))
+        finally:
+            if metrics is not None:
+                metrics.finished(label, status, time.perf_counter() - started)
+
+
+class LoraplexInterceptor(grpc.aio.ServerInterceptor):
+    """Authenticates calls, maps exceptions to rich statuses and records metrics."""
+
+    def __init__(self, *, authenticator: Authenticator | None, metrics: RpcMetrics | None) -> None:
+        self._authenticator = authenticator or Authenticator()
+        self.metrics = metrics
+
+    def tenant(self, method: str, authorization: str | None, context: Context) -> Any:
+        """Return who calls.
+
+        Raises:
+            UnauthenticatedError: If the credentials are missing or unknown.
+        """
+        if method.startswith(OPEN_SERVICES):
+            return Authenticator().authenticate(None)
+        names = list(context.auth_context().get("x509_common_name", ()))
+        return self._authenticator.authenticate(authorization, common_name=names[0].decode() if names else None)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Wrap the handler of a call."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        metadata = handler_call_details.invocation_metadata or ()
+        authorization = next((str(value) for key, value in metadata if key == "authorization"), None)
+        return _wrap(handler, _Call(handler_call_details.method, authorization, self))
+
+
+def _wrap(handler: Handler, call: _Call) -> Handler:
+    """Return a handler of the same shape whose behaviour goes through ``call``."""
+    inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+    async def respond_once(request: Any, context: Context) -> Any:
+        async def run() -> Any:
+            return await inner(_checked(request), context)
+
+        return await call.guard(context, run)
+
+    async def respond_with_stream(request: Any, context: Context) -> None:
+        async def run() -> None:
+            # Closed here and now, not by the garbage collector: leases and pages hang on the generator's `finally`.
+            async with aclosing(inner(_checked(request), context)) as messages:
+                async for message in messages:
+                    await context.write(message)
+
+        await call.guard(context, run)
+
+    makers: dict[tuple[bool, bool], Any] = {
+        (False, False): (grpc.unary_unary_rpc_method_handler, respond_once),
+        (False, True): (grpc.unary_stream_rpc_method_handler, respond_with_stream),
+        (True, False): (grpc.stream_unary_rpc_method_handler, respond_once),
+        (True, True): (grpc.stream_stream_rpc_method_handler, respond_with_stream),
+    }
+    make, behaviour = makers[bool(handler.request_streaming), bool(handler.response_streaming)]
+    wrapped: Handler = make(
+        behaviour,
+        request_deserializer=_tolerant(handler.request_deserializer),
+        response_serializer=handler.response_serializer,
+    )
+    return wrapped
+
+
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """Make a deserializer return `_Undecodable` instead of raising where nobody could answer the client."""
+    if deserialize is None:
+        return None
+
+    def decode(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except Exception as error:  # whatever the parser of foreign bytes raises
+            return _Undecodable(str(error) or type(error).__name__)
+
+    return decode
+
+
+def _checked(request: Any) -> Any:
+    """Return the request, or for a stream an iterator over it, refusing undecodable messages."""
+    if isinstance(request, _Undecodable):
+        raise request.error()
+    return _checked_stream(request) if hasattr(request, "__aiter__") else request
+
+
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        if isinstance(request, _Undecodable):
+            raise request.error()
+        yield request
+
+
+def _status_name(context: Context) -> str:
+    code: Any = context.code()
+    if isinstance(code, grpc.StatusCode):
+        return code.name
+    return next((known.name for known in grpc.StatusCode if known.value[0] == code), grpc.StatusCode.UNKNOWN.name)
+
+
+def internal_error(method: str, error: Exception) -> LoraplexError:
+    """Log an unexpected exception and return what the caller may know of it: an id to find the log line by."""
+    error_id = uuid.uuid4().hex[:12]
+    _log.error("unexpected error in a call", method=method, error_id=error_id, exc_info=error)
+    return LoraplexError(f"internal error {error_id}: see the server's log", metadata={"error_id": error_id})
+
+
+def trailers(error: LoraplexError) -> tuple[tuple[str, str], ...]:
+    """Return the trailing metadata that goes with an error besides its status."""
+    result: list[tuple[str, str]] = []
+    if error.drop_reason is not None:
+        result.append((DROP_REASON_KEY, error.drop_reason))
+    if error.retry_after_s is not None:
+        result.append((PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1000)))))
+    return tuple(result)
+
+
+async def abort(context: Context, error: LoraplexError) -> None:
+    """End a call with an error's rich status; never returns."""
+    status = rpc_status.to_status(to_status(error))
+    metadata = (*(context.trailing_metadata() or ()), *status.trailing_metadata, *trailers(error))
+    await context.abort(status.code, status.details, metadata)

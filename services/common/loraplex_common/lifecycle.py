@@ -1,0 +1,27 @@
+"""How a service process starts and ends, as its operator sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+
+def stop_on_signals() -> asyncio.Event:
+    """Return an event that SIGTERM or SIGINT sets; a second signal ends the process the default way."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def request_stop() -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, request_stop)
+    return stop
+
+
+def announce_ready(service: str, *, grpc: str, metrics: str, http: str | None = None) -> None:
+    """Print the one line on stdout that says where a service listens; addresses are ``host:port``."""
+    suffix = f" http={http}" if http is not None else ""
+    print(f"ready: service={service} grpc={grpc} metrics={metrics}{suffix}", flush=True)

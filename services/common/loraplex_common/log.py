@@ -1,0 +1,64 @@
+"""Structured logs on stderr: one line per event, for people or as JSON."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Literal, cast
+
+import structlog
+
+LogFormat = Literal["console", "json"]
+
+
+def configure(service: str, level: str = "info", fmt: LogFormat = "console") -> None:
+    """Set up logging of the process, the standard library's included.
+
+    Args:
+        service: Name stamped on every line.
+        level: ``debug``, ``info``, ``warning`` or ``error``.
+        fmt: ``console`` for people, ``json`` for collectors.
+
+    Raises:
+        ValueError: If the level is unknown.
+    """
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"log level {level!r} is not one of debug, info, warning, error")
+
+    def stamp(_logger: Any, _name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        event["service"] = service
+        return event
+
+    # Tracebacks without local variables: those hold prompts and keys.
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        stamp,
+    ]
+    if fmt == "json":
+        frames = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        render: list[Any] = [structlog.processors.ExceptionRenderer(frames), structlog.processors.JSONRenderer()]
+    else:
+        plain = structlog.dev.plain_traceback
+        render = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=number, force=True)
+
+
+def get_logger(**context: Any) -> structlog.typing.FilteringBoundLogger:
+    """Return a logger whose lines carry ``context``; usable before `configure`."""
+    return cast("structlog.typing.FilteringBoundLogger", structlog.get_logger(**context))

@@ -1,0 +1,50 @@
+"""Turns a failed call to a peer back into the error the peer raised."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import grpc
+from google.rpc import status_pb2
+
+from loraplex_common.errors import CancelledRequestError, DeadlineError, LoraplexError, RemoteError, from_status
+from loraplex_common.interceptors import DROP_REASON_KEY
+
+_DETAILS_KEY: Final = "grpc-status-details-bin"
+# For statuses that come without details, from gRPC itself or a proxy: google.rpc.Code's own HTTP mapping.
+HTTP_STATUS: Final = {
+    grpc.StatusCode.CANCELLED: 499,
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.ALREADY_EXISTS: 409,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.FAILED_PRECONDITION: 409,
+    grpc.StatusCode.ABORTED: 409,
+    grpc.StatusCode.OUT_OF_RANGE: 400,
+    grpc.StatusCode.UNIMPLEMENTED: 501,
+    grpc.StatusCode.UNAVAILABLE: 503,
+}
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError) -> LoraplexError:
+    """Return the error behind a failed call.
+
+    A rich status gives the class the peer raised; a bare one (connection refused, deadline, proxy) a `DeadlineError`,
+    a `CancelledRequestError` or a `RemoteError` with gRPC's code as its reason.
+    """
+    metadata: dict[str, Any] = dict(error.trailing_metadata() or ())
+    if _DETAILS_KEY in metadata:
+        status = status_pb2.Status.FromString(metadata[_DETAILS_KEY])
+        if status.details:
+            result = from_status(status)
+            result.drop_reason = metadata.get(DROP_REASON_KEY)
+            return result
+    code, message = error.code(), error.details() or error.code().name
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineError(message)
+    if code is grpc.StatusCode.CANCELLED:
+        return CancelledRequestError(message)
+    return RemoteError(message, code=code, reason=code.name, http_status=HTTP_STATUS.get(code, 500))

@@ -1,0 +1,198 @@
+"""One frozen dataclass of configuration per service, read once from flags and ``LORAPLEX_*`` variables.
+
+A field is a flag: ``max_num_seqs: int = setting(256, help="...")`` is ``--max-num-seqs`` and, for the engine,
+``LORAPLEX_ENGINE_MAX_NUM_SEQS``. A flag beats the variable, the variable beats the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar, Union
+
+from loraplex_common.sizes import parse_size
+
+if typing.TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+HIDDEN: Final = "********"
+_TRUE: Final = frozenset({"1", "true", "yes", "on"})
+_FALSE: Final = frozenset({"0", "false", "no", "off"})
+
+Config = TypeVar("Config")
+
+
+class SettingsError(ValueError):
+    """A variable has a value that is no setting; the message names it."""
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    parse: Callable[[str], Any] | None = None,
+    is_secret: bool = False,
+    metavar: str | None = None,
+) -> Any:
+    """Declare a field of a configuration dataclass.
+
+    Args:
+        default: Value if nobody says otherwise; without one the setting is required.
+        help: One line for ``--help``.
+        parse: Turns text into the value; by default chosen by the field's type. See `size`.
+        is_secret: Never printed.
+        metavar: Placeholder in ``--help``.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "parse": parse, "is_secret": is_secret, "metavar": metavar}
+    )
+
+
+def size(default: Any = dataclasses.MISSING, *, help: str) -> Any:
+    """Declare a field in bytes, written like ``512MiB``."""
+    return setting(default, help=help, parse=parse_size, metavar="SIZE")
+
+
+def load(
+    config: type[Config],
+    *,
+    service: str,
+    argv: Sequence[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    description: str | None = None,
+) -> Config:
+    """Build a configuration from the command line and the environment.
+
+    Args:
+        config: A dataclass whose fields are declared with `setting`.
+        service: Middle of the variables' names and part of ``prog``, e.g. ``engine`` or ``adapter_store``.
+        argv: Arguments without the program's name; by default the process's.
+        environ: By default the process's.
+        description: Head of ``--help``; by default the first line of the class's docstring.
+
+    Raises:
+        SystemExit: On ``--help`` and on bad input, after saying what is wrong, as argparse does.
+    """
+    environment = os.environ if environ is None else environ
+    prefix = f"LORAPLEX_{service.upper()}_"
+    parser = argparse.ArgumentParser(
+        prog=f"loraplex-{service.replace('_', '-')}",
+        description=description or (config.__doc__ or "").partition("\n")[0],
+        epilog=f"Every flag can be given as {prefix}<FLAG>; lists are separated by commas there.",
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(config)
+    fields = {field.name: field for field in dataclasses.fields(typing.cast("Any", config))}
+    for name, field in fields.items():
+        _add_flag(parser, name, field, hints[name])
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    values: dict[str, Any] = {}
+    try:
+        for name, field in fields.items():
+            variable = prefix + name.upper()
+            if name in given:
+                values[name] = tuple(given[name]) if _is_list(hints[name]) else given[name]
+            elif (text := environment.get(variable)) is not None:
+                values[name] = _from_text(text, field, hints[name], variable)
+            elif field.default is dataclasses.MISSING:
+                parser.error(f"--{name.replace('_', '-')} (or {variable}) is required")
+        return config(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """Return the resolved configuration for the log, secrets hidden."""
+    result: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        is_hidden = field.metadata.get("is_secret", False) and value is not None
+        result[field.name] = HIDDEN if is_hidden else _plain(value)
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        (only,) = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+        return only
+    return hint
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(_without_none(hint)) is tuple
+
+
+def _item_type(hint: Any) -> Any:
+    plain = _without_none(hint)
+    return typing.get_args(plain)[0] if _is_list(plain) else plain
+
+
+def _converter(field: dataclasses.Field[Any], hint: Any) -> Callable[[str], Any]:
+    if field.metadata.get("parse") is not None:
+        return typing.cast("Callable[[str], Any]", field.metadata["parse"])
+    kind = _item_type(hint)
+    if typing.get_origin(kind) is Literal:
+        return _one_of(typing.get_args(kind))
+    if kind is bool:
+        return _parse_bool
+    if kind is Path:
+        return lambda text: Path(text).expanduser()
+    if kind in (str, int, float):
+        return typing.cast("Callable[[str], Any]", kind)
+    raise TypeError(f"setting {field.name}: give `parse` for type {kind}")
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
+        return text
+
+    return check
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in _TRUE | _FALSE:
+        return text.lower() in _TRUE
+    raise ValueError(f"{text!r} is neither true nor false")
+
+
+def _from_text(text: str, field: dataclasses.Field[Any], hint: Any, variable: str) -> Any:
+    convert = _converter(field, hint)
+    try:
+        if _is_list(hint):
+            return tuple(convert(item.strip()) for item in text.split(",") if item.strip())
+        return convert(text)
+    except ValueError as error:
+        raise SettingsError(f"{variable}: {error}") from error
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Field[Any], hint: Any) -> None:
+    flag, convert = f"--{name.replace('_', '-')}", _converter(field, hint)
+    default = "" if field.default in (dataclasses.MISSING, None, ()) else f" (default: {field.default})"
+    text = (field.metadata.get("help", "") + default).replace("%", "%%")
+    if _item_type(hint) is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        return
+
+    def parse(raw: str) -> Any:
+        try:
+            return convert(raw)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    kind = _item_type(hint)
+    choices = "{" + ",".join(typing.get_args(kind)) + "}" if typing.get_origin(kind) is Literal else None
+    action = "append" if _is_list(hint) else "store"
+    metavar = field.metadata.get("metavar") or choices
+    parser.add_argument(flag, action=action, type=parse, default=None, help=text, metavar=metavar)

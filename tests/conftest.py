@@ -1,0 +1,52 @@
+"""Fixtures and skip rules for every test; nothing clever."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from support.valkey import fresh_database, running_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from loraplex_common.valkey import EmbeddedValkey
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """True if an NVIDIA driver answers; asks without importing torch."""
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") is not None and not has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: none answers to nvidia-smi"))
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> None:
+    """Keep parallel workers from fighting over cores; torch stays unimported where a test does not need it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "set_num_threads"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    """A real Valkey server, one per worker."""
+    with running_server(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture
+def valkey_url(valkey_server: EmbeddedValkey) -> str:
+    """URL of an empty database, this test's own (until 16 tests later)."""
+    return fresh_database(valkey_server)
