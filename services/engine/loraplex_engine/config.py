@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from loraplex_common.log import LogFormat
+from loraplex_common.settings import setting, size
+
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 MIB: Final = 1024 * 1024
-GIB: Final = 1024 * MIB
 
 
 class ConfigError(ValueError):
@@ -19,12 +21,12 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Everything the engine can be told.
+    """Serve one base model and any number of LoRA adapters of it on one device.
 
     Attributes:
         model: Base model in Hugging Face layout.
         served_model_name: Name clients use; the directory's name if None.
-        model_aliases: Other names under which adapters may name the base, e.g. its hub id.
+        model_alias: Other names under which adapters may name the base, e.g. its hub id.
         redis_url: Valkey or Redis to register in; None serves only those who know the address.
         store_target: ``host:port`` of the adapter store; None serves the base model and what the arena was given.
         host: Address to listen on.
@@ -49,32 +51,33 @@ class EngineConfig:
         drain_grace_s: How long running requests may go on once the engine drains.
     """
 
-    model: Path
-    served_model_name: str | None = None
-    model_aliases: tuple[str, ...] = ()
-    redis_url: str | None = None
-    store_target: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8520
-    advertise: str | None = None
-    metrics_port: int = 8521
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
-    pool_bytes: int | None = None
-    arena_bytes: int = 512 * MIB
-    dtype: DtypeName = "auto"
-    device: DeviceName = "auto"
-    num_threads: int | None = None
-    log_level: str = "info"
-    store_wait_s: float = 30.0
-    session_grace_s: float = 2.0
-    load_report_s: float = 1.0
-    residency_events: int = 1024
-    outbox_max_bytes: int = 8 * MIB
-    outbox_max_age_s: float = 5.0
-    drain_settle_s: float = 0.5
-    drain_grace_s: float = 30.0
+    model: Path = setting(help="base model in Hugging Face layout", metavar="DIR")
+    served_model_name: str | None = setting(None, help="name clients use (default: the directory's name)")
+    model_alias: tuple[str, ...] = setting((), help="further name under which adapters may name the base")
+    redis_url: str | None = setting(None, help="Valkey or Redis to register in", is_secret=True)
+    store_target: str | None = setting(None, help="adapter store", metavar="HOST:PORT")
+    host: str = setting("127.0.0.1", help="address to listen on")
+    port: int = setting(8520, help="gRPC port, 0 picks a free one")
+    advertise: str | None = setting(None, help="address for gateways (default: what is bound)", metavar="HOST[:PORT]")
+    metrics_port: int = setting(8521, help="HTTP port of /metrics, 0 picks a free one")
+    max_model_len: int | None = setting(None, help="longest sequence in tokens (default: the model's own limit)")
+    max_num_seqs: int = setting(64, help="most sequences of one step")
+    max_num_batched_tokens: int = setting(1024, help="most tokens of one step")
+    pool_bytes: int | None = size(None, help="device memory of the page pool (default: 1GiB on a CPU)")
+    arena_bytes: int = size(512 * MIB, help="host memory for adapter images")
+    dtype: DtypeName = setting("auto", help="compute type; auto is float32 on a CPU, bfloat16 on a GPU")
+    device: DeviceName = setting("auto", help="where to compute; auto is the GPU if there is one")
+    num_threads: int | None = setting(None, help="compute threads on a CPU (default: all cores)")
+    log_level: str = setting("info", help="debug, info, warning or error")
+    log_format: LogFormat = setting("console", help="log lines for people or for collectors")
+    store_wait_s: float = setting(30.0, help="longest wait for an adapter while the store cannot be reached")
+    session_grace_s: float = setting(2.0, help="how long requests of a lost session go on")
+    load_report_s: float = setting(1.0, help="longest silence on a session")
+    residency_events: int = setting(1024, help="residency changes that WatchAdapters can go back")
+    outbox_max_bytes: int = size(8 * MIB, help="unread output of a session at which it is aborted")
+    outbox_max_age_s: float = setting(5.0, help="age of unread output at which its session is aborted")
+    drain_settle_s: float = setting(0.5, help="pause between NOT_SERVING and refusing connections")
+    drain_grace_s: float = setting(30.0, help="how long running requests may go on once the engine drains")
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "arena_bytes", "residency_events", "outbox_max_bytes"):
