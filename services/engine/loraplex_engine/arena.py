@@ -1,0 +1,118 @@
+"""The host arena: the tier right behind the pool, one piece of host memory that a store on this host can write into.
+
+A memory file (``memfd_create``, so no ``/dev/shm`` is needed): a header of `HEADER_BYTES` whose first 32 bytes are a
+random nonce, then slots of one page each. A store opens ``/proc/<pid>/fd/<fd>``, checks the nonce and fills the slots
+it was granted; without shared memory the engine's store client copies chunks into `view`. The kernel commits the
+memory as images arrive.
+
+Threads: the slot allocator is thread-safe. Room is made, though, by evicting images, and only the step loop's thread
+does that: ask it through `Engine.grant_slots`, not through `allocate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+HEADER_BYTES: Final = 4096
+NONCE_BYTES: Final = 32
+
+
+class HostArena:
+    """Slots of ``page_bytes`` in a memory file, and who has them.
+
+    Attributes:
+        fd: File descriptor of the memory file.
+        nonce: 32 random bytes at its start.
+        view: uint8 ``[num_slots, page_bytes]``; slot i lies at ``HEADER_BYTES + i * page_bytes`` of the file.
+    """
+
+    def __init__(self, num_slots: int, page_bytes: int) -> None:
+        if num_slots <= 0 or page_bytes <= 0:
+            raise ValueError(f"an arena of {num_slots} slots of {page_bytes} bytes has no room")
+        self.nonce = secrets.token_bytes(NONCE_BYTES)
+        self.fd = os.memfd_create("loraplex-arena", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, HEADER_BYTES + num_slots * page_bytes)
+            self._map = mmap.mmap(self.fd, HEADER_BYTES + num_slots * page_bytes)
+        except OSError:
+            os.close(self.fd)
+            raise
+        self._map[:NONCE_BYTES] = self.nonce
+        flat = np.frombuffer(self._map, dtype=np.uint8, offset=HEADER_BYTES)
+        self.view: NDArray[np.uint8] = flat.reshape(num_slots, page_bytes)
+        self._lock = threading.Lock()
+        self._is_free = np.ones(num_slots, dtype=np.bool_)
+        self._num_free = num_slots
+
+    @property
+    def num_slots(self) -> int:
+        """All slots."""
+        return len(self._is_free)
+
+    @property
+    def num_free(self) -> int:
+        """Slots that can be allocated now."""
+        return self._num_free
+
+    def allocate(self, count: int) -> tuple[int, ...] | None:
+        """Take ``count`` slots, neighbours if there is such a gap, or return None if fewer are free."""
+        with self._lock:
+            if count > self._num_free:
+                return None
+            free = np.flatnonzero(self._is_free)
+            # free[i + count - 1] - free[i] == count - 1 exactly where `count` neighbours are free from free[i] on
+            starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1) if count else free[:0]
+            first = int(starts[0]) if len(starts) else 0
+            chosen = free[first : first + count]
+            self._is_free[chosen] = False
+            self._num_free -= count
+            return tuple(chosen.tolist())
+
+    def free(self, slots: Sequence[int]) -> None:
+        """Give slots back.
+
+        Raises:
+            RuntimeError: If a slot is free already.
+        """
+        with self._lock:
+            for slot in slots:
+                if self._is_free[slot]:
+                    raise RuntimeError(f"arena slot {slot} is freed twice")
+                self._is_free[slot] = True
+            self._num_free += len(slots)
+
+    def pages(self, slots: Sequence[int]) -> NDArray[np.uint8]:
+        """Return ``[len(slots), page_bytes]``: a view if the slots are consecutive, else a copy."""
+        first = slots[0]
+        if tuple(slots) == tuple(range(first, first + len(slots))):
+            return self.view[first : first + len(slots)]
+        return self.view[list(slots)]
+
+    def check_integrity(self) -> None:
+        """Recount the free slots.
+
+        Raises:
+            RuntimeError: If the count is off.
+        """
+        with self._lock:
+            if int(self._is_free.sum()) != self._num_free:
+                raise RuntimeError(f"{int(self._is_free.sum())} arena slots are free, {self._num_free} accounted")
+
+    def close(self) -> None:
+        """Release the memory; views of it that are still referenced keep theirs until they die."""
+        if self.fd < 0:
+            return
+        self.view = np.empty((0, self.view.shape[1]), dtype=np.uint8)
+        with contextlib.suppress(BufferError):  # someone still holds a view; the last one's end unmaps the memory
+            self._map.close()
+        os.close(self.fd)
+        self.fd = -1
