@@ -1,1 +1,72 @@
-"""Client library and command line of loraplex."""
+"""Client library and command line of loraplex.
+
+`Client` and `AsyncClient` generate text through a gateway and manage adapters in a store. Failures are the classes of
+`loraplex_common.errors`, all below `LoraplexError`.
+"""
+
+from loraplex_common.errors import LoraplexError
+
+from loraplex_client._adapters import Adapters
+from loraplex_client._aio_adapters import AsyncAdapters
+from loraplex_client._aio_client import AsyncClient, AsyncGenerateStream
+from loraplex_client._client import Client, GenerateStream
+from loraplex_client._requests import ChatMessage, GenerateOptions, PromptOptions
+from loraplex_client.events import (
+    Accepted,
+    AdapterLoading,
+    Chunk,
+    Completion,
+    Event,
+    Finished,
+    FinishReason,
+    PositionLogprobs,
+    Queued,
+    Started,
+    Tier,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from loraplex_client.resources import (
+    Adapter,
+    AdapterState,
+    ImportProgress,
+    ImportResult,
+    ImportStage,
+    Model,
+    Revision,
+)
+
+__all__ = [
+    "Accepted",
+    "Adapter",
+    "AdapterLoading",
+    "AdapterState",
+    "Adapters",
+    "AsyncAdapters",
+    "AsyncClient",
+    "AsyncGenerateStream",
+    "ChatMessage",
+    "Chunk",
+    "Client",
+    "Completion",
+    "Event",
+    "FinishReason",
+    "Finished",
+    "GenerateOptions",
+    "GenerateStream",
+    "ImportProgress",
+    "ImportResult",
+    "ImportStage",
+    "LoraplexError",
+    "Model",
+    "PositionLogprobs",
+    "PromptOptions",
+    "Queued",
+    "Revision",
+    "Started",
+    "Tier",
+    "Timings",
+    "TokenLogprob",
+    "Usage",
+]

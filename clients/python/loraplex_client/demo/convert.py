@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import gguf
 import numpy as np
 from gguf.quants import dequantize
-from loraplex_common.adapter_image import to_bfloat16
+from loraplex_common.bfloat16 import to_bfloat16
 
 from loraplex_client.demo.errors import ConversionError
 from loraplex_client.demo.gguf_tokenizer import chat_template, special_tokens, tokenizer_json

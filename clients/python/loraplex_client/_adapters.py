@@ -1,0 +1,201 @@
+"""Adapter management, blocking."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+
+from google.longrunning import operations_pb2_grpc
+from google.longrunning.operations_proto_pb2 import Operation, WaitOperationRequest
+from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
+
+from loraplex_client import _store_messages as messages
+from loraplex_client._errors import translated
+from loraplex_client._requests import duration
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import grpc
+
+    from loraplex_client._connection import Connection
+    from loraplex_client.resources import Adapter, ImportResult, ProgressCallback, Revision
+
+WAIT_S: Final = 0.5  # longest silence between two reports of an import's progress
+
+
+class Adapters:
+    """The adapters of one store. Names are ``name``, ``name:label`` or ``name@revision`` where one is looked up."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._metadata = connection.metadata
+        self._opened: grpc.Channel | None = None
+
+    @property
+    def _channel(self) -> grpc.Channel:
+        if self._opened is None:
+            self._opened = self._connection.open()
+        return self._opened
+
+    @cached_property
+    def _stub(self) -> adapter_store_pb2_grpc.AdapterStoreServiceStub:
+        return adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
+
+    def import_hub(
+        self,
+        name: str,
+        repo: str,
+        *,
+        revision: str,
+        subfolder: str = "",
+        label: str = "",
+        base_model: str = "",
+        credential_ref: str = "",
+        progress: ProgressCallback | None = None,
+    ) -> ImportResult:
+        """Let the store fetch an adapter from the Hugging Face hub; return when it is stored.
+
+        Args:
+            name: Name to import under.
+            repo: ``org/name``.
+            revision: Commit, 40 hex digits: a branch would move.
+            subfolder: Folder inside the repository.
+            label: Label to move to the new revision besides ``latest``.
+            base_model: Base to check against; overrides what the checkpoint names.
+            credential_ref: Name of a credential that the store knows.
+            progress: Told how far it has come.
+
+        Raises:
+            LoraplexError: If the checkpoint cannot be had or cannot be served.
+        """
+        source = adapter_store_pb2.HuggingFaceSource(repo=repo, revision=revision, subfolder=subfolder)
+        request = messages.import_request(name, label, base_model, credential_ref)
+        request.hf.CopyFrom(source)
+        return self._import(request, progress)
+
+    def import_directory(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        label: str = "",
+        base_model: str = "",
+        progress: ProgressCallback | None = None,
+    ) -> ImportResult:
+        """Let the store read a directory on its own machine, below one of its import roots; as `import_hub`."""
+        request = messages.import_request(name, label, base_model)
+        request.uri = directory.absolute().as_uri()
+        return self._import(request, progress)
+
+    def upload(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        label: str = "",
+        base_model: str = "",
+        progress: ProgressCallback | None = None,
+    ) -> ImportResult:
+        """Send a PEFT directory of this machine to the store; return when it is stored. As `import_hub`."""
+        header = messages.upload_header(name, directory, label=label, base_model=base_model)
+        stream = messages.upload_messages(header, directory, progress)
+        with translated(self._connection.target):
+            return messages.import_result(self._stub.UploadAdapter(stream, metadata=self._metadata))
+
+    def list(self, *, prefix: str = "", show_deleted: bool = False) -> Iterator[Adapter]:
+        """Yield adapters by name, fetching page after page."""
+        request = adapter_store_pb2.AdapterStoreServiceListAdaptersRequest(
+            name_prefix=prefix, show_deleted=show_deleted
+        )
+        while True:
+            with translated(self._connection.target):
+                page = self._stub.ListAdapters(request, metadata=self._metadata)
+            yield from (messages.adapter(message) for message in page.adapters)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def get(self, name: str) -> Adapter:
+        """Return an adapter and the revision that the name resolves to."""
+        request = adapter_store_pb2.GetAdapterRequest(name=name)
+        with translated(self._connection.target):
+            response = self._stub.GetAdapter(request, metadata=self._metadata)
+        return messages.adapter(response.adapter, response.revision)
+
+    def revisions(self, name: str) -> Iterator[Revision]:
+        """Yield the revisions of a name, newest first."""
+        request = adapter_store_pb2.ListAdapterRevisionsRequest(name=name)
+        while True:
+            with translated(self._connection.target):
+                page = self._stub.ListAdapterRevisions(request, metadata=self._metadata)
+            yield from (messages.revision(message) for message in page.revisions)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def alias(self, name: str, label: str, revision: str, *, expected_revision: str | None = None) -> Adapter:
+        """Point ``name:label`` at a revision, atomically; an empty revision removes the label.
+
+        Args:
+            name: The adapter's name.
+            label: The label, e.g. ``prod``.
+            revision: Digest, 64 hex digits.
+            expected_revision: If given, the label must point here now (empty: must not exist).
+
+        Raises:
+            ConflictError: If it points elsewhere.
+        """
+        request = adapter_store_pb2.SetAliasRequest(
+            alias=adapter_pb2.Alias(name=name, label=label, revision=revision),
+            expected_revision=expected_revision,
+            request_id=messages.new_request_id(),
+        )
+        with translated(self._connection.target):
+            return messages.adapter(self._stub.SetAlias(request, metadata=self._metadata).adapter)
+
+    def delete(self, name: str, *, force: bool = False, etag: str = "") -> Adapter:
+        """Soft-delete a name; refused while running requests use it, unless forced (they finish all the same)."""
+        request = adapter_store_pb2.DeleteAdapterRequest(
+            name=name, force=force, etag=etag, request_id=messages.new_request_id()
+        )
+        with translated(self._connection.target):
+            return messages.adapter(self._stub.DeleteAdapter(request, metadata=self._metadata).adapter)
+
+    def prefetch(self, name: str, *, engine_id: str = "", wanted_in_s: float | None = None) -> None:
+        """Hint that an adapter will be wanted; the store picks the engine if none is named."""
+        request = adapter_store_pb2.PrefetchAdapterRequest(
+            revision=self._resolve(name),
+            engine_id=engine_id,
+            wanted_in=None if wanted_in_s is None else duration(wanted_in_s),
+        )
+        with translated(self._connection.target):
+            self._stub.PrefetchAdapter(request, metadata=self._metadata)
+
+    def evict(self, name: str, *, engine_id: str = "") -> None:
+        """Hint that an adapter will not be wanted, on one engine or on all."""
+        request = adapter_store_pb2.AdapterStoreServiceEvictAdapterRequest(
+            revision=self._resolve(name), engine_id=engine_id
+        )
+        with translated(self._connection.target):
+            self._stub.EvictAdapter(request, metadata=self._metadata)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._opened is not None:
+            self._opened.close()
+
+    def _resolve(self, name: str) -> str:
+        return messages.resolved_digest(self.get(name), name)
+
+    def _import(
+        self, request: adapter_store_pb2.ImportAdapterRequest, progress: ProgressCallback | None
+    ) -> ImportResult:
+        operations = operations_pb2_grpc.OperationsStub(self._channel)
+        with translated(self._connection.target):
+            operation: Operation = self._stub.ImportAdapter(request, metadata=self._metadata)
+            while (result := messages.report_operation(operation, progress)) is None:
+                wait = WaitOperationRequest(name=operation.name, timeout=duration(WAIT_S))
+                operation = operations.WaitOperation(wait, metadata=self._metadata)
+        return result

@@ -1,0 +1,204 @@
+"""Turns the keyword arguments of ``generate`` and friends into wire messages; shared by both clients."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, TypedDict
+
+from google.protobuf.duration_pb2 import Duration
+from loraplex.v1 import gateway_pb2
+from loraplex_common.errors import InvalidParameterError
+
+ChatMessage = Mapping[str, str]
+"""One turn: ``{"role": ..., "content": ...}`` and optionally ``"name"``."""
+
+
+class PromptOptions(TypedDict, total=False):
+    """What to continue; exactly one of the three prompts.
+
+    Attributes:
+        prompt: Text, tokenised with the model's special tokens.
+        prompt_token_ids: Token ids, used as they are.
+        messages: A conversation, rendered through the model's chat template.
+        model: Base model; may be left out where the gateway fronts exactly one.
+    """
+
+    prompt: str | None
+    prompt_token_ids: Sequence[int] | None
+    messages: Sequence[ChatMessage] | None
+    model: str | None
+
+
+class GenerateOptions(PromptOptions, total=False):
+    """Keyword arguments of ``generate``. What is left out takes the model's, then the server's default.
+
+    Attributes:
+        adapter: ``name``, ``name:label`` or ``name@revision``; left out: the base model itself.
+        adapter_scale: Multiplies the adapter's own scaling, 0 to 100.
+        add_generation_prompt: Whether the chat template opens the assistant's turn. Default true.
+        continue_final_message: Whether the last assistant turn is continued, not closed.
+        max_new_tokens: Most tokens to generate. Default: what is left of the longest sequence.
+        min_new_tokens: Tokens before which nothing may end the output.
+        stop: String or strings that end the output.
+        stop_token_ids: Token ids that end the output, besides the model's end-of-text ids.
+        ignore_eos: Whether end-of-text ids are ordinary tokens.
+        include_stop: Whether the matched stop string stays in the text.
+        temperature: 0 is greedy.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_p: Keep the smallest set whose probability reaches p.
+        min_p: Keep tokens at least this many times as likely as the likeliest.
+        seed: Same seed, same prompt, same revision: same output.
+        repetition_penalty: Divides logits of tokens seen in prompt or output.
+        presence_penalty: Subtracted once from logits of tokens in the output.
+        frequency_penalty: Subtracted per occurrence in the output.
+        logit_bias: Token id -> what is added to its logit.
+        allowed_token_ids: If given, only these can be drawn.
+        logprobs: Probabilities of the drawn token and this many likeliest ones.
+        prompt_logprobs: As ``logprobs``, for the prompt.
+        skip_special_tokens: Whether special tokens are left out of the text. Default true.
+        priority: ``batch``, ``normal`` (default) or ``high``.
+        queue_timeout_s: Longest wait for a place in a batch, in seconds.
+        time_limit_s: Longest time from admission, in seconds; then the stream ends normally with partial text.
+        cache_salt: Requests share cached prefixes only under equal salts.
+        affinity_key: Requests with equal keys prefer the same engine.
+        load_policy: ``wait`` (default) or ``fail_fast`` when the adapter is not resident.
+        progress_events: Whether Accepted, Queued and AdapterLoading are sent; ends retries earlier.
+        request_id: UUID4; drawn by the client if left out.
+        timeout: Deadline of the whole call, in seconds.
+    """
+
+    adapter: str | None
+    adapter_scale: float | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    include_stop: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    allowed_token_ids: Sequence[int] | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    skip_special_tokens: bool | None
+    priority: Literal["batch", "normal", "high"] | None
+    queue_timeout_s: float | None
+    time_limit_s: float | None
+    cache_salt: str | None
+    affinity_key: str | None
+    load_policy: Literal["wait", "fail_fast"] | None
+    progress_events: bool | None
+    request_id: str | None
+    timeout: float | None
+
+
+# Options that are a field of the same name: option -> submessage ("" means the request itself).
+_SCALARS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("model", "adapter", "adapter_scale", "cache_salt", "affinity_key", "progress_events"), ""),
+    **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "seed"), "sampling"),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), "sampling"),
+    **dict.fromkeys(("max_new_tokens", "min_new_tokens", "ignore_eos", "include_stop"), "stopping"),
+    **dict.fromkeys(("logprobs", "prompt_logprobs", "skip_special_tokens"), "response_options"),
+}
+_REPEATED: Final[Mapping[str, tuple[str, str]]] = {
+    "stop": ("stopping", "stop_strings"),
+    "stop_token_ids": ("stopping", "stop_token_ids"),
+    "allowed_token_ids": ("sampling", "allowed_token_ids"),
+}
+_DURATIONS: Final[Mapping[str, str]] = {"queue_timeout_s": "queue_timeout", "time_limit_s": "time_limit"}
+_ENUMS: Final[Mapping[str, Callable[[str], int]]] = {
+    "priority": lambda value: gateway_pb2.Priority.Value(f"PRIORITY_{value.upper()}"),
+    "load_policy": lambda value: gateway_pb2.LoadPolicy.Value(f"LOAD_POLICY_{value.upper()}"),
+}
+_PROMPTS: Final = ("prompt", "prompt_token_ids", "messages")
+_CHAT_FLAGS: Final = ("add_generation_prompt", "continue_final_message")
+
+
+def generate_request(options: GenerateOptions) -> gateway_pb2.GenerateRequest:
+    """Build the request of one generation; ``timeout`` belongs to the call, not to the message.
+
+    Raises:
+        InvalidParameterError: If there is not exactly one prompt, or a value does not fit its field.
+        TypeError: If an option does not exist.
+    """
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given.pop("timeout", None)
+    request = gateway_pb2.GenerateRequest(request_id=given.pop("request_id", "") or str(uuid.uuid4()))
+    _set_prompt(request, given)
+    for name, value in given.items():
+        try:
+            _set_option(request, name, value)
+        except (ValueError, OverflowError) as error:
+            raise InvalidParameterError(f"{name}={value!r}: {error}", field=name) from error
+    return request
+
+
+def tokenize_request(options: PromptOptions, add_special_tokens: bool | None) -> gateway_pb2.TokenizeRequest:
+    """Build a TokenizeRequest from ``prompt`` or ``messages``."""
+    request = gateway_pb2.TokenizeRequest(model=options.get("model") or "", add_special_tokens=add_special_tokens)
+    text, messages = options.get("prompt"), options.get("messages")
+    if (text is None) == (messages is None):
+        raise InvalidParameterError("give exactly one of prompt and messages", field="prompt")
+    if text is not None:
+        request.text = text
+    else:
+        request.messages.CopyFrom(_chat_messages(messages or ()))
+    return request
+
+
+def _set_prompt(request: gateway_pb2.GenerateRequest, given: dict[str, Any]) -> None:
+    prompts = {name: given.pop(name) for name in _PROMPTS if name in given}
+    flags = {name: given.pop(name) for name in _CHAT_FLAGS if name in given}
+    if len(prompts) != 1:
+        raise InvalidParameterError(f"give exactly one of {', '.join(_PROMPTS)}", field="prompt")
+    ((name, value),) = prompts.items()
+    if flags and name != "messages":
+        raise InvalidParameterError(f"{', '.join(flags)} goes with messages only", field=next(iter(flags)))
+    try:
+        if name == "prompt":
+            request.text = value
+        elif name == "prompt_token_ids":
+            request.token_ids.ids.extend(value)
+            request.token_ids.SetInParent()  # an empty list is still a prompt, for the gateway to refuse
+        else:
+            request.messages.CopyFrom(_chat_messages(value, **flags))
+    except ValueError as error:
+        raise InvalidParameterError(f"{name}: {error}", field=name) from error
+
+
+def _chat_messages(messages: Iterable[ChatMessage], **flags: bool) -> gateway_pb2.ChatMessages:
+    return gateway_pb2.ChatMessages(messages=[gateway_pb2.ChatMessage(**message) for message in messages], **flags)
+
+
+def _set_option(request: gateway_pb2.GenerateRequest, name: str, value: Any) -> None:
+    if name in _SCALARS:
+        target = getattr(request, _SCALARS[name]) if _SCALARS[name] else request
+        setattr(target, name, value)
+    elif name in _REPEATED:
+        message, field = _REPEATED[name]
+        getattr(getattr(request, message), field).extend([value] if isinstance(value, str) else value)
+    elif name in _DURATIONS:
+        getattr(request, _DURATIONS[name]).CopyFrom(duration(value))
+    elif name in _ENUMS:
+        setattr(request, name, _ENUMS[name](value))
+    elif name == "logit_bias":
+        request.sampling.logit_bias.update(value)
+    else:
+        raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
+
+
+def duration(seconds: float) -> Duration:
+    """Return seconds as a protobuf Duration."""
+    result = Duration()
+    result.FromNanoseconds(round(seconds * 1e9))
+    return result

@@ -1,0 +1,196 @@
+"""Turns wire messages of the adapter store into `resources` and back; shared by both clients."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from loraplex.v1 import adapter_pb2, adapter_store_pb2
+from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError, from_status
+
+from loraplex_client.resources import (
+    Adapter,
+    AdapterState,
+    ImportProgress,
+    ImportResult,
+    ImportStage,
+    ProgressCallback,
+    Revision,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from google.longrunning.operations_proto_pb2 import Operation
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+CHUNK_BYTES: Final = 1 << 20  # 1-2 MiB is fastest; 4 MiB would cross the default message limit
+UPLOAD_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
+TOKENIZER_FILES: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+STATES: Final = {
+    adapter_pb2.Adapter.STATE_EMPTY: AdapterState.EMPTY,
+    adapter_pb2.Adapter.STATE_READY: AdapterState.READY,
+    adapter_pb2.Adapter.STATE_DELETED: AdapterState.DELETED,
+}
+_Metadata = adapter_store_pb2.ImportAdapterMetadata
+STAGES: Final[Mapping[int, ImportStage]] = {
+    _Metadata.STAGE_UNSPECIFIED: ImportStage.PENDING,
+    _Metadata.STAGE_PENDING: ImportStage.PENDING,
+    _Metadata.STAGE_FETCHING: ImportStage.FETCHING,
+    _Metadata.STAGE_VALIDATING: ImportStage.VALIDATING,
+    _Metadata.STAGE_STORING: ImportStage.STORING,
+    _Metadata.STAGE_DONE: ImportStage.DONE,
+}
+
+
+def new_request_id() -> str:
+    """Return an id that makes a repeated call harmless."""
+    return str(uuid.uuid4())
+
+
+def revision(message: adapter_pb2.AdapterRevision) -> Revision:
+    """Return a revision."""
+    return Revision(
+        digest=message.revision,
+        name=message.name,
+        base_fingerprint=message.base_fingerprint,
+        max_rank=message.max_rank,
+        num_parameters=message.num_parameters,
+        canonical_bytes=message.canonical_bytes,
+        target_modules=tuple(message.target_modules),
+        num_layers=message.num_layers,
+        source=message.source,
+        create_time=_datetime(message.create_time),
+    )
+
+
+def adapter(message: adapter_pb2.Adapter, resolved: adapter_pb2.AdapterRevision | None = None) -> Adapter:
+    """Return an adapter, with the revision that its name resolved to, if known."""
+    return Adapter(
+        name=message.name,
+        state=STATES[message.state],
+        description=message.description,
+        allowed_tenants=tuple(message.allowed_tenants),
+        aliases={alias.label: alias.revision for alias in message.aliases},
+        etag=message.etag,
+        create_time=_datetime(message.create_time),
+        update_time=_datetime(message.update_time),
+        latest=revision(message.latest) if message.HasField("latest") else None,
+        resolved=revision(resolved) if resolved is not None and resolved.revision else None,
+    )
+
+
+def import_result(
+    message: adapter_store_pb2.ImportAdapterResult | adapter_store_pb2.UploadAdapterResponse,
+) -> ImportResult:
+    """Return what an import brought."""
+    return ImportResult(
+        adapter=adapter(message.adapter),
+        revision=revision(message.revision),
+        already_existed=message.already_existed,
+    )
+
+
+def import_request(
+    name: str, label: str, base_model: str, credential_ref: str = ""
+) -> adapter_store_pb2.ImportAdapterRequest:
+    """Return an import request that still lacks its source."""
+    return adapter_store_pb2.ImportAdapterRequest(
+        name=name,
+        label=label,
+        base_model=base_model,
+        credential_ref=credential_ref,
+        request_id=new_request_id(),
+    )
+
+
+def resolved_digest(found: Adapter, name: str) -> str:
+    """Return the digest that a name resolved to.
+
+    Raises:
+        AdapterNotFoundError: If nothing has been imported under it.
+    """
+    if found.resolved is None:
+        raise AdapterNotFoundError(f"adapter {name!r} has no revision yet: import one first")
+    return found.resolved.digest
+
+
+def report_operation(operation: Operation, progress: ProgressCallback | None) -> ImportResult | None:
+    """Report an import's progress; return its result once it is done.
+
+    Raises:
+        LoraplexError: If the import failed.
+    """
+    if progress is not None and operation.HasField("metadata"):
+        metadata = _Metadata()
+        operation.metadata.Unpack(metadata)
+        stage = STAGES.get(metadata.stage, ImportStage.PENDING)
+        progress(ImportProgress(stage=stage, bytes_done=metadata.bytes_done, bytes_total=metadata.bytes_total))
+    if not operation.done:
+        return None
+    if operation.HasField("error"):
+        raise from_status(operation.error)
+    result = adapter_store_pb2.ImportAdapterResult()
+    operation.response.Unpack(result)
+    return import_result(result)
+
+
+def upload_header(
+    name: str, directory: Path, *, label: str, base_model: str
+) -> adapter_store_pb2.UploadAdapterRequest.Header:
+    """Return the header of an upload: the adapter's files, and those of a tokenizer if it brings one.
+
+    Whether the latter can be served is the store's to say, so it has to hear of them.
+
+    Raises:
+        InvalidParameterError: If the directory lacks one of `UPLOAD_FILES`.
+    """
+    missing = [file_name for file_name in UPLOAD_FILES if not (directory / file_name).is_file()]
+    if missing:
+        raise InvalidParameterError(
+            f"{directory} has no {' and no '.join(missing)}: not a PEFT adapter (pickles such as adapter_model.bin are "
+            "not read)",
+            field="directory",
+        )
+    header = adapter_store_pb2.UploadAdapterRequest.Header(
+        name=name, label=label, base_model=base_model, request_id=new_request_id()
+    )
+    for file_name in (*UPLOAD_FILES, *TOKENIZER_FILES):
+        path = directory / file_name
+        if path.is_file():
+            header.files.add(name=file_name, num_bytes=path.stat().st_size, sha256=_sha256(path))
+    return header
+
+
+def upload_messages(
+    header: adapter_store_pb2.UploadAdapterRequest.Header, directory: Path, progress: ProgressCallback | None
+) -> Iterator[adapter_store_pb2.UploadAdapterRequest]:
+    """Yield the messages of an upload: the header, then the files' bytes."""
+    yield adapter_store_pb2.UploadAdapterRequest(header=header)
+    done, total = 0, sum(file.num_bytes for file in header.files)
+    for announced in header.files:
+        with (directory / announced.name).open("rb") as file:
+            while data := file.read(CHUNK_BYTES):
+                yield adapter_store_pb2.UploadAdapterRequest(data=data)
+                done += len(data)
+                if progress is not None:
+                    progress(ImportProgress(stage=ImportStage.FETCHING, bytes_done=done, bytes_total=total))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _datetime(timestamp: Timestamp) -> datetime | None:
+    return timestamp.ToDatetime(tzinfo=UTC) if timestamp.seconds or timestamp.nanos else None

@@ -1,0 +1,116 @@
+"""What the servers keep: models, adapters, revisions, imports. Frozen values, free of wire types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+
+
+class AdapterState(Enum):
+    """Whether an adapter can be named in a request."""
+
+    EMPTY = "empty"
+    READY = "ready"
+    DELETED = "deleted"
+
+
+class ImportStage(Enum):
+    """Where an import stands."""
+
+    PENDING = "pending"
+    FETCHING = "fetching"
+    VALIDATING = "validating"
+    STORING = "storing"
+    DONE = "done"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """Something that ``model`` or ``adapter`` can name.
+
+    Attributes:
+        base_model: The base model it belongs to; its own name for a base model.
+        revision: Digest of the weights; empty for a base model.
+        aliases: Label -> revision.
+        num_engines_resident: Engines on whose device it is resident.
+    """
+
+    name: str
+    base_model: str
+    revision: str
+    aliases: Mapping[str, str]
+    max_model_len: int
+    num_engines_resident: int
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is an adapter, not a base model."""
+        return bool(self.revision)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Revision:
+    """One immutable set of LoRA weights.
+
+    Attributes:
+        digest: sha256 over canonical config and tensors, 64 hex digits.
+        source: Where it came from, e.g. ``hf:org/repo@<40 hex>``, ``upload``.
+    """
+
+    digest: str
+    name: str
+    base_fingerprint: str
+    max_rank: int
+    num_parameters: int
+    canonical_bytes: int
+    target_modules: tuple[str, ...]
+    num_layers: int
+    source: str
+    create_time: datetime | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """A name that points at revisions.
+
+    Attributes:
+        aliases: Label -> revision digest; ``latest`` moves with every import.
+        etag: Version of this resource, for optimistic concurrency.
+        latest: The revision that ``latest`` points at.
+        resolved: The revision that the name asked for resolves to; only from ``get``.
+    """
+
+    name: str
+    state: AdapterState
+    description: str
+    allowed_tenants: tuple[str, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    etag: str
+    create_time: datetime | None
+    update_time: datetime | None
+    latest: Revision | None
+    resolved: Revision | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportProgress:
+    """How far an import has come; ``bytes_total`` is 0 while unknown."""
+
+    stage: ImportStage
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportResult:
+    """What an import brought; ``already_existed`` if the store had this revision before."""
+
+    adapter: Adapter
+    revision: Revision
+    already_existed: bool
+
+
+ProgressCallback = Callable[[ImportProgress], None]
+"""Called from the waiting thread or task as an import proceeds."""
