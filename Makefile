@@ -1,0 +1,75 @@
+# Everything a developer or CI does with this repository. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The first interpreter that is new enough; make PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# Where pip finds torch, e.g. PIP_TORCH_ARGS="--index-url ..." with PyTorch's index of CPU wheels on a machine without a
+# GPU: the default Linux wheel brings CUDA along.
+PIP_TORCH_ARGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+JOBS ?= 2
+# What the protos are compared with.
+BASE ?= $(shell git rev-parse --quiet --verify origin/main >/dev/null 2>&1 && echo origin/main || echo main)
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+.PHONY: serve
+serve: $(VENV)/.demo-installed ## Serve the demo model and its adapters on this machine until Ctrl-C
+	@exec $(BIN)/loraplex serve --demo $(SERVE_ARGS)
+
+.PHONY: test
+test: $(VENV)/.dev-installed ## Run the tests that need no GPU
+	@$(BIN)/pytest -n $(JOBS) -m "not gpu" -q -ra $(PYTEST_ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(VENV)/.dev-installed ## Run the tests that need an NVIDIA GPU
+	@$(BIN)/pytest -m gpu -ra $(PYTEST_ARGS)
+
+.PHONY: check
+check: $(VENV)/.dev-installed ## Format, lint, types, import contracts, protos: all that needs no running
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python proto/generate.py --check --lint --breaking $(BASE)
+
+.PHONY: proto
+proto: $(VENV)/.dev-installed ## Regenerate proto/gen from the protos
+	@$(BIN)/python proto/generate.py
+
+.PHONY: bench
+bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machine's CPU
+	@$(BIN)/python benchmarks/cpu_vs_peft.py $(BENCH_ARGS)
+
+.PHONY: clean
+clean: ## Remove caches and build output; the virtual environment stays
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Stamps: an install is repeated only when what it depends on changed.
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: none of python3, python3.13, python3.12, python3.11 is." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "cannot create $(VENV); Debian and Ubuntu need the package python3-venv" >&2; rm -rf $(VENV); exit 1; }
+
+# torch first and pinned, so that nothing else gets to choose one.
+$(VENV)/.torch-installed: constraints.txt | $(VENV)/bin/python
+	@echo "Installing torch into $(VENV); this takes a few minutes once."
+	@$(PIP) install $(PIP_TORCH_ARGS) -c constraints.txt torch
+	@touch $@
+
+$(VENV)/.dev-installed: pyproject.toml $(VENV)/.torch-installed
+	@echo "Installing loraplex and its development tools into $(VENV)."
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.demo-installed
+
+$(VENV)/.demo-installed: pyproject.toml $(VENV)/.torch-installed
+	@echo "Installing loraplex into $(VENV)."
+	@$(PIP) install -c constraints.txt -e '.[demo]'
+	@touch $@
