@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from loraplex_common.http_status import http_status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DOMAIN = "loraplex"
+# gRPC refuses trailers beyond 8 KiB, and messages quote what the caller sent: the message goes out twice, in
+# grpc-message (up to three bytes per byte) and in the details.
+MAX_MESSAGE_BYTES = 1024
+MAX_VIOLATIONS = 8
+MAX_VIOLATION_BYTES = 128
 
 
 class LoraplexError(Exception):
@@ -240,6 +247,11 @@ def _subclasses(root: type[LoraplexError]) -> list[type[LoraplexError]]:
     return [cls for child in root.__subclasses__() for cls in (child, *_subclasses(child))]
 
 
+def _clip(text: str, max_bytes: int) -> str:
+    data = text.encode(errors="replace")  # a lone surrogate has no UTF-8
+    return data.decode() if len(data) <= max_bytes else data[: max_bytes - 3].decode(errors="ignore") + "..."
+
+
 def to_status(error: LoraplexError) -> status_pb2.Status:
     """Return the `google.rpc.Status` of an error, with `ErrorInfo` and what else the error carries."""
     details: list[Any] = [
@@ -251,9 +263,12 @@ def to_status(error: LoraplexError) -> status_pb2.Status:
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     if error.violations:
         violation = error_details_pb2.BadRequest.FieldViolation
-        violations = [violation(field=field, description=text) for field, text in error.violations]
+        violations = [
+            violation(field=_clip(field, MAX_VIOLATION_BYTES), description=_clip(text, MAX_VIOLATION_BYTES))
+            for field, text in error.violations[:MAX_VIOLATIONS]
+        ]
         details.append(error_details_pb2.BadRequest(field_violations=violations))
-    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    status = status_pb2.Status(code=error.code.value[0], message=_clip(error.message, MAX_MESSAGE_BYTES))
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
@@ -281,8 +296,9 @@ def from_status(status: status_pb2.Status) -> LoraplexError:
         "metadata": dict(info.metadata),
         "violations": violations,
     }
-    for cls in _subclasses(LoraplexError):
+    classes: list[type[LoraplexError]] = [LoraplexError, *_subclasses(LoraplexError)]
+    for cls in classes:
         if cls is not RemoteError and cls.reason == info.reason and cls.code == code:
             return cls(status.message, **keywords)
-    reason = info.reason or code_pb2.Code.Name(status.code)
-    return RemoteError(status.message, code=code, reason=reason, http_status=500, **keywords)
+    reason = info.reason or code.name
+    return RemoteError(status.message, code=code, reason=reason, http_status=http_status(code), **keywords)

@@ -8,25 +8,10 @@ import grpc
 from google.rpc import status_pb2
 
 from loraplex_common.errors import CancelledRequestError, DeadlineError, LoraplexError, RemoteError, from_status
+from loraplex_common.http_status import http_status
 from loraplex_common.interceptors import DROP_REASON_KEY
 
 _DETAILS_KEY: Final = "grpc-status-details-bin"
-# For statuses that come without details, from gRPC itself or a proxy: google.rpc.Code's own HTTP mapping.
-HTTP_STATUS: Final = {
-    grpc.StatusCode.CANCELLED: 499,
-    grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
-    grpc.StatusCode.NOT_FOUND: 404,
-    grpc.StatusCode.ALREADY_EXISTS: 409,
-    grpc.StatusCode.PERMISSION_DENIED: 403,
-    grpc.StatusCode.UNAUTHENTICATED: 401,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
-    grpc.StatusCode.FAILED_PRECONDITION: 409,
-    grpc.StatusCode.ABORTED: 409,
-    grpc.StatusCode.OUT_OF_RANGE: 400,
-    grpc.StatusCode.UNIMPLEMENTED: 501,
-    grpc.StatusCode.UNAVAILABLE: 503,
-}
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError) -> LoraplexError:
@@ -47,4 +32,4 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> LoraplexError:
         return DeadlineError(message)
     if code is grpc.StatusCode.CANCELLED:
         return CancelledRequestError(message)
-    return RemoteError(message, code=code, reason=code.name, http_status=HTTP_STATUS.get(code, 500))
+    return RemoteError(message, code=code, reason=code.name, http_status=http_status(code))

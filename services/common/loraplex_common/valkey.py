@@ -23,21 +23,12 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from loraplex_common.child_process import owned_command
+
 START_TIMEOUT_S: Final = 30.0  # loading a large AOF takes its time
 STOP_TIMEOUT_S: Final = 10.0
 LOCK_TIMEOUT_S: Final = 10.0
 MAX_SOCKET_PATH: Final = 100  # sockaddr_un holds 108 bytes
-
-# Runs in the child before it becomes the server: the kernel ends it when its parent thread dies (PR_SET_PDEATHSIG = 1,
-# kept across exec). Not a preexec_fn, which may deadlock in a process with threads. The parent may already be gone.
-_LAUNCHER: Final = """
-import ctypes, os, signal, sys
-if ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0) != 0:
-    sys.exit("prctl(PR_SET_PDEATHSIG): " + os.strerror(ctypes.get_errno()))
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("parent is gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class ValkeyError(RuntimeError):
@@ -133,9 +124,7 @@ class EmbeddedValkey:
         self._release()
         self._lock()
         self._socket_path.unlink(missing_ok=True)
-        command = self._command(server_binary())
-        if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
+        command = owned_command(self._command(server_binary()))
         assert self._lock_fd is not None
         with self.log_path.open("ab") as log:
             # The child shares the lock: until both are gone nobody else starts on this data.

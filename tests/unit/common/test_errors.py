@@ -1,0 +1,112 @@
+"""The error table: every class survives the wire, and docs/errors.md says what the classes say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from loraplex_common import errors
+from loraplex_common.errors import LoraplexError, RemoteError, from_status, to_status
+
+DOCS = Path(__file__).parents[3] / "docs" / "errors.md"
+
+
+def error_classes() -> list[type[LoraplexError]]:
+    return [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, LoraplexError)]
+
+
+CLASSES = [cls for cls in error_classes() if cls is not RemoteError]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_error_survives_the_wire(cls: type[LoraplexError]) -> None:
+    error = cls("what is wrong", retry_after_s=1.5, metadata={"engine": "e-1"}, field="adapter")
+
+    result = from_status(to_status(error))
+
+    assert type(result) is cls
+    assert (result.code, result.reason, result.http_status) == (cls.code, cls.reason, cls.http_status)
+    assert (result.message, result.retry_after_s, result.metadata) == ("what is wrong", 1.5, {"engine": "e-1"})
+    assert (result.field, result.violations) == ("adapter", (("adapter", "what is wrong"),))
+
+
+def test_no_two_errors_share_code_and_reason() -> None:
+    pairs = [(cls.code, cls.reason) for cls in CLASSES]
+
+    assert len(set(pairs)) == len(pairs)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_reasons_are_identifiers_and_http_statuses_are_errors(cls: type[LoraplexError]) -> None:
+    assert re.fullmatch(r"[A-Z][A-Z_]+", cls.reason)
+    assert 400 <= cls.http_status < 600
+    assert cls.code is not grpc.StatusCode.OK
+
+
+def test_an_error_without_extras_carries_only_error_info() -> None:
+    status = to_status(errors.AdapterNotFoundError("no such adapter"))
+
+    assert [detail.TypeName() for detail in status.details] == ["google.rpc.ErrorInfo"]
+
+
+def test_several_violations_survive_the_wire() -> None:
+    violations = (("sampling.top_p", "above 1"), ("stopping.max_new_tokens", "negative"))
+
+    result = from_status(to_status(errors.InvalidParameterError("two fields are wrong", violations=violations)))
+
+    assert result.violations == violations
+    assert result.field == "sampling.top_p"
+
+
+def test_an_unknown_reason_becomes_a_remote_error_with_the_codes_http_status() -> None:
+    newer = RemoteError("from a newer peer", code=grpc.StatusCode.NOT_FOUND, reason="TEAPOT_NOT_FOUND", http_status=404)
+
+    result = from_status(to_status(newer))
+
+    assert type(result) is RemoteError
+    assert (result.code, result.reason, result.http_status) == (grpc.StatusCode.NOT_FOUND, "TEAPOT_NOT_FOUND", 404)
+
+
+def test_a_remote_error_passes_a_second_hop_unchanged() -> None:
+    first = RemoteError("odd", code=grpc.StatusCode.UNAVAILABLE, reason="ODD", http_status=503, retry_after_s=2.0)
+
+    second = from_status(to_status(from_status(to_status(first))))
+
+    assert (second.code, second.reason, second.retry_after_s) == (grpc.StatusCode.UNAVAILABLE, "ODD", 2.0)
+
+
+def test_a_status_with_foreign_details_is_still_read() -> None:
+    status = to_status(errors.SaturatedError("full", retry_after_s=0.25))
+    status.details.add().Pack(error_details_pb2.Help(links=[error_details_pb2.Help.Link(url="x")]))
+
+    assert isinstance(from_status(status), errors.SaturatedError)
+
+
+def test_long_messages_and_many_violations_are_cut_to_fit_a_trailer() -> None:
+    violations = [(f"field{i}" * 50, "\u00e4" * 5000) for i in range(100)]
+
+    status = to_status(errors.InvalidParameterError("\u00e4" * 100_000, violations=violations))
+
+    assert status.message.endswith("...")
+    assert len(status.message.encode()) * 3 + status.ByteSize() < 8192
+
+
+def test_lone_surrogates_in_a_message_do_not_break_the_answer() -> None:
+    status = to_status(errors.InvalidParameterError("bad text \ud800", field="prompt"))
+
+    assert status.message.startswith("bad text")
+
+
+def documented_rows() -> dict[str, tuple[str, str, int]]:
+    """{class: (code, reason, http)} of the table in docs/errors.md."""
+    pattern = re.compile(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\d+) \| [^|]+ \| [^|]+ \|$", re.MULTILINE)
+    return {name: (code, reason, int(http)) for name, code, reason, http in pattern.findall(DOCS.read_text())}
+
+
+def test_the_documented_error_table_is_the_class_tree() -> None:
+    expected = {cls.__name__: (cls.code.name, cls.reason, cls.http_status) for cls in CLASSES}
+
+    assert documented_rows() == expected, "docs/errors.md and loraplex_common/errors.py differ"
