@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from google.longrunning import operations_proto_pb2 as google_dot_longrunning_dot_operations__proto__pb2
+from google.longrunning import operations_pb2 as google_dot_longrunning_dot_operations__pb2
 from loraplex.v1 import adapter_store_pb2 as loraplex_dot_v1_dot_adapter__store__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
@@ -74,7 +74,7 @@ class AdapterStoreServiceStub:
         self.ImportAdapter = channel.unary_unary(
                 '/loraplex.v1.AdapterStoreService/ImportAdapter',
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.ImportAdapterRequest.SerializeToString,
-                response_deserializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
         self.UploadAdapter = channel.stream_unary(
                 '/loraplex.v1.AdapterStoreService/UploadAdapter',
@@ -251,7 +251,7 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
             'ImportAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.ImportAdapter,
                     request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.ImportAdapterRequest.FromString,
-                    response_serializer=google_dot_longrunning_dot_operations__proto__pb2.Operation.SerializeToString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
             'UploadAdapter': grpc.stream_unary_rpc_method_handler(
                     servicer.UploadAdapter,
@@ -500,7 +500,7 @@ class AdapterStoreService:
             target,
             '/loraplex.v1.AdapterStoreService/ImportAdapter',
             loraplex_dot_v1_dot_adapter__store__pb2.ImportAdapterRequest.SerializeToString,
-            google_dot_longrunning_dot_operations__proto__pb2.Operation.FromString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,7 +4,7 @@ isort:skip_file
 Where adapters live: import, aliases, and the push of page images into engines."""
 
 from collections import abc as _abc
-from google.longrunning import operations_proto_pb2 as _operations_proto_pb2
+from google.longrunning import operations_pb2 as _operations_pb2
 from grpc import aio as _aio
 from loraplex.v1 import adapter_store_pb2 as _adapter_store_pb2
 import abc as _abc_1
@@ -48,7 +48,7 @@ class AdapterStoreServiceStub:
     """ListAdapterRevisions pages through the revisions of one name, newest first."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.SetAliasRequest, _adapter_store_pb2.SetAliasResponse]
     """SetAlias moves a label atomically."""
-    ImportAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.ImportAdapterRequest, _operations_proto_pb2.Operation]
+    ImportAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.ImportAdapterRequest, _operations_pb2.Operation]
     """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult."""
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_store_pb2.UploadAdapterRequest, _adapter_store_pb2.UploadAdapterResponse]
     """UploadAdapter is ImportAdapter with the files in the stream."""
@@ -82,7 +82,7 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     """ListAdapterRevisions pages through the revisions of one name, newest first."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.SetAliasRequest, _adapter_store_pb2.SetAliasResponse]  # type: ignore[assignment]
     """SetAlias moves a label atomically."""
-    ImportAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.ImportAdapterRequest, _operations_proto_pb2.Operation]  # type: ignore[assignment]
+    ImportAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.ImportAdapterRequest, _operations_pb2.Operation]  # type: ignore[assignment]
     """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult."""
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_store_pb2.UploadAdapterRequest, _adapter_store_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """UploadAdapter is ImportAdapter with the files in the stream."""
@@ -161,7 +161,7 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _adapter_store_pb2.ImportAdapterRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_operations_proto_pb2.Operation, _abc.Awaitable[_operations_proto_pb2.Operation]]:
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
         """ImportAdapter fetches, checks and stores an adapter; the Operation's response is an ImportAdapterResult."""
 
     @_abc_1.abstractmethod
