@@ -236,7 +236,8 @@ class StepOutputs:
 
     Attributes:
         token_slots: Session slots of plain tokens; with ``token_positions`` and ``token_ids`` in parallel, int32.
-        events: Everything else, in order; an event's tokens come after the plain ones of the same slot.
+        events: Everything else, in order. `Started`, `Loading` and `PromptLogprobs` come before the plain tokens of the
+            same slot, `TokenWithLogprobs` and `Ended` after them.
     """
 
     step_id: int
@@ -262,6 +263,28 @@ class LoadSnapshot:
     adapters_resident: int
     tokens_per_s: float
     draining: bool
+
+
+@dataclass(kw_only=True, slots=True)
+class LoopTotals:
+    """What the step loop has done since it began; written by its thread alone, read at any time (`Engine.totals`).
+
+    Attributes:
+        num_tokens: Tokens computed, prompts included.
+        num_adapters: Distinct adapters, summed over steps.
+        num_leases: Leases held by running requests right now.
+        schedule_s: Making plans; ``launch_s`` handing them to the runner; ``wait_s`` for results; ``update_s`` taking them in.
+    """
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_adapters: int = 0
+    num_preemptions: int = 0
+    num_leases: int = 0
+    schedule_s: float = 0.0
+    launch_s: float = 0.0
+    wait_s: float = 0.0
+    update_s: float = 0.0
 
 
 # --- events: step loop -> store client ---

@@ -30,7 +30,7 @@ class DeviceDelta:
 
 
 class ResidencyFeed:
-    """Ring of the last residency events, and the latest one of each adapter that is held.
+    """Ring of the last residency events, and the latest one of each adapter that is held or wanted.
 
     Args:
         capacity: Events kept; a reader that is further behind must list again.
@@ -38,7 +38,7 @@ class ResidencyFeed:
 
     def __init__(self, capacity: int) -> None:
         self._ring: deque[ResidencyChanged] = deque(maxlen=capacity)
-        self._held: dict[str, ResidencyChanged] = {}
+        self._latest: dict[str, ResidencyChanged] = {}
         self._changed = asyncio.Event()
         self.sequence = 0
 
@@ -52,17 +52,26 @@ class ResidencyFeed:
             raise ValueError(f"residency event {event.sequence} follows {self.sequence}: one was lost")
         self.sequence = event.sequence
         self._ring.append(event)
-        if event.state in (ResidencyState.ABSENT, ResidencyState.WANTED):
-            self._held.pop(event.digest, None)
+        if event.state is ResidencyState.ABSENT:
+            self._latest.pop(event.digest, None)
         else:
-            self._held[event.digest] = event
+            self._latest[event.digest] = event
         self._changed.set()
         self._changed = asyncio.Event()
 
     @property
     def held(self) -> list[ResidencyChanged]:
         """The latest event of each adapter that is in the arena or on the device."""
-        return list(self._held.values())
+        return [event for event in self._latest.values() if event.state is not ResidencyState.WANTED]
+
+    def in_state(self, *states: ResidencyState) -> list[str]:
+        """Return the digests in any of the states."""
+        return [digest for digest, event in self._latest.items() if event.state in states]
+
+    def latest(self, digest: str) -> ResidencyState:
+        """Return an adapter's state."""
+        event = self._latest.get(digest)
+        return ResidencyState.ABSENT if event is None else event.state
 
     def since(self, sequence: int) -> list[ResidencyChanged]:
         """Return the events after a sequence.
@@ -93,5 +102,5 @@ class ResidencyFeed:
             added = tuple(digest for digest, is_resident in latest.items() if is_resident)
             removed = tuple(digest for digest, is_resident in latest.items() if not is_resident)
             return DeviceDelta(is_snapshot=False, added=added, removed=removed, sequence=self.sequence)
-        resident = tuple(digest for digest, event in self._held.items() if event.state is ResidencyState.RESIDENT)
+        resident = tuple(self.in_state(ResidencyState.RESIDENT))
         return DeviceDelta(is_snapshot=True, added=resident, removed=(), sequence=self.sequence)

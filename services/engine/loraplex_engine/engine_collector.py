@@ -1,0 +1,107 @@
+"""The engine's state as gauges, read when Prometheus asks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from loraplex_engine.messages import LoadSnapshot, ResidencyChanged, ResidencyState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from loraplex_engine.engine import Engine
+    from loraplex_engine.residency_feed import ResidencyFeed
+    from loraplex_engine.residency_metrics import ResidencyMetrics
+
+MAX_ADAPTER_LABELS: Final = 1000
+OTHER: Final = "other"
+_ON_DEVICE: Final = (ResidencyState.RESIDENT, ResidencyState.DRAINING)
+
+
+class EngineCollector(Collector):
+    """Gauges of one engine.
+
+    Args:
+        engine: Whose load is shown.
+        feed: Where its adapters are.
+        residency: When that changed last.
+    """
+
+    def __init__(self, engine: Engine, feed: ResidencyFeed, residency: ResidencyMetrics) -> None:
+        self._engine = engine
+        self._feed = feed
+        self._residency = residency
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Show the state of this moment."""
+        load, held = self._engine.snapshot(), self._feed.held
+        yield _gauge("vllm:num_requests_running", "Requests in a batch.", load.running)
+        yield _gauge("vllm:num_requests_waiting", "Requests waiting.", load.waiting)
+        usage = (load.pages_kv + load.pages_pinned) / load.pages_total
+        yield _gauge("vllm:kv_cache_usage_perc", "Share of the pool that cannot be had by eviction, 0 to 1.", usage)
+        yield self._cache_config()
+        yield from self._lora(load, held)
+        pages = GaugeMetricFamily("loraplex_engine_pool_pages", "Pages of the pool by owner.", labels=["owner"])
+        for owner, count in (
+            ("kv", load.pages_kv),
+            ("adapter", load.pages_adapter),
+            ("pinned", load.pages_pinned),
+            ("free", load.pages_free),
+        ):
+            pages.add_metric([owner], count)
+        yield pages
+        leases = sum(event.num_leases for event in held)
+        yield _gauge("loraplex_engine_leases", "Leases of running requests on adapters.", leases)
+
+    def _cache_config(self) -> GaugeMetricFamily:
+        params = self._engine.params
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info", "Layout of the pool.", labels=["block_size", "num_gpu_blocks"]
+        )
+        family.add_metric([str(params.block_tokens), str(params.num_pages)], 1)
+        return family
+
+    def _lora(self, load: LoadSnapshot, held: list[ResidencyChanged]) -> Iterator[GaugeMetricFamily]:
+        resident = self._feed.in_state(ResidencyState.RESIDENT)
+        waiting = self._feed.in_state(ResidencyState.WANTED, ResidencyState.IN_ARENA, ResidencyState.LOADING)
+        room = self._max_adapters(load, held)
+        # One sample, made anew each time: a labelled Gauge would leak a series per permutation.
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters on the device and adapters waited for; the value is the time of the last change.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        info.add_metric([str(room), ",".join(resident), ",".join(waiting)], self._residency.changed_at)
+        yield info
+        yield _loaded(held)
+        on_device = sum(event.state in _ON_DEVICE for event in held)
+        yield _gauge("vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.", on_device)
+        yield _gauge("vllm:num_cpu_loaded_lora_adapters", "Adapters in the host arena only.", len(held) - on_device)
+        yield _gauge("vllm:max_gpu_lora_adapters", "Adapters that fit on the device.", room)
+
+    @staticmethod
+    def _max_adapters(load: LoadSnapshot, held: list[ResidencyChanged]) -> int:
+        """Return how many adapters of the usual size the pool could hold; pages are all that bounds it."""
+        sizes = [event.num_pages for event in held if event.num_pages]
+        return load.pages_total * len(sizes) // sum(sizes) if sizes else load.pages_total
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _loaded(held: list[ResidencyChanged]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "vllm:lora_adapter_loaded",
+        "1 for each adapter held; beyond the first 1000, one `other` with their number.",
+        labels=["adapter_name", "level", "pinned", "rank"],
+    )
+    for event in held[:MAX_ADAPTER_LABELS]:
+        level = "gpu" if event.state in _ON_DEVICE else "cpu"
+        family.add_metric([event.digest, level, str(event.is_pinned).lower(), str(event.max_rank)], 1)
+    if len(held) > MAX_ADAPTER_LABELS:
+        family.add_metric([OTHER, OTHER, OTHER, OTHER], len(held) - MAX_ADAPTER_LABELS)
+    return family

@@ -1,0 +1,94 @@
+"""The engine's lease in Valkey: how gateways find it, and how they notice that it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from typing import TYPE_CHECKING
+
+from loraplex_common.log import get_logger
+from loraplex_common.registry import ENGINE_LEASE_S, ENGINE_RENEW_S, ENGINES_KEY, EngineRecord, engine_key
+from redis.exceptions import RedisError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    import redis.asyncio
+
+_log = get_logger()
+
+
+class Registration:
+    """Keeps one engine's record alive for as long as `run` runs.
+
+    Valkey may come and go: gateways fall back to what they knew last, and the record is back one renewal after Valkey is.
+
+    Args:
+        client: Connection; the caller closes it.
+        record: What gateways are to know.
+        renew_s: Between two renewals.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis, record: EngineRecord, *, renew_s: float = ENGINE_RENEW_S) -> None:
+        self._client = client
+        self._record = record
+        self._renew_s = renew_s
+        self._is_reachable = True
+        self._lock = asyncio.Lock()  # a renewal under way must not bring back what `withdraw` takes away
+        self._is_withdrawn = False
+
+    @property
+    def record(self) -> EngineRecord:
+        """What gateways are told."""
+        return self._record
+
+    async def run(self) -> None:
+        """Renew the lease until cancelled."""
+        while True:
+            await self.renew()
+            await asyncio.sleep(self._renew_s)
+
+    async def renew(self) -> bool:
+        """Write the record with a fresh lease; return whether Valkey took it."""
+        async with self._lock:
+            if self._is_withdrawn:
+                return False
+            return await self._attempt(self._write)
+
+    async def announce_draining(self) -> None:
+        """Tell gateways to send no new requests."""
+        self._record = dataclasses.replace(self._record, is_draining=True)
+        await self.renew()
+
+    async def withdraw(self) -> None:
+        """Take the record away for good."""
+        async with self._lock:
+            self._is_withdrawn = True
+            await self._attempt(self._delete)
+
+    async def _write(self) -> None:
+        engine_id = self._record.engine_id
+        async with self._client.pipeline(transaction=True) as pipeline:
+            pipeline.set(engine_key(engine_id), self._record.to_json(), px=round(ENGINE_LEASE_S * 1000))
+            pipeline.zadd(ENGINES_KEY, {engine_id: time.time() + ENGINE_LEASE_S})
+            await pipeline.execute()
+
+    async def _delete(self) -> None:
+        async with self._client.pipeline(transaction=True) as pipeline:
+            pipeline.delete(engine_key(self._record.engine_id))
+            pipeline.zrem(ENGINES_KEY, self._record.engine_id)
+            await pipeline.execute()
+
+    async def _attempt(self, operation: Callable[[], Awaitable[None]]) -> bool:
+        try:
+            await operation()
+        except (RedisError, OSError) as error:
+            if self._is_reachable:
+                _log.warning("Valkey cannot be reached; gateways go on with what they know", error=str(error))
+            self._is_reachable = False
+            return False
+        if not self._is_reachable:
+            _log.info("Valkey is back", engine_id=self._record.engine_id)
+        self._is_reachable = True
+        return True
