@@ -1,0 +1,105 @@
+"""What one engine says of itself, for ``loraplex status``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from loraplex.v1 import adapter_pb2, engine_pb2, engine_pb2_grpc
+
+from loraplex_client._errors import translated
+
+if TYPE_CHECKING:
+    from loraplex_client._connection import Connection
+
+TIMEOUT_S: Final = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldAdapter:
+    """An adapter that an engine holds.
+
+    Attributes:
+        is_on_device: Whether it can be computed with; else it lies in the host arena.
+        num_pages: Pages or arena slots it takes.
+        num_leases: Running requests that use it.
+    """
+
+    digest: str
+    is_on_device: bool
+    num_pages: int
+    num_leases: int
+    is_pinned: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStatus:
+    """One engine and its load; ``pages_adapter`` can be evicted, ``pages_pinned`` are leased or pinned."""
+
+    engine_id: str
+    target: str
+    base_model: str
+    backend: str
+    dtype: str
+    page_bytes: int
+    running: int
+    waiting: int
+    pages_total: int
+    pages_free: int
+    pages_kv: int
+    pages_adapter: int
+    pages_pinned: int
+    tokens_per_s: float
+    is_draining: bool
+    adapters: tuple[HeldAdapter, ...]
+
+
+def engine_status(connection: Connection) -> EngineStatus:
+    """Ask an engine.
+
+    Raises:
+        LoraplexError: If it cannot be reached.
+    """
+    metadata = connection.metadata
+    with connection.open() as channel, translated(connection.target):
+        stub = engine_pb2_grpc.EngineServiceStub(channel)
+        info = stub.GetEngineInfo(engine_pb2.GetEngineInfoRequest(), timeout=TIMEOUT_S, metadata=metadata)
+        watch = stub.WatchLoad(engine_pb2.WatchLoadRequest(), timeout=TIMEOUT_S, metadata=metadata)
+        load = next(watch).load
+        watch.cancel()
+        held: list[HeldAdapter] = []
+        request = engine_pb2.ListAdaptersRequest()
+        while True:
+            page = stub.ListAdapters(request, timeout=TIMEOUT_S, metadata=metadata)
+            held.extend(_held(adapter) for adapter in page.adapters)
+            if not page.next_page_token:
+                break
+            request.page_token = page.next_page_token
+    return EngineStatus(
+        engine_id=info.engine_id,
+        target=connection.target,
+        base_model=info.base_model.name,
+        backend=info.backend,
+        dtype=info.geometry.dtype,
+        page_bytes=info.geometry.page_bytes,
+        running=load.running,
+        waiting=load.waiting,
+        pages_total=load.pages_total,
+        pages_free=load.pages_free,
+        pages_kv=load.pages_kv,
+        pages_adapter=load.pages_adapter,
+        pages_pinned=load.pages_pinned,
+        tokens_per_s=load.tokens_per_s,
+        is_draining=load.draining,
+        adapters=tuple(held),
+    )
+
+
+def _held(adapter: engine_pb2.ResidentAdapter) -> HeldAdapter:
+    return HeldAdapter(
+        digest=adapter.digest,
+        is_on_device=adapter.tier == adapter_pb2.TIER_DEVICE,
+        num_pages=adapter.num_pages,
+        num_leases=adapter.num_leases,
+        is_pinned=adapter.pinned,
+    )

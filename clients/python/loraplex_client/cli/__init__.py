@@ -1,0 +1,5 @@
+"""The ``loraplex`` command line."""
+
+from loraplex_client.cli.app import main
+
+__all__ = ["main"]

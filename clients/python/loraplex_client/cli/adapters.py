@@ -1,0 +1,175 @@
+"""``loraplex adapters``: what the store keeps."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from loraplex_common.sizes import format_size
+from rich.table import Table
+
+from loraplex_client.cli.context import StoreTarget, connect, progress_bars, stdout
+from loraplex_client.resources import Adapter, ImportProgress, ImportResult, Revision
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Import, list and name adapters.")
+
+HUB_SOURCE: Final = re.compile(r"hf:(?P<repo>[^@/]+/[^@/]+)(/(?P<subfolder>[^@]+))?@(?P<revision>[0-9a-fA-F]{40})")
+Name = Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME", show_default=False)]
+AnyName = Annotated[str, typer.Argument(help="NAME, NAME:LABEL or NAME@REVISION.", metavar="NAME", show_default=False)]
+EngineId = Annotated[str, typer.Option("--engine", help="Only on this engine.", metavar="ID")]
+
+
+@app.command("import")
+def import_(
+    context: typer.Context,
+    name: Name,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A PEFT directory, or hf:ORG/REPO[/SUBFOLDER]@COMMIT (40 hex digits).",
+            metavar="SOURCE",
+            show_default=False,
+        ),
+    ],
+    label: Annotated[str, typer.Option(help="Label to move to the new revision besides latest.")] = "",
+    base_model: Annotated[str, typer.Option(help="Base to check against instead of the one it names.")] = "",
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Let the store read the directory itself, below its import roots.")
+    ] = False,
+    store_target: StoreTarget = None,
+) -> None:
+    """Import an adapter from a directory or from the Hugging Face hub."""
+    with connect(context, store_target=store_target) as client, progress_bars() as update:
+
+        def progress(state: ImportProgress) -> None:
+            update(f"{name}: {state.stage.value}", state.bytes_done, state.bytes_total)
+
+        if source.startswith("hf:"):
+            match = HUB_SOURCE.fullmatch(source)
+            if match is None:
+                raise typer.BadParameter(f"{source!r} is not hf:ORG/REPO[/SUBFOLDER]@COMMIT", param_hint="SOURCE")
+            result = client.adapters.import_hub(
+                name,
+                match["repo"],
+                revision=match["revision"].lower(),
+                subfolder=match["subfolder"] or "",
+                label=label,
+                base_model=base_model,
+                progress=progress,
+            )
+        else:
+            put = client.adapters.import_directory if in_place else client.adapters.upload
+            result = put(name, Path(source), label=label, base_model=base_model, progress=progress)
+    _print_import(name, result)
+
+
+@app.command("list")
+def list_(
+    context: typer.Context,
+    prefix: Annotated[str, typer.Option(help="Only names beginning so.")] = "",
+    deleted: Annotated[bool, typer.Option("--deleted", help="Deleted ones too.")] = False,
+    store_target: StoreTarget = None,
+) -> None:
+    """List adapters by name."""
+    table = Table("NAME", "STATE", "REVISION", "RANK", "SIZE", "LABELS", box=None)
+    with connect(context, store_target=store_target) as client:
+        for adapter in client.adapters.list(prefix=prefix, show_deleted=deleted):
+            latest = adapter.latest
+            table.add_row(
+                adapter.name,
+                adapter.state.value,
+                latest.digest[:12] if latest else "-",
+                str(latest.max_rank) if latest else "-",
+                format_size(latest.canonical_bytes) if latest else "-",
+                ", ".join(sorted(adapter.aliases)),
+            )
+    stdout.print(table)
+
+
+@app.command()
+def show(context: typer.Context, name: AnyName, store_target: StoreTarget = None) -> None:
+    """Show one adapter and its revisions."""
+    with connect(context, store_target=store_target) as client:
+        adapter = client.adapters.get(name)
+        revisions = list(client.adapters.revisions(adapter.name))
+    _print_adapter(adapter)
+    if adapter.resolved is not None:
+        _print_revision(adapter.resolved)
+    for revision in revisions:
+        labels = sorted(label for label, digest in adapter.aliases.items() if digest == revision.digest)
+        stdout.print(f"  {revision.digest}  {', '.join(labels)}", soft_wrap=True)
+
+
+@app.command()
+def alias(
+    context: typer.Context,
+    name: Name,
+    label: Annotated[str, typer.Argument(help="The label, e.g. prod.", metavar="LABEL", show_default=False)],
+    revision: Annotated[
+        str, typer.Argument(help="Digest (64 hex digits), or a label of the same adapter.", metavar="REVISION")
+    ] = "latest",
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the label.")] = False,
+    expect: Annotated[
+        str | None, typer.Option(help="Fail unless the label points here now (empty: nowhere).", metavar="REVISION")
+    ] = None,
+    store_target: StoreTarget = None,
+) -> None:
+    """Point NAME:LABEL at a revision, atomically; running requests keep theirs."""
+    with connect(context, store_target=store_target) as client:
+        digest = "" if remove else client.adapters.get(name).aliases.get(revision, revision)
+        client.adapters.alias(name, label, digest, expected_revision=expect)
+    stdout.print(f"{name}:{label} {'removed' if remove else '-> ' + digest}", soft_wrap=True)
+
+
+@app.command()
+def delete(
+    context: typer.Context,
+    name: Name,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even while requests use it; they finish all the same.")
+    ] = False,
+    store_target: StoreTarget = None,
+) -> None:
+    """Delete an adapter's name; no new requests."""
+    with connect(context, store_target=store_target) as client:
+        client.adapters.delete(name, force=force)
+    stdout.print(f"deleted {name}")
+
+
+@app.command()
+def prefetch(context: typer.Context, name: AnyName, engine: EngineId = "", store_target: StoreTarget = None) -> None:
+    """Hint that an adapter will be wanted."""
+    with connect(context, store_target=store_target) as client:
+        client.adapters.prefetch(name, engine_id=engine)
+
+
+@app.command()
+def evict(context: typer.Context, name: AnyName, engine: EngineId = "", store_target: StoreTarget = None) -> None:
+    """Hint that an adapter will not be wanted."""
+    with connect(context, store_target=store_target) as client:
+        client.adapters.evict(name, engine_id=engine)
+
+
+def _print_import(name: str, result: ImportResult) -> None:
+    state = "unchanged" if result.already_existed else "imported"
+    revision = result.revision
+    stdout.print(
+        f"{state} {name}@{revision.digest[:12]}: rank {revision.max_rank}, {', '.join(revision.target_modules)}, "
+        f"{format_size(revision.canonical_bytes)}",
+        soft_wrap=True,
+    )
+
+
+def _print_adapter(adapter: Adapter) -> None:
+    stdout.print(f"[bold]{adapter.name}[/bold]  {adapter.state.value}  {adapter.description}")
+    if adapter.allowed_tenants:
+        stdout.print(f"tenants: {', '.join(adapter.allowed_tenants)}")
+
+
+def _print_revision(revision: Revision) -> None:
+    stdout.print(
+        f"revision {revision.digest}\n"
+        f"rank {revision.max_rank}, {revision.num_layers} layers, {', '.join(revision.target_modules)}\n"
+        f"{revision.num_parameters:,} parameters, {format_size(revision.canonical_bytes)}, from {revision.source}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,77 @@
+"""Puts the commands together and turns failures into one line on stderr and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from loraplex_common.errors import LoraplexError
+
+from loraplex_client.cli import adapters, generate, model, serve, status
+from loraplex_client.cli.context import Credentials
+from loraplex_client.demo.errors import DemoModelError
+from loraplex_client.serve import ServeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in help texts are brackets
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Serve LoRA adapters of one base model, and use them.",
+)
+app.command()(serve.serve)
+app.command()(generate.generate)
+app.command()(generate.chat)
+app.add_typer(adapters.app, name="adapters")
+app.command()(status.status)
+app.command("fetch-model")(model.fetch_model)
+
+
+@app.callback()
+def _credentials(
+    context: typer.Context,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORAPLEX_API_KEY", help="API key sent with every call.", show_envvar=True)
+    ] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(envvar="LORAPLEX_TLS_CA", help="Certificates to trust, PEM; turns TLS on.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(envvar="LORAPLEX_TLS_CERT", help="Client certificate, PEM, for mutual TLS.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="LORAPLEX_TLS_KEY", help="Key of the client certificate, PEM.")
+    ] = None,
+) -> None:
+    context.obj = Credentials(api_key=api_key, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except LoraplexError as error:
+        _fail(f"{error.reason}: {error.message}")
+    except (DemoModelError, ServeError) as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("loraplex"):
+            raise
+        _fail(f"{error.name} is not installed; pip install 'loraplex[demo]' has everything")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output is gone; keep the interpreter from failing again at its last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,151 @@
+"""``loraplex generate`` and ``loraplex chat``."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from loraplex_client._client import Client, GenerateStream
+from loraplex_client._connection import DEFAULT_TARGET
+from loraplex_client._requests import ChatMessage, GenerateOptions
+from loraplex_client.cli.context import Target, connect, stderr
+from loraplex_client.events import Finished
+
+AdapterName = Annotated[
+    str, typer.Option(help="NAME, NAME:LABEL or NAME@REVISION; left out: the base model.", metavar="NAME")
+]
+ModelName = Annotated[str, typer.Option(help="Base model, where the gateway fronts several.", metavar="NAME")]
+Temperature = Annotated[float | None, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that reach this probability.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens; 0: from all.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: avoid tokens seen before.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same output.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+Stop = Annotated[list[str] | None, typer.Option(help="String that ends the output; may be given again.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Print token counts and timings to stderr.")]
+
+
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
+    adapter: AdapterName = "",
+    model: ModelName = "",
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    max_new_tokens: MaxNewTokens = 256,
+    stop: Stop = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")] = False,
+    stats: Stats = False,
+    target: Target = DEFAULT_TARGET,
+) -> None:
+    """Continue a text, as it is: no chat template."""
+    options = GenerateOptions(
+        prompt=sys.stdin.read() if prompt == "-" else prompt,
+        adapter=adapter,
+        model=model,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        ignore_eos=ignore_eos or None,
+    )
+    with connect(context, target) as client:
+        _print_stream(client.generate(**options), show_stats=stats)
+
+
+def chat(
+    context: typer.Context,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to say; - reads it from stdin; left out: a conversation.")
+    ] = None,
+    adapter: AdapterName = "",
+    model: ModelName = "",
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    max_new_tokens: MaxNewTokens = 256,
+    stop: Stop = None,
+    stats: Stats = False,
+    target: Target = DEFAULT_TARGET,
+) -> None:
+    """Talk to the model through its chat template."""
+    messages: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
+    options = GenerateOptions(
+        adapter=adapter,
+        model=model,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+    )
+    with connect(context, target) as client:
+        if prompt is None:
+            _converse(client, messages, options, show_stats=stats)
+            return
+        messages.append({"role": "user", "content": sys.stdin.read() if prompt == "-" else prompt})
+        options["messages"] = messages
+        _print_stream(client.generate(**options), show_stats=stats)
+
+
+def _converse(client: Client, messages: list[ChatMessage], options: GenerateOptions, *, show_stats: bool) -> None:
+    """Take turns until end-of-file; Ctrl-C cuts an answer short."""
+    if sys.stdin.isatty():
+        stderr.print("[dim]Ctrl-C stops an answer, Ctrl-D ends the conversation.[/dim]")
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not said.strip():
+            continue
+        messages.append({"role": "user", "content": said})
+        options["messages"] = messages
+        stream = client.generate(**options)
+        messages.append({"role": "assistant", "content": _print_stream(stream, show_stats=show_stats, cut=True)})
+
+
+def _print_stream(stream: GenerateStream, *, show_stats: bool, cut: bool = False) -> str:
+    """Print the text as it comes and return it.
+
+    Args:
+        stream: What to print.
+        show_stats: Print counts and timings at the end.
+        cut: Whether an interrupt ends the answer only, not the program.
+    """
+    text = ""
+    with stream:
+        try:
+            for event in stream:
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+                text += event.text
+                if isinstance(event, Finished) and show_stats:
+                    _print_stats(event)
+        except KeyboardInterrupt:
+            if not cut:
+                raise
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return text
+
+
+def _print_stats(finished: Finished) -> None:
+    usage, timings = finished.usage, finished.timings
+    rate = (usage.output_tokens - 1) / timings.decode_s if timings.decode_s > 0 else 0.0
+    stderr.print(
+        f"\n[dim]{finished.finish_reason.value}: {usage.prompt_tokens} prompt ({usage.cached_tokens} cached) + "
+        f"{usage.output_tokens} output tokens; queue {timings.queue_s:.3f} s (adapter {timings.adapter_load_s:.3f} s), "
+        f"prefill {timings.prefill_s:.3f} s, decode {timings.decode_s:.3f} s, {rate:.1f} tokens/s[/dim]"
+    )

@@ -1,0 +1,121 @@
+"""``loraplex status``: engines, their load, what they hold."""
+
+import asyncio
+from typing import Annotated, Any
+
+import typer
+from loraplex_common.errors import LoraplexError
+from loraplex_common.sizes import format_size
+from rich.table import Table
+
+from loraplex_client._connection import DEFAULT_TARGET, Connection, engine_beside
+from loraplex_client._engines import EngineStatus, HeldAdapter, engine_status
+from loraplex_client.cli.context import Credentials, StoreTarget, Target, connect, stderr, stdout
+from loraplex_client.resources import Model
+
+
+def status(
+    context: typer.Context,
+    target: Target = DEFAULT_TARGET,
+    store_target: StoreTarget = None,
+    engine_target: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="LORAPLEX_ENGINE_TARGET",
+            help="An engine's gRPC address, may be given again (default: the gateway's host, port 8520).",
+            metavar="HOST:PORT",
+        ),
+    ] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(envvar="LORAPLEX_REDIS_URL", help="Find all engines in this Valkey's registry.")
+    ] = None,
+) -> None:
+    """Show models, engines with their load, and where each adapter is. Fails if a part does not answer."""
+    credentials: Credentials = context.obj
+    targets = engine_target or ([engine_beside(target)] if redis_url is None else [])
+    if redis_url is not None:
+        targets += asyncio.run(_registered_engines(redis_url))
+    problems: list[str] = []
+    engines: list[EngineStatus] = []
+    for engine in targets:
+        connection = Connection(
+            target=engine, api_key=credentials.api_key, tls_ca=credentials.tls_ca,
+            tls_cert=credentials.tls_cert, tls_key=credentials.tls_key,
+        )  # fmt: skip
+        try:
+            engines.append(engine_status(connection))
+        except LoraplexError as error:
+            problems.append(f"engine: {error.message}")
+    if not targets:
+        problems.append("no engine is registered")
+    stdout.print(_engine_table(engines))
+    with connect(context, target, store_target) as client:
+        try:
+            models = client.list_models()
+        except LoraplexError as error:
+            problems.append(f"gateway: {error.message}")
+        else:
+            stdout.print()
+            stdout.print(_model_table(models, engines))
+    for problem in problems:
+        stderr.print(f"error: {problem}", soft_wrap=True)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _engine_table(engines: list[EngineStatus]) -> Table:
+    table = Table(
+        "ENGINE", "TARGET", "MODEL", "COMPUTE", "RUN", "WAIT", "TOK/S", "POOL", "KV/LORA/PINNED/FREE", box=None
+    )
+    for engine in engines:
+        table.add_row(
+            engine.engine_id[:12] + (" (draining)" if engine.is_draining else ""),
+            engine.target,
+            engine.base_model,
+            f"{engine.backend} {engine.dtype}",
+            str(engine.running),
+            str(engine.waiting),
+            f"{engine.tokens_per_s:.1f}",
+            format_size(engine.pages_total * engine.page_bytes),
+            f"{engine.pages_kv}/{engine.pages_adapter}/{engine.pages_pinned}/{engine.pages_free}",
+        )
+    return table
+
+
+def _model_table(models: list[Model], engines: list[EngineStatus]) -> Table:
+    table = Table("MODEL", "BASE", "REVISION", "LABELS", "RESIDENCY", box=None)
+    for model in models:
+        held = [adapter for engine in engines for adapter in engine.adapters if adapter.digest == model.revision]
+        table.add_row(
+            model.name,
+            model.base_model if model.is_adapter else "(base)",
+            model.revision[:12] or "-",
+            ", ".join(sorted(model.aliases)),
+            _residency(held) if model.is_adapter else "-",
+        )
+    return table
+
+
+def _residency(held: list[HeldAdapter]) -> str:
+    on_device = [adapter for adapter in held if adapter.is_on_device]
+    if on_device:
+        leases = sum(adapter.num_leases for adapter in on_device)
+        pages = on_device[0].num_pages
+        return f"device on {len(on_device)}, {pages} pages, {leases} leases"
+    return f"arena on {len(held)}" if held else "store"
+
+
+async def _registered_engines(redis_url: str) -> list[str]:
+    """Return the targets of all engines whose lease is good."""
+    import time
+
+    from loraplex_common.registry import ENGINES_KEY, EngineRecord, engine_key
+    from loraplex_common.valkey import connect as connect_valkey
+
+    client = connect_valkey(redis_url)
+    try:
+        engine_ids: list[Any] = await client.zrangebyscore(ENGINES_KEY, time.time(), "+inf")
+        records = await client.mget([engine_key(engine_id.decode()) for engine_id in engine_ids]) if engine_ids else []
+        return [EngineRecord.from_json(record).target for record in records if record is not None]
+    finally:
+        await client.aclose()

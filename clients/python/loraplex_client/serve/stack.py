@@ -1,0 +1,158 @@
+"""Starts the parts in order, keeps them running, ends them in reverse.
+
+A part that dies while starting ends the whole: there is something to mend. One that dies later is started again on the
+same ports after a pause that doubles; one that dies too often ends the whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from loraplex_client.serve.child import ChildError, ServiceChild
+from loraplex_client.serve.valkey_child import ValkeyChild
+
+if TYPE_CHECKING:
+    from loraplex_client.serve.config import ServeConfig
+
+Child = ServiceChild | ValkeyChild
+Report = Callable[[str], None]
+
+FIRST_BACKOFF_S: Final = 0.1
+MAX_BACKOFF_S: Final = 5.0
+MAX_NUM_RESTARTS: Final = 5
+RESTART_WINDOW_S: Final = 60.0
+KILL_MARGIN_S: Final = 5.0  # on top of the grace that a service takes itself
+
+
+class ServeError(RuntimeError):
+    """A part could not be started or kept running; the message has the end of its log."""
+
+
+class Stack:
+    """All parts on this machine. Use it on the main thread's event loop.
+
+    Args:
+        config: What to run.
+        report: Told in one line of each part that starts, dies or is started again.
+
+    Attributes:
+        grpc: Address of the gateway, once started.
+        http: Address of its OpenAI-compatible port, once started.
+        store: Address of the adapter store, once started.
+        engine: Address of the engine, once started.
+    """
+
+    def __init__(self, config: ServeConfig, report: Report) -> None:
+        self.grpc = self.http = self.store = self.engine = ""
+        self._config = config
+        self._report = report
+        self._children: list[Child] = []
+        self._supervisors: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start all parts and return once all are ready; on failure everything is ended.
+
+        Raises:
+            ServeError: If a part ends before it is ready.
+        """
+        try:
+            await self._start_all()
+        except BaseException as error:
+            await self.stop()
+            if isinstance(error, ChildError):
+                raise ServeError(str(error)) from error
+            raise
+
+    async def run(self) -> None:
+        """Keep all parts running until cancelled.
+
+        Raises:
+            ServeError: If a part dies too often.
+        """
+        self._supervisors = [asyncio.create_task(self._supervise(child)) for child in self._children]
+        try:
+            await asyncio.gather(*self._supervisors)
+        except ChildError as error:
+            raise ServeError(str(error)) from error
+        finally:
+            await self._end_supervision()
+
+    async def stop(self) -> None:
+        """Drain and end all parts, the gateway first; nothing is left running."""
+        await self._end_supervision()
+        for child in reversed(self._children):
+            await child.stop(self._config.drain_grace_s + KILL_MARGIN_S)
+
+    def kill(self) -> None:
+        """End all parts at once."""
+        for child in self._children:
+            child.kill()
+
+    async def _start_all(self) -> None:
+        config = self._config
+        log_dir = config.data_dir / "logs"
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ChildError(f"{log_dir}: {error.strerror}") from error
+        redis_url = config.redis_url
+        if redis_url is None:
+            valkey = ValkeyChild(config.data_dir / "valkey")
+            await self._start(valkey)
+            redis_url = valkey.url
+        store = ServiceChild(config.store(redis_url), log_dir)
+        await self._start(store)
+        self.store = store.addresses["grpc"]
+        engine = ServiceChild(config.engine(redis_url, self.store), log_dir)
+        gateway = ServiceChild(config.gateway(redis_url, self.store), log_dir)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._start(engine))
+                group.create_task(self._start(gateway))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        self.engine = engine.addresses["grpc"]
+        self.grpc, self.http = gateway.addresses["grpc"], gateway.addresses["http"]
+
+    async def _start(self, child: Child) -> None:
+        self._children.append(child)
+        self._report(f"starting {child.name}")
+        await child.start()
+
+    async def _supervise(self, child: Child) -> None:
+        """Start a child again whenever it dies.
+
+        Raises:
+            ChildError: If it dies more than `MAX_NUM_RESTARTS` times within `RESTART_WINDOW_S`.
+        """
+        deaths: collections.deque[float] = collections.deque(maxlen=MAX_NUM_RESTARTS + 1)
+        while True:
+            how = await child.wait()
+            deaths.append(time.monotonic())
+            self._report(f"{child.name} died ({how}); its last words:\n{child.log_tail()}")
+            while True:
+                recent = [death for death in deaths if death > time.monotonic() - RESTART_WINDOW_S]
+                if len(recent) > MAX_NUM_RESTARTS:
+                    raise ChildError(
+                        f"{child.name} died {len(recent)} times within {RESTART_WINDOW_S:.0f} s; its last words:\n"
+                        f"{child.log_tail()}"
+                    )
+                await asyncio.sleep(min(FIRST_BACKOFF_S * 2 ** (len(recent) - 1), MAX_BACKOFF_S))
+                try:
+                    await child.start()
+                except ChildError as error:
+                    deaths.append(time.monotonic())
+                    self._report(str(error))
+                else:
+                    self._report(f"{child.name} runs again")
+                    break
+
+    async def _end_supervision(self) -> None:
+        for supervisor in self._supervisors:
+            supervisor.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
+        self._supervisors = []

@@ -1,0 +1,61 @@
+"""The embedded Valkey server in the shape of the other children."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.valkey import EmbeddedValkey, ValkeyError
+
+from loraplex_client.serve.child import LOG_TAIL_LINES, ChildError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+POLL_S: Final = 0.2
+
+
+class ValkeyChild:
+    """Runs the embedded Valkey server; its address does not change over restarts."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.name = "valkey"
+        try:
+            self._server = EmbeddedValkey(data_dir)
+        except OSError as error:
+            raise ChildError(f"{data_dir}: {error.strerror}") from error
+        self.url = self._server.url
+        self.log_path = self._server.log_path
+
+    async def start(self) -> None:
+        """Start the server and return once it answers, its data loaded.
+
+        Blocks the event loop meanwhile: the server's life is tied to the thread that starts it.
+
+        Raises:
+            ChildError: If it ends or stays silent.
+        """
+        try:
+            self._server.start()
+        except ValkeyError as error:
+            raise ChildError(str(error)) from error
+
+    async def wait(self) -> str:
+        """Wait until the server ends; return how."""
+        while self._server.is_running:  # noqa: ASYNC110 -- it has no event to wait for
+            await asyncio.sleep(POLL_S)
+        return "no reason given"
+
+    async def stop(self, timeout_s: float) -> None:
+        """Stop the server after it has written its data."""
+        await asyncio.to_thread(self._server.close)
+
+    def kill(self) -> None:
+        """End the server at once."""
+        self._server.kill()
+
+    def log_tail(self) -> str:
+        """Return the last lines of the log."""
+        with self.log_path.open(errors="replace") as log:
+            return "".join(deque(log, LOG_TAIL_LINES)).rstrip()
