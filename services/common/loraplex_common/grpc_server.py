@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -89,8 +90,8 @@ class GrpcServer:
         options = list(_OPTIONS)
         if config.max_concurrent_streams is not None:
             options.append(("grpc.max_concurrent_streams", config.max_concurrent_streams))
-        interceptor = LoraplexInterceptor(authenticator=authenticator, metrics=metrics)
-        self.server = grpc.aio.server(interceptors=[interceptor], options=options)
+        self._calls = LoraplexInterceptor(authenticator=authenticator, metrics=metrics)
+        self.server = grpc.aio.server(interceptors=[self._calls], options=options)
         self.health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
 
@@ -128,10 +129,14 @@ class GrpcServer:
     async def drain(self, *, settle_s: float, grace_s: float) -> None:
         """Go out of service without failing a call.
 
-        Says NOT_SERVING, serves on for ``settle_s`` seconds until balancers have noticed, then refuses new calls and
-        gives running ones ``grace_s`` seconds. Liveness stays SERVING: a draining process must not be shot.
+        Says NOT_SERVING, serves on for ``settle_s`` seconds until balancers have noticed, then answers new calls with
+        DRAINING and gives running ones ``grace_s`` seconds. Liveness stays SERVING: a draining process must not be shot.
+        gRPC's own grace would cancel calls that race with it, and wait for health watches until it is over.
         """
         self._is_draining = True
         self.set_ready(False)
         await asyncio.sleep(settle_s)
-        await self.server.stop(grace_s)
+        self._calls.refuse_new_calls()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._calls.wait_until_idle(), grace_s)
+        await self.server.stop(None)

@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import grpc
 from grpc_status import rpc_status
 
-from loraplex_common.auth import Authenticator, acting_as
-from loraplex_common.errors import InvalidParameterError, LoraplexError, to_status
+from loraplex_common.auth import Authenticator, Tenant, acting_as
+from loraplex_common.errors import DrainingError, InvalidParameterError, LoraplexError, to_status
 from loraplex_common.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from loraplex_common.rpc_metrics import RpcMetrics
 
 DROP_REASON_KEY: Final = "loraplex-drop-reason"
 PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"  # proposal A6: the server's say in when a retry comes
+# A client whose deadline passes hangs up at once: the server's copy of the deadline, set on arrival, is still to come.
+DEADLINE_MARGIN_S: Final = 0.05
 # Probes and tools come without credentials; both services tell nothing about tenants.
 OPEN_SERVICES: Final = ("/grpc.health.v1.", "/grpc.reflection.")
 
@@ -58,10 +60,13 @@ class _Call:
         if metrics is not None:
             metrics.started(label)
         try:
-            with acting_as(self._server.tenant(self._method, self._authorization, context)):
+            if self._method.startswith(OPEN_SERVICES):
+                return await run()
+            with self._server.in_flight(), acting_as(self._server.tenant(self._authorization, context)):
                 return await run()
         except asyncio.CancelledError:
-            is_late = (context.time_remaining() or 1.0) <= 0
+            remaining_s: float | None = context.time_remaining()
+            is_late = remaining_s is not None and remaining_s <= DEADLINE_MARGIN_S
             status = (grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED).name
             raise
         except grpc.aio.AbortError:
@@ -82,20 +87,48 @@ class _Call:
 
 
 class LoraplexInterceptor(grpc.aio.ServerInterceptor):
-    """Authenticates calls, maps exceptions to rich statuses and records metrics."""
+    """Authenticates calls, maps exceptions to rich statuses, records metrics, knows how many calls run."""
 
     def __init__(self, *, authenticator: Authenticator | None, metrics: RpcMetrics | None) -> None:
         self._authenticator = authenticator or Authenticator()
         self.metrics = metrics
+        self._is_refusing = False
+        self._num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
-    def tenant(self, method: str, authorization: str | None, context: Context) -> Any:
+    def refuse_new_calls(self) -> None:
+        """Answer DRAINING to every further call; running ones go on."""
+        self._is_refusing = True
+
+    async def wait_until_idle(self) -> None:
+        """Wait until no call runs; health watches, which never end, do not count."""
+        await self._idle.wait()
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Count a call while it runs.
+
+        Raises:
+            DrainingError: If new calls are refused.
+        """
+        if self._is_refusing:
+            raise DrainingError("this server is shutting down: try another", drop_reason="rejected-shutting-down")
+        self._num_running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_running -= 1
+            if self._num_running == 0:
+                self._idle.set()
+
+    def tenant(self, authorization: str | None, context: Context) -> Tenant:
         """Return who calls.
 
         Raises:
             UnauthenticatedError: If the credentials are missing or unknown.
         """
-        if method.startswith(OPEN_SERVICES):
-            return Authenticator().authenticate(None)
         names = list(context.auth_context().get("x509_common_name", ()))
         return self._authenticator.authenticate(authorization, common_name=names[0].decode() if names else None)
 
