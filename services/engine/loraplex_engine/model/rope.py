@@ -1,0 +1,94 @@
+"""Rotary position embedding: the frequencies of each scaling rule, and a table of cosines and sines.
+
+Sources: Su et al., "RoFormer", arXiv:2104.09864; Peng et al., "YaRN", arXiv:2309.00071 (yarn, section 3); Meta's
+Llama 3.1 reference code (llama3). Half-split convention: dimension i pairs with i + head_dim / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from loraplex_common.base_model import BaseModelError
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from loraplex_engine.model.config import ModelConfig
+
+
+def _llama3_frequencies(inv_freq: Tensor, rope: dict[str, Any]) -> Tensor:
+    """Keep short wavelengths, stretch long ones by ``factor``, and blend in between."""
+    low, high, length = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    smooth: Tensor = ((length * inv_freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    factor: float = rope["factor"]
+    return (1 - smooth) * inv_freq / factor + smooth * inv_freq
+
+
+def _yarn_frequencies(inv_freq: Tensor, rope: dict[str, Any], dim: int) -> Tensor:
+    """Interpolate dimensions that turn less than beta_slow times in the trained length, keep those above beta_fast."""
+    theta, length = rope["rope_theta"], rope["original_max_position_embeddings"]
+
+    def dimension_of(num_rotations: float) -> float:
+        return dim * math.log(length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(rope.get("beta_fast") or 32), dimension_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low or 0.001  # both ends may fall on one dimension
+    ramp: Tensor = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    factor: float = rope["factor"]
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp)
+
+
+def _yarn_attention_factor(rope: dict[str, Any]) -> float:
+    """Return YaRN's factor on cosines and sines, which raises the softmax temperature for long contexts."""
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Return the inverse frequencies, fp32 ``[head_dim / 2]``, and the factor on cosines and sines.
+
+    Raises:
+        BaseModelError: If config.json lacks a parameter of its RoPE type.
+    """
+    rope, dim = config.rope, config.head_dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    inv_freq = 1.0 / (rope["rope_theta"] ** exponents)
+    try:
+        match rope["rope_type"]:
+            case "linear":
+                return inv_freq / rope["factor"], 1.0
+            case "llama3":
+                return _llama3_frequencies(inv_freq, rope), 1.0
+            case "yarn":
+                return _yarn_frequencies(inv_freq, rope, dim), _yarn_attention_factor(rope)
+    except KeyError as error:
+        raise BaseModelError(f"config.json: RoPE type {rope['rope_type']!r} needs {error}") from error
+    return inv_freq, 1.0
+
+
+def rope_table(config: ModelConfig, num_positions: int) -> Tensor:
+    """Tabulate RoPE: fp32 ``[num_positions, 2, head_dim / 2]``, cosines then sines.
+
+    Raises:
+        BaseModelError: If the dynamic rule is asked for positions beyond training, where it would change the
+            frequencies of keys that are already in the pool.
+    """
+    if config.rope["rope_type"] == "dynamic" and num_positions > config.max_position_embeddings:
+        raise BaseModelError(
+            f"dynamic RoPE is served up to max_position_embeddings = {config.max_position_embeddings} tokens, "
+            f"not {num_positions}: lower --max-model-len"
+        )
+    inv_freq, factor = rope_frequencies(config)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inv_freq)
+    return torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1)

@@ -1,0 +1,251 @@
+"""Draws tokens from logits: constraints, penalties, temperature, truncation, then Gumbel-max with counter-based noise.
+
+The order is vLLM's: allowed ids, logit bias and banned stops; repetition, frequency and presence penalties; (log
+probabilities are reported from here); temperature; min_p; top_k and top_p; draw. Steady greedy decoding is one argmax.
+
+Legend: S = sampling rows, V = vocabulary, R = rows drawn at random, C = candidate tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraplex_engine.philox import Noise, gumbel
+from loraplex_engine.step import SlotSetup, TokenLogprobs
+
+if TYPE_CHECKING:
+    from loraplex_engine.step import SamplingArrays
+
+NUCLEUS_CANDIDATES: Final = 1024  # sorted first for top_p; the whole vocabulary only if they don't hold its mass
+NEG_INF: Final = float("-inf")
+
+
+@dataclass(slots=True)
+class SlotState:
+    """What a slot's occupant needs beyond the plan's arrays.
+
+    Attributes:
+        setup: As the scheduler sent it.
+        seen: Boolean ``[V]``, tokens of prompt and output; ``counts`` int32 ``[V]``, tokens of the output. None without
+            penalties.
+    """
+
+    setup: SlotSetup
+    seen: Tensor | None = None
+    counts: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogprobRows:
+    """Log probabilities of some rows, still on the device.
+
+    Attributes:
+        rows: Indices into the S rows.
+        num_top: Per row, how many likeliest tokens were asked for.
+        drawn: fp32 ``[rows]``; ``top`` and ``top_ids`` ``[rows, max(num_top)]``, best first.
+    """
+
+    rows: NDArray[np.int64]
+    num_top: NDArray[np.int32]
+    token_ids: Tensor
+    drawn: Tensor
+    top: Tensor
+    top_ids: Tensor
+
+    def to_host(self) -> dict[int, TokenLogprobs]:
+        """Return row -> probabilities; waits for the device."""
+        token_ids, drawn = self.token_ids.cpu().numpy(), self.drawn.cpu().numpy()
+        top, top_ids = self.top.cpu().numpy(), self.top_ids.cpu().numpy()
+        return {
+            int(row): TokenLogprobs(
+                token_ids=np.concatenate((token_ids[i : i + 1], top_ids[i, :k])).astype(np.int32),
+                logprobs=np.concatenate((drawn[i : i + 1], top[i, :k])).astype(np.float32),
+            )
+            for i, (row, k) in enumerate(zip(self.rows, self.num_top, strict=True))
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """What was drawn, still on the device.
+
+    Attributes:
+        token_ids: int64 ``[S]``.
+        is_valid: Boolean ``[S]``; False where the logits have no finite maximum.
+    """
+
+    token_ids: Tensor
+    is_valid: Tensor
+    logprobs: LogprobRows | None
+
+
+def top_logprobs(
+    logprobs: Tensor, token_ids: Tensor, rows: NDArray[np.int64], num_top: NDArray[np.int32]
+) -> LogprobRows:
+    """Pick given tokens' and the likeliest tokens' entries.
+
+    Args:
+        logprobs: fp32 ``[rows, V]``.
+        token_ids: int64 ``[rows]``.
+        rows: What the rows are called in the result.
+        num_top: int32 ``[rows]``.
+    """
+    top, top_ids = logprobs.topk(min(int(num_top.max()), logprobs.shape[1]), dim=-1)
+    drawn = logprobs.gather(1, token_ids[:, None])[:, 0]
+    return LogprobRows(rows=rows, num_top=num_top, token_ids=token_ids, drawn=drawn, top=top, top_ids=top_ids)
+
+
+class Sampler:
+    """Draws tokens; keeps what outlives a step (constraints, penalty counts) by slot."""
+
+    def __init__(self, *, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._slots: dict[int, SlotState] = {}
+
+    def occupy(self, setup: SlotSetup) -> None:
+        """Take over a slot's new occupant; penalty counts are rebuilt from its tokens."""
+        state = SlotState(setup)
+        if setup.uses_penalties:
+            prompt = torch.from_numpy(setup.prompt_token_ids.astype(np.int64)).to(self._device)
+            output = torch.from_numpy(setup.output_token_ids.astype(np.int64)).to(self._device)
+            state.counts = torch.bincount(output, minlength=self._vocab_size).to(torch.int32)
+            state.seen = state.counts > 0
+            state.seen[prompt] = True
+        self._slots[setup.slot] = state
+
+    def vacate(self, slots: NDArray[np.int32]) -> None:
+        """Forget slots whose new occupant needs nothing special."""
+        if self._slots:
+            for slot in slots.tolist():
+                self._slots.pop(slot, None)
+
+    def state(self, slot: int) -> SlotState | None:
+        """Return what is kept for a slot, if anything."""
+        return self._slots.get(slot)
+
+    def sample(self, logits: Tensor, slots: NDArray[np.int32], arrays: SamplingArrays) -> Sampled:
+        """Draw one token per row.
+
+        Args:
+            logits: ``[S, V]``, any float type and memory order; not changed.
+            slots: int32 ``[S]``.
+            arrays: How to draw.
+        """
+        special = [(row, self._slots[slot]) for row, slot in enumerate(slots.tolist()) if slot in self._slots]
+        random = np.flatnonzero(arrays.temperature > 0)
+        asked = np.flatnonzero(arrays.num_logprobs >= 0)
+        if not special and not random.size and not asked.size:
+            best, token_ids = logits.max(dim=-1)
+            return Sampled(token_ids=token_ids, is_valid=torch.isfinite(best), logprobs=None)
+        work = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True).contiguous()
+        for row, state in special:
+            _constrain(work[row], state, ban_stops=bool(arrays.ban_stops[row]))
+            _penalize(work[row], state, arrays, row)
+        logprobs = work[torch.from_numpy(asked).to(self._device)].log_softmax(-1) if asked.size else None
+        best, token_ids = work.max(dim=-1)
+        if random.size:
+            index = torch.from_numpy(random).to(self._device)
+            token_ids[index] = self._draw(work[index] - best[index, None], random, arrays)
+        for row, state in special:
+            if state.counts is not None and state.seen is not None:
+                state.counts.index_add_(0, token_ids[row : row + 1], state.counts.new_ones(1))
+                state.seen.index_fill_(0, token_ids[row : row + 1], True)
+        reported = None
+        if logprobs is not None:
+            drawn = token_ids[torch.from_numpy(asked).to(self._device)]
+            reported = top_logprobs(logprobs, drawn, asked, arrays.num_logprobs[asked])
+        return Sampled(token_ids=token_ids, is_valid=torch.isfinite(best), logprobs=reported)
+
+    def _draw(self, work: Tensor, rows: NDArray[np.int64], arrays: SamplingArrays) -> Tensor:
+        """Draw from logits relative to their maximum, fp32 ``[R, V]``; overwritten."""
+        work.div_(self._column(arrays.temperature[rows]))
+        min_p = arrays.min_p[rows]
+        if (min_p > 0).any():
+            work.masked_fill_(work < self._column(min_p).log(), NEG_INF)
+        truncated = (arrays.top_k[rows] > 0) | (arrays.top_p[rows] < 1)
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        for part, draw in (
+            (np.flatnonzero(~truncated), self._draw_from_all),
+            (np.flatnonzero(truncated), self._draw_truncated),
+        ):
+            if part.size:
+                index = torch.from_numpy(part).to(self._device)
+                noise = Noise(arrays.seed[rows[part]], arrays.position[rows[part]], self._device)
+                tokens[index] = draw(work[index], noise, arrays.top_k[rows[part]], arrays.top_p[rows[part]])
+        return tokens
+
+    def _draw_from_all(
+        self, work: Tensor, noise: Noise, top_k: NDArray[np.int32], top_p: NDArray[np.float32]
+    ) -> Tensor:
+        """Draw among all tokens; ``top_k`` and ``top_p`` are off."""
+        del top_k, top_p
+        return (work + gumbel(noise.of_vocabulary(self._vocab_size))).argmax(-1)
+
+    def _draw_truncated(
+        self, work: Tensor, noise: Noise, top_k: NDArray[np.int32], top_p: NDArray[np.float32]
+    ) -> Tensor:
+        """Draw among the top_k likeliest tokens that make up a mass of top_p, the likeliest always among them."""
+        limits = np.where(top_k > 0, np.minimum(top_k, self._vocab_size), self._vocab_size).astype(np.int64)
+        limit, nucleus = self._column(limits), self._column(top_p)
+        total = work.exp().sum(-1, keepdim=True)
+        values, tokens = self._likeliest(work, limits, nucleus * total)
+        ranks = torch.arange(values.shape[1], device=self._device)[None]
+        values = values.masked_fill(ranks >= limit, NEG_INF)
+        weights = values.exp()
+        # After top_k only what it kept counts; without it the mass is that of the whole vocabulary.
+        mass = torch.where(limit < self._vocab_size, weights.sum(-1, keepdim=True), total)
+        before = weights.cumsum(-1) - weights
+        values.masked_fill_((before >= nucleus * mass) & (ranks > 0), NEG_INF)
+        choice = (values + gumbel(noise.of_tokens(tokens))).argmax(-1, keepdim=True)
+        return tokens.gather(1, choice)[:, 0]
+
+    def _likeliest(self, work: Tensor, limits: NDArray[np.int64], wanted_mass: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values and ids of enough likeliest tokens for every row's top_k and top_p, best first."""
+        count = min(int(limits.max()), NUCLEUS_CANDIDATES)
+        values, tokens = work.topk(count, dim=-1)
+        is_open = limits > count
+        holds_mass = (values.exp().sum(-1, keepdim=True) >= wanted_mass)[:, 0].cpu().numpy()
+        if (is_open & ((limits < self._vocab_size) | ~holds_mass)).any():
+            values, tokens = work.sort(dim=-1, descending=True, stable=True)
+        return values, tokens
+
+    def _column(self, values: NDArray[np.float32] | NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values[:, None]).to(self._device)
+
+
+def _constrain(logits: Tensor, state: SlotState, *, ban_stops: bool) -> None:
+    """Apply allowed ids, logit bias and banned stops to one row, in place."""
+    setup, device = state.setup, logits.device
+    if setup.allowed_token_ids:
+        allowed = torch.tensor(setup.allowed_token_ids, device=device)
+        kept = logits[allowed]
+        logits.fill_(NEG_INF)
+        logits[allowed] = kept
+    if setup.logit_bias:
+        index = torch.tensor(list(setup.logit_bias), device=device)
+        logits[index] += torch.tensor(list(setup.logit_bias.values()), dtype=logits.dtype, device=device)
+    if ban_stops and setup.stop_token_ids:
+        logits[torch.tensor(setup.stop_token_ids, device=device)] = NEG_INF
+
+
+def _penalize(logits: Tensor, state: SlotState, arrays: SamplingArrays, row: int) -> None:
+    """Apply repetition, frequency and presence penalties to one row, in place.
+
+    Source: repetition: Keskar et al., "CTRL", arXiv:1909.05858; the other two as in OpenAI's API.
+    """
+    if state.counts is None or state.seen is None:
+        return
+    repetition = float(arrays.repetition_penalty[row])
+    if repetition != 1.0:
+        penalized = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits.copy_(torch.where(state.seen, penalized, logits))
+    frequency, presence = float(arrays.frequency_penalty[row]), float(arrays.presence_penalty[row])
+    if frequency or presence:
+        logits.sub_(state.counts * frequency).sub_((state.counts > 0) * presence)
