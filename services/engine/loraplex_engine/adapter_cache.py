@@ -1,30 +1,462 @@
-"""Residency of adapters on one engine. Skeleton of the public types; the cache follows."""
+"""Residency of adapters on one engine: which image is where, who leases it, and what gives way when room is needed.
+
+Accounting only: loads and unloads are handed to the step loop, which has the runner carry them out. Belongs to the
+step loop's thread. Three resources are behind it: pages of the pool (shared with KV), indices of the runner's adapter
+table, and slots of the host arena (see `arena_grants`).
+
+An adapter without leases and pins is *idle*; idle adapters are evicted least recently used first. Its image stays in
+the arena if it is there.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Final
 
-from loraplex_engine.messages import ResidencyState
+from loraplex_common.errors import AdapterInUseError, AdapterNotFoundError, ConflictError, SaturatedError
+
+from loraplex_engine.messages import ResidencyChanged, ResidencyState, StoreEvent, WantImage
+from loraplex_engine.page_pool import PageOwner, PagePool
+from loraplex_engine.residency import NEVER, Adapter, AdapterLoad, AdapterStatus, Room
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_common.adapter_image import AdapterSpec
+
+    from loraplex_engine.arena import HostArena
+
+MAX_PINNED_SHARE: Final = 0.5
+"""Of the pool's pages; the rest stays for sequences and other adapters."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterStatus:
-    """One adapter as operators and the store see it.
+class AdapterCache:
+    """The state machine of every adapter, and the eviction order over the pool's pages.
+
+    Args:
+        pool: Pages, shared with KV.
+        arena: Host memory; images that arrived lie in it.
+        max_resident: Size of the runner's adapter table.
+        emit: Sink of `WantImage` and `ResidencyChanged`.
+        clock: Seconds, monotonic.
 
     Attributes:
-        num_pages: Pages, and arena slots, its image takes; 0 while unknown.
-        is_in_arena: Whether the arena holds the image, whatever the state.
-        generation: Rises each time the digest is loaded anew; 0 before the first load.
-        sequence: Of the engine's latest residency event when this was read.
+        sequence: Of the latest `ResidencyChanged`.
+        num_idle_pages: Pages that eviction could free.
+        num_resident: Adapters that can be leased.
+        num_evictions: Adapters that gave way to others or to KV so far.
+        load_estimate_s: Moving average of the time from a want to residency.
     """
 
-    digest: str
-    state: ResidencyState
-    is_in_arena: bool
-    num_pages: int
-    is_pinned: bool
-    num_leases: int
-    generation: int
-    idle_s: float
-    max_rank: int
-    sequence: int
+    def __init__(
+        self,
+        *,
+        pool: PagePool,
+        arena: HostArena,
+        max_resident: int,
+        emit: Callable[[StoreEvent], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._pool = pool
+        self._arena = arena
+        self._emit = emit
+        self._clock = clock
+        self._adapters: dict[str, Adapter] = {}
+        self._idle: OrderedDict[str, None] = OrderedDict()  # least recently used first
+        self._pinned: set[str] = set()
+        self._free_indices = list(range(max_resident - 1, -1, -1))
+        self._retiring_indices: deque[tuple[int, int]] = deque()  # (step id, index), by rising step id
+        self._completed_step = NEVER
+        self._loads: list[AdapterLoad] = []
+        self._unloads: list[int] = []
+        self._changed: set[str] = set()
+        self._generations = itertools.count(1)
+        self.sequence = 0
+        self.num_idle_pages = 0
+        self.num_resident = 0
+        self.num_evictions = 0
+        self.load_estimate_s = 1.0
+
+    # --- questions ---
+
+    def state_of(self, digest: str) -> ResidencyState:
+        """Return where an adapter stands; ABSENT if it was never heard of."""
+        adapter = self._adapters.get(digest)
+        return adapter.state if adapter else ResidencyState.ABSENT
+
+    def num_pages_of(self, digest: str) -> int | None:
+        """Return the pages an adapter takes, or None as long as its image was not seen."""
+        adapter = self._adapters.get(digest)
+        return adapter.num_pages if adapter and adapter.spec else None
+
+    @property
+    def num_pinned_pages(self) -> int:
+        """Pages of pinned adapters, on the device or on their way."""
+        return sum(self._adapters[digest].num_pages for digest in self._pinned)
+
+    @property
+    def num_held_pages(self) -> int:
+        """Pages on the device that eviction could not free now: leased, pinned, loading or draining adapters."""
+        return self._pool.num_adapter - self.num_idle_pages
+
+    def num_idle_pages_of(self, digest: str) -> int:
+        """Return an adapter's pages if it is idle, else 0."""
+        return self._adapters[digest].num_pages if digest in self._idle else 0
+
+    def is_pinned(self, digest: str) -> bool:
+        """Tell whether an adapter is pinned."""
+        adapter = self._adapters.get(digest)
+        return adapter is not None and adapter.is_pinned
+
+    def status(self, digest: str) -> AdapterStatus:
+        """Describe an adapter, known or not."""
+        adapter = self._adapters.get(digest) or Adapter(digest)
+        return AdapterStatus(
+            digest=digest,
+            state=adapter.state,
+            is_in_arena=bool(adapter.arena_slots),
+            num_pages=adapter.num_pages,
+            is_pinned=adapter.is_pinned,
+            num_leases=adapter.num_leases,
+            generation=adapter.generation,
+            idle_s=max(0.0, self._clock() - adapter.last_used_s) if adapter.num_leases == 0 else 0.0,
+            max_rank=adapter.spec.max_rank if adapter.spec else 0,
+            sequence=self.sequence,
+        )
+
+    def statuses(self) -> list[AdapterStatus]:
+        """Describe all adapters, by digest."""
+        return [self.status(digest) for digest in sorted(self._adapters)]
+
+    # --- leases ---
+
+    def lease(self, digest: str) -> int:
+        """Block an adapter's eviction and return its index in the runner's table.
+
+        Raises:
+            RuntimeError: If it is not RESIDENT: the caller asks `state_of` in the same step.
+        """
+        adapter = self._adapters[digest]
+        if adapter.state is not ResidencyState.RESIDENT:
+            raise RuntimeError(f"adapter {digest} is {adapter.state}, it cannot be leased")
+        adapter.num_leases += 1
+        adapter.last_used_s = self._clock()
+        self._list_idle(adapter)
+        return adapter.index
+
+    def release(self, digest: str, last_step: int) -> None:
+        """Return a lease; ``last_step`` is the last step launched so far.
+
+        Raises:
+            RuntimeError: If there is no lease.
+        """
+        adapter = self._adapters[digest]
+        if adapter.num_leases == 0:
+            raise RuntimeError(f"adapter {digest} has no lease to return")
+        adapter.num_leases -= 1
+        adapter.last_used_s = self._clock()
+        adapter.last_step = last_step
+        if adapter.num_leases == 0 and adapter.state is ResidencyState.DRAINING:
+            self._leave_device(adapter)
+        else:
+            self._list_idle(adapter)
+
+    # --- coming ---
+
+    def want(self, digest: str, deadline_s: float | None) -> None:
+        """Ask the store for an ABSENT adapter's image."""
+        adapter = self._adapters.setdefault(digest, Adapter(digest))
+        adapter.wanted_since_s = self._clock()
+        self._move(adapter, ResidencyState.WANTED)
+        self._emit(WantImage(digest, deadline_s))
+
+    def image_arrived(self, spec: AdapterSpec, arena_slots: tuple[int, ...]) -> None:
+        """Take over granted arena slots that hold a verified image; a second copy is freed."""
+        adapter = self._adapters.setdefault(spec.digest, Adapter(spec.digest))
+        if adapter.arena_slots or adapter.is_discarded:
+            self._arena.free(arena_slots)
+            return
+        adapter.spec, adapter.num_pages, adapter.arena_slots = spec, len(arena_slots), arena_slots
+        adapter.last_used_s = self._clock()
+        if adapter.state in (ResidencyState.ABSENT, ResidencyState.WANTED):
+            self._move(adapter, ResidencyState.IN_ARENA)
+
+    def image_refused(self, digest: str) -> None:
+        """Note that the store has no such image; nothing happens unless it is WANTED."""
+        adapter = self._adapters.get(digest)
+        if adapter and adapter.state is ResidencyState.WANTED:
+            self._move(adapter, ResidencyState.ABSENT)
+
+    def load(self, digest: str, may_evict: Callable[[str], bool]) -> Room:
+        """Start to load an IN_ARENA adapter if pages can be had by evicting idle adapters that may go."""
+        adapter = self._adapters[digest]
+        if adapter.spec is None:
+            raise RuntimeError(f"adapter {digest} has no image")
+        if not self._free_indices:
+            return Room.SOON if self._retiring_indices or self._evict_one(may_evict) else Room.NO
+        room = self.reclaim(adapter.num_pages, may_evict)
+        if room is Room.NOW:
+            adapter.pages = self._pool.allocate(adapter.num_pages, PageOwner.ADAPTER)
+            adapter.index = self._free_indices.pop()
+            adapter.generation = next(self._generations)
+            self._loads.append(
+                AdapterLoad(
+                    digest=digest,
+                    index=adapter.index,
+                    spec=adapter.spec,
+                    pages=adapter.pages,
+                    arena_slots=adapter.arena_slots,
+                )
+            )
+            self._move(adapter, ResidencyState.LOADING)
+        return room
+
+    def load_finished(self, digest: str) -> None:
+        """Note that the runner has the adapter's pages."""
+        adapter = self._adapters[digest]
+        if adapter.state is ResidencyState.DRAINING:
+            self._leave_device(adapter)
+            return
+        waited_s = self._clock() - adapter.wanted_since_s
+        if adapter.wanted_since_s:
+            self.load_estimate_s += 0.25 * (waited_s - self.load_estimate_s)
+            adapter.wanted_since_s = 0.0
+        adapter.last_used_s = self._clock()
+        self._move(adapter, ResidencyState.RESIDENT)
+
+    # --- leaving ---
+
+    def reclaim(self, num_pages: int, may_evict: Callable[[str], bool]) -> Room:
+        """Make ``num_pages`` free by evicting idle adapters, oldest first; none is evicted in vain."""
+        if num_pages <= self._pool.num_free:
+            return Room.NOW
+        missing = num_pages - self._pool.num_free - self._pool.num_retiring
+        victims = []
+        for digest in self._idle:
+            if missing <= 0:
+                break
+            if may_evict(digest):
+                victims.append(self._adapters[digest])
+                missing -= victims[-1].num_pages
+        if missing > 0:
+            return Room.NO
+        for victim in victims:
+            self._evict(victim)
+        return Room.NOW if num_pages <= self._pool.num_free else Room.SOON
+
+    def _evict_one(self, may_evict: Callable[[str], bool]) -> bool:
+        digest = next(filter(may_evict, self._idle), None)
+        if digest is not None:
+            self._evict(self._adapters[digest])
+        return digest is not None
+
+    def _evict(self, adapter: Adapter) -> None:
+        self.num_evictions += 1
+        self._leave_device(adapter)
+
+    def evict(self, digest: str, require_generation: int | None = None) -> AdapterStatus:
+        """Let an adapter go from the device, at once or when its last lease is returned; the arena keeps its copy.
+
+        Raises:
+            AdapterNotFoundError: If the engine does not hold it.
+            ConflictError: If it is of another generation.
+            AdapterInUseError: If it is pinned.
+        """
+        adapter = self._held(digest)
+        if require_generation is not None and require_generation != adapter.generation:
+            raise ConflictError(f"adapter {digest} is of generation {adapter.generation}, not {require_generation}")
+        if adapter.is_pinned:
+            raise AdapterInUseError(f"adapter {digest} is pinned: unpin it first")
+        self._drain(adapter)
+        return self.status(digest)
+
+    def drop(self, digest: str) -> None:
+        """Let an adapter go from device and arena as soon as nobody uses it; a pin does not save it."""
+        adapter = self._adapters.get(digest)
+        if adapter is None or adapter.state is ResidencyState.WANTED:
+            return
+        self._set_pinned(adapter, False)
+        adapter.is_discarded = True
+        if adapter.state is ResidencyState.IN_ARENA:
+            self._free_arena_slots(adapter)
+            self._move(adapter, ResidencyState.ABSENT)
+        else:
+            self._drain(adapter)
+
+    def _drain(self, adapter: Adapter) -> None:
+        if adapter.state is ResidencyState.RESIDENT and adapter.num_leases == 0:
+            self._leave_device(adapter)
+        elif adapter.state in (ResidencyState.RESIDENT, ResidencyState.LOADING):
+            self._move(adapter, ResidencyState.DRAINING)
+
+    def _leave_device(self, adapter: Adapter) -> None:
+        if adapter.pages is None or adapter.num_leases:
+            raise RuntimeError(f"adapter {adapter.digest} has {adapter.num_leases} leases or no pages, it cannot leave")
+        self._pool.retire(adapter.pages, adapter.last_step)
+        last_step = max(adapter.last_step, self._retiring_indices[-1][0] if self._retiring_indices else NEVER)
+        self._retiring_indices.append((last_step, adapter.index))
+        adapter.pages, adapter.index = None, -1
+        self._release_indices()
+        if adapter.is_discarded:
+            self._free_arena_slots(adapter)
+        self._move(adapter, ResidencyState.IN_ARENA if adapter.arena_slots else ResidencyState.ABSENT)
+
+    # --- pins ---
+
+    def pin(self, digest: str) -> AdapterStatus:
+        """Keep an adapter in the pool whatever the pressure.
+
+        Raises:
+            AdapterNotFoundError: If the engine does not hold it.
+            SaturatedError: If pinned adapters would take more than `MAX_PINNED_SHARE` of the pool.
+        """
+        adapter = self._held(digest)
+        if adapter.is_pinned:
+            return self.status(digest)
+        limit = math.floor(self._pool.num_pages * MAX_PINNED_SHARE)
+        if self.num_pinned_pages + adapter.num_pages > limit:
+            raise SaturatedError(
+                f"pinning adapter {digest} needs {adapter.num_pages} pages, {self.num_pinned_pages} are pinned and "
+                f"{limit} of {self._pool.num_pages} may be",
+                retry_after_s=60.0,
+            )
+        self._set_pinned(adapter, True)
+        self._report(adapter)
+        return self.status(digest)
+
+    def unpin(self, digest: str) -> AdapterStatus:
+        """Make an adapter evictable again.
+
+        Raises:
+            AdapterNotFoundError: If the engine does not hold it.
+        """
+        adapter = self._held(digest)
+        if adapter.is_pinned:
+            self._set_pinned(adapter, False)
+            self._report(adapter)
+        return self.status(digest)
+
+    def _set_pinned(self, adapter: Adapter, is_pinned: bool) -> None:
+        adapter.is_pinned = is_pinned
+        (self._pinned.add if is_pinned else self._pinned.discard)(adapter.digest)
+        self._list_idle(adapter)
+
+    @property
+    def pins_to_load(self) -> list[str]:
+        """Pinned adapters that are only in the arena."""
+        return [d for d in sorted(self._pinned) if self._adapters[d].state is ResidencyState.IN_ARENA]
+
+    def _held(self, digest: str) -> Adapter:
+        adapter = self._adapters.get(digest)
+        if adapter is None or adapter.state in (ResidencyState.WANTED, ResidencyState.DRAINING):
+            raise AdapterNotFoundError(f"this engine does not hold adapter {digest}")
+        return adapter
+
+    # --- arena ---
+
+    def evict_images(self, num_slots: int, may_evict: Callable[[str], bool]) -> bool:
+        """Free arena slots until ``num_slots`` are free: images nobody waits for, least recently used first.
+
+        An adapter on the device only loses its copy in the arena; one that is being loaded is not touched.
+        """
+        fixed = (ResidencyState.WANTED, ResidencyState.LOADING)
+        candidates = sorted(
+            (a for a in self._adapters.values() if a.arena_slots and a.state not in fixed),
+            key=lambda adapter: adapter.last_used_s,
+        )
+        for adapter in candidates:
+            if self._arena.num_free >= num_slots:
+                break
+            if adapter.state is not ResidencyState.IN_ARENA:
+                self._free_arena_slots(adapter)
+            elif may_evict(adapter.digest) and not adapter.is_pinned:
+                self._free_arena_slots(adapter)
+                self._move(adapter, ResidencyState.ABSENT)
+        return self._arena.num_free >= num_slots
+
+    def _free_arena_slots(self, adapter: Adapter) -> None:
+        self._arena.free(adapter.arena_slots)
+        adapter.arena_slots = ()
+
+    # --- the step loop ---
+
+    def complete(self, step_id: int) -> None:
+        """Note that the device is done with all steps up to ``step_id``."""
+        self._completed_step = max(self._completed_step, step_id)
+        self._release_indices()
+
+    def _release_indices(self) -> None:
+        while self._retiring_indices and self._retiring_indices[0][0] <= self._completed_step:
+            index = self._retiring_indices.popleft()[1]
+            self._free_indices.append(index)
+            self._unloads.append(index)
+
+    def take_unloads(self) -> list[int]:
+        """Return and forget the indices to unbind; do so before the loads of the same turn."""
+        unloads, self._unloads = self._unloads, []
+        return unloads
+
+    def take_loads(self) -> list[AdapterLoad]:
+        """Return and forget the loads to start."""
+        loads, self._loads = self._loads, []
+        return loads
+
+    def take_changed(self) -> set[str]:
+        """Return and forget the adapters that moved."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def _move(self, adapter: Adapter, state: ResidencyState) -> None:
+        self.num_resident += (state is ResidencyState.RESIDENT) - (adapter.state is ResidencyState.RESIDENT)
+        adapter.move_to(state)
+        self._list_idle(adapter)
+        self._changed.add(adapter.digest)
+        self._report(adapter)
+        if state is ResidencyState.ABSENT:
+            del self._adapters[adapter.digest]
+
+    def _list_idle(self, adapter: Adapter) -> None:
+        """Put an adapter at the end of the eviction order, or off it, as its state, leases and pin demand."""
+        if adapter.digest in self._idle:
+            del self._idle[adapter.digest]
+            self.num_idle_pages -= adapter.num_pages
+        if adapter.is_idle:
+            self._idle[adapter.digest] = None
+            self.num_idle_pages += adapter.num_pages
+
+    def _report(self, adapter: Adapter) -> None:
+        self.sequence += 1
+        self._emit(
+            ResidencyChanged(
+                sequence=self.sequence,
+                digest=adapter.digest,
+                state=adapter.state,
+                generation=adapter.generation,
+                num_leases=adapter.num_leases,
+                num_pages=adapter.num_pages,
+                is_pinned=adapter.is_pinned,
+                max_rank=adapter.spec.max_rank if adapter.spec else 0,
+            )
+        )
+
+    def check_integrity(self) -> None:
+        """Recount pages, indices and idleness.
+
+        Raises:
+            RuntimeError: If something is lost or held by two.
+        """
+        on_device = [a for a in self._adapters.values() if a.is_on_device]
+        pages = sum(adapter.num_pages for adapter in on_device)
+        if pages != self._pool.num_adapter:
+            raise RuntimeError(f"adapters have {pages} pages, the pool accounts {self._pool.num_adapter}")
+        indices = [a.index for a in on_device] + self._free_indices + [index for _, index in self._retiring_indices]
+        if len(set(indices)) != len(indices):
+            raise RuntimeError(f"an index of the adapter table has two owners: {sorted(indices)}")
+        idle = {adapter.digest for adapter in self._adapters.values() if adapter.is_idle}
+        idle_pages = sum(self._adapters[digest].num_pages for digest in idle)
+        if idle != set(self._idle) or idle_pages != self.num_idle_pages:
+            raise RuntimeError(
+                f"{idle} are idle with {idle_pages} pages, {self._idle} listed with {self.num_idle_pages}"
+            )

@@ -16,11 +16,14 @@ import mmap
 import os
 import secrets
 import threading
-from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
 HEADER_BYTES: Final = 4096
 NONCE_BYTES: Final = 32
@@ -70,7 +73,9 @@ class HostArena:
                 return None
             free = np.flatnonzero(self._is_free)
             # free[i + count - 1] - free[i] == count - 1 exactly where `count` neighbours are free from free[i] on
-            starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1) if count else free[:0]
+            starts = (
+                np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1) if count else free[:0]
+            )
             first = int(starts[0]) if len(starts) else 0
             chosen = free[first : first + count]
             self._is_free[chosen] = False

@@ -5,17 +5,29 @@ Services, benchmarks and tests drive the same object; nothing here knows of gRPC
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from loraplex_common.adapter_image import Geometry
-from loraplex_common.errors import LoraplexError
-from loraplex_engine.adapter_cache import AdapterStatus
+
+from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.arena import HostArena
-from loraplex_engine.messages import Command, LoadSnapshot, StoreEvent
+from loraplex_engine.arena_grants import ArenaGrants
+from loraplex_engine.load_report import LoadReport
+from loraplex_engine.loop import EngineLoop, LoopParts
+from loraplex_engine.messages import Call, Command, LoadSnapshot, StoreEvent
 from loraplex_engine.outbox import MAX_BACKLOG_BYTES, MAX_BACKLOG_S, SessionOutbox
+from loraplex_engine.page_pool import PagePool
+from loraplex_engine.scheduler import Scheduler, SchedulerLimits
 from loraplex_engine.step import ModelRunner
+
+if TYPE_CHECKING:
+    from loraplex_engine.residency import AdapterStatus
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +72,18 @@ class EngineParams:
         """Slots of the arena."""
         return self.arena_bytes // self.geometry.page_bytes
 
+    @property
+    def scheduler_limits(self) -> SchedulerLimits:
+        """The scheduler's share."""
+        return SchedulerLimits(
+            block_tokens=self.block_tokens,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_pass_over_s=self.max_pass_over_s,
+            eos_token_ids=self.eos_token_ids,
+        )
+
 
 RunnerFactory = Callable[[EngineParams], ModelRunner]
 
@@ -73,10 +97,11 @@ class Engine:
         on_store_event: Gets `WantImage` and `ResidencyChanged`, on the loop's thread, in order; must be quick
             (``asyncio_loop.call_soon_threadsafe(queue.put_nowait, event)``).
         on_crash: Called once, on the loop's thread, if the step loop dies; the engine then refuses everything.
-    """
 
-    params: EngineParams
-    arena: HostArena
+    Attributes:
+        params: Sizes and limits.
+        arena: Host memory for images; its `view` may be written in granted slots from any thread.
+    """
 
     def __init__(
         self,
@@ -85,37 +110,87 @@ class Engine:
         *,
         on_store_event: Callable[[StoreEvent], None],
         on_crash: Callable[[BaseException], None],
-    ) -> None: ...
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.params = params
+        self._clock = clock
+        self._pool = PagePool(params.num_pages)
+        self.arena = HostArena(params.num_arena_slots, params.geometry.page_bytes)
+        try:
+            self._cache = AdapterCache(
+                pool=self._pool,
+                arena=self.arena,
+                max_resident=params.max_resident_adapters,
+                emit=on_store_event,
+                clock=clock,
+            )
+            self._scheduler = Scheduler(
+                limits=params.scheduler_limits,
+                pool=self._pool,
+                cache=self._cache,
+                page_bytes=params.geometry.page_bytes,
+                clock=clock,
+            )
+            self._grants = ArenaGrants(cache=self._cache, arena=self.arena, is_waited_for=self._is_waited_for)
+            self._report = LoadReport(scheduler=self._scheduler, pool=self._pool, cache=self._cache, now_s=clock())
+            parts = LoopParts(
+                scheduler=self._scheduler,
+                cache=self._cache,
+                grants=self._grants,
+                arena=self.arena,
+                runner=runner_factory(params),
+                report=self._report,
+            )
+        except BaseException:
+            self.arena.close()
+            raise
+        self._loop = EngineLoop(parts, on_crash=on_crash, clock=clock)
+        self._loop.start()
 
     def post(self, command: Command) -> None:
         """Hand a command to the step loop; never blocks."""
+        self._loop.post(command)
 
     def open_session(self) -> SessionOutbox:
         """Open a session; its ``session_id`` goes into every `Submission` of it. Close: post `CloseSession`."""
+        return self._loop.open_session(
+            lambda session_id: SessionOutbox(
+                session_id,
+                max_backlog_bytes=self.params.max_backlog_bytes,
+                max_backlog_s=self.params.max_backlog_s,
+                clock=self._clock,
+            )
+        )
 
     def snapshot(self) -> LoadSnapshot:
         """Return the load after the latest step; never blocks."""
+        return self._report.read(self._clock())
 
     def list_adapters(self) -> Future[list[AdapterStatus]]:
         """Ask for all adapters the engine knows, by digest; WANTED ones included.
 
         From asyncio: ``await asyncio.wrap_future(engine.list_adapters())``. All futures of this class are alike.
         """
+        return self._call(self._cache.statuses)
 
     def pin(self, digest: str) -> Future[AdapterStatus]:
         """Keep an adapter in the pool whatever the pressure; it is loaded if it is only in the arena.
 
-        The future raises AdapterNotFoundError if the engine doesn't hold it, SaturatedError if pins take too much.
+        The future raises AdapterNotFoundError if the engine does not hold it, SaturatedError if pins take too much.
         """
+        return self._call(lambda: self._cache.pin(digest))
 
     def unpin(self, digest: str) -> Future[AdapterStatus]:
-        """Make an adapter evictable again; AdapterNotFoundError if the engine doesn't hold it."""
+        """Make an adapter evictable again; AdapterNotFoundError if the engine does not hold it."""
+        return self._call(lambda: self._cache.unpin(digest))
 
     def evict(self, digest: str, require_generation: int | None = None) -> Future[AdapterStatus]:
         """Free an adapter's pages once its last lease is returned; its image stays in the arena.
 
-        The future raises AdapterNotFoundError, or ConflictError if the generation is another.
+        The future raises AdapterNotFoundError, ConflictError if the generation is another, or AdapterInUseError if it is
+        pinned.
         """
+        return self._call(lambda: self._cache.evict(digest, require_generation))
 
     def grant_slots(self, digest: str, num_pages: int, *, is_wanted: bool) -> Future[tuple[int, ...] | None]:
         """Ask for arena slots for an image on offer.
@@ -124,19 +199,52 @@ class Engine:
         once if there is no idle room, or if the engine has the image. None for a wanted one: nobody wants it any more
         or it can never fit. Slots granted are given back by `return_slots`, or handed over by posting `ImageArrived`.
         """
+        future: Future[tuple[int, ...] | None] = Future()
+        asked = self._call(lambda: self._grants.ask(digest, num_pages, is_wanted=is_wanted, future=future))
+        asked.add_done_callback(lambda done: _pass_failure_on(done, future))
+        return future
 
     def return_slots(self, slots: tuple[int, ...]) -> None:
         """Give granted slots back unused: the transfer failed."""
+        self.arena.free(slots)
+        self._call(self._grants.serve)
 
     def drain(self, timeout_s: float) -> Future[int]:
         """Refuse new requests (DrainingError), let the others finish for that long, then end them.
 
         The future resolves to the number of requests ended before their time, once none is left.
         """
+        return self._loop.drain(timeout_s)
+
+    def check_integrity(self) -> Future[None]:
+        """Recount pages, leases, slots and requests; the future raises RuntimeError if something is lost."""
+        return self._call(self._check_integrity)
 
     @property
     def is_healthy(self) -> bool:
-        """False once the step loop has died."""
+        """False once the step loop has ended."""
+        return self._loop.is_alive
 
     def close(self) -> None:
         """End all requests with DrainingError, stop the loop, free device and arena. Not from the loop's thread."""
+        self._loop.stop()
+        self.arena.close()
+
+    def _call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function on the loop's thread between two steps."""
+        future: Future[T] = Future()
+        self._loop.post(Call(function, cast("Future[object]", future)))
+        return future
+
+    def _is_waited_for(self, digest: str) -> bool:
+        return self._scheduler.queue.first_of(digest) is not None
+
+    def _check_integrity(self) -> None:
+        self._scheduler.check_integrity()
+        self.arena.check_integrity()
+
+
+def _pass_failure_on(done: Future[None], future: Future[tuple[int, ...] | None]) -> None:
+    error = done.exception()
+    if error is not None and future.set_running_or_notify_cancel():
+        future.set_exception(error)

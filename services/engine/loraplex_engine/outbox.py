@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from loraplex_common.errors import LoraplexError, SlowConsumerError
+
 from loraplex_engine.messages import PromptLogprobs, SessionEvent, StepOutputs, TokenWithLogprobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
 MAX_BACKLOG_S: Final = 5.0

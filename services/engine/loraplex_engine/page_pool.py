@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class PageOwner(enum.IntEnum):

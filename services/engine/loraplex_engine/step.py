@@ -9,6 +9,7 @@ Legend: N = rows (sequences) of the step, T = tokens of the step, S = rows that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -163,7 +164,18 @@ class LoadHandle(Protocol):
     """An adapter's pages on their way from the host arena to the pool."""
 
     def is_done(self) -> bool:
-        """Tell without blocking whether a step launched now may read the pages."""
+        """Tell without blocking whether a step launched now may read the pages.
+
+        Raises:
+            RuntimeError: If the copy failed; the device is beyond trust and the loop ends.
+        """
+        ...
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called once, from any thread, when `is_done` turned true or would raise; at once if it has.
+
+        It wakes a step loop that has nothing else to do; it must be cheap and never raises.
+        """
         ...
 
 

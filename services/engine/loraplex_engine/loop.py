@@ -1,0 +1,330 @@
+"""The step loop: one thread that turns commands into steps and steps into outputs, and does nothing else.
+
+It sleeps only when there is nothing to compute, and is woken by commands, finished loads and deadlines; it never waits
+for a peer. If it dies, every open request ends with INTERNAL, later ones are refused, and ``on_crash`` is told.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from loraplex_common.errors import DrainingError, InvalidParameterError, LoraplexError
+
+from loraplex_engine.adapter_cache import AdapterCache
+from loraplex_engine.arena import HostArena
+from loraplex_engine.arena_grants import ArenaGrants
+from loraplex_engine.load_report import LoadReport
+from loraplex_engine.messages import (
+    Abort,
+    Call,
+    CloseSession,
+    Command,
+    DropAdapter,
+    Ended,
+    ImageArrived,
+    ImageRefused,
+    StepOutputs,
+    Submit,
+)
+from loraplex_engine.scheduler import Scheduler
+from loraplex_engine.step import LoadHandle, ModelRunner, StepHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_engine.outbox import SessionOutbox
+
+_NO_TOKENS = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopParts:
+    """What the loop drives; all of it belongs to the loop's thread once it runs, the arena's allocator excepted."""
+
+    scheduler: Scheduler
+    cache: AdapterCache
+    grants: ArenaGrants
+    arena: HostArena
+    runner: ModelRunner
+    report: LoadReport
+
+
+@dataclass(frozen=True, slots=True)
+class _Drain:
+    deadline_s: float
+    future: Future[int]
+
+
+class EngineLoop:
+    """Owner of the step loop's thread.
+
+    Args:
+        parts: What it drives.
+        on_crash: Called once, on the loop's thread, with what killed it.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self, parts: LoopParts, *, on_crash: Callable[[BaseException], None], clock: Callable[[], float]
+    ) -> None:
+        self._parts = parts
+        self._on_crash = on_crash
+        self._clock = clock
+        self._wake = threading.Event()
+        self._lock = threading.Lock()  # guards the inbox against commands that come after the last turn
+        self._inbox: deque[Command] = deque()
+        self._refusal: LoraplexError | None = None  # set once: no turn will read the inbox any more
+        self._is_stopping = False
+        self._sessions: dict[int, SessionOutbox] = {}
+        self._session_ids = itertools.count(1)
+        self._steps: deque[StepHandle] = deque()
+        self._loads: dict[str, LoadHandle] = {}
+        self._drains: list[_Drain] = []
+        self._num_ended_by_drain = 0
+        self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
+
+    # --- any thread ---
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the loop has ended, well or badly."""
+        return self._refusal is None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def post(self, command: Command) -> None:
+        """Add a command to the inbox; after the loop's end it is answered at once."""
+        with self._lock:
+            refusal = self._refusal
+            if refusal is None:
+                self._inbox.append(command)
+        if refusal is None:
+            self._wake.set()
+        else:
+            self._refuse(command, refusal)
+
+    def open_session(self, make_outbox: Callable[[int], SessionOutbox]) -> SessionOutbox:
+        """Register an outbox under a new session id."""
+        outbox = make_outbox(next(self._session_ids))
+        self._sessions[outbox.session_id] = outbox
+        return outbox
+
+    def drain(self, timeout_s: float) -> Future[int]:
+        """Refuse new requests, let the open ones finish for that long, then end them; resolves to how many."""
+        future: Future[int] = Future()
+        drain = _Drain(self._clock() + timeout_s, future)
+
+        def begin() -> None:
+            self._parts.scheduler.start_draining()
+            self._drains.append(drain)
+
+        self.post(Call(begin, _follow(future)))
+        return future
+
+    def stop(self) -> None:
+        """End all requests with DrainingError and the thread with them; returns when it is over."""
+        self._is_stopping = True
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # --- the loop's thread ---
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._turn()
+            self._finish()
+        except BaseException as error:
+            self._crash(error)
+
+    def _turn(self) -> None:
+        parts = self._parts
+        self._wake.clear()
+        self._take_commands()
+        self._take_finished_loads()
+        self._advance_drains()
+        plan = parts.scheduler.schedule()
+        parts.grants.serve()
+        self._start_loads()
+        if plan is not None:
+            self._steps.append(parts.runner.launch(plan))
+        has_step = bool(self._steps)
+        if has_step and (plan is None or len(self._steps) >= parts.runner.pipeline_depth):
+            parts.scheduler.update(self._steps.popleft().wait())
+        self._send()
+        parts.report.publish(self._clock())
+        self._resolve_drains()
+        if not has_step:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        until_s = min(self._parts.scheduler.next_deadline_s, *(drain.deadline_s for drain in self._drains), math.inf)
+        self._wake.wait(None if until_s == math.inf else max(0.0, until_s - self._clock()))
+
+    def _take_commands(self) -> None:
+        for _ in range(len(self._inbox)):  # those that come meanwhile have set the event again
+            self._handle(self._inbox.popleft())
+
+    def _handle(self, command: Command) -> None:
+        scheduler = self._parts.scheduler
+        match command:
+            case Submit(submission):
+                if submission.session_id in self._sessions:
+                    self._submit(command)
+            case Abort(session_id, session_slot):
+                scheduler.abort(session_id, session_slot)
+            case CloseSession(session_id):
+                self._close_session(session_id, None)
+            case ImageArrived(spec, arena_slots):
+                scheduler.image_arrived(spec, arena_slots)
+            case ImageRefused(digest, error):
+                scheduler.image_refused(digest, error)
+            case DropAdapter(digest):
+                self._parts.cache.drop(digest)
+            case Call():
+                _call(command)
+
+    def _submit(self, command: Submit) -> None:
+        try:
+            self._parts.scheduler.submit(command.submission)
+        except ValueError as error:  # the gateway reuses a slot: nothing it says can be told apart any more
+            self._close_session(command.submission.session_id, InvalidParameterError(str(error), field="slot"))
+
+    def _close_session(self, session_id: int, error: LoraplexError | None) -> None:
+        self._parts.scheduler.close_session(session_id)
+        outbox = self._sessions.pop(session_id, None)
+        if outbox is not None:
+            outbox.close(error)
+
+    def _take_finished_loads(self) -> None:
+        for digest in [digest for digest, handle in self._loads.items() if handle.is_done()]:
+            del self._loads[digest]
+            self._parts.cache.load_finished(digest)
+
+    def _start_loads(self) -> None:
+        parts = self._parts
+        for index in parts.cache.take_unloads():
+            parts.runner.unload_adapter(index)
+        for load in parts.cache.take_loads():
+            handle = parts.runner.load_adapter(load.index, load.spec, load.pages, parts.arena.pages(load.arena_slots))
+            self._loads[load.digest] = handle
+            handle.add_done_callback(self._wake.set)
+
+    def _send(self) -> None:
+        for session_id, outputs in self._parts.scheduler.take_outputs().items():
+            outbox = self._sessions.get(session_id)
+            if outbox is not None and not outbox.put(outputs):
+                self._close_session(session_id, None)  # given up for its backlog
+
+    def _advance_drains(self) -> None:
+        if self._drains and min(drain.deadline_s for drain in self._drains) <= self._clock():
+            error = DrainingError("this engine is shutting down", drop_reason="rejected-shutting-down")
+            self._num_ended_by_drain += self._parts.scheduler.end_all(error)
+
+    def _resolve_drains(self) -> None:
+        if self._drains and self._parts.scheduler.num_open == 0:
+            for drain in self._drains:
+                if drain.future.set_running_or_notify_cancel():
+                    drain.future.set_result(self._num_ended_by_drain)
+            self._drains.clear()
+
+    # --- the end ---
+
+    def _finish(self) -> None:
+        """End everything in order: requests first, then steps and loads in flight, then the device."""
+        error = DrainingError("this engine is shutting down", drop_reason="rejected-shutting-down")
+        self._take_commands()
+        self._num_ended_by_drain += self._parts.scheduler.end_all(error)
+        while self._steps:
+            self._parts.scheduler.update(self._steps.popleft().wait())
+        self._send()
+        self._resolve_drains()
+        self._shut(error)
+        self._parts.runner.close()
+
+    def _crash(self, error: BaseException) -> None:
+        """Tell every client and whoever runs the engine; trust no accounts any more."""
+        internal = LoraplexError(f"the engine failed: {type(error).__name__}: {error}")
+        self._send_rest(internal)
+        self._shut(internal)
+        self._on_crash(error)
+
+    def _send_rest(self, error: LoraplexError) -> None:
+        scheduler = self._parts.scheduler
+        for session_id, outputs in scheduler.take_outputs().items():
+            if session_id in self._sessions:
+                self._sessions[session_id].put(outputs)
+        for session_id, session_slot in scheduler.open_keys():
+            if session_id in self._sessions:
+                self._sessions[session_id].put(_end_of(session_slot, error))
+
+    def _shut(self, error: LoraplexError) -> None:
+        """Answer what is in the inbox and refuse what comes later."""
+        with self._lock:
+            self._refusal = error
+        while self._inbox:
+            self._refuse(self._inbox.popleft(), error)
+        self._parts.grants.cancel()
+        for drain in self._drains:
+            if drain.future.set_running_or_notify_cancel():
+                drain.future.set_exception(error)
+        self._drains.clear()
+        for outbox in list(self._sessions.values()):
+            outbox.close()
+
+    def _refuse(self, command: Command, error: LoraplexError) -> None:
+        if isinstance(command, Submit):
+            outbox = self._sessions.get(command.submission.session_id)
+            if outbox is not None:
+                outbox.put(_end_of(command.submission.session_slot, error))
+        elif isinstance(command, CloseSession):
+            outbox = self._sessions.pop(command.session_id, None)
+            if outbox is not None:
+                outbox.close()
+        elif isinstance(command, Call) and command.future.set_running_or_notify_cancel():
+            command.future.set_exception(error)
+
+
+def _end_of(session_slot: int, error: LoraplexError) -> StepOutputs:
+    return StepOutputs(
+        step_id=0,
+        token_slots=_NO_TOKENS,
+        token_positions=_NO_TOKENS,
+        token_ids=_NO_TOKENS,
+        events=[Ended(session_slot=session_slot, error=error)],
+    )
+
+
+def _call(call: Call) -> None:
+    """Run a function for another thread; what it raises is the caller's affair."""
+    if not call.future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call.function()
+    except Exception as error:
+        call.future.set_exception(error)
+    else:
+        call.future.set_result(result)
+
+
+def _follow(future: Future[int]) -> Future[object]:
+    """Return a future whose failure is passed on to ``future``; its success is not."""
+    first: Future[object] = Future()
+
+    def pass_on(done: Future[object]) -> None:
+        error = done.exception()
+        if error is not None and not future.done():
+            future.set_exception(error)
+
+    first.add_done_callback(pass_on)
+    return first

@@ -1,0 +1,121 @@
+"""One request inside the scheduler: identity, limits and what became of it so far.
+
+Touched on events only (arrival, admission, preemption, end); what changes with every token lives in `DecodeState`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex_engine.messages import Priority, Submission
+
+HEAD_START_S: Final = {Priority.BATCH: 0.0, Priority.NORMAL: 30.0, Priority.HIGH: 60.0}
+"""A class of service goes before a lower one that arrived up to the difference earlier: first, but never for ever."""
+
+QueueKey = tuple[float, int]
+
+
+class RequestState(enum.Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+TRANSITIONS: Final = {
+    RequestState.WAITING: frozenset({RequestState.RUNNING, RequestState.ENDED}),
+    RequestState.RUNNING: frozenset({RequestState.WAITING, RequestState.ENDED}),  # WAITING: preempted
+    RequestState.ENDED: frozenset[RequestState](),
+}
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Request:
+    """A submission on its way to its one end.
+
+    Attributes:
+        number: Rises with arrival; unique.
+        queue_key: Order of admission, smallest first.
+        max_outputs: Output tokens, resumed ones included, at which it ends with LENGTH.
+        output_token_ids: int32; outputs known when it last had no slot: resumed ones, later those before preemption.
+        slot: Row of the decode state while RUNNING, else -1.
+        is_parked: WAITING for its adapter to move, so admission does not look at it.
+        parked_since_s: When it was parked last.
+        misfit_since_s: Since when it lacks pages only; None if it was not passed over yet.
+        adapter_load_s: Time parked.
+        admitted_s: When it first got a slot.
+        first_token_s: When its first token came.
+        num_prompt_logprobs: Prompt positions whose probabilities were sent already.
+    """
+
+    submission: Submission
+    number: int
+    arrived_s: float
+    queue_key: QueueKey
+    max_outputs: int
+    output_token_ids: NDArray[np.int32]
+    state: RequestState = RequestState.WAITING
+    slot: int = -1
+    is_parked: bool = False
+    parked_since_s: float = 0.0
+    misfit_since_s: float | None = None
+    adapter_load_s: float = 0.0
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    num_prompt_logprobs: int = field(default=0)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The session and the gateway's number for it."""
+        return (self.submission.session_id, self.submission.session_slot)
+
+    @property
+    def adapter_digest(self) -> str | None:
+        """Digest of its adapter; None for the base model."""
+        return self.submission.adapter_digest
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.submission.prompt_token_ids)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Prompt and known outputs: what a prefill computes."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """Most tokens it ever has in the pool; the last output is never an input."""
+        return self.num_prompt_tokens + self.max_outputs - 1
+
+    def move_to(self, state: RequestState) -> None:
+        """Change state.
+
+        Raises:
+            RuntimeError: If the move is not in `TRANSITIONS`.
+        """
+        if state not in TRANSITIONS[self.state]:
+            raise RuntimeError(f"request {self.submission.request_id} cannot go from {self.state} to {state}")
+        self.state = state
+
+
+def make_request(submission: Submission, *, number: int, now_s: float, max_model_len: int) -> Request:
+    """Take a submission in; its limit on outputs is what the submission and ``max_model_len`` leave."""
+    num_prompt = len(submission.prompt_token_ids)
+    asked = submission.stopping.max_new_tokens
+    room = max_model_len - num_prompt
+    return Request(
+        submission=submission,
+        number=number,
+        arrived_s=submission.arrived_s or now_s,
+        queue_key=(now_s - HEAD_START_S[submission.priority], number),
+        max_outputs=room if asked is None else min(asked, room),
+        output_token_ids=np.asarray(submission.resumed_token_ids, dtype=np.int32),
+    )

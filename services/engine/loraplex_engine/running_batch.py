@@ -1,0 +1,213 @@
+"""The requests that have a slot, and the plan of the next step over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex_engine.request import Request
+from loraplex_engine.step import FROM_DEVICE, SlotSetup, StepPlan
+
+if TYPE_CHECKING:
+    from loraplex_engine.decode_state import DecodeState, Rows
+    from loraplex_engine.page_pool import PagePool
+
+_NO_TOKENS = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchedStep:
+    """What must be remembered of a plan until its result comes.
+
+    Attributes:
+        slots: int32 ``[N]``; all rows.
+        occupancy: int64 ``[N]``; whose rows they were.
+        starts: int32 ``[N]``; first token computed.
+        sample_rows: int32 ``[S]``.
+        positions: int32 ``[S]``; output index that each sampling row draws.
+        finished_prefills: Requests whose last prefill chunk this is: their first token comes with it.
+    """
+
+    step_id: int
+    slots: NDArray[np.int32]
+    occupancy: NDArray[np.int64]
+    starts: NDArray[np.int32]
+    sample_rows: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    finished_prefills: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    request: Request
+    start: int
+    num_tokens: int
+    is_last: bool
+
+
+class RunningBatch:
+    """Running requests in the order of their admission.
+
+    Attributes:
+        state: Their rows.
+        num_prefill_tokens: Tokens of running requests that have yet to be computed before their first draw.
+    """
+
+    def __init__(self, *, state: DecodeState, pool: PagePool) -> None:
+        self.state = state
+        self._pool = pool
+        self._requests: list[Request] = []  # by admission
+        self._by_slot: dict[int, Request] = {}
+        self._prefilling: list[Request] = []  # by admission
+        self._setups: list[SlotSetup] = []
+        self._rows: Rows = np.empty(0, dtype=np.int32)  # slots by admission; rebuilt when membership changes
+        self._is_stale = False
+        self.num_prefill_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def requests(self) -> list[Request]:
+        """A copy, by admission."""
+        return list(self._requests)
+
+    @property
+    def latest(self) -> Request:
+        """The request admitted last: the first to be preempted."""
+        return self._requests[-1]
+
+    def at(self, slot: int) -> Request:
+        """Return a slot's occupant."""
+        return self._by_slot[slot]
+
+    @property
+    def rows(self) -> Rows:
+        """Slots by admission."""
+        if self._is_stale:
+            self._rows = np.fromiter((request.slot for request in self._requests), np.int32, len(self._requests))
+            self._is_stale = False
+        return self._rows
+
+    def seat(self, request: Request, *, adapter: int, pages: NDArray[np.int32], stop_ids: tuple[int, ...]) -> None:
+        """Give a request a slot; its prefill starts with the next plan."""
+        request.slot = self.state.seat(request, adapter=adapter, pages=pages, stop_ids=stop_ids)
+        self._requests.append(request)
+        self._by_slot[request.slot] = request
+        self._prefilling.append(request)
+        self.num_prefill_tokens += request.num_known_tokens
+        self._setups.append(_setup_of(request, stop_ids))
+        self._is_stale = True
+
+    def unseat(self, request: Request, last_step: int) -> None:
+        """Take a request's slot and pages away; the pages are free after ``last_step``."""
+        slot = request.slot
+        if request in self._prefilling:
+            self.num_prefill_tokens -= request.num_known_tokens - int(self.state.num_computed[slot])
+            self._prefilling.remove(request)
+        self._setups = [setup for setup in self._setups if setup.slot != slot]
+        self._requests.remove(request)
+        del self._by_slot[slot]
+        self._pool.retire(self.state.vacate(slot), last_step)
+        request.slot = -1
+        self._is_stale = True
+
+    def plan(self, step_id: int, decode_rows: Rows, max_tokens: int) -> tuple[StepPlan, LaunchedStep] | None:
+        """Build the next step: one token of each decode row, prefill chunks in what is left of ``max_tokens``."""
+        chunks = self._cut_chunks(max_tokens - len(decode_rows)) if self._prefilling else []
+        if not chunks and len(decode_rows) == 0:
+            return None
+        state = self.state
+        num_decode = len(decode_rows)
+        slots, num_tokens, token_ids = (
+            decode_rows,
+            np.ones(num_decode, np.int32),
+            np.full(num_decode, FROM_DEVICE, np.int32),
+        )
+        sample_rows = np.arange(num_decode, dtype=np.int32)
+        if chunks:
+            slots = np.concatenate([slots, np.array([chunk.request.slot for chunk in chunks], np.int32)])
+            num_tokens = np.concatenate([num_tokens, np.array([chunk.num_tokens for chunk in chunks], np.int32)])
+            token_ids = np.concatenate([token_ids, *(self._tokens_of(chunk) for chunk in chunks)])
+            last = [num_decode + index for index, chunk in enumerate(chunks) if chunk.is_last]
+            sample_rows = np.concatenate([sample_rows, np.array(last, np.int32)])
+        plan = StepPlan(
+            step_id=step_id,
+            slots=slots,
+            num_tokens=num_tokens,
+            starts=state.num_computed[slots],
+            token_ids=token_ids,
+            block_tables=state.block_tables(slots),
+            adapters=state.adapters[slots],
+            adapter_scales=state.adapter_scales[slots],
+            num_decode_rows=num_decode,
+            sample_rows=sample_rows,
+            sampling=state.sampling(slots[sample_rows]),
+            setups=tuple(self._take_setups(slots)),
+        )
+        return plan, self._launch(plan, chunks)
+
+    def _cut_chunks(self, budget: int) -> list[_Chunk]:
+        """Share ``budget`` tokens out to prefills, first admitted first."""
+        chunks = []
+        for request in self._prefilling:
+            if budget <= 0:
+                break
+            start = int(self.state.num_computed[request.slot])
+            left = request.num_known_tokens - start
+            chunks.append(_Chunk(request, start, min(left, budget), left <= budget))
+            budget -= chunks[-1].num_tokens
+        return chunks
+
+    def _tokens_of(self, chunk: _Chunk) -> NDArray[np.int32]:
+        tokens: NDArray[np.int32] = self.state.tokens[chunk.request.slot, chunk.start : chunk.start + chunk.num_tokens]
+        return tokens
+
+    def _take_setups(self, slots: NDArray[np.int32]) -> list[SlotSetup]:
+        if not self._setups:
+            return []
+        planned = set(slots.tolist())
+        taken = [setup for setup in self._setups if setup.slot in planned]
+        self._setups = [setup for setup in self._setups if setup.slot not in planned]
+        return taken
+
+    def _launch(self, plan: StepPlan, chunks: list[_Chunk]) -> LaunchedStep:
+        """Advance the state to what holds once the plan has run."""
+        state = self.state
+        finished = tuple(chunk.request for chunk in chunks if chunk.is_last)
+        state.num_computed[plan.slots] += plan.num_tokens
+        state.next_position[plan.slots[plan.sample_rows]] += 1
+        for chunk in chunks:
+            self.num_prefill_tokens -= chunk.num_tokens
+        for request in finished:
+            state.is_decoding[request.slot] = True
+            self._prefilling.remove(request)
+        return LaunchedStep(
+            step_id=plan.step_id,
+            slots=plan.slots,
+            occupancy=state.occupancy[plan.slots],
+            starts=plan.starts,
+            sample_rows=plan.sample_rows,
+            positions=plan.sampling.position,
+            finished_prefills=finished,
+        )
+
+
+def _setup_of(request: Request, stop_ids: tuple[int, ...]) -> SlotSetup:
+    submission = request.submission
+    sampling = submission.sampling
+    uses_penalties = sampling.uses_penalties
+    num_sent = request.num_prompt_logprobs
+    return SlotSetup(
+        slot=request.slot,
+        prompt_token_ids=submission.prompt_token_ids if uses_penalties else _NO_TOKENS,
+        output_token_ids=request.output_token_ids if uses_penalties else _NO_TOKENS,
+        logit_bias=sampling.logit_bias,
+        allowed_token_ids=sampling.allowed_token_ids,
+        stop_token_ids=stop_ids,
+        prompt_logprobs=sampling.prompt_logprobs if num_sent < request.num_prompt_tokens - 1 else -1,
+        uses_penalties=uses_penalties,
+    )
