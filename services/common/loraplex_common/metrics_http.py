@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 RENDER_TIMEOUT_S: Final = 5.0
+STOP_POLL_S: Final = 0.1  # how often the thread looks whether it should stop
 
 
 class MetricsServer:
@@ -51,7 +52,9 @@ class MetricsServer:
             page = staticmethod(render)
 
         self._http = _Server(self._address, Handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, name="metrics-http", daemon=True)
+        self._thread = threading.Thread(
+            target=self._http.serve_forever, kwargs={"poll_interval": STOP_POLL_S}, name="metrics-http", daemon=True
+        )
         self._thread.start()
         return int(self._http.server_address[1])
 

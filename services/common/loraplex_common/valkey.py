@@ -128,8 +128,15 @@ class EmbeddedValkey:
         assert self._lock_fd is not None
         with self.log_path.open("ab") as log:
             # The child shares the lock: until both are gone nobody else starts on this data.
+            # In a process group of its own, so that Ctrl-C in a terminal reaches the services first and their Valkey last.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self._lock_fd], cwd=self._data_dir
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[self._lock_fd],
+                cwd=self._data_dir,
+                process_group=0,
             )
         try:
             self._wait_until_ready(self._process)

@@ -1,0 +1,90 @@
+"""GET /metrics and /healthz beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from loraplex_common import metrics_http
+from loraplex_common.metrics_http import MetricsServer
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.core import GaugeMetricFamily
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from email.message import Message
+
+
+def get(port: int, path: str, **headers: str) -> tuple[int, str, Message]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, response.read().decode(), response.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode(), error.headers
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+async def port(registry: CollectorRegistry) -> AsyncIterator[int]:
+    server = MetricsServer(registry)
+    yield await server.start()
+    await server.stop()
+    await server.stop()
+
+
+async def test_metrics_are_served_in_the_format_asked_for(registry: CollectorRegistry, port: int) -> None:
+    Gauge("loraplex_engine_leases", "Leases.", registry=registry).set(3)
+
+    status, text, headers = await asyncio.to_thread(get, port, "/metrics?x=1")
+    _, open_text, open_headers = await asyncio.to_thread(
+        get, port, "/metrics", Accept="application/openmetrics-text; version=1.0.0"
+    )
+
+    assert (status, headers["Content-Type"].partition(";")[0]) == (200, "text/plain")
+    assert "loraplex_engine_leases 3.0" in text
+    assert open_headers["Content-Type"].startswith("application/openmetrics-text")
+    assert open_text.endswith("# EOF\n")
+
+
+async def test_health_is_ok_and_other_paths_are_not_found(port: int) -> None:
+    assert (await asyncio.to_thread(get, port, "/healthz"))[:2] == (200, "ok\n")
+    assert (await asyncio.to_thread(get, port, "/"))[0] == 404
+
+
+async def test_collectors_run_on_the_event_loops_thread(registry: CollectorRegistry, port: int) -> None:
+    class Where:
+        def collect(self) -> Iterator[Any]:
+            yield GaugeMetricFamily("thread_id", "Thread.", value=threading.get_ident())
+
+    registry.register(Where())
+
+    text = (await asyncio.to_thread(get, port, "/metrics"))[1]
+
+    (line,) = [line for line in text.splitlines() if line.startswith("thread_id ")]
+    assert float(line.split()[1]) == float(threading.get_ident())
+
+
+async def test_a_loop_that_hangs_fails_its_health_check(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_http, "RENDER_TIMEOUT_S", 0.1)
+    answers: list[int] = []
+    prober = threading.Thread(target=lambda: answers.append(get(port, "/healthz")[0]))
+    prober.start()
+
+    prober.join()  # blocks the loop on purpose
+
+    assert answers == [503]
+
+
+async def test_a_taken_port_is_refused(port: int, registry: CollectorRegistry) -> None:
+    with pytest.raises(OSError, match="in use"):
+        await MetricsServer(registry, port=port).start()
