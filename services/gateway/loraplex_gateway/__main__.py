@@ -1,0 +1,44 @@
+"""Runs the gateway: ``python -m loraplex_gateway --model DIR --redis-url URL``."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from loraplex_common import log, settings
+from loraplex_common.auth import KeysFileError
+from loraplex_common.base_model import BaseModelError
+from loraplex_common.lifecycle import announce_ready, stop_on_signals
+
+from loraplex_gateway.app import GatewayApp
+from loraplex_gateway.chat_template import ChatTemplateError
+from loraplex_gateway.config import GatewayConfig
+
+
+async def serve(config: GatewayConfig) -> None:
+    """Run one gateway until SIGTERM or SIGINT, then drain it."""
+    stop = stop_on_signals()
+    app = GatewayApp(config)
+    try:
+        await app.start()
+        http = f"{config.host}:{app.http_port}"
+        announce_ready("gateway", grpc=f"{config.host}:{app.grpc_port}", metrics=http, http=http)
+        await app.run_until(stop)
+        await app.drain()
+    finally:
+        await app.close()
+
+
+def main() -> None:
+    """Read the configuration and serve."""
+    config = settings.load(GatewayConfig, service="gateway")
+    log.configure("gateway", config.log_level, config.log_format)
+    log.get_logger().info("starting", **settings.describe(config))
+    try:
+        asyncio.run(serve(config))
+    except (BaseModelError, ChatTemplateError, KeysFileError, OSError) as error:
+        sys.exit(f"loraplex-gateway: {error}")
+
+
+if __name__ == "__main__":
+    main()

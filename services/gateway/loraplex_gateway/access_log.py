@@ -1,0 +1,113 @@
+"""What became of each request: one log line and its share of the metrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraplex_common.log import get_logger
+
+from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_common.errors import LoraplexError
+
+    from loraplex_gateway.metrics import GatewayMetrics
+    from loraplex_gateway.types import Event, GenerationRequest
+
+_log = get_logger()
+
+
+class RequestRecord:
+    """Watches one request's events go by.
+
+    Args:
+        request: The request, its id filled in.
+        tenant: Who asks.
+        metrics: Where it is counted.
+        clock: Monotonic seconds.
+
+    Attributes:
+        model: Name of the base model, once known.
+        adapter: Name of the adapter, once resolved: unknown names are no label.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, *, tenant: str, metrics: GatewayMetrics, clock: Callable[[], float]
+    ) -> None:
+        self.model = ""
+        self.adapter = ""
+        self._request = request
+        self._tenant = tenant
+        self._metrics = metrics
+        self._clock = clock
+        self._arrived_at = clock()
+        self._first_token_at: float | None = None
+        self._last_token_at = 0.0
+        self._started: Started | None = None
+        self._finished: Finished | None = None
+        self._num_tokens = 0
+
+    def see(self, event: Event, *, num_tokens: int) -> None:
+        """Take note of an event; `num_tokens` is the output's length after it, whatever the chunk carries."""
+        if isinstance(event, Started):
+            self._started = event
+        elif isinstance(event, Chunk):
+            self._see_tokens(num_tokens)
+        elif isinstance(event, Finished):
+            self._finished = event
+            self._num_tokens = event.usage.output_tokens
+
+    def end(self, error: LoraplexError | None) -> None:
+        """Log and count the request. Without `Finished` and without error the client went away."""
+        duration_s = self._clock() - self._arrived_at
+        if error is not None:
+            code, reason = error.code.name, error.reason
+        elif self._finished is not None:
+            code, reason = "OK", self._finished.finish_reason.name
+        else:
+            code, reason = "CANCELLED", "CLIENT_GONE"
+        self._count(code, reason)
+        started, finished = self._started, self._finished
+        _log.info(
+            "request",
+            request_id=self._request.request_id,
+            tenant=self._tenant,
+            model=self.model,
+            adapter=self._request.adapter,
+            adapter_revision=started.adapter_revision if started else "",
+            engine_id=started.engine_id if started else "",
+            code=code,
+            reason=reason,
+            error=error.message if error is not None else None,
+            prompt_tokens=started.prompt_tokens if started else 0,
+            cached_tokens=started.cached_tokens if started else 0,
+            output_tokens=self._num_tokens,
+            queue_s=round(finished.timings.queue_s, 4) if finished else None,
+            ttft_s=round(self._first_token_at - self._arrived_at, 4) if self._first_token_at is not None else None,
+            duration_s=round(duration_s, 4),
+        )
+
+    def _see_tokens(self, num_tokens: int) -> None:
+        now = self._clock()
+        num_new = num_tokens - self._num_tokens
+        if self._first_token_at is None:
+            self._first_token_at = now
+            self._metrics.ttft.observe(now - self._arrived_at)
+        elif num_new > 0:
+            self._metrics.itl.observe((now - self._last_token_at) / num_new)
+        self._last_token_at = now
+        self._num_tokens = num_tokens
+
+    def _count(self, code: str, reason: str) -> None:
+        metrics, started = self._metrics, self._started
+        metrics.requests.labels(self.model, metrics.adapter_label(self.adapter), code).inc()
+        if code != "OK" or reason == FinishReason.CANCELLED.name:
+            metrics.aborts.labels(reason).inc()
+        metrics.count_tokens(
+            self._tenant,
+            num_input=started.prompt_tokens if started else 0,
+            num_output=self._num_tokens,
+            num_cached=started.cached_tokens if started else 0,
+        )

@@ -1,0 +1,217 @@
+"""Puts the gateway together, starts it and takes it down."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final
+
+from loraplex.v1 import gateway_pb2_grpc
+from loraplex_common import valkey
+from loraplex_common.auth import Authenticator
+from loraplex_common.grpc_channel import open_channel
+from loraplex_common.grpc_server import GrpcServer, ServerConfig
+from loraplex_common.log import get_logger
+from loraplex_common.rpc_metrics import RpcMetrics
+from loraplex_common.tasks import Supervisor
+from prometheus_client import CollectorRegistry
+
+from loraplex_gateway.admission import AdmissionController
+from loraplex_gateway.alias_watcher import AliasWatcher
+from loraplex_gateway.claims import RequestClaims
+from loraplex_gateway.core import GatewayCore
+from loraplex_gateway.engine_pool import EnginePool
+from loraplex_gateway.listing import ModelListing
+from loraplex_gateway.metrics import GatewayMetrics
+from loraplex_gateway.models import ModelCatalog, load_served_model
+from loraplex_gateway.names import NameTable
+from loraplex_gateway.openai.app import HttpContext, make_app
+from loraplex_gateway.openai.server import HttpServer
+from loraplex_gateway.prefetch import PrefetchHints
+from loraplex_gateway.preparation import Preparer
+from loraplex_gateway.registry_watcher import RegistryWatcher
+from loraplex_gateway.servicer import GatewayServicer
+
+if TYPE_CHECKING:
+    from loraplex_gateway.config import GatewayConfig
+
+TOKENIZER_THREADS: Final = 2
+# How long `start` waits for the first look at engines and names, so that "ready" means ready where all is well.
+FIRST_SYNC_S: Final = 5.0
+
+_log = get_logger()
+
+
+class GatewayApp:
+    """One gateway process.
+
+    Args:
+        config: Where it listens, whom it talks to, what it allows.
+
+    Attributes:
+        grpc_port: Bound gRPC port, once started.
+        http_port: Bound HTTP port, once started.
+    """
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.grpc_port = 0
+        self.http_port = 0
+        self.gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
+        registry = CollectorRegistry()
+        authenticator = Authenticator.from_file(config.api_keys_file)
+        self._executor = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._valkey = valkey.connect(config.redis_url)
+        self._store = open_channel(config.store_target) if config.store_target else None
+        self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
+        self.catalog = self._load_models()
+        self.names = NameTable()
+        self.pool = EnginePool(self.catalog, gateway_id=self.gateway_id, max_buffered_tokens=config.max_buffered_tokens)
+        self.admission = AdmissionController(
+            max_concurrent=config.max_concurrent_requests,
+            max_queued=config.max_queued_requests,
+            clock=time.monotonic,
+        )
+        self.claims = RequestClaims(self._valkey, self.gateway_id)
+        self.metrics = GatewayMetrics(registry)
+        self.metrics.watch_queue(self.admission.waiting_by_priority)
+        self.core = self._make_core()
+        listing = ModelListing(self.catalog, self.names, self.pool)
+        self._grpc = GrpcServer(
+            ServerConfig(
+                host=config.host,
+                port=config.port,
+                tls_cert=config.tls_cert,
+                tls_key=config.tls_key,
+                tls_client_ca=config.tls_client_ca,
+                enable_reflection=config.enable_reflection,
+            ),
+            authenticator=authenticator,
+            metrics=RpcMetrics(registry),
+        )
+        servicer = GatewayServicer(self.core, self.catalog, listing, slow_client_s=config.slow_client_s)
+        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, self._grpc.server)
+        self._grpc.add_service_name("loraplex.v1.GatewayService")
+        context = HttpContext(
+            core=self.core,
+            catalog=self.catalog,
+            listing=listing,
+            authenticator=authenticator,
+            registry=registry,
+            slow_client_s=config.slow_client_s,
+            is_ready=lambda: self.is_ready,
+        )
+        self._http = HttpServer(
+            make_app(context),
+            host=config.host,
+            port=config.http_port,
+            tls_cert=config.tls_cert,
+            tls_key=config.tls_key,
+            tls_client_ca=config.tls_client_ca,
+        )
+        self._supervisor = Supervisor()
+        self._is_draining = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be served: an engine takes them and the gateway is not going away."""
+        return self.pool.has_candidate and not self._is_draining
+
+    async def start(self) -> None:
+        """Listen on both ports, then look for engines and names; returns once that has been tried.
+
+        Raises:
+            OSError: If an address cannot be bound.
+        """
+        self.grpc_port = await self._grpc.start()
+        self.http_port = await self._http.start()
+        self._supervisor.spawn(self._http.run(), name="http-server")
+        self._supervisor.spawn(self.claims.run(), name="claims")
+        self._supervisor.spawn(RegistryWatcher(self._valkey, self.pool).run(), name="registry-watcher")
+        if self._store is not None:
+            self._supervisor.spawn(AliasWatcher(self._store, self.names).run(), name="alias-watcher")
+        self._supervisor.spawn(self._report_readiness(), name="readiness")
+        try:
+            async with asyncio.timeout(FIRST_SYNC_S):
+                await self._first_sync()
+        except TimeoutError:
+            _log.warning("started without a full view", has_engine=self.pool.has_candidate, has_names=self._has_names())
+
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Serve until the event is set.
+
+        Raises:
+            BackgroundTaskError: If a background task dies.
+        """
+        await self._supervisor.run_until(stop)
+
+    async def drain(self) -> None:
+        """Go out of service without failing a stream: not ready, settle, refuse new requests, wait for running ones."""
+        config = self.config
+        self._is_draining = True
+        await asyncio.gather(
+            self._grpc.drain(settle_s=config.drain_settle_s, grace_s=config.drain_grace_s), self._drain_http()
+        )
+
+    async def close(self) -> None:
+        """Release everything; safe after a failed start."""
+        await self._http.stop(grace_s=0.0)
+        await self._grpc.server.stop(None)
+        await self._supervisor.close()
+        await self.pool.close()
+        if self._hints is not None:
+            await self._hints.close()
+        await self.claims.close()
+        if self._store is not None:
+            await self._store.close()
+        await self._valkey.aclose()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _drain_http(self) -> None:
+        await asyncio.sleep(self.config.drain_settle_s)
+        self.admission.drain()
+        await self._http.stop(grace_s=self.config.drain_grace_s)
+
+    async def _first_sync(self) -> None:
+        names_changed = asyncio.create_task(self.names.wait_until_synced())
+        try:
+            while not self.pool.has_candidate:
+                await self.pool.changed.wait()
+            if self._store is not None:
+                await names_changed
+        finally:
+            names_changed.cancel()
+
+    def _has_names(self) -> bool:
+        return self._store is None or self.names.is_synced
+
+    async def _report_readiness(self) -> None:
+        while True:
+            changed = self.pool.changed
+            self._grpc.set_ready(self.is_ready)
+            await changed.wait()
+
+    def _load_models(self) -> ModelCatalog:
+        config = self.config
+        first, *others = config.model
+        models = [
+            load_served_model(first, self._executor, name=config.served_model_name, aliases=tuple(config.model_alias))
+        ]
+        models += [load_served_model(directory, self._executor) for directory in others]
+        return ModelCatalog(models)
+
+    def _make_core(self) -> GatewayCore:
+        preparer = Preparer(
+            self.catalog, self.names, self.pool, max_stream_s=self.config.max_stream_s, clock=time.monotonic
+        )
+        return GatewayCore(
+            preparer,
+            self.admission,
+            self.claims,
+            self.pool,
+            hints=self._hints,
+            metrics=self.metrics,
+            clock=time.monotonic,
+        )

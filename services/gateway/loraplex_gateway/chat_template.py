@@ -1,0 +1,149 @@
+"""Chat templates: the model's own Jinja, run in a sandbox with the globals that `transformers` gives it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from loraplex_common.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from jinja2.parser import Parser
+
+    from loraplex_gateway.types import ChatMessage, ChatPrompt
+
+_SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}`` marks the assistant's words for training; here it only renders them."""
+
+    tags = {"generation"}  # noqa: RUF012 (the base class says set)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the block's body unchanged."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None, **keywords: Any) -> str:
+    # Jinja's own filter escapes HTML, which a prompt must not.
+    keywords.setdefault("ensure_ascii", False)
+    return json.dumps(value, indent=indent, **keywords)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class ChatTemplateError(ValueError):
+    """The model's chat template cannot be read; the message names the file."""
+
+
+class ChatTemplate:
+    """One compiled template with the model's special tokens.
+
+    Args:
+        source: Jinja source.
+        special_tokens: ``{"bos_token": "<s>", ...}`` as the template sees them.
+
+    Raises:
+        ChatTemplateError: If the source is no valid Jinja.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ChatTemplateError(f"chat template, line {error.lineno}: {error.message}") from error
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, prompt: ChatPrompt) -> str:
+        """Return the conversation as text, special tokens written out.
+
+        Raises:
+            InvalidParameterError: If the template refuses the conversation, with the template's own words.
+        """
+        messages = [_as_dict(message) for message in prompt.messages]
+        try:
+            rendered = self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final_message,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise InvalidParameterError(
+                f"the model's chat template refuses these messages: {error}", field="messages"
+            ) from error
+        return _cut_after_last_message(rendered, messages) if prompt.continue_final_message else rendered
+
+
+def _as_dict(message: ChatMessage) -> dict[str, str]:
+    turn = {"role": message.role, "content": message.content}
+    return turn if message.name is None else {**turn, "name": message.name}
+
+
+def _cut_after_last_message(rendered: str, messages: list[dict[str, str]]) -> str:
+    content = messages[-1]["content"]
+    for wanted in (content, content.strip()):  # some templates strip
+        at = rendered.rfind(wanted)
+        if wanted and at >= 0:
+            return rendered[: at + len(wanted)]
+    raise InvalidParameterError(
+        "continue_final_message needs a template that renders the last message as it is, and a message that is not empty",
+        field="messages",
+    )
+
+
+def read_special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens of a tokenizer_config.json, which writes them as strings or objects."""
+    tokens = {}
+    for name in _SPECIAL_TOKENS:
+        value = config.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def load_chat_template(directory: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
+    """Return a model's chat template, or None if it has none.
+
+    Args:
+        directory: Model directory; its chat_template.jinja goes before what the config holds.
+        config: tokenizer_config.json as read.
+
+    Raises:
+        ChatTemplateError: If the template is unreadable.
+    """
+    file = directory / "chat_template.jinja"
+    source: Any = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+    if source is None:
+        return None
+    return ChatTemplate(str(source), read_special_tokens(config))

@@ -1,0 +1,161 @@
+"""Who runs which request: at most one gateway each (tenant, request_id), claimed in Valkey under a lease."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from loraplex_common.errors import RequestRunningError
+from loraplex_common.log import get_logger
+from loraplex_common.registry import claim_key
+from redis.exceptions import RedisError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from redis.asyncio import Redis
+
+LEASE_S: Final = 30.0
+RENEW_S: Final = 10.0
+# A claim is a safety net against duplicates: no request waits longer for it than this.
+TIMEOUT_S: Final = 0.5
+# After a failure Valkey is left alone so long, so that an outage does not cost every request its timeout.
+PAUSE_S: Final = 2.0
+
+_RELEASE: Final = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) else return 0 end"
+
+_log = get_logger()
+
+
+class RunningRequest:
+    """A request of this gateway that can be cancelled by its id."""
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+        self._on_cancel: Callable[[], None] | None = None
+
+    def cancel(self) -> None:
+        """End the request with finish reason CANCELLED."""
+        self.is_cancelled = True
+        if self._on_cancel is not None:
+            self._on_cancel()
+
+    def on_cancel(self, callback: Callable[[], None] | None) -> None:
+        """Say how to wake up whoever the request waits for at the moment."""
+        self._on_cancel = callback
+        if self.is_cancelled and callback is not None:
+            callback()
+
+
+class RequestClaims:
+    """The requests of this gateway and their claims. Without Valkey claims hold on this gateway alone.
+
+    Args:
+        valkey: Client, or None for a gateway on its own.
+        gateway_id: Value of the claims.
+    """
+
+    def __init__(self, valkey: Redis | None, gateway_id: str) -> None:
+        self._valkey = valkey
+        self._gateway_id = gateway_id.encode()
+        self._running: dict[tuple[str, str], RunningRequest] = {}
+        self._paused_until = 0.0
+        self._releases: set[asyncio.Task[Any]] = set()
+
+    @property
+    def num_running(self) -> int:
+        """Claimed requests of this gateway."""
+        return len(self._running)
+
+    def find(self, tenant: str, request_id: str) -> RunningRequest | None:
+        """Return a running request of this gateway."""
+        return self._running.get((tenant, request_id))
+
+    async def owner(self, tenant: str, request_id: str) -> str | None:
+        """Return the gateway that claims a request, if Valkey knows one."""
+        value = await self._ask(lambda valkey: valkey.get(claim_key(tenant, request_id)))
+        return value.decode() if isinstance(value, bytes) else None
+
+    @asynccontextmanager
+    async def hold(self, tenant: str, request_id: str) -> AsyncIterator[RunningRequest]:
+        """Claim a request for as long as the block runs.
+
+        Raises:
+            RequestRunningError: If a request of this id is running here or on another gateway.
+        """
+        key = (tenant, request_id)
+        if key in self._running:
+            raise _already_running(request_id)
+        running = self._running[key] = RunningRequest()
+        try:
+            await self._claim(tenant, request_id)
+            yield running
+        finally:
+            # Also when the claim itself was cut off half-way: the script removes nobody else's claim.
+            del self._running[key]
+            self._release_soon(tenant, request_id)
+
+    async def run(self) -> None:
+        """Renew the leases for ever."""
+        while True:
+            await asyncio.sleep(RENEW_S)
+            await self._renew()
+
+    async def close(self) -> None:
+        """Wait for the releases that are on their way."""
+        if self._releases:
+            await asyncio.wait(set(self._releases), timeout=TIMEOUT_S)
+
+    async def _claim(self, tenant: str, request_id: str) -> None:
+        name, lease_ms = claim_key(tenant, request_id), int(LEASE_S * 1000)
+
+        async def take(valkey: Redis) -> Any:
+            if await valkey.set(name, self._gateway_id, nx=True, px=lease_ms):
+                return self._gateway_id
+            return await valkey.get(name)
+
+        holder = await self._ask(take)
+        # Our own value without a local request: this command ran twice, or we restarted under the same id.
+        if holder is not None and holder != self._gateway_id:
+            raise _already_running(request_id)
+
+    async def _renew(self) -> None:
+        names = [claim_key(tenant, request_id) for tenant, request_id in self._running]
+
+        async def renew(valkey: Redis) -> Any:
+            async with valkey.pipeline(transaction=False) as pipeline:
+                for name in names:
+                    pipeline.set(name, self._gateway_id, px=int(LEASE_S * 1000))
+                return await pipeline.execute()
+
+        if names:
+            await self._ask(renew, timeout_s=RENEW_S / 2)
+
+    def _release_soon(self, tenant: str, request_id: str) -> None:
+        name = claim_key(tenant, request_id)
+        task = asyncio.get_running_loop().create_task(
+            self._ask(lambda valkey: valkey.eval(_RELEASE, 1, name, self._gateway_id))
+        )
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def _ask(self, command: Callable[[Redis], Awaitable[Any]], *, timeout_s: float = TIMEOUT_S) -> Any:
+        """Return a command's result, or None if Valkey is absent or down."""
+        loop = asyncio.get_running_loop()
+        if self._valkey is None or loop.time() < self._paused_until:
+            return None
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await command(self._valkey)
+        except (RedisError, OSError, TimeoutError) as error:
+            self._paused_until = loop.time() + PAUSE_S
+            _log.warning("Valkey is away; request claims hold on this gateway only", cause=str(error))
+            return None
+
+
+def _already_running(request_id: str) -> RequestRunningError:
+    return RequestRunningError(
+        f"request {request_id} is still running; wait for its end or use another request_id",
+        metadata={"request_id": request_id},
+    )

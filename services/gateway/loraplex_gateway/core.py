@@ -1,0 +1,188 @@
+"""The one way a request takes, whichever face it came in by.
+
+prepare -> admit -> claim -> route and submit (`relay`) -> detokenise and stop (`output`) -> events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import DeadlineError, LoraplexError, NotSupportedError, QueueTimeoutError
+from loraplex_common.ids import new_request_id
+
+from loraplex_gateway.access_log import RequestRecord
+from loraplex_gateway.relay import EngineRelay
+from loraplex_gateway.request_run import RequestRun
+from loraplex_gateway.ticket import LocalCancelError
+from loraplex_gateway.types import Accepted, FinishReason, Queued
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from loraplex_gateway.admission import AdmissionController, Place
+    from loraplex_gateway.claims import RequestClaims, RunningRequest
+    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.metrics import GatewayMetrics
+    from loraplex_gateway.prefetch import PrefetchHints
+    from loraplex_gateway.preparation import Preparer
+    from loraplex_gateway.types import Event, GenerationRequest
+
+QUEUED_EVERY_S: Final = 1.0
+
+
+class GatewayCore:
+    """Generates text.
+
+    Args:
+        preparer: Validates, resolves, tokenises.
+        admission: Limits what runs and waits.
+        claims: Keeps request ids unique.
+        pool: The engines.
+        hints: Prefetch hints; None without an adapter store.
+        metrics: Where requests are counted.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        preparer: Preparer,
+        admission: AdmissionController,
+        claims: RequestClaims,
+        pool: EnginePool,
+        *,
+        hints: PrefetchHints | None,
+        metrics: GatewayMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._preparer = preparer
+        self._admission = admission
+        self._claims = claims
+        self._pool = pool
+        self._hints = hints
+        self._metrics = metrics
+        self._clock = clock
+
+    async def generate(
+        self, request: GenerationRequest, *, tenant: str, time_left_s: float | None
+    ) -> AsyncGenerator[Event, None]:
+        """Yield a request's events, the last of them `Finished`.
+
+        Closing the generator aborts the request on its engine and gives back its place and claim.
+
+        Args:
+            request: What to generate.
+            tenant: Who asks.
+            time_left_s: Until the caller's deadline; None for no deadline.
+
+        Raises:
+            LoraplexError: If the request is refused or fails.
+        """
+        request = replace(request, request_id=request.request_id or new_request_id())
+        record = RequestRecord(request, tenant=tenant, metrics=self._metrics, clock=self._clock)
+        failure: LoraplexError | None = None
+        try:
+            self._admission.check_room()
+            prepared = await self._preparer.prepare(request, tenant=tenant, time_left_s=time_left_s)
+            record.model = prepared.model.name
+            record.adapter = prepared.adapter.name if prepared.adapter else ""
+            run = RequestRun(prepared, self._clock)
+            async with aclosing(self._admit_and_run(run, tenant)) as events:
+                async for event in events:
+                    record.see(event, num_tokens=run.num_tokens)
+                    yield event
+        except LoraplexError as error:
+            failure = error
+            raise
+        finally:
+            record.end(failure)
+
+    async def cancel(self, tenant: str, request_id: str) -> bool:
+        """End a running request of the tenant; return whether there was one.
+
+        Raises:
+            NotSupportedError: If another gateway runs it.
+        """
+        running = self._claims.find(tenant, request_id)
+        if running is not None:
+            running.cancel()
+            return True
+        owner = await self._claims.owner(tenant, request_id)
+        if owner is not None:
+            raise NotSupportedError(
+                f"request {request_id} runs on gateway {owner}; cancelling across gateways is not built yet, "
+                "cancel the stream's RPC instead",
+                metadata={"gateway_id": owner},
+            )
+        return False
+
+    async def _admit_and_run(self, run: RequestRun, tenant: str) -> AsyncGenerator[Event, None]:
+        request = run.prepared.request
+        place = self._admission.enter(request.priority)
+        try:
+            async with self._claims.hold(tenant, request.request_id) as running:
+                if request.progress_events:
+                    yield Accepted(request_id=request.request_id)
+                try:
+                    async with aclosing(self._wait_for_place(place, run, running)) as waits:
+                        async for queued in waits:
+                            yield queued
+                    async with aclosing(self._stream(run, running)) as events:
+                        async for event in events:
+                            yield event
+                except LocalCancelError:
+                    yield run.finished(FinishReason.CANCELLED)
+        finally:
+            place.leave()
+
+    async def _wait_for_place(
+        self, place: Place, run: RequestRun, running: RunningRequest
+    ) -> AsyncGenerator[Queued, None]:
+        """Wait until admitted, saying where the request stands if it wants to know."""
+        job, outcome = run.prepared.job, "cancelled"
+        instants = [at for at in (job.queue_deadline, job.deadline) if at is not None]
+        running.on_cancel(lambda: place.give_up(LocalCancelError()))
+        try:
+            while not place.is_admitted:
+                left_s = min(instants, default=float("inf")) - self._clock()
+                if left_s <= 0:
+                    outcome = "timeout"
+                    raise self._timed_out(place, job.deadline)
+                if run.prepared.request.progress_events:
+                    yield Queued(position=place.position, estimated_wait_s=place.estimated_wait_s)
+                    left_s = min(left_s, QUEUED_EVERY_S)
+                await asyncio.wait({place.admitted}, timeout=None if left_s == float("inf") else left_s)
+                if place.admitted.done():
+                    place.admitted.result()
+            outcome = "admitted"
+            run.admitted()
+        finally:
+            running.on_cancel(None)
+            self._metrics.queue_duration.labels(outcome).observe(self._clock() - run.arrived_at)
+
+    def _timed_out(self, place: Place, deadline: float | None) -> LoraplexError:
+        if deadline is not None and self._clock() >= deadline:
+            return DeadlineError("the deadline passed while the request waited for a place")
+        return QueueTimeoutError(
+            f"queue_timeout passed with {place.position} requests ahead",
+            retry_after_s=place.estimated_wait_s,
+            drop_reason="rejected-ttl-expired",
+        )
+
+    async def _stream(self, run: RequestRun, running: RunningRequest) -> AsyncGenerator[Event, None]:
+        relay = EngineRelay(
+            run.prepared.job,
+            pool=self._pool,
+            running=running,
+            hints=self._hints,
+            metrics=self._metrics,
+            clock=self._clock,
+        )
+        async with aclosing(relay.updates()) as updates:
+            async for engine_id, update in updates:
+                for event in run.events(engine_id, update):
+                    yield event
+                if run.is_finished:
+                    return

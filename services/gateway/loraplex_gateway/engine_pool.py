@@ -1,0 +1,156 @@
+"""The engines this gateway knows, one session each, kept in step with the registry."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from loraplex_common.log import get_logger
+from loraplex_common.tasks import cancel_and_wait
+
+from loraplex_gateway.engine_session import EngineSession, SessionState
+from loraplex_gateway.routing import Candidate, choose
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from loraplex_common.registry import EngineRecord
+
+    from loraplex_gateway.models import ModelCatalog
+
+_log = get_logger()
+
+
+class EnginePool:
+    """Owns the sessions: opens one per listed engine, and closes it once the engine is gone and nothing runs on it.
+
+    Args:
+        catalog: Base models; engines of others are left alone.
+        gateway_id: Said in every hello.
+        max_buffered_tokens: Bound of each request's buffer.
+    """
+
+    def __init__(self, catalog: ModelCatalog, *, gateway_id: str, max_buffered_tokens: int) -> None:
+        self._catalog = catalog
+        self._gateway_id = gateway_id
+        self._max_buffered_tokens = max_buffered_tokens
+        self._sessions: dict[str, EngineSession] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._listed: set[str] = set()
+        self._changed = asyncio.Event()
+
+    @property
+    def sessions(self) -> tuple[EngineSession, ...]:
+        """All sessions, whatever their state."""
+        return tuple(self._sessions.values())
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """Set once an engine comes, goes, or changes whether it takes requests; take it before looking."""
+        return self._changed
+
+    @property
+    def has_candidate(self) -> bool:
+        """Whether any engine takes requests."""
+        return any(self._is_candidate(session) for session in self._sessions.values())
+
+    def is_expected(self, fingerprint: str) -> bool:
+        """Whether an engine of this base model is listed but still being dialled."""
+        return any(
+            session.state is SessionState.CONNECTING and session.engine_id in self._listed
+            for session in self._of_model(fingerprint)
+        )
+
+    def num_resident(self, digest: str) -> int:
+        """Return on how many engines' devices an adapter is."""
+        return sum(digest in session.resident for session in self._sessions.values())
+
+    def max_model_len(self, fingerprint: str) -> int | None:
+        """Return the longest sequence any engine of a base model serves; None if none is known."""
+        return max((session.record.max_model_len for session in self._of_model(fingerprint)), default=None)
+
+    def sync(self, records: Mapping[str, EngineRecord]) -> None:
+        """Take the registry's truth: open, update and close sessions."""
+        served = {
+            engine_id: record
+            for engine_id, record in records.items()
+            if self._catalog.by_fingerprint(record.base_fingerprint) is not None
+        }
+        self._listed = set(served)
+        for engine_id, record in served.items():
+            if engine_id in self._sessions:
+                self._sessions[engine_id].record = record
+            else:
+                self._open(record)
+        for engine_id in set(self._sessions) - self._listed:
+            session = self._sessions[engine_id]
+            if session.num_in_flight == 0 or session.state is not SessionState.OPEN:
+                self._close(engine_id)
+        self._notify()
+
+    def choose(
+        self, fingerprint: str, *, adapter_digest: str, affinity_key: str, num_tokens: int, excluded: frozenset[str]
+    ) -> EngineSession | None:
+        """Return the engine that should take a request of `num_tokens` tokens so far, or None if none can."""
+        sessions = {
+            session.engine_id: session
+            for session in self._of_model(fingerprint)
+            if self._is_candidate(session)
+            and session.engine_id not in excluded
+            and session.record.max_model_len > num_tokens
+        }
+        candidates = [
+            Candidate(engine_id=engine_id, load=session.load, is_warm=session.is_warm(adapter_digest))
+            for engine_id, session in sessions.items()
+        ]
+        chosen = choose(candidates, adapter_digest=adapter_digest, affinity_key=affinity_key)
+        return None if chosen is None else sessions[chosen]
+
+    async def close(self) -> None:
+        """Close all sessions; requests still running on them fail."""
+        tasks = [*self._tasks.values(), *self._closing]
+        self._tasks, self._sessions, self._listed = {}, {}, set()
+        await cancel_and_wait(*tasks)
+
+    def check_integrity(self) -> None:
+        """Raise if any session has lost a slot.
+
+        Raises:
+            RuntimeError: With the counts.
+        """
+        for session in self._sessions.values():
+            session.check_integrity()
+
+    def _of_model(self, fingerprint: str) -> list[EngineSession]:
+        return [session for session in self._sessions.values() if session.record.base_fingerprint == fingerprint]
+
+    def _is_candidate(self, session: EngineSession) -> bool:
+        return session.is_candidate and session.engine_id in self._listed
+
+    def _open(self, record: EngineRecord) -> None:
+        model = self._catalog.by_fingerprint(record.base_fingerprint)
+        assert model is not None
+        session = EngineSession(
+            record,
+            gateway_id=self._gateway_id,
+            token_text=model.tokenizer.table.token_text,
+            max_buffered_tokens=self._max_buffered_tokens,
+            on_change=self._notify,
+        )
+        self._sessions[record.engine_id] = session
+        self._tasks[record.engine_id] = asyncio.create_task(session.run(), name=f"session-{record.engine_id}")
+        _log.info("engine found", engine_id=record.engine_id, target=record.target, model=model.name)
+
+    def _close(self, engine_id: str) -> None:
+        del self._sessions[engine_id]
+        task = self._tasks.pop(engine_id)
+        task.cancel()
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        _log.info("engine gone", engine_id=engine_id)
+
+    def _notify(self) -> None:
+        # Everybody who waits holds the old event; whoever comes later waits for the next change.
+        self._changed.set()
+        self._changed = asyncio.Event()

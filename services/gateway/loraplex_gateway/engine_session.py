@@ -1,0 +1,302 @@
+"""The one stream between this gateway and one engine: submissions and aborts up, one message per step down."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import random
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+from loraplex.v1 import engine_pb2, engine_pb2_grpc
+from loraplex_common.grpc_channel import open_channel
+from loraplex_common.log import get_logger
+
+from loraplex_gateway import engine_wire
+from loraplex_gateway.ticket import EngineLostError, Ticket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_common.registry import EngineRecord
+
+    from loraplex_gateway.engine_wire import Submission
+
+# Far below the 4 MiB limit of a message.
+MAX_BATCH_BYTES: Final = 1024 * 1024
+FIRST_BACKOFF_S: Final = 0.1
+MAX_BACKOFF_S: Final = 2.0
+
+_log = get_logger()
+
+
+class SessionState(enum.Enum):
+    """Whether requests can be submitted."""
+
+    CONNECTING = "connecting"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+_TRANSITIONS: Final = {
+    SessionState.CONNECTING: {SessionState.OPEN, SessionState.CLOSED},
+    SessionState.OPEN: {SessionState.CONNECTING, SessionState.CLOSED},
+    SessionState.CLOSED: set(),
+}
+
+
+class EngineSession:
+    """Connects to one engine, again and again, until closed.
+
+    Args:
+        record: The engine as it registered itself.
+        gateway_id: Said in the hello.
+        token_text: Text of one token of the engine's model, for log-probabilities.
+        max_buffered_tokens: Bound of each request's buffer.
+        on_change: Called whenever the engine becomes or ceases to be a candidate.
+    """
+
+    def __init__(
+        self,
+        record: EngineRecord,
+        *,
+        gateway_id: str,
+        token_text: Callable[[int], str],
+        max_buffered_tokens: int,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.record = record
+        self.resident: set[str] = set()
+        self.state = SessionState.CONNECTING
+        self._gateway_id = gateway_id
+        self._token_text = token_text
+        self._max_buffered_tokens = max_buffered_tokens
+        self._on_change = on_change
+        self._load = engine_pb2.LoadReport()
+        self._in_flight_at_report = 0
+        self._tickets: dict[int, Ticket] = {}
+        self._digests: dict[int, str] = {}  # slot -> adapter in use there
+        self._digest_uses: Counter[str] = Counter()
+        self._aborting: set[int] = set()  # slots that are free again once their end arrives
+        self._free_slots: list[int] = []
+        self._num_slots = 0
+        self._submits: dict[int, engine_pb2.Submit] = {}
+        self._aborts: list[int] = []
+        self._has_outgoing = asyncio.Event()
+
+    @property
+    def engine_id(self) -> str:
+        """The engine's id."""
+        return self.record.engine_id
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests of this gateway on the engine."""
+        return len(self._tickets)
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether new requests may go here."""
+        return self.state is SessionState.OPEN and not self.record.is_draining and not self._load.draining
+
+    @property
+    def load(self) -> int:
+        """Requests running and waiting on the engine: its last report, corrected by what we did since."""
+        return max(
+            self.num_in_flight,
+            self._load.running + self._load.waiting + self.num_in_flight - self._in_flight_at_report,
+        )
+
+    def is_warm(self, digest: str) -> bool:
+        """Whether the engine holds an adapter or is getting it for another of our requests."""
+        return not digest or digest in self.resident or self._digest_uses[digest] > 0
+
+    def submit(self, submission: Submission) -> Ticket:
+        """Queue a request for the next message to the engine.
+
+        Raises:
+            EngineLostError: If the session is not open.
+        """
+        if self.state is not SessionState.OPEN:
+            raise EngineLostError(f"no session with engine {self.engine_id}")
+        slot = self._free_slots.pop() if self._free_slots else self._new_slot()
+        ticket = Ticket(
+            slot,
+            next_sequence=len(submission.resumed_ids),
+            max_buffered_tokens=self._max_buffered_tokens,
+            on_overflow=self.release,
+        )
+        self._tickets[slot] = ticket
+        self._digests[slot] = submission.adapter_digest
+        self._digest_uses[submission.adapter_digest] += 1
+        self._submits[slot] = engine_wire.to_submit(submission, slot)
+        self._has_outgoing.set()
+        return ticket
+
+    def release(self, ticket: Ticket) -> None:
+        """Take back a ticket; a request that has not ended is aborted with the next message. Safe to call twice."""
+        slot = ticket.slot
+        if self._tickets.get(slot) is not ticket:
+            return
+        self._forget(slot)
+        if self._submits.pop(slot, None) is not None:
+            self._free_slots.append(slot)  # the engine has never heard of it
+            return
+        self._aborting.add(slot)
+        self._aborts.append(slot)
+        self._has_outgoing.set()
+
+    async def run(self) -> None:
+        """Keep the session up until cancelled."""
+        backoff_s = FIRST_BACKOFF_S
+        try:
+            while True:
+                cause = await self._connect_once()
+                was_open = self.state is SessionState.OPEN
+                self._reset(cause)
+                if was_open:
+                    backoff_s = FIRST_BACKOFF_S
+                    _log.warning("lost the session with an engine", engine_id=self.engine_id, cause=cause)
+                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+                backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+        finally:
+            self._reset("the gateway closed the session")
+            self._move(SessionState.CLOSED)
+
+    def check_integrity(self) -> None:
+        """Raise if slots are lost or used twice.
+
+        Raises:
+            RuntimeError: If free + in use + aborting is not the number of slots ever made.
+        """
+        in_use, free = set(self._tickets), set(self._free_slots)
+        counted = len(in_use) + len(free) + len(self._aborting)
+        if counted != self._num_slots or len(in_use | free | self._aborting) != counted:
+            raise RuntimeError(
+                f"slots: {len(in_use)} used + {len(free)} free + {len(self._aborting)} aborting != {self._num_slots}"
+            )
+
+    async def _connect_once(self) -> str:
+        """Run one connection to its end and return why it ended."""
+        async with open_channel(self.record.target) as channel:
+            call = engine_pb2_grpc.EngineServiceStub(channel).Session()
+            writer = asyncio.create_task(self._write(call), name=f"session-writer-{self.engine_id}")
+            try:
+                async for message in call:
+                    self._receive(message)
+                return "the engine closed the stream"
+            except grpc.aio.AioRpcError as error:
+                return f"{error.code().name}: {error.details()}"
+            finally:
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+                call.cancel()
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+        """Send everything that has gathered; while a write is pending the next batch grows."""
+        try:
+            hello = engine_pb2.SessionRequest.Hello(gateway_id=self._gateway_id)
+            await call.write(engine_pb2.SessionRequest(hello=hello))
+            while True:
+                await self._has_outgoing.wait()
+                if request := self._next_batch():
+                    await call.write(request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            call.cancel()  # the reader learns the cause
+
+    def _next_batch(self) -> engine_pb2.SessionRequest | None:
+        request = engine_pb2.SessionRequest()
+        num_bytes = 0
+        while self._submits and num_bytes < MAX_BATCH_BYTES:
+            slot, submit = next(iter(self._submits.items()))
+            size = submit.ByteSize()
+            if num_bytes and num_bytes + size > MAX_BATCH_BYTES:
+                break
+            del self._submits[slot]
+            request.submits.append(submit)
+            num_bytes += size
+        request.aborts.extend(engine_pb2.Abort(slot=slot) for slot in self._aborts)
+        self._aborts.clear()
+        if not self._submits:
+            self._has_outgoing.clear()
+        return request if request.submits or request.aborts else None
+
+    def _receive(self, message: engine_pb2.SessionResponse) -> None:
+        if message.HasField("residency"):
+            self._update_residency(message.residency)
+        tickets = self._tickets
+        for slot, sequence, token_id in zip(
+            message.token_slots, message.token_sequences, message.token_ids, strict=True
+        ):
+            if slot in tickets:  # an aborted request's last tokens are for nobody
+                tickets[slot].push_token(sequence, token_id)
+        for output in message.outputs:
+            self._receive_output(output)
+        if message.HasField("load"):
+            was_draining = self._load.draining
+            self._load = message.load
+            self._in_flight_at_report = len(tickets)
+            if was_draining != self._load.draining:
+                self._on_change()
+        if self.state is SessionState.CONNECTING:
+            self._move(SessionState.OPEN)
+
+    def _receive_output(self, output: engine_pb2.Output) -> None:
+        end = engine_wire.end(output)
+        ticket = self._tickets.get(output.slot)
+        if ticket is not None:
+            ticket.push_output(
+                sequence=output.sequence,
+                token_ids=output.token_ids,
+                logprobs=output.logprobs,
+                started=engine_wire.started(output.started, self._token_text) if output.HasField("started") else None,
+                loading=engine_wire.loading(output.loading) if output.HasField("loading") else None,
+                end=end,
+            )
+        if end is None:
+            return
+        if self._tickets.get(output.slot) is not None:
+            self._forget(output.slot)
+            self._free_slots.append(output.slot)
+        elif output.slot in self._aborting:
+            self._aborting.remove(output.slot)
+            self._free_slots.append(output.slot)
+
+    def _update_residency(self, delta: engine_pb2.ResidencyDelta) -> None:
+        if delta.snapshot:
+            self.resident.clear()
+        self.resident.update(delta.added)
+        self.resident.difference_update(delta.removed)
+
+    def _new_slot(self) -> int:
+        self._num_slots += 1
+        return self._num_slots - 1
+
+    def _forget(self, slot: int) -> None:
+        del self._tickets[slot]
+        digest = self._digests.pop(slot)
+        self._digest_uses[digest] -= 1
+        if not self._digest_uses[digest]:
+            del self._digest_uses[digest]
+
+    def _reset(self, cause: str) -> None:
+        """Forget the connection: whatever was in flight is lost to its owners."""
+        tickets = list(self._tickets.values())
+        self._tickets, self._digests, self._aborting = {}, {}, set()
+        self._digest_uses.clear()
+        self._free_slots, self._num_slots = [], 0
+        self._submits, self._aborts = {}, []
+        self._has_outgoing.clear()
+        self.resident.clear()
+        self._load, self._in_flight_at_report = engine_pb2.LoadReport(), 0
+        if self.state is SessionState.OPEN:
+            self._move(SessionState.CONNECTING)
+        for ticket in tickets:
+            ticket.fail(EngineLostError(f"engine {self.engine_id}: {cause}"))
+
+    def _move(self, state: SessionState) -> None:
+        if state not in _TRANSITIONS[self.state]:
+            raise RuntimeError(f"session {self.engine_id}: {self.state.name} -> {state.name}")
+        self.state = state
+        self._on_change()

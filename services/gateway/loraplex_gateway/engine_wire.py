@@ -1,0 +1,178 @@
+"""Between our types and the messages of an engine session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from google.protobuf import duration_pb2
+from loraplex.v1 import engine_pb2, gateway_pb2
+from loraplex_common.errors import LoraplexError, from_status
+
+from loraplex_gateway.types import (
+    AdapterLoading,
+    FinishReason,
+    PositionLogprobs,
+    Priority,
+    Sampling,
+    Stopping,
+    Timings,
+    TokenLogprob,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """One tokenised request for an engine; durations count from now."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    resumed_ids: tuple[int, ...] = ()
+    sampling: Sampling
+    stopping: Stopping
+    adapter_digest: str = ""
+    adapter_scale: float | None = None
+    time_left_s: float | None = None
+    queue_timeout_s: float | None = None
+    time_limit_s: float | None = None
+    fairness_key: str = ""
+    priority: Priority
+    cache_salt: str = ""
+    traceparent: str = ""
+    fail_fast: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStart:
+    """The request is in a batch."""
+
+    cached_tokens: int
+    queue_s: float
+    adapter_load_s: float
+    prompt_logprobs: tuple[PositionLogprobs, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFinish:
+    """A normal end."""
+
+    reason: FinishReason
+    stop_token_id: int | None
+    timings: Timings
+
+
+def to_duration(seconds: float) -> duration_pb2.Duration:
+    """Return a duration message; negative times become zero."""
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(max(0, round(seconds * 1e9)))
+    return duration
+
+
+def from_duration(duration: duration_pb2.Duration) -> float:
+    """Return seconds."""
+    return duration.seconds + duration.nanos / 1e9
+
+
+def to_submit(submission: Submission, slot: int) -> engine_pb2.Submit:
+    """Return the message that hands a request to an engine."""
+    submit = engine_pb2.Submit(
+        request_id=submission.request_id,
+        slot=slot,
+        prompt_token_ids=submission.prompt_ids,
+        resumed_token_ids=submission.resumed_ids,
+        sampling=_sampling(submission.sampling),
+        stopping=_stopping(submission.stopping),
+        adapter_digest=submission.adapter_digest,
+        adapter_scale=submission.adapter_scale,
+        fairness_key=submission.fairness_key,
+        priority=gateway_pb2.Priority.ValueType(submission.priority),
+        cache_salt=submission.cache_salt,
+        traceparent=submission.traceparent,
+        load_policy=gateway_pb2.LOAD_POLICY_FAIL_FAST if submission.fail_fast else gateway_pb2.LOAD_POLICY_WAIT,
+        logprobs=submission.logprobs,
+        prompt_logprobs=submission.prompt_logprobs,
+    )
+    for field in ("time_left", "queue_timeout", "time_limit"):
+        seconds: float | None = getattr(submission, f"{field}_s")
+        if seconds is not None:
+            getattr(submit, field).CopyFrom(to_duration(seconds))
+    return submit
+
+
+def _sampling(sampling: Sampling) -> gateway_pb2.SamplingParams:
+    return gateway_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=sampling.logit_bias,
+        allowed_token_ids=sampling.allowed_token_ids,
+    )
+
+
+def _stopping(stopping: Stopping) -> gateway_pb2.StoppingParams:
+    """Stop strings stay here: the engine knows no text."""
+    return gateway_pb2.StoppingParams(
+        max_new_tokens=stopping.max_new_tokens,
+        min_new_tokens=stopping.min_new_tokens,
+        stop_token_ids=stopping.stop_token_ids,
+        ignore_eos=stopping.ignore_eos,
+    )
+
+
+def positions(
+    messages: Iterable[gateway_pb2.PositionLogprobs], token_text: Callable[[int], str]
+) -> tuple[PositionLogprobs, ...]:
+    """Return log-probabilities with the tokens' text, which the engine does not know."""
+
+    def token(message: gateway_pb2.TokenLogprob) -> TokenLogprob:
+        return TokenLogprob(token_id=message.token_id, logprob=message.logprob, text=token_text(message.token_id))
+
+    return tuple(
+        PositionLogprobs(chosen=token(message.chosen), top=tuple(token(top) for top in message.top))
+        for message in messages
+    )
+
+
+def started(message: engine_pb2.EngineStarted, token_text: Callable[[int], str]) -> EngineStart:
+    """Convert the start of a request."""
+    return EngineStart(
+        cached_tokens=message.cached_tokens,
+        queue_s=from_duration(message.queue),
+        adapter_load_s=from_duration(message.adapter_load),
+        prompt_logprobs=positions(message.prompt_logprobs, token_text),
+    )
+
+
+def loading(message: gateway_pb2.AdapterLoading) -> AdapterLoading:
+    """Convert the progress of an adapter's load."""
+    return AdapterLoading(bytes_done=message.bytes_done, bytes_total=message.bytes_total, tier=message.tier)
+
+
+def end(output: engine_pb2.Output) -> EngineFinish | LoraplexError | None:
+    """Convert the end of a request, if the output has one."""
+    which = output.WhichOneof("end")
+    if which is None:
+        return None
+    if which == "error":
+        return from_status(output.error)
+    finish, timings = output.finish, output.finish.timings
+    return EngineFinish(
+        reason=FinishReason(finish.finish_reason),
+        stop_token_id=finish.stop_token_id if finish.HasField("stop_token_id") else None,
+        timings=Timings(
+            queue_s=from_duration(timings.queue),
+            adapter_load_s=from_duration(timings.adapter_load),
+            prefill_s=from_duration(timings.prefill),
+            decode_s=from_duration(timings.decode),
+        ),
+    )

@@ -1,0 +1,55 @@
+"""What generation_config.json says about sampling, and which tokens end an output."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loraplex_gateway.types import Sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationDefaults:
+    """A model's own sampling defaults; `None` where the model says nothing.
+
+    Attributes:
+        eos_token_ids: End-of-text ids; the engine reads the same file and stops at them.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def fill(self, sampling: Sampling) -> Sampling:
+        """Return the sampling knobs with every unset one that the model has an opinion on filled in."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        unset = {name: getattr(self, name) for name in names if getattr(sampling, name) is None}
+        return replace(sampling, **{name: value for name, value in unset.items() if value is not None})
+
+
+def load_generation_defaults(directory: Path, model_config: dict[str, Any]) -> GenerationDefaults:
+    """Read generation_config.json; end-of-text ids fall back to config.json.
+
+    Args:
+        directory: Model directory.
+        model_config: config.json as read.
+    """
+    file = directory / "generation_config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    eos = config.get("eos_token_id", model_config.get("eos_token_id"))
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return GenerationDefaults(
+        temperature=config.get("temperature"),
+        top_k=config.get("top_k"),
+        top_p=config.get("top_p"),
+        min_p=config.get("min_p"),
+        repetition_penalty=config.get("repetition_penalty"),
+        eos_token_ids=frozenset(int(token_id) for token_id in eos_ids),
+    )

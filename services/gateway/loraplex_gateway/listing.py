@@ -1,0 +1,108 @@
+"""Base models and adapters as clients may list them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import InvalidParameterError
+from loraplex_common.ids import DEFAULT_LABEL
+
+from loraplex_gateway.preparation import NAME_PATIENCE_S
+from loraplex_gateway.types import ModelCard
+
+if TYPE_CHECKING:
+    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.models import ModelCatalog, ServedModel
+    from loraplex_gateway.names import AdapterEntry, NameTable
+
+DEFAULT_PAGE_SIZE: Final = 100
+MAX_PAGE_SIZE: Final = 1000
+
+
+class ModelListing:
+    """Answers ListModels and GetModel from what the gateway knows.
+
+    Args:
+        catalog: Base models.
+        names: Adapters.
+        pool: Knows where adapters are resident.
+    """
+
+    def __init__(self, catalog: ModelCatalog, names: NameTable, pool: EnginePool) -> None:
+        self._catalog = catalog
+        self._names = names
+        self._pool = pool
+
+    def all(self, tenant: str) -> list[ModelCard]:
+        """Return base models, then the adapters the tenant may use by name."""
+        adapters = (self._adapter(entry, entry.labels.get(DEFAULT_LABEL)) for entry in self._names.visible_to(tenant))
+        return [*(self._base(model) for model in self._catalog.models), *(card for card in adapters if card)]
+
+    def page(self, tenant: str, *, page_size: int, page_token: str) -> tuple[list[ModelCard], str]:
+        """Return one page and the next page's token, empty on the last.
+
+        Raises:
+            InvalidParameterError: If the size is negative or the token not ours.
+        """
+        if page_size < 0:
+            raise InvalidParameterError(f"page_size is {page_size}; it must not be negative", field="page_size")
+        size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+        num_bases = len(self._catalog.models)
+        # A token is the last key seen, not an offset: pages stay right while adapters come and go.
+        after = _decode_token(page_token)
+        keyed = [(f"0{n:06}" if n < num_bases else f"1{card.name}", card) for n, card in enumerate(self.all(tenant))]
+        rest = [(key, card) for key, card in keyed if key > after]
+        page = rest[:size]
+        next_token = base64.urlsafe_b64encode(page[-1][0].encode()).decode() if len(rest) > size else ""
+        return [card for _, card in page], next_token
+
+    async def get(self, name: str, tenant: str) -> ModelCard:
+        """Return one base model or adapter revision.
+
+        Raises:
+            AdapterNotFoundError: And the other refusals of `NameTable.resolve`.
+        """
+        model = self._catalog.find(name)
+        if model is not None:
+            return self._base(model)
+        resolved = await self._names.resolve(name, tenant=tenant, patience_s=NAME_PATIENCE_S)
+        entry = next(entry for entry in self._names.visible_to(tenant) if entry.name == resolved.name)
+        card = self._adapter(entry, resolved.digest)
+        assert card is not None  # the revision is known
+        return card
+
+    def _base(self, model: ServedModel) -> ModelCard:
+        sessions = [session for session in self._pool.sessions if session.record.base_fingerprint == model.fingerprint]
+        return ModelCard(
+            name=model.name,
+            base_model=model.name,
+            max_model_len=self._max_model_len(model),
+            num_engines_resident=sum(session.is_candidate for session in sessions),
+        )
+
+    def _adapter(self, entry: AdapterEntry, digest: str | None) -> ModelCard | None:
+        """Return a card; None for adapters of base models that this gateway does not speak for."""
+        digest = digest or next(iter(entry.labels.values()))
+        model = self._catalog.by_fingerprint(entry.base_fingerprints.get(digest, ""))
+        if model is None:
+            return None
+        return ModelCard(
+            name=entry.name,
+            base_model=model.name,
+            revision=digest,
+            labels=entry.labels,
+            max_model_len=self._max_model_len(model),
+            num_engines_resident=self._pool.num_resident(digest),
+        )
+
+    def _max_model_len(self, model: ServedModel) -> int:
+        return self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
+
+
+def _decode_token(token: str) -> str:
+    try:
+        return base64.urlsafe_b64decode(token.encode("ascii")).decode()
+    except (binascii.Error, ValueError) as error:
+        raise InvalidParameterError("page_token is not one that ListModels gave out", field="page_token") from error

@@ -1,0 +1,150 @@
+"""From the name a client writes to the digest an engine knows."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from loraplex_common.errors import AdapterForbiddenError, AdapterNotFoundError, StoreUnavailableError
+from loraplex_common.ids import AdapterRef
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterEntry:
+    """The truth about one adapter name.
+
+    Attributes:
+        labels: Label to digest.
+        base_fingerprints: Digest of each known revision to the fingerprint of its base model.
+        allowed_tenants: Who may use it; empty means everybody.
+        is_deleted: True once the name is no longer served.
+    """
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    base_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    allowed_tenants: frozenset[str] = frozenset()
+    is_deleted: bool = False
+
+    def allows(self, tenant: str) -> bool:
+        """Whether a tenant may use the adapter."""
+        return not self.allowed_tenants or tenant in self.allowed_tenants
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedAdapter:
+    """One revision, ready to be named to an engine."""
+
+    name: str
+    digest: str
+    base_fingerprint: str
+
+
+class NameTable:
+    """Every adapter name, as the adapter store last told it. Its state outlives the connection to the store."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, AdapterEntry] = {}
+        self._is_synced = False
+        self._changed = asyncio.Event()
+
+    @property
+    def is_synced(self) -> bool:
+        """True once a whole table has been received."""
+        return self._is_synced
+
+    async def wait_until_synced(self) -> None:
+        """Wait for the first whole table."""
+        while not self._is_synced:
+            await self._changed.wait()
+
+    def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
+        """Forget everything and take a whole table."""
+        self._entries = {entry.name: entry for entry in entries if not entry.is_deleted}
+        self._is_synced = True
+        self._notify()
+
+    def update(self, entries: Iterable[AdapterEntry]) -> None:
+        """Take new truth about some names."""
+        for entry in entries:
+            if entry.is_deleted:
+                self._entries.pop(entry.name, None)
+            else:
+                self._entries[entry.name] = entry
+        self._notify()
+
+    def visible_to(self, tenant: str) -> list[AdapterEntry]:
+        """Return the adapters with a revision that a tenant may use, by name."""
+        entries = sorted(self._entries.items())
+        return [entry for _, entry in entries if entry.labels and entry.allows(tenant)]
+
+    async def resolve(self, text: str, *, tenant: str, patience_s: float) -> ResolvedAdapter:
+        """Return the revision that a reference points at now.
+
+        Args:
+            text: ``name``, ``name:label`` or ``name@revision``.
+            tenant: Who asks.
+            patience_s: How long an unknown name may take to appear: an import that its caller has just seen
+                acknowledged may still be on its way here.
+
+        Raises:
+            InvalidParameterError: If the reference is malformed.
+            AdapterForbiddenError: If the tenant may not use the adapter.
+            AdapterNotFoundError: If there is no such name, label or revision; the message has close matches.
+            StoreUnavailableError: If no table has been received yet, so that nothing can be said.
+        """
+        ref = AdapterRef.parse(text)
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + patience_s
+        while (resolved := self._find(ref, tenant)) is None:
+            changed = self._changed
+            try:
+                async with asyncio.timeout_at(give_up_at):
+                    await changed.wait()
+            except TimeoutError:
+                raise self._not_found(ref, tenant) from None
+        return resolved
+
+    def _find(self, ref: AdapterRef, tenant: str) -> ResolvedAdapter | None:
+        entry = self._entries.get(ref.name)
+        if entry is None:
+            return None
+        if not entry.allows(tenant):
+            raise AdapterForbiddenError(
+                f"tenant {tenant!r} may not use adapter {ref.name!r}", metadata={"adapter": ref.name}
+            )
+        digest = ref.revision if ref.revision is not None else entry.labels.get(ref.label or "")
+        if digest is None or digest not in entry.base_fingerprints:
+            return None
+        return ResolvedAdapter(name=ref.name, digest=digest, base_fingerprint=entry.base_fingerprints[digest])
+
+    def _not_found(self, ref: AdapterRef, tenant: str) -> Exception:
+        if not self._is_synced:
+            return StoreUnavailableError(
+                f"adapter {str(ref)!r} cannot be looked up: the adapter store has not been reached yet",
+                retry_after_s=1.0,
+            )
+        metadata = {"adapter": str(ref)}
+        entry = self._entries.get(ref.name)
+        if entry is None:
+            names = [known.name for known in self.visible_to(tenant)]
+            close = difflib.get_close_matches(ref.name, names, n=3, cutoff=0.5)
+            hint = f"; did you mean {', '.join(close)}?" if close else "; ListModels shows those that there are"
+            return AdapterNotFoundError(f"no adapter is named {ref.name!r}{hint}", metadata=metadata)
+        if ref.revision is not None:
+            return AdapterNotFoundError(f"adapter {ref.name!r} has no revision {ref.revision}", metadata=metadata)
+        labels = ", ".join(sorted(entry.labels)) or "none: nothing has been imported"
+        return AdapterNotFoundError(
+            f"adapter {ref.name!r} has no label {ref.label!r}; its labels are {labels}", metadata=metadata
+        )
+
+    def _notify(self) -> None:
+        # Everybody who waits holds the old event; whoever comes later waits for the next change.
+        self._changed.set()
+        self._changed = asyncio.Event()

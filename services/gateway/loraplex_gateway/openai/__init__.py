@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP face; it calls the same core as gRPC."""

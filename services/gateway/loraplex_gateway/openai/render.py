@@ -1,0 +1,185 @@
+"""From the core's events to OpenAI's response objects."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loraplex_gateway.models import ServedModel
+    from loraplex_gateway.openai.convert import Plan
+    from loraplex_gateway.types import Event, ModelCard, PositionLogprobs, TokenLogprob
+
+Json = dict[str, Any]
+
+# time_limit cuts as max_tokens does; "abort" is what vLLM calls a cancelled request.
+FINISH_REASONS: Final = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.TIME_LIMIT: "length",
+    FinishReason.CANCELLED: "abort",
+}
+
+
+class Renderer:
+    """Builds the objects of one response, streamed or whole.
+
+    Args:
+        plan: What was asked for.
+        request_id: Part of the response's id.
+        model: For the tokens' bytes; None while not known.
+    """
+
+    def __init__(self, plan: Plan, *, request_id: str, model: ServedModel | None) -> None:
+        self._plan = plan
+        self._id = f"{'chatcmpl' if plan.is_chat else 'cmpl'}-{request_id}"
+        self._created = int(time.time())
+        self._model = model
+        self._revision: str | None = None
+        self._finished: dict[int, Finished] = {}
+        self._text_offsets = [0] * len(plan.requests)
+
+    @property
+    def media(self) -> str:
+        """Object type of the whole response."""
+        return "chat.completion" if self._plan.is_chat else "text_completion"
+
+    def chunk(self, choice: int, event: Event) -> Json | None:
+        """Return the streamed object for an event; None for events that OpenAI's API does not have."""
+        if isinstance(event, Started):
+            self._revision = event.adapter_revision or None
+            return self._chunk(choice, text="", role="assistant") if self._plan.is_chat else None
+        if isinstance(event, Chunk):
+            return self._chunk(choice, text=event.text, chunk=event)
+        if isinstance(event, Finished):
+            self._finished[choice] = event
+            return self._chunk(choice, text="", finished=event)
+        return None
+
+    def usage_chunk(self) -> Json:
+        """Return the last streamed object, for stream_options.include_usage."""
+        return {**self._head(streamed=True), "choices": [], "usage": self._usage()}
+
+    def whole(self, events: Sequence[Sequence[Event]]) -> Json:
+        """Return the response object for the events of every choice."""
+        choices = [self._whole_choice(choice, seen) for choice, seen in enumerate(events)]
+        return {**self._head(streamed=False), "choices": choices, "usage": self._usage()}
+
+    def _head(self, *, streamed: bool) -> Json:
+        return {
+            "id": self._id,
+            "object": "chat.completion.chunk" if streamed and self._plan.is_chat else self.media,
+            "created": self._created,
+            "model": self._plan.model,
+            # OpenAI: "the backend configuration that the model runs with"; here the adapter's exact weights.
+            "system_fingerprint": self._revision,
+        }
+
+    def _chunk(
+        self,
+        choice: int,
+        *,
+        text: str,
+        role: str | None = None,
+        chunk: Chunk | None = None,
+        finished: Finished | None = None,
+    ) -> Json:
+        body: Json = {"index": choice}
+        if self._plan.is_chat:
+            delta: Json = {} if finished else {"content": text}
+            body["delta"] = {"role": role, **delta} if role else delta
+        else:
+            body["text"] = text
+        body["logprobs"] = self._logprobs(choice, chunk.logprobs) if chunk is not None else None
+        if chunk is not None and self._plan.return_token_ids:
+            body["token_ids"] = list(chunk.token_ids)
+        body["finish_reason"] = FINISH_REASONS[finished.finish_reason] if finished else None
+        if finished is not None:
+            body["stop_reason"] = _stop_reason(finished)
+        return {**self._head(streamed=True), "choices": [body]}
+
+    def _whole_choice(self, choice: int, events: Sequence[Event]) -> Json:
+        chunks = [event for event in events if isinstance(event, Chunk)]
+        for event in events:
+            if isinstance(event, Started):
+                self._revision = event.adapter_revision or None
+            elif isinstance(event, Finished):
+                self._finished[choice] = event
+        finished = self._finished[choice]
+        text = "".join(chunk.text for chunk in chunks)
+        body: Json = {"index": choice}
+        if self._plan.is_chat:
+            body["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            body["text"] = text
+        body["logprobs"] = self._logprobs(choice, [entry for chunk in chunks for entry in chunk.logprobs])
+        if self._plan.return_token_ids:
+            body["token_ids"] = [token_id for chunk in chunks for token_id in chunk.token_ids]
+        body["finish_reason"] = FINISH_REASONS[finished.finish_reason]
+        body["stop_reason"] = _stop_reason(finished)
+        return body
+
+    def _usage(self) -> Json:
+        usages = [finished.usage for finished in self._finished.values()]
+        # The choices of one prompt share it: it is counted once.
+        per_prompt = max(1, len(self._plan.requests) // self._num_prompts())
+        prompt = sum(self._finished[n].usage.prompt_tokens for n in sorted(self._finished) if n % per_prompt == 0)
+        output = sum(usage.output_tokens for usage in usages)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+        }
+
+    def _num_prompts(self) -> int:
+        return len({id(request.prompt) for request in self._plan.requests})
+
+    def _logprobs(self, choice: int, entries: Sequence[PositionLogprobs]) -> Json | None:
+        if self._plan.logprobs is None or not entries:
+            return None
+        if self._plan.is_chat:
+            return {"content": [self._chat_logprob(entry) for entry in entries]}
+        return self._completion_logprobs(choice, entries)
+
+    def _chat_logprob(self, entry: PositionLogprobs) -> Json:
+        top = entry.top[: self._plan.logprobs]
+        return {**self._chat_token(entry.chosen), "top_logprobs": [self._chat_token(token) for token in top]}
+
+    def _chat_token(self, token: TokenLogprob) -> Json:
+        data = self._model.tokenizer.table.token_bytes(token.token_id) if self._model else token.text.encode()
+        return {"token": token.text, "logprob": token.logprob, "bytes": list(data)}
+
+    def _completion_logprobs(self, choice: int, entries: Sequence[PositionLogprobs]) -> Json:
+        offsets = []
+        for entry in entries:
+            offsets.append(self._text_offsets[choice])
+            self._text_offsets[choice] += len(entry.chosen.text)
+        return {
+            "tokens": [entry.chosen.text for entry in entries],
+            "token_logprobs": [entry.chosen.logprob for entry in entries],
+            "top_logprobs": [{token.text: token.logprob for token in entry.top} for entry in entries],
+            "text_offset": offsets,
+        }
+
+
+def _stop_reason(finished: Finished) -> str | int | None:
+    """Return what matched, as vLLM reports it."""
+    return finished.stop_string if finished.stop_string is not None else finished.stop_token_id
+
+
+def model_object(card: ModelCard, created: int) -> Json:
+    """Return the object of one entry of /v1/models."""
+    return {
+        "id": card.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "loraplex",
+        "root": card.revision or card.name,
+        "parent": card.base_model if card.revision else None,
+        "max_model_len": card.max_model_len,
+    }

@@ -1,0 +1,115 @@
+"""Whole and streamed answers that end their generation as soon as the client is gone or no longer reads."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from loraplex_common.errors import CancelledRequestError, LoraplexError, SlowConsumerError
+from loraplex_common.interceptors import internal_error
+
+from loraplex_gateway.openai.errors import error_object, error_response
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from starlette.types import Receive, Scope, Send
+
+    from loraplex_gateway.openai.convert import Plan
+    from loraplex_gateway.openai.render import Renderer
+    from loraplex_gateway.types import Event
+
+    Events = AsyncGenerator[tuple[int, Event], None]
+
+DONE: Final = b"data: [DONE]\n\n"
+
+
+class GenerationResponse:
+    """An ASGI response that runs a plan.
+
+    Headers are sent with the first event of a streamed answer, so that a refusal still has its own HTTP status.
+
+    Args:
+        plan: What was asked for.
+        events: What the core yields for it.
+        renderer: Builds the objects.
+        request_id: Repeated in the response's headers.
+        slow_client_s: Longest time that one write may wait.
+    """
+
+    def __init__(
+        self, plan: Plan, events: Events, renderer: Renderer, *, request_id: str, slow_client_s: float
+    ) -> None:
+        self._plan = plan
+        self._events = events
+        self._renderer = renderer
+        self._headers = [(b"x-request-id", request_id.encode("ascii"))]
+        self._slow_client_s = slow_client_s
+        self._has_headers = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; a client that disconnects ends it."""
+        work = asyncio.create_task(self._respond(scope, receive, send), name="http-generation")
+        watch = asyncio.create_task(_disconnected(receive), name="http-disconnect")
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (work, watch):
+                task.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+        if not work.cancelled():
+            work.result()
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with aclosing(self._events):
+                await (self._stream(send) if self._plan.is_stream else self._whole(send))
+        except (SlowConsumerError, CancelledRequestError):
+            raise asyncio.CancelledError from None  # nobody reads an answer
+        except Exception as error:
+            failure = error if isinstance(error, LoraplexError) else internal_error("http", error)
+            if self._has_headers:
+                await self._write(send, _sse(error_object(failure)) + DONE, more=False)
+            else:
+                await error_response(failure)(scope, receive, send)
+
+    async def _whole(self, send: Send) -> None:
+        seen: list[list[Event]] = [[] for _ in self._plan.requests]
+        async for choice, event in self._events:
+            seen[choice].append(event)
+        body = msgspec.json.encode(self._renderer.whole(seen))
+        await self._start(send, b"application/json", (b"content-length", str(len(body)).encode()))
+        await self._write(send, body, more=False)
+
+    async def _stream(self, send: Send) -> None:
+        async for choice, event in self._events:
+            if not self._has_headers:
+                await self._start(send, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
+            chunk = self._renderer.chunk(choice, event)
+            if chunk is not None:
+                await self._write(send, _sse(chunk))
+        tail = _sse(self._renderer.usage_chunk()) if self._plan.include_usage else b""
+        await self._write(send, tail + DONE, more=False)
+
+    async def _start(self, send: Send, content_type: bytes, *headers: tuple[bytes, bytes]) -> None:
+        self._has_headers = True
+        all_headers = [(b"content-type", content_type), *headers, *self._headers]
+        await send({"type": "http.response.start", "status": 200, "headers": all_headers})
+
+    async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        try:
+            async with asyncio.timeout(self._slow_client_s):
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError:
+            raise SlowConsumerError(f"the client has not read its stream for {self._slow_client_s:g} s") from None
+
+
+def _sse(body: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,93 @@
+"""Bodies of the OpenAI API's requests, with the further knobs that vLLM's users send as extra body."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    """Options of a streamed response."""
+
+    include_usage: bool = False
+
+
+class CommonBody(msgspec.Struct, kw_only=True):
+    """What both kinds of completion share; unset means the model's default."""
+
+    model: str
+    n: int | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    # Extra body, as vLLM names it.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool = False
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    allowed_token_ids: list[int] | None = None
+    return_token_ids: bool = False
+    cache_salt: str | None = None
+    request_id: str | None = None
+    # Extra body of our own.
+    adapter_scale: float | None = None
+    queue_timeout: float | None = None
+    time_limit: float | None = None
+    affinity_key: str | None = None
+
+
+class CompletionBody(CommonBody, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[Any]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    echo: bool | None = False
+    best_of: int | None = None
+    suffix: str | None = None
+    add_special_tokens: bool = True
+
+
+class ContentPart(msgspec.Struct, kw_only=True):
+    """One part of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatTurn(msgspec.Struct, kw_only=True):
+    """One message of a conversation."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class ChatBody(CommonBody, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatTurn]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    audio: Any = None

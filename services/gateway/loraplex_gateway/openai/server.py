@@ -1,0 +1,102 @@
+"""uvicorn as a part of our process: no signal handlers of its own, a bound port before it runs, a bounded stop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from starlette.types import ASGIApp
+
+
+class _Server(uvicorn.Server):
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        """Leave signals to the process."""
+        return nullcontext()
+
+
+class HttpServer:
+    """Serves an ASGI application.
+
+    Args:
+        app: The application.
+        host: Address to listen on.
+        port: 0 picks a free one.
+        tls_cert: Server certificate chain, PEM; with `tls_key` turns TLS on.
+        tls_key: Its private key, PEM.
+        tls_client_ca: Authority that must have signed clients' certificates, PEM. Tenants come from API keys here:
+            a certificate only lets its owner in.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        host: str,
+        port: int,
+        tls_cert: Path | None,
+        tls_key: Path | None,
+        tls_client_ca: Path | None,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            ssl_certfile=tls_cert,
+            ssl_keyfile=str(tls_key) if tls_key else None,
+            ssl_ca_certs=str(tls_client_ca) if tls_client_ca else None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if tls_client_ca else ssl.CERT_NONE,
+        )
+        self._server = _Server(config)
+        self._address = (host, port)
+        self._socket: socket.socket | None = None
+        self._ended = asyncio.Event()
+        self._is_running = False
+
+    async def start(self) -> int:
+        """Bind and return the port; connections wait until `run`.
+
+        Raises:
+            OSError: If the address cannot be bound.
+        """
+        host, port = self._address
+        info = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = info[0]
+        self._socket = socket.socket(family, kind, protocol)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(address)
+        self._socket.listen(2048)
+        bound: Any = self._socket.getsockname()
+        return int(bound[1])
+
+    async def run(self) -> None:
+        """Serve until cancelled; after `stop` nothing is served any more."""
+        assert self._socket is not None
+        self._is_running = True
+        try:
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            self._ended.set()
+        await asyncio.Event().wait()  # ends with its supervisor: an early return would be taken for a crash
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Accept no more connections and give running responses `grace_s` seconds. Safe to call twice."""
+        self._server.config.timeout_graceful_shutdown = max(1, round(grace_s)) if grace_s else 1
+        if grace_s == 0.0:
+            self._server.force_exit = True
+        self._server.should_exit = True
+        if self._is_running:
+            await self._ended.wait()
+        if self._socket is not None:
+            self._socket.close()

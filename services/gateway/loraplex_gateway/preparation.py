@@ -1,0 +1,145 @@
+"""Everything about a request that can be settled before an engine hears of it."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import AdapterIncompatibleError
+
+from loraplex_gateway import validation
+from loraplex_gateway.engine_wire import Submission
+from loraplex_gateway.models import ServedModel
+from loraplex_gateway.names import ResolvedAdapter
+from loraplex_gateway.relay import Job
+from loraplex_gateway.types import GenerationRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.models import ModelCatalog
+    from loraplex_gateway.names import NameTable
+
+# Of the caller's deadline: so that the engine's verdict still reaches the caller in time.
+DEADLINE_MARGIN_S: Final = 0.05
+NAME_PATIENCE_S: Final = 0.25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A request with its model, its adapter (None: the base model) and the job for the engines."""
+
+    request: GenerationRequest
+    model: ServedModel
+    adapter: ResolvedAdapter | None
+    job: Job
+
+
+class Preparer:
+    """Validates, resolves and tokenises.
+
+    Args:
+        catalog: Base models.
+        names: Adapter names.
+        pool: Knows how long sequences may be.
+        max_stream_s: Deadline of requests that come without one.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        catalog: ModelCatalog,
+        names: NameTable,
+        pool: EnginePool,
+        *,
+        max_stream_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._catalog = catalog
+        self._names = names
+        self._pool = pool
+        self._max_stream_s = max_stream_s
+        self._clock = clock
+
+    async def prepare(self, request: GenerationRequest, *, tenant: str, time_left_s: float | None) -> Prepared:
+        """Return what is to be submitted.
+
+        Raises:
+            InvalidParameterError: With one violation per bad field.
+            AdapterNotFoundError: And the other refusals of `NameTable.resolve`.
+            ModelNotFoundError: If there is no such base model.
+            AdapterIncompatibleError: If the adapter is for another base model.
+        """
+        arrived_at = self._clock()
+        validation.check_request(request)
+        model, adapter = await self._select(request, tenant)
+        assert request.prompt is not None  # check_request
+        prompt_ids = (await model.tokenizer.encode(request.prompt)).ids
+        validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
+        max_model_len = self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
+        validation.check_length(len(prompt_ids), max_model_len)
+        job = self._job(request, model, adapter, prompt_ids, tenant)
+        limit_s = self._max_stream_s if time_left_s is None else min(time_left_s, self._max_stream_s)
+        queue_timeout_s = request.queue_timeout_s
+        job = replace(
+            job,
+            max_new_tokens=request.stopping.max_new_tokens or max_model_len - len(prompt_ids),
+            deadline=arrived_at + limit_s - DEADLINE_MARGIN_S,
+            queue_deadline=None if queue_timeout_s is None else arrived_at + queue_timeout_s,
+        )
+        return Prepared(request=request, model=model, adapter=adapter, job=job)
+
+    async def _select(self, request: GenerationRequest, tenant: str) -> tuple[ServedModel, ResolvedAdapter | None]:
+        if not request.adapter:
+            return self._catalog.select(request.model), None
+        adapter = await self._names.resolve(request.adapter, tenant=tenant, patience_s=NAME_PATIENCE_S)
+        model = self._catalog.by_fingerprint(adapter.base_fingerprint)
+        wanted = self._catalog.select(request.model) if request.model else model
+        if model is None or wanted is not model:
+            names = ", ".join(served.name for served in self._catalog.models) if wanted is None else wanted.name
+            raise AdapterIncompatibleError(
+                f"adapter {request.adapter!r} was made for another base model "
+                f"({model.name if model else 'fingerprint ' + adapter.base_fingerprint[:12]}), not for {names}",
+                metadata={"adapter": request.adapter, "base_fingerprint": adapter.base_fingerprint},
+            )
+        return model, adapter
+
+    def _job(
+        self,
+        request: GenerationRequest,
+        model: ServedModel,
+        adapter: ResolvedAdapter | None,
+        prompt_ids: tuple[int, ...],
+        tenant: str,
+    ) -> Job:
+        sampling = model.defaults.fill(request.sampling)
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(64))
+        eos_ids = frozenset() if request.stopping.ignore_eos else model.defaults.eos_token_ids
+        submission = Submission(
+            request_id=request.request_id,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            stopping=request.stopping,
+            adapter_digest=adapter.digest if adapter else "",
+            adapter_scale=request.adapter_scale,
+            fairness_key=tenant,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            traceparent=request.traceparent,
+            fail_fast=request.fail_fast,
+            logprobs=request.options.logprobs,
+            prompt_logprobs=request.options.prompt_logprobs,
+        )
+        return Job(
+            submission=submission,
+            fingerprint=model.fingerprint,
+            affinity_key=request.affinity_key,
+            stop_token_ids=eos_ids | frozenset(request.stopping.stop_token_ids),
+            max_new_tokens=0,
+            deadline=None,
+            queue_deadline=None,
+            time_limit_at=None,
+        )

@@ -1,0 +1,222 @@
+"""Carries one request over as many engines as it takes: what was emitted never changes, the rest comes from another."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import (
+    DeadlineError,
+    DrainingError,
+    EngineOomError,
+    LoraplexError,
+    NoEngineError,
+    StreamInterruptedError,
+)
+from loraplex_common.log import get_logger
+
+from loraplex_gateway.engine_wire import EngineFinish, Submission
+from loraplex_gateway.ticket import EngineLostError, EngineUpdate
+from loraplex_gateway.types import FinishReason, Timings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from loraplex_gateway.claims import RunningRequest
+    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.engine_session import EngineSession
+    from loraplex_gateway.metrics import GatewayMetrics
+    from loraplex_gateway.prefetch import PrefetchHints
+
+MAX_ENGINES: Final = 4
+FAILOVER_WAIT_S: Final = 5.0
+# What an engine refuses that another may take.
+ELSEWHERE: Final = (DrainingError, NoEngineError, EngineOomError)
+
+_log = get_logger()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One prepared request.
+
+    Attributes:
+        submission: What every engine gets; durations in it are ignored, the instants below count.
+        fingerprint: Base model, which picks the set of engines.
+        stop_token_ids: Ids that end the output, end-of-text included if it counts.
+        deadline: When the caller's deadline passes (monotonic), less a margin.
+        queue_deadline: When queue_timeout passes.
+        time_limit_at: When the output is cut.
+    """
+
+    submission: Submission
+    fingerprint: str
+    affinity_key: str
+    stop_token_ids: frozenset[int]
+    max_new_tokens: int
+    deadline: float | None
+    queue_deadline: float | None
+    time_limit_at: float | None
+
+
+class EngineRelay:
+    """Submits a job and yields what engines say about it until its end.
+
+    Args:
+        job: The request.
+        pool: The engines.
+        running: Handle that CancelRequest uses.
+        hints: Told when the chosen engine lacks the adapter; None without an adapter store.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        pool: EnginePool,
+        running: RunningRequest,
+        hints: PrefetchHints | None,
+        metrics: GatewayMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._job = job
+        self._pool = pool
+        self._running = running
+        self._hints = hints
+        self._metrics = metrics
+        self._clock = clock
+        self._tokens: list[int] = []
+        self._has_started = False
+        self._excluded: frozenset[str] = frozenset()
+
+    async def updates(self) -> AsyncGenerator[tuple[str, EngineUpdate], None]:
+        """Yield (engine id, news); the last update has a normal end.
+
+        Closing the generator aborts the request on its engine within one loop tick.
+
+        Raises:
+            LoraplexError: What the engine ended the request with.
+            NoEngineError: If no engine took it.
+            StreamInterruptedError: If its engine died after output began and no other took over.
+            LocalCancelError: If it was cancelled by its id.
+        """
+        failure: Exception | None = None
+        for attempt in range(MAX_ENGINES):
+            session = await self._choose(is_failover=attempt > 0, cause=failure)
+            try:
+                # Closed here and now: the abort on the engine hangs on the generator's `finally`.
+                async with aclosing(self._run_on(session)) as updates:
+                    async for update in updates:
+                        if isinstance(update.end, LoraplexError):
+                            raise update.end
+                        yield session.engine_id, update
+                if attempt > 0 and self._has_started:
+                    self._metrics.resumes.labels("ok").inc()
+                return
+            except EngineLostError as error:
+                failure = error
+            except ELSEWHERE as error:
+                failure = error
+                self._excluded |= {session.engine_id}
+            if attempt + 1 == MAX_ENGINES:
+                raise self._give_up(failure)
+            if (finish := self._finish_already_reached()) is not None:
+                yield session.engine_id, EngineUpdate(end=finish)
+                return
+            self._metrics.retries.inc()
+            _log.warning(
+                "resubmitting a request to another engine",
+                request_id=self._job.submission.request_id,
+                engine_id=session.engine_id,
+                num_tokens=len(self._tokens),
+                cause=str(failure),
+            )
+
+    async def _run_on(self, session: EngineSession) -> AsyncGenerator[EngineUpdate, None]:
+        digest = self._job.submission.adapter_digest
+        if self._hints is not None and digest and digest not in session.resident:
+            self._hints.hint(digest, session.engine_id)
+        ticket = session.submit(self._submission(session.record.max_model_len))
+        self._running.on_cancel(ticket.cancel)
+        try:
+            while True:
+                update = await ticket.next()
+                self._tokens += update.token_ids
+                self._has_started = self._has_started or bool(update.token_ids) or update.started is not None
+                yield update
+                if update.end is not None:
+                    return
+        finally:
+            self._running.on_cancel(None)
+            session.release(ticket)
+
+    async def _choose(self, *, is_failover: bool, cause: Exception | None) -> EngineSession:
+        """Return an engine, waiting a few seconds for one if some other has just been lost or is being dialled."""
+        job = self._job
+        give_up_at = self._clock() + FAILOVER_WAIT_S
+        while True:
+            changed = self._pool.changed
+            session = self._pool.choose(
+                job.fingerprint,
+                adapter_digest=job.submission.adapter_digest,
+                affinity_key=job.affinity_key,
+                num_tokens=len(job.submission.prompt_ids) + len(self._tokens),
+                excluded=self._excluded,
+            )
+            if session is not None:
+                return session
+            is_worth_waiting = is_failover or self._pool.is_expected(job.fingerprint)
+            left_s = min(give_up_at, job.deadline or give_up_at) - self._clock()
+            if not is_worth_waiting or left_s <= 0:
+                raise self._give_up(cause)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await changed.wait()
+
+    def _submission(self, max_model_len: int) -> Submission:
+        """Return the submission for an engine at this moment, output so far included."""
+        now, job = self._clock(), self._job
+
+        def left_s(instant: float | None) -> float | None:
+            return None if instant is None else max(instant - now, 0.001)
+
+        room = max_model_len - len(job.submission.prompt_ids)
+        return replace(
+            job.submission,
+            resumed_ids=tuple(self._tokens),
+            stopping=replace(job.submission.stopping, max_new_tokens=min(job.max_new_tokens, room)),
+            time_left_s=left_s(job.deadline),
+            queue_timeout_s=None if self._has_started else left_s(job.queue_deadline),
+            time_limit_s=left_s(job.time_limit_at),
+        )
+
+    def _finish_already_reached(self) -> EngineFinish | None:
+        """Return the end if the lost engine had emitted the last token but not said so."""
+        if not self._tokens:
+            return None
+        stopping = self._job.submission.stopping
+        if self._tokens[-1] in self._job.stop_token_ids and len(self._tokens) > (stopping.min_new_tokens or 0):
+            return EngineFinish(reason=FinishReason.STOP, stop_token_id=self._tokens[-1], timings=Timings())
+        if len(self._tokens) >= self._job.max_new_tokens:
+            return EngineFinish(reason=FinishReason.LENGTH, stop_token_id=None, timings=Timings())
+        return None
+
+    def _give_up(self, cause: Exception | None) -> LoraplexError:
+        if self._job.deadline is not None and self._clock() >= self._job.deadline:
+            return DeadlineError("the deadline passed before an engine took the request")
+        if self._has_started:
+            self._metrics.resumes.labels("failed").inc()
+            return StreamInterruptedError(
+                f"the engine was lost after {len(self._tokens)} tokens and no other could take over",
+                metadata={"output_tokens": str(len(self._tokens))},
+            )
+        if isinstance(cause, LoraplexError):
+            return cause
+        return NoEngineError(
+            "no engine of this base model is ready; try again",
+            retry_after_s=1.0,
+            drop_reason="rejected-no-endpoints",
+        )

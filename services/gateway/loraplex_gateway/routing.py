@@ -1,0 +1,62 @@
+"""Which engine takes a request: pure arithmetic over what is known of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import xxhash
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# A warm engine is preferred until it is this much busier than the idlest: loading an adapter costs about as much as a
+# few decode steps, waiting behind half a batch costs more.
+WARM_LOAD_FACTOR: Final = 1.5
+WARM_LOAD_SLACK: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """An engine that could take the request.
+
+    Attributes:
+        load: Requests running and waiting there, this gateway's latest submissions included.
+        is_warm: Whether it holds the request's adapter, or is getting it for another request.
+    """
+
+    engine_id: str
+    load: int
+    is_warm: bool
+
+
+def rendezvous(key: str, engine_id: str) -> int:
+    """Return an engine's weight for a key; the engine with the highest one is the key's home.
+
+    Removing an engine moves only the keys that lived there.
+
+    Source: Thaler and Ravishankar, "A Name-Based Mapping Scheme for Rendezvous", CSE-TR-316-96.
+    """
+    return xxhash.xxh3_64_intdigest(f"{key}\x00{engine_id}".encode())
+
+
+def choose(candidates: Sequence[Candidate], *, adapter_digest: str, affinity_key: str) -> str | None:
+    """Return the engine to take, or None if there is no candidate.
+
+    In this order: the home of the affinity key; the least loaded warm engine; the least loaded one. The first two
+    are passed over if they are much busier than the least loaded one. Ties go to the adapter's home, so that a cold
+    adapter is not loaded in several places.
+    """
+    if not candidates:
+        return None
+    limit = min(candidate.load for candidate in candidates) * WARM_LOAD_FACTOR + WARM_LOAD_SLACK
+
+    def key(candidate: Candidate) -> tuple[int, int]:
+        return candidate.load, -rendezvous(adapter_digest, candidate.engine_id)
+
+    if affinity_key:
+        home = max(candidates, key=lambda candidate: rendezvous(affinity_key, candidate.engine_id))
+        if home.load <= limit:
+            return home.engine_id
+    warm = [candidate for candidate in candidates if candidate.is_warm and candidate.load <= limit]
+    return min(warm or candidates, key=key).engine_id

@@ -1,0 +1,163 @@
+"""`GatewayService` over gRPC: convert, call the core, convert back."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
+from loraplex_common.auth import current_tenant
+from loraplex_common.errors import InvalidParameterError
+
+from loraplex_gateway import validation, wire
+from loraplex_gateway.stall import StallGuard
+from loraplex_gateway.types import ChatPrompt, Chunk, Finished, Started, TextPrompt
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import grpc
+
+    from loraplex_gateway.core import GatewayCore
+    from loraplex_gateway.listing import ModelListing
+    from loraplex_gateway.models import ModelCatalog, ServedModel
+    from loraplex_gateway.tokenization import Encoded
+    from loraplex_gateway.types import Prompt
+
+
+class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
+    """Serves text generation.
+
+    Args:
+        core: Generates.
+        catalog: Base models, for the tokenizer calls.
+        listing: Lists models and adapters.
+        slow_client_s: Longest time that one write to a client may wait.
+    """
+
+    def __init__(
+        self, core: GatewayCore, catalog: ModelCatalog, listing: ModelListing, *, slow_client_s: float
+    ) -> None:
+        self._slow_client_s = slow_client_s
+        self._core = core
+        self._catalog = catalog
+        self._listing = listing
+
+    async def Generate(
+        self, request: gateway_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        """Stream the continuation of one prompt."""
+        events = self._core.generate(
+            wire.generation_request(request, traceparent=_traceparent(context)),
+            tenant=current_tenant().name,
+            time_left_s=context.time_remaining(),
+        )
+        guard = StallGuard(self._slow_client_s)
+        try:
+            async for event in events:
+                guard.writing()
+                yield wire.response(event)
+                guard.written()
+        finally:
+            guard.close()
+            if guard.has_fired:
+                await events.athrow(guard.error())
+            await events.aclose()
+
+    async def GenerateOnce(
+        self, request: gateway_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> gateway_pb2.GenerateOnceResponse:
+        """Return the whole continuation at once."""
+        message = request.request
+        message.progress_events = False
+        message.ClearField("resume")
+        events = self._core.generate(
+            wire.generation_request(message, traceparent=_traceparent(context)),
+            tenant=current_tenant().name,
+            time_left_s=context.time_remaining(),
+        )
+        response = gateway_pb2.GenerateOnceResponse()
+        text: list[str] = []
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Started):
+                    response.started.CopyFrom(wire.started(event))
+                elif isinstance(event, Chunk):
+                    text.append(event.text)
+                    response.token_ids.extend(event.token_ids)
+                    response.logprobs.extend(wire.positions(event.logprobs))
+                elif isinstance(event, Finished):
+                    response.finished.CopyFrom(wire.finished(event))
+        response.text = "".join(text)
+        return response
+
+    async def Tokenize(
+        self, request: gateway_pb2.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> gateway_pb2.TokenizeResponse:
+        """Return the token ids that Generate would use."""
+        add = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        encoded = await self._encode(request.model, wire.prompt(request, add_special_tokens=add))
+        return gateway_pb2.TokenizeResponse(token_ids=encoded.ids, rendered=encoded.rendered)
+
+    async def CountTokens(
+        self, request: gateway_pb2.CountTokensRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> gateway_pb2.CountTokensResponse:
+        """Return the length of a prompt."""
+        encoded = await self._encode(request.model, wire.prompt(request))
+        return gateway_pb2.CountTokensResponse(num_tokens=len(encoded.ids))
+
+    async def Detokenize(
+        self, request: gateway_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> gateway_pb2.DetokenizeResponse:
+        """Return the text of token ids."""
+        model = self._catalog.select(request.model)
+        token_ids = list(request.token_ids)
+        _check_ids(token_ids, model)
+        text = await model.tokenizer.decode(token_ids, skip_special_tokens=request.skip_special_tokens)
+        return gateway_pb2.DetokenizeResponse(text=text)
+
+    async def CancelRequest(
+        self, request: gateway_pb2.CancelRequestRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> gateway_pb2.CancelRequestResponse:
+        """End a running request of the caller's tenant."""
+        if not request.request_id:
+            raise InvalidParameterError("request_id is empty", field="request_id")
+        was_running = await self._core.cancel(current_tenant().name, request.request_id)
+        return gateway_pb2.CancelRequestResponse(was_running=was_running)
+
+    async def ListModels(
+        self, request: gateway_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> gateway_pb2.ListModelsResponse:
+        """Return a page of base models and adapters."""
+        cards, token = self._listing.page(
+            current_tenant().name, page_size=request.page_size, page_token=request.page_token
+        )
+        return gateway_pb2.ListModelsResponse(models=[wire.model_card(card) for card in cards], next_page_token=token)
+
+    async def GetModel(
+        self, request: gateway_pb2.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> gateway_pb2.GetModelResponse:
+        """Return one base model or adapter."""
+        card = await self._listing.get(request.name, current_tenant().name)
+        return gateway_pb2.GetModelResponse(model=wire.model_card(card))
+
+    async def _encode(self, model_name: str, prompt: Prompt | None) -> Encoded:
+        model = self._catalog.select(model_name)
+        if not isinstance(prompt, TextPrompt | ChatPrompt):
+            raise InvalidParameterError("no prompt: set exactly one of text and messages", field="prompt")
+        if isinstance(prompt, ChatPrompt):
+            validation.check_prompt(prompt)
+        return await model.tokenizer.encode(prompt)
+
+
+def _check_ids(token_ids: list[int], model: ServedModel) -> None:
+    vocab_size = model.info.vocab_size
+    if token_ids and max(token_ids) >= vocab_size:
+        raise InvalidParameterError(
+            f"token_ids holds {max(token_ids)}; token ids of this model are 0 to {vocab_size - 1}", field="token_ids"
+        )
+
+
+def _traceparent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    metadata = context.invocation_metadata() or ()
+    return next((str(value) for key, value in metadata if key == "traceparent"), "")

@@ -1,0 +1,159 @@
+"""One request's place in an engine session: what the engine has said and its reader has not taken yet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loraplex.v1 import gateway_pb2
+from loraplex_common.errors import LoraplexError, SlowConsumerError
+
+from loraplex_gateway.engine_wire import EngineFinish, EngineStart
+from loraplex_gateway.types import AdapterLoading
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class EngineLostError(Exception):
+    """The session broke, or the engine broke its protocol, before the request ended."""
+
+
+class LocalCancelError(Exception):
+    """CancelRequest ended the request."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineUpdate:
+    """All news since the last update; `logprobs` is parallel to `token_ids` where asked for."""
+
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[gateway_pb2.PositionLogprobs] = ()
+    started: EngineStart | None = None
+    loading: AdapterLoading | None = None
+    end: EngineFinish | LoraplexError | None = None
+
+
+class Ticket:
+    """A bounded buffer between the session's reader, which never waits, and one client's stream.
+
+    Args:
+        slot: The request's number in the session.
+        next_sequence: Position of the first token that is still to come.
+        max_buffered_tokens: More unread tokens than this end the request.
+        on_overflow: Called once when that happens; aborts the request on the engine.
+    """
+
+    def __init__(
+        self, slot: int, *, next_sequence: int, max_buffered_tokens: int, on_overflow: Callable[[Ticket], None]
+    ) -> None:
+        self.slot = slot
+        self.is_ended = False
+        self._expected = next_sequence
+        self._max_buffered_tokens = max_buffered_tokens
+        self._on_overflow = on_overflow
+        self._tokens: list[int] = []
+        self._logprobs: list[gateway_pb2.PositionLogprobs] = []
+        self._started: EngineStart | None = None
+        self._loading: AdapterLoading | None = None
+        self._end: EngineFinish | LoraplexError | None = None
+        self._failure: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push_token(self, sequence: int, token_id: int) -> None:
+        """Add one plain token."""
+        if sequence != self._expected:
+            if sequence > self._expected:
+                self._gap(sequence)
+            return  # a repeated token is none
+        self._expected += 1
+        self._tokens.append(token_id)
+        if len(self._tokens) > self._max_buffered_tokens:
+            self._overflow()
+        elif self._waiter is not None:
+            self._wake()
+
+    def push_output(
+        self,
+        *,
+        sequence: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[gateway_pb2.PositionLogprobs],
+        started: EngineStart | None,
+        loading: AdapterLoading | None,
+        end: EngineFinish | LoraplexError | None,
+    ) -> None:
+        """Add news that is more than a plain token."""
+        if token_ids and sequence > self._expected:
+            self._gap(sequence)
+            return
+        repeated = self._expected - sequence if token_ids else 0
+        self._tokens += token_ids[repeated:]
+        self._logprobs += logprobs[repeated:]
+        self._expected += max(0, len(token_ids) - repeated)
+        self._started = started or self._started
+        self._loading = loading or self._loading
+        if end is not None:
+            self._end, self.is_ended = end, True
+        if len(self._tokens) > self._max_buffered_tokens:
+            self._overflow()
+        else:
+            self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """End the request from this side; what has been received before is still read first."""
+        if self._failure is None and not self.is_ended:
+            self._failure = error
+            self._wake()
+
+    def cancel(self) -> None:
+        """End the request because its owner asked for it."""
+        self.fail(LocalCancelError())
+
+    async def next(self) -> EngineUpdate:
+        """Wait for news and return all of it.
+
+        Raises:
+            EngineLostError: If the session broke.
+            LocalCancelError: If the request was cancelled by its id.
+            SlowConsumerError: If the buffer overflowed.
+        """
+        while not self._has_news():
+            if self._failure is not None:
+                raise self._failure
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        update = EngineUpdate(
+            token_ids=self._tokens,
+            logprobs=self._logprobs,
+            started=self._started,
+            loading=self._loading,
+            end=self._end,
+        )
+        self._tokens, self._logprobs = [], []
+        self._started = self._loading = self._end = None
+        return update
+
+    def _has_news(self) -> bool:
+        return bool(self._tokens) or self._started is not None or self._loading is not None or self._end is not None
+
+    def _gap(self, sequence: int) -> None:
+        self.fail(EngineLostError(f"the engine skipped from token {self._expected} to {sequence}"))
+
+    def _overflow(self) -> None:
+        self._tokens, self._logprobs, self._end = [], [], None
+        self.is_ended = False
+        self.fail(
+            SlowConsumerError(
+                f"the client left more than {self._max_buffered_tokens} tokens unread; read faster or ask for less",
+                drop_reason="evicted",
+            )
+        )
+        self._on_overflow(self)
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)

@@ -1,0 +1,247 @@
+"""What a request and its events are inside the gateway; wire types stop at the servicers."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+
+class FinishReason(enum.IntEnum):
+    """Why an output ended; values equal `loraplex.v1.FinishReason`."""
+
+    STOP = 1
+    LENGTH = 2
+    TIME_LIMIT = 3
+    CANCELLED = 4
+
+
+class Priority(enum.IntEnum):
+    """Class of service; values equal `loraplex.v1.Priority`."""
+
+    BATCH = 1
+    NORMAL = 2
+    HIGH = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextPrompt:
+    """Text, tokenised with the model's special tokens unless told otherwise."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenPrompt:
+    """Token ids, used as they are."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatPrompt:
+    """A conversation, rendered through the chat template."""
+
+    messages: tuple[ChatMessage, ...]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How to draw tokens; `None` takes generation_config.json's value, then the engine's default."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stopping:
+    """Where to stop."""
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResponseOptions:
+    """What the chunks carry; logprobs counts are `None` for none at all."""
+
+    text: bool = True
+    token_ids: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One request as the client put it.
+
+    Attributes:
+        request_id: Chosen by the client; empty if the gateway is to draw one.
+        model: Base model's name; empty where there is only one.
+        adapter: ``name``, ``name:label`` or ``name@revision``; empty for the base model.
+        queue_timeout_s: Longest wait for a place in a batch.
+        time_limit_s: Longest time from admission; then the output is cut.
+        fail_fast: Refuse with ADAPTER_LOADING rather than wait for the adapter.
+        progress_events: Send Accepted, Queued and AdapterLoading.
+    """
+
+    prompt: Prompt | None
+    request_id: str = ""
+    model: str = ""
+    adapter: str = ""
+    sampling: Sampling = Sampling()
+    stopping: Stopping = Stopping()
+    options: ResponseOptions = ResponseOptions()
+    priority: Priority = Priority.NORMAL
+    queue_timeout_s: float | None = None
+    time_limit_s: float | None = None
+    cache_salt: str = ""
+    affinity_key: str = ""
+    fail_fast: bool = False
+    progress_events: bool = False
+    adapter_scale: float | None = None
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprob:
+    """One token with its natural-log probability."""
+
+    token_id: int
+    logprob: float
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionLogprobs:
+    """The drawn token and the likeliest ones at one position, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accepted:
+    """The gateway has the request."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Queued:
+    """The request waits behind `position` others."""
+
+    position: int
+    estimated_wait_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterLoading:
+    """How far the adapter's way to the device has come; `tier` is a `loraplex.v1.Tier` value."""
+
+    bytes_done: int
+    bytes_total: int
+    tier: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """An engine runs the request."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    engine_id: str
+    adapter_revision: str
+    seed: int
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """New output; `index` is the position of its first token."""
+
+    sequence: int
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """Token counts."""
+
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """Where the time went, in seconds; `adapter_load_s` is part of `queue_s`."""
+
+    queue_s: float = 0.0
+    adapter_load_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """The end of a stream."""
+
+    finish_reason: FinishReason
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+    usage: Usage
+    timings: Timings
+
+
+Event: TypeAlias = Accepted | Queued | AdapterLoading | Started | Chunk | Finished
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCard:
+    """Something that `model` or `adapter` can name.
+
+    Attributes:
+        revision: Digest; empty for a base model.
+        labels: Label to digest, for an adapter.
+        num_engines_resident: Engines on whose device it is.
+    """
+
+    name: str
+    base_model: str
+    revision: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    max_model_len: int
+    num_engines_resident: int

@@ -1,0 +1,214 @@
+"""What a request may ask for: one table of ranges, and a few checks that no range expresses.
+
+All bad fields are found before anything is refused, so that one answer names them all.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import InvalidParameterError
+
+from loraplex_gateway.types import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from loraplex_gateway.types import Prompt
+
+Violation = tuple[str, str]
+
+MAX_REQUEST_ID_CHARS: Final = 128
+MAX_KEY_BYTES: Final = 256
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers that one field may have; unset is always allowed."""
+
+    field: str
+    get: Callable[[GenerationRequest], float | None]
+    low: float
+    high: float
+    excludes_low: bool = False
+
+    def violation(self, request: GenerationRequest) -> Violation | None:
+        """Return what is wrong with the field, if anything is."""
+        value = self.get(request)
+        if value is None:
+            return None
+        above_low = value > self.low if self.excludes_low else value >= self.low
+        if math.isfinite(value) and above_low and value <= self.high:
+            return None
+        bracket = "(" if self.excludes_low else "["
+        return self.field, f"{self.field} is {value:g}; it must be in {bracket}{self.low:g}, {self.high:g}]"
+
+
+RANGES: Final = (
+    Range("sampling.temperature", lambda r: r.sampling.temperature, 0, 100),
+    Range("sampling.top_k", lambda r: r.sampling.top_k, -1, 2**31 - 1),
+    Range("sampling.top_p", lambda r: r.sampling.top_p, 0, 1, excludes_low=True),
+    Range("sampling.min_p", lambda r: r.sampling.min_p, 0, 1),
+    Range("sampling.seed", lambda r: r.sampling.seed, 0, 2**64 - 1),
+    Range("sampling.repetition_penalty", lambda r: r.sampling.repetition_penalty, 0, 10, excludes_low=True),
+    Range("sampling.presence_penalty", lambda r: r.sampling.presence_penalty, -2, 2),
+    Range("sampling.frequency_penalty", lambda r: r.sampling.frequency_penalty, -2, 2),
+    Range("stopping.max_new_tokens", lambda r: r.stopping.max_new_tokens, 1, 2**31 - 1),
+    Range("stopping.min_new_tokens", lambda r: r.stopping.min_new_tokens, 0, 2**31 - 1),
+    Range("response_options.logprobs", lambda r: r.options.logprobs, 0, 20),
+    Range("response_options.prompt_logprobs", lambda r: r.options.prompt_logprobs, 0, 20),
+    Range("adapter_scale", lambda r: r.adapter_scale, 0, 100),
+    Range("queue_timeout", lambda r: r.queue_timeout_s, 0, 7 * 86400, excludes_low=True),
+    Range("time_limit", lambda r: r.time_limit_s, 0, 7 * 86400, excludes_low=True),
+)
+
+# (field, what it holds, most entries)
+COUNTS: Final[tuple[tuple[str, Callable[[GenerationRequest], int], int], ...]] = (
+    ("sampling.logit_bias", lambda r: len(r.sampling.logit_bias), 1024),
+    ("sampling.allowed_token_ids", lambda r: len(r.sampling.allowed_token_ids), 1024),
+    ("stopping.stop_strings", lambda r: len(r.stopping.stop_strings), 16),
+    ("stopping.stop_token_ids", lambda r: len(r.stopping.stop_token_ids), 64),
+)
+
+
+def check_request(request: GenerationRequest) -> None:
+    """Refuse a request that no model could serve.
+
+    Raises:
+        InvalidParameterError: With one violation per bad field.
+    """
+    found = [violation for rule in RANGES if (violation := rule.violation(request)) is not None]
+    found += [
+        (field, f"{field} has {count(request)} entries; at most {most} are allowed")
+        for field, count, most in COUNTS
+        if count(request) > most
+    ]
+    found += [*_names(request), *_stopping(request), *_logit_bias(request), *prompt_violations(request.prompt)]
+    _raise_if_any(found)
+
+
+def check_prompt(prompt: Prompt | None) -> None:
+    """Refuse a prompt that no model could take.
+
+    Raises:
+        InvalidParameterError: With one violation per bad field.
+    """
+    _raise_if_any(list(prompt_violations(prompt)))
+
+
+def check_token_ids(request: GenerationRequest, prompt_ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse token ids that the model does not have, and prompts without a token.
+
+    Raises:
+        InvalidParameterError: With one violation per bad field.
+    """
+    fields: tuple[tuple[str, Sequence[int]], ...] = (
+        ("token_ids", prompt_ids),
+        ("sampling.logit_bias", tuple(request.sampling.logit_bias)),
+        ("sampling.allowed_token_ids", request.sampling.allowed_token_ids),
+        ("stopping.stop_token_ids", request.stopping.stop_token_ids),
+    )
+    found = [
+        (field, f"{field} holds {bad}; token ids of this model are 0 to {vocab_size - 1}")
+        for field, ids in fields
+        if (bad := _first_outside(ids, vocab_size)) is not None
+    ]
+    if not prompt_ids:
+        found.append(("prompt", "the prompt is empty: it has no token; send at least one"))
+    _raise_if_any(found)
+
+
+def check_length(num_prompt_tokens: int, max_model_len: int) -> None:
+    """Refuse a prompt that leaves no room for output.
+
+    Raises:
+        InvalidParameterError: With the arithmetic.
+    """
+    if num_prompt_tokens < max_model_len:
+        return
+    raise InvalidParameterError(
+        f"the prompt is too long: {num_prompt_tokens} tokens + at least 1 to generate > max_model_len {max_model_len}; "
+        f"shorten it by {num_prompt_tokens + 1 - max_model_len} tokens or more",
+        field="prompt",
+        metadata={"prompt_tokens": str(num_prompt_tokens), "max_model_len": str(max_model_len)},
+    )
+
+
+def prompt_violations(prompt: Prompt | None) -> Iterator[Violation]:
+    """Yield what is wrong with a prompt, whatever the model."""
+    if prompt is None:
+        yield "prompt", "no prompt: set exactly one of text, token_ids and messages"
+    elif isinstance(prompt, TextPrompt):
+        if not prompt.text:
+            yield "text", "the prompt is empty; send at least one character"
+        yield from _unicode("text", prompt.text)
+    elif isinstance(prompt, TokenPrompt):
+        if not prompt.ids:
+            yield "token_ids", "the prompt is empty; send at least one token id"
+    else:
+        yield from _chat(prompt)
+
+
+def _chat(prompt: ChatPrompt) -> Iterator[Violation]:
+    if not prompt.messages:
+        yield "messages", "the conversation is empty; send at least one message"
+    for n, message in enumerate(prompt.messages):
+        if not message.role:
+            yield f"messages[{n}].role", "the role is empty; use e.g. system, user or assistant"
+        yield from _unicode(f"messages[{n}].role", message.role)
+        yield from _unicode(f"messages[{n}].content", message.content)
+
+
+def _names(request: GenerationRequest) -> Iterator[Violation]:
+    if request.request_id and (
+        len(request.request_id) > MAX_REQUEST_ID_CHARS or not _REQUEST_ID.fullmatch(request.request_id)
+    ):
+        yield (
+            "request_id",
+            f"request_id must be at most {MAX_REQUEST_ID_CHARS} letters, digits and ._:- ; a UUID4 is best",
+        )
+    for field, value in (("cache_salt", request.cache_salt), ("affinity_key", request.affinity_key)):
+        if len(value) > MAX_KEY_BYTES:
+            yield field, f"{field} has {len(value)} characters; at most {MAX_KEY_BYTES} are allowed"
+
+
+def _stopping(request: GenerationRequest) -> Iterator[Violation]:
+    stopping = request.stopping
+    for n, stop in enumerate(stopping.stop_strings):
+        num_bytes = len(stop.encode("utf-8", errors="surrogatepass"))
+        if not 1 <= num_bytes <= 256:
+            yield f"stopping.stop_strings[{n}]", f"a stop string has {num_bytes} bytes; it must have 1 to 256"
+        yield from _unicode(f"stopping.stop_strings[{n}]", stop)
+    low, high = stopping.min_new_tokens, stopping.max_new_tokens
+    if low is not None and high is not None and low > high:
+        yield "stopping.min_new_tokens", f"min_new_tokens {low} is more than max_new_tokens {high}"
+
+
+def _logit_bias(request: GenerationRequest) -> Iterator[Violation]:
+    for token_id, bias in request.sampling.logit_bias.items():
+        if not -100 <= bias <= 100:
+            yield "sampling.logit_bias", f"the bias of token {token_id} is {bias:g}; it must be in [-100, 100]"
+            return
+
+
+def _unicode(field: str, text: str) -> Iterator[Violation]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        yield field, f"no valid Unicode at character {error.start}: lone surrogates cannot be encoded as UTF-8"
+
+
+def _first_outside(ids: Sequence[int], vocab_size: int) -> int | None:
+    if not ids or (max(ids) < vocab_size and min(ids) >= 0):
+        return None
+    return next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+
+
+def _raise_if_any(found: list[Violation]) -> None:
+    if found:
+        raise InvalidParameterError("; ".join(text for _, text in found), violations=found)

@@ -1,0 +1,229 @@
+"""Between the messages of `GatewayService` and our types."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any
+
+from loraplex.v1 import adapter_pb2, gateway_pb2
+from loraplex_common.errors import InvalidParameterError, NotSupportedError
+
+from loraplex_gateway import types
+from loraplex_gateway.engine_wire import from_duration, to_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from google.protobuf.message import Message
+
+_PRIORITIES = {
+    gateway_pb2.PRIORITY_UNSPECIFIED: types.Priority.NORMAL,
+    **{priority.value: priority for priority in types.Priority},
+}
+_LOAD_POLICIES = (
+    gateway_pb2.LOAD_POLICY_UNSPECIFIED,
+    gateway_pb2.LOAD_POLICY_WAIT,
+    gateway_pb2.LOAD_POLICY_FAIL_FAST,
+)
+
+
+def generation_request(message: gateway_pb2.GenerateRequest, *, traceparent: str = "") -> types.GenerationRequest:
+    """Convert a request.
+
+    Raises:
+        NotSupportedError: For `resume`, which is not built.
+        InvalidParameterError: For an enum value that this build does not know.
+    """
+    if message.HasField("resume"):
+        raise NotSupportedError(
+            "resume is not built yet: no gateway keeps a finished or broken stream's output; send the request again"
+        )
+    if message.priority not in _PRIORITIES:
+        raise InvalidParameterError(f"priority {message.priority} is unknown", field="priority")
+    if message.load_policy not in _LOAD_POLICIES:
+        raise InvalidParameterError(f"load_policy {message.load_policy} is unknown", field="load_policy")
+    return types.GenerationRequest(
+        prompt=prompt(message),
+        request_id=message.request_id,
+        model=message.model,
+        adapter=message.adapter,
+        sampling=_sampling(message.sampling),
+        stopping=_stopping(message.stopping),
+        options=_options(message.response_options),
+        priority=_PRIORITIES[message.priority],
+        queue_timeout_s=from_duration(message.queue_timeout) if message.HasField("queue_timeout") else None,
+        time_limit_s=from_duration(message.time_limit) if message.HasField("time_limit") else None,
+        cache_salt=message.cache_salt,
+        affinity_key=message.affinity_key,
+        fail_fast=message.load_policy == gateway_pb2.LOAD_POLICY_FAIL_FAST,
+        progress_events=message.progress_events,
+        adapter_scale=_optional(message, "adapter_scale"),
+        traceparent=traceparent,
+    )
+
+
+def prompt(
+    message: gateway_pb2.GenerateRequest | gateway_pb2.TokenizeRequest | gateway_pb2.CountTokensRequest,
+    *,
+    add_special_tokens: bool = True,
+) -> types.Prompt | None:
+    """Convert whichever prompt is set; None if none is."""
+    which = message.WhichOneof("prompt")
+    if which == "text":
+        return types.TextPrompt(text=message.text, add_special_tokens=add_special_tokens)
+    if which == "messages":
+        return _chat(message.messages)
+    if which == "token_ids" and isinstance(message, gateway_pb2.GenerateRequest):
+        return types.TokenPrompt(ids=tuple(message.token_ids.ids))
+    return None
+
+
+def _chat(chat: gateway_pb2.ChatMessages) -> types.ChatPrompt:
+    messages = tuple(
+        types.ChatMessage(role=turn.role, content=turn.content, name=_optional(turn, "name")) for turn in chat.messages
+    )
+    return types.ChatPrompt(
+        messages=messages,
+        add_generation_prompt=_optional(chat, "add_generation_prompt", default=True),
+        continue_final_message=_optional(chat, "continue_final_message", default=False),
+    )
+
+
+def _optional(message: Message, field: str, *, default: Any = None) -> Any:
+    return getattr(message, field) if message.HasField(field) else default
+
+
+def _sampling(message: gateway_pb2.SamplingParams) -> types.Sampling:
+    names = (
+        *("temperature", "top_k", "top_p", "min_p", "seed"),
+        *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    )
+    return types.Sampling(
+        **{name: _optional(message, name) for name in names},
+        logit_bias=dict(message.logit_bias),
+        allowed_token_ids=tuple(message.allowed_token_ids),
+    )
+
+
+def _stopping(message: gateway_pb2.StoppingParams) -> types.Stopping:
+    return types.Stopping(
+        max_new_tokens=_optional(message, "max_new_tokens"),
+        min_new_tokens=_optional(message, "min_new_tokens"),
+        stop_strings=tuple(message.stop_strings),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        include_stop=message.include_stop,
+    )
+
+
+def _options(message: gateway_pb2.ResponseOptions) -> types.ResponseOptions:
+    return types.ResponseOptions(
+        text=_optional(message, "text", default=True),
+        token_ids=_optional(message, "token_ids", default=True),
+        logprobs=_optional(message, "logprobs"),
+        prompt_logprobs=_optional(message, "prompt_logprobs"),
+        skip_special_tokens=_optional(message, "skip_special_tokens", default=True),
+    )
+
+
+def _token(token: types.TokenLogprob) -> gateway_pb2.TokenLogprob:
+    return gateway_pb2.TokenLogprob(token_id=token.token_id, logprob=token.logprob, text=token.text)
+
+
+def positions(logprobs: Iterable[types.PositionLogprobs]) -> list[gateway_pb2.PositionLogprobs]:
+    """Convert log-probabilities."""
+    return [
+        gateway_pb2.PositionLogprobs(chosen=_token(entry.chosen), top=[_token(top) for top in entry.top])
+        for entry in logprobs
+    ]
+
+
+@singledispatch
+def response(event: Any) -> gateway_pb2.GenerateResponse:
+    """Convert an event into a message of the stream."""
+    raise TypeError(f"no event: {event!r}")
+
+
+@response.register
+def _(event: types.Accepted) -> gateway_pb2.GenerateResponse:
+    return gateway_pb2.GenerateResponse(accepted=gateway_pb2.Accepted(request_id=event.request_id))
+
+
+@response.register
+def _(event: types.Queued) -> gateway_pb2.GenerateResponse:
+    queued = gateway_pb2.Queued(position=event.position, estimated_wait=to_duration(event.estimated_wait_s))
+    return gateway_pb2.GenerateResponse(queued=queued)
+
+
+@response.register
+def _(event: types.AdapterLoading) -> gateway_pb2.GenerateResponse:
+    tier = adapter_pb2.Tier.ValueType(event.tier)
+    loading = gateway_pb2.AdapterLoading(bytes_done=event.bytes_done, bytes_total=event.bytes_total, tier=tier)
+    return gateway_pb2.GenerateResponse(adapter_loading=loading)
+
+
+@response.register
+def _(event: types.Started) -> gateway_pb2.GenerateResponse:
+    return gateway_pb2.GenerateResponse(started=started(event))
+
+
+@response.register
+def _(event: types.Chunk) -> gateway_pb2.GenerateResponse:
+    chunk = gateway_pb2.Chunk(sequence=event.sequence, index=event.index, token_ids=event.token_ids, text=event.text)
+    if event.logprobs:
+        chunk.logprobs.extend(positions(event.logprobs))
+    return gateway_pb2.GenerateResponse(chunk=chunk)
+
+
+@response.register
+def _(event: types.Finished) -> gateway_pb2.GenerateResponse:
+    return gateway_pb2.GenerateResponse(finished=finished(event))
+
+
+def started(event: types.Started) -> gateway_pb2.Started:
+    """Convert the start. No resume token is given out while resuming is not built."""
+    return gateway_pb2.Started(
+        prompt_tokens=event.prompt_tokens,
+        cached_tokens=event.cached_tokens,
+        engine_id=event.engine_id,
+        adapter_revision=event.adapter_revision,
+        seed=event.seed,
+        prompt_logprobs=positions(event.prompt_logprobs),
+    )
+
+
+def finished(event: types.Finished) -> gateway_pb2.Finished:
+    """Convert the end."""
+    usage, timings = event.usage, event.timings
+    message = gateway_pb2.Finished(
+        finish_reason=gateway_pb2.FinishReason.ValueType(event.finish_reason),
+        usage=gateway_pb2.Usage(
+            prompt_tokens=usage.prompt_tokens, output_tokens=usage.output_tokens, cached_tokens=usage.cached_tokens
+        ),
+        timings=gateway_pb2.Timings(
+            queue=to_duration(timings.queue_s),
+            adapter_load=to_duration(timings.adapter_load_s),
+            prefill=to_duration(timings.prefill_s),
+            decode=to_duration(timings.decode_s),
+        ),
+    )
+    if event.stop_string is not None:
+        message.stop_string = event.stop_string
+    elif event.stop_token_id is not None:
+        message.stop_token_id = event.stop_token_id
+    return message
+
+
+def model_card(card: types.ModelCard) -> gateway_pb2.ModelCard:
+    """Convert the description of a model."""
+    return gateway_pb2.ModelCard(
+        name=card.name,
+        base_model=card.base_model,
+        revision=card.revision,
+        aliases=[
+            adapter_pb2.Alias(name=card.name, label=label, revision=revision)
+            for label, revision in sorted(card.labels.items())
+        ],
+        max_model_len=card.max_model_len,
+        num_engines_resident=card.num_engines_resident,
+    )
