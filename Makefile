@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Where pip finds torch, e.g. PIP_TORCH_ARGS="--index-url ..." with PyTorch's index of CPU wheels on a machine without a
 # GPU: the default Linux wheel brings CUDA along.
 PIP_TORCH_ARGS ?=
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 JOBS ?= 2
 # What the protos are compared with.
 BASE ?= $(shell git rev-parse --quiet --verify origin/main >/dev/null 2>&1 && echo origin/main || echo main)

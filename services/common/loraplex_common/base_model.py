@@ -77,7 +77,10 @@ def read_safetensors_index(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]
         if len(prefix) != 8 or (length := struct.unpack("<Q", prefix)[0]) > MAX_HEADER_BYTES:
             raise BaseModelError(f"{path}: not a safetensors file, or its header is too long")
         try:
-            header = json.loads(file.read(length))
+            data = file.read(length)
+            if len(data) != length:
+                raise ValueError(f"{len(data)} of {length} bytes")
+            header = json.loads(data)
             return {k: (v["dtype"], tuple(v["shape"])) for k, v in header.items() if k != "__metadata__"}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise BaseModelError(f"{path}: unreadable safetensors header: {error}") from error
@@ -94,42 +97,59 @@ def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[
     Raises:
         BaseModelError: If a file is missing or the architecture is not served.
     """
+    config, tokenizer = _read_config(directory)
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise BaseModelError(f"{directory}: no *.safetensors; other weight formats are not read")
+    index = {k: v for file in files for k, v in read_safetensors_index(file).items()}
+    hub_id = str(config.get("_name_or_path") or "")
+    known = [*aliases, hub_id] if hub_id.count("/") == 1 and not hub_id.startswith((".", "/")) else list(aliases)
     try:
-        config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+        num_heads = int(config["num_attention_heads"])
+        return BaseModelInfo(
+            name=name or directory.resolve().name,
+            fingerprint=_fingerprint(config, tokenizer, index),
+            aliases=tuple(dict.fromkeys(known)),
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=int(config["hidden_size"]),
+            intermediate_size=int(config["intermediate_size"]),
+            num_heads=num_heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_heads),
+            vocab_size=int(config["vocab_size"]),
+            max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
+            config=config,
+        )
+    except KeyError as error:
+        raise BaseModelError(f"{directory / 'config.json'}: {error.args[0]} is missing") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise BaseModelError(f"{directory / 'config.json'}: {error}") from error
+
+
+def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
+    """Return config.json and the sha256 of tokenizer.json."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
         tokenizer = hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
     except OSError as error:
         raise BaseModelError(
             f"{error.filename}: {error.strerror}; expected a model directory in Hugging Face layout"
         ) from error
     except ValueError as error:
-        raise BaseModelError(f"{directory / 'config.json'}: {error}") from error
-    architectures = config.get("architectures") or []
-    if not set(architectures) & set(ARCHITECTURES):
+        raise BaseModelError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise BaseModelError(f"{path}: expected a JSON object")
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not any(name in ARCHITECTURES for name in architectures):
         raise BaseModelError(f"{directory}: architecture {architectures} is not one of {', '.join(ARCHITECTURES)}")
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise BaseModelError(f"{directory}: no *.safetensors; other weight formats are not read")
-    index = {k: v for file in files for k, v in read_safetensors_index(file).items()}
+    return config, tokenizer
+
+
+def _fingerprint(config: dict[str, Any], tokenizer: str, index: dict[str, tuple[str, tuple[int, ...]]]) -> str:
     facts = {
         "config": {k: v for k, v in config.items() if k not in VOLATILE_KEYS},
         "tokenizer": tokenizer,
         "weights": sorted((k, dtype, list(shape)) for k, (dtype, shape) in index.items()),
     }
-    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    hub_id = str(config.get("_name_or_path") or "")
-    known = [*aliases, hub_id] if hub_id.count("/") == 1 and not hub_id.startswith((".", "/")) else list(aliases)
-    num_heads = int(config["num_attention_heads"])
-    return BaseModelInfo(
-        name=name or directory.resolve().name,
-        fingerprint=fingerprint,
-        aliases=tuple(dict.fromkeys(known)),
-        num_layers=int(config["num_hidden_layers"]),
-        hidden_size=int(config["hidden_size"]),
-        intermediate_size=int(config["intermediate_size"]),
-        num_heads=num_heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-        head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_heads),
-        vocab_size=int(config["vocab_size"]),
-        max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
-        config=config,
-    )
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,84 @@
+"""Facts about the repository that no import or type check sees."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "loraplex": ROOT / "proto/gen/loraplex",
+    "loraplex_adapter_store": ROOT / "services/adapter_store/loraplex_adapter_store",
+    "loraplex_client": ROOT / "clients/python/loraplex_client",
+    "loraplex_common": ROOT / "services/common/loraplex_common",
+    "loraplex_engine": ROOT / "services/engine/loraplex_engine",
+    "loraplex_gateway": ROOT / "services/gateway/loraplex_gateway",
+    "loraplex_kernels": ROOT / "kernels/loraplex_kernels",
+}
+WITHOUT_TORCH = ("loraplex_common", "loraplex_gateway", "loraplex_adapter_store", "loraplex_client")
+
+# Imports every module of a package while any attempt to import torch raises.
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "loraplex_kernels", "loraplex_engine", "transformers"):
+            raise ImportError(f"{name} must not be imported here")
+sys.meta_path.insert(0, Blocker())
+package = importlib.import_module(sys.argv[1])
+names = [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+for name in names:
+    if not name.endswith(".__main__"):
+        importlib.import_module(name)
+print(len(names))
+"""
+
+
+def test_kernels_is_no_python_package() -> None:
+    # transformers asks whether a package `kernels` (Hugging Face's, from PyPI) is installed and then imports names from
+    # it. A folder without __init__.py is a namespace portion, which any regular package beats; with one, every script
+    # run from the repository root would hand transformers ours, and models fail to import (transformers PR #42004).
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("package", WITHOUT_TORCH)
+def test_only_the_engine_needs_torch(package: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, package], capture_output=True, text=True, check=False, timeout=120
+    )
+
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_is_typed(package: str) -> None:
+    assert (PACKAGES[package] / "py.typed").is_file()
+
+
+def test_every_package_is_in_the_list_above() -> None:
+    folders = ("proto/gen", "clients/python", "kernels", *(f"services/{p.name}" for p in (ROOT / "services").iterdir()))
+
+    found = {path.parent for folder in folders for path in (ROOT / folder).glob("loraplex*/__init__.py")}
+
+    assert found == set(PACKAGES.values())
+
+
+def test_generated_code_is_current() -> None:
+    result = subprocess.run(
+        [sys.executable, "proto/generate.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+    assert result.returncode == 0, result.stderr
+
+
+def test_there_is_no_conftest_in_the_root() -> None:
+    # pytest would put the root on the import path, and with it the folder kernels/ (see above).
+    assert not (ROOT / "conftest.py").exists()
