@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -51,9 +50,9 @@ def _credentials(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; interrupts and closed pipes are typer's business."""
     try:
-        app()
+        app(prog_name="loraplex")
     except LoraplexError as error:
         _fail(f"{error.reason}: {error.message}")
     except (DemoModelError, ServeError) as error:
@@ -62,12 +61,6 @@ def main() -> None:
         if error.name is None or error.name.startswith("loraplex"):
             raise
         _fail(f"{error.name} is not installed; pip install 'loraplex[demo]' has everything")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output is gone; keep the interpreter from failing again at its last flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 

@@ -1,0 +1,236 @@
+"""The command line: what it prints where, and its exit codes."""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from loraplex_client.cli import main
+from loraplex_common.errors import AdapterNotFoundError, StreamInterruptedError
+from support.gateway_double import DIGEST, GatewayDouble, StoreDouble, chunk, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from loraplex.v1 import gateway_pb2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+class Runner:
+    """Runs ``loraplex ARGUMENTS`` in this process."""
+
+    def __init__(self, target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+        monkeypatch.setenv("LORAPLEX_TARGET", target)
+        monkeypatch.setenv("LORAPLEX_STORE_TARGET", target)
+        monkeypatch.setenv("COLUMNS", "160")
+
+    def __call__(self, *arguments: str, stdin: str = "") -> Result:
+        self._monkeypatch.setattr(sys, "argv", ["loraplex", *arguments])
+        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        self._capsys.readouterr()
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        else:
+            code = 0
+        captured = self._capsys.readouterr()
+        return Result(code=code, out=captured.out, err=captured.err)
+
+
+@pytest.fixture
+def gateway() -> GatewayDouble:
+    return GatewayDouble()
+
+
+@pytest.fixture
+def store() -> StoreDouble:
+    return StoreDouble()
+
+
+@pytest.fixture
+def loraplex(
+    gateway: GatewayDouble, store: StoreDouble, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Runner]:
+    with serving(gateway, store) as target:
+        yield Runner(target, monkeypatch, capsys)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+def test_generate_prints_the_text(loraplex: Runner, gateway: GatewayDouble) -> None:
+    result = loraplex(
+        "generate", "--adapter", "json:prod", "--temperature", "0", "--max-new-tokens", "5", "--stop", "END", "Once"
+    )
+
+    assert (result.code, result.out, result.err) == (0, "Hello world\n", "")
+    (request,) = gateway.requests
+    assert (request.text, request.adapter) == ("Once", "json:prod")
+    assert request.sampling.HasField("temperature")
+    assert request.sampling.temperature == 0
+    assert (request.stopping.max_new_tokens, list(request.stopping.stop_strings)) == (5, ["END"])
+    assert not request.sampling.HasField("top_p")
+
+
+def test_a_prompt_can_come_from_stdin(loraplex: Runner, gateway: GatewayDouble) -> None:
+    assert loraplex("generate", "-", stdin="from a pipe").code == 0
+    assert gateway.requests[0].text == "from a pipe"
+
+
+def test_stats_go_to_stderr(loraplex: Runner) -> None:
+    result = loraplex("generate", "--stats", "Once")
+
+    assert result.out == "Hello world\n"
+    assert "3 prompt (0 cached) + 2 output tokens" in result.err
+
+
+def test_chat_sends_messages(loraplex: Runner, gateway: GatewayDouble) -> None:
+    result = loraplex("chat", "--system", "Be brief.", "--adapter", "json", "Hi")
+
+    assert result.out == "Hello world\n"
+    messages = [(message.role, message.content) for message in gateway.requests[0].messages.messages]
+    assert messages == [("system", "Be brief."), ("user", "Hi")]
+
+
+def test_chat_without_a_prompt_is_a_conversation(loraplex: Runner, gateway: GatewayDouble) -> None:
+    result = loraplex("chat", stdin="one\n\ntwo\n")
+
+    assert (result.code, result.out) == (0, "Hello world\nHello world\n")
+    messages = [(message.role, message.content) for message in gateway.requests[1].messages.messages]
+    assert messages == [("user", "one"), ("assistant", "Hello world"), ("user", "two")]
+
+
+def test_an_error_is_one_line_on_stderr_and_exit_code_1(loraplex: Runner, gateway: GatewayDouble) -> None:
+    gateway.failures = [AdapterNotFoundError("no adapter 'x'; did you mean 'y'?")]
+
+    result = loraplex("generate", "--adapter", "x", "Once")
+
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "error: ADAPTER_NOT_FOUND: no adapter 'x'; did you mean 'y'?\n"
+
+
+def test_a_broken_stream_keeps_its_text_and_fails(loraplex: Runner, gateway: GatewayDouble) -> None:
+    def script(request: gateway_pb2.GenerateRequest) -> Iterator[gateway_pb2.GenerateResponse]:
+        yield chunk(0, "Hel", 1)
+        raise StreamInterruptedError("the engine died")
+
+    gateway.script = script
+
+    result = loraplex("generate", "Once")
+
+    assert (result.code, result.out) == (1, "Hel")
+    assert "STREAM_INTERRUPTED" in result.err
+
+
+def test_an_interrupt_exits_130(loraplex: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loraplex_client.cli.generate._print_stream", interrupted)
+
+    assert loraplex("generate", "Once").code == 130
+
+
+def test_an_unreachable_gateway_exits_1_and_is_named(loraplex: Runner) -> None:
+    result = loraplex("generate", "--target", "127.0.0.1:1", "Once")
+
+    assert result.code == 1
+    assert "cannot reach 127.0.0.1:1" in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate",),
+        ("generate", "--max-new-tokens", "0", "x"),
+        ("generate", "--temperature", "-1", "x"),
+        ("serve",),
+        ("serve", "--demo", "--model", "."),
+        ("serve", "--model", "/nowhere/at/all"),
+        ("adapters", "import", "json", "hf:org/repo@main"),
+        ("frobnicate",),
+    ],
+)
+def test_wrong_usage_exits_2(loraplex: Runner, arguments: tuple[str, ...]) -> None:
+    result = loraplex(*arguments)
+
+    assert result.code == 2
+    assert "Error" in result.err
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("serve",), ("generate",), ("chat",), ("status",), ("adapters",), ("adapters", "import")]
+)
+def test_help_says_what_a_command_does(loraplex: Runner, command: tuple[str, ...]) -> None:
+    result = loraplex(*command, "--help")
+
+    assert result.code == 0
+    assert "Usage: loraplex" in result.out
+
+
+def test_a_directory_is_imported_listed_shown_and_deleted(loraplex: Runner, directory: Path) -> None:
+    imported = loraplex("adapters", "import", "json", str(directory))
+    listed = loraplex("adapters", "list")
+    shown = loraplex("adapters", "show", "json")
+    aliased = loraplex("adapters", "alias", "json", "prod")
+    hinted = [loraplex("adapters", "prefetch", "json"), loraplex("adapters", "evict", "json")]
+    deleted = loraplex("adapters", "delete", "json")
+    gone = loraplex("adapters", "show", "json")
+
+    assert imported.code == 0
+    assert f"imported json@{DIGEST[:12]}: rank 8, q_proj, v_proj, 2 KiB" in imported.out
+    assert "json" in listed.out
+    assert "ready" in listed.out
+    assert DIGEST in shown.out
+    assert aliased.out == f"json:prod -> {DIGEST}\n"
+    assert [result.code for result in hinted] == [0, 0]
+    assert deleted.code == 0
+    assert gone.code == 1
+    assert "ADAPTER_NOT_FOUND" in gone.err
+
+
+def test_a_hub_repository_is_imported_by_commit(loraplex: Runner, store: StoreDouble) -> None:
+    result = loraplex("adapters", "import", "json", f"hf:org/repo/sub/dir@{'A' * 40}")
+
+    assert result.code == 0
+    source = store.requests[0].hf
+    assert (source.repo, source.subfolder, source.revision) == ("org/repo", "sub/dir", "a" * 40)
+
+
+def test_a_directory_that_is_no_adapter_is_refused(loraplex: Runner, tmp_path: Path) -> None:
+    result = loraplex("adapters", "import", "json", str(tmp_path))
+
+    assert result.code == 1
+    assert "adapter_config.json" in result.err
+
+
+def test_status_fails_and_says_which_part_is_silent(loraplex: Runner) -> None:
+    result = loraplex("status", "--engine-target", "127.0.0.1:1")
+
+    assert result.code == 1
+    assert "base" in result.out
+    assert "engine: cannot reach 127.0.0.1:1" in result.err
+
+
+def test_demo_adapters_that_are_nowhere_are_named(loraplex: Runner, tmp_path: Path) -> None:
+    result = loraplex("serve", "--demo", "--demo-dir", str(tmp_path))
+
+    assert result.code == 1
+    assert str(tmp_path) in result.err

@@ -1,0 +1,179 @@
+"""Keyword arguments become the wire's fields, or a named error."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, cast
+
+import pytest
+from google.protobuf.json_format import MessageToDict
+from loraplex_client import GenerateOptions
+from loraplex_client._requests import generate_request, tokenize_request
+from loraplex_common.errors import InvalidParameterError
+
+
+def request(**options: Any) -> dict[str, Any]:
+    built = MessageToDict(
+        generate_request(cast("GenerateOptions", {"request_id": "r", **options})), preserving_proto_field_name=True
+    )
+    assert built.pop("request_id") == "r"
+    return built
+
+
+def test_every_option_reaches_its_field() -> None:
+    built = request(
+        prompt="hi",
+        adapter="json:prod",
+        adapter_scale=0.5,
+        max_new_tokens=8,
+        min_new_tokens=2,
+        stop=["a", "b"],
+        stop_token_ids=[5],
+        ignore_eos=True,
+        include_stop=True,
+        temperature=0.25,
+        top_k=4,
+        top_p=0.5,
+        min_p=0.125,
+        seed=2**63,
+        repetition_penalty=1.5,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={3: -100.0},
+        allowed_token_ids=[3, 4],
+        logprobs=0,
+        prompt_logprobs=2,
+        skip_special_tokens=False,
+        priority="high",
+        queue_timeout_s=1.5,
+        time_limit_s=30,
+        cache_salt="salt",
+        affinity_key="user",
+        load_policy="fail_fast",
+        progress_events=True,
+        model="base",
+        timeout=5,
+    )
+
+    assert built == {
+        "text": "hi",
+        "adapter": "json:prod",
+        "adapter_scale": 0.5,
+        "model": "base",
+        "sampling": {
+            "temperature": 0.25,
+            "top_k": 4,
+            "top_p": 0.5,
+            "min_p": 0.125,
+            "seed": str(2**63),
+            "repetition_penalty": 1.5,
+            "presence_penalty": 0.5,
+            "frequency_penalty": -0.5,
+            "logit_bias": {"3": -100.0},
+            "allowed_token_ids": [3, 4],
+        },
+        "stopping": {
+            "max_new_tokens": 8,
+            "min_new_tokens": 2,
+            "stop_strings": ["a", "b"],
+            "stop_token_ids": [5],
+            "ignore_eos": True,
+            "include_stop": True,
+        },
+        "response_options": {"logprobs": 0, "prompt_logprobs": 2, "skip_special_tokens": False},
+        "priority": "PRIORITY_HIGH",
+        "queue_timeout": "1.500s",
+        "time_limit": "30s",
+        "cache_salt": "salt",
+        "affinity_key": "user",
+        "load_policy": "LOAD_POLICY_FAIL_FAST",
+        "progress_events": True,
+    }
+
+
+def test_every_documented_option_is_served() -> None:
+    values: dict[str, Any] = {"stop": "x", "priority": "batch", "load_policy": "wait", "logit_bias": {1: 1.0}}
+    prompts = ("prompt", "prompt_token_ids", "messages", "add_generation_prompt", "continue_final_message")
+    texts = ("model", "adapter", "cache_salt", "affinity_key", "request_id")
+
+    for name in GenerateOptions.__annotations__:
+        if name not in prompts:
+            value = values.get(name, "x" if name in texts else [1] if name.endswith("_ids") else 1)
+            generate_request(cast("GenerateOptions", {"prompt": "hi", name: value}))
+
+
+def test_options_that_are_none_are_left_to_the_server() -> None:
+    assert request(prompt="hi", temperature=None, adapter=None, stop=None) == {"text": "hi"}
+
+
+def test_one_stop_string_may_come_without_a_list() -> None:
+    assert request(prompt="hi", stop="END")["stopping"] == {"stop_strings": ["END"]}
+
+
+def test_messages_carry_their_template_flags() -> None:
+    built = request(messages=[{"role": "user", "content": "hi", "name": "Ada"}], add_generation_prompt=False)
+
+    message = {"role": "user", "content": "hi", "name": "Ada"}
+    assert built == {"messages": {"messages": [message], "add_generation_prompt": False}}
+
+
+def test_an_empty_prompt_is_sent_for_the_gateway_to_refuse() -> None:
+    assert generate_request({"prompt": ""}).WhichOneof("prompt") == "text"
+    assert generate_request({"prompt_token_ids": []}).WhichOneof("prompt") == "token_ids"
+
+
+def test_a_request_id_is_drawn_if_none_is_given() -> None:
+    first, second = (generate_request({"prompt": "hi"}).request_id for _ in range(2))
+
+    assert uuid.UUID(first).version == 4
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prompt": "hi", "prompt_token_ids": [1]},
+        {"messages": [], "prompt": "hi"},
+        {"prompt": "hi", "add_generation_prompt": True},
+    ],
+)
+def test_not_exactly_one_prompt_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParameterError):
+        request(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("max_new_tokens", -1),
+        ("top_k", 2**40),
+        ("stop_token_ids", [-1]),
+        ("logit_bias", {-1: 1.0}),
+        ("priority", "urgent"),
+        ("load_policy", "never"),
+    ],
+)
+def test_a_value_that_does_not_fit_its_field_is_named(name: str, value: Any) -> None:
+    with pytest.raises(InvalidParameterError, match=name) as raised:
+        request(prompt="hi", **{name: value})
+
+    assert raised.value.field == name
+
+
+def test_token_ids_that_are_none_are_refused() -> None:
+    with pytest.raises(InvalidParameterError, match="prompt_token_ids"):
+        request(prompt_token_ids=[-5])
+
+
+def test_an_unknown_option_is_a_programming_error() -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        request(prompt="hi", temprature=1)
+
+
+def test_tokenize_wants_text_or_messages() -> None:
+    assert tokenize_request({"prompt": "hi"}, False).add_special_tokens is False
+    assert not tokenize_request({"prompt": "hi"}, None).HasField("add_special_tokens")
+    with pytest.raises(InvalidParameterError):
+        tokenize_request({}, None)
