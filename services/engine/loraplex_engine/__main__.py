@@ -1,0 +1,46 @@
+"""``python -m loraplex_engine``: serve one base model until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+from loraplex_common import lifecycle, log, settings
+from loraplex_common.base_model import BaseModelError
+
+from loraplex_engine.config import ConfigError, EngineConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+async def serve(config: EngineConfig) -> None:
+    """Run an engine until a signal, then drain it."""
+    from loraplex_engine.service import EngineService  # torch takes seconds; --help and bad flags should not
+
+    stop = lifecycle.stop_on_signals()
+    service = EngineService(config)
+    try:
+        port, metrics_port = await service.start()
+        host = config.host
+        lifecycle.announce_ready("engine", grpc=f"{host}:{port}", metrics=f"{host}:{metrics_port}")
+        await service.run_until(stop)
+        await service.drain()
+    finally:
+        await service.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the configuration and serve."""
+    config = settings.load(EngineConfig, service="engine", argv=argv)
+    log.configure("engine", config.log_level, config.log_format)
+    log.get_logger().info("configuration", **settings.describe(config))
+    try:
+        asyncio.run(serve(config))
+    except (BaseModelError, ConfigError) as error:
+        sys.exit(f"loraplex-engine: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""From the configuration to an engine: what the model, the device and the flags together come to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+from loraplex_common.base_model import BaseModelInfo, load_base_model
+
+from loraplex_engine.config import MIB, ConfigError, EngineConfig
+from loraplex_engine.engine import EngineParams
+from loraplex_engine.generation_config import read_eos_token_ids
+from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loraplex_engine.engine import RunnerFactory
+    from loraplex_engine.step import ModelRunner
+
+CPU_POOL_BYTES: Final = 1024 * MIB
+GPU_POOL_SHARE: Final = 0.85
+"""Of the memory that the weights leave; the rest is for activations, graphs and the allocator."""
+MIN_POOL_PAGES: Final = 2  # one for an adapter, one for a sequence
+
+
+def resolve_device(config: EngineConfig) -> torch.device:
+    """Return where to compute.
+
+    Raises:
+        ConfigError: If a GPU is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here")
+    has_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if has_gpu else "cpu")
+
+
+def resolve_dtype(config: EngineConfig, device: torch.device) -> str:
+    """Return the compute type's name."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def read_base_model(config: EngineConfig) -> BaseModelInfo:
+    """Read the base model's facts.
+
+    Raises:
+        BaseModelError: If the directory is no model we can serve.
+    """
+    return load_base_model(config.model, name=config.served_model_name, aliases=config.model_alias)
+
+
+def engine_params(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> EngineParams:
+    """Return the sizes of the engine.
+
+    Raises:
+        ConfigError: If a size does not work out; the message names the flag.
+    """
+    dtype = resolve_dtype(config, device)
+    pool = choose_pool_geometry(info, dtype=dtype)
+    pool_bytes = config.pool_bytes or _default_pool_bytes(config.model, device)
+    max_model_len = config.max_model_len or info.max_position_embeddings
+    for flag, size in (
+        ("--pool-bytes", pool_bytes // pool.page_bytes),
+        ("--arena-bytes", config.arena_bytes // pool.page_bytes),
+    ):
+        if size < MIN_POOL_PAGES:
+            raise ConfigError(
+                f"{flag} is {size} pages of {pool.page_bytes} bytes; at least {MIN_POOL_PAGES} are needed"
+            )
+    if max_model_len > info.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} exceeds the {info.max_position_embeddings} the model was trained for"
+        )
+    return EngineParams(
+        geometry=info.geometry(dtype=dtype, page_bytes=pool.page_bytes),
+        block_tokens=pool.block_tokens,
+        pool_bytes=pool_bytes,
+        arena_bytes=config.arena_bytes,
+        eos_token_ids=read_eos_token_ids(config.model),
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_backlog_bytes=config.outbox_max_bytes,
+        max_backlog_s=config.outbox_max_age_s,
+    )
+
+
+def runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:
+    """Return what makes the compute backend once the engine knows its sizes."""
+
+    def make(params: EngineParams) -> ModelRunner:
+        return TorchRunner(
+            RunnerConfig(
+                model_dir=config.model,
+                info=info,
+                geometry=choose_pool_geometry(info, dtype=params.geometry.dtype),
+                num_pages=params.num_pages,
+                max_num_seqs=params.max_num_seqs,
+                max_model_len=params.max_model_len,
+                device=device.type,
+                num_threads=config.num_threads,
+            )
+        )
+
+    return make
+
+
+def max_image_pages(params: EngineParams) -> int:
+    """Return the largest adapter image that can ever be used: it needs the arena, and a page for a sequence beside it."""
+    return min(params.num_pages - 1, params.num_arena_slots)
+
+
+def _default_pool_bytes(model: Path, device: torch.device) -> int:
+    if device.type == "cpu":
+        return CPU_POOL_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    return int((free - weights) * GPU_POOL_SHARE)

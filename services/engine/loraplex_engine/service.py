@@ -1,0 +1,210 @@
+"""One engine process: the engine, its gRPC and metrics servers, its line to the store and its lease in Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import time
+import uuid
+from typing import TYPE_CHECKING, TypeVar
+
+import loraplex_common.valkey
+from loraplex.v1 import adapter_pb2, engine_pb2_grpc
+from loraplex_common.errors import StoreUnavailableError
+from loraplex_common.grpc_server import GrpcServer, ServerConfig
+from loraplex_common.log import get_logger
+from loraplex_common.metrics_http import MetricsServer
+from loraplex_common.registry import EngineRecord
+from loraplex_common.rpc_metrics import RpcMetrics
+from loraplex_common.tasks import Supervisor
+from prometheus_client import CollectorRegistry
+
+from loraplex_engine import building
+from loraplex_engine.adapter_client import AdapterClient, Attachment
+from loraplex_engine.engine import Engine
+from loraplex_engine.engine_collector import EngineCollector
+from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
+from loraplex_engine.metrics import RequestMetrics
+from loraplex_engine.registration import Registration
+from loraplex_engine.residency_feed import ResidencyFeed
+from loraplex_engine.residency_metrics import ResidencyMetrics
+from loraplex_engine.servicer import EngineIdentity, EngineServicer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_engine.config import EngineConfig
+
+SERVICE_NAME = "loraplex.v1.EngineService"
+STOP_GRACE_S = 1.0
+
+_Argument = TypeVar("_Argument")
+
+_log = get_logger()
+
+
+class EngineService:
+    """Everything of one engine process; create it inside a running event loop.
+
+    Args:
+        config: What to serve and how.
+
+    Attributes:
+        engine: The engine.
+        engine_id: Unique among all engines that ever ran.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._loop = asyncio.get_running_loop()
+        self._crashed: asyncio.Future[None] = self._loop.create_future()
+        self._info = building.read_base_model(config)
+        device = building.resolve_device(config)
+        params = building.engine_params(config, self._info, device)
+        self.engine_id = f"{uuid.uuid4().hex}"
+        registry = CollectorRegistry()
+        self._feed = ResidencyFeed(config.residency_events)
+        self._residency_metrics = ResidencyMetrics(registry)
+        self._client: AdapterClient | None = None
+        self.engine = Engine(
+            params,
+            building.runner_factory(config, self._info, device),
+            on_store_event=lambda event: self._call_soon(self._on_store_event, event),
+            on_crash=lambda cause: self._call_soon(self._on_crash, cause),
+        )
+        registry.register(EngineCollector(self.engine, self._feed, self._residency_metrics))
+        self._servicer = EngineServicer(
+            self.engine, self._feed, identity=self._identity(), config=config, metrics=RequestMetrics(registry)
+        )
+        self._grpc = GrpcServer(ServerConfig(host=config.host, port=config.port), metrics=RpcMetrics(registry))
+        self._metrics_http = MetricsServer(registry, config.host, config.metrics_port)
+        self._supervisor = Supervisor()
+        self._valkey = loraplex_common.valkey.connect(config.redis_url) if config.redis_url else None
+        self._registration: Registration | None = None
+
+    async def start(self) -> tuple[int, int]:
+        """Open the ports, attach and register; return the gRPC and the metrics port."""
+        engine_pb2_grpc.add_EngineServiceServicer_to_server(self._servicer, self._grpc.server)
+        self._grpc.add_service_name(SERVICE_NAME)
+        port = await self._grpc.start()
+        metrics_port = await self._metrics_http.start()
+        if self._config.store_target is not None:
+            self._client = AdapterClient(
+                self._config.store_target, self.engine, self._feed, self._attachment(), wait_s=self._config.store_wait_s
+            )
+            self._supervisor.spawn(self._client.run(), name="adapter-client")
+        self._grpc.set_ready(True)
+        if self._valkey is not None:
+            self._registration = Registration(self._valkey, self._record(port))
+            await self._registration.renew()
+            self._supervisor.spawn(self._registration.run(), name="registration")
+        return port, metrics_port
+
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Serve until ``stop`` is set.
+
+        Raises:
+            BackgroundTaskError: If a background task ends.
+            RuntimeError: If the step loop dies.
+        """
+        serving = asyncio.create_task(self._supervisor.run_until(stop), name="serving")
+        await asyncio.wait([serving, self._crashed], return_when=asyncio.FIRST_COMPLETED)
+        if self._crashed.done():
+            serving.cancel()
+            self._crashed.result()
+        await serving
+
+    async def drain(self) -> None:
+        """Go out of service: no new requests, running ones get their grace, every stream gets its end."""
+        if self._registration is not None:
+            await self._registration.announce_draining()
+        self._grpc.set_ready(False)
+        await asyncio.sleep(self._config.drain_settle_s)
+        num_ended = await asyncio.wrap_future(self.engine.drain(self._config.drain_grace_s))
+        _log.info("drained", ended_before_their_time=num_ended)
+        self._servicer.close_streams()
+
+    async def close(self) -> None:
+        """Release everything; what still runs ends with DRAINING."""
+        self._servicer.close_streams()
+        if self._registration is not None:
+            await self._registration.withdraw()
+        await self._grpc.drain(settle_s=0.0, grace_s=STOP_GRACE_S)
+        await self._supervisor.close()
+        await self._metrics_http.stop()
+        if self._valkey is not None:
+            await self._valkey.aclose()
+        await asyncio.to_thread(self.engine.close)
+
+    def _call_soon(self, function: Callable[[_Argument], None], argument: _Argument) -> None:
+        """Hand something from the step loop's thread to this one; nobody is left to hear it once the loop is closed."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, argument)
+
+    def _on_store_event(self, event: StoreEvent) -> None:
+        if isinstance(event, ResidencyChanged):
+            self._residency_metrics.changed(event, time.monotonic())
+            self._feed.append(event)
+            if self._client is not None:
+                self._client.changed(event)
+        elif self._client is not None:
+            self._client.want(event)
+        else:
+            self._refuse(event)
+
+    def _refuse(self, event: WantImage) -> None:
+        error = StoreUnavailableError(f"adapter {event.digest}: this engine has no adapter store (--store-target)")
+        self.engine.post(ImageRefused(event.digest, error))
+
+    def _on_crash(self, cause: BaseException) -> None:
+        if not self._crashed.done():
+            error = RuntimeError("the step loop died")
+            error.__cause__ = cause
+            self._crashed.set_exception(error)
+
+    def _base_model(self) -> adapter_pb2.BaseModel:
+        return adapter_pb2.BaseModel(
+            name=self._info.name,
+            fingerprint=self._info.fingerprint,
+            aliases=self._info.aliases,
+            max_model_len=self.engine.params.max_model_len,
+            vocab_size=self._info.vocab_size,
+        )
+
+    def _identity(self) -> EngineIdentity:
+        return EngineIdentity(
+            engine_id=self.engine_id,
+            base_model=self._base_model(),
+            backend="torch",
+            version=importlib.metadata.version("loraplex"),
+        )
+
+    def _attachment(self) -> Attachment:
+        return Attachment(
+            engine_id=self.engine_id,
+            base_model=self._base_model(),
+            max_image_pages=building.max_image_pages(self.engine.params),
+        )
+
+    def _record(self, port: int) -> EngineRecord:
+        params = self.engine.params
+        return EngineRecord(
+            engine_id=self.engine_id,
+            target=_advertised(self._config, port),
+            base_model=self._info.name,
+            base_fingerprint=self._info.fingerprint,
+            base_aliases=self._info.aliases,
+            max_model_len=params.max_model_len,
+            vocab_size=self._info.vocab_size,
+            num_pages=params.num_pages,
+            block_tokens=params.block_tokens,
+            page_bytes=params.geometry.page_bytes,
+            max_image_pages=building.max_image_pages(params),
+            version=importlib.metadata.version("loraplex"),
+        )
+
+
+def _advertised(config: EngineConfig, port: int) -> str:
+    address = config.advertise or config.host
+    has_port = address.rpartition(":")[2].isdigit() and not address.endswith("]")
+    return address if has_port else f"{address}:{port}"

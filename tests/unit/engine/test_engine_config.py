@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from loraplex_common import settings
+from loraplex_engine.config import ConfigError, EngineConfig
+
+
+def load(*argv: str, environ: dict[str, str] | None = None) -> EngineConfig:
+    return settings.load(EngineConfig, service="engine", argv=["--model", "/models/base", *argv], environ=environ or {})
+
+
+def test_flags_that_users_of_other_engines_know_are_understood() -> None:
+    config = load(
+        *("--max-model-len", "2048", "--max-num-seqs", "8", "--max-num-batched-tokens", "256", "--dtype", "float32"),
+        *("--pool-bytes", "512MiB", "--arena-bytes", "2GiB", "--host", "0.0.0.0", "--port", "0"),
+    )
+
+    assert config.model == Path("/models/base")
+    assert (config.max_model_len, config.max_num_seqs, config.max_num_batched_tokens) == (2048, 8, 256)
+    assert (config.pool_bytes, config.arena_bytes) == (512 * 2**20, 2 * 2**30)
+    assert (config.host, config.port, config.dtype) == ("0.0.0.0", 0, "float32")
+
+
+def test_aliases_repeat_on_the_command_line_and_are_separated_by_commas_in_the_environment() -> None:
+    assert load("--model-alias", "a/b", "--model-alias", "c").model_alias == ("a/b", "c")
+    assert load(environ={"LORAPLEX_ENGINE_MODEL_ALIAS": "a/b,c"}).model_alias == ("a/b", "c")
+
+
+def test_a_flag_beats_the_environment() -> None:
+    environ = {"LORAPLEX_ENGINE_PORT": "1", "LORAPLEX_ENGINE_STORE_TARGET": "store:8510"}
+
+    config = load("--port", "2", environ=environ)
+
+    assert (config.port, config.store_target) == (2, "store:8510")
+
+
+def test_loopback_is_the_default() -> None:
+    assert load().host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [
+        ({"max_num_seqs": 0}, "--max-num-seqs"),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 63}, "--max-num-batched-tokens"),
+        ({"pool_bytes": 0}, "--pool-bytes"),
+        ({"max_model_len": -1}, "--max-model-len"),
+        ({"port": 65536}, "--port"),
+        ({"drain_grace_s": -1.0}, "--drain-grace-s"),
+        ({"load_report_s": 0.0}, "--load-report-s"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_by_the_name_of_its_flag(setting: dict[str, int], flag: str) -> None:
+    with pytest.raises(ConfigError, match=flag):
+        EngineConfig(model=Path("/models/base"), **setting)  # type: ignore[arg-type]
+
+
+def test_the_redis_url_is_never_printed() -> None:
+    config = load("--redis-url", "redis://:secret@host:6379/0")
+
+    assert "secret" not in str(settings.describe(config))
