@@ -1,0 +1,132 @@
+"""A gateway in this process, with doubles of its peers and a real Valkey."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraplex.v1 import engine_pb2, gateway_pb2, gateway_pb2_grpc
+from loraplex_common import valkey
+from loraplex_common.base_model import load_base_model
+from loraplex_common.grpc_channel import open_channel
+from loraplex_gateway.app import GatewayApp
+from loraplex_gateway.config import GatewayConfig
+from support.base_models import TinyBase, write_base_model
+from support.engine_double import EngineDouble, StoreDouble
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    import grpc
+    from redis.asyncio import Redis
+
+MODEL_NAME = "tiny"
+DIGEST = "ab" * 32
+OTHER_DIGEST = "cd" * 32
+
+
+@functools.cache
+def model_directory() -> Path:
+    """Return a tiny base model, written once per process."""
+    directory = Path(tempfile.mkdtemp(prefix="loraplex-gateway-")) / MODEL_NAME
+    return write_base_model(directory, TinyBase())
+
+
+def letters(submit: engine_pb2.Submit) -> Sequence[int]:
+    """Return an output that depends on the prompt alone: printable byte tokens, counting up from its length."""
+    first = len(submit.prompt_token_ids)
+    return [10 + (first + n) % 60 for n in range(submit.stopping.max_new_tokens)]
+
+
+@dataclass(kw_only=True)
+class Rig:
+    """What a test gets hold of."""
+
+    app: GatewayApp
+    engines: list[EngineDouble]
+    store: StoreDouble
+    valkey: Redis
+    channel: grpc.aio.Channel
+
+    @property
+    def stub(self) -> gateway_pb2_grpc.GatewayServiceAsyncStub:
+        """A client of the gateway."""
+        return gateway_pb2_grpc.GatewayServiceStub(self.channel)  # type: ignore[return-value]
+
+    @property
+    def http(self) -> str:
+        """Base URL of the HTTP port."""
+        return f"http://127.0.0.1:{self.app.http_port}"
+
+    @property
+    def engine(self) -> EngineDouble:
+        """The first engine."""
+        return self.engines[0]
+
+    def check_idle(self) -> None:
+        """Raise unless nothing is left of any request."""
+        self.app.pool.check_integrity()
+        self.app.admission.check_integrity()
+        assert self.app.admission.num_running == self.app.admission.num_waiting == 0
+        assert self.app.claims.num_running == 0
+        assert sum(session.num_in_flight for session in self.app.pool.sessions) == 0
+
+
+def make_config(valkey_url: str, **overrides: Any) -> GatewayConfig:
+    """Return a configuration for tests: free ports, no waiting on the way down."""
+    defaults: dict[str, Any] = {
+        "model": (model_directory(),),
+        "redis_url": valkey_url,
+        "port": 0,
+        "http_port": 0,
+        "drain_settle_s": 0.0,
+        "drain_grace_s": 5.0,
+    }
+    return GatewayConfig(**{**defaults, **overrides})
+
+
+@asynccontextmanager
+async def running_gateway(
+    valkey_url: str,
+    *,
+    num_engines: int = 1,
+    reply: Callable[[engine_pb2.Submit], Sequence[int]] = letters,
+    adapters: bool = True,
+    channel_options: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> AsyncIterator[Rig]:
+    """Run a gateway with engine doubles; adapter `poet` has the labels latest and prod, `secret` is for tenant vip."""
+    base = load_base_model(model_directory())
+    store = StoreDouble()
+    await store.start()
+    if adapters:
+        store.put("poet", {"latest": DIGEST, "prod": OTHER_DIGEST}, fingerprint=base.fingerprint)
+        store.put("secret", {"latest": DIGEST}, fingerprint=base.fingerprint, allowed=["vip"])
+        store.put("stranger", {"latest": "ef" * 32}, fingerprint="00" * 32)
+    client = valkey.connect(valkey_url)
+    engines = [EngineDouble(base=base, reply=reply) for _ in range(num_engines)]
+    for engine in engines:
+        await engine.start()
+        await engine.register(client)
+    app = GatewayApp(make_config(valkey_url, store_target=f"127.0.0.1:{store.port}", **overrides))
+    try:
+        await app.start()
+        channel = open_channel(f"127.0.0.1:{app.grpc_port}", **(channel_options or {}))
+        async with channel:
+            yield Rig(app=app, engines=engines, store=store, valkey=client, channel=channel)
+    finally:
+        await app.close()
+        for engine in engines:
+            await engine.kill()
+        await store.kill()
+        await client.aclose()
+
+
+def text_request(text: str = "the quick", **fields: Any) -> gateway_pb2.GenerateRequest:
+    """Return a request for eight tokens."""
+    fields.setdefault("stopping", gateway_pb2.StoppingParams(max_new_tokens=8))
+    return gateway_pb2.GenerateRequest(text=text, **fields)
