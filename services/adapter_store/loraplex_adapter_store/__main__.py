@@ -1,0 +1,43 @@
+"""``python -m loraplex_adapter_store``."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from loraplex_common.auth import KeysFileError
+from loraplex_common.base_model import BaseModelError
+from loraplex_common.lifecycle import announce_ready, stop_on_signals
+from loraplex_common.log import configure, get_logger
+from loraplex_common.settings import describe, load
+
+from loraplex_adapter_store.config import StoreConfig
+from loraplex_adapter_store.credentials import CredentialsFileError
+from loraplex_adapter_store.service import running_store
+
+
+async def run(config: StoreConfig) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    stop = stop_on_signals()
+    async with running_store(config) as store:
+        announce_ready(
+            "adapter_store", grpc=f"{config.host}:{store.grpc_port}", metrics=f"{config.host}:{store.metrics_port}"
+        )
+        await store.supervisor.run_until(stop)
+    store.check_integrity()
+
+
+def main() -> None:
+    """Read the configuration and run the service; exits 2 if it cannot start with it."""
+    config = load(StoreConfig, service="adapter_store")
+    configure("adapter_store", level=config.log_level, fmt="json" if config.log_format == "json" else "console")
+    get_logger().info("configuration", **describe(config))
+    try:
+        asyncio.run(run(config))
+    except (BaseModelError, KeysFileError, CredentialsFileError, OSError) as error:
+        print(f"loraplex-adapter-store: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

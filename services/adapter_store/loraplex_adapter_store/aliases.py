@@ -1,0 +1,183 @@
+"""The name table as gateways follow it: the whole of it once, then every change, in order.
+
+Each replica keeps the table in memory and follows the catalog's change stream in Valkey, so all replicas tell their
+watchers the same, whoever made the change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import DrainingError, LoraplexError, SequenceGapError, StoreUnavailableError
+from loraplex_common.log import get_logger
+
+from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
+from loraplex_adapter_store.repository import keys
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterable
+
+    from loraplex_adapter_store.repository.catalog import Catalog
+
+_log = get_logger()
+SNAPSHOT_CHUNK: Final = 50
+"""Names per message of a snapshot: 50 names of 100 revisions of about 400 bytes stay well below 4 MiB."""
+QUEUE_LENGTH: Final = 256
+HISTORY: Final = 4096
+BLOCK_MS: Final = 2000
+RETRY_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class AliasUpdate:
+    """Part of the table, or a change to it."""
+
+    sequence: int
+    views: tuple[AdapterView, ...]
+    is_snapshot_start: bool = False
+    is_snapshot_end: bool = False
+
+
+class AliasTable:
+    """The table of this replica and its watchers."""
+
+    def __init__(self, client: keys.Client, catalog: Catalog) -> None:
+        self._client = client
+        self._catalog = catalog
+        self._views: dict[str, AdapterView] = {}
+        self._sequence = 0
+        self._history: deque[tuple[int, str]] = deque(maxlen=HISTORY)  # (sequence, name), oldest first
+        self._watchers: set[asyncio.Queue[AliasUpdate | LoraplexError]] = set()
+        self._loaded = asyncio.Event()
+        self._names: dict[str, str] = {}  # digest -> a name it has
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the table has been read at least once."""
+        return self._loaded.is_set()
+
+    def name_of(self, digest: str) -> str:
+        """Return a name under which a revision is known, for people; the digest itself if there is none."""
+        return self._names.get(digest, digest)
+
+    def end_watches(self) -> None:
+        """End all watches; the watchers will go elsewhere."""
+        for queue in self._watchers:
+            queue.put_nowait(DrainingError("this store is shutting down: watch another"))
+
+    async def run(self) -> None:
+        """Follow the catalog for ever. After each failure of Valkey the table is read anew and compared."""
+        while True:
+            try:
+                await self._reload()
+                while True:
+                    await self._follow()
+            except LoraplexError as error:
+                _log.warning("the name table cannot be followed; retrying", error=error.message)
+                await asyncio.sleep(RETRY_S)
+
+    async def watch(self, start_sequence: int) -> AsyncGenerator[AliasUpdate, None]:
+        """Yield the table (``start_sequence`` 0) or the changes since, then every change as it happens.
+
+        Raises:
+            SequenceGapError: If ``start_sequence`` is too old or unknown, or the watcher falls too far behind.
+            StoreUnavailableError: If the table has never been read because Valkey cannot be reached.
+        """
+        if not self.is_loaded:
+            try:
+                await asyncio.wait_for(self._loaded.wait(), 5.0)
+            except TimeoutError:
+                raise StoreUnavailableError("the name table has not been read yet", retry_after_s=1.0) from None
+        queue: asyncio.Queue[AliasUpdate | LoraplexError] = asyncio.Queue()  # bounded by _publish
+        # No await between reading the table and joining the watchers: nothing is missed or doubled.
+        first = self._snapshot() if start_sequence == 0 else self._since(start_sequence)
+        self._watchers.add(queue)
+        try:
+            for update in first:
+                yield update
+            while not isinstance(item := await queue.get(), LoraplexError):
+                yield item
+            raise item
+        finally:
+            self._watchers.discard(queue)
+
+    def _snapshot(self) -> list[AliasUpdate]:
+        views = [self._views[name] for name in sorted(self._views)]
+        parts = [views[start : start + SNAPSHOT_CHUNK] for start in range(0, len(views), SNAPSHOT_CHUNK)] or [[]]
+        last = len(parts) - 1
+        return [AliasUpdate(self._sequence, tuple(part), i == 0, i == last) for i, part in enumerate(parts)]
+
+    def _since(self, start_sequence: int) -> list[AliasUpdate]:
+        oldest = self._history[0][0] if self._history else self._sequence + 1
+        if start_sequence > self._sequence or start_sequence < oldest - 1:
+            raise SequenceGapError(
+                f"sequence {start_sequence} is not within {oldest - 1} to {self._sequence}: start again from sequence 0"
+            )
+        changed = dict.fromkeys(name for sequence, name in self._history if sequence > start_sequence)
+        return _in_parts(self._sequence, [self._views[name] for name in changed])
+
+    async def _reload(self) -> None:
+        """Read everything; tell watchers what differs from what they were told."""
+        sequence = await self._catalog.sequence()
+        records: list[AdapterRecord] = []
+        after = ""
+        while names := await self._catalog.list_names(after=after, prefix="", count=500):
+            records += await self._catalog.get_many(names)
+            after = names[-1]
+        views = await self._with_revisions(records)
+        went_back = sequence < self._sequence
+        changed = [view for view in views if self._views.get(view.record.name) != view]
+        self._views = {view.record.name: view for view in views}
+        self._names = {digest: view.record.name for view in views for digest in view.record.revisions}
+        self._sequence = sequence
+        if went_back or not self.is_loaded:
+            self._history.clear()
+            updates = self._snapshot()
+        else:
+            self._history.extend((sequence, view.record.name) for view in changed)
+            updates = _in_parts(sequence, changed)
+        self._loaded.set()
+        self._publish(updates)
+
+    async def _follow(self) -> None:
+        with keys.translated():
+            found = await self._client.xread({keys.CHANGES: f"{self._sequence}-0"}, count=100, block=BLOCK_MS)
+        for _, entries in found or ():
+            changes = [(int(entry_id.partition(b"-")[0]), fields[b"name"].decode()) for entry_id, fields in entries]
+            names = list(dict.fromkeys(name for _, name in changes))
+            views = await self._with_revisions(await self._catalog.get_many(names))
+            for view in views:
+                self._views[view.record.name] = view
+                self._names.update(dict.fromkeys(view.record.revisions, view.record.name))
+            self._history.extend(changes)
+            self._sequence = changes[-1][0]
+            self._publish(_in_parts(self._sequence, views))
+
+    async def _with_revisions(self, records: list[AdapterRecord]) -> list[AdapterView]:
+        digests = list(dict.fromkeys(digest for record in records for digest in record.revisions))
+        known: dict[str, Revision] = {}
+        for start in range(0, len(digests), 500):
+            found = await self._catalog.get_revisions(digests[start : start + 500])
+            known |= {revision.revision: revision for revision in found}
+        return [AdapterView(r, tuple(known[d] for d in r.revisions if d in known)) for r in records]
+
+    def _publish(self, updates: Iterable[AliasUpdate]) -> None:
+        for update in updates:
+            for queue in list(self._watchers):
+                if queue.qsize() < QUEUE_LENGTH:
+                    queue.put_nowait(update)
+                else:
+                    queue.put_nowait(
+                        SequenceGapError("the watcher fell behind by too many changes: start again from sequence 0")
+                    )
+                    self._watchers.discard(queue)
+
+
+def _in_parts(sequence: int, views: list[AdapterView]) -> list[AliasUpdate]:
+    return [
+        AliasUpdate(sequence, tuple(views[start : start + SNAPSHOT_CHUNK]))
+        for start in range(0, len(views), SNAPSHOT_CHUNK)
+    ]

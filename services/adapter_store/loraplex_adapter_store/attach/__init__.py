@@ -1,0 +1,1 @@
+"""How adapters get out: page images pushed into attached engines."""

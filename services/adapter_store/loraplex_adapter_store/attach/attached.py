@@ -1,0 +1,171 @@
+"""All engines attached to this replica: what they hold, and the hints meant for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import LoraplexError
+from loraplex_common.ids import is_digest
+from loraplex_common.log import get_logger
+from loraplex_common.registry import hints_key
+from loraplex_common.tasks import cancel_and_wait
+
+from loraplex_adapter_store.attach.session import EngineSession
+from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.repository.engines import RENEW_S, EngineHoldings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from concurrent.futures import Executor
+
+    from loraplex_adapter_store.attach.messages import Hello
+    from loraplex_adapter_store.images import ImageCache
+    from loraplex_adapter_store.metrics import StoreMetrics
+
+_log = get_logger()
+BLOCK_MS: Final = 2000
+RETRY_S: Final = 0.5
+PUBLISH_PAUSE_S: Final = 0.1
+"""Shortest time between two publications of one engine's holdings; residency may change with every request."""
+
+
+class AttachedEngines:
+    """Runs the sessions of this replica."""
+
+    def __init__(
+        self,
+        client: keys.Client,
+        holdings: EngineHoldings,
+        images: ImageCache,
+        metrics: StoreMetrics,
+        executor: Executor,
+    ) -> None:
+        self._client = client
+        self._holdings = holdings
+        self._images = images
+        self._metrics = metrics
+        self._executor = executor
+        self._sessions: dict[str, EngineSession] = {}
+
+    def __contains__(self, engine_id: str) -> bool:
+        return engine_id in self._sessions
+
+    @asynccontextmanager
+    async def attach(self, hello: Hello) -> AsyncIterator[EngineSession]:
+        """Run a session while its stream is open. A second stream of the same engine ends the first."""
+        session = EngineSession(hello, self._images, self._metrics, self._executor)
+        if (older := self._sessions.get(hello.engine_id)) is not None:
+            older.end()
+        self._sessions[hello.engine_id] = session
+        self._metrics.engines.set(len(self._sessions))
+        tasks = [
+            asyncio.create_task(self._follow_hints(session), name=f"hints {hello.engine_id}"),
+            asyncio.create_task(self._publish_holdings(session), name=f"holdings {hello.engine_id}"),
+        ]
+        _log.info("engine attached", engine=hello.engine_id, held=len(hello.held), shared_memory=session.shared_memory)
+        session.fill_idle_room()
+        try:
+            yield session
+        finally:
+            await asyncio.shield(self._detach(session, tasks))
+
+    def end_sessions(self) -> None:
+        """End all streams; the engines will attach elsewhere."""
+        for session in self._sessions.values():
+            session.end()
+
+    def held(self) -> dict[str, int]:
+        """Return digest -> number of attached engines that hold it."""
+        return dict(Counter(digest for session in self._sessions.values() for digest in session.held))
+
+    def leases(self) -> dict[str, int]:
+        """Return digest -> leases on engines attached here."""
+        total: Counter[str] = Counter()
+        for session in self._sessions.values():
+            for digest, image in session.held.items():
+                total[digest] += image.num_leases
+        return dict(total)
+
+    def prefetch(self, engine_id: str, digest: str) -> bool:
+        """Offer an image to an engine attached here; False if it is not."""
+        if (session := self._sessions.get(engine_id)) is None:
+            return False
+        session.prefetch(digest)
+        return True
+
+    async def drop(self, engine_id: str, digest: str) -> bool:
+        """Tell an engine attached here that an image is not wanted; False if it is not attached."""
+        if (session := self._sessions.get(engine_id)) is None:
+            return False
+        await session.drop(digest)
+        return True
+
+    def engines_for(self, base_fingerprint: str) -> list[str]:
+        """Return the ids of attached engines that serve a base model."""
+        return [i for i, session in self._sessions.items() if session.hello.base_fingerprint == base_fingerprint]
+
+    def ids(self) -> list[str]:
+        """Return the ids of all attached engines."""
+        return list(self._sessions)
+
+    async def _detach(self, session: EngineSession, tasks: list[asyncio.Task[None]]) -> None:
+        engine_id = session.hello.engine_id
+        await cancel_and_wait(*tasks)
+        await session.close()
+        if self._sessions.get(engine_id) is session:
+            del self._sessions[engine_id]
+            try:
+                await self._holdings.withdraw(engine_id)
+            except LoraplexError as error:
+                _log.info("an engine's holdings expire by themselves", engine=engine_id, error=error.message)
+        self._metrics.engines.set(len(self._sessions))
+        _log.info("engine detached", engine=engine_id)
+
+    async def _publish_holdings(self, session: EngineSession) -> None:
+        while True:
+            session.changed.clear()
+            leases = {digest: image.num_leases for digest, image in session.held.items()}
+            try:
+                await self._holdings.publish(session.hello.engine_id, leases)
+            except LoraplexError as error:
+                _log.debug("holdings not published", engine=session.hello.engine_id, error=error.message)
+            await asyncio.sleep(PUBLISH_PAUSE_S)
+            try:
+                await asyncio.wait_for(session.changed.wait(), RENEW_S)
+            except TimeoutError:
+                continue  # unchanged: renew
+
+    async def _follow_hints(self, session: EngineSession) -> None:
+        """Act on hints for one engine. Those from before it attached, or lost with Valkey, are not missed."""
+        key = hints_key(session.hello.engine_id)
+        position = ""
+        while True:
+            try:
+                with keys.translated():
+                    if not position:
+                        newest = await self._client.xrevrange(key, count=1)
+                        position = newest[0][0].decode() if newest else "0-0"
+                    found = await self._client.xread({key: position}, count=100, block=BLOCK_MS)
+            except LoraplexError as error:
+                _log.debug("hints cannot be read", engine=session.hello.engine_id, error=error.message)
+                position = ""
+                await asyncio.sleep(RETRY_S)
+                continue
+            for _, entries in found or ():
+                for entry_id, fields in entries:
+                    position = entry_id.decode()
+                    await self._act_on(session, fields)
+
+    async def _act_on(self, session: EngineSession, fields: dict[bytes, bytes]) -> None:
+        kind, digest = fields.get(b"kind", b"").decode(), fields.get(b"revision", b"").decode()
+        if not is_digest(digest):
+            _log.warning("a hint names no revision", engine=session.hello.engine_id, revision=digest[:80])
+        elif kind == "prefetch":
+            session.prefetch(digest)
+        elif kind == "evict":
+            await session.drop(digest)
+        else:
+            _log.warning("unknown kind of hint", engine=session.hello.engine_id, kind=kind[:80])

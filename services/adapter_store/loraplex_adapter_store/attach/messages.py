@@ -1,0 +1,159 @@
+"""What store and engine say to each other, without the wire: the servicer converts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from loraplex_common.adapter_image import Geometry
+from loraplex_common.errors import LoraplexError
+
+
+class Place(Enum):
+    """Where an engine has its best copy of an image."""
+
+    DEVICE = "device"
+    ARENA = "arena"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArenaInfo:
+    """An engine's host arena.
+
+    Attributes:
+        header_bytes: Bytes in front of slot 0; the first 32 hold the nonce.
+    """
+
+    num_slots: int
+    num_free: int
+    pid: int
+    fd: int
+    header_bytes: int
+    nonce: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldImage:
+    """An image that an engine has."""
+
+    digest: str
+    place: Place
+    generation: int
+    num_leases: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """An engine introduces itself.
+
+    Attributes:
+        arenas: One per tensor-parallel rank.
+        max_image_pages: Largest image its pool can ever hold.
+    """
+
+    engine_id: str
+    base_name: str
+    base_fingerprint: str
+    geometry: Geometry
+    arenas: tuple[ArenaInfo, ...]
+    held: tuple[HeldImage, ...]
+    sequence: int
+    max_image_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """An image is needed."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Arena slots for an offered image, one per page in page order."""
+
+    digest: str
+    rank: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decline:
+    """No room for an unsolicited image."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Something changed on the engine.
+
+    Attributes:
+        failure: What was wrong with a transfer; None if nothing.
+    """
+
+    sequence: int
+    held: HeldImage
+    failure: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """An image is ready.
+
+    Attributes:
+        spec: JSON of `AdapterSpec`.
+    """
+
+    digest: str
+    rank: int
+    num_pages: int
+    image_sha256: str
+    is_wanted: bool
+    spec: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Bytes of an image, never across a page."""
+
+    digest: str
+    rank: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """The last byte of an image is where it belongs."""
+
+    digest: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """A want cannot be met."""
+
+    digest: str
+    error: LoraplexError
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """An image will not be wanted."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """What the store believes, so that lost events heal."""
+
+    sequence: int
+    num_held: int
+
+
+FromEngine = Want | Grant | Decline | Residency
+ToEngine = Offer | Chunk | Filled | Refuse | Drop | Ack

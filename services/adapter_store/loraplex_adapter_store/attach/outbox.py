@@ -1,0 +1,52 @@
+"""What waits to be sent to one engine: little, so that a slow engine slows its own transfers and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from loraplex_adapter_store.attach.messages import Ack, ToEngine
+
+LENGTH: Final = 8  # chunks of 1 MiB
+
+
+class Outbox:
+    """A bounded queue in order, and beside it the latest acknowledgement, which never waits for room."""
+
+    def __init__(self) -> None:
+        self._messages: deque[ToEngine] = deque()
+        self._room = asyncio.Semaphore(LENGTH)
+        self._ack: Ack | None = None
+        self._wake = asyncio.Event()
+        self._is_closed = False
+
+    async def put(self, message: ToEngine) -> None:
+        """Add a message once there is room."""
+        await self._room.acquire()
+        self._messages.append(message)
+        self._wake.set()
+
+    def acknowledge(self, ack: Ack) -> None:
+        """Replace the acknowledgement to be sent."""
+        self._ack = ack
+        self._wake.set()
+
+    def close(self) -> None:
+        """Let `get` return None from now on."""
+        self._is_closed = True
+        self._wake.set()
+
+    async def get(self) -> ToEngine | None:
+        """Return the next message to send; None once closed."""
+        while not self._is_closed:
+            if self._ack is not None:
+                ack, self._ack = self._ack, None
+                return ack
+            if self._messages:
+                self._room.release()
+                return self._messages.popleft()
+            self._wake.clear()
+            await self._wake.wait()
+        return None

@@ -1,0 +1,315 @@
+"""One attached engine: answers its wants, passes hints on, and knows what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final
+
+from loraplex_common.errors import AdapterCorruptError, InvalidParameterError, LoraplexError, SaturatedError
+from loraplex_common.log import get_logger
+from loraplex_common.tasks import cancel_and_wait
+
+from loraplex_adapter_store.attach.arena import SharedArena
+from loraplex_adapter_store.attach.messages import (
+    Ack,
+    Chunk,
+    Decline,
+    Drop,
+    Filled,
+    FromEngine,
+    Grant,
+    HeldImage,
+    Hello,
+    Offer,
+    Place,
+    Refuse,
+    Residency,
+    ToEngine,
+    Want,
+)
+from loraplex_adapter_store.attach.outbox import Outbox
+from loraplex_adapter_store.attach.transfer import Transfer, TransferState
+from loraplex_adapter_store.images import Fit, Image, ImageCache, ImageKey
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Coroutine
+    from concurrent.futures import Executor
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from loraplex_adapter_store.metrics import StoreMetrics
+
+_log = get_logger()
+MAX_TRANSFERS: Final = 4096
+MAX_PREPARING: Final = 4
+MAX_CHUNK_BYTES: Final = 1024 * 1024
+STRETCH_BYTES: Final = 16 * 1024 * 1024
+"""Bytes written to shared memory before looking whether something more urgent waits."""
+_WORKING: Final = frozenset({TransferState.PREPARING, TransferState.FILLING})
+
+
+class EngineSession:
+    """The store's side of one AttachEngine stream.
+
+    Args:
+        executor: Copies into shared memory run there.
+    """
+
+    def __init__(self, hello: Hello, images: ImageCache, metrics: StoreMetrics, executor: Executor) -> None:
+        self.hello = hello
+        self._images = images
+        self._metrics = metrics
+        self._executor = executor
+        self._fit = Fit(hello.base_fingerprint, hello.max_image_pages)
+        self._arenas = [SharedArena.open(info, hello.geometry.page_bytes) for info in hello.arenas]
+        self._held = {held.digest: held for held in hello.held}
+        self._sequence = hello.sequence
+        self._outbox = Outbox()
+        self._transfers: dict[str, Transfer] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._preparing = asyncio.Semaphore(MAX_PREPARING)
+        self._wants_changed = asyncio.Condition()
+        self.changed = asyncio.Event()
+
+    @property
+    def shared_memory(self) -> list[bool]:
+        """Per rank, whether pages are written straight into the arena."""
+        return [arena is not None for arena in self._arenas]
+
+    @property
+    def held(self) -> dict[str, HeldImage]:
+        """What the engine holds: digest -> image."""
+        return self._held
+
+    @property
+    def num_transfers(self) -> int:
+        """Transfers on their way."""
+        return len(self._transfers)
+
+    async def outgoing(self) -> AsyncIterator[ToEngine]:
+        """Yield what is to be sent, until `end`."""
+        while (message := await self._outbox.get()) is not None:
+            yield message
+
+    def end(self) -> None:
+        """Let `outgoing` end: the engine says no more, or another stream of the same engine has taken over."""
+        self._outbox.close()
+
+    def handle(self, message: FromEngine) -> None:
+        """Act on a message of the engine; never waits.
+
+        Raises:
+            InvalidParameterError: If the engine breaks the protocol.
+        """
+        match message:
+            case Want():
+                self.want(message.digest)
+            case Grant():
+                self._grant(message)
+            case Decline():
+                self._decline(message)
+            case Residency():
+                self._residency(message)
+
+    def want(self, digest: str) -> None:
+        """Bring an image to the engine because a request waits for it."""
+        transfer = self._transfers.get(digest)
+        if transfer is None:
+            self._start(digest, is_wanted=True)
+            return
+        transfer.is_wanted = True
+        if transfer.state is TransferState.OFFERED:
+            self._spawn(self._offer(transfer), f"offer {digest[:12]}")  # an unsolicited offer may have been passed over
+        self._spawn(self._tell_waiting(), f"promote {digest[:12]}")
+
+    def prefetch(self, digest: str) -> None:
+        """Offer an image although nobody waits for it."""
+        if digest not in self._held and digest not in self._transfers:
+            self._start(digest, is_wanted=False)
+
+    def fill_idle_room(self) -> None:
+        """Offer recently used images of this geometry that the engine lacks, as far as its free slots go."""
+        free = min((arena.num_free for arena in self.hello.arenas), default=0)
+        for digest in self._images.recent(self.hello.geometry):
+            if digest in self._held:
+                continue
+            free -= self._images.num_pages(digest, self.hello.geometry)
+            if free < 0:
+                return
+            self.prefetch(digest)
+
+    async def drop(self, digest: str) -> None:
+        """Tell the engine that an image will not be wanted."""
+        self._metrics.churn.labels("drop").inc()
+        await self._outbox.put(Drop(digest))
+
+    async def close(self) -> None:
+        """End all transfers and let go of the arenas."""
+        await cancel_and_wait(*self._tasks)
+        for arena in self._arenas:
+            if arena is not None:
+                arena.close()
+        self._arenas.clear()
+
+    def _grant(self, grant: Grant) -> None:
+        transfer = self._transfers.get(grant.digest)
+        if transfer is None:
+            raise InvalidParameterError(f"grant for {grant.digest}: nothing is offered", field="grant")
+        if transfer.state is TransferState.OFFERED:
+            transfer.grant(grant, self.hello.arenas[grant.rank].num_slots if grant.rank < len(self.hello.arenas) else 0)
+        # else: the second grant after a repeated offer; the first one is being filled
+
+    def _decline(self, message: Decline) -> None:
+        transfer = self._transfers.get(message.digest)
+        if transfer is None or transfer.is_wanted:
+            return  # wanted meanwhile: the repeated offer is on its way and will be granted
+        del self._transfers[message.digest]  # at once, so that a want right behind starts anew
+        transfer.decline()
+
+    def _residency(self, event: Residency) -> None:
+        self._sequence = max(self._sequence, event.sequence)
+        if event.held.place is Place.GONE:
+            self._held.pop(event.held.digest, None)
+        else:
+            self._held[event.held.digest] = event.held
+        if (transfer := self._transfers.get(event.held.digest)) is not None:
+            transfer.arrived(event)
+        self._outbox.acknowledge(Ack(self._sequence, len(self._held)))
+        self.changed.set()
+
+    def _start(self, digest: str, *, is_wanted: bool) -> None:
+        if len(self._transfers) >= MAX_TRANSFERS:
+            error = SaturatedError(f"{MAX_TRANSFERS} images are on their way to this engine", retry_after_s=1.0)
+            self._spawn(self._outbox.put(Refuse(digest, error)), f"refuse {digest[:12]}")
+            return
+        transfer = Transfer(digest, is_wanted=is_wanted, num_ranks=len(self.hello.arenas))
+        self._transfers[digest] = transfer
+        self._spawn(self._transfer(transfer), f"transfer {digest[:12]}")
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("transfer failed", engine=self.hello.engine_id, task=task.get_name(), exc_info=task.exception())
+
+    async def _transfer(self, transfer: Transfer) -> None:
+        """Bring one image into the engine; a want that cannot be met ends in exactly one refusal."""
+        try:
+            await self._carry_out(transfer)
+        except LoraplexError as error:
+            await self._refuse(transfer, error)
+        except Exception:
+            await self._refuse(transfer, LoraplexError(f"revision {transfer.digest}: the transfer failed"))
+            raise
+        finally:
+            transfer.advance(TransferState.ENDED)
+            if self._transfers.get(transfer.digest) is transfer:
+                del self._transfers[transfer.digest]
+            await self._tell_waiting()
+
+    async def _refuse(self, transfer: Transfer, error: LoraplexError) -> None:
+        self._metrics.churn.labels("refuse").inc()
+        _log.info("image refused", engine=self.hello.engine_id, revision=transfer.digest, error=error.message)
+        if transfer.is_wanted:
+            await self._outbox.put(Refuse(transfer.digest, error))
+
+    async def _carry_out(self, transfer: Transfer) -> None:
+        for _ in range(2):
+            transfer.offers = [
+                Offer(transfer.digest, rank, len(image.pages), image.sha256, transfer.is_wanted, image.spec.to_json())
+                for rank, image in enumerate(await self._prepare(transfer))
+            ]
+            transfer.advance(TransferState.OFFERED)
+            await self._tell_waiting()
+            await self._offer(transfer)
+            slots = await transfer.wait_for_slots()
+            if slots is None:
+                self._metrics.churn.labels("decline").inc()
+                return
+            transfer.advance(TransferState.FILLING)
+            images = await self._prepare(transfer)
+            for rank, image in enumerate(images):
+                await self._fill(transfer, rank, image, slots[rank])
+            transfer.advance(TransferState.SENT)
+            await self._tell_waiting()
+            for rank in range(len(images)):
+                await self._outbox.put(Filled(transfer.digest, rank))
+            failure = await transfer.wait_for_arrival()
+            if failure is None:
+                self._metrics.churn.labels("push").inc()
+                return
+            self._metrics.verify_failures.inc()
+            _log.warning(
+                "engine found an image corrupt", engine=self.hello.engine_id, revision=transfer.digest, error=failure
+            )
+            self._images.drop(transfer.digest)
+            transfer.advance(TransferState.PREPARING)
+        raise AdapterCorruptError(f"revision {transfer.digest}: its image arrived corrupt twice: {failure}")
+
+    async def _prepare(self, transfer: Transfer) -> list[Image]:
+        await self._let_wants_pass(transfer)
+        async with self._preparing:
+            wanted = [ImageKey(transfer.digest, self.hello.geometry, rank) for rank in range(len(self.hello.arenas))]
+            return [await self._images.get(key, self._fit) for key in wanted]
+
+    async def _offer(self, transfer: Transfer) -> None:
+        for offer in transfer.offers:
+            if transfer.state is TransferState.OFFERED:
+                await self._outbox.put(dataclasses.replace(offer, is_wanted=transfer.is_wanted))
+
+    async def _fill(self, transfer: Transfer, rank: int, image: Image, slots: tuple[int, ...]) -> None:
+        page_bytes = self.hello.geometry.page_bytes
+        step = max(1, STRETCH_BYTES // page_bytes)
+        arena = self._arenas[rank]
+        for start in range(0, len(slots), step):
+            await self._let_wants_pass(transfer)
+            pages = image.pages[start : start + step]
+            if arena is None:
+                await self._send_chunks(transfer.digest, rank, start * page_bytes, pages)
+            else:
+                stretch = slots[start : start + step]
+                # Shielded: the thread goes on writing although its waiter is cancelled, so the waiter must wait.
+                copy = asyncio.get_running_loop().run_in_executor(self._executor, _copy, arena, stretch, pages)
+                await _uninterrupted(copy)
+            self._metrics.push_bytes.labels("chunks" if arena is None else "shared_memory").inc(pages.nbytes)
+
+    async def _send_chunks(self, digest: str, rank: int, offset: int, pages: NDArray[np.uint8]) -> None:
+        for page in pages:
+            for start in range(0, len(page), MAX_CHUNK_BYTES):
+                data = page[start : start + MAX_CHUNK_BYTES].tobytes()
+                await self._outbox.put(Chunk(digest, rank, offset + start, data))
+            offset += len(page)
+
+    async def _let_wants_pass(self, transfer: Transfer) -> None:
+        """Hold an unsolicited transfer back while wanted ones have work to do."""
+        if transfer.is_wanted:
+            return
+        async with self._wants_changed:
+            await self._wants_changed.wait_for(lambda: transfer.is_wanted or not self._has_working_wants())
+
+    def _has_working_wants(self) -> bool:
+        return any(other.is_wanted and other.state in _WORKING for other in self._transfers.values())
+
+    async def _tell_waiting(self) -> None:
+        async with self._wants_changed:
+            self._wants_changed.notify_all()
+
+
+def _copy(arena: SharedArena, slots: tuple[int, ...], pages: NDArray[np.uint8]) -> None:
+    for slot, page in zip(slots, pages, strict=True):
+        arena.write(slot, page)
+
+
+async def _uninterrupted(work: asyncio.Future[None]) -> None:
+    """Wait for work in a thread to its end, even if cancelled; the cancellation is raised afterwards."""
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        raise

@@ -1,0 +1,138 @@
+"""The canonical form: one safetensors file whose sha256 is the adapter's revision.
+
+Its metadata holds the canonical config, only what decides what is computed: the base model's fingerprint and each
+module's scaling. Tensors keep PEFT's names and their own dtypes, sorted by name, keys sorted, no padding but the
+header's to 8 bytes. Equal weights from differently written checkpoints therefore have equal revisions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, ModuleSpec
+from loraplex_common.errors import AdapterCorruptError
+from numpy.typing import NDArray
+
+from loraplex_adapter_store.checkpoint.reader import Checkpoint, module_name
+from loraplex_adapter_store.checkpoint.safetensors_file import Tensor, read_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FORMAT: Final = 1
+CHUNK_BYTES: Final = 2 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalForm:
+    """An adapter ready to be stored; the tensors' bytes are views of the checkpoint's.
+
+    Attributes:
+        revision: sha256 of the whole, 64 hex digits.
+        spec: What engines build their tables from.
+        pieces: The file in order.
+    """
+
+    revision: str
+    base_fingerprint: str
+    spec: AdapterSpec
+    num_parameters: int
+    num_bytes: int
+    pieces: tuple[memoryview, ...]
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Yield the file in chunks of ``chunk_bytes``; only the last may be shorter."""
+        buffer = bytearray()
+        for piece in self.pieces:
+            position = 0
+            while position < len(piece):
+                taken = piece[position : position + chunk_bytes - len(buffer)]
+                buffer += taken
+                position += len(taken)
+                if len(buffer) == chunk_bytes:
+                    yield bytes(buffer)
+                    buffer.clear()
+        if buffer:
+            yield bytes(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalAdapter:
+    """A canonical form read back."""
+
+    base_fingerprint: str
+    spec: AdapterSpec
+    tensors: dict[tuple[int, str], tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+
+def _tensor_name(layer: int, projection: str, matrix: str) -> str:
+    return f"base_model.model.{module_name(layer, projection)}.lora_{matrix}.weight"
+
+
+def canonicalise(checkpoint: Checkpoint) -> CanonicalForm:
+    """Build the canonical form of a checked checkpoint and compute its revision."""
+    config = {
+        "base": checkpoint.base_fingerprint,
+        "format": FORMAT,
+        "modules": [[m.layer, m.projection, m.scaling] for m in checkpoint.modules],
+    }
+    named: dict[str, Tensor] = {}
+    for module in checkpoint.modules:
+        named[_tensor_name(module.layer, module.projection, "A")] = module.lora_a
+        named[_tensor_name(module.layer, module.projection, "B")] = module.lora_b
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "loraplex": _dumps(config)}}
+    position = 0
+    ordered = sorted(named.items())
+    for name, tensor in ordered:
+        end = position + len(tensor.data)
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = _dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    pieces = (memoryview(struct.pack("<Q", len(text)) + text), *(tensor.data for _, tensor in ordered))
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    revision = digest.hexdigest()
+    modules = tuple(ModuleSpec(m.layer, m.projection, m.rank, m.scaling) for m in checkpoint.modules)
+    return CanonicalForm(
+        revision=revision,
+        base_fingerprint=checkpoint.base_fingerprint,
+        spec=AdapterSpec(revision, modules),
+        num_parameters=sum(int(np.prod(tensor.shape)) for _, tensor in ordered),
+        num_bytes=8 + len(text) + position,
+        pieces=pieces,
+    )
+
+
+def read_canonical(data: bytes | bytearray, revision: str) -> CanonicalAdapter:
+    """Read a canonical form back, its digest checked.
+
+    Raises:
+        AdapterCorruptError: If the bytes are not those of ``revision``.
+    """
+    found = hashlib.sha256(data).hexdigest()
+    if found != revision:
+        raise AdapterCorruptError(
+            f"revision {revision}: the stored bytes have sha256 {found}; import the adapter again"
+        )
+    tensors = read_tensors(data, file=revision)
+    (length,) = struct.unpack_from("<Q", data)
+    config = json.loads(json.loads(bytes(data[8 : 8 + length]))["__metadata__"]["loraplex"])
+    modules: list[ModuleSpec] = []
+    values: dict[tuple[int, str], tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+    for layer, projection, scaling in config["modules"]:
+        a = tensors[_tensor_name(layer, projection, "A")].values()
+        values[layer, projection] = (a, tensors[_tensor_name(layer, projection, "B")].values())
+        modules.append(ModuleSpec(layer, projection, a.shape[0], scaling))
+    modules.sort(key=lambda module: (module.layer, PROJECTIONS.index(module.projection)))
+    return CanonicalAdapter(config["base"], AdapterSpec(revision, tuple(modules)), values)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,190 @@
+"""adapter_config.json: what of it matters, what is harmless, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
+
+FILE: Final = "adapter_config.json"
+MAX_CONFIG_BYTES: Final = 4 * 1024 * 1024
+MAX_RANK: Final = 65_536
+
+_USED: Final = frozenset(
+    {
+        *("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
+        *("exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "bias"),
+        "init_lora_weights",
+    }
+)
+_HARMLESS: Final = frozenset(
+    {
+        # About training, or about how the file came to be; they change nothing that is computed at inference.
+        *("auto_mapping", "revision", "inference_mode", "lora_dropout", "peft_version", "runtime_config"),
+        *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),  # initialisation; see init_lora_weights
+        *("megatron_core", "qalora_group_size"),  # act only together with megatron_config and use_qalora
+        "ensure_weight_tying",  # acts only on embeddings, which are refused anyway
+    }
+)
+_REFUSED: Final = {
+    "use_dora": "DoRA's magnitude vectors are not served",
+    "lora_bias": "biases of LoRA matrices are not served",
+    "modules_to_save": "fully trained modules are not served; train with LoRA on the projections only",
+    "trainable_token_indices": "trained token embeddings are not served",
+    "fan_in_fan_out": "it transposes the base weights, which no served architecture stores so",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) is not served",
+    "target_parameters": "LoRA on bare parameters is not served",
+    "megatron_config": "Megatron layers are not served",
+    "layer_replication": "it changes the base model's layers",
+    "use_qalora": "QALoRA is not served",
+    "use_bdlora": "block-diagonal LoRA is not served",
+    "velora_config": "VeLoRA is not served",
+    "monteclora_config": "MonteCLoRA is not served",
+    "arrow_config": "Arrow routing is not served",
+    "kasa_config": "KaSA is not served",
+}
+# These start from plain LoRA on the unchanged base; all other strings (pissa, olora, corda, loftq, ...) change the base
+# weights too, and such a checkpoint is only right on top of them.
+_HARMLESS_INITS: Final = frozenset({"gaussian", "eva", "orthogonal"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftConfig:
+    """The settings of a LoRA checkpoint that decide what it computes.
+
+    Attributes:
+        target_modules: Names, or one regular expression, or ``all-linear``.
+        layers_to_transform: Layers that named targets are limited to; None for all.
+        layers_pattern: Names of the list of layers that indices count in; empty for any.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: frozenset[int] | None
+    layers_pattern: tuple[str, ...]
+    base_model_name_or_path: str
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """Return the factor on B A x: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def parse_peft_config(data: bytes) -> PeftConfig:
+    """Read adapter_config.json.
+
+    Raises:
+        AdapterCorruptUploadError: If it is no JSON object or a setting has the wrong type.
+        AdapterIncompatibleError: If a setting asks for what is not served; the message names it.
+    """
+    if len(data) > MAX_CONFIG_BYTES:
+        raise AdapterCorruptUploadError(f"{FILE}: {len(data)} bytes, at most {MAX_CONFIG_BYTES} are read")
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise AdapterCorruptUploadError(f"{FILE}: no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise AdapterCorruptUploadError(f"{FILE}: no JSON object")
+    _refuse_unserved(fields)
+    base_name = fields.get("base_model_name_or_path") or ""
+    if not isinstance(base_name, str):
+        raise _wrong("base_model_name_or_path", base_name, "a string")
+    return PeftConfig(
+        rank=_rank("r", fields.get("r", 8)),
+        alpha=_number("lora_alpha", fields.get("lora_alpha", 8)),
+        use_rslora=_flag("use_rslora", fields.get("use_rslora") or False),
+        rank_pattern={k: _rank(f"rank_pattern[{k!r}]", v) for k, v in _mapping(fields, "rank_pattern").items()},
+        alpha_pattern={k: _number(f"alpha_pattern[{k!r}]", v) for k, v in _mapping(fields, "alpha_pattern").items()},
+        target_modules=_names(fields, "target_modules"),
+        exclude_modules=_names(fields, "exclude_modules"),
+        layers_to_transform=_layers(fields.get("layers_to_transform")),
+        layers_pattern=_as_tuple(_names(fields, "layers_pattern")),
+        base_model_name_or_path=base_name,
+    )
+
+
+def _refuse_unserved(fields: dict[str, Any]) -> None:
+    peft_type = fields.get("peft_type")
+    if peft_type != "LORA":
+        raise AdapterIncompatibleError(f"{FILE}: peft_type {_shown(peft_type)} is not served, only LORA")
+    for name, why in _REFUSED.items():
+        if fields.get(name):
+            raise AdapterIncompatibleError(f"{FILE}: {name} = {_shown(fields[name])}: {why}")
+    if fields.get("bias", "none") not in ("none", None):
+        raise AdapterIncompatibleError(f"{FILE}: bias = {_shown(fields['bias'])}: trained biases are not served")
+    if fields.get("task_type") not in (None, "CAUSAL_LM"):
+        raise AdapterIncompatibleError(f"{FILE}: task_type = {_shown(fields['task_type'])}: only CAUSAL_LM is served")
+    init = fields.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
+        raise AdapterIncompatibleError(
+            f"{FILE}: init_lora_weights = {_shown(init)} changes the base weights; convert the checkpoint to plain LoRA "
+            "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for name, value in fields.items():
+        if value and name not in _USED | _HARMLESS:
+            raise AdapterIncompatibleError(
+                f"{FILE}: unknown setting {name[:100]} = {_shown(value)}: it may change what the adapter computes"
+            )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _wrong(name: str, value: Any, expected: str) -> AdapterCorruptUploadError:
+    return AdapterCorruptUploadError(f"{FILE}: {name} = {_shown(value)} is not {expected}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(name, value, "true or false")
+    return value
+
+
+def _rank(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_RANK:
+        raise _wrong(name, value, f"a rank from 1 to {MAX_RANK}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise _wrong(name, value, "a finite number")
+    return float(value)
+
+
+def _mapping(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    value = fields.get(name) or {}
+    if not isinstance(value, dict):
+        raise _wrong(name, value, "an object")
+    return value
+
+
+def _names(fields: dict[str, Any], name: str) -> str | tuple[str, ...]:
+    value = fields.get(name) or ()
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise _wrong(name, value, "a string or a list of strings")
+    return tuple(value)
+
+
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _layers(value: Any) -> frozenset[int] | None:
+    layers = [value] if isinstance(value, int) else value
+    if layers is None or layers == []:  # PEFT: an empty list limits nothing
+        return None
+    if not isinstance(layers, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in layers):
+        raise _wrong("layers_to_transform", value, "a layer or a list of layers")
+    return frozenset(layers)

@@ -1,0 +1,144 @@
+"""A distrustful reader of the safetensors format: every number in the header is checked before it is used.
+
+Format: 8 bytes little-endian length of the header, the header as JSON, then the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from loraplex_common.adapter_image import from_bfloat16
+from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAX_HEADER_BYTES: Final = 16 * 1024 * 1024
+MAX_TENSORS: Final = 100_000
+ITEM_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2}
+NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+MAX_BFLOAT16: Final = 3.3895313892515355e38  # a larger fp32 value would round to infinity on a bf16 engine
+_BFLOAT16_EXPONENT: Final = 0x7F80
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a file, its bytes not copied.
+
+    Attributes:
+        dtype: ``F32``, ``F16`` or ``BF16``.
+        data: Little-endian, row-major.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    def values(self) -> NDArray[np.float32]:
+        """Return the values in fp32; exact for every dtype."""
+        raw = np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+        return from_bfloat16(raw) if self.dtype == "BF16" else raw.astype(np.float32, copy=False)
+
+    def is_finite(self) -> bool:
+        """Return whether every value is finite and stays so when rounded to bf16."""
+        raw = np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype])
+        if self.dtype == "BF16":
+            return not bool(np.any((raw & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT))
+        if self.dtype == "F16":
+            return bool(np.all(np.isfinite(raw)))
+        # NaN compares false, so this catches NaN, infinities and what bf16 cannot hold in one pass.
+        return bool(np.all(np.abs(raw) <= MAX_BFLOAT16))
+
+
+def read_tensors(data: bytes | bytearray | memoryview, *, file: str) -> dict[str, Tensor]:
+    """Read a whole file that lies in memory.
+
+    Args:
+        data: The file; not copied.
+        file: Name of the file, for messages.
+
+    Raises:
+        AdapterCorruptUploadError: If anything is not as the format says; the message names it.
+        AdapterIncompatibleError: If a tensor has a dtype other than fp32, fp16 or bf16.
+    """
+    view = memoryview(data).toreadonly()
+    header, start = _read_header(view, file)
+    body = view[start:]
+    tensors: dict[str, Tensor] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, begin, end = _check_entry(name, entry, len(body), file)
+        tensors[name] = Tensor(name, dtype, shape, body[begin:end])
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            kind = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
+            raise AdapterCorruptUploadError(
+                f"{file}: tensor {name} {kind} (bytes {begin} to {end}, expected {position})"
+            )
+        position = end
+    if position != len(body):
+        raise AdapterCorruptUploadError(f"{file}: {len(body) - position} bytes after the last tensor")
+    return tensors
+
+
+def _read_header(view: memoryview, file: str) -> tuple[dict[str, Any], int]:
+    if len(view) < 8:
+        raise AdapterCorruptUploadError(f"{file}: {len(view)} bytes are no safetensors file")
+    (length,) = struct.unpack("<Q", view[:8])
+    if length > MAX_HEADER_BYTES:
+        raise AdapterCorruptUploadError(f"{file}: header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
+    if length > len(view) - 8:
+        raise AdapterCorruptUploadError(f"{file}: truncated: header of {length} bytes in a file of {len(view)}")
+    try:
+        header = json.loads(str(view[8 : 8 + length], "utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise AdapterCorruptUploadError(f"{file}: unreadable header: {error}") from error
+    if not isinstance(header, dict):
+        raise AdapterCorruptUploadError(f"{file}: the header is no JSON object")
+    if len(header) > MAX_TENSORS:
+        raise AdapterCorruptUploadError(f"{file}: {len(header)} tensors, at most {MAX_TENSORS} are read")
+    return header, 8 + int(length)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _check_entry(name: str, entry: Any, num_bytes: int, file: str) -> tuple[str, tuple[int, ...], int, int]:
+    where = f"{file}: tensor {name[:200]}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise AdapterCorruptUploadError(f"{where}: its header entry needs dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_count, shape)):
+        raise AdapterCorruptUploadError(f"{where}: its shape is no list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise AdapterCorruptUploadError(f"{where}: its data_offsets are no pair of positions")
+    if dtype not in ITEM_BYTES:
+        raise AdapterIncompatibleError(f"{where}: dtype {str(dtype)[:40]} is not one of {', '.join(ITEM_BYTES)}")
+    begin, end = offsets
+    if begin > end or end > num_bytes:
+        raise AdapterCorruptUploadError(f"{where}: bytes {begin} to {end} lie outside the {num_bytes} bytes of data")
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise AdapterCorruptUploadError(f"{where}: {end - begin} bytes do not hold shape {shape} of {dtype}")
+    return dtype, tuple(shape), begin, end

@@ -1,0 +1,54 @@
+"""The store's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from loraplex_common.settings import setting, size
+
+MIB: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig:
+    """Keeps adapters and feeds engines."""
+
+    model: tuple[Path, ...] = setting(help="base model directory in Hugging Face layout; repeat for several")
+    served_model_name: str | None = setting(None, help="name of the first base model (default: its directory's)")
+    model_alias: tuple[str, ...] = setting((), help="further name of the first base model, e.g. its hub id; repeatable")
+    redis_url: str = setting(help="Valkey or Redis, e.g. redis://127.0.0.1:6379/0 or unix:///path")
+    import_root: tuple[Path, ...] = setting((), help="directory below which file: imports are allowed; repeatable")
+    image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
+    max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")
+    max_concurrent_imports: int = setting(2, help="imports at work at once")
+    max_pending_imports: int = setting(64, help="imports waiting for their turn")
+    host: str = setting("127.0.0.1", help="address to listen on")
+    port: int = setting(8510, help="gRPC port; 0 picks a free one")
+    metrics_port: int = setting(8511, help="HTTP port of /metrics and /healthz; 0 picks a free one")
+    hf_endpoint: str | None = setting(None, help="URL of the Hugging Face hub (default: the public one)")
+    credentials_file: Path | None = setting(None, help="file of NAME TOKEN lines for private hub repositories")
+    api_keys_file: Path | None = setting(None, help="file of KEY TENANT [admin] lines; without it everybody is admin")
+    tls_cert: Path | None = setting(None, help="server certificate, PEM; with --tls-key turns TLS on")
+    tls_key: Path | None = setting(None, help="its key, PEM")
+    tls_client_ca: Path | None = setting(None, help="CA of client certificates, PEM; turns mutual TLS on")
+    enable_reflection: bool = setting(False, help="serve gRPC reflection")
+    gc_grace_s: float = setting(60.0, help="seconds that a revision without a name is kept, for requests under way")
+    gc_interval_s: float = setting(5.0, help="seconds between looks for such revisions")
+    drain_settle_s: float = setting(0.0, help="seconds between NOT_SERVING and refusing new calls at shutdown")
+    drain_grace_s: float = setting(5.0, help="seconds that running calls get at shutdown")
+    log_level: str = setting("info", help="debug, info, warning or error")
+    log_format: str = setting("console", help="console or json")
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("at least one --model is needed")
+        for name in ("image_cache_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        for root in self.import_root:
+            if not root.is_dir():
+                raise ValueError(f"--import-root {root} is no directory")
+        if self.log_format not in ("console", "json"):
+            raise ValueError("--log-format must be console or json")

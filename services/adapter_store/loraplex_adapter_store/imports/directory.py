@@ -1,0 +1,106 @@
+"""Import from a directory below a configured root; what lies outside the roots does not exist.
+
+The path is resolved first and then opened component by component from the root, never following a link, so exchanging a
+component for a link in between gains nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote, urlsplit
+
+from loraplex_common.errors import AdapterCorruptUploadError, InvalidParameterError
+
+from loraplex_adapter_store.imports.files import CheckpointFiles, check_present, check_size, from_contents
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO must not block us
+
+
+class ImportRoots:
+    """The directories that may be imported from.
+
+    Args:
+        roots: Existing directories; none means that directory imports are off.
+    """
+
+    def __init__(self, roots: tuple[Path, ...]) -> None:
+        self._roots = tuple(root.resolve(strict=True) for root in roots)
+
+    def locate(self, uri: str) -> tuple[Path, tuple[str, ...]]:
+        """Return the root that a ``file:///dir`` URI lies below, and the components below it.
+
+        Raises:
+            InvalidParameterError: If it is no such URI or lies outside all roots; nothing is said about what is there.
+        """
+        parts = urlsplit(uri)
+        path = unquote(parts.path)
+        if parts.scheme != "file" or parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+            raise InvalidParameterError(f"{uri[:200]!r} is not of the form file:///dir", field="uri")
+        if not path.startswith("/") or "\0" in path:
+            raise InvalidParameterError(f"{uri[:200]!r} is no absolute path", field="uri")
+        resolved = Path(os.path.realpath(path))
+        for root in self._roots:
+            if resolved.is_relative_to(root):
+                return root, resolved.relative_to(root).parts
+        raise InvalidParameterError(
+            f"{uri[:200]!r} is not below an import root of this store (--import-root)", field="uri"
+        )
+
+    def read(self, uri: str, max_adapter_bytes: int) -> CheckpointFiles:
+        """Read the checkpoint in a directory; blocks.
+
+        Raises:
+            InvalidParameterError: If the directory is outside the roots or cannot be opened.
+            AdapterCorruptUploadError: If a file is missing, too large or no regular file.
+            AdapterIncompatibleError: If the weights are pickled.
+        """
+        root, parts = self.locate(uri)
+        contents: dict[str, bytes] = {}
+        try:
+            with _open_below(root, parts, _DIRECTORY_FLAGS) as directory:
+                names = check_present(os.listdir(directory))
+            for name in names:
+                contents[name] = self._read_file(root, Path(root, *parts, name), max_adapter_bytes)
+        except (NotADirectoryError, FileNotFoundError, PermissionError) as error:
+            raise InvalidParameterError(f"{uri[:200]!r} cannot be read: {error.strerror}", field="uri") from error
+        return from_contents(contents, "dir:" + ("/".join(parts) or root.name))
+
+    def _read_file(self, root: Path, path: Path, max_adapter_bytes: int) -> bytes:
+        resolved = Path(os.path.realpath(path))  # hub caches link files to their blobs; inside the root that is fine
+        if not resolved.is_relative_to(root):
+            raise InvalidParameterError(f"{path.name} is a link that leaves the import root", field="uri")
+        try:
+            with _open_below(root, resolved.relative_to(root).parts, _FILE_FLAGS) as descriptor:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise AdapterCorruptUploadError(f"{path.name} is no regular file")
+                size = check_size(path.name, status.st_size, max_adapter_bytes)
+                with os.fdopen(os.dup(descriptor), "rb") as file:
+                    data = file.read(size + 1)
+        except OSError as error:
+            raise AdapterCorruptUploadError(f"{path.name} cannot be read: {error.strerror}") from error
+        if len(data) != size:
+            raise AdapterCorruptUploadError(f"{path.name} changed while it was read")
+        return data
+
+
+@contextmanager
+def _open_below(root: Path, parts: tuple[str, ...], flags: int) -> Iterator[int]:
+    """Open root/parts without following any link, and yield the descriptor."""
+    descriptor = os.open(root, _DIRECTORY_FLAGS)
+    try:
+        for index, part in enumerate(parts):
+            following = os.open(part, flags if index == len(parts) - 1 else _DIRECTORY_FLAGS, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = following
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,79 @@
+"""What a checkpoint is made of once it has arrived, and which files are read at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
+
+from loraplex_adapter_store.checkpoint.peft_config import MAX_CONFIG_BYTES
+from loraplex_adapter_store.checkpoint.reader import CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapter_store.checkpoint.tokenizer_files import MAX_TOKENIZER_BYTES, TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+READ_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)
+PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """The content of the files that matter.
+
+    Attributes:
+        tokenizer: Name -> content of tokenizer files, usually none.
+        source: Where they came from, for people, e.g. ``dir:demo/json``.
+    """
+
+    config: bytes
+    weights: bytes | bytearray
+    source: str
+    tokenizer: dict[str, bytes] = field(default_factory=dict)
+
+
+def limit_of(name: str, max_adapter_bytes: int) -> int:
+    """Return the most bytes read of a file."""
+    if name == WEIGHTS_FILE:
+        return max_adapter_bytes
+    return MAX_CONFIG_BYTES if name == CONFIG_FILE else MAX_TOKENIZER_BYTES
+
+
+def check_present(names: Iterable[str]) -> list[str]:
+    """Return which of the files present are to be read.
+
+    Raises:
+        AdapterIncompatibleError: If the weights are only there as pickles.
+        AdapterCorruptUploadError: If config or weights are missing.
+    """
+    present = set(names)
+    if WEIGHTS_FILE not in present:
+        pickles = sorted(name for name in present if name.lower().endswith(PICKLE_SUFFIXES))
+        if pickles:
+            raise AdapterIncompatibleError(
+                f"{pickles[0]}: pickled weights are never read, because reading them runs code; save the adapter as {WEIGHTS_FILE} "
+                "(PEFT: save_pretrained with safe_serialization)"
+            )
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if name not in present:
+            raise AdapterCorruptUploadError(f"{name} is missing")
+    return [name for name in READ_FILES if name in present]
+
+
+def check_size(name: str, num_bytes: int, max_adapter_bytes: int) -> int:
+    """Return a file's size if it may be read.
+
+    Raises:
+        AdapterCorruptUploadError: If it is too large.
+    """
+    limit = limit_of(name, max_adapter_bytes)
+    if num_bytes > limit:
+        raise AdapterCorruptUploadError(f"{name}: {num_bytes} bytes, at most {limit} are read (--max-adapter-bytes)")
+    return num_bytes
+
+
+def from_contents(contents: dict[str, bytes], source: str) -> CheckpointFiles:
+    """Sort file contents into a `CheckpointFiles`."""
+    tokenizer = {name: data for name, data in contents.items() if name in TOKENIZER_FILES}
+    return CheckpointFiles(contents[CONFIG_FILE], contents[WEIGHTS_FILE], source, tokenizer)

@@ -1,0 +1,240 @@
+"""The way of a checkpoint into the catalog: fetch, check, store, and only then become visible."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from loraplex_common.errors import LoraplexError, StoreUnavailableError
+from loraplex_common.log import get_logger
+
+from loraplex_adapter_store.checkpoint.canonical import CanonicalForm, canonicalise
+from loraplex_adapter_store.checkpoint.peft_config import parse_peft_config
+from loraplex_adapter_store.checkpoint.reader import read_checkpoint
+from loraplex_adapter_store.checkpoint.tokenizer_files import check_tokenizer_files
+from loraplex_adapter_store.imports.files import CheckpointFiles
+from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
+from loraplex_adapter_store.repository.catalog import Catalog, RevisionGoneError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from loraplex_adapter_store.bases import KnownBases
+    from loraplex_adapter_store.imports.budget import ImportBudget
+    from loraplex_adapter_store.metrics import StoreMetrics
+    from loraplex_adapter_store.repository.blobs import Blobs
+
+_log = get_logger()
+MAX_ATTEMPTS = 5
+
+
+class Stage(Enum):
+    """Where an import stands."""
+
+    PENDING = 1
+    FETCHING = 2
+    VALIDATING = 3
+    STORING = 4
+    DONE = 5
+
+
+@dataclass(slots=True)
+class Progress:
+    """What is told of a running import; changed in place, `on_change` is called after each change."""
+
+    name: str
+    stage: Stage = Stage.PENDING
+    bytes_done: int = 0
+    bytes_total: int = 0
+    on_change: Callable[[], None] = lambda: None
+
+    def advance(self, stage: Stage, *, bytes_done: int | None = None, bytes_total: int | None = None) -> None:
+        """Move to a stage."""
+        self.stage = stage
+        self.bytes_done = self.bytes_done if bytes_done is None else bytes_done
+        self.bytes_total = self.bytes_total if bytes_total is None else bytes_total
+        self.on_change()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportTarget:
+    """Under which name, and checked against what.
+
+    Attributes:
+        label: Label to move besides ``latest``; may be empty.
+        base_model: Overrides the checkpoint's own word; may be empty.
+    """
+
+    name: str
+    label: str = ""
+    base_model: str = ""
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOutcome:
+    """A finished import."""
+
+    record: AdapterRecord
+    revision: Revision
+    already_existed: bool
+
+
+Fetch = Callable[[], CheckpointFiles]
+"""Reads a checkpoint; blocks, so it runs in a thread."""
+
+
+class Importer:
+    """Runs imports, bounded in number and memory; the same source at the same time is fetched and checked once.
+
+    Args:
+        max_adapter_bytes: Room reserved for a source whose size is not known yet.
+    """
+
+    def __init__(
+        self,
+        bases: KnownBases,
+        catalog: Catalog,
+        blobs: Blobs,
+        budget: ImportBudget,
+        metrics: StoreMetrics,
+        *,
+        executor: Executor,
+        max_adapter_bytes: int,
+    ) -> None:
+        self._bases = bases
+        self._catalog = catalog
+        self._blobs = blobs
+        self._budget = budget
+        self._metrics = metrics
+        self._executor = executor
+        self._max_adapter_bytes = max_adapter_bytes
+        self._running: dict[tuple[str, str], asyncio.Task[tuple[CanonicalForm, str]]] = {}
+
+    @property
+    def budget(self) -> ImportBudget:
+        """The bounds of all imports."""
+        return self._budget
+
+    async def import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
+        """Import from a directory or the hub.
+
+        Args:
+            source: Identity of the source: concurrent imports of equal ones share the work.
+            fetch: Reads it.
+            target: Under which name.
+            progress: Told how it goes.
+
+        Raises:
+            LoraplexError: Whatever is wrong with source, checkpoint or Valkey; nothing has changed then.
+        """
+        async with self._budget.place(), self._budget.room(self._max_adapter_bytes):
+            return await self._measured(self._import_from(source, fetch, target, progress))
+
+    async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
+        """Import what has been uploaded; the caller holds room for it.
+
+        Raises:
+            LoraplexError: As `import_from`.
+        """
+        async with self._budget.place():
+            return await self._measured(self._import_files(files, target, Progress(target.name)))
+
+    async def _measured(self, work: Awaitable[ImportOutcome]) -> ImportOutcome:
+        began = time.monotonic()
+        try:
+            outcome = await work
+        except LoraplexError as error:
+            self._metrics.imports.labels(error.reason.lower()).inc()
+            raise
+        self._metrics.imports.labels("ok").inc()
+        self._metrics.import_seconds.observe(time.monotonic() - began)
+        return outcome
+
+    async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
+        key = (source, target.base_model)
+        task = self._running.get(key)
+        if task is None:
+            task = asyncio.create_task(
+                self._fetch_and_check(fetch, target.base_model, progress), name=f"fetch {source}"
+            )
+            self._running[key] = task
+            task.add_done_callback(lambda _: self._running.pop(key, None))
+        form, origin = await asyncio.shield(task)
+        return await self._store(form, origin, target, progress)
+
+    async def _fetch_and_check(self, fetch: Fetch, base_model: str, progress: Progress) -> tuple[CanonicalForm, str]:
+        progress.advance(Stage.FETCHING)
+        files = await asyncio.get_running_loop().run_in_executor(self._executor, fetch)
+        progress.advance(Stage.VALIDATING, bytes_done=len(files.weights), bytes_total=len(files.weights))
+        return await self._check(files, base_model), files.source
+
+    async def _import_files(self, files: CheckpointFiles, target: ImportTarget, progress: Progress) -> ImportOutcome:
+        form = await self._check(files, target.base_model)
+        return await self._store(form, files.source, target, progress)
+
+    async def _check(self, files: CheckpointFiles, base_model: str) -> CanonicalForm:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._check_blocking, files, base_model)
+
+    def _check_blocking(self, files: CheckpointFiles, base_model: str) -> CanonicalForm:
+        """Check a checkpoint against its base model and build its canonical form; runs in a thread."""
+        config = parse_peft_config(files.config)
+        base = self._bases.choose(config.base_model_name_or_path, base_model)
+        check_tokenizer_files(files.tokenizer, base.directory)
+        return canonicalise(read_checkpoint(files.config, files.weights, base.info))
+
+    async def _store(self, form: CanonicalForm, source: str, target: ImportTarget, progress: Progress) -> ImportOutcome:
+        progress.advance(Stage.STORING)
+        for _ in range(MAX_ATTEMPTS):
+            await self._catalog.reserve(form.revision)
+            try:
+                return await self._store_reserved(form, source, target)
+            except RevisionGoneError:
+                continue  # collected between our look and our commit: write it again
+            except BaseException:
+                await self._abandon(form.revision)
+                raise
+        raise StoreUnavailableError(f"revision {form.revision} keeps being deleted meanwhile", retry_after_s=5.0)
+
+    async def _store_reserved(self, form: CanonicalForm, source: str, target: ImportTarget) -> ImportOutcome:
+        known = await self._catalog.get_revisions([form.revision])
+        exists = bool(known) and await self._blobs.is_complete(form.revision)
+        revision = known[0] if known else _describe(form, target.name, source)
+        if not exists:
+            await self._blobs.put(form)
+        now = time.time()
+        record = await self._catalog.change(
+            target.name,
+            lambda old: old.with_import(form.revision, target.label, now),
+            revision=None if exists else revision,
+            request_id=target.request_id,
+            answer=Answer("import", target.name, form.revision).to_json(),
+        )
+        _log.info("adapter imported", name=target.name, revision=form.revision, source=source, already_existed=exists)
+        return ImportOutcome(record, revision, exists)
+
+    async def _abandon(self, digest: str) -> None:
+        """Leave nothing behind of a failed import; if Valkey is away, the reservation runs out by itself."""
+        try:
+            await asyncio.shield(self._catalog.abandon(digest))
+        except LoraplexError as error:
+            _log.warning("what a failed import wrote is collected later", revision=digest, error=error.message)
+
+
+def _describe(form: CanonicalForm, name: str, source: str) -> Revision:
+    return Revision(
+        revision=form.revision,
+        name=name,
+        base_fingerprint=form.base_fingerprint,
+        max_rank=form.spec.max_rank,
+        num_parameters=form.num_parameters,
+        canonical_bytes=form.num_bytes,
+        target_modules=tuple(sorted({module.projection for module in form.spec.modules})),
+        num_layers=len({module.layer for module in form.spec.modules}),
+        source=source,
+        create_time=time.time(),
+    )

@@ -1,0 +1,207 @@
+"""Imports as long-running operations (AIP-151).
+
+The replica that runs an import is the authority on it; a copy in Valkey lets every replica answer. The copy of a running
+one lasts `RUNNING_TTL_S` unless renewed, so an operation whose replica died is NOT_FOUND soon after: repeat the import.
+Finished ones are kept for a day. The record is the wire's own `Operation`: there is nothing to translate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import grpc
+from google.longrunning import operations_pb2
+from google.protobuf.message import Message
+from loraplex_common.errors import (
+    CancelledRequestError,
+    InvalidParameterError,
+    LoraplexError,
+    to_status,
+)
+from loraplex_common.log import get_logger
+from loraplex_common.tasks import cancel_and_wait
+
+from loraplex_adapter_store.repository import keys
+
+_log = get_logger()
+RUNNING_TTL_S: Final = 30
+HEARTBEAT_S: Final = 2.0
+FINISHED_TTL_S: Final = 24 * 3600
+POLL_S: Final = 0.1
+MAX_LISTED: Final = 1000
+PREFIX: Final = "operations/"
+
+Work = Callable[[Callable[[Message], None]], Awaitable[Message]]
+"""Does the work, calling back with new metadata as it goes, and returns the response."""
+
+
+class OperationNotFoundError(LoraplexError):
+    """No such operation."""
+
+    code, reason, http_status = grpc.StatusCode.NOT_FOUND, "OPERATION_NOT_FOUND", 404
+
+
+@dataclass(slots=True)
+class _Running:
+    operation: operations_pb2.Operation
+    task: asyncio.Task[None] | None = None
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    is_dirty: bool = False
+
+
+class LongRunning:
+    """Runs operations and answers for them."""
+
+    def __init__(self, client: keys.Client) -> None:
+        self._client = client
+        self._running: dict[str, _Running] = {}
+        self._is_closing = False
+
+    async def start(self, operation_id: str, metadata: Message, work: Work) -> operations_pb2.Operation:
+        """Start work under an id, or return the operation that already has it.
+
+        Raises:
+            StoreUnavailableError: If Valkey cannot be reached; nothing has started then.
+        """
+        running = _Running(operations_pb2.Operation(name=PREFIX + operation_id))
+        running.operation.metadata.Pack(metadata)
+        with keys.translated():
+            is_new = await self._client.set(
+                keys.operation(operation_id), running.operation.SerializeToString(), nx=True, ex=RUNNING_TTL_S
+            )
+            if not is_new:
+                return await self.get(operation_id)
+            await self._client.zadd(keys.OPERATIONS, {operation_id: time.time()})
+        self._running[operation_id] = running
+        running.task = asyncio.create_task(self._run(operation_id, running, work), name=f"operation {operation_id}")
+        return _copy(running.operation)
+
+    async def get(self, operation_id: str) -> operations_pb2.Operation:
+        """Return an operation as it stands.
+
+        Raises:
+            OperationNotFoundError: If it never was, is too old, or died with its replica.
+        """
+        if (running := self._running.get(operation_id)) is not None:
+            return _copy(running.operation)
+        with keys.translated():
+            data = await self._client.get(keys.operation(operation_id))
+        if data is None:
+            raise OperationNotFoundError(
+                f"operation {operation_id} does not exist; if it was running, its replica has died: repeat the import"
+            )
+        return operations_pb2.Operation.FromString(data)
+
+    async def wait(self, operation_id: str, timeout_s: float | None) -> operations_pb2.Operation:
+        """Return an operation once it has finished, or as it stands when the time is over."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            operation = await self.get(operation_id)
+            left = None if deadline is None else deadline - time.monotonic()
+            if operation.done or (left is not None and left <= 0):
+                return operation
+            running = self._running.get(operation_id)
+            try:
+                if running is not None:
+                    await asyncio.wait_for(running.finished.wait(), left)
+                else:
+                    await asyncio.sleep(POLL_S if left is None else min(POLL_S, left))  # it runs on another replica
+            except TimeoutError:
+                continue
+
+    async def cancel(self, operation_id: str) -> None:
+        """Ask an operation to stop; one that has finished stays as it is."""
+        if (running := self._running.get(operation_id)) is not None:
+            if running.task is not None:
+                running.task.cancel()
+            return
+        if not (await self.get(operation_id)).done:
+            with keys.translated():
+                await self._client.set(keys.cancelled(operation_id), b"1", ex=RUNNING_TTL_S)
+
+    async def delete(self, operation_id: str) -> None:
+        """Forget a finished operation.
+
+        Raises:
+            InvalidParameterError: If it still runs.
+        """
+        if not (await self.get(operation_id)).done:
+            raise InvalidParameterError(f"operation {operation_id} still runs: cancel it first", field="name")
+        with keys.translated():
+            await self._client.delete(keys.operation(operation_id))
+            await self._client.zrem(keys.OPERATIONS, operation_id)
+
+    async def page(self, *, page_size: int, after: str) -> tuple[list[operations_pb2.Operation], str]:
+        """Return a page of operations by id, and the id to go on from; empty on the last page."""
+        with keys.translated():
+            expired = time.time() - FINISHED_TTL_S - RUNNING_TTL_S
+            await self._client.zremrangebyscore(keys.OPERATIONS, 0, expired)
+            ids = sorted(raw.decode() for raw in await self._client.zrange(keys.OPERATIONS, 0, -1))
+            page = [operation_id for operation_id in ids if operation_id > after][: page_size + 1]
+            found = await self._client.mget([keys.operation(i) for i in page[:page_size]]) if page else []
+        operations = [operations_pb2.Operation.FromString(data) for data in found if data]
+        return operations, page[page_size - 1] if len(page) > page_size else ""
+
+    async def close(self) -> None:
+        """Cancel what runs."""
+        self._is_closing = True
+        await cancel_and_wait(*(running.task for running in self._running.values() if running.task is not None))
+
+    async def _run(self, operation_id: str, running: _Running, work: Work) -> None:
+        def report(metadata: Message) -> None:
+            running.operation.metadata.Pack(metadata)
+            running.is_dirty = True
+
+        heartbeat = asyncio.create_task(self._renew(operation_id, running), name=f"renew {operation_id}")
+        try:
+            running.operation.response.Pack(await work(report))
+        except LoraplexError as error:
+            running.operation.error.CopyFrom(to_status(error))
+        except asyncio.CancelledError:
+            running.operation.error.CopyFrom(to_status(CancelledRequestError("the import was cancelled")))
+        except Exception as error:
+            _log.error("import failed unexpectedly", operation=operation_id, exc_info=error)
+            running.operation.error.CopyFrom(to_status(LoraplexError(f"internal error in operation {operation_id}")))
+        running.operation.done = True
+        await cancel_and_wait(heartbeat)
+        await self._finish(operation_id, running)
+
+    async def _finish(self, operation_id: str, running: _Running) -> None:
+        running.finished.set()
+        while True:  # until Valkey has it, this replica goes on answering from memory
+            try:
+                await self._save(operation_id, running, FINISHED_TTL_S)
+                break
+            except LoraplexError as error:
+                _log.warning("an operation's end is not saved yet", operation=operation_id, error=error.message)
+                if self._is_closing:
+                    break
+                await asyncio.sleep(HEARTBEAT_S)
+        del self._running[operation_id]
+
+    async def _renew(self, operation_id: str, running: _Running) -> None:
+        """Keep the copy in Valkey fresh, and look there whether somebody wants the operation cancelled."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            try:
+                await self._save(operation_id, running, RUNNING_TTL_S)
+                with keys.translated():
+                    is_cancelled = await self._client.exists(keys.cancelled(operation_id))
+            except LoraplexError:
+                continue  # the import itself will find out
+            if is_cancelled and running.task is not None:
+                running.task.cancel()
+
+    async def _save(self, operation_id: str, running: _Running, ttl_s: int) -> None:
+        with keys.translated():
+            await self._client.set(keys.operation(operation_id), running.operation.SerializeToString(), ex=ttl_s)
+
+
+def _copy(operation: operations_pb2.Operation) -> operations_pb2.Operation:
+    result = operations_pb2.Operation()
+    result.CopyFrom(operation)
+    return result

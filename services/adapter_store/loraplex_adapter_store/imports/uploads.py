@@ -1,0 +1,111 @@
+"""Receives an upload: nothing becomes visible before every announced byte has come and its sha256 is right."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import (
+    AdapterCorruptUploadError,
+    AdapterIncompatibleError,
+    DeadlineError,
+    InvalidParameterError,
+)
+
+from loraplex_adapter_store.checkpoint.reader import CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapter_store.imports.files import PICKLE_SUFFIXES, CheckpointFiles, check_present, check_size
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+MAX_PART_BYTES: Final = 2 * 1024 * 1024
+IDLE_S: Final = 60.0
+_SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnnouncedFile:
+    """A file as the header announces it."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+def check_announced(files: tuple[AnnouncedFile, ...], max_adapter_bytes: int) -> int:
+    """Return the bytes of all announced files together.
+
+    Raises:
+        AdapterIncompatibleError: If a file is a pickle.
+        InvalidParameterError: If a file has another name than the two that are read, or is announced twice.
+        AdapterCorruptUploadError: If a file is missing or too large.
+    """
+    for file in files:
+        if file.name.lower().endswith(PICKLE_SUFFIXES):
+            raise AdapterIncompatibleError(f"{file.name}: pickles are never read, because reading them runs code")
+        if file.name not in (CONFIG_FILE, WEIGHTS_FILE):
+            raise InvalidParameterError(
+                f"{file.name[:200]!r} is not read; an upload is {CONFIG_FILE} and {WEIGHTS_FILE}", field="header.files"
+            )
+        if _SHA256.fullmatch(file.sha256) is None:
+            raise InvalidParameterError(
+                f"{file.name}: sha256 is not 64 lower-case hex digits", field="header.files.sha256"
+            )
+    names = [file.name for file in files]
+    if len(set(names)) != len(names):
+        raise InvalidParameterError("a file is announced twice", field="header.files")
+    check_present(names)
+    return sum(check_size(file.name, file.num_bytes, max_adapter_bytes) for file in files)
+
+
+async def receive(files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes]) -> CheckpointFiles:
+    """Collect the announced files from the parts of a stream.
+
+    Raises:
+        AdapterCorruptUploadError: If the stream ends early, goes on for too long, or a sha256 is wrong.
+        InvalidParameterError: If a part is too large.
+        DeadlineError: If the client sends nothing for `IDLE_S`.
+    """
+    contents: dict[str, bytearray] = {}
+    rest = memoryview(b"")
+    for file in files:
+        data, digest = bytearray(), hashlib.sha256()
+        while len(data) < file.num_bytes:
+            if not rest:
+                rest = memoryview(await _next_part(parts, file, len(data)))
+            taken = rest[: file.num_bytes - len(data)]
+            data += taken
+            digest.update(taken)
+            rest = rest[len(taken) :]
+        if digest.hexdigest() != file.sha256:
+            raise AdapterCorruptUploadError(f"{file.name}: sha256 is {digest.hexdigest()}, announced was {file.sha256}")
+        contents[file.name] = data
+    if rest or await _has_more(parts):
+        raise AdapterCorruptUploadError("more bytes than announced")
+    return CheckpointFiles(bytes(contents[CONFIG_FILE]), contents[WEIGHTS_FILE], "upload")
+
+
+async def _next_part(parts: AsyncIterator[bytes], file: AnnouncedFile, num_received: int) -> bytes:
+    try:
+        part = await asyncio.wait_for(anext(parts), IDLE_S)
+    except StopAsyncIteration:
+        raise AdapterCorruptUploadError(
+            f"{file.name}: truncated: {num_received} of {file.num_bytes} bytes have come"
+        ) from None
+    except TimeoutError:
+        raise DeadlineError(f"{file.name}: nothing has come for {IDLE_S:.0f} s") from None
+    if len(part) > MAX_PART_BYTES:
+        raise InvalidParameterError(f"a part of {len(part)} bytes, at most {MAX_PART_BYTES} are read", field="data")
+    return part
+
+
+async def _has_more(parts: AsyncIterator[bytes]) -> bool:
+    try:
+        return bool(await asyncio.wait_for(anext(parts), IDLE_S))
+    except StopAsyncIteration:
+        return False
+    except TimeoutError:
+        raise DeadlineError("the upload is complete but the stream stays open") from None

@@ -1,0 +1,216 @@
+"""What can be done to a name: create, look up, change, delete, move a label."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.auth import Tenant
+from loraplex_common.errors import (
+    AdapterInUseError,
+    AdapterNotFoundError,
+    AlreadyExistsError,
+    ConflictError,
+    InvalidParameterError,
+)
+
+from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
+from loraplex_adapter_store.repository.catalog import Catalog, Change, RevisionGoneError
+
+if TYPE_CHECKING:
+    from loraplex_common.ids import AdapterRef
+
+MAX_DESCRIPTION: Final = 4096
+MAX_TENANTS: Final = 1000
+UPDATABLE: Final = ("description", "allowed_tenants")
+LIST_BATCH: Final = 200
+
+Leases = Callable[[], Awaitable[dict[str, int]]]
+"""Returns digest -> requests that lease it, on all engines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks.
+
+    Attributes:
+        request_id: Makes a repeated mutation harmless; may be empty.
+    """
+
+    tenant: Tenant
+    request_id: str = ""
+
+
+class Lifecycle:
+    """Operations on names, each atomic."""
+
+    def __init__(self, catalog: Catalog, leases: Leases) -> None:
+        self._catalog = catalog
+        self._leases = leases
+
+    async def create(
+        self, name: str, description: str, allowed_tenants: tuple[str, ...], caller: Caller
+    ) -> AdapterRecord:
+        """Reserve a name; a deleted one may be taken again.
+
+        Raises:
+            AlreadyExistsError: If it is in use.
+        """
+        _check_fields(description, allowed_tenants)
+
+        def apply(old: AdapterRecord) -> AdapterRecord:
+            if old.version and not old.is_deleted:
+                raise AlreadyExistsError(f"adapter {name} exists already")
+            fields = {"description": description, "allowed_tenants": allowed_tenants, "is_deleted": False}
+            return old.touched(time.time(), **fields)
+
+        return await self._change("create", name, apply, caller)
+
+    async def get(self, ref: AdapterRef, caller: Caller) -> tuple[AdapterRecord, Revision | None, Revision | None]:
+        """Return a record, the revision the reference means, and the latest one.
+
+        Raises:
+            AdapterNotFoundError: If name, label or revision is unknown, deleted, or not for this tenant.
+        """
+        record = await self._visible(ref.name, caller)
+        wanted, latest = record.resolve(ref), record.labels.get("latest")
+        digests = list(dict.fromkeys(digest for digest in (wanted, latest) if digest is not None))
+        found = {revision.revision: revision for revision in await self._catalog.get_revisions(digests)}
+        return record, found.get(wanted or ""), found.get(latest or "")
+
+    async def page(
+        self, *, page_size: int, after: str, prefix: str, show_deleted: bool, caller: Caller
+    ) -> tuple[list[AdapterRecord], str]:
+        """Return a page of records by name, and the name to go on after; empty on the last page."""
+        found: list[AdapterRecord] = []
+        while len(found) <= page_size:
+            names = await self._catalog.list_names(after=after, prefix=prefix, count=LIST_BATCH)
+            if not names:
+                break
+            after = names[-1]
+            found += [
+                record
+                for record in await self._catalog.get_many(names)
+                if (show_deleted or not record.is_deleted)
+                and record.is_visible_to(caller.tenant.name, is_admin=caller.tenant.is_admin)
+            ]
+        page = found[:page_size]
+        return page, page[-1].name if len(found) > page_size else ""
+
+    async def latest_of(self, records: list[AdapterRecord]) -> dict[str, Revision]:
+        """Return the latest revisions of many records: digest -> revision."""
+        digests = list(dict.fromkeys(r.labels["latest"] for r in records if "latest" in r.labels))
+        return {revision.revision: revision for revision in await self._catalog.get_revisions(digests)}
+
+    async def revisions(self, name: str, *, page_size: int, offset: int, caller: Caller) -> tuple[list[Revision], bool]:
+        """Return a page of a name's revisions, newest first, and whether there are more."""
+        record = await self._visible(name, caller)
+        digests = record.revisions[offset : offset + page_size]
+        return await self._catalog.get_revisions(digests), offset + page_size < len(record.revisions)
+
+    async def update(self, change: AdapterRecord, fields: tuple[str, ...], etag: str, caller: Caller) -> AdapterRecord:
+        """Set the named fields from ``change``.
+
+        Raises:
+            InvalidParameterError: If a field cannot be set.
+            ConflictError: If the etag is stale.
+        """
+        if not fields or any(field not in UPDATABLE for field in fields):
+            raise InvalidParameterError(
+                f"update_mask {','.join(fields)!r}: only {', '.join(UPDATABLE)} can be set", field="update_mask"
+            )
+        _check_fields(change.description, change.allowed_tenants)
+
+        def apply(old: AdapterRecord) -> AdapterRecord:
+            _check_etag(_existing(old), etag)
+            return old.touched(time.time(), **{field: getattr(change, field) for field in fields})
+
+        return await self._change("update", change.name, apply, caller)
+
+    async def delete(self, name: str, etag: str, caller: Caller, *, force: bool) -> AdapterRecord:
+        """Delete a name softly and return the tombstone; what nothing else refers to is collected later.
+
+        Raises:
+            AdapterInUseError: If running requests lease one of its revisions, unless ``force``.
+            ConflictError: If the etag is stale.
+        """
+        leases = {} if force else await self._leases()
+
+        def apply(old: AdapterRecord) -> AdapterRecord:
+            _check_etag(_existing(old), etag)
+            used = {digest: leases[digest] for digest in old.revisions if leases.get(digest)}
+            if used:
+                raise AdapterInUseError(
+                    f"adapter {name} is in use by {sum(used.values())} running requests; wait, or delete with force",
+                    metadata=dict.fromkeys(used, "leased"),
+                )
+            return old.deleted(time.time())
+
+        return await self._change("delete", name, apply, caller)
+
+    async def set_alias(
+        self, name: str, label: str, revision: str, expected: str | None, caller: Caller
+    ) -> AdapterRecord:
+        """Move a label atomically; an empty revision removes it.
+
+        Raises:
+            ConflictError: If the label does not point where ``expected`` says.
+            AdapterNotFoundError: If adapter, revision or (to remove) label do not exist.
+        """
+
+        def apply(old: AdapterRecord) -> AdapterRecord:
+            current = _existing(old).labels.get(label, "")
+            if expected is not None and expected != current:
+                raise ConflictError(
+                    f"{name}:{label} points at {current or 'nothing'}, not at {expected or 'nothing'}: read again",
+                    metadata={"current_revision": current},
+                )
+            return old.with_alias(label, revision, time.time())
+
+        try:
+            return await self._change("alias", name, apply, caller)
+        except RevisionGoneError:
+            raise AdapterNotFoundError(
+                f"revision {revision} does not exist in this store", field="alias.revision"
+            ) from None
+
+    async def _visible(self, name: str, caller: Caller) -> AdapterRecord:
+        record = await self._catalog.get(name)
+        if (
+            record is None
+            or record.is_deleted
+            or not record.is_visible_to(caller.tenant.name, is_admin=caller.tenant.is_admin)
+        ):
+            raise AdapterNotFoundError(f"adapter {name} does not exist")
+        return record
+
+    async def _change(self, kind: str, name: str, apply: Change, caller: Caller) -> AdapterRecord:
+        if (answer := await self._catalog.answer_to(caller.request_id)) is not None:
+            Answer.check(answer, kind, name)
+            record = await self._catalog.get(name)
+            if record is not None:
+                return record
+        answer_json = Answer(kind, name).to_json()
+        return await self._catalog.change(name, apply, request_id=caller.request_id, answer=answer_json)
+
+
+def _existing(record: AdapterRecord) -> AdapterRecord:
+    if record.version == 0 or record.is_deleted:
+        raise AdapterNotFoundError(f"adapter {record.name} does not exist")
+    return record
+
+
+def _check_etag(record: AdapterRecord, etag: str) -> None:
+    if etag and etag != record.etag:
+        raise ConflictError(f"adapter {record.name} has etag {record.etag}, not {etag}: read again")
+
+
+def _check_fields(description: str, allowed_tenants: tuple[str, ...]) -> None:
+    if len(description) > MAX_DESCRIPTION:
+        raise InvalidParameterError(f"longer than {MAX_DESCRIPTION} characters", field="adapter.description")
+    if len(allowed_tenants) > MAX_TENANTS or any(not name or len(name) > 256 for name in allowed_tenants):
+        raise InvalidParameterError(
+            f"at most {MAX_TENANTS} names of 1 to 256 characters", field="adapter.allowed_tenants"
+        )

@@ -1,0 +1,183 @@
+"""What the store knows of adapters: names (mutable) and revisions (immutable)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, InvalidParameterError
+from loraplex_common.ids import DEFAULT_LABEL, AdapterRef
+
+MAX_REVISIONS: Final = 100
+"""Revisions kept per name; older ones without a label are let go, so that frequent pushes do not grow without end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Revision:
+    """One immutable set of weights.
+
+    Attributes:
+        name: Name it was imported under first.
+        create_time: Unix seconds.
+    """
+
+    revision: str
+    name: str
+    base_fingerprint: str
+    max_rank: int
+    num_parameters: int
+    canonical_bytes: int
+    target_modules: tuple[str, ...]
+    num_layers: int
+    source: str
+    create_time: float
+
+    def to_json(self) -> str:
+        """Encode for Valkey."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, data: str | bytes) -> Revision:
+        """Decode what `to_json` wrote."""
+        fields: dict[str, Any] = json.loads(data)
+        return cls(**{**fields, "target_modules": tuple(fields["target_modules"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterRecord:
+    """A name with its labels.
+
+    Attributes:
+        allowed_tenants: Who may use it; empty means everybody.
+        labels: Label -> revision.
+        revisions: All revisions of this name, newest first.
+        version: Rises with every change; the etag. 0 means that the name was never stored.
+    """
+
+    name: str
+    description: str = ""
+    allowed_tenants: tuple[str, ...] = ()
+    labels: dict[str, str] = field(default_factory=dict)
+    revisions: tuple[str, ...] = ()
+    is_deleted: bool = False
+    create_time: float = 0.0
+    update_time: float = 0.0
+    version: int = 0
+
+    def to_json(self) -> str:
+        """Encode for Valkey."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, data: str | bytes) -> AdapterRecord:
+        """Decode what `to_json` wrote."""
+        fields: dict[str, Any] = json.loads(data)
+        tuples = {key: tuple(fields[key]) for key in ("allowed_tenants", "revisions")}
+        return cls(**{**fields, **tuples})
+
+    @property
+    def etag(self) -> str:
+        """Opaque version of the record (AIP-154)."""
+        return f"v{self.version}"
+
+    def is_visible_to(self, tenant: str, *, is_admin: bool) -> bool:
+        """Return whether a tenant may use and see the adapter."""
+        return is_admin or not self.allowed_tenants or tenant in self.allowed_tenants
+
+    def resolve(self, ref: AdapterRef) -> str | None:
+        """Return the revision that a reference means; None for an adapter that has none yet.
+
+        Raises:
+            AdapterNotFoundError: If label or revision is unknown under this name.
+        """
+        if ref.revision is not None:
+            if ref.revision not in self.revisions:
+                raise AdapterNotFoundError(f"adapter {self.name} has no revision {ref.revision}")
+            return ref.revision
+        label = ref.label or DEFAULT_LABEL
+        if label not in self.labels and label != DEFAULT_LABEL:
+            raise AdapterNotFoundError(f"adapter {self.name} has no label {label!r}")
+        return self.labels.get(label)
+
+    def touched(self, now: float, **changes: Any) -> AdapterRecord:
+        """Return the record after a change, its version risen."""
+        created = self.create_time or now
+        return dataclasses.replace(self, **changes, version=self.version + 1, create_time=created, update_time=now)
+
+    def with_import(self, revision: str, label: str, now: float) -> AdapterRecord:
+        """Return the record after an import: ``latest`` (and ``label``, if any) points at the revision."""
+        labels = {**self.labels, DEFAULT_LABEL: revision, **({label: revision} if label else {})}
+        ordered = (revision, *(kept for kept in self.revisions if kept != revision))
+        excess = [kept for kept in ordered if kept not in labels.values()][MAX_REVISIONS:]
+        revisions = tuple(kept for kept in ordered if kept not in excess)
+        return self.touched(now, labels=labels, revisions=revisions, is_deleted=False)
+
+    def with_alias(self, label: str, revision: str, now: float) -> AdapterRecord:
+        """Return the record after a label moved; an empty revision removes the label.
+
+        Raises:
+            AdapterIncompatibleError: If ``latest`` would be removed.
+            AdapterNotFoundError: If a label to remove does not exist.
+        """
+        labels = dict(self.labels)
+        if revision:
+            labels[label] = revision
+            revisions = self.revisions if revision in self.revisions else (revision, *self.revisions)
+            return self.touched(now, labels=labels, revisions=revisions)
+        if label == DEFAULT_LABEL:
+            raise AdapterIncompatibleError(
+                f"label {DEFAULT_LABEL!r} cannot be removed: delete the adapter or move the label"
+            )
+        if labels.pop(label, None) is None:
+            raise AdapterNotFoundError(f"adapter {self.name} has no label {label!r}")
+        return self.touched(now, labels=labels)
+
+    def deleted(self, now: float) -> AdapterRecord:
+        """Return the tombstone: the name stays known, its revisions are let go."""
+        return self.touched(now, labels={}, revisions=(), is_deleted=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is remembered of a mutation under its request_id (AIP-155).
+
+    Attributes:
+        kind: Which call it was, e.g. ``import``.
+        revision: The imported revision; empty for other kinds.
+    """
+
+    kind: str
+    name: str
+    revision: str = ""
+
+    def to_json(self) -> str:
+        """Encode for Valkey."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def check(cls, data: bytes, kind: str, name: str) -> Answer:
+        """Decode what `to_json` wrote.
+
+        Raises:
+            InvalidParameterError: If the request_id belongs to another call.
+        """
+        answer = cls(**json.loads(data))
+        if (answer.kind, answer.name) != (kind, name):
+            raise InvalidParameterError(
+                f"this request_id was used to {answer.kind} {answer.name!r}; draw a new UUID4", field="request_id"
+            )
+        return answer
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterView:
+    """A record together with its revisions, newest first."""
+
+    record: AdapterRecord
+    revisions: tuple[Revision, ...]
+
+    def revision(self, digest: str | None) -> Revision | None:
+        """Return one of the revisions by digest."""
+        return next((revision for revision in self.revisions if revision.revision == digest), None)

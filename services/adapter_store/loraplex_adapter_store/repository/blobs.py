@@ -1,0 +1,130 @@
+"""Canonical blobs in Valkey: chunks first, the manifest last (the commit point), a crc32c on every read."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import crc32c
+from loraplex_common.adapter_image import AdapterSpec
+from loraplex_common.errors import AdapterCorruptError
+from loraplex_common.log import get_logger
+
+from loraplex_adapter_store.checkpoint.canonical import CHUNK_BYTES, CanonicalForm
+from loraplex_adapter_store.repository import keys
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+
+_log = get_logger()
+_UNLINK_BATCH: Final = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What is needed to read a blob.
+
+    Attributes:
+        checksums: crc32c per chunk.
+        spec: The adapter's modules, so that an image's size is known before its bytes are read.
+    """
+
+    base_fingerprint: str
+    num_bytes: int
+    chunk_bytes: int
+    checksums: tuple[int, ...]
+    spec: AdapterSpec
+
+    def to_fields(self) -> dict[str, str | bytes]:
+        """Encode as the fields of a Valkey hash."""
+        shape = {"bytes": self.num_bytes, "chunk_bytes": self.chunk_bytes, "crc32c": self.checksums}
+        return {"blob": json.dumps(shape), "base": self.base_fingerprint, "spec": self.spec.to_json()}
+
+    @classmethod
+    def from_fields(cls, fields: dict[bytes, bytes]) -> Manifest:
+        """Decode what `to_fields` wrote."""
+        shape: dict[str, Any] = json.loads(fields[b"blob"])
+        return cls(
+            base_fingerprint=fields[b"base"].decode(),
+            num_bytes=shape["bytes"],
+            chunk_bytes=shape["chunk_bytes"],
+            checksums=tuple(shape["crc32c"]),
+            spec=AdapterSpec.from_json(fields[b"spec"]),
+        )
+
+
+class Blobs:
+    """Reads and writes canonical blobs; knows nothing of names."""
+
+    def __init__(self, client: keys.Client) -> None:
+        self._client = client
+
+    async def put(self, form: CanonicalForm) -> None:
+        """Write a blob; writing the same one again is harmless.
+
+        Raises:
+            StoreUnavailableError: If Valkey cannot be reached. What was written is collected later.
+        """
+        checksums: list[int] = []
+        with keys.translated():
+            for number, chunk in enumerate(form.chunks()):
+                checksums.append(crc32c.crc32c(chunk))
+                await self._client.set(keys.chunk(form.revision, number), chunk)
+            manifest = Manifest(
+                base_fingerprint=form.base_fingerprint,
+                num_bytes=form.num_bytes,
+                chunk_bytes=CHUNK_BYTES,
+                checksums=tuple(checksums),
+                spec=form.spec,
+            )
+            await self._client.hset(keys.manifest(form.revision), mapping=manifest.to_fields())
+
+    async def manifest(self, digest: str) -> Manifest | None:
+        """Return a blob's manifest; None if there is no such blob."""
+        with keys.translated():
+            fields = await self._client.hgetall(keys.manifest(digest))
+        return Manifest.from_fields(fields) if fields else None
+
+    async def is_complete(self, digest: str) -> bool:
+        """Return whether manifest and all chunks are there."""
+        manifest = await self.manifest(digest)
+        if manifest is None:
+            return False
+        with keys.translated():
+            count = await self._client.exists(*(keys.chunk(digest, n) for n in range(len(manifest.checksums))))
+        return int(count) == len(manifest.checksums)
+
+    async def read(self, digest: str, manifest: Manifest, start: int = 0) -> AsyncGenerator[bytes, None]:
+        """Yield the blob's bytes from ``start`` on, one chunk after another, each checked.
+
+        Raises:
+            AdapterCorruptError: If a chunk is missing or damaged. The rest of the blob is deleted then: half an adapter is
+                no adapter, and the next import writes it anew.
+        """
+        for number in range(start // manifest.chunk_bytes, len(manifest.checksums)):
+            with keys.translated():
+                chunk = await self._client.get(keys.chunk(digest, number))
+            if chunk is None or crc32c.crc32c(chunk) != manifest.checksums[number]:
+                what = "is missing" if chunk is None else "has a wrong crc32c"
+                await self.delete(digest)
+                raise AdapterCorruptError(
+                    f"revision {digest}: chunk {number} of {len(manifest.checksums)} {what}; import the adapter again"
+                )
+            yield chunk[max(0, start - number * manifest.chunk_bytes) :]
+
+    async def delete(self, digest: str) -> None:
+        """Delete a blob, whole or partly written: manifest first, so that nobody reads the rest."""
+        began = time.monotonic()
+        manifest = await self.manifest(digest)
+        with keys.translated():
+            await self._client.unlink(keys.manifest(digest))
+            known = len(manifest.checksums) if manifest else 0
+            first, removed = 0, 1
+            while first < known or removed:  # an abandoned write has no manifest: go on until nothing is found
+                batch = [keys.chunk(digest, number) for number in range(first, first + _UNLINK_BATCH)]
+                removed = await self._client.unlink(*batch)
+                first += _UNLINK_BATCH
+        _log.info("blob deleted", revision=digest, seconds=round(time.monotonic() - began, 3))

@@ -1,0 +1,191 @@
+"""Names, labels and revisions in Valkey: read freely, changed by compare-and-swap of one name's record.
+
+Every change is one script: record, references, sequence, change stream and the answer to the request_id move together or
+not at all. It is acknowledged after Valkey has written it to disk (WAITAOF).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from loraplex_common.errors import ConflictError, StoreUnavailableError
+from loraplex_common.log import get_logger
+from redis.exceptions import ResponseError
+
+from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
+from loraplex_adapter_store.repository import keys, scripts
+
+_log = get_logger()
+CHANGES_KEPT: Final = 10_000
+REQUEST_TTL_S: Final = 24 * 3600
+FSYNC_TIMEOUT_S: Final = 5.0
+MAX_ATTEMPTS: Final = 20
+RESERVATION_S: Final = 600.0
+
+Change = Callable[[AdapterRecord], AdapterRecord]
+"""From a record (version 0 if the name is new) to the record after the change; raises what refuses it."""
+
+
+class RevisionGoneError(Exception):
+    """A revision that was there has been collected meanwhile; write it again. Args: the digest."""
+
+
+class Catalog:
+    """The store's metadata.
+
+    Args:
+        gc_grace_s: How long a revision that nothing refers to is kept, for requests that were resolved just before.
+    """
+
+    def __init__(self, client: keys.Client, *, gc_grace_s: float) -> None:
+        self._client = client
+        self._gc_grace_s = gc_grace_s
+        self._has_aof = True
+
+    async def get(self, name: str) -> AdapterRecord | None:
+        """Return a record, deleted ones included; None if the name was never stored."""
+        with keys.translated():
+            data = await self._client.hget(keys.adapter(name), "record")
+        return AdapterRecord.from_json(data) if data else None
+
+    async def get_many(self, names: Sequence[str]) -> list[AdapterRecord]:
+        """Return the records of those names that exist, in order."""
+        if not names:
+            return []
+        with keys.translated():
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for name in names:
+                    pipeline.hget(keys.adapter(name), "record")
+                found = await pipeline.execute()
+        return [AdapterRecord.from_json(data) for data in found if data]
+
+    async def list_names(self, *, after: str, prefix: str, count: int) -> list[str]:
+        """Return up to ``count`` names greater than ``after`` that begin with ``prefix``, in order."""
+        low = f"({after}" if after and after >= prefix else f"[{prefix}"
+        with keys.translated():
+            found = await self._client.zrangebylex(keys.INDEX, low if low != "[" else "-", f"[{prefix}\xff", 0, count)
+        return [name.decode() for name in found]
+
+    async def get_revisions(self, digests: Sequence[str]) -> list[Revision]:
+        """Return those revisions that exist, in order."""
+        if not digests:
+            return []
+        with keys.translated():
+            found = await self._client.mget([keys.revision(digest) for digest in digests])
+        return [Revision.from_json(data) for data in found if data]
+
+    async def view(self, record: AdapterRecord) -> AdapterView:
+        """Return a record together with its revisions."""
+        return AdapterView(record, tuple(await self.get_revisions(record.revisions)))
+
+    async def sequence(self) -> int:
+        """Return the number of changes so far."""
+        with keys.translated():
+            return int(await self._client.get(keys.SEQUENCE) or 0)
+
+    async def answer_to(self, request_id: str) -> bytes | None:
+        """Return what the mutation with this request_id answered, if it has been made."""
+        if not request_id:
+            return None
+        with keys.translated():
+            answer: bytes | None = await self._client.get(keys.request(request_id))
+        return answer
+
+    async def reserve(self, digest: str) -> None:
+        """Make sure that a revision about to be written is not collected before it is referred to."""
+        due = round((time.time() + RESERVATION_S) * 1000)
+        names = [keys.collecting(digest), keys.GARBAGE, keys.references(digest)]
+        with keys.translated():
+            for _ in range(200):
+                if await self._client.eval(scripts.RESERVE, len(names), *names, digest, str(due)):
+                    return
+                await asyncio.sleep(0.05)  # its old blob is being deleted right now
+        raise StoreUnavailableError(f"revision {digest} is still being deleted", retry_after_s=5.0)
+
+    async def abandon(self, digest: str) -> None:
+        """Let a reserved revision be collected at once, unless something refers to it."""
+        with keys.translated():
+            await self._client.zadd(keys.GARBAGE, {digest: round(time.time() * 1000)}, xx=True)
+
+    async def change(
+        self, name: str, apply: Change, *, answer: str, revision: Revision | None = None, request_id: str = ""
+    ) -> AdapterRecord:
+        """Apply a change to one name's record, however many others try the same.
+
+        Args:
+            name: The adapter.
+            apply: The change; called anew after each lost race.
+            answer: What to remember under ``request_id``.
+            revision: A revision whose blob has just been written; all others must exist already.
+            request_id: Makes a repeated call harmless; may be empty.
+
+        Returns:
+            The record after the change.
+
+        Raises:
+            RevisionGoneError: If a revision that the new record refers to does not exist.
+            ConflictError: If others are always faster.
+            StoreUnavailableError: If Valkey cannot be reached, or does not confirm that it wrote the change to disk.
+        """
+        for attempt in range(MAX_ATTEMPTS):
+            old = await self.get(name) or AdapterRecord(name=name)
+            new = apply(old)
+            status, detail = await self._commit(old, new, revision, request_id, answer)
+            if status == b"ok":
+                return new
+            if status == b"duplicate":  # the same call ran twice at once, and the other one was faster
+                return await self.get(name) or new
+            if status == b"missing":
+                raise RevisionGoneError(detail.decode())
+            await asyncio.sleep(0.002 * attempt)
+        raise ConflictError(f"adapter {name} is being changed by many at once: try again", retry_after_s=1.0)
+
+    async def _commit(
+        self, old: AdapterRecord, new: AdapterRecord, revision: Revision | None, request_id: str, answer: str
+    ) -> tuple[bytes, bytes]:
+        added = [digest for digest in new.revisions if digest not in old.revisions]
+        if revision is not None and revision.revision not in added:
+            added.append(revision.revision)  # heals a record that was lost
+        removed = [digest for digest in old.revisions if digest not in new.revisions]
+        names = [
+            keys.adapter(new.name),
+            keys.INDEX,
+            keys.SEQUENCE,
+            keys.CHANGES,
+            keys.GARBAGE,
+            keys.request(request_id),
+        ]
+        names += [key for digest in added for key in (keys.revision(digest), keys.references(digest))]
+        names += [keys.references(digest) for digest in removed]
+        due = round((time.time() + self._gc_grace_s) * 1000)
+        values: list[Any] = [old.version, new.version, new.to_json(), new.name, due, CHANGES_KEPT]
+        values += [answer if request_id else "", REQUEST_TTL_S * 1000, len(added), len(removed), *added, *removed]
+        values.append(revision.to_json() if revision else "")
+        with keys.translated():
+            async with self._client.client() as connection:  # WAITAOF is about this connection's writes
+                status, detail = await connection.eval(scripts.COMMIT, len(names), *names, *values)
+                if status == b"ok":
+                    await self._wait_for_disk(connection)
+        return status, detail
+
+    async def _wait_for_disk(self, connection: keys.Client) -> None:
+        if not self._has_aof:
+            return
+        try:
+            local, _ = await connection.execute_command("WAITAOF", 1, 0, round(FSYNC_TIMEOUT_S * 1000))
+        except ResponseError as error:
+            # No append-only file, or a server older than WAITAOF: the operator's choice, but one to know about.
+            _log.warning(
+                "changes are acknowledged before they are on disk: turn Valkey's appendonly on", error=str(error)
+            )
+            self._has_aof = False
+            return
+        if local < 1:
+            raise StoreUnavailableError(
+                f"Valkey has not confirmed within {FSYNC_TIMEOUT_S:.0f} s that the change is on disk; it may or may not last: "
+                "repeat the call with the same request_id",
+                retry_after_s=FSYNC_TIMEOUT_S,
+            )

@@ -1,0 +1,75 @@
+"""Which engine holds and leases which revision, told by each store replica about the engines attached to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.registry import ENGINES_KEY, EngineRecord, engine_key, hints_key
+
+from loraplex_adapter_store.repository import keys
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+
+ATTACHED: Final = "loraplex:store:attached"
+"""Set of ids of engines that some replica has attached; the hash of an engine that vanished expires."""
+TTL_S: Final = 30
+RENEW_S: Final = 10.0
+HINTS_KEPT: Final = 1000
+
+
+class EngineHoldings:
+    """Shares residency between replicas, and hints with the replica an engine is attached to."""
+
+    def __init__(self, client: keys.Client) -> None:
+        self._client = client
+
+    async def publish(self, engine_id: str, leases: Mapping[str, int]) -> None:
+        """Tell what an engine holds: digest -> leases. Lasts `TTL_S` unless repeated."""
+        key = keys.held(engine_id)
+        with keys.translated():
+            async with self._client.pipeline(transaction=True) as pipeline:
+                pipeline.delete(key)
+                if leases:
+                    pipeline.hset(key, mapping=dict(leases))
+                    pipeline.expire(key, TTL_S)
+                await pipeline.execute()
+            await self._client.sadd(ATTACHED, engine_id)
+
+    async def withdraw(self, engine_id: str) -> None:
+        """Say that an engine has gone."""
+        with keys.translated():
+            await self._client.delete(keys.held(engine_id))
+            await self._client.srem(ATTACHED, engine_id)
+
+    async def leases(self, *, without: Collection[str] = ()) -> dict[str, int]:
+        """Return every held digest with its leases, summed over engines except those in ``without``."""
+        total: dict[str, int] = {}
+        with keys.translated():
+            for engine_id in await self._client.smembers(ATTACHED):
+                if engine_id.decode() in without:
+                    continue
+                entries = await self._client.hgetall(keys.held(engine_id.decode()))
+                for digest, count in entries.items():
+                    total[digest.decode()] = total.get(digest.decode(), 0) + int(count)
+        return total
+
+    async def registered(self) -> list[EngineRecord]:
+        """Return the engines in the shared registry."""
+        with keys.translated():
+            ids = await self._client.zrange(ENGINES_KEY, 0, -1)
+            if not ids:
+                return []
+            found = await self._client.mget([engine_key(engine_id.decode()) for engine_id in ids])
+        return [EngineRecord.from_json(data) for data in found if data]
+
+    async def hint(self, engine_id: str, kind: str, revision: str, wanted_in_ms: int = 0) -> None:
+        """Add a hint to an engine's stream; the replica it is attached to acts on it."""
+        fields: dict[bytes | str, bytes | str | int] = {
+            "kind": kind,
+            "revision": revision,
+            "wanted_in_ms": wanted_in_ms,
+        }
+        with keys.translated():
+            await self._client.xadd(hints_key(engine_id), fields, maxlen=HINTS_KEPT, approximate=True)

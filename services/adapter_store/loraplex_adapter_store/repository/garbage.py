@@ -1,0 +1,86 @@
+"""Deletes revisions that no name refers to and no engine holds."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import LoraplexError
+from loraplex_common.log import get_logger
+
+from loraplex_adapter_store.repository import keys, scripts
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from loraplex_adapter_store.repository.blobs import Blobs
+    from loraplex_adapter_store.repository.engines import EngineHoldings
+
+_log = get_logger()
+LOCK_S: Final = 60.0
+BATCH: Final = 100
+
+
+class GarbageCollector:
+    """Runs in every replica; a lock per revision keeps them apart.
+
+    Args:
+        on_garbage: Told each digest that nothing refers to any more, to forget what is cached of it and to tell engines.
+    """
+
+    def __init__(
+        self,
+        client: keys.Client,
+        blobs: Blobs,
+        holdings: EngineHoldings,
+        *,
+        interval_s: float,
+        on_garbage: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._client = client
+        self._blobs = blobs
+        self._holdings = holdings
+        self._interval_s = interval_s
+        self._on_garbage = on_garbage
+
+    async def run(self) -> None:
+        """Collect for ever; failures of Valkey are waited out."""
+        while True:
+            await asyncio.sleep(self._interval_s)
+            try:
+                await self.collect()
+            except LoraplexError as error:
+                _log.warning("garbage collection put off", error=error.message)
+
+    async def collect(self) -> int:
+        """Delete what is due; return how many revisions."""
+        now = round(time.time() * 1000)
+        with keys.translated():
+            due = await self._client.zrangebyscore(keys.GARBAGE, 0, now, start=0, num=BATCH)
+        if not due:
+            return 0
+        held = await self._holdings.leases()
+        collected = 0
+        for digest in (raw.decode() for raw in due):
+            if digest in held:  # look again in a while; the engine may still need to fetch it
+                with keys.translated():
+                    await self._client.zadd(keys.GARBAGE, {digest: now + round(self._interval_s * 1000)}, xx=True)
+                await self._on_garbage(digest)
+                continue
+            collected += await self._collect(digest, now)
+        return collected
+
+    async def _collect(self, digest: str, now: int) -> int:
+        names = [keys.GARBAGE, keys.references(digest), keys.collecting(digest), keys.revision(digest)]
+        with keys.translated():
+            if not await self._client.eval(
+                scripts.BEGIN_COLLECTION, len(names), *names, digest, now, round(LOCK_S * 1000)
+            ):
+                return 0
+            await self._blobs.delete(digest)
+            names = [keys.GARBAGE, keys.collecting(digest)]
+            await self._client.eval(scripts.END_COLLECTION, len(names), *names, digest)
+        await self._on_garbage(digest)
+        _log.info("revision collected", revision=digest)
+        return 1

@@ -1,0 +1,112 @@
+"""Names of the store's own keys in Valkey, and the translation of Valkey's failures.
+
+Catalog keys share one hash tag, so that the scripts over several of them also run on a cluster. Chunks are spread by
+their digest (``a:{sha}:...``).
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from loraplex_common.errors import SaturatedError, StoreUnavailableError
+from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_PREFIX: Final = "loraplex:store:{names}:"
+INDEX: Final = _PREFIX + "index"
+"""Sorted set of all names ever stored, all scores 0: paged in the order of names."""
+SEQUENCE: Final = _PREFIX + "sequence"
+"""Counter of changes to the catalog; the position in WatchAliases."""
+CHANGES: Final = _PREFIX + "changes"
+"""Capped stream: entry ``{sequence}-0`` has the field ``name`` of the changed adapter."""
+GARBAGE: Final = _PREFIX + "garbage"
+"""Sorted set of revisions that may have no reference, scored by the time (unix ms) they may be collected."""
+OPERATIONS: Final = "loraplex:store:{operations}:index"
+"""Sorted set of operation ids by creation time."""
+
+
+Client: TypeAlias = Any
+"""`redis.asyncio.Redis` that answers in bytes; redis-py's own annotations say `bytes | str | ...` for every answer."""
+
+
+def adapter(name: str) -> str:
+    """Hash of an adapter: ``version`` and ``record`` (JSON)."""
+    return f"{_PREFIX}adapter:{name}"
+
+
+def revision(digest: str) -> str:
+    """String: the `Revision` as JSON. Exists only while the catalog may refer to it."""
+    return f"{_PREFIX}revision:{digest}"
+
+
+def references(digest: str) -> str:
+    """Set of names that have this revision."""
+    return f"{_PREFIX}references:{digest}"
+
+
+def collecting(digest: str) -> str:
+    """Lock held while a revision's blob is being deleted."""
+    return f"{_PREFIX}collecting:{digest}"
+
+
+def request(request_id: str) -> str:
+    """String: what a mutation with this request_id answered."""
+    return f"{_PREFIX}request:{request_id}"
+
+
+def manifest(digest: str) -> str:
+    """Hash that makes a blob valid; written last."""
+    return f"a:{{{digest}}}:m"
+
+
+def chunk(digest: str, number: int) -> str:
+    """One piece of a blob."""
+    return f"a:{{{digest}}}:c:{number}"
+
+
+def held(engine_id: str) -> str:
+    """Hash of what an attached engine holds: digest -> number of leases. Expires when its store stops renewing it."""
+    return f"loraplex:store:held:{engine_id}"
+
+
+def operation(operation_id: str) -> str:
+    """String: a serialised google.longrunning.Operation."""
+    return f"loraplex:store:{{operations}}:{operation_id}"
+
+
+def cancelled(operation_id: str) -> str:
+    """String that asks whichever replica runs an operation to cancel it."""
+    return f"loraplex:store:{{operations}}:{operation_id}:cancel"
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn Valkey's failures inside the block into errors of the contract.
+
+    Raises:
+        StoreUnavailableError: If Valkey cannot be reached or is loading; RetryInfo says one second.
+        SaturatedError: If it is full.
+    """
+    try:
+        yield
+    except OutOfMemoryError as error:
+        raise SaturatedError(
+            "Valkey is full: delete adapters or raise its maxmemory",
+            retry_after_s=10.0,
+            metadata={"valkey": str(error)},
+        ) from error
+    except (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError, OSError) as error:
+        raise StoreUnavailableError(
+            "the adapter store cannot reach its Valkey; streams on resident adapters go on", retry_after_s=1.0
+        ) from error
+    except RedisError as error:
+        if str(error).startswith("OOM"):  # inside a script
+            raise SaturatedError(
+                "Valkey is full: delete adapters or raise its maxmemory", retry_after_s=10.0
+            ) from error
+        raise

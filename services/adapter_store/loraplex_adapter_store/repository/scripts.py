@@ -1,0 +1,67 @@
+"""Lua scripts over the catalog: each is one atomic step, and declares every key it touches."""
+
+from __future__ import annotations
+
+from typing import Final
+
+COMMIT: Final = """
+-- Replaces one adapter's record if nobody else changed it since it was read.
+-- KEYS: adapter, index, sequence, changes, garbage, request, then (revision, references) per added revision,
+--       then references per removed revision.
+-- ARGV: expected version, new version, record, name, due (ms), changes kept, request answer, request ttl (ms),
+--       number added, number removed, digests added..., digests removed..., new revision's record or ''
+if ARGV[7] ~= '' and redis.call('EXISTS', KEYS[6]) == 1 then
+  return {'duplicate', redis.call('GET', KEYS[6])}
+end
+local version = redis.call('HGET', KEYS[1], 'version') or '0'
+if version ~= ARGV[1] then return {'conflict', version} end
+local added, removed = tonumber(ARGV[9]), tonumber(ARGV[10])
+local record = ARGV[11 + added + removed]
+for i = 1, added do
+  if record == '' and redis.call('EXISTS', KEYS[5 + 2 * i]) == 0 then return {'missing', ARGV[10 + i]} end
+end
+for i = 1, added do
+  if record ~= '' then redis.call('SETNX', KEYS[5 + 2 * i], record) end
+  redis.call('SADD', KEYS[6 + 2 * i], ARGV[4])
+  redis.call('ZREM', KEYS[5], ARGV[10 + i])
+end
+for i = 1, removed do
+  local references = KEYS[6 + 2 * added + i]
+  redis.call('SREM', references, ARGV[4])
+  if redis.call('SCARD', references) == 0 then redis.call('ZADD', KEYS[5], ARGV[5], ARGV[10 + added + i]) end
+end
+redis.call('HSET', KEYS[1], 'version', ARGV[2], 'record', ARGV[3])
+redis.call('ZADD', KEYS[2], 0, ARGV[4])
+local sequence = redis.call('INCR', KEYS[3])
+redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[6], sequence .. '-0', 'name', ARGV[4])
+if ARGV[7] ~= '' then redis.call('SET', KEYS[6], ARGV[7], 'PX', ARGV[8]) end
+return {'ok', tostring(sequence)}
+"""
+
+RESERVE: Final = """
+-- Keeps a revision that is being written from being collected until `due`; afterwards an abandoned write is garbage.
+-- KEYS: collecting, garbage, references.  ARGV: digest, due (ms)
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+if redis.call('SCARD', KEYS[3]) == 0 then redis.call('ZADD', KEYS[2], 'GT', ARGV[2], ARGV[1]) end
+return 1
+"""
+
+BEGIN_COLLECTION: Final = """
+-- Takes a revision out of the catalog if it is due and nothing refers to it.
+-- KEYS: garbage, references, collecting, revision.  ARGV: digest, now (ms), lock (ms)
+local due = redis.call('ZSCORE', KEYS[1], ARGV[1])
+if not due or tonumber(due) > tonumber(ARGV[2]) then return 0 end
+if redis.call('SCARD', KEYS[2]) > 0 then redis.call('ZREM', KEYS[1], ARGV[1]) return 0 end
+redis.call('SET', KEYS[3], '1', 'PX', ARGV[3])
+redis.call('DEL', KEYS[4])
+-- Due again when the lock ends: whoever collects may die in between.
+redis.call('ZADD', KEYS[1], tonumber(ARGV[2]) + tonumber(ARGV[3]), ARGV[1])
+return 1
+"""
+
+END_COLLECTION: Final = """
+-- KEYS: garbage, collecting.  ARGV: digest
+redis.call('ZREM', KEYS[1], ARGV[1])
+redis.call('DEL', KEYS[2])
+return 1
+"""

@@ -1,0 +1,225 @@
+"""Puts the store together, runs it, takes it apart."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from google.longrunning import operations_pb2_grpc
+from loraplex.v1 import adapter_store_pb2_grpc
+from loraplex_common.auth import Authenticator
+from loraplex_common.grpc_server import GrpcServer, ServerConfig
+from loraplex_common.metrics_http import MetricsServer
+from loraplex_common.rpc_metrics import RpcMetrics
+from loraplex_common.tasks import Supervisor
+from loraplex_common.valkey import connect
+from prometheus_client import CollectorRegistry
+
+from loraplex_adapter_store import wire
+from loraplex_adapter_store.aliases import AliasTable
+from loraplex_adapter_store.attach.attached import AttachedEngines
+from loraplex_adapter_store.bases import KnownBases
+from loraplex_adapter_store.config import StoreConfig
+from loraplex_adapter_store.credentials import Credentials
+from loraplex_adapter_store.hints import Hints
+from loraplex_adapter_store.images import ImageCache
+from loraplex_adapter_store.imports.budget import ImportBudget
+from loraplex_adapter_store.imports.directory import ImportRoots
+from loraplex_adapter_store.imports.hub import Hub
+from loraplex_adapter_store.imports.importer import Importer
+from loraplex_adapter_store.imports.intake import Intake
+from loraplex_adapter_store.imports.long_running import LongRunning
+from loraplex_adapter_store.lifecycle import Lifecycle
+from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
+from loraplex_adapter_store.operations import OperationsServicer
+from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.repository.blobs import Blobs
+from loraplex_adapter_store.repository.catalog import Catalog
+from loraplex_adapter_store.repository.engines import EngineHoldings
+from loraplex_adapter_store.repository.garbage import GarbageCollector
+from loraplex_adapter_store.servicer import AdapterStoreServicer, StoreParts
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+NUM_THREADS: Final = 4
+SERVICE: Final = "loraplex.v1.AdapterStoreService"
+OPERATIONS_SERVICE: Final = "google.longrunning.Operations"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningStore:
+    """A store that listens.
+
+    Attributes:
+        supervisor: Owns the background tasks; see `Supervisor.run_until`.
+    """
+
+    grpc_port: int
+    metrics_port: int
+    supervisor: Supervisor
+    images: ImageCache
+    importer: Importer
+    attached: AttachedEngines
+
+    def check_integrity(self) -> None:
+        """Raise `RuntimeError` if an idle store holds something it should not."""
+        self.images.check_integrity()
+        self.importer.budget.check_integrity()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Core:
+    """What everything else stands on."""
+
+    config: StoreConfig
+    client: keys.Client
+    catalog: Catalog
+    blobs: Blobs
+    holdings: EngineHoldings
+    metrics: StoreMetrics
+    executor: ThreadPoolExecutor
+
+
+@asynccontextmanager
+async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
+    """Run a store inside the block and drain it at the end."""
+    bases = KnownBases.load(config.model, name=config.served_model_name, aliases=config.model_alias)
+    async with AsyncExitStack() as stack:
+        core = _core(config, stack)
+        images = ImageCache(
+            core.blobs, core.catalog, core.metrics, budget_bytes=config.image_cache_bytes, executor=core.executor
+        )
+        attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
+        aliases = AliasTable(core.client, core.catalog)
+        hints = Hints(attached, core.holdings, core.catalog, images)
+        core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.name_of))
+        importer = _importer(core, bases)
+        operations = LongRunning(core.client)
+        stack.push_async_callback(operations.close)
+        collector = GarbageCollector(
+            core.client, core.blobs, core.holdings, interval_s=config.gc_interval_s, on_garbage=partial(hints.evict, "")
+        )
+        parts = StoreParts(
+            store_id=f"store-{uuid.uuid4().hex[:12]}",
+            lifecycle=Lifecycle(core.catalog, partial(_all_leases, attached, core.holdings)),
+            intake=_intake(core, importer, operations),
+            aliases=aliases,
+            attached=attached,
+            hints=hints,
+            catalog=core.catalog,
+            blobs=core.blobs,
+        )
+        server = _server(core, parts, operations)
+        metrics_port = await _serve_metrics(core, stack)
+        supervisor = await stack.enter_async_context(Supervisor())
+        supervisor.spawn(aliases.run(), name="name table")
+        supervisor.spawn(collector.run(), name="garbage collector")
+        grpc_port = await server.start()
+        stack.push_async_callback(_drain, server, config, attached, aliases)
+        server.set_ready(True)
+        yield RunningStore(
+            grpc_port=grpc_port,
+            metrics_port=metrics_port,
+            supervisor=supervisor,
+            images=images,
+            importer=importer,
+            attached=attached,
+        )
+
+
+def _core(config: StoreConfig, stack: AsyncExitStack) -> _Core:
+    client = connect(config.redis_url)
+    stack.push_async_callback(client.aclose)
+    executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
+    stack.callback(executor.shutdown, cancel_futures=True)
+    return _Core(
+        config=config,
+        client=client,
+        catalog=Catalog(client, gc_grace_s=config.gc_grace_s),
+        blobs=Blobs(client),
+        holdings=EngineHoldings(client),
+        metrics=StoreMetrics(CollectorRegistry()),
+        executor=executor,
+    )
+
+
+def _importer(core: _Core, bases: KnownBases) -> Importer:
+    config = core.config
+    budget = ImportBudget(
+        max_bytes=2 * config.max_adapter_bytes,
+        max_running=config.max_concurrent_imports,
+        max_pending=config.max_pending_imports,
+    )
+    return Importer(
+        bases,
+        core.catalog,
+        core.blobs,
+        budget,
+        core.metrics,
+        executor=core.executor,
+        max_adapter_bytes=config.max_adapter_bytes,
+    )
+
+
+def _intake(core: _Core, importer: Importer, operations: LongRunning) -> Intake:
+    config = core.config
+    return Intake(
+        importer,
+        operations,
+        core.catalog,
+        ImportRoots(config.import_root),
+        Hub(config.hf_endpoint),
+        Credentials.from_file(config.credentials_file),
+        max_adapter_bytes=config.max_adapter_bytes,
+        describe=wire.import_metadata,
+        conclude=wire.import_result,
+    )
+
+
+def _server(core: _Core, parts: StoreParts, operations: LongRunning) -> GrpcServer:
+    config = core.config
+    listen = ServerConfig(
+        host=config.host,
+        port=config.port,
+        tls_cert=config.tls_cert,
+        tls_key=config.tls_key,
+        tls_client_ca=config.tls_client_ca,
+        enable_reflection=config.enable_reflection,
+    )
+    authenticator = Authenticator.from_file(config.api_keys_file)
+    server = GrpcServer(listen, authenticator=authenticator, metrics=RpcMetrics(core.metrics.registry))
+    adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(AdapterStoreServicer(parts), server.server)
+    operations_pb2_grpc.add_OperationsServicer_to_server(OperationsServicer(operations), server.server)
+    server.add_service_name(SERVICE)
+    server.add_service_name(OPERATIONS_SERVICE)
+    return server
+
+
+async def _serve_metrics(core: _Core, stack: AsyncExitStack) -> int:
+    metrics_server = MetricsServer(core.metrics.registry, core.config.host, core.config.metrics_port)
+    port = await metrics_server.start()
+    stack.push_async_callback(metrics_server.stop)
+    return port
+
+
+async def _all_leases(attached: AttachedEngines, holdings: EngineHoldings) -> dict[str, int]:
+    """Return leases on all engines: those attached here as of now, those elsewhere as last published."""
+    total = await holdings.leases(without=attached.ids())
+    for digest, count in attached.leases().items():
+        total[digest] = total.get(digest, 0) + count
+    return total
+
+
+async def _drain(server: GrpcServer, config: StoreConfig, attached: AttachedEngines, aliases: AliasTable) -> None:
+    """Go out of service; the streams that never end by themselves are ended, and their clients go elsewhere."""
+    draining = asyncio.create_task(server.drain(settle_s=config.drain_settle_s, grace_s=config.drain_grace_s))
+    await asyncio.sleep(config.drain_settle_s)
+    aliases.end_watches()
+    attached.end_sessions()
+    await draining

@@ -1,0 +1,276 @@
+"""AdapterStoreService: converts requests, calls one method, converts back."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import crc32c
+import grpc
+from loraplex.v1 import adapter_store_pb2 as pb
+from loraplex.v1 import adapter_store_pb2_grpc
+from loraplex_common.auth import current_tenant, require_admin
+from loraplex_common.errors import AdapterCorruptError, AdapterNotFoundError, InvalidParameterError
+from loraplex_common.ids import AdapterRef, check_adapter_name, check_label, is_digest
+
+from loraplex_adapter_store import paging, wire
+from loraplex_adapter_store.aliases import AliasTable
+from loraplex_adapter_store.attach.attached import AttachedEngines
+from loraplex_adapter_store.attach.session import EngineSession
+from loraplex_adapter_store.attach.stream import read_hello, run_session
+from loraplex_adapter_store.hints import Hints
+from loraplex_adapter_store.imports.hub import HubSource
+from loraplex_adapter_store.imports.importer import ImportTarget
+from loraplex_adapter_store.imports.intake import Intake
+from loraplex_adapter_store.imports.uploads import AnnouncedFile
+from loraplex_adapter_store.lifecycle import Caller, Lifecycle
+from loraplex_adapter_store.records import AdapterRecord
+from loraplex_adapter_store.repository.blobs import Blobs
+from loraplex_adapter_store.repository.catalog import Catalog
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from google.longrunning import operations_pb2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+PART_BYTES: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreParts:
+    """What the servicer calls."""
+
+    store_id: str
+    lifecycle: Lifecycle
+    intake: Intake
+    aliases: AliasTable
+    attached: AttachedEngines
+    hints: Hints
+    catalog: Catalog
+    blobs: Blobs
+
+
+class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
+    """The RPCs of the store; without credentials everybody is an administrator."""
+
+    def __init__(self, parts: StoreParts) -> None:
+        self._parts = parts
+
+    async def CreateAdapter(self, request: pb.CreateAdapterRequest, context: Context) -> pb.CreateAdapterResponse:
+        """Reserve a name."""
+        caller = _admin(request.request_id)
+        name = check_adapter_name(request.adapter.name, field="adapter.name")
+        tenants = tuple(request.adapter.allowed_tenants)
+        record = await self._parts.lifecycle.create(name, request.adapter.description, tenants, caller)
+        return pb.CreateAdapterResponse(adapter=await self._adapter(record))
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
+        """Describe one adapter."""
+        ref = AdapterRef.parse(request.name, field="name")
+        record, wanted, latest = await self._parts.lifecycle.get(ref, _caller())
+        return pb.GetAdapterResponse(
+            adapter=wire.adapter(record, latest), revision=wire.revision(wanted) if wanted is not None else None
+        )
+
+    async def ListAdapters(
+        self, request: pb.AdapterStoreServiceListAdaptersRequest, context: Context
+    ) -> pb.AdapterStoreServiceListAdaptersResponse:
+        """Page through adapters by name."""
+        records, following = await self._parts.lifecycle.page(
+            page_size=paging.page_size(request.page_size),
+            after=paging.decode(request.page_token),
+            prefix=request.name_prefix,
+            show_deleted=request.show_deleted,
+            caller=_caller(),
+        )
+        latest = await self._parts.lifecycle.latest_of(records)
+        return pb.AdapterStoreServiceListAdaptersResponse(
+            adapters=[wire.adapter(record, latest.get(wire.latest_of(record) or "")) for record in records],
+            next_page_token=paging.encode(following),
+        )
+
+    async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:
+        """Change the fields named in the mask."""
+        caller = _admin(request.request_id)
+        change = AdapterRecord(
+            name=check_adapter_name(request.adapter.name, field="adapter.name"),
+            description=request.adapter.description,
+            allowed_tenants=tuple(request.adapter.allowed_tenants),
+        )
+        fields = tuple(request.update_mask.paths)
+        record = await self._parts.lifecycle.update(change, fields, request.adapter.etag, caller)
+        return pb.UpdateAdapterResponse(adapter=await self._adapter(record))
+
+    async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
+        """Delete a name softly."""
+        caller = _admin(request.request_id)
+        name = check_adapter_name(request.name)
+        record = await self._parts.lifecycle.delete(name, request.etag, caller, force=request.force)
+        return pb.DeleteAdapterResponse(adapter=await self._adapter(record))
+
+    async def ListAdapterRevisions(
+        self, request: pb.ListAdapterRevisionsRequest, context: Context
+    ) -> pb.ListAdapterRevisionsResponse:
+        """Page through a name's revisions, newest first."""
+        size, offset = paging.page_size(request.page_size), paging.decode_offset(request.page_token)
+        name = check_adapter_name(request.name)
+        revisions, has_more = await self._parts.lifecycle.revisions(
+            name, page_size=size, offset=offset, caller=_caller()
+        )
+        return pb.ListAdapterRevisionsResponse(
+            revisions=[wire.revision(revision) for revision in revisions],
+            next_page_token=paging.encode(str(offset + size)) if has_more else "",
+        )
+
+    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
+        """Move a label atomically."""
+        caller = _admin(request.request_id)
+        name = check_adapter_name(request.alias.name, field="alias.name")
+        label = check_label(request.alias.label, field="alias.label")
+        revision = _digest(request.alias.revision, "alias.revision") if request.alias.revision else ""
+        expected = request.expected_revision if request.HasField("expected_revision") else None
+        record = await self._parts.lifecycle.set_alias(name, label, revision, expected, caller)
+        return pb.SetAliasResponse(adapter=await self._adapter(record))
+
+    async def ImportAdapter(self, request: pb.ImportAdapterRequest, context: Context) -> operations_pb2.Operation:
+        """Start an import from a directory or the hub."""
+        target = _target(request, _admin(request.request_id))
+        source: str | HubSource
+        match request.WhichOneof("source"):
+            case "uri":
+                source = request.uri
+            case "hf":
+                hub = request.hf
+                source = HubSource(repo=hub.repo, revision=hub.revision, subfolder=hub.subfolder)
+            case _:
+                raise InvalidParameterError("no source is set", field="source")
+        return await self._parts.intake.start(source, target, credential=request.credential_ref)
+
+    async def UploadAdapter(
+        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
+    ) -> pb.UploadAdapterResponse:
+        """Import the files in the stream."""
+        require_admin()
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidParameterError("the first message must be a header", field="header")
+        target = _target(first.header, _admin(first.header.request_id))
+        files = tuple(
+            AnnouncedFile(name=file.name, num_bytes=file.num_bytes, sha256=file.sha256) for file in first.header.files
+        )
+        async with aclosing(_parts_of(request_iterator)) as parts:
+            outcome = wire.import_result(await self._parts.intake.upload(files, parts, target))
+        return pb.UploadAdapterResponse(
+            adapter=outcome.adapter, revision=outcome.revision, already_existed=outcome.already_existed
+        )
+
+    async def PrefetchAdapter(self, request: pb.PrefetchAdapterRequest, context: Context) -> pb.PrefetchAdapterResponse:
+        """Take a hint that an adapter will be wanted."""
+        wanted_in_ms = request.wanted_in.ToMilliseconds()
+        await self._parts.hints.prefetch(request.engine_id, _digest(request.revision, "revision"), wanted_in_ms)
+        return pb.PrefetchAdapterResponse()
+
+    async def EvictAdapter(
+        self, request: pb.AdapterStoreServiceEvictAdapterRequest, context: Context
+    ) -> pb.AdapterStoreServiceEvictAdapterResponse:
+        """Take a hint that an adapter will not be wanted."""
+        require_admin()
+        await self._parts.hints.evict(request.engine_id, _digest(request.revision, "revision"))
+        return pb.AdapterStoreServiceEvictAdapterResponse()
+
+    async def WatchAliases(
+        self, request: pb.WatchAliasesRequest, context: Context
+    ) -> AsyncIterator[pb.WatchAliasesResponse]:
+        """Stream the name table and its changes; for gateways, so it shows every tenant's adapters."""
+        require_admin()
+        async with aclosing(self._parts.aliases.watch(request.start_sequence)) as updates:
+            async for update in updates:
+                yield wire.alias_update(update)
+
+    async def DownloadAdapter(
+        self, request: pb.DownloadAdapterRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadAdapterResponse]:
+        """Stream the canonical form from an offset; it is a safetensors file."""
+        require_admin()
+        digest = _digest(request.revision, "revision")
+        manifest = await self._parts.blobs.manifest(digest)
+        if manifest is None:
+            if await self._parts.catalog.get_revisions([digest]):
+                raise AdapterCorruptError(
+                    f"revision {digest}: its weights are gone from Valkey; import the adapter again"
+                )
+            raise AdapterNotFoundError(f"revision {digest} does not exist")
+        position, size = request.offset, manifest.num_bytes
+        end = min(size, position + request.limit) if request.limit else size
+        if position > size:
+            raise InvalidParameterError(f"{position} lies behind the end, {size} bytes", field="offset")
+        async with aclosing(self._parts.blobs.read(digest, manifest, position)) as chunks:
+            async for chunk in chunks:
+                for start in range(0, len(chunk), PART_BYTES):
+                    data = chunk[start : min(start + PART_BYTES, len(chunk), start + end - position)]
+                    if data:
+                        yield pb.DownloadAdapterResponse(offset=position, data=data, crc32c=crc32c.crc32c(data))
+                    position += len(data)
+                if position >= end:
+                    break
+        yield pb.DownloadAdapterResponse(offset=position, sha256=digest)
+
+    async def AttachEngine(
+        self, request_iterator: AsyncIterator[pb.AttachEngineRequest], context: Context
+    ) -> AsyncIterator[pb.AttachEngineResponse]:
+        """Serve one engine while its stream is open."""
+        require_admin()
+        hello = await read_hello(request_iterator, wire.hello)
+        messages = (wire.from_engine(message) async for message in request_iterator)
+        async with aclosing(run_session(self._parts.attached, hello, messages)) as outgoing:
+            async for message in outgoing:
+                if isinstance(message, EngineSession):
+                    welcome = pb.AttachEngineResponse.Welcome(
+                        store_id=self._parts.store_id, shared_memory=message.shared_memory
+                    )
+                    yield pb.AttachEngineResponse(welcome=welcome)
+                else:
+                    yield wire.to_engine(message)
+
+    async def _adapter(self, record: AdapterRecord) -> Any:
+        latest = await self._parts.lifecycle.latest_of([record])
+        return wire.adapter(record, latest.get(wire.latest_of(record) or ""))
+
+
+def _caller(request_id: str = "") -> Caller:
+    if request_id:
+        try:
+            uuid.UUID(request_id)
+        except ValueError:
+            raise InvalidParameterError(f"{request_id[:80]!r} is no UUID", field="request_id") from None
+    return Caller(current_tenant(), request_id)
+
+
+def _admin(request_id: str = "") -> Caller:
+    require_admin()
+    return _caller(request_id)
+
+
+def _digest(text: str, field: str) -> str:
+    if not is_digest(text):
+        raise InvalidParameterError(f"{text[:80]!r} is no revision: 64 lower-case hex digits", field=field)
+    return text
+
+
+def _target(request: pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header, caller: Caller) -> ImportTarget:
+    return ImportTarget(
+        name=check_adapter_name(request.name),
+        label=check_label(request.label) if request.label else "",
+        base_model=request.base_model,
+        request_id=caller.request_id,
+    )
+
+
+async def _parts_of(messages: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncGenerator[bytes, None]:
+    async for message in messages:
+        if message.WhichOneof("part") != "data":
+            raise InvalidParameterError("a second header", field="header")
+        yield message.data

@@ -1,0 +1,256 @@
+"""Between the contract's messages and the store's own types."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import crc32c
+from google.protobuf.timestamp_pb2 import Timestamp
+from loraplex.v1 import adapter_pb2, adapter_store_pb2
+from loraplex_common.adapter_image import Geometry, ImageError
+from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError, to_status
+from loraplex_common.ids import DEFAULT_LABEL, is_digest
+
+from loraplex_adapter_store.attach.messages import (
+    Ack,
+    ArenaInfo,
+    Chunk,
+    Decline,
+    Drop,
+    Filled,
+    FromEngine,
+    Grant,
+    HeldImage,
+    Hello,
+    Offer,
+    Place,
+    Refuse,
+    Residency,
+    ToEngine,
+    Want,
+)
+
+if TYPE_CHECKING:
+    from loraplex_adapter_store.aliases import AliasUpdate
+    from loraplex_adapter_store.imports.importer import ImportOutcome, Progress
+    from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
+
+_PLACES = {adapter_pb2.TIER_DEVICE: Place.DEVICE, adapter_pb2.TIER_ARENA: Place.ARENA}
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
+
+
+def revision(source: Revision) -> adapter_pb2.AdapterRevision:
+    """Convert a revision."""
+    return adapter_pb2.AdapterRevision(
+        revision=source.revision,
+        name=source.name,
+        base_fingerprint=source.base_fingerprint,
+        max_rank=source.max_rank,
+        num_parameters=source.num_parameters,
+        canonical_bytes=source.canonical_bytes,
+        target_modules=source.target_modules,
+        num_layers=source.num_layers,
+        source=source.source,
+        create_time=_timestamp(source.create_time),
+    )
+
+
+def aliases(record: AdapterRecord) -> list[adapter_pb2.Alias]:
+    """Convert a record's labels, sorted."""
+    return [
+        adapter_pb2.Alias(name=record.name, label=label, revision=digest)
+        for label, digest in sorted(record.labels.items())
+    ]
+
+
+def adapter(record: AdapterRecord, latest: Revision | None) -> adapter_pb2.Adapter:
+    """Convert a record and the revision that ``latest`` points at."""
+    state = adapter_pb2.Adapter.STATE_READY if record.labels else adapter_pb2.Adapter.STATE_EMPTY
+    return adapter_pb2.Adapter(
+        name=record.name,
+        state=adapter_pb2.Adapter.STATE_DELETED if record.is_deleted else state,
+        description=record.description,
+        allowed_tenants=record.allowed_tenants,
+        aliases=aliases(record),
+        etag=record.etag,
+        create_time=_timestamp(record.create_time),
+        update_time=_timestamp(record.update_time),
+        latest=revision(latest) if latest is not None else None,
+    )
+
+
+def entry(view: AdapterView) -> adapter_store_pb2.WatchAliasesResponse.Entry:
+    """Convert a view for the watchers."""
+    return adapter_store_pb2.WatchAliasesResponse.Entry(
+        name=view.record.name,
+        aliases=aliases(view.record),
+        revisions=[revision(item) for item in view.revisions],
+        allowed_tenants=view.record.allowed_tenants,
+        deleted=view.record.is_deleted,
+    )
+
+
+def alias_update(update: AliasUpdate) -> adapter_store_pb2.WatchAliasesResponse:
+    """Convert a change of the name table."""
+    return adapter_store_pb2.WatchAliasesResponse(
+        sequence=update.sequence,
+        entries=[entry(view) for view in update.views],
+        snapshot_start=update.is_snapshot_start,
+        snapshot_end=update.is_snapshot_end,
+    )
+
+
+def import_metadata(progress: Progress) -> adapter_store_pb2.ImportAdapterMetadata:
+    """Convert the progress of an import."""
+    return adapter_store_pb2.ImportAdapterMetadata(
+        name=progress.name,
+        stage=adapter_store_pb2.ImportAdapterMetadata.Stage.ValueType(progress.stage.value),
+        bytes_done=progress.bytes_done,
+        bytes_total=progress.bytes_total,
+    )
+
+
+def import_result(outcome: ImportOutcome) -> adapter_store_pb2.ImportAdapterResult:
+    """Convert a finished import."""
+    return adapter_store_pb2.ImportAdapterResult(
+        adapter=adapter(outcome.record, outcome.revision),
+        revision=revision(outcome.revision),
+        already_existed=outcome.already_existed,
+    )
+
+
+def latest_of(record: AdapterRecord) -> str | None:
+    """Return the digest that ``latest`` points at."""
+    return record.labels.get(DEFAULT_LABEL)
+
+
+def _digest(text: str, field: str) -> str:
+    if not is_digest(text):
+        raise InvalidParameterError(f"{text[:80]!r} is no digest: 64 lower-case hex digits", field=field)
+    return text
+
+
+def _held(message: adapter_store_pb2.AttachEngineRequest.Held) -> HeldImage:
+    return HeldImage(
+        digest=_digest(message.digest, "held.digest"),
+        place=_PLACES.get(message.tier, Place.GONE),
+        generation=message.generation,
+        num_leases=message.num_leases,
+    )
+
+
+def geometry(message: adapter_pb2.Geometry) -> Geometry:
+    """Convert a geometry.
+
+    Raises:
+        AdapterIncompatibleError: If this store does not know its layout version or dtype.
+    """
+    try:
+        return Geometry(
+            layout_version=message.layout_version,
+            dtype=message.dtype,
+            page_bytes=message.page_bytes,
+            num_layers=message.num_layers,
+            hidden_size=message.hidden_size,
+            intermediate_size=message.intermediate_size,
+            num_heads=message.num_heads,
+            num_kv_heads=message.num_kv_heads,
+            head_dim=message.head_dim,
+            tp_degree=message.tp_degree or 1,
+        )
+    except ImageError as error:
+        raise AdapterIncompatibleError(f"engine and store do not agree on the image: {error}") from error
+
+
+def hello(message: adapter_store_pb2.AttachEngineRequest) -> Hello:
+    """Convert the first message of an engine.
+
+    Raises:
+        InvalidParameterError: If it is not a hello, or lacks what a hello needs.
+    """
+    if message.WhichOneof("message") != "hello":
+        raise InvalidParameterError("the first message must be a hello", field="hello")
+    source = message.hello
+    if not source.engine_id or len(source.engine_id) > 256:
+        raise InvalidParameterError("engine_id is empty or longer than 256 characters", field="hello.engine_id")
+    shape = geometry(source.geometry)
+    if len(source.arenas) != shape.tp_degree:
+        raise InvalidParameterError(
+            f"{len(source.arenas)} arenas for tensor-parallel degree {shape.tp_degree}", field="hello.arenas"
+        )
+    return Hello(
+        engine_id=source.engine_id,
+        base_name=source.base_model.name,
+        base_fingerprint=source.base_model.fingerprint,
+        geometry=shape,
+        arenas=tuple(_arena(arena) for arena in source.arenas),
+        held=tuple(_held(held) for held in source.held),
+        sequence=source.sequence,
+        max_image_pages=source.max_image_pages,
+    )
+
+
+def _arena(message: adapter_store_pb2.AttachEngineRequest.Arena) -> ArenaInfo:
+    return ArenaInfo(
+        num_slots=message.num_slots,
+        num_free=message.num_free,
+        pid=message.pid,
+        fd=message.fd,
+        header_bytes=message.header_bytes,
+        nonce=message.nonce,
+    )
+
+
+def from_engine(message: adapter_store_pb2.AttachEngineRequest) -> FromEngine:
+    """Convert any later message of an engine.
+
+    Raises:
+        InvalidParameterError: If it is none that may come now.
+    """
+    match message.WhichOneof("message"):
+        case "want":
+            return Want(_digest(message.want.digest, "want.digest"))
+        case "grant":
+            return Grant(_digest(message.grant.digest, "grant.digest"), message.grant.rank, tuple(message.grant.slots))
+        case "decline":
+            return Decline(_digest(message.decline.digest, "decline.digest"))
+        case "residency":
+            failed = message.residency.HasField("error") and message.residency.error.code != 0
+            failure = message.residency.error.message or "unspecified" if failed else None
+            return Residency(message.residency.sequence, _held(message.residency.held), failure)
+        case other:
+            raise InvalidParameterError(f"message {other} may not come now", field="message")
+
+
+def to_engine(message: ToEngine) -> adapter_store_pb2.AttachEngineResponse:
+    """Convert a message to an engine."""
+    response = adapter_store_pb2.AttachEngineResponse()
+    match message:
+        case Offer():
+            response.offer.digest = message.digest
+            response.offer.rank = message.rank
+            response.offer.num_pages = message.num_pages
+            response.offer.image_sha256 = message.image_sha256
+            response.offer.wanted = message.is_wanted
+            response.offer.spec = message.spec
+        case Chunk():
+            response.chunk.digest = message.digest
+            response.chunk.rank = message.rank
+            response.chunk.offset = message.offset
+            response.chunk.data = message.data
+            response.chunk.crc32c = crc32c.crc32c(message.data)
+        case Filled():
+            response.filled.digest = message.digest
+            response.filled.rank = message.rank
+        case Refuse():
+            response.refuse.digest = message.digest
+            response.refuse.status.CopyFrom(to_status(message.error))
+        case Drop():
+            response.drop.digest = message.digest
+        case Ack():
+            response.ack.sequence = message.sequence
+            response.ack.num_held = message.num_held
+    return response
