@@ -1,0 +1,294 @@
+"""Times our kernels on the workloads of baselines/*.csv and prints them beside the floor and the best peer.
+
+    PYTHONPATH=kernels:services/common python benchmarks/kernels.py --out benchmarks/results
+
+Method, as the baselines': every case has several independent sets of weights (here: the layers of its adapters), one CUDA
+graph holds one call per set, L2 is evicted by reading 160 MiB before each replay, two warm-ups, 15 replays between
+events; median / number of calls. Items and tables are built outside the timed part: they serve all layers of a step.
+Before timing, a case's result is compared with an fp32 reference on a few rows; a wrong case raises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from loraplex_common.adapter_image import KIND_A, OPS, AdapterSpec, Geometry, ModuleSpec, layout
+from loraplex_kernels import reference
+from loraplex_kernels.attention_decode import AttentionDecode
+from loraplex_kernels.items import op_shapes
+from loraplex_kernels.lora_decode import LoraDecode
+from loraplex_kernels.module import KernelLibrary
+from loraplex_kernels.paged_kv import KvLayout
+from loraplex_kernels.tables import AdapterTables
+
+HERE = Path(__file__).parent
+DEVICE = torch.device("cuda", 0)
+PAGE_BYTES = 2 << 20
+REPLAYS = 15
+MAX_ERROR = 2e-2
+Row = dict[str, str]
+
+
+@dataclass
+class Result:
+    """One row of the result file."""
+
+    suite: str
+    case: str
+    metric: str
+    value: float
+    unit: str
+    floor: float
+    peer: str
+    peer_value: float
+
+
+def time_us(calls: list[Callable[[], None]], flush: torch.Tensor) -> float:
+    """Median time of one call, in microseconds, with weights cold in L2."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for index in range(REPLAYS + 2):
+        flush.sum()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        if index >= 2:
+            times.append(start.elapsed_time(stop) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def read_cases(name: str) -> list[Row]:
+    with (HERE / "baselines" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def adapters_of(rows: int, popularity: str) -> np.ndarray:
+    """The baselines' adapter of each row; numbered by first use."""
+    generator = torch.Generator().manual_seed(rows * 7919 + 13)
+    if popularity == "same":
+        return np.zeros(rows, dtype=np.int32)
+    if popularity == "distinct":
+        return torch.randperm(rows, generator=generator).numpy().astype(np.int32)
+    weights = 1.0 / torch.arange(1, rows + 1)
+    drawn = torch.multinomial(weights, rows, replacement=True, generator=generator).numpy()
+    return np.unique(drawn, return_inverse=True)[1].astype(np.int32)
+
+
+class LoraCase:
+    """Adapters of one op, resident in a pool of random values; each layer is a set of weights."""
+
+    def __init__(self, library: KernelLibrary, outs: str, rank: str, num_adapters: int, sets: int) -> None:
+        self.op = "qkv" if outs == "qkv" else "o"
+        self.geometry = Geometry(
+            dtype="bfloat16",
+            page_bytes=PAGE_BYTES,
+            num_layers=sets,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_heads=32,
+            num_kv_heads=32,
+            head_dim=128,
+        )
+        ranks = (64, 8, 16, 32) if rank == "mixed" else (int(rank),)
+        self.specs, self.pages, begin = [], [], 0
+        for index in range(num_adapters):
+            r, scale = ranks[index % len(ranks)], 0.5 + 0.25 * (index % 4)
+            modules = tuple(ModuleSpec(layer, name, r, scale) for layer in range(sets) for name in OPS[self.op])
+            self.specs.append(AdapterSpec(f"{index:064x}", modules))
+            count = layout(self.geometry, self.specs[-1].ranks).num_pages
+            self.pages.append(np.arange(begin, begin + count, dtype=np.int32))
+            begin += count
+        self.pool = (torch.randn(begin * PAGE_BYTES // 2, device=DEVICE, dtype=torch.bfloat16) / 64).view(torch.uint8)
+        self.pool = self.pool.view(begin, PAGE_BYTES)
+        tiles = sum(len(layout(self.geometry, spec.ranks).tiles) for spec in self.specs)
+        self.tables = AdapterTables(self.geometry, max_adapters=num_adapters, tile_capacity=tiles, device=DEVICE)
+        for index, (spec, pages) in enumerate(zip(self.specs, self.pages, strict=True)):
+            self.tables.bind(index, spec, pages)
+        self.shapes = op_shapes(self.geometry, fused=False)
+        self.library, self.sets = library, sets
+
+    def matrices(self, index: int, layer: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A and B of each slice as the kernels should read them."""
+        tiles = layout(self.geometry, self.specs[index].ranks).tiles
+        tiles = tiles[tiles["layer"] == layer]
+        read = {
+            (int(t["kind"]), int(t["slice"]), int(t["start"])): self.pool[int(self.pages[index][t["page"]])][
+                int(t["offset"]) : int(t["offset"]) + int(t["rows"] * t["cols"] * 2)
+            ]
+            .view(torch.bfloat16)
+            .view(int(t["rows"]), int(t["cols"]))
+            for t in tiles
+        }
+        stacked = torch.cat([value for key, value in read.items() if key[0] == KIND_A], dim=1)
+        first = 0
+        for part in range(len(OPS[self.op])):
+            b = torch.cat([value for key, value in read.items() if key[0] != KIND_A and key[1] == part])
+            yield stacked[first : first + b.shape[1]], b
+            first += b.shape[1]
+
+    def expected(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """What adapter ``index`` of layer 0 adds to ``[tokens, columns]``."""
+        scale = self.specs[index].modules[0].scaling
+        return torch.cat([reference.lora_delta(x, a, b, scale) for a, b in self.matrices(index, 0)], dim=-1)
+
+
+def require_close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
+    error = ((got.float() - want.float()).norm() / want.float().norm()).item()
+    if not error < MAX_ERROR:
+        raise RuntimeError(f"{what}: relative error {error:.3g}")
+
+
+def decode_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
+    """Time shrink + expand of one decode case."""
+    tokens, num_adapters = int(row["M"]), int(row["adapters"])
+    case = LoraCase(library, row["outs"], row["rank"], num_adapters, int(row["weight_sets"]))
+    shape = case.shapes[list(OPS).index(case.op)]
+    lora = LoraDecode(library, case.tables, case.pool, case.shapes, max_rows=tokens, max_items=1 << 16)
+    adapters = adapters_of(tokens, row["popularity"])
+    built = lora.prepare(adapters)
+    op = list(OPS).index(case.op)
+    grids = [min(int(built.counts[2 * op]), 132 * 4), min(int(built.counts[2 * op + 1]), 132 * 3)]
+    x = torch.randn(tokens, shape.columns, device=DEVICE, dtype=torch.bfloat16)
+    y = 0.3 * torch.randn(tokens, sum(shape.outputs), device=DEVICE, dtype=torch.bfloat16)
+    h, scale, before = lora.new_scratch(), torch.ones(tokens, device=DEVICE), y.clone()
+
+    def call(layer: int) -> None:
+        lora.shrink(layer, case.op, x, h, grids[0])
+        lora.expand_add(layer, case.op, h, scale, y, grids[1])
+
+    call(0)
+    for token in range(min(tokens, 3)):
+        delta = case.expected(int(adapters[token]), x[token : token + 1])
+        require_close(y[token : token + 1].float() - before[token : token + 1].float(), delta, str(row))
+    layers = range(case.sets)
+    both = time_us([lambda layer=layer: call(layer) for layer in layers], flush)  # type: ignore[misc]
+    shrink = time_us([lambda layer=layer: lora.shrink(layer, case.op, x, h, grids[0]) for layer in layers], flush)  # type: ignore[misc]
+    return {"op": both, "shrink": shrink}
+
+
+def attention_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
+    """Time paged decode attention; each layer is a set of K and V."""
+    batch, context, heads, kv_heads = (int(row[key]) for key in ("batch", "context", "q_heads", "kv_heads"))
+    head_dim, block = int(row["head_dim"]), int(row["page_tokens"])
+    layer_bytes = 2 * kv_heads * block * head_dim * 2
+    pages = batch * context // block
+    layers = max(2, min(8, (24 << 30) // (pages * layer_bytes)))
+    kv = KvLayout(
+        page_bytes=layers * layer_bytes, block_tokens=block, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim
+    )
+    pool = torch.randn(pages * layers * layer_bytes // 2, device=DEVICE, dtype=torch.bfloat16).view(torch.uint8)
+    pool = pool.view(pages, -1)
+    tables = torch.randperm(pages, device=DEVICE).int().view(batch, -1)
+    q = torch.randn(batch, kv.qkv_width, device=DEVICE, dtype=torch.bfloat16)
+    lens = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+    out = torch.full((batch, heads * head_dim), float("nan"), device=DEVICE, dtype=torch.bfloat16)
+    kernel = AttentionDecode(library, kv, max_rows=batch, max_context=context)
+    kernel.launch(0, pool, q, tables, lens, out)
+    for sequence in range(2):
+        key, value = reference.read_kv(pool, kv, torch.bfloat16, 0, tables[sequence], context)
+        query = q[sequence : sequence + 1, : heads * head_dim].view(1, heads, head_dim)
+        require_close(
+            out[sequence].view(1, heads, -1), reference.attention(query, key, value, context - 1, kv), str(row)
+        )
+    chosen = kernel.splits(batch)
+    times = {}
+    for splits in sorted({chosen, 1, 2, 4, 8}):
+        calls = [
+            lambda layer=layer, s=splits: kernel.launch(layer, pool, q, tables, lens, out, splits=s)
+            for layer in range(layers)
+        ]
+        if splits <= chosen * 2:
+            times["op" if splits == chosen else f"splits{splits}"] = time_us(calls, flush)  # type: ignore[arg-type]
+    return times
+
+
+SUITES: dict[str, tuple[Callable[[Row, KernelLibrary, torch.Tensor], dict[str, float]], tuple[str, ...]]] = {
+    "kernels_decode": (decode_case, ("M", "K", "outs", "rank", "popularity", "adapters")),
+    "attention": (attention_case, ("batch", "context", "q_heads", "kv_heads", "head_dim", "page_tokens")),
+}
+
+
+def best_peer(suite: str, row: Row) -> tuple[str, float]:
+    if suite != "attention":
+        return row["best_peer"], float(row["best_us"])
+    peers = {
+        key.removesuffix("_us"): float(row[key])
+        for key in row
+        if key.endswith("_us") and key != "floor_us" and row[key]
+    }
+    paged = {name: value for name, value in peers.items() if name.startswith("vllm")}
+    return min(paged.items(), key=lambda item: item[1])
+
+
+def run_suite(suite: str, every: int, library: KernelLibrary, variant: str, until: float) -> Iterator[Result]:
+    run, columns = SUITES[suite]
+    flush = torch.ones(160 << 18, device=DEVICE)
+    for row in read_cases(suite)[::every]:
+        if time.monotonic() > until:
+            print(f"{suite}: out of time, the rest is left out", file=sys.stderr)
+            return
+        peer, peer_value = best_peer(suite, row)
+        floor, case = float(row["floor_us"]), "/".join(row[column] for column in columns)
+        times = run(row, library, flush)
+        for metric, value in times.items():
+            name = metric if variant == "plain" else f"{metric}:{variant}"
+            yield Result(suite, case, name, round(value, 2), "us", floor, peer, peer_value)
+        extra = "  ".join(f"{metric} {value:.1f}" for metric, value in times.items() if metric != "op")
+        print(
+            f"{case:38s} {variant:6s} {times['op']:8.1f} us  floor {floor:7.1f} ({times['op'] / floor:5.2f}x)  "
+            f"{peer} {peer_value:.1f} ({times['op'] / peer_value:.2f}x)  {extra}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--suites", nargs="+", default=list(SUITES), choices=list(SUITES))
+    parser.add_argument("--every", type=int, default=1, help="take every n-th case")
+    parser.add_argument("--variants", nargs="+", default=["plain", "pdl"], choices=["plain", "pdl"])
+    parser.add_argument("--commit", default="", help="for checkouts without git")
+    parser.add_argument("--limit-s", type=float, default=1e9, help="stop starting cases after this long")
+    args = parser.parse_args()
+    until = time.monotonic() + args.limit_s
+    results: list[Result] = []
+    for variant in args.variants:
+        library = KernelLibrary(DEVICE, torch.bfloat16, dependent=variant == "pdl")
+        for suite in args.suites:
+            results += run_suite(suite, args.every, library, variant, until)
+    commit = (
+        args.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
+    )
+    meta = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit.strip(),
+        "gpu": torch.cuda.get_device_name(DEVICE),
+        "torch": torch.__version__,
+        "command": " ".join(["python", *sys.argv]),
+    }
+    path = args.out / f"kernels-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+    path.write_text(json.dumps({"meta": meta, "rows": [asdict(result) for result in results]}, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""CUDA C++ to machine code through NVRTC, with a cache of cubins on disk. Needs no GPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cuda.bindings import nvrtc
+
+SOURCES: Final = Path(__file__).parent / "csrc"
+DEFAULT_CACHE: Final = Path.home() / ".cache" / "loraplex" / "cubins"
+OPTIONS: Final = ("--std=c++17", "--ptxas-options=-v")
+
+
+class CompileError(RuntimeError):
+    """NVRTC refused a kernel; the message holds its log."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build:
+    """One kernel and the macros it is compiled with.
+
+    Attributes:
+        name: Stem of the ``.cu`` file and name of its entry point.
+        defines: Macros as ``NAME`` or ``NAME=VALUE``.
+    """
+
+    name: str
+    defines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """A compiled kernel.
+
+    Attributes:
+        image: Cubin, or PTX where the architecture is ``compute_NN``.
+        registers: Per thread; 0 for PTX, which is assembled later.
+        spill_bytes: Spilled stores and loads per thread.
+        shared_bytes: Static shared memory per block.
+    """
+
+    image: bytes
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+def _check(result: Any, program: Any = None, what: str = "") -> None:
+    if result == nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        return
+    log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode() if program is not None else ""
+    raise CompileError(f"{what}: {result.name}\n{log}".strip())
+
+
+def _text(size_of: Any, get: Any, program: Any) -> bytes:
+    result, size = size_of(program)
+    _check(result)
+    data = b" " * size
+    _check(get(program, data)[0])
+    return data
+
+
+@functools.cache
+def nvrtc_version() -> str:
+    """Return the version of the compiler that is loaded."""
+    result, major, minor = nvrtc.nvrtcVersion()
+    _check(result)
+    return f"{major}.{minor}"
+
+
+@functools.cache
+def headers() -> dict[str, str]:
+    """Return the headers of all kernels: name -> text."""
+    return {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))}
+
+
+def cache_key(build: Build, arch: str) -> str:
+    """Return a digest of all that the machine code depends on."""
+    parts = [
+        (SOURCES / f"{build.name}.cu").read_text(),
+        *headers().items(),
+        build.defines,
+        arch,
+        OPTIONS,
+        nvrtc_version(),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def compile_kernel(build: Build, arch: str) -> Program:
+    """Compile a kernel for ``sm_NN`` (cubin) or ``compute_NN`` (PTX).
+
+    Raises:
+        CompileError: With NVRTC's log.
+    """
+    source = (SOURCES / f"{build.name}.cu").read_text()
+    names, texts = [name.encode() for name in headers()], [text.encode() for text in headers().values()]
+    result, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{build.name}.cu".encode(), len(names), texts, names)
+    _check(result, what=build.name)
+    try:
+        options = [f"--gpu-architecture={arch}", *OPTIONS, *(f"-D{define}" for define in build.defines)]
+        (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        _check(result, program, f"{build.name}.cu for {arch} with {', '.join(build.defines) or 'no macros'}")
+        log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()
+        if arch.startswith("compute_"):
+            image = _text(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
+        else:
+            image = _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return Program(
+        image=image,
+        registers=_largest(r"Used (\d+) registers", log),
+        spill_bytes=_largest(r"(\d+) bytes spill stores", log) + _largest(r"(\d+) bytes spill loads", log),
+        shared_bytes=_largest(r"(\d+) bytes smem", log),
+    )
+
+
+def _largest(pattern: str, log: str) -> int:
+    return max(map(int, re.findall(pattern, log)), default=0)
+
+
+class CubinCache:
+    """Compiled kernels in a directory; safe to share between processes, since files are complete once they have their name."""
+
+    def __init__(self, directory: Path = DEFAULT_CACHE) -> None:
+        self._directory = directory
+
+    def get(self, build: Build, arch: str) -> Program:
+        """Return the compiled kernel, compiling it unless an equal one is cached.
+
+        Raises:
+            CompileError: With NVRTC's log.
+        """
+        path = self._directory / f"{build.name}-{arch}-{cache_key(build, arch)[:32]}"
+        try:
+            facts, image = path.read_bytes().split(b"\n", 1)
+            return Program(image=image, **json.loads(facts))
+        except FileNotFoundError:
+            program = compile_kernel(build, arch)
+            self._write(path, program)
+            return program
+
+    def _write(self, path: Path, program: Program) -> None:
+        facts = asdict(program)
+        image = facts.pop("image")
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as file:
+            file.write(json.dumps(facts).encode() + b"\n" + image)
+        os.replace(file.name, path)

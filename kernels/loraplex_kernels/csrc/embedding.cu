@@ -1,0 +1,34 @@
+// out[t] = table[ids[t]]; an id outside the vocabulary gives a row of zeros rather than a fault.
+//
+// ids[t] < 0 means: the token last sampled for slot slots[t], still on the device (StepPlan's FROM_DEVICE).
+// Grid: one CTA per token. Block: 128 threads copying 16-byte vectors. No shared memory. Alignment: rows on 16 bytes.
+// Registers: 16 CTAs per SM, hence at most 32. Architectures: sm_80 and up.
+#include "common.cuh"
+
+constexpr int kHidden = HIDDEN;
+static_assert(kHidden % kVec == 0, "rows are copied as 16-byte vectors");
+
+struct Params {
+    const elem* table;        // [vocab, HIDDEN]
+    const int* ids;           // [tokens]
+    const int* slots;         // [tokens]; read only where ids[t] < 0
+    const int* last_sampled;  // [slots]
+    elem* out;                // [tokens, HIDDEN]
+    int vocab;
+    int reserved;
+};
+static_assert(sizeof(Params) == 48, "embedding.py mirrors it");
+
+extern "C" __global__ void __launch_bounds__(128, 16) embedding(const Params p) {
+    allow_dependents();
+    dependency_wait();
+    const int token = blockIdx.x;
+    int id = p.ids[token];
+    if (id < 0) id = p.last_sampled[p.slots[token]];
+    const bool known = id >= 0 && id < p.vocab;
+    for (int column = threadIdx.x * kVec; column < kHidden; column += 128 * kVec) {
+        Vec row = {};
+        if (known) row = load_vec(p.table + static_cast<i64>(id) * kHidden + column);
+        store_vec(p.out + static_cast<i64>(token) * kHidden + column, row);
+    }
+}

@@ -1,0 +1,27 @@
+// out = silu(gate) * up over rows [gate | up]; silu rounded to the element type first, as torch does.
+//
+// Grid: (ceil(WIDTH / (256 * 16 bytes)), rows). Block: 256 threads, one 16-byte vector each. No shared memory.
+// Alignment: WIDTH % (16 / sizeof(elem)) == 0. Registers: 8 CTAs per SM, hence at most 32. Architectures: sm_80 and up.
+#include "silu.cuh"
+
+constexpr int kWidth = WIDTH;
+static_assert(kWidth % kVec == 0, "rows are read as 16-byte vectors");
+
+struct Params {
+    const elem* gate_up;  // [rows, 2 * WIDTH]
+    elem* out;            // [rows, WIDTH]
+};
+
+extern "C" __global__ void __launch_bounds__(256, 8) silu_mul(const Params p) {
+    allow_dependents();
+    dependency_wait();
+    const int column = (blockIdx.x * 256 + threadIdx.x) * kVec;
+    if (column >= kWidth) return;
+    const i64 row = blockIdx.y;
+    const Vec gate = load_vec(p.gate_up + row * 2 * kWidth + column);
+    const Vec up = load_vec(p.gate_up + row * 2 * kWidth + kWidth + column);
+    Vec out;
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) out.v[j] = from_float<elem>(silu_mul_value(to_float(gate.v[j]), to_float(up.v[j])));
+    store_vec(p.out + row * kWidth + column, out);
+}

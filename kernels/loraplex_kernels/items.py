@@ -1,0 +1,231 @@
+"""Work items of a decode step: which CTA does which share of which adapter's LoRA, built once and used by all layers.
+
+Rows are grouped by adapter, at most 8 to a group; a group's work is cut into items of about equal bytes, so that cost
+follows the sum of the ranks in the batch and not their maximum. Ranks may differ between layers: items cover the
+largest, and a kernel skips what its layer does not have.
+
+Everything a step needs is one int32 buffer, one host-to-device copy: ranges ``[9, 2]`` (padded), groups, items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+from loraplex_common.adapter_image import OP_INDEX, OPS
+
+if TYPE_CHECKING:
+    from loraplex_common.adapter_image import Geometry
+    from numpy.typing import NDArray
+
+GROUP_TOKENS: Final = 8  # kGroupTokens
+SHRINK_ROWS: Final = 16  # kRows
+SHRINK_CHUNK: Final = 1024  # kChunk
+GROUP_INTS: Final = 16
+ITEM_INTS: Final = 4
+HEADER_INTS: Final = 32
+EXPAND_ITEM_BYTES: Final = 16 * 1024
+MIN_ITEMS: Final = 264  # two CTAs for each multiprocessor of an H100: below that, runs are cut shorter
+MIN_RUN: Final = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpShape:
+    """What the item builder must know of one op.
+
+    Attributes:
+        columns: Input features.
+        outputs: Output features of each slice.
+        unit: Runs are multiples of this many outputs: the head size where whole heads are needed.
+        max_run: Longest run the kernel takes.
+        fused: The expand is folded into the op's pointwise follower, so rows without an adapter need items too.
+        paired: A run covers the same outputs of all slices (gate and up).
+    """
+
+    columns: int
+    outputs: tuple[int, ...]
+    unit: int = 16
+    max_run: int = 512
+    fused: bool = False
+    paired: bool = False
+
+    @property
+    def num_planes(self) -> int:
+        """Planes of h that the shrink writes."""
+        return -(-self.columns // SHRINK_CHUNK)
+
+    @property
+    def slice_begin(self) -> tuple[int, ...]:
+        """First fused output of each slice, and the end."""
+        return tuple(int(n) for n in np.cumsum((0, *self.outputs)))
+
+
+def op_shapes(geometry: Geometry, *, fused: bool) -> tuple[OpShape, ...]:
+    """Return the shapes of the four ops of one tensor-parallel rank.
+
+    Args:
+        geometry: Shapes of the base model.
+        fused: Fold the expands of qkv and gate_up into their followers; else every expand adds to its op's output.
+    """
+    shapes = []
+    for op, projections in OPS.items():
+        columns, outputs = (
+            geometry.local_shape(projections[0])[0],
+            tuple(geometry.local_shape(p)[1] for p in projections),
+        )
+        fold, paired = fused and len(outputs) > 1, fused and op == "gate_up"
+        unit, max_run = geometry.head_dim if fold and op == "qkv" else 16, 256 if paired else 512
+        shapes.append(OpShape(columns=columns, outputs=outputs, unit=unit, max_run=max_run, fused=fold, paired=paired))
+    return tuple(shapes)
+
+
+class ItemRanges(NamedTuple):
+    """Where a step's items are.
+
+    Attributes:
+        buffer: int32; header ``[(first item, items)]`` by `range_index`, then groups, then items.
+        num_groups: Groups in it.
+        counts: ``[8]`` items by `range_index`.
+    """
+
+    buffer: NDArray[np.int32]
+    num_groups: int
+    counts: NDArray[np.int32]
+
+
+def range_index(op: str, *, expand: bool) -> int:
+    """Return the place of an op's shrink or expand items in the header."""
+    return 2 * OP_INDEX[op] + expand
+
+
+def make_groups(adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
+    """Group rows by adapter, at most `GROUP_TOKENS` each, in order of adapter.
+
+    Args:
+        adapters: int32 ``[N]``; adapter of each row, -1 for none.
+        rows: int32 ``[N]``; the rows' numbers in activations, 0..N-1 if unset.
+
+    Returns:
+        int32 ``[groups, 16]``: adapter, count, 8 tokens, padding.
+    """
+    count = len(adapters)
+    order = np.argsort(adapters, kind="stable").astype(np.int32)
+    sorted_adapters = adapters[order]
+    is_start = np.ones(count, dtype=bool)
+    is_start[1:] = sorted_adapters[1:] != sorted_adapters[:-1]
+    starts = np.flatnonzero(is_start)
+    in_run = np.arange(count) - np.repeat(starts, np.diff(np.append(starts, count)))
+    group_of = np.cumsum(in_run % GROUP_TOKENS == 0) - 1
+    groups = np.zeros((int(group_of[-1]) + 1 if count else 0, GROUP_INTS), dtype=np.int32)
+    groups[group_of, 0] = sorted_adapters
+    np.add.at(groups[:, 1], group_of, 1)
+    groups[group_of, 2 + in_run % GROUP_TOKENS] = order if rows is None else rows[order]
+    return groups
+
+
+def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return 0..counts[0]-1, 0..counts[1]-1, ..."""
+    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def shrink_items(groups: NDArray[np.int32], stacked: NDArray[np.int32], shape: OpShape) -> NDArray[np.int32]:
+    """Return ``[items, 4]``: group, adapter, block of 16 rank rows, plane.
+
+    Args:
+        groups: From `make_groups`.
+        stacked: int32 ``[groups]``; stacked rank of each group's adapter, 0 without one.
+        shape: The op's.
+    """
+    blocks = -(-stacked.astype(np.int64) // SHRINK_ROWS)
+    counts = blocks * shape.num_planes
+    group = np.repeat(np.arange(len(groups)), counts)
+    within = _within(counts)
+    items = np.empty((len(group), ITEM_INTS), dtype=np.int32)
+    items[:, 0], items[:, 1] = group, groups[group, 0]
+    items[:, 2], items[:, 3] = within // shape.num_planes, within % shape.num_planes
+    return items
+
+
+def expand_items(
+    groups: NDArray[np.int32], ranks: NDArray[np.int32], shape: OpShape, item_bytes: int
+) -> NDArray[np.int32]:
+    """Return ``[items, 4]``: group, adapter, first fused output, outputs.
+
+    Args:
+        groups: From `make_groups`.
+        ranks: int32 ``[groups, 3]``; ranks of each group's adapter, 0 without one.
+        shape: The op's.
+        item_bytes: Bytes of an element.
+    """
+    slices = (
+        [(0, shape.outputs[0], ranks.sum(axis=1))]
+        if shape.paired
+        else [
+            (begin, outputs, ranks[:, index])
+            for index, (begin, outputs) in enumerate(zip(shape.slice_begin, shape.outputs, strict=False))
+        ]
+    )
+    total = sum(outputs for _, outputs, _ in slices)
+    spread = max(MIN_RUN, total * max(len(groups), 1) // MIN_ITEMS)
+    parts = []
+    for begin, outputs, rank in slices:
+        longest = np.maximum(np.minimum(EXPAND_ITEM_BYTES // np.maximum(rank * item_bytes, 1), spread), MIN_RUN)
+        run = 2 ** np.floor(np.log2(np.minimum(longest, shape.max_run))).astype(np.int64)
+        run = np.maximum(run // shape.unit, 1) * shape.unit
+        counts = -(-outputs // run) * (rank > 0 if not shape.fused else 1)
+        group = np.repeat(np.arange(len(groups)), counts)
+        start = _within(counts) * run[group]
+        part = np.empty((len(group), ITEM_INTS), dtype=np.int32)
+        part[:, 0], part[:, 1] = group, groups[group, 0]
+        part[:, 2], part[:, 3] = begin + start, np.minimum(run[group], outputs - start)
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+class ItemBuilder:
+    """Builds the items of a step.
+
+    Args:
+        shapes: Of the four ops, in the order of ``OPS``.
+        item_bytes: Bytes of an element.
+    """
+
+    def __init__(self, shapes: tuple[OpShape, ...], item_bytes: int) -> None:
+        self.shapes = shapes
+        self._item_bytes = item_bytes
+
+    def build(
+        self,
+        adapters: NDArray[np.int32],
+        max_ranks: NDArray[np.int32],
+        max_stacked: NDArray[np.int32],
+        rows: NDArray[np.int32] | None = None,
+    ) -> ItemRanges:
+        """Return the items of all ops for rows with these adapters.
+
+        Args:
+            adapters: int32 ``[N]``; -1 for the base model alone.
+            max_ranks: `AdapterTables.max_ranks`.
+            max_stacked: `AdapterTables.max_stacked`.
+            rows: int32 ``[N]``; the rows' numbers in activations, 0..N-1 if unset.
+        """
+        groups = make_groups(adapters, rows)
+        has_adapter = groups[:, 0] >= 0
+        of_group = np.maximum(groups[:, 0], 0)
+        header, parts, counts = (
+            np.zeros(HEADER_INTS, dtype=np.int32),
+            [],
+            np.zeros(2 * len(self.shapes), dtype=np.int32),
+        )
+        first = 0
+        for op, shape in enumerate(self.shapes):
+            stacked = np.where(has_adapter, max_stacked[of_group, op], 0)
+            ranks = np.where(has_adapter[:, None], max_ranks[of_group, op], 0)
+            for items in (shrink_items(groups, stacked, shape), expand_items(groups, ranks, shape, self._item_bytes)):
+                index = len(parts)
+                header[2 * index : 2 * index + 2] = first, len(items)
+                counts[index] = len(items)
+                first += len(items)
+                parts.append(items.reshape(-1))
+        return ItemRanges(np.concatenate([header, groups.reshape(-1), *parts]), len(groups), counts)

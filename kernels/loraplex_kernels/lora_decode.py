@@ -1,0 +1,207 @@
+"""LoRA for decode rows: shrink, then expand on its own or folded into the kernel that follows the op's GEMM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+from loraplex_common.adapter_image import OP_INDEX
+
+from loraplex_kernels.items import GROUP_INTS, HEADER_INTS, ITEM_INTS, ItemBuilder, ItemRanges, OpShape, range_index
+from loraplex_kernels.params import ExpandAddParams, LoraRopeKvParams, LoraSiluMulParams, LoraTables, ShrinkParams
+from loraplex_kernels.tables import MAX_STACKED_RANK
+
+if TYPE_CHECKING:
+    import ctypes
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from loraplex_kernels.module import Kernel, KernelLibrary
+    from loraplex_kernels.params import ExpandParams
+    from loraplex_kernels.rope_kv import RopeKv
+    from loraplex_kernels.tables import AdapterTables
+
+BLOCK: Final = 256
+INT_BYTES: Final = 4
+
+
+class StepItems:
+    """A step's items on the device, in fixed buffers.
+
+    Groups lie at a fixed place, items behind the room for ``max_groups``, so that graphs stay valid.
+    """
+
+    def __init__(self, *, max_rows: int, max_items: int, device: torch.device) -> None:
+        self._max_groups, self._max_items = max_rows, max_items
+        self._items_at = HEADER_INTS + max_rows * GROUP_INTS
+        size = self._items_at + max_items * ITEM_INTS
+        self.buffer = torch.zeros(size, dtype=torch.int32, device=device)
+        self._pinned = device.type == "cuda"
+
+    def upload(self, built: ItemRanges) -> None:
+        """Copy a step's items to the device on the current stream.
+
+        Raises:
+            ValueError: If they are more than the buffers hold.
+        """
+        items = (len(built.buffer) - HEADER_INTS) // ITEM_INTS - built.num_groups * GROUP_INTS // ITEM_INTS
+        if built.num_groups > self._max_groups or items > self._max_items:
+            raise ValueError(
+                f"{built.num_groups} groups, {items} items exceed {self._max_groups} and {self._max_items}"
+            )
+        host = torch.from_numpy(built.buffer)
+        host = host.pin_memory() if self._pinned else host
+        head = HEADER_INTS + built.num_groups * GROUP_INTS
+        self.buffer[:head].copy_(host[:head], non_blocking=self._pinned)
+        self.buffer[self._items_at : self._items_at + items * ITEM_INTS].copy_(host[head:], non_blocking=self._pinned)
+
+    def fill(self, lora: LoraTables, op: str, *, expand: bool) -> None:
+        """Point a kernel's parameters at the items of an op."""
+        base = self.buffer.data_ptr()
+        lora.range = base + 2 * INT_BYTES * range_index(op, expand=expand)
+        lora.groups = base + HEADER_INTS * INT_BYTES
+        lora.items = base + self._items_at * INT_BYTES
+
+
+class LoraDecode:
+    """The LoRA kernels of decode rows.
+
+    Args:
+        library: Compiles and loads them.
+        tables: The resident adapters.
+        pool: uint8 ``[num_pages, page_bytes]``; the unified pool.
+        shapes: Of the four ops, as the item builder has them.
+        max_rows: Most rows of a step.
+        max_items: Most items of a step.
+        rope: The layer's rotary kernel, if qkv's expand is to be folded into it.
+    """
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        tables: AdapterTables,
+        pool: torch.Tensor,
+        shapes: tuple[OpShape, ...],
+        *,
+        max_rows: int,
+        max_items: int,
+        rope: RopeKv | None = None,
+    ) -> None:
+        item_bytes = 2 if library.dtype == torch.bfloat16 else 4
+        self.builder = ItemBuilder(shapes, item_bytes)
+        self.items = StepItems(max_rows=max_rows, max_items=max_items, device=library.device)
+        self._library, self._tables, self._shapes, self._rope = library, tables, shapes, rope
+        planes = max(shape.num_planes for shape in shapes)
+        self.scratch_shape = (planes, max_rows, MAX_STACKED_RANK)
+        self._shrink = library.load("lora_shrink", ShrinkParams(), BLOCK)
+        self._expand = library.load("lora_expand", ExpandAddParams(), BLOCK)
+        self._silu_mul = library.load("lora_silu_mul", LoraSiluMulParams(), BLOCK)
+        kernels: list[Kernel[ctypes.Structure]] = [self._shrink, self._expand, self._silu_mul]  # type: ignore[list-item]
+        if rope is not None:
+            self._rope_kv = library.load("lora_rope_kv", LoraRopeKvParams(), BLOCK, defines=rope.defines)
+            kernels.append(self._rope_kv)  # type: ignore[arg-type]
+        for kernel in kernels:
+            kernel.params.lora.pool = pool.data_ptr()
+            kernel.params.lora.tiles = tables.tiles.data_ptr()
+            kernel.params.lora.entry_stride = tables.entry_stride
+
+    def new_scratch(self) -> torch.Tensor:
+        """Allocate an h: fp32 ``[planes, max_rows, 256]``; one for each op in flight at a time."""
+        return torch.empty(self.scratch_shape, dtype=torch.float32, device=self._library.device)
+
+    def prepare(self, adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = None) -> ItemRanges:
+        """Build the items of a step and copy them to the device on the current stream."""
+        built = self.builder.build(adapters, self._tables.max_ranks, self._tables.max_stacked, rows)
+        self.items.upload(built)
+        return built
+
+    def shrink(self, layer: int, op: str, x: torch.Tensor, h: torch.Tensor, grid: int) -> None:
+        """Compute ``h[plane][t] = x[t, chunk] @ A[:, chunk].T``.
+
+        Args:
+            layer: Decoder layer.
+            op: One of ``OPS``.
+            x: ``[tokens, in_features]``.
+            h: From `new_scratch`.
+            grid: CTAs; they stride over the items.
+        """
+        params, shape = self._shrink.params, self._shapes[OP_INDEX[op]]
+        params.x = self._library.check("x", x, self._library.dtype, -1, shape.columns)
+        self._fill_lora(params.lora, layer, op, expand=False)
+        params.h, params.h_plane, params.h_stride = h.data_ptr(), h.stride(0), h.stride(1)
+        params.columns = shape.columns
+        self._shrink.launch(grid)
+
+    def expand_add(self, layer: int, op: str, h: torch.Tensor, scale: torch.Tensor, y: torch.Tensor, grid: int) -> None:
+        """Compute ``y[t] += scaling * scale[t] * sum(h[:, t]) @ B.T`` for rows with an adapter.
+
+        Args:
+            layer: Decoder layer.
+            op: One of ``OPS``; its shape must not be fused.
+            h: What `shrink` wrote.
+            scale: fp32 ``[tokens]``.
+            y: ``[tokens, out_features of all slices]``, updated in place.
+            grid: CTAs.
+        """
+        params, shape = self._expand.params, self._shapes[OP_INDEX[op]]
+        params.y = self._library.check("y", y, self._library.dtype, -1, shape.slice_begin[-1])
+        params.y_stride = shape.slice_begin[-1]
+        self._fill_lora(params.lora, layer, op, expand=True)
+        self._fill_expand(params.expand, shape, h, scale)
+        self._expand.launch(grid)
+
+    def expand_silu_mul(
+        self, layer: int, h: torch.Tensor, scale: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor, grid: int
+    ) -> None:
+        """Compute ``out = silu(gate + delta) * (up + delta)`` for all rows of the step.
+
+        Args:
+            layer: Decoder layer.
+            h: What `shrink` wrote for gate_up.
+            scale: fp32 ``[tokens]``.
+            gate_up: ``[tokens, 2 * width]``.
+            out: ``[tokens, width]``.
+            grid: CTAs.
+        """
+        params, shape = self._silu_mul.params, self._shapes[OP_INDEX["gate_up"]]
+        width = shape.outputs[0]
+        params.gate_up = self._library.check("gate_up", gate_up, self._library.dtype, -1, 2 * width)
+        params.out = self._library.check("out", out, self._library.dtype, -1, width)
+        params.width = width
+        self._fill_lora(params.lora, layer, "gate_up", expand=True)
+        self._fill_expand(params.expand, shape, h, scale)
+        self._silu_mul.launch(grid)
+
+    def expand_rope_kv(
+        self,
+        layer: int,
+        h: torch.Tensor,
+        scale: torch.Tensor,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        kv_slots: torch.Tensor,
+        grid: int,
+        *,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+    ) -> None:
+        """Add qkv's LoRA, then do what `RopeKv.launch` does, for all rows of the step."""
+        if self._rope is None:
+            raise RuntimeError("built without the rotary kernel")
+        params, shape = self._rope_kv.params, self._shapes[OP_INDEX["qkv"]]
+        self._rope.fill(params.rope, layer, qkv, positions, kv_slots, q_norm, k_norm)
+        self._fill_lora(params.lora, layer, "qkv", expand=True)
+        self._fill_expand(params.expand, shape, h, scale)
+        self._rope_kv.launch(grid)
+
+    def _fill_lora(self, lora: LoraTables, layer: int, op: str, *, expand: bool) -> None:
+        lora.entries = self._tables.entry_address(layer, op)
+        self.items.fill(lora, op, expand=expand)
+
+    def _fill_expand(self, expand: ExpandParams, shape: OpShape, h: torch.Tensor, scale: torch.Tensor) -> None:
+        begin = shape.slice_begin
+        expand.h, expand.h_plane, expand.h_stride = h.data_ptr(), h.stride(0), h.stride(1)
+        expand.scale = self._library.check("scale", scale, torch.float32, -1)
+        expand.num_planes = shape.num_planes
+        expand.slice_begin[:] = [*begin, *[begin[-1]] * (4 - len(begin))]

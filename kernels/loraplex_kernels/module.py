@@ -1,0 +1,173 @@
+"""Loading compiled kernels and launching them on torch's streams, capturable in CUDA graphs.
+
+A kernel takes one struct by value. Its ctypes mirror is allocated once per `Kernel`, so a launch sets fields and makes one
+driver call: the driver copies the struct before it returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+import torch
+from cuda.bindings import driver
+
+from loraplex_kernels.compiler import Build, CubinCache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+P = TypeVar("P", bound=ctypes.Structure)
+DEPENDENT_LAUNCH_MACRO: Final = "LORAPLEX_PDL"
+
+
+class DriverError(RuntimeError):
+    """The CUDA driver refused a call; the message names the call and the driver's reason."""
+
+
+def _check(result: Any, what: str) -> None:
+    if result != driver.CUresult.CUDA_SUCCESS:
+        _, text = driver.cuGetErrorString(result)
+        raise DriverError(f"{what}: {result.name} ({text.decode() if text else 'no description'})")
+
+
+def device_arch(device: torch.device) -> str:
+    """Return the exact architecture of a GPU, e.g. ``sm_90a``."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+class Kernel(Generic[P]):
+    """A kernel on the current device, with its parameter struct.
+
+    Attributes:
+        params: Set its fields, then call `launch`.
+    """
+
+    __slots__ = ("_args", "_args_address", "_block", "_config", "_function", "_module", "_streams", "name", "params")
+
+    def __init__(self, name: str, image: bytes, params: P, block: int, shared_bytes: int, *, dependent: bool) -> None:
+        self.name = name
+        self.params = params
+        self._block = block
+        self._args = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        self._args_address = ctypes.addressof(self._args)
+        self._streams: dict[int, Any] = {}
+        result, self._module = driver.cuModuleLoadData(image)
+        _check(result, f"{name}: load")
+        result, self._function = driver.cuModuleGetFunction(self._module, name.encode())
+        _check(result, f"{name}: find entry point")
+        if shared_bytes > 48 * 1024:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(
+                driver.cuFuncSetAttribute(self._function, attribute, shared_bytes)[0],
+                f"{name}: {shared_bytes} B shared",
+            )
+        self._config = self._make_config(shared_bytes, dependent)
+
+    def _make_config(self, shared_bytes: int, dependent: bool) -> Any:
+        config = driver.CUlaunchConfig()
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._block, 1, 1
+        config.sharedMemBytes = shared_bytes
+        if dependent:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        return config
+
+    def launch(self, x: int, y: int = 1, z: int = 1, *, stream: int | None = None) -> None:
+        """Launch ``x * y * z`` blocks with the current `params`; an empty grid launches nothing.
+
+        Args:
+            x: Blocks along x; y and z likewise.
+            stream: Raw stream; torch's current stream if unset.
+
+        Raises:
+            DriverError: If the driver refuses the launch.
+        """
+        if x * y * z == 0:
+            return
+        raw = torch.cuda.current_stream().cuda_stream if stream is None else stream
+        handle = self._streams.get(raw)
+        if handle is None:
+            handle = self._streams[raw] = driver.CUstream(raw)
+        config = self._config
+        if config.numAttrs == 0:
+            (result,) = driver.cuLaunchKernel(
+                self._function, x, y, z, self._block, 1, 1, config.sharedMemBytes, handle, self._args_address, 0
+            )
+        else:
+            config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
+            config.hStream = handle
+            (result,) = driver.cuLaunchKernelEx(config, self._function, self._args_address, 0)
+        if result != driver.CUresult.CUDA_SUCCESS:
+            _check(result, f"{self.name}: launch ({x}, {y}, {z}) x {self._block}")
+
+
+class KernelLibrary:
+    """Compiles and loads kernels for one device and element type.
+
+    Args:
+        device: A CUDA device; must be current whenever a kernel is launched.
+        dtype: Element type of activations, weights and pages: bfloat16 or float32.
+        cache: Where cubins are kept.
+        arch: Target; the device's own if unset. ``compute_80`` runs the sm_80 path on a newer device.
+        dependent: Launch with programmatic dependent launch (sm_90 and up).
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        cache: CubinCache | None = None,
+        arch: str | None = None,
+        dependent: bool = False,
+    ) -> None:
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"kernels compute in bfloat16 or float32, not {dtype}")
+        self.device = device
+        self.dtype = dtype
+        self.arch = arch or device_arch(device)
+        self.dependent = dependent
+        self._cache = cache or CubinCache()
+        torch.zeros(1, device=device)  # makes torch's primary context current
+
+    def load(
+        self, name: str, params: P, block: int, *, defines: Sequence[str] = (), shared_bytes: int = 0
+    ) -> Kernel[P]:
+        """Compile (or find in the cache) and load one kernel.
+
+        Raises:
+            CompileError: With NVRTC's log.
+            DriverError: If the image does not load on this device.
+        """
+        build = Build(name=name, defines=(*defines, *dtype_defines(self.dtype), *self._launch_defines()))
+        program = self._cache.get(build, self.arch)
+        return Kernel(name, program.image, params, block, shared_bytes, dependent=self.dependent)
+
+    def _launch_defines(self) -> tuple[str, ...]:
+        return (DEPENDENT_LAUNCH_MACRO,) if self.dependent else ()
+
+    def check(self, name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> int:
+        """Return a tensor's address once dtype, device, shape and contiguity hold; a size of -1 matches any.
+
+        Raises:
+            ValueError: Naming the tensor and what was expected.
+        """
+        fits = len(shape) == tensor.dim() and all(
+            want in (-1, size) for want, size in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits or tensor.dtype != dtype or tensor.device != self.device or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}: expected contiguous {dtype} {list(shape)} on {self.device}, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+        return tensor.data_ptr()
+
+
+def dtype_defines(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the macros that choose a kernel's element type."""
+    return ("LORAPLEX_FP32",) if dtype == torch.float32 else ()

@@ -1,0 +1,71 @@
+"""Where K and V lie in the pool, as the kernels see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from loraplex_kernels.module import KernelLibrary
+    from loraplex_kernels.params import PagedKv
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvLayout:
+    """Shape of the K and V of all layers inside a page: ``[layer][K|V][kv_head][token][dim]``.
+
+    Attributes:
+        block_tokens: Tokens of a page, a power of two.
+        window: Sliding window in tokens; 0 for none.
+        softmax_scale: Of the scores; 0 for 1 / sqrt(head_dim).
+    """
+
+    page_bytes: int
+    block_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int = 0
+    softmax_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.block_tokens <= 0 or self.block_tokens & (self.block_tokens - 1):
+            raise ValueError(f"block_tokens {self.block_tokens} is not a power of two")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} heads are no multiple of {self.num_kv_heads} KV heads")
+
+    @property
+    def qkv_width(self) -> int:
+        """Outputs of the fused q, k, v projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def layer_offset(self, layer: int, item_bytes: int) -> int:
+        """Return the bytes from a page's start to a layer's K."""
+        return layer * 2 * self.num_kv_heads * self.block_tokens * self.head_dim * item_bytes
+
+    def fill(
+        self, params: PagedKv, library: KernelLibrary, layer: int, pool: torch.Tensor, block_tables: torch.Tensor
+    ) -> None:
+        """Set the parameters of an attention kernel.
+
+        Args:
+            params: Filled.
+            library: Of the kernel.
+            layer: Decoder layer.
+            pool: uint8 ``[pages, page_bytes]``.
+            block_tables: int32 ``[sequences, width]``; page ids.
+
+        Raises:
+            ValueError: If a shape, dtype or device differs.
+        """
+        params.pool = library.check("pool", pool, torch.uint8, -1, self.page_bytes)
+        params.block_tables = library.check("block_tables", block_tables, torch.int32, -1, -1)
+        params.page_bytes = self.page_bytes
+        params.layer_offset = self.layer_offset(layer, library.dtype.itemsize)
+        params.table_stride = block_tables.shape[1]
+        params.block_shift = self.block_tokens.bit_length() - 1
+        params.num_heads, params.num_kv_heads = self.num_heads, self.num_kv_heads
+        params.window = self.window
+        params.scale = self.softmax_scale or self.head_dim**-0.5

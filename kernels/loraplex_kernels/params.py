@@ -1,0 +1,186 @@
+"""ctypes mirrors of the kernels' parameter structs; each ``.cu`` asserts the size its mirror must have."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_void_p
+
+_Fields = list[tuple[str, type]]
+
+
+class LoraTables(ctypes.Structure):
+    """csrc/lora_table.cuh."""
+
+    _fields_: _Fields = [
+        ("pool", c_void_p),
+        ("tiles", c_void_p),
+        ("entries", c_void_p),
+        ("entry_stride", c_int64),
+        ("groups", c_void_p),
+        ("items", c_void_p),
+        ("range", c_void_p),
+    ]
+
+
+class ExpandParams(ctypes.Structure):
+    """csrc/lora_expand.cuh."""
+
+    _fields_: _Fields = [
+        ("h", c_void_p),
+        ("scale", c_void_p),
+        ("h_plane", c_int64),
+        ("h_stride", c_int),
+        ("num_planes", c_int),
+        ("slice_begin", c_int * 4),
+    ]
+
+
+class RopeParams(ctypes.Structure):
+    """csrc/rope.cuh."""
+
+    _fields_: _Fields = [
+        ("qkv", c_void_p),
+        ("rotary", c_void_p),
+        ("positions", c_void_p),
+        ("kv_slots", c_void_p),
+        ("pool", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("page_bytes", c_int64),
+        ("layer_offset", c_int64),
+        ("num_heads", c_int),
+        ("num_kv_heads", c_int),
+        ("block_tokens", c_int),
+        ("norm_eps", c_float),
+    ]
+
+
+class PagedKv(ctypes.Structure):
+    """csrc/paged_kv.cuh."""
+
+    _fields_: _Fields = [
+        ("pool", c_void_p),
+        ("block_tables", c_void_p),
+        ("page_bytes", c_int64),
+        ("layer_offset", c_int64),
+        ("table_stride", c_int),
+        ("block_shift", c_int),
+        ("num_heads", c_int),
+        ("num_kv_heads", c_int),
+        ("window", c_int),
+        ("scale", c_float),
+    ]
+
+
+class RmsNormParams(ctypes.Structure):
+    """csrc/rms_norm.cu."""
+
+    _fields_: _Fields = [
+        ("x", c_void_p),
+        ("residual", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("rows", c_void_p),
+        ("eps", c_float),
+        ("num_rows", c_int),
+    ]
+
+
+class SiluMulParams(ctypes.Structure):
+    """csrc/silu_mul.cu."""
+
+    _fields_: _Fields = [("gate_up", c_void_p), ("out", c_void_p)]
+
+
+class EmbeddingParams(ctypes.Structure):
+    """csrc/embedding.cu."""
+
+    _fields_: _Fields = [
+        ("table", c_void_p),
+        ("ids", c_void_p),
+        ("slots", c_void_p),
+        ("last_sampled", c_void_p),
+        ("out", c_void_p),
+        ("vocab", c_int),
+        ("reserved", c_int),
+    ]
+
+
+class ShrinkParams(ctypes.Structure):
+    """csrc/lora_shrink.cu."""
+
+    _fields_: _Fields = [
+        ("lora", LoraTables),
+        ("x", c_void_p),
+        ("h", c_void_p),
+        ("h_plane", c_int64),
+        ("h_stride", c_int),
+        ("columns", c_int),
+    ]
+
+
+class ExpandAddParams(ctypes.Structure):
+    """csrc/lora_expand.cu."""
+
+    _fields_: _Fields = [("lora", LoraTables), ("expand", ExpandParams), ("y", c_void_p), ("y_stride", c_int64)]
+
+
+class LoraSiluMulParams(ctypes.Structure):
+    """csrc/lora_silu_mul.cu."""
+
+    _fields_: _Fields = [
+        ("lora", LoraTables),
+        ("expand", ExpandParams),
+        ("gate_up", c_void_p),
+        ("out", c_void_p),
+        ("width", c_int),
+        ("reserved", c_int),
+    ]
+
+
+class LoraRopeKvParams(ctypes.Structure):
+    """csrc/lora_rope_kv.cu."""
+
+    _fields_: _Fields = [("lora", LoraTables), ("expand", ExpandParams), ("rope", RopeParams)]
+
+
+class AttentionDecodeParams(ctypes.Structure):
+    """csrc/attention_decode.cu."""
+
+    _fields_: _Fields = [
+        ("kv", PagedKv),
+        ("q", c_void_p),
+        ("out", c_void_p),
+        ("context_lens", c_void_p),
+        ("partial_out", c_void_p),
+        ("partial_stats", c_void_p),
+        ("arrivals", c_void_p),
+        ("q_stride", c_int64),
+        ("min_split", c_int),
+        ("reserved", c_int),
+    ]
+
+
+class AttentionScalarParams(ctypes.Structure):
+    """csrc/attention_scalar.cu."""
+
+    _fields_: _Fields = [
+        ("kv", PagedKv),
+        ("q", c_void_p),
+        ("out", c_void_p),
+        ("sequences", c_void_p),
+        ("positions", c_void_p),
+        ("q_stride", c_int64),
+    ]
+
+
+class AttentionPrefillParams(ctypes.Structure):
+    """csrc/attention_prefill.cu."""
+
+    _fields_: _Fields = [
+        ("kv", PagedKv),
+        ("q", c_void_p),
+        ("out", c_void_p),
+        ("tiles", c_void_p),
+        ("q_stride", c_int64),
+    ]

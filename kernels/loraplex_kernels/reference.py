@@ -1,0 +1,93 @@
+"""What every kernel computes, in plain torch and fp32: the oracle of the tests. Slow on purpose."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from loraplex_kernels.paged_kv import KvLayout
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``weight * v / sqrt(mean(v^2) + eps)`` with ``v = x + residual``; fp32 ``[rows, hidden]``.
+
+    The sum is rounded to x's dtype first, since that is what the next layer's residual holds.
+    """
+    value = x if residual is None else x + residual
+    wide = value.float()
+    return weight.float() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate) * up``; fp32 ``[rows, width]``."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def rotary_table(positions: int, head_dim: int, theta: float = 10000.0) -> torch.Tensor:
+    """Return fp32 ``[positions, head_dim]``: cosines of the half frequencies, then their sines."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def rope(x: torch.Tensor, rotary: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotate heads ``[tokens, heads, head_dim]`` in the rotate-half manner; fp32."""
+    cosine, sine = rotary[positions.long()][:, None].chunk(2, dim=-1)
+    low, high = x.float().chunk(2, dim=-1)
+    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1)
+
+
+def lora_delta(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return ``scale * (x A^T) B^T``; fp32 ``[tokens, out_features]``."""
+    return scale * (x.float() @ lora_a.float().T) @ lora_b.float().T
+
+
+def read_kv(
+    pool: torch.Tensor, layout: KvLayout, dtype: torch.dtype, layer: int, pages: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather K and V of the first ``length`` tokens of a sequence; each ``[length, kv_heads, head_dim]``, as stored.
+
+    Args:
+        pool: uint8 ``[pages, page_bytes]``.
+        layout: Of K and V in pages.
+        dtype: Of K and V.
+        layer: Decoder layer.
+        pages: int ``[>= blocks]``; the sequence's page ids.
+        length: Tokens wanted.
+    """
+    blocks = -(-length // layout.block_tokens)
+    start = layout.layer_offset(layer, dtype.itemsize)
+    count = 2 * layout.num_kv_heads * layout.block_tokens * layout.head_dim * dtype.itemsize
+    raw = pool[pages[:blocks].long(), start : start + count].contiguous().view(dtype)
+    shaped = raw.view(blocks, 2, layout.num_kv_heads, layout.block_tokens, layout.head_dim)
+    key, value = shaped.permute(1, 0, 3, 2, 4).reshape(
+        2, blocks * layout.block_tokens, layout.num_kv_heads, layout.head_dim
+    )
+    return key[:length], value[:length]
+
+
+def attention(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, layout: KvLayout) -> torch.Tensor:
+    """Causal attention of consecutive tokens of one sequence; fp32 ``[tokens, heads, head_dim]``.
+
+    Args:
+        q: ``[tokens, heads, head_dim]``; positions start, start + 1, ...
+        key: ``[start + tokens, kv_heads, head_dim]``.
+        value: Likewise.
+        start: Position of the first token.
+        layout: Heads, window and scale.
+    """
+    group = layout.num_heads // layout.num_kv_heads
+    wide_key, wide_value = (t.float().repeat_interleave(group, dim=1) for t in (key, value))
+    scores = torch.einsum("thd,shd->hts", q.float(), wide_key) * (
+        layout.softmax_scale or 1 / math.sqrt(layout.head_dim)
+    )
+    query_at = torch.arange(start, start + len(q), device=q.device)[:, None]
+    key_at = torch.arange(len(key), device=q.device)[None]
+    hidden = key_at > query_at
+    if layout.window:
+        hidden |= key_at <= query_at - layout.window
+    return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -math.inf).softmax(-1), wide_value)

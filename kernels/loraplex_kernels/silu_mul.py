@@ -1,0 +1,36 @@
+"""SiLU of the gate times up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraplex_kernels.params import SiluMulParams
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraplex_kernels.module import KernelLibrary
+
+
+class SiluMul:
+    """``out = silu(gate) * up`` over rows ``[gate | up]``."""
+
+    def __init__(self, library: KernelLibrary, width: int) -> None:
+        self._library, self._width = library, width
+        self._kernel = library.load("silu_mul", SiluMulParams(), 256, defines=(f"WIDTH={width}",))
+        self._blocks = -(-width * library.dtype.itemsize // (256 * 16))
+
+    def launch(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """Compute one row per row of ``out``.
+
+        Args:
+            gate_up: ``[tokens, 2 * width]``.
+            out: ``[tokens, width]``.
+
+        Raises:
+            ValueError: If a shape, dtype or device differs.
+        """
+        params = self._kernel.params
+        params.gate_up = self._library.check("gate_up", gate_up, self._library.dtype, -1, 2 * self._width)
+        params.out = self._library.check("out", out, self._library.dtype, -1, self._width)
+        self._kernel.launch(self._blocks, out.shape[0])

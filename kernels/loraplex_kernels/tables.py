@@ -1,0 +1,186 @@
+"""The device tables of resident adapters: where each tile of each (adapter, layer, op) lies in the pool.
+
+Fixed buffers, so that a captured graph outlives every load and unload. Rows are written through pinned copies on the
+caller's current stream; who orders that stream before the first step that names the adapter is the caller.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from loraplex_common.adapter_image import KIND_A, KIND_B, OP_INDEX, OPS, layout
+
+if TYPE_CHECKING:
+    from loraplex_common.adapter_image import AdapterSpec, Geometry
+    from numpy.typing import NDArray
+
+NUM_OPS: Final = len(OPS)
+MAX_SLICES: Final = 3
+MAX_STACKED_RANK: Final = 256  # kMaxRank
+ENTRY_DTYPE: Final = np.dtype(
+    [
+        ("a_first", np.int32),
+        ("a_step", np.int32),
+        ("stacked_rank", np.int32),
+        ("reserved", np.int32),
+        ("rank", np.int32, MAX_SLICES),
+        ("b_first", np.int32, MAX_SLICES),
+        ("b_step", np.int32, MAX_SLICES),
+        ("scaling", np.float32, MAX_SLICES),
+    ]
+)
+"""One OpEntry of csrc/lora_table.cuh, 64 bytes."""
+
+
+class TableFullError(RuntimeError):
+    """The tile table has no room for an adapter; the message holds the arithmetic."""
+
+
+def make_entries(
+    geometry: Geometry, spec: AdapterSpec, pages: NDArray[np.int32]
+) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+    """Return an adapter's ``[layers, 4]`` entries of `ENTRY_DTYPE` and its tiles' byte offsets in the pool.
+
+    Tile numbers in the entries count from the adapter's first tile.
+
+    Raises:
+        ValueError: If pages are too few, or an op's stacked rank exceeds what the kernels take.
+    """
+    plan = layout(geometry, spec.ranks)
+    if len(pages) < plan.num_pages:
+        raise ValueError(f"adapter {spec.digest[:12]} needs {plan.num_pages} pages, got {len(pages)}")
+    tiles = plan.tiles
+    entries = np.zeros((geometry.num_layers, NUM_OPS), dtype=ENTRY_DTYPE)
+    firsts = np.flatnonzero(tiles["start"] == 0)
+    first_a, first_b = firsts[tiles["kind"][firsts] == KIND_A], firsts[tiles["kind"][firsts] == KIND_B]
+    at_a = tiles["layer"][first_a], tiles["op"][first_a]
+    entries["a_first"][at_a], entries["a_step"][at_a] = first_a, tiles["cols"][first_a]
+    entries["stacked_rank"][at_a] = tiles["rows"][first_a]
+    at_b = tiles["layer"][first_b], tiles["op"][first_b], tiles["slice"][first_b]
+    entries["b_first"][at_b], entries["b_step"][at_b] = first_b, tiles["rows"][first_b]
+    entries["rank"][at_b] = tiles["cols"][first_b]
+    if entries["stacked_rank"].max(initial=0) > MAX_STACKED_RANK:
+        raise ValueError(f"stacked rank {entries['stacked_rank'].max()} exceeds {MAX_STACKED_RANK}")
+    for module in spec.modules:
+        op, slice_index = _PLACE[module.projection]
+        entries["scaling"][module.layer, op, slice_index] = module.scaling
+    offsets = pages[tiles["page"]].astype(np.int64) * geometry.page_bytes + tiles["offset"]
+    return entries, offsets
+
+
+_PLACE: Final = {name: (OP_INDEX[op], index) for op, names in OPS.items() for index, name in enumerate(names)}
+
+
+class RangeAllocator:
+    """First-fit allocation of half-open ranges of ``[0, capacity)``."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._free = [(0, capacity)]
+        self._used: dict[int, int] = {}
+
+    def allocate(self, size: int) -> int:
+        """Return the start of a free range of ``size``.
+
+        Raises:
+            TableFullError: If no free range is that long.
+        """
+        for index, (start, stop) in enumerate(self._free):
+            if stop - start >= size:
+                self._free[index : index + 1] = [(start + size, stop)] if stop - start > size else []
+                if size:
+                    self._used[start] = size
+                return start
+        free = sum(stop - start for start, stop in self._free)
+        raise TableFullError(
+            f"{size} tiles do not fit: {free} of {self._capacity} are free, in {len(self._free)} ranges"
+        )
+
+    def release(self, start: int, size: int) -> None:
+        """Give back what `allocate` returned."""
+        if size == 0:
+            return
+        if self._used.pop(start, None) != size:
+            raise RuntimeError(f"range [{start}, {start + size}) was not allocated")
+        merged: list[tuple[int, int]] = []
+        for low, high in sorted([*self._free, (start, start + size)]):
+            if merged and merged[-1][1] == low:
+                merged[-1] = (merged[-1][0], high)
+            else:
+                merged.append((low, high))
+        self._free = merged
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless free and used ranges tile ``[0, capacity)``."""
+        free, used = sum(stop - start for start, stop in self._free), sum(self._used.values())
+        if free + used != self._capacity:
+            raise RuntimeError(f"free {free} + used {used} != capacity {self._capacity}")
+
+
+class AdapterTables:
+    """Entries and tiles of up to ``max_adapters`` adapters.
+
+    Attributes:
+        entries: uint8 ``[max_adapters, layers, 4, 64]`` on the device.
+        tiles: int64 ``[tile_capacity]`` on the device; byte offsets in the pool.
+        max_ranks: int32 ``[max_adapters, 4, 3]`` on the host; largest rank of each slice over the layers.
+        max_stacked: int32 ``[max_adapters, 4]`` on the host; largest stacked rank over the layers.
+    """
+
+    def __init__(self, geometry: Geometry, *, max_adapters: int, tile_capacity: int, device: torch.device) -> None:
+        shape = (max_adapters, geometry.num_layers, NUM_OPS, ENTRY_DTYPE.itemsize)
+        self._geometry = geometry
+        self._allocator = RangeAllocator(tile_capacity)
+        self._ranges: dict[int, tuple[int, int]] = {}
+        self._pinned = device.type == "cuda"
+        self.entries = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.tiles = torch.zeros(tile_capacity, dtype=torch.int64, device=device)
+        self.max_ranks = np.zeros((max_adapters, NUM_OPS, MAX_SLICES), dtype=np.int32)
+        self.max_stacked = np.zeros((max_adapters, NUM_OPS), dtype=np.int32)
+
+    @property
+    def entry_stride(self) -> int:
+        """Entries from one adapter to the next."""
+        return self._geometry.num_layers * NUM_OPS
+
+    def entry_address(self, layer: int, op: str) -> int:
+        """Return the device address of adapter 0's entry for a layer and op."""
+        return self.entries.data_ptr() + (layer * NUM_OPS + OP_INDEX[op]) * ENTRY_DTYPE.itemsize
+
+    def bind(self, index: int, spec: AdapterSpec, pages: NDArray[np.int32]) -> None:
+        """Write an adapter's rows on the current stream.
+
+        Raises:
+            ValueError: If the index is bound, or the adapter does not fit its pages or the kernels.
+            TableFullError: If the tile table is full.
+        """
+        if index in self._ranges:
+            raise ValueError(f"index {index} is bound already")
+        entries, offsets = make_entries(self._geometry, spec, pages)
+        start = self._allocator.allocate(len(offsets))
+        entries["a_first"] += start
+        entries["b_first"] += start
+        self._ranges[index] = (start, len(offsets))
+        self.max_ranks[index] = entries["rank"].max(axis=0)
+        self.max_stacked[index] = entries["stacked_rank"].max(axis=0)
+        self._upload(self.tiles[start : start + len(offsets)], torch.from_numpy(offsets))
+        self._upload(self.entries[index], torch.from_numpy(entries.view(np.uint8).reshape(self.entries.shape[1:])))
+
+    def unbind(self, index: int) -> None:
+        """Forget an adapter; its rows on the device stay until the index is bound again, and nobody names them.
+
+        Raises:
+            KeyError: If the index is not bound.
+        """
+        self._allocator.release(*self._ranges.pop(index))
+        self.max_ranks[index] = 0
+        self.max_stacked[index] = 0
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError if the tile table's accounts do not add up."""
+        self._allocator.check_integrity()
+
+    def _upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source.pin_memory() if self._pinned else source, non_blocking=self._pinned)

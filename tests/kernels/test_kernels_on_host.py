@@ -1,0 +1,219 @@
+"""Kernels without tensor cores, run thread by thread on the CPU under address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from kernels.host_kernels import HostLibrary
+from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry, relative_error
+from loraplex_kernels import reference
+from loraplex_kernels.attention_scalar import AttentionScalar
+from loraplex_kernels.embedding import Embedding
+from loraplex_kernels.items import op_shapes
+from loraplex_kernels.lora_decode import LoraDecode
+from loraplex_kernels.paged_kv import KvLayout
+from loraplex_kernels.rms_norm import RmsNorm
+from loraplex_kernels.rope_kv import RopeKv
+from loraplex_kernels.silu_mul import SiluMul
+from loraplex_kernels.tables import AdapterTables
+
+MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [64, 576])
+def test_rms_norm_adds_the_residual_and_norms(host_library: MakeHostLibrary, dtype: torch.dtype, hidden: int) -> None:
+    library, generator = host_library(dtype), torch.Generator().manual_seed(hidden)
+    x, residual = (torch.randn(3, hidden, generator=generator).to(dtype) for _ in range(2))
+    weight, out = torch.randn(hidden, generator=generator).to(dtype), poisoned(3, hidden, dtype=dtype)
+    expected, total = reference.rms_norm(x, weight, 1e-5, residual), x + residual
+
+    RmsNorm(library, hidden, 1e-5).launch(x, weight, out, residual=residual)
+
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    assert torch.equal(residual, total)
+
+
+def test_rms_norm_of_chosen_rows_leaves_the_residual_alone(host_library: MakeHostLibrary) -> None:
+    library, residual = host_library(torch.float32), torch.randn(5, 64)
+    before, rows, out = residual.clone(), torch.tensor([4, 0], dtype=torch.int32), torch.empty(2, 64)
+
+    RmsNorm(library, 64, 1e-6).launch(None, torch.ones(64), out, residual=residual, rows=rows)
+
+    assert relative_error(out, reference.rms_norm(before[[4, 0]], torch.ones(64), 1e-6)) < 1e-5
+    assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul(host_library: MakeHostLibrary, dtype: torch.dtype) -> None:
+    gate_up, out = (torch.randn(3, 2 * 136) * 3).to(dtype), poisoned(3, 136, dtype=dtype)
+
+    SiluMul(host_library(dtype), 136).launch(gate_up, out)
+
+    assert relative_error(out, reference.silu_mul(gate_up)) < TOLERANCE[dtype]
+
+
+def test_embedding_takes_unknown_tokens_from_the_device_and_zeroes_strangers(host_library: MakeHostLibrary) -> None:
+    table, out = torch.randn(10, 64), poisoned(4, 64, dtype=torch.float32)
+    ids, slots = torch.tensor([3, -1, 9, 10], dtype=torch.int32), torch.tensor([0, 2, 1, 0], dtype=torch.int32)
+
+    Embedding(host_library(torch.float32), 64).launch(
+        table, ids, slots, torch.tensor([7, 8, 6], dtype=torch.int32), out
+    )
+
+    assert torch.equal(out[:3], table[[3, 6, 9]])
+    assert not out[3].any()
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "has_norm"), [(64, torch.float32, False), (128, torch.bfloat16, True)])
+def test_rope_rotates_q_in_place_and_writes_k_and_v_to_pages(
+    host_library: MakeHostLibrary, head_dim: int, dtype: torch.dtype, has_norm: bool
+) -> None:
+    library, kv_heads, heads, block = host_library(dtype), 2, 4, 4
+    page_bytes = 2 * 2 * kv_heads * block * head_dim * dtype.itemsize
+    layout = KvLayout(
+        page_bytes=page_bytes, block_tokens=block, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim
+    )
+    pool, rotary = torch.zeros(5, page_bytes, dtype=torch.uint8), reference.rotary_table(32, head_dim)
+    qkv = torch.randn(3, layout.qkv_width).to(dtype)
+    before = qkv.clone().view(3, -1, head_dim)
+    positions, slots = (
+        torch.tensor([9, 0, 31], dtype=torch.int32),
+        torch.tensor([4 * 4 + 1, -1, 2 * 4 + 3], dtype=torch.int32),
+    )
+    norms = [torch.rand(head_dim).to(dtype) + 0.5 for _ in range(2)] if has_norm else [None, None]
+
+    RopeKv(library, layout, pool, rotary).launch(1, qkv, positions, slots, q_norm=norms[0], k_norm=norms[1])
+
+    q, key, value = before.split([heads, kv_heads, kv_heads], dim=1)
+    if norms[0] is not None and norms[1] is not None:
+        q, key = reference.rms_norm(q, norms[0], 1e-6), reference.rms_norm(key, norms[1], 1e-6)
+    assert relative_error(qkv.view(3, -1, head_dim)[:, :heads], reference.rope(q, rotary, positions)) < TOLERANCE[dtype]
+    for token, page, at in ((0, 4, 1), (2, 2, 3)):
+        got_key, got_value = reference.read_kv(pool, layout, dtype, 1, torch.tensor([page]), 4)
+        assert relative_error(got_key[at], reference.rope(key, rotary, positions)[token]) < TOLERANCE[dtype]
+        assert torch.equal(got_value[at], value[token])
+    assert not pool[[0, 1, 3]].any()
+    assert not pool[:, : page_bytes // 2].any(), "layer 0 was touched"
+
+
+def make_lora(
+    host_library: MakeHostLibrary, ranks: list[int], *, fused: bool, seed: int
+) -> tuple[LoraDecode, AdapterPool, HostLibrary]:
+    rng, library = np.random.default_rng(seed), host_library(torch.float32)
+    geometry = make_geometry(
+        dtype="float32", hidden=72, inter=1104, heads=3, kv_heads=1, head_dim=64, page_bytes=32 * 1024
+    )
+    resident = AdapterPool(geometry, 160, rng)
+    for rank in ranks:
+        resident.add_uniform(rank)
+    resident.add(
+        {
+            (0, "q_proj"): 3,
+            (0, "v_proj"): 20,
+            (1, "up_proj"): 5,
+            (1, "k_proj"): 2,
+            (1, "down_proj"): 17,
+            (0, "o_proj"): 1,
+        }
+    )
+    tables = AdapterTables(geometry, max_adapters=8, tile_capacity=4096, device=library.device)
+    for index, adapter in enumerate(resident.adapters):
+        tables.bind(index, adapter.spec, adapter.pages)
+    pool = torch.from_numpy(resident.pages)
+    layout = KvLayout(page_bytes=32 * 1024, block_tokens=4, num_heads=3, num_kv_heads=1, head_dim=64)
+    rope = RopeKv(library, layout, pool, reference.rotary_table(16, 64))
+    lora = LoraDecode(library, tables, pool, op_shapes(geometry, fused=fused), max_rows=24, max_items=4096, rope=rope)
+    library.track(tables.entries, tables.tiles, pool, lora.items.buffer)
+    return lora, resident, library
+
+
+@pytest.mark.parametrize("op", ["qkv", "o", "gate_up", "down"])
+def test_shrink_and_expand_add_what_each_rows_adapter_adds(host_library: MakeHostLibrary, op: str) -> None:
+    lora, resident, library = make_lora(host_library, [8, 1, 17], fused=False, seed=1)
+    rng = np.random.default_rng(2)
+    adapters = make_adapters("uniform", 21, 4, rng)
+    scales = rng.uniform(0.5, 2, 21).astype(np.float32)
+    shape = lora.builder.shapes[("qkv", "o", "gate_up", "down").index(op)]
+    lora.prepare(adapters)
+    for layer in range(2):
+        x, y, h = torch.randn(21, shape.columns), torch.randn(21, sum(shape.outputs)), lora.new_scratch()
+        h.fill_(float("nan"))
+        library.track(h)
+        expected = y + resident.delta(adapters, scales, x, layer, op)
+
+        lora.shrink(layer, op, x, h, 5)
+        lora.expand_add(layer, op, h, torch.from_numpy(scales), y, 7)
+
+        assert relative_error(y, expected) < 1e-5
+
+
+def test_expand_folds_into_silu_mul(host_library: MakeHostLibrary) -> None:
+    lora, resident, library = make_lora(host_library, [4], fused=True, seed=3)
+    adapters, scales = np.array([0, -1, 1, 0, 0], dtype=np.int32), np.ones(5, dtype=np.float32)
+    x, gate_up, h, out = (
+        torch.randn(5, 72),
+        torch.randn(5, 2 * 1104),
+        lora.new_scratch(),
+        poisoned(5, 1104, dtype=torch.float32),
+    )
+    library.track(h)
+    lora.prepare(adapters)
+
+    lora.shrink(1, "gate_up", x, h, 4)
+    lora.expand_silu_mul(1, h, torch.from_numpy(scales), gate_up, out, 6)
+
+    assert relative_error(out, reference.silu_mul(gate_up + resident.delta(adapters, scales, x, 1, "gate_up"))) < 1e-5
+
+
+def test_expand_folds_into_rope_and_kv_write(host_library: MakeHostLibrary) -> None:
+    lora, resident, library = make_lora(host_library, [4], fused=True, seed=4)
+    adapters, scales = np.array([1, -1, 0], dtype=np.int32), np.full(3, 1.5, dtype=np.float32)
+    x, qkv, h = torch.randn(3, 72), torch.randn(3, 5 * 64), lora.new_scratch()
+    library.track(h)
+    page = int(resident.take(1)[0])
+    positions, slots = (
+        torch.tensor([5, 2, 11], dtype=torch.int32),
+        page * 4 + torch.tensor([0, 3, 2], dtype=torch.int32),
+    )
+    total = (qkv + resident.delta(adapters, scales, x, 0, "qkv")).view(3, 5, 64)
+    lora.prepare(adapters)
+
+    lora.shrink(0, "qkv", x, h, 4)
+    lora.expand_rope_kv(0, h, torch.from_numpy(scales), qkv, positions, slots, 6)
+
+    rotary = reference.rotary_table(16, 64)
+    assert relative_error(qkv.view(3, 5, 64)[:, :3], reference.rope(total[:, :3], rotary, positions)) < 1e-5
+    layout = KvLayout(page_bytes=32 * 1024, block_tokens=4, num_heads=3, num_kv_heads=1, head_dim=64)
+    key, value = reference.read_kv(torch.from_numpy(resident.pages), layout, torch.float32, 0, torch.tensor([page]), 4)
+    assert relative_error(key[[0, 3, 2]], reference.rope(total[:, 3:4], rotary, positions)) < 1e-5
+    assert relative_error(value[[0, 3, 2]], total[:, 4:]) < 1e-5
+
+
+@pytest.mark.parametrize(("window", "dtype"), [(0, torch.float32), (5, torch.float32), (0, torch.bfloat16)])
+def test_scalar_attention_reads_pages(host_library: MakeHostLibrary, window: int, dtype: torch.dtype) -> None:
+    library, block, head_dim = host_library(dtype), 4, 64
+    page_bytes = 2 * 2 * block * head_dim * dtype.itemsize
+    layout = KvLayout(
+        page_bytes=page_bytes, block_tokens=block, num_heads=5, num_kv_heads=1, head_dim=head_dim, window=window
+    )
+    pool = torch.randn(12 * page_bytes // dtype.itemsize).to(dtype).view(torch.uint8).view(12, page_bytes)
+    tables = torch.from_numpy(np.random.default_rng(5).permutation(12).astype(np.int32)[:11]).view(1, 11)
+    q, out = torch.randn(3, 5 * head_dim).to(dtype), poisoned(3, 5 * head_dim, dtype=dtype)
+    sequences, positions = torch.tensor([0, 0, -1], dtype=torch.int32), torch.tensor([38, 39, 0], dtype=torch.int32)
+
+    AttentionScalar(library, layout).launch(1, pool, q, tables, sequences, positions, out)
+
+    key, value = reference.read_kv(pool, layout, dtype, 1, tables[0], 40)
+    expected = reference.attention(q[:2].view(2, 5, head_dim), key, value, 38, layout)
+    assert relative_error(out[:2].view(2, 5, head_dim), expected) < TOLERANCE[dtype]
+    assert not out[2].any()
