@@ -104,7 +104,10 @@ class GatewayMetrics:
         self.ttft = histogram("ttft_seconds", "From the request's arrival to its first token.", TTFT_BUCKETS)
         self.itl = histogram("itl_seconds", "Mean time between the tokens of one chunk and the next.", ITL_BUCKETS)
         self.tokens = counter("tokens_total", "Tokens.", ("tenant", "kind"))
-        self.fairness = counter("fairness_counter", "Service given: input tokens + 2 x output tokens.", ("tenant",))
+        # A gauge by type, so that its name stays as the contract has it: counters get the suffix _total.
+        self.fairness = Gauge(
+            prefix + "fairness_counter", "Service given: input tokens + 2 x output.", ["tenant"], registry=registry
+        )
         self.retries = counter("retries_total", "Submissions repeated on another engine.")
         self.resumes = counter("resumes_total", "Streams whose engine was lost after output began.", ("outcome",))
         self.aborts = counter("aborts_total", "Requests that ended in an error or by cancellation.", ("reason",))

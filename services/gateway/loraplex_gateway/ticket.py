@@ -63,7 +63,9 @@ class Ticket:
         self._waiter: asyncio.Future[None] | None = None
 
     def push_token(self, sequence: int, token_id: int) -> None:
-        """Add one plain token."""
+        """Add one plain token; a request that has failed here takes no more."""
+        if self._failure is not None:
+            return
         if sequence != self._expected:
             if sequence > self._expected:
                 self._gap(sequence)
@@ -85,7 +87,9 @@ class Ticket:
         loading: AdapterLoading | None,
         end: EngineFinish | LoraplexError | None,
     ) -> None:
-        """Add news that is more than a plain token."""
+        """Add news that is more than a plain token; a request that has failed here takes no more."""
+        if self._failure is not None:
+            return
         if token_ids and sequence > self._expected:
             self._gap(sequence)
             return

@@ -1,0 +1,113 @@
+"""The buffer between an engine's session and one client."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from loraplex_common.errors import SlowConsumerError
+from loraplex_gateway.engine_wire import EngineFinish
+from loraplex_gateway.ticket import EngineLostError, LocalCancelError, Ticket
+from loraplex_gateway.types import FinishReason, Timings
+
+FINISH = EngineFinish(reason=FinishReason.LENGTH, stop_token_id=None, timings=Timings())
+
+
+def make(*, next_sequence: int = 0, limit: int = 100) -> tuple[Ticket, list[Ticket]]:
+    overflowed: list[Ticket] = []
+    ticket = Ticket(7, next_sequence=next_sequence, max_buffered_tokens=limit, on_overflow=overflowed.append)
+    return ticket, overflowed
+
+
+def output(ticket: Ticket, *, sequence: int = 0, token_ids: tuple[int, ...] = (), **fields: Any) -> None:
+    news: dict[str, Any] = {"started": None, "loading": None, "end": None, **fields}
+    ticket.push_output(sequence=sequence, token_ids=token_ids, logprobs=(), **news)
+
+
+async def test_tokens_gather_until_they_are_read() -> None:
+    ticket, _ = make()
+    for sequence, token_id in enumerate([5, 6, 7]):
+        ticket.push_token(sequence, token_id)
+
+    assert list((await ticket.next()).token_ids) == [5, 6, 7]
+
+
+async def test_a_reader_wakes_up_with_the_first_news() -> None:
+    ticket, _ = make()
+    reading = asyncio.create_task(ticket.next())
+    await asyncio.sleep(0)
+
+    ticket.push_token(0, 5)
+
+    assert list((await reading).token_ids) == [5]
+
+
+async def test_repeated_tokens_are_dropped() -> None:
+    ticket, _ = make(next_sequence=3)
+    ticket.push_token(2, 99)
+    ticket.push_token(3, 5)
+    output(ticket, sequence=2, token_ids=(98, 97, 6))
+
+    assert list((await ticket.next()).token_ids) == [5, 6]
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+async def test_a_gap_is_a_lost_engine(is_plain: bool) -> None:
+    ticket, _ = make()
+    if is_plain:
+        ticket.push_token(1, 5)
+    else:
+        output(ticket, sequence=1, token_ids=(5,))
+
+    with pytest.raises(EngineLostError, match="skipped"):
+        await ticket.next()
+
+
+async def test_what_came_before_a_failure_is_read_first() -> None:
+    ticket, _ = make()
+    ticket.push_token(0, 5)
+    ticket.fail(EngineLostError("gone"))
+
+    assert list((await ticket.next()).token_ids) == [5]
+    with pytest.raises(EngineLostError):
+        await ticket.next()
+
+
+async def test_the_end_comes_with_the_last_tokens() -> None:
+    ticket, _ = make()
+    ticket.push_token(0, 5)
+    output(ticket, sequence=1, token_ids=(6,), end=FINISH)
+
+    update = await ticket.next()
+
+    assert (list(update.token_ids), update.end) == ([5, 6], FINISH)
+
+
+async def test_after_the_end_nothing_fails_any_more() -> None:
+    ticket, _ = make()
+    output(ticket, end=FINISH)
+    ticket.fail(EngineLostError("late"))
+
+    assert (await ticket.next()).end == FINISH
+
+
+async def test_a_full_buffer_ends_the_request_and_nobody_elses() -> None:
+    ticket, overflowed = make(limit=3)
+    for sequence in range(5):
+        ticket.push_token(sequence, 5)
+
+    assert overflowed == [ticket]
+    with pytest.raises(SlowConsumerError):
+        await ticket.next()
+
+
+async def test_cancelling_wakes_the_reader() -> None:
+    ticket, _ = make()
+    reading = asyncio.create_task(ticket.next())
+    await asyncio.sleep(0)
+
+    ticket.cancel()
+
+    with pytest.raises(LocalCancelError):
+        await reading

@@ -1,0 +1,136 @@
+"""Every bad field is named, with what it is and what it may be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from loraplex_common.errors import InvalidParameterError, to_status
+from loraplex_gateway.types import (
+    ChatMessage,
+    ChatPrompt,
+    GenerationRequest,
+    ResponseOptions,
+    Sampling,
+    Stopping,
+    TextPrompt,
+    TokenPrompt,
+)
+from loraplex_gateway.validation import check_length, check_request, check_token_ids
+
+REQUEST = GenerationRequest(prompt=TextPrompt(text="hi"))
+
+
+def violated(request: GenerationRequest) -> list[str]:
+    try:
+        check_request(request)
+    except InvalidParameterError as error:
+        return [field for field, _ in error.violations]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("field", "bad", "good"),
+    [
+        ("temperature", [-0.1, 100.5, math.nan, math.inf], [0, 0.7, 100]),
+        ("top_k", [-2, 2**40], [-1, 0, 50]),
+        ("top_p", [0.0, -0.1, 1.01, math.nan], [0.01, 1.0]),
+        ("min_p", [-0.1, 1.1], [0.0, 1.0]),
+        ("seed", [-1, 2**64], [0, 2**64 - 1]),
+        ("repetition_penalty", [0.0, 10.1], [0.1, 10.0]),
+        ("presence_penalty", [-2.1, 2.1], [-2.0, 2.0]),
+        ("frequency_penalty", [-2.1, 2.1, math.nan], [-2.0, 2.0]),
+        ("logit_bias", [{1: 101.0}, {1: math.nan}, {n: 0.0 for n in range(1025)}], [{1: -100.0}]),
+        ("allowed_token_ids", [tuple(range(1025))], [(1, 2)]),
+    ],
+)
+def test_sampling_ranges(field: str, bad: list[Any], good: list[Any]) -> None:
+    for value in bad:
+        assert violated(replace(REQUEST, sampling=Sampling(**{field: value}))) == [f"sampling.{field}"], value
+    for value in good:
+        assert violated(replace(REQUEST, sampling=Sampling(**{field: value}))) == [], value
+
+
+@pytest.mark.parametrize(
+    ("stopping", "fields"),
+    [
+        (Stopping(max_new_tokens=0), ["stopping.max_new_tokens"]),
+        (Stopping(max_new_tokens=2, min_new_tokens=3), ["stopping.min_new_tokens"]),
+        (Stopping(stop_strings=("",)), ["stopping.stop_strings[0]"]),
+        (Stopping(stop_strings=("ok", "x" * 257)), ["stopping.stop_strings[1]"]),
+        (Stopping(stop_strings=("x",) * 17), ["stopping.stop_strings"]),
+        (Stopping(stop_token_ids=(1,) * 65), ["stopping.stop_token_ids"]),
+        (Stopping(stop_strings=("\ud800",)), ["stopping.stop_strings[0]"]),
+    ],
+)
+def test_stopping_rules(stopping: Stopping, fields: list[str]) -> None:
+    assert violated(replace(REQUEST, stopping=stopping)) == fields
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": TextPrompt(text="")}, "text"),
+        ({"prompt": TextPrompt(text="a\udcffb")}, "text"),
+        ({"prompt": TokenPrompt(ids=())}, "token_ids"),
+        ({"prompt": ChatPrompt(messages=())}, "messages"),
+        ({"prompt": ChatPrompt(messages=(ChatMessage(role="", content="x"),))}, "messages[0].role"),
+        ({"prompt": ChatPrompt(messages=(ChatMessage(role="user", content="\ud800"),))}, "messages[0].content"),
+        ({"request_id": "no spaces please"}, "request_id"),
+        ({"request_id": "x" * 129}, "request_id"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
+        ({"affinity_key": "x" * 257}, "affinity_key"),
+        ({"adapter_scale": -1.0}, "adapter_scale"),
+        ({"queue_timeout_s": 0.0}, "queue_timeout"),
+        ({"time_limit_s": -1.0}, "time_limit"),
+        ({"options": ResponseOptions(logprobs=21)}, "response_options.logprobs"),
+        ({"options": ResponseOptions(prompt_logprobs=21)}, "response_options.prompt_logprobs"),
+    ],
+)
+def test_other_rules(changes: dict[str, Any], field: str) -> None:
+    assert violated(replace(REQUEST, **changes)) == [field]
+
+
+def test_a_sound_request_passes() -> None:
+    check_request(replace(REQUEST, request_id="0b0e7a4e-6ad1-4dc4-8c4e-2f6f3f2a8a11"))
+
+
+def test_all_bad_fields_are_named_at_once_on_the_wire() -> None:
+    request = GenerationRequest(prompt=None, sampling=Sampling(temperature=-1.0, top_p=2.0))
+
+    with pytest.raises(InvalidParameterError) as caught:
+        check_request(request)
+
+    fields = ["sampling.temperature", "sampling.top_p", "prompt"]
+    assert [field for field, _ in caught.value.violations] == fields
+    assert b"sampling.top_p" in to_status(caught.value).SerializeToString()
+    assert "sampling.temperature is -1; it must be in [0, 100]" in caught.value.message
+
+
+def test_token_ids_beyond_the_vocabulary_are_named() -> None:
+    request = replace(REQUEST, sampling=Sampling(logit_bias={500: 1.0}), stopping=Stopping(stop_token_ids=(384,)))
+
+    with pytest.raises(InvalidParameterError) as caught:
+        check_token_ids(request, (1, 400), 384)
+
+    assert [field for field, _ in caught.value.violations] == [
+        "token_ids",
+        "sampling.logit_bias",
+        "stopping.stop_token_ids",
+    ]
+    assert "400" in caught.value.message
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    with pytest.raises(InvalidParameterError, match="no token"):
+        check_token_ids(REQUEST, (), 384)
+
+
+def test_a_prompt_too_long_is_refused_with_the_arithmetic() -> None:
+    check_length(511, 512)
+
+    with pytest.raises(InvalidParameterError, match=r"600 tokens \+ at least 1 .* > max_model_len 512; .* 89 tokens"):
+        check_length(600, 512)
