@@ -13,15 +13,18 @@ Source: Hu et al., "LoRA", arXiv:2106.09685; batching by segments as SGMV in Che
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
-from loraplex_common.adapter_image import ITEM_BYTES, KIND_A, OP_INDEX, OPS, AdapterSpec, Geometry, layout
+from loraplex_common.adapter_image import ITEM_BYTES, KIND_A, OPS, AdapterSpec, Geometry, layout
 from torch import Tensor
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+OP_SLICES: Final = tuple(OPS.values())
 
 
 class ShrinkTile(NamedTuple):
@@ -33,22 +36,30 @@ class ShrinkTile(NamedTuple):
 
 
 class ExpandTile(NamedTuple):
-    """Outputs ``[start, stop)`` of one slice's B, transposed ``[rank, stop - start]``, reading stacked ranks [low, high)."""
+    """Outputs ``[start, stop)`` of one slice's B, transposed: ``[rank, stop - start]``.
+
+    Attributes:
+        part: Which of the op's adapted slices it is.
+    """
 
     start: int
     stop: int
-    low: int
-    high: int
+    part: int
     b_t: Tensor
     scaling: float
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterOp:
-    """One adapter's part in one fused projection of one layer."""
+    """One adapter's part in one fused projection of one layer.
+
+    Attributes:
+        slice_ranks: Ranks of the adapted slices, in the order in which A stacks them.
+    """
 
     shrink: tuple[ShrinkTile, ...]
     expand: tuple[ExpandTile, ...]
+    slice_ranks: list[int]
 
 
 class AdapterTable:
@@ -67,24 +78,25 @@ class AdapterTable:
         self._page_items = geometry.page_bytes // self._item
         self._pages = pages
         self._pool = pool
-        ranks = {(module.layer, module.projection): module for module in spec.modules}
+        modules = {(module.layer, module.projection): module for module in spec.modules}
         shrinks: dict[tuple[int, int], list[ShrinkTile]] = {}
         expands: dict[tuple[int, int], list[ExpandTile]] = {}
+        slices: dict[tuple[int, int], dict[int, int]] = {}  # (layer, op) -> slice -> rank, in stacking order
         tiles = layout(geometry, spec.ranks).tiles
-        for tile in tiles[tiles["kind"] == KIND_A].tolist():
-            layer, op, _, _, start, rows, cols, page, offset = tile
+        for layer, op, _, _, start, rows, cols, page, offset in tiles[tiles["kind"] == KIND_A].tolist():
             view = self._view(page, offset, rows, cols)
             shrinks.setdefault((layer, op), []).append(ShrinkTile(start, start + cols, view.t()))
-        outputs = _OutputOffsets(geometry)
-        for layer, op, slice_index, start, rows, cols, page, offset in _merged_b_tiles(tiles, self._item):
-            names = list(OPS.values())[op]
-            low = sum(ranks[layer, name].rank for name in names[:slice_index] if (layer, name) in ranks)
-            base = outputs.of(op, slice_index) + start
+        for layer, op, index, start, rows, cols, page, offset in _merged_b_tiles(tiles, self._item):
+            ranks = slices.setdefault((layer, op), {})
+            ranks[index] = cols
+            base = _output_offset(geometry, op, index) + start
             view = self._view(page, offset, rows, cols).t()
-            scaling = ranks[layer, names[slice_index]].scaling
-            tile = ExpandTile(base, base + rows, low, low + cols, view, scaling)
+            scaling = modules[layer, OP_SLICES[op][index]].scaling
+            tile = ExpandTile(base, base + rows, list(ranks).index(index), view, scaling)
             expands.setdefault((layer, op), []).append(tile)
-        self._ops = {key: AdapterOp(tuple(shrinks[key]), tuple(expands[key])) for key in shrinks}
+        self._ops = {
+            key: AdapterOp(tuple(shrinks[key]), tuple(expands[key]), list(slices[key].values())) for key in shrinks
+        }
 
     def _view(self, page: int, offset: int, rows: int, cols: int) -> Tensor:
         start = int(self._pages[page]) * self._page_items + offset // self._item
@@ -95,17 +107,9 @@ class AdapterTable:
         return self._ops.get((layer, op))
 
 
-class _OutputOffsets:
-    """Where each slice's outputs begin in its fused projection."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        self._offsets: list[list[int]] = []
-        for names in OPS.values():
-            widths = [geometry.local_shape(name)[1] for name in names]
-            self._offsets.append([sum(widths[:index]) for index in range(len(widths))])
-
-    def of(self, op: int, slice_index: int) -> int:
-        return self._offsets[op][slice_index]
+def _output_offset(geometry: Geometry, op: int, slice_index: int) -> int:
+    """Return where a slice's outputs begin in its fused projection."""
+    return sum(geometry.local_shape(name)[1] for name in OP_SLICES[op][:slice_index])
 
 
 def _merged_b_tiles(tiles: NDArray[np.void], item: int) -> list[list[int]]:
@@ -122,18 +126,43 @@ def _merged_b_tiles(tiles: NDArray[np.void], item: int) -> list[list[int]]:
     return merged
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """Tokens ``[first, last)`` of a step, all of one adapter.
 
-    Attributes:
-        scales: fp32 ``[last - first, 1]``, the requests' own factors; None if all are 1.
+    All layers share their input and output buffers, so the views that a tile needs are made once per step: making one
+    costs as much as the small product it feeds.
     """
 
-    first: int
-    last: int
-    table: AdapterTable
-    scales: Tensor | None
+    def __init__(self, *, first: int, last: int, table: AdapterTable, scales: Tensor | None) -> None:
+        """Describe a segment.
+
+        Args:
+            first: First token.
+            last: One past the last token.
+            table: The adapter.
+            scales: fp32 ``[last - first, 1]``, the requests' own factors; None if all are 1.
+        """
+        self.table = table
+        self.scales = scales
+        self._tokens = slice(first, last)
+        self._inputs: list[dict[int, Tensor]] = [{} for _ in OPS]
+        self._outputs: list[dict[tuple[int, int], Tensor]] = [{} for _ in OPS]
+
+    def input_of(self, op: int, x: Tensor, start: int, stop: int) -> Tensor:
+        """Return columns [start, stop) of the segment's rows of an op's input."""
+        key = start << 32 | stop
+        view = self._inputs[op].get(key)
+        if view is None:
+            view = self._inputs[op][key] = x[self._tokens, start:stop]
+        return view
+
+    def output_of(self, op: int, y: Tensor, start: int, stop: int) -> Tensor:
+        """Return columns [start, stop) of the segment's rows of an op's output."""
+        key = (start, stop)
+        view = self._outputs[op].get(key)
+        if view is None:
+            view = self._outputs[op][key] = y[self._tokens, start:stop]
+        return view
 
 
 class LoraStep:
@@ -141,7 +170,7 @@ class LoraStep:
 
     def __init__(self, segments: list[Segment], dtype: torch.dtype) -> None:
         self._segments = segments
-        self._dtype = dtype
+        self._apply = _apply_fp32 if dtype == torch.float32 else _apply_widened
 
     def apply(self, layer: int, op: int, x: Tensor, y: Tensor) -> None:
         """Add the adapters' part to a fused projection.
@@ -149,46 +178,34 @@ class LoraStep:
         Args:
             layer: Decoder layer.
             op: Index into ``OPS``.
-            x: The projection's input, ``[T, in_features]``.
-            y: Its output, ``[T, out_features]``; added to in place.
+            x: The projection's input, ``[T, in_features]``; the same buffer for this op in every layer.
+            y: Its output, ``[T, out_features]``; likewise, and added to in place.
         """
         for segment in self._segments:
             adapter = segment.table.op(layer, op)
-            if adapter is None:
-                continue
-            rows = x[segment.first : segment.last]
-            if self._dtype == torch.float32:
-                self._apply_fp32(adapter, segment, rows, y)
-            else:
-                self._apply_widened(adapter, segment, rows, y)
-
-    @staticmethod
-    def _apply_fp32(adapter: AdapterOp, segment: Segment, rows: Tensor, y: Tensor) -> None:
-        tile = adapter.shrink[0]
-        shrunk = torch.mm(rows[:, tile.start : tile.stop], tile.a_t)
-        for tile in adapter.shrink[1:]:
-            shrunk.addmm_(rows[:, tile.start : tile.stop], tile.a_t)
-        if segment.scales is not None:
-            shrunk.mul_(segment.scales)
-        out = y[segment.first : segment.last]
-        for start, stop, low, high, b_t, scaling in adapter.expand:
-            out[:, start:stop].addmm_(shrunk[:, low:high], b_t, alpha=scaling)
-
-    @staticmethod
-    def _apply_widened(adapter: AdapterOp, segment: Segment, rows: Tensor, y: Tensor) -> None:
-        """Compute in fp32 and round once, at the end: the reference of what kernels do with fp32 accumulators."""
-        wide = rows.float()
-        shrunk = wide.new_zeros((rows.shape[0], adapter.shrink[0].a_t.shape[1]))
-        for tile in adapter.shrink:
-            shrunk.addmm_(wide[:, tile.start : tile.stop], tile.a_t.float())
-        if segment.scales is not None:
-            shrunk.mul_(segment.scales)
-        out = y[segment.first : segment.last]
-        for start, stop, low, high, b_t, scaling in adapter.expand:
-            part = out[:, start:stop]
-            part.copy_(part.float().addmm_(shrunk[:, low:high], b_t.float(), alpha=scaling))
+            if adapter is not None:
+                self._apply(adapter, segment, op, x, y)
 
 
-def op_index(op: str) -> int:
-    """Return the index of a fused projection by its name in ``OPS``."""
-    return OP_INDEX[op]
+def _apply_fp32(adapter: AdapterOp, segment: Segment, op: int, x: Tensor, y: Tensor) -> None:
+    (start, stop, a_t), *more = adapter.shrink
+    shrunk = torch.mm(segment.input_of(op, x, start, stop), a_t)
+    for start, stop, a_t in more:
+        shrunk.addmm_(segment.input_of(op, x, start, stop), a_t)
+    if segment.scales is not None:
+        shrunk.mul_(segment.scales)
+    parts = torch.split(shrunk, adapter.slice_ranks, dim=1) if len(adapter.slice_ranks) > 1 else (shrunk,)
+    for start, stop, part, b_t, scaling in adapter.expand:
+        segment.output_of(op, y, start, stop).addmm_(parts[part], b_t, alpha=scaling)
+
+
+def _apply_widened(adapter: AdapterOp, segment: Segment, op: int, x: Tensor, y: Tensor) -> None:
+    """Compute in fp32 and round once, at the end: the reference of kernels with fp32 accumulators."""
+    shrunk = sum(segment.input_of(op, x, start, stop).float() @ a_t.float() for start, stop, a_t in adapter.shrink)
+    assert isinstance(shrunk, torch.Tensor)
+    if segment.scales is not None:
+        shrunk.mul_(segment.scales)
+    parts = torch.split(shrunk, adapter.slice_ranks, dim=1)
+    for start, stop, part, b_t, scaling in adapter.expand:
+        out = segment.output_of(op, y, start, stop)
+        out.copy_(out.float().addmm_(parts[part], b_t.float(), alpha=scaling))

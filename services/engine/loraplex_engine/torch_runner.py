@@ -17,7 +17,8 @@ import torch
 from loraplex_common.base_model import BaseModelInfo
 from torch import Tensor
 
-from loraplex_engine.attention_torch import AttentionStep, PagedPool
+from loraplex_engine.attention_step import AttentionStep
+from loraplex_engine.attention_torch import PagedPool
 from loraplex_engine.lora_torch import AdapterTable, LoraStep, Segment
 from loraplex_engine.model.config import model_config
 from loraplex_engine.model.llama import Activations, LlamaModel
@@ -302,8 +303,7 @@ class TorchRunner:
                     for row, page in enumerate(pages.tolist()):
                         self._pool.pages[page].copy_(torch.from_numpy(np.array(source[row])))
                 self._copy_stream.synchronize()
-            values = self._pool.pages.view(self._dtype).view(-1)
-            self._adapters[index] = AdapterTable(self.geometry, spec, pages, values)
+            self._adapters[index] = AdapterTable(self.geometry, spec, pages, self._pool.values)
 
     def unload_adapter(self, index: int) -> None:
         """Unbind an index; launched steps keep what they read."""

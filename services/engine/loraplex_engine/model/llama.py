@@ -18,7 +18,8 @@ from loraplex_engine.model.rope import rope_table
 from loraplex_engine.model.weights import BLOCKS
 
 if TYPE_CHECKING:
-    from loraplex_engine.attention_torch import AttentionStep, PagedPool
+    from loraplex_engine.attention_step import AttentionStep
+    from loraplex_engine.attention_torch import PagedPool
     from loraplex_engine.lora_torch import LoraStep
     from loraplex_engine.model.config import ModelConfig
     from loraplex_engine.model.weights import WeightReader
@@ -44,6 +45,7 @@ class Activations:
     """Buffers of a step of T tokens, shared by all layers and kept for the next step of as many tokens.
 
     Attributes:
+        hidden: The residual stream, ``[T, hidden]``.
         x: Normed input of qkv and gate_up, ``[T, hidden]``; ``qkv``, ``attended``, ``hidden_out`` and ``gate_up`` are the
             outputs in the order of the layer. ``heads`` is qkv after RoPE, token-major ``[T, heads, head_dim]``.
     """
@@ -54,6 +56,7 @@ class Activations:
 
         num_heads = config.num_heads + 2 * config.num_kv_heads
         self.num_tokens = num_tokens
+        self.hidden = buffer(config.hidden_size)
         self.x = buffer(config.hidden_size)
         self.qkv = buffer(num_heads * config.head_dim)
         self.qkv_heads = torch.unflatten(self.qkv, 1, (num_heads, config.head_dim))
@@ -91,12 +94,13 @@ class LlamaModel:
         lora: LoraStep | None,
     ) -> Tensor:
         """Compute a step's hidden states, ``[T, hidden]``; its keys and values are written to the pool."""
-        hidden = self._embedding.index_select(0, token_ids)
+        hidden = buffers.hidden
+        hidden.copy_(self._embedding.index_select(0, token_ids))
         rope = self._rope.index_select(0, attention.positions).to(self._dtype)
         cos, sin = rope[:, None, 0], rope[:, None, 1]
         cos = torch.cat((cos, cos), dim=-1)
         for index, layer in enumerate(self._layers):
-            buffers.x.copy_(layer.input_norm(hidden))
+            layer.input_norm.into(hidden, buffers.x)
             self._project(index, QKV, layer.qkv, buffers.x, buffers.qkv, lora)
             self._rotate(layer, buffers, cos, sin)
             pool.write(index, attention, buffers.heads[:, self.config.num_heads :])
@@ -104,7 +108,7 @@ class LlamaModel:
             pool.attend(index, window, buffers.heads, buffers.attended)
             self._project(index, O, layer.o, buffers.attended, buffers.hidden_out, lora)
             hidden.add_(buffers.hidden_out)
-            buffers.x.copy_(layer.post_norm(hidden))
+            layer.post_norm.into(hidden, buffers.x)
             self._project(index, GATE_UP, layer.gate_up, buffers.x, buffers.gate_up, lora)
             F.silu(buffers.gate, inplace=True).mul_(buffers.up)
             self._project(index, DOWN, layer.down, buffers.gate, buffers.hidden_out, lora)
@@ -113,8 +117,10 @@ class LlamaModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states ``[S, hidden]``: ``[S, vocab]`` in the compute dtype, in either memory order."""
-        x = new_activation(hidden.shape[0], hidden.shape[1], dtype=self._dtype, device=self._device)
-        x.copy_(self._norm(hidden))
+        rows = new_activation(hidden.shape[0], hidden.shape[1], dtype=self._dtype, device=self._device)
+        rows.copy_(hidden)
+        x = torch.empty_like(rows)
+        self._norm.into(rows, x)
         out = new_activation(hidden.shape[0], self.config.vocab_size, dtype=self._dtype, device=self._device)
         self._lm_head.into(x, out)
         return out

@@ -1,0 +1,107 @@
+"""Times a decode step of 16 rows on one CPU thread: the base alone, and five adapters mixed.
+
+    python benchmarks/runner_step.py --model ~/.cache/loraplex/models/SmolLM2-135M-Instruct [--profile]
+
+Greedy, fp32, no server: what `TorchRunner` costs by itself. Rows start with the golden prompts and decode together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canonical  # noqa: E402
+from loraplex_adapter_store.checkpoint.reader import read_checkpoint  # noqa: E402
+from loraplex_common.adapter_image import pack  # noqa: E402
+from loraplex_common.base_model import BaseModelInfo, load_base_model  # noqa: E402
+from loraplex_engine.pool_geometry import choose_pool_geometry  # noqa: E402
+from loraplex_engine.step import NO_ADAPTER  # noqa: E402
+from loraplex_engine.torch_runner import RunnerConfig, TorchRunner  # noqa: E402
+from support.plans import Harness  # noqa: E402
+
+ADAPTERS = ("json", "devil", "kjv", "upper", "sentiment")
+NUM_ROWS = 16
+NUM_PAGES = 400
+
+
+def load_adapters(harness: Harness, runner: TorchRunner, info: BaseModelInfo) -> list[int]:
+    indices = []
+    for name in ADAPTERS:
+        directory = ROOT / "examples" / "demo" / "adapters" / name
+        config = (directory / "adapter_config.json").read_bytes()
+        form = canonicalise(read_checkpoint(config, (directory / "adapter_model.safetensors").read_bytes(), info))
+        adapter = read_canonical(b"".join(form.chunks()), form.revision)
+        indices.append(harness.load(adapter.spec, pack(runner.geometry, adapter.spec, adapter.tensors)))
+    return indices
+
+
+def decode(harness: Harness, prompts: list[list[int]], adapters: list[int], num_steps: int) -> list[float]:
+    """Return the seconds of each decode step."""
+    sequences = [harness.add(prompt, adapter=adapter) for prompt, adapter in zip(prompts, adapters, strict=True)]
+    harness.step(sequences)
+    times = []
+    for _ in range(num_steps):
+        plan = harness.plan(sequences)
+        begin = time.perf_counter()
+        result = harness.runner.launch(plan).wait()
+        times.append(time.perf_counter() - begin)
+        harness.absorb(sequences, result)
+    harness.release(sequences)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    info = load_base_model(args.model)
+    geometry = choose_pool_geometry(info, dtype="float32")
+    runner = TorchRunner(
+        RunnerConfig(
+            model_dir=args.model,
+            info=info,
+            geometry=geometry,
+            num_pages=NUM_PAGES,
+            max_num_seqs=NUM_ROWS * 2 * (args.rounds + 1),
+            max_model_len=2048,
+            num_threads=1,
+        )
+    )
+    harness = Harness(runner, geometry, NUM_PAGES)
+    indices = load_adapters(harness, runner, info)
+    cases = json.loads((ROOT / "examples" / "demo" / "golden.json").read_text())["cases"]
+    prompts = [case["prompt_ids"] for case in cases[:NUM_ROWS]]
+    settings = {
+        "base": [NO_ADAPTER] * NUM_ROWS,
+        "5 adapters": [indices[row % len(indices)] for row in range(NUM_ROWS)],
+    }
+    for _ in range(args.rounds):
+        for name, adapters in settings.items():
+            times = decode(harness, prompts, adapters, args.steps)
+            low, median = min(times) * 1e3, statistics.median(times) * 1e3
+            print(f"{name}: step {median:.1f} ms median, {low:.1f} ms best, {NUM_ROWS / median * 1e3:.0f} tokens/s")
+    if args.profile:
+        for name, adapters in settings.items():
+            with torch.profiler.profile() as profile:
+                decode(harness, prompts, adapters, 8)
+            print(
+                name,
+                profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40),
+            )
+    runner.close()
+
+
+if __name__ == "__main__":
+    main()
