@@ -1,0 +1,337 @@
+"""A model runner that computes a hash, and the scheduler's oracle: it checks every plan against what it was told before.
+
+A sequence's next token is a hash of its tokens, its adapter, its seed and the position, read back from the "pool" through
+the plan's block tables: whatever the scheduler mixes up, a page, an adapter, an input, changes a token or raises.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
+from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, SlotSetup, StepPlan, StepResult, TokenLogprobs
+from numpy.typing import NDArray
+
+VOCAB_SIZE = 50
+NO_OWNER = -1
+
+
+class PlanError(AssertionError):
+    """A plan breaks the contract of step.py."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise PlanError unless the condition holds."""
+    if not condition:
+        raise PlanError(message)
+
+
+def draw(tokens: NDArray[np.int32], digest: str, scale: float, seed: int, banned: tuple[int, ...] = ()) -> int:
+    """Return the token after ``tokens``."""
+    text = np.ascontiguousarray(tokens, dtype=np.int32).tobytes() + f"{digest}/{scale}/{seed}".encode()
+    token = zlib.crc32(text) % VOCAB_SIZE
+    while token in banned:
+        token = (token + 1) % VOCAB_SIZE
+    return token
+
+
+def fake_spec(digest: str, rank: int = 8) -> AdapterSpec:
+    """Return a spec of one module."""
+    return AdapterSpec(digest, (ModuleSpec(0, "q_proj", rank, 1.0),))
+
+
+def fake_image(digest: str, num_pages: int, page_bytes: int) -> NDArray[np.uint8]:
+    """Return ``[num_pages, page_bytes]`` that no other digest or page has."""
+    rng = np.random.default_rng(zlib.crc32(digest.encode()))
+    return rng.integers(0, 255, size=(num_pages, page_bytes), dtype=np.uint8)
+
+
+@dataclass
+class FakeStep:
+    """A launched plan; computed when its result, or a later one's, is waited for."""
+
+    runner: FakeRunner
+    plan: StepPlan
+    occupants: NDArray[np.int64]
+    adapters: dict[int, FakeAdapter]
+    result: StepResult | None = None
+
+    def is_done(self) -> bool:
+        return self.result is not None
+
+    def wait(self) -> StepResult:
+        return self.runner.compute_until(self)
+
+
+@dataclass
+class FakeAdapter:
+    """An image in the pool; `is_done` once the runner's `finish_load` copied it."""
+
+    spec: AdapterSpec
+    pages: NDArray[np.int32]
+    source: NDArray[np.uint8]
+    callbacks: list[Callable[[], None]] = field(default_factory=list)
+    is_loaded: bool = False
+
+    def is_done(self) -> bool:
+        return self.is_loaded
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        self.callbacks.append(callback)
+        if self.is_loaded:
+            callback()
+
+
+@dataclass
+class _Slot:
+    """What the runner knows of a slot's occupant."""
+
+    occupant: int
+    num_computed: int = 0
+    next_position: int | None = None
+    setup: SlotSetup | None = None
+
+
+class FakeRunner:
+    """Implements `ModelRunner`.
+
+    Args:
+        pipeline_depth: 1 computes in `launch`; 2 computes when results are waited for.
+        loads_at_once: Adapters are loaded by `load_adapter`; else by `finish_load`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_bytes: int,
+        block_tokens: int,
+        pipeline_depth: int = 1,
+        loads_at_once: bool = True,
+        max_num_batched_tokens: int = 1 << 30,
+    ) -> None:
+        self._depth = pipeline_depth
+        self._block_tokens = block_tokens
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._loads_at_once = loads_at_once
+        self._tokens = np.full((num_pages, block_tokens), -1, dtype=np.int32)
+        self._owners = np.full((num_pages, block_tokens), NO_OWNER, dtype=np.int64)
+        self._memory = np.zeros((num_pages, page_bytes), dtype=np.uint8)
+        self._slots: dict[int, _Slot] = {}
+        self._num_occupants = 0
+        self._launched: deque[FakeStep] = deque()
+        self._next_step = 0
+        self._last_tokens: dict[int, int] = {}
+        self.adapters: dict[int, FakeAdapter] = {}
+        self.loading: list[FakeAdapter] = []
+        self.fail_slots: dict[int, str] = {}
+        self.raise_on_launch: Exception | None = None
+        self.num_tokens = 0
+        self.is_closed = False
+
+    @property
+    def pipeline_depth(self) -> int:
+        return self._depth
+
+    # --- adapters ---
+
+    def load_adapter(
+        self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
+    ) -> FakeAdapter:
+        require(index not in self.adapters, f"index {index} is bound already")
+        require(source.shape == (len(pages), self._memory.shape[1]), f"source has shape {source.shape}")
+        for step in self._launched:
+            require(not np.isin(pages, step.plan.block_tables).any(), "a page is loaded into while a step reads it")
+        for other in self.adapters.values():
+            require(not np.isin(pages, other.pages).any(), "a page belongs to two adapters")
+        adapter = FakeAdapter(spec, pages, source)
+        self.adapters[index] = adapter
+        self.loading.append(adapter)
+        if self._loads_at_once:
+            self.finish_load(adapter)
+        return adapter
+
+    def finish_load(self, adapter: FakeAdapter) -> None:
+        """Copy the image, after the steps that were launched before."""
+        self.loading.remove(adapter)
+        while self._launched:
+            self._compute(self._launched.popleft())
+        self._memory[adapter.pages] = adapter.source
+        self._owners[adapter.pages] = NO_OWNER
+        adapter.is_loaded = True
+        for callback in adapter.callbacks:
+            callback()
+
+    def unload_adapter(self, index: int) -> None:
+        adapter = self.adapters.pop(index)
+        require(adapter.is_loaded, f"index {index} is unbound while it is loaded")
+        for step in self._launched:
+            require(index not in step.plan.adapters, f"index {index} is unbound while a step uses it")
+
+    # --- steps ---
+
+    def launch(self, plan: StepPlan) -> FakeStep:
+        if self.raise_on_launch is not None:
+            raise self.raise_on_launch
+        require(plan.step_id == self._next_step, f"step {plan.step_id} follows {self._next_step - 1}")
+        self._next_step += 1
+        self._check_shapes(plan)
+        self._check_pages(plan)
+        occupants = self._check_rows(plan)
+        for index in np.unique(plan.adapters[plan.adapters != NO_ADAPTER]).tolist():
+            require(index in self.adapters and self.adapters[index].is_loaded, f"adapter {index} is not loaded")
+        step = FakeStep(self, plan, occupants, dict(self.adapters))
+        self._launched.append(step)
+        require(len(self._launched) <= self._depth, f"{len(self._launched)} steps in flight")
+        if self._depth == 1:
+            self.compute_until(step)
+        return step
+
+    def compute_until(self, step: FakeStep) -> StepResult:
+        """Compute launched plans in order up to a step."""
+        while step.result is None:
+            self._compute(self._launched.popleft())
+        return step.result
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _check_shapes(self, plan: StepPlan) -> None:
+        num_rows = len(plan.slots)
+        require(num_rows > 0 and len(set(plan.slots.tolist())) == num_rows, f"slots {plan.slots} are empty or repeat")
+        for name in ("num_tokens", "starts", "adapters", "adapter_scales"):
+            require(len(getattr(plan, name)) == num_rows, f"{name} has another length than slots")
+        require(len(plan.block_tables) == num_rows, "block_tables has another length than slots")
+        for name in ("slots", "num_tokens", "starts", "token_ids", "block_tables", "adapters", "sample_rows"):
+            require(getattr(plan, name).dtype == np.int32, f"{name} is not int32")
+        require(int(plan.num_tokens.sum()) == len(plan.token_ids), "token_ids does not match num_tokens")
+        require(len(plan.token_ids) <= self._max_num_batched_tokens, f"{len(plan.token_ids)} tokens exceed the budget")
+        require(bool((plan.num_tokens > 0).all()), "a row computes nothing")
+        decode = plan.num_decode_rows
+        require(bool((plan.num_tokens[:decode] == 1).all()), "a decode row has not one token")
+        require(bool((plan.token_ids[:decode] == FROM_DEVICE).all()), "a decode row has a token of the host")
+        require(bool((plan.token_ids[decode:] >= 0).all()), "a prefill row lacks a token")
+        require(set(range(decode)) <= set(plan.sample_rows.tolist()), "a decode row is not sampled")
+        for name in plan.sampling.__dataclass_fields__:
+            require(len(getattr(plan.sampling, name)) == len(plan.sample_rows), f"sampling.{name} has another length")
+
+    def _check_pages(self, plan: StepPlan) -> None:
+        used = plan.block_tables[plan.block_tables >= 0]
+        require(len(np.unique(used)) == len(used), "a page is in two rows")
+        needed = -(-(plan.starts + plan.num_tokens) // self._block_tokens)
+        covered = (plan.block_tables >= 0).sum(axis=1)
+        require(bool((covered >= needed).all()), f"block tables cover {covered} blocks, {needed} are needed")
+        for adapter in self.adapters.values():
+            require(not np.isin(used, adapter.pages).any(), "a KV page belongs to an adapter")
+        for step in self._launched:
+            owner = {
+                int(page): int(slot)
+                for slot, table in zip(step.plan.slots, step.plan.block_tables, strict=True)
+                for page in table
+            }
+            for slot, start, table in zip(plan.slots, plan.starts, plan.block_tables, strict=True):
+                for page in table[table >= 0].tolist():
+                    reader = owner.get(page, slot if start else None)
+                    is_new = page not in owner
+                    require(is_new or (reader == slot and start > 0), f"page {page} is reused while a step reads it")
+
+    def _check_rows(self, plan: StepPlan) -> NDArray[np.int64]:
+        setups = {setup.slot: setup for setup in plan.setups}
+        occupants = np.empty(len(plan.slots), dtype=np.int64)
+        for row, slot in enumerate(plan.slots.tolist()):
+            if plan.starts[row] == 0:
+                require(row >= plan.num_decode_rows, "a sequence begins with a decode row")
+                require(slot in setups, f"slot {slot} has a new occupant without a setup")
+                self._num_occupants += 1
+                self._slots[slot] = _Slot(self._num_occupants, setup=setups[slot])
+            state = self._slots[slot]
+            require(state.num_computed == plan.starts[row], f"slot {slot} goes on at {plan.starts[row]}: {state}")
+            state.num_computed += int(plan.num_tokens[row])
+            if row < plan.num_decode_rows:
+                require(state.next_position is not None, f"slot {slot} decodes before its prefill has ended")
+            occupants[row] = state.occupant
+        for index, row in enumerate(plan.sample_rows.tolist()):
+            state = self._slots[int(plan.slots[row])]
+            position = int(plan.sampling.position[index])
+            require(state.next_position in (None, position), f"position {position} is not next: {state}")
+            state.next_position = position + 1
+        return occupants
+
+    def _compute(self, step: FakeStep) -> None:
+        plan = step.plan
+        ends = np.cumsum(plan.num_tokens)
+        sequences = []
+        for row, slot in enumerate(plan.slots.tolist()):
+            inputs = plan.token_ids[ends[row] - plan.num_tokens[row] : ends[row]].copy()
+            if row < plan.num_decode_rows:
+                inputs[0] = self._last_tokens[slot]
+            positions = np.arange(plan.starts[row], plan.starts[row] + plan.num_tokens[row])
+            pages = plan.block_tables[row, positions // self._block_tokens]
+            self._tokens[pages, positions % self._block_tokens] = inputs
+            self._owners[pages, positions % self._block_tokens] = step.occupants[row]
+            self._memory[pages] = 255
+            sequences.append(self._read(step, row))
+        self.num_tokens += len(plan.token_ids)
+        step.result = self._sample(step, sequences)
+
+    def _read(self, step: FakeStep, row: int) -> NDArray[np.int32]:
+        plan = step.plan
+        positions = np.arange(plan.starts[row] + plan.num_tokens[row])
+        pages = plan.block_tables[row, positions // self._block_tokens]
+        owners = self._owners[pages, positions % self._block_tokens]
+        require(bool((owners == step.occupants[row]).all()), f"slot {plan.slots[row]} reads another's pages")
+        index = int(plan.adapters[row])
+        if index != NO_ADAPTER:
+            adapter = step.adapters[index]
+            image = fake_image(adapter.spec.digest, len(adapter.pages), self._memory.shape[1])
+            require(bool((self._memory[adapter.pages] == image).all()), f"adapter {index}'s pages were overwritten")
+        tokens: NDArray[np.int32] = self._tokens[pages, positions % self._block_tokens]
+        return tokens
+
+    def _sample(self, step: FakeStep, sequences: list[NDArray[np.int32]]) -> StepResult:
+        plan = step.plan
+        token_ids = np.empty(len(plan.sample_rows), dtype=np.int32)
+        logprobs: dict[int, TokenLogprobs] = {}
+        for index, row in enumerate(plan.sample_rows.tolist()):
+            adapter = int(plan.adapters[row])
+            digest = "" if adapter == NO_ADAPTER else step.adapters[adapter].spec.digest
+            setup = self._setups_of(step, row)
+            banned = setup.stop_token_ids if plan.sampling.ban_stops[index] and setup else ()
+            scale, seed = float(plan.adapter_scales[row]), int(plan.sampling.seed[index])
+            token_ids[index] = draw(sequences[row], digest, scale, seed, banned)
+            self._last_tokens[int(plan.slots[row])] = int(token_ids[index])
+            if plan.sampling.num_logprobs[index] >= 0:
+                logprobs[index] = _logprobs(int(token_ids[index]), int(plan.sampling.num_logprobs[index]))
+        failed = {slot: reason for slot, reason in self.fail_slots.items() if slot in plan.slots}
+        return StepResult(
+            step_id=plan.step_id,
+            slots=plan.slots[plan.sample_rows],
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=self._prompt_logprobs(step),
+            failed_slots=failed,
+        )
+
+    def _setups_of(self, step: FakeStep, row: int) -> SlotSetup | None:
+        state = self._slots[int(step.plan.slots[row])]
+        return state.setup if state.occupant == step.occupants[row] else None
+
+    def _prompt_logprobs(self, step: FakeStep) -> dict[int, list[TokenLogprobs]]:
+        """One entry per input token of a prefill but the sequence's first, named after its position."""
+        entries: dict[int, list[TokenLogprobs]] = {}
+        for row, slot in enumerate(step.plan.slots.tolist()):
+            setup = self._setups_of(step, row)
+            if setup is not None and setup.prompt_logprobs >= 0 and row >= step.plan.num_decode_rows:
+                first, count = int(step.plan.starts[row]), int(step.plan.num_tokens[row])
+                entries[slot] = [_logprobs(at, setup.prompt_logprobs) for at in range(max(1, first), first + count)]
+        return {slot: listed for slot, listed in entries.items() if listed}
+
+
+def _logprobs(token: int, num: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        token_ids=np.full(1 + num, token, dtype=np.int32), logprobs=np.full(1 + num, -1.0, dtype=np.float32)
+    )

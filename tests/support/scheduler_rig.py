@@ -1,0 +1,305 @@
+"""A scheduler, its resources and a fake runner in one thread, turn by turn, with a store that answers when told to."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from loraplex_common.errors import AdapterNotFoundError, LoraplexError
+from loraplex_engine.adapter_cache import AdapterCache
+from loraplex_engine.arena import HostArena
+from loraplex_engine.arena_grants import ArenaGrants
+from loraplex_engine.messages import (
+    Ended,
+    PromptLogprobs,
+    ResidencyChanged,
+    ResidencyState,
+    SamplingParams,
+    Started,
+    StepOutputs,
+    StoppingParams,
+    StoreEvent,
+    Submission,
+    TokenWithLogprobs,
+    WantImage,
+)
+from loraplex_engine.page_pool import PagePool
+from loraplex_engine.scheduler import Scheduler, SchedulerLimits
+
+from support.fake_runner import FakeAdapter, FakeRunner, FakeStep, draw, fake_image, fake_spec
+
+PAGE_BYTES = 64
+EOS = 7
+
+
+def make_submission(
+    *,
+    slot: int = 0,
+    prompt: list[int] | None = None,
+    max_new_tokens: int | None = 8,
+    adapter: str | None = None,
+    session_id: int = 1,
+    stop_token_ids: tuple[int, ...] = (),
+    ignore_eos: bool = True,
+    min_new_tokens: int = 0,
+    resumed: list[int] | None = None,
+    sampling: SamplingParams | None = None,
+    **keywords: object,
+) -> Submission:
+    """Return a greedy request of four prompt tokens; every field can be replaced."""
+    submission = Submission(
+        session_id=session_id,
+        session_slot=slot,
+        request_id=f"request-{slot}",
+        prompt_token_ids=np.array(prompt if prompt is not None else [1, 2, 3, 4], dtype=np.int32),
+        resumed_token_ids=np.array(resumed or [], dtype=np.int32),
+        sampling=sampling or SamplingParams(),
+        stopping=StoppingParams(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+        ),
+        adapter_digest=adapter,
+    )
+    return replace(submission, **keywords)  # type: ignore[arg-type]
+
+
+def solo(submission: Submission, max_outputs: int, eos: tuple[int, ...] = (EOS,)) -> list[int]:
+    """Return the new tokens of a request that runs alone."""
+    stopping = submission.stopping
+    stops = stopping.stop_token_ids + (() if stopping.ignore_eos else eos)
+    prompt, outputs = submission.prompt_token_ids.tolist(), submission.resumed_token_ids.tolist()
+    num_resumed = len(outputs)
+    while len(outputs) < max_outputs:
+        banned = stops if len(outputs) < stopping.min_new_tokens else ()
+        digest = submission.adapter_digest or ""
+        tokens = np.array(prompt + outputs, dtype=np.int32)
+        token = draw(tokens, digest, submission.adapter_scale, submission.sampling.seed, banned)
+        outputs.append(token)
+        if token in stops and not banned:
+            break
+    return outputs[num_resumed:]
+
+
+@dataclass
+class Client:
+    """What one request's gateway saw; checks the order of news as it comes."""
+
+    submission: Submission
+    tokens: list[int] = field(default_factory=list)
+    prompt_logprobs: list[int] = field(default_factory=list)
+    num_started: int = 0
+    end: Ended | None = None
+
+    def token(self, position: int, token_id: int) -> None:
+        """Take a token; positions have no gap and none comes after the end."""
+        assert self.end is None, f"a token after the end: {self}"
+        assert self.num_started == 1, f"a token before the start: {self}"
+        assert position == len(self.submission.resumed_token_ids) + len(self.tokens), f"position {position}: {self}"
+        self.tokens.append(token_id)
+
+    def event(self, event: object) -> None:
+        """Take anything else."""
+        assert self.end is None, f"{event} after the end: {self}"
+        match event:
+            case Started():
+                self.num_started += 1
+                assert self.num_started == 1
+            case TokenWithLogprobs():
+                assert event.logprobs.token_ids[0] == event.token_id
+                self.token(event.position, event.token_id)
+            case PromptLogprobs():
+                assert not self.tokens, "prompt probabilities after a token"
+                assert event.first == len(self.prompt_logprobs) + 1
+                self.prompt_logprobs.extend(int(entry.token_ids[0]) for entry in event.entries)
+            case Ended():
+                self.end = event
+
+
+class Rig:
+    """Drives a `Scheduler` as `EngineLoop` does, but one `turn` at a time and on a clock of its own."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int = 16,
+        block_tokens: int = 4,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 16,
+        max_model_len: int = 64,
+        max_pass_over_s: float = 1.0,
+        num_arena_slots: int = 32,
+        max_resident_adapters: int = 64,
+        depth: int = 1,
+        loads_at_once: bool = True,
+    ) -> None:
+        self.now_s = 100.0
+        self.pool = PagePool(num_pages)
+        self.arena = HostArena(num_arena_slots, PAGE_BYTES)
+        self.store_events: list[StoreEvent] = []
+        self.cache = AdapterCache(
+            pool=self.pool,
+            arena=self.arena,
+            max_resident=max_resident_adapters,
+            emit=self.store_events.append,
+            clock=self.clock,
+        )
+        limits = SchedulerLimits(
+            block_tokens=block_tokens,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_pass_over_s=max_pass_over_s,
+            eos_token_ids=(EOS,),
+        )
+        self.scheduler = Scheduler(
+            limits=limits, pool=self.pool, cache=self.cache, page_bytes=PAGE_BYTES, clock=self.clock
+        )
+        self.grants = ArenaGrants(
+            cache=self.cache,
+            arena=self.arena,
+            is_waited_for=lambda digest: self.scheduler.queue.first_of(digest) is not None,
+        )
+        self.runner = FakeRunner(
+            num_pages=num_pages,
+            page_bytes=PAGE_BYTES,
+            block_tokens=block_tokens,
+            pipeline_depth=depth,
+            loads_at_once=loads_at_once,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        self.steps: deque[FakeStep] = deque()
+        self.loads: dict[str, FakeAdapter] = {}
+        self.clients: dict[tuple[int, int], Client] = {}
+        self.all_clients: list[Client] = []
+        self.grants_asked: dict[str, Future[tuple[int, ...] | None]] = {}
+
+    def clock(self) -> float:
+        """Return the rig's time."""
+        return self.now_s
+
+    # --- requests ---
+
+    def submit(self, submission: Submission) -> Client:
+        """Submit and return what its client sees."""
+        client = Client(submission)
+        self.clients[submission.session_id, submission.session_slot] = client
+        self.all_clients.append(client)
+        self.scheduler.submit(submission)
+        return client
+
+    def take_outputs(self) -> None:
+        """Hand news to the clients, in the order that messages.py promises."""
+        for session_id, outputs in self.scheduler.take_outputs().items():
+            self._deliver(session_id, outputs)
+
+    def _deliver(self, session_id: int, outputs: StepOutputs) -> None:
+        late = (TokenWithLogprobs, Ended)
+        for event in outputs.events:
+            if not isinstance(event, late):
+                self.clients[session_id, event.session_slot].event(event)
+        for slot, position, token_id in zip(
+            outputs.token_slots.tolist(), outputs.token_positions.tolist(), outputs.token_ids.tolist(), strict=True
+        ):
+            self.clients[session_id, slot].token(position, token_id)
+        for event in outputs.events:
+            if isinstance(event, late):
+                self.clients[session_id, event.session_slot].event(event)
+
+    # --- the store ---
+
+    @property
+    def wanted(self) -> list[str]:
+        """Digests that are WANTED now."""
+        return [s.digest for s in self.cache.statuses() if s.state is ResidencyState.WANTED]
+
+    @property
+    def num_wants(self) -> int:
+        """Images ever asked for."""
+        return sum(isinstance(event, WantImage) for event in self.store_events)
+
+    def states_of(self, digest: str) -> list[ResidencyState]:
+        """Return the states an adapter went through."""
+        return [e.state for e in self.store_events if isinstance(e, ResidencyChanged) and e.digest == digest]
+
+    def deliver(self, digest: str, num_pages: int = 1, *, is_wanted: bool = True) -> bool:
+        """Offer an image as the store does; False while there is no room in the arena for it."""
+        future = self.grants_asked.get(digest)
+        if future is None:
+            future = self.grants_asked[digest] = Future()
+            self.grants.ask(digest, num_pages, is_wanted=is_wanted, future=future)
+        self.grants.serve()
+        if not future.done():
+            return False
+        del self.grants_asked[digest]
+        slots = future.result()
+        if slots is None:
+            return False
+        self.arena.view[list(slots)] = fake_image(digest, num_pages, PAGE_BYTES)
+        self.scheduler.image_arrived(fake_spec(digest), slots)
+        return True
+
+    def refuse(self, digest: str, error: LoraplexError | None = None) -> None:
+        """Refuse a want as the store does."""
+        self.scheduler.image_refused(digest, error or AdapterNotFoundError(f"no {digest}"))
+
+    # --- steps ---
+
+    def turn(self, *, check: bool = True) -> bool:
+        """Do what `EngineLoop` does in one turn; False if there was no step to launch or to wait for."""
+        for digest in [digest for digest, load in self.loads.items() if load.is_done()]:
+            del self.loads[digest]
+            self.cache.load_finished(digest)
+        plan = self.scheduler.schedule()
+        self.grants.serve()
+        for index in self.cache.take_unloads():
+            self.runner.unload_adapter(index)
+        for load in self.cache.take_loads():
+            source = self.arena.pages(load.arena_slots)
+            self.loads[load.digest] = self.runner.load_adapter(load.index, load.spec, load.pages, source)
+        if plan is not None:
+            self.steps.append(self.runner.launch(plan))
+        has_step = bool(self.steps)
+        if has_step and (plan is None or len(self.steps) >= self.runner.pipeline_depth):
+            self.scheduler.update(self.steps.popleft().wait())
+        self.take_outputs()
+        if check:
+            self.check_integrity()
+        return has_step
+
+    def run(self, *, max_turns: int = 2000) -> None:
+        """Turn until nothing is left to do, finishing loads as they come."""
+        for _ in range(max_turns):
+            has_loads = bool(self.loads)
+            for adapter in list(self.runner.loading):
+                self.runner.finish_load(adapter)
+            if not self.turn() and not has_loads and not self.loads:
+                return
+        raise AssertionError(f"not done after {max_turns} turns: {self.scheduler.num_open} requests are open")
+
+    def check_integrity(self) -> None:
+        """Check every account."""
+        self.scheduler.check_integrity()
+        self.arena.check_integrity()
+        held = sum(status.num_pages for status in self.cache.statuses() if status.is_in_arena)
+        assert held + self.arena.num_free + self._num_granted() == self.arena.num_slots
+
+    def _num_granted(self) -> int:
+        futures = [f for f in self.grants_asked.values() if f.done() and not f.cancelled()]
+        return sum(len(future.result() or ()) for future in futures)
+
+    def check_finished(self) -> None:
+        """Check that every request has ended and every page is free or a resident adapter's."""
+        assert self.scheduler.num_open == 0
+        assert all(client.end is not None for client in self.all_clients)
+        assert not self.steps
+        resident = sum(s.num_pages for s in self.cache.statuses() if s.state is ResidencyState.RESIDENT)
+        assert self.pool.num_free + resident == self.pool.num_pages
+        assert all(status.num_leases == 0 for status in self.cache.statuses())
+
+    def close(self) -> None:
+        """Free the arena."""
+        self.arena.close()
