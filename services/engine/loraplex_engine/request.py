@@ -6,7 +6,7 @@ Touched on events only (arrival, admission, preemption, end); what changes with 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -51,7 +51,8 @@ class Request:
         adapter_load_s: Time parked.
         admitted_s: When it first got a slot.
         first_token_s: When its first token came.
-        num_prompt_logprobs: Prompt positions whose probabilities were sent already.
+        num_prompt_logprobs: Prompt tokens whose probabilities were sent.
+        num_prompt_logprobs_seen: Prompt tokens whose probabilities its present occupancy of a slot has computed.
     """
 
     submission: Submission
@@ -68,7 +69,8 @@ class Request:
     adapter_load_s: float = 0.0
     admitted_s: float | None = None
     first_token_s: float | None = None
-    num_prompt_logprobs: int = field(default=0)
+    num_prompt_logprobs: int = 0
+    num_prompt_logprobs_seen: int = 0
 
     @property
     def key(self) -> tuple[int, int]:

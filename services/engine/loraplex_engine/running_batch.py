@@ -25,7 +25,6 @@ class LaunchedStep:
     Attributes:
         slots: int32 ``[N]``; all rows.
         occupancy: int64 ``[N]``; whose rows they were.
-        starts: int32 ``[N]``; first token computed.
         sample_rows: int32 ``[S]``.
         positions: int32 ``[S]``; output index that each sampling row draws.
         finished_prefills: Requests whose last prefill chunk this is: their first token comes with it.
@@ -34,7 +33,6 @@ class LaunchedStep:
     step_id: int
     slots: NDArray[np.int32]
     occupancy: NDArray[np.int64]
-    starts: NDArray[np.int32]
     sample_rows: NDArray[np.int32]
     positions: NDArray[np.int32]
     finished_prefills: tuple[Request, ...]
@@ -95,6 +93,7 @@ class RunningBatch:
     def seat(self, request: Request, *, adapter: int, pages: NDArray[np.int32], stop_ids: tuple[int, ...]) -> None:
         """Give a request a slot; its prefill starts with the next plan."""
         request.slot = self.state.seat(request, adapter=adapter, pages=pages, stop_ids=stop_ids)
+        request.num_prompt_logprobs_seen = 0
         self._requests.append(request)
         self._by_slot[request.slot] = request
         self._prefilling.append(request)
@@ -189,7 +188,6 @@ class RunningBatch:
             step_id=plan.step_id,
             slots=plan.slots,
             occupancy=state.occupancy[plan.slots],
-            starts=plan.starts,
             sample_rows=plan.sample_rows,
             positions=plan.sampling.position,
             finished_prefills=finished,

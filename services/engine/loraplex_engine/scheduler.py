@@ -380,31 +380,31 @@ class Scheduler:
             else:
                 self._end(request, finish_reason=FinishReason.LENGTH)
 
-    def _occupant(self, step: LaunchedStep, slot: int) -> tuple[Request, int] | None:
-        """Return the request that a step computed in a slot, and its row; None if it has left since."""
+    def _occupant(self, step: LaunchedStep, slot: int) -> Request | None:
+        """Return the request that a step computed in a slot; None if it has left since."""
         row = int(np.flatnonzero(step.slots == slot)[0])
         if self.batch.state.occupancy[slot] != step.occupancy[row]:
             return None
-        return self.batch.at(slot), row
+        return self.batch.at(slot)
 
     def _send_prompt_logprobs(self, step: LaunchedStep, slot: int, entries: list[TokenLogprobs]) -> None:
         occupant = self._occupant(step, slot)
         if occupant is None:
             return
-        request, row = occupant
-        first = int(step.starts[row]) + 1  # position p predicts prompt token p + 1
-        skipped = max(0, request.num_prompt_logprobs + 1 - first)  # sent before a preemption
-        if skipped < len(entries):
-            event = PromptLogprobs(
-                session_slot=request.submission.session_slot, first=first + skipped, entries=entries[skipped:]
-            )
-            request.num_prompt_logprobs = first + len(entries) - 1
-            self._collector.event(request.submission.session_id, event)
+        # A prompt's first token has no probability. Some were sent before a preemption; those of recomputed outputs never.
+        first = occupant.num_prompt_logprobs_seen + 1
+        occupant.num_prompt_logprobs_seen += len(entries)
+        unsent = max(first, occupant.num_prompt_logprobs + 1)
+        news = entries[unsent - first : occupant.num_prompt_tokens - first]
+        if news:
+            event = PromptLogprobs(session_slot=occupant.submission.session_slot, first=unsent, entries=news)
+            occupant.num_prompt_logprobs += len(news)
+            self._collector.event(occupant.submission.session_id, event)
 
     def _fail_slot(self, step: LaunchedStep, slot: int, reason: str) -> None:
         occupant = self._occupant(step, slot)
         if occupant is not None:
-            self._fail(occupant[0], LoraplexError(f"the engine cannot go on with this request: {reason}"))
+            self._fail(occupant, LoraplexError(f"the engine cannot go on with this request: {reason}"))
 
     def take_outputs(self) -> dict[int, StepOutputs]:
         """Return and forget all news: session -> outputs."""
