@@ -117,7 +117,8 @@ def breaking(reference: str) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         now, then, unpacked = Path(folder, "now"), Path(folder, "then"), Path(folder, "git")
-        tarfile.open(fileobj=io.BytesIO(archive.stdout)).extractall(unpacked, filter="data")
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as protos:
+            protos.extractall(unpacked, filter="data")
         assemble(now, PROTO)
         assemble(then, unpacked / "proto")
         buf("breaking", "--against", str(then), cwd=now)
