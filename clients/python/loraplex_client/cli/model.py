@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from loraplex_client.cli.context import progress_bars
+from loraplex_client.demo import ensure_demo_model
 
 
 def fetch_model(
@@ -19,7 +20,5 @@ def fetch_model(
 
 def ensure_with_progress(out: Path | None = None) -> Path:
     """Return the demo's base model, showing bars while it is fetched and converted."""
-    from loraplex_client.demo import ensure_demo_model  # needs gguf, which only the demo extra installs
-
     with progress_bars() as update:
         return ensure_demo_model(update, out_dir=out)

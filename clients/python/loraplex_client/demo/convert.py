@@ -15,15 +15,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import gguf
 import numpy as np
-from gguf.quants import dequantize
 from loraplex_common.bfloat16 import to_bfloat16
 
 from loraplex_client.demo.errors import ConversionError
 from loraplex_client.demo.gguf_tokenizer import chat_template, special_tokens, tokenizer_json
 
 if TYPE_CHECKING:
+    import gguf
     from numpy.typing import NDArray
 
 Progress = Callable[[int, int], None]
@@ -65,6 +64,8 @@ def convert(gguf_path: Path, out_dir: Path, progress: Progress | None = None, *,
     Raises:
         ConversionError: If the file holds an unknown architecture, tokenizer or tensor.
     """
+    import gguf  # only the extra `convert` installs it
+
     reader = gguf.GGUFReader(gguf_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields.get("general.architecture") != "llama":
@@ -153,6 +154,8 @@ def _write_weights(reader: gguf.GGUFReader, fields: Mapping[str, Any], path: Pat
     numpy has no bf16, so the safetensors library cannot take these arrays; the format is a length, a JSON header and
     the tensors' bytes.
     """
+    from gguf.quants import dequantize
+
     heads = {
         "q_proj.weight": int(fields["llama.attention.head_count"]),
         "k_proj.weight": int(fields["llama.attention.head_count_kv"]),

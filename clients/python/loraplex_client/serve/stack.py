@@ -10,15 +10,15 @@ import asyncio
 import collections
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from loraplex_client.serve.child import ChildError, ServiceChild
-from loraplex_client.serve.valkey_child import ValkeyChild
 
 if TYPE_CHECKING:
     from loraplex_client.serve.config import ServeConfig
+    from loraplex_client.serve.valkey_child import ValkeyChild
 
-Child = ServiceChild | ValkeyChild
+Child: TypeAlias = "ServiceChild | ValkeyChild"
 Report = Callable[[str], None]
 
 FIRST_BACKOFF_S: Final = 0.1
@@ -101,6 +101,8 @@ class Stack:
             raise ChildError(f"{log_dir}: {error.strerror}") from error
         redis_url = config.redis_url
         if redis_url is None:
+            from loraplex_client.serve.valkey_child import ValkeyChild  # needs redis: the serve extra
+
             valkey = ValkeyChild(config.data_dir / "valkey")
             await self._start(valkey)
             redis_url = valkey.url
