@@ -47,6 +47,7 @@ class AdapterCache:
         num_idle_pages: Pages that eviction could free.
         num_resident: Adapters that can be leased.
         num_evictions: Adapters that gave way to others or to KV so far.
+        num_leases: Of all adapters together.
         load_estimate_s: Moving average of the time from a want to residency.
     """
 
@@ -77,6 +78,7 @@ class AdapterCache:
         self.num_idle_pages = 0
         self.num_resident = 0
         self.num_evictions = 0
+        self.num_leases = 0
         self.load_estimate_s = 1.0
 
     # --- questions ---
@@ -142,6 +144,7 @@ class AdapterCache:
         if adapter.state is not ResidencyState.RESIDENT:
             raise RuntimeError(f"adapter {digest} is {adapter.state}, it cannot be leased")
         adapter.num_leases += 1
+        self.num_leases += 1
         adapter.last_used_s = self._clock()
         self._list_idle(adapter)
         return adapter.index
@@ -156,6 +159,7 @@ class AdapterCache:
         if adapter.num_leases == 0:
             raise RuntimeError(f"adapter {digest} has no lease to return")
         adapter.num_leases -= 1
+        self.num_leases -= 1
         adapter.last_used_s = self._clock()
         adapter.last_step = last_step
         if adapter.num_leases == 0 and adapter.state is ResidencyState.DRAINING:

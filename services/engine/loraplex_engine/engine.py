@@ -18,10 +18,10 @@ from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.load_report import LoadReport
 from loraplex_engine.loop import EngineLoop, LoopParts
-from loraplex_engine.messages import Call, Command, LoadSnapshot, StoreEvent
+from loraplex_engine.messages import Call, Command, LoadSnapshot, LoopTotals, StoreEvent
 from loraplex_engine.outbox import MAX_BACKLOG_BYTES, MAX_BACKLOG_S, SessionOutbox
 from loraplex_engine.page_pool import PagePool
-from loraplex_engine.scheduler import Scheduler, SchedulerLimits
+from loraplex_engine.scheduler import Scheduler, SchedulerCounters, SchedulerLimits
 from loraplex_engine.step import ModelRunner
 
 if TYPE_CHECKING:
@@ -165,6 +165,21 @@ class Engine:
     def snapshot(self) -> LoadSnapshot:
         """Return the load after the latest step; never blocks."""
         return self._report.read(self._clock())
+
+    @property
+    def totals(self) -> LoopTotals:
+        """Where the step loop's time went."""
+        return self._loop.totals
+
+    @property
+    def counters(self) -> SchedulerCounters:
+        """What happened to requests so far."""
+        return self._scheduler.counters
+
+    @property
+    def num_leases(self) -> int:
+        """Leases of running requests on adapters."""
+        return self._cache.num_leases
 
     def list_adapters(self) -> Future[list[AdapterStatus]]:
         """Ask for all adapters the engine knows, by digest; WANTED ones included.

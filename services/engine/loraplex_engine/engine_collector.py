@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from loraplex_engine.messages import LoadSnapshot, ResidencyChanged, ResidencyState
@@ -35,7 +35,7 @@ class EngineCollector(Collector):
         self._feed = feed
         self._residency = residency
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Show the state of this moment."""
         load, held = self._engine.snapshot(), self._feed.held
         yield _gauge("vllm:num_requests_running", "Requests in a batch.", load.running)
@@ -53,8 +53,20 @@ class EngineCollector(Collector):
         ):
             pages.add_metric([owner], count)
         yield pages
-        leases = sum(event.num_leases for event in held)
-        yield _gauge("loraplex_engine_leases", "Leases of running requests on adapters.", leases)
+        yield _gauge("loraplex_engine_leases", "Leases of running requests on adapters.", self._engine.num_leases)
+        yield from self._steps()
+
+    def _steps(self) -> Iterator[Metric]:
+        totals, counters = self._engine.totals, self._engine.counters
+        yield CounterMetricFamily(
+            "vllm:num_preemptions", "Requests whose pages were taken away.", value=counters.num_preemptions
+        )
+        seconds = SummaryMetricFamily("loraplex_engine_step_seconds", "The step loop's time.", labels=["phase"])
+        for phase in ("schedule", "launch", "wait", "update"):
+            seconds.add_metric([phase], totals.num_steps, getattr(totals, f"{phase}_s"))
+        yield seconds
+        yield _summary("loraplex_engine_step_tokens", "Tokens computed per step.", totals.num_steps, totals.num_tokens)
+        yield _summary("loraplex_engine_adapters_in_batch", "Adapters per step.", totals.num_steps, totals.num_adapters)
 
     def _cache_config(self) -> GaugeMetricFamily:
         params = self._engine.params
@@ -91,6 +103,10 @@ class EngineCollector(Collector):
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, text, value=value)
+
+
+def _summary(name: str, text: str, count: int, total: float) -> SummaryMetricFamily:
+    return SummaryMetricFamily(name, text, count_value=count, sum_value=total)
 
 
 def _loaded(held: list[ResidencyChanged]) -> GaugeMetricFamily:

@@ -109,8 +109,12 @@ class ImageTransfers:
         return len(self._transfers)
 
     async def offered(self, offer: ImageOffer) -> None:
-        """Take an offer up; a newer one for the same image replaces the older."""
-        await self.abandon(offer.digest)
+        """Take an offer up. It may be a repetition: the store repeats an unsolicited one when the image gets wanted."""
+        known = self._transfers.get((offer.digest, offer.rank))
+        if known is not None:
+            if known.stage is not Stage.OFFERED:
+                return  # slots are granted already
+            await self._stop(known, is_quiet=True)
         transfer = _Transfer(offer)
         self._transfers[offer.digest, offer.rank] = transfer
         transfer.task = asyncio.create_task(self._run(transfer), name=f"image-{offer.digest[:8]}")
@@ -145,7 +149,7 @@ class ImageTransfers:
             await self._stop(self._transfers[key], is_quiet=True)
 
     async def abandon_all(self) -> None:
-        """The stream is gone: give up everything that is not completely here."""
+        """The stream is gone: give up everything, so that the next one starts from what residency says."""
         for transfer in list(self._transfers.values()):
             await self._stop(transfer, is_quiet=not self.is_shared)
 
@@ -217,13 +221,11 @@ class ImageTransfers:
             raise
 
     async def _stop(self, transfer: _Transfer, *, is_quiet: bool) -> None:
-        """Cancel a transfer unless all its bytes are here; ``is_quiet`` tells that nobody writes to its slots now."""
-        task = transfer.task
-        if task is None or transfer.stage is Stage.VERIFYING:
-            return
-        task.cancel()
-        await asyncio.wait([task])
-        self._return(transfer, is_quiet=is_quiet)
+        """Cancel a transfer; ``is_quiet`` tells that nobody writes to its slots now."""
+        if transfer.task is not None:
+            transfer.task.cancel()
+            await asyncio.wait([transfer.task])
+        self._return(transfer, is_quiet=is_quiet or transfer.stage is Stage.VERIFYING)
 
     def _return(self, transfer: _Transfer, *, is_quiet: bool) -> None:
         slots, transfer.slots = transfer.slots, ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -30,11 +31,12 @@ from loraplex_engine.messages import (
     Ended,
     ImageArrived,
     ImageRefused,
+    LoopTotals,
     StepOutputs,
     Submit,
 )
 from loraplex_engine.scheduler import Scheduler
-from loraplex_engine.step import LoadHandle, ModelRunner, StepHandle
+from loraplex_engine.step import NO_ADAPTER, LoadHandle, ModelRunner, StepHandle, StepPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +71,9 @@ class EngineLoop:
         parts: What it drives.
         on_crash: Called once, on the loop's thread, with what killed it.
         clock: Seconds, monotonic.
+
+    Attributes:
+        totals: Where its time went.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class EngineLoop:
         self._loads: dict[str, LoadHandle] = {}
         self._drains: list[_Drain] = []
         self._num_ended_by_drain = 0
+        self.totals = LoopTotals()
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
 
     # --- any thread ---
@@ -153,19 +159,38 @@ class EngineLoop:
         self._take_commands()
         self._take_finished_loads()
         self._advance_drains()
+        began_s = time.perf_counter()
         plan = parts.scheduler.schedule()
+        self.totals.schedule_s += time.perf_counter() - began_s
         parts.grants.serve()
         self._start_loads()
         if plan is not None:
-            self._steps.append(parts.runner.launch(plan))
+            self._launch(plan)
         has_step = bool(self._steps)
         if has_step and (plan is None or len(self._steps) >= parts.runner.pipeline_depth):
-            parts.scheduler.update(self._steps.popleft().wait())
+            self._complete(self._steps.popleft())
         self._send()
         parts.report.publish(self._clock())
         self._resolve_drains()
         if not has_step:
             self._sleep()
+
+    def _launch(self, plan: StepPlan) -> None:
+        began_s = time.perf_counter()
+        self._steps.append(self._parts.runner.launch(plan))
+        totals = self.totals
+        totals.launch_s += time.perf_counter() - began_s
+        totals.num_steps += 1
+        totals.num_tokens += len(plan.token_ids)
+        totals.num_adapters += len(set(plan.adapters.tolist()) - {NO_ADAPTER})
+
+    def _complete(self, step: StepHandle) -> None:
+        began_s = time.perf_counter()
+        result = step.wait()
+        waited_s = time.perf_counter()
+        self._parts.scheduler.update(result)
+        self.totals.wait_s += waited_s - began_s
+        self.totals.update_s += time.perf_counter() - waited_s
 
     def _sleep(self) -> None:
         until_s = min(self._parts.scheduler.next_deadline_s, *(drain.deadline_s for drain in self._drains), math.inf)
@@ -246,7 +271,7 @@ class EngineLoop:
         self._take_commands()
         self._num_ended_by_drain += self._parts.scheduler.end_all(error)
         while self._steps:
-            self._parts.scheduler.update(self._steps.popleft().wait())
+            self._complete(self._steps.popleft())
         self._send()
         self._resolve_drains()
         self._shut(error)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec
 from loraplex_common.errors import LoraplexError
-from loraplex_engine.step import TokenLogprobs
 from numpy.typing import NDArray
+
+from loraplex_engine.step import TokenLogprobs
 
 
 class Priority(enum.IntEnum):
@@ -267,20 +268,21 @@ class LoadSnapshot:
 
 @dataclass(kw_only=True, slots=True)
 class LoopTotals:
-    """What the step loop has done since it began; written by its thread alone, read at any time (`Engine.totals`).
+    """Where the step loop's time went since it began; written by its thread alone, read at any time.
 
     Attributes:
-        num_tokens: Tokens computed, prompts included.
-        num_adapters: Distinct adapters, summed over steps.
-        num_leases: Leases held by running requests right now.
-        schedule_s: Making plans; ``launch_s`` handing them to the runner; ``wait_s`` for results; ``update_s`` taking them in.
+        num_steps: Steps launched.
+        num_tokens: Tokens computed, prompts and recomputed ones included.
+        num_adapters: Distinct adapters of a step, summed over steps.
+        schedule_s: Making plans.
+        launch_s: Handing them to the runner; computing them, where the runner does that at once.
+        wait_s: Waiting for results.
+        update_s: Taking them in.
     """
 
     num_steps: int = 0
     num_tokens: int = 0
     num_adapters: int = 0
-    num_preemptions: int = 0
-    num_leases: int = 0
     schedule_s: float = 0.0
     launch_s: float = 0.0
     wait_s: float = 0.0

@@ -1,0 +1,164 @@
+"""The whole of loraplex on one machine: a real Valkey and our three services as child processes on free ports."""
+
+from __future__ import annotations
+
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraplex.v1 import engine_pb2, engine_pb2_grpc
+from loraplex_client import AsyncClient
+from loraplex_common.grpc_channel import open_channel
+from loraplex_common.valkey import EmbeddedValkey
+from prometheus_client.parser import text_string_to_metric_families
+from support.processes import ServiceProcess
+from support.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+FREE_PORTS = ("--port", "0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StackFlags:
+    """Command lines on top of what connects the services."""
+
+    engine: tuple[str, ...] = ("--pool-bytes", "8MiB", "--arena-bytes", "8MiB")
+    store: tuple[str, ...] = ()
+    gateway: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Stack:
+    """Processes of one stack; made by `running_stack`.
+
+    Attributes:
+        import_root: Directory below which the store imports.
+    """
+
+    model: Path
+    import_root: Path
+    log_dir: Path
+    flags: StackFlags
+    valkey: EmbeddedValkey
+    store: ServiceProcess = field(init=False)
+    gateway: ServiceProcess = field(init=False)
+    engines: list[ServiceProcess] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Start everything; the services load side by side."""
+        self.valkey.start()
+        self.store = self._spawn_store(FREE_PORTS)
+        self.store.wait_ready()
+        with ThreadPoolExecutor() as pool:
+            engine, gateway = pool.submit(self.start_engine), pool.submit(self._start_gateway)
+            engine.result()
+            gateway.result()
+
+    def start_engine(self, *flags: str) -> ServiceProcess:
+        """Start one more engine and wait until it is ready."""
+        common = ("--num-threads", "1", "--drain-settle-s", "0", "--redis-url", self.valkey.url)
+        peers = ("--store-target", self.store.grpc, "--metrics-port", "0")
+        engine = self._spawn("loraplex_engine", (*FREE_PORTS, *common, *peers, *self.flags.engine, *flags))
+        self.engines.append(engine)
+        return engine.wait_ready()
+
+    def restart_store(self) -> None:
+        """Start the store again where it was; the old process must be gone."""
+        self.store = self._spawn_store(("--port", self.store.grpc.rpartition(":")[2]))
+        self.store.wait_ready()
+
+    def stop(self) -> list[str]:
+        """End everything and return what did not end well."""
+        troubles = []
+        for process in (self.gateway, *self.engines, self.store):
+            if process.is_running and (status := process.stop()) != 0:
+                troubles.append(f"{process.log_path.stem} ended with {status}:\n{process.log()[-4000:]}")
+        self.valkey.close()
+        return troubles
+
+    def client(self) -> AsyncClient:
+        """Return a client of the gateway and the store."""
+        return AsyncClient(self.gateway.grpc, store_target=self.store.grpc)
+
+    def logs(self) -> str:
+        """Return the end of every process's log."""
+        files = sorted(self.log_dir.glob("*.log"))
+        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
+
+    def _start_gateway(self) -> None:
+        flags = ("--http-port", "0", "--store-target", self.store.grpc, "--redis-url", self.valkey.url)
+        self.gateway = self._spawn(
+            "loraplex_gateway", (*FREE_PORTS, *flags, "--drain-settle-s", "0", *self.flags.gateway)
+        )
+        self.gateway.wait_ready()
+
+    def _spawn_store(self, port: Sequence[str]) -> ServiceProcess:
+        flags = ("--metrics-port", "0", "--import-root", str(self.import_root), "--redis-url", self.valkey.url)
+        return self._spawn("loraplex_adapter_store", (*port, *flags, "--drain-settle-s", "0", *self.flags.store))
+
+    def _spawn(self, module: str, flags: Sequence[str]) -> ServiceProcess:
+        return ServiceProcess(module, ["--model", str(self.model), *flags], log_dir=self.log_dir)
+
+
+@contextmanager
+def running_stack(directory: Path, model: Path, import_root: Path, flags: StackFlags | None = None) -> Iterator[Stack]:
+    """Run a stack that ends with the block, and check that every process ends well.
+
+    Args:
+        directory: Empty; for logs and Valkey's data.
+        model: Base model.
+        import_root: Directory of PEFT adapter directories.
+        flags: More command line.
+    """
+    valkey = EmbeddedValkey(directory / "valkey", max_memory_bytes=2**30)
+    stack = Stack(model, import_root, directory, flags or StackFlags(), valkey)
+    try:
+        stack.start()
+        yield stack
+    except BaseException:
+        print(stack.logs())
+        for process in (*stack.engines, *(getattr(stack, name, None) for name in ("gateway", "store"))):
+            if process is not None and process.is_running:
+                process.kill()
+        valkey.close()
+        raise
+    troubles = stack.stop()
+    assert not troubles, "\n".join(troubles)
+
+
+def read_metrics(process: ServiceProcess) -> dict[str, float]:
+    """Return every sample of a service's /metrics; labels of a name are summed up."""
+    address = process.addresses.get("metrics") or process.addresses["http"]
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as page:
+        text = page.read().decode()
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+    return totals
+
+
+async def read_load(engine: ServiceProcess) -> engine_pb2.LoadReport:
+    """Return an engine's load now."""
+    async with open_channel(engine.grpc) as channel:
+        call = engine_pb2_grpc.EngineServiceStub(channel).WatchLoad(engine_pb2.WatchLoadRequest())
+        async for response in call:
+            call.cancel()
+            return response.load
+    raise AssertionError("the load stream ended without a reading")
+
+
+async def assert_idle(engine: ServiceProcess) -> None:
+    """Wait until an engine holds nothing for any request: no sequence, no lease, every page accounted for."""
+
+    async def is_idle() -> bool:
+        load = await read_load(engine)
+        in_use = load.running + load.waiting + load.pages_kv + load.pages_pinned
+        return in_use == 0 and load.pages_free + load.pages_adapter == load.pages_total
+
+    await eventually(is_idle, what=f"{engine.log_path.stem} idle")
