@@ -1,0 +1,351 @@
+"""A whole engine in this process, driven synchronously: submit, wait, compare. No gRPC, no store.
+
+Images that requests want are taken from `EngineHarness.images`, as a store would supply them; adapters can also be put
+into the arena beforehand with `add_image`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from loraplex_common.adapter_image import AdapterSpec, Geometry, ModuleSpec, Tensors, pack
+from loraplex_common.base_model import BaseModelInfo, load_base_model
+from loraplex_common.errors import AdapterNotFoundError
+from loraplex_engine.engine import Engine, EngineParams, RunnerFactory
+from loraplex_engine.messages import (
+    CloseSession,
+    Ended,
+    ImageArrived,
+    ImageRefused,
+    Loading,
+    SamplingParams,
+    Started,
+    StepOutputs,
+    StoppingParams,
+    StoreEvent,
+    Submission,
+    Submit,
+    TokenWithLogprobs,
+    WantImage,
+)
+from loraplex_engine.outbox import SessionOutbox
+from loraplex_engine.step import TokenLogprobs
+from numpy.typing import NDArray
+
+from support.adapters import Recipe, adapter_tensors, module_name
+from support.fake_runner import FakeRunner, fake_image, fake_spec
+
+WAIT_S = 60.0
+
+
+@dataclass
+class Generation:
+    """What became of one request."""
+
+    session_slot: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    start: Started | None = None
+    num_loading: int = 0
+    end: Ended | None = None
+
+
+@dataclass
+class EngineHarness:
+    """An engine with one session.
+
+    Attributes:
+        images: digest -> (spec, image) that the "store" has; other digests are refused with AdapterNotFoundError.
+        crashes: What killed the loop, if anything did.
+    """
+
+    engine: Engine
+    images: dict[str, tuple[AdapterSpec, NDArray[np.uint8]]]
+    crashes: list[BaseException]
+    store_events: list[StoreEvent]
+    outbox: SessionOutbox = field(init=False)
+    generations: dict[int, Generation] = field(default_factory=dict)
+    next_slot: int = 0
+
+    def __post_init__(self) -> None:
+        self.outbox = self.engine.open_session()
+
+    # --- adapters ---
+
+    def add_adapter(self, spec: AdapterSpec, tensors: Tensors) -> None:
+        """Let the store have an adapter, packed for this engine's geometry."""
+        self.images[spec.digest] = (spec, pack(self.engine.params.geometry, spec, tensors))
+
+    def add_image(self, digest: str) -> None:
+        """Put a store's image into the arena now, as an unsolicited push."""
+        spec, image = self.images[digest]
+        slots = self.engine.grant_slots(digest, len(image), is_wanted=False).result(WAIT_S)
+        assert slots is not None, "the arena is full"
+        self.engine.arena.view[list(slots)] = image
+        self.engine.post(ImageArrived(spec, slots))
+
+    # --- requests ---
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        adapter: str | None = None,
+        max_new_tokens: int | None = 16,
+        temperature: float = 0.0,
+        ignore_eos: bool = True,
+        sampling: SamplingParams | None = None,
+        outbox: SessionOutbox | None = None,
+        **fields: object,
+    ) -> Generation:
+        """Submit a request, greedy by default; its `Generation` fills while `wait` runs."""
+        submission = Submission(
+            session_id=(outbox or self.outbox).session_id,
+            session_slot=self.next_slot,
+            request_id=f"request-{self.next_slot}",
+            prompt_token_ids=np.array(prompt, dtype=np.int32),
+            resumed_token_ids=np.empty(0, dtype=np.int32),
+            sampling=sampling or SamplingParams(temperature=temperature),
+            stopping=StoppingParams(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos),
+            adapter_digest=adapter,
+            arrived_s=time.monotonic(),
+        )
+        self.next_slot += 1
+        generation = self.generations[submission.session_slot] = Generation(submission.session_slot)
+        self.engine.post(Submit(replace(submission, **fields)))  # type: ignore[arg-type]
+        return generation
+
+    def wait(self, generations: Sequence[Generation], timeout_s: float = WAIT_S) -> list[Generation]:
+        """Read the session until all of these have ended.
+
+        Raises:
+            TimeoutError: If they have not in time.
+        """
+        self.wait_until(lambda: all(generation.end is not None for generation in generations), timeout_s)
+        return list(generations)
+
+    def wait_until(self, is_done: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
+        """Read the session until a condition holds.
+
+        Raises:
+            TimeoutError: If it does not in time.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while not is_done():
+            left_s = deadline_s - time.monotonic()
+            outputs = self.outbox.wait(left_s)
+            if outputs is not None:
+                self.take(outputs)
+            elif left_s <= 0:
+                open_ones = [slot for slot, generation in self.generations.items() if generation.end is None]
+                raise TimeoutError(f"requests {open_ones} have not ended, {self.engine.snapshot()}, {self.crashes}")
+
+    def generate(self, prompts: Sequence[Sequence[int]], **fields: object) -> list[list[int]]:
+        """Run prompts together and return their output tokens; every request must end without an error."""
+        done = self.wait([self.submit(prompt, **fields) for prompt in prompts])  # type: ignore[arg-type]
+        for generation in done:
+            assert generation.end is not None
+            if generation.end.error is not None:
+                raise generation.end.error
+        return [generation.tokens for generation in done]
+
+    def take(self, outputs: StepOutputs) -> None:
+        """Sort news to the requests."""
+        for slot, position, token_id in zip(
+            outputs.token_slots.tolist(), outputs.token_positions.tolist(), outputs.token_ids.tolist(), strict=True
+        ):
+            assert position == len(self.generations[slot].tokens)
+            self.generations[slot].tokens.append(token_id)
+        for event in outputs.events:
+            generation = self.generations[event.session_slot]
+            assert generation.end is None, f"{event} after the end"
+            match event:
+                case TokenWithLogprobs():
+                    assert event.position == len(generation.tokens)
+                    generation.tokens.append(event.token_id)
+                    generation.logprobs.append(event.logprobs)
+                case Started():
+                    generation.start = event
+                case Loading():
+                    generation.num_loading += 1
+                case Ended():
+                    generation.end = event
+
+    def check_idle(self) -> None:
+        """Check that no request, page or lease is left over; resident adapters may stay."""
+        self.engine.check_integrity().result(WAIT_S)
+        load = self.engine.snapshot()
+        assert (load.running, load.waiting, load.pages_kv) == (0, 0, 0), load
+        assert load.pages_free + load.pages_adapter + load.pages_pinned == load.pages_total, load
+
+    def close(self) -> None:
+        """Close session and engine."""
+        self.engine.post(CloseSession(self.outbox.session_id))
+        self.engine.close()
+
+
+class _Store:
+    """Answers wants from a dict, on the loop's thread."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.images: dict[str, tuple[AdapterSpec, NDArray[np.uint8]]] = {}
+        self.events: list[StoreEvent] = []
+        self.is_silent = threading.Event()
+
+    def on_event(self, event: StoreEvent) -> None:
+        self.events.append(event)
+        if isinstance(event, WantImage) and self.engine is not None:
+            self._answer(self.engine, event.digest)
+
+    def _answer(self, engine: Engine, digest: str) -> None:
+        if digest not in self.images:
+            engine.post(ImageRefused(digest, AdapterNotFoundError(f"no adapter {digest}")))
+            return
+        spec, image = self.images[digest]
+
+        def fill(granted: Future[tuple[int, ...] | None]) -> None:
+            slots = granted.result()
+            if slots is not None:
+                engine.arena.view[list(slots)] = image
+                engine.post(ImageArrived(spec, slots))
+
+        engine.grant_slots(digest, len(image), is_wanted=True).add_done_callback(fill)
+
+
+@contextmanager
+def running_engine(params: EngineParams, runner_factory: RunnerFactory) -> Iterator[EngineHarness]:
+    """Run an engine until the block ends."""
+    store, crashes = _Store(), list[BaseException]()
+    engine = Engine(params, runner_factory, on_store_event=store.on_event, on_crash=crashes.append)
+    store.engine = engine
+    harness = EngineHarness(engine, store.images, crashes, store.events)
+    try:
+        yield harness
+    finally:
+        harness.close()
+
+
+FAKE_PAGE_BYTES = 128
+FAKE_GEOMETRY = Geometry(
+    dtype="float32",
+    page_bytes=FAKE_PAGE_BYTES,
+    num_layers=1,
+    hidden_size=4,
+    intermediate_size=4,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=4,
+)
+
+
+def fake_params(**fields: int) -> EngineParams:
+    """Return sizes for a `FakeRunner`: 32 pages of 4 tokens; every field can be replaced."""
+    sizes: dict[str, int] = {"num_pages": 32, "num_arena_slots": 32, "block_tokens": 4, "max_model_len": 64, **fields}
+    return EngineParams(
+        geometry=FAKE_GEOMETRY,
+        pool_bytes=sizes.pop("num_pages") * FAKE_PAGE_BYTES,
+        arena_bytes=sizes.pop("num_arena_slots") * FAKE_PAGE_BYTES,
+        eos_token_ids=(7,),
+        **sizes,  # type: ignore[arg-type]
+    )
+
+
+@contextmanager
+def fake_engine(*, depth: int = 1, loads_at_once: bool = True, **fields: int) -> Iterator[tuple[EngineHarness, FakeRunner]]:
+    """Run an engine on a `FakeRunner`."""
+    runners = []
+
+    def make(params: EngineParams) -> FakeRunner:
+        runners.append(
+            FakeRunner(
+                num_pages=params.num_pages,
+                page_bytes=params.geometry.page_bytes,
+                block_tokens=params.block_tokens,
+                pipeline_depth=depth,
+                loads_at_once=loads_at_once,
+                max_num_batched_tokens=params.max_num_batched_tokens,
+            )
+        )
+        return runners[0]
+
+    with running_engine(fake_params(**fields), make) as harness:
+        yield harness, runners[0]
+
+
+def add_fake_adapter(harness: EngineHarness, digest: str, num_pages: int = 1) -> None:
+    """Let the store have an image for a `FakeRunner`."""
+    harness.images[digest] = (fake_spec(digest), fake_image(digest, num_pages, FAKE_PAGE_BYTES))
+
+
+def recipe_adapter(info: BaseModelInfo, recipe: Recipe, digest: str) -> tuple[AdapterSpec, Tensors]:
+    """Return spec and tensors of a recipe's adapter, as the store would read them from its files."""
+    files = adapter_tensors(info, recipe)
+    modules, tensors = [], {}
+    from loraplex_common.adapter_image import PROJECTIONS  # noqa: PLC0415
+
+    for layer in range(info.num_layers):
+        for projection in PROJECTIONS:
+            name = module_name(layer, projection)
+            key = f"base_model.model.{name}.lora_A.weight"
+            if key in files:
+                a, b = files[key], files[key.replace("lora_A", "lora_B")]
+                modules.append(ModuleSpec(layer, projection, a.shape[0], recipe.scaling_of(name)))
+                tensors[layer, projection] = (a, b)
+    return AdapterSpec(digest, tuple(modules)), tensors
+
+
+@contextmanager
+def torch_engine(
+    model_dir: Path,
+    *,
+    num_pages: int = 256,
+    num_arena_slots: int = 256,
+    block_tokens: int | None = None,
+    max_model_len: int = 256,
+    max_num_seqs: int = 16,
+    max_num_batched_tokens: int = 256,
+    emulate_async: bool = False,
+) -> Iterator[EngineHarness]:
+    """Run an engine on the torch backend in fp32 on the CPU; a small ``block_tokens`` makes small pages."""
+    from loraplex_engine.pool_geometry import choose_pool_geometry  # noqa: PLC0415  (torch only where it is needed)
+    from loraplex_engine.torch_runner import RunnerConfig, TorchRunner  # noqa: PLC0415
+
+    info = load_base_model(model_dir)
+    pool = choose_pool_geometry(info, dtype="float32")
+    if block_tokens is not None:
+        pool = replace(pool, block_tokens=block_tokens)
+    params = EngineParams(
+        geometry=info.geometry(dtype="float32", page_bytes=pool.page_bytes),
+        block_tokens=pool.block_tokens,
+        pool_bytes=num_pages * pool.page_bytes,
+        arena_bytes=num_arena_slots * pool.page_bytes,
+        eos_token_ids=(),
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+
+    def make(params: EngineParams) -> TorchRunner:
+        return TorchRunner(
+            RunnerConfig(
+                model_dir=model_dir,
+                info=info,
+                geometry=pool,
+                num_pages=params.num_pages,
+                max_num_seqs=params.max_num_seqs,
+                max_model_len=params.max_model_len,
+                num_threads=1,
+                emulate_async=emulate_async,
+            )
+        )
+
+    with running_engine(params, make) as harness:
+        yield harness
