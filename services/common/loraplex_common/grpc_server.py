@@ -34,6 +34,10 @@ _OPTIONS: Final = (
     # A peer whose machine vanished sends no FIN; without these its streams would hold leases for hours.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Calls that arrive in a burst wait for the event loop. gRPC's own limits (1000, 3000) cancel them at random and
+    # without a reason (grpc#34782); ours shed with one.
+    ("grpc.server.max_pending_requests", 30_000),
+    ("grpc.server.max_pending_requests_hard_limit", 60_000),
     # Two servers on one port must be an error, not a coin toss per connection.
     ("grpc.so_reuseport", 0),
 )

@@ -13,7 +13,7 @@ import grpc
 from grpc_status import rpc_status
 
 from loraplex_common.auth import Authenticator, Tenant, acting_as
-from loraplex_common.errors import DrainingError, InvalidParameterError, LoraplexError, to_status
+from loraplex_common.errors import AdapterLoadingError, DrainingError, InvalidParameterError, LoraplexError, to_status
 from loraplex_common.log import get_logger
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DROP_REASON_KEY: Final = "loraplex-drop-reason"
 PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"  # proposal A6: the server's say in when a retry comes
+DO_NOT_RETRY: Final = "-1"
 # A client whose deadline passes hangs up at once: the server's copy of the deadline, set on arrival, is still to come.
 DEADLINE_MARGIN_S: Final = 0.05
 # Probes and tools come without credentials; both services tell nothing about tenants.
@@ -227,7 +228,10 @@ def trailers(error: LoraplexError) -> tuple[tuple[str, str], ...]:
     result: list[tuple[str, str]] = []
     if error.drop_reason is not None:
         result.append((DROP_REASON_KEY, error.drop_reason))
-    if error.retry_after_s is not None:
+    if isinstance(error, AdapterLoadingError):
+        # FAIL_FAST: the caller decides whether to come back (RetryInfo says when); its channel must not wait for it.
+        result.append((PUSHBACK_KEY, DO_NOT_RETRY))
+    elif error.retry_after_s is not None:
         result.append((PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1000)))))
     return tuple(result)
 

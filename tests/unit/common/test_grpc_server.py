@@ -314,6 +314,38 @@ async def test_an_unreachable_server_is_a_remote_error_to_retry_elsewhere() -> N
     assert (error.code, error.http_status) == (grpc.StatusCode.UNAVAILABLE, 503)
 
 
+@pytest.mark.parametrize(
+    ("service", "error", "expected"),
+    [
+        ("GatewayService", errors.NoEngineError("none"), 3),
+        ("AdapterStoreService", errors.DrainingError("going"), 3),
+        ("GatewayService", errors.SaturatedError("full", retry_after_s=0.01), 1),
+        ("GatewayService", errors.AdapterLoadingError("on its way", retry_after_s=0.01), 1),
+        ("EngineService", errors.DrainingError("going"), 1),
+    ],
+)
+async def test_channels_retry_only_what_is_unavailable(
+    service: str, error: errors.LoraplexError, expected: int
+) -> None:
+    num_attempts = 0
+
+    async def refuse(_request: bytes, _context: Context) -> bytes:
+        nonlocal num_attempts
+        num_attempts += 1
+        raise error
+
+    server = GrpcServer(ServerConfig())
+    handlers: dict[str, Any] = {"Do": grpc.unary_unary_rpc_method_handler(refuse)}
+    server.server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(f"loraplex.v1.{service}", handlers)])
+    async with open_channel(f"127.0.0.1:{await server.start()}") as channel:
+        do: Any = channel.unary_unary(f"/loraplex.v1.{service}/Do")
+
+        assert type(await failure(do(b""))) is type(error)
+
+    assert num_attempts == expected
+    await server.drain(settle_s=0, grace_s=0)
+
+
 async def test_health_follows_readiness_while_liveness_stays() -> None:
     server = GrpcServer(ServerConfig())
     server.add_service_name(SERVICE)
