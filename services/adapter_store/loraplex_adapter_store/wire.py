@@ -187,7 +187,7 @@ def hello(message: adapter_store_pb2.AttachEngineRequest) -> Hello:
         base_fingerprint=source.base_model.fingerprint,
         geometry=shape,
         arenas=tuple(_arena(arena) for arena in source.arenas),
-        held=tuple(_held(held) for held in source.held),
+        held=tuple(held for held in map(_held, source.held) if held.place is not Place.GONE),
         sequence=source.sequence,
         max_image_pages=source.max_image_pages,
     )

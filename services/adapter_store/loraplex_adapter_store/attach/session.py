@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import AdapterCorruptError, InvalidParameterError, LoraplexError, SaturatedError
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 _log = get_logger()
 MAX_TRANSFERS: Final = 4096
 MAX_PREPARING: Final = 4
+MAX_ATTEMPTS: Final = 2
 MAX_CHUNK_BYTES: Final = 1024 * 1024
 STRETCH_BYTES: Final = 16 * 1024 * 1024
 """Bytes written to shared memory before looking whether something more urgent waits."""
@@ -120,6 +120,7 @@ class EngineSession:
             self._start(digest, is_wanted=True)
             return
         transfer.is_wanted = True
+        transfer.is_wanted_again = transfer.state is TransferState.SENT
         if transfer.state is TransferState.OFFERED:
             self._spawn(self._offer(transfer), f"offer {digest[:12]}")  # an unsolicited offer may have been passed over
         self._spawn(self._tell_waiting(), f"promote {digest[:12]}")
@@ -163,10 +164,8 @@ class EngineSession:
 
     def _decline(self, message: Decline) -> None:
         transfer = self._transfers.get(message.digest)
-        if transfer is None or transfer.is_wanted:
-            return  # wanted meanwhile: the repeated offer is on its way and will be granted
-        del self._transfers[message.digest]  # at once, so that a want right behind starts anew
-        transfer.decline()
+        if transfer is not None and transfer.state is TransferState.OFFERED and transfer.decline():
+            del self._transfers[message.digest]  # at once, so that a want right behind starts anew
 
     def _residency(self, event: Residency) -> None:
         self._sequence = max(self._sequence, event.sequence)
@@ -175,7 +174,7 @@ class EngineSession:
         else:
             self._held[event.held.digest] = event.held
         if (transfer := self._transfers.get(event.held.digest)) is not None:
-            transfer.arrived(event)
+            transfer.report(event.held.place, event.failure)
         self._outbox.acknowledge(Ack(self._sequence, len(self._held)))
         self.changed.set()
 
@@ -211,6 +210,8 @@ class EngineSession:
             transfer.advance(TransferState.ENDED)
             if self._transfers.get(transfer.digest) is transfer:
                 del self._transfers[transfer.digest]
+                if transfer.is_wanted_again and transfer.digest not in self._held:
+                    self.want(transfer.digest)  # the engine dropped what it got, and now needs it after all
             await self._tell_waiting()
 
     async def _refuse(self, transfer: Transfer, error: LoraplexError) -> None:
@@ -220,37 +221,43 @@ class EngineSession:
             await self._outbox.put(Refuse(transfer.digest, error))
 
     async def _carry_out(self, transfer: Transfer) -> None:
-        for _ in range(2):
-            transfer.offers = [
-                Offer(transfer.digest, rank, len(image.pages), image.sha256, transfer.is_wanted, image.spec.to_json())
-                for rank, image in enumerate(await self._prepare(transfer))
-            ]
-            transfer.advance(TransferState.OFFERED)
-            await self._tell_waiting()
-            await self._offer(transfer)
-            slots = await transfer.wait_for_slots()
-            if slots is None:
-                self._metrics.churn.labels("decline").inc()
-                return
-            transfer.advance(TransferState.FILLING)
-            images = await self._prepare(transfer)
-            for rank, image in enumerate(images):
-                await self._fill(transfer, rank, image, slots[rank])
-            transfer.advance(TransferState.SENT)
-            await self._tell_waiting()
-            for rank in range(len(images)):
-                await self._outbox.put(Filled(transfer.digest, rank))
-            failure = await transfer.wait_for_arrival()
-            if failure is None:
-                self._metrics.churn.labels("push").inc()
+        for _ in range(MAX_ATTEMPTS):
+            await self._attempt(transfer)
+            if transfer.failure is None:
                 return
             self._metrics.verify_failures.inc()
             _log.warning(
-                "engine found an image corrupt", engine=self.hello.engine_id, revision=transfer.digest, error=failure
+                "engine found an image corrupt",
+                engine=self.hello.engine_id,
+                revision=transfer.digest,
+                error=transfer.failure,
             )
+            failure = transfer.failure
             self._images.drop(transfer.digest)
             transfer.advance(TransferState.PREPARING)
         raise AdapterCorruptError(f"revision {transfer.digest}: its image arrived corrupt twice: {failure}")
+
+    async def _attempt(self, transfer: Transfer) -> None:
+        transfer.offers = [
+            Offer(transfer.digest, rank, len(image.pages), image.sha256, transfer.is_wanted, image.spec.to_json())
+            for rank, image in enumerate(await self._prepare(transfer))
+        ]
+        transfer.advance(TransferState.OFFERED)
+        await self._tell_waiting()
+        await self._offer(transfer)
+        slots = await transfer.wait_for_slots()
+        if slots is None:
+            self._metrics.churn.labels("decline").inc()
+            return
+        transfer.advance(TransferState.FILLING)
+        for rank, image in enumerate(await self._prepare(transfer)):
+            await self._fill(transfer, rank, image, slots[rank])
+        transfer.advance(TransferState.SENT)
+        await self._tell_waiting()
+        for rank in range(len(slots)):
+            await self._outbox.put(Filled(transfer.digest, rank))
+        if await transfer.wait_for_arrival() and transfer.failure is None:
+            self._metrics.churn.labels("push").inc()
 
     async def _prepare(self, transfer: Transfer) -> list[Image]:
         await self._let_wants_pass(transfer)
@@ -259,9 +266,9 @@ class EngineSession:
             return [await self._images.get(key, self._fit) for key in wanted]
 
     async def _offer(self, transfer: Transfer) -> None:
-        for offer in transfer.offers:
+        for offer in transfer.current_offers():
             if transfer.state is TransferState.OFFERED:
-                await self._outbox.put(dataclasses.replace(offer, is_wanted=transfer.is_wanted))
+                await self._outbox.put(offer)
 
     async def _fill(self, transfer: Transfer, rank: int, image: Image, slots: tuple[int, ...]) -> None:
         page_bytes = self.hello.geometry.page_bytes

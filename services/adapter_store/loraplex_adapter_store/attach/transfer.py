@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from loraplex_common.errors import InvalidParameterError
 
-if TYPE_CHECKING:
-    from loraplex_adapter_store.attach.messages import Grant, Offer, Residency
+from loraplex_adapter_store.attach.messages import Grant, Offer, Place
 
 
 class TransferState(Enum):
@@ -22,11 +22,14 @@ class TransferState(Enum):
     ENDED = "ended"
 
 
-_ALLOWED: Final = {
+ARRIVAL_S: Final = 5.0
+"""Longest time for an engine to check an image. It may also have dropped it without a word, as unwanted by then."""
+
+_ALLOWED: Final = {  # back to PREPARING if the engine found the image corrupt
     TransferState.PREPARING: {TransferState.OFFERED, TransferState.ENDED},
-    TransferState.OFFERED: {TransferState.FILLING, TransferState.ENDED},
+    TransferState.OFFERED: {TransferState.FILLING, TransferState.PREPARING, TransferState.ENDED},
     TransferState.FILLING: {TransferState.SENT, TransferState.ENDED},
-    TransferState.SENT: {TransferState.PREPARING, TransferState.ENDED},  # back if the engine found it corrupt
+    TransferState.SENT: {TransferState.PREPARING, TransferState.ENDED},
     TransferState.ENDED: set(),
 }
 
@@ -37,17 +40,22 @@ class Transfer:
     Attributes:
         is_wanted: Whether a request waits for it; may become true on the way.
         offers: One per rank, once the image is known; its pages themselves are not held while the engine thinks.
+        is_wanted_again: Whether a want came after everything had been sent.
+        failure: What the engine found wrong with this attempt.
     """
 
     def __init__(self, digest: str, *, is_wanted: bool, num_ranks: int) -> None:
         self.digest = digest
         self.is_wanted = is_wanted
+        self.is_wanted_again = False
         self.offers: list[Offer] = []
+        self.failure: str | None = None
         self.state = TransferState.PREPARING
         self._num_ranks = num_ranks
+        self._has_unsolicited_offer = False
         self._slots: dict[int, tuple[int, ...]] = {}
-        self._granted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._arrived: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._answered = asyncio.Event()
+        self._arrived = asyncio.Event()
 
     def advance(self, state: TransferState) -> None:
         """Move to a state.
@@ -59,19 +67,25 @@ class Transfer:
             raise RuntimeError(f"transfer of {self.digest}: {self.state.name} cannot become {state.name}")
         self.state = state
         if state is TransferState.PREPARING:
-            self._slots.clear()
-            self._granted = asyncio.get_running_loop().create_future()
-            self._arrived = asyncio.get_running_loop().create_future()
+            self.failure = None
+            self._slots = {}
+            self._answered.clear()
+            self._arrived.clear()
+
+    def current_offers(self) -> list[Offer]:
+        """Return what is to be offered now."""
+        self._has_unsolicited_offer |= not self.is_wanted
+        return [dataclasses.replace(offer, is_wanted=self.is_wanted) for offer in self.offers]
 
     def grant(self, grant: Grant, num_slots: int) -> None:
         """Take an engine's slots for one rank.
 
         Raises:
-            InvalidParameterError: If there was no offer, or the slots are not as many as pages, distinct and existing.
+            InvalidParameterError: If the slots are not as many as pages, distinct and existing.
         """
         where = f"grant for {grant.digest} rank {grant.rank}"
-        if self.state is not TransferState.OFFERED or not 0 <= grant.rank < self._num_ranks:
-            raise InvalidParameterError(f"{where}: nothing is offered", field="grant")
+        if not 0 <= grant.rank < self._num_ranks:
+            raise InvalidParameterError(f"{where}: there is no such rank", field="grant.rank")
         num_pages = self.offers[grant.rank].num_pages
         if len(grant.slots) != num_pages or len(set(grant.slots)) != num_pages:
             raise InvalidParameterError(
@@ -82,23 +96,39 @@ class Transfer:
                 f"{where}: slot {max(grant.slots)} of {num_slots} does not exist", field="grant.slots"
             )
         self._slots[grant.rank] = grant.slots
-        if len(self._slots) == self._num_ranks and not self._granted.done():
-            self._granted.set_result(True)
+        if len(self._slots) == self._num_ranks:
+            self._answered.set()
 
-    def decline(self) -> None:
-        """Take the engine's no."""
-        if not self._granted.done():
-            self._granted.set_result(False)
+    def decline(self) -> bool:
+        """Take the engine's no; return whether it ends the transfer.
 
-    def arrived(self, event: Residency) -> None:
-        """Take the engine's word on what it received."""
-        if self.state is TransferState.SENT and not self._arrived.done():
-            self._arrived.set_result(event.failure)
+        A no to an unsolicited offer may cross a want: then the offer is being repeated as wanted, and that one counts.
+        """
+        is_crossing = self.is_wanted and self._has_unsolicited_offer
+        self._has_unsolicited_offer = False
+        if not is_crossing:
+            self._answered.set()
+        return not is_crossing
+
+    def report(self, place: Place, failure: str | None) -> None:
+        """Take the engine's word on the image: that it has it, or what was wrong with it."""
+        is_under_way = self.state in (TransferState.OFFERED, TransferState.FILLING, TransferState.SENT)
+        if failure is not None and is_under_way:
+            self.failure = failure
+        if failure is not None or place is not Place.GONE:
+            self._arrived.set()
+            if self.state is TransferState.OFFERED:  # it has the image already, or cannot read the offer
+                self._answered.set()
 
     async def wait_for_slots(self) -> dict[int, tuple[int, ...]] | None:
-        """Return the slots by rank once all ranks have granted; None if the engine declined."""
-        return self._slots if await self._granted else None
+        """Return the slots by rank once all ranks have granted; None if they will not."""
+        await self._answered.wait()
+        return self._slots if len(self._slots) == self._num_ranks else None
 
-    async def wait_for_arrival(self) -> str | None:
-        """Return what was wrong with what arrived; None if all is well."""
-        return await self._arrived
+    async def wait_for_arrival(self) -> bool:
+        """Return True once the engine has said how the transfer went; False if it says nothing for long."""
+        try:
+            await asyncio.wait_for(self._arrived.wait(), ARRIVAL_S)
+        except TimeoutError:
+            return False
+        return True

@@ -12,7 +12,7 @@ from loraplex_adapter_store.checkpoint.reader import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapter_store.checkpoint.tokenizer_files import MAX_TOKENIZER_BYTES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 READ_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -73,7 +73,7 @@ def check_size(name: str, num_bytes: int, max_adapter_bytes: int) -> int:
     return num_bytes
 
 
-def from_contents(contents: dict[str, bytes], source: str) -> CheckpointFiles:
+def from_contents(contents: Mapping[str, bytes | bytearray], source: str) -> CheckpointFiles:
     """Sort file contents into a `CheckpointFiles`."""
-    tokenizer = {name: data for name, data in contents.items() if name in TOKENIZER_FILES}
-    return CheckpointFiles(contents[CONFIG_FILE], contents[WEIGHTS_FILE], source, tokenizer)
+    tokenizer = {name: bytes(data) for name, data in contents.items() if name in TOKENIZER_FILES}
+    return CheckpointFiles(bytes(contents[CONFIG_FILE]), contents[WEIGHTS_FILE], source, tokenizer)

@@ -16,7 +16,14 @@ from loraplex_common.errors import (
 )
 
 from loraplex_adapter_store.checkpoint.reader import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_adapter_store.imports.files import PICKLE_SUFFIXES, CheckpointFiles, check_present, check_size
+from loraplex_adapter_store.imports.files import (
+    PICKLE_SUFFIXES,
+    READ_FILES,
+    CheckpointFiles,
+    check_present,
+    check_size,
+    from_contents,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -40,15 +47,16 @@ def check_announced(files: tuple[AnnouncedFile, ...], max_adapter_bytes: int) ->
 
     Raises:
         AdapterIncompatibleError: If a file is a pickle.
-        InvalidParameterError: If a file has another name than the two that are read, or is announced twice.
+        InvalidParameterError: If a file has a name that is not read, or is announced twice.
         AdapterCorruptUploadError: If a file is missing or too large.
     """
     for file in files:
         if file.name.lower().endswith(PICKLE_SUFFIXES):
             raise AdapterIncompatibleError(f"{file.name}: pickles are never read, because reading them runs code")
-        if file.name not in (CONFIG_FILE, WEIGHTS_FILE):
+        if file.name not in READ_FILES:
             raise InvalidParameterError(
-                f"{file.name[:200]!r} is not read; an upload is {CONFIG_FILE} and {WEIGHTS_FILE}", field="header.files"
+                f"{file.name[:200]!r} is not read; an upload is {CONFIG_FILE}, {WEIGHTS_FILE} and perhaps tokenizer files",
+                field="header.files",
             )
         if _SHA256.fullmatch(file.sha256) is None:
             raise InvalidParameterError(
@@ -85,7 +93,7 @@ async def receive(files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes])
         contents[file.name] = data
     if rest or await _has_more(parts):
         raise AdapterCorruptUploadError("more bytes than announced")
-    return CheckpointFiles(bytes(contents[CONFIG_FILE]), contents[WEIGHTS_FILE], "upload")
+    return from_contents(contents, "upload")
 
 
 async def _next_part(parts: AsyncIterator[bytes], file: AnnouncedFile, num_received: int) -> bytes:
