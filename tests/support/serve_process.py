@@ -1,0 +1,155 @@
+"""``loraplex serve`` as a user runs it: a process, its ready line, its children."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+START_TIMEOUT_S = 90.0
+PORT_FLAGS = (
+    "--port",
+    "--http-port",
+    "--store-port",
+    "--store-metrics-port",
+    "--engine-port",
+    "--engine-metrics-port",
+)
+SMALL = ("--num-threads", "1", "--pool-bytes", "64MiB", "--arena-bytes", "32MiB", "--drain-grace-s", "5")
+
+
+class ServeProcess:
+    """One running ``loraplex serve`` on free ports.
+
+    Attributes:
+        grpc: The gateway's address.
+        http: Its OpenAI-compatible port's address.
+        store: The adapter store's address.
+    """
+
+    def __init__(self, data_dir: Path, *arguments: str) -> None:
+        ports = [word for flag in PORT_FLAGS for word in (flag, "0")]
+        self._stderr_path = data_dir.with_suffix(".err")
+        with self._stderr_path.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "loraplex_client", "serve", "--data-dir", str(data_dir), *ports, *arguments],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        head = self._wait_ready()
+        self.grpc, self.http = head["grpc"], head["http"]
+        self.store = self._wait_line(r"adapter store: (\S+)")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def errors(self) -> str:
+        return self._stderr_path.read_text(errors="replace")
+
+    def children(self) -> dict[str, int]:
+        """Return the live children: name -> process id."""
+        found = {}
+        for pid in children_of(self.pid):
+            command = command_of(pid)
+            name = re.search(r"-m loraplex_(\w+)|(valkey)-server", command)
+            if name:
+                found[name[1] or name[2]] = pid
+        return found
+
+    def terminate(self) -> int:
+        """Send SIGTERM and return the exit code."""
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(30)
+
+    def kill(self) -> None:
+        """Send SIGKILL, as the kernel does when memory runs out."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """End it, however it stands."""
+        if self._process.poll() is None:
+            try:
+                self.terminate()
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self._reader.join(5)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line.strip())
+        self._lines.put(None)
+
+    def _wait_ready(self) -> dict[str, str]:
+        line = self._wait_line(r"ready: (.*)")
+        return dict(word.split("=", 1) for word in line.split())
+
+    def _wait_line(self, pattern: str) -> str:
+        while True:
+            line = self._lines.get(timeout=START_TIMEOUT_S)
+            if line is None:
+                raise AssertionError(f"serve ended with {self._process.wait()}:\n{self.errors}")
+            if match := re.search(pattern, line):
+                return match[1]
+
+
+def children_of(parent: int) -> list[int]:
+    """Return the process ids of a process's live children."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, parent_pid = (entry / "stat").read_text().rpartition(") ")[2].split()[:2]
+            except OSError:
+                continue
+            if int(parent_pid) == parent and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def command_of(pid: int) -> str:
+    """Return a process's command line; empty if it is gone."""
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs (a zombie does not)."""
+    try:
+        os.kill(pid, 0)
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(claim: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Wait until a claim holds.
+
+    Raises:
+        AssertionError: If it does not within ``timeout_s``.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not claim():
+        assert time.monotonic() < deadline, "still not so"
+        time.sleep(0.05)
