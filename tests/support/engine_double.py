@@ -165,9 +165,7 @@ class EngineDouble:
                     outputs.append(engine_pb2.Output(slot=submit.slot, error=to_status(self.refuse)))
                     continue
                 tokens = list(self.reply(submit))[: submit.stopping.max_new_tokens]
-                running[submit.slot] = _Running(
-                    submit=submit, tokens=tokens, position=len(submit.resumed_token_ids)
-                )
+                running[submit.slot] = _Running(submit=submit, tokens=tokens, position=len(submit.resumed_token_ids))
             for abort in request.aborts:
                 gone = running.pop(abort.slot, None)
                 if gone is not None:
@@ -208,18 +206,13 @@ class EngineDouble:
             message.token_ids.append(token_id)
             return
         top = [
-            gateway_pb2.TokenLogprob(token_id=token_id + n, logprob=-0.5 - n)
-            for n in range(request.submit.logprobs)
+            gateway_pb2.TokenLogprob(token_id=token_id + n, logprob=-0.5 - n) for n in range(request.submit.logprobs)
         ]
         chosen = gateway_pb2.TokenLogprob(token_id=token_id, logprob=-0.5)
         logprobs = [gateway_pb2.PositionLogprobs(chosen=chosen, top=top)]
-        message.outputs.append(
-            engine_pb2.Output(slot=slot, sequence=position, token_ids=[token_id], logprobs=logprobs)
-        )
+        message.outputs.append(engine_pb2.Output(slot=slot, sequence=position, token_ids=[token_id], logprobs=logprobs))
 
-    def _message(
-        self, step: int, running: dict[int, _Running], *, residency: bool
-    ) -> engine_pb2.SessionResponse:
+    def _message(self, step: int, running: dict[int, _Running], *, residency: bool) -> engine_pb2.SessionResponse:
         load = engine_pb2.LoadReport(sequence=step, running=len(running) + self.extra_load)
         message = engine_pb2.SessionResponse(step=step, load=load)
         if residency:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import tempfile
 from contextlib import asynccontextmanager
@@ -9,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
 from loraplex.v1 import engine_pb2, gateway_pb2, gateway_pb2_grpc
 from loraplex_common import valkey
 from loraplex_common.base_model import load_base_model
 from loraplex_common.grpc_channel import open_channel
 from loraplex_gateway.app import GatewayApp
 from loraplex_gateway.config import GatewayConfig
+from redis.asyncio import Redis
 from support.base_models import TinyBase, write_base_model
 from support.engine_double import EngineDouble, StoreDouble
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    import grpc
-    from redis.asyncio import Redis
 
 MODEL_NAME = "tiny"
 DIGEST = "ab" * 32
@@ -96,6 +97,7 @@ async def running_gateway(
     num_engines: int = 1,
     reply: Callable[[engine_pb2.Submit], Sequence[int]] = letters,
     adapters: bool = True,
+    resident_on: dict[int, set[str]] | None = None,
     channel_options: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> AsyncIterator[Rig]:
@@ -108,13 +110,16 @@ async def running_gateway(
         store.put("secret", {"latest": DIGEST}, fingerprint=base.fingerprint, allowed=["vip"])
         store.put("stranger", {"latest": "ef" * 32}, fingerprint="00" * 32)
     client = valkey.connect(valkey_url)
-    engines = [EngineDouble(base=base, reply=reply) for _ in range(num_engines)]
+    engines = [
+        EngineDouble(base=base, reply=reply, resident=(resident_on or {}).get(n, set())) for n in range(num_engines)
+    ]
     for engine in engines:
         await engine.start()
         await engine.register(client)
     app = GatewayApp(make_config(valkey_url, store_target=f"127.0.0.1:{store.port}", **overrides))
     try:
         await app.start()
+        await _all_open(app, num_engines)
         channel = open_channel(f"127.0.0.1:{app.grpc_port}", **(channel_options or {}))
         async with channel:
             yield Rig(app=app, engines=engines, store=store, valkey=client, channel=channel)
@@ -124,6 +129,12 @@ async def running_gateway(
             await engine.kill()
         await store.kill()
         await client.aclose()
+
+
+async def _all_open(app: GatewayApp, num_engines: int) -> None:
+    async with asyncio.timeout(10):
+        while sum(session.is_candidate for session in app.pool.sessions) < num_engines:
+            await app.pool.changed.wait()
 
 
 def text_request(text: str = "the quick", **fields: Any) -> gateway_pb2.GenerateRequest:

@@ -1,0 +1,395 @@
+"""Engines, clients, the store and Valkey go away; streams end as the contract says, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import time
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from loraplex.v1 import gateway_pb2
+from loraplex_common.errors import (
+    AdapterLoadingError,
+    DrainingError,
+    EngineOomError,
+    NoEngineError,
+    QueueTimeoutError,
+    SaturatedError,
+    SlowConsumerError,
+    StreamInterruptedError,
+)
+from loraplex_common.rpc_errors import error_from_rpc
+from loraplex_common.valkey import EmbeddedValkey
+from loraplex_gateway import relay
+from support.gateway_rig import DIGEST, Rig, letters, running_gateway, text_request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.integration
+
+Once = gateway_pb2.GenerateOnceRequest
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Poll for what has no event to wait on."""
+    give_up_at = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up_at, "did not come true in time"
+        await asyncio.sleep(0.005)
+
+
+async def rest(call: Any) -> list[gateway_pb2.GenerateResponse]:
+    """Read a stream to its end; grpc.aio does not let a call be read and iterated."""
+    responses = []
+    while (response := await call.read()) is not grpc.aio.EOF:
+        responses.append(response)
+    return responses
+
+
+async def failure_of(call: Any) -> Exception:
+    """Read a stream to the error it ends with."""
+    try:
+        await rest(call)
+    except grpc.aio.AioRpcError as error:
+        return error_from_rpc(error)
+    raise AssertionError("the stream ended well")
+
+
+def tokens_of(responses: list[gateway_pb2.GenerateResponse]) -> list[int]:
+    return [token for response in responses for token in response.chunk.token_ids]
+
+
+async def test_another_engine_continues_what_a_dead_one_began(valkey_url: str) -> None:
+    request = text_request(adapter="poet", stopping=gateway_pb2.StoppingParams(max_new_tokens=20))
+    async with running_gateway(valkey_url, num_engines=2) as rig:
+        for engine in rig.engines:
+            engine.hold_at = 7
+        call = rig.stub.Generate(request)
+        responses = [await call.read()]
+        while len(tokens_of(responses)) < 7:
+            responses.append(await call.read())
+        first = next(engine for engine in rig.engines if engine.submits)
+        second = next(engine for engine in rig.engines if engine is not first)
+        second.release()
+
+        await first.kill()
+        responses += await rest(call)
+
+        (resumed,) = second.submits
+        (original,) = first.submits
+        assert tokens_of(responses) == list(letters(original))
+        assert list(resumed.resumed_token_ids) == list(letters(original))[:7]
+        assert (resumed.adapter_digest, resumed.sampling.seed) == (DIGEST, original.sampling.seed)
+        assert [r.WhichOneof("event") for r in responses].count("started") == 1
+        indices = [response.chunk.index for response in responses if response.HasField("chunk")]
+        assert indices == sorted(set(indices))
+        assert responses[-1].finished.usage.output_tokens == 20
+        rig.check_idle()
+
+
+async def test_without_another_engine_the_stream_is_interrupted(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "FAILOVER_WAIT_S", 0.3)
+    async with running_gateway(valkey_url) as rig:
+        rig.engine.hold_at = 3
+        call = rig.stub.Generate(text_request())
+        await call.read()
+        await call.read()
+        await rig.engine.kill()
+
+        assert isinstance(await failure_of(call), StreamInterruptedError)
+        rig.check_idle()
+
+
+async def test_an_engine_that_registers_in_time_takes_over(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, num_engines=1) as rig, running_gateway(valkey_url, num_engines=0) as spare:
+        rig.engine.hold_at = 3
+        call = rig.stub.Generate(text_request())
+        await call.read()
+        await rig.engine.kill()
+        new = type(rig.engine)(base=rig.engine.base, reply=letters)
+        await new.start()
+        await new.register(spare.valkey)
+
+        responses = await rest(call)
+
+        await new.kill()
+        assert responses[-1].HasField("finished")
+        assert len(new.submits) == 1
+
+
+async def test_a_request_that_an_engine_cannot_take_goes_elsewhere(valkey_url: str) -> None:
+    for refusal in (DrainingError("draining"), EngineOomError("no memory")):
+        async with running_gateway(valkey_url, num_engines=2) as rig:
+            rig.engines[0].refuse = refusal
+            for _ in range(4):
+                response = await rig.stub.GenerateOnce(Once(request=text_request()))
+                assert response.started.engine_id == rig.engines[1].engine_id
+
+
+async def test_a_requests_own_failure_is_the_status_of_its_call(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, num_engines=2) as rig:
+        for engine in rig.engines:
+            engine.refuse = AdapterLoadingError("on its way", retry_after_s=1.5)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.stub.GenerateOnce(Once(request=text_request(load_policy=gateway_pb2.LOAD_POLICY_FAIL_FAST)))
+        error = error_from_rpc(caught.value)
+        assert isinstance(error, AdapterLoadingError)
+        assert error.retry_after_s == 1.5
+        assert sum(len(engine.submits) for engine in rig.engines) >= 1
+
+
+async def test_without_engines_the_answer_is_no_engine_at_once(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, num_engines=0) as rig:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.channel.unary_stream(
+                "/loraplex.v1.GatewayService/Generate",
+                request_serializer=gateway_pb2.GenerateRequest.SerializeToString,
+                response_deserializer=gateway_pb2.GenerateResponse.FromString,
+            )(text_request()).read()
+        error = error_from_rpc(caught.value)
+        assert isinstance(error, NoEngineError)
+        assert error.drop_reason == "rejected-no-endpoints"
+
+
+async def test_a_client_that_goes_away_frees_everything(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        rig.engine.hold_at = 2
+        call = rig.stub.Generate(text_request(request_id="gone"))
+        await call.read()
+
+        call.cancel()
+
+        await rig.engine.wait_for(lambda: rig.engine.aborted_ids == ["gone"])
+        await eventually(lambda: rig.app.claims.num_running == 0 and rig.app.admission.num_running == 0)
+        rig.check_idle()
+        rig.engine.release()
+        assert await rig.stub.GenerateOnce(Once(request=text_request(request_id="gone")))
+
+
+async def test_a_deadline_ends_the_request_on_the_engine(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        rig.engine.hold_at = 2
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.stub.GenerateOnce(Once(request=text_request()), timeout=0.5)
+
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await rig.engine.wait_for(lambda: len(rig.engine.aborted_ids) == 1)
+
+
+async def test_cancel_request_ends_the_stream_with_what_there_is(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        rig.engine.hold_at = 3
+        call = rig.stub.Generate(text_request(request_id="mine"))
+        responses = [await call.read(), await call.read()]
+
+        answer = await rig.stub.CancelRequest(gateway_pb2.CancelRequestRequest(request_id="mine"))
+        responses += await rest(call)
+
+        assert answer.was_running
+        assert responses[-1].finished.finish_reason == gateway_pb2.FINISH_REASON_CANCELLED
+        await rig.engine.wait_for(lambda: rig.engine.aborted_ids == ["mine"])
+        answer = await rig.stub.CancelRequest(gateway_pb2.CancelRequestRequest(request_id="mine"))
+        assert not answer.was_running
+
+
+async def test_cancel_request_reaches_a_request_that_still_waits(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, max_concurrent_requests=1) as rig:
+        rig.engine.hold_at = 1
+        running = rig.stub.Generate(text_request())
+        await running.read()
+        waiting = rig.stub.Generate(text_request(request_id="waits", progress_events=True))
+        assert (await waiting.read()).HasField("accepted")
+        assert (await waiting.read()).queued.position == 0
+
+        await rig.stub.CancelRequest(gateway_pb2.CancelRequestRequest(request_id="waits"))
+
+        assert (await rest(waiting))[-1].finished.finish_reason == gateway_pb2.FINISH_REASON_CANCELLED
+        running.cancel()
+
+
+async def test_a_full_gateway_sheds_with_a_retry_time(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, max_concurrent_requests=1, max_queued_requests=1) as rig:
+        rig.engine.hold_at = 1
+        running = rig.stub.Generate(text_request())
+        await running.read()
+        queued = rig.stub.Generate(text_request(progress_events=True))
+        await queued.read()
+
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.stub.GenerateOnce(Once(request=text_request()))
+        error = error_from_rpc(caught.value)
+        assert isinstance(error, SaturatedError)
+        assert error.retry_after_s
+        assert error.drop_reason == "rejected-saturated"
+
+        rig.engine.release()
+        assert (await rest(queued))[-1].HasField("finished")
+        assert (await rest(running))[-1].HasField("finished")
+        rig.check_idle()
+
+
+async def test_queue_timeout_ends_a_request_that_waits_here(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, max_concurrent_requests=1) as rig:
+        rig.engine.hold_at = 1
+        running = rig.stub.Generate(text_request())
+        await running.read()
+        request = text_request()
+        request.queue_timeout.FromMilliseconds(100)
+
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.stub.GenerateOnce(Once(request=request))
+        error = error_from_rpc(caught.value)
+        assert isinstance(error, QueueTimeoutError)
+        assert error.drop_reason == "rejected-ttl-expired"
+        running.cancel()
+
+
+async def test_a_client_that_stops_reading_ends_only_its_own_stream(valkey_url: str) -> None:
+    big = [383] * 100_000  # the longest tokens there are, and far more than any window holds
+
+    async with running_gateway(valkey_url, reply=lambda submit: big[: submit.stopping.max_new_tokens]) as rig:
+        rig.engine.max_model_len = 200_000
+        await rig.engine.register(rig.valkey)
+        await eventually(lambda: rig.app.pool.sessions[0].record.max_model_len == 200_000)
+        rig.engine.tokens_per_message = 50
+        options = gateway_pb2.ResponseOptions(logprobs=20)
+        lazy = rig.stub.Generate(
+            text_request(
+                stopping=gateway_pb2.StoppingParams(max_new_tokens=100_000), response_options=options, request_id="lazy"
+            )
+        )
+        await lazy.read()
+
+        await rig.engine.wait_for(lambda: rig.engine.aborted_ids == ["lazy"], timeout_s=60)
+        ok = await rig.stub.GenerateOnce(Once(request=text_request()), timeout=20)
+
+        assert ok.finished.usage.output_tokens == 8
+        assert isinstance(await failure_of(lazy), SlowConsumerError)
+
+
+async def test_a_client_that_never_reads_again_is_given_up(valkey_url: str) -> None:
+    big = [383] * 20_000
+
+    async with running_gateway(
+        valkey_url, reply=lambda submit: big, slow_client_s=0.3, max_buffered_tokens=10**6
+    ) as rig:
+        rig.engine.max_model_len = 200_000
+        await rig.engine.register(rig.valkey)
+        await eventually(lambda: rig.app.pool.sessions[0].record.max_model_len == 200_000)
+        rig.engine.tokens_per_message = 50
+        lazy = rig.stub.Generate(
+            text_request(
+                stopping=gateway_pb2.StoppingParams(max_new_tokens=20_000),
+                response_options=gateway_pb2.ResponseOptions(logprobs=20),
+            )
+        )
+        await lazy.read()
+
+        await eventually(lambda: rig.app.admission.num_running == 1)
+        await eventually(lambda: rig.app.admission.num_running == 0, timeout_s=60)
+
+        rig.check_idle()
+        lazy.cancel()
+
+
+async def test_the_store_may_go_away_and_come_back(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        port = rig.store.port
+        await rig.store.kill()
+        known = await rig.stub.GenerateOnce(Once(request=text_request(adapter="poet")))
+        assert known.started.adapter_revision == DIGEST
+
+        rig.store.put("newcomer", {"latest": "99" * 32}, fingerprint=rig.engine.base.fingerprint)
+        await rig.store.start(port)
+        await eventually(lambda: any(entry.name == "newcomer" for entry in rig.app.names.visible_to("default")))
+        new = await rig.stub.GenerateOnce(Once(request=text_request(adapter="newcomer")))
+        assert new.started.adapter_revision == "99" * 32
+
+
+async def test_an_adapter_imported_a_moment_ago_is_found(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        call = rig.stub.GenerateOnce(Once(request=text_request(adapter="fresh")))
+        await asyncio.sleep(0)
+        rig.store.put("fresh", {"latest": "88" * 32}, fingerprint=rig.engine.base.fingerprint)
+
+        assert (await call).started.adapter_revision == "88" * 32
+
+
+async def test_streams_and_new_requests_survive_the_loss_of_valkey(tmp_path: Path) -> None:
+    with EmbeddedValkey(tmp_path / "valkey") as server:
+        async with running_gateway(server.url) as rig:
+            rig.engine.hold_at = 3
+            running = rig.stub.Generate(text_request(request_id="during"))
+            await running.read()
+
+            await asyncio.to_thread(server.kill)
+            rig.engine.release()
+
+            assert (await rest(running))[-1].HasField("finished")
+            for _ in range(2):
+                response = await rig.stub.GenerateOnce(Once(request=text_request()), timeout=10)
+                assert response.finished.usage.output_tokens == 8
+            rig.check_idle()
+
+
+async def test_an_engine_whose_lease_ran_out_gets_nothing_new(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, num_engines=2) as rig:
+        expired = rig.engines[0]
+        await rig.valkey.zadd("loraplex:engines", {expired.engine_id: time.time() - 1})
+        await eventually(lambda: len(rig.app.pool.sessions) == 1)
+
+        for _ in range(3):
+            await rig.stub.GenerateOnce(Once(request=text_request()))
+        assert expired.submits == []
+
+
+async def test_draining_lets_running_streams_finish_and_refuses_new_ones(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        rig.engine.hold_at = 2
+        running = rig.stub.Generate(text_request())
+        await running.read()
+
+        drain = asyncio.create_task(rig.app.drain())
+        await eventually(lambda: _is_draining(rig))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.stub.GenerateOnce(Once(request=text_request()))
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        rig.engine.release()
+
+        assert (await rest(running))[-1].HasField("finished")
+        await asyncio.wait_for(drain, 10)
+
+
+def _is_draining(rig: Rig) -> bool:
+    try:
+        rig.app.admission.check_room()
+    except DrainingError:
+        return True
+    return False
+
+
+async def test_thousands_of_queued_requests_end_well(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, max_concurrent_requests=64, max_queued_requests=500) as rig:
+        rig.engine.hold_at = 1
+        outcomes: collections.Counter[str] = collections.Counter()
+
+        async def one() -> None:
+            try:
+                await rig.stub.GenerateOnce(Once(request=text_request()), timeout=60)
+                outcomes["ok"] += 1
+            except grpc.aio.AioRpcError as failure:
+                outcomes[type(error_from_rpc(failure)).__name__] += 1
+
+        calls = [asyncio.create_task(one()) for _ in range(2000)]
+        await eventually(lambda: outcomes["SaturatedError"] == 2000 - 564, timeout_s=30)
+        rig.engine.release()
+        await asyncio.gather(*calls)
+
+        assert outcomes == {"ok": 564, "SaturatedError": 2000 - 564}
+        rig.check_idle()

@@ -1,0 +1,292 @@
+"""The OpenAI-compatible port, with the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import openai
+import pytest
+from loraplex_common.errors import AdapterLoadingError
+from support.gateway_rig import DIGEST, Rig, running_gateway
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.integration
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+@asynccontextmanager
+async def client_of(rig: Rig, api_key: str = "none") -> AsyncIterator[Any]:
+    async with openai.AsyncOpenAI(base_url=f"{rig.http}/v1", api_key=api_key, max_retries=0) as client:
+        yield client
+
+
+async def test_models_are_base_and_adapters(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        models = [model async for model in client.models.list()]
+        poet = await client.models.retrieve("poet")
+
+        assert [model.id for model in models] == ["tiny", "poet"]
+        assert (poet.parent, poet.root) == ("tiny", DIGEST)
+
+
+async def test_a_completion_streams_and_adds_up_to_the_whole_one(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        whole = await client.completions.create(model="tiny", prompt="the quick", max_tokens=12)
+        stream = await client.completions.create(
+            model="tiny", prompt="the quick", max_tokens=12, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+
+        assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+        assert whole.choices[0].finish_reason == "length"
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+        assert chunks[-1].choices == []
+        assert chunks[-1].usage == whole.usage
+        assert whole.usage.completion_tokens == 12
+        rig.check_idle()
+
+
+async def test_a_chat_completion_with_an_adapter(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        whole = await client.chat.completions.create(model="poet", messages=USER, max_tokens=6)
+        stream = await client.chat.completions.create(model="poet", messages=USER, max_tokens=6, stream=True)
+        chunks = [chunk async for chunk in stream]
+
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+        assert whole.system_fingerprint == DIGEST
+        assert {submit.adapter_digest for submit in rig.engine.submits} == {DIGEST}
+
+
+async def test_extra_body_as_vllm_has_it(valkey_url: str) -> None:
+    extra = {
+        "top_k": 5,
+        "min_p": 0.2,
+        "repetition_penalty": 1.2,
+        "ignore_eos": True,
+        "min_tokens": 2,
+        "stop_token_ids": [9],
+        "add_generation_prompt": False,
+        "return_token_ids": True,
+        "adapter_scale": 0.5,
+    }
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        response = await client.chat.completions.create(
+            model="poet", messages=USER, max_completion_tokens=4, seed=7, temperature=0.3, extra_body=extra
+        )
+
+        (submit,) = rig.engine.submits
+        assert (submit.sampling.top_k, submit.sampling.seed) == (5, 7)
+        assert submit.sampling.min_p == pytest.approx(0.2)
+        assert submit.sampling.repetition_penalty == pytest.approx(1.2)
+        assert (submit.stopping.ignore_eos, submit.stopping.min_new_tokens) == (True, 2)
+        assert list(submit.stopping.stop_token_ids) == [9]
+        assert submit.adapter_scale == 0.5
+        model = rig.app.catalog.models[0]
+        assert not model.tokenizer.decode_now(list(submit.prompt_token_ids), skip_special_tokens=False).endswith(
+            "assistant\n"
+        )
+        assert len(response.choices[0].token_ids) == 4
+
+
+async def test_several_choices_are_drawn_with_different_seeds(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        response = await client.completions.create(model="tiny", prompt=["the", "quick"], n=2, max_tokens=3, seed=5)
+        stream = await client.chat.completions.create(model="tiny", messages=USER, n=3, max_tokens=3, stream=True)
+        indices = {choice.index async for chunk in stream for choice in chunk.choices}
+
+        assert [choice.index for choice in response.choices] == [0, 1, 2, 3]
+        assert sorted(submit.sampling.seed for submit in rig.engine.submits[:4]) == [5, 5, 6, 6]
+        assert response.usage.completion_tokens == 12
+        prompt_tokens = {len(submit.prompt_token_ids) for submit in rig.engine.submits[:4]}
+        assert response.usage.prompt_tokens == sum(prompt_tokens) or len(prompt_tokens) == 1
+        assert indices == {0, 1, 2}
+        rig.check_idle()
+
+
+async def test_logprobs_in_both_shapes(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        text = await client.completions.create(model="tiny", prompt="the", max_tokens=3, logprobs=2)
+        chat = await client.chat.completions.create(
+            model="tiny", messages=USER, max_tokens=3, logprobs=True, top_logprobs=2
+        )
+
+        assert len(text.choices[0].logprobs.tokens) == 3
+        assert text.choices[0].logprobs.text_offset[0] == 0
+        assert all(len(top) == 2 for top in text.choices[0].logprobs.top_logprobs)
+        content = chat.choices[0].logprobs.content
+        assert "".join(entry.token for entry in content) == chat.choices[0].message.content
+        assert bytes(content[0].bytes).decode() == content[0].token
+        assert len(content[0].top_logprobs) == 2
+
+
+async def test_stop_strings_end_the_text(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        whole = (await client.completions.create(model="tiny", prompt="the", max_tokens=20)).choices[0].text
+        stopped = await client.completions.create(model="tiny", prompt="the", max_tokens=20, stop=whole[6:9])
+
+        assert stopped.choices[0].text == whole[: whole.index(whole[6:9])]
+        assert stopped.choices[0].finish_reason == "stop"
+        assert stopped.choices[0].stop_reason == whole[6:9]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "param"),
+    [
+        ({"model": "nobody"}, openai.NotFoundError, None),
+        ({"model": "stranger"}, openai.ConflictError, None),
+        ({"model": "secret"}, openai.PermissionDeniedError, None),
+        ({"echo": True}, openai.BadRequestError, "echo"),
+        ({"suffix": "x"}, openai.BadRequestError, "suffix"),
+        ({"best_of": 3}, openai.BadRequestError, "best_of"),
+        ({"n": 0}, openai.BadRequestError, "n"),
+        ({"temperature": -1}, openai.BadRequestError, "sampling.temperature"),
+        ({"prompt": ""}, openai.BadRequestError, "text"),
+        ({"prompt": [10**6]}, openai.BadRequestError, "token_ids"),
+        ({"prompt": [["a"]]}, openai.BadRequestError, "prompt"),
+        ({"max_tokens": "many"}, openai.BadRequestError, "max_tokens"),
+        ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias"),
+    ],
+)
+async def test_a_bad_request_gets_openais_error(
+    valkey_url: str, call: dict[str, Any], error: type[openai.APIStatusError], param: str | None
+) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        for stream in (False, True):
+            with pytest.raises(error) as caught:
+                await client.completions.create(**{"model": "tiny", "prompt": "x", "stream": stream, **call})
+            assert caught.value.body["param"] == param
+            assert caught.value.body["message"]
+        rig.check_idle()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"response_format": {"type": "json_object"}},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"top_logprobs": 3},
+    ],
+)
+async def test_what_chat_does_not_serve_is_refused_by_name(valkey_url: str, call: dict[str, Any]) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        with pytest.raises(openai.BadRequestError, match="not supported"):
+            await client.chat.completions.create(**{"model": "tiny", "messages": USER, **call})
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model": "tiny", "prompt": "\xff"}', b'{"model": 1}'])
+async def test_a_broken_body_is_a_bad_request(valkey_url: str, body: bytes) -> None:
+    async with running_gateway(valkey_url) as rig, httpx.AsyncClient() as http:
+        response = await http.post(f"{rig.http}/v1/completions", content=body)
+
+        assert response.status_code == 400
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_lone_surrogates_are_no_text(valkey_url: str) -> None:
+    body = b'{"model": "tiny", "prompt": "a\\ud800b"}'
+    async with running_gateway(valkey_url) as rig, httpx.AsyncClient() as http:
+        response = await http.post(f"{rig.http}/v1/completions", content=body)
+
+        assert response.status_code == 400
+
+
+async def test_an_oversized_body_is_refused(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, httpx.AsyncClient() as http:
+        response = await http.post(f"{rig.http}/v1/completions", content=b" " * (5 * 1024 * 1024))
+
+        assert response.status_code == 400
+
+
+async def test_parts_of_text_are_joined(valkey_url: str) -> None:
+    parts = [{"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        await client.chat.completions.create(model="tiny", messages=parts, max_tokens=1)
+
+        prompt = rig.app.catalog.models[0].tokenizer.decode_now(
+            list(rig.engine.submits[0].prompt_token_ids), skip_special_tokens=False
+        )
+        assert prompt.startswith("<|im_start|>system\na\nb<|im_end|>")
+
+
+async def test_a_client_that_disconnects_aborts_its_request(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        rig.engine.hold_at = 2
+        for stream in (True, False):
+            call = asyncio.create_task(_read_stream(client, stream=stream))
+            await rig.engine.wait_for(lambda: len(rig.engine.submits) > len(rig.engine.aborted_ids))
+            call.cancel()
+            await rig.engine.wait_for(lambda: len(rig.engine.submits) == len(rig.engine.aborted_ids))
+        rig.check_idle()
+
+
+async def _read_stream(client: Any, *, stream: bool) -> None:
+    response = await client.completions.create(model="tiny", prompt="x", max_tokens=9, stream=stream)
+    async for _ in response:
+        pass
+
+
+async def test_an_error_after_the_stream_began_is_an_event(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraplex_gateway.relay.FAILOVER_WAIT_S", 0.2)
+    async with running_gateway(valkey_url) as rig, httpx.AsyncClient() as http:
+        rig.engine.hold_at = 2
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 9, "stream": True}
+        events: list[str] = []
+        async with http.stream("POST", f"{rig.http}/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if not events:
+                    await rig.engine.kill()
+                if line:
+                    events.append(line.removeprefix("data: "))
+
+        assert response.status_code == 200
+        assert events[-1] == "[DONE]"
+        assert json.loads(events[-2])["error"]["code"] == "STREAM_INTERRUPTED"
+
+
+async def test_overload_and_loading_tell_when_to_retry(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, httpx.AsyncClient() as http:
+        rig.engine.refuse = AdapterLoadingError("on its way", retry_after_s=1.5)
+        response = await http.post(f"{rig.http}/v1/completions", json={"model": "poet", "prompt": "x"})
+
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "2"
+        assert response.json()["error"]["code"] == "ADAPTER_LOADING"
+
+
+async def test_api_keys_hold_on_http_too(valkey_url: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("sesame vip\n")
+    async with running_gateway(valkey_url, api_keys_file=keys) as rig:
+        async with client_of(rig, "wrong") as client:
+            with pytest.raises(openai.AuthenticationError):
+                await client.completions.create(model="tiny", prompt="x")
+        async with client_of(rig, "sesame") as client:
+            assert [model.id async for model in client.models.list()] == ["tiny", "poet", "secret"]
+            await client.completions.create(model="secret", prompt="x", max_tokens=1)
+        assert rig.engine.submits[-1].fairness_key == "vip"
+
+
+async def test_metrics_and_health(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client, httpx.AsyncClient() as http:
+        await client.completions.create(model="poet", prompt="x", max_tokens=3)
+        metrics = (await http.get(f"{rig.http}/metrics")).text
+        health = await http.get(f"{rig.http}/health")
+
+        assert 'loraplex_gateway_requests_total{adapter="poet",code="OK",model="tiny"} 1.0' in metrics
+        assert 'loraplex_gateway_tokens_total{kind="output",tenant="default"} 3.0' in metrics
+        assert "loraplex_gateway_ttft_seconds_count 1.0" in metrics
+        assert health.status_code == 200
+        await rig.engine.kill()
+        while rig.app.pool.has_candidate:
+            await rig.app.pool.changed.wait()
+        assert (await http.get(f"{rig.http}/health")).status_code == 503
