@@ -147,6 +147,8 @@ class AdapterCache:
         self.num_leases += 1
         adapter.last_used_s = self._clock()
         self._list_idle(adapter)
+        if adapter.num_leases == 1:  # not every lease is news, but whether there is one is
+            self._report(adapter)
         return adapter.index
 
     def release(self, digest: str, last_step: int) -> None:
@@ -164,8 +166,10 @@ class AdapterCache:
         adapter.last_step = last_step
         if adapter.num_leases == 0 and adapter.state is ResidencyState.DRAINING:
             self._leave_device(adapter)
-        else:
-            self._list_idle(adapter)
+            return
+        self._list_idle(adapter)
+        if adapter.num_leases == 0:
+            self._report(adapter)
 
     # --- coming ---
 

@@ -41,6 +41,8 @@ FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
 EXPIRY_CHECK_S: Final = 0.25
 RETRY_AFTER_S: Final = 5.0
+REPORT_PAUSE_S: Final = 0.005
+"""Between two reports of residency: an adapter that comes and goes in between is one message."""
 
 _Request = adapter_store_pb2.AttachEngineRequest
 _Response = adapter_store_pb2.AttachEngineResponse
@@ -179,13 +181,14 @@ class AdapterClient:
             self._outgoing.put_nowait(_want(event))
 
     async def _report(self, position: int) -> None:
-        """Send every residency event after ``position``."""
+        """Send how each adapter stands that changed after ``position``."""
         while True:
-            for event in self._feed.since(position):
-                position = event.sequence
-                self._outgoing.put_nowait(
-                    _Request(residency=_Request.Residency(sequence=event.sequence, held=_held(event)))
-                )
+            latest = {event.digest: event for event in self._feed.since(position)}
+            for event in sorted(latest.values(), key=lambda event: event.sequence):
+                residency = _Request.Residency(sequence=event.sequence, held=_held(event))
+                self._outgoing.put_nowait(_Request(residency=residency))
+            position = self._feed.sequence
+            await asyncio.sleep(REPORT_PAUSE_S)
             await self._feed.wait_beyond(position)
 
     async def _handle(self, response: _Response) -> bool:

@@ -77,7 +77,7 @@ class EngineCollector(Collector):
         return family
 
     def _lora(self, load: LoadSnapshot, held: list[ResidencyChanged]) -> Iterator[GaugeMetricFamily]:
-        resident = self._feed.in_state(ResidencyState.RESIDENT)
+        resident = sorted(self._feed.resident)
         waiting = self._feed.in_state(ResidencyState.WANTED, ResidencyState.IN_ARENA, ResidencyState.LOADING)
         room = self._max_adapters(load, held)
         # One sample, made anew each time: a labelled Gauge would leak a series per permutation.

@@ -7,26 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
 
 from loraplex_common.errors import SequenceGapError
 
 from loraplex_engine.messages import ResidencyChanged, ResidencyState
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeviceDelta:
-    """How the set of adapters on the device changed.
-
-    Attributes:
-        is_snapshot: `added` is the whole set and everything known before is void.
-        sequence: The last event that is included.
-    """
-
-    is_snapshot: bool
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
-    sequence: int
 
 
 class ResidencyFeed:
@@ -34,6 +18,11 @@ class ResidencyFeed:
 
     Args:
         capacity: Events kept; a reader that is further behind must list again.
+
+    Attributes:
+        sequence: Of the latest event.
+        resident: Digests on the device, ready to be leased.
+        resident_version: Rises with each change of `resident`; most events, such as leases, leave it alone.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -41,6 +30,8 @@ class ResidencyFeed:
         self._latest: dict[str, ResidencyChanged] = {}
         self._changed = asyncio.Event()
         self.sequence = 0
+        self.resident: set[str] = set()
+        self.resident_version = 0
 
     def append(self, event: ResidencyChanged) -> None:
         """Take the next event and wake the readers.
@@ -56,6 +47,9 @@ class ResidencyFeed:
             self._latest.pop(event.digest, None)
         else:
             self._latest[event.digest] = event
+        if (event.state is ResidencyState.RESIDENT) != (event.digest in self.resident):
+            self.resident ^= {event.digest}
+            self.resident_version += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -67,11 +61,6 @@ class ResidencyFeed:
     def in_state(self, *states: ResidencyState) -> list[str]:
         """Return the digests in any of the states."""
         return [digest for digest, event in self._latest.items() if event.state in states]
-
-    def latest(self, digest: str) -> ResidencyState:
-        """Return an adapter's state."""
-        event = self._latest.get(digest)
-        return ResidencyState.ABSENT if event is None else event.state
 
     def since(self, sequence: int) -> list[ResidencyChanged]:
         """Return the events after a sequence.
@@ -91,16 +80,3 @@ class ResidencyFeed:
         """Return once an event after the sequence exists."""
         while self.sequence <= sequence:
             await self._changed.wait()
-
-    def delta_since(self, sequence: int | None) -> DeviceDelta:
-        """Return how the set of adapters on the device changed after a sequence; None or a gap gives a snapshot."""
-        if sequence is not None:
-            try:
-                latest = {event.digest: event.state is ResidencyState.RESIDENT for event in self.since(sequence)}
-            except SequenceGapError:
-                return self.delta_since(None)
-            added = tuple(digest for digest, is_resident in latest.items() if is_resident)
-            removed = tuple(digest for digest, is_resident in latest.items() if not is_resident)
-            return DeviceDelta(is_snapshot=False, added=added, removed=removed, sequence=self.sequence)
-        resident = tuple(self.in_state(ResidencyState.RESIDENT))
-        return DeviceDelta(is_snapshot=True, added=resident, removed=(), sequence=self.sequence)

@@ -69,7 +69,8 @@ class GatewaySession:
         self._active: set[int] = set()
         self._is_input_over = False
         self._last_step = 0
-        self._residency_seen: int | None = None
+        self._told: set[str] = set()  # adapters on the device, as the gateway knows them
+        self._told_version: int | None = None
         self._write_began_s: float | None = None
 
     async def responses(
@@ -131,12 +132,12 @@ class GatewaySession:
 
     def _add_state(self, message: engine_pb2.SessionResponse) -> None:
         message.load.CopyFrom(convert.load_report(self._engine.snapshot()))
-        if self._residency_seen is None or self._residency_seen != self._feed.sequence:
-            delta = self._feed.delta_since(self._residency_seen)
-            self._residency_seen = delta.sequence
-            message.residency.snapshot = delta.is_snapshot
-            message.residency.added.extend(delta.added)
-            message.residency.removed.extend(delta.removed)
+        if self._told_version != self._feed.resident_version:
+            now = self._feed.resident
+            message.residency.snapshot = self._told_version is None
+            message.residency.added.extend(now - self._told)
+            message.residency.removed.extend(self._told - now)
+            self._told, self._told_version = set(now), self._feed.resident_version
 
     async def _read_guarded(self, requests: AsyncIterator[engine_pb2.SessionRequest]) -> None:
         try:

@@ -7,12 +7,8 @@ from loraplex_common.errors import SequenceGapError
 from loraplex_engine.messages import ResidencyChanged, ResidencyState
 from loraplex_engine.residency_feed import ResidencyFeed
 
-RESIDENT, IN_ARENA, ABSENT, WANTED = (
-    ResidencyState.RESIDENT,
-    ResidencyState.IN_ARENA,
-    ResidencyState.ABSENT,
-    ResidencyState.WANTED,
-)
+RESIDENT, DRAINING = ResidencyState.RESIDENT, ResidencyState.DRAINING
+IN_ARENA, ABSENT, WANTED = ResidencyState.IN_ARENA, ResidencyState.ABSENT, ResidencyState.WANTED
 
 
 def changed(sequence: int, digest: str, state: ResidencyState) -> ResidencyChanged:
@@ -35,26 +31,26 @@ def make_feed(*changes: tuple[str, ResidencyState], capacity: int = 100) -> Resi
     return feed
 
 
-def test_a_snapshot_lists_what_is_on_the_device() -> None:
-    feed = make_feed(("a", RESIDENT), ("b", IN_ARENA), ("c", RESIDENT), ("c", ABSENT))
+def test_resident_are_the_adapters_that_can_be_leased() -> None:
+    feed = make_feed(("a", RESIDENT), ("b", IN_ARENA), ("c", RESIDENT), ("c", DRAINING), ("d", RESIDENT), ("d", ABSENT))
 
-    delta = feed.delta_since(None)
-
-    assert (delta.is_snapshot, delta.added, delta.removed, delta.sequence) == (True, ("a",), (), 4)
+    assert feed.resident == {"a"}
 
 
-def test_a_delta_says_how_each_adapter_ended_up() -> None:
-    feed = make_feed(("a", RESIDENT), ("b", RESIDENT), ("a", IN_ARENA), ("a", RESIDENT), ("b", ABSENT))
+def test_the_version_rises_only_when_the_resident_adapters_change() -> None:
+    feed = make_feed(("a", RESIDENT), ("b", IN_ARENA))
+    before = feed.resident_version
 
-    delta = feed.delta_since(1)
+    feed.append(changed(3, "a", RESIDENT))  # e.g. its first lease
+    unchanged = feed.resident_version
+    feed.append(changed(4, "a", IN_ARENA))
 
-    assert (delta.is_snapshot, delta.added, delta.removed, delta.sequence) == (False, ("a",), ("b",), 5)
+    assert (unchanged, feed.resident_version) == (before, before + 1)
 
 
-def test_a_reader_too_far_behind_gets_a_snapshot_or_a_gap() -> None:
+def test_a_reader_too_far_behind_gets_a_gap() -> None:
     feed = make_feed(*[("a", RESIDENT), ("a", IN_ARENA)] * 5, capacity=4)
 
-    assert feed.delta_since(2).is_snapshot
     assert [event.sequence for event in feed.since(6)] == [7, 8, 9, 10]
     with pytest.raises(SequenceGapError, match="list again"):
         feed.since(5)

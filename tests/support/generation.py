@@ -1,0 +1,57 @@
+"""Greedy generation through a gateway, and a neighbour whose tokens tell whether anything disturbed it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from loraplex_client import AsyncClient, AsyncGenerateStream
+
+PROMPT = (10, 20, 30, 40, 50)
+TIMEOUT_S = 60.0
+
+
+def start(client: AsyncClient, adapter: str | None, max_new_tokens: int = 16, **options: Any) -> AsyncGenerateStream:
+    """Start a greedy generation that runs to its length; ``options`` replace the defaults."""
+    defaults: dict[str, Any] = {
+        "prompt_token_ids": PROMPT,
+        "adapter": adapter,
+        "temperature": 0.0,
+        "max_new_tokens": max_new_tokens,
+        "ignore_eos": True,
+        "timeout": TIMEOUT_S,
+    }
+    if options.keys() & {"prompt", "messages"}:
+        del defaults["prompt_token_ids"]
+    return client.generate(**(defaults | options))
+
+
+async def read_tokens(stream: AsyncGenerateStream) -> list[int]:
+    """Read a stream to its end and return its tokens."""
+    return [token_id async for event in stream for token_id in event.token_ids]
+
+
+async def greedy(client: AsyncClient, adapter: str | None, max_new_tokens: int = 16, **options: Any) -> list[int]:
+    """Return the tokens of a greedy generation."""
+    return await read_tokens(start(client, adapter, max_new_tokens, **options))
+
+
+async def greedy_all(client: AsyncClient, adapters: Sequence[str | None], max_new_tokens: int = 16) -> list[list[int]]:
+    """Return the tokens of one generation per adapter, all submitted at once."""
+    return await asyncio.gather(*(greedy(client, adapter, max_new_tokens) for adapter in adapters))
+
+
+@asynccontextmanager
+async def undisturbed(client: AsyncClient, adapter: str | None, max_new_tokens: int = 120) -> AsyncIterator[None]:
+    """Run a generation beside the block, and check that it gives what it gave alone."""
+    alone = await greedy(client, adapter, max_new_tokens)
+    beside = asyncio.create_task(greedy(client, adapter, max_new_tokens))
+    try:
+        yield
+        assert await beside == alone
+    finally:
+        beside.cancel()
