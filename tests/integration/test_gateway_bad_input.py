@@ -78,7 +78,8 @@ async def test_several_bad_parameters_are_named_at_once(valkey_url: str) -> None
 async def test_invalid_utf8_in_a_prompt_is_an_invalid_argument(valkey_url: str) -> None:
     broken = text_request("X" * 8).SerializeToString().replace(b"X" * 8, b"\xff\xfe" * 4)
     async with running_gateway(valkey_url) as rig:
-        call = rig.channel.unary_stream("/loraplex.v1.GatewayService/Generate")(broken)
+        raw: Any = rig.channel.unary_stream("/loraplex.v1.GatewayService/Generate")
+        call = raw(broken)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
 
@@ -122,6 +123,7 @@ async def test_a_request_id_can_run_only_once_at_a_time(valkey_url: str) -> None
         assert isinstance(await refused(rig, text_request(request_id="twice")), RequestRunningError)
 
         rig.engine.release()
+        last: Any = None
         while (response := await first.read()) is not grpc.aio.EOF:
             last = response
         assert last.HasField("finished")

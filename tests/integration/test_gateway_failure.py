@@ -69,7 +69,7 @@ async def test_another_engine_continues_what_a_dead_one_began(valkey_url: str) -
         for engine in rig.engines:
             engine.hold_at = 7
         call = rig.stub.Generate(request)
-        responses = [await call.read()]
+        responses: list[Any] = [await call.read()]
         while len(tokens_of(responses)) < 7:
             responses.append(await call.read())
         first = next(engine for engine in rig.engines if engine.submits)
@@ -186,7 +186,7 @@ async def test_cancel_request_ends_the_stream_with_what_there_is(valkey_url: str
     async with running_gateway(valkey_url) as rig:
         rig.engine.hold_at = 3
         call = rig.stub.Generate(text_request(request_id="mine"))
-        responses = [await call.read(), await call.read()]
+        responses: list[Any] = [await call.read(), await call.read()]
 
         answer = await rig.stub.CancelRequest(gateway_pb2.CancelRequestRequest(request_id="mine"))
         responses += await rest(call)
@@ -204,8 +204,10 @@ async def test_cancel_request_reaches_a_request_that_still_waits(valkey_url: str
         running = rig.stub.Generate(text_request())
         await running.read()
         waiting = rig.stub.Generate(text_request(request_id="waits", progress_events=True))
-        assert (await waiting.read()).HasField("accepted")
-        assert (await waiting.read()).queued.position == 0
+        accepted: Any = await waiting.read()
+        assert accepted.HasField("accepted")
+        queued: Any = await waiting.read()
+        assert queued.queued.position == 0
 
         await rig.stub.CancelRequest(gateway_pb2.CancelRequestRequest(request_id="waits"))
 

@@ -163,8 +163,9 @@ async def test_a_bad_request_gets_openais_error(
         for stream in (False, True):
             with pytest.raises(error) as caught:
                 await client.completions.create(**{"model": "tiny", "prompt": "x", "stream": stream, **call})
-            assert caught.value.body["param"] == param
-            assert caught.value.body["message"]
+            body: Any = caught.value.body
+            assert body["param"] == param
+            assert body["message"]
         rig.check_idle()
 
 

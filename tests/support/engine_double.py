@@ -9,20 +9,20 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc, engine_pb2, engine_pb2_grpc, gateway_pb2
-from loraplex_common.errors import to_status
+from loraplex_common.base_model import BaseModelInfo
+from loraplex_common.errors import LoraplexError, to_status
 from loraplex_common.registry import ENGINES_KEY, EngineRecord, engine_key
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator
 
-    from loraplex_common.base_model import BaseModelInfo
-    from loraplex_common.errors import LoraplexError
     from redis.asyncio import Redis
 
 LEASE_S = 60.0
@@ -77,7 +77,7 @@ class EngineDouble:
     async def start(self) -> None:
         """Listen on a free port."""
         self._server = grpc.aio.server()
-        engine_pb2_grpc.add_EngineServiceServicer_to_server(_EngineServicer(self), self._server)
+        engine_pb2_grpc.add_EngineServiceServicer_to_server(_EngineServicer(self), self._server)  # type: ignore[abstract]
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
 

@@ -24,7 +24,7 @@ def make(
 ) -> OutputAssembler:
     return OutputAssembler(
         TABLE,
-        options=ResponseOptions(**options),  # type: ignore[arg-type]
+        options=ResponseOptions(**options),
         stopping=Stopping(stop_strings=stop, include_stop=include_stop),
         stop_token_ids=stop_ids,
     )

@@ -63,7 +63,7 @@ async def test_a_template_without_bos_gets_none(executor: ThreadPoolExecutor) ->
 async def test_add_bos_token_overrules_the_post_processor(
     executor: ThreadPoolExecutor, add_bos: bool | None, count: int
 ) -> None:
-    config = {} if add_bos is None else {"add_bos_token": add_bos}
+    config: dict[str, Any] = {} if add_bos is None else {"add_bos_token": add_bos}
 
     assert (await make(executor, **config).encode(TextPrompt(text="hello"))).ids.count(BOS) == count
 
