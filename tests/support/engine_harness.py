@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec, Geometry, ModuleSpec, Tensors, pack
@@ -38,9 +36,13 @@ from loraplex_engine.messages import (
 from loraplex_engine.outbox import SessionOutbox
 from loraplex_engine.step import TokenLogprobs
 from numpy.typing import NDArray
-
 from support.adapters import Recipe, adapter_tensors, module_name
 from support.fake_runner import FakeRunner, fake_image, fake_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
 
 WAIT_S = 60.0
 
@@ -180,7 +182,8 @@ class EngineHarness:
 
     def check_idle(self) -> None:
         """Check that no request, page or lease is left over; resident adapters may stay."""
-        self.engine.check_integrity().result(WAIT_S)
+        for _ in range(2):  # once the second turn has begun, the first one's load is published
+            self.engine.check_integrity().result(WAIT_S)
         load = self.engine.snapshot()
         assert (load.running, load.waiting, load.pages_kv) == (0, 0, 0), load
         assert load.pages_free + load.pages_adapter + load.pages_pinned == load.pages_total, load
@@ -259,7 +262,9 @@ def fake_params(**fields: int) -> EngineParams:
 
 
 @contextmanager
-def fake_engine(*, depth: int = 1, loads_at_once: bool = True, **fields: int) -> Iterator[tuple[EngineHarness, FakeRunner]]:
+def fake_engine(
+    *, depth: int = 1, loads_at_once: bool = True, **fields: int
+) -> Iterator[tuple[EngineHarness, FakeRunner]]:
     """Run an engine on a `FakeRunner`."""
     runners = []
 
@@ -289,7 +294,7 @@ def recipe_adapter(info: BaseModelInfo, recipe: Recipe, digest: str) -> tuple[Ad
     """Return spec and tensors of a recipe's adapter, as the store would read them from its files."""
     files = adapter_tensors(info, recipe)
     modules, tensors = [], {}
-    from loraplex_common.adapter_image import PROJECTIONS  # noqa: PLC0415
+    from loraplex_common.adapter_image import PROJECTIONS
 
     for layer in range(info.num_layers):
         for projection in PROJECTIONS:
@@ -315,8 +320,8 @@ def torch_engine(
     emulate_async: bool = False,
 ) -> Iterator[EngineHarness]:
     """Run an engine on the torch backend in fp32 on the CPU; a small ``block_tokens`` makes small pages."""
-    from loraplex_engine.pool_geometry import choose_pool_geometry  # noqa: PLC0415  (torch only where it is needed)
-    from loraplex_engine.torch_runner import RunnerConfig, TorchRunner  # noqa: PLC0415
+    from loraplex_engine.pool_geometry import choose_pool_geometry
+    from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
 
     info = load_base_model(model_dir)
     pool = choose_pool_geometry(info, dtype="float32")

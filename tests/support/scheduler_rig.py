@@ -27,7 +27,6 @@ from loraplex_engine.messages import (
 )
 from loraplex_engine.page_pool import PagePool
 from loraplex_engine.scheduler import Scheduler, SchedulerLimits
-
 from support.fake_runner import FakeAdapter, FakeRunner, FakeStep, draw, fake_image, fake_spec
 
 PAGE_BYTES = 64

@@ -129,11 +129,9 @@ class Admission:
         digest = request.adapter_digest
         if digest is not None and self._cache.state_of(digest) is not ResidencyState.RESIDENT:
             return self._bring(request, now_s)
-        if self.refuse_if_too_large(request):
-            return _Outcome.GONE
         if not self._batch.state.num_free or self._batch.num_prefill_tokens >= self._max_num_batched_tokens:
             return _Outcome.NO_PLACE
-        return self._seat(request)
+        return _Outcome.GONE if self.refuse_if_too_large(request) else self._seat(request)
 
     def _bring(self, request: Request, now_s: float) -> _Outcome:
         """Bring a request's adapter a state nearer to residency, and park the request if that takes time."""

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 NO_PAGE: Final = -1
 _NO_TOKEN: Final = -1
-_MIN_STOP_COLUMNS: Final = 4
+_MIN_STOP_IDS: Final = 4
 
-Rows = NDArray[np.int32]
+Rows = NDArray[np.intp]
+"""Slots as numpy indexes with them; int32 costs a conversion each time."""
 
 
 class DecodeState:
@@ -42,7 +43,7 @@ class DecodeState:
         num_blocks: int32 ``[S]``.
         adapters: int32 ``[S]``; index in the runner's table.
         adapter_scales: fp32 ``[S]``.
-        stop_ids: int32 ``[S, K]``; ids that end the output, filled up with -1.
+        stop_ids: int32 ``[K, S]``; ids that end the output, filled up with -1.
         sessions: int64 ``[S]``.
         session_slots: int32 ``[S]``.
         wants_logprobs: bool ``[S]``; its tokens travel as events.
@@ -64,7 +65,7 @@ class DecodeState:
         self.num_blocks = np.zeros(size, dtype=np.int32)
         self.adapters = np.full(size, NO_ADAPTER, dtype=np.int32)
         self.adapter_scales = np.ones(size, dtype=np.float32)
-        self.stop_ids = np.full((size, _MIN_STOP_COLUMNS), _NO_TOKEN, dtype=np.int32)
+        self.stop_ids = np.full((_MIN_STOP_IDS, size), _NO_TOKEN, dtype=np.int32)
         self.sessions = np.zeros(size, dtype=np.int64)
         self.session_slots = np.zeros(size, dtype=np.int32)
         self.wants_logprobs = np.zeros(size, dtype=np.bool_)
@@ -108,13 +109,13 @@ class DecodeState:
         return slot
 
     def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...]) -> None:
-        columns = self.stop_ids.shape[1]
-        if len(stop_ids) > columns:
-            wider = np.full((len(self.stop_ids), max(len(stop_ids), 2 * columns)), _NO_TOKEN, dtype=np.int32)
-            wider[:, :columns] = self.stop_ids
+        most, num_slots = self.stop_ids.shape
+        if len(stop_ids) > most:
+            wider = np.full((max(len(stop_ids), 2 * most), num_slots), _NO_TOKEN, dtype=np.int32)
+            wider[:most] = self.stop_ids
             self.stop_ids = wider
-        self.stop_ids[slot] = _NO_TOKEN
-        self.stop_ids[slot, : len(stop_ids)] = stop_ids
+        self.stop_ids[:, slot] = _NO_TOKEN
+        self.stop_ids[: len(stop_ids), slot] = stop_ids
 
     def _set_sampling(self, slot: int, request: Request) -> None:
         sampling = request.submission.sampling
@@ -146,11 +147,11 @@ class DecodeState:
 
     def rows_to_decode(self, rows: Rows) -> Rows:
         """Return those of ``rows`` that have another token to draw, in the same order."""
-        return rows[self.is_decoding[rows] & (self.next_position[rows] < self.max_outputs[rows])]
+        return rows[self.is_decoding.take(rows) & (self.next_position.take(rows) < self.max_outputs.take(rows))]
 
     def needs_block(self, rows: Rows) -> NDArray[np.bool_]:
         """Tell per row whether its next token lies beyond its blocks."""
-        crosses: NDArray[np.bool_] = self.num_computed[rows] == self.num_blocks[rows] * self.block_tokens
+        crosses: NDArray[np.bool_] = self.num_computed.take(rows) == self.num_blocks.take(rows) * self.block_tokens
         return crosses
 
     def append_blocks(self, rows: Rows, pages: NDArray[np.int32]) -> None:
@@ -160,29 +161,34 @@ class DecodeState:
 
     def block_tables(self, rows: Rows) -> NDArray[np.int32]:
         """Return a copy of the rows' blocks, ``[N, P]`` with P the widest of them."""
-        return self.blocks[rows, : self.num_blocks[rows].max(initial=0)]
+        return self.blocks[rows, : self.num_blocks.take(rows).max(initial=0)]
 
     def sampling(self, rows: Rows) -> SamplingArrays:
         """Return how the rows draw next, copied."""
-        position = self.next_position[rows]
+        position = self.next_position.take(rows)
         return SamplingArrays(
-            temperature=self._temperature[rows],
-            top_k=self._top_k[rows],
-            top_p=self._top_p[rows],
-            min_p=self._min_p[rows],
-            repetition_penalty=self._repetition_penalty[rows],
-            presence_penalty=self._presence_penalty[rows],
-            frequency_penalty=self._frequency_penalty[rows],
-            seed=self._seed[rows],
+            temperature=self._temperature.take(rows),
+            top_k=self._top_k.take(rows),
+            top_p=self._top_p.take(rows),
+            min_p=self._min_p.take(rows),
+            repetition_penalty=self._repetition_penalty.take(rows),
+            presence_penalty=self._presence_penalty.take(rows),
+            frequency_penalty=self._frequency_penalty.take(rows),
+            seed=self._seed.take(rows),
             position=position,
-            num_logprobs=self._num_logprobs[rows],
-            ban_stops=position < self.min_outputs[rows],
+            num_logprobs=self._num_logprobs.take(rows),
+            ban_stops=position < self.min_outputs.take(rows),
         )
+
+    def advance(self, rows: Rows, num_tokens: NDArray[np.int32], sampled: Rows) -> None:
+        """Take a step over ``rows`` as launched, which draws one token for each of ``sampled``."""
+        self.num_computed[rows] += num_tokens
+        self.next_position[sampled] += 1
 
     def record(self, rows: Rows, positions: NDArray[np.int32], token_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Write down drawn tokens and tell per row whether it drew one of its stop ids."""
-        self.tokens[rows, self.num_prompt_tokens[rows] + positions] = token_ids
+        self.tokens[rows, self.num_prompt_tokens.take(rows) + positions] = token_ids
         self.num_outputs[rows] = positions + 1
-        is_stop: NDArray[np.bool_] = (self.stop_ids[rows] == token_ids[:, None]).any(axis=1)
-        is_stop &= positions >= self.min_outputs[rows]
+        is_stop: NDArray[np.bool_] = np.logical_or.reduce(self.stop_ids.take(rows, axis=1) == token_ids, axis=0)
+        is_stop &= positions >= self.min_outputs.take(rows)
         return is_stop

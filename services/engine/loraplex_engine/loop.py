@@ -169,8 +169,8 @@ class EngineLoop:
         has_step = bool(self._steps)
         if has_step and (plan is None or len(self._steps) >= parts.runner.pipeline_depth):
             self._complete(self._steps.popleft())
-        self._send()
         parts.report.publish(self._clock())
+        self._send()
         self._resolve_drains()
         if not has_step:
             self._sleep()

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from loraplex_engine.decode_state import Rows
 from loraplex_engine.request import Request
 from loraplex_engine.step import FROM_DEVICE, SlotSetup, StepPlan
 
 if TYPE_CHECKING:
-    from loraplex_engine.decode_state import DecodeState, Rows
+    from loraplex_engine.decode_state import DecodeState
     from loraplex_engine.page_pool import PagePool
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
@@ -23,17 +24,19 @@ class LaunchedStep:
     """What must be remembered of a plan until its result comes.
 
     Attributes:
-        slots: int32 ``[N]``; all rows.
+        rows: Slots of all rows, ``[N]``.
         occupancy: int64 ``[N]``; whose rows they were.
-        sample_rows: int32 ``[S]``.
+        sample_rows: int32 ``[S]``; indices into ``rows``.
+        sampled: Slots that sample, ``[S]``.
         positions: int32 ``[S]``; output index that each sampling row draws.
         finished_prefills: Requests whose last prefill chunk this is: their first token comes with it.
     """
 
     step_id: int
-    slots: NDArray[np.int32]
+    rows: Rows
     occupancy: NDArray[np.int64]
     sample_rows: NDArray[np.int32]
+    sampled: Rows
     positions: NDArray[np.int32]
     finished_prefills: tuple[Request, ...]
 
@@ -61,7 +64,7 @@ class RunningBatch:
         self._by_slot: dict[int, Request] = {}
         self._prefilling: list[Request] = []  # by admission
         self._setups: list[SlotSetup] = []
-        self._rows: Rows = np.empty(0, dtype=np.int32)  # slots by admission; rebuilt when membership changes
+        self._rows: Rows = np.empty(0, dtype=np.intp)  # slots by admission; rebuilt when membership changes
         self._is_stale = False
         self.num_prefill_tokens = 0
 
@@ -86,7 +89,7 @@ class RunningBatch:
     def rows(self) -> Rows:
         """Slots by admission."""
         if self._is_stale:
-            self._rows = np.fromiter((request.slot for request in self._requests), np.int32, len(self._requests))
+            self._rows = np.fromiter((request.slot for request in self._requests), np.intp, len(self._requests))
             self._is_stale = False
         return self._rows
 
@@ -121,33 +124,42 @@ class RunningBatch:
             return None
         state = self.state
         num_decode = len(decode_rows)
-        slots, num_tokens, token_ids = (
-            decode_rows,
-            np.ones(num_decode, np.int32),
-            np.full(num_decode, FROM_DEVICE, np.int32),
-        )
+        rows = decode_rows
+        num_tokens, token_ids = np.ones(num_decode, np.int32), np.full(num_decode, FROM_DEVICE, np.int32)
         sample_rows = np.arange(num_decode, dtype=np.int32)
         if chunks:
-            slots = np.concatenate([slots, np.array([chunk.request.slot for chunk in chunks], np.int32)])
+            rows = np.concatenate([rows, np.array([chunk.request.slot for chunk in chunks], np.intp)])
             num_tokens = np.concatenate([num_tokens, np.array([chunk.num_tokens for chunk in chunks], np.int32)])
             token_ids = np.concatenate([token_ids, *(self._tokens_of(chunk) for chunk in chunks)])
             last = [num_decode + index for index, chunk in enumerate(chunks) if chunk.is_last]
             sample_rows = np.concatenate([sample_rows, np.array(last, np.int32)])
+        sampled = rows[sample_rows] if chunks else rows
         plan = StepPlan(
             step_id=step_id,
-            slots=slots,
+            slots=rows.astype(np.int32),
             num_tokens=num_tokens,
-            starts=state.num_computed[slots],
+            starts=state.num_computed.take(rows),
             token_ids=token_ids,
-            block_tables=state.block_tables(slots),
-            adapters=state.adapters[slots],
-            adapter_scales=state.adapter_scales[slots],
+            block_tables=state.block_tables(rows),
+            adapters=state.adapters.take(rows),
+            adapter_scales=state.adapter_scales.take(rows),
             num_decode_rows=num_decode,
             sample_rows=sample_rows,
-            sampling=state.sampling(slots[sample_rows]),
-            setups=tuple(self._take_setups(slots)),
+            sampling=state.sampling(sampled),
+            setups=tuple(self._take_setups(rows)),
         )
-        return plan, self._launch(plan, chunks)
+        launched = LaunchedStep(
+            step_id=step_id,
+            rows=rows,
+            occupancy=state.occupancy.take(rows),
+            sample_rows=sample_rows,
+            sampled=sampled,
+            positions=plan.sampling.position,
+            finished_prefills=tuple(chunk.request for chunk in chunks if chunk.is_last),
+        )
+        state.advance(rows, num_tokens, sampled)
+        self._advance(chunks)
+        return plan, launched
 
     def _cut_chunks(self, budget: int) -> list[_Chunk]:
         """Share ``budget`` tokens out to prefills, first admitted first."""
@@ -165,33 +177,21 @@ class RunningBatch:
         tokens: NDArray[np.int32] = self.state.tokens[chunk.request.slot, chunk.start : chunk.start + chunk.num_tokens]
         return tokens
 
-    def _take_setups(self, slots: NDArray[np.int32]) -> list[SlotSetup]:
+    def _take_setups(self, rows: Rows) -> list[SlotSetup]:
         if not self._setups:
             return []
-        planned = set(slots.tolist())
+        planned = set(rows.tolist())
         taken = [setup for setup in self._setups if setup.slot in planned]
         self._setups = [setup for setup in self._setups if setup.slot not in planned]
         return taken
 
-    def _launch(self, plan: StepPlan, chunks: list[_Chunk]) -> LaunchedStep:
-        """Advance the state to what holds once the plan has run."""
-        state = self.state
-        finished = tuple(chunk.request for chunk in chunks if chunk.is_last)
-        state.num_computed[plan.slots] += plan.num_tokens
-        state.next_position[plan.slots[plan.sample_rows]] += 1
+    def _advance(self, chunks: list[_Chunk]) -> None:
+        """Count chunks as computed; the last one of a prompt makes its request decode from the next plan on."""
         for chunk in chunks:
             self.num_prefill_tokens -= chunk.num_tokens
-        for request in finished:
-            state.is_decoding[request.slot] = True
-            self._prefilling.remove(request)
-        return LaunchedStep(
-            step_id=plan.step_id,
-            slots=plan.slots,
-            occupancy=state.occupancy[plan.slots],
-            sample_rows=plan.sample_rows,
-            positions=plan.sampling.position,
-            finished_prefills=finished,
-        )
+            if chunk.is_last:
+                self.state.is_decoding[chunk.request.slot] = True
+                self._prefilling.remove(chunk.request)
 
 
 def _setup_of(request: Request, stop_ids: tuple[int, ...]) -> SlotSetup:

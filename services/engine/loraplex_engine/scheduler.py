@@ -334,7 +334,7 @@ class Scheduler:
             RuntimeError: If it is the result of another plan, or does not fit it.
         """
         step = self._in_flight.popleft()
-        if result.step_id != step.step_id or not np.array_equal(result.slots, step.slots[step.sample_rows]):
+        if result.step_id != step.step_id or not np.array_equal(result.slots, step.sampled):
             raise RuntimeError(f"result of step {result.step_id} does not fit plan {step.step_id}")
         self._pool.complete(step.step_id)
         self._cache.complete(step.step_id)
@@ -351,18 +351,18 @@ class Scheduler:
 
     def _take_tokens(self, step: LaunchedStep, result: StepResult) -> None:
         state = self.batch.state
-        is_live = state.occupancy[result.slots] == step.occupancy[step.sample_rows]
+        is_live = state.occupancy.take(step.sampled) == step.occupancy.take(step.sample_rows)
         indices = np.flatnonzero(is_live)
-        rows, positions, token_ids = result.slots[indices], step.positions[indices], result.token_ids[indices]
-        if len(rows) == 0:
+        if len(indices) == 0:
             return
+        rows, positions, token_ids = step.sampled[indices], step.positions[indices], result.token_ids[indices]
         is_stop = state.record(rows, positions, token_ids)
-        is_over = is_stop | (positions + 1 >= state.max_outputs[rows])
+        is_over = is_stop | (positions + 1 >= state.max_outputs.take(rows))
         self.counters.num_output_tokens += len(rows)
-        is_plain = ~state.wants_logprobs[rows]
+        is_plain = ~state.wants_logprobs.take(rows)
         plain = rows[is_plain]
         self._collector.tokens(
-            state.sessions[plain], state.session_slots[plain], positions[is_plain], token_ids[is_plain]
+            state.sessions.take(plain), state.session_slots.take(plain), positions[is_plain], token_ids[is_plain]
         )
         for index in np.flatnonzero(~is_plain).tolist():
             submission = self.batch.at(int(rows[index])).submission
@@ -382,7 +382,7 @@ class Scheduler:
 
     def _occupant(self, step: LaunchedStep, slot: int) -> Request | None:
         """Return the request that a step computed in a slot; None if it has left since."""
-        row = int(np.flatnonzero(step.slots == slot)[0])
+        row = int(np.flatnonzero(step.rows == slot)[0])
         if self.batch.state.occupancy[slot] != step.occupancy[row]:
             return None
         return self.batch.at(slot)

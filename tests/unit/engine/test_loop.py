@@ -220,7 +220,7 @@ def test_operators_pin_unpin_and_evict() -> None:
 
         assert engine.pin("a").result(WAIT_S).is_pinned
         _wait_for(lambda: engine.list_adapters().result(WAIT_S)[0].state is ResidencyState.RESIDENT)
-        assert engine.snapshot().pages_pinned == 3
+        _wait_for(lambda: engine.snapshot().pages_pinned == 3)
         with pytest.raises(AdapterInUseError):
             engine.evict("a").result(WAIT_S)
         status = engine.unpin("a").result(WAIT_S)
@@ -229,7 +229,7 @@ def test_operators_pin_unpin_and_evict() -> None:
             engine.evict("a", require_generation=status.generation + 1).result(WAIT_S)
         status = engine.evict("a", require_generation=status.generation).result(WAIT_S)
         assert status.state is ResidencyState.IN_ARENA
-        assert engine.snapshot().pages_free == engine.snapshot().pages_total
+        _wait_for(lambda: engine.snapshot().pages_free == engine.snapshot().pages_total)
 
 
 def test_a_dropped_adapter_is_gone_and_can_come_again() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_common.base_model import load_base_model
 from support.adapters import Recipe
 from support.base_models import write_base_model
 from support.engine_harness import EngineHarness, recipe_adapter, torch_engine
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 RECIPES = {
     "plain": Recipe(rank=8, seed=1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -18,10 +18,13 @@ from loraplex_common.errors import (
 from loraplex_engine.messages import FinishReason, Priority, ResidencyState, SamplingParams
 from support.scheduler_rig import EOS, Client, Rig, make_submission, solo
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 @pytest.fixture(params=[1, 2], ids=["depth1", "depth2"])
 def depth(request: pytest.FixtureRequest) -> Iterator[int]:
-    yield request.param
+    return request.param
 
 
 def reason(client: Client) -> FinishReason | None:
@@ -50,7 +53,9 @@ def test_a_request_gets_the_tokens_of_a_solo_run_and_ends_with_length(depth: int
 
 def test_requests_with_different_adapters_and_none_share_steps(depth: int) -> None:
     rig = Rig(depth=depth, num_pages=32)
-    submissions = [make_submission(slot=slot, adapter=a, prompt=[slot, 3]) for slot, a in enumerate(["a", None, "b", "a"])]
+    submissions = [
+        make_submission(slot=slot, adapter=a, prompt=[slot, 3]) for slot, a in enumerate(["a", None, "b", "a"])
+    ]
 
     clients = [rig.submit(submission) for submission in submissions]
     assert rig.deliver("a", 3)
@@ -475,7 +480,9 @@ def test_small_requests_pass_a_large_one_before_the_bound() -> None:
 
 
 @pytest.mark.parametrize("num_adapter_pages", [1, 2])
-def test_a_pool_of_one_adapter_and_one_sequence_serves_many_adapters_in_turn(depth: int, num_adapter_pages: int) -> None:
+def test_a_pool_of_one_adapter_and_one_sequence_serves_many_adapters_in_turn(
+    depth: int, num_adapter_pages: int
+) -> None:
     rig = Rig(depth=depth, num_pages=3 + num_adapter_pages, block_tokens=4, loads_at_once=False)
     submissions = [make_submission(slot=slot, adapter=f"adapter-{slot % 5}", prompt=[slot] * 4) for slot in range(15)]
 
