@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from loraplex_common.adapter_image import AdapterSpec, Geometry, ModuleSpec, Tensors, pack
+from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, Tensors, pack
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterNotFoundError
 from loraplex_engine.engine import Engine, EngineParams, RunnerFactory
@@ -294,7 +294,6 @@ def recipe_adapter(info: BaseModelInfo, recipe: Recipe, digest: str) -> tuple[Ad
     """Return spec and tensors of a recipe's adapter, as the store would read them from its files."""
     files = adapter_tensors(info, recipe)
     modules, tensors = [], {}
-    from loraplex_common.adapter_image import PROJECTIONS
 
     for layer in range(info.num_layers):
         for projection in PROJECTIONS:

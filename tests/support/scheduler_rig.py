@@ -11,6 +11,7 @@ from loraplex_common.errors import AdapterNotFoundError, LoraplexError
 from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
+from loraplex_engine.limits import SchedulerLimits
 from loraplex_engine.messages import (
     Ended,
     PromptLogprobs,
@@ -26,7 +27,7 @@ from loraplex_engine.messages import (
     WantImage,
 )
 from loraplex_engine.page_pool import PagePool
-from loraplex_engine.scheduler import Scheduler, SchedulerLimits
+from loraplex_engine.scheduler import Scheduler
 from support.fake_runner import FakeAdapter, FakeRunner, FakeStep, draw, fake_image, fake_spec
 
 PAGE_BYTES = 64
@@ -70,7 +71,8 @@ def solo(submission: Submission, max_outputs: int, eos: tuple[int, ...] = (EOS,)
     """Return the new tokens of a request that runs alone."""
     stopping = submission.stopping
     stops = stopping.stop_token_ids + (() if stopping.ignore_eos else eos)
-    prompt, outputs = submission.prompt_token_ids.tolist(), submission.resumed_token_ids.tolist()
+    prompt: list[int] = submission.prompt_token_ids.tolist()
+    outputs: list[int] = submission.resumed_token_ids.tolist()
     num_resumed = len(outputs)
     while len(outputs) < max_outputs:
         banned = stops if len(outputs) < stopping.min_new_tokens else ()

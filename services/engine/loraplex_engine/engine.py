@@ -16,12 +16,13 @@ from loraplex_common.adapter_image import Geometry
 from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
+from loraplex_engine.limits import SchedulerCounters, SchedulerLimits
 from loraplex_engine.load_report import LoadReport
 from loraplex_engine.loop import EngineLoop, LoopParts
 from loraplex_engine.messages import Call, Command, LoadSnapshot, LoopTotals, StoreEvent
 from loraplex_engine.outbox import MAX_BACKLOG_BYTES, MAX_BACKLOG_S, SessionOutbox
 from loraplex_engine.page_pool import PagePool
-from loraplex_engine.scheduler import Scheduler, SchedulerCounters, SchedulerLimits
+from loraplex_engine.scheduler import Scheduler
 from loraplex_engine.step import ModelRunner
 
 if TYPE_CHECKING:

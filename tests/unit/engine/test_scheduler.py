@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pytest
 from loraplex_common.errors import (
@@ -18,13 +16,10 @@ from loraplex_common.errors import (
 from loraplex_engine.messages import FinishReason, Priority, ResidencyState, SamplingParams
 from support.scheduler_rig import EOS, Client, Rig, make_submission, solo
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 
 @pytest.fixture(params=[1, 2], ids=["depth1", "depth2"])
-def depth(request: pytest.FixtureRequest) -> Iterator[int]:
-    return request.param
+def depth(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
 
 
 def reason(client: Client) -> FinishReason | None:

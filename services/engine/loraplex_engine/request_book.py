@@ -1,0 +1,156 @@
+"""All open requests: how they begin, lose their place, and end, each in exactly one `Ended`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraplex_engine.messages import Ended, FinishReason, Loading, Started
+from loraplex_engine.request import Request, RequestState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_common.errors import LoraplexError
+
+    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.limits import SchedulerCounters
+    from loraplex_engine.outputs import OutputCollector
+    from loraplex_engine.running_batch import RunningBatch
+    from loraplex_engine.waiting_queue import WaitingQueue
+
+
+class RequestBook:
+    """Moves requests between queue, batch and end, with all they hold, and tells their sessions.
+
+    Args:
+        collector: Gets the events.
+        page_bytes: Of the pool; for progress in bytes.
+
+    Attributes:
+        last_launched: The last step launched; pages and leases given up now are in use until it is done.
+    """
+
+    def __init__(
+        self,
+        *,
+        queue: WaitingQueue,
+        batch: RunningBatch,
+        cache: AdapterCache,
+        collector: OutputCollector,
+        counters: SchedulerCounters,
+        page_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._queue = queue
+        self._batch = batch
+        self._cache = cache
+        self._collector = collector
+        self._counters = counters
+        self._page_bytes = page_bytes
+        self._clock = clock
+        self._requests: dict[tuple[int, int], Request] = {}
+        self.last_launched = -1
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def requests(self) -> list[Request]:
+        """All open requests, a copy."""
+        return list(self._requests.values())
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """Session and session slot of each."""
+        return list(self._requests)
+
+    def find(self, session_id: int, session_slot: int) -> Request | None:
+        """Return an open request."""
+        return self._requests.get((session_id, session_slot))
+
+    def open(self, request: Request) -> None:
+        """Take a new request in and queue it.
+
+        Raises:
+            ValueError: If its session has an open request of this number: the gateway breaks the protocol.
+        """
+        if request.key in self._requests:
+            raise ValueError(f"session {request.key[0]} has an open request {request.key[1]} already")
+        self._requests[request.key] = request
+        self._queue.add(request)
+
+    def report_loading(self, request: Request, digest: str) -> None:
+        """Tell how far a waiting request's adapter has come."""
+        status = self._cache.status(digest)
+        total = status.num_pages * self._page_bytes
+        event = Loading(
+            session_slot=request.submission.session_slot,
+            bytes_done=total if status.is_in_arena else 0,
+            bytes_total=total,
+        )
+        self._collector.event(request.submission.session_id, event)
+
+    def start(self, request: Request) -> None:
+        """Tell that a request has got its place, unless it only came back to it."""
+        if request.admitted_s is not None:
+            return
+        request.admitted_s = self._clock()
+        self._counters.num_prompt_tokens += request.num_prompt_tokens
+        event = Started(
+            session_slot=request.submission.session_slot,
+            cached_tokens=0,
+            queue_s=request.admitted_s - request.arrived_s,
+            adapter_load_s=request.adapter_load_s,
+        )
+        self._collector.event(request.submission.session_id, event)
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's place away; it computes its tokens anew when it is admitted again."""
+        request.output_token_ids = self._batch.state.outputs(request.slot)
+        self._vacate(request)
+        request.move_to(RequestState.WAITING)
+        self._queue.add(request)
+        self._counters.num_preemptions += 1
+
+    def _vacate(self, request: Request) -> None:
+        self._batch.unseat(request, self.last_launched)
+        if request.adapter_digest is not None:
+            self._cache.release(request.adapter_digest, self.last_launched)
+
+    def fail(self, request: Request, error: LoraplexError) -> None:
+        """End a request with an error."""
+        self._close(request, error=error)
+
+    def finish(self, request: Request, reason: FinishReason, stop_token_id: int | None = None) -> None:
+        """End a request normally."""
+        self._close(request, finish_reason=reason, stop_token_id=stop_token_id)
+
+    def _close(
+        self,
+        request: Request,
+        *,
+        finish_reason: FinishReason | None = None,
+        stop_token_id: int | None = None,
+        error: LoraplexError | None = None,
+    ) -> None:
+        """Take slot, pages, lease and place in the queue away, whatever it has, and send the one `Ended`."""
+        if request.state is RequestState.RUNNING:
+            self._vacate(request)
+        else:
+            self._queue.remove(request)
+        request.move_to(RequestState.ENDED)
+        del self._requests[request.key]
+        now_s = self._clock()
+        admitted_s = now_s if request.admitted_s is None else request.admitted_s
+        first_token_s = now_s if request.first_token_s is None else request.first_token_s
+        event = Ended(
+            session_slot=request.submission.session_slot,
+            finish_reason=finish_reason,
+            stop_token_id=stop_token_id,
+            error=error,
+            queue_s=admitted_s - request.arrived_s,
+            adapter_load_s=request.adapter_load_s,
+            prefill_s=first_token_s - admitted_s,
+            decode_s=now_s - first_token_s,
+        )
+        self._collector.event(request.submission.session_id, event)

@@ -1,0 +1,104 @@
+"""What a step's result means for the requests it was computed for, and who of them has ended by it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from loraplex_common.errors import LoraplexError
+
+from loraplex_engine.messages import FinishReason, PromptLogprobs, TokenWithLogprobs
+
+if TYPE_CHECKING:
+    from loraplex_engine.limits import SchedulerCounters
+    from loraplex_engine.outputs import OutputCollector
+    from loraplex_engine.request import Request
+    from loraplex_engine.request_book import RequestBook
+    from loraplex_engine.running_batch import LaunchedStep, RunningBatch
+    from loraplex_engine.step import StepResult, TokenLogprobs
+
+
+class ResultReader:
+    """Turns results into tokens, probabilities and ends.
+
+    Rows whose occupant has changed since the launch are speculative tokens of requests that are over: dropped.
+    """
+
+    def __init__(
+        self, *, batch: RunningBatch, book: RequestBook, collector: OutputCollector, counters: SchedulerCounters
+    ) -> None:
+        self._batch = batch
+        self._book = book
+        self._collector = collector
+        self._counters = counters
+
+    def read(self, step: LaunchedStep, result: StepResult, now_s: float) -> None:
+        """Take a result in.
+
+        Raises:
+            RuntimeError: If it is the result of another plan, or does not fit it.
+        """
+        if result.step_id != step.step_id or not np.array_equal(result.slots, step.sampled):
+            raise RuntimeError(f"result of step {result.step_id} does not fit plan {step.step_id}")
+        self._counters.num_steps += 1
+        for slot, entries in result.prompt_logprobs.items():
+            occupant = self._occupant(step, slot)
+            if occupant is not None:
+                self._send_prompt_logprobs(occupant, entries)
+        for slot, reason in result.failed_slots.items():
+            occupant = self._occupant(step, slot)
+            if occupant is not None:
+                self._book.fail(occupant, LoraplexError(f"the engine cannot go on with this request: {reason}"))
+        for request in step.finished_prefills:
+            if request.first_token_s is None:
+                request.first_token_s = now_s
+        self._take_tokens(step, result)
+
+    def _take_tokens(self, step: LaunchedStep, result: StepResult) -> None:
+        state = self._batch.state
+        is_live = state.occupancy.take(step.sampled) == step.occupancy.take(step.sample_rows)
+        indices = np.flatnonzero(is_live)
+        if len(indices) == 0:
+            return
+        rows, positions, token_ids = step.sampled[indices], step.positions[indices], result.token_ids[indices]
+        is_stop = state.record(rows, positions, token_ids)
+        is_over = is_stop | (positions + 1 >= state.max_outputs.take(rows))
+        self._counters.num_output_tokens += len(rows)
+        is_plain = ~state.wants_logprobs.take(rows)
+        plain = rows[is_plain]
+        self._collector.tokens(
+            state.sessions.take(plain), state.session_slots.take(plain), positions[is_plain], token_ids[is_plain]
+        )
+        for index in np.flatnonzero(~is_plain).tolist():
+            submission = self._batch.at(int(rows[index])).submission
+            event = TokenWithLogprobs(
+                session_slot=submission.session_slot,
+                position=int(positions[index]),
+                token_id=int(token_ids[index]),
+                logprobs=result.logprobs[int(indices[index])],
+            )
+            self._collector.event(submission.session_id, event)
+        for index in np.flatnonzero(is_over).tolist():
+            request = self._batch.at(int(rows[index]))
+            if is_stop[index]:
+                self._book.finish(request, FinishReason.STOP, int(token_ids[index]))
+            else:
+                self._book.finish(request, FinishReason.LENGTH)
+
+    def _occupant(self, step: LaunchedStep, slot: int) -> Request | None:
+        """Return the request that a step computed in a slot; None if it has left since."""
+        row = int(np.flatnonzero(step.rows == slot)[0])
+        if self._batch.state.occupancy[slot] != step.occupancy[row]:
+            return None
+        return self._batch.at(slot)
+
+    def _send_prompt_logprobs(self, request: Request, entries: list[TokenLogprobs]) -> None:
+        """Send what was not sent before a preemption, and nothing of recomputed outputs."""
+        first = request.num_prompt_logprobs_seen + 1  # a prompt's first token has no probability
+        request.num_prompt_logprobs_seen += len(entries)
+        unsent = max(first, request.num_prompt_logprobs + 1)
+        news = entries[unsent - first : request.num_prompt_tokens - first]
+        if news:
+            event = PromptLogprobs(session_slot=request.submission.session_slot, first=unsent, entries=news)
+            request.num_prompt_logprobs += len(news)
+            self._collector.event(request.submission.session_id, event)
