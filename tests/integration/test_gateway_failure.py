@@ -24,22 +24,14 @@ from loraplex_common.rpc_errors import error_from_rpc
 from loraplex_common.valkey import EmbeddedValkey
 from loraplex_gateway import relay
 from support.gateway_rig import DIGEST, Rig, letters, running_gateway, text_request
+from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 pytestmark = pytest.mark.integration
 
 Once = gateway_pb2.GenerateOnceRequest
-
-
-async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Poll for what has no event to wait on."""
-    give_up_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up_at, "did not come true in time"
-        await asyncio.sleep(0.005)
 
 
 async def rest(call: Any) -> list[gateway_pb2.GenerateResponse]:
@@ -255,7 +247,7 @@ async def test_queue_timeout_ends_a_request_that_waits_here(valkey_url: str) -> 
 async def test_a_client_that_stops_reading_ends_only_its_own_stream(valkey_url: str) -> None:
     big = [383] * 100_000  # the longest tokens there are, and far more than any window holds
 
-    async with running_gateway(valkey_url, reply=lambda submit: big[: submit.stopping.max_new_tokens]) as rig:
+    async with running_gateway(valkey_url, reply=lambda submit: big, max_buffered_tokens=200) as rig:
         rig.engine.max_model_len = 200_000
         await rig.engine.register(rig.valkey)
         await eventually(lambda: rig.app.pool.sessions[0].record.max_model_len == 200_000)
@@ -276,7 +268,7 @@ async def test_a_client_that_stops_reading_ends_only_its_own_stream(valkey_url: 
 
 
 async def test_a_client_that_never_reads_again_is_given_up(valkey_url: str) -> None:
-    big = [383] * 20_000
+    big = [383] * 3_000
 
     async with running_gateway(
         valkey_url, reply=lambda submit: big, slow_client_s=0.3, max_buffered_tokens=10**6
@@ -287,7 +279,7 @@ async def test_a_client_that_never_reads_again_is_given_up(valkey_url: str) -> N
         rig.engine.tokens_per_message = 50
         lazy = rig.stub.Generate(
             text_request(
-                stopping=gateway_pb2.StoppingParams(max_new_tokens=20_000),
+                stopping=gateway_pb2.StoppingParams(max_new_tokens=3_000),
                 response_options=gateway_pb2.ResponseOptions(logprobs=20),
             )
         )

@@ -69,6 +69,7 @@ class GatewayApp:
         self.catalog = self._load_models()
         self.names = NameTable()
         self.pool = EnginePool(self.catalog, gateway_id=self.gateway_id, max_buffered_tokens=config.max_buffered_tokens)
+        self._registry = RegistryWatcher(self._valkey, self.pool)
         self.admission = AdmissionController(
             max_concurrent=config.max_concurrent_requests,
             max_queued=config.max_queued_requests,
@@ -129,7 +130,6 @@ class GatewayApp:
         self.http_port = await self._http.start()
         self._supervisor.spawn(self._http.run(), name="http-server")
         self._supervisor.spawn(self.claims.run(), name="claims")
-        self._supervisor.spawn(RegistryWatcher(self._valkey, self.pool).run(), name="registry-watcher")
         if self._store is not None:
             self._supervisor.spawn(AliasWatcher(self._store, self.names).run(), name="alias-watcher")
         self._supervisor.spawn(self._report_readiness(), name="readiness")
@@ -138,6 +138,7 @@ class GatewayApp:
                 await self._first_sync()
         except TimeoutError:
             _log.warning("started without a full view", has_engine=self.pool.has_candidate, has_names=self._has_names())
+        self._supervisor.spawn(self._registry.run(), name="registry-watcher")
 
     async def run_until(self, stop: asyncio.Event) -> None:
         """Serve until the event is set.
@@ -175,14 +176,12 @@ class GatewayApp:
         await self._http.stop(grace_s=self.config.drain_grace_s)
 
     async def _first_sync(self) -> None:
-        names_changed = asyncio.create_task(self.names.wait_until_synced())
-        try:
-            while not self.pool.has_candidate:
-                await self.pool.changed.wait()
-            if self._store is not None:
-                await names_changed
-        finally:
-            names_changed.cancel()
+        """Wait for the registry, for a session with every engine it lists, and for the names."""
+        await self._registry.poll_once()
+        while self.pool.is_dialling:
+            await self.pool.changed.wait()
+        if self._store is not None:
+            await self.names.wait_until_synced()
 
     def _has_names(self) -> bool:
         return self._store is None or self.names.is_synced

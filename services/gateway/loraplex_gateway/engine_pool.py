@@ -55,6 +55,11 @@ class EnginePool:
         """Whether any engine takes requests."""
         return any(self._is_candidate(session) for session in self._sessions.values())
 
+    @property
+    def is_dialling(self) -> bool:
+        """Whether a session with any listed engine is still to be opened."""
+        return any(session.state is SessionState.CONNECTING for session in self._sessions.values())
+
     def is_expected(self, fingerprint: str) -> bool:
         """Whether an engine of this base model is listed but still being dialled."""
         return any(

@@ -85,7 +85,7 @@ class Preparer:
         queue_timeout_s = request.queue_timeout_s
         job = replace(
             job,
-            max_new_tokens=request.stopping.max_new_tokens or max_model_len - len(prompt_ids),
+            max_new_tokens=min(request.stopping.max_new_tokens or max_model_len, max_model_len - len(prompt_ids)),
             deadline=arrived_at + limit_s - DEADLINE_MARGIN_S,
             queue_deadline=None if queue_timeout_s is None else arrived_at + queue_timeout_s,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import LoraplexError, SlowConsumerError
@@ -15,6 +15,10 @@ from loraplex_gateway.types import AdapterLoading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+# Of one update, and so of one chunk: however far a client lags behind, no message comes near 4 MiB.
+MAX_UPDATE_TOKENS: Final = 1024
+MAX_UPDATE_LOGPROBS: Final = 128
 
 
 class EngineLostError(Exception):
@@ -117,7 +121,7 @@ class Ticket:
         self.fail(LocalCancelError())
 
     async def next(self) -> EngineUpdate:
-        """Wait for news and return all of it.
+        """Wait for news and return it; more tokens than fit a message are left for the next call, and so is the end.
 
         Raises:
             EngineLostError: If the session broke.
@@ -129,15 +133,19 @@ class Ticket:
                 raise self._failure
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+        most = MAX_UPDATE_LOGPROBS if self._logprobs else MAX_UPDATE_TOKENS
+        tokens, self._tokens = self._tokens[:most], self._tokens[most:]
+        logprobs, self._logprobs = self._logprobs[:most], self._logprobs[most:]
         update = EngineUpdate(
-            token_ids=self._tokens,
-            logprobs=self._logprobs,
+            token_ids=tokens,
+            logprobs=logprobs,
             started=self._started,
             loading=self._loading,
-            end=self._end,
+            end=None if self._tokens else self._end,
         )
-        self._tokens, self._logprobs = [], []
-        self._started = self._loading = self._end = None
+        self._started = self._loading = None
+        if not self._tokens:
+            self._end = None
         return update
 
     def _has_news(self) -> bool:

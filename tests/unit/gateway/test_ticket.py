@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from loraplex_common.errors import SlowConsumerError
 from loraplex_gateway.engine_wire import EngineFinish
-from loraplex_gateway.ticket import EngineLostError, LocalCancelError, Ticket
+from loraplex_gateway.ticket import MAX_UPDATE_TOKENS, EngineLostError, LocalCancelError, Ticket
 from loraplex_gateway.types import FinishReason, Timings
 
 FINISH = EngineFinish(reason=FinishReason.LENGTH, stop_token_id=None, timings=Timings())
@@ -82,6 +82,16 @@ async def test_the_end_comes_with_the_last_tokens() -> None:
     update = await ticket.next()
 
     assert (list(update.token_ids), update.end) == ([5, 6], FINISH)
+
+
+async def test_what_does_not_fit_one_message_comes_with_the_next_and_the_end_comes_last() -> None:
+    ticket, _ = make(limit=10**6)
+    output(ticket, token_ids=tuple(range(MAX_UPDATE_TOKENS + 1)), end=FINISH)
+
+    first, second = await ticket.next(), await ticket.next()
+
+    assert (len(first.token_ids), first.end) == (MAX_UPDATE_TOKENS, None)
+    assert (list(second.token_ids), second.end) == ([MAX_UPDATE_TOKENS], FINISH)
 
 
 async def test_after_the_end_nothing_fails_any_more() -> None:
