@@ -6,7 +6,6 @@ for a peer. If it dies, every open request ends with INTERNAL, later ones are re
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 import time
@@ -15,12 +14,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 from loraplex_common.errors import DrainingError, InvalidParameterError, LoraplexError
 
 from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
+from loraplex_engine.inbox import Inbox, Sessions
 from loraplex_engine.load_report import LoadReport
 from loraplex_engine.messages import (
     Abort,
@@ -28,13 +27,12 @@ from loraplex_engine.messages import (
     CloseSession,
     Command,
     DropAdapter,
-    Ended,
     ImageArrived,
     ImageRefused,
     LoopTotals,
-    StepOutputs,
     Submit,
 )
+from loraplex_engine.request_book import SlotInUseError
 from loraplex_engine.scheduler import Scheduler
 from loraplex_engine.step import NO_ADAPTER, LoadHandle, ModelRunner, StepHandle, StepPlan
 
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_engine.outbox import SessionOutbox
-
-_NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,13 +78,9 @@ class EngineLoop:
         self._parts = parts
         self._on_crash = on_crash
         self._clock = clock
-        self._wake = threading.Event()
-        self._lock = threading.Lock()  # guards the inbox against commands that come after the last turn
-        self._inbox: deque[Command] = deque()
-        self._refusal: LoraplexError | None = None  # set once: no turn will read the inbox any more
+        self._sessions = Sessions()
+        self._inbox = Inbox(self._sessions)
         self._is_stopping = False
-        self._sessions: dict[int, SessionOutbox] = {}
-        self._session_ids = itertools.count(1)
         self._steps: deque[StepHandle] = deque()
         self._loads: dict[str, LoadHandle] = {}
         self._drains: list[_Drain] = []
@@ -101,7 +93,7 @@ class EngineLoop:
     @property
     def is_alive(self) -> bool:
         """False once the loop has ended, well or badly."""
-        return self._refusal is None
+        return self._inbox.is_open
 
     def start(self) -> None:
         """Start the thread."""
@@ -109,20 +101,11 @@ class EngineLoop:
 
     def post(self, command: Command) -> None:
         """Add a command to the inbox; after the loop's end it is answered at once."""
-        with self._lock:
-            refusal = self._refusal
-            if refusal is None:
-                self._inbox.append(command)
-        if refusal is None:
-            self._wake.set()
-        else:
-            self._refuse(command, refusal)
+        self._inbox.post(command)
 
     def open_session(self, make_outbox: Callable[[int], SessionOutbox]) -> SessionOutbox:
         """Register an outbox under a new session id."""
-        outbox = make_outbox(next(self._session_ids))
-        self._sessions[outbox.session_id] = outbox
-        return outbox
+        return self._sessions.open(make_outbox)
 
     def drain(self, timeout_s: float) -> Future[int]:
         """Refuse new requests, let the open ones finish for that long, then end them; resolves to how many."""
@@ -139,7 +122,7 @@ class EngineLoop:
     def stop(self) -> None:
         """End all requests with DrainingError and the thread with them; returns when it is over."""
         self._is_stopping = True
-        self._wake.set()
+        self._inbox.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -155,7 +138,6 @@ class EngineLoop:
 
     def _turn(self) -> None:
         parts = self._parts
-        self._wake.clear()
         self._take_commands()
         self._take_finished_loads()
         self._advance_drains()
@@ -194,11 +176,11 @@ class EngineLoop:
 
     def _sleep(self) -> None:
         until_s = min(self._parts.scheduler.next_deadline_s, *(drain.deadline_s for drain in self._drains), math.inf)
-        self._wake.wait(None if until_s == math.inf else max(0.0, until_s - self._clock()))
+        self._inbox.wait(None if until_s == math.inf else max(0.0, until_s - self._clock()))
 
     def _take_commands(self) -> None:
-        for _ in range(len(self._inbox)):  # those that come meanwhile have set the event again
-            self._handle(self._inbox.popleft())
+        for command in self._inbox.take():
+            self._handle(command)
 
     def _handle(self, command: Command) -> None:
         scheduler = self._parts.scheduler
@@ -222,14 +204,12 @@ class EngineLoop:
     def _submit(self, command: Submit) -> None:
         try:
             self._parts.scheduler.submit(command.submission)
-        except ValueError as error:  # the gateway reuses a slot: nothing it says can be told apart any more
+        except SlotInUseError as error:  # the gateway reuses a slot: nothing it says can be told apart any more
             self._close_session(command.submission.session_id, InvalidParameterError(str(error), field="slot"))
 
     def _close_session(self, session_id: int, error: LoraplexError | None) -> None:
         self._parts.scheduler.close_session(session_id)
-        outbox = self._sessions.pop(session_id, None)
-        if outbox is not None:
-            outbox.close(error)
+        self._sessions.close(session_id, error)
 
     def _take_finished_loads(self) -> None:
         for digest in [digest for digest, handle in self._loads.items() if handle.is_done()]:
@@ -243,12 +223,11 @@ class EngineLoop:
         for load in parts.cache.take_loads():
             handle = parts.runner.load_adapter(load.index, load.spec, load.pages, parts.arena.pages(load.arena_slots))
             self._loads[load.digest] = handle
-            handle.add_done_callback(self._wake.set)
+            handle.add_done_callback(self._inbox.wake)
 
     def _send(self) -> None:
         for session_id, outputs in self._parts.scheduler.take_outputs().items():
-            outbox = self._sessions.get(session_id)
-            if outbox is not None and not outbox.put(outputs):
+            if not self._sessions.put(session_id, outputs):
                 self._close_session(session_id, None)  # given up for its backlog
 
     def _advance_drains(self) -> None:
@@ -287,47 +266,19 @@ class EngineLoop:
     def _send_rest(self, error: LoraplexError) -> None:
         scheduler = self._parts.scheduler
         for session_id, outputs in scheduler.take_outputs().items():
-            if session_id in self._sessions:
-                self._sessions[session_id].put(outputs)
+            self._sessions.put(session_id, outputs)
         for session_id, session_slot in scheduler.open_keys():
-            if session_id in self._sessions:
-                self._sessions[session_id].put(_end_of(session_slot, error))
+            self._sessions.refuse(session_id, session_slot, error)
 
     def _shut(self, error: LoraplexError) -> None:
         """Answer what is in the inbox and refuse what comes later."""
-        with self._lock:
-            self._refusal = error
-        while self._inbox:
-            self._refuse(self._inbox.popleft(), error)
+        self._inbox.shut(error)
         self._parts.grants.cancel()
         for drain in self._drains:
             if drain.future.set_running_or_notify_cancel():
                 drain.future.set_exception(error)
         self._drains.clear()
-        for outbox in list(self._sessions.values()):
-            outbox.close()
-
-    def _refuse(self, command: Command, error: LoraplexError) -> None:
-        if isinstance(command, Submit):
-            outbox = self._sessions.get(command.submission.session_id)
-            if outbox is not None:
-                outbox.put(_end_of(command.submission.session_slot, error))
-        elif isinstance(command, CloseSession):
-            outbox = self._sessions.pop(command.session_id, None)
-            if outbox is not None:
-                outbox.close()
-        elif isinstance(command, Call) and command.future.set_running_or_notify_cancel():
-            command.future.set_exception(error)
-
-
-def _end_of(session_slot: int, error: LoraplexError) -> StepOutputs:
-    return StepOutputs(
-        step_id=0,
-        token_slots=_NO_TOKENS,
-        token_positions=_NO_TOKENS,
-        token_ids=_NO_TOKENS,
-        events=[Ended(session_slot=session_slot, error=error)],
-    )
+        self._sessions.close_all()
 
 
 def _call(call: Call) -> None:

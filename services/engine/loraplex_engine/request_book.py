@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from loraplex_engine.waiting_queue import WaitingQueue
 
 
+class SlotInUseError(ValueError):
+    """A session names two open requests alike: the gateway breaks the protocol."""
+
+
 class RequestBook:
     """Moves requests between queue, batch and end, with all they hold, and tells their sessions.
 
@@ -72,10 +76,10 @@ class RequestBook:
         """Take a new request in and queue it.
 
         Raises:
-            ValueError: If its session has an open request of this number: the gateway breaks the protocol.
+            SlotInUseError: If its session has an open request of this number.
         """
         if request.key in self._requests:
-            raise ValueError(f"session {request.key[0]} has an open request {request.key[1]} already")
+            raise SlotInUseError(f"session {request.key[0]} has an open request {request.key[1]} already")
         self._requests[request.key] = request
         self._queue.add(request)
 

@@ -134,7 +134,7 @@ class Scheduler:
         """Take a request; it ends in exactly one `Ended`.
 
         Raises:
-            ValueError: If the session has an open request of this number: the gateway breaks the protocol.
+            SlotInUseError: If the session has an open request of this number.
         """
         now_s = self._clock()
         request = make_request(
