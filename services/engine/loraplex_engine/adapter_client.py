@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
 EXPIRY_CHECK_S: Final = 0.25
-RETRY_AFTER_S: Final = 5.0
+RETRY_AFTER_S: Final = 2.0
 REPORT_PAUSE_S: Final = 0.005
 """Between two reports of residency: an adapter that comes and goes in between is one message."""
 
