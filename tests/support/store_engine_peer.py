@@ -124,7 +124,9 @@ class EnginePeer:
         """Wait until ``count`` messages of a kind (about a digest) have come; return the last."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
-            found = [m for m in (getattr(r, kind) for r in self.log if r.WhichOneof("message") == kind) if _about(m, digest)]
+            found = [
+                m for m in (getattr(r, kind) for r in self.log if r.WhichOneof("message") == kind) if _about(m, digest)
+            ]
             if len(found) >= count:
                 return found[count - 1]
             self._changed.clear()

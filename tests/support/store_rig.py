@@ -98,7 +98,9 @@ class StoreClient:
     async def upload(self, name: str, files: dict[str, bytes], **header: Any) -> pb.UploadAdapterResponse:
         """Upload files as they are."""
         with translated():
-            response: pb.UploadAdapterResponse = await self.stub.UploadAdapter(iter(upload_parts(name, files, **header)))
+            response: pb.UploadAdapterResponse = await self.stub.UploadAdapter(
+                iter(upload_parts(name, files, **header))
+            )
         return response
 
     async def upload_recipe(self, name: str, recipe: Recipe | None = None, **header: Any) -> pb.UploadAdapterResponse:
@@ -144,7 +146,9 @@ class translated:  # noqa: N801
 
 
 @asynccontextmanager
-async def running_rig(config: StoreConfig, api_key: str | None = None) -> AsyncIterator[tuple[RunningStore, StoreClient]]:
+async def running_rig(
+    config: StoreConfig, api_key: str | None = None
+) -> AsyncIterator[tuple[RunningStore, StoreClient]]:
     """Run a store, give out a client, and check at the end that nothing is held."""
     async with running_store(config) as store:
         async with open_channel(f"127.0.0.1:{store.grpc_port}", api_key=api_key) as channel:

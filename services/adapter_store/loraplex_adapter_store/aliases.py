@@ -27,8 +27,9 @@ SNAPSHOT_CHUNK: Final = 50
 """Names per message of a snapshot: 50 names of 100 revisions of about 400 bytes stay well below 4 MiB."""
 QUEUE_LENGTH: Final = 256
 HISTORY: Final = 4096
-BLOCK_MS: Final = 2000
+BLOCK_MS: Final = 1000
 RETRY_S: Final = 0.5
+FIRST_LOAD_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class AliasTable:
         """
         if not self.is_loaded:
             try:
-                await asyncio.wait_for(self._loaded.wait(), 5.0)
+                async with asyncio.timeout(FIRST_LOAD_S):
+                    await self._loaded.wait()
             except TimeoutError:
                 raise StoreUnavailableError("the name table has not been read yet", retry_after_s=1.0) from None
         queue: asyncio.Queue[AliasUpdate | LoraplexError] = asyncio.Queue()  # bounded by _publish

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.metrics import StoreMetrics
 
 _log = get_logger()
-BLOCK_MS: Final = 2000
+BLOCK_MS: Final = 1000
 RETRY_S: Final = 0.5
 PUBLISH_PAUSE_S: Final = 0.1
 """Shortest time between two publications of one engine's holdings; residency may change with every request."""
@@ -134,7 +134,8 @@ class AttachedEngines:
                 _log.debug("holdings not published", engine=session.hello.engine_id, error=error.message)
             await asyncio.sleep(PUBLISH_PAUSE_S)
             try:
-                await asyncio.wait_for(session.changed.wait(), RENEW_S)
+                async with asyncio.timeout(RENEW_S):
+                    await session.changed.wait()
             except TimeoutError:
                 continue  # unchanged: renew
 

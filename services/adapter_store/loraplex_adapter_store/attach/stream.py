@@ -27,7 +27,8 @@ async def read_hello(messages: AsyncIterator[Wire], convert: Callable[[Wire], He
         DeadlineError: If it does not come.
     """
     try:
-        return convert(await asyncio.wait_for(anext(messages), HELLO_TIMEOUT_S))
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            return convert(await anext(messages))
     except StopAsyncIteration:
         raise InvalidParameterError("the stream ended before the hello", field="hello") from None
     except TimeoutError:

@@ -128,7 +128,8 @@ class Transfer:
     async def wait_for_arrival(self) -> bool:
         """Return True once the engine has said how the transfer went; False if it says nothing for long."""
         try:
-            await asyncio.wait_for(self._arrived.wait(), ARRIVAL_S)
+            async with asyncio.timeout(ARRIVAL_S):
+                await self._arrived.wait()
         except TimeoutError:
             return False
         return True

@@ -64,8 +64,8 @@ class ImportBudget:
         if num_bytes > self._max_bytes:
             raise SaturatedError(f"{num_bytes} bytes exceed what imports may hold at once, {self._max_bytes} bytes")
         try:
-            async with self._changed:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._free_bytes >= num_bytes), WAIT_S)
+            async with asyncio.timeout(WAIT_S), self._changed:
+                await self._changed.wait_for(lambda: self._free_bytes >= num_bytes)
                 self._free_bytes -= num_bytes
         except TimeoutError:
             raise SaturatedError("other imports hold all memory for imports", retry_after_s=5.0) from None

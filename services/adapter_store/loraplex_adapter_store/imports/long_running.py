@@ -107,7 +107,8 @@ class LongRunning:
             running = self._running.get(operation_id)
             try:
                 if running is not None:
-                    await asyncio.wait_for(running.finished.wait(), left)
+                    async with asyncio.timeout(left):
+                        await running.finished.wait()
                 else:
                     await asyncio.sleep(POLL_S if left is None else min(POLL_S, left))  # it runs on another replica
             except TimeoutError:
@@ -162,6 +163,8 @@ class LongRunning:
         except LoraplexError as error:
             running.operation.error.CopyFrom(to_status(error))
         except asyncio.CancelledError:
+            if running.task is not None:
+                running.task.uncancel()  # heard; what follows is to be done in any case
             running.operation.error.CopyFrom(to_status(CancelledRequestError("the import was cancelled")))
         except Exception as error:
             _log.error("import failed unexpectedly", operation=operation_id, exc_info=error)

@@ -98,7 +98,8 @@ async def receive(files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes])
 
 async def _next_part(parts: AsyncIterator[bytes], file: AnnouncedFile, num_received: int) -> bytes:
     try:
-        part = await asyncio.wait_for(anext(parts), IDLE_S)
+        async with asyncio.timeout(IDLE_S):
+            part = await anext(parts)
     except StopAsyncIteration:
         raise AdapterCorruptUploadError(
             f"{file.name}: truncated: {num_received} of {file.num_bytes} bytes have come"
@@ -112,7 +113,8 @@ async def _next_part(parts: AsyncIterator[bytes], file: AnnouncedFile, num_recei
 
 async def _has_more(parts: AsyncIterator[bytes]) -> bool:
     try:
-        return bool(await asyncio.wait_for(anext(parts), IDLE_S))
+        async with asyncio.timeout(IDLE_S):
+            return bool(await anext(parts))
     except StopAsyncIteration:
         return False
     except TimeoutError:

@@ -6,6 +6,7 @@ their digest (``a:{sha}:...``).
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -88,6 +89,9 @@ def cancelled(operation_id: str) -> str:
 def translated() -> Iterator[None]:
     """Turn Valkey's failures inside the block into errors of the contract.
 
+    Also delivers cancellation: Python 3.11's `asyncio.wait_for`, which redis-py sends through, swallows one that comes in
+    the same moment as its result (fixed in 3.12), and a loop over Valkey would then never end.
+
     Raises:
         StoreUnavailableError: If Valkey cannot be reached or is loading; RetryInfo says one second.
         SaturatedError: If it is full.
@@ -110,3 +114,6 @@ def translated() -> Iterator[None]:
                 "Valkey is full: delete adapters or raise its maxmemory", retry_after_s=10.0
             ) from error
         raise
+    finally:
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            raise asyncio.CancelledError
