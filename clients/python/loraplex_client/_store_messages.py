@@ -32,10 +32,13 @@ UPLOAD_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES: Final = (
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "vocab.json",
 )
 STATES: Final = {
     adapter_pb2.Adapter.STATE_EMPTY: AdapterState.EMPTY,
