@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import httpx
+import httpx2
 import huggingface_hub
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -96,7 +96,7 @@ class Hub:
             if status in (401, 403):
                 raise AdapterForbiddenError(f"{source}: the hub answered {status} to this credential") from error
             raise StoreUnavailableError(f"{source}: the hub answered {status}", retry_after_s=10.0) from error
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx2.HTTPError, OSError) as error:
             raise StoreUnavailableError(
                 f"{source}: cannot be downloaded: {type(error).__name__}", retry_after_s=10.0
             ) from error
