@@ -31,6 +31,8 @@ from loraplex_adapter_store.imports.files import CheckpointFiles, check_present,
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _FOLDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*", re.ASCII)
 TIMEOUT_S: Final = 30.0
+# What a lost connection raises: the hub library moved from httpx to httpx2 and names neither in its interface.
+_TransportError: Final[type[Exception]] = next(cls for cls in HfHubHTTPError.__mro__ if cls.__name__ == "HTTPError")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
