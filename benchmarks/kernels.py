@@ -28,6 +28,7 @@ from loraplex_kernels import reference
 from loraplex_kernels.attention_decode import AttentionDecode
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
+from loraplex_kernels.lora_prefill import LoraPrefill
 from loraplex_kernels.module import KernelLibrary
 from loraplex_kernels.paged_kv import KvLayout
 from loraplex_kernels.tables import AdapterTables
@@ -168,8 +169,8 @@ def decode_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[s
     op = list(OPS).index(case.op)
     grids = [min(int(built.counts[2 * op]), 132 * 4), min(int(built.counts[2 * op + 1]), 132 * 3)]
     x = torch.randn(tokens, shape.columns, device=DEVICE, dtype=torch.bfloat16)
-    y = 0.3 * torch.randn(tokens, sum(shape.outputs), device=DEVICE, dtype=torch.bfloat16)
-    h, scale, before = lora.new_scratch(), torch.ones(tokens, device=DEVICE), y.clone()
+    y = torch.zeros(tokens, sum(shape.outputs), device=DEVICE, dtype=torch.bfloat16)
+    h, scale = lora.new_scratch(), torch.ones(tokens, device=DEVICE)
 
     def call(layer: int) -> None:
         lora.shrink(layer, case.op, x, h, grids[0])
@@ -178,10 +179,47 @@ def decode_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[s
     call(0)
     for token in range(min(tokens, 3)):
         delta = case.expected(int(adapters[token]), x[token : token + 1])
-        require_close(y[token : token + 1].float() - before[token : token + 1].float(), delta, str(row))
+        require_close(y[token : token + 1], delta, str(row))
+    y.copy_(0.3 * torch.randn_like(y))
     layers = range(case.sets)
     both = time_us([lambda layer=layer: call(layer) for layer in layers], flush)  # type: ignore[misc]
     shrink = time_us([lambda layer=layer: lora.shrink(layer, case.op, x, h, grids[0]) for layer in layers], flush)  # type: ignore[misc]
+    return {"op": both, "shrink": shrink}
+
+
+def ragged(tokens: int, adapters: int) -> np.ndarray:
+    """The baselines' segment lengths: one contiguous segment per adapter, the remainder on the first."""
+    generator = torch.Generator().manual_seed(tokens + adapters)
+    shares = torch.rand(adapters, generator=generator) + 0.25
+    lengths = (shares / shares.sum() * tokens).long().numpy().astype(np.int32)
+    lengths[0] += tokens - lengths.sum()
+    return lengths
+
+
+def prefill_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
+    """Time shrink + expand of one prefill case."""
+    tokens, num_adapters = int(row["tokens"]), int(row["adapters"])
+    case = LoraCase(library, row["outs"], row["rank"], num_adapters, int(row["weight_sets"]))
+    shape = case.shapes[list(OPS).index(case.op)]
+    lora = LoraPrefill(library, case.tables, case.pool, case.shapes, max_items=1 << 17)
+    lengths = ragged(tokens, num_adapters)
+    lora.prepare(np.arange(num_adapters, dtype=np.int32), lengths)
+    x = torch.randn(tokens, shape.columns, device=DEVICE, dtype=torch.bfloat16)
+    y = torch.zeros(tokens, sum(shape.outputs), device=DEVICE, dtype=torch.bfloat16)
+    h, scale = lora.new_scratch(tokens), torch.ones(tokens, device=DEVICE)
+
+    def call(layer: int) -> None:
+        lora.shrink(layer, case.op, x, h)
+        lora.expand_add(layer, case.op, h, scale, y)
+
+    call(0)
+    for index, end in list(enumerate(np.cumsum(lengths)))[:: max(1, num_adapters // 3)]:
+        rows = slice(int(end - lengths[index]), int(end))
+        require_close(y[rows], case.expected(index, x[rows]), str(row))
+    y.copy_(0.3 * torch.randn_like(y))
+    layers = range(case.sets)
+    both = time_us([lambda layer=layer: call(layer) for layer in layers], flush)  # type: ignore[misc]
+    shrink = time_us([lambda layer=layer: lora.shrink(layer, case.op, x, h) for layer in layers], flush)  # type: ignore[misc]
     return {"op": both, "shrink": shrink}
 
 
@@ -201,7 +239,7 @@ def attention_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dic
     q = torch.randn(batch, kv.qkv_width, device=DEVICE, dtype=torch.bfloat16)
     lens = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
     out = torch.full((batch, heads * head_dim), float("nan"), device=DEVICE, dtype=torch.bfloat16)
-    kernel = AttentionDecode(library, kv, max_rows=batch, max_context=context)
+    kernel = AttentionDecode(library, kv, max_rows=8 * batch, max_context=context)
     kernel.launch(0, pool, q, tables, lens, out)
     for sequence in range(2):
         key, value = reference.read_kv(pool, kv, torch.bfloat16, 0, tables[sequence], context)
@@ -216,13 +254,14 @@ def attention_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dic
             lambda layer=layer, s=splits: kernel.launch(layer, pool, q, tables, lens, out, splits=s)
             for layer in range(layers)
         ]
-        if splits <= chosen * 2:
+        if splits <= max(2, chosen * 2):
             times["op" if splits == chosen else f"splits{splits}"] = time_us(calls, flush)  # type: ignore[arg-type]
     return times
 
 
 SUITES: dict[str, tuple[Callable[[Row, KernelLibrary, torch.Tensor], dict[str, float]], tuple[str, ...]]] = {
     "kernels_decode": (decode_case, ("M", "K", "outs", "rank", "popularity", "adapters")),
+    "kernels_prefill": (prefill_case, ("tokens", "K", "outs", "rank", "adapters")),
     "attention": (attention_case, ("batch", "context", "q_heads", "kv_heads", "head_dim", "page_tokens")),
 }
 

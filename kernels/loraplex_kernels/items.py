@@ -9,6 +9,7 @@ Everything a step needs is one int32 buffer, one host-to-device copy: ranges ``[
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -25,8 +26,8 @@ SHRINK_CHUNK: Final = 1024  # kChunk
 GROUP_INTS: Final = 16
 ITEM_INTS: Final = 4
 HEADER_INTS: Final = 32
-EXPAND_ITEM_BYTES: Final = 16 * 1024
-MIN_ITEMS: Final = 264  # two CTAs for each multiprocessor of an H100: below that, runs are cut shorter
+EXPAND_ITEM_BYTES: Final = 32 * 1024  # kWeightBytes
+WAVE_ITEMS: Final = 396  # three CTAs for each multiprocessor of an H100: with fewer items, runs are cut shorter
 MIN_RUN: Final = 64
 
 
@@ -124,7 +125,7 @@ def make_groups(adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = No
     return groups
 
 
-def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def within_runs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return 0..counts[0]-1, 0..counts[1]-1, ..."""
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
@@ -140,7 +141,7 @@ def shrink_items(groups: NDArray[np.int32], stacked: NDArray[np.int32], shape: O
     blocks = -(-stacked.astype(np.int64) // SHRINK_ROWS)
     counts = blocks * shape.num_planes
     group = np.repeat(np.arange(len(groups)), counts)
-    within = _within(counts)
+    within = within_runs(counts)
     items = np.empty((len(group), ITEM_INTS), dtype=np.int32)
     items[:, 0], items[:, 1] = group, groups[group, 0]
     items[:, 2], items[:, 3] = within // shape.num_planes, within % shape.num_planes
@@ -167,7 +168,7 @@ def expand_items(
         ]
     )
     total = sum(outputs for _, outputs, _ in slices)
-    spread = max(MIN_RUN, total * max(len(groups), 1) // MIN_ITEMS)
+    spread = max(MIN_RUN, 2 ** math.ceil(math.log2(max(total * len(groups) / WAVE_ITEMS, 1))))
     parts = []
     for begin, outputs, rank in slices:
         longest = np.maximum(np.minimum(EXPAND_ITEM_BYTES // np.maximum(rank * item_bytes, 1), spread), MIN_RUN)
@@ -175,7 +176,7 @@ def expand_items(
         run = np.maximum(run // shape.unit, 1) * shape.unit
         counts = -(-outputs // run) * (rank > 0 if not shape.fused else 1)
         group = np.repeat(np.arange(len(groups)), counts)
-        start = _within(counts) * run[group]
+        start = within_runs(counts) * run[group]
         part = np.empty((len(group), ITEM_INTS), dtype=np.int32)
         part[:, 0], part[:, 1] = group, groups[group, 0]
         part[:, 2], part[:, 3] = begin + start, np.minimum(run[group], outputs - start)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loraplex_kernels.tables import AdapterTables
 
 BLOCK: Final = 256
+SHARED_BYTES: Final = 57856  # of the expands: B, delta and h; 3 CTAs per multiprocessor
 INT_BYTES: Final = 4
 
 
@@ -94,12 +95,17 @@ class LoraDecode:
         self._library, self._tables, self._shapes, self._rope = library, tables, shapes, rope
         planes = max(shape.num_planes for shape in shapes)
         self.scratch_shape = (planes, max_rows, MAX_STACKED_RANK)
+        shared = (f"SHARED_BYTES={SHARED_BYTES}",)
         self._shrink = library.load("lora_shrink", ShrinkParams(), BLOCK)
-        self._expand = library.load("lora_expand", ExpandAddParams(), BLOCK)
-        self._silu_mul = library.load("lora_silu_mul", LoraSiluMulParams(), BLOCK)
+        self._expand = library.load("lora_expand", ExpandAddParams(), BLOCK, defines=shared, shared_bytes=SHARED_BYTES)
+        self._silu_mul = library.load(
+            "lora_silu_mul", LoraSiluMulParams(), BLOCK, defines=shared, shared_bytes=SHARED_BYTES
+        )
         kernels: list[Kernel[ctypes.Structure]] = [self._shrink, self._expand, self._silu_mul]  # type: ignore[list-item]
         if rope is not None:
-            self._rope_kv = library.load("lora_rope_kv", LoraRopeKvParams(), BLOCK, defines=rope.defines)
+            self._rope_kv = library.load(
+                "lora_rope_kv", LoraRopeKvParams(), BLOCK, defines=(*rope.defines, *shared), shared_bytes=SHARED_BYTES
+            )
             kernels.append(self._rope_kv)  # type: ignore[arg-type]
         for kernel in kernels:
             kernel.params.lora.pool = pool.data_ptr()

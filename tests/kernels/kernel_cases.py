@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from loraplex_common.adapter_image import OPS, PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, layout, pack, to_bfloat16
+from loraplex_kernels.reference import lora_delta
 from numpy.typing import NDArray
 
 PATTERNS = ("same", "distinct", "uniform", "zipf", "skewed")
@@ -114,16 +115,15 @@ class AdapterPool:
         """What LoRA adds to an op's output, fp32 ``[rows, outputs]``, on x's device."""
         widths = [self.geometry.projection_shape(name)[1] for name in OPS[op]]
         out = torch.zeros(len(adapters), sum(widths), dtype=torch.float32, device=x.device)
-        for row, index in enumerate(adapters):
-            if index < 0:
-                continue
+        factors = torch.from_numpy(scales).to(x.device)[:, None]
+        for index in {int(adapter) for adapter in adapters} - {-1}:
+            rows = torch.from_numpy(np.flatnonzero(adapters == index)).to(x.device)
             resident, begin = self.adapters[index], 0
             scaling = {(m.layer, m.projection): m.scaling for m in resident.spec.modules}
             for name, width in zip(OPS[op], widths, strict=True):
                 if (layer, name) in resident.tensors:
                     a, b = (torch.from_numpy(t).to(x.device) for t in resident.tensors[layer, name])
-                    part = (x[row].float() @ a.T) @ b.T
-                    out[row, begin : begin + width] = part * scaling[layer, name] * float(scales[row])
+                    out[rows, begin : begin + width] = factors[rows] * lora_delta(x[rows], a, b, scaling[layer, name])
                 begin += width
         return out
 

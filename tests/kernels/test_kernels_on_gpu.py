@@ -10,10 +10,12 @@ import torch
 from kernels.kernel_cases import PATTERNS, AdapterPool, make_adapters, make_geometry, relative_error
 from loraplex_kernels import reference
 from loraplex_kernels.attention_decode import AttentionDecode
+from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
 from loraplex_kernels.attention_scalar import AttentionScalar
 from loraplex_kernels.embedding import Embedding
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
+from loraplex_kernels.lora_prefill import LoraPrefill
 from loraplex_kernels.module import KernelLibrary, device_arch
 from loraplex_kernels.paged_kv import KvLayout
 from loraplex_kernels.rms_norm import RmsNorm
@@ -272,7 +274,7 @@ def test_attention_decode(
             randn(len(contexts), layout.qkv_width, dtype=dtype),
             poisoned(len(contexts), heads * head_dim, dtype=dtype),
         )
-        kernel = AttentionDecode(lib, layout, max_rows=8, max_context=2048)
+        kernel = AttentionDecode(lib, layout, max_rows=32, max_context=2048)
         for _ in range(2):  # the second launch meets the arrival counters the first one left
             out.fill_(float("nan"))
             kernel.launch(1, pool, qkv, tables, ints(contexts), out, splits=splits)
@@ -338,3 +340,58 @@ def test_a_graph_replays_lora_with_new_items_and_dependent_launch() -> None:
 
         expected = base + resident.delta(adapters, np.ones(32, dtype=np.float32), x, 0, "qkv")
         assert relative_error(y, expected) < TOLERANCE[torch.bfloat16], pattern
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block"), ATTENTION_SHAPES)
+@pytest.mark.parametrize("window", [0, 33, 200])
+def test_attention_prefill(heads: int, kv_heads: int, head_dim: int, block: int, window: int) -> None:
+    dtype, chunks = torch.bfloat16, [(0, 1), (0, 130), (77, 1), (300, 65), (0, 700), (1000, 24)]
+    layout = make_layout(heads, kv_heads, head_dim, block, dtype, window)
+    for lib in libraries(dtype):
+        pool, tables = paged_sequences([start + count for start, count in chunks], layout, dtype)
+        starts, counts = (np.array(column, dtype=np.int32) for column in zip(*chunks, strict=True))
+        tiles = make_tiles(np.arange(len(chunks), dtype=np.int32), starts, counts, 3, heads // kv_heads)
+        tokens = 3 + int(counts.sum())
+        qkv, out = (
+            randn(tokens, layout.qkv_width, dtype=dtype),
+            torch.full((tokens, heads * head_dim), 7.0, dtype=dtype, device="cuda"),
+        )
+
+        AttentionPrefill(lib, layout).launch(1, pool, qkv, tables, ints(tiles), out)
+
+        assert (out[:3] == 7).all(), "rows of no chunk were touched"
+        begin = 3
+        for row, (start, count) in enumerate(chunks):
+            key, value = reference.read_kv(pool, layout, dtype, 1, tables[row], start + count)
+            q = qkv[begin : begin + count, : heads * head_dim].reshape(count, heads, head_dim)
+            expected = reference.attention(q, key, value, start, layout)
+            got = out[begin : begin + count].view_as(expected)
+            assert relative_error(got, expected) < ATTENTION_TOLERANCE[dtype], (row, lib.arch)
+            begin += count
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_lora_prefill_adds_what_each_chunks_adapter_adds(shape: str) -> None:
+    rng, dtype = np.random.default_rng(), torch.bfloat16
+    for lib in libraries(dtype):
+        resident, pool, tables = resident_adapters(shape, dtype)
+        lora = LoraPrefill(lib, tables, pool, op_shapes(resident.geometry, fused=False), max_items=1 << 16)
+        adapters = np.array([0, 0, -1, *range(len(resident.adapters)), 1, 0], dtype=np.int32)
+        counts = rng.integers(1, 150, len(adapters)).astype(np.int32)
+        tokens = 2 + int(counts.sum())
+        of_token = np.concatenate([[-1, -1], np.repeat(adapters, counts)]).astype(np.int32)
+        scales = rng.uniform(0.5, 2, tokens).astype(np.float32)
+        lora.prepare(adapters, counts, 2)
+        for op, op_shape in zip(
+            ("qkv", "o", "gate_up", "down"), op_shapes(resident.geometry, fused=False), strict=True
+        ):
+            x, y = randn(tokens, op_shape.columns, dtype=dtype), 0.3 * randn(tokens, sum(op_shape.outputs), dtype=dtype)
+            h, expected = (
+                lora.new_scratch(tokens).fill_(float("nan")),
+                y + resident.delta(of_token, scales, x, 0, op),
+            )
+
+            lora.shrink(0, op, x, h)
+            lora.expand_add(0, op, h, torch.from_numpy(scales).cuda(), y)
+
+            assert relative_error(y, expected) < TOLERANCE[dtype], (op, lib.arch)

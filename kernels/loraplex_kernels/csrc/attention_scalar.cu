@@ -2,7 +2,7 @@
 // exact kernel for fp32 models, and a second opinion on the tensor-core kernels.
 //
 // Grid: (ceil(heads / 4), tokens). Block: 4 warps, a warp per (token, query head): lanes are keys for the scores, dims
-// for the sum. Shared memory: 4 x HEAD_DIM floats of q. Registers: 6 CTAs of 128 threads per SM, hence at most 80.
+// for the sum. Shared memory: 4 x HEAD_DIM floats of q. Registers: 4 CTAs of 128 threads per SM, hence at most 128.
 // Architectures: sm_80 and up.
 #include "paged_kv.cuh"
 
@@ -29,7 +29,7 @@ __device__ __forceinline__ float score(const elem* key, const float* q) {
     return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 6) attention_scalar(const Params p) {
+extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_scalar(const Params p) {
     __shared__ float queries[kWarps][kHeadDim];
     allow_dependents();
     dependency_wait();

@@ -64,6 +64,15 @@ __device__ __forceinline__ bf16 from_float<bf16>(float v) { return bf16{bf16_bit
 // Rounds to the element type and back: where torch would have stored an intermediate.
 __device__ __forceinline__ float rounded(float v) { return to_float(from_float<elem>(v)); }
 
+// A kernel's shared memory as one struct: dynamic, since it may exceed 48 KiB; static in the host shim.
+#ifdef LORAPLEX_HOST
+#define LORAPLEX_SHARED(Type, name) __shared__ Type name
+#else
+#define LORAPLEX_SHARED(Type, name)                            \
+    extern __shared__ __align__(128) u8 name##_bytes[];        \
+    Type& name = *reinterpret_cast<Type*>(name##_bytes)
+#endif
+
 // 16 bytes of elements: the widest access of one thread.
 constexpr int kVec = 16 / static_cast<int>(sizeof(elem));
 struct alignas(16) Vec {
@@ -91,18 +100,9 @@ __device__ __forceinline__ Quad load_weights16(const u8* from) {
     return q;
 #endif
 }
-__device__ __forceinline__ Pair load_weights8(const u8* from) {
-#ifdef LORAPLEX_HOST
-    return *reinterpret_cast<const Pair*>(from);
-#else
-    Pair q;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(q.x), "=r"(q.y) : "l"(from));
-    return q;
-#endif
-}
-__device__ __forceinline__ void prefetch_l2(const void* line) {
+__device__ __forceinline__ void prefetch_l1(const void* line) {
 #ifndef LORAPLEX_HOST
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(line));
 #endif
 }
 

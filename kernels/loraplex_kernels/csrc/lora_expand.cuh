@@ -4,15 +4,17 @@
 // Work item: (group of <= 8 tokens, run of outputs): begin = first output in the op's fused outputs, extent = how many;
 // a run stays within a slice and starts on a multiple of 16. items.py sizes runs by bytes, so a rank-64 adapter's runs
 // are a quarter as long as a rank-16 adapter's.
-// bf16: mma.m16n8k16 with outputs as M, rank as K, tokens as N; B goes from global memory straight into fragments. h is
-// split into two bf16 (high + low), so the product keeps the fp32 precision of h at the price of idle tensor cores.
-// fp32: scalar FMAs. Block: 8 warps; each takes every eighth run of 16 outputs.
+// bf16: the run's B is copied to shared memory as it lies in its tile (cp.async, issued before anything is waited for:
+// up to 32 KiB in flight per CTA), then mma.m16n8k16 with outputs as M, rank as K, tokens as N. h is split into two bf16
+// (high + low), so the product keeps the fp32 precision of h at the price of idle tensor cores.
+// fp32: scalar FMAs on B in global memory. Block: 8 warps; each takes every eighth run of 16 outputs.
 #pragma once
 #include "lora_table.cuh"
 
 constexpr int kExpandThreads = 256;
 constexpr int kExpandWarps = kExpandThreads / kWarp;
 constexpr int kRunRows = 16;   // outputs per mma
+constexpr int kWeightBytes = sizeof(elem) == 2 ? 32 * 1024 : 16;  // of B staged per CTA; fp32 stages none
 constexpr int kHPad = 8;       // keeps fragment reads of neighbouring tokens in different banks
 
 struct ExpandParams {
@@ -50,15 +52,28 @@ __device__ __forceinline__ int first_rank_row(const OpEntry& e, int slice) {
     return row;
 }
 
-// Asks for a run's weights before anything is waited for.
-__device__ __forceinline__ void prefetch_run(const LoraTables& t, const OpEntry& e, int slice, int n, int count) {
-    if (e.rank[slice] == 0) return;
-    const int row_bytes = e.rank[slice] * static_cast<int>(sizeof(elem));
-    const int line_rows = max(1, 128 / row_bytes);
-    for (int row = threadIdx.x * line_rows; row < count; row += kExpandThreads * line_rows) {
+// Outputs of a slice that fit the staging buffer, whole mma runs.
+__device__ __forceinline__ int staged_outputs(const OpEntry& e, int slice, int bytes) {
+    return bytes / (e.rank[slice] * static_cast<int>(sizeof(elem))) / kRunRows * kRunRows;
+}
+
+// Starts the copy of rows [n, n + count) of a slice's B: neighbouring rows of a tile are contiguous. Runs start on a
+// multiple of 16 outputs and end on one of 8, so every piece is whole 16-byte vectors whatever the rank.
+__device__ __forceinline__ void stage_weights(const LoraTables& t, const OpEntry& e, int slice, int n, int count, u8* to) {
+#ifndef LORAPLEX_FP32
+    const int rank = e.rank[slice], step = e.b_step[slice];
+    for (int row = 0; row < count;) {
+        const int tile = (n + row) / step;
+        const int rows = min(count - row, (tile + 1) * step - (n + row));
         const u8* from = b_address(t, e, slice, n + row);
-        for (int byte = 0; byte < max(row_bytes, 1); byte += 128) prefetch_l2(from + byte);
+        u8* at = to + row * rank * 2;
+        for (int byte = threadIdx.x * 16; byte < rows * rank * 2; byte += kExpandThreads * 16) {
+            copy_async16(at + byte, from + byte, true);
+        }
+        row += rows;
     }
+    copy_async_commit();
+#endif
 }
 
 // Sums the planes of the group's h for one slice and scales; columns up to the next multiple of 16 are zeroed.
@@ -70,7 +85,12 @@ __device__ __forceinline__ void stage_hidden(const ExpandParams& p, const OpEntr
         float v = 0.f;
         if (t < group.count && r < rank) {
             const float* from = p.h + static_cast<i64>(group.tokens[t]) * p.h_stride + first + r;
-            for (int plane = 0; plane < p.num_planes; ++plane) v += from[plane * p.h_plane];
+            int plane = 0;
+            for (; plane + 4 <= p.num_planes; plane += 4, from += 4 * p.h_plane) {  // four loads in flight
+                const float a = from[0], b = from[p.h_plane], c = from[2 * p.h_plane], d = from[3 * p.h_plane];
+                v = (((v + a) + b) + c) + d;
+            }
+            for (; plane < p.num_planes; ++plane, from += p.h_plane) v += from[0];
             v *= e.scaling[slice] * p.scale[group.tokens[t]];
         }
 #ifdef LORAPLEX_FP32
@@ -83,83 +103,57 @@ __device__ __forceinline__ void stage_hidden(const ExpandParams& p, const OpEntr
 }
 
 #ifndef LORAPLEX_FP32
-// kColumns elements of a row of B from column k on, as mma fragments: one load where the rank allows, else one by one.
-template <int kColumns>
-struct Columns {
-    u32 pair[kColumns / 2];
-};
-template <int kColumns, bool kAligned>
-__device__ __forceinline__ Columns<kColumns> load_columns(const u8* row, int k, int rank) {
-    Columns<kColumns> out = {};
-    if constexpr (kAligned && kColumns == 8) {
-        const Quad q = load_weights16(row + 2 * k);
-        out.pair[0] = q.x, out.pair[1] = q.y, out.pair[2] = q.z, out.pair[3] = q.w;
-    } else if constexpr (kAligned) {
-        if (k >= rank) return out;
-        const Pair q = load_weights8(row + 2 * k);
-        out.pair[0] = q.x, out.pair[1] = q.y;
+// Four elements of a staged row from column k on, zero past the rank; one read where the rank keeps rows aligned.
+template <bool kAligned>
+__device__ __forceinline__ Pair read_row4(const u8* row, int k, int rank) {
+    Pair q = {};
+    if constexpr (kAligned) {
+        if (k < rank) q = *reinterpret_cast<const Pair*>(row + 2 * k);
     } else {
         const u16* from = reinterpret_cast<const u16*>(row);
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-            if (k + i < rank) out.pair[i / 2] |= static_cast<u32>(from[k + i]) << (i % 2 * 16);
-        }
+        if (k < rank) q.x = from[k];
+        if (k + 1 < rank) q.x |= static_cast<u32>(from[k + 1]) << 16;
+        if (k + 2 < rank) q.y = from[k + 2];
+        if (k + 3 < rank) q.y |= static_cast<u32>(from[k + 3]) << 16;
     }
-    return out;
+    return q;
 }
 
-// kRuns runs of 16 outputs, 8 runs apart, by one warp; all their loads of a k-step are issued before the first product.
-// A step is 4 * kColumns of the rank: lane (g, c) holds kColumns of rows g and g + 8.
-template <int kRuns, int kColumns, bool kAligned>
-__device__ __forceinline__ void expand_runs(const LoraTables& t, const OpEntry& e, const Group& group, int slice, int n,
-                                            int count, int run, const HiddenTile& tile, float* delta, int stride) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4, rank = e.rank[slice];
-    const u8* rows[kRuns];
-    float d[kRuns][4] = {};
-#pragma unroll
-    for (int i = 0; i < kRuns; ++i) {
-        const int at = (run + i * kExpandWarps) * kRunRows;
-        rows[i] = at < count ? b_address(t, e, slice, n + at) + g * rank * 2 : nullptr;
-    }
-#pragma unroll 1
-    for (int k = kColumns * c; k - kColumns * c < rank; k += 4 * kColumns) {
-        Columns<kColumns> upper[kRuns], lower[kRuns];
-#pragma unroll
-        for (int i = 0; i < kRuns; ++i) {
-            const int at = (run + i * kExpandWarps) * kRunRows + g;
-            upper[i] = lower[i] = Columns<kColumns>{};
-            if (at < count) upper[i] = load_columns<kColumns, kAligned>(rows[i], k, rank);
-            if (at + 8 < count) lower[i] = load_columns<kColumns, kAligned>(rows[i] + 16 * rank, k, rank);
+// Runs of 16 outputs, every eighth, by one warp. Lane (g, c) reads columns 4c.. of rows g and g + 8 of a step of 16.
+template <bool kAligned>
+__device__ __forceinline__ void expand_runs(int rank, const Group& group, int count, const u8* weights,
+                                            const HiddenTile& tile, float* delta, int stride) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
+    for (int at = threadIdx.x / kWarp * kRunRows; at < count; at += kExpandWarps * kRunRows) {
+        const bool has_lower = at + 8 < count;  // counts are multiples of 8
+        const u8* upper = weights + (at + g) * rank * 2;
+        const u8* lower = upper + 16 * rank;
+        float d[4] = {};
+#pragma unroll 2
+        for (int k = 4 * c; k - 4 * c < rank; k += 16) {
+            const Pair a = read_row4<kAligned>(upper, k, rank);
+            Pair b = {};
+            if (has_lower) b = read_row4<kAligned>(lower, k, rank);
+            const Pair high = *reinterpret_cast<const Pair*>(&tile.high[g][k]);
+            const Pair low = *reinterpret_cast<const Pair*>(&tile.low[g][k]);
+            mma_bf16(d, a.x, b.x, a.y, b.y, high.x, high.y);
+            mma_bf16(d, a.x, b.x, a.y, b.y, low.x, low.y);
         }
-#pragma unroll
-        for (int j = 0; j < kColumns / 2; j += 2) {
-            const Pair high = *reinterpret_cast<const Pair*>(&tile.high[g][k + 2 * j]);
-            const Pair low = *reinterpret_cast<const Pair*>(&tile.low[g][k + 2 * j]);
-#pragma unroll
-            for (int i = 0; i < kRuns; ++i) {
-                const u32 a0 = upper[i].pair[j], a1 = lower[i].pair[j], a2 = upper[i].pair[j + 1], a3 = lower[i].pair[j + 1];
-                mma_bf16(d[i], a0, a1, a2, a3, high.x, high.y);
-                mma_bf16(d[i], a0, a1, a2, a3, low.x, low.y);
-            }
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < kRuns; ++i) {
-        const int at = (run + i * kExpandWarps) * kRunRows + g;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const int token = 2 * c + j % 2, row = at + j / 2 * 8;
-            if (token < group.count && row < count) delta[token * stride + row] = d[i][j];
+            const int token = 2 * c + j % 2, row = at + g + j / 2 * 8;
+            if (token < group.count && row < count) delta[token * stride + row] = d[j];
         }
     }
 }
 #endif
 
-// Fills delta[token][0, count) for outputs [n, n + count) of a slice; tile must be staged and a barrier passed.
+// Fills delta[token][0, count) for outputs [n, n + count) of a slice from B staged in weights (fp32: from the pool).
 __device__ __forceinline__ void expand_slice(const LoraTables& t, const OpEntry& e, const Group& group, int slice, int n,
-                                             int count, const HiddenTile& tile, float* delta, int stride) {
-#ifdef LORAPLEX_FP32
+                                             int count, const u8* weights, const HiddenTile& tile, float* delta,
+                                             int stride) {
     const int rank = e.rank[slice];
+#ifdef LORAPLEX_FP32
     for (int row = threadIdx.x; row < count; row += kExpandThreads) {
         const float* b = reinterpret_cast<const float*>(b_address(t, e, slice, n + row));
         for (int token = 0; token < group.count; ++token) {
@@ -169,31 +163,48 @@ __device__ __forceinline__ void expand_slice(const LoraTables& t, const OpEntry&
         }
     }
 #else
-    const int warp = threadIdx.x / kWarp, rank = e.rank[slice];
-    if (rank % 32 == 0) {
-        for (int run = warp; run * kRunRows < count; run += 2 * kExpandWarps)
-            expand_runs<2, 8, true>(t, e, group, slice, n, count, run, tile, delta, stride);
-    } else if (rank % 4 == 0) {
-        for (int run = warp; run * kRunRows < count; run += 4 * kExpandWarps)
-            expand_runs<4, 4, true>(t, e, group, slice, n, count, run, tile, delta, stride);
+    if (rank % 4 == 0) {
+        expand_runs<true>(rank, group, count, weights, tile, delta, stride);
     } else {
-        for (int run = warp; run * kRunRows < count; run += kExpandWarps)
-            expand_runs<1, 4, false>(t, e, group, slice, n, count, run, tile, delta, stride);
+        expand_runs<false>(rank, group, count, weights, tile, delta, stride);
     }
 #endif
 }
 
-// The whole sequence for one slice of an item: zeros where the adapter leaves this projection alone. Ends with a
-// barrier: delta may be read by all, tile may be staged again.
+// The whole sequence for one slice of an item, whose first staged_outputs() of B stage_weights() has on their way; zeros
+// where the adapter leaves this projection alone. Ends with a barrier: delta may be read by all, buffers used again.
 __device__ __forceinline__ void expand_item(const LoraTables& t, const OpEntry* e, const ExpandParams& p,
-                                            const Group& group, int slice, int n, int count, HiddenTile& tile,
-                                            float* delta, int stride) {
+                                            const Group& group, int slice, int n, int count, u8* weights, int bytes,
+                                            HiddenTile& tile, float* delta, int stride) {
     if (e == nullptr || e->rank[slice] == 0) {
         for (int i = threadIdx.x; i < group.count * count; i += kExpandThreads) delta[i / count * stride + i % count] = 0.f;
-    } else {
-        stage_hidden(p, *e, group, slice, tile);
         __syncthreads();
-        expand_slice(t, *e, group, slice, n, count, tile, delta, stride);
+        return;
     }
+    stage_hidden(p, *e, group, slice, tile);
+#ifdef LORAPLEX_FP32
     __syncthreads();
+    expand_slice(t, *e, group, slice, n, count, weights, tile, delta, stride);
+    __syncthreads();
+#else
+    const int staged = staged_outputs(*e, slice, bytes);
+    for (int done = 0; done < count; done += staged) {
+        const int part = min(staged, count - done);
+        if (done > 0) stage_weights(t, *e, slice, n + done, part, weights);
+        copy_async_wait<0>();
+        __syncthreads();
+        expand_slice(t, *e, group, slice, n + done, part, weights, tile, delta + done, stride);
+        __syncthreads();
+    }
+#endif
+}
+
+// Starts the copy of the weights of a run; before the first item, this goes ahead of everything that is waited for, and
+// for later items ahead of the pointwise half of the item before.
+__device__ __forceinline__ void begin_item(const LoraTables& t, const OpEntry* e, int slice, int n, int count, u8* weights,
+                                           int bytes) {
+#ifndef LORAPLEX_FP32
+    if (e == nullptr || e->rank[slice] == 0) return;
+    stage_weights(t, *e, slice, n, min(count, staged_outputs(*e, slice, bytes)), weights);
+#endif
 }

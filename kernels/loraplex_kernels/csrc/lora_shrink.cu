@@ -107,10 +107,14 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) lora_shrink(cons
     __shared__ float partial[kWarps][kRows][kGroupTokens];
     allow_dependents();
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
-    const int first_item = p.lora.range[0], num_items = p.lora.range[1];
+    const int num_items = p.lora.range[1];
+    Work next = {};
+    if (blockIdx.x < num_items) next = fetch_work(p.lora, blockIdx.x);
     for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-        const Item item = p.lora.items[first_item + i];
-        const OpEntry& e = p.lora.entries[item.adapter * p.lora.entry_stride];
+        const Item item = next.item;
+        const OpEntry& e = *next.entry;
+        next = fetch_work(p.lora, i + gridDim.x);
+        prefetch_l1(next.entry);
         const Group& group = p.lora.groups[item.group];
         const int row = item.begin * kRows;
         if (row >= e.stacked_rank) continue;  // this layer's rank is below the adapter's largest

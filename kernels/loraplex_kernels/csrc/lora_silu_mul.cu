@@ -2,13 +2,22 @@
 // its GEMM (lora_expand.cuh, silu.cuh). Groups of adapter -1 carry the rows without one: no weights, no delta.
 //
 // Work item: begin = first output, extent = outputs (<= 256) of both slices. Grid: any; CTAs stride over the items.
-// Block: 256 threads. Shared memory: 2 x 8 KiB of delta + 8.3 KiB of h. Alignment: rows and runs on 16 bytes.
-// Registers: 3 CTAs per SM, hence at most 80. Architectures: sm_80 and up.
+// Block: 256 threads. Shared memory: 2 x 16 KiB of B + 2 x 8.1 KiB of delta + 8.3 KiB of h. Alignment: rows on 16
+// bytes; width % 8 == 0.
+// Registers: 3 CTAs per SM by shared memory, hence at most 80. Architectures: sm_80 and up.
 #include "lora_expand.cuh"
 #include "silu.cuh"
 
 constexpr int kRun = 256;
 constexpr int kStride = kRun + 4;
+constexpr int kSliceBytes = kWeightBytes / 2;
+
+struct Shared {
+    u8 weights[2][kSliceBytes];
+    float delta[2][kGroupTokens * kStride];
+    HiddenTile tile;
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "lora_decode.py asks for it");
 
 struct Params {
     LoraTables lora;
@@ -21,21 +30,25 @@ struct Params {
 static_assert(sizeof(Params) == 128, "lora.py mirrors it");
 
 extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_silu_mul(const Params p) {
-    __shared__ HiddenTile tile;
-    __shared__ __align__(16) float delta[2][kGroupTokens * kStride];
+    LORAPLEX_SHARED(Shared, shared);
     allow_dependents();
-    const int first_item = p.lora.range[0], num_items = p.lora.range[1];
+    const int num_items = p.lora.range[1];
+    const auto begin = [&](const Work& work) {
+        for (int slice = 0; slice < 2; ++slice)
+            begin_item(p.lora, work.entry, slice, work.item.begin, work.item.extent, shared.weights[slice], kSliceBytes);
+    };
+    Work work = {};
+    if (blockIdx.x < num_items) begin(work = fetch_work(p.lora, blockIdx.x));
     for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-        const Item item = p.lora.items[first_item + i];
-        const OpEntry* e = item.adapter < 0 ? nullptr : &p.lora.entries[item.adapter * p.lora.entry_stride];
+        const Work next = fetch_work(p.lora, i + gridDim.x);
+        const Item& item = work.item;
         const Group& group = p.lora.groups[item.group];
-        if (e) {
-            prefetch_run(p.lora, *e, 0, item.begin, item.extent);
-            prefetch_run(p.lora, *e, 1, item.begin, item.extent);
-        }
         dependency_wait();
-        expand_item(p.lora, e, p.expand, group, 0, item.begin, item.extent, tile, delta[0], kStride);
-        expand_item(p.lora, e, p.expand, group, 1, item.begin, item.extent, tile, delta[1], kStride);
+        if (next.entry) prefetch_l1(next.entry);
+        for (int slice = 0; slice < 2; ++slice)
+            expand_item(p.lora, work.entry, p.expand, group, slice, item.begin, item.extent, shared.weights[slice],
+                        kSliceBytes, shared.tile, shared.delta[slice], kStride);
+        if (i + gridDim.x < num_items) begin(next);
         const int vectors = item.extent / kVec;
         for (int v = threadIdx.x; v < group.count * vectors; v += kExpandThreads) {
             const int token = v / vectors, n = v % vectors * kVec;
@@ -44,13 +57,14 @@ extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_silu_mul(co
             Vec out;
 #pragma unroll
             for (int j = 0; j < kVec; ++j) {
-                const float g = rounded(to_float(gate.v[j]) + delta[0][token * kStride + n + j]);
-                const float u = rounded(to_float(up.v[j]) + delta[1][token * kStride + n + j]);
+                const float g = rounded(to_float(gate.v[j]) + shared.delta[0][token * kStride + n + j]);
+                const float u = rounded(to_float(up.v[j]) + shared.delta[1][token * kStride + n + j]);
                 out.v[j] = from_float<elem>(silu_mul_value(g, u));
             }
             store_vec(p.out + static_cast<i64>(group.tokens[token]) * p.width + item.begin + n, out);
         }
         __syncthreads();
+        work = next;
     }
     dependency_wait();
 }

@@ -1,0 +1,98 @@
+"""Every kernel compiles for sm_80 and sm_90a, without spills, within the registers its header derives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from loraplex_kernels import lora_decode, lora_prefill
+from loraplex_kernels.compiler import SOURCES, Build, CompileError, CubinCache, cache_key, compile_kernel
+
+EXPAND = f"SHARED_BYTES={lora_decode.SHARED_BYTES}"
+SHRINK = f"SHARED_BYTES={lora_prefill.SHRINK_SHARED_BYTES}"
+FP32 = "LORAPLEX_FP32"
+BUILDS = [
+    ("rms_norm", ("HIDDEN=576", "THREADS=96"), 32),
+    ("rms_norm", ("HIDDEN=4096", "THREADS=512"), 32),
+    ("rms_norm", ("HIDDEN=8192", "THREADS=512"), 64),
+    ("rms_norm", ("HIDDEN=576", "THREADS=160", FP32), 32),
+    ("silu_mul", ("WIDTH=11008",), None),
+    ("silu_mul", ("WIDTH=1536", FP32), None),
+    ("embedding", ("HIDDEN=4096",), None),
+    ("rope_kv", ("HEAD_DIM=64",), None),
+    ("rope_kv", ("HEAD_DIM=128",), None),
+    ("rope_kv", ("HEAD_DIM=64", FP32), None),
+    ("lora_shrink", (), None),
+    ("lora_shrink", (FP32,), None),
+    ("lora_expand", (EXPAND,), None),
+    ("lora_expand", (EXPAND, FP32), None),
+    ("lora_silu_mul", (EXPAND,), None),
+    ("lora_silu_mul", (EXPAND, FP32), None),
+    ("lora_rope_kv", (EXPAND, "HEAD_DIM=64"), None),
+    ("lora_rope_kv", (EXPAND, "HEAD_DIM=128"), None),
+    ("lora_rope_kv", (EXPAND, "HEAD_DIM=64", FP32), None),
+    ("lora_prefill_shrink", (SHRINK,), None),
+    ("lora_prefill_expand", (f"RUN={lora_prefill.RUN}",), None),
+    ("attention_decode", ("HEAD_DIM=64",), None),
+    ("attention_decode", ("HEAD_DIM=128",), None),
+    ("attention_prefill", ("HEAD_DIM=64", "SHARED_BYTES=32768"), None),
+    ("attention_prefill", ("HEAD_DIM=128", "SHARED_BYTES=65536"), None),
+    ("attention_scalar", ("HEAD_DIM=64", FP32), None),
+    ("attention_scalar", ("HEAD_DIM=128",), None),
+]
+
+
+def ceiling_of_header(name: str) -> int:
+    """The register ceiling a kernel's header derives from its CTAs per SM."""
+    text = " ".join(
+        line.lstrip("/ ") for line in (SOURCES / f"{name}.cu").read_text().splitlines() if line.startswith("//")
+    )
+    found = re.findall(r"hence at most (\d+)", text)
+    assert len(found) == 1, f"{name}.cu must derive one register ceiling"
+    return int(found[0])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(("name", "defines", "ceiling"), BUILDS)
+def test_a_kernel_compiles_without_spills_within_its_registers(
+    cubins: CubinCache, name: str, defines: tuple[str, ...], ceiling: int | None, arch: str
+) -> None:
+    launch = ("LORAPLEX_PDL",) if arch == "sm_90a" else ()
+
+    program = cubins.get(Build(name=name, defines=(*defines, *launch)), arch)
+
+    assert program.image[:4] == b"\x7fELF"
+    assert program.spill_bytes == 0
+    assert 0 < program.registers <= (ceiling or ceiling_of_header(name))
+
+
+def test_every_kernel_is_compiled_by_these_tests() -> None:
+    assert {path.stem for path in SOURCES.glob("*.cu")} == {name for name, _, _ in BUILDS}
+
+
+def test_a_cached_cubin_is_read_back_as_it_was(tmp_path: Path) -> None:
+    build = Build(name="silu_mul", defines=("WIDTH=64",))
+
+    first = CubinCache(tmp_path).get(build, "sm_80")
+
+    assert CubinCache(tmp_path).get(build, "sm_80") == first
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_cache_key_depends_on_macros_and_architecture() -> None:
+    builds = [Build(name="silu_mul", defines=defines) for defines in ((), ("WIDTH=64",))]
+
+    assert len({cache_key(build, arch) for build in builds for arch in ("sm_80", "sm_90a")}) == 4
+
+
+def test_ptx_is_made_for_compute_targets() -> None:
+    program = compile_kernel(Build(name="silu_mul", defines=("WIDTH=64",)), "compute_80")
+
+    assert b".target sm_80" in program.image
+    assert program.registers == 0
+
+
+def test_a_failed_assumption_reports_the_compilers_log() -> None:
+    with pytest.raises(CompileError, match="16-byte vectors"):
+        compile_kernel(Build(name="silu_mul", defines=("WIDTH=63",)), "sm_80")

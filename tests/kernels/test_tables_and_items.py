@@ -1,0 +1,226 @@
+"""Device tables and work items: every tile is addressed, every product is covered exactly once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry
+from loraplex_common.adapter_image import ITEM_BYTES, OPS, AdapterSpec, Geometry, ModuleSpec, from_bfloat16, layout
+from loraplex_kernels.attention_decode import num_splits
+from loraplex_kernels.attention_prefill import make_tiles
+from loraplex_kernels.items import GROUP_TOKENS, HEADER_INTS, ItemBuilder, make_groups, op_shapes, range_index
+from loraplex_kernels.lora_prefill import build_items, make_segments
+from loraplex_kernels.tables import AdapterTables, RangeAllocator, TableFullError, make_entries
+from numpy.typing import NDArray
+
+
+def read_matrix(
+    pool: AdapterPool, entry: np.void, tiles: NDArray[np.int64], slice_index: int | None
+) -> NDArray[np.float32]:
+    """Read A (slice_index None) or a slice's B element by element, with the kernels' address arithmetic."""
+    geometry, flat = pool.geometry, pool.pages.reshape(-1)
+    size = ITEM_BYTES[geometry.dtype]
+
+    def row(offset: int, count: int) -> NDArray[np.float32]:
+        raw = flat[offset : offset + count * size]
+        return from_bfloat16(raw.view(np.uint16)) if size == 2 else raw.view(np.float32)
+
+    if slice_index is None:
+        columns = geometry.hidden_size
+        out = np.empty((entry["stacked_rank"], columns), dtype=np.float32)
+        for start in range(0, columns, int(entry["a_step"])):
+            width = min(int(entry["a_step"]), columns - start)
+            base = int(tiles[entry["a_first"] + start // entry["a_step"]])
+            for rank_row in range(len(out)):
+                out[rank_row, start : start + width] = row(base + rank_row * width * size, width)
+        return out
+    rank, step, first = (int(entry[key][slice_index]) for key in ("rank", "b_step", "b_first"))
+    outputs = geometry.projection_shape(OPS["qkv"][slice_index])[1]
+    return np.stack([row(int(tiles[first + n // step]) + n % step * rank * size, rank) for n in range(outputs)])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (64, 1, 33), (0, 24, 0)])
+def test_entries_address_every_element_of_a_and_b(dtype: str, ranks: tuple[int, int, int]) -> None:
+    pool = AdapterPool(make_geometry(dtype=dtype, hidden=648, page_bytes=48 * 1024), 64, np.random.default_rng(0))
+    adapter = pool.add({(1, name): rank for name, rank in zip(OPS["qkv"], ranks, strict=True) if rank})
+
+    entries, tiles = make_entries(pool.geometry, adapter.spec, adapter.pages)
+
+    entry = entries[1, 0]
+    assert list(entry["rank"]) == list(ranks)
+    stacked = np.concatenate(
+        [adapter.tensors[1, name][0] for name, rank in zip(OPS["qkv"], ranks, strict=True) if rank]
+    )
+    np.testing.assert_array_equal(read_matrix(pool, entry, tiles, None), stacked)
+    for index, (name, rank) in enumerate(zip(OPS["qkv"], ranks, strict=True)):
+        if rank:
+            np.testing.assert_array_equal(read_matrix(pool, entry, tiles, index), adapter.tensors[1, name][1])
+            scaling = next(module.scaling for module in adapter.spec.modules if module.projection == name)
+            assert entry["scaling"][index] == np.float32(scaling)
+    assert not entries[0].view(np.uint8).any(), "a layer without the adapter has a blank entry"
+
+
+def test_binding_again_after_unbinding_reuses_the_tiles() -> None:
+    pool = AdapterPool(make_geometry(), 16, np.random.default_rng(1))
+    adapter = pool.add_uniform(8)
+    count = len(layout(pool.geometry, adapter.spec.ranks).tiles)
+    tables = AdapterTables(pool.geometry, max_adapters=2, tile_capacity=count, device=torch.device("cpu"))
+    tables.bind(0, adapter.spec, adapter.pages)
+
+    with pytest.raises(ValueError, match="bound already"):
+        tables.bind(0, adapter.spec, adapter.pages)
+    with pytest.raises(TableFullError, match=f"{count} tiles do not fit: 0 of {count}"):
+        tables.bind(1, adapter.spec, adapter.pages)
+    tables.unbind(0)
+    tables.bind(1, adapter.spec, adapter.pages)
+
+    tables.check_integrity()
+    assert tables.max_stacked[1, 0] == 24
+    assert not tables.max_stacked[0].any()
+
+
+def test_too_few_pages_are_refused() -> None:
+    geometry = make_geometry()
+    spec = AdapterSpec("0" * 64, (ModuleSpec(0, "q_proj", 256, 1.0),))
+
+    with pytest.raises(ValueError, match="needs 1 pages, got 0"):
+        make_entries(geometry, spec, np.zeros(0, dtype=np.int32))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=40))
+def test_the_range_allocator_never_overlaps_and_loses_nothing(operations: list[tuple[bool, int]]) -> None:
+    allocator, held = RangeAllocator(100), []
+    for is_release, number in operations:
+        if is_release and held:
+            allocator.release(*held.pop(number % len(held)))
+        elif not is_release:
+            try:
+                held.append((allocator.allocate(number), number))
+            except TableFullError:
+                continue
+        allocator.check_integrity()
+        taken = sorted((start, start + size) for start, size in held if size)
+        assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
+
+
+@given(st.lists(st.integers(-1, 4), min_size=0, max_size=60))
+def test_groups_hold_every_row_once_and_one_adapter_each(values: list[int]) -> None:
+    adapters = np.array(values, dtype=np.int32)
+
+    groups = make_groups(adapters)
+
+    rows = [int(row) for group in groups for row in group[2 : 2 + group[1]]]
+    assert sorted(rows) == list(range(len(values)))
+    for group in groups:
+        assert 1 <= group[1] <= GROUP_TOKENS
+        assert all(adapters[row] == group[0] for row in group[2 : 2 + group[1]])
+
+
+def big_geometry() -> Geometry:
+    return make_geometry(hidden=4096, inter=11008, heads=32, kv_heads=8, head_dim=128, layers=1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 70),
+    st.sampled_from(["same", "distinct", "uniform", "zipf", "skewed"]),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_items_cover_every_groups_work_exactly_once(rows: int, pattern: str, fused: bool, seed: int) -> None:
+    rng, geometry = np.random.default_rng(seed), big_geometry()
+    max_ranks = rng.choice([0, 1, 8, 16, 60, 85], (6, 4, 3)).astype(np.int32)
+    for op, names in enumerate(OPS.values()):
+        max_ranks[:, op, len(names) :] = 0
+    stacked = max_ranks.sum(axis=2, dtype=np.int32)
+    adapters, shapes = make_adapters(pattern, rows, 6, rng), op_shapes(geometry, fused=fused)
+
+    built = ItemBuilder(shapes, 2).build(adapters, max_ranks, stacked)
+
+    groups = built.buffer[HEADER_INTS : HEADER_INTS + 16 * built.num_groups].reshape(-1, 16)
+    items = built.buffer[HEADER_INTS + 16 * built.num_groups :].reshape(-1, 4)
+    for op, shape in enumerate(shapes):
+        name = list(OPS)[op]
+        first, count = built.buffer[2 * range_index(name, expand=False) :][:2]
+        done = {tuple(int(v) for v in item[[0, 2, 3]]) for item in items[first : first + count]}
+        assert len(done) == count
+        assert done == {
+            (group, block, plane)
+            for group in range(len(groups))
+            if groups[group, 0] >= 0
+            for block in range(-(-int(stacked[groups[group, 0], op]) // 16))
+            for plane in range(-(-shape.columns // 1024))
+        }
+        first, count = built.buffer[2 * range_index(name, expand=True) :][:2]
+        covered = np.zeros((len(groups), shape.slice_begin[-1]), dtype=np.int32)
+        for group, adapter, begin, extent in items[first : first + count]:
+            assert adapter == groups[group, 0]
+            assert begin % 16 == 0
+            assert 0 < extent <= shape.max_run
+            assert extent % 8 == 0
+            assert shape.unit == 16 or extent % shape.unit == 0
+            covered[group, begin : begin + extent] += 1
+        for group in range(len(groups)):
+            ranks = max_ranks[groups[group, 0], op] if groups[group, 0] >= 0 else np.zeros(3, dtype=np.int32)
+            for index, outputs in enumerate(shape.outputs):
+                part = covered[group, shape.slice_begin[index] :][:outputs]
+                if shape.paired:
+                    assert (part == (1 if index == 0 else 0)).all()
+                else:
+                    assert (part == int(shape.fused or ranks[index] > 0)).all()
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 200)), max_size=12), st.integers(0, 5))
+def test_segments_cover_the_tokens_of_chunks_with_an_adapter(chunks: list[tuple[int, int]], first: int) -> None:
+    adapters, counts = (np.array([c[i] for c in chunks], dtype=np.int32) for i in range(2))
+    of_token = np.concatenate([np.full(first, -1), np.repeat(adapters, counts)]).astype(np.int32)
+
+    segments = make_segments(adapters, counts, first)
+
+    seen = np.full(len(of_token), -1, dtype=np.int32)
+    for begin, count, adapter in segments:
+        assert 1 <= count <= 64
+        assert (seen[begin : begin + count] == -1).all()
+        seen[begin : begin + count] = adapter
+    np.testing.assert_array_equal(seen, of_token)
+
+
+def test_prefill_items_follow_each_adapters_rank() -> None:
+    segments = make_segments(np.array([0, 1], dtype=np.int32), np.array([65, 3], dtype=np.int32), 0)
+    stacked = np.array([[100, 16, 0, 8], [0, 16, 0, 0]], dtype=np.int32)
+    shapes = op_shapes(big_geometry(), fused=False)
+
+    buffer, counts = build_items(segments, stacked, shapes, 256)
+
+    assert counts[range_index("qkv", expand=False)] == 2 * 2 * 4  # two tiles, two blocks of rank rows, four planes
+    assert counts[range_index("o", expand=True)] == 3 * 16
+    assert counts[range_index("gate_up", expand=False)] == 0
+    assert len(buffer) == HEADER_INTS + 4 * counts.sum()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200)), min_size=1, max_size=6), st.sampled_from([1, 3, 4, 8])
+)
+def test_attention_tiles_cover_every_row_and_start_with_the_longest(chunks: list[tuple[int, int]], group: int) -> None:
+    starts, counts = (np.array([c[i] for c in chunks], dtype=np.int32) for i in range(2))
+
+    tiles = make_tiles(np.arange(len(chunks), dtype=np.int32), starts, counts, 5, group)
+
+    rows = {(int(tile[1]), int(tile[4]) + i) for tile in tiles for i in range(64) if tile[4] + i < tile[3] * group}
+    begins = 5 + np.cumsum(counts) - counts
+    assert rows == {(int(b), r) for b, c in zip(begins, counts, strict=True) for r in range(int(c) * group)}
+    keys = tiles[:, 2] + tiles[:, 4] // group
+    assert (np.diff(keys) <= 0).all()
+
+
+def test_splits_fill_the_gpu_once_and_never_starve() -> None:
+    assert num_splits(512, 132, 2048) == 1
+    assert num_splits(64, 132, 2048) == 8
+    assert num_splits(8, 132, 256) == 2
+    assert num_splits(1, 132, 1 << 20) == 64
