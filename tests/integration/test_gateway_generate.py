@@ -85,7 +85,7 @@ async def test_everything_a_client_can_ask_for_reaches_the_engine(valkey_url: st
         assert (list(submit.stopping.stop_token_ids), submit.stopping.ignore_eos) == ([9], True)
         assert submit.priority == gateway_pb2.PRIORITY_HIGH
         assert submit.load_policy == gateway_pb2.LOAD_POLICY_FAIL_FAST
-        assert (submit.cache_salt, submit.adapter_scale, submit.fairness_key) == ("salt", 0.5, "default")
+        assert (submit.cache_salt, submit.adapter_scale, submit.fairness_key) == ("salt", 0.5, "poet")
         assert submit.traceparent.startswith("00-0af7")
         assert 28 < submit.time_left.ToMilliseconds() / 1000 < 30
         assert 4 < submit.queue_timeout.ToMilliseconds() / 1000 <= 5

@@ -176,6 +176,10 @@ async def test_a_bad_request_gets_openais_error(
         {"response_format": {"type": "json_object"}},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         {"top_logprobs": 3},
+        {"extra_body": {"guided_json": {"type": "object"}}},
+        {"extra_body": {"guided_regex": "a+"}},
+        {"extra_body": {"echo": True}},
+        {"extra_body": {"chat_template": "x"}},
     ],
 )
 async def test_what_chat_does_not_serve_is_refused_by_name(valkey_url: str, call: dict[str, Any]) -> None:

@@ -86,6 +86,10 @@ class EngineDouble:
         await valkey.set(engine_key(self.engine_id), self.record().to_json(), ex=int(LEASE_S))
         await valkey.zadd(ENGINES_KEY, {self.engine_id: time.time() + LEASE_S})
 
+    async def unregister(self, valkey: Redis) -> None:
+        """Leave the registry, as an engine that ends in good order does."""
+        await valkey.zrem(ENGINES_KEY, self.engine_id)
+
     def record(self) -> EngineRecord:
         """Return what the registry holds."""
         return EngineRecord(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import tempfile
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from loraplex_common.grpc_channel import open_channel
 from loraplex_gateway.app import GatewayApp
 from loraplex_gateway.config import GatewayConfig
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 from support.base_models import TinyBase, write_base_model
 from support.engine_double import EngineDouble, StoreDouble
 
@@ -126,6 +127,8 @@ async def running_gateway(
     finally:
         await app.close()
         for engine in engines:
+            with suppress(RedisError):  # some tests end Valkey
+                await engine.unregister(client)
             await engine.kill()
         await store.kill()
         await client.aclose()

@@ -132,6 +132,7 @@ class GatewayApp:
         self._supervisor.spawn(self.claims.run(), name="claims")
         if self._store is not None:
             self._supervisor.spawn(AliasWatcher(self._store, self.names).run(), name="alias-watcher")
+        self._supervisor.spawn(self.pool.run(), name="engine-pool")
         self._supervisor.spawn(self._report_readiness(), name="readiness")
         try:
             async with asyncio.timeout(FIRST_SYNC_S):

@@ -39,6 +39,7 @@ class EnginePool:
         self._closing: set[asyncio.Task[None]] = set()
         self._listed: set[str] = set()
         self._changed = asyncio.Event()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def sessions(self) -> tuple[EngineSession, ...]:
@@ -112,6 +113,10 @@ class EnginePool:
         chosen = choose(candidates, adapter_digest=adapter_digest, affinity_key=affinity_key)
         return None if chosen is None else sessions[chosen]
 
+    async def run(self) -> None:
+        """Wait for ever; a session that dies of a bug of ours raises here, so that the service ends loudly."""
+        await self._failure
+
     async def close(self) -> None:
         """Close all sessions; requests still running on them fail."""
         tasks = [*self._tasks.values(), *self._closing]
@@ -144,7 +149,9 @@ class EnginePool:
             on_change=self._notify,
         )
         self._sessions[record.engine_id] = session
-        self._tasks[record.engine_id] = asyncio.create_task(session.run(), name=f"session-{record.engine_id}")
+        task = asyncio.create_task(session.run(), name=f"session-{record.engine_id}")
+        task.add_done_callback(self._session_ended)
+        self._tasks[record.engine_id] = task
         _log.info("engine found", engine_id=record.engine_id, target=record.target, model=model.name)
 
     def _close(self, engine_id: str) -> None:
@@ -154,6 +161,10 @@ class EnginePool:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
         _log.info("engine gone", engine_id=engine_id)
+
+    def _session_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None and not self._failure.done():
+            self._failure.set_exception(error)
 
     def _notify(self) -> None:
         # Everybody who waits holds the old event; whoever comes later waits for the next change.

@@ -188,6 +188,10 @@ class EngineSession:
                 return "the engine closed the stream"
             except grpc.aio.AioRpcError as error:
                 return f"{error.code().name}: {error.details()}"
+            except ValueError as error:
+                # What it says cannot be trusted any more, whichever request it is about.
+                _log.error("an engine broke the protocol", engine_id=self.engine_id, exc_info=error)
+                return f"the engine broke the protocol: {error}"
             finally:
                 writer.cancel()
                 await asyncio.gather(writer, return_exceptions=True)

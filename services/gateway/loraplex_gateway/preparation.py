@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.auth import DEFAULT_TENANT
 from loraplex_common.errors import AdapterIncompatibleError
 
 from loraplex_gateway import validation
@@ -125,7 +126,7 @@ class Preparer:
             stopping=request.stopping,
             adapter_digest=adapter.digest if adapter else "",
             adapter_scale=request.adapter_scale,
-            fairness_key=tenant,
+            fairness_key=_fairness_key(model, adapter, tenant),
             priority=request.priority,
             cache_salt=request.cache_salt,
             traceparent=request.traceparent,
@@ -143,3 +144,10 @@ class Preparer:
             queue_deadline=None,
             time_limit_at=None,
         )
+
+
+def _fairness_key(model: ServedModel, adapter: ResolvedAdapter | None, tenant: str) -> str:
+    """Return whose share a request counts against: its tenant's; where nobody has credentials, its adapter's."""
+    if tenant != DEFAULT_TENANT.name:
+        return tenant
+    return adapter.name if adapter else model.name

@@ -76,6 +76,11 @@ COUNTS: Final[tuple[tuple[str, Callable[[GenerationRequest], int], int], ...]] =
 )
 
 
+def is_request_id(text: str) -> bool:
+    """Return whether a client's request id can be used: it becomes part of keys, logs and headers."""
+    return len(text) <= MAX_REQUEST_ID_CHARS and _REQUEST_ID.fullmatch(text) is not None
+
+
 def check_request(request: GenerationRequest) -> None:
     """Refuse a request that no model could serve.
 
@@ -165,9 +170,7 @@ def _chat(prompt: ChatPrompt) -> Iterator[Violation]:
 
 
 def _names(request: GenerationRequest) -> Iterator[Violation]:
-    if request.request_id and (
-        len(request.request_id) > MAX_REQUEST_ID_CHARS or not _REQUEST_ID.fullmatch(request.request_id)
-    ):
+    if request.request_id and not is_request_id(request.request_id):
         yield (
             "request_id",
             f"request_id must be at most {MAX_REQUEST_ID_CHARS} letters, digits and ._:- ; a UUID4 is best",

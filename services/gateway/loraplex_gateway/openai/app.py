@@ -20,13 +20,14 @@ from starlette.routing import Route
 
 from loraplex_gateway.core import GatewayCore
 from loraplex_gateway.listing import ModelListing
-from loraplex_gateway.models import ModelCatalog
+from loraplex_gateway.models import ModelCatalog, ServedModel
 from loraplex_gateway.openai import convert
 from loraplex_gateway.openai.choices import generate_choices
 from loraplex_gateway.openai.errors import error_response
 from loraplex_gateway.openai.render import Renderer, model_object
 from loraplex_gateway.openai.responses import GenerationResponse
 from loraplex_gateway.openai.schema import ChatBody, CompletionBody
+from loraplex_gateway.validation import is_request_id
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Tenant
@@ -114,8 +115,13 @@ class _Routes:
         context = self._context
         request_id = plan.requests[0].request_id
         events = generate_choices(context.core, plan.requests, tenant=tenant.name)
-        renderer = Renderer(plan, request_id=request_id, model=context.catalog.find(plan.requests[0].model))
+        renderer = Renderer(plan, request_id=request_id, model=self._model(plan))
         return GenerationResponse(plan, events, renderer, request_id=request_id, slow_client_s=context.slow_client_s)
+
+    def _model(self, plan: Plan) -> ServedModel | None:
+        """Return the base model if it is plain which: only the bytes of log-probabilities' tokens need it."""
+        models = self._context.catalog.models
+        return models[0] if len(models) == 1 else self._context.catalog.find(plan.requests[0].model)
 
     def _tenant(self, request: Request) -> Tenant:
         return self._context.authenticator.authenticate(request.headers.get("authorization"))
@@ -133,7 +139,9 @@ async def _body(request: Request) -> bytes:
 
 
 def _request_id(request: Request) -> str:
-    return request.headers.get("x-request-id") or new_request_id()
+    """Return the caller's id if it can be one; proxies put all sorts of things into the header."""
+    given = request.headers.get("x-request-id", "")
+    return given if is_request_id(given) else new_request_id()
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -25,6 +25,17 @@ if TYPE_CHECKING:
     from loraplex_gateway.types import Prompt
 
 MAX_CHOICES: Final = 128
+REFUSED: Final = {
+    "prompt_logprobs": "ask for them over gRPC",
+    "guided_json": "output is not constrained",
+    "guided_regex": "output is not constrained",
+    "guided_choice": "output is not constrained",
+    "guided_grammar": "output is not constrained",
+    "structured_outputs": "output is not constrained",
+    "use_beam_search": "tokens are drawn one by one",
+    "bad_words": "use logit_bias",
+    "truncate_prompt_tokens": "the prompt is used whole or refused",
+}
 
 Body = TypeVar("Body", bound=CommonBody)
 
@@ -84,6 +95,9 @@ def chat_plan(body: ChatBody, catalog: ModelCatalog, *, request_id: str) -> Plan
     Raises:
         InvalidParameterError: For what is not served.
     """
+    _refuse(body.echo, "echo", "the prompt is not repeated")
+    _refuse(body.chat_template, "chat_template", "conversations are rendered by the model's own template")
+    _refuse(body.documents, "documents", "put them into a message")
     _refuse(body.tools or body.functions, "tools", "tool calling is not served")
     _refuse(
         (body.response_format or {"type": "text"}).get("type") != "text",
@@ -107,6 +121,8 @@ def _request(
     body: CommonBody, catalog: ModelCatalog, *, request_id: str, max_tokens: int | None, logprobs: int | None
 ) -> GenerationRequest:
     """Return the request without its prompt. `model` names a base model or an adapter."""
+    for field, reason in REFUSED.items():
+        _refuse(getattr(body, field), field, reason)
     is_base = catalog.find(body.model) is not None
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return GenerationRequest(

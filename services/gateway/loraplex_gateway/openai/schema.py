@@ -41,6 +41,16 @@ class CommonBody(msgspec.Struct, kw_only=True):
     return_token_ids: bool = False
     cache_salt: str | None = None
     request_id: str | None = None
+    # Extra body of vLLM's that is refused: it would change the answer.
+    prompt_logprobs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    structured_outputs: Any = None
+    use_beam_search: Any = None
+    bad_words: Any = None
+    truncate_prompt_tokens: Any = None
     # Extra body of our own.
     adapter_scale: float | None = None
     queue_timeout: float | None = None
@@ -86,6 +96,9 @@ class ChatBody(CommonBody, kw_only=True):
     top_logprobs: int | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    echo: bool | None = False
+    chat_template: Any = None
+    documents: Any = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None
     response_format: dict[str, Any] | None = None
