@@ -50,8 +50,8 @@ class RunnerConfig:
         max_model_len: Longest sequence, in tokens.
         device: ``cpu`` or ``cuda``.
         num_threads: Threads of torch's CPU kernels in this process; None leaves torch's choice.
-        emulate_async: For tests: `launch` computes nothing, `wait` computes all plans up to its own. A page handed out
-            again before its last step was waited for is then really read too late.
+        emulate_async: For tests: behave like a device that lags behind. `launch` computes nothing; `wait` computes all
+            plans up to its own, and only then are they done.
     """
 
     model_dir: Path

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loraplex_engine.attention_torch import PagedPool
     from loraplex_engine.lora_torch import LoraStep
     from loraplex_engine.model.config import ModelConfig
-    from loraplex_engine.model.weights import WeightReader
+    from loraplex_engine.model.weights import WeightSource
 
 QKV, O, GATE_UP, DOWN = (OP_INDEX[op] for op in ("qkv", "o", "gate_up", "down"))  # noqa: E741
 
@@ -70,7 +70,7 @@ class Activations:
 class LlamaModel:
     """A decoder with its weights; computes steps over a pool it does not own."""
 
-    def __init__(self, config: ModelConfig, reader: WeightReader, *, max_model_len: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, reader: WeightSource, *, max_model_len: int, device: torch.device) -> None:
         self.config = config
         self._device = device
         hidden, vocab = config.hidden_size, config.vocab_size
@@ -84,6 +84,31 @@ class LlamaModel:
         else:
             self._lm_head = Dense(reader.read("lm_head.weight", (vocab, hidden)))
         self._rope = rope_table(config, max_model_len).to(device)
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """Weights of the layers, for backends that compute the same decoder otherwise."""
+        return self._layers
+
+    @property
+    def embedding(self) -> Tensor:
+        """``[vocab, hidden]``."""
+        return self._embedding
+
+    @property
+    def final_norm(self) -> RmsNorm:
+        """The norm before lm_head."""
+        return self._norm
+
+    @property
+    def lm_head(self) -> Dense:
+        """The output projection."""
+        return self._lm_head
+
+    @property
+    def rope(self) -> Tensor:
+        """RoPE table, fp32 ``[positions, 2, head_dim / 2]``: cosines, then sines."""
+        return self._rope
 
     def forward(
         self,
@@ -147,7 +172,7 @@ class LlamaModel:
         rotated[..., half:].addcmul_(plain[..., :half], sin)
 
 
-def _read_dense(config: ModelConfig, reader: WeightReader, layer: int, op: str, *, has_bias: bool) -> Dense:
+def _read_dense(config: ModelConfig, reader: WeightSource, layer: int, op: str, *, has_bias: bool) -> Dense:
     query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes = {
         "q_proj": (query, config.hidden_size),
@@ -165,7 +190,7 @@ def _read_dense(config: ModelConfig, reader: WeightReader, layer: int, op: str, 
     return Dense(weight, reader.read_stacked((f"{full}.bias", shapes[name][:1]) for name, full in names.items()))
 
 
-def _read_layer(config: ModelConfig, reader: WeightReader, layer: int) -> DecoderLayer:
+def _read_layer(config: ModelConfig, reader: WeightSource, layer: int) -> DecoderLayer:
     def norm(name: str, width: int) -> RmsNorm:
         return RmsNorm(reader.read(f"model.layers.{layer}.{name}.weight", (width,)), config.rms_norm_eps)
 

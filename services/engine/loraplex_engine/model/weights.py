@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from loraplex_common.adapter_image import OPS, ROW_PARALLEL
@@ -75,6 +75,26 @@ def _weight_files(directory: Path) -> dict[str, Path]:
             raise BaseModelError(f"{index}: names files that are not there: {', '.join(missing)}")
         return {name: directory / file for name, file in weight_map.items()}
     return {name: file for file in sorted(directory.glob("*.safetensors")) for name in read_safetensors_index(file)}
+
+
+class WeightSource(Protocol):
+    """Where a decoder gets its weights; see `WeightReader`."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return this rank's part of a weight of the given full shape, in the compute dtype, on the device."""
+        ...
+
+    def read_stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
+        """Return several weights stacked along their outputs."""
+        ...
+
+    def skip(self, name: str) -> None:
+        """Declare a tensor known and not needed."""
+        ...
+
+    def close(self) -> None:
+        """Say that all weights have been read."""
+        ...
 
 
 class WeightReader:
