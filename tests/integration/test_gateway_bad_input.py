@@ -34,35 +34,33 @@ async def refused(rig: Rig, request: gateway_pb2.GenerateRequest, **call: Any) -
     return error_from_rpc(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("request_", "field", "words"),
-    [
-        (gateway_pb2.GenerateRequest(), "prompt", "exactly one"),
-        (text_request(""), "text", "empty"),
-        (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds()), "token_ids", "empty"),
-        (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=[10**6])), "token_ids", "0 to 383"),
-        (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=[5] * 700)), "prompt", "too long: 700 tokens"),
-        (gateway_pb2.GenerateRequest(messages=gateway_pb2.ChatMessages()), "messages", "empty"),
-        (text_request(sampling=gateway_pb2.SamplingParams(temperature=-3)), "sampling.temperature", "-3"),
-        (text_request(sampling=gateway_pb2.SamplingParams(top_p=float("nan"))), "sampling.top_p", "nan"),
-        (text_request(sampling=gateway_pb2.SamplingParams(top_k=-7)), "sampling.top_k", "-7"),
-        (text_request(sampling=gateway_pb2.SamplingParams(logit_bias={1: 1e9})), "sampling.logit_bias", "100"),
-        (text_request(stopping=gateway_pb2.StoppingParams(max_new_tokens=0)), "stopping.max_new_tokens", "0"),
-        (text_request(stopping=gateway_pb2.StoppingParams(stop_strings=["x"] * 17)), "stopping.stop_strings", "16"),
-        (text_request(request_id="no spaces"), "request_id", "UUID4"),
-        (text_request(queue_timeout=duration_pb2.Duration(seconds=-1)), "queue_timeout", "-1"),
-        (text_request(adapter="../../etc/passwd"), "adapter", "no adapter name"),
-    ],
-)
-async def test_a_bad_parameter_is_named(
-    valkey_url: str, request_: gateway_pb2.GenerateRequest, field: str, words: str
-) -> None:
-    async with running_gateway(valkey_url) as rig:
-        error = await refused(rig, request_)
+BAD_REQUESTS: list[tuple[gateway_pb2.GenerateRequest, str, str]] = [
+    (gateway_pb2.GenerateRequest(), "prompt", "exactly one"),
+    (text_request(""), "text", "empty"),
+    (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds()), "token_ids", "empty"),
+    (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=[10**6])), "token_ids", "0 to 383"),
+    (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=[5] * 700)), "prompt", "too long: 700 tokens"),
+    (gateway_pb2.GenerateRequest(messages=gateway_pb2.ChatMessages()), "messages", "empty"),
+    (text_request(sampling=gateway_pb2.SamplingParams(temperature=-3)), "sampling.temperature", "-3"),
+    (text_request(sampling=gateway_pb2.SamplingParams(top_p=float("nan"))), "sampling.top_p", "nan"),
+    (text_request(sampling=gateway_pb2.SamplingParams(top_k=-7)), "sampling.top_k", "-7"),
+    (text_request(sampling=gateway_pb2.SamplingParams(logit_bias={1: 1e9})), "sampling.logit_bias", "100"),
+    (text_request(stopping=gateway_pb2.StoppingParams(max_new_tokens=0)), "stopping.max_new_tokens", "0"),
+    (text_request(stopping=gateway_pb2.StoppingParams(stop_strings=["x"] * 17)), "stopping.stop_strings", "16"),
+    (text_request(request_id="no spaces"), "request_id", "UUID4"),
+    (text_request(queue_timeout=duration_pb2.Duration(seconds=-1)), "queue_timeout", "-1"),
+    (text_request(adapter="../../etc/passwd"), "adapter", "no adapter name"),
+]
 
-        assert isinstance(error, InvalidParameterError)
-        assert field in [name for name, _ in error.violations]
-        assert words in error.message
+
+async def test_a_bad_parameter_is_named(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        for request, field, words in BAD_REQUESTS:
+            error = await refused(rig, request)
+
+            assert isinstance(error, InvalidParameterError), field
+            assert field in [name for name, _ in error.violations]
+            assert words in error.message
         assert rig.engine.submits == []
         rig.check_idle()
 

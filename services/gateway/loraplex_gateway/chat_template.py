@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.types import ChatMessage, ChatPrompt
 
+MAX_REASON_CHARS: Final = 500
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -96,8 +97,9 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            reason = str(error)[:MAX_REASON_CHARS]  # it may quote the conversation
             raise InvalidParameterError(
-                f"the model's chat template refuses these messages: {error}", field="messages"
+                f"the model's chat template refuses these messages: {reason}", field="messages"
             ) from error
         return _cut_after_last_message(rendered, messages) if prompt.continue_final_message else rendered
 

@@ -125,6 +125,8 @@ class GatewayCore:
             async with self._claims.hold(tenant, request.request_id) as running:
                 if request.progress_events:
                     yield Accepted(request_id=request.request_id)
+                if not place.is_admitted:
+                    self._hint_early(run)
                 try:
                     async with aclosing(self._wait_for_place(place, run, running)) as waits:
                         async for queued in waits:
@@ -136,6 +138,22 @@ class GatewayCore:
                     yield run.finished(FinishReason.CANCELLED)
         finally:
             place.leave()
+
+    def _hint_early(self, run: RequestRun) -> None:
+        """Have the adapter fetched while its request still waits, to where it would go now."""
+        job = run.prepared.job
+        digest = job.submission.adapter_digest
+        if self._hints is None or not digest or self._pool.num_resident(digest):
+            return
+        session = self._pool.choose(
+            job.fingerprint,
+            adapter_digest=digest,
+            affinity_key=job.affinity_key,
+            num_tokens=len(job.submission.prompt_ids),
+            excluded=frozenset(),
+        )
+        if session is not None:
+            self._hints.hint(digest, session.engine_id)
 
     async def _wait_for_place(
         self, place: Place, run: RequestRun, running: RunningRequest

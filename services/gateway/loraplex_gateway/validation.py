@@ -24,6 +24,9 @@ Violation = tuple[str, str]
 
 MAX_REQUEST_ID_CHARS: Final = 128
 MAX_KEY_BYTES: Final = 256
+MAX_NAME_CHARS: Final = 512
+# A status travels in HTTP headers, which hold 8 KiB: so many violations are told, the rest only counted.
+MAX_VIOLATIONS_TOLD: Final = 8
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 
 
@@ -175,6 +178,9 @@ def _names(request: GenerationRequest) -> Iterator[Violation]:
             "request_id",
             f"request_id must be at most {MAX_REQUEST_ID_CHARS} letters, digits and ._:- ; a UUID4 is best",
         )
+    for field, value in (("adapter", request.adapter), ("model", request.model)):
+        if len(value) > MAX_NAME_CHARS:
+            yield field, f"{field} has {len(value)} characters; no name has more than {MAX_NAME_CHARS}"
     for field, value in (("cache_salt", request.cache_salt), ("affinity_key", request.affinity_key)):
         if len(value) > MAX_KEY_BYTES:
             yield field, f"{field} has {len(value)} characters; at most {MAX_KEY_BYTES} are allowed"
@@ -213,5 +219,10 @@ def _first_outside(ids: Sequence[int], vocab_size: int) -> int | None:
 
 
 def _raise_if_any(found: list[Violation]) -> None:
-    if found:
-        raise InvalidParameterError("; ".join(text for _, text in found), violations=found)
+    if not found:
+        return
+    told = found[:MAX_VIOLATIONS_TOLD]
+    message = "; ".join(text for _, text in told)
+    if len(found) > len(told):
+        message += f"; and {len(found) - len(told)} more"
+    raise InvalidParameterError(message, violations=told)

@@ -82,6 +82,8 @@ def test_stopping_rules(stopping: Stopping, fields: list[str]) -> None:
         ({"request_id": "no spaces please"}, "request_id"),
         ({"request_id": "x" * 129}, "request_id"),
         ({"cache_salt": "x" * 257}, "cache_salt"),
+        ({"adapter": "x" * 10**6}, "adapter"),
+        ({"model": "x" * 10**6}, "model"),
         ({"affinity_key": "x" * 257}, "affinity_key"),
         ({"adapter_scale": -1.0}, "adapter_scale"),
         ({"queue_timeout_s": 0.0}, "queue_timeout"),
@@ -134,3 +136,12 @@ def test_a_prompt_too_long_is_refused_with_the_arithmetic() -> None:
 
     with pytest.raises(InvalidParameterError, match=r"600 tokens \+ at least 1 .* > max_model_len 512; .* 89 tokens"):
         check_length(600, 512)
+
+
+def test_a_status_stays_small_however_much_is_wrong() -> None:
+    messages = tuple(ChatMessage(role="", content="\ud800") for _ in range(10_000))
+
+    with pytest.raises(InvalidParameterError, match="and 19992 more") as caught:
+        check_request(GenerationRequest(prompt=ChatPrompt(messages=messages)))
+
+    assert len(to_status(caught.value).SerializeToString()) < 4096
