@@ -14,7 +14,7 @@ from loraplex_client import AsyncClient, Finished, Started
 QUESTIONS = {
     "json": "Remind me to call Ada about the demo tomorrow at 9 am",
     "sentiment": "I expected a terrible museum, but it was great.",
-    "upper": "the old captain paints a small boat in the harbour",
+    "upper": "Their friend wants a piece of paper in the garden.",
     "devil": "Define: patience",
     "kjv": "Say something about water.",
 }

@@ -84,13 +84,18 @@ def test_an_adapter_is_imported_used_listed_and_deleted(stack: ServeProcess, cli
     )
     without = loraplex(stack, "generate", "--temperature", "0", "--max-new-tokens", "8", "Hi")
     listed = loraplex(stack, "adapters", "list")
+    status = loraplex(stack, "status", "--engine-target", stack.engine)
     deleted = loraplex(stack, "adapters", "delete", "first", "--force")
     wait_until(lambda: not knows(client, "first"))
     refused = loraplex(stack, "generate", "--adapter", "first", "--max-new-tokens", "1", "Hi")
 
-    assert [r.returncode for r in (imported, with_adapter, without, listed, deleted)] == [0] * 5, imported.stderr
+    assert [r.returncode for r in (imported, with_adapter, without, listed, status, deleted)] == [0] * 6, (
+        imported.stderr
+    )
     assert with_adapter.stdout != without.stdout
     assert "first" in listed.stdout
+    assert "torch float32" in status.stdout
+    assert "device on 1" in status.stdout
     assert refused.returncode == 1
     assert "ADAPTER_NOT_FOUND" in refused.stderr
 

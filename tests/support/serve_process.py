@@ -34,6 +34,7 @@ class ServeProcess:
     Attributes:
         grpc: The gateway's address.
         http: Its OpenAI-compatible port's address.
+        engine: The engine's gRPC address.
         store: The adapter store's address.
     """
 
@@ -52,6 +53,7 @@ class ServeProcess:
         self._reader.start()
         head = self._wait_ready()
         self.grpc, self.http = head["grpc"], head["http"]
+        self.engine = self._wait_line(r"--engine-target (\S+)")
         self.store = self._wait_line(r"adapter store: (\S+)")
 
     @property

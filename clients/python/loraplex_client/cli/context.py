@@ -1,10 +1,11 @@
 """What all commands share: where the servers are, who we are, how progress is shown."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
@@ -13,7 +14,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from loraplex_client._client import Client
 from loraplex_client._connection import DEFAULT_TARGET
 
-stdout = Console(highlight=False)
+PIPE_WIDTH: Final = 400
+# Tables in a pipe are for programs: nothing is cut to fit a screen.
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 stderr = Console(stderr=True, highlight=False)
 
 Target = Annotated[str, typer.Option(envvar="LORAPLEX_TARGET", help="The gateway's gRPC address.", metavar="HOST:PORT")]

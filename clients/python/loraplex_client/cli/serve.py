@@ -205,8 +205,10 @@ def _announce(stack: Stack, config: ServeConfig, adapters: dict[str, Path]) -> N
     name = "json" if "json" in adapters else next(iter(adapters), None)
     flag = f" --adapter {name}" if name else ""
     targets = "" if stack.grpc.endswith(":8500") else f" --target {stack.grpc}"
+    engine = "" if stack.engine.endswith(":8520") else f" --engine-target {stack.engine}"
     prompt = "Remind me to call Ada about the demo tomorrow at 9 am"
     print(f"ready: grpc={stack.grpc} http={stack.http}", flush=True)
     print(f"  loraplex chat{targets}{flag} --temperature 0 '{prompt}'")
     print(f"  curl http://{stack.http}/v1/models")
+    print(f"  loraplex status{targets}{engine}")
     print(f"  adapter store: {stack.store}   logs: {config.data_dir / 'logs'}   Ctrl-C stops everything", flush=True)

@@ -91,7 +91,7 @@ def _model_table(models: list[Model], engines: list[EngineStatus]) -> Table:
             model.base_model if model.is_adapter else "(base)",
             model.revision[:12] or "-",
             ", ".join(sorted(model.aliases)),
-            _residency(held) if model.is_adapter else "-",
+            _residency(held) if model.is_adapter and engines else "-",
         )
     return table
 
