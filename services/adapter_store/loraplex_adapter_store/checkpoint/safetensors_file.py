@@ -134,7 +134,7 @@ def _check_entry(name: str, entry: Any, num_bytes: int, file: str) -> tuple[str,
         raise AdapterCorruptUploadError(f"{where}: its shape is no list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise AdapterCorruptUploadError(f"{where}: its data_offsets are no pair of positions")
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise AdapterIncompatibleError(f"{where}: dtype {str(dtype)[:40]} is not one of {', '.join(ITEM_BYTES)}")
     begin, end = offsets
     if begin > end or end > num_bytes:
