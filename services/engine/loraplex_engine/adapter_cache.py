@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import AdapterInUseError, AdapterNotFoundError, ConflictError, SaturatedError
 
+from loraplex_engine.adapter_table import IdleOrder, TableIndices
 from loraplex_engine.messages import ResidencyChanged, ResidencyState, StoreEvent, WantImage
 from loraplex_engine.page_pool import PageOwner, PagePool
-from loraplex_engine.residency import NEVER, Adapter, AdapterLoad, AdapterStatus, Room
+from loraplex_engine.residency import Adapter, AdapterLoad, AdapterStatus, Room
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +44,6 @@ class AdapterCache:
 
     Attributes:
         sequence: Of the latest `ResidencyChanged`.
-        num_idle_pages: Pages that eviction could free.
         num_resident: Adapters that can be leased.
         num_evictions: Adapters that gave way to others or to KV so far.
         num_leases: Of all adapters together.
@@ -65,17 +64,13 @@ class AdapterCache:
         self._emit = emit
         self._clock = clock
         self._adapters: dict[str, Adapter] = {}
-        self._idle: OrderedDict[str, None] = OrderedDict()  # least recently used first
+        self._idle = IdleOrder()
         self._pinned: set[str] = set()
-        self._free_indices = list(range(max_resident - 1, -1, -1))
-        self._retiring_indices: deque[tuple[int, int]] = deque()  # (step id, index), by rising step id
-        self._completed_step = NEVER
+        self._indices = TableIndices(max_resident)
         self._loads: list[AdapterLoad] = []
-        self._unloads: list[int] = []
         self._changed: set[str] = set()
         self._generations = itertools.count(1)
         self.sequence = 0
-        self.num_idle_pages = 0
         self.num_resident = 0
         self.num_evictions = 0
         self.num_leases = 0
@@ -99,9 +94,14 @@ class AdapterCache:
         return sum(self._adapters[digest].num_pages for digest in self._pinned)
 
     @property
+    def num_idle_pages(self) -> int:
+        """Pages that eviction could free."""
+        return self._idle.num_pages
+
+    @property
     def num_held_pages(self) -> int:
         """Pages on the device that eviction could not free now: leased, pinned, loading or draining adapters."""
-        return self._pool.num_adapter - self.num_idle_pages
+        return self._pool.num_adapter - self._idle.num_pages
 
     def num_idle_pages_of(self, digest: str) -> int:
         """Return an adapter's pages if it is idle, else 0."""
@@ -146,7 +146,7 @@ class AdapterCache:
         adapter.num_leases += 1
         self.num_leases += 1
         adapter.last_used_s = self._clock()
-        self._list_idle(adapter)
+        self._idle.place(adapter)
         if adapter.num_leases == 1:  # not every lease is news, but whether there is one is
             self._report(adapter)
         return adapter.index
@@ -167,7 +167,7 @@ class AdapterCache:
         if adapter.num_leases == 0 and adapter.state is ResidencyState.DRAINING:
             self._leave_device(adapter)
             return
-        self._list_idle(adapter)
+        self._idle.place(adapter)
         if adapter.num_leases == 0:
             self._report(adapter)
 
@@ -202,12 +202,12 @@ class AdapterCache:
         adapter = self._adapters[digest]
         if adapter.spec is None:
             raise RuntimeError(f"adapter {digest} has no image")
-        if not self._free_indices:
-            return Room.SOON if self._retiring_indices or self._evict_one(may_evict) else Room.NO
-        room = self.reclaim(adapter.num_pages, may_evict)
+        room = self._reclaim_index(may_evict)
+        if room is Room.NOW:
+            room = self.reclaim(adapter.num_pages, may_evict)
         if room is Room.NOW:
             adapter.pages = self._pool.allocate(adapter.num_pages, PageOwner.ADAPTER)
-            adapter.index = self._free_indices.pop()
+            adapter.index = self._indices.take()
             adapter.generation = next(self._generations)
             self._loads.append(
                 AdapterLoad(
@@ -240,29 +240,25 @@ class AdapterCache:
         """Make ``num_pages`` free by evicting idle adapters, oldest first; none is evicted in vain."""
         if num_pages <= self._pool.num_free:
             return Room.NOW
-        missing = num_pages - self._pool.num_free - self._pool.num_retiring
-        victims = []
-        for digest in self._idle:
-            if missing <= 0:
-                break
-            if may_evict(digest):
-                victims.append(self._adapters[digest])
-                missing -= victims[-1].num_pages
-        if missing > 0:
+        victims = self._idle.choose(num_pages - self._pool.num_free - self._pool.num_retiring, may_evict)
+        if victims is None:
             return Room.NO
-        for victim in victims:
-            self._evict(victim)
+        self._evict(victims)
         return Room.NOW if num_pages <= self._pool.num_free else Room.SOON
 
-    def _evict_one(self, may_evict: Callable[[str], bool]) -> bool:
-        digest = next(filter(may_evict, self._idle), None)
-        if digest is not None:
-            self._evict(self._adapters[digest])
-        return digest is not None
+    def _reclaim_index(self, may_evict: Callable[[str], bool]) -> Room:
+        """See to a free index of the table."""
+        if not self._indices.num_free and not self._indices.num_retiring:
+            victims = self._idle.choose(1, may_evict)  # any adapter has a page
+            if victims is None:
+                return Room.NO
+            self._evict(victims)
+        return Room.NOW if self._indices.num_free else Room.SOON
 
-    def _evict(self, adapter: Adapter) -> None:
-        self.num_evictions += 1
-        self._leave_device(adapter)
+    def _evict(self, victims: list[Adapter]) -> None:
+        for adapter in victims:
+            self.num_evictions += 1
+            self._leave_device(adapter)
 
     def evict(self, digest: str, require_generation: int | None = None) -> AdapterStatus:
         """Let an adapter go from the device, at once or when its last lease is returned; the arena keeps its copy.
@@ -303,10 +299,8 @@ class AdapterCache:
         if adapter.pages is None or adapter.num_leases:
             raise RuntimeError(f"adapter {adapter.digest} has {adapter.num_leases} leases or no pages, it cannot leave")
         self._pool.retire(adapter.pages, adapter.last_step)
-        last_step = max(adapter.last_step, self._retiring_indices[-1][0] if self._retiring_indices else NEVER)
-        self._retiring_indices.append((last_step, adapter.index))
+        self._indices.retire(adapter.index, adapter.last_step)
         adapter.pages, adapter.index = None, -1
-        self._release_indices()
         if adapter.is_discarded:
             self._free_arena_slots(adapter)
         self._move(adapter, ResidencyState.IN_ARENA if adapter.arena_slots else ResidencyState.ABSENT)
@@ -349,7 +343,7 @@ class AdapterCache:
     def _set_pinned(self, adapter: Adapter, is_pinned: bool) -> None:
         adapter.is_pinned = is_pinned
         (self._pinned.add if is_pinned else self._pinned.discard)(adapter.digest)
-        self._list_idle(adapter)
+        self._idle.place(adapter)
 
     @property
     def pins_to_load(self) -> list[str]:
@@ -392,19 +386,11 @@ class AdapterCache:
 
     def complete(self, step_id: int) -> None:
         """Note that the device is done with all steps up to ``step_id``."""
-        self._completed_step = max(self._completed_step, step_id)
-        self._release_indices()
-
-    def _release_indices(self) -> None:
-        while self._retiring_indices and self._retiring_indices[0][0] <= self._completed_step:
-            index = self._retiring_indices.popleft()[1]
-            self._free_indices.append(index)
-            self._unloads.append(index)
+        self._indices.complete(step_id)
 
     def take_unloads(self) -> list[int]:
         """Return and forget the indices to unbind; do so before the loads of the same turn."""
-        unloads, self._unloads = self._unloads, []
-        return unloads
+        return self._indices.take_unloads()
 
     def take_loads(self) -> list[AdapterLoad]:
         """Return and forget the loads to start."""
@@ -419,20 +405,11 @@ class AdapterCache:
     def _move(self, adapter: Adapter, state: ResidencyState) -> None:
         self.num_resident += (state is ResidencyState.RESIDENT) - (adapter.state is ResidencyState.RESIDENT)
         adapter.move_to(state)
-        self._list_idle(adapter)
+        self._idle.place(adapter)
         self._changed.add(adapter.digest)
         self._report(adapter)
         if state is ResidencyState.ABSENT:
             del self._adapters[adapter.digest]
-
-    def _list_idle(self, adapter: Adapter) -> None:
-        """Put an adapter at the end of the eviction order, or off it, as its state, leases and pin demand."""
-        if adapter.digest in self._idle:
-            del self._idle[adapter.digest]
-            self.num_idle_pages -= adapter.num_pages
-        if adapter.is_idle:
-            self._idle[adapter.digest] = None
-            self.num_idle_pages += adapter.num_pages
 
     def _report(self, adapter: Adapter) -> None:
         self.sequence += 1
@@ -459,12 +436,5 @@ class AdapterCache:
         pages = sum(adapter.num_pages for adapter in on_device)
         if pages != self._pool.num_adapter:
             raise RuntimeError(f"adapters have {pages} pages, the pool accounts {self._pool.num_adapter}")
-        indices = [a.index for a in on_device] + self._free_indices + [index for _, index in self._retiring_indices]
-        if len(set(indices)) != len(indices):
-            raise RuntimeError(f"an index of the adapter table has two owners: {sorted(indices)}")
-        idle = {adapter.digest for adapter in self._adapters.values() if adapter.is_idle}
-        idle_pages = sum(self._adapters[digest].num_pages for digest in idle)
-        if idle != set(self._idle) or idle_pages != self.num_idle_pages:
-            raise RuntimeError(
-                f"{idle} are idle with {idle_pages} pages, {self._idle} listed with {self.num_idle_pages}"
-            )
+        self._indices.check_integrity([adapter.index for adapter in on_device])
+        self._idle.check_integrity(list(self._adapters.values()))

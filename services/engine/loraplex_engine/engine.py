@@ -23,6 +23,7 @@ from loraplex_engine.messages import Call, Command, LoadSnapshot, LoopTotals, St
 from loraplex_engine.outbox import MAX_BACKLOG_BYTES, MAX_BACKLOG_S, SessionOutbox
 from loraplex_engine.page_pool import PagePool
 from loraplex_engine.scheduler import Scheduler
+from loraplex_engine.pinning import PinsHostMemory
 from loraplex_engine.step import ModelRunner
 
 if TYPE_CHECKING:
@@ -134,12 +135,15 @@ class Engine:
             )
             self._grants = ArenaGrants(cache=self._cache, arena=self.arena, is_waited_for=self._is_waited_for)
             self._report = LoadReport(scheduler=self._scheduler, pool=self._pool, cache=self._cache, now_s=clock())
+            runner = runner_factory(params)
+            if isinstance(runner, PinsHostMemory):
+                runner.pin_host_memory(self.arena.view)
             parts = LoopParts(
                 scheduler=self._scheduler,
                 cache=self._cache,
                 grants=self._grants,
                 arena=self.arena,
-                runner=runner_factory(params),
+                runner=runner,
                 report=self._report,
             )
         except BaseException:
