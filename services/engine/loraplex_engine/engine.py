@@ -22,8 +22,8 @@ from loraplex_engine.loop import EngineLoop, LoopParts
 from loraplex_engine.messages import Call, Command, LoadSnapshot, LoopTotals, StoreEvent
 from loraplex_engine.outbox import MAX_BACKLOG_BYTES, MAX_BACKLOG_S, SessionOutbox
 from loraplex_engine.page_pool import PagePool
-from loraplex_engine.scheduler import Scheduler
 from loraplex_engine.pinning import PinsHostMemory
+from loraplex_engine.scheduler import Scheduler
 from loraplex_engine.step import ModelRunner
 
 if TYPE_CHECKING:
