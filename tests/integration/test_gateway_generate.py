@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 from loraplex.v1 import gateway_pb2
-from support.gateway_rig import DIGEST, OTHER_DIGEST, letters, running_gateway, text_request
+from loraplex_common.base_model import load_base_model
+from support.base_models import TinyBase, write_base_model
+from support.gateway_rig import DIGEST, OTHER_DIGEST, letters, model_directory, running_gateway, text_request
+from support.waiting import eventually
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.integration
 
@@ -238,3 +246,68 @@ async def test_requests_prefer_the_engine_that_holds_their_adapter(valkey_url: s
         assert [len(engine.submits) for engine in rig.engines] == [0, 5, 0]
         card = (await rig.stub.GetModel(gateway_pb2.GetModelRequest(name="poet"))).model
         assert card.num_engines_resident == 1
+
+
+async def test_a_waiting_request_has_its_adapter_fetched_already(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, max_concurrent_requests=1) as rig:
+        rig.engine.hold_at = 1
+        running = rig.stub.Generate(text_request())
+        await running.read()
+        waiting = rig.stub.Generate(text_request(adapter="poet"))
+        waiting_task = asyncio.ensure_future(waiting.read())
+
+        await eventually(lambda: rig.store.prefetched == [(DIGEST, rig.engine.engine_id)])
+
+        assert len(rig.engine.submits) == 1
+        waiting_task.cancel()
+        running.cancel()
+
+
+async def test_time_limit_and_progress_of_the_load_are_passed_on(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        rig.engine.finish = gateway_pb2.FINISH_REASON_TIME_LIMIT
+        rig.engine.loading_first = True
+        events = [r async for r in rig.stub.Generate(text_request(adapter="poet", progress_events=True))]
+
+        kinds = [event.WhichOneof("event") for event in events]
+        assert kinds[:3] == ["accepted", "adapter_loading", "started"]
+        assert events[1].adapter_loading.bytes_total == 100
+        assert events[-1].finished.finish_reason == gateway_pb2.FINISH_REASON_TIME_LIMIT
+        silent = [r.WhichOneof("event") async for r in rig.stub.Generate(text_request(adapter="poet"))]
+        assert silent[0] == "started"
+
+
+async def test_the_models_own_sampling_defaults_fill_what_is_unset(valkey_url: str, tmp_path: Path) -> None:
+    generation = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.05}
+    directory = write_base_model(tmp_path / "opinionated", TinyBase(generation=generation))
+    base = load_base_model(directory)
+    async with running_gateway(valkey_url, model=(directory,), base=base) as rig:
+        await rig.stub.GenerateOnce(
+            gateway_pb2.GenerateOnceRequest(
+                request=text_request(sampling=gateway_pb2.SamplingParams(top_k=3, temperature=0))
+            )
+        )
+
+        sampling = rig.engine.submits[0].sampling
+        assert (sampling.temperature, sampling.top_k) == (0, 3)
+        assert sampling.top_p == pytest.approx(0.9)
+        assert sampling.repetition_penalty == pytest.approx(1.05)
+        assert not sampling.HasField("min_p")
+
+
+async def test_a_gateway_of_two_base_models_asks_which(valkey_url: str, tmp_path: Path) -> None:
+    second = write_base_model(tmp_path / "second", TinyBase(seed=1, hidden_size=32, head_dim=8))
+    async with running_gateway(valkey_url, model=(model_directory(), second)) as rig:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.stub.GenerateOnce(gateway_pb2.GenerateOnceRequest(request=text_request()))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "second, tiny" in (caught.value.details() or "") or "tiny, second" in (caught.value.details() or "")
+
+        named = await rig.stub.GenerateOnce(gateway_pb2.GenerateOnceRequest(request=text_request(model="tiny")))
+        by_adapter = await rig.stub.GenerateOnce(gateway_pb2.GenerateOnceRequest(request=text_request(adapter="poet")))
+        assert named.finished.usage.output_tokens == by_adapter.finished.usage.output_tokens == 8
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rig.stub.GenerateOnce(
+                gateway_pb2.GenerateOnceRequest(request=text_request(adapter="poet", model="second"))
+            )
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION

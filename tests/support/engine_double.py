@@ -35,6 +35,7 @@ class _Running:
     submit: engine_pb2.Submit
     tokens: Sequence[int]
     position: int
+    has_loaded: bool = False
     has_started: bool = False
 
 
@@ -49,6 +50,7 @@ class EngineDouble:
         tokens_per_message: How much one message carries for each request.
         hold_at: Requests stop at this position until `release` is called; None never holds.
         resident: Digests said to be on the device.
+        loading_first: Report a load in progress before every start.
         finish: Reason of the end after the reply's last token; a reply that ends in a stop token says so.
     """
 
@@ -61,7 +63,7 @@ class EngineDouble:
     finish: gateway_pb2.FinishReason.ValueType = gateway_pb2.FINISH_REASON_LENGTH
     stop_token_id: int | None = None
     max_model_len: int = 512
-    logprobs: bool = False
+    loading_first: bool = False
 
     def __post_init__(self) -> None:
         self.engine_id = f"engine-{uuid.uuid4().hex[:8]}"
@@ -192,6 +194,11 @@ class EngineDouble:
         return message if message.token_ids or message.outputs else None
 
     def _advance(self, message: engine_pb2.SessionResponse, slot: int, request: _Running) -> None:
+        if self.loading_first and not request.has_loaded:
+            request.has_loaded = True
+            loading = gateway_pb2.AdapterLoading(bytes_done=50, bytes_total=100, tier=adapter_pb2.TIER_STORE)
+            message.outputs.append(engine_pb2.Output(slot=slot, loading=loading))
+            return
         if not request.has_started:
             request.has_started = True
             started = engine_pb2.EngineStarted(cached_tokens=0)

@@ -25,6 +25,8 @@ from support.engine_double import EngineDouble, StoreDouble
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
+    from loraplex_common.base_model import BaseModelInfo
+
 
 MODEL_NAME = "tiny"
 DIGEST = "ab" * 32
@@ -97,19 +99,18 @@ async def running_gateway(
     *,
     num_engines: int = 1,
     reply: Callable[[engine_pb2.Submit], Sequence[int]] = letters,
-    adapters: bool = True,
+    base: BaseModelInfo | None = None,
     resident_on: dict[int, set[str]] | None = None,
     channel_options: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> AsyncIterator[Rig]:
     """Run a gateway with engine doubles; adapter `poet` has the labels latest and prod, `secret` is for tenant vip."""
-    base = load_base_model(model_directory())
+    base = base or load_base_model(model_directory())
     store = StoreDouble()  # type: ignore[abstract]  # the two calls that a gateway makes
     await store.start()
-    if adapters:
-        store.put("poet", {"latest": DIGEST, "prod": OTHER_DIGEST}, fingerprint=base.fingerprint)
-        store.put("secret", {"latest": DIGEST}, fingerprint=base.fingerprint, allowed=["vip"])
-        store.put("stranger", {"latest": "ef" * 32}, fingerprint="00" * 32)
+    store.put("poet", {"latest": DIGEST, "prod": OTHER_DIGEST}, fingerprint=base.fingerprint)
+    store.put("secret", {"latest": DIGEST}, fingerprint=base.fingerprint, allowed=["vip"])
+    store.put("stranger", {"latest": "ef" * 32}, fingerprint="00" * 32)
     client = valkey.connect(valkey_url)
     engines = [
         EngineDouble(base=base, reply=reply, resident=(resident_on or {}).get(n, set())) for n in range(num_engines)
