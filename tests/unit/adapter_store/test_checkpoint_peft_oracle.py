@@ -49,7 +49,7 @@ def make_peft_model(fields: dict[str, Any]) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **fields))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(fields=CONFIGS, dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_ranks_scalings_and_weights_are_those_of_peft(fields: dict[str, Any], dtype: torch.dtype) -> None:
     if isinstance(fields["target_modules"], str) or fields["layers_to_transform"] is None:

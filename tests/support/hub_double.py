@@ -1,0 +1,94 @@
+"""A Hugging Face hub on loopback: as much of its HTTP API as `huggingface_hub` needs to download a snapshot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class HubDouble:
+    """One repository at one commit.
+
+    Attributes:
+        files: Path -> content.
+        token: If set, requests must bring it.
+        requests: Paths asked for, in order.
+    """
+
+    def __init__(self, repo: str, commit: str, files: dict[str, bytes], token: str | None = None) -> None:
+        self.repo = repo
+        self.commit = commit
+        self.files = files
+        self.token = token
+        self.requests: list[str] = []
+        self.url = ""
+
+    def answer(self, path: str, authorization: str | None) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body of a GET."""
+        self.requests.append(path)
+        if self.token is not None and authorization != f"Bearer {self.token}":
+            return 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b"{}"
+        if path.startswith("/api/models/"):
+            if path.removeprefix("/api/models/").split("/revision/")[0] != self.repo:
+                return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+            return self._info(path)
+        prefix = f"/{self.repo}/resolve/{self.commit}/"
+        if path.startswith(prefix) and path.removeprefix(prefix) in self.files:
+            data = self.files[path.removeprefix(prefix)]
+            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": self.commit}
+            return 200, headers, data
+        return 404, {"X-Error-Code": "EntryNotFound"}, b""
+
+    def _info(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        if not path.endswith(f"/revision/{self.commit}"):
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+        siblings = [{"rfilename": name, "size": len(data), "blobId": "0" * 40} for name, data in self.files.items()]
+        body = {"_id": "1", "id": self.repo, "modelId": self.repo, "sha": self.commit, "siblings": siblings}
+        return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
+
+
+@contextmanager
+def running_hub(hub: HubDouble) -> Iterator[HubDouble]:
+    """Serve a hub inside the block."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._reply(with_body=True)
+
+        def do_HEAD(self) -> None:
+            self._reply(with_body=False)
+
+        def _reply(self, *, with_body: bool) -> None:
+            path = unquote(urlsplit(self.path).path)
+            status, headers, body = hub.answer(path, self.headers.get("Authorization"))
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, name="hub", daemon=True)
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
