@@ -257,7 +257,7 @@ def fake_params(**fields: int) -> EngineParams:
         pool_bytes=sizes.pop("num_pages") * FAKE_PAGE_BYTES,
         arena_bytes=sizes.pop("num_arena_slots") * FAKE_PAGE_BYTES,
         eos_token_ids=(7,),
-        **sizes,  # type: ignore[arg-type]
+        **sizes,
     )
 
 

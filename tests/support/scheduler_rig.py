@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from loraplex_common.errors import AdapterNotFoundError, LoraplexError
 from loraplex_engine.adapter_cache import AdapterCache
+from loraplex_engine.adapter_operations import AdapterOperations
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.limits import SchedulerLimits
@@ -140,6 +142,7 @@ class Rig:
         self.now_s = 100.0
         self.pool = PagePool(num_pages)
         self.arena = HostArena(num_arena_slots, PAGE_BYTES)
+        weakref.finalize(self, self.arena.close)
         self.store_events: list[StoreEvent] = []
         self.cache = AdapterCache(
             pool=self.pool,
@@ -148,6 +151,7 @@ class Rig:
             emit=self.store_events.append,
             clock=self.clock,
         )
+        self.operations = AdapterOperations(cache=self.cache, pool=self.pool)
         limits = SchedulerLimits(
             block_tokens=block_tokens,
             max_model_len=max_model_len,
@@ -300,7 +304,3 @@ class Rig:
         resident = sum(s.num_pages for s in self.cache.statuses() if s.state is ResidencyState.RESIDENT)
         assert self.pool.num_free + resident == self.pool.num_pages
         assert all(status.num_leases == 0 for status in self.cache.statuses())
-
-    def close(self) -> None:
-        """Free the arena."""
-        self.arena.close()

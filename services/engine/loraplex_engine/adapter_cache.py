@@ -11,10 +11,7 @@ the arena if it is there.
 from __future__ import annotations
 
 import itertools
-import math
-from typing import TYPE_CHECKING, Final
-
-from loraplex_common.errors import AdapterInUseError, AdapterNotFoundError, ConflictError, SaturatedError
+from typing import TYPE_CHECKING
 
 from loraplex_engine.adapter_table import IdleOrder, TableIndices
 from loraplex_engine.messages import ResidencyChanged, ResidencyState, StoreEvent, WantImage
@@ -27,9 +24,6 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec
 
     from loraplex_engine.arena import HostArena
-
-MAX_PINNED_SHARE: Final = 0.5
-"""Of the pool's pages; the rest stays for sequences and other adapters."""
 
 
 class AdapterCache:
@@ -260,34 +254,22 @@ class AdapterCache:
             self.num_evictions += 1
             self._leave_device(adapter)
 
-    def evict(self, digest: str, require_generation: int | None = None) -> AdapterStatus:
-        """Let an adapter go from the device, at once or when its last lease is returned; the arena keeps its copy.
-
-        Raises:
-            AdapterNotFoundError: If the engine does not hold it.
-            ConflictError: If it is of another generation.
-            AdapterInUseError: If it is pinned.
-        """
-        adapter = self._held(digest)
-        if require_generation is not None and require_generation != adapter.generation:
-            raise ConflictError(f"adapter {digest} is of generation {adapter.generation}, not {require_generation}")
-        if adapter.is_pinned:
-            raise AdapterInUseError(f"adapter {digest} is pinned: unpin it first")
-        self._drain(adapter)
-        return self.status(digest)
-
     def drop(self, digest: str) -> None:
         """Let an adapter go from device and arena as soon as nobody uses it; a pin does not save it."""
         adapter = self._adapters.get(digest)
         if adapter is None or adapter.state is ResidencyState.WANTED:
             return
-        self._set_pinned(adapter, False)
+        self._pin(adapter, False)
         adapter.is_discarded = True
         if adapter.state is ResidencyState.IN_ARENA:
             self._free_arena_slots(adapter)
             self._move(adapter, ResidencyState.ABSENT)
         else:
             self._drain(adapter)
+
+    def drain(self, digest: str) -> None:
+        """Let an adapter go from the device, at once or when its last lease is returned; the arena keeps its copy."""
+        self._drain(self._adapters[digest])
 
     def _drain(self, adapter: Adapter) -> None:
         if adapter.state is ResidencyState.RESIDENT and adapter.num_leases == 0:
@@ -307,40 +289,14 @@ class AdapterCache:
 
     # --- pins ---
 
-    def pin(self, digest: str) -> AdapterStatus:
-        """Keep an adapter in the pool whatever the pressure.
-
-        Raises:
-            AdapterNotFoundError: If the engine does not hold it.
-            SaturatedError: If pinned adapters would take more than `MAX_PINNED_SHARE` of the pool.
-        """
-        adapter = self._held(digest)
-        if adapter.is_pinned:
-            return self.status(digest)
-        limit = math.floor(self._pool.num_pages * MAX_PINNED_SHARE)
-        if self.num_pinned_pages + adapter.num_pages > limit:
-            raise SaturatedError(
-                f"pinning adapter {digest} needs {adapter.num_pages} pages, {self.num_pinned_pages} are pinned and "
-                f"{limit} of {self._pool.num_pages} may be",
-                retry_after_s=60.0,
-            )
-        self._set_pinned(adapter, True)
-        self._report(adapter)
-        return self.status(digest)
-
-    def unpin(self, digest: str) -> AdapterStatus:
-        """Make an adapter evictable again.
-
-        Raises:
-            AdapterNotFoundError: If the engine does not hold it.
-        """
-        adapter = self._held(digest)
-        if adapter.is_pinned:
-            self._set_pinned(adapter, False)
+    def set_pinned(self, digest: str, is_pinned: bool) -> None:
+        """Keep an adapter the engine holds in the pool whatever the pressure, or no longer."""
+        adapter = self._adapters[digest]
+        if adapter.is_pinned != is_pinned:
+            self._pin(adapter, is_pinned)
             self._report(adapter)
-        return self.status(digest)
 
-    def _set_pinned(self, adapter: Adapter, is_pinned: bool) -> None:
+    def _pin(self, adapter: Adapter, is_pinned: bool) -> None:
         adapter.is_pinned = is_pinned
         (self._pinned.add if is_pinned else self._pinned.discard)(adapter.digest)
         self._idle.place(adapter)
@@ -349,12 +305,6 @@ class AdapterCache:
     def pins_to_load(self) -> list[str]:
         """Pinned adapters that are only in the arena."""
         return [d for d in sorted(self._pinned) if self._adapters[d].state is ResidencyState.IN_ARENA]
-
-    def _held(self, digest: str) -> Adapter:
-        adapter = self._adapters.get(digest)
-        if adapter is None or adapter.state in (ResidencyState.WANTED, ResidencyState.DRAINING):
-            raise AdapterNotFoundError(f"this engine does not hold adapter {digest}")
-        return adapter
 
     # --- arena ---
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from loraplex_common.adapter_image import Geometry
 
 from loraplex_engine.adapter_cache import AdapterCache
+from loraplex_engine.adapter_operations import AdapterOperations
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.limits import SchedulerCounters, SchedulerLimits
@@ -126,6 +127,7 @@ class Engine:
                 emit=on_store_event,
                 clock=clock,
             )
+            self._operations = AdapterOperations(cache=self._cache, pool=self._pool)
             self._scheduler = Scheduler(
                 limits=params.scheduler_limits,
                 pool=self._pool,
@@ -198,11 +200,11 @@ class Engine:
 
         The future raises AdapterNotFoundError if the engine does not hold it, SaturatedError if pins take too much.
         """
-        return self._call(lambda: self._cache.pin(digest))
+        return self._call(lambda: self._operations.pin(digest))
 
     def unpin(self, digest: str) -> Future[AdapterStatus]:
         """Make an adapter evictable again; AdapterNotFoundError if the engine does not hold it."""
-        return self._call(lambda: self._cache.unpin(digest))
+        return self._call(lambda: self._operations.unpin(digest))
 
     def evict(self, digest: str, require_generation: int | None = None) -> Future[AdapterStatus]:
         """Free an adapter's pages once its last lease is returned; its image stays in the arena.
@@ -210,7 +212,7 @@ class Engine:
         The future raises AdapterNotFoundError, ConflictError if the generation is another, or AdapterInUseError if it is
         pinned.
         """
-        return self._call(lambda: self._cache.evict(digest, require_generation))
+        return self._call(lambda: self._operations.evict(digest, require_generation))
 
     def grant_slots(self, digest: str, num_pages: int, *, is_wanted: bool) -> Future[tuple[int, ...] | None]:
         """Ask for arena slots for an image on offer.

@@ -89,7 +89,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(digest=st.sampled_from(sorted(ADAPTER_PAGES)), operation=st.sampled_from(["evict", "pin", "unpin"]))
     def operate(self, digest: str, operation: str) -> None:
         with contextlib.suppress(LoraplexError):  # not held, pinned, or too much to pin: nothing changed
-            getattr(self.rig.cache, operation)(digest)
+            getattr(self.rig.operations, operation)(digest)
 
     @precondition(lambda self: self.rig.runner.loading)
     @rule(data=st.data())
@@ -122,7 +122,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         rig.check_finished()
         for client in rig.all_clients:
             self.check_client(client)
-        rig.close()
 
     def check_client(self, client: Client) -> None:
         assert client.end is not None
