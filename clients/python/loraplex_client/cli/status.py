@@ -31,23 +31,10 @@ def status(
     ] = None,
 ) -> None:
     """Show models, engines with their load, and where each adapter is. Fails if a part does not answer."""
-    credentials: Credentials = context.obj
     targets = engine_target or ([engine_beside(target)] if redis_url is None else [])
     if redis_url is not None:
         targets += asyncio.run(_registered_engines(redis_url))
-    problems: list[str] = []
-    engines: list[EngineStatus] = []
-    for engine in targets:
-        connection = Connection(
-            target=engine, api_key=credentials.api_key, tls_ca=credentials.tls_ca,
-            tls_cert=credentials.tls_cert, tls_key=credentials.tls_key,
-        )  # fmt: skip
-        try:
-            engines.append(engine_status(connection))
-        except LoraplexError as error:
-            problems.append(f"engine: {error.message}")
-    if not targets:
-        problems.append("no engine is registered")
+    engines, problems = _ask_engines(targets, context.obj)
     stdout.print(_engine_table(engines))
     with connect(context, target, store_target) as client:
         try:
@@ -61,6 +48,25 @@ def status(
         stderr.print(f"error: {problem}", soft_wrap=True)
     if problems:
         raise typer.Exit(1)
+
+
+def _ask_engines(targets: list[str], credentials: Credentials) -> tuple[list[EngineStatus], list[str]]:
+    """Return what engines say of themselves, and what is wrong with those that do not."""
+    engines: list[EngineStatus] = []
+    problems: list[str] = [] if targets else ["no engine is registered"]
+    for target in targets:
+        connection = Connection(
+            target=target,
+            api_key=credentials.api_key,
+            tls_ca=credentials.tls_ca,
+            tls_cert=credentials.tls_cert,
+            tls_key=credentials.tls_key,
+        )
+        try:
+            engines.append(engine_status(connection))
+        except LoraplexError as error:
+            problems.append(f"engine: {error.message}")
+    return engines, problems
 
 
 def _engine_table(engines: list[EngineStatus]) -> Table:
