@@ -60,8 +60,8 @@ class GatewayApp:
         self.grpc_port = 0
         self.http_port = 0
         self.gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
-        registry = CollectorRegistry()
-        authenticator = Authenticator.from_file(config.api_keys_file)
+        self._metrics_registry = CollectorRegistry()
+        self._authenticator = Authenticator.from_file(config.api_keys_file)
         self._executor = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._valkey = valkey.connect(config.redis_url)
         self._store = open_channel(config.store_target) if config.store_target else None
@@ -76,42 +76,12 @@ class GatewayApp:
             clock=time.monotonic,
         )
         self.claims = RequestClaims(self._valkey, self.gateway_id)
-        self.metrics = GatewayMetrics(registry)
+        self.metrics = GatewayMetrics(self._metrics_registry)
         self.metrics.watch_queue(self.admission.waiting_by_priority)
         self.core = self._make_core()
-        listing = ModelListing(self.catalog, self.names, self.pool)
-        self._grpc = GrpcServer(
-            ServerConfig(
-                host=config.host,
-                port=config.port,
-                tls_cert=config.tls_cert,
-                tls_key=config.tls_key,
-                tls_client_ca=config.tls_client_ca,
-                enable_reflection=config.enable_reflection,
-            ),
-            authenticator=authenticator,
-            metrics=RpcMetrics(registry),
-        )
-        servicer = GatewayServicer(self.core, self.catalog, listing, slow_client_s=config.slow_client_s)
-        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, self._grpc.server)
-        self._grpc.add_service_name("loraplex.v1.GatewayService")
-        context = HttpContext(
-            core=self.core,
-            catalog=self.catalog,
-            listing=listing,
-            authenticator=authenticator,
-            registry=registry,
-            slow_client_s=config.slow_client_s,
-            is_ready=lambda: self.is_ready,
-        )
-        self._http = HttpServer(
-            make_app(context),
-            host=config.host,
-            port=config.http_port,
-            tls_cert=config.tls_cert,
-            tls_key=config.tls_key,
-            tls_client_ca=config.tls_client_ca,
-        )
+        self._listing = ModelListing(self.catalog, self.names, self.pool)
+        self._grpc = self._make_grpc()
+        self._http = self._make_http()
         self._supervisor = Supervisor()
         self._is_draining = False
 
@@ -214,4 +184,43 @@ class GatewayApp:
             hints=self._hints,
             metrics=self.metrics,
             clock=time.monotonic,
+        )
+
+    def _make_grpc(self) -> GrpcServer:
+        config = self.config
+        server = GrpcServer(
+            ServerConfig(
+                host=config.host,
+                port=config.port,
+                tls_cert=config.tls_cert,
+                tls_key=config.tls_key,
+                tls_client_ca=config.tls_client_ca,
+                enable_reflection=config.enable_reflection,
+            ),
+            authenticator=self._authenticator,
+            metrics=RpcMetrics(self._metrics_registry),
+        )
+        servicer = GatewayServicer(self.core, self.catalog, self._listing, slow_client_s=config.slow_client_s)
+        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, server.server)
+        server.add_service_name("loraplex.v1.GatewayService")
+        return server
+
+    def _make_http(self) -> HttpServer:
+        config = self.config
+        context = HttpContext(
+            core=self.core,
+            catalog=self.catalog,
+            listing=self._listing,
+            authenticator=self._authenticator,
+            registry=self._metrics_registry,
+            slow_client_s=config.slow_client_s,
+            is_ready=lambda: self.is_ready,
+        )
+        return HttpServer(
+            make_app(context),
+            host=config.host,
+            port=config.http_port,
+            tls_cert=config.tls_cert,
+            tls_key=config.tls_key,
+            tls_client_ca=config.tls_client_ca,
         )

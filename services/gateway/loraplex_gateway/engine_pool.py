@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
-from loraplex_gateway.engine_session import EngineSession, SessionState
+from loraplex_gateway.engine_session import EngineSession
 from loraplex_gateway.routing import Candidate, choose
+from loraplex_gateway.session_state import SessionState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

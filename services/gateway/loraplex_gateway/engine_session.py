@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import random
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +13,7 @@ from loraplex_common.grpc_channel import open_channel
 from loraplex_common.log import get_logger
 
 from loraplex_gateway import engine_wire
+from loraplex_gateway.session_state import TRANSITIONS, SessionState
 from loraplex_gateway.ticket import EngineLostError, Ticket
 
 if TYPE_CHECKING:
@@ -29,21 +29,6 @@ FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
 
 _log = get_logger()
-
-
-class SessionState(enum.Enum):
-    """Whether requests can be submitted."""
-
-    CONNECTING = "connecting"
-    OPEN = "open"
-    CLOSED = "closed"
-
-
-_TRANSITIONS: Final = {
-    SessionState.CONNECTING: {SessionState.OPEN, SessionState.CLOSED},
-    SessionState.OPEN: {SessionState.CONNECTING, SessionState.CLOSED},
-    SessionState.CLOSED: set(),
-}
 
 
 class EngineSession:
@@ -300,7 +285,7 @@ class EngineSession:
             ticket.fail(EngineLostError(f"engine {self.engine_id}: {cause}"))
 
     def _move(self, state: SessionState) -> None:
-        if state not in _TRANSITIONS[self.state]:
+        if state not in TRANSITIONS[self.state]:
             raise RuntimeError(f"session {self.engine_id}: {self.state.name} -> {state.name}")
         self.state = state
         self._on_change()

@@ -126,14 +126,7 @@ class EngineRelay:
             if (finish := self._finish_already_reached()) is not None:
                 yield session.engine_id, EngineUpdate(end=finish)
                 return
-            self._metrics.retries.inc()
-            _log.warning(
-                "resubmitting a request to another engine",
-                request_id=self._job.submission.request_id,
-                engine_id=session.engine_id,
-                num_tokens=len(self._tokens),
-                cause=str(failure),
-            )
+            self._note_retry(session.engine_id, failure)
 
     async def _run_on(self, session: EngineSession) -> AsyncGenerator[EngineUpdate, None]:
         digest = self._job.submission.adapter_digest
@@ -175,6 +168,16 @@ class EngineRelay:
             with suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
                     await changed.wait()
+
+    def _note_retry(self, lost_engine_id: str, cause: Exception) -> None:
+        self._metrics.retries.inc()
+        _log.warning(
+            "resubmitting a request to another engine",
+            request_id=self._job.submission.request_id,
+            lost_engine_id=lost_engine_id,
+            num_tokens=len(self._tokens),
+            cause=str(cause),
+        )
 
     def _submission(self, max_model_len: int) -> Submission:
         """Return the submission for an engine at this moment, output so far included."""
