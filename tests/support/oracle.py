@@ -101,7 +101,7 @@ class Comparison:
         assert not self.mismatches, "\n".join(self.mismatches)
         for tie in self.ties:
             print("tie", tie)
-        assert len(self.ties) <= MAX_TIES * self.positions or len(self.ties) <= 1 < self.positions
+        assert len(self.ties) <= MAX_TIES * self.positions
         assert self.logit_error < MAX_LOGIT_ERROR, self.logit_error
 
 

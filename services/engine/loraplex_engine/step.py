@@ -136,7 +136,9 @@ class StepResult:
         slots: int32 ``[S]``; slots of the plan's sampling rows, in order.
         token_ids: int32 ``[S]``.
         logprobs: index into S -> probabilities, for rows that asked.
-        prompt_logprobs: slot -> one entry per prompt position this step computed that predicts another prompt token.
+        prompt_logprobs: slot -> one entry per token this step took as input, but for a sequence's first: an entry is
+            the token's probability after those before it, whichever chunk they were in. A prefill that recomputes
+            drawn tokens has entries for them too.
         failed_slots: slot -> what was wrong (e.g. logits are NaN); only these requests end.
     """
 

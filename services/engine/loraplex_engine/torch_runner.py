@@ -5,9 +5,8 @@ Plans are computed on the step loop's thread, adapters copied into the pool on a
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,18 +24,18 @@ from loraplex_engine.model.llama import Activations, LlamaModel
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_engine.prompt_logprobs import PromptLogprobTracker
-from loraplex_engine.sampler import Sampled, Sampler
-from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, StepPlan, StepResult, TokenLogprobs
+from loraplex_engine.sampler import Sampler
+from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, StepPlan
+from loraplex_engine.torch_handles import StepOutput, TorchLoadHandle, TorchStepHandle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
 
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KEPT_BUFFERS: Final = 4  # step sizes whose activation buffers are kept; batches shrink and grow by a few rows
+MAX_KEPT_TOKENS: Final = 256  # of such a step: the buffers of large prefills go back to the allocator
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,83 +62,6 @@ class RunnerConfig:
     device: str = "cpu"
     num_threads: int | None = None
     emulate_async: bool = False
-
-
-class TorchStepHandle:
-    """A launched step; see `StepHandle`."""
-
-    def __init__(self, runner: TorchRunner, plan: StepPlan, adapters: dict[int, AdapterTable]) -> None:
-        self.plan = plan
-        self.adapters = adapters  # as bound at the launch; an index may be unbound before the step is computed
-        self.computed = threading.Event()
-        self._runner = runner
-        self._result: StepResult | None = None
-        self._pending: _Output | None = None
-
-    def is_done(self) -> bool:
-        """Tell without blocking whether the step is computed."""
-        return self.computed.is_set() and (self._pending is None or self._pending.is_done())
-
-    def fulfil(self, output: _Output) -> None:
-        """Take the step's output, which may still be on its way through the device."""
-        self._pending = output
-        self.computed.set()
-
-    def wait(self) -> StepResult:
-        """Block until the step's tokens are on the host."""
-        self._runner.compute_until(self)
-        if self._result is None:
-            if self._pending is None:
-                raise RuntimeError(f"step {self.plan.step_id} was launched and never computed")
-            self._result = self._pending.to_result(self.plan)
-            self._pending = None
-        return self._result
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Output:
-    """A step's output on the device, on its way to the host."""
-
-    token_ids: Tensor
-    is_valid: Tensor
-    sampled: Sampled
-    prompt_logprobs: dict[int, list[TokenLogprobs]]
-    event: torch.cuda.Event | None
-
-    def is_done(self) -> bool:
-        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
-
-    def to_result(self, plan: StepPlan) -> StepResult:
-        if self.event is not None:
-            self.event.synchronize()
-        slots = plan.slots[plan.sample_rows]
-        broken = np.flatnonzero(~self.is_valid.numpy())
-        return StepResult(
-            step_id=plan.step_id,
-            slots=slots,
-            token_ids=self.token_ids.numpy().astype(np.int32),
-            logprobs=self.sampled.logprobs.to_host() if self.sampled.logprobs is not None else {},
-            prompt_logprobs=self.prompt_logprobs,
-            failed_slots={int(slots[row]): "the model's logits are not finite" for row in broken},
-        )
-
-
-class TorchLoadHandle:
-    """An adapter being copied; see `LoadHandle`."""
-
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
-
-    def is_done(self) -> bool:
-        """Tell whether the pages may be read; raises what the copy raised."""
-        if not self._future.done():
-            return False
-        self._future.result()
-        return True
-
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """Have a function called once the pages may be read or the copy failed, on the copy thread."""
-        self._future.add_done_callback(lambda _: callback())
 
 
 class TorchRunner:
@@ -181,7 +103,9 @@ class TorchRunner:
     def launch(self, plan: StepPlan) -> TorchStepHandle:
         """Start a step; on a CPU, compute it."""
         used = np.unique(plan.adapters).tolist()
-        handle = TorchStepHandle(self, plan, {index: self._adapters[index] for index in used if index != NO_ADAPTER})
+        handle = TorchStepHandle(
+            plan, {index: self._adapters[index] for index in used if index != NO_ADAPTER}, self.compute_until
+        )
         self._launched.append(handle)
         if not self._emulate_async:
             self.compute_until(handle)
@@ -194,7 +118,7 @@ class TorchRunner:
             first.fulfil(self._compute(first.plan, first.adapters))
 
     @torch.inference_mode()
-    def _compute(self, plan: StepPlan, tables: dict[int, AdapterTable]) -> _Output:
+    def _compute(self, plan: StepPlan, tables: dict[int, AdapterTable]) -> StepOutput:
         self._take_over_slots(plan)
         order = np.argsort(plan.adapters, kind="stable")
         attention = AttentionStep(self._pool, plan, order, self._windows)
@@ -215,7 +139,7 @@ class TorchRunner:
         if self._device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-        return _Output(
+        return StepOutput(
             token_ids=token_ids_host,
             is_valid=is_valid_host,
             sampled=sampled,
@@ -263,6 +187,8 @@ class TorchRunner:
         buffers = self._buffers.pop(num_tokens, None)
         if buffers is None:
             buffers = Activations(self._model.config, num_tokens, dtype=self._dtype, device=self._device)
+            if num_tokens > MAX_KEPT_TOKENS:
+                return buffers
             while len(self._buffers) >= KEPT_BUFFERS:
                 del self._buffers[next(iter(self._buffers))]
         self._buffers[num_tokens] = buffers  # last in the dict is last used

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loraplex_common.base_model import load_base_model
+from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.step import SlotSetup
 from support.adapters import random_recipe, write_adapter
 from support.base_models import Architecture, TinyBase, write_base_model
@@ -103,8 +105,10 @@ def test_random_models_and_adapters_equal_transformers_and_peft(base: TinyBase, 
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         model_dir = write_base_model(Path(folder) / "base", base)
+        page_bytes = choose_pool_geometry(load_base_model(model_dir), dtype="float32").page_bytes
+        max_rank = min(64, page_bytes // 96)  # a tile holds at least 8 columns of q, k and v's stacked ranks
         adapters = {
-            name: write_adapter(Path(folder) / name, model_dir, random_recipe(rng, base.num_layers, max_rank=24))
+            name: write_adapter(Path(folder) / name, model_dir, random_recipe(rng, base.num_layers, max_rank=max_rank))
             for name in ("first", "second")
         }
         oracle = Oracle(model_dir, adapters)

@@ -217,3 +217,18 @@ def test_bf16_draws_nearly_what_fp32_draws(world: tuple[Path, dict[str, Path]]) 
     assert agreeing >= 10
     wide.runner.close()
     narrow.runner.close()
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_the_cpu_draws_with_two_plans_in_flight(world: tuple[Path, dict[str, Path]]) -> None:
+    on_cpu, on_gpu = make_rig(*world), make_rig(*world, device="cuda")
+    assert on_gpu.runner.pipeline_depth == 2
+    cases = [(prompt, i % 3 - 1) for i, prompt in enumerate(prompts(9))]
+    expected = on_cpu.harness.generate([on_cpu.harness.add(p, adapter=a) for p, a in cases], NUM_TOKENS)
+
+    sequences = [on_gpu.harness.add(prompt, adapter=adapter) for prompt, adapter in cases]
+    drive_overlapped(on_gpu.harness, sequences, NUM_TOKENS)
+
+    assert [sequence.drawn for sequence in sequences] == expected
+    on_cpu.runner.close()
+    on_gpu.runner.close()
