@@ -163,11 +163,7 @@ class Rig:
         self.scheduler = Scheduler(
             limits=limits, pool=self.pool, cache=self.cache, page_bytes=PAGE_BYTES, clock=self.clock
         )
-        self.grants = ArenaGrants(
-            cache=self.cache,
-            arena=self.arena,
-            is_waited_for=lambda digest: self.scheduler.queue.first_of(digest) is not None,
-        )
+        self.grants = ArenaGrants(cache=self.cache, arena=self.arena, queue=self.scheduler.queue)
         self.runner = FakeRunner(
             num_pages=num_pages,
             page_bytes=PAGE_BYTES,

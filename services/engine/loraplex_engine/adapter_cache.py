@@ -37,9 +37,9 @@ class AdapterCache:
         clock: Seconds, monotonic.
 
     Attributes:
+        max_resident: Size of the runner's adapter table.
         sequence: Of the latest `ResidencyChanged`.
         num_resident: Adapters that can be leased.
-        num_evictions: Adapters that gave way to others or to KV so far.
         num_leases: Of all adapters together.
         load_estimate_s: Moving average of the time from a want to residency.
     """
@@ -61,12 +61,12 @@ class AdapterCache:
         self._idle = IdleOrder()
         self._pinned: set[str] = set()
         self._indices = TableIndices(max_resident)
+        self.max_resident = max_resident
         self._loads: list[AdapterLoad] = []
         self._changed: set[str] = set()
         self._generations = itertools.count(1)
         self.sequence = 0
         self.num_resident = 0
-        self.num_evictions = 0
         self.num_leases = 0
         self.load_estimate_s = 1.0
 
@@ -81,6 +81,11 @@ class AdapterCache:
         """Return the pages an adapter takes, or None as long as its image was not seen."""
         adapter = self._adapters.get(digest)
         return adapter.num_pages if adapter and adapter.spec else None
+
+    @property
+    def num_pinned(self) -> int:
+        """Pinned adapters."""
+        return len(self._pinned)
 
     @property
     def num_pinned_pages(self) -> int:
@@ -251,7 +256,6 @@ class AdapterCache:
 
     def _evict(self, victims: list[Adapter]) -> None:
         for adapter in victims:
-            self.num_evictions += 1
             self._leave_device(adapter)
 
     def drop(self, digest: str) -> None:

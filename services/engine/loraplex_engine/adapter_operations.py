@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loraplex_engine.residency import AdapterStatus
 
 MAX_PINNED_SHARE: Final = 0.5
-"""Of the pool's pages; the rest stays for sequences and other adapters."""
+"""Of the pool's pages, and of the runner's table; the rest stays for sequences and other adapters."""
 
 
 class AdapterOperations:
@@ -30,18 +30,23 @@ class AdapterOperations:
 
         Raises:
             AdapterNotFoundError: If the engine does not hold it.
-            SaturatedError: If pinned adapters would take more than `MAX_PINNED_SHARE` of the pool.
+            SaturatedError: If pinned adapters would take more than `MAX_PINNED_SHARE` of the pool or the table.
         """
-        adapter, num_pinned = self._held(digest), self._cache.num_pinned_pages
-        limit = math.floor(self._pool.num_pages * MAX_PINNED_SHARE)
-        if not adapter.is_pinned and num_pinned + adapter.num_pages > limit:
-            raise SaturatedError(
-                f"pinning adapter {digest} needs {adapter.num_pages} pages, {num_pinned} are pinned and "
-                f"{limit} of {self._pool.num_pages} may be",
-                retry_after_s=60.0,
-            )
+        adapter = self._held(digest)
+        if not adapter.is_pinned:
+            self._check_share(digest, "pages", adapter.num_pages, self._cache.num_pinned_pages, self._pool.num_pages)
+            self._check_share(digest, "places", 1, self._cache.num_pinned, self._cache.max_resident)
         self._cache.set_pinned(digest, True)
         return self._cache.status(digest)
+
+    @staticmethod
+    def _check_share(digest: str, what: str, needed: int, pinned: int, total: int) -> None:
+        limit = math.floor(total * MAX_PINNED_SHARE)
+        if pinned + needed > limit:
+            raise SaturatedError(
+                f"pinning adapter {digest} needs {needed} {what}, {pinned} are pinned and {limit} of {total} may be",
+                retry_after_s=60.0,
+            )
 
     def unpin(self, digest: str) -> AdapterStatus:
         """Make an adapter evictable again.

@@ -85,9 +85,11 @@ class Admission:
         return self._reserving.adapter_digest if self._reserving else None
 
     def arrive(self, request: Request, now_s: float) -> None:
-        """Start to bring a new request's adapter, if it has any and nobody reserves the room."""
-        if request.adapter_digest is not None and self._reserving is None:
-            self._bring(request, now_s)
+        """Start to bring a new request's adapter, if it has any; pages that somebody reserves are not touched."""
+        digest = request.adapter_digest
+        if digest is None or (self._reserving and self._cache.state_of(digest) is ResidencyState.IN_ARENA):
+            return
+        self._bring(request, now_s)
 
     def admit(self, now_s: float) -> None:
         """Admit whoever fits, and start the loads of adapters that the next ones need."""

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 from loraplex_engine.messages import ResidencyState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from loraplex_engine.adapter_cache import AdapterCache
     from loraplex_engine.arena import HostArena
+    from loraplex_engine.waiting_queue import WaitingQueue
 
 Granted = tuple[int, ...] | None
 
@@ -33,14 +32,15 @@ class ArenaGrants:
     """Serves demands for slots in the order they came.
 
     Args:
-        is_waited_for: Tells whether a request waits with an adapter: its image stays.
+        queue: Waiting requests; an image that one waits with stays.
     """
 
-    def __init__(self, *, cache: AdapterCache, arena: HostArena, is_waited_for: Callable[[str], bool]) -> None:
+    def __init__(self, *, cache: AdapterCache, arena: HostArena, queue: WaitingQueue) -> None:
         self._cache = cache
         self._arena = arena
-        self._is_waited_for = is_waited_for
+        self._queue = queue
         self._demands: deque[_Demand] = deque()
+        self._full_at: tuple[int, int, int] | None = None  # what held when the first demand found no room
 
     def ask(self, digest: str, num_pages: int, *, is_wanted: bool, future: Future[Granted]) -> None:
         """Resolve ``future`` to slots now or later, or to None if there is no room or no use for the image."""
@@ -57,7 +57,7 @@ class ArenaGrants:
             demand = self._demands[0]
             slots: Granted = None
             if not demand.future.cancelled() and self._cache.state_of(demand.digest) is ResidencyState.WANTED:
-                if not self._cache.evict_images(demand.num_pages, lambda digest: not self._is_waited_for(digest)):
+                if not self._make_room(demand.num_pages):
                     return
                 slots = self._arena.allocate(demand.num_pages)
             self._demands.popleft()
@@ -65,6 +65,15 @@ class ArenaGrants:
                 demand.future.set_result(slots)
             elif slots is not None:
                 self._arena.free(slots)
+
+    def _make_room(self, num_slots: int) -> bool:
+        """Evict images that nobody waits with; not tried again before something has changed."""
+        now = (self._cache.sequence, self._queue.version, self._arena.num_free)
+        if now == self._full_at:
+            return False
+        has_room = self._cache.evict_images(num_slots, lambda digest: self._queue.first_of(digest) is None)
+        self._full_at = None if has_room else (self._cache.sequence, self._queue.version, self._arena.num_free)
+        return has_room
 
     def cancel(self) -> None:
         """Resolve all demands to None: the engine ends."""

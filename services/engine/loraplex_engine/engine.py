@@ -135,7 +135,7 @@ class Engine:
                 page_bytes=params.geometry.page_bytes,
                 clock=clock,
             )
-            self._grants = ArenaGrants(cache=self._cache, arena=self.arena, is_waited_for=self._is_waited_for)
+            self._grants = ArenaGrants(cache=self._cache, arena=self.arena, queue=self._scheduler.queue)
             self._report = LoadReport(scheduler=self._scheduler, pool=self._pool, cache=self._cache, now_s=clock())
             runner = runner_factory(params)
             if isinstance(runner, PinsHostMemory):
@@ -257,9 +257,6 @@ class Engine:
         future: Future[T] = Future()
         self._loop.post(Call(function, cast("Future[object]", future)))
         return future
-
-    def _is_waited_for(self, digest: str) -> bool:
-        return self._scheduler.queue.first_of(digest) is not None
 
     def _check_integrity(self) -> None:
         self._scheduler.check_integrity()

@@ -32,11 +32,13 @@ class WaitingQueue:
     Attributes:
         eligible: Those worth looking at, first in order first.
         num_tokens: Tokens of all waiting requests that have yet to be computed.
+        version: Rises whenever a request comes or goes.
     """
 
     def __init__(self) -> None:
         self.eligible: list[Request] = []
         self.num_tokens = 0
+        self.version = 0
         self._by_digest: dict[str, list[Request]] = {}  # every waiting request with an adapter, parked or not
         self._num_requests = 0
 
@@ -55,6 +57,7 @@ class WaitingQueue:
         if request.adapter_digest is not None:
             insort(self._by_digest.setdefault(request.adapter_digest, []), request, key=_queue_key)
         self._num_requests += 1
+        self.version += 1
         self.num_tokens += request.num_known_tokens
 
     def remove(self, request: Request) -> None:
@@ -68,6 +71,7 @@ class WaitingQueue:
                 del self._by_digest[digest]
         request.is_parked = False
         self._num_requests -= 1
+        self.version += 1
         self.num_tokens -= request.num_known_tokens
 
     def park(self, request: Request, now_s: float) -> None:
@@ -93,8 +97,3 @@ class WaitingQueue:
         """Return the first request in order that waits with this adapter."""
         requests = self._by_digest.get(digest)
         return requests[0] if requests else None
-
-    @property
-    def digests(self) -> list[str]:
-        """Adapters of waiting requests."""
-        return list(self._by_digest)

@@ -230,6 +230,17 @@ def test_pins_are_limited_and_spare_from_eviction(bench: Bench) -> None:
     assert bench.cache.reclaim(6, anyone) is Room.NOW
 
 
+def test_pins_leave_places_in_the_table() -> None:
+    small = Bench(max_resident=3)
+    small.make_resident("a")
+    small.make_resident("b")
+    small.operations.pin("a")
+
+    with pytest.raises(SaturatedError, match="needs 1 places, 1 are pinned and 1 of 3 may be"):
+        small.operations.pin("b")
+    small.arena.close()
+
+
 def test_what_is_not_held_cannot_be_operated_on(bench: Bench) -> None:
     bench.cache.want("a", None)
 

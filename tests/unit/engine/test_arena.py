@@ -13,7 +13,10 @@ from loraplex_engine.arena import HEADER_BYTES, HostArena
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.page_pool import PagePool
+from loraplex_engine.request import Request, make_request
+from loraplex_engine.waiting_queue import WaitingQueue
 from support.fake_runner import fake_spec
+from support.scheduler_rig import make_submission
 
 
 def test_another_process_finds_nonce_and_slots_through_the_file() -> None:
@@ -91,16 +94,16 @@ def test_closing_twice_and_under_a_view_is_harmless() -> None:
 
 
 class Bench:
-    """A cache over an arena of four slots, and the digests that requests wait with."""
+    """A cache over an arena of four slots, and a queue."""
 
     def __init__(self) -> None:
         self.arena = HostArena(4, 64)
         self.now_s = 0.0
-        self.waited_for: set[str] = set()
+        self.queue = WaitingQueue()
         self.cache = AdapterCache(
             pool=PagePool(8), arena=self.arena, max_resident=8, emit=lambda _: None, clock=lambda: self.now_s
         )
-        self.grants = ArenaGrants(cache=self.cache, arena=self.arena, is_waited_for=self.waited_for.__contains__)
+        self.grants = ArenaGrants(cache=self.cache, arena=self.arena, queue=self.queue)
 
     def ask(self, digest: str, num_pages: int, *, is_wanted: bool = True) -> Future[tuple[int, ...] | None]:
         self.now_s += 1
@@ -109,6 +112,12 @@ class Bench:
         future: Future[tuple[int, ...] | None] = Future()
         self.grants.ask(digest, num_pages, is_wanted=is_wanted, future=future)
         return future
+
+    def wait_with(self, digest: str) -> Request:
+        """Let a request wait with an adapter."""
+        request = make_request(make_submission(adapter=digest), number=0, now_s=0.0, max_model_len=64)
+        self.queue.add(request)
+        return request
 
     def hold(self, digest: str, num_pages: int) -> None:
         slots = self.ask(digest, num_pages).result(0)
@@ -132,12 +141,12 @@ def test_a_wanted_image_takes_the_place_of_the_one_least_recently_used() -> None
 def test_an_image_that_a_request_waits_with_stays_and_the_demand_waits() -> None:
     bench = Bench()
     bench.hold("a", 3)
-    bench.waited_for.add("a")
+    waiting = bench.wait_with("a")
 
     future = bench.ask("b", 2)
     assert not future.done()
 
-    bench.waited_for.clear()
+    bench.queue.remove(waiting)
     bench.grants.serve()
     assert future.result(0) is not None
     bench.arena.close()
@@ -172,11 +181,11 @@ def test_an_unsolicited_image_gets_idle_room_or_nothing() -> None:
 def test_a_cancelled_demand_makes_way_for_the_next() -> None:
     bench = Bench()
     bench.hold("a", 4)
-    bench.waited_for.add("a")
+    waiting = bench.wait_with("a")
     first, second = bench.ask("b", 4), bench.ask("c", 1)
 
     first.cancel()
-    bench.waited_for.clear()
+    bench.queue.remove(waiting)
     bench.grants.serve()
 
     assert second.result(0) is not None
@@ -194,7 +203,7 @@ def test_a_demand_that_can_never_be_met_gets_nothing() -> None:
 def test_ending_resolves_every_demand() -> None:
     bench = Bench()
     bench.hold("a", 4)
-    bench.waited_for.add("a")
+    bench.wait_with("a")
     future = bench.ask("b", 1)
 
     bench.grants.cancel()

@@ -516,3 +516,24 @@ def test_a_plan_is_never_written_again() -> None:
     rig.run()
 
     assert all(np.array_equal(getattr(plan, name), copy) for name, copy in copies.items())
+
+
+def test_while_pages_are_reserved_adapters_are_still_asked_for() -> None:
+    rig = Rig(num_pages=8, block_tokens=4, max_num_seqs=8, max_pass_over_s=0.5)
+    rig.submit(make_submission(slot=0, max_new_tokens=24))
+    rig.turn()
+    rig.submit(make_submission(slot=1, prompt=[5] * 28, max_new_tokens=2))
+    for _ in range(3):
+        rig.turn()
+        rig.now_s += 0.4
+    rig.turn()
+
+    passed_over = rig.submit(make_submission(slot=2, prompt=[1], max_new_tokens=1))
+    rig.submit(make_submission(slot=3, adapter="a", fail_fast=True))
+    rig.turn()
+
+    assert passed_over.num_started == 0
+    assert rig.wanted == ["a"]
+    rig.deliver("a")
+    rig.run()
+    rig.check_finished()
