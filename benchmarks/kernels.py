@@ -17,21 +17,26 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from loraplex_common.adapter_image import KIND_A, OPS, AdapterSpec, Geometry, ModuleSpec, layout
 from loraplex_kernels import reference
 from loraplex_kernels.attention_decode import AttentionDecode
+from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
 from loraplex_kernels.lora_prefill import LoraPrefill
 from loraplex_kernels.module import KernelLibrary
 from loraplex_kernels.paged_kv import KvLayout
+from loraplex_kernels.silu_mul import SiluMul
 from loraplex_kernels.tables import AdapterTables
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 HERE = Path(__file__).parent
 DEVICE = torch.device("cuda", 0)
@@ -64,10 +69,10 @@ def time_us(calls: list[Callable[[], None]], flush: torch.Tensor) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    times: list[float] = []
     for index in range(REPLAYS + 2):
         flush.sum()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         stop.record()
@@ -78,6 +83,8 @@ def time_us(calls: list[Callable[[], None]], flush: torch.Tensor) -> float:
 
 
 def read_cases(name: str) -> list[Row]:
+    if name in OWN_CASES:
+        return OWN_CASES[name]()
     with (HERE / "baselines" / f"{name}.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -98,13 +105,17 @@ class LoraCase:
     """Adapters of one op, resident in a pool of random values; each layer is a set of weights."""
 
     def __init__(self, library: KernelLibrary, outs: str, rank: str, num_adapters: int, sets: int) -> None:
-        self.op = "qkv" if outs == "qkv" else "o"
+        self.op, self.projections = {
+            "qkv": ("qkv", OPS["qkv"]),
+            "4096": ("o", OPS["o"]),
+            "14336": ("gate_up", ("gate_proj",)),
+        }[outs]
         self.geometry = Geometry(
             dtype="bfloat16",
             page_bytes=PAGE_BYTES,
             num_layers=sets,
             hidden_size=4096,
-            intermediate_size=11008,
+            intermediate_size=14336,
             num_heads=32,
             num_kv_heads=32,
             head_dim=128,
@@ -113,7 +124,7 @@ class LoraCase:
         self.specs, self.pages, begin = [], [], 0
         for index in range(num_adapters):
             r, scale = ranks[index % len(ranks)], 0.5 + 0.25 * (index % 4)
-            modules = tuple(ModuleSpec(layer, name, r, scale) for layer in range(sets) for name in OPS[self.op])
+            modules = tuple(ModuleSpec(layer, name, r, scale) for layer in range(sets) for name in self.projections)
             self.specs.append(AdapterSpec(f"{index:064x}", modules))
             count = layout(self.geometry, self.specs[-1].ranks).num_pages
             self.pages.append(np.arange(begin, begin + count, dtype=np.int32))
@@ -141,7 +152,7 @@ class LoraCase:
         }
         stacked = torch.cat([value for key, value in read.items() if key[0] == KIND_A], dim=1)
         first = 0
-        for part in range(len(OPS[self.op])):
+        for part in range(len(self.projections)):
             b = torch.cat([value for key, value in read.items() if key[0] != KIND_A and key[1] == part])
             yield stacked[first : first + b.shape[1]], b
             first += b.shape[1]
@@ -215,7 +226,8 @@ def prefill_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[
     call(0)
     for index, end in list(enumerate(np.cumsum(lengths)))[:: max(1, num_adapters // 3)]:
         rows = slice(int(end - lengths[index]), int(end))
-        require_close(y[rows], case.expected(index, x[rows]), str(row))
+        expected = case.expected(index, x[rows])
+        require_close(y[rows, : expected.shape[1]], expected, str(row))
     y.copy_(0.3 * torch.randn_like(y))
     layers = range(case.sets)
     both = time_us([lambda layer=layer: call(layer) for layer in layers], flush)  # type: ignore[misc]
@@ -259,14 +271,81 @@ def attention_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dic
     return times
 
 
+PREFILL_CHUNKS = ((2048, 0, 1), (512, 3584, 4), (256, 0, 32))  # tokens, cached tokens, sequences
+PEAK_FLOPS = 787e12
+
+
+def attention_prefill_rows() -> list[Row]:
+    """Our own cases, Llama-3-8B heads; the floor is arithmetic at the measured GEMM rate, there is no peer."""
+    rows = []
+    for tokens, cached, sequences in PREFILL_CHUNKS:
+        flops = 4 * 32 * 128 * sequences * sum(cached + i + 1 for i in range(tokens))
+        rows.append(
+            {
+                "tokens": str(tokens),
+                "cached": str(cached),
+                "sequences": str(sequences),
+                "floor_us": f"{flops / PEAK_FLOPS * 1e6:.2f}",
+            }
+        )
+    return rows
+
+
+def attention_prefill_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
+    """Time chunked prefill attention, 32 heads, 8 KV heads, head size 128, pages of 16 tokens."""
+    tokens, cached, sequences = (int(row[key]) for key in ("tokens", "cached", "sequences"))
+    layers, context = 4, tokens + cached
+    kv = KvLayout(page_bytes=layers * 65536, block_tokens=16, num_heads=32, num_kv_heads=8, head_dim=128)
+    pool = torch.randn(sequences * context // 16 * layers * 32768, device=DEVICE, dtype=torch.bfloat16).view(
+        torch.uint8
+    )
+    pool = pool.view(-1, kv.page_bytes)
+    tables = torch.randperm(len(pool), device=DEVICE).int().view(sequences, -1)
+    q = torch.randn(sequences * tokens, kv.qkv_width, device=DEVICE, dtype=torch.bfloat16)
+    out = torch.full((sequences * tokens, 4096), float("nan"), device=DEVICE, dtype=torch.bfloat16)
+    numbers = np.arange(sequences, dtype=np.int32)
+    made = make_tiles(numbers, np.full_like(numbers, cached), np.full_like(numbers, tokens), 0, 4)
+    tiles, kernel = torch.from_numpy(made).to(DEVICE), AttentionPrefill(library, kv)
+    kernel.launch(0, pool, q, tables, tiles, out)
+    key, value = reference.read_kv(pool, kv, torch.bfloat16, 0, tables[0], context)
+    expected = reference.attention(q[:tokens, :4096].view(tokens, 32, 128), key, value, cached, kv)
+    require_close(out[:tokens].view(tokens, 32, 128), expected, str(row))
+    calls = [lambda layer=layer: kernel.launch(layer, pool, q, tables, tiles, out) for layer in range(layers)]
+    return {"op": time_us(calls, flush)}  # type: ignore[arg-type]
+
+
+def launch_rows() -> list[Row]:
+    """Host time of one launch outside a graph; the ceiling is ours."""
+    return [{"kernel": "silu_mul", "floor_us": "10"}]
+
+
+def launch_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
+    """Time the host side of a launch, its checks included."""
+    del row, flush
+    kernel, gate_up = SiluMul(library, 64), torch.zeros(1, 128, device=DEVICE, dtype=torch.bfloat16)
+    out, times = torch.zeros(1, 64, device=DEVICE, dtype=torch.bfloat16), []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(100):
+            kernel.launch(gate_up, out)
+        times.append((time.perf_counter() - start) * 1e4)
+    return {"op": statistics.median(times)}
+
+
+OWN_CASES = {"attention_prefill": attention_prefill_rows, "launch": launch_rows}
 SUITES: dict[str, tuple[Callable[[Row, KernelLibrary, torch.Tensor], dict[str, float]], tuple[str, ...]]] = {
     "kernels_decode": (decode_case, ("M", "K", "outs", "rank", "popularity", "adapters")),
     "kernels_prefill": (prefill_case, ("tokens", "K", "outs", "rank", "adapters")),
+    "attention_prefill": (attention_prefill_case, ("tokens", "cached", "sequences")),
+    "launch": (launch_case, ("kernel",)),
     "attention": (attention_case, ("batch", "context", "q_heads", "kv_heads", "head_dim", "page_tokens")),
 }
 
 
 def best_peer(suite: str, row: Row) -> tuple[str, float]:
+    if suite in OWN_CASES:
+        return "", 0.0
     if suite != "attention":
         return row["best_peer"], float(row["best_us"])
     peers = {
@@ -294,7 +373,7 @@ def run_suite(suite: str, every: int, library: KernelLibrary, variant: str, unti
         extra = "  ".join(f"{metric} {value:.1f}" for metric, value in times.items() if metric != "op")
         print(
             f"{case:38s} {variant:6s} {times['op']:8.1f} us  floor {floor:7.1f} ({times['op'] / floor:5.2f}x)  "
-            f"{peer} {peer_value:.1f} ({times['op'] / peer_value:.2f}x)  {extra}",
+            f"{peer} {peer_value:.1f} ({times['op'] / (peer_value or 1):.2f}x)  {extra}",
             flush=True,
         )
 

@@ -63,7 +63,7 @@ def _check(result: Any, program: Any = None, what: str = "") -> None:
 def _text(size_of: Any, get: Any, program: Any) -> bytes:
     result, size = size_of(program)
     _check(result)
-    data = b" " * size
+    data = bytes(size)
     _check(get(program, data)[0])
     return data
 

@@ -214,11 +214,8 @@ class ItemBuilder:
         groups = make_groups(adapters, rows)
         has_adapter = groups[:, 0] >= 0
         of_group = np.maximum(groups[:, 0], 0)
-        header, parts, counts = (
-            np.zeros(HEADER_INTS, dtype=np.int32),
-            [],
-            np.zeros(2 * len(self.shapes), dtype=np.int32),
-        )
+        header, counts = np.zeros(HEADER_INTS, dtype=np.int32), np.zeros(2 * len(self.shapes), dtype=np.int32)
+        parts: list[NDArray[np.int32]] = []
         first = 0
         for op, shape in enumerate(self.shapes):
             stacked = np.where(has_adapter, max_stacked[of_group, op], 0)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 BLOCK: Final = 128
 TILE_TOKENS: Final = 64  # kTokens
 RANK_BLOCK: Final = 64  # kBlockRows
-RUN: Final = 256
+RUN: Final = 512
+EXPAND_SHARED_BYTES: Final = 60 * 1024  # two stages of B, and h
 SHRINK_SHARED_BYTES: Final = 64 * 1024  # 4 stages of x and A
 
 
@@ -67,7 +68,8 @@ def build_items(
         shapes: Of the four ops.
         run: Outputs per expand item.
     """
-    header, parts, counts = np.zeros(HEADER_INTS, dtype=np.int32), [], np.zeros(2 * len(shapes), dtype=np.int32)
+    header, counts = np.zeros(HEADER_INTS, dtype=np.int32), np.zeros(2 * len(shapes), dtype=np.int32)
+    parts: list[NDArray[np.int32]] = []
     first = 0
     for op, shape in enumerate(shapes):
         stacked = max_stacked[segments[:, 2], op].astype(np.int64)
@@ -113,7 +115,13 @@ class LoraPrefill:
             defines=(f"SHARED_BYTES={SHRINK_SHARED_BYTES}",),
             shared_bytes=SHRINK_SHARED_BYTES,
         )
-        self._expand = library.load("lora_prefill_expand", PrefillExpandParams(), BLOCK, defines=(f"RUN={RUN}",))
+        self._expand = library.load(
+            "lora_prefill_expand",
+            PrefillExpandParams(),
+            BLOCK,
+            defines=(f"RUN={RUN}", f"SHARED_BYTES={EXPAND_SHARED_BYTES}"),
+            shared_bytes=EXPAND_SHARED_BYTES,
+        )
         for lora in (self._shrink.params.lora, self._expand.params.lora):
             lora.pool, lora.tiles, lora.entry_stride = pool.data_ptr(), tables.tiles.data_ptr(), tables.entry_stride
 

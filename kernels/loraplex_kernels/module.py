@@ -81,7 +81,9 @@ class Kernel(Generic[P]):
         """Launch ``x * y * z`` blocks with the current `params`; an empty grid launches nothing.
 
         Args:
-            x: Blocks along x; y and z likewise.
+            x: Blocks along x.
+            y: Blocks along y.
+            z: Blocks along z.
             stream: Raw stream; torch's current stream if unset.
 
         Raises:

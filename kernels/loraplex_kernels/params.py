@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
+from typing import Any, ClassVar
 
-_Fields = list[tuple[str, type]]
+_Fields = Sequence[tuple[str, type[Any]]]
 
 
 class LoraTables(ctypes.Structure):
     """csrc/lora_table.cuh."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("pool", c_void_p),
         ("tiles", c_void_p),
         ("entries", c_void_p),
@@ -25,7 +27,7 @@ class LoraTables(ctypes.Structure):
 class ExpandParams(ctypes.Structure):
     """csrc/lora_expand.cuh."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("h", c_void_p),
         ("scale", c_void_p),
         ("h_plane", c_int64),
@@ -38,7 +40,7 @@ class ExpandParams(ctypes.Structure):
 class RopeParams(ctypes.Structure):
     """csrc/rope.cuh."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("qkv", c_void_p),
         ("rotary", c_void_p),
         ("positions", c_void_p),
@@ -58,7 +60,7 @@ class RopeParams(ctypes.Structure):
 class PagedKv(ctypes.Structure):
     """csrc/paged_kv.cuh."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("pool", c_void_p),
         ("block_tables", c_void_p),
         ("page_bytes", c_int64),
@@ -75,7 +77,7 @@ class PagedKv(ctypes.Structure):
 class RmsNormParams(ctypes.Structure):
     """csrc/rms_norm.cu."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("x", c_void_p),
         ("residual", c_void_p),
         ("weight", c_void_p),
@@ -89,13 +91,13 @@ class RmsNormParams(ctypes.Structure):
 class SiluMulParams(ctypes.Structure):
     """csrc/silu_mul.cu."""
 
-    _fields_: _Fields = [("gate_up", c_void_p), ("out", c_void_p)]
+    _fields_: ClassVar[_Fields] = [("gate_up", c_void_p), ("out", c_void_p)]
 
 
 class EmbeddingParams(ctypes.Structure):
     """csrc/embedding.cu."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("table", c_void_p),
         ("ids", c_void_p),
         ("slots", c_void_p),
@@ -109,7 +111,7 @@ class EmbeddingParams(ctypes.Structure):
 class ShrinkParams(ctypes.Structure):
     """csrc/lora_shrink.cu."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("lora", LoraTables),
         ("x", c_void_p),
         ("h", c_void_p),
@@ -122,13 +124,18 @@ class ShrinkParams(ctypes.Structure):
 class ExpandAddParams(ctypes.Structure):
     """csrc/lora_expand.cu."""
 
-    _fields_: _Fields = [("lora", LoraTables), ("expand", ExpandParams), ("y", c_void_p), ("y_stride", c_int64)]
+    _fields_: ClassVar[_Fields] = [
+        ("lora", LoraTables),
+        ("expand", ExpandParams),
+        ("y", c_void_p),
+        ("y_stride", c_int64),
+    ]
 
 
 class LoraSiluMulParams(ctypes.Structure):
     """csrc/lora_silu_mul.cu."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("lora", LoraTables),
         ("expand", ExpandParams),
         ("gate_up", c_void_p),
@@ -141,13 +148,13 @@ class LoraSiluMulParams(ctypes.Structure):
 class LoraRopeKvParams(ctypes.Structure):
     """csrc/lora_rope_kv.cu."""
 
-    _fields_: _Fields = [("lora", LoraTables), ("expand", ExpandParams), ("rope", RopeParams)]
+    _fields_: ClassVar[_Fields] = [("lora", LoraTables), ("expand", ExpandParams), ("rope", RopeParams)]
 
 
 class AttentionDecodeParams(ctypes.Structure):
     """csrc/attention_decode.cu."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("kv", PagedKv),
         ("q", c_void_p),
         ("out", c_void_p),
@@ -164,7 +171,7 @@ class AttentionDecodeParams(ctypes.Structure):
 class AttentionScalarParams(ctypes.Structure):
     """csrc/attention_scalar.cu."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("kv", PagedKv),
         ("q", c_void_p),
         ("out", c_void_p),
@@ -177,7 +184,7 @@ class AttentionScalarParams(ctypes.Structure):
 class AttentionPrefillParams(ctypes.Structure):
     """csrc/attention_prefill.cu."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("kv", PagedKv),
         ("q", c_void_p),
         ("out", c_void_p),
@@ -189,7 +196,7 @@ class AttentionPrefillParams(ctypes.Structure):
 class PrefillShrinkParams(ctypes.Structure):
     """csrc/lora_prefill_shrink.cu."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("lora", LoraTables),
         ("x", c_void_p),
         ("h", c_void_p),
@@ -204,7 +211,7 @@ class PrefillShrinkParams(ctypes.Structure):
 class PrefillExpandParams(ctypes.Structure):
     """csrc/lora_prefill_expand.cu."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar[_Fields] = [
         ("lora", LoraTables),
         ("h", c_void_p),
         ("scale", c_void_p),

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
+from typing import TYPE_CHECKING
+
 from kernels.host_kernels import COMPILER, HostLibrary
 from loraplex_kernels.compiler import CubinCache
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 

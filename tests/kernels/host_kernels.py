@@ -6,13 +6,15 @@ import ctypes
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from loraplex_kernels.compiler import SOURCES
 from loraplex_kernels.module import KernelLibrary, dtype_defines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 HERE = Path(__file__).parent
 FLAGS = (

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_kernels import lora_decode, lora_prefill
 from loraplex_kernels.compiler import SOURCES, Build, CompileError, CubinCache, cache_key, compile_kernel
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EXPAND = f"SHARED_BYTES={lora_decode.SHARED_BYTES}"
 SHRINK = f"SHARED_BYTES={lora_prefill.SHRINK_SHARED_BYTES}"
@@ -33,7 +36,7 @@ BUILDS = [
     ("lora_rope_kv", (EXPAND, "HEAD_DIM=128"), None),
     ("lora_rope_kv", (EXPAND, "HEAD_DIM=64", FP32), None),
     ("lora_prefill_shrink", (SHRINK,), None),
-    ("lora_prefill_expand", (f"RUN={lora_prefill.RUN}",), None),
+    ("lora_prefill_expand", (f"RUN={lora_prefill.RUN}", f"SHARED_BYTES={lora_prefill.EXPAND_SHARED_BYTES}"), None),
     ("attention_decode", ("HEAD_DIM=64",), None),
     ("attention_decode", ("HEAD_DIM=128",), None),
     ("attention_prefill", ("HEAD_DIM=64", "SHARED_BYTES=32768"), None),

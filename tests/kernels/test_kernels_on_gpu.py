@@ -112,7 +112,7 @@ def test_rope_kv(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, h
 
         RopeKv(lib, layout, pool, rotary).launch(1, qkv, positions, slots, q_norm=norms[0], k_norm=norms[1])
 
-        q, key, value = before.split([heads, kv_heads, kv_heads], dim=1)
+        q, key, value = torch.split(before, [heads, kv_heads, kv_heads], dim=1)
         if norms[0] is not None and norms[1] is not None:
             q, key = reference.rms_norm(q, norms[0], 1e-6), reference.rms_norm(key, norms[1], 1e-6)
         got_key, got_value = reference.read_kv(pool, layout, dtype, 1, torch.arange(5, device="cuda"), 5 * block)
@@ -140,7 +140,7 @@ def resident_adapters(
 ) -> tuple[AdapterPool, torch.Tensor, AdapterTables]:
     rng = np.random.default_rng(11)
     name = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    geometry = make_geometry(dtype=name, layers=layers, **SHAPES[shape])  # type: ignore[arg-type]
+    geometry = make_geometry(dtype=name, layers=layers, **SHAPES[shape])
     resident = AdapterPool(geometry, 160, rng)
     for rank in RANKS[shape][dtype]:
         resident.add_uniform(rank)

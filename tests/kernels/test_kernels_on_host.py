@@ -94,7 +94,7 @@ def test_rope_rotates_q_in_place_and_writes_k_and_v_to_pages(
 
     RopeKv(library, layout, pool, rotary).launch(1, qkv, positions, slots, q_norm=norms[0], k_norm=norms[1])
 
-    q, key, value = before.split([heads, kv_heads, kv_heads], dim=1)
+    q, key, value = torch.split(before, [heads, kv_heads, kv_heads], dim=1)
     if norms[0] is not None and norms[1] is not None:
         q, key = reference.rms_norm(q, norms[0], 1e-6), reference.rms_norm(key, norms[1], 1e-6)
     assert relative_error(qkv.view(3, -1, head_dim)[:, :heads], reference.rope(q, rotary, positions)) < TOLERANCE[dtype]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +17,9 @@ from loraplex_kernels.attention_prefill import make_tiles
 from loraplex_kernels.items import GROUP_TOKENS, HEADER_INTS, ItemBuilder, make_groups, op_shapes, range_index
 from loraplex_kernels.lora_prefill import build_items, make_segments
 from loraplex_kernels.tables import AdapterTables, RangeAllocator, TableFullError, make_entries
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def read_matrix(
@@ -93,7 +98,8 @@ def test_too_few_pages_are_refused() -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=40))
 def test_the_range_allocator_never_overlaps_and_loses_nothing(operations: list[tuple[bool, int]]) -> None:
-    allocator, held = RangeAllocator(100), []
+    allocator = RangeAllocator(100)
+    held: list[tuple[int, int]] = []
     for is_release, number in operations:
         if is_release and held:
             allocator.release(*held.pop(number % len(held)))
@@ -104,7 +110,7 @@ def test_the_range_allocator_never_overlaps_and_loses_nothing(operations: list[t
                 continue
         allocator.check_integrity()
         taken = sorted((start, start + size) for start, size in held if size)
-        assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(taken))
 
 
 @given(st.lists(st.integers(-1, 4), min_size=0, max_size=60))

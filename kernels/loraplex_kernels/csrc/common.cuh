@@ -100,12 +100,6 @@ __device__ __forceinline__ Quad load_weights16(const u8* from) {
     return q;
 #endif
 }
-__device__ __forceinline__ void prefetch_l1(const void* line) {
-#ifndef LORAPLEX_HOST
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(line));
-#endif
-}
-
 // Programmatic dependent launch: all that later kernels wait for is behind dependency_wait(); what a kernel reads
 // before it must not depend on an earlier kernel (weights, tables, items).
 __device__ __forceinline__ void dependency_wait() {

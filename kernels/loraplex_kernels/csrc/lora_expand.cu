@@ -33,10 +33,9 @@ extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_expand(cons
         const int slice = slice_of(p.expand, work.item.begin), n = work.item.begin - p.expand.slice_begin[slice];
         begin_item(p.lora, work.entry, slice, n, work.item.extent, shared.weights, kWeightBytes);
     };
-    Work work = {};
-    if (blockIdx.x < num_items) begin(work = fetch_work(p.lora, blockIdx.x));
     for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-        const Work next = fetch_work(p.lora, i + gridDim.x);
+        const Work work = fetch_work(p.lora, i);
+        begin(work);
         const Item& item = work.item;
         const Group& group = p.lora.groups[item.group];
         const int slice = slice_of(p.expand, item.begin), n = item.begin - p.expand.slice_begin[slice];
@@ -45,20 +44,18 @@ extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_expand(cons
         Vec y[kVectors];
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {  // asked for now, needed last
-            const int v = threadIdx.x + j * kExpandThreads;
-            if (v < group.count * vectors) {
-                y[j] = load_vec(p.y + group.tokens[v / vectors] * p.y_stride + item.begin + v % vectors * kVec);
+            const int token = (threadIdx.x + j * kExpandThreads) / (kRun / kVec), v = threadIdx.x % (kRun / kVec);
+            if (token < group.count && v < vectors) {
+                y[j] = load_vec(p.y + group.tokens[token] * p.y_stride + item.begin + v * kVec);
             }
         }
-        prefetch_l1(next.entry);
         expand_item(p.lora, work.entry, p.expand, group, slice, n, item.extent, shared.weights, kWeightBytes, shared.tile,
                     shared.delta, kStride);
-        if (i + gridDim.x < num_items) begin(next);
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
-            const int v = threadIdx.x + j * kExpandThreads;
-            if (v >= group.count * vectors) continue;
-            const int token = v / vectors, column = v % vectors * kVec;
+            const int token = (threadIdx.x + j * kExpandThreads) / (kRun / kVec), v = threadIdx.x % (kRun / kVec);
+            if (token >= group.count || v >= vectors) continue;
+            const int column = v * kVec;
 #pragma unroll
             for (int k = 0; k < kVec; ++k) {
                 y[j].v[k] = from_float<elem>(to_float(y[j].v[k]) + shared.delta[token * kStride + column + k]);
@@ -66,7 +63,6 @@ extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_expand(cons
             store_vec(p.y + group.tokens[token] * p.y_stride + item.begin + column, y[j]);
         }
         __syncthreads();
-        work = next;
     }
     dependency_wait();
 }

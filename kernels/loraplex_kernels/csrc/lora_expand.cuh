@@ -61,37 +61,38 @@ __device__ __forceinline__ int staged_outputs(const OpEntry& e, int slice, int b
 // multiple of 16 outputs and end on one of 8, so every piece is whole 16-byte vectors whatever the rank.
 __device__ __forceinline__ void stage_weights(const LoraTables& t, const OpEntry& e, int slice, int n, int count, u8* to) {
 #ifndef LORAPLEX_FP32
-    const int rank = e.rank[slice], step = e.b_step[slice];
-    for (int row = 0; row < count;) {
-        const int tile = (n + row) / step;
-        const int rows = min(count - row, (tile + 1) * step - (n + row));
-        const u8* from = b_address(t, e, slice, n + row);
-        u8* at = to + row * rank * 2;
-        for (int byte = threadIdx.x * 16; byte < rows * rank * 2; byte += kExpandThreads * 16) {
-            copy_async16(at + byte, from + byte, true);
-        }
-        row += rows;
+    const int row_bytes = e.rank[slice] * 2, step = e.b_step[slice];
+    const i64* tiles = t.tiles + e.b_first[slice] + n / step;
+    for (int row = n % step; count > 0; ++tiles, row = 0) {
+        const int rows = min(count, step - row), bytes = rows * row_bytes;
+        const u8* from = t.pool + *tiles + row * row_bytes;
+        for (int byte = threadIdx.x * 16; byte < bytes; byte += kExpandThreads * 16) copy_async16(to + byte, from + byte, true);
+        to += bytes;
+        count -= rows;
     }
     copy_async_commit();
 #endif
 }
 
-// Sums the planes of the group's h for one slice and scales; columns up to the next multiple of 16 are zeroed.
+// Sums the planes of the group's h for one slice and scales, a warp per token; columns up to the next multiple of 16 and
+// tokens the group does not have are zeroed.
 __device__ __forceinline__ void stage_hidden(const ExpandParams& p, const OpEntry& e, const Group& group, int slice,
                                              HiddenTile& tile) {
-    const int rank = e.rank[slice], padded = (rank + 15) / 16 * 16, first = first_rank_row(e, slice);
-    for (int i = threadIdx.x; i < padded * kGroupTokens; i += kExpandThreads) {
-        const int t = i / padded, r = i % padded;
+    static_assert(kExpandWarps == kGroupTokens, "a warp per token");
+    const int rank = e.rank[slice], t = threadIdx.x / kWarp, token = group.tokens[t];
+    const float* row = p.h + static_cast<i64>(token) * p.h_stride + first_rank_row(e, slice);
+    const float scale = t < group.count ? e.scaling[slice] * p.scale[token] : 0.f;
+    for (int r = threadIdx.x % kWarp; r < (rank + 15) / 16 * 16; r += kWarp) {
         float v = 0.f;
         if (t < group.count && r < rank) {
-            const float* from = p.h + static_cast<i64>(group.tokens[t]) * p.h_stride + first + r;
+            const float* from = row + r;
             int plane = 0;
             for (; plane + 4 <= p.num_planes; plane += 4, from += 4 * p.h_plane) {  // four loads in flight
                 const float a = from[0], b = from[p.h_plane], c = from[2 * p.h_plane], d = from[3 * p.h_plane];
                 v = (((v + a) + b) + c) + d;
             }
             for (; plane < p.num_planes; ++plane, from += p.h_plane) v += from[0];
-            v *= e.scaling[slice] * p.scale[group.tokens[t]];
+            v *= scale;
         }
 #ifdef LORAPLEX_FP32
         tile.v[t][r] = v;
@@ -119,30 +120,39 @@ __device__ __forceinline__ Pair read_row4(const u8* row, int k, int rank) {
     return q;
 }
 
-// Runs of 16 outputs, every eighth, by one warp. Lane (g, c) reads columns 4c.. of rows g and g + 8 of a step of 16.
+// Runs of 16 outputs, every eighth, by one warp, four at a time so that they share the reads of h. Lane (g, c) reads
+// columns 4c.. of rows g and g + 8 of a step of 16.
 template <bool kAligned>
 __device__ __forceinline__ void expand_runs(int rank, const Group& group, int count, const u8* weights,
                                             const HiddenTile& tile, float* delta, int stride) {
+    constexpr int kRuns = 4, kApart = kExpandWarps * kRunRows;
     const int lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
-    for (int at = threadIdx.x / kWarp * kRunRows; at < count; at += kExpandWarps * kRunRows) {
-        const bool has_lower = at + 8 < count;  // counts are multiples of 8
-        const u8* upper = weights + (at + g) * rank * 2;
-        const u8* lower = upper + 16 * rank;
-        float d[4] = {};
-#pragma unroll 2
+    for (int first = threadIdx.x / kWarp * kRunRows; first < count; first += kRuns * kApart) {
+        const u8* row = weights + (first + g) * rank * 2;
+        float d[kRuns][4] = {};
+#pragma unroll 1
         for (int k = 4 * c; k - 4 * c < rank; k += 16) {
-            const Pair a = read_row4<kAligned>(upper, k, rank);
-            Pair b = {};
-            if (has_lower) b = read_row4<kAligned>(lower, k, rank);
             const Pair high = *reinterpret_cast<const Pair*>(&tile.high[g][k]);
             const Pair low = *reinterpret_cast<const Pair*>(&tile.low[g][k]);
-            mma_bf16(d, a.x, b.x, a.y, b.y, high.x, high.y);
-            mma_bf16(d, a.x, b.x, a.y, b.y, low.x, low.y);
-        }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int token = 2 * c + j % 2, row = at + g + j / 2 * 8;
-            if (token < group.count && row < count) delta[token * stride + row] = d[j];
+            for (int i = 0; i < kRuns; ++i) {
+                if (first + i * kApart >= count) break;  // counts are multiples of 8
+                const Pair a = read_row4<kAligned>(row + i * kApart * rank * 2, k, rank);
+                Pair b = {};
+                if (first + i * kApart + 8 < count) b = read_row4<kAligned>(row + (i * kApart + 8) * rank * 2, k, rank);
+                mma_bf16(d[i], a.x, b.x, a.y, b.y, high.x, high.y);
+                mma_bf16(d[i], a.x, b.x, a.y, b.y, low.x, low.y);
+            }
+        }
+        if (2 * c >= group.count) continue;
+        float* to = delta + 2 * c * stride + first + g;
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i) {
+            if (first + i * kApart < count) to[i * kApart] = d[i][0];
+            if (first + i * kApart + 8 < count) to[i * kApart + 8] = d[i][2];
+            if (2 * c + 1 >= group.count) continue;
+            if (first + i * kApart < count) to[stride + i * kApart] = d[i][1];
+            if (first + i * kApart + 8 < count) to[stride + i * kApart + 8] = d[i][3];
         }
     }
 }
@@ -199,8 +209,7 @@ __device__ __forceinline__ void expand_item(const LoraTables& t, const OpEntry* 
 #endif
 }
 
-// Starts the copy of the weights of a run; before the first item, this goes ahead of everything that is waited for, and
-// for later items ahead of the pointwise half of the item before.
+// Starts the copy of the weights of a run: what a kernel does first with an item, before it waits for anything.
 __device__ __forceinline__ void begin_item(const LoraTables& t, const OpEntry* e, int slice, int n, int count, u8* weights,
                                            int bytes) {
 #ifndef LORAPLEX_FP32

@@ -5,7 +5,7 @@
 // Grid: any; CTAs stride over the items. Block: 4 warps of 16 tokens. bf16 only: mma.m16n8k16 with tokens as M, outputs
 // as N, rank as K; h split into high + low bf16 as in lora_expand.cuh, 64 rank rows at a time; B staged in shared memory
 // as it lies in its tile. Blocks of 32 outputs are numbered so that a lane ends with 8 neighbouring outputs of a token:
-// y is read and written as 16-byte vectors. Shared memory: 20 KiB of B + 20 KiB of h. Alignment: y rows on 16 bytes.
+// y is read and written as 16-byte vectors. Shared memory: 2 x 20 KiB of B (the next step's is on its way) + 20 KiB of h. Alignment: y rows on 16 bytes.
 // Registers: 3 CTAs of 128 threads per SM, hence at most 168. Architectures: sm_80 and up.
 // Source: Chen et al., arXiv:2310.18547 (Punica's SGMV).
 #include "lora_prefill.cuh"
@@ -33,17 +33,18 @@ struct Params {
 static_assert(sizeof(Params) == 120, "params.py mirrors it");
 
 struct Shared {
-    u16 weights[kOutputs][kRankBlock + kHPad];
+    u16 weights[2][kOutputs][kRankBlock + kHPad];
     u16 high[kTokens][kRankBlock + kHPad];
     u16 low[kTokens][kRankBlock + kHPad];
 };
+static_assert(sizeof(Shared) == SHARED_BYTES, "lora_prefill.py asks for it");
 
 // Columns [r, r + 64) of h of the item's tokens, planes summed in order, scaled, zero past the rank.
 __device__ __forceinline__ void stage_hidden(const Params& p, const Segment& item, const OpEntry& e, int slice, int first,
                                              int r, Shared& shared) {
-    const int padded = min(kRankBlock, (e.rank[slice] - r + 15) / 16 * 16);
-    for (int i = threadIdx.x; i < kTokens * padded; i += kThreads) {
-        const int t = i / padded, column = i % padded;
+    const int left = e.rank[slice] - r, shift = left > 32 ? 6 : left > 16 ? 5 : 4;  // columns: 64, 32 or 16
+    for (int i = threadIdx.x; i < kTokens << shift; i += kThreads) {
+        const int t = i >> shift, column = i & ((1 << shift) - 1);
         float v = 0.f;
         if (t < item.count && r + column < e.rank[slice]) {
             const float* from = p.h + static_cast<i64>(item.token_begin + t) * p.h_stride + first + r + column;
@@ -60,38 +61,37 @@ __device__ __forceinline__ void stage_hidden(const Params& p, const Segment& ite
     }
 }
 
-// Columns [r, r + 64) of outputs [n, n + 128) of a slice's B, zero past the rank and the outputs.
+// Starts the copy of columns [r, r + 64) of outputs [n, n + 128) of a slice's B, zero past the rank and the outputs.
 __device__ __forceinline__ void stage_weights(const Params& p, const OpEntry& e, int slice, int n, int outputs, int r,
-                                              Shared& shared) {
-    const int rank = e.rank[slice], vecs = min(kRankBlock, (rank - r + 15) / 16 * 16) / 8;
-    for (int i = threadIdx.x; i < kOutputs * vecs; i += kThreads) {
-        const int row = i / vecs, column = i % vecs * 8;
-        // Row 8 a + 2 j + b of a block of 32 goes where the mma for j reads its row 2 a + b.
-        const int at = row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2;
-        u16* to = &shared.weights[at][column];
-        Quad q = {};
-        if (n + row < outputs && r + column < rank) {
-            const int tile = (n + row) / e.b_step[slice];
-            const u8* from = p.lora.pool + p.lora.tiles[e.b_first[slice] + tile] +
-                             (static_cast<i64>(n + row - tile * e.b_step[slice]) * rank + r + column) * 2;
-            if (rank % 8 == 0) {
-                q = *reinterpret_cast<const Quad*>(from);
-            } else {
-                const u16* values = reinterpret_cast<const u16*>(from);
-                u32 pairs[4] = {};
+                                              u16 (&weights)[kOutputs][kRankBlock + kHPad]) {
+    const int rank = e.rank[slice], step = e.b_step[slice], column = threadIdx.x % (kRankBlock / 8) * 8;
+    const bool inside = column < (rank - r + 15) / 16 * 16;
+#pragma unroll 1
+    for (int half = 0; half < kOutputs; half += 64) {  // tiles end on multiples of 64 outputs
+        if (n + half >= outputs && half > 0) break;     // read by mma, but only into outputs that do not exist
+        const int tile = (n + half) / step;
+        const u8* base = p.lora.pool + p.lora.tiles[e.b_first[slice] + tile] +
+                         (static_cast<i64>(n + half - tile * step) * rank + r + column) * 2;
 #pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    if (r + column + j < rank) pairs[j / 2] |= static_cast<u32>(values[j]) << (j % 2 * 16);
-                }
-                q = Quad{pairs[0], pairs[1], pairs[2], pairs[3]};
+        for (int row = threadIdx.x / (kRankBlock / 8); row < 64; row += kThreads / (kRankBlock / 8)) {
+            // Row 8 a + 2 j + b of a block of 32 goes where the mma for j reads its row 2 a + b.
+            const int at = half + row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2;
+            const bool live = inside && n + half + row < outputs && r + column < rank;
+            const u8* from = live ? base + row * rank * 2 : p.lora.pool;
+            if (!inside) continue;
+            if (rank % 8 == 0) {
+                copy_async16(&weights[at][column], from, live);
+            } else {  // rows are not aligned: one by one
+                const u16* values = reinterpret_cast<const u16*>(from);
+                for (int j = 0; j < 8; ++j) weights[at][column + j] = live && r + column + j < rank ? values[j] : 0;
             }
         }
-        *reinterpret_cast<Quad*>(to) = q;
     }
+    copy_async_commit();
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 3) lora_prefill_expand(const Params p) {
-    __shared__ __align__(16) Shared shared;
+    LORAPLEX_SHARED(Shared, shared);
     allow_dependents();
     dependency_wait();
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
@@ -109,23 +109,46 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3) lora_prefill_expand(co
         const auto y_row = [&](int half, int n) {
             return p.y + (item.token_begin + warp * 16 + g + 8 * half) * p.y_stride + p.slice_begin[slice] + n + 8 * c;
         };
-        const int rank_blocks = (rank + kRankBlock - 1) / kRankBlock;
-        for (int n = run * kRun; n < min(outputs, (run + 1) * kRun); n += kOutputs) {
-            Vec y[2][kBlocks];
+        const auto is_live = [&](int half, int n) {
+            return warp * 16 + g + 8 * half < item.count && n + 8 * c < outputs;
+        };
+        const auto load_y = [&](int half, int n, Vec (&y)[kBlocks]) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
+            for (int o = 0; o < kBlocks; ++o) {
+                y[o] = Vec{};
+                if (is_live(half, n + o * 32)) y[o] = load_vec(y_row(half, n) + o * 32);
+            }
+        };
+        const auto add_to_y = [&](int half, int n, Vec (&y)[kBlocks], const float (&d)[kBlocks][4][4]) {
 #pragma unroll
-                for (int o = 0; o < kBlocks; ++o) {  // asked for now, needed last
-                    const int t = warp * 16 + g + 8 * half;
-                    y[half][o] = Vec{};
-                    if (t < item.count && n + o * 32 + 8 * c < outputs) y[half][o] = load_vec(y_row(half, n) + o * 32);
+            for (int o = 0; o < kBlocks; ++o) {
+                if (!is_live(half, n + o * 32)) continue;
+                u32* pairs = reinterpret_cast<u32*>(&y[o]);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    pairs[j] = pack_bf16(low_float(pairs[j]) + d[o][j][2 * half], high_float(pairs[j]) + d[o][j][2 * half + 1]);
                 }
+                store_vec(y_row(half, n) + o * 32, y[o]);
+            }
+        };
+        const int rank_blocks = (rank + kRankBlock - 1) / kRankBlock, stop = min(outputs, (run + 1) * kRun);
+        __syncthreads();  // the buffers are free again
+        stage_weights(p, e, slice, run * kRun, outputs, 0, shared.weights[0]);
+        int stage = 0;
+        for (int n = run * kRun; n < stop; n += kOutputs) {
+            Vec y[kBlocks];
+            load_y(0, n, y);  // asked for now, needed last
             float d[kBlocks][4][4] = {};
-            for (int block = 0; block < rank_blocks; ++block) {
-                __syncthreads();
-                if (rank_blocks > 1 || n == run * kRun) stage_hidden(p, item, e, slice, first, block * kRankBlock, shared);
-                stage_weights(p, e, slice, n, outputs, block * kRankBlock, shared);
-                __syncthreads();
+            for (int block = 0; block < rank_blocks; ++block, stage ^= 1) {
+                if (rank_blocks > 1 || n == run * kRun) {
+                    if (block > 0 || n > run * kRun) __syncthreads();  // h is done with by all
+                    stage_hidden(p, item, e, slice, first, block * kRankBlock, shared);
+                }
+                copy_async_wait<0>();
+                __syncthreads();  // this step's h and B have landed, and the other buffer is done with by all
+                const bool is_last_block = block + 1 == rank_blocks;
+                const int next_n = is_last_block ? n + kOutputs : n, next_r = is_last_block ? 0 : (block + 1) * kRankBlock;
+                if (next_n < stop) stage_weights(p, e, slice, next_n, outputs, next_r, shared.weights[stage ^ 1]);
                 const int columns = min(kRankBlock, rank - block * kRankBlock), t = warp * 16 + g;
 #pragma unroll 1
                 for (int k = 4 * c; k - 4 * c < columns; k += 16) {
@@ -137,23 +160,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3) lora_prefill_expand(co
                     for (int o = 0; o < kBlocks; ++o)
 #pragma unroll
                         for (int j = 0; j < 4; ++j) {
-                            const Pair b = *reinterpret_cast<const Pair*>(&shared.weights[o * 32 + j * 8 + g][k]);
+                            const Pair b = *reinterpret_cast<const Pair*>(&shared.weights[stage][o * 32 + j * 8 + g][k]);
                             mma_bf16(d[o][j], h0.x, h1.x, h0.y, h1.y, b.x, b.y);
                             mma_bf16(d[o][j], l0.x, l1.x, l0.y, l1.y, b.x, b.y);
                         }
                 }
             }
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int o = 0; o < kBlocks; ++o) {
-                    if (warp * 16 + g + 8 * half >= item.count || n + o * 32 + 8 * c >= outputs) continue;
-                    Vec& v = y[half][o];
-#pragma unroll
-                    for (int j = 0; j < 8; ++j) v.v[j] = from_float<elem>(to_float(v.v[j]) + d[o][j / 2][2 * half + j % 2]);
-                    store_vec(y_row(half, n) + o * 32, v);
-                }
+            add_to_y(0, n, y, d);
+            load_y(1, n, y);
+            add_to_y(1, n, y, d);
         }
-        __syncthreads();
     }
 }

@@ -33,18 +33,15 @@ extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_rope_kv(con
         const int slice = slice_of(p.expand, work.item.begin), n = work.item.begin - p.expand.slice_begin[slice];
         begin_item(p.lora, work.entry, slice, n, work.item.extent, shared.weights, kWeightBytes);
     };
-    Work work = {};
-    if (blockIdx.x < num_items) begin(work = fetch_work(p.lora, blockIdx.x));
     for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-        const Work next = fetch_work(p.lora, i + gridDim.x);
+        const Work work = fetch_work(p.lora, i);
+        begin(work);
         const Item& item = work.item;
         const Group& group = p.lora.groups[item.group];
         const int slice = slice_of(p.expand, item.begin), n = item.begin - p.expand.slice_begin[slice];
         dependency_wait();
-        if (next.entry) prefetch_l1(next.entry);
         expand_item(p.lora, work.entry, p.expand, group, slice, n, item.extent, shared.weights, kWeightBytes, shared.tile,
                     shared.delta, kStride);
-        if (i + gridDim.x < num_items) begin(next);
         const int run_heads = item.extent / kHeadDim;
         for (int unit = threadIdx.x / kWarp; unit < group.count * run_heads; unit += kExpandWarps) {
             const int which = unit / run_heads, token = group.tokens[which], local = unit % run_heads;
@@ -60,7 +57,6 @@ extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_rope_kv(con
             finish_head(p.rope, token, head, low, high);
         }
         __syncthreads();
-        work = next;
     }
     dependency_wait();
 }

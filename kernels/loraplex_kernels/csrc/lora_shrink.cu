@@ -78,14 +78,17 @@ __device__ __forceinline__ void warp_product(const Params& p, const OpEntry& e, 
 #else
     Quad a0[kSteps], a1[kSteps], x[kSteps];
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-        const int k = column + s * 32 + c * 8;
-        a0[s] = a1[s] = Quad{};
-        if (k < p.columns && upper) {
-            const u8* from = a_address(p.lora, e, row + g, k, p.columns);
-            const int width = min(e.a_step, p.columns - k / e.a_step * e.a_step);
+    for (int s = 0; s < kSteps; s += 2) {  // tiles end on multiples of 64 columns
+        const int k = column + s * 32;
+        a0[s] = a1[s] = a0[s + 1] = a1[s + 1] = Quad{};
+        if (k + c * 8 < p.columns && upper) {
+            const int tile = k / e.a_step, start = tile * e.a_step, width = min(e.a_step, p.columns - start);
+            const u8* from = p.lora.pool + p.lora.tiles[e.a_first + tile] + ((row + g) * width + k - start + c * 8) * 2;
+            const bool more = k + c * 8 + 32 < p.columns;
             a0[s] = load_weights16(from);
-            if (lower) a1[s] = load_weights16(from + static_cast<i64>(width) * 8 * sizeof(elem));
+            if (more) a0[s + 1] = load_weights16(from + 64);
+            if (lower) a1[s] = load_weights16(from + width * 16);
+            if (lower && more) a1[s + 1] = load_weights16(from + width * 16 + 64);
         }
     }
     dependency_wait();
@@ -108,13 +111,10 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) lora_shrink(cons
     allow_dependents();
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
     const int num_items = p.lora.range[1];
-    Work next = {};
-    if (blockIdx.x < num_items) next = fetch_work(p.lora, blockIdx.x);
     for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-        const Item item = next.item;
-        const OpEntry& e = *next.entry;
-        next = fetch_work(p.lora, i + gridDim.x);
-        prefetch_l1(next.entry);
+        const Work work = fetch_work(p.lora, i);
+        const Item& item = work.item;
+        const OpEntry& e = *work.entry;
         const Group& group = p.lora.groups[item.group];
         const int row = item.begin * kRows;
         if (row >= e.stacked_rank) continue;  // this layer's rank is below the adapter's largest

@@ -37,21 +37,19 @@ extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_silu_mul(co
         for (int slice = 0; slice < 2; ++slice)
             begin_item(p.lora, work.entry, slice, work.item.begin, work.item.extent, shared.weights[slice], kSliceBytes);
     };
-    Work work = {};
-    if (blockIdx.x < num_items) begin(work = fetch_work(p.lora, blockIdx.x));
     for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-        const Work next = fetch_work(p.lora, i + gridDim.x);
+        const Work work = fetch_work(p.lora, i);
+        begin(work);
         const Item& item = work.item;
         const Group& group = p.lora.groups[item.group];
         dependency_wait();
-        if (next.entry) prefetch_l1(next.entry);
         for (int slice = 0; slice < 2; ++slice)
             expand_item(p.lora, work.entry, p.expand, group, slice, item.begin, item.extent, shared.weights[slice],
                         kSliceBytes, shared.tile, shared.delta[slice], kStride);
-        if (i + gridDim.x < num_items) begin(next);
         const int vectors = item.extent / kVec;
-        for (int v = threadIdx.x; v < group.count * vectors; v += kExpandThreads) {
-            const int token = v / vectors, n = v % vectors * kVec;
+        const int n = threadIdx.x % (kRun / kVec) * kVec;
+        for (int token = threadIdx.x / (kRun / kVec); token < group.count; token += kExpandThreads / (kRun / kVec)) {
+            if (n >= vectors * kVec) break;
             const elem* from = p.gate_up + static_cast<i64>(group.tokens[token]) * 2 * p.width + item.begin + n;
             const Vec gate = load_vec(from), up = load_vec(from + p.width);
             Vec out;
@@ -64,7 +62,6 @@ extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_silu_mul(co
             store_vec(p.out + static_cast<i64>(group.tokens[token]) * p.width + item.begin + n, out);
         }
         __syncthreads();
-        work = next;
     }
     dependency_wait();
 }

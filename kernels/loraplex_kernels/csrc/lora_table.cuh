@@ -62,13 +62,12 @@ __device__ __forceinline__ const u8* b_address(const LoraTables& t, const OpEntr
     return t.pool + t.tiles[e.b_first[slice] + tile] + row * e.rank[slice] * static_cast<i64>(sizeof(elem));
 }
 
-// An item and what it names; fetched while the item before it is computed.
+// An item and the table entry it names.
 struct Work {
     Item item;
     const OpEntry* entry;  // null: adapter -1
 };
 __device__ __forceinline__ Work fetch_work(const LoraTables& t, int i) {
-    const int index = min(i, t.range[1] - 1);
-    const Item item = t.items[t.range[0] + index];
+    const Item item = t.items[t.range[0] + i];
     return {item, item.adapter < 0 ? nullptr : &t.entries[item.adapter * t.entry_stride]};
 }
