@@ -32,7 +32,7 @@ _numbers = itertools.count()
 
 @pytest.fixture
 async def client(tiny_stack: Stack) -> AsyncIterator[AsyncClient]:
-    await import_all(tiny_stack)
+    import_all(tiny_stack)
     client = tiny_stack.client()
     yield client
     await client.close()
@@ -80,7 +80,7 @@ async def test_every_adapter_answers_differently_and_in_its_own_way_in_a_batch(c
 async def test_a_stream_is_started_chunks_finished_and_says_which_revision(
     tiny_stack: Stack, client: AsyncClient
 ) -> None:
-    revisions = await import_all(tiny_stack)
+    revisions = import_all(tiny_stack)
 
     events = [event async for event in start(client, "tiny-b", 6)]
 

@@ -39,7 +39,7 @@ def fragile_stack(tiny_world: tuple[Path, Path], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 async def client(fragile_stack: Stack) -> AsyncIterator[AsyncClient]:
-    await import_all(fragile_stack)
+    import_all(fragile_stack)
     client = fragile_stack.client()
     yield client
     await client.close()

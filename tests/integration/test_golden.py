@@ -26,7 +26,7 @@ SMALL_ARENA = "30MiB"
 
 @pytest.fixture
 async def client(smol_stack: Stack) -> AsyncIterator[AsyncClient]:
-    await import_all(smol_stack)
+    import_all(smol_stack)
     client = smol_stack.client()
     yield client
     await client.close()
@@ -74,7 +74,7 @@ async def test_order_and_mixture_change_no_token(smol_stack: Stack, client: Asyn
 async def test_evictions_and_preemptions_in_between_change_no_token(tmp_path: Path) -> None:
     flags = StackFlags(engine=("--pool-bytes", SMALL_POOL, "--arena-bytes", SMALL_ARENA, "--max-num-seqs", "16"))
     with running_stack(tmp_path, smol_model(), DEMO_DIR / "adapters", flags) as stack:
-        await import_all(stack)
+        import_all(stack)
         client = stack.client()
 
         cases = golden_cases()

@@ -55,6 +55,18 @@ class Outcome:
             self.has_tokens.set()
 
 
+def make_submit(slot: int, prompt: Sequence[int], max_new_tokens: int, **fields: Any) -> engine_pb2.Submit:
+    """Return a greedy request that runs to its length; ``fields`` replace the defaults."""
+    defaults: dict[str, Any] = {
+        "request_id": f"r-{slot}",
+        "slot": slot,
+        "prompt_token_ids": prompt,
+        "sampling": gateway_pb2.SamplingParams(temperature=0.0, seed=0),
+        "stopping": gateway_pb2.StoppingParams(max_new_tokens=max_new_tokens, ignore_eos=True),
+    }
+    return engine_pb2.Submit(**(defaults | fields))
+
+
 class EngineSessionClient:
     """A session; use it as an async context manager.
 
@@ -95,15 +107,17 @@ class EngineSessionClient:
     async def submit(self, slot: int, prompt: Sequence[int], max_new_tokens: int = 8, **fields: Any) -> Outcome:
         """Submit a greedy request; ``fields`` are those of `Submit`, and replace the defaults."""
         outcome = self.outcomes[slot] = Outcome()
-        defaults: dict[str, Any] = {
-            "request_id": f"r-{slot}",
-            "slot": slot,
-            "prompt_token_ids": prompt,
-            "sampling": gateway_pb2.SamplingParams(temperature=0.0, seed=0),
-            "stopping": gateway_pb2.StoppingParams(max_new_tokens=max_new_tokens, ignore_eos=True),
-        }
-        await self.send(engine_pb2.SessionRequest(submits=[engine_pb2.Submit(**(defaults | fields))]))
+        submit = make_submit(slot, prompt, max_new_tokens, **fields)
+        await self.send(engine_pb2.SessionRequest(submits=[submit]))
         return outcome
+
+    async def submit_many(self, slots: Sequence[int], prompt: Sequence[int], max_new_tokens: int) -> list[Outcome]:
+        """Submit one greedy request per slot, all in one message."""
+        outcomes = [Outcome() for _ in slots]
+        self.outcomes.update(zip(slots, outcomes, strict=True))
+        submits = [make_submit(slot, prompt, max_new_tokens) for slot in slots]
+        await self.send(engine_pb2.SessionRequest(submits=submits))
+        return outcomes
 
     async def abort(self, slot: int) -> None:
         """Ask for a request's end."""
@@ -111,18 +125,25 @@ class EngineSessionClient:
 
     async def finish(self, outcome: Outcome, timeout_s: float = 30.0) -> list[int]:
         """Wait for a request's normal end and return its tokens."""
-        await asyncio.wait_for(outcome.ended.wait(), timeout_s)
+        await self._end_of(outcome, timeout_s)
         assert outcome.error is None, f"request failed: {outcome.error}"
         return outcome.token_ids
 
     async def fail(self, outcome: Outcome, timeout_s: float = 30.0) -> LoraplexError:
         """Wait for a request's failure and return it."""
-        await asyncio.wait_for(outcome.ended.wait(), timeout_s)
+        await self._end_of(outcome, timeout_s)
         return outcome.failure
 
     async def close_input(self) -> None:
         """Say that no more requests come."""
         await self._call.done_writing()
+
+    async def _end_of(self, outcome: Outcome, timeout_s: float) -> None:
+        waiters = [asyncio.create_task(event.wait()) for event in (outcome.ended, self.is_over)]
+        await asyncio.wait(waiters, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in waiters:
+            waiter.cancel()
+        assert outcome.ended.is_set(), f"no end after {timeout_s} s; session: {self.failure}"
 
     async def _read(self) -> None:
         try:
@@ -133,7 +154,8 @@ class EngineSessionClient:
             self.failure = error
         except asyncio.CancelledError:
             pass  # the call was cancelled by __aexit__
-        self.is_over.set()
+        finally:
+            self.is_over.set()
 
     def _take(self, message: engine_pb2.SessionResponse) -> None:
         if message.residency.snapshot:

@@ -45,13 +45,21 @@ async def greedy_all(client: AsyncClient, adapters: Sequence[str | None], max_ne
     return await asyncio.gather(*(greedy(client, adapter, max_new_tokens) for adapter in adapters))
 
 
-@asynccontextmanager
-async def undisturbed(client: AsyncClient, adapter: str | None, max_new_tokens: int = 120) -> AsyncIterator[None]:
-    """Run a generation beside the block, and check that it gives what it gave alone."""
-    alone = await greedy(client, adapter, max_new_tokens)
-    beside = asyncio.create_task(greedy(client, adapter, max_new_tokens))
-    try:
-        yield
-        assert await beside == alone
-    finally:
-        beside.cancel()
+class Neighbour:
+    """A generation whose tokens are known, run again and again beside others."""
+
+    def __init__(self, adapter: str | None, max_new_tokens: int = 60) -> None:
+        self._adapter = adapter
+        self._max_new_tokens = max_new_tokens
+        self._alone: list[int] = []
+
+    @asynccontextmanager
+    async def undisturbed(self, client: AsyncClient) -> AsyncIterator[None]:
+        """Run it beside the block, and check that it gives what it gave alone."""
+        self._alone = self._alone or await greedy(client, self._adapter, self._max_new_tokens)
+        beside = asyncio.create_task(greedy(client, self._adapter, self._max_new_tokens))
+        try:
+            yield
+            assert await beside == self._alone
+        finally:
+            beside.cancel()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from loraplex_client import demo
+from loraplex_client import Client, demo
 from support.adapters import Recipe, write_adapter
 from support.base_models import TinyBase, write_base_model
 from support.stack import Stack, StackFlags, running_stack
@@ -34,15 +34,11 @@ def write_tiny_world(directory: Path) -> tuple[Path, Path]:
     return model, directory / "adapters"
 
 
-async def import_all(stack: Stack) -> dict[str, str]:
+def import_all(stack: Stack) -> dict[str, str]:
     """Import every adapter below the import root under its directory's name; return name -> revision."""
-    client = stack.client()
-    try:
-        found = sorted(path for path in stack.import_root.iterdir() if (path / "adapter_config.json").exists())
-        results = {path.name: await client.adapters.import_directory(path.name, path) for path in found}
-    finally:
-        await client.close()
-    return {name: result.revision.digest for name, result in results.items()}
+    found = sorted(path for path in stack.import_root.iterdir() if (path / "adapter_config.json").exists())
+    with Client(stack.gateway.grpc, store_target=stack.store.grpc) as client:
+        return {path.name: client.adapters.import_directory(path.name, path).revision.digest for path in found}
 
 
 @pytest.fixture(scope="session")
