@@ -76,11 +76,6 @@ class RunningBatch:
         """A copy, by admission."""
         return list(self._requests)
 
-    @property
-    def latest(self) -> Request:
-        """The request admitted last: the first to be preempted."""
-        return self._requests[-1]
-
     def at(self, slot: int) -> Request:
         """Return a slot's occupant."""
         return self._by_slot[slot]

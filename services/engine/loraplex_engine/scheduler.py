@@ -258,7 +258,7 @@ class Scheduler:
                 break
             room = self._cache.reclaim(needed, lambda digest: digest != self._admission.reserving_digest)
             if room is Room.NO:
-                self._book.preempt(self.batch.latest)
+                self._book.preempt(self._victim())
                 rows = state.rows_to_decode(self.batch.rows)
             elif room is Room.SOON:
                 stalled = np.flatnonzero(crossing)[self._pool.num_free :]
@@ -269,6 +269,15 @@ class Scheduler:
             growing = rows[crossing]
             state.append_blocks(growing, self._pool.allocate(needed, PageOwner.KV))
         return rows
+
+    def _victim(self) -> Request:
+        """Return the request admitted last, sparing those whose adapter drains: it might not come again for them."""
+        requests = self.batch.requests
+        for request in reversed(requests):
+            digest = request.adapter_digest
+            if digest is None or self._cache.state_of(digest) is not ResidencyState.DRAINING:
+                return request
+        return requests[-1]
 
     def update(self, result: StepResult) -> None:
         """Take in what the oldest plan in flight drew; news is in `take_outputs`.

@@ -537,3 +537,23 @@ def test_while_pages_are_reserved_adapters_are_still_asked_for() -> None:
     rig.deliver("a")
     rig.run()
     rig.check_finished()
+
+
+def test_a_request_whose_adapter_was_deleted_is_preempted_last() -> None:
+    rig = Rig(num_pages=7, block_tokens=4)
+    plain = rig.submit(make_submission(slot=0, max_new_tokens=13))
+    rig.turn()
+    adapted = rig.submit(make_submission(slot=1, adapter="a", max_new_tokens=13))
+    rig.deliver("a")
+    while not adapted.tokens:
+        rig.turn()
+
+    rig.cache.drop("a")
+    while rig.scheduler.counters.num_preemptions == 0:
+        rig.turn()
+
+    assert [r.submission.session_slot for r in rig.scheduler.batch.requests] == [1]
+    rig.run()
+    assert plain.tokens == solo(plain.submission, 13)
+    assert adapted.tokens == solo(adapted.submission, 13)
+    assert rig.cache.statuses() == []
