@@ -28,6 +28,7 @@ from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
     from loraplex_adapter_store.service import RunningStore
     from loraplex_common.valkey import EmbeddedValkey
@@ -319,7 +320,7 @@ async def test_a_bad_hello_is_refused(
     peer.close()
 
 
-async def test_images_in_memory_are_served_while_valkey_is_down(tmp_path, base: BaseModelInfo) -> None:  # type: ignore[no-untyped-def]
+async def test_images_in_memory_are_served_while_valkey_is_down(tmp_path: Path, base: BaseModelInfo) -> None:
     with running_server(tmp_path) as server:
         async with running_rig(store_config(server.url)) as (_, client):
             warm = (await client.upload_recipe("warm", Recipe(seed=1))).revision.revision

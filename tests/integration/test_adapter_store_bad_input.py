@@ -89,12 +89,13 @@ async def test_an_unknown_base_model_is_not_found(client: StoreClient) -> None:
 
 @pytest.mark.parametrize("name", ["use_dora", "lora_bias", "modules_to_save", "some_new_thing"])
 async def test_an_unserved_setting_is_refused_by_name(client: StoreClient, name: str) -> None:
+    value: Any = ["x"] if name == "modules_to_save" else True
     with refused(AdapterIncompatibleError, name):
-        await client.upload("a", files(**{name: ["x"] if name == "modules_to_save" else True}))
+        await client.upload("a", files(None, **{name: value}))
 
 
 async def test_an_unserved_peft_type_is_refused_by_name(client: StoreClient) -> None:
-    with refused(AdapterIncompatibleError, "peft_type \"IA3\""):
+    with refused(AdapterIncompatibleError, 'peft_type "IA3"'):
         await client.upload("a", files(peft_type="IA3"))
 
 

@@ -50,7 +50,9 @@ async def import_from(client: StoreClient, **fields: Any) -> pb.ImportAdapterRes
         subfolder=fields.pop("subfolder", ""),
     )
     with translated():
-        return await client.wait(await client.stub.ImportAdapter(pb.ImportAdapterRequest(name="a", hf=source, **fields)))
+        return await client.wait(
+            await client.stub.ImportAdapter(pb.ImportAdapterRequest(name="a", hf=source, **fields))
+        )
 
 
 async def test_only_the_files_of_the_allow_list_are_fetched(server: EmbeddedValkey) -> None:

@@ -213,35 +213,38 @@ async def test_a_revision_that_another_name_has_survives_a_deletion(client: Stor
 
 async def test_an_adapter_that_requests_lease_is_deleted_only_by_force(client: StoreClient, redis_url: str) -> None:
     digest = (await client.upload_recipe("a")).revision.revision
-    async with running_rig(store_config(redis_url)) as (_, other):  # the engine is attached to another replica
-        async with attached_peer(other.channel, load_base_model(tiny_base_dir())) as peer:
-            peer.want(digest)
-            await peer.image(digest)
-            peer.report(digest, adapter_pb2.TIER_DEVICE, num_leases=2)
-            await peer.received("ack", count=2)
-            with refused(AdapterInUseError, "2 running requests"):
-                await delete(other, "a")
+    base = load_base_model(tiny_base_dir())
+    async with (
+        running_rig(store_config(redis_url)) as (_, other),  # the engine is attached to another replica
+        attached_peer(other.channel, base) as peer,
+    ):
+        peer.want(digest)
+        await peer.image(digest)
+        peer.report(digest, adapter_pb2.TIER_DEVICE, num_leases=2)
+        await peer.received("ack", count=2)
+        with refused(AdapterInUseError, "2 running requests"):
+            await delete(other, "a")
 
-            valkey = connect(redis_url)
+        valkey = connect(redis_url)
 
-            async def is_published() -> bool:
-                return await valkey.hget(f"loraplex:store:held:{peer.engine_id}", digest) == b"2"
+        async def is_published() -> bool:
+            return await valkey.hget(f"loraplex:store:held:{peer.engine_id}", digest) == b"2"
 
-            await eventually(is_published)
-            with refused(AdapterInUseError, "2 running requests"):
-                await delete(client, "a")
+        await eventually(is_published)
+        with refused(AdapterInUseError, "2 running requests"):
+            await delete(client, "a")
 
-            await delete(client, "a", force=True)
+        await delete(client, "a", force=True)
 
-            assert (await peer.received("drop")).digest == digest
-            assert await valkey.exists(f"a:{{{digest}}}:m"), "held by an engine: kept"
-            peer.report(digest, adapter_pb2.TIER_STORE)
+        assert (await peer.received("drop")).digest == digest
+        assert await valkey.exists(f"a:{{{digest}}}:m"), "held by an engine: kept"
+        peer.report(digest, adapter_pb2.TIER_STORE)
 
-            async def is_gone() -> bool:
-                return not await valkey.exists(f"a:{{{digest}}}:m")
+        async def is_gone() -> bool:
+            return not await valkey.exists(f"a:{{{digest}}}:m")
 
-            await eventually(is_gone)
-            await valkey.aclose()
+        await eventually(is_gone)
+        await valkey.aclose()
 
 
 async def test_a_repeated_call_changes_nothing(client: StoreClient, tmp_path: Path) -> None:

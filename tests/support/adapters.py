@@ -6,15 +6,17 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from loraplex_common.adapter_image import PROJECTIONS
 from loraplex_common.base_model import BaseModelInfo, load_base_model
-from numpy.typing import NDArray
-
 from support.safetensors_files import safetensors_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
 
 BLOCKS = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in PROJECTIONS}
 

@@ -37,15 +37,19 @@ class HubDouble:
         if self.token is not None and authorization != f"Bearer {self.token}":
             return 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b"{}"
         if path.startswith("/api/models/"):
-            if path.removeprefix("/api/models/").split("/revision/")[0] != self.repo:
+            if not path.startswith(f"/api/models/{self.repo}/"):
                 return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
-            return self._info(path)
+            return self._tree() if path.endswith(f"/tree/{self.commit}") else self._info(path)
         prefix = f"/{self.repo}/resolve/{self.commit}/"
         if path.startswith(prefix) and path.removeprefix(prefix) in self.files:
             data = self.files[path.removeprefix(prefix)]
             headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": self.commit}
             return 200, headers, data
         return 404, {"X-Error-Code": "EntryNotFound"}, b""
+
+    def _tree(self) -> tuple[int, dict[str, str], bytes]:
+        files = [{"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in self.files.items()]
+        return 200, {"Content-Type": "application/json"}, json.dumps(files).encode()
 
     def _info(self, path: str) -> tuple[int, dict[str, str], bytes]:
         if not path.endswith(f"/revision/{self.commit}"):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from loraplex_common.adapter_image import to_bfloat16
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

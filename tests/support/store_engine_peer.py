@@ -14,12 +14,12 @@ import crc32c
 import numpy as np
 from loraplex.v1 import adapter_pb2, adapter_store_pb2_grpc
 from loraplex.v1 import adapter_store_pb2 as pb
-from loraplex_common.adapter_image import Geometry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     import grpc
+    from loraplex_common.adapter_image import Geometry
     from loraplex_common.base_model import BaseModelInfo
     from numpy.typing import NDArray
 

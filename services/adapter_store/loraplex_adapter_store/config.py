@@ -18,7 +18,7 @@ class StoreConfig:
     model: tuple[Path, ...] = setting(help="base model directory in Hugging Face layout; repeat for several")
     served_model_name: str | None = setting(None, help="name of the first base model (default: its directory's)")
     model_alias: tuple[str, ...] = setting((), help="further name of the first base model, e.g. its hub id; repeatable")
-    redis_url: str = setting(help="Valkey or Redis, e.g. redis://127.0.0.1:6379/0 or unix:///path")
+    redis_url: str = setting(help="Valkey or Redis, e.g. redis://127.0.0.1:6379/0 or unix:///path", is_secret=True)
     import_root: tuple[Path, ...] = setting((), help="directory below which file: imports are allowed; repeatable")
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
     max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from typing import Any
 
@@ -89,7 +90,5 @@ def test_every_truncation_is_refused() -> None:
 def test_any_changed_byte_is_read_or_refused_but_never_crashes(position: int, value: int) -> None:
     data = bytearray(safetensors_bytes({"a": np.ones((2, 2), dtype=np.float32)}, "float32"))
     data[position % len(data)] = value
-    try:
+    with contextlib.suppress(AdapterCorruptUploadError, AdapterIncompatibleError):
         read_tensors(data, file="x")
-    except (AdapterCorruptUploadError, AdapterIncompatibleError):
-        pass
