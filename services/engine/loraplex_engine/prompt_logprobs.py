@@ -66,7 +66,9 @@ class PromptLogprobTracker:
 
     def _entries(self, states: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []
-        for part, wanted in zip(torch.split(states, CHUNK_POSITIONS), torch.split(targets, CHUNK_POSITIONS), strict=True):
+        for part, wanted in zip(
+            torch.split(states, CHUNK_POSITIONS), torch.split(targets, CHUNK_POSITIONS), strict=True
+        ):
             count = part.shape[0]
             if count == 0:
                 continue
