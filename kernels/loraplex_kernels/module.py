@@ -44,12 +44,24 @@ class Kernel(Generic[P]):
         params: Set its fields, then call `launch`.
     """
 
-    __slots__ = ("_args", "_args_address", "_block", "_config", "_function", "_module", "_streams", "name", "params")
+    __slots__ = (
+        "_args",
+        "_args_address",
+        "_block",
+        "_config",
+        "_device_index",
+        "_function",
+        "_module",
+        "_streams",
+        "name",
+        "params",
+    )
 
     def __init__(self, name: str, image: bytes, params: P, block: int, shared_bytes: int, *, dependent: bool) -> None:
         self.name = name
         self.params = params
         self._block = block
+        self._device_index = torch.cuda.current_device()
         self._args = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         self._args_address = ctypes.addressof(self._args)
         self._streams: dict[int, Any] = {}
@@ -91,7 +103,7 @@ class Kernel(Generic[P]):
         """
         if x * y * z == 0:
             return
-        raw = torch.cuda.current_stream().cuda_stream if stream is None else stream
+        raw = torch._C._cuda_getCurrentRawStream(self._device_index) if stream is None else stream
         handle = self._streams.get(raw)
         if handle is None:
             handle = self._streams[raw] = driver.CUstream(raw)
@@ -131,6 +143,7 @@ class KernelLibrary:
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"kernels compute in bfloat16 or float32, not {dtype}")
         self.device = device
+        self._device_index = device.index if device.index is not None else torch.cuda.current_device()
         self.dtype = dtype
         self.arch = arch or device_arch(device)
         self.dependent = dependent
@@ -159,10 +172,17 @@ class KernelLibrary:
         Raises:
             ValueError: Naming the tensor and what was expected.
         """
-        fits = len(shape) == tensor.dim() and all(
-            want in (-1, size) for want, size in zip(shape, tensor.shape, strict=True)
-        )
-        if not fits or tensor.dtype != dtype or tensor.device != self.device or not tensor.is_contiguous():
+        # On every launch's path: the cheapest tests that say no, and no temporary objects.
+        fits = tensor.dtype is dtype and tensor.is_contiguous() and tensor.get_device() == self._device_index
+        actual = tensor.shape
+        if fits and len(actual) == len(shape):
+            for want, size in zip(shape, actual):  # noqa: B905  the lengths are equal; strict costs time
+                if want not in (-1, size):
+                    fits = False
+                    break
+        else:
+            fits = False
+        if not fits:
             raise ValueError(
                 f"{name}: expected contiguous {dtype} {list(shape)} on {self.device}, "
                 f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"

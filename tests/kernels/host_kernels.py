@@ -83,6 +83,7 @@ class HostLibrary(KernelLibrary):
     def __init__(self, dtype: torch.dtype, directory: Path, scratch: Path) -> None:
         self.device, self.dtype, self.arch, self.dependent = torch.device("cpu"), dtype, "host", False
         self._directory, self.scratch = directory, scratch
+        self._device_index = -1
         self._tensors: list[torch.Tensor] = []
 
     def load(self, name: str, params: Any, block: int, *, defines: Sequence[str] = (), shared_bytes: int = 0) -> Any:
