@@ -4,12 +4,10 @@
 #include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <vector>
 
 #define LORAPLEX_HOST 1
@@ -47,7 +45,7 @@ inline Barrier block_barrier;
 inline std::vector<Barrier> warp_barriers;
 inline std::vector<unsigned> warp_live;
 inline std::vector<unsigned> slots;
-inline std::function<void()> body;
+inline void (*body)();
 inline unsigned long progress;
 
 inline void yield() {
@@ -144,5 +142,7 @@ inline float __uint_as_float(unsigned v) { float f; std::memcpy(&f, &v, 4); retu
 inline unsigned __float_as_uint(float v) { unsigned u; std::memcpy(&u, &v, 4); return u; }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 inline float __expf(float v) { return std::exp(v); }
-using std::max;
-using std::min;
+template <class T>
+inline T max(T a, T b) { return a < b ? b : a; }
+template <class T>
+inline T min(T a, T b) { return b < a ? b : a; }

@@ -22,15 +22,13 @@ from loraplex_kernels.tables import AdapterTables
 
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
-DTYPES = [torch.float32, torch.bfloat16]
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", [64, 576])
+@pytest.mark.parametrize(("hidden", "dtype"), [(64, torch.float32), (576, torch.bfloat16)])
 def test_rms_norm_adds_the_residual_and_norms(host_library: MakeHostLibrary, dtype: torch.dtype, hidden: int) -> None:
     library, generator = host_library(dtype), torch.Generator().manual_seed(hidden)
     x, residual = (torch.randn(3, hidden, generator=generator).to(dtype) for _ in range(2))
@@ -53,8 +51,8 @@ def test_rms_norm_of_chosen_rows_leaves_the_residual_alone(host_library: MakeHos
     assert torch.equal(residual, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_mul(host_library: MakeHostLibrary, dtype: torch.dtype) -> None:
+def test_silu_mul(host_library: MakeHostLibrary) -> None:
+    dtype = torch.bfloat16
     gate_up, out = (torch.randn(3, 2 * 136) * 3).to(dtype), poisoned(3, 136, dtype=dtype)
 
     SiluMul(host_library(dtype), 136).launch(gate_up, out)
