@@ -67,7 +67,7 @@ class EngineSession:
         self._free_slots: list[int] = []
         self._num_slots = 0
         self._submits: dict[int, engine_pb2.Submit] = {}
-        self._aborts: list[int] = []
+        self._aborts: dict[int, None] = {}  # slots to abort, in order
         self._has_outgoing = asyncio.Event()
 
     @property
@@ -129,7 +129,7 @@ class EngineSession:
             self._free_slots.append(slot)  # the engine has never heard of it
             return
         self._aborting.add(slot)
-        self._aborts.append(slot)
+        self._aborts[slot] = None
         self._has_outgoing.set()
 
     async def run(self) -> None:
@@ -250,6 +250,8 @@ class EngineSession:
             self._free_slots.append(output.slot)
         elif output.slot in self._aborting:
             self._aborting.remove(output.slot)
+            # Sent now, it would hit whoever gets the slot next: an engine reads a message's submits before its aborts.
+            self._aborts.pop(output.slot, None)
             self._free_slots.append(output.slot)
 
     def _update_residency(self, delta: engine_pb2.ResidencyDelta) -> None:
@@ -275,7 +277,7 @@ class EngineSession:
         self._tickets, self._digests, self._aborting = {}, {}, set()
         self._digest_uses.clear()
         self._free_slots, self._num_slots = [], 0
-        self._submits, self._aborts = {}, []
+        self._submits, self._aborts = {}, {}
         self._has_outgoing.clear()
         self.resident.clear()
         self._load, self._in_flight_at_report = engine_pb2.LoadReport(), 0

@@ -1,0 +1,65 @@
+"""One session's bookkeeping, without a connection."""
+
+from __future__ import annotations
+
+from loraplex.v1 import engine_pb2, gateway_pb2
+from loraplex_common.registry import EngineRecord
+from loraplex_gateway.engine_session import EngineSession
+from loraplex_gateway.engine_wire import Submission
+from loraplex_gateway.types import Priority, Sampling, Stopping
+
+RECORD = EngineRecord(
+    engine_id="e1",
+    target="127.0.0.1:1",
+    base_model="tiny",
+    base_fingerprint="00" * 32,
+    max_model_len=512,
+    vocab_size=384,
+    num_pages=64,
+    block_tokens=16,
+    page_bytes=65536,
+    max_image_pages=32,
+)
+
+
+def open_session() -> EngineSession:
+    session = EngineSession(RECORD, gateway_id="g", token_text=str, max_buffered_tokens=100, on_change=lambda: None)
+    session._receive(engine_pb2.SessionResponse())
+    return session
+
+
+def submission(request_id: str) -> Submission:
+    return Submission(
+        request_id=request_id, prompt_ids=(1,), sampling=Sampling(), stopping=Stopping(), priority=Priority.NORMAL
+    )
+
+
+def end_of(slot: int) -> engine_pb2.SessionResponse:
+    finish = engine_pb2.EngineFinish(finish_reason=gateway_pb2.FINISH_REASON_STOP)
+    return engine_pb2.SessionResponse(outputs=[engine_pb2.Output(slot=slot, finish=finish)])
+
+
+async def test_an_abort_that_came_too_late_does_not_hit_the_slots_next_request() -> None:
+    session = open_session()
+    first = session.submit(submission("first"))
+    session._next_batch()
+    session.release(first)  # the abort waits behind a pending write ...
+    session._receive(end_of(first.slot))  # ... while the request ends by itself
+
+    second = session.submit(submission("second"))
+    batch = session._next_batch()
+
+    assert second.slot == first.slot
+    assert batch is not None
+    assert [submit.request_id for submit in batch.submits] == ["second"]
+    assert list(batch.aborts) == []
+    session.check_integrity()
+
+
+async def test_a_request_that_the_engine_never_heard_of_is_not_aborted_there() -> None:
+    session = open_session()
+
+    session.release(session.submit(submission("gone")))
+
+    assert session._next_batch() is None
+    session.check_integrity()
