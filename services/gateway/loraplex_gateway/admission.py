@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
+import bisect
 import itertools
 from typing import TYPE_CHECKING, Final
 
@@ -72,8 +72,7 @@ class AdmissionController:
         self._max_queued = max_queued
         self._clock = clock
         self._running: set[Place] = set()
-        self._waiting: set[Place] = set()
-        self._queue: list[Place] = []  # heap; places that left stay in it until they come up
+        self._waiting: list[Place] = []  # in the order in which they will be admitted
         self._numbers = itertools.count()
         self._service_time_s = FIRST_SERVICE_TIME_S
         self._is_draining = False
@@ -123,8 +122,7 @@ class AdmissionController:
         """
         self.check_room()
         place = Place(self, priority, next(self._numbers))
-        self._waiting.add(place)
-        heapq.heappush(self._queue, place)
+        bisect.insort(self._waiting, place)
         self._admit()
         return place
 
@@ -135,8 +133,8 @@ class AdmissionController:
             service_time_s = self._clock() - place.admitted_at
             self._service_time_s += SMOOTHING * (service_time_s - self._service_time_s)
             self._admit()
-        else:
-            self._waiting.discard(place)
+        elif (index := self.position(place)) < len(self._waiting) and self._waiting[index] is place:
+            del self._waiting[index]
 
     def is_running(self, place: Place) -> bool:
         """Return whether a place is among the running ones."""
@@ -144,7 +142,7 @@ class AdmissionController:
 
     def position(self, place: Place) -> int:
         """Return how many wait ahead of a place."""
-        return sum(other < place for other in self._waiting)
+        return bisect.bisect_left(self._waiting, place)
 
     def estimate_s(self, position: int) -> float:
         """Return the expected time until the request at a position of the queue runs."""
@@ -166,10 +164,7 @@ class AdmissionController:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_concurrent:
-            place = heapq.heappop(self._queue)
-            if place not in self._waiting:
-                continue
-            self._waiting.remove(place)
+            place = self._waiting.pop(0)
             place.admitted_at = self._clock()
             self._running.add(place)
             if not place.admitted.done():

@@ -84,6 +84,16 @@ async def test_a_draining_controller_admits_nobody_new_but_everybody_who_waits()
     assert waiting.is_admitted
 
 
+async def test_positions_close_up_when_somebody_gives_up() -> None:
+    controller = make(1, 9)
+    controller.enter(Priority.NORMAL)
+    first, second, third = (controller.enter(Priority.NORMAL) for _ in range(3))
+
+    second.leave()
+
+    assert (first.position, third.position) == (0, 1)
+
+
 async def test_the_estimate_follows_the_service_time() -> None:
     clock = Clock()
     controller = AdmissionController(max_concurrent=1, max_queued=9, clock=clock)
