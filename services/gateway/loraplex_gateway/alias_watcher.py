@@ -34,23 +34,23 @@ class AliasWatcher:
     def __init__(self, channel: grpc.aio.Channel, table: NameTable) -> None:
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
         self._table = table
+        self._backoff_s = FIRST_BACKOFF_S
 
     async def run(self) -> None:
         """Follow the store for ever."""
-        backoff_s = FIRST_BACKOFF_S
         while True:
             try:
                 await self._follow()
-                backoff_s = FIRST_BACKOFF_S  # the store closed the stream in good order
             except grpc.aio.AioRpcError as error:
                 _log.warning("lost the adapter store; names stay as last known", cause=error.details())
-            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
-            backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+            await asyncio.sleep(self._backoff_s * random.uniform(0.5, 1.0))
+            self._backoff_s = min(self._backoff_s * 2, MAX_BACKOFF_S)
 
     async def _follow(self) -> None:
         staged: list[AdapterEntry] | None = None
         request = adapter_store_pb2.WatchAliasesRequest(start_sequence=0)
         async for response in self._stub.WatchAliases(request, wait_for_ready=True):
+            self._backoff_s = FIRST_BACKOFF_S
             entries = [_entry(entry) for entry in response.entries]
             if response.snapshot_start:
                 staged = []
