@@ -6,7 +6,7 @@ import base64
 import binascii
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import InvalidParameterError
+from loraplex_common.errors import InvalidParameterError, ModelNotFoundError
 from loraplex_common.ids import DEFAULT_LABEL
 
 from loraplex_gateway.preparation import NAME_PATIENCE_S
@@ -63,14 +63,19 @@ class ModelListing:
 
         Raises:
             AdapterNotFoundError: And the other refusals of `NameTable.resolve`.
+            ModelNotFoundError: If the adapter's base model is not served here.
         """
         model = self._catalog.find(name)
         if model is not None:
             return self._base(model)
         resolved = await self._names.resolve(name, tenant=tenant, patience_s=NAME_PATIENCE_S)
-        entry = next(entry for entry in self._names.visible_to(tenant) if entry.name == resolved.name)
+        entry = self._names.entry(resolved.name)
+        assert entry is not None  # it has just been resolved
         card = self._adapter(entry, resolved.digest)
-        assert card is not None  # the revision is known
+        if card is None:
+            raise ModelNotFoundError(
+                f"adapter {name!r} is for a base model that is not served here", metadata={"adapter": name}
+            )
         return card
 
     def _base(self, model: ServedModel) -> ModelCard:

@@ -84,6 +84,10 @@ class NameTable:
         entries = sorted(self._entries.items())
         return [entry for _, entry in entries if entry.labels and entry.allows(tenant)]
 
+    def entry(self, name: str) -> AdapterEntry | None:
+        """Return what is known of a name, whoever may use it."""
+        return self._entries.get(name)
+
     async def resolve(self, text: str, *, tenant: str, patience_s: float) -> ResolvedAdapter:
         """Return the revision that a reference points at now.
 
