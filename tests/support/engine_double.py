@@ -76,11 +76,11 @@ class EngineDouble:
         self._released = asyncio.Event()
         self._server: grpc.aio.Server | None = None
 
-    async def start(self) -> None:
-        """Listen on a free port."""
+    async def start(self, port: int = 0) -> None:
+        """Listen; on a free port unless one is given."""
         self._server = grpc.aio.server()
         engine_pb2_grpc.add_EngineServiceServicer_to_server(_EngineServicer(self), self._server)  # type: ignore[abstract]
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         await self._server.start()
 
     async def register(self, valkey: Redis) -> None:

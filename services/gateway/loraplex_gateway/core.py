@@ -17,7 +17,7 @@ from loraplex_gateway.access_log import RequestRecord
 from loraplex_gateway.relay import EngineRelay
 from loraplex_gateway.request_run import RequestRun
 from loraplex_gateway.ticket import LocalCancelError
-from loraplex_gateway.types import Accepted, FinishReason, Queued
+from loraplex_gateway.types import Accepted, Queued
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -96,6 +96,9 @@ class GatewayCore:
         except LoraplexError as error:
             failure = error
             raise
+        except Exception:
+            failure = LoraplexError("unexpected error")  # logged, with its traceback, where it becomes a status
+            raise
         finally:
             record.end(failure)
 
@@ -135,7 +138,8 @@ class GatewayCore:
                         async for event in events:
                             yield event
                 except LocalCancelError:
-                    yield run.finished(FinishReason.CANCELLED)
+                    for event in run.cancelled():
+                        yield event
         finally:
             place.leave()
 

@@ -40,6 +40,7 @@ class OutputAssembler:
         self._table = table
         self._options = options
         self._include_stop = stopping.include_stop
+        self._min_new_tokens = stopping.min_new_tokens or 0
         self._stop_token_ids = stop_token_ids
         self._needs_text = options.text or bool(stopping.stop_strings)
         self._detokenizer = make_detokenizer(table, skip_special_tokens=options.skip_special_tokens)
@@ -57,7 +58,8 @@ class OutputAssembler:
         if self._needs_text:
             pieces = []
             for position, token_id in enumerate(token_ids):
-                pieces.append(self._push_token(token_id))
+                is_stoppable = index + position >= self._min_new_tokens
+                pieces.append(self._push_token(token_id, is_stoppable=is_stoppable))
                 if self.matched_stop is not None:
                     num_taken = position + 1
                     break
@@ -83,7 +85,7 @@ class OutputAssembler:
             text += self._stops.flush()
         return self._chunk(self.num_tokens, (), text, ())
 
-    def _push_token(self, token_id: int) -> str:
+    def _push_token(self, token_id: int, *, is_stoppable: bool) -> str:
         text = ""
         if self._held_token is not None:
             text = self._detokenizer.push(self._held_token)
@@ -92,7 +94,7 @@ class OutputAssembler:
             self._held_token = token_id
         else:
             text += self._detokenizer.push(token_id)
-        return self._scan(text)
+        return self._scan(text) if is_stoppable else text
 
     def _scan(self, text: str) -> str:
         result = self._stops.push(text)

@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     from loraplex_gateway.engine_session import EngineSession
     from loraplex_gateway.metrics import GatewayMetrics
     from loraplex_gateway.prefetch import PrefetchHints
+    from loraplex_gateway.ticket import Ticket
 
 MAX_ENGINES: Final = 4
 FAILOVER_WAIT_S: Final = 5.0
+# After the deadline, for the engine's own verdict to arrive.
+ENGINE_DEADLINE_SLACK_S: Final = 2.0
 # What an engine refuses that another may take.
 ELSEWHERE: Final = (DrainingError, NoEngineError, EngineOomError)
 
@@ -121,11 +124,11 @@ class EngineRelay:
             except ELSEWHERE as error:
                 failure = error
                 self._excluded |= {session.engine_id}
-            if attempt + 1 == MAX_ENGINES:
-                raise self._give_up(failure)
             if (finish := self._finish_already_reached()) is not None:
                 yield session.engine_id, EngineUpdate(end=finish)
                 return
+            if attempt + 1 == MAX_ENGINES:
+                raise self._give_up(failure)
             self._note_retry(session.engine_id, failure)
 
     async def _run_on(self, session: EngineSession) -> AsyncGenerator[EngineUpdate, None]:
@@ -134,6 +137,7 @@ class EngineRelay:
             self._hints.hint(digest, session.engine_id)
         ticket = session.submit(self._submission(session.record.max_model_len))
         self._running.on_cancel(ticket.cancel)
+        overdue = self._watch_deadline(ticket)
         try:
             while True:
                 update = await ticket.next()
@@ -144,7 +148,18 @@ class EngineRelay:
                     return
         finally:
             self._running.on_cancel(None)
+            if overdue is not None:
+                overdue.cancel()
             session.release(ticket)
+
+    def _watch_deadline(self, ticket: Ticket) -> asyncio.TimerHandle | None:
+        """End the request if its engine lets the deadline pass: one that hangs keeps its connection alive for ever."""
+        deadline = self._job.deadline
+        if deadline is None:
+            return None
+        delay_s = max(0.0, deadline - self._clock()) + ENGINE_DEADLINE_SLACK_S
+        error = DeadlineError("the deadline passed and the engine did not end the request")
+        return asyncio.get_running_loop().call_later(delay_s, ticket.fail, error)
 
     async def _choose(self, *, is_failover: bool, cause: Exception | None) -> EngineSession:
         """Return an engine, waiting a few seconds for one if some other has just been lost or is being dialled."""
@@ -190,6 +205,7 @@ class EngineRelay:
         return replace(
             job.submission,
             resumed_ids=tuple(self._tokens),
+            prompt_logprobs=None if self._has_started else job.submission.prompt_logprobs,
             stopping=replace(job.submission.stopping, max_new_tokens=min(job.max_new_tokens, room)),
             time_left_s=left_s(job.deadline),
             queue_timeout_s=None if self._has_started else left_s(job.queue_deadline),

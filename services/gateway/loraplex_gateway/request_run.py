@@ -75,6 +75,12 @@ class RequestRun:
         last = self._output.finish(stop_token_id=update.end.stop_token_id)
         return [*events, *_present(_merged(chunk, last)), self._end(update.end)]
 
+    def cancelled(self) -> list[Event]:
+        """Return the last events of a request that its owner ended: text held back so far, then the end."""
+        last = self._output.finish(stop_token_id=None)
+        is_stopped = self._output.matched_stop is not None
+        return [*_present(last), self.finished(FinishReason.STOP if is_stopped else FinishReason.CANCELLED)]
+
     def finished(
         self, reason: FinishReason, *, stop_token_id: int | None = None, timings: Timings | None = None
     ) -> Finished:

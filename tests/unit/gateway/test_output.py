@@ -20,12 +20,13 @@ def make(
     stop: tuple[str, ...] = (),
     stop_ids: frozenset[int] = frozenset({EOS}),
     include_stop: bool = False,
+    min_new_tokens: int | None = None,
     **options: bool,
 ) -> OutputAssembler:
     return OutputAssembler(
         TABLE,
         options=ResponseOptions(**options),
-        stopping=Stopping(stop_strings=stop, include_stop=include_stop),
+        stopping=Stopping(stop_strings=stop, include_stop=include_stop, min_new_tokens=min_new_tokens),
         stop_token_ids=stop_ids,
     )
 
@@ -126,3 +127,14 @@ def test_a_stop_string_that_only_the_last_flush_completes_is_found() -> None:
 
     assert output.finish(stop_token_id=None) is None
     assert output.matched_stop == "\ufffd"
+
+
+def test_stop_strings_are_not_looked_for_before_min_new_tokens() -> None:
+    tokens = ids("aSTOPbSTOPc")
+    output = make(stop=("STOP",), min_new_tokens=len(ids("aSTOPb")))
+
+    chunk = output.push(tokens, ())
+
+    assert output.matched_stop == "STOP"
+    assert text_of(chunk) == "aSTOPb"
+    assert output.num_tokens == len(ids("aSTOPbSTOP"))
