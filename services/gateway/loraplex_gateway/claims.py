@@ -121,16 +121,19 @@ class RequestClaims:
             raise _already_running(request_id)
 
     async def _renew(self) -> None:
-        names = [claim_key(tenant, request_id) for tenant, request_id in self._running]
+        held = tuple(self._running)
 
         async def renew(valkey: Redis) -> Any:
             async with valkey.pipeline(transaction=False) as pipeline:
-                for name in names:
-                    pipeline.set(name, self._gateway_id, px=int(LEASE_S * 1000))
+                for tenant, request_id in held:
+                    pipeline.set(claim_key(tenant, request_id), self._gateway_id, px=int(LEASE_S * 1000))
                 return await pipeline.execute()
 
-        if names:
+        if held:
             await self._ask(renew, timeout_s=RENEW_S / 2)
+        for tenant, request_id in set(held) - set(self._running):
+            # It ended while it was renewed: the release may have come first.
+            self._release_soon(tenant, request_id)
 
     def _release_soon(self, tenant: str, request_id: str) -> None:
         name = claim_key(tenant, request_id)
