@@ -81,6 +81,7 @@ class Preparer:
         validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
         max_model_len = self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
         validation.check_length(len(prompt_ids), max_model_len)
+        validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
         job = self._job(request, model, adapter, prompt_ids, tenant)
         limit_s = self._max_stream_s if time_left_s is None else min(time_left_s, self._max_stream_s)
         queue_timeout_s = request.queue_timeout_s

@@ -27,6 +27,8 @@ MAX_KEY_BYTES: Final = 256
 MAX_NAME_CHARS: Final = 512
 # A status travels in HTTP headers, which hold 8 KiB: so many violations are told, the rest only counted.
 MAX_VIOLATIONS_TOLD: Final = 8
+# A prompt's probabilities travel in one message of at most 4 MiB, each with its token's text.
+MAX_PROMPT_LOGPROBS: Final = 100_000
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 
 
@@ -144,6 +146,21 @@ def check_length(num_prompt_tokens: int, max_model_len: int) -> None:
         f"shorten it by {num_prompt_tokens + 1 - max_model_len} tokens or more",
         field="prompt",
         metadata={"prompt_tokens": str(num_prompt_tokens), "max_model_len": str(max_model_len)},
+    )
+
+
+def check_prompt_logprobs(num_prompt_tokens: int, num_alternatives: int | None) -> None:
+    """Refuse probabilities of a prompt that would not fit one message.
+
+    Raises:
+        InvalidParameterError: With the arithmetic.
+    """
+    if num_alternatives is None or num_prompt_tokens * (num_alternatives + 1) <= MAX_PROMPT_LOGPROBS:
+        return
+    raise InvalidParameterError(
+        f"prompt_logprobs of {num_prompt_tokens} tokens x (1 drawn + {num_alternatives} likeliest) are more than "
+        f"{MAX_PROMPT_LOGPROBS}; ask for fewer, or shorten the prompt",
+        field="response_options.prompt_logprobs",
     )
 
 

@@ -18,7 +18,7 @@ from loraplex_gateway.types import (
     TextPrompt,
     TokenPrompt,
 )
-from loraplex_gateway.validation import check_length, check_request, check_token_ids
+from loraplex_gateway.validation import check_length, check_prompt_logprobs, check_request, check_token_ids
 
 REQUEST = GenerationRequest(prompt=TextPrompt(text="hi"))
 
@@ -145,3 +145,13 @@ def test_a_status_stays_small_however_much_is_wrong() -> None:
         check_request(GenerationRequest(prompt=ChatPrompt(messages=messages)))
 
     assert len(to_status(caught.value).SerializeToString()) < 4096
+
+
+def test_probabilities_of_a_prompt_must_fit_one_message() -> None:
+    check_prompt_logprobs(100_000, 0)
+    check_prompt_logprobs(10**9, None)
+
+    with pytest.raises(InvalidParameterError, match=r"5000 tokens x \(1 drawn \+ 20 likeliest\)") as caught:
+        check_prompt_logprobs(5_000, 20)
+
+    assert caught.value.field == "response_options.prompt_logprobs"
