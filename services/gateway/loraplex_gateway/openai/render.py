@@ -124,16 +124,16 @@ class Renderer:
         return body
 
     def _usage(self) -> Json:
-        usages = [finished.usage for finished in self._finished.values()]
         # The choices of one prompt share it: it is counted once.
         per_prompt = max(1, len(self._plan.requests) // self._num_prompts())
-        prompt = sum(self._finished[n].usage.prompt_tokens for n in sorted(self._finished) if n % per_prompt == 0)
-        output = sum(usage.output_tokens for usage in usages)
+        prompts = [self._finished[n].usage for n in self._finished if n % per_prompt == 0]
+        prompt = sum(usage.prompt_tokens for usage in prompts)
+        output = sum(finished.usage.output_tokens for finished in self._finished.values())
         return {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+            "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in prompts)},
         }
 
     def _num_prompts(self) -> int:

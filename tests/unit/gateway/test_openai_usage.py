@@ -1,0 +1,31 @@
+"""The token counts of an OpenAI answer."""
+
+from __future__ import annotations
+
+from loraplex_gateway.openai.convert import Plan
+from loraplex_gateway.openai.render import Renderer
+from loraplex_gateway.types import Finished, FinishReason, GenerationRequest, TextPrompt, Timings, Usage
+
+FINISHED = Finished(
+    finish_reason=FinishReason.STOP,
+    usage=Usage(prompt_tokens=10, output_tokens=3, cached_tokens=8),
+    timings=Timings(),
+)
+
+
+def test_the_choices_of_one_prompt_share_its_tokens_and_cached_tokens() -> None:
+    request = GenerationRequest(prompt=TextPrompt(text="x"))
+    plan = Plan(
+        requests=(request, request),
+        model="m",
+        is_chat=False,
+        is_stream=False,
+        include_usage=False,
+        logprobs=None,
+        return_token_ids=False,
+    )
+
+    usage = Renderer(plan, request_id="r", model=None).whole([[FINISHED], [FINISHED]])["usage"]
+
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (10, 6, 16)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 8}
