@@ -33,6 +33,10 @@ class Connection:
     tls_key: Path | None = None
     api_key: str | None = None
 
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_cert is not None and self.tls_ca is None):
+            raise ValueError("a client certificate needs tls_cert, tls_key and tls_ca")
+
     @property
     def metadata(self) -> Metadata:
         """Metadata of every call."""

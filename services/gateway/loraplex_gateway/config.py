@@ -55,6 +55,10 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("--model is required: the gateway tokenises")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together: give both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
         for name in ("port", "http_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is no port")

@@ -21,6 +21,7 @@ from support.gateway_double import DIGEST, GatewayDouble, chunk, finished, servi
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -229,3 +230,8 @@ def test_text_and_token_ids_are_turned_into_each_other(client: Client) -> None:
 def test_cancel_says_whether_something_ran(client: Client) -> None:
     assert client.cancel("running")
     assert not client.cancel("gone")
+
+
+def test_a_client_certificate_is_never_left_out_silently(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tls_ca"):
+        Client("127.0.0.1:1", tls_cert=tmp_path / "c", tls_key=tmp_path / "k")

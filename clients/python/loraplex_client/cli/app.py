@@ -46,6 +46,8 @@ def _credentials(
         Path | None, typer.Option(envvar="LORAPLEX_TLS_KEY", help="Key of the client certificate, PEM.")
     ] = None,
 ) -> None:
+    if (tls_cert is None) != (tls_key is None) or (tls_cert is not None and tls_ca is None):
+        raise typer.BadParameter("--tls-cert needs --tls-key and --tls-ca")
     context.obj = Credentials(api_key=api_key, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
 
 
