@@ -244,3 +244,18 @@ def test_the_client_extra_alone_is_enough_for_everything_but_serve() -> None:
     result = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=False)
 
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_status_says_that_valkey_is_silent(loraplex: Runner, tmp_path: Path) -> None:
+    result = loraplex("status", "--redis-url", f"unix://{tmp_path}/no.sock")
+
+    assert result.code == 1
+    assert "valkey: " in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_client_certificate_without_authority_is_not_left_out_silently(loraplex: Runner, tmp_path: Path) -> None:
+    result = loraplex("--tls-cert", str(tmp_path / "c"), "--tls-key", str(tmp_path / "k"), "status")
+
+    assert result.code == 2
+    assert "--tls-ca" in result.err

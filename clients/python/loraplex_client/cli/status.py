@@ -32,9 +32,13 @@ def status(
 ) -> None:
     """Show models, engines with their load, and where each adapter is. Fails if a part does not answer."""
     targets = engine_target or ([engine_beside(target)] if redis_url is None else [])
+    problems: list[str] = []
     if redis_url is not None:
-        targets += asyncio.run(_registered_engines(redis_url))
-    engines, problems = _ask_engines(targets, context.obj)
+        try:
+            targets += asyncio.run(_registered_engines(redis_url))
+        except ConnectionError as error:
+            problems.append(f"valkey: {error}")
+    engines = _ask_engines(targets, context.obj, problems)
     stdout.print(_engine_table(engines))
     with connect(context, target, store_target) as client:
         try:
@@ -50,10 +54,11 @@ def status(
         raise typer.Exit(1)
 
 
-def _ask_engines(targets: list[str], credentials: Credentials) -> tuple[list[EngineStatus], list[str]]:
-    """Return what engines say of themselves, and what is wrong with those that do not."""
+def _ask_engines(targets: list[str], credentials: Credentials, problems: list[str]) -> list[EngineStatus]:
+    """Return what engines say of themselves; adds to ``problems`` what is wrong with those that do not."""
     engines: list[EngineStatus] = []
-    problems: list[str] = [] if targets else ["no engine is registered"]
+    if not targets and not problems:
+        problems.append("no engine is registered")
     for target in targets:
         connection = Connection(
             target=target,
@@ -66,7 +71,7 @@ def _ask_engines(targets: list[str], credentials: Credentials) -> tuple[list[Eng
             engines.append(engine_status(connection))
         except LoraplexError as error:
             problems.append(f"engine: {error.message}")
-    return engines, problems
+    return engines
 
 
 def _engine_table(engines: list[EngineStatus]) -> Table:
@@ -112,16 +117,23 @@ def _residency(held: list[HeldAdapter]) -> str:
 
 
 async def _registered_engines(redis_url: str) -> list[str]:
-    """Return the targets of all engines whose lease is good."""
+    """Return the targets of all engines whose lease is good.
+
+    Raises:
+        ConnectionError: If Valkey does not answer.
+    """
     import time
 
     from loraplex_common.registry import ENGINES_KEY, EngineRecord, engine_key
     from loraplex_common.valkey import connect as connect_valkey
+    from redis.exceptions import RedisError
 
     client = connect_valkey(redis_url)
     try:
         engine_ids: list[Any] = await client.zrangebyscore(ENGINES_KEY, time.time(), "+inf")
         records = await client.mget([engine_key(engine_id.decode()) for engine_id in engine_ids]) if engine_ids else []
         return [EngineRecord.from_json(record).target for record in records if record is not None]
+    except RedisError as error:
+        raise ConnectionError(str(error)) from error
     finally:
         await client.aclose()
