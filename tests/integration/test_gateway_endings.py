@@ -55,7 +55,7 @@ async def test_a_complete_output_is_no_failure_however_many_engines_were_lost(
         rig.engine.hold_at = 8  # all of max_new_tokens is out, the end is not
         rig.engine.reply = letters
         monkeypatch.setattr(EngineDouble, "_step", _without_end(EngineDouble._step))
-        call = rig.stub.Generate(text_request())
+        call: Any = rig.stub.Generate(text_request())
         seen = [await call.read(), await call.read()]
         while sum(len(response.chunk.token_ids) for response in seen) < 8:
             seen.append(await call.read())
@@ -86,7 +86,7 @@ async def test_the_prompts_probabilities_are_not_computed_again_elsewhere(valkey
         for engine in rig.engines:
             engine.hold_at = 3
         options = gateway_pb2.ResponseOptions(prompt_logprobs=1)
-        call = rig.stub.Generate(text_request(response_options=options))
+        call: Any = rig.stub.Generate(text_request(response_options=options))
         await call.read()
         first = next(engine for engine in rig.engines if engine.submits)
         (second,) = (engine for engine in rig.engines if engine is not first)
@@ -110,7 +110,7 @@ async def test_a_cancelled_request_gives_out_the_text_that_was_held_back(valkey_
     async with running_gateway(valkey_url) as rig:
         rig.engine.hold_at = 3
         text = text_of(rig, list(letters(await _submit_of(rig)))[:3])
-        call = rig.stub.Generate(
+        call: Any = rig.stub.Generate(
             text_request(
                 request_id="held",
                 stopping=gateway_pb2.StoppingParams(max_new_tokens=8, stop_strings=[text[-1] + "never"]),
@@ -184,5 +184,5 @@ async def test_a_bug_of_ours_is_counted_as_one(valkey_url: str, monkeypatch: pyt
         error = await error_of(rig.stub.GenerateOnce(Once(request=text_request())))
 
         assert error.code is grpc.StatusCode.INTERNAL
-        samples = rig.app.metrics.requests.collect()[0].samples
+        samples = next(iter(rig.app.metrics.requests.collect())).samples
         assert [sample.labels["code"] for sample in samples if sample.name.endswith("_total")] == ["INTERNAL"]
