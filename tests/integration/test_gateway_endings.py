@@ -173,6 +173,15 @@ async def test_models_that_cannot_be_shown_are_not_found(valkey_url: str) -> Non
         assert (await get(f"bare@{DIGEST}")).model.revision == DIGEST
 
 
+async def test_a_caller_that_hangs_up_at_its_deadline_is_counted_as_late(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        rig.engine.hold_at = 2
+
+        call = rig.stub.GenerateOnce(Once(request=text_request()), timeout=0.4)
+        assert isinstance(await error_of(call), DeadlineError)
+        await eventually(lambda: _codes(rig) == ["DEADLINE_EXCEEDED"])
+
+
 async def test_a_bug_of_ours_is_counted_as_one(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running_gateway(valkey_url) as rig:
 
@@ -184,5 +193,10 @@ async def test_a_bug_of_ours_is_counted_as_one(valkey_url: str, monkeypatch: pyt
         error = await error_of(rig.stub.GenerateOnce(Once(request=text_request())))
 
         assert error.code is grpc.StatusCode.INTERNAL
-        samples = next(iter(rig.app.metrics.requests.collect())).samples
-        assert [sample.labels["code"] for sample in samples if sample.name.endswith("_total")] == ["INTERNAL"]
+        assert _codes(rig) == ["INTERNAL"]
+
+
+def _codes(rig: Rig) -> list[str]:
+    """Return the codes that requests ended with."""
+    samples = next(iter(rig.app.metrics.requests.collect())).samples
+    return [sample.labels["code"] for sample in samples if sample.name.endswith("_total")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from loraplex_common.log import get_logger
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from loraplex_gateway.metrics import GatewayMetrics
     from loraplex_gateway.types import Event, GenerationRequest
 
+# A client hangs up at its deadline, which by our clock may still be to come.
+DEADLINE_MARGIN_S: Final = 0.05
+
 _log = get_logger()
 
 
@@ -27,6 +30,7 @@ class RequestRecord:
         tenant: Who asks.
         metrics: Where it is counted.
         clock: Monotonic seconds.
+        time_left_s: Until the caller's deadline; None for no deadline.
 
     Attributes:
         model: Name of the base model, once known.
@@ -34,7 +38,13 @@ class RequestRecord:
     """
 
     def __init__(
-        self, request: GenerationRequest, *, tenant: str, metrics: GatewayMetrics, clock: Callable[[], float]
+        self,
+        request: GenerationRequest,
+        *,
+        tenant: str,
+        metrics: GatewayMetrics,
+        clock: Callable[[], float],
+        time_left_s: float | None,
     ) -> None:
         self.model = ""
         self.adapter = ""
@@ -43,6 +53,7 @@ class RequestRecord:
         self._metrics = metrics
         self._clock = clock
         self._arrived_at = clock()
+        self._time_left_s = time_left_s
         self._first_token_at: float | None = None
         self._last_token_at = 0.0
         self._started: Started | None = None
@@ -60,12 +71,14 @@ class RequestRecord:
             self._num_tokens = event.usage.output_tokens
 
     def end(self, error: LoraplexError | None) -> None:
-        """Log and count the request. Without `Finished` and without error the client went away."""
+        """Log and count the request. Without `Finished` and without error the client went away, maybe at its deadline."""
         duration_s = self._clock() - self._arrived_at
         if error is not None:
             code, reason = error.code.name, error.reason
         elif self._finished is not None:
             code, reason = "OK", self._finished.finish_reason.name
+        elif self._time_left_s is not None and duration_s >= self._time_left_s - DEADLINE_MARGIN_S:
+            code, reason = "DEADLINE_EXCEEDED", "DEADLINE"
         else:
             code, reason = "CANCELLED", "CLIENT_GONE"
         self._count(code, reason)

@@ -81,7 +81,9 @@ class GatewayCore:
             LoraplexError: If the request is refused or fails.
         """
         request = replace(request, request_id=request.request_id or new_request_id())
-        record = RequestRecord(request, tenant=tenant, metrics=self._metrics, clock=self._clock)
+        record = RequestRecord(
+            request, tenant=tenant, metrics=self._metrics, clock=self._clock, time_left_s=time_left_s
+        )
         failure: LoraplexError | None = None
         try:
             self._admission.check_room()
