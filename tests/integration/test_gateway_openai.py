@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
+from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import AdapterLoadingError
 from support.gateway_rig import DIGEST, Rig, running_gateway
 
@@ -65,6 +66,27 @@ async def test_a_chat_completion_with_an_adapter(valkey_url: str) -> None:
         assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
         assert whole.system_fingerprint == DIGEST
         assert {submit.adapter_digest for submit in rig.engine.submits} == {DIGEST}
+
+
+@pytest.mark.parametrize(("given", "meant"), [("high", 3), ("batch", 1), (None, 2), (0, 2), (-5, 3), (7, 1)])
+async def test_priority_by_name_or_by_vllms_numbers(valkey_url: str, given: object, meant: int) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        extra = {"priority": given, "load_policy": "fail_fast"}
+
+        await client.completions.create(model="tiny", prompt="x", max_tokens=1, extra_body=extra)
+
+        (submit,) = rig.engine.submits
+        assert (submit.priority, submit.load_policy) == (meant, gateway_pb2.LOAD_POLICY_FAIL_FAST)
+
+
+async def test_an_unknown_route_answers_in_the_apis_own_form(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, httpx.AsyncClient() as client:
+        unknown = await client.post(f"{rig.http}/v1/embeddings", json={})
+        wrong_method = await client.delete(f"{rig.http}/v1/models")
+
+        assert (unknown.status_code, wrong_method.status_code) == (404, 405)
+        assert "/v1/embeddings is not served here" in unknown.json()["error"]["message"]
+        assert wrong_method.headers["allow"]
 
 
 async def test_extra_body_as_vllm_has_it(valkey_url: str) -> None:

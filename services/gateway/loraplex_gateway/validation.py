@@ -51,7 +51,8 @@ class Range:
         if math.isfinite(value) and above_low and value <= self.high:
             return None
         bracket = "(" if self.excludes_low else "["
-        return self.field, f"{self.field} is {value:g}; it must be in {bracket}{self.low:g}, {self.high:g}]"
+        low, high = _number(self.low), _number(self.high)
+        return self.field, f"{self.field} is {_number(value)}; it must be in {bracket}{low}, {high}]"
 
 
 RANGES: Final = (
@@ -233,6 +234,11 @@ def _first_outside(ids: Sequence[int], vocab_size: int) -> int | None:
     if not ids or (max(ids) < vocab_size and min(ids) >= 0):
         return None
     return next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+
+
+def _number(value: float) -> str:
+    """Return a number as people write it: whole ones with all their digits."""
+    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
 
 
 def _raise_if_any(found: list[Violation]) -> None:

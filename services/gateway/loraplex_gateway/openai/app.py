@@ -15,6 +15,7 @@ from loraplex_common.interceptors import internal_error
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -65,7 +66,7 @@ def make_app(context: HttpContext) -> Starlette:
             Route("/health", routes.health, methods=["GET"]),
             Route("/healthz", routes.health, methods=["GET"]),
         ],
-        exception_handlers={LoraplexError: _on_error, Exception: _on_unexpected},
+        exception_handlers={LoraplexError: _on_error, HTTPException: _on_no_route, Exception: _on_unexpected},
     )
 
 
@@ -147,6 +148,13 @@ def _request_id(request: Request) -> str:
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LoraplexError)
     return error_response(error)
+
+
+async def _on_no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path} is not served here: {error.detail}"
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 async def _on_unexpected(request: Request, error: Exception) -> Response:

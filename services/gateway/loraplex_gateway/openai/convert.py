@@ -13,6 +13,7 @@ from loraplex_gateway.types import (
     ChatMessage,
     ChatPrompt,
     GenerationRequest,
+    Priority,
     ResponseOptions,
     Sampling,
     Stopping,
@@ -155,6 +156,8 @@ def _request(
         time_limit_s=body.time_limit,
         cache_salt=body.cache_salt or "",
         affinity_key=body.affinity_key or "",
+        priority=_priority(body.priority),
+        fail_fast=body.load_policy == "fail_fast",
         adapter_scale=body.adapter_scale,
     )
 
@@ -215,6 +218,14 @@ def _message(n: int, turn: ChatTurn) -> ChatMessage:
     # Newer clients say developer where models and their templates know system.
     role = "system" if turn.role == "developer" else turn.role
     return ChatMessage(role=role, content=content, name=turn.name)
+
+
+def _priority(given: int | str | None) -> Priority:
+    """Return the class of service; vLLM's numbers say "sooner" by being lower."""
+    if isinstance(given, str):
+        return Priority[given.upper()]
+    number = given or 0
+    return Priority.HIGH if number < 0 else Priority.BATCH if number > 0 else Priority.NORMAL
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -56,6 +56,8 @@ class CommonBody(msgspec.Struct, kw_only=True):
     queue_timeout: float | None = None
     time_limit: float | None = None
     affinity_key: str | None = None
+    priority: int | Literal["batch", "normal", "high"] | None = None
+    load_policy: Literal["wait", "fail_fast"] | None = None
 
 
 class CompletionBody(CommonBody, kw_only=True):
