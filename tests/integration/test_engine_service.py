@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import urllib.request
+from contextlib import AsyncExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,6 +15,7 @@ from loraplex.v1 import engine_pb2, engine_pb2_grpc, gateway_pb2
 from loraplex_common.errors import (
     AdapterNotFoundError,
     DeadlineError,
+    DrainingError,
     InvalidParameterError,
     LoraplexError,
     RequestTooLargeError,
@@ -23,7 +25,7 @@ from loraplex_common.errors import (
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.rpc_errors import error_from_rpc
 from support.base_models import TinyBase, write_base_model
-from support.engine_sessions import EngineSessionClient
+from support.engine_sessions import EngineSessionClient, make_submit
 from support.processes import ServiceProcess
 from support.waiting import eventually
 
@@ -38,20 +40,27 @@ DIGEST = "ab" * 32
 LENGTH = gateway_pb2.FINISH_REASON_LENGTH
 
 
-def start_engine(directory: Path, *flags: str) -> ServiceProcess:
+@contextmanager
+def running_engine(directory: Path, *flags: str) -> Iterator[ServiceProcess]:
+    """Run an engine that ends with the block: in order if the block has not ended it, at once if the block failed."""
     model = directory / "tiny"
     if not model.exists():
         write_base_model(model, TinyBase())
     sizes = ("--pool-bytes", "2MiB", "--arena-bytes", "2MiB", "--num-threads", "1", "--drain-settle-s", "0")
     arguments = ["--model", str(model), "--port", "0", "--metrics-port", "0", *sizes, *flags]
-    return ServiceProcess("loraplex_engine", arguments, log_dir=directory).wait_ready()
+    process = ServiceProcess("loraplex_engine", arguments, log_dir=directory).wait_ready()
+    try:
+        yield process
+    except BaseException:
+        process.kill()
+        raise
+    assert not process.is_running or process.stop() == 0, process.log()
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    process = start_engine(tmp_path_factory.mktemp("engine"), "--session-grace-s", "0.2")
-    yield process
-    assert process.stop() == 0, process.log()
+    with running_engine(tmp_path_factory.mktemp("engine"), "--session-grace-s", "0.2") as process:
+        yield process
 
 
 @pytest.fixture
@@ -80,6 +89,11 @@ def metrics(engine: ServiceProcess) -> str:
 def metric(engine: ServiceProcess, name: str) -> float:
     (line,) = [line for line in metrics(engine).splitlines() if line.startswith(f"{name} ")]
     return float(line.split()[-1])
+
+
+async def drain_stream(call: Any) -> None:
+    async for _ in call:
+        pass
 
 
 async def is_idle(stub: engine_pb2_grpc.EngineServiceAsyncStub) -> bool:
@@ -218,15 +232,15 @@ async def test_a_bad_field_ends_its_own_request_only(
 
 
 async def test_a_request_that_can_never_fit_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
-    process = start_engine(tmp_path, "--pool-bytes", "131072", "--arena-bytes", "131072")
-    async with EngineSessionClient(process.grpc) as session:
-        error = await session.fail(await session.submit(0, PROMPT, 500))
-        tokens = await session.finish(await session.submit(1, PROMPT, 8))
-    status = process.stop()
+    sizes = ("--pool-bytes", "131072", "--arena-bytes", "131072")
+    with running_engine(tmp_path, *sizes) as process:
+        async with EngineSessionClient(process.grpc) as session:
+            error = await session.fail(await session.submit(0, PROMPT, 500))
+            tokens = await session.finish(await session.submit(1, PROMPT, 8))
 
     assert isinstance(error, RequestTooLargeError)
     assert "pages" in error.message
-    assert (len(tokens), status) == (8, 0)
+    assert len(tokens) == 8
 
 
 async def test_a_deadline_that_has_passed_fails_the_request(session: EngineSessionClient) -> None:
@@ -357,30 +371,56 @@ async def test_requests_are_counted(engine: ServiceProcess, session: EngineSessi
     assert metrics(engine).count("\nvllm:lora_requests_info{") == 1
 
 
-async def test_a_drain_lets_requests_finish_and_then_ends_them(tmp_path: Path) -> None:
-    process = start_engine(tmp_path)
-    async with EngineSessionClient(process.grpc) as session, open_channel(process.grpc) as channel:
-        stub = engine_pb2_grpc.EngineServiceStub(channel)
-        short = await session.submit(0, PROMPT, 4)
-        endless = await session.submit(1, PROMPT, 500)
-        await asyncio.wait_for(endless.has_tokens.wait(), 20)
+@pytest.mark.parametrize(("deadline_s", "num_ended"), [(60, 0), (0, 1)])
+async def test_a_drain_waits_for_running_requests_until_its_deadline(
+    tmp_path: Path, deadline_s: int, num_ended: int
+) -> None:
+    async with AsyncExitStack() as stack:
+        process = stack.enter_context(running_engine(tmp_path))
+        session = await stack.enter_async_context(EngineSessionClient(process.grpc))
+        stub = engine_pb2_grpc.EngineServiceStub(await stack.enter_async_context(open_channel(process.grpc)))
+        outcome = await session.submit(1, PROMPT, 500)
+        await asyncio.wait_for(outcome.has_tokens.wait(), 20)
 
-        response = await stub.Drain(engine_pb2.DrainRequest(deadline=duration_pb2.Duration(nanos=1)))
+        deadline = duration_pb2.Duration(seconds=deadline_s)
+        response = await stub.Drain(engine_pb2.DrainRequest(deadline=deadline))
         refused = await session.fail(await session.submit(2, PROMPT))
 
-        assert await session.finish(short)
-        assert (await session.fail(endless)).reason == refused.reason == "DRAINING"
-        assert response.num_ended == 1
-    assert process.stop() == 0
+        if num_ended:
+            assert isinstance(await session.fail(outcome), DrainingError)
+        else:
+            assert len(await session.finish(outcome)) == 500
+        assert response.num_ended == num_ended
+        assert isinstance(refused, DrainingError)
 
 
 async def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
-    process = start_engine(tmp_path)
-    async with EngineSessionClient(process.grpc) as session:
-        outcome = await session.submit(0, PROMPT, 200)
-        await asyncio.wait_for(outcome.has_tokens.wait(), 20)
+    with running_engine(tmp_path) as process:
+        async with EngineSessionClient(process.grpc) as session:
+            outcome = await session.submit(0, PROMPT, 200)
+            await asyncio.wait_for(outcome.has_tokens.wait(), 20)
 
-        status = await asyncio.to_thread(process.stop)
+            status = await asyncio.to_thread(process.stop)
 
-        assert len(await session.finish(outcome)) == 200
+            assert len(await session.finish(outcome)) == 200
     assert status == 0
+
+
+async def test_a_gateway_that_does_not_read_loses_its_session_and_nobody_else_notices(tmp_path: Path) -> None:
+    limits = ("--outbox-max-bytes", "64KiB", "--outbox-max-age-s", "2", "--max-num-seqs", "16")
+    async with AsyncExitStack() as stack:
+        process = stack.enter_context(running_engine(tmp_path, *limits))
+        channel = await stack.enter_async_context(open_channel(process.grpc))
+        stub = engine_pb2_grpc.EngineServiceStub(channel)
+        deaf = stub.Session()
+        await deaf.write(engine_pb2.SessionRequest(hello=engine_pb2.SessionRequest.Hello(gateway_id="deaf")))
+        submits = [make_submit(slot, PROMPT, 480, logprobs=20) for slot in range(48)]
+        await deaf.write(engine_pb2.SessionRequest(submits=submits))
+        session = await stack.enter_async_context(EngineSessionClient(process.grpc))
+
+        tokens = await session.finish(await session.submit(0, PROMPT, 8), timeout_s=60)
+
+        await eventually(lambda: is_idle(stub), timeout_s=60)
+        with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+            await drain_stream(deaf)
+    assert len(tokens) == 8

@@ -86,6 +86,7 @@ class EngineSessionClient:
         self.failure: grpc.aio.AioRpcError | None = None
         self._reader: asyncio.Task[None] | None = None
         self.is_over = asyncio.Event()
+        self._write_lock = asyncio.Lock()
 
     async def __aenter__(self) -> EngineSessionClient:
         await self.send(engine_pb2.SessionRequest(hello=engine_pb2.SessionRequest.Hello(gateway_id="test")))
@@ -97,12 +98,16 @@ class EngineSessionClient:
     ) -> None:
         self._call.cancel()
         if self._reader is not None:
-            await self._reader
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
+            if not self._reader.cancelled():
+                self._reader.result()
         await self._channel.close()
 
     async def send(self, request: engine_pb2.SessionRequest) -> None:
         """Write a raw message."""
-        await self._call.write(request)
+        async with self._write_lock:  # grpc.aio breaks a call that is written to twice at a time
+            await self._call.write(request)
 
     async def submit(self, slot: int, prompt: Sequence[int], max_new_tokens: int = 8, **fields: Any) -> Outcome:
         """Submit a greedy request; ``fields`` are those of `Submit`, and replace the defaults."""

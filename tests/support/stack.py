@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraplex.v1 import engine_pb2, engine_pb2_grpc
-from loraplex_client import AsyncClient
+from loraplex_client import AsyncClient, Client
+from loraplex_common.errors import NoEngineError
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.valkey import EmbeddedValkey
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,6 +22,7 @@ from support.waiting import eventually
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+FOUND_TIMEOUT_S = 20.0
 FREE_PORTS = ("--port", "0")
 
 
@@ -58,6 +61,7 @@ class Stack:
             engine, gateway = pool.submit(self.start_engine), pool.submit(self._start_gateway)
             engine.result()
             gateway.result()
+        self._wait_for_engine()
 
     def start_engine(self, *flags: str) -> ServiceProcess:
         """Start one more engine and wait until it is ready."""
@@ -89,6 +93,19 @@ class Stack:
         """Return the end of every process's log."""
         files = sorted(self.log_dir.glob("*.log"))
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
+
+    def _wait_for_engine(self) -> None:
+        """Return once the gateway has found an engine: it looks for new ones now and then."""
+        deadline = time.monotonic() + FOUND_TIMEOUT_S
+        with Client(self.gateway.grpc, store_target=self.store.grpc) as client:
+            while True:
+                try:
+                    client.generate_once(prompt_token_ids=[5], max_new_tokens=1)
+                except NoEngineError:
+                    assert time.monotonic() < deadline, self.logs()
+                    time.sleep(0.05)
+                else:
+                    return
 
     def _start_gateway(self) -> None:
         flags = ("--http-port", "0", "--store-target", self.store.grpc, "--redis-url", self.valkey.url)
