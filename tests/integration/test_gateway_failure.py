@@ -306,6 +306,11 @@ async def test_the_store_may_go_away_and_come_back(valkey_url: str) -> None:
         assert new.started.adapter_revision == "99" * 32
 
 
+async def test_the_store_is_shown_the_gateways_key(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, store_api_key="k3y") as rig:
+        assert rig.store.authorizations == {"Bearer k3y"}
+
+
 async def test_an_adapter_imported_a_moment_ago_is_found(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig:
         call = rig.stub.GenerateOnce(Once(request=text_request(adapter="fresh")))

@@ -254,6 +254,7 @@ class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     def __init__(self) -> None:
         self.entries: dict[str, adapter_store_pb2.WatchAliasesResponse.Entry] = {}
         self.prefetched: list[tuple[str, str]] = []
+        self.authorizations: set[str] = set()
         self.port = 0
         self._sequence = 0
         self._watchers: list[asyncio.Queue[adapter_store_pb2.WatchAliasesResponse.Entry]] = []
@@ -291,6 +292,7 @@ class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self, request: adapter_store_pb2.WatchAliasesRequest, context: Any
     ) -> AsyncIterator[adapter_store_pb2.WatchAliasesResponse]:
         """Stream the whole table, then every change."""
+        self.authorizations |= {value for key, value in context.invocation_metadata() if key == "authorization"}
         queue: asyncio.Queue[adapter_store_pb2.WatchAliasesResponse.Entry] = asyncio.Queue()
         self._watchers.append(queue)
         try:

@@ -35,6 +35,8 @@ from loraplex_gateway.registry_watcher import RegistryWatcher
 from loraplex_gateway.servicer import GatewayServicer
 
 if TYPE_CHECKING:
+    import grpc
+
     from loraplex_gateway.config import GatewayConfig
 
 TOKENIZER_THREADS: Final = 2
@@ -64,7 +66,7 @@ class GatewayApp:
         self._authenticator = Authenticator.from_file(config.api_keys_file)
         self._executor = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._valkey = valkey.connect(config.redis_url)
-        self._store = open_channel(config.store_target) if config.store_target else None
+        self._store = self._open_store()
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
         self.catalog = self._load_models()
         self.names = NameTable()
@@ -162,6 +164,12 @@ class GatewayApp:
             changed = self.pool.changed
             self._grpc.set_ready(self.is_ready)
             await changed.wait()
+
+    def _open_store(self) -> grpc.aio.Channel | None:
+        config = self.config
+        if not config.store_target:
+            return None
+        return open_channel(config.store_target, tls_ca=config.store_tls_ca, api_key=config.store_api_key)
 
     def _load_models(self) -> ModelCatalog:
         config = self.config

@@ -19,6 +19,8 @@ class GatewayConfig:
         model_alias: Other names of the first model, e.g. its hub id.
         redis_url: Valkey or Redis with the engine registry and the request claims.
         store_target: ``host:port`` of the adapter store; None serves base models alone.
+        store_api_key: Sent to an adapter store that asks for keys; it needs the admin right to see every tenant's names.
+        store_tls_ca: Authority of the adapter store's certificate; turns TLS towards it on.
         api_keys_file: ``KEY TENANT [admin]`` lines; None lets everybody in as tenant ``default``.
         max_concurrent_requests: Most requests on engines at once.
         max_queued_requests: Most requests waiting here beyond them.
@@ -34,6 +36,8 @@ class GatewayConfig:
     model_alias: tuple[str, ...] = setting((), help="further name of the first model (repeat for several)")
     redis_url: str = setting(help="Valkey or Redis with the engine registry", is_secret=True)
     store_target: str | None = setting(None, help="adapter store", metavar="HOST:PORT")
+    store_api_key: str | None = setting(None, help="API key for the adapter store", is_secret=True)
+    store_tls_ca: Path | None = setting(None, help="trust the adapter store's certificate by this, PEM", metavar="FILE")
     host: str = setting("127.0.0.1", help="address to listen on")
     port: int = setting(8500, help="gRPC port, 0 picks a free one")
     http_port: int = setting(8501, help="port of the OpenAI-compatible API and /metrics, 0 picks a free one")
