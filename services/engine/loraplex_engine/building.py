@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -10,8 +11,9 @@ from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_engine.config import MIB, ConfigError, EngineConfig
 from loraplex_engine.engine import EngineParams
 from loraplex_engine.generation_config import read_eos_token_ids
+from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
-from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
+from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,8 +91,25 @@ def engine_params(config: EngineConfig, info: BaseModelInfo, device: torch.devic
     )
 
 
+def resolve_backend(config: EngineConfig, device: torch.device) -> str:
+    """Return ``torch`` or ``cuda``.
+
+    Raises:
+        ConfigError: If our kernels are asked for and there is no GPU, or they cannot be compiled here.
+    """
+    if config.backend == "torch" or (config.backend == "auto" and device.type == "cpu"):
+        return "torch"
+    if device.type == "cpu":
+        raise ConfigError("--backend cuda: torch sees no GPU here")
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        raise ConfigError("--backend cuda needs cuda-python: pip install 'loraplex[cuda]', or use --backend torch")
+    return "cuda"
+
+
 def runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:
     """Return what makes the compute backend once the engine knows its sizes."""
+    if resolve_backend(config, device) == "cuda":
+        return _cuda_runner_factory(config, info, device)
 
     def make(params: EngineParams) -> ModelRunner:
         return TorchRunner(
@@ -105,6 +124,26 @@ def runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.devi
                 num_threads=config.num_threads,
             )
         )
+
+    return make
+
+
+def _cuda_runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:
+    from loraplex_engine.cuda.runner import CudaRunner, CudaRunnerConfig  # needs cuda-python
+
+    def make(params: EngineParams) -> ModelRunner:
+        dtype = params.geometry.dtype
+        sizes = CudaRunnerConfig(
+            info=info,
+            geometry=choose_pool_geometry(info, dtype=dtype),
+            num_pages=params.num_pages,
+            max_num_seqs=params.max_num_seqs,
+            max_model_len=params.max_model_len,
+            max_num_batched_tokens=params.max_num_batched_tokens,
+            max_resident_adapters=params.max_resident_adapters,
+            device=device.index or 0,
+        )
+        return CudaRunner(sizes, WeightReader(config.model, dtype=DTYPES[dtype], device=device))
 
     return make
 

@@ -11,6 +11,7 @@ from loraplex_common.settings import setting, size
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+BackendName = Literal["auto", "torch", "cuda"]
 
 MIB: Final = 1024 * 1024
 
@@ -40,6 +41,7 @@ class EngineConfig:
         arena_bytes: Host memory for adapter images behind the pool.
         dtype: Compute type; auto is float32 on a CPU and bfloat16 on a GPU.
         device: Where to compute; auto is the GPU if there is one.
+        backend: What computes; auto is our kernels on a GPU and torch on a CPU.
         num_threads: Threads of the compute backend on a CPU; None means all cores.
         store_wait_s: Longest wait of a request for an adapter while the store cannot be reached.
         session_grace_s: How long requests of a lost session go on before they are aborted.
@@ -67,6 +69,7 @@ class EngineConfig:
     arena_bytes: int = size(512 * MIB, help="host memory for adapter images")
     dtype: DtypeName = setting("auto", help="compute type; auto is float32 on a CPU, bfloat16 on a GPU")
     device: DeviceName = setting("auto", help="where to compute; auto is the GPU if there is one")
+    backend: BackendName = setting("auto", help="what computes; auto is our kernels on a GPU, torch on a CPU")
     num_threads: int | None = setting(None, help="compute threads on a CPU (default: all cores)")
     log_level: str = setting("info", help="debug, info, warning or error")
     log_format: LogFormat = setting("console", help="log lines for people or for collectors")
@@ -92,6 +95,10 @@ class EngineConfig:
         _require(self.load_report_s > 0, "--load-report-s must be positive")
         _require(self.dtype in get_args(DtypeName), f"--dtype {self.dtype!r} is not one of {get_args(DtypeName)}")
         _require(self.device in get_args(DeviceName), f"--device {self.device!r} is not one of {get_args(DeviceName)}")
+        _require(
+            self.backend in get_args(BackendName), f"--backend {self.backend!r} is not one of {get_args(BackendName)}"
+        )
+        _require(self.backend != "cuda" or self.device != "cpu", "--backend cuda needs --device cuda or auto")
         _require(
             self.max_num_batched_tokens >= self.max_num_seqs,
             f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs {self.max_num_seqs}: "

@@ -50,6 +50,12 @@ def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return c0, c1, c2, c3
 
 
+def upload(values: NDArray[np.generic], device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device, without making the host wait for a GPU's earlier work."""
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Noise:
     """The noise of R rows, each with its own seed and output position."""
 
@@ -57,7 +63,7 @@ class Noise:
         """Take the rows' seeds, uint64 ``[R]``, and positions, int32 ``[R]``."""
 
         def column(values: NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(values.astype(np.int64)[:, None]).to(device)
+            return upload(values.astype(np.int64)[:, None], device)
 
         self._key = (column(seeds & np.uint64(MASK)), column(seeds >> np.uint64(32)))
         self._positions = column(positions)

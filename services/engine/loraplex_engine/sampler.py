@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraplex_engine.philox import Noise, gumbel
+from loraplex_engine.philox import Noise, gumbel, upload
 from loraplex_engine.step import SlotSetup, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ class Sampler:
         """Take over a slot's new occupant; penalty counts are rebuilt from its tokens."""
         state = SlotState(setup)
         if setup.uses_penalties:
-            prompt = torch.from_numpy(setup.prompt_token_ids.astype(np.int64)).to(self._device)
-            output = torch.from_numpy(setup.output_token_ids.astype(np.int64)).to(self._device)
+            prompt = upload(setup.prompt_token_ids.astype(np.int64), self._device)
+            output = upload(setup.output_token_ids.astype(np.int64), self._device)
             state.counts = torch.bincount(output, minlength=self._vocab_size).to(torch.int32)
             state.seen = state.counts > 0
             state.seen[prompt] = True
@@ -151,6 +151,10 @@ class Sampler:
     def state(self, slot: int) -> SlotState | None:
         """Return what is kept for a slot, if anything."""
         return self._slots.get(slot)
+
+    def has_any(self, slots: NDArray[np.int32]) -> bool:
+        """Tell whether anything is kept for any of some slots."""
+        return bool(self._slots) and any(slot in self._slots for slot in slots.tolist())
 
     def sample(self, logits: Tensor, slots: NDArray[np.int32], arrays: SamplingArrays) -> Sampled:
         """Draw one token per row.
@@ -170,10 +174,10 @@ class Sampler:
         for row, state in special:
             _constrain(work[row], state, ban_stops=bool(arrays.ban_stops[row]))
             _penalize(work[row], state, arrays, row)
-        logprobs = work[torch.from_numpy(asked).to(self._device)].log_softmax(-1) if asked.size else None
+        logprobs = work[upload(asked, self._device)].log_softmax(-1) if asked.size else None
         best, token_ids = work.max(dim=-1)
         if random.size:
-            index = torch.from_numpy(random).to(self._device)
+            index = upload(random, self._device)
             token_ids[index] = self._draw(work[index] - best[index, None], random, arrays)
         for row, state in special:
             if state.counts is not None and state.seen is not None:
@@ -181,7 +185,7 @@ class Sampler:
                 state.seen.index_fill_(0, token_ids[row : row + 1], True)
         reported = None
         if logprobs is not None:
-            drawn = token_ids[torch.from_numpy(asked).to(self._device)]
+            drawn = token_ids[upload(asked, self._device)]
             reported = top_logprobs(logprobs, drawn, asked, arrays.num_logprobs[asked])
         return Sampled(token_ids=token_ids, is_valid=torch.isfinite(best), logprobs=reported)
 
@@ -198,7 +202,7 @@ class Sampler:
             (np.flatnonzero(truncated), self._draw_truncated),
         ):
             if part.size:
-                index = torch.from_numpy(part).to(self._device)
+                index = upload(part, self._device)
                 noise = Noise(arrays.seed[rows[part]], arrays.position[rows[part]], self._device)
                 tokens[index] = draw(work[index], noise, arrays.top_k[rows[part]], arrays.top_p[rows[part]])
         return tokens
@@ -239,7 +243,7 @@ class Sampler:
         return values, tokens
 
     def _column(self, values: NDArray[np.float32] | NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(values[:, None]).to(self._device)
+        return upload(values[:, None], self._device)
 
 
 def _constrain(logits: Tensor, state: SlotState, *, ban_stops: bool) -> None:

@@ -1,0 +1,1 @@
+"""The CUDA backend: our kernels between cuBLAS products, decode steps replayed as graphs."""

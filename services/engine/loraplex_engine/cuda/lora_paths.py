@@ -1,0 +1,186 @@
+"""Three ways through a layer's projections: without adapters, LoRA folded into the followers, LoRA added after.
+
+A path computes the four products of a layer and the pointwise step that must follow qkv's and gate_up's. The decoder
+calls the same methods in the same order whichever path a step takes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_kernels.lora_decode import LoraDecode
+    from loraplex_kernels.rope_kv import RopeKv
+    from loraplex_kernels.silu_mul import SiluMul
+    from torch import Tensor
+
+    from loraplex_engine.cuda.step_input import StepInputs
+    from loraplex_engine.model.layers import Dense
+    from loraplex_engine.model.llama import DecoderLayer
+
+SHRINK_CTAS_PER_SM: Final = 4  # what fits at 64 registers x 256 threads
+EXPAND_CTAS_PER_SM: Final = 3  # by shared memory
+
+
+def dense_into(dense: Dense, x: Tensor, out: Tensor) -> None:
+    """Compute ``out[:] = x @ weight.T + bias`` with one cuBLAS call."""
+    if dense.bias is None:
+        torch.mm(x, dense.weight.t(), out=out)
+    else:
+        torch.addmm(dense.bias, x, dense.weight.t(), out=out)
+
+
+class LayerPath(Protocol):
+    """How a step goes through projections and their followers."""
+
+    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """Compute an op's product; whether LoRA is in ``out`` yet is the path's affair."""
+        ...
+
+    def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
+        """Rotate q and k in place, write K and V to their pages."""
+        ...
+
+    def finish_gate_up(self, layer: int, gate_up: Tensor, out: Tensor, step: StepInputs) -> None:
+        """Compute ``out = silu(gate) * up``."""
+        ...
+
+
+class BasePath:
+    """No row has an adapter."""
+
+    def __init__(self, rope: RopeKv, silu_mul: SiluMul) -> None:
+        self._rope, self._silu_mul = rope, silu_mul
+
+    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        del layer, op, step
+        dense_into(dense, x, out)
+
+    def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        q_norm, k_norm = norm_weights(weights)
+        self._rope.launch(layer, qkv, step.positions, step.kv_slots, q_norm=q_norm, k_norm=k_norm)
+
+    def finish_gate_up(self, layer: int, gate_up: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        del layer, step
+        self._silu_mul.launch(gate_up, out)
+
+
+class Fork:
+    """Runs work beside the current stream's; on a CPU simply in order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def beside(self, side_work: Callable[[], None], main_work: Callable[[], None]) -> None:
+        """Do both, the first on the side stream; whatever follows on the current stream comes after both."""
+        if self._side is None:
+            side_work()
+            main_work()
+            return
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            side_work()
+        main_work()
+        current.wait_stream(self._side)
+
+
+class FusedLoraPath(BasePath):
+    """Decode rows: the shrink runs beside the product, the expand inside the follower (o and down: added after).
+
+    Padding rows are in no item, so nothing is computed for them; they keep whatever was there.
+
+    Args:
+        rope: For layers whose qkv has no LoRA in this path; ``silu_mul`` likewise for gate_up.
+        lora: The kernels, with the step's items.
+        hidden: Scratch from ``lora.new_scratch``; an op's is used up before the next op's shrink begins.
+        fork: Side stream of the shrinks.
+        num_sms: Multiprocessors; grids are sized by them, whatever the adapters.
+        ops: Ops that any row's adapter may adapt; the others go as on `BasePath`.
+    """
+
+    def __init__(
+        self,
+        rope: RopeKv,
+        silu_mul: SiluMul,
+        lora: LoraDecode,
+        hidden: Tensor,
+        fork: Fork,
+        num_sms: int,
+        ops: frozenset[str],
+    ) -> None:
+        super().__init__(rope, silu_mul)
+        self._lora, self._hidden, self._fork, self._ops = lora, hidden, fork, ops
+        self._shrink_grid, self._expand_grid = SHRINK_CTAS_PER_SM * num_sms, EXPAND_CTAS_PER_SM * num_sms
+
+    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        if op not in self._ops:
+            dense_into(dense, x, out)
+            return
+        self._fork.beside(
+            lambda: self._lora.shrink(layer, op, x, self._hidden, self._shrink_grid),
+            lambda: dense_into(dense, x, out),
+        )
+        if op in ("o", "down"):
+            self._lora.expand_add(layer, op, self._hidden, step.scales, out, self._expand_grid)
+
+    def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        if "qkv" not in self._ops:
+            super().finish_qkv(layer, weights, qkv, step)
+            return
+        q_norm, k_norm = norm_weights(weights)
+        self._lora.expand_rope_kv(
+            layer,
+            self._hidden,
+            step.scales,
+            qkv,
+            step.positions,
+            step.kv_slots,
+            self._expand_grid,
+            q_norm=q_norm,
+            k_norm=k_norm,
+        )
+
+    def finish_gate_up(self, layer: int, gate_up: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        if "gate_up" not in self._ops:
+            super().finish_gate_up(layer, gate_up, out, step)
+            return
+        self._lora.expand_silu_mul(layer, self._hidden, step.scales, gate_up, out, self._expand_grid)
+
+
+class TokenLora(Protocol):
+    """LoRA of any tokens, decode rows and chunks alike, prepared for one step."""
+
+    def apply(self, layer: int, op: str, x: Tensor, y: Tensor, scales: Tensor) -> None:
+        """Compute ``y += scale * scaling * x A^T B^T``."""
+        ...
+
+
+class AddedLoraPath(BasePath):
+    """Steps with prefill chunks: LoRA is added to each product before its follower."""
+
+    def __init__(self, rope: RopeKv, silu_mul: SiluMul, lora: TokenLora) -> None:
+        super().__init__(rope, silu_mul)
+        self._lora = lora
+
+    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        dense_into(dense, x, out)
+        self._lora.apply(layer, op, x, out, step.scales)
+
+
+def norm_weights(weights: DecoderLayer) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weights of qk-norm, if the layer has it."""
+    if weights.q_norm is None or weights.k_norm is None:
+        return None, None
+    return weights.q_norm.weight, weights.k_norm.weight

@@ -1,0 +1,39 @@
+"""Random weights made on the device: a model of any shape without files, for benchmarks."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class RandomWeights:
+    """A `WeightSource` of normal values scaled to keep activations near 1; norms are ones, biases zeros."""
+
+    def __init__(self, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        self._dtype, self._device = dtype, device
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a new random weight."""
+        if len(shape) == 1:
+            value = 0.0 if name.endswith("bias") else 1.0
+            return torch.full(shape, value, dtype=self._dtype, device=self._device)
+        std = 1.0 if "embed" in name else 1 / math.sqrt(shape[1])
+        weight = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return weight.normal_(0, std, generator=self._generator)
+
+    def read_stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
+        """Return weights stacked along their outputs."""
+        return torch.cat([self.read(name, shape) for name, shape in parts])
+
+    def skip(self, name: str) -> None:
+        """Nothing is missed."""
+
+    def close(self) -> None:
+        """Nothing is open."""

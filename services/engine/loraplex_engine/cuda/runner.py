@@ -1,0 +1,373 @@
+"""The CUDA backend: decode steps replay graphs, steps with prefill chunks launch the same kernels one by one.
+
+Everything runs on one stream, adapter copies excepted; the host never waits for the device in `launch`, unless a row
+samples at random or asks for probabilities (the torch sampler does).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from loraplex_common.adapter_image import OPS, TILE_BYTES
+from loraplex_common.base_model import BaseModelInfo
+from loraplex_kernels.attention_prefill import make_tiles
+from loraplex_kernels.items import op_shapes
+from loraplex_kernels.lora_decode import LoraDecode
+from loraplex_kernels.module import KernelLibrary
+from loraplex_kernels.tables import AdapterTables
+
+from loraplex_engine.cuda.adapter_loads import AdapterLoads
+from loraplex_engine.cuda.decoder import CudaDecoder, DecoderLimits
+from loraplex_engine.cuda.graphs import VARIANTS, DecodeGraphs, bucket_sizes, variant_of
+from loraplex_engine.cuda.host_memory import PinnedRing
+from loraplex_engine.cuda.lora_paths import AddedLoraPath, BasePath, Fork, FusedLoraPath
+from loraplex_engine.cuda.step_handle import CudaStepHandle, ResultBuffers
+from loraplex_engine.cuda.step_input import TILE_INTS, InputLayout, InputWriter, StepShape, is_pure_decode
+from loraplex_engine.cuda.token_lora import make_token_lora, max_decode_items
+from loraplex_engine.model.config import model_config
+from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.pool_geometry import PoolGeometry
+from loraplex_engine.prompt_logprobs import PromptLogprobTracker
+from loraplex_engine.sampler import Sampler, likeliest_tokens
+from loraplex_engine.torch_runner import DTYPES
+
+if TYPE_CHECKING:
+    from loraplex_common.adapter_image import AdapterSpec, Geometry
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from loraplex_engine.cuda.adapter_loads import CudaLoadHandle
+    from loraplex_engine.cuda.host_memory import PinnedArena
+    from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.sampler import LogprobRows
+    from loraplex_engine.step import StepPlan, TokenLogprobs
+
+STAGING_BUFFERS: Final = 4  # steps in flight, and some
+PROJECTIONS_PER_LAYER: Final = sum(len(slices) for slices in OPS.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CudaRunnerConfig:
+    """What a `CudaRunner` is built from.
+
+    Attributes:
+        num_pages: Pages of the pool, allocated at once.
+        max_num_seqs: Slots.
+        max_model_len: Longest sequence, in tokens.
+        max_num_batched_tokens: Most tokens of one step.
+        max_resident_adapters: Size of the adapter table.
+        device: Ordinal of the GPU.
+        arch: Architecture to compile for; the GPU's own if None. ``compute_80`` runs the sm_80 code on a newer GPU.
+        dependent_launch: Launch kernels programmatically dependent on those before them (sm_90 and up).
+    """
+
+    info: BaseModelInfo
+    geometry: PoolGeometry
+    num_pages: int
+    max_num_seqs: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_resident_adapters: int = 1024
+    device: int = 0
+    arch: str | None = None
+    dependent_launch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.geometry.page_bytes < TILE_BYTES:
+            raise ValueError(
+                f"pages of {self.geometry.page_bytes} bytes are smaller than a tile of {TILE_BYTES}: our kernels read "
+                "tiles of at least 64 columns, which high ranks would then not have; use --backend torch"
+            )
+
+
+def tile_capacity(geometry: Geometry, *, num_pages: int, max_adapters: int) -> int:
+    """Return how many tiles the adapters that fit a pool can have.
+
+    A matrix of at most a tile has one; larger ones are cut into tiles that are at least half full.
+    """
+    tile_bytes = min(TILE_BYTES, geometry.page_bytes)
+    small = min(max_adapters, num_pages) * geometry.num_layers * (PROJECTIONS_PER_LAYER + len(OPS))
+    return small + 2 * num_pages * (geometry.page_bytes // tile_bytes)
+
+
+class CudaRunner:
+    """Computes steps of one base model and any number of its adapters; see `ModelRunner`.
+
+    Args:
+        config: Sizes.
+        weights: Where the base model comes from, on the device already; closed here.
+
+    Attributes:
+        geometry: Of adapter images, as announced to the store.
+        graphs: Captured decode steps.
+    """
+
+    def __init__(self, config: CudaRunnerConfig, weights: WeightSource) -> None:
+        self._config = config
+        self._device = device = torch.device("cuda", config.device)
+        self._dtype = DTYPES[config.geometry.dtype]
+        page_bytes = config.geometry.page_bytes
+        self.geometry: Geometry = config.info.geometry(dtype=config.geometry.dtype, page_bytes=page_bytes)
+        torch.cuda.set_device(device)
+        self._model = LlamaModel(model_config(config.info), weights, max_model_len=config.max_model_len, device=device)
+        weights.close()
+        self._pool = torch.zeros((config.num_pages, page_bytes), dtype=torch.uint8, device=device)
+        self._library = KernelLibrary(device, self._dtype, arch=config.arch, dependent=config.dependent_launch)
+        sizes = bucket_sizes(config.max_num_seqs)
+        self._limits = DecoderLimits(
+            max_tokens=max(config.max_num_batched_tokens, sizes[-1]),
+            max_rows=sizes[-1],
+            max_context=config.max_model_len,
+        )
+        self._decoder = CudaDecoder(
+            self._model, self._library, self._pool, config.geometry, self._limits, num_slots=config.max_num_seqs
+        )
+        self._tables = AdapterTables(
+            self.geometry,
+            max_adapters=config.max_resident_adapters,
+            tile_capacity=tile_capacity(
+                self.geometry, num_pages=config.num_pages, max_adapters=config.max_resident_adapters
+            ),
+            device=device,
+        )
+        self._base_path = BasePath(self._decoder.rope, self._decoder.silu_mul)
+        self._make_lora_paths()
+        self._sampler = Sampler(vocab_size=config.info.vocab_size, device=device)
+        self._prompt_logprobs = PromptLogprobTracker(self._model)
+        self._loads = AdapterLoads(self._pool, self._tables)
+        self._make_buffers(sizes)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(device)
+        with torch.inference_mode():
+            self.graphs = DecodeGraphs(sizes, self._run_decode, self._stream)
+
+    def _make_lora_paths(self) -> None:
+        config, limits = self._config, self._limits
+        shapes = op_shapes(self.geometry, fused=True)
+        self._decode_lora = LoraDecode(
+            self._library,
+            self._tables,
+            self._pool,
+            shapes,
+            max_rows=limits.max_rows,
+            max_items=max_decode_items(shapes, limits.max_rows),
+            rope=self._decoder.rope,
+        )
+        num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
+        rope, silu_mul, fork = self._decoder.rope, self._decoder.silu_mul, Fork(self._device)
+        hidden = self._decode_lora.new_scratch()
+        self._decode_paths = [
+            FusedLoraPath(rope, silu_mul, self._decode_lora, hidden, fork, num_sms, ops) if ops else self._base_path
+            for ops in VARIANTS
+        ]
+        self._token_lora = make_token_lora(
+            self._library,
+            self._tables,
+            self._pool,
+            self.geometry,
+            max_rows=config.max_num_seqs,
+            max_tokens=limits.max_tokens,
+        )
+        self._added_path = AddedLoraPath(rope, silu_mul, self._token_lora)
+        self._items_key: tuple[int, bytes] | None = None
+        self._items_variant = 0
+        self._num_binds = 0
+
+    def _make_buffers(self, sizes: tuple[int, ...]) -> None:
+        config = self._config
+        width = config.geometry.num_blocks(config.max_model_len) + 1
+        self._layouts = {
+            size: InputLayout(StepShape(num_tokens=size, num_rows=size, width=width, num_samples=size))
+            for size in sizes
+        }
+        tokens, group = self._limits.max_tokens, config.info.num_heads // config.info.num_kv_heads
+        largest_mixed = StepShape(
+            num_tokens=tokens,
+            num_rows=config.max_num_seqs,
+            width=width,
+            num_samples=config.max_num_seqs,
+            num_tiles=tokens * group // 64 + config.max_num_seqs,
+        )
+        num_ints = max(InputLayout(largest_mixed).size, self._layouts[sizes[-1]].size)
+        self._inputs = torch.zeros(num_ints, dtype=torch.int32, device=self._device)
+        self._steps = {size: layout.views(self._inputs) for size, layout in self._layouts.items()}
+        self._staging = PinnedRing(num_ints, STAGING_BUFFERS)
+        self._writer = InputWriter(block_tokens=config.geometry.block_tokens, pad_slot=config.max_num_seqs)
+        self._drawn = torch.zeros(2 * sizes[-1], dtype=torch.int32, device=self._device)
+        self._results = ResultBuffers(2 * sizes[-1])
+
+    @property
+    def pipeline_depth(self) -> int:
+        """The host prepares a step while the device computes the one before."""
+        return 2
+
+    @property
+    def pool(self) -> Tensor:
+        """The pool's memory, uint8 ``[pages, page_bytes]``; for tests."""
+        return self._pool
+
+    def pin_host_memory(self, arena: NDArray[np.uint8]) -> PinnedArena:
+        """Pin the memory that adapter images will come from, in the background; see `PinsHostMemory`."""
+        return self._loads.pin(arena)
+
+    def launch(self, plan: StepPlan) -> CudaStepHandle:
+        """Start a step."""
+        torch.cuda.set_device(self._device)
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            self._take_over_slots(plan)
+            return self._launch_decode(plan) if is_pure_decode(plan) else self._launch_mixed(plan)
+
+    def _launch_decode(self, plan: StepPlan) -> CudaStepHandle:
+        bucket, count = self.graphs.bucket(len(plan.slots)), len(plan.slots)
+        buffer = self._staging.take()
+        used = self._writer.write_decode(self._layouts[bucket], buffer.array, plan)
+        self._inputs[:used].copy_(buffer.tensor[:used], non_blocking=True)
+        buffer.event.record()
+        self.graphs.replay(bucket, self._prepare_items(plan.adapters))
+        if self._is_greedy(plan):
+            return self._handle(plan, bucket)
+        step = self._steps[bucket]
+        logprobs = self._sample(plan, self._decoder.work.logits[:count], step.sample_slots[:count])
+        return self._handle(plan, count, logprobs=logprobs)
+
+    def _launch_mixed(self, plan: StepPlan) -> CudaStepHandle:
+        tiles = self._attention_tiles(plan)
+        layout = InputLayout(
+            StepShape(
+                num_tokens=len(plan.token_ids),
+                num_rows=len(plan.slots),
+                width=plan.block_tables.shape[1],
+                num_samples=len(plan.sample_rows),
+                num_tiles=len(tiles),
+            )
+        )
+        buffer = self._staging.take()
+        used = self._writer.write_mixed(layout, buffer.array, plan, tiles)
+        self._inputs[:used].copy_(buffer.tensor[:used], non_blocking=True)
+        buffer.event.record()
+        step, path = layout.views(self._inputs), self._base_path
+        if (plan.adapters >= 0).any():
+            self._token_lora.prepare(plan)
+            path = self._added_path
+        self._decoder.forward(step, path, num_decode=plan.num_decode_rows)
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        if self._wants_prompt_logprobs(plan):
+            logits, hidden = self._decoder.logits_of_complete_hidden(step)
+            ends = np.cumsum(plan.num_tokens, dtype=np.int64)
+            prompt_logprobs = self._prompt_logprobs.update(plan, ends, step.token_ids.long(), hidden, self._sampler)
+        else:
+            logits = self._decoder.logits(step)
+        logprobs = None
+        if len(plan.sample_rows):
+            if self._is_greedy(plan):
+                self._draw_greedily(logits, step.sample_slots)
+            else:
+                logprobs = self._sample(plan, logits, step.sample_slots)
+        return self._handle(plan, len(plan.sample_rows), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _run_decode(self, bucket: int, variant: int) -> None:
+        """Launch what a graph holds."""
+        step = self._steps[bucket]
+        self._decoder.forward(step, self._decode_paths[variant], num_decode=bucket)
+        self._draw_greedily(self._decoder.logits(step), step.sample_slots)
+
+    def _attention_tiles(self, plan: StepPlan) -> NDArray[np.int32]:
+        if self._dtype == torch.float32:
+            return np.zeros((0, TILE_INTS), dtype=np.int32)
+        first, info = plan.num_decode_rows, self._config.info
+        rows = np.arange(first, len(plan.slots), dtype=np.int32)
+        return make_tiles(
+            rows, plan.starts[first:], plan.num_tokens[first:], first, info.num_heads // info.num_kv_heads
+        )
+
+    def _prepare_items(self, adapters: NDArray[np.int32]) -> int:
+        """Send the items of a decode step, unless the device has them already, and return the variant that reads them."""
+        used = adapters[adapters >= 0]
+        if not used.size:
+            return 0
+        key = (self._num_binds, adapters.tobytes())
+        if key != self._items_key:
+            self._decode_lora.prepare(adapters)
+            self._items_key, self._items_variant = key, variant_of(self._tables.max_stacked[used])
+        return self._items_variant
+
+    def _take_over_slots(self, plan: StepPlan) -> None:
+        """Replace what is kept of slots whose sequence begins in this step."""
+        begun = plan.slots[plan.starts == 0]
+        if begun.size:
+            self._sampler.vacate(begun)
+            self._prompt_logprobs.vacate(begun)
+        for setup in plan.setups:
+            self._sampler.occupy(setup)
+
+    def _is_greedy(self, plan: StepPlan) -> bool:
+        """Tell whether every row takes its likeliest token and nothing else is asked."""
+        sampling = plan.sampling
+        return (
+            not sampling.temperature.any()
+            and not (sampling.num_logprobs >= 0).any()
+            and not self._sampler.has_any(plan.slots)
+        )
+
+    def _wants_prompt_logprobs(self, plan: StepPlan) -> bool:
+        states = (self._sampler.state(slot) for slot in plan.slots[plan.num_decode_rows :].tolist())
+        return any(state is not None and state.setup.prompt_logprobs >= 0 for state in states)
+
+    def _draw_greedily(self, logits: Tensor, slots: Tensor) -> None:
+        best, token_ids = likeliest_tokens(logits)
+        self._keep_drawn(token_ids, torch.isfinite(best), slots)
+
+    def _sample(self, plan: StepPlan, logits: Tensor, slots: Tensor) -> LogprobRows | None:
+        sampled = self._sampler.sample(logits, plan.slots[plan.sample_rows], plan.sampling)
+        self._keep_drawn(sampled.token_ids, sampled.is_valid, slots)
+        return sampled.logprobs
+
+    def _keep_drawn(self, token_ids: Tensor, is_valid: Tensor, slots: Tensor) -> None:
+        """Put drawn tokens where the next step's embedding and the host find them."""
+        drawn = self._drawn_of(token_ids.shape[0])
+        drawn[0].copy_(token_ids)
+        drawn[1].copy_(is_valid)
+        self._decoder.last_sampled.index_copy_(0, slots.long(), drawn[0])
+
+    def _drawn_of(self, count: int) -> Tensor:
+        return self._drawn[: 2 * count].view(2, count)
+
+    def _handle(
+        self,
+        plan: StepPlan,
+        columns: int,
+        *,
+        logprobs: LogprobRows | None = None,
+        prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
+    ) -> CudaStepHandle:
+        return CudaStepHandle(
+            plan,
+            self._drawn_of(columns),
+            self._results,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs or {},
+        )
+
+    def load_adapter(
+        self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
+    ) -> CudaLoadHandle:
+        """Start to copy an image into the pool and bind it; see `ModelRunner.load_adapter`."""
+        torch.cuda.set_device(self._device)
+        self._num_binds += 1
+        return self._loads.load(index, spec, pages, source, self._stream)
+
+    def unload_adapter(self, index: int) -> None:
+        """Unbind an index; launched steps keep what they read."""
+        self._loads.unload(index)
+
+    def close(self) -> None:
+        """Wait for the device and free its memory."""
+        self._stream.synchronize()
+        self._loads.close()
+        del self.graphs, self._decoder, self._model, self._pool, self._tables
+        del self._base_path, self._decode_paths, self._added_path, self._token_lora, self._decode_lora
+        del self._prompt_logprobs, self._sampler, self._loads, self._inputs, self._steps
+        torch.cuda.empty_cache()
