@@ -1,0 +1,293 @@
+"""The CUDA backend against the torch backend on the same GPU, teacher-forced, and against its own promises of order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+
+from loraplex_common.adapter_image import pack
+from loraplex_common.base_model import load_base_model
+from loraplex_engine.arena import HostArena
+from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.step import SlotSetup
+from support.base_models import write_base_model
+from support.cuda_rig import (
+    BASES,
+    RECIPES,
+    Agreement,
+    CudaRig,
+    add_sequences,
+    images,
+    make_cuda_runner,
+    make_rig,
+    make_torch_runner,
+)
+from support.engine_harness import recipe_adapter
+from support.plans import Draw, Harness, Sequence_
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loraplex_engine.cuda.runner import CudaRunner
+    from loraplex_engine.pool_geometry import PoolGeometry
+    from loraplex_engine.step import StepHandle
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+]
+NUM_TOKENS = 20
+NUM_ROWS = 14
+
+
+@pytest.fixture(scope="module")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: write_base_model(folder / name, base) for name, base in BASES.items()}
+
+
+def close(*rigs: CudaRig) -> None:
+    for rig in rigs:
+        rig.runner.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in BASES), ("gqa", {"arch": "compute_80"}), ("mha", {"dependent_launch": True})],
+    ids=[*BASES, "sm_80", "dependent"],
+)
+def test_every_choice_is_the_torch_backends(
+    model_dirs: dict[str, Path], name: str, dtype: str, options: dict[str, Any]
+) -> None:
+    """Mixed adapters, ranks, scales and chunked prompts; the graph's argmax and the whole vocabulary's probabilities."""
+    vocab = BASES[name].vocab_size
+    oracle = make_rig(model_dirs[name], make_torch_runner(model_dirs[name], dtype), dtype)
+    truth = add_sequences(oracle, vocab, NUM_ROWS, draw=Draw(num_logprobs=vocab))
+    oracle.harness.generate(truth, NUM_TOKENS)
+    found = make_rig(
+        model_dirs[name], make_cuda_runner(model_dirs[name], dtype, max_num_seqs=2 * NUM_ROWS, **options), dtype
+    )
+    agreement = Agreement(dtype)
+
+    greedy = add_sequences(found, vocab, NUM_ROWS)
+    reporting = add_sequences(found, vocab, NUM_ROWS, draw=Draw(num_logprobs=vocab))
+    for sequence, true in zip([*greedy, *reporting], [*truth, *truth], strict=True):
+        sequence.forced = true.drawn
+    found.harness.generate(greedy, NUM_TOKENS)
+    found.harness.generate(reporting, NUM_TOKENS)
+
+    for row, true in enumerate(truth):
+        for position in range(NUM_TOKENS):
+            what = f"{name}, row {row}, adapter {row % 6 - 1}, position {position}"
+            agreement.choice(what, true.logprobs[position], greedy[row].drawn[position])
+            agreement.choice(what, true.logprobs[position], reporting[row].drawn[position])
+            agreement.logprobs(true.logprobs[position], reporting[row].logprobs[position])
+    agreement.check()
+    close(oracle, found)
+
+
+def drive_overlapped(harness: Harness, sequences: list[Sequence_], num_tokens: int) -> None:
+    """Keep two plans in flight, as the step loop does."""
+    in_flight: list[StepHandle] = []
+    while min(len(sequence.drawn) for sequence in sequences) < num_tokens:
+        in_flight.append(harness.runner.launch(harness.plan(sequences)))
+        if len(in_flight) == 2:
+            harness.absorb(sequences, in_flight.pop(0).wait())
+    while in_flight:
+        harness.absorb(sequences, in_flight.pop(0).wait())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_plans_in_flight_draw_what_one_at_a_time_draws(model_dirs: dict[str, Path], dtype: str) -> None:
+    rig = make_rig(model_dirs["gqa"], make_cuda_runner(model_dirs["gqa"], dtype, max_num_seqs=2 * NUM_ROWS), dtype)
+    one, two = (add_sequences(rig, 384, NUM_ROWS) for _ in range(2))
+
+    rig.harness.generate(one, NUM_TOKENS)
+    drive_overlapped(rig.harness, two, NUM_TOKENS)
+
+    assert [s.drawn[:NUM_TOKENS] for s in one] == [s.drawn[:NUM_TOKENS] for s in two]
+    close(rig)
+
+
+def test_a_row_draws_alone_what_it_draws_in_a_batch(model_dirs: dict[str, Path]) -> None:
+    rig = make_rig(model_dirs["mha"], make_cuda_runner(model_dirs["mha"], "float32", max_num_seqs=40), "float32")
+    together, apart = (add_sequences(rig, 384, NUM_ROWS) for _ in range(2))
+
+    rig.harness.generate(together, NUM_TOKENS)
+    for sequence in apart:
+        rig.harness.generate([sequence], NUM_TOKENS)
+
+    assert [s.drawn for s in together] == [s.drawn for s in apart]
+    close(rig)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        Draw(temperature=0.8, seed=3),
+        Draw(temperature=1.2, top_k=20, top_p=0.9, seed=2**63 + 5),
+        Draw(temperature=0.7, min_p=0.05, seed=9, num_logprobs=2),
+        Draw(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2),
+    ],
+    ids=["temperature", "truncated", "min_p", "penalties"],
+)
+def test_sampled_tokens_are_the_torch_backends(model_dirs: dict[str, Path], draw: Draw) -> None:
+    drawn = []
+    runners = (make_torch_runner(model_dirs["gqa"], "float32"), make_cuda_runner(model_dirs["gqa"], "float32"))
+    for runner in runners:
+        rig = make_rig(model_dirs["gqa"], runner, "float32")
+        sequences = add_sequences(rig, 384, NUM_ROWS)
+        for number, sequence in enumerate(sequences):
+            if number % 3:
+                sequence.draw = draw
+                empty = np.zeros(0, dtype=np.int32)
+                sequence.setup = SlotSetup(
+                    slot=sequence.slot,
+                    prompt_token_ids=np.array(sequence.prompt, dtype=np.int32),
+                    output_token_ids=empty,
+                    uses_penalties=draw.repetition_penalty != 1,
+                )
+        drawn.append(rig.harness.generate(sequences, NUM_TOKENS))
+        close(rig)
+
+    assert drawn[0] == drawn[1]
+
+
+def test_prompt_probabilities_are_the_torch_backends(model_dirs: dict[str, Path]) -> None:
+    entries = []
+    for runner in (make_torch_runner(model_dirs["gqa"], "float32"), make_cuda_runner(model_dirs["gqa"], "float32")):
+        rig = make_rig(model_dirs["gqa"], runner, "float32")
+        none = np.zeros(0, dtype=np.int32)
+        asks = SlotSetup(slot=0, prompt_token_ids=none, output_token_ids=none, prompt_logprobs=3)
+        sequence = rig.harness.add(range(50), adapter=rig.adapters[1], chunks=[20], setup=asks)
+        other = rig.harness.add(range(5))
+        rig.harness.generate([sequence, other], 3)
+        entries.append(sequence.prompt_logprobs)
+        close(rig)
+
+    assert len(entries[0]) == len(entries[1]) == 49
+    for expected, found in zip(*entries, strict=True):
+        assert expected.token_ids.tolist() == found.token_ids.tolist()
+        assert np.allclose(expected.logprobs, found.logprobs, atol=1e-3)
+
+
+@pytest.mark.parametrize("draw", [Draw(), Draw(temperature=0.8, min_p=0.01, seed=4)], ids=["greedy", "random"])
+def test_steady_decode_never_waits_for_the_device(model_dirs: dict[str, Path], draw: Draw) -> None:
+    rig = make_rig(model_dirs["gqa"], make_cuda_runner(model_dirs["gqa"], "bfloat16"), "bfloat16")
+    sequences = add_sequences(rig, 384, NUM_ROWS, draw=draw)
+    rig.harness.generate(sequences, 3)
+    plans = [rig.harness.plan(sequences) for _ in range(4)]
+    torch.cuda.synchronize()
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        handles = [rig.runner.launch(plan) for plan in plans]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    for handle in handles:
+        rig.harness.absorb(sequences, handle.wait())
+    undisturbed = add_sequences(rig, 384, NUM_ROWS, draw=draw)
+    assert rig.harness.generate(undisturbed, len(sequences[0].drawn)) == [s.drawn for s in sequences]
+    close(rig)
+
+
+def delay(runner: CudaRunner) -> None:
+    """Keep the compute stream busy for about 0.2 s."""
+    with torch.cuda.stream(runner._stream):
+        torch.cuda._sleep(400_000_000)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("is_ordered", [True, False], ids=["with the event", "without it the test sees the damage"])
+def test_pages_are_overwritten_only_after_launched_steps_have_read_them(
+    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, is_ordered: bool
+) -> None:
+    runner = make_cuda_runner(model_dirs["gqa"], "float32")
+    harness = Harness(runner, geometry_of(model_dirs["gqa"], "float32"), 512)
+    (spec, image), *_ = images(model_dirs["gqa"], runner)
+    prompt = list(range(100))
+    undisturbed, sequence = harness.add(prompt), harness.add(prompt)
+    harness.generate([undisturbed], 4)
+    harness.generate([sequence], 3)
+    if not is_ordered:
+        monkeypatch.setattr(runner._loads._stream, "wait_stream", lambda _stream: None)
+    pages = np.array([*sequence.pages, *harness.free[: len(image)]][: len(image)], dtype=np.int32)
+
+    delay(runner)
+    step = runner.launch(harness.plan([sequence]))
+    load = runner.load_adapter(0, spec, pages, image)
+    torch.cuda.synchronize()
+
+    assert load.is_done()
+    harness.absorb([sequence], step.wait())
+    is_image_whole = torch.equal(runner.pool[torch.from_numpy(pages).cuda()].cpu(), torch.from_numpy(image))
+    assert (is_image_whole and sequence.drawn == undisturbed.drawn) is is_ordered
+    runner.close()
+
+
+def geometry_of(model_dir: Path, dtype: str) -> PoolGeometry:
+    return choose_pool_geometry(load_base_model(model_dir), dtype=dtype)
+
+
+def test_an_index_bound_again_serves_the_new_adapter_in_the_same_graph(model_dirs: dict[str, Path]) -> None:
+    """Graphs read tables in place: no capture happens after start-up."""
+    rig = make_rig(model_dirs["mha"], make_cuda_runner(model_dirs["mha"], "float32"), "float32")
+    prompt = list(range(3, 40))
+    by_adapter = [rig.harness.generate([rig.harness.add(prompt, adapter=index)], 8)[0] for index in rig.adapters]
+    (_, first), (spec, image) = images(model_dirs["mha"], rig.runner)[:2]
+
+    rig.runner.unload_adapter(rig.adapters[1])
+    pages = np.array([rig.harness.free.pop() for _ in image], dtype=np.int32)
+    handle = rig.runner.load_adapter(rig.adapters[1], spec, pages, image)
+    torch.cuda.synchronize()
+    assert handle.is_done()
+
+    again = rig.harness.generate([rig.harness.add(prompt, adapter=rig.adapters[1])], 8)[0]
+    assert again == by_adapter[2]
+    assert len({tuple(tokens) for tokens in by_adapter}) == len(by_adapter), "adapters make no difference"
+    assert len(first)
+    close(rig)
+
+
+def test_images_arrive_from_pinned_scattered_and_foreign_memory(model_dirs: dict[str, Path]) -> None:
+    runner = make_cuda_runner(model_dirs["mha"], "bfloat16")
+    info = load_base_model(model_dirs["mha"])
+    spec, tensors = recipe_adapter(info, RECIPES[0], "a" * 64)
+    image = pack(runner.geometry, spec, tensors)
+    arena = HostArena(3 * len(image), runner.geometry.page_bytes)
+    pinned = runner.pin_host_memory(arena.view)
+    pinned.wait()
+    arena.view[: len(image)] = image
+    arena.view[len(image) :: 2][: len(image)] = image
+    sources = (arena.view[: len(image)], arena.view[len(image) :: 2][: len(image)], image)
+
+    for index, source in enumerate(sources):
+        pages = np.arange(index * len(image), (index + 1) * len(image), dtype=np.int32)[::-1].copy()
+        handle = runner.load_adapter(index, spec, pages, source)
+        torch.cuda.synchronize()
+        assert handle.is_done()
+        assert torch.equal(runner.pool[torch.from_numpy(pages).cuda()].cpu(), torch.from_numpy(image)), index
+    runner.close()
+    arena.close()
+
+
+def test_a_row_whose_logits_are_not_finite_fails_alone(model_dirs: dict[str, Path]) -> None:
+    runner = make_cuda_runner(model_dirs["gqa"], "bfloat16")
+    harness = Harness(runner, geometry_of(model_dirs["gqa"], "bfloat16"), 512)
+    healthy, broken = harness.add(range(20)), harness.add(range(40, 60))
+    harness.generate([healthy, broken], 2)
+    geometry = harness.geometry
+    keys = geometry.num_kv_heads * geometry.row_bytes
+    runner.pool[broken.pages[0], keys : 2 * keys] = 255  # NaN in every value of layer 0
+
+    result = harness.step([healthy, broken])
+
+    assert list(result.failed_slots) == [broken.slot]
+    assert broken.failure is not None
+    runner.close()

@@ -1,0 +1,192 @@
+"""Pairs of runners over one tiny model: the CUDA backend and the torch backend it must agree with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from loraplex_common.adapter_image import pack
+from loraplex_common.base_model import load_base_model
+from loraplex_engine.cuda.runner import CudaRunner, CudaRunnerConfig
+from loraplex_engine.model.weights import WeightReader
+from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner
+from support.adapters import Recipe
+from support.base_models import TinyBase
+from support.engine_harness import recipe_adapter
+from support.plans import Harness
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_engine.step import TokenLogprobs
+    from numpy.typing import NDArray
+    from support.plans import Sequence_
+
+MAX_TIES = {"float32": 0.005, "bfloat16": 0.03}
+"""In bf16 the best two of 384 random logits are the same or neighbouring numbers at 2..5 % of positions, where either
+backend's rounding decides; beyond `TIE_ULPS_BF16` every choice must agree."""
+TIE_GAP_FP32 = 1e-4
+TIE_ULPS_BF16 = 4
+MAX_LOGIT_ERROR = {"float32": 1e-4, "bfloat16": 4e-2}
+
+BASES = {  # with KV pages of at least a tile, 32 KiB, in bf16
+    "gqa": TinyBase(hidden_size=256, intermediate_size=512, num_heads=4, num_kv_heads=2, head_dim=64, num_layers=4),
+    "mha": TinyBase(hidden_size=512, intermediate_size=1024, num_heads=4, num_kv_heads=4, head_dim=128, num_layers=3),
+    "qwen2": TinyBase(
+        architecture="qwen2",
+        hidden_size=256,
+        intermediate_size=512,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        num_layers=4,
+    ),
+    "qwen3": TinyBase(
+        architecture="qwen3", hidden_size=256, intermediate_size=768, num_heads=4, num_kv_heads=2, head_dim=128
+    ),
+    "window": TinyBase(
+        architecture="mistral",
+        hidden_size=256,
+        intermediate_size=512,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        num_layers=4,
+        sliding_window=24,
+    ),
+}
+RECIPES = (
+    Recipe(rank=8, seed=1, strength=0.3),
+    Recipe(rank=16, targets=("q_proj", "v_proj"), seed=2, strength=0.3),
+    Recipe(rank=33, targets=("o_proj", "down_proj"), seed=3, strength=0.3),
+    Recipe(rank=4, rank_pattern={"gate_proj": 64, "q_proj": 1}, layers=(1,), seed=4, strength=0.3),
+    Recipe(rank=64, alpha=16, use_rslora=True, seed=5, strength=0.3),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaRig:
+    """A runner with its harness and the table indices of its adapters, `NO_ADAPTER` first."""
+
+    runner: CudaRunner | TorchRunner
+    harness: Harness
+    adapters: list[int]
+
+
+def images(model_dir: Path, runner: CudaRunner | TorchRunner) -> list[tuple[AdapterSpec, NDArray[np.uint8]]]:
+    """Return spec and image of every recipe."""
+    info, found = load_base_model(model_dir), []
+    for number, recipe in enumerate(RECIPES):
+        spec, tensors = recipe_adapter(info, recipe, f"{number:064x}")
+        found.append((spec, pack(runner.geometry, spec, tensors)))
+    return found
+
+
+def make_cuda_runner(
+    model_dir: Path,
+    dtype: str,
+    *,
+    num_pages: int = 512,
+    max_num_seqs: int = 40,
+    max_model_len: int = 256,
+    max_num_batched_tokens: int = 512,
+    arch: str | None = None,
+    dependent_launch: bool = False,
+) -> CudaRunner:
+    """Build the CUDA backend over a model directory."""
+    info = load_base_model(model_dir)
+    config = CudaRunnerConfig(
+        info=info,
+        geometry=choose_pool_geometry(info, dtype=dtype),
+        num_pages=num_pages,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_resident_adapters=64,
+        arch=arch,
+        dependent_launch=dependent_launch,
+    )
+    return CudaRunner(config, WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device("cuda", 0)))
+
+
+def make_torch_runner(model_dir: Path, dtype: str, *, num_pages: int = 512, max_num_seqs: int = 40) -> TorchRunner:
+    """Build the torch backend on the same GPU."""
+    info = load_base_model(model_dir)
+    return TorchRunner(
+        RunnerConfig(
+            model_dir=model_dir,
+            info=info,
+            geometry=choose_pool_geometry(info, dtype=dtype),
+            num_pages=num_pages,
+            max_num_seqs=max_num_seqs,
+            max_model_len=256,
+            device="cuda",
+        )
+    )
+
+
+def make_rig(model_dir: Path, runner: CudaRunner | TorchRunner, dtype: str, *, num_pages: int = 512) -> CudaRig:
+    """Load every recipe's adapter."""
+    harness = Harness(runner, choose_pool_geometry(load_base_model(model_dir), dtype=dtype), num_pages)
+    loaded = [harness.load(spec, image) for spec, image in images(model_dir, runner)]
+    return CudaRig(runner, harness, [-1, *loaded])
+
+
+def add_sequences(rig: CudaRig, vocab_size: int, count: int, **fields: object) -> list[Sequence_]:
+    """Add sequences of many lengths, adapters, scales and ways to cut the prompt; the same ones for every rig."""
+    rng, sequences = np.random.default_rng(7), []
+    for number in range(count):
+        prompt = rng.integers(0, vocab_size, int(rng.integers(1, 90))).tolist()
+        sequences.append(
+            rig.harness.add(
+                prompt,
+                adapter=rig.adapters[number % len(rig.adapters)],
+                scale=1.0 if number % 2 else 0.5,
+                chunks=[len(prompt) // 3] * (number % 3) if len(prompt) >= 9 else [],
+                **fields,
+            )
+        )
+    return sequences
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Tallies choices and errors against the oracle's probabilities (design.md section 10)."""
+
+    dtype: str
+    positions: int = 0
+    ties: list[str] = field(default_factory=list)
+    mismatches: list[str] = field(default_factory=list)
+    error: float = 0.0
+
+    def choice(self, what: str, oracle: TokenLogprobs, token: int) -> None:
+        """Compare a drawn token with the oracle's."""
+        self.positions += 1
+        if token == int(oracle.token_ids[1]):
+            return
+        best, second = oracle.logprobs[1:3]
+        gap, largest = float(best - second), float(np.abs(oracle.logprobs[1:] - oracle.logprobs[1:].mean()).max())
+        ulp = 2.0 ** (np.floor(np.log2(largest)) - 7)
+        limit = TIE_GAP_FP32 if self.dtype == "float32" else TIE_ULPS_BF16 * ulp
+        note = f"{what}: drew {token}, oracle {oracle.token_ids[1]}, gap {gap:.2e}, limit {limit:.2e}"
+        (self.ties if gap < limit else self.mismatches).append(note)
+
+    def logprobs(self, oracle: TokenLogprobs, found: TokenLogprobs) -> None:
+        """Compare the whole vocabulary's probabilities."""
+        truth, own = np.zeros(len(oracle.token_ids) - 1), np.full(len(oracle.token_ids) - 1, np.nan)
+        truth[oracle.token_ids[1:]], own[found.token_ids[1:]] = oracle.logprobs[1:], found.logprobs[1:]
+        largest = np.abs(truth - truth.mean()).max()
+        self.error = max(self.error, float(np.abs(own - truth).max() / largest))
+
+    def check(self) -> None:
+        """Assert agreement; ties are shown."""
+        for tie in self.ties:
+            print("tie", tie)
+        print(f"{self.dtype}: {self.positions} positions, {len(self.ties)} ties, logit error {self.error:.2e}")
+        assert not self.mismatches, f"{len(self.mismatches)} of {self.positions}: " + "\n".join(self.mismatches[:10])
+        assert len(self.ties) <= max(1, MAX_TIES[self.dtype] * self.positions)
+        assert self.error < MAX_LOGIT_ERROR[self.dtype], self.error

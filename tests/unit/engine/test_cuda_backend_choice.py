@@ -1,0 +1,43 @@
+"""Which backend computes: our kernels where there is a GPU, torch elsewhere, and a clear refusal where neither can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from loraplex_engine.building import resolve_backend
+from loraplex_engine.config import BackendName, ConfigError, DeviceName, EngineConfig
+
+
+def make_config(backend: BackendName = "auto", device: DeviceName = "auto") -> EngineConfig:
+    return EngineConfig(model=Path("model"), backend=backend, device=device)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "expected"),
+    [("auto", "cpu", "torch"), ("auto", "cuda", "cuda"), ("torch", "cuda", "torch"), ("cuda", "cuda", "cuda")],
+)
+def test_the_backend_follows_the_device_unless_it_is_named(
+    backend: BackendName, device: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
+
+    assert resolve_backend(make_config(backend), torch.device(device)) == expected
+
+
+def test_our_kernels_without_a_gpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match="sees no GPU"):
+        resolve_backend(make_config("cuda"), torch.device("cpu"))
+
+
+def test_a_gpu_without_cuda_python_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+
+    with pytest.raises(ConfigError, match="--backend torch"):
+        resolve_backend(make_config(), torch.device("cuda"))
+
+
+def test_contradicting_flags_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--backend cuda needs --device"):
+        make_config("cuda", "cpu")

@@ -1,0 +1,81 @@
+"""Graph buckets: every batch has one, padding is bounded, and item bounds hold for the worst adapters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from loraplex_common.adapter_image import OPS, PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, layout
+from loraplex_engine.cuda.graphs import VARIANTS, bucket_sizes, variant_of
+from loraplex_engine.cuda.runner import tile_capacity
+from loraplex_engine.cuda.token_lora import max_decode_items, max_prefill_items
+from loraplex_kernels.items import ItemBuilder, op_shapes
+from loraplex_kernels.lora_prefill import RUN, build_items, make_segments
+
+GEOMETRY = Geometry(
+    dtype="bfloat16",
+    page_bytes=2 << 20,
+    num_layers=2,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+)
+
+
+def test_buckets_up_to_256_are_the_usual_ones() -> None:
+    assert bucket_sizes(256) == (1, 2, 4, 8, 16, 24, 32, *range(48, 257, 16))
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 9, 31, 32, 33, 48, 100, 255, 257, 512, 1000, 1025])
+def test_the_largest_bucket_holds_every_row_and_no_second_one_does(max_rows: int) -> None:
+    sizes = bucket_sizes(max_rows)
+
+    assert sizes[-1] >= max_rows
+    assert all(size < max_rows for size in sizes[:-1])
+    assert list(sizes) == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (64, 192), (85, 255), (16, 48), (256, 256)])
+@pytest.mark.parametrize("num_rows", [1, 5, 64, 256])
+def test_item_bounds_hold_for_rows_of_distinct_adapters(num_rows: int, ranks: tuple[int, int]) -> None:
+    rank, stacked = ranks
+    max_ranks = np.full((num_rows, 4, 3), rank, dtype=np.int32)
+    max_stacked = np.full((num_rows, 4), stacked, dtype=np.int32)
+    adapters = np.arange(num_rows, dtype=np.int32)
+
+    for fused in (True, False):
+        shapes = op_shapes(GEOMETRY, fused=fused)
+        built = ItemBuilder(shapes, 2).build(adapters, max_ranks, max_stacked)
+        assert built.counts.sum() <= max_decode_items(shapes, num_rows)
+    segments = make_segments(adapters, np.full(num_rows, 70, dtype=np.int32), 0)
+    _, counts = build_items(segments, max_stacked, shapes, RUN)
+    assert counts.sum() <= max_prefill_items(shapes, num_rows + 70 * num_rows // 64)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 33, 64, 85])
+def test_adapters_that_fill_a_pool_fit_its_tile_table(rank: int) -> None:
+    spec = AdapterSpec(
+        "0" * 64, tuple(ModuleSpec(layer, name, rank, 1.0) for layer in range(2) for name in PROJECTIONS)
+    )
+    plan = layout(GEOMETRY, spec.ranks)
+    num_adapters = 100
+
+    capacity = tile_capacity(GEOMETRY, num_pages=num_adapters * plan.num_pages, max_adapters=num_adapters)
+
+    assert num_adapters * len(plan.tiles) <= capacity
+    assert len(OPS) == 4
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([[48, 16, 0, 0]], {"qkv", "o"}),
+        ([[48, 0, 0, 0], [0, 0, 0, 8]], set(OPS)),
+        ([[0, 4, 0, 0]], {"qkv", "o"}),
+        ([[0, 0, 32, 16]], set(OPS)),
+        ([[0, 0, 0, 0]], set()),
+    ],
+)
+def test_a_batch_gets_the_smallest_variant_with_all_its_ops(ranks: list[list[int]], expected: set[str]) -> None:
+    assert VARIANTS[variant_of(np.array(ranks, dtype=np.int32))] == expected
