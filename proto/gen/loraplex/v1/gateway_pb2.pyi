@@ -328,7 +328,7 @@ class StoppingParams(_message.Message):
     max_new_tokens: _builtins.int
     """Most tokens to generate. Default: what is left of max_model_len."""
     min_new_tokens: _builtins.int
-    """End-of-text and stop token ids cannot be drawn before this many tokens. Default 0."""
+    """End-of-text and stop token ids cannot be drawn, and stop strings are not looked for, before this many tokens. Default 0."""
     ignore_eos: _builtins.bool
     """Whether end-of-text ids are ordinary tokens. Default false."""
     include_stop: _builtins.bool
