@@ -79,6 +79,23 @@ async def test_priority_by_name_or_by_vllms_numbers(valkey_url: str, given: obje
         assert (submit.priority, submit.load_policy) == (meant, gateway_pb2.LOAD_POLICY_FAIL_FAST)
 
 
+async def test_choices_of_a_request_with_the_longest_id_have_ids_of_their_own(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        answer = await client.completions.create(
+            model="tiny", prompt="x", n=2, max_tokens=1, extra_headers={"x-request-id": "i" * 128}
+        )
+
+        assert len(answer.choices) == 2
+        assert {len(submit.request_id) for submit in rig.engine.submits} == {128, 126}
+
+
+@pytest.mark.parametrize("request_id", ["\u00e9", "a\r\nx: y", "x" * 129])
+async def test_a_request_id_that_cannot_be_a_header_is_refused(valkey_url: str, request_id: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        with pytest.raises(openai.BadRequestError, match="request_id must be at most"):
+            await client.completions.create(model="tiny", prompt="x", extra_body={"request_id": request_id})
+
+
 async def test_an_unknown_route_answers_in_the_apis_own_form(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig, httpx.AsyncClient() as client:
         unknown = await client.post(f"{rig.http}/v1/embeddings", json={})

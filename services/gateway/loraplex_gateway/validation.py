@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Violation = tuple[str, str]
 
 MAX_REQUEST_ID_CHARS: Final = 128
+REQUEST_ID_RULE: Final = f"request_id must be at most {MAX_REQUEST_ID_CHARS} letters, digits and ._:- ; a UUID4 is best"
 MAX_KEY_BYTES: Final = 256
 MAX_NAME_CHARS: Final = 512
 # A status travels in HTTP headers, which hold 8 KiB: so many violations are told, the rest only counted.
@@ -192,10 +193,7 @@ def _chat(prompt: ChatPrompt) -> Iterator[Violation]:
 
 def _names(request: GenerationRequest) -> Iterator[Violation]:
     if request.request_id and not is_request_id(request.request_id):
-        yield (
-            "request_id",
-            f"request_id must be at most {MAX_REQUEST_ID_CHARS} letters, digits and ._:- ; a UUID4 is best",
-        )
+        yield "request_id", REQUEST_ID_RULE
     for field, value in (("adapter", request.adapter), ("model", request.model)):
         if len(value) > MAX_NAME_CHARS:
             yield field, f"{field} has {len(value)} characters; no name has more than {MAX_NAME_CHARS}"

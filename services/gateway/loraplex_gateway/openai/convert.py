@@ -20,6 +20,7 @@ from loraplex_gateway.types import (
     TextPrompt,
     TokenPrompt,
 )
+from loraplex_gateway.validation import MAX_REQUEST_ID_CHARS, REQUEST_ID_RULE, is_request_id
 
 if TYPE_CHECKING:
     from loraplex_gateway.models import ModelCatalog
@@ -124,6 +125,8 @@ def _request(
     """Return the request without its prompt. `model` names a base model or an adapter."""
     for field, reason in REFUSED.items():
         _refuse(getattr(body, field), field, reason)
+    if body.request_id and not is_request_id(body.request_id):
+        raise InvalidParameterError(REQUEST_ID_RULE, field="request_id")  # before it is put into a header
     is_base = catalog.find(body.model) is not None
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return GenerationRequest(
@@ -131,18 +134,7 @@ def _request(
         request_id=body.request_id or request_id,
         model=body.model if is_base else "",
         adapter="" if is_base else body.model,
-        sampling=Sampling(
-            temperature=body.temperature,
-            top_k=body.top_k,
-            top_p=body.top_p,
-            min_p=body.min_p,
-            seed=body.seed % 2**64 if body.seed is not None else None,
-            repetition_penalty=body.repetition_penalty,
-            presence_penalty=body.presence_penalty,
-            frequency_penalty=body.frequency_penalty,
-            logit_bias=_logit_bias(body.logit_bias or {}),
-            allowed_token_ids=tuple(body.allowed_token_ids or ()),
-        ),
+        sampling=_sampling(body),
         stopping=Stopping(
             max_new_tokens=max_tokens,
             min_new_tokens=body.min_tokens,
@@ -159,6 +151,21 @@ def _request(
         priority=_priority(body.priority),
         fail_fast=body.load_policy == "fail_fast",
         adapter_scale=body.adapter_scale,
+    )
+
+
+def _sampling(body: CommonBody) -> Sampling:
+    return Sampling(
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
+        min_p=body.min_p,
+        seed=body.seed % 2**64 if body.seed is not None else None,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        allowed_token_ids=tuple(body.allowed_token_ids or ()),
     )
 
 
@@ -186,7 +193,7 @@ def _choice(request: GenerationRequest, index: int, draw: int) -> GenerationRequ
         return request
     seed = request.sampling.seed
     sampling = request.sampling if seed is None else replace(request.sampling, seed=(seed + draw) % 2**64)
-    return replace(request, request_id=f"{request.request_id}-{index}", sampling=sampling)
+    return replace(request, request_id=f"{request.request_id[: MAX_REQUEST_ID_CHARS - 4]}-{index}", sampling=sampling)
 
 
 def _prompts(prompt: str | list[Any], *, add_special_tokens: bool) -> list[Prompt]:
