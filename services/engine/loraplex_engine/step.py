@@ -9,13 +9,16 @@ Legend: N = rows (sequences) of the step, T = tokens of the step, S = rows that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
-from loraplex_common.adapter_image import AdapterSpec
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_common.adapter_image import AdapterSpec
 
 FROM_DEVICE: Final = -1
 """In ``StepPlan.token_ids``: use the token last sampled for this slot, which the host may not know yet."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+
 from loraplex_common.adapter_image import OPS, PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, layout
+from loraplex_common.base_model import BaseModelInfo
 from loraplex_engine.cuda.graphs import VARIANTS, bucket_sizes, variant_of
-from loraplex_engine.cuda.runner import tile_capacity
+from loraplex_engine.cuda.runner import CudaRunnerConfig, tile_capacity
 from loraplex_engine.cuda.token_lora import max_decode_items, max_prefill_items
+from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_kernels.items import ItemBuilder, op_shapes
 from loraplex_kernels.lora_prefill import RUN, build_items, make_segments
 
@@ -79,3 +84,31 @@ def test_adapters_that_fill_a_pool_fit_its_tile_table(rank: int) -> None:
 )
 def test_a_batch_gets_the_smallest_variant_with_all_its_ops(ranks: list[list[int]], expected: set[str]) -> None:
     assert VARIANTS[variant_of(np.array(ranks, dtype=np.int32))] == expected
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "num_layers", "reason"), [(80, 32, "this model has 80"), (64, 1, "smaller than a tile")]
+)
+def test_models_our_kernels_cannot_compute_are_refused_with_the_remedy(
+    head_dim: int, num_layers: int, reason: str
+) -> None:
+    info = BaseModelInfo(
+        name="base",
+        fingerprint="0" * 64,
+        aliases=(),
+        num_layers=num_layers,
+        hidden_size=head_dim * 2,
+        intermediate_size=256,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        vocab_size=100,
+        max_position_embeddings=64,
+        config={},
+    )
+    pool = PoolGeometry(dtype="bfloat16", num_layers=num_layers, num_kv_heads=1, head_dim=head_dim, block_tokens=16)
+
+    with pytest.raises(ValueError, match=f"{reason}.*--backend torch"):
+        CudaRunnerConfig(
+            info=info, geometry=pool, num_pages=8, max_num_seqs=4, max_model_len=64, max_num_batched_tokens=64
+        )

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from loraplex_engine.step import StepPlan, TokenLogprobs
 
 STAGING_BUFFERS: Final = 4  # steps in flight, and some
+HEAD_DIMS: Final = (64, 128)  # what the attention kernels are written for
 PROJECTIONS_PER_LAYER: Final = sum(len(slices) for slices in OPS.values())
 
 
@@ -76,6 +77,11 @@ class CudaRunnerConfig:
     dependent_launch: bool = False
 
     def __post_init__(self) -> None:
+        if self.geometry.head_dim not in HEAD_DIMS:
+            raise ValueError(
+                f"our kernels take heads of {' or '.join(map(str, HEAD_DIMS))} dimensions, this model has "
+                f"{self.geometry.head_dim}: use --backend torch"
+            )
         if self.geometry.page_bytes < TILE_BYTES:
             raise ValueError(
                 f"pages of {self.geometry.page_bytes} bytes are smaller than a tile of {TILE_BYTES}: our kernels read "
