@@ -52,7 +52,7 @@ def submit_all(harness: EngineHarness, model_dir: Path) -> list[list[int]]:
     return [request.tokens for request in requests]
 
 
-def test_an_engine_that_evicts_and_preempts_answers_as_the_cpu_does(tmp_path: Path) -> None:
+def test_an_engine_with_more_adapters_than_its_pool_holds_answers_as_the_cpu_does(tmp_path: Path) -> None:
     model_dir = write_base_model(tmp_path / "base", BASES["gqa"])
     pool = choose_pool_geometry(load_base_model(model_dir), dtype="float32")
     params = EngineParams(
