@@ -39,6 +39,9 @@ def fragile_stack(tiny_world: tuple[Path, Path], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 async def client(fragile_stack: Stack) -> AsyncIterator[AsyncClient]:
+    fragile_stack.valkey.start()
+    if not fragile_stack.store.is_running:  # a test before this one failed half-way
+        fragile_stack.restart_store()
     import_all(fragile_stack)
     client = fragile_stack.client()
     yield client
@@ -56,8 +59,18 @@ async def started(client: AsyncClient, adapters: tuple[str | None, ...]) -> list
     return [asyncio.create_task(read_tokens(stream)) for stream in streams]
 
 
-async def new_adapter(stack: Stack, name: str, seed: int) -> Path:
+def new_adapter(stack: Stack, name: str, seed: int) -> Path:
     return write_adapter(stack.import_root / name, stack.model, Recipe(seed=seed))
+
+
+async def import_cold(stack: Stack, client: AsyncClient, name: str, seed: int) -> None:
+    """Import an adapter that no engine has, and wait until the gateway knows its name."""
+    await client.adapters.import_directory(name, new_adapter(stack, name, seed))
+
+    async def is_known() -> bool:
+        return name in {model.name for model in await client.list_models()}
+
+    await eventually(is_known)
 
 
 async def test_streams_outlive_the_adapter_store_and_misses_wait_for_its_return(
@@ -65,8 +78,7 @@ async def test_streams_outlive_the_adapter_store_and_misses_wait_for_its_return(
 ) -> None:
     stack = fragile_stack
     alone = await greedy_all(client, WARM, LONG)
-    await new_adapter(stack, "late", 200)
-    await client.adapters.import_directory("late", stack.import_root / "late")
+    await import_cold(stack, client, "late", 200)
     running = await started(client, WARM)
 
     stack.store.kill()
@@ -105,8 +117,7 @@ async def test_a_store_that_stays_away_makes_misses_unavailable_with_a_retry_tim
     fragile_stack: Stack, client: AsyncClient
 ) -> None:
     stack = fragile_stack
-    await new_adapter(stack, "cold", 201)
-    await client.adapters.import_directory("cold", stack.import_root / "cold")
+    await import_cold(stack, client, "cold", 201)
     await greedy(client, "tiny-a")
 
     stack.store.kill()
@@ -125,13 +136,13 @@ async def test_a_store_that_stays_away_makes_misses_unavailable_with_a_retry_tim
 
 async def test_streams_outlive_valkey_and_nothing_imported_is_lost(fragile_stack: Stack, client: AsyncClient) -> None:
     stack = fragile_stack
-    directory = await new_adapter(stack, "precious", 202)
+    directory = new_adapter(stack, "precious", 202)
     revision = (await client.adapters.import_directory("precious", directory)).revision.digest
     alone = await greedy_all(client, WARM, LONG)
     running = await started(client, WARM)
 
     stack.valkey.kill()
-    other = await new_adapter(stack, "refused", 203)
+    other = new_adapter(stack, "refused", 203)
     with pytest.raises(LoraplexError) as refused:
         await client.adapters.import_directory("refused", other)
     tokens_meanwhile = await greedy(client, "tiny-b", LONG)
