@@ -200,7 +200,7 @@ def _setup_of(request: Request, stop_ids: tuple[int, ...]) -> SlotSetup:
         output_token_ids=request.output_token_ids if uses_penalties else _NO_TOKENS,
         logit_bias=sampling.logit_bias,
         allowed_token_ids=sampling.allowed_token_ids,
-        stop_token_ids=stop_ids,
+        stop_token_ids=stop_ids if submission.stopping.min_new_tokens > len(request.output_token_ids) else (),
         prompt_logprobs=sampling.prompt_logprobs if num_sent < request.num_prompt_tokens - 1 else -1,
         uses_penalties=uses_penalties,
     )

@@ -132,7 +132,13 @@ class Sampler:
         self._slots: dict[int, SlotState] = {}
 
     def occupy(self, setup: SlotSetup) -> None:
-        """Take over a slot's new occupant; penalty counts are rebuilt from its tokens."""
+        """Take over a slot's new occupant; penalty counts are rebuilt from its tokens.
+
+        Nothing is kept of an occupant that the plan's arrays describe in full, so that batches of them take the fast path.
+        """
+        if not setup.is_special:
+            self._slots.pop(setup.slot, None)
+            return
         state = SlotState(setup)
         if setup.uses_penalties:
             prompt = upload(setup.prompt_token_ids.astype(np.int64), self._device)

@@ -69,7 +69,7 @@ class SlotSetup:
         output_token_ids: int32; tokens drawn before this occupancy, if the request uses a penalty, else empty.
         logit_bias: token id -> added to its logit.
         allowed_token_ids: If not empty, nothing else can be drawn.
-        stop_token_ids: End-of-text and stop ids, for ``SamplingArrays.ban_stops``.
+        stop_token_ids: End-of-text and stop ids, for ``SamplingArrays.ban_stops``; empty if they are never banned.
         prompt_logprobs: -1 none; else how many likeliest tokens to report per prompt position.
     """
 
@@ -81,6 +81,12 @@ class SlotSetup:
     stop_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int = -1
     uses_penalties: bool = False
+
+    @property
+    def is_special(self) -> bool:
+        """True if the plan's arrays alone do not say how the occupant draws and what it reports."""
+        constrains = bool(self.logit_bias or self.allowed_token_ids or self.stop_token_ids)
+        return constrains or self.uses_penalties or self.prompt_logprobs >= 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

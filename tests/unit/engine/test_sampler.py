@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -144,6 +146,30 @@ def test_constraints_come_before_penalties_and_the_draw() -> None:
         sampler = Sampler(vocab_size=VOCAB, device=CPU)
         sampler.occupy(setup)
         assert sample(logits, [draw], sampler=sampler) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("setup", "is_kept"),
+    [
+        ({}, False),
+        ({"stop_token_ids": (2,)}, True),
+        ({"logit_bias": {1: 1.0}}, True),
+        ({"allowed_token_ids": (1,)}, True),
+        ({"uses_penalties": True}, True),
+        ({"prompt_logprobs": 0}, True),
+    ],
+)
+def test_only_occupants_that_the_arrays_do_not_describe_leave_the_fast_path(
+    setup: dict[str, Any], is_kept: bool
+) -> None:
+    sampler = Sampler(vocab_size=VOCAB, device=CPU)
+    slot = np.zeros(1, np.int32)
+    before = SlotSetup(slot=0, prompt_token_ids=EMPTY, output_token_ids=EMPTY, logit_bias={3: 1.0})
+    sampler.occupy(before)
+
+    sampler.occupy(SlotSetup(slot=0, prompt_token_ids=EMPTY, output_token_ids=EMPTY, **setup))
+
+    assert sampler.has_any(slot) is is_kept
 
 
 def test_penalties_count_prompt_and_output_as_defined() -> None:
