@@ -28,15 +28,15 @@ OP_SLICES: Final = tuple(OPS.values())
 
 
 class ShrinkTile(NamedTuple):
-    """Columns ``[start, stop)`` of the stacked A matrices, transposed: ``[stop - start, stacked_rank]``."""
+    """Columns ``[start, stop)`` of the stacked A matrices: ``[stacked_rank, stop - start]``."""
 
     start: int
     stop: int
-    a_t: Tensor
+    a: Tensor
 
 
 class ExpandTile(NamedTuple):
-    """Outputs ``[start, stop)`` of one slice's B, transposed: ``[rank, stop - start]``.
+    """Outputs ``[start, stop)`` of one slice's B: ``[stop - start, rank]``.
 
     Attributes:
         part: Which of the op's adapted slices it is.
@@ -45,7 +45,7 @@ class ExpandTile(NamedTuple):
     start: int
     stop: int
     part: int
-    b_t: Tensor
+    b: Tensor
     scaling: float
 
 
@@ -85,12 +85,12 @@ class AdapterTable:
         tiles = layout(geometry, spec.ranks).tiles
         for layer, op, _, _, start, rows, cols, page, offset in tiles[tiles["kind"] == KIND_A].tolist():
             view = self._view(page, offset, rows, cols)
-            shrinks.setdefault((layer, op), []).append(ShrinkTile(start, start + cols, view.t()))
+            shrinks.setdefault((layer, op), []).append(ShrinkTile(start, start + cols, view))
         for layer, op, index, start, rows, cols, page, offset in _merged_b_tiles(tiles, self._item):
             ranks = slices.setdefault((layer, op), {})
             ranks[index] = cols
             base = _output_offset(geometry, op, index) + start
-            view = self._view(page, offset, rows, cols).t()
+            view = self._view(page, offset, rows, cols)
             scaling = modules[layer, OP_SLICES[op][index]].scaling
             tile = ExpandTile(base, base + rows, list(ranks).index(index), view, scaling)
             expands.setdefault((layer, op), []).append(tile)
@@ -140,7 +140,7 @@ class Segment:
             first: First token.
             last: One past the last token.
             table: The adapter.
-            scales: fp32 ``[last - first, 1]``, the requests' own factors; None if all are 1.
+            scales: fp32 ``[last - first]``, the requests' own factors; None if all are 1.
         """
         self.table = table
         self.scales = scales
@@ -149,19 +149,19 @@ class Segment:
         self._outputs: list[dict[tuple[int, int], Tensor]] = [{} for _ in OPS]
 
     def input_of(self, op: int, x: Tensor, start: int, stop: int) -> Tensor:
-        """Return columns [start, stop) of the segment's rows of an op's input."""
+        """Return columns [start, stop) of the segment's rows of an op's input, transposed: ``[stop - start, tokens]``."""
         key = start << 32 | stop
         view = self._inputs[op].get(key)
         if view is None:
-            view = self._inputs[op][key] = x[self._tokens, start:stop]
+            view = self._inputs[op][key] = x[self._tokens, start:stop].t()
         return view
 
     def output_of(self, op: int, y: Tensor, start: int, stop: int) -> Tensor:
-        """Return columns [start, stop) of the segment's rows of an op's output."""
+        """Return columns [start, stop) of the segment's rows of an op's output, transposed: ``[stop - start, tokens]``."""
         key = (start, stop)
         view = self._outputs[op].get(key)
         if view is None:
-            view = self._outputs[op][key] = y[self._tokens, start:stop]
+            view = self._outputs[op][key] = y[self._tokens, start:stop].t()
         return view
 
 
@@ -188,24 +188,25 @@ class LoraStep:
 
 
 def _apply_fp32(adapter: AdapterOp, segment: Segment, op: int, x: Tensor, y: Tensor) -> None:
-    (start, stop, a_t), *more = adapter.shrink
-    shrunk = torch.mm(segment.input_of(op, x, start, stop), a_t)
-    for start, stop, a_t in more:
-        shrunk.addmm_(segment.input_of(op, x, start, stop), a_t)
+    """Compute with weights as the left factor: for a few tokens a quarter faster than ``x @ A.T`` in either memory order."""
+    (start, stop, a), *more = adapter.shrink
+    shrunk = torch.mm(a, segment.input_of(op, x, start, stop))
+    for start, stop, a in more:
+        shrunk.addmm_(a, segment.input_of(op, x, start, stop))
     if segment.scales is not None:
         shrunk.mul_(segment.scales)
-    parts = torch.split(shrunk, adapter.slice_ranks, dim=1) if len(adapter.slice_ranks) > 1 else (shrunk,)
-    for start, stop, part, b_t, scaling in adapter.expand:
-        segment.output_of(op, y, start, stop).addmm_(parts[part], b_t, alpha=scaling)
+    parts = torch.split(shrunk, adapter.slice_ranks) if len(adapter.slice_ranks) > 1 else (shrunk,)
+    for start, stop, part, b, scaling in adapter.expand:
+        segment.output_of(op, y, start, stop).addmm_(b, parts[part], alpha=scaling)
 
 
 def _apply_widened(adapter: AdapterOp, segment: Segment, op: int, x: Tensor, y: Tensor) -> None:
     """Compute in fp32 and round once, at the end: the reference of kernels with fp32 accumulators."""
-    shrunk = sum(segment.input_of(op, x, start, stop).float() @ a_t.float() for start, stop, a_t in adapter.shrink)
+    shrunk = sum(a.float() @ segment.input_of(op, x, start, stop).float() for start, stop, a in adapter.shrink)
     assert isinstance(shrunk, torch.Tensor)
     if segment.scales is not None:
         shrunk.mul_(segment.scales)
-    parts = torch.split(shrunk, adapter.slice_ranks, dim=1)
-    for start, stop, part, b_t, scaling in adapter.expand:
+    parts = torch.split(shrunk, adapter.slice_ranks)
+    for start, stop, part, b, scaling in adapter.expand:
         out = segment.output_of(op, y, start, stop)
-        out.copy_(out.float().addmm_(parts[part], b_t.float(), alpha=scaling))
+        out.copy_(out.float().addmm_(b.float(), parts[part], alpha=scaling))

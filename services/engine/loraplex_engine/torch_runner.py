@@ -179,7 +179,7 @@ class TorchRunner:
             rows = np.flatnonzero(adapters == index)
             first, last = int(ends[rows[0]] - plan.num_tokens[order[rows[0]]]), int(ends[rows[-1]])
             own = scales[first:last]
-            column = torch.from_numpy(own[:, None]).to(self._device) if (own != 1).any() else None
+            column = torch.from_numpy(own).to(self._device) if (own != 1).any() else None
             segments.append(Segment(first=first, last=last, table=tables[index], scales=column))
         return LoraStep(segments, self._dtype)
 

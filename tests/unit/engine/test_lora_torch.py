@@ -55,7 +55,7 @@ def test_every_fused_projection_gets_its_adapters_part(dtype: str, page_bytes: i
     free = np.random.default_rng(0).permutation(num_pages).astype(np.int32).tolist()
     pool = torch.full((num_pages, page_bytes), 0xFF, dtype=torch.uint8)  # NaN wherever a tile is not
     bounds = [(2, 5), (5, 6), (6, 10)]  # tokens [0, 2) have no adapter
-    scales = [None, torch.tensor([[0.5]]), torch.tensor([[1.0], [2.0], [0.0], [-1.0]])]
+    scales = [None, torch.tensor([0.5]), torch.tensor([1.0, 2.0, 0.0, -1.0])]
     tables = []
     for spec, _, image in adapters:
         pages = np.array([free.pop() for _ in image], dtype=np.int32)
@@ -75,7 +75,9 @@ def test_every_fused_projection_gets_its_adapters_part(dtype: str, page_bytes: i
                         )
                         start = sum(outputs[: names.index(module.projection)])
                         delta = module.scaling * (x[first:last].double() @ a.t()) @ b.t()
-                        expected[first:last, start : start + b.shape[0]] += delta * (1 if scale is None else scale)
+                        expected[first:last, start : start + b.shape[0]] += delta * (
+                            1 if scale is None else scale[:, None]
+                        )
             if feature_major:
                 x, y = x.t().contiguous().t(), y.t().contiguous().t()
             segments = [
