@@ -84,6 +84,7 @@ class AdapterClient:
         self._wait_s = wait_s
         self._wanted: dict[str, WantImage] = {}
         self._away_since_s: float | None = time.monotonic()
+        self._was_told_away = False
         callbacks = TransferCallbacks(grant=self._grant, decline=self._decline, fail=self._fail)
         self._transfers = ImageTransfers(engine, attachment.max_image_pages, callbacks)
         self._outgoing: asyncio.Queue[_Request] = asyncio.Queue()
@@ -107,11 +108,13 @@ class AdapterClient:
     async def run(self) -> None:
         """Stay attached until cancelled."""
         expiry = asyncio.create_task(self._expire_wants(), name="want-expiry")
-        channel = open_channel(self._target)
         backoff_s = FIRST_BACKOFF_S
         try:
             while True:
-                if await self._attach_once(adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)):
+                # A new channel each time: an old one would wait out gRPC's own, longer, backoff.
+                async with open_channel(self._target) as channel:
+                    was_welcomed = await self._attach_once(adapter_store_pb2_grpc.AdapterStoreServiceStub(channel))
+                if was_welcomed:
                     backoff_s = FIRST_BACKOFF_S
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
@@ -119,14 +122,13 @@ class AdapterClient:
             await cancel_and_wait(expiry)
             await self._transfers.abandon_all()
             self._transfers.close()
-            await channel.close()
 
     async def _attach_once(self, stub: adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub) -> bool:
         """Hold one stream to its end; return whether it was ever welcomed."""
         self._outgoing = asyncio.Queue()
         position = self._feed.sequence
         self._outgoing.put_nowait(_Request(hello=self._hello(position)))
-        call = stub.AttachEngine(self._requests(self._outgoing), wait_for_ready=True)
+        call = stub.AttachEngine(self._requests(self._outgoing))
         reporter = asyncio.create_task(self._report(position), name="residency-reporter")
         was_welcomed = False
         try:
@@ -138,7 +140,9 @@ class AdapterClient:
                     break
             _log.warning("adapter store closed the stream")
         except grpc.aio.AioRpcError as error:
-            _log.warning("adapter store is away", code=error.code().name, details=error.details())
+            say = _log.warning if was_welcomed or not self._was_told_away else _log.debug
+            say("adapter store is away", code=error.code().name, details=error.details())
+            self._was_told_away = True
         finally:
             call.cancel()
             await cancel_and_wait(reporter)
