@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 async def serve(config: EngineConfig) -> None:
     """Run an engine until a signal, then drain it."""
+    # Weights on a CPU in huge pages where the kernel lets programs ask: a decode step reads all of them, and misses in
+    # the TLB cost up to a tenth of it. Torch reads this at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from loraplex_engine.service import EngineService  # torch takes seconds; --help and bad flags should not
 
     stop = lifecycle.stop_on_signals()
