@@ -94,6 +94,10 @@ class AdapterClient:
         """True while a store answers."""
         return self._away_since_s is None
 
+    def is_prefetching(self, digest: str) -> bool:
+        """Tell whether an image that nobody had asked for is on its way."""
+        return self._transfers.is_prefetching(digest)
+
     def want(self, event: WantImage) -> None:
         """Ask for an image, now or as soon as there is a store."""
         self._wanted[event.digest] = event

@@ -108,6 +108,11 @@ class ImageTransfers:
         """Images that are neither handed over nor given up."""
         return len(self._transfers)
 
+    def is_prefetching(self, digest: str) -> bool:
+        """Tell whether slots were granted for an unsolicited image that is not handed over yet."""
+        transfer = self._transfers.get((digest, 0))
+        return transfer is not None and transfer.stage is not Stage.OFFERED and not transfer.offer.is_wanted
+
     async def offered(self, offer: ImageOffer) -> None:
         """Take an offer up. It may be a repetition: the store repeats an unsolicited one when the image gets wanted."""
         known = self._transfers.get((offer.digest, offer.rank))

@@ -25,6 +25,7 @@ from loraplex_engine.engine import Engine
 from loraplex_engine.engine_collector import EngineCollector
 from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
 from loraplex_engine.metrics import RequestMetrics
+from loraplex_engine.prefetch_metrics import PrefetchMetrics
 from loraplex_engine.registration import Registration
 from loraplex_engine.residency_feed import ResidencyFeed
 from loraplex_engine.residency_metrics import ResidencyMetrics
@@ -65,6 +66,7 @@ class EngineService:
         registry = CollectorRegistry()
         self._feed = ResidencyFeed(config.residency_events)
         self._residency_metrics = ResidencyMetrics(registry)
+        self._prefetch_metrics = PrefetchMetrics(registry, params.geometry.page_bytes)
         self._client: AdapterClient | None = None
         self.engine = Engine(
             params,
@@ -144,6 +146,8 @@ class EngineService:
     def _on_store_event(self, event: StoreEvent) -> None:
         if isinstance(event, ResidencyChanged):
             self._residency_metrics.changed(event, time.monotonic())
+            is_under_way = self._client is not None and self._client.is_prefetching(event.digest)
+            self._prefetch_metrics.changed(event, is_under_way=is_under_way)
             self._feed.append(event)
             if self._client is not None:
                 self._client.changed(event)

@@ -14,6 +14,7 @@ from loraplex_engine.messages import (
     StepOutputs,
 )
 from loraplex_engine.metrics import RequestMetrics
+from loraplex_engine.prefetch_metrics import PrefetchMetrics
 from loraplex_engine.residency_metrics import ResidencyMetrics
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -96,19 +97,22 @@ def test_requests_of_a_lost_session_count_as_aborted() -> None:
     assert sample(registry, "vllm:request_success_total", finished_reason="abort") == 1
 
 
+def changed(state: ResidencyState, *, sequence: int = 0, num_leases: int = 0) -> ResidencyChanged:
+    return ResidencyChanged(
+        sequence=sequence,
+        digest="d",
+        state=state,
+        generation=1,
+        num_leases=num_leases,
+        num_pages=3,
+        is_pinned=False,
+        max_rank=8,
+    )
+
+
 def move(metrics: ResidencyMetrics, *states: ResidencyState) -> None:
     for moment, state in enumerate(states):
-        event = ResidencyChanged(
-            sequence=moment,
-            digest="d",
-            state=state,
-            generation=1,
-            num_leases=0,
-            num_pages=1,
-            is_pinned=False,
-            max_rank=8,
-        )
-        metrics.changed(event, float(moment))
+        metrics.changed(changed(state, sequence=moment), float(moment))
 
 
 def test_an_adapters_way_to_the_device_is_timed_by_stage() -> None:
@@ -140,3 +144,26 @@ def test_a_refused_adapter_counts_as_refused() -> None:
     move(ResidencyMetrics(registry), ResidencyState.WANTED, ResidencyState.ABSENT)
 
     assert sample(registry, "loraplex_engine_adapter_loads_total", outcome="refused") == 1
+
+
+@pytest.mark.parametrize(
+    ("story", "useful", "late", "wasted"),
+    [
+        ("IN_ARENA LOADING RESIDENT leased RESIDENT IN_ARENA ABSENT", 300, 0, 0),
+        ("IN_ARENA ABSENT", 0, 0, 300),
+        ("IN_ARENA LOADING RESIDENT IN_ARENA ABSENT", 0, 0, 300),
+        ("prefetching IN_ARENA LOADING RESIDENT leased ABSENT", 0, 300, 0),
+        ("WANTED IN_ARENA LOADING RESIDENT leased ABSENT", 0, 0, 0),
+    ],
+)
+def test_what_became_of_a_prefetched_image_is_counted_in_bytes(story: str, useful: int, late: int, wasted: int) -> None:
+    registry = CollectorRegistry()
+    metrics = PrefetchMetrics(registry, page_bytes=100)
+
+    for word in story.split():
+        state = {"leased": ResidencyState.RESIDENT, "prefetching": ResidencyState.WANTED}.get(word)
+        event = changed(state or ResidencyState[word], num_leases=word == "leased")
+        metrics.changed(event, is_under_way=word == "prefetching")
+
+    for result, expected in (("useful", useful), ("late", late), ("wasted", wasted)):
+        assert sample(registry, "loraplex_engine_prefetch_bytes_total", result=result) == expected
