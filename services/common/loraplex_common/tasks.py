@@ -26,6 +26,20 @@ async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
             _log.error("task failed while it was stopped", task=task.get_name(), exc_info=outcome)
 
 
+def deliver_cancellation() -> None:
+    """Raise if this task was cancelled and nobody heard; endless loops over Valkey call it after each round trip.
+
+    Python 3.11's `asyncio.wait_for`, through which redis-py sends, swallows a cancellation that arrives together with its
+    result: the loop would go on, and whoever cancelled it would wait for ever.
+
+    Raises:
+        asyncio.CancelledError: If so.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 class Supervisor:
     """Owns a service's background tasks: each runs until `close`, and one that ends before crashes the service.
 

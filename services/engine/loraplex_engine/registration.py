@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_common.log import get_logger
 from loraplex_common.registry import ENGINE_LEASE_S, ENGINE_RENEW_S, ENGINES_KEY, EngineRecord, engine_key
+from loraplex_common.tasks import deliver_cancellation
 from redis.exceptions import RedisError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Registration:
         """Renew the lease until cancelled."""
         while True:
             await self.renew()
+            deliver_cancellation()
             await asyncio.sleep(self._renew_s)
 
     async def renew(self) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loraplex_common.errors import RequestRunningError
 from loraplex_common.log import get_logger
 from loraplex_common.registry import claim_key
+from loraplex_common.tasks import deliver_cancellation
 from redis.exceptions import RedisError
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class RequestClaims:
         while True:
             await asyncio.sleep(RENEW_S)
             await self._renew()
+            deliver_cancellation()
 
     async def close(self) -> None:
         """Wait for the releases that are on their way."""

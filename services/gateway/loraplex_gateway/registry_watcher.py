@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.log import get_logger
 from loraplex_common.registry import ENGINE_LEASE_S, ENGINES_KEY, EngineRecord, engine_key
+from loraplex_common.tasks import deliver_cancellation
 from redis.exceptions import RedisError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class RegistryWatcher:
         """Poll for ever."""
         while True:
             await self.poll_once()
+            deliver_cancellation()
             await asyncio.sleep(POLL_S)
 
     async def poll_once(self) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
-from loraplex_common.tasks import BackgroundTaskError, Supervisor, cancel_and_wait
+from loraplex_common.tasks import BackgroundTaskError, Supervisor, cancel_and_wait, deliver_cancellation
 from structlog.testing import capture_logs
 
 TIMEOUT_S = 20.0
@@ -93,3 +94,20 @@ async def test_a_failure_while_stopping_is_logged_not_lost() -> None:
         await cancel_and_wait(task)
 
     assert (logs[0]["task"], str(logs[0]["exc_info"])) == ("cleanup", "in cleanup")
+
+
+async def test_a_swallowed_cancellation_is_delivered() -> None:
+    async def swallows() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        while True:
+            deliver_cancellation()
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(swallows())
+    await asyncio.sleep(0)
+    task.cancel()
+
+    async with asyncio.timeout(5):
+        with pytest.raises(asyncio.CancelledError):
+            await task

@@ -6,11 +6,11 @@ their digest (``a:{sha}:...``).
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from loraplex_common.errors import SaturatedError, StoreUnavailableError
+from loraplex_common.tasks import deliver_cancellation
 from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -115,5 +115,4 @@ def translated() -> Iterator[None]:
             ) from error
         raise
     finally:
-        if (task := asyncio.current_task()) is not None and task.cancelling():
-            raise asyncio.CancelledError
+        deliver_cancellation()
