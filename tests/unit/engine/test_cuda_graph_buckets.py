@@ -72,6 +72,10 @@ def test_adapters_that_fill_a_pool_fit_its_tile_table(rank: int) -> None:
     assert len(OPS) == 4
 
 
+def test_without_adapters_there_is_no_tile_table() -> None:
+    assert tile_capacity(GEOMETRY, num_pages=100, max_adapters=0) == 0
+
+
 @pytest.mark.parametrize(
     ("ranks", "expected"),
     [

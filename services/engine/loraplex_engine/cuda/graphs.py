@@ -54,13 +54,22 @@ class DecodeGraphs:
         sizes: Buckets in rising order.
         run: Launches one decode step of (bucket, variant) on the current stream; reads and writes fixed buffers.
         stream: Steps run on it.
+        num_variants: Capture only the first of `VARIANTS`; one where there is no LoRA.
 
     Attributes:
         capture_s: How long capture took.
     """
 
-    def __init__(self, sizes: tuple[int, ...], run: Callable[[int, int], None], stream: torch.cuda.Stream) -> None:
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        run: Callable[[int, int], None],
+        stream: torch.cuda.Stream,
+        *,
+        num_variants: int = len(VARIANTS),
+    ) -> None:
         self.sizes = sizes
+        self._num_variants = num_variants
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         begin_s = time.perf_counter()
         self._capture(run, stream)
@@ -81,7 +90,7 @@ class DecodeGraphs:
         """Capture, largest bucket first, so that smaller ones find its memory in the shared pool."""
         memory = torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
-            for variant in reversed(range(len(VARIANTS))):
+            for variant in reversed(range(self._num_variants)):
                 if size in (self.sizes[0], self.sizes[-1]):  # load kernels and let cuBLAS make its workspaces
                     with torch.cuda.stream(stream):
                         run(size, variant)

@@ -59,7 +59,8 @@ class CudaRunnerConfig:
         max_num_seqs: Slots.
         max_model_len: Longest sequence, in tokens.
         max_num_batched_tokens: Most tokens of one step.
-        max_resident_adapters: Size of the adapter table.
+        max_resident_adapters: Size of the adapter table; 0 switches LoRA off: no tables, kernels or graphs of it are
+            made, and no plan may name an adapter. What LoRA costs those who do not use it is measured against that.
         device: Ordinal of the GPU.
         arch: Architecture to compile for; the GPU's own if None. ``compute_80`` runs the sm_80 code on a newer GPU.
         dependent_launch: Launch kernels programmatically dependent on those before them (sm_90 and up).
@@ -95,6 +96,8 @@ def tile_capacity(geometry: Geometry, *, num_pages: int, max_adapters: int) -> i
     A matrix of at most a tile has one; larger ones are cut into tiles that are at least half full.
     """
     tile_bytes = min(TILE_BYTES, geometry.page_bytes)
+    if max_adapters == 0:
+        return 0
     small = min(max_adapters, num_pages) * geometry.num_layers * (PROJECTIONS_PER_LAYER + len(OPS))
     return small + 2 * num_pages * (geometry.page_bytes // tile_bytes)
 
@@ -140,7 +143,9 @@ class CudaRunner:
             device=device,
         )
         self._base_path = BasePath(self._decoder.rope, self._decoder.silu_mul)
-        self._make_lora_paths()
+        self._decode_paths = [self._base_path]
+        if config.max_resident_adapters:
+            self._make_lora_paths()
         self._sampler = Sampler(vocab_size=config.info.vocab_size, device=device)
         self._prompt_logprobs = PromptLogprobTracker(self._model)
         self._loads = AdapterLoads(self._pool, self._tables)
@@ -148,7 +153,7 @@ class CudaRunner:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
         with torch.inference_mode():
-            self.graphs = DecodeGraphs(sizes, self._run_decode, self._stream)
+            self.graphs = DecodeGraphs(sizes, self._run_decode, self._stream, num_variants=len(self._decode_paths))
 
     def _make_lora_paths(self) -> None:
         config, limits = self._config, self._limits
@@ -374,6 +379,8 @@ class CudaRunner:
         self._stream.synchronize()
         self._loads.close()
         del self.graphs, self._decoder, self._model, self._pool, self._tables
-        del self._base_path, self._decode_paths, self._added_path, self._token_lora, self._decode_lora
+        del self._base_path, self._decode_paths
+        if self._config.max_resident_adapters:
+            del self._added_path, self._token_lora, self._decode_lora
         del self._prompt_logprobs, self._sampler, self._loads, self._inputs, self._steps
         torch.cuda.empty_cache()
