@@ -1,0 +1,1 @@
+"""What the benchmark scripts share: shapes, adapters, engines, floors, peers' figures and result files."""

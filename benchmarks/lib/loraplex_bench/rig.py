@@ -1,0 +1,229 @@
+"""An engine in this process with random adapters in its arena, driven through its public interface."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from loraplex_engine.engine import Engine, EngineParams
+from loraplex_engine.messages import ImageArrived, ResidencyState
+from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
+
+from loraplex_bench.shapes import AdapterFamily, Shape
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from loraplex_engine.messages import StoreEvent
+    from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.step import ModelRunner
+    from numpy.typing import NDArray
+
+
+VALUE_STD: Final = 0.02  # of adapter weights, as the baselines'
+ANSWER_S: Final = 120.0
+OS_PAGE: Final = 4096
+TOUCH_THREADS: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSetup:
+    """Sizes of an engine; equal setups may share one.
+
+    Attributes:
+        family: Kind of its adapters.
+        num_adapters: Images in the arena at t = 0.
+        pool_bytes: Of the page pool.
+        max_resident_adapters: Size of the adapter table; 0 is an engine without LoRA.
+    """
+
+    shape: Shape
+    family: AdapterFamily
+    num_adapters: int
+    pool_bytes: int
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_model_len: int = 1280
+    max_resident_adapters: int = 256
+
+    @property
+    def params(self) -> EngineParams:
+        """The engine's parameters."""
+        geometry = self.shape.geometry
+        arena_pages = self.family.total_pages(self.shape, self.num_adapters) + 2
+        return EngineParams(
+            geometry=geometry,
+            block_tokens=self.shape.pool.block_tokens,
+            pool_bytes=self.pool_bytes,
+            arena_bytes=arena_pages * geometry.page_bytes,
+            eos_token_ids=(),
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_resident_adapters=self.max_resident_adapters,
+        )
+
+    @property
+    def limits(self) -> str:
+        """The limits in words."""
+        pages = self.pool_bytes // self.shape.geometry.page_bytes
+        return (
+            f"{self.shape.name}, {self.family.name}: at most {self.max_num_seqs} sequences, "
+            f"{self.max_num_batched_tokens} batched tokens, max_model_len {self.max_model_len}, pool of {pages} pages "
+            f"({self.pool_bytes / 2**30:.1f} GiB; {self.shape.pool.block_tokens} tokens each), "
+            f"{self.max_resident_adapters} table entries, {self.num_adapters} adapters in the arena"
+        )
+
+
+def make_runner(setup: EngineSetup, params: EngineParams, weights: WeightSource | None) -> ModelRunner:
+    """Build the backend: ours over given weights, the torch backend where the shape has files."""
+    shape = setup.shape
+    if shape.model_dir is not None:
+        return TorchRunner(
+            RunnerConfig(
+                model_dir=shape.model_dir,
+                info=shape.info,
+                geometry=shape.pool,
+                num_pages=params.num_pages,
+                max_num_seqs=params.max_num_seqs,
+                max_model_len=params.max_model_len,
+                num_threads=1,
+            )
+        )
+    from loraplex_engine.cuda.runner import CudaRunner, CudaRunnerConfig  # needs cuda-python
+
+    assert weights is not None
+    config = CudaRunnerConfig(
+        info=shape.info,
+        geometry=shape.pool,
+        num_pages=params.num_pages,
+        max_num_seqs=params.max_num_seqs,
+        max_model_len=params.max_model_len,
+        max_num_batched_tokens=params.max_num_batched_tokens,
+        max_resident_adapters=params.max_resident_adapters,
+    )
+    return CudaRunner(config, weights)
+
+
+def touch(memory: NDArray[np.uint8]) -> None:
+    """Have the kernel commit memory, on several threads: pinning would do it page by page on one."""
+
+    def fill(rows: NDArray[np.uint8]) -> None:
+        rows[:, ::OS_PAGE] = 0
+
+    with ThreadPoolExecutor(TOUCH_THREADS) as pool:
+        list(pool.map(fill, np.array_split(memory, TOUCH_THREADS * 4)))
+
+
+class Rig:
+    """An engine, one session, and its adapters' images in the (pinned) arena.
+
+    Args:
+        setup: Sizes.
+        weights: For our backend.
+
+    Attributes:
+        ready_s: From the start of construction until the engine could serve; the arena's filling is not in it.
+        capture_s: Of that, capturing graphs.
+    """
+
+    def __init__(self, setup: EngineSetup, weights: WeightSource | None) -> None:
+        self.setup = setup
+        self._crashes: list[BaseException] = []
+        self._pinned: object = None
+        self.capture_s = 0.0
+        began_s = time.perf_counter()
+        self.engine = Engine(
+            setup.params,
+            lambda params: self._make_runner(params, weights),
+            on_store_event=self._on_store_event,
+            on_crash=self._crashes.append,
+        )
+        self.ready_s = time.perf_counter() - began_s
+        self.outbox = self.engine.open_session()
+        try:
+            self._fill_arena()
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engine and free the device's memory."""
+        self.engine.close()
+
+    def check_alive(self) -> None:
+        """Raise what killed the engine, if anything did."""
+        if self._crashes:
+            raise RuntimeError("the engine died") from self._crashes[0]
+
+    def digest(self, adapter: int) -> str | None:
+        """Return the digest of an adapter's index in a trace; None for the base model."""
+        return f"{adapter:064x}" if adapter >= 0 else None
+
+    @property
+    def num_resident(self) -> int:
+        """Adapters on the device."""
+        return sum(status.state is ResidencyState.RESIDENT for status in self.engine.list_adapters().result(ANSWER_S))
+
+    def evict_all(self) -> None:
+        """Leave every adapter in the arena alone."""
+        for status in self.engine.list_adapters().result(ANSWER_S):
+            if status.state is ResidencyState.RESIDENT:
+                self.engine.evict(status.digest).result(ANSWER_S)
+
+    def _make_runner(self, params: EngineParams, weights: WeightSource | None) -> ModelRunner:
+        runner = make_runner(self.setup, params, weights)
+        graphs = getattr(runner, "graphs", None)
+        self.capture_s = graphs.capture_s if graphs is not None else 0.0
+        pin = getattr(runner, "pin_host_memory", None)
+        if pin is not None:
+            runner.pin_host_memory = lambda arena: self._pin(pin, arena)  # type: ignore[attr-defined]
+        return runner
+
+    def _pin(self, pin: object, arena: NDArray[np.uint8]) -> object:
+        """Keep hold of the pinning, to wait for its end before anything is measured."""
+        assert callable(pin)
+        touch(arena)
+        self._pinned = pin(arena)
+        return self._pinned
+
+    def _on_store_event(self, event: StoreEvent) -> None:
+        """Nothing is ever asked of a store: all images are in the arena."""
+
+    def _fill_arena(self) -> None:
+        wait = getattr(self._pinned, "wait", None)
+        if wait is not None:
+            wait()
+        shape, family = self.setup.shape, self.setup.family
+        page_bytes, view = shape.geometry.page_bytes, self.engine.arena.view
+        rng = np.random.default_rng(0)
+        for index in range(self.setup.num_adapters):
+            spec, pages = family.spec(shape, index), family.num_pages(shape, index)
+            slots = self.engine.grant_slots(spec.digest, pages, is_wanted=False).result(ANSWER_S)
+            if slots is None:
+                raise RuntimeError(f"the arena has no room for adapter {index} of {pages} pages")
+            if shape.model_dir is not None:
+                values = (rng.standard_normal(pages * page_bytes // 4) * VALUE_STD).astype(np.float32)
+                view[list(slots)] = values.view(np.uint8).reshape(pages, page_bytes)
+            else:
+                device_values = torch.empty(pages * page_bytes // 2, dtype=torch.bfloat16, device="cuda")
+                device_values.normal_(0, VALUE_STD)
+                rows = device_values.view(torch.uint8).view(pages, page_bytes)
+                first = slots[0]
+                if slots == tuple(range(first, first + pages)):  # one copy into pinned memory, at the link's rate
+                    torch.from_numpy(view[first : first + pages]).copy_(rows)
+                else:
+                    view[list(slots)] = rows.cpu().numpy()
+            self.engine.post(ImageArrived(spec, slots))

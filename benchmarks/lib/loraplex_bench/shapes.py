@@ -1,0 +1,106 @@
+"""Models that are measured and families of random adapters for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, layout
+from loraplex_common.base_model import BaseModelInfo
+from loraplex_engine.pool_geometry import PoolGeometry, choose_pool_geometry
+
+if TYPE_CHECKING:
+    from loraplex_common.adapter_image import Geometry
+
+ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS: Final = {"qkvo": ATTENTION, "all": (*ATTENTION, "gate_proj", "up_proj", "down_proj")}
+ALPHA: Final = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A base model.
+
+    Attributes:
+        pool_gib: Page pool that fits an 80 GB device beside the weights.
+        model_dir: Files to read, for the torch backend; None makes random weights on the GPU for ours.
+    """
+
+    info: BaseModelInfo
+    pool_gib: float
+    dtype: str = "bfloat16"
+    model_dir: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.info.name
+
+    @property
+    def pool(self) -> PoolGeometry:
+        """Shape of a page."""
+        return choose_pool_geometry(self.info, dtype=self.dtype)
+
+    @property
+    def geometry(self) -> Geometry:
+        """What adapter images depend on."""
+        return self.info.geometry(dtype=self.dtype, page_bytes=self.pool.page_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFamily:
+    """Adapters that differ in rank and values only.
+
+    Attributes:
+        targets: Key of `TARGETS`.
+        ranks: Adapter i has ``ranks[i % len(ranks)]``.
+    """
+
+    targets: str = "qkvo"
+    ranks: tuple[int, ...] = (16,)
+
+    @property
+    def name(self) -> str:
+        """How cases call it, e.g. ``qkvo r16``."""
+        return f"{self.targets} r{'+'.join(map(str, self.ranks))}"
+
+    def spec(self, shape: Shape, index: int) -> AdapterSpec:
+        """Return an adapter's modules."""
+        rank, layers = self.ranks[index % len(self.ranks)], range(shape.info.num_layers)
+        modules = tuple(
+            ModuleSpec(layer, name, rank, ALPHA / rank) for layer in layers for name in TARGETS[self.targets]
+        )
+        return AdapterSpec(f"{index:064x}", modules)
+
+    def num_pages(self, shape: Shape, index: int) -> int:
+        """Return the pages of an adapter's image."""
+        return layout(shape.geometry, self.spec(shape, index).ranks).num_pages
+
+    def total_pages(self, shape: Shape, count: int) -> int:
+        """Return the pages of the first ``count`` adapters together."""
+        per_rank = [self.num_pages(shape, index) for index in range(min(len(self.ranks), count))]
+        return sum(per_rank[index % len(per_rank)] for index in range(count))
+
+
+def llama(name: str, *, inter: int, kv_heads: int, vocab: int) -> BaseModelInfo:
+    """Return a 32-layer Llama of hidden size 4096."""
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rope_theta": 10000.0, "rms_norm_eps": 1e-5}
+    return BaseModelInfo(
+        name=name,
+        fingerprint="0" * 64,
+        aliases=(),
+        num_layers=32,
+        hidden_size=4096,
+        intermediate_size=inter,
+        num_heads=32,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+        config=config | {"max_position_embeddings": 4096},
+    )
+
+
+LLAMA2_7B: Final = Shape(info=llama("llama2-7b", inter=11008, kv_heads=32, vocab=32000), pool_gib=57.0)
+LLAMA3_8B: Final = Shape(info=llama("llama3-8b", inter=14336, kv_heads=8, vocab=128256), pool_gib=52.0)
