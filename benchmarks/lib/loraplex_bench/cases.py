@@ -127,17 +127,17 @@ def gpu_cases() -> dict[str, Case]:
         "slora-7b": Case(
             about="S-LoRA trace, 200 adapters r16, 20 req/s",
             seconds=80,
-            run=lambda bench: run_slora(bench, standard, SloraParams()),
+            run=lambda bench: run_slora(bench, standard, SloraParams(), warm=STANDARD),
         ),
         "slora-7b-base": Case(
             about="the same requests without adapters",
             seconds=80,
-            run=lambda bench: run_slora(bench, standard, SloraParams(num_adapters=0)),
+            run=lambda bench: run_slora(bench, standard, SloraParams(num_adapters=0), warm=STANDARD),
         ),
         "slora-7b-mixed": Case(
             about="S-LoRA trace, ranks 64/32/16/8",
             seconds=90,
-            run=lambda bench: run_slora(bench, setup_of(seven, MIXED), SloraParams()),
+            run=lambda bench: run_slora(bench, setup_of(seven, MIXED), SloraParams(), warm=STANDARD),
         ),
         "lora-off-7b": Case(
             about="no adapter asked for: LoRA enabled against disabled, Llama-2-7B, 5 interleaved pairs",
@@ -176,7 +176,7 @@ def smoke_cases(model_dir: Path) -> dict[str, Case]:
     return {
         "bursts": Case(about=about, seconds=1, run=lambda b: run_bursts(b, standard, (0, 1, 6), size=size)),
         "registered": Case(about=about, seconds=1, run=lambda b: run_registered(b, standard, few=2, size=size)),
-        "slora": Case(about=about, seconds=2, run=lambda b: run_slora(b, standard, trace, cutoff_s=30)),
+        "slora": Case(about=about, seconds=2, run=lambda b: run_slora(b, standard, trace, warm=size, cutoff_s=30)),
         "lora-off": Case(about=about, seconds=1, run=lambda b: run_pairs(b, pairs, size=size, num_pairs=2)),
         "no-cliff": Case(
             about=about,

@@ -37,14 +37,12 @@ def figures(measured: Measured) -> dict[str, tuple[float, str]]:
     }
 
 
-def run_slora(bench: Bench, setup: EngineSetup, params: SloraParams, *, cutoff_s: float = CUTOFF_S) -> None:
-    """Replay the S-LoRA trace; with no adapters the same requests go to the base model."""
-    rig, size = bench.rig(setup), BurstSize(num_requests=64)
-    warm_up(
-        bench,
-        rig,
-        size if setup.shape.model_dir is None else BurstSize(num_requests=8, prompt_tokens=8, output_tokens=2),
-    )
+def run_slora(
+    bench: Bench, setup: EngineSetup, params: SloraParams, *, warm: BurstSize, cutoff_s: float = CUTOFF_S
+) -> None:
+    """Replay the S-LoRA trace after a warm-up; with no adapters the same requests go to the base model."""
+    rig = bench.rig(setup)
+    warm_up(bench, rig, warm)
     trace = slora_trace(params)
     bench.results.note(f"S-LoRA trace, {rig.num_resident} adapters on the device at t = 0, cut off at {cutoff_s:.0f} s")
     measured = bench.replay(rig, trace, cutoff_s=cutoff_s)
