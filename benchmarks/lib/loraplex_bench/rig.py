@@ -225,9 +225,6 @@ class Rig:
                 device_values = torch.empty(pages * page_bytes // 2, dtype=torch.bfloat16, device="cuda")
                 device_values.normal_(0, VALUE_STD)
                 rows = device_values.view(torch.uint8).view(pages, page_bytes)
-                first = slots[0]
-                if slots == tuple(range(first, first + pages)):  # one copy into pinned memory, at the link's rate
-                    torch.from_numpy(view[first : first + pages]).copy_(rows)
-                else:
-                    view[list(slots)] = rows.cpu().numpy()
+                for slot, row in zip(slots, rows, strict=True):  # the arena is pinned in pieces of whole slots:
+                    torch.from_numpy(view[slot]).copy_(row)  # a copy across two of them would be refused
             self.engine.post(ImageArrived(spec, slots))
