@@ -27,6 +27,11 @@ from loraplex_bench.results import head_commit  # noqa: E402
 from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape  # noqa: E402
 from loraplex_bench.startup import first_token  # noqa: E402
 
+VLLM_LIMITS = (
+    "the peer's limits: vLLM 0.26.0, at most 256 sequences, 8192 batched tokens, max_model_len 1280, memory share 0.90; "
+    "its adapters were in host memory at t = 0"
+)
+
 
 def startup_child(args: argparse.Namespace) -> None:
     """Start one engine and print where the time went; the parent reads the last line."""
@@ -80,6 +85,7 @@ def main() -> None:
                 print(f"{name:<18} {case.seconds:>4} s  {case.about}")
             sys.exit(f"no such case: {', '.join(unknown)}" if unknown else 0)
         bench = Bench()
+        bench.results.note(VLLM_LIMITS)
         bench.results.print_head()
         try:
             for name in names:

@@ -13,7 +13,7 @@ from loraplex_engine.engine import EngineParams
 from loraplex_bench.bursts import BurstSize, run_bursts, run_registered
 from loraplex_bench.context import Bench
 from loraplex_bench.pairs import run_pairs
-from loraplex_bench.results import ROOT
+from loraplex_bench.paths import ROOT
 from loraplex_bench.rig import EngineSetup
 from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
 from loraplex_bench.startup import run_startup

@@ -59,7 +59,11 @@ class Bench:
         """Return an engine that the caller closes."""
         weights = self.weights(setup.shape)
         rig = Rig(setup, weights)
-        self.results.note(f"{setup.limits}; ready in {rig.ready_s:.1f} s, graphs captured in {rig.capture_s:.2f} s")
+        allocated = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        self.results.note(
+            f"{setup.limits}; ready in {rig.ready_s:.1f} s, graphs captured in {rig.capture_s:.2f} s, "
+            f"{allocated:.1f} GiB allocated on the device"
+        )
         return rig
 
     def close_rig(self) -> None:

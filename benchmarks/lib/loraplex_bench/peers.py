@@ -6,7 +6,7 @@ import csv
 import functools
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from loraplex_bench.results import ROOT
+from loraplex_bench.paths import ROOT
 
 if TYPE_CHECKING:
     from loraplex_bench.shapes import AdapterFamily, Shape

@@ -7,11 +7,15 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
+from loraplex_bench.paths import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 LINE = "{case:<62} {metric:<18} {value:>12} {unit:<6} {floor:>12} {peer_value:>12} {ratio:>7}  {peer}"
 
 
