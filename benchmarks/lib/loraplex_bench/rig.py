@@ -28,6 +28,7 @@ VALUE_STD: Final = 0.02  # of adapter weights, as the baselines'
 ANSWER_S: Final = 120.0
 OS_PAGE: Final = 4096
 TOUCH_THREADS: Final = 8
+DEVICE = torch.device("cuda", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +223,7 @@ class Rig:
                 values = (rng.standard_normal(pages * page_bytes // 4) * VALUE_STD).astype(np.float32)
                 view[list(slots)] = values.view(np.uint8).reshape(pages, page_bytes)
             else:
-                device_values = torch.empty(pages * page_bytes // 2, dtype=torch.bfloat16, device="cuda")
+                device_values = torch.empty(pages * page_bytes // 2, dtype=torch.bfloat16, device=DEVICE)
                 device_values.normal_(0, VALUE_STD)
                 rows = device_values.view(torch.uint8).view(pages, page_bytes)
                 for slot, row in zip(slots, rows, strict=True):  # the arena is pinned in pieces of whole slots:
