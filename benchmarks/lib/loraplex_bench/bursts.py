@@ -61,18 +61,18 @@ def case_name(setup: EngineSetup, workload: str, label: str = "") -> str:
 
 
 def run_bursts(
-    bench: Bench, setup: EngineSetup, counts: tuple[int, ...], *, size: BurstSize, label: str = "", repeats: int = 1
+    bench: Bench, setup: EngineSetup, counts: tuple[int, ...], *, size: BurstSize, label: str = ""
 ) -> dict[int, float]:
     """Measure bursts over several numbers of adapters, all of them in the arena and none on the device at t = 0.
 
     Returns:
-        Adapters -> output tokens per second (median of the repeats).
+        Adapters -> output tokens per second (median of the bench's repeats).
     """
     rig = bench.rig(setup)
     warm_up(bench, rig, size)
     rates: dict[int, float] = {}
     for num_adapters in counts:
-        measured = [_one_burst(bench, rig, size.trace(num_adapters)) for _ in range(repeats)]
+        measured = [_one_burst(bench, rig, size.trace(num_adapters)) for _ in range(bench.repeats)]
         rates[num_adapters] = statistics.median(measured)
         trace = size.trace(num_adapters)
         floor_s = burst_floor_s(setup.shape, setup.family, trace, setup.max_num_seqs)

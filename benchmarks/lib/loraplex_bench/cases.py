@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_client.workload import SloraParams
 from loraplex_engine.engine import EngineParams
@@ -46,7 +46,7 @@ class Case:
     run: Callable[[Bench], object]
 
 
-def setup_of(shape: Shape, family: AdapterFamily, num_adapters: int = 200, **sizes: int) -> EngineSetup:
+def setup_of(shape: Shape, family: AdapterFamily, num_adapters: int = 200, **sizes: Any) -> EngineSetup:
     """Return the baselines' limits on a shape; ``sizes`` replaces some."""
     pool_bytes = sizes.pop("pool_bytes", int(shape.pool_gib * GIB))
     return EngineSetup(shape=shape, family=family, num_adapters=num_adapters, pool_bytes=pool_bytes, **sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,12 +25,18 @@ SUITE = "end_to_end"
 class Bench:
     """One run of the end-to-end benchmark.
 
+    Args:
+        repeats: Bursts of one row; the median counts.
+        dependent_launch: For every engine.
+
     Attributes:
         results: Rows so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, repeats: int = 1, dependent_launch: bool = False) -> None:
         self.results = Results()
+        self.repeats = repeats
+        self._dependent_launch = dependent_launch
         self._weights: dict[str, SharedWeights] = {}
         self._kept: tuple[EngineSetup, Rig] | None = None
         self._workloads = itertools.count()
@@ -58,7 +65,7 @@ class Bench:
     def new_rig(self, setup: EngineSetup) -> Rig:
         """Return an engine that the caller closes."""
         weights = self.weights(setup.shape)
-        rig = Rig(setup, weights)
+        rig = Rig(replace(setup, dependent_launch=self._dependent_launch), weights)
         allocated = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         self.results.note(
             f"{setup.limits}; ready in {rig.ready_s:.1f} s, graphs captured in {rig.capture_s:.2f} s, "

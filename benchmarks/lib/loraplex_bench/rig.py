@@ -40,6 +40,7 @@ class EngineSetup:
         num_adapters: Images in the arena at t = 0.
         pool_bytes: Of the page pool.
         max_resident_adapters: Size of the adapter table; 0 is an engine without LoRA.
+        dependent_launch: Launch our kernels programmatically dependent on those before them.
     """
 
     shape: Shape
@@ -50,6 +51,7 @@ class EngineSetup:
     max_num_batched_tokens: int = 8192
     max_model_len: int = 1280
     max_resident_adapters: int = 256
+    dependent_launch: bool = False
 
     @property
     def params(self) -> EngineParams:
@@ -106,6 +108,7 @@ def make_runner(setup: EngineSetup, params: EngineParams, weights: WeightSource 
         max_model_len=params.max_model_len,
         max_num_batched_tokens=params.max_num_batched_tokens,
         max_resident_adapters=params.max_resident_adapters,
+        dependent_launch=setup.dependent_launch,
     )
     return CudaRunner(config, weights)
 
