@@ -4,7 +4,7 @@ Rows are grouped by adapter, at most 8 to a group; a group's work is cut into it
 follows the sum of the ranks in the batch and not their maximum. Ranks may differ between layers: items cover the
 largest, and a kernel skips what its layer does not have.
 
-Everything a step needs is one int32 buffer, one host-to-device copy: ranges ``[9, 2]`` (padded), groups, items.
+Everything a step needs is one int32 buffer: ranges ``[8, 2]`` (padded), groups, items.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 
 GROUP_TOKENS: Final = 8  # kGroupTokens
 SHRINK_ROWS: Final = 16  # kRows
-SHRINK_CHUNK: Final = 1024  # kChunk
-GROUP_INTS: Final = 16
+SHRINK_CHUNK: Final = 1024
+MAX_PLANES: Final = 6
+"""Planes of h per op: each costs whoever reads h a round of loads, and fewer make the shrink's items longer."""
+GROUP_TOKENS_AT: Final = 4
+GROUP_INTS: Final = GROUP_TOKENS_AT + GROUP_TOKENS
 ITEM_INTS: Final = 4
 HEADER_INTS: Final = 32
-EXPAND_ITEM_BYTES: Final = 32 * 1024  # kWeightBytes
-WAVE_ITEMS: Final = 396  # three CTAs for each multiprocessor of an H100: with fewer items, runs are cut shorter
-MIN_RUN: Final = 64
+EXPAND_ITEM_BYTES: Final = 16 * 1024
+WAVE_ITEMS: Final = 660  # five CTAs for each multiprocessor of an H100: with fewer items, runs are cut shorter
+BLOCK_ROWS: Final = 64  # kBlockRows
+SMALLEST_RUN: Final = 4 * BLOCK_ROWS  # a block for each warp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,15 +50,20 @@ class OpShape:
 
     columns: int
     outputs: tuple[int, ...]
-    unit: int = 16
+    unit: int = BLOCK_ROWS
     max_run: int = 512
     fused: bool = False
     paired: bool = False
 
     @property
+    def plane_columns(self) -> int:
+        """Columns of a plane of h."""
+        return SHRINK_CHUNK * -(-self.columns // (SHRINK_CHUNK * MAX_PLANES))
+
+    @property
     def num_planes(self) -> int:
         """Planes of h that the shrink writes."""
-        return -(-self.columns // SHRINK_CHUNK)
+        return -(-self.columns // self.plane_columns)
 
     @property
     def slice_begin(self) -> tuple[int, ...]:
@@ -76,7 +85,7 @@ def op_shapes(geometry: Geometry, *, fused: bool) -> tuple[OpShape, ...]:
             tuple(geometry.local_shape(p)[1] for p in projections),
         )
         fold, paired = fused and len(outputs) > 1, fused and op == "gate_up"
-        unit, max_run = geometry.head_dim if fold and op == "qkv" else 16, 256 if paired else 512
+        unit, max_run = geometry.head_dim if fold and op == "qkv" else BLOCK_ROWS, 256 if paired else 512
         shapes.append(OpShape(columns=columns, outputs=outputs, unit=unit, max_run=max_run, fused=fold, paired=paired))
     return tuple(shapes)
 
@@ -108,7 +117,7 @@ def make_groups(adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = No
         rows: int32 ``[N]``; the rows' numbers in activations, 0..N-1 if unset.
 
     Returns:
-        int32 ``[groups, 16]``: adapter, count, 8 tokens, padding.
+        int32 ``[groups, 12]``: adapter, count, 2 unused, 8 tokens.
     """
     count = len(adapters)
     order = np.argsort(adapters, kind="stable").astype(np.int32)
@@ -121,7 +130,7 @@ def make_groups(adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = No
     groups = np.zeros((int(group_of[-1]) + 1 if count else 0, GROUP_INTS), dtype=np.int32)
     groups[group_of, 0] = sorted_adapters
     np.add.at(groups[:, 1], group_of, 1)
-    groups[group_of, 2 + in_run % GROUP_TOKENS] = order if rows is None else rows[order]
+    groups[group_of, GROUP_TOKENS_AT + in_run % GROUP_TOKENS] = order if rows is None else rows[order]
     return groups
 
 
@@ -168,10 +177,11 @@ def expand_items(
         ]
     )
     total = sum(outputs for _, outputs, _ in slices)
-    spread = max(MIN_RUN, 2 ** math.ceil(math.log2(max(total * len(groups) / WAVE_ITEMS, 1))))
+    spread = max(BLOCK_ROWS, 2 ** math.ceil(math.log2(max(total * len(groups) / WAVE_ITEMS, 1))))
     parts = []
     for begin, outputs, rank in slices:
-        longest = np.maximum(np.minimum(EXPAND_ITEM_BYTES // np.maximum(rank * item_bytes, 1), spread), MIN_RUN)
+        longest = np.minimum(EXPAND_ITEM_BYTES // np.maximum(rank * item_bytes, 1), spread)
+        longest = np.maximum(longest, SMALLEST_RUN)
         run = 2 ** np.floor(np.log2(np.minimum(longest, shape.max_run))).astype(np.int64)
         run = np.maximum(run // shape.unit, 1) * shape.unit
         counts = -(-outputs // run) * (rank > 0 if not shape.fused else 1)

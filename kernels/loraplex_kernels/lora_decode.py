@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Final
 import torch
 from loraplex_common.adapter_image import OP_INDEX
 
-from loraplex_kernels.items import GROUP_INTS, HEADER_INTS, ITEM_INTS, ItemBuilder, ItemRanges, OpShape, range_index
+from loraplex_kernels.items import (
+    GROUP_INTS,
+    HEADER_INTS,
+    ITEM_INTS,
+    ItemBuilder,
+    ItemRanges,
+    OpShape,
+    range_index,
+)
 from loraplex_kernels.params import ExpandAddParams, LoraRopeKvParams, LoraSiluMulParams, LoraTables, ShrinkParams
 from loraplex_kernels.tables import MAX_STACKED_RANK
 
@@ -22,8 +30,8 @@ if TYPE_CHECKING:
     from loraplex_kernels.rope_kv import RopeKv
     from loraplex_kernels.tables import AdapterTables
 
-BLOCK: Final = 256
-SHARED_BYTES: Final = 57856  # of the expands: B, delta and h; 3 CTAs per multiprocessor
+SHRINK_BLOCK: Final = 256
+EXPAND_BLOCK: Final = 128
 INT_BYTES: Final = 4
 
 
@@ -95,17 +103,12 @@ class LoraDecode:
         self._library, self._tables, self._shapes, self._rope = library, tables, shapes, rope
         planes = max(shape.num_planes for shape in shapes)
         self.scratch_shape = (planes, max_rows, MAX_STACKED_RANK)
-        shared = (f"SHARED_BYTES={SHARED_BYTES}",)
-        self._shrink = library.load("lora_shrink", ShrinkParams(), BLOCK)
-        self._expand = library.load("lora_expand", ExpandAddParams(), BLOCK, defines=shared, shared_bytes=SHARED_BYTES)
-        self._silu_mul = library.load(
-            "lora_silu_mul", LoraSiluMulParams(), BLOCK, defines=shared, shared_bytes=SHARED_BYTES
-        )
+        self._shrink = library.load("lora_shrink", ShrinkParams(), SHRINK_BLOCK)
+        self._expand = library.load("lora_expand", ExpandAddParams(), EXPAND_BLOCK)
+        self._silu_mul = library.load("lora_silu_mul", LoraSiluMulParams(), EXPAND_BLOCK)
         kernels: list[Kernel[ctypes.Structure]] = [self._shrink, self._expand, self._silu_mul]  # type: ignore[list-item]
         if rope is not None:
-            self._rope_kv = library.load(
-                "lora_rope_kv", LoraRopeKvParams(), BLOCK, defines=(*rope.defines, *shared), shared_bytes=SHARED_BYTES
-            )
+            self._rope_kv = library.load("lora_rope_kv", LoraRopeKvParams(), EXPAND_BLOCK, defines=rope.defines)
             kernels.append(self._rope_kv)  # type: ignore[arg-type]
         for kernel in kernels:
             kernel.params.lora.pool = pool.data_ptr()
@@ -136,7 +139,7 @@ class LoraDecode:
         params.x = self._library.check("x", x, self._library.dtype, -1, shape.columns)
         self._fill_lora(params.lora, layer, op, expand=False)
         params.h, params.h_plane, params.h_stride = h.data_ptr(), h.stride(0), h.stride(1)
-        params.columns = shape.columns
+        params.columns, params.plane_columns = shape.columns, shape.plane_columns
         self._shrink.launch(grid)
 
     def expand_add(self, layer: int, op: str, h: torch.Tensor, scale: torch.Tensor, y: torch.Tensor, grid: int) -> None:

@@ -37,6 +37,11 @@ def device_arch(device: torch.device) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
+def has_dependent_launch(arch: str) -> bool:
+    """Tell whether code for a target can be launched programmatically dependent: ``sm_90`` and up, as machine code or PTX."""
+    return int("".join(filter(str.isdigit, arch))) >= 90
+
+
 class Kernel(Generic[P]):
     """A kernel on the current device, with its parameter struct.
 

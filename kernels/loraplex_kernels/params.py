@@ -118,6 +118,8 @@ class ShrinkParams(ctypes.Structure):
         ("h_plane", c_int64),
         ("h_stride", c_int),
         ("columns", c_int),
+        ("plane_columns", c_int),
+        ("reserved", c_int),
     ]
 
 

@@ -6,13 +6,12 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_kernels import lora_decode, lora_prefill
+from loraplex_kernels import lora_prefill
 from loraplex_kernels.compiler import SOURCES, Build, CompileError, CubinCache, cache_key, compile_kernel
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-EXPAND = f"SHARED_BYTES={lora_decode.SHARED_BYTES}"
 SHRINK = f"SHARED_BYTES={lora_prefill.SHRINK_SHARED_BYTES}"
 FP32 = "LORAPLEX_FP32"
 BUILDS = [
@@ -28,13 +27,13 @@ BUILDS = [
     ("rope_kv", ("HEAD_DIM=64", FP32), None),
     ("lora_shrink", (), None),
     ("lora_shrink", (FP32,), None),
-    ("lora_expand", (EXPAND,), None),
-    ("lora_expand", (EXPAND, FP32), None),
-    ("lora_silu_mul", (EXPAND,), None),
-    ("lora_silu_mul", (EXPAND, FP32), None),
-    ("lora_rope_kv", (EXPAND, "HEAD_DIM=64"), None),
-    ("lora_rope_kv", (EXPAND, "HEAD_DIM=128"), None),
-    ("lora_rope_kv", (EXPAND, "HEAD_DIM=64", FP32), None),
+    ("lora_expand", (), None),
+    ("lora_expand", (FP32,), None),
+    ("lora_silu_mul", (), None),
+    ("lora_silu_mul", (FP32,), None),
+    ("lora_rope_kv", ("HEAD_DIM=64",), None),
+    ("lora_rope_kv", ("HEAD_DIM=128",), None),
+    ("lora_rope_kv", ("HEAD_DIM=64", FP32), None),
     ("lora_prefill_shrink", (SHRINK,), None),
     ("lora_prefill_expand", (f"RUN={lora_prefill.RUN}", f"SHARED_BYTES={lora_prefill.EXPAND_SHARED_BYTES}"), None),
     ("attention_decode", ("HEAD_DIM=64",), None),

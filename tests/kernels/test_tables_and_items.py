@@ -14,7 +14,17 @@ from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry
 from loraplex_common.adapter_image import ITEM_BYTES, OPS, AdapterSpec, Geometry, ModuleSpec, from_bfloat16, layout
 from loraplex_kernels.attention_decode import num_splits
 from loraplex_kernels.attention_prefill import make_tiles
-from loraplex_kernels.items import GROUP_TOKENS, HEADER_INTS, ItemBuilder, make_groups, op_shapes, range_index
+from loraplex_kernels.items import (
+    BLOCK_ROWS,
+    GROUP_INTS,
+    GROUP_TOKENS,
+    GROUP_TOKENS_AT,
+    HEADER_INTS,
+    ItemBuilder,
+    make_groups,
+    op_shapes,
+    range_index,
+)
 from loraplex_kernels.lora_prefill import build_items, make_segments
 from loraplex_kernels.tables import AdapterTables, RangeAllocator, TableFullError, make_entries
 
@@ -113,17 +123,21 @@ def test_the_range_allocator_never_overlaps_and_loses_nothing(operations: list[t
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(taken))
 
 
+def rows_of_group(group: NDArray[np.int32]) -> list[int]:
+    rows: list[int] = group[GROUP_TOKENS_AT : GROUP_TOKENS_AT + group[1]].tolist()
+    return rows
+
+
 @given(st.lists(st.integers(-1, 4), min_size=0, max_size=60))
 def test_groups_hold_every_row_once_and_one_adapter_each(values: list[int]) -> None:
     adapters = np.array(values, dtype=np.int32)
 
     groups = make_groups(adapters)
 
-    rows = [int(row) for group in groups for row in group[2 : 2 + group[1]]]
-    assert sorted(rows) == list(range(len(values)))
+    assert sorted(row for group in groups for row in rows_of_group(group)) == list(range(len(values)))
     for group in groups:
         assert 1 <= group[1] <= GROUP_TOKENS
-        assert all(adapters[row] == group[0] for row in group[2 : 2 + group[1]])
+        assert all(adapters[row] == group[0] for row in rows_of_group(group))
 
 
 def big_geometry() -> Geometry:
@@ -147,8 +161,8 @@ def test_items_cover_every_groups_work_exactly_once(rows: int, pattern: str, fus
 
     built = ItemBuilder(shapes, 2).build(adapters, max_ranks, stacked)
 
-    groups = built.buffer[HEADER_INTS : HEADER_INTS + 16 * built.num_groups].reshape(-1, 16)
-    items = built.buffer[HEADER_INTS + 16 * built.num_groups :].reshape(-1, 4)
+    groups = built.buffer[HEADER_INTS : HEADER_INTS + GROUP_INTS * built.num_groups].reshape(-1, GROUP_INTS)
+    items = built.buffer[HEADER_INTS + GROUP_INTS * built.num_groups :].reshape(-1, 4)
     for op, shape in enumerate(shapes):
         name = list(OPS)[op]
         first, count = built.buffer[2 * range_index(name, expand=False) :][:2]
@@ -159,16 +173,16 @@ def test_items_cover_every_groups_work_exactly_once(rows: int, pattern: str, fus
             for group in range(len(groups))
             if groups[group, 0] >= 0
             for block in range(-(-int(stacked[groups[group, 0], op]) // 16))
-            for plane in range(-(-shape.columns // 1024))
+            for plane in range(shape.num_planes)
         }
         first, count = built.buffer[2 * range_index(name, expand=True) :][:2]
         covered = np.zeros((len(groups), shape.slice_begin[-1]), dtype=np.int32)
         for group, adapter, begin, extent in items[first : first + count]:
             assert adapter == groups[group, 0]
-            assert begin % 16 == 0
+            assert (begin - max(b for b in shape.slice_begin if b <= begin)) % BLOCK_ROWS == 0
             assert 0 < extent <= shape.max_run
             assert extent % 8 == 0
-            assert shape.unit == 16 or extent % shape.unit == 0
+            assert not shape.fused or shape.paired or extent % shape.unit == 0
             covered[group, begin : begin + extent] += 1
         for group in range(len(groups)):
             ranks = max_ranks[groups[group, 0], op] if groups[group, 0] >= 0 else np.zeros(3, dtype=np.int32)

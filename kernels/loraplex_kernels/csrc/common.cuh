@@ -113,6 +113,9 @@ __device__ __forceinline__ void allow_dependents() {
 #endif
 }
 
+// Keeps the compiler from moving memory accesses across: it would ask for everything first and run out of registers.
+__device__ __forceinline__ void in_order() { asm volatile("" ::: "memory"); }
+
 // Sum over a warp; the butterfly's order is fixed, and every lane gets the same bits.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll

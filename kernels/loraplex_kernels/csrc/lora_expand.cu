@@ -1,21 +1,12 @@
-// y[t, n] += delta[t][n] (lora_expand.cuh) for the tokens that have an adapter: o and down, whose GEMM or residual
-// stream is y, and every op measured alone.
+// y[t, n] += delta[t][n] (lora_expand.cuh) for the tokens that have an adapter: o and down, whose y is the residual
+// stream, and every op measured alone.
 //
-// Grid: any; CTAs stride over the items, runs of at most 512 outputs. Block: 256 threads. Shared memory: 32 KiB of B +
-// 16.1 KiB of delta + 8.3 KiB of h. Alignment: y rows on 16 bytes; outputs % 8 == 0.
-// Registers: 3 CTAs per SM by shared memory, hence at most 80. Architectures: sm_80 and up.
+// Grid: any; CTAs stride over the items. Block: 4 warps; of an item's run, warp w takes every fourth block of 64 outputs, or
+// every fourth pair of them where the rank is so small that a block's loads are few. Shared memory: 9 KiB of h and
+// 3 KiB of items. Alignment: y rows on 16 bytes;
+// outputs % 8 == 0.
+// Registers: 4 CTAs of 128 threads per SM, hence at most 128. Architectures: sm_80 and up.
 #include "lora_expand.cuh"
-
-constexpr int kRun = 512;
-constexpr int kStride = kRun + 4;
-constexpr int kVectors = kGroupTokens * kRun / kVec / kExpandThreads;  // of y per thread
-
-struct Shared {
-    u8 weights[kWeightBytes];
-    float delta[kGroupTokens * kStride];
-    HiddenTile tile;
-};
-static_assert(sizeof(Shared) <= SHARED_BYTES, "lora_decode.py asks for it");
 
 struct Params {
     LoraTables lora;
@@ -23,45 +14,70 @@ struct Params {
     elem* y;  // [tokens, y_stride]
     i64 y_stride;
 };
-static_assert(sizeof(Params) == 120, "lora.py mirrors it");
+static_assert(sizeof(Params) == 120, "params.py mirrors it");
 
-extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_expand(const Params p) {
-    LORAPLEX_SHARED(Shared, shared);
+__device__ __forceinline__ void add_block(const Params& p, const Group& group, int n, const Block& block,
+                                          const Delta& delta) {
+    if (lane_row() >= block.rows) return;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+        const int token = lane_token(group, which);
+        elem* y = p.y + token * p.y_stride + n + lane_row();
+        if (token >= 0) store_octet(y, load_sum(y, true, delta, which));
+    }
+}
+
+struct Shared {
+    ExpandBatch resolved;
+    HiddenTile hidden;
+};
+
+struct AddItem {
+    const Params& p;
+    Shared& shared;
+    int which;
+    template <Rows kRows>
+    __device__ __forceinline__ void run() const;
+};
+
+template <Rows kRows>
+__device__ __forceinline__ void AddItem::run() const {
+    if constexpr (kRows == Rows::kNone) return;
+    constexpr bool kIsPair = is_early(kRows, 1);  // two blocks are on their way at a time
+    constexpr int kUnit = kIsPair ? 2 : 1;
+    const Item& item = shared.resolved.batch.items[which];
+    const Group& group = shared.resolved.batch.groups[which];
+    const SliceInfo& slice = shared.resolved.slices[which][0];
+    bool is_staged = false;
+#pragma unroll 1
+    for (int index = threadIdx.x / kWarp * kUnit; index * kBlockRows < item.extent || !is_staged;
+         index += kExpandWarps * kUnit) {
+        const int rows = item.extent - index * kBlockRows;
+        Block first = begin_block<kRows, 0>(p.lora, shared.resolved, which, index, slice.rank, min(kBlockRows, rows)), second;
+        if constexpr (kIsPair)
+            second = begin_block<kRows, 1>(p.lora, shared.resolved, which, index + 1, slice.rank,
+                                           min(kBlockRows, rows - kBlockRows));
+        if (!is_staged) {
+            dependency_wait();
+            stage_hidden(p.expand, slice, group, shared.hidden);
+            __syncthreads();
+            is_staged = true;
+        }
+        const int n = item.begin + index * kBlockRows;
+        add_block(p, group, n, first, finish_block<kRows, 0>(first, shared.hidden));
+        if constexpr (kIsPair) add_block(p, group, n + kBlockRows, second, finish_block<kRows, 1>(second, shared.hidden));
+    }
+    __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(kExpandThreads, 4) lora_expand(const Params p) {
+    __shared__ Shared shared;
     allow_dependents();
     const int num_items = p.lora.range[1];
-    const auto begin = [&](const Work& work) {
-        const int slice = slice_of(p.expand, work.item.begin), n = work.item.begin - p.expand.slice_begin[slice];
-        begin_item(p.lora, work.entry, slice, n, work.item.extent, shared.weights, kWeightBytes);
-    };
-    for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-        const Work work = fetch_work(p.lora, i);
-        begin(work);
-        const Item& item = work.item;
-        const Group& group = p.lora.groups[item.group];
-        const int slice = slice_of(p.expand, item.begin), n = item.begin - p.expand.slice_begin[slice];
-        const int vectors = item.extent / kVec;
-        dependency_wait();
-        Vec y[kVectors];
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {  // asked for now, needed last
-            const int token = (threadIdx.x + j * kExpandThreads) / (kRun / kVec), v = threadIdx.x % (kRun / kVec);
-            if (token < group.count && v < vectors) {
-                y[j] = load_vec(p.y + group.tokens[token] * p.y_stride + item.begin + v * kVec);
-            }
-        }
-        expand_item(p.lora, work.entry, p.expand, group, slice, n, item.extent, shared.weights, kWeightBytes, shared.tile,
-                    shared.delta, kStride);
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-            const int token = (threadIdx.x + j * kExpandThreads) / (kRun / kVec), v = threadIdx.x % (kRun / kVec);
-            if (token >= group.count || v >= vectors) continue;
-            const int column = v * kVec;
-#pragma unroll
-            for (int k = 0; k < kVec; ++k) {
-                y[j].v[k] = from_float<elem>(to_float(y[j].v[k]) + shared.delta[token * kStride + column + k]);
-            }
-            store_vec(p.y + group.tokens[token] * p.y_stride + item.begin + column, y[j]);
-        }
+    for (int first = 0; item_index(first) < num_items; first += kBatch) {
+        const int count = resolve<false>(p.lora, p.expand, first, num_items, shared.resolved);
+        for (int which = 0; which < count; ++which)
+            with_rows(rows_of(shared.resolved.slices[which][0].rank), AddItem{p, shared, which});
         __syncthreads();
     }
     dependency_wait();

@@ -23,10 +23,10 @@ static_assert(sizeof(OpEntry) == 64, "tables.py writes 64 bytes");
 struct alignas(16) Group {
     int adapter;  // -1: base model alone
     int count;
+    int reserved[2];
     int tokens[kGroupTokens];
-    int reserved[6];
 };
-static_assert(sizeof(Group) == 64, "items.py writes 64 bytes");
+static_assert(sizeof(Group) == 48, "items.py writes 48 bytes");
 
 // One CTA's share of a group; what begin and extent count is each kernel's.
 struct alignas(16) Item {
@@ -70,4 +70,35 @@ struct Work {
 __device__ __forceinline__ Work fetch_work(const LoraTables& t, int i) {
     const Item item = t.items[t.range[0] + i];
     return {item, item.adapter < 0 ? nullptr : &t.entries[item.adapter * t.entry_stride]};
+}
+
+// The chain from an item to its weights (item, entry, tile, and the group's tokens) is four dependent loads: as long as
+// reading the weights themselves. So a CTA walks it for many of its items at once, a thread per piece of weights, and
+// keeps the ends in shared memory.
+constexpr int kBatch = 16;  // most items of a batch
+
+struct ItemBatch {
+    Item items[kBatch];
+    Group groups[kBatch];
+};
+
+// This CTA's item number `which`, counted over all batches.
+__device__ __forceinline__ int item_index(int which) { return blockIdx.x + which * gridDim.x; }
+
+// How many of this CTA's items there are from number `first` on, at most `room`.
+__device__ __forceinline__ int items_left(int num_items, int first, int room) {
+    const int grid = gridDim.x;
+    return min(room, max(0, (num_items - static_cast<int>(blockIdx.x) + grid - 1) / grid - first));
+}
+
+// Copies the groups of the first `count` items. Between barriers: the items were written before, groups are read after.
+template <int kThreads>
+__device__ __forceinline__ void fetch_groups(const LoraTables& t, ItemBatch& batch, int count) {
+    constexpr int kQuads = sizeof(Group) / sizeof(Quad);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * kQuads; i += kThreads) {
+        const int which = i / kQuads;
+        reinterpret_cast<Quad*>(batch.groups + which)[i % kQuads] =
+            reinterpret_cast<const Quad*>(t.groups + batch.items[which].group)[i % kQuads];
+    }
 }
