@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the result file")
     parser.add_argument("--commit", default=head_commit(), help="for the result file, where there is no repository")
     parser.add_argument("--repeats", type=int, default=1, help="bursts of each row; the median counts")
-    parser.add_argument("--dependent", action="store_true", help="programmatic dependent launch")
+    parser.add_argument("--independent", action="store_true", help="no programmatic dependent launch")
     for hidden, kind in (("--startup-child", str), ("--started-at", float), ("--model-dir", Path)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -86,7 +86,7 @@ def main() -> None:
             for name, case in cases.items():
                 print(f"{name:<18} {case.seconds:>4} s  {case.about}")
             sys.exit(f"no such case: {', '.join(unknown)}" if unknown else 0)
-        bench = Bench(repeats=args.repeats, dependent_launch=args.dependent)
+        bench = Bench(repeats=args.repeats, dependent_launch=False if args.independent else None)
         bench.results.note(VLLM_LIMITS)
         bench.results.print_head()
         try:

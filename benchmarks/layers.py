@@ -77,10 +77,10 @@ class GraphTimer:
 
 def require_an_effect(stack: DecodeStack, adapters: StackAdapters) -> None:
     """Raise RuntimeError if logits with adapters are those without."""
-    adapters.use(baseline_adapters(MAX_ROWS, "distinct"))
+    path = adapters.use(baseline_adapters(MAX_ROWS, "distinct"))
     stack.run(MAX_ROWS, stack.base)
     base = stack.decoder.work.logits.clone()
-    stack.run(MAX_ROWS, adapters.path)
+    stack.run(MAX_ROWS, path)
     difference = (stack.decoder.work.logits - base).abs().amax(dim=1)
     if not bool((difference > 0).all()):
         raise RuntimeError("LoRA changes nothing in some row")
@@ -89,13 +89,13 @@ def require_an_effect(stack: DecodeStack, adapters: StackAdapters) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", nargs="+", choices=("stack", "in-place"), default=["stack", "in-place"])
-    parser.add_argument("--dependent", action="store_true", help="programmatic dependent launch")
+    parser.add_argument("--independent", action="store_true", help="no programmatic dependent launch")
     parser.add_argument("--out", type=Path, help="folder for the result file")
     parser.add_argument("--commit", default=head_commit(), help="for the result file, where there is no repository")
     args = parser.parse_args()
     torch.cuda.set_device(DEVICE)
     num_sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    library = KernelLibrary(DEVICE, torch.bfloat16, dependent=args.dependent)
+    library = KernelLibrary(DEVICE, torch.bfloat16, dependent=not args.independent)
     results = Results()
     with torch.inference_mode():
         weights = RandomWeights(dtype=torch.bfloat16, device=DEVICE)

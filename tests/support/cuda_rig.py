@@ -95,7 +95,7 @@ def make_cuda_runner(
     max_model_len: int = 256,
     max_num_batched_tokens: int = 512,
     arch: str | None = None,
-    dependent_launch: bool = False,
+    dependent_launch: bool | None = None,
 ) -> CudaRunner:
     """Build the CUDA backend over a model directory."""
     info = load_base_model(model_dir)

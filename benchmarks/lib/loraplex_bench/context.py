@@ -33,7 +33,7 @@ class Bench:
         results: Rows so far.
     """
 
-    def __init__(self, *, repeats: int = 1, dependent_launch: bool = False) -> None:
+    def __init__(self, *, repeats: int = 1, dependent_launch: bool | None = None) -> None:
         self.results = Results()
         self.repeats = repeats
         self._dependent_launch = dependent_launch

@@ -74,8 +74,8 @@ def measure_stack(
             results.add(_row(f"{prefix}/base", "products", products_us, floor, peer))
             results.add(_row(f"{prefix}/base", "with_pointwise", base_us[batch], None, NOBODY))
         of_row = baseline_adapters(batch, popularity)
-        adapters.use(of_row)
-        total_us = timer(lambda batch=batch: stack.run(batch, adapters.path))  # type: ignore[misc]
+        path = adapters.use(of_row)
+        total_us = timer(lambda batch=batch, path=path: stack.run(batch, path))  # type: ignore[misc]
         where = {"model_or_shape": stack.shape.name, "M": str(batch), "popularity": popularity}
         floor, peer = best_added("decode_stack", where)
         case = f"{prefix}/{adapters.family.name}/{popularity}/{len(np.unique(of_row))}"
@@ -100,8 +100,8 @@ def measure_ops(
             results.add(_row(f"in_place/{case.op}/{case.batch}/base", "with_pointwise", base_us[key], None, NOBODY))
         adapters = adapters_of_rank[case.rank]
         of_row = baseline_adapters(case.batch, case.popularity)
-        adapters.use(of_row)
-        with_us = timer(lambda case=case, path=adapters.path: stack.run_op(case.batch, case.op, path)) / num_layers  # type: ignore[misc]
+        path = adapters.use(of_row)
+        with_us = timer(lambda case=case, path=path: stack.run_op(case.batch, case.op, path)) / num_layers  # type: ignore[misc]
         used = len(np.unique(of_row))
         shape = {"model_or_shape": OP_SHAPES[case.op], "M": str(case.batch), "rank": str(case.rank)}
         floor, peer = best_added("gemm_plus_lora", {**shape, "popularity": case.popularity})

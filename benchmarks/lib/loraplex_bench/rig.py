@@ -51,7 +51,7 @@ class EngineSetup:
     max_num_batched_tokens: int = 8192
     max_model_len: int = 1280
     max_resident_adapters: int = 256
-    dependent_launch: bool = False
+    dependent_launch: bool | None = None
 
     @property
     def params(self) -> EngineParams:

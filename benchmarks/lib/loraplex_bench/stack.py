@@ -1,6 +1,6 @@
 """Decode steps without attention: every dense product and every pointwise kernel, with LoRA and without.
 
-Built from the objects the engine runs (`CudaDecoder`, `LoraDecode`, `FusedLoraPath` and its fork), so what is timed here
+Built from the objects the engine runs (`CudaDecoder`, `DecodeLora` and its paths), so what is timed here
 is what a decode step does between two attentions. Nothing here knows how time is taken: a `Timer` does.
 """
 
@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import OPS, layout
+from loraplex_common.adapter_image import layout
+from loraplex_engine.cuda.decode_lora import DecodeLora
 from loraplex_engine.cuda.decoder import CudaDecoder, DecoderLimits, PagedAttention
-from loraplex_engine.cuda.lora_paths import BasePath, Fork, FusedLoraPath, dense_into
+from loraplex_engine.cuda.lora_paths import BasePath, dense_into
 from loraplex_engine.cuda.step_input import InputLayout, InputWriter, StepShape
-from loraplex_engine.cuda.token_lora import max_decode_items
 from loraplex_engine.model.config import model_config
 from loraplex_engine.model.llama import LlamaModel
-from loraplex_kernels.items import op_shapes
-from loraplex_kernels.lora_decode import LoraDecode
 from loraplex_kernels.rms_norm import RmsNorm
 from loraplex_kernels.tables import AdapterTables
 
@@ -177,21 +175,19 @@ class StackAdapters:
             pages = np.arange(begin, begin + layout(geometry, spec.ranks).num_pages, dtype=np.int32)
             self.tables.bind(index, spec, pages)
             begin += len(pages)
-        shapes = op_shapes(geometry, fused=True)
-        rows = stack.max_rows
-        self.lora = LoraDecode(
+        self.lora = DecodeLora(
             library,
             self.tables,
             self.pool,
-            shapes,
-            max_rows=rows,
-            max_items=max_decode_items(shapes, rows),
+            geometry,
             rope=stack.decoder.rope,
+            silu_mul=stack.decoder.silu_mul,
+            residual=stack.decoder.work.hidden,
+            max_rows=stack.max_rows,
+            num_sms=num_sms,
         )
-        self.hidden = self.lora.new_scratch()
-        rope, silu_mul, fork = stack.decoder.rope, stack.decoder.silu_mul, Fork(device)
-        self.path = FusedLoraPath(rope, silu_mul, self.lora, self.hidden, fork, num_sms, frozenset(OPS))
 
-    def use(self, adapters: NDArray[np.int32]) -> None:
-        """Send the items of a batch with these adapters."""
-        self.lora.prepare(adapters)
+    def use(self, adapters: NDArray[np.int32]) -> LayerPath:
+        """Send the items of a batch with these adapters and return the path that the engine takes with them."""
+        batch = len(adapters)
+        return self.lora.path(batch, self.lora.prepare(adapters, batch, 0))

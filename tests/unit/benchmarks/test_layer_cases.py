@@ -64,8 +64,7 @@ def test_steps_and_ops_run_with_lora_and_without(tmp_path: Path, tmp_path_factor
         adapters.pool,
         adapters.tables.tiles,
         adapters.tables.entries,
-        adapters.lora.items.buffer,
-        adapters.hidden,
+        *adapters.lora.fixed_tensors,
     )
     results, logits = Results(), list[torch.Tensor]()
     clock = itertools.count(1)

@@ -13,19 +13,17 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from kernels.host_kernels import COMPILER, HostLibrary
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
+from loraplex_engine.cuda.decode_lora import DecodeLora
 from loraplex_engine.cuda.decoder import CudaDecoder, DecoderLimits
-from loraplex_engine.cuda.graphs import VARIANTS, variant_of
-from loraplex_engine.cuda.lora_paths import AddedLoraPath, BasePath, Fork, FusedLoraPath
+from loraplex_engine.cuda.lora_paths import AddedLoraPath, BasePath
 from loraplex_engine.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
-from loraplex_engine.cuda.token_lora import GroupedLora, max_decode_items
+from loraplex_engine.cuda.token_lora import GroupedLora
 from loraplex_engine.model.config import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.step import StepResult
 from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
-from loraplex_kernels.items import op_shapes
-from loraplex_kernels.lora_decode import LoraDecode
 from loraplex_kernels.tables import AdapterTables
 from support.adapters import Recipe
 from support.base_models import TinyBase, write_base_model
@@ -68,7 +66,7 @@ class HostRunner:
 
     pipeline_depth = 1
 
-    def __init__(self, model_dir: Path, library: HostLibrary) -> None:
+    def __init__(self, model_dir: Path, library: HostLibrary, max_folded_rows: int) -> None:
         info = load_base_model(model_dir)
         self.pool_geometry = choose_pool_geometry(info, dtype="float32")
         self.geometry = info.geometry(dtype="float32", page_bytes=self.pool_geometry.page_bytes)
@@ -78,20 +76,18 @@ class HostRunner:
         limits = DecoderLimits(max_tokens=64, max_rows=BUCKET, max_context=128)
         self.decoder = CudaDecoder(model, library, self.pool, self.pool_geometry, limits, num_slots=NUM_SLOTS)
         self.tables = AdapterTables(self.geometry, max_adapters=4, tile_capacity=4096, device=CPU)
-        shapes = op_shapes(self.geometry, fused=True)
-        self.lora = LoraDecode(
+        self.lora = DecodeLora(
             library,
             self.tables,
             self.pool,
-            shapes,
-            max_rows=BUCKET,
-            max_items=max_decode_items(shapes, BUCKET),
+            self.geometry,
             rope=self.decoder.rope,
+            silu_mul=self.decoder.silu_mul,
+            residual=self.decoder.work.hidden,
+            max_rows=BUCKET,
+            num_sms=2,
+            max_folded_rows=max_folded_rows,
         )
-        hidden, rope, silu_mul = self.lora.new_scratch(), self.decoder.rope, self.decoder.silu_mul
-        self.fused = [
-            FusedLoraPath(rope, silu_mul, self.lora, hidden, Fork(CPU), num_sms=2, ops=ops) for ops in VARIANTS
-        ]
         self.grouped = GroupedLora(library, self.tables, self.pool, self.geometry, max_tokens=64)
         self.base = BasePath(self.decoder.rope, self.decoder.silu_mul)
         self.added = AddedLoraPath(self.decoder.rope, self.decoder.silu_mul, self.grouped)
@@ -99,16 +95,17 @@ class HostRunner:
             self.pool,
             self.tables.tiles,
             self.tables.entries,
-            self.lora.items.buffer,
-            hidden,
+            *self.lora.fixed_tensors,
             *self.grouped.fixed_tensors,
         )
         self.writer = InputWriter(block_tokens=self.pool_geometry.block_tokens, pad_slot=NUM_SLOTS)
         self.variants: list[int] = []
+        self.num_binds = 0
 
     def load_adapter(self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]) -> Done:
         self.pool[torch.from_numpy(pages.astype(np.int64))] = torch.from_numpy(source)
         self.tables.bind(index, spec, pages)
+        self.num_binds += 1
         return Done()
 
     def unload_adapter(self, index: int) -> None:
@@ -123,9 +120,8 @@ class HostRunner:
         if is_decode:
             shape = StepShape(num_tokens=BUCKET, num_rows=BUCKET, width=9, num_samples=BUCKET)
             if has_adapters:
-                self.lora.prepare(plan.adapters)
-                variant = variant_of(self.tables.max_stacked[plan.adapters[plan.adapters >= 0]])
-                path = self.fused[variant]
+                variant = self.lora.prepare(plan.adapters, BUCKET, self.num_binds)
+                path = self.lora.path(BUCKET, variant)
                 self.variants.append(variant)
         else:
             shape = StepShape(
@@ -176,13 +172,14 @@ def add_sequences(harness: Harness, indices: list[int]) -> list[Sequence_]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
+@pytest.mark.parametrize("max_folded_rows", [BUCKET, 0], ids=["folded", "in line"])
 def test_prefill_mixed_and_padded_decode_steps_draw_what_the_torch_backend_draws(
-    model_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    model_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, max_folded_rows: int
 ) -> None:
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if base.name.startswith("popen") else base) / "kernel-builds"
     shared.mkdir(exist_ok=True)
-    own = HostRunner(model_dir, HostLibrary(torch.float32, shared, tmp_path))
+    own = HostRunner(model_dir, HostLibrary(torch.float32, shared, tmp_path), max_folded_rows)
     info = load_base_model(model_dir)
     oracle = TorchRunner(
         RunnerConfig(

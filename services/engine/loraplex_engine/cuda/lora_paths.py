@@ -1,4 +1,4 @@
-"""Three ways through a layer's projections: without adapters, LoRA folded into the followers, LoRA added after.
+"""Ways through a layer's projections: without adapters, and with LoRA of decode rows or of any tokens.
 
 A path computes the four products of a layer and the pointwise step that must follow qkv's and gate_up's. The decoder
 calls the same methods in the same order whichever path a step takes.
@@ -6,6 +6,7 @@ calls the same methods in the same order whichever path a step takes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from loraplex_engine.model.layers import Dense
     from loraplex_engine.model.llama import DecoderLayer
 
-SHRINK_CTAS_PER_SM: Final = 4  # what fits at 64 registers x 256 threads
-EXPAND_CTAS_PER_SM: Final = 3  # by shared memory
+SHRINK_CTAS_PER_SM: Final = 3  # what fits at 80 registers x 256 threads
+EXPAND_CTAS_PER_SM: Final = 4  # at 128 registers x 128 threads
+CTAS_PER_ROW: Final = 64
+RESIDUAL_OPS: Final = frozenset({"o", "down"})
 
 
 def dense_into(dense: Dense, x: Tensor, out: Tensor) -> None:
@@ -92,8 +95,26 @@ class Fork:
         current.wait_stream(self._side)
 
 
-class FusedLoraPath(BasePath):
-    """Decode rows: the shrink runs beside the product, the expand inside the follower (o and down: added after).
+@dataclass(frozen=True, slots=True)
+class Grids:
+    """CTAs of the LoRA kernels in a graph, which must do for any adapters of its rows.
+
+    No more than there is room for at a time, and no more than few rows can have work for: a CTA without work still needs
+    a place on a multiprocessor, which a product beside it may hold to its end.
+    """
+
+    shrink: int
+    expand: int
+
+    @classmethod
+    def of(cls, rows: int, num_sms: int) -> Grids:
+        """Return the grids of a graph with that many rows."""
+        few = rows * CTAS_PER_ROW
+        return cls(min(SHRINK_CTAS_PER_SM * num_sms, few), min(EXPAND_CTAS_PER_SM * num_sms, few))
+
+
+class _DecodeLoraPath(BasePath):
+    """What the two LoRA paths of decode steps share.
 
     Padding rows are in no item, so nothing is computed for them; they keep whatever was there.
 
@@ -101,8 +122,8 @@ class FusedLoraPath(BasePath):
         rope: For layers whose qkv has no LoRA in this path; ``silu_mul`` likewise for gate_up.
         lora: The kernels, with the step's items.
         hidden: Scratch from ``lora.new_scratch``; an op's is used up before the next op's shrink begins.
-        fork: Side stream of the shrinks.
-        num_sms: Multiprocessors; grids are sized by them, whatever the adapters.
+        residual: The residual stream, ``[max_rows, hidden]``; nobody else touches it while o or down is computed.
+        grids: CTAs.
         ops: Ops that any row's adapter may adapt; the others go as on `BasePath`.
     """
 
@@ -112,25 +133,57 @@ class FusedLoraPath(BasePath):
         silu_mul: SiluMul,
         lora: LoraDecode,
         hidden: Tensor,
-        fork: Fork,
-        num_sms: int,
+        residual: Tensor,
+        grids: Grids,
+        *,
         ops: frozenset[str],
     ) -> None:
         super().__init__(rope, silu_mul)
-        self._lora, self._hidden, self._fork, self._ops = lora, hidden, fork, ops
-        self._shrink_grid, self._expand_grid = SHRINK_CTAS_PER_SM * num_sms, EXPAND_CTAS_PER_SM * num_sms
+        self._lora, self._hidden, self._residual = lora, hidden, residual
+        self._grids, self._ops = grids, ops
+
+    def _shrink(self, layer: int, op: str, x: Tensor) -> None:
+        self._lora.shrink(layer, op, x, self._hidden, self._grids.shrink)
+
+    def _expand_add(self, layer: int, op: str, y: Tensor, step: StepInputs) -> None:
+        self._lora.expand_add(layer, op, self._hidden, step.scales, y, self._grids.expand)
+
+    def _add_to_residual(self, layer: int, op: str, x: Tensor, step: StepInputs) -> None:
+        """Add o's or down's LoRA to the stream itself: its result goes nowhere else."""
+        self._shrink(layer, op, x)
+        self._expand_add(layer, op, self._residual[: x.shape[0]], step)
+
+
+class FoldedLoraPath(_DecodeLoraPath):
+    """Few rows: no LoRA kernel of its own stands between a product and its follower.
+
+    Shrinks run beside the products. The expand of qkv and gate_up is part of their followers, that of o and down follows
+    the shrink beside the product.
+    """
+
+    def __init__(
+        self,
+        rope: RopeKv,
+        silu_mul: SiluMul,
+        lora: LoraDecode,
+        hidden: Tensor,
+        residual: Tensor,
+        grids: Grids,
+        *,
+        ops: frozenset[str],
+        fork: Fork,
+    ) -> None:
+        super().__init__(rope, silu_mul, lora, hidden, residual, grids, ops=ops)
+        self._fork = fork
 
     def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
         if op not in self._ops:
             dense_into(dense, x, out)
-            return
-        self._fork.beside(
-            lambda: self._lora.shrink(layer, op, x, self._hidden, self._shrink_grid),
-            lambda: dense_into(dense, x, out),
-        )
-        if op in ("o", "down"):
-            self._lora.expand_add(layer, op, self._hidden, step.scales, out, self._expand_grid)
+        elif op in RESIDUAL_OPS:
+            self._fork.beside(lambda: self._add_to_residual(layer, op, x, step), lambda: dense_into(dense, x, out))
+        else:
+            self._fork.beside(lambda: self._shrink(layer, op, x), lambda: dense_into(dense, x, out))
 
     def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
@@ -145,7 +198,7 @@ class FusedLoraPath(BasePath):
             qkv,
             step.positions,
             step.kv_slots,
-            self._expand_grid,
+            self._grids.expand,
             q_norm=q_norm,
             k_norm=k_norm,
         )
@@ -155,7 +208,20 @@ class FusedLoraPath(BasePath):
         if "gate_up" not in self._ops:
             super().finish_gate_up(layer, gate_up, out, step)
             return
-        self._lora.expand_silu_mul(layer, self._hidden, step.scales, gate_up, out, self._expand_grid)
+        self._lora.expand_silu_mul(layer, self._hidden, step.scales, gate_up, out, self._grids.expand)
+
+
+class InLineLoraPath(_DecodeLoraPath):
+    """Many rows: one kernel after the other, LoRA of o and down before their products, of the others after them."""
+
+    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        if op in self._ops and op in RESIDUAL_OPS:
+            self._add_to_residual(layer, op, x, step)
+        dense_into(dense, x, out)
+        if op in self._ops and op not in RESIDUAL_OPS:
+            self._shrink(layer, op, x)
+            self._expand_add(layer, op, out, step)
 
 
 class TokenLora(Protocol):

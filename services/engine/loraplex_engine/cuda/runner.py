@@ -14,19 +14,18 @@ import torch
 from loraplex_common.adapter_image import OPS, TILE_BYTES
 from loraplex_common.base_model import BaseModelInfo
 from loraplex_kernels.attention_prefill import make_tiles
-from loraplex_kernels.items import op_shapes
-from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.module import KernelLibrary
+from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
 from loraplex_kernels.tables import AdapterTables
 
 from loraplex_engine.cuda.adapter_loads import AdapterLoads
+from loraplex_engine.cuda.decode_lora import DecodeLora
 from loraplex_engine.cuda.decoder import CudaDecoder, DecoderLimits
-from loraplex_engine.cuda.graphs import VARIANTS, DecodeGraphs, bucket_sizes, variant_of
+from loraplex_engine.cuda.graphs import VARIANTS, DecodeGraphs, bucket_sizes
 from loraplex_engine.cuda.host_memory import PinnedRing
-from loraplex_engine.cuda.lora_paths import AddedLoraPath, BasePath, Fork, FusedLoraPath
+from loraplex_engine.cuda.lora_paths import AddedLoraPath, BasePath
 from loraplex_engine.cuda.step_handle import CudaStepHandle, ResultBuffers
 from loraplex_engine.cuda.step_input import TILE_INTS, InputLayout, InputWriter, StepShape, is_pure_decode
-from loraplex_engine.cuda.token_lora import make_token_lora, max_decode_items
+from loraplex_engine.cuda.token_lora import make_token_lora
 from loraplex_engine.model.config import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.pool_geometry import PoolGeometry
@@ -63,7 +62,8 @@ class CudaRunnerConfig:
             made, and no plan may name an adapter. What LoRA costs those who do not use it is measured against that.
         device: Ordinal of the GPU.
         arch: Architecture to compile for; the GPU's own if None. ``compute_80`` runs the sm_80 code on a newer GPU.
-        dependent_launch: Launch kernels programmatically dependent on those before them (sm_90 and up).
+        dependent_launch: Launch kernels programmatically dependent on those before them; if None, where the target can
+            (sm_90 and up).
     """
 
     info: BaseModelInfo
@@ -75,7 +75,7 @@ class CudaRunnerConfig:
     max_resident_adapters: int = 1024
     device: int = 0
     arch: str | None = None
-    dependent_launch: bool = False
+    dependent_launch: bool | None = None
 
     def __post_init__(self) -> None:
         if self.geometry.head_dim not in HEAD_DIMS:
@@ -124,7 +124,10 @@ class CudaRunner:
         self._model = LlamaModel(model_config(config.info), weights, max_model_len=config.max_model_len, device=device)
         weights.close()
         self._pool = torch.zeros((config.num_pages, page_bytes), dtype=torch.uint8, device=device)
-        self._library = KernelLibrary(device, self._dtype, arch=config.arch, dependent=config.dependent_launch)
+        dependent = config.dependent_launch
+        if dependent is None:
+            dependent = has_dependent_launch(config.arch or device_arch(device))
+        self._library = KernelLibrary(device, self._dtype, arch=config.arch, dependent=dependent)
         sizes = bucket_sizes(config.max_num_seqs)
         self._limits = DecoderLimits(
             max_tokens=max(config.max_num_batched_tokens, sizes[-1]),
@@ -143,7 +146,7 @@ class CudaRunner:
             device=device,
         )
         self._base_path = BasePath(self._decoder.rope, self._decoder.silu_mul)
-        self._decode_paths = [self._base_path]
+        self._num_variants = 1
         if config.max_resident_adapters:
             self._make_lora_paths()
         self._sampler = Sampler(vocab_size=config.info.vocab_size, device=device)
@@ -153,27 +156,23 @@ class CudaRunner:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
         with torch.inference_mode():
-            self.graphs = DecodeGraphs(sizes, self._run_decode, self._stream, num_variants=len(self._decode_paths))
+            self.graphs = DecodeGraphs(sizes, self._run_decode, self._stream, num_variants=self._num_variants)
 
     def _make_lora_paths(self) -> None:
         config, limits = self._config, self._limits
-        shapes = op_shapes(self.geometry, fused=True)
-        self._decode_lora = LoraDecode(
+        rope, silu_mul = self._decoder.rope, self._decoder.silu_mul
+        self._decode_lora = DecodeLora(
             self._library,
             self._tables,
             self._pool,
-            shapes,
+            self.geometry,
+            rope=rope,
+            silu_mul=silu_mul,
+            residual=self._decoder.work.hidden,
             max_rows=limits.max_rows,
-            max_items=max_decode_items(shapes, limits.max_rows),
-            rope=self._decoder.rope,
+            num_sms=torch.cuda.get_device_properties(self._device).multi_processor_count,
         )
-        num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
-        rope, silu_mul, fork = self._decoder.rope, self._decoder.silu_mul, Fork(self._device)
-        hidden = self._decode_lora.new_scratch()
-        self._decode_paths = [
-            FusedLoraPath(rope, silu_mul, self._decode_lora, hidden, fork, num_sms, ops) if ops else self._base_path
-            for ops in VARIANTS
-        ]
+        self._num_variants = len(VARIANTS)
         self._token_lora = make_token_lora(
             self._library,
             self._tables,
@@ -183,8 +182,6 @@ class CudaRunner:
             max_tokens=limits.max_tokens,
         )
         self._added_path = AddedLoraPath(rope, silu_mul, self._token_lora)
-        self._items_key: tuple[int, bytes] | None = None
-        self._items_variant = 0
         self._num_binds = 0
 
     def _make_buffers(self, sizes: tuple[int, ...]) -> None:
@@ -237,7 +234,8 @@ class CudaRunner:
         used = self._writer.write_decode(self._layouts[bucket], buffer.array, plan)
         self._inputs[:used].copy_(buffer.tensor[:used], non_blocking=True)
         buffer.event.record()
-        self.graphs.replay(bucket, self._prepare_items(plan.adapters))
+        variant = self._decode_lora.prepare(plan.adapters, bucket, self._num_binds) if self._num_variants > 1 else 0
+        self.graphs.replay(bucket, variant)
         if self._is_greedy(plan):
             return self._handle(plan, bucket)
         step = self._steps[bucket]
@@ -282,7 +280,8 @@ class CudaRunner:
     def _run_decode(self, bucket: int, variant: int) -> None:
         """Launch what a graph holds."""
         step = self._steps[bucket]
-        self._decoder.forward(step, self._decode_paths[variant], num_decode=bucket)
+        path = self._decode_lora.path(bucket, variant) if variant else self._base_path
+        self._decoder.forward(step, path, num_decode=bucket)
         self._draw_greedily(self._decoder.logits(step), step.sample_slots)
 
     def _attention_tiles(self, plan: StepPlan) -> NDArray[np.int32]:
@@ -293,17 +292,6 @@ class CudaRunner:
         return make_tiles(
             rows, plan.starts[first:], plan.num_tokens[first:], first, info.num_heads // info.num_kv_heads
         )
-
-    def _prepare_items(self, adapters: NDArray[np.int32]) -> int:
-        """Send the items of a decode step, unless the device has them already, and return the variant that reads them."""
-        used = adapters[adapters >= 0]
-        if not used.size:
-            return 0
-        key = (self._num_binds, adapters.tobytes())
-        if key != self._items_key:
-            self._decode_lora.prepare(adapters)
-            self._items_key, self._items_variant = key, variant_of(self._tables.max_stacked[used])
-        return self._items_variant
 
     def _take_over_slots(self, plan: StepPlan) -> None:
         """Replace what is kept of slots whose sequence begins in this step."""
@@ -379,7 +367,7 @@ class CudaRunner:
         self._stream.synchronize()
         self._loads.close()
         del self.graphs, self._decoder, self._model, self._pool, self._tables
-        del self._base_path, self._decode_paths
+        del self._base_path
         if self._config.max_resident_adapters:
             del self._added_path, self._token_lora, self._decode_lora
         del self._prompt_logprobs, self._sampler, self._loads, self._inputs, self._steps
