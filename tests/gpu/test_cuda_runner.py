@@ -277,14 +277,19 @@ def test_images_arrive_from_pinned_scattered_and_foreign_memory(model_dirs: dict
     arena.close()
 
 
-def test_a_row_whose_logits_are_not_finite_fails_alone(model_dirs: dict[str, Path]) -> None:
-    runner = make_cuda_runner(model_dirs["gqa"], "bfloat16")
-    harness = Harness(runner, geometry_of(model_dirs["gqa"], "bfloat16"), 512)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("broken_part", ["keys", "values"])
+def test_a_row_whose_logits_are_not_finite_fails_alone(
+    model_dirs: dict[str, Path], broken_part: str, dtype: str
+) -> None:
+    runner = make_cuda_runner(model_dirs["gqa"], dtype)
+    harness = Harness(runner, geometry_of(model_dirs["gqa"], dtype), 512)
     healthy, broken = harness.add(range(20)), harness.add(range(40, 60))
     harness.generate([healthy, broken], 2)
     geometry = harness.geometry
-    keys = geometry.num_kv_heads * geometry.row_bytes
-    runner.pool[broken.pages[0], keys : 2 * keys] = 255  # NaN in every value of layer 0
+    plane = geometry.num_kv_heads * geometry.row_bytes
+    first = 0 if broken_part == "keys" else plane
+    runner.pool[broken.pages[0], first : first + plane] = 255  # NaN in every key or value of layer 0
 
     result = harness.step([healthy, broken])
 

@@ -370,6 +370,36 @@ def test_attention_prefill(heads: int, kv_heads: int, head_dim: int, block: int,
             begin += count
 
 
+@pytest.mark.parametrize("splits", [1, 5])
+@pytest.mark.parametrize("broken", ["key", "value", "query"])
+def test_attention_hands_on_what_is_not_a_number(broken: str, splits: int) -> None:
+    """A broken row must reach the logits as NaN (zeros in its place would be served), and its neighbour must not."""
+    dtype, context = torch.bfloat16, 640
+    layout = make_layout(8, 2, 64, 16, dtype)
+    for lib in libraries(dtype):
+        pool, tables = paged_sequences([context, context], layout, dtype)
+        qkv, out = randn(2, layout.qkv_width, dtype=dtype), poisoned(2, 512, dtype=dtype)
+        plane = layout.page_bytes // 4  # of two layers' K and V
+        if broken == "query":
+            qkv[0] = float("nan")
+        else:
+            first = 2 * plane if broken == "key" else 3 * plane
+            pool[tables[0].long(), first : first + plane] = 255
+
+        AttentionDecode(lib, layout, max_rows=32, max_context=2048).launch(
+            1, pool, qkv, tables, ints([context, context]), out, splits=splits
+        )
+
+        assert out[0].isnan().all()
+        assert out[1].isfinite().all()
+        out.fill_(0)
+        starts = np.full(2, context - 1, dtype=np.int32)
+        tiles = make_tiles(np.arange(2, dtype=np.int32), starts, np.ones(2, dtype=np.int32), 0, 4)
+        AttentionPrefill(lib, layout).launch(1, pool, qkv, tables, ints(tiles), out)
+        assert out[0].isnan().all()
+        assert out[1].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_lora_prefill_adds_what_each_chunks_adapter_adds(shape: str) -> None:
     rng, dtype = np.random.default_rng(), torch.bfloat16

@@ -215,3 +215,25 @@ def test_scalar_attention_reads_pages(host_library: MakeHostLibrary, window: int
     expected = reference.attention(q[:2].view(2, 5, head_dim), key, value, 38, layout)
     assert relative_error(out[:2].view(2, 5, head_dim), expected) < TOLERANCE[dtype]
     assert not out[2].any()
+
+
+@pytest.mark.parametrize("broken", ["key", "value", "query"])
+def test_scalar_attention_hands_on_what_is_not_a_number(host_library: MakeHostLibrary, broken: str) -> None:
+    """A broken row must reach the logits as NaN: zeros in its place would be served as an answer."""
+    library, block, head_dim = host_library(torch.float32), 4, 64
+    page_bytes = 2 * 2 * block * head_dim * 4
+    layout = KvLayout(page_bytes=page_bytes, block_tokens=block, num_heads=1, num_kv_heads=1, head_dim=head_dim)
+    pool = torch.randn(4 * page_bytes // 4).view(torch.uint8).view(4, page_bytes)
+    tables = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    q, out = torch.randn(2, head_dim), poisoned(2, head_dim, dtype=torch.float32)
+    row = block * head_dim * 4
+    if broken == "query":
+        q[0] = float("nan")
+    else:  # every token of a page of the first sequence, in layer 0
+        pool[0, slice(0, row) if broken == "key" else slice(row, 2 * row)] = 255
+    sequences, positions = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([6, 6], dtype=torch.int32)
+
+    AttentionScalar(library, layout).launch(0, pool, q, tables, sequences, positions, out)
+
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()

@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_decode
         merge(kWarps, [&](int w) { return shared.peak[w][head]; }, [&](int w) { return shared.sum[w][head]; },
               [&](int w) { return shared.out[w][head][dim]; }, peak, sum, out);
         if (used == 1) {
-            out_row[i] = from_float<elem>(sum > 0.f ? out / sum : 0.f);
+            out_row[i] = from_float<elem>(sum == 0.f ? 0.f : out / sum);
         } else {
             const i64 at = (unit * splits + blockIdx.x) * kHeads + head;
             p.partial_out[at * kHeadDim + dim] = out;
@@ -202,6 +202,6 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_decode
         merge(used, [&](int s) { return __ldcg(p.partial_stats + 2 * at(s)); },
               [&](int s) { return __ldcg(p.partial_stats + 2 * at(s) + 1); },
               [&](int s) { return __ldcg(p.partial_out + at(s) * kHeadDim + dim); }, peak, sum, out);
-        out_row[i] = from_float<elem>(sum > 0.f ? out / sum : 0.f);
+        out_row[i] = from_float<elem>(sum == 0.f ? 0.f : out / sum);
     }
 }

@@ -63,5 +63,5 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_scalar
     }
     elem* out_row = p.out + (static_cast<i64>(token) * p.kv.num_heads + head) * kHeadDim;
 #pragma unroll
-    for (int j = 0; j < kLaneDims; ++j) out_row[j * kWarp + lane] = from_float<elem>(sum > 0.f ? out[j] / sum : 0.f);
+    for (int j = 0; j < kLaneDims; ++j) out_row[j * kWarp + lane] = from_float<elem>(sum == 0.f ? 0.f : out[j] / sum);
 }
