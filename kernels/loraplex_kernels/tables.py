@@ -32,10 +32,34 @@ ENTRY_DTYPE: Final = np.dtype(
     ]
 )
 """One OpEntry of csrc/lora_table.cuh, 64 bytes."""
+_PLACE: Final = {name: (OP_INDEX[op], index) for op, names in OPS.items() for index, name in enumerate(names)}
 
 
 class TableFullError(RuntimeError):
     """The tile table has no room for an adapter; the message holds the arithmetic."""
+
+
+class RankLimitError(ValueError):
+    """The ranks of an op's modules together exceed what the kernels take; the message names layer, modules and limit."""
+
+
+def check_ranks(spec: AdapterSpec) -> None:
+    """Refuse an adapter whose ranks the kernels cannot take.
+
+    Raises:
+        RankLimitError: If an op's stacked rank exceeds `MAX_STACKED_RANK` in some layer.
+    """
+    of_op: dict[tuple[int, int], list[tuple[str, int]]] = {}
+    for module in spec.modules:
+        of_op.setdefault((module.layer, _PLACE[module.projection][0]), []).append((module.projection, module.rank))
+    for (layer, _), modules in of_op.items():
+        stacked = sum(rank for _, rank in modules)
+        if stacked > MAX_STACKED_RANK:
+            terms = " + ".join(f"{rank} ({projection})" for projection, rank in modules)
+            raise RankLimitError(
+                f"layer {layer}: ranks {terms} = {stacked} exceed the {MAX_STACKED_RANK} that the CUDA kernels take for "
+                "projections of one input together"
+            )
 
 
 def make_entries(
@@ -46,8 +70,10 @@ def make_entries(
     Tile numbers in the entries count from the adapter's first tile.
 
     Raises:
-        ValueError: If pages are too few, or an op's stacked rank exceeds what the kernels take.
+        ValueError: If pages are too few.
+        RankLimitError: If an op's stacked rank exceeds what the kernels take.
     """
+    check_ranks(spec)
     plan = layout(geometry, spec.ranks)
     if len(pages) < plan.num_pages:
         raise ValueError(f"adapter {spec.digest[:12]} needs {plan.num_pages} pages, got {len(pages)}")
@@ -61,16 +87,11 @@ def make_entries(
     at_b = tiles["layer"][first_b], tiles["op"][first_b], tiles["slice"][first_b]
     entries["b_first"][at_b], entries["b_step"][at_b] = first_b, tiles["rows"][first_b]
     entries["rank"][at_b] = tiles["cols"][first_b]
-    if entries["stacked_rank"].max(initial=0) > MAX_STACKED_RANK:
-        raise ValueError(f"stacked rank {entries['stacked_rank'].max()} exceeds {MAX_STACKED_RANK}")
     for module in spec.modules:
         op, slice_index = _PLACE[module.projection]
         entries["scaling"][module.layer, op, slice_index] = module.scaling
     offsets = pages[tiles["page"]].astype(np.int64) * geometry.page_bytes + tiles["offset"]
     return entries, offsets
-
-
-_PLACE: Final = {name: (OP_INDEX[op], index) for op, names in OPS.items() for index, name in enumerate(names)}
 
 
 class RangeAllocator:
@@ -153,11 +174,12 @@ class AdapterTables:
         """Write an adapter's rows on the current stream.
 
         Raises:
-            ValueError: If the index is bound, or the adapter does not fit its pages or the kernels.
-            TableFullError: If the tile table is full.
+            RuntimeError: If the index is bound.
+            ValueError: If the adapter does not fit its pages or the kernels; nothing is bound then.
+            TableFullError: If the tile table is full; nothing is bound then.
         """
         if index in self._ranges:
-            raise ValueError(f"index {index} is bound already")
+            raise RuntimeError(f"index {index} is bound already")
         entries, offsets = make_entries(self._geometry, spec, pages)
         start = self._allocator.allocate(len(offsets))
         entries["a_first"] += start

@@ -26,7 +26,14 @@ from loraplex_kernels.items import (
     range_index,
 )
 from loraplex_kernels.lora_prefill import build_items, make_segments
-from loraplex_kernels.tables import AdapterTables, RangeAllocator, TableFullError, make_entries
+from loraplex_kernels.tables import (
+    AdapterTables,
+    RangeAllocator,
+    RankLimitError,
+    TableFullError,
+    check_ranks,
+    make_entries,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,7 +93,7 @@ def test_binding_again_after_unbinding_reuses_the_tiles() -> None:
     tables = AdapterTables(pool.geometry, max_adapters=2, tile_capacity=count, device=torch.device("cpu"))
     tables.bind(0, adapter.spec, adapter.pages)
 
-    with pytest.raises(ValueError, match="bound already"):
+    with pytest.raises(RuntimeError, match="bound already"):
         tables.bind(0, adapter.spec, adapter.pages)
     with pytest.raises(TableFullError, match=f"{count} tiles do not fit: 0 of {count}"):
         tables.bind(1, adapter.spec, adapter.pages)
@@ -104,6 +111,32 @@ def test_too_few_pages_are_refused() -> None:
 
     with pytest.raises(ValueError, match="needs 1 pages, got 0"):
         make_entries(geometry, spec, np.zeros(0, dtype=np.int32))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"q_proj": 86, "k_proj": 86, "v_proj": 86}, r"layer 1: ranks 86 \(q_proj\) .* = 258 exceed the 256"),
+        ({"down_proj": 257}, r"layer 1: ranks 257 \(down_proj\) = 257"),
+        ({"q_proj": 85, "k_proj": 85, "v_proj": 86, "gate_proj": 128, "up_proj": 128, "o_proj": 256}, ""),
+    ],
+)
+def test_ranks_the_kernels_cannot_take_are_refused_by_name(ranks: dict[str, int], message: str) -> None:
+    geometry = make_geometry()
+    spec = AdapterSpec("0" * 64, tuple(ModuleSpec(1, name, rank, 1.0) for name, rank in ranks.items()))
+    pages = np.arange(layout(geometry, spec.ranks).num_pages, dtype=np.int32)
+    tables = AdapterTables(geometry, max_adapters=1, tile_capacity=4096, device=torch.device("cpu"))
+
+    if message:
+        with pytest.raises(RankLimitError, match=message):
+            check_ranks(spec)
+        with pytest.raises(RankLimitError, match=message):
+            tables.bind(0, spec, pages)
+        spec = AdapterSpec("1" * 64, (ModuleSpec(0, "q_proj", 1, 1.0),))  # a refusal leaves the index free
+    else:
+        check_ranks(spec)
+    tables.bind(0, spec, pages)
+    tables.check_integrity()
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=40))

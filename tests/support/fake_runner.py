@@ -10,11 +10,15 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
 from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, SlotSetup, StepPlan, StepResult, TokenLogprobs
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from loraplex_common.errors import LoraplexError
 
 VOCAB_SIZE = 50
 NO_OWNER = -1
@@ -129,6 +133,8 @@ class FakeRunner:
         self.adapters: dict[int, FakeAdapter] = {}
         self.loading: list[FakeAdapter] = []
         self.fail_slots: dict[int, str] = {}
+        self.incompatible: dict[str, LoraplexError] = {}
+        self.unbindable: dict[str, LoraplexError] = {}
         self.raise_on_launch: Exception | None = None
         self.num_tokens = 0
         self.is_closed = False
@@ -139,6 +145,10 @@ class FakeRunner:
 
     # --- adapters ---
 
+    def check_adapter(self, spec: AdapterSpec) -> None:
+        if spec.digest in self.incompatible:
+            raise self.incompatible[spec.digest]
+
     def load_adapter(
         self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
     ) -> FakeAdapter:
@@ -148,6 +158,8 @@ class FakeRunner:
             require(not np.isin(pages, step.plan.block_tables).any(), "a page is loaded into while a step reads it")
         for other in self.adapters.values():
             require(not np.isin(pages, other.pages).any(), "a page belongs to two adapters")
+        if spec.digest in self.unbindable:
+            raise self.unbindable[spec.digest]
         adapter = FakeAdapter(spec, pages, source)
         self.adapters[index] = adapter
         self.loading.append(adapter)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from loraplex_engine.adapter_table import IdleOrder, TableIndices
 from loraplex_engine.messages import ResidencyChanged, ResidencyState, StoreEvent, WantImage
 from loraplex_engine.page_pool import PageOwner, PagePool
-from loraplex_engine.residency import Adapter, AdapterLoad, AdapterStatus, Room
+from loraplex_engine.residency import NEVER, Adapter, AdapterLoad, AdapterStatus, Room
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -232,6 +232,18 @@ class AdapterCache:
             adapter.wanted_since_s = 0.0
         adapter.last_used_s = self._clock()
         self._move(adapter, ResidencyState.RESIDENT)
+
+    def load_refused(self, digest: str) -> None:
+        """Note that the runner did not take an adapter: pages, index and image are given back, and its pin is gone."""
+        adapter = self._adapters[digest]
+        if adapter.pages is None:
+            raise RuntimeError(f"adapter {digest} is {adapter.state}, nothing of it was to be loaded")
+        self._pool.retire(adapter.pages, NEVER)
+        self._indices.give_back(adapter.index)
+        adapter.pages, adapter.index = None, -1
+        self._pin(adapter, False)
+        self._free_arena_slots(adapter)
+        self._move(adapter, ResidencyState.ABSENT)
 
     # --- leaving ---
 

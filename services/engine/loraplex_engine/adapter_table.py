@@ -34,6 +34,10 @@ class TableIndices:
         """Take a free index."""
         return self._free.pop()
 
+    def give_back(self, index: int) -> None:
+        """Give back an index that the runner never bound."""
+        self._free.append(index)
+
     def retire(self, index: int, last_step: int) -> None:
         """Give an index back; ``last_step`` is the last that may name it."""
         self._retiring.append((max(last_step, self._retiring[-1][0] if self._retiring else NEVER), index))

@@ -11,9 +11,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from loraplex_common.adapter_image import Geometry
+from loraplex_common.adapter_image import AdapterSpec, Geometry
 
 from loraplex_engine.adapter_cache import AdapterCache
+from loraplex_engine.adapter_checks import check_adapter
 from loraplex_engine.adapter_operations import AdapterOperations
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
@@ -137,7 +138,7 @@ class Engine:
             )
             self._grants = ArenaGrants(cache=self._cache, arena=self.arena, queue=self._scheduler.queue)
             self._report = LoadReport(scheduler=self._scheduler, pool=self._pool, cache=self._cache, now_s=clock())
-            runner = runner_factory(params)
+            runner = self._runner = runner_factory(params)
             if isinstance(runner, PinsHostMemory):
                 runner.pin_host_memory(self.arena.view)
             parts = LoopParts(
@@ -225,6 +226,14 @@ class Engine:
         asked = self._call(lambda: self._grants.ask(digest, num_pages, is_wanted=is_wanted, future=future))
         asked.add_done_callback(lambda done: _pass_failure_on(done, future))
         return future
+
+    def check_adapter(self, spec: AdapterSpec) -> None:
+        """Return if the compute backend can serve an adapter, so that no image of another travels.
+
+        Raises:
+            AdapterIncompatibleError: If it cannot; the message names module, rank and remedy.
+        """
+        check_adapter(self._runner, spec)
 
     def return_slots(self, slots: tuple[int, ...]) -> None:
         """Give granted slots back unused: the transfer failed."""

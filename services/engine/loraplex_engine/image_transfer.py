@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import crc32c
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec, ImageError, layout
-from loraplex_common.errors import AdapterCorruptError, LoraplexError, RequestTooLargeError
+from loraplex_common.errors import AdapterCorruptError, AdapterIncompatibleError, LoraplexError, RequestTooLargeError
 
 from loraplex_engine.messages import ImageArrived, ImageRefused
 
@@ -182,7 +182,7 @@ class ImageTransfers:
                 raise AdapterCorruptError(f"image {offer.digest}: sha256 is {found}, expected {offer.image_sha256}")
             transfer.slots = ()
             self._engine.post(ImageArrived(spec, slots))
-        except RequestTooLargeError as error:
+        except (RequestTooLargeError, AdapterIncompatibleError) as error:
             self._callbacks.decline(offer.digest)
             self._engine.post(ImageRefused(offer.digest, error))
         except AdapterCorruptError as error:
@@ -198,6 +198,7 @@ class ImageTransfers:
         Raises:
             AdapterCorruptError: If it does not.
             RequestTooLargeError: If the image can never fit.
+            AdapterIncompatibleError: If the compute backend cannot serve it.
         """
         limit = min(self._max_image_pages, self._engine.arena.num_slots)
         if offer.num_pages > limit:
@@ -214,6 +215,7 @@ class ImageTransfers:
             raise AdapterCorruptError(
                 f"image {offer.digest} rank {offer.rank} of {offer.num_pages} pages: its spec is of {spec.digest}, {num_pages} pages"
             )
+        self._engine.check_adapter(spec)
         return spec
 
     async def _granted(self, offer: ImageOffer) -> tuple[int, ...] | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from loraplex_common.errors import DrainingError, InvalidParameterError, LoraplexError
 
 from loraplex_engine.adapter_cache import AdapterCache
+from loraplex_engine.adapter_loading import AdapterLoading
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.inbox import Inbox, Sessions
@@ -34,7 +35,7 @@ from loraplex_engine.messages import (
 )
 from loraplex_engine.request_book import SlotInUseError
 from loraplex_engine.scheduler import Scheduler
-from loraplex_engine.step import NO_ADAPTER, LoadHandle, ModelRunner, StepHandle, StepPlan
+from loraplex_engine.step import NO_ADAPTER, ModelRunner, StepHandle, StepPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +83,13 @@ class EngineLoop:
         self._inbox = Inbox(self._sessions)
         self._is_stopping = False
         self._steps: deque[StepHandle] = deque()
-        self._loads: dict[str, LoadHandle] = {}
+        self._loading = AdapterLoading(
+            cache=parts.cache,
+            scheduler=parts.scheduler,
+            arena=parts.arena,
+            runner=parts.runner,
+            wake=self._inbox.wake,
+        )
         self._drains: list[_Drain] = []
         self._num_ended_by_drain = 0
         self.totals = LoopTotals()
@@ -139,13 +146,13 @@ class EngineLoop:
     def _turn(self) -> None:
         parts = self._parts
         self._take_commands()
-        self._take_finished_loads()
+        self._loading.take_finished()
         self._advance_drains()
         began_s = time.perf_counter()
         plan = parts.scheduler.schedule()
         self.totals.schedule_s += time.perf_counter() - began_s
         parts.grants.serve()
-        self._start_loads()
+        self._loading.start()
         if plan is not None:
             self._launch(plan)
         has_step = bool(self._steps)
@@ -192,8 +199,8 @@ class EngineLoop:
                 scheduler.abort(session_id, session_slot)
             case CloseSession(session_id):
                 self._close_session(session_id, None)
-            case ImageArrived(spec, arena_slots):
-                scheduler.image_arrived(spec, arena_slots)
+            case ImageArrived():
+                self._loading.image_arrived(command)
             case ImageRefused(digest, error):
                 scheduler.image_refused(digest, error)
             case DropAdapter(digest):
@@ -210,20 +217,6 @@ class EngineLoop:
     def _close_session(self, session_id: int, error: LoraplexError | None) -> None:
         self._parts.scheduler.close_session(session_id)
         self._sessions.close(session_id, error)
-
-    def _take_finished_loads(self) -> None:
-        for digest in [digest for digest, handle in self._loads.items() if handle.is_done()]:
-            del self._loads[digest]
-            self._parts.cache.load_finished(digest)
-
-    def _start_loads(self) -> None:
-        parts = self._parts
-        for index in parts.cache.take_unloads():
-            parts.runner.unload_adapter(index)
-        for load in parts.cache.take_loads():
-            handle = parts.runner.load_adapter(load.index, load.spec, load.pages, parts.arena.pages(load.arena_slots))
-            self._loads[load.digest] = handle
-            handle.add_done_callback(self._inbox.wake)
 
     def _send(self) -> None:
         for session_id, outputs in self._parts.scheduler.take_outputs().items():

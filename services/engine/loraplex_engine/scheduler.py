@@ -225,6 +225,12 @@ class Scheduler:
         for request in self.queue.of_adapter(digest):
             self._book.fail(request, error)
 
+    def load_refused(self, digest: str, error: LoraplexError) -> None:
+        """End all requests that wait for an adapter that the runner cannot take."""
+        self._cache.load_refused(digest)
+        for request in self.queue.of_adapter(digest):
+            self._book.fail(request, error)
+
     # --- steps ---
 
     def schedule(self) -> StepPlan | None:

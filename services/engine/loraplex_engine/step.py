@@ -217,6 +217,10 @@ class ModelRunner(Protocol):
             spec: Modules, ranks and scalings.
             pages: int32 ``[num_pages]``; page ids in image order.
             source: ``[num_pages, page_bytes]`` of host memory, not necessarily contiguous in dim 0; unchanged until done.
+
+        Raises:
+            LoraplexError: If this one adapter cannot be bound. Nothing is bound or copied then, and the runner goes on;
+                any other exception means that the device is beyond trust.
         """
         ...
 

@@ -187,6 +187,22 @@ def test_dropping_an_adapter_that_is_being_loaded_waits_for_the_load(bench: Benc
     assert bench.pool.num_free == 8
 
 
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_a_refused_load_gives_back_pages_index_and_image(bench: Bench, is_dropped: bool) -> None:
+    bench.put_in_arena("a", 3)
+    bench.cache.set_pinned("a", True)
+    bench.cache.load("a", anyone)
+    if is_dropped:
+        bench.cache.drop("a")
+
+    bench.cache.load_refused("a")
+
+    assert bench.cache.state_of("a") is ResidencyState.ABSENT
+    assert (bench.pool.num_free, bench.arena.num_free, bench.cache.num_pinned) == (8, 32, 0)
+    assert not bench.cache.take_unloads(), "an index that was never bound is not unbound"
+    bench.make_resident("a")
+
+
 def test_dropping_frees_device_and_arena_even_of_a_pinned_adapter(bench: Bench) -> None:
     bench.make_resident("a", 2)
     bench.operations.pin("a")

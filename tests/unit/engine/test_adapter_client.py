@@ -15,6 +15,7 @@ from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, image_sha256, pack
 from loraplex_common.errors import (
     AdapterCorruptError,
+    AdapterIncompatibleError,
     AdapterNotFoundError,
     LoraplexError,
     RequestTooLargeError,
@@ -303,6 +304,24 @@ async def test_an_image_that_can_never_fit_ends_the_request_with_the_arithmetic(
     error = (await line.end()).error
     assert isinstance(error, RequestTooLargeError)
     assert "10000 pages" in error.message
+
+
+async def test_an_adapter_the_backend_cannot_compute_is_declined_before_it_travels(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_spec: AdapterSpec) -> None:
+        raise AdapterIncompatibleError("layer 0: ranks exceed 256")
+
+    monkeypatch.setattr(line.engine, "check_adapter", refuse)
+    line.submit()
+    await line.store.next_of("want")
+
+    line.offer(*line.image())
+
+    error = (await line.end()).error
+    assert isinstance(error, AdapterIncompatibleError)
+    assert error.message == "layer 0: ranks exceed 256"
+    assert not line.store.all_of("grant")
 
 
 async def test_a_refusal_ends_the_request_with_the_stores_error(line: Line) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_common.errors import (
+    AdapterIncompatibleError,
     AdapterInUseError,
     AdapterNotFoundError,
     ConflictError,
@@ -15,6 +16,7 @@ from loraplex_common.errors import (
     DrainingError,
     InvalidParameterError,
     LoraplexError,
+    SaturatedError,
     SlowConsumerError,
 )
 from loraplex_engine.messages import Abort, CloseSession, DropAdapter, FinishReason, ResidencyState, WantImage
@@ -89,6 +91,45 @@ def test_an_unknown_adapter_ends_the_request_with_the_stores_error() -> None:
 
         assert generation.end is not None
         assert isinstance(generation.end.error, AdapterNotFoundError)
+
+
+@pytest.mark.parametrize("is_pushed", [False, True], ids=["wanted", "pushed"])
+def test_an_adapter_the_runner_cannot_compute_ends_only_its_own_requests(is_pushed: bool) -> None:
+    with fake_engine(num_arena_slots=4) as (harness, runner):
+        for digest in ("bad", "good"):
+            add_fake_adapter(harness, digest, num_pages=2)
+        runner.incompatible["bad"] = AdapterIncompatibleError("rank 300 is too much")
+        if is_pushed:
+            harness.add_image("bad")
+
+        refused, *served = harness.wait([harness.submit([1], adapter=digest) for digest in ("bad", "good", None)])
+
+        assert refused.end is not None
+        assert isinstance(refused.end.error, AdapterIncompatibleError)
+        assert all(generation.end is not None and generation.end.error is None for generation in served)
+        assert harness.engine.arena.num_free == 2, "the refused image's slots are free again"
+        assert not harness.crashes
+        harness.check_idle()
+
+
+def test_a_runner_that_cannot_bind_an_adapter_ends_its_requests_and_may_bind_it_later() -> None:
+    with fake_engine(num_arena_slots=4, max_resident_adapters=1) as (harness, runner):
+        add_fake_adapter(harness, "a", num_pages=2)
+        runner.unbindable["a"] = SaturatedError("the table is full", retry_after_s=1.0)
+
+        refused = harness.wait([harness.submit([1], adapter="a") for _ in range(3)])
+        harness.check_idle()
+        assert harness.engine.arena.num_free == 4
+        runner.unbindable.clear()
+        (served,) = harness.wait([harness.submit([1], adapter="a")])
+
+        for generation in refused:
+            assert generation.end is not None
+            assert isinstance(generation.end.error, SaturatedError)
+        assert served.end is not None
+        assert served.end.error is None
+        assert not harness.crashes
+        harness.check_idle()
 
 
 def test_abort_ends_a_running_request() -> None:

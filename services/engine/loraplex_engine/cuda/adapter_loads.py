@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 from cuda.bindings import runtime
+from loraplex_common.errors import AdapterIncompatibleError, SaturatedError
+from loraplex_kernels.tables import TableFullError
 
 from loraplex_engine.cuda.host_memory import PinnedArena, check
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+TABLE_RETRY_S: Final = 1.0  # other adapters' tiles are given back as they are evicted
 HOST_TO_DEVICE = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
 
 
@@ -104,7 +107,12 @@ class AdapterLoads:
         source: NDArray[np.uint8],
         compute: torch.cuda.Stream,
     ) -> CudaLoadHandle:
-        """Start a load behind everything launched on the compute stream; see `ModelRunner.load_adapter`."""
+        """Start a load behind everything launched on the compute stream; see `ModelRunner.load_adapter`.
+
+        Raises:
+            AdapterIncompatibleError: If the kernels cannot take the adapter; nothing was done.
+            SaturatedError: If the device tables have no room for it; nothing was done.
+        """
         staging = None
         if self._arena is None or not self._is_pinned(source):
             staging = torch.empty(source.shape, dtype=torch.uint8, pin_memory=True)
@@ -112,11 +120,19 @@ class AdapterLoads:
             source = staging.numpy()
         self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
+            self._bind(index, spec, pages)  # first: what cannot be bound leaves no copy behind
             self._copy(pages, source)
-            self._tables.bind(index, spec, pages)
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record()
         return CudaLoadHandle(event, staging, self._watcher)
+
+    def _bind(self, index: int, spec: AdapterSpec, pages: NDArray[np.int32]) -> None:
+        try:
+            self._tables.bind(index, spec, pages)
+        except TableFullError as error:
+            raise SaturatedError(f"adapter {spec.digest}: {error}", retry_after_s=TABLE_RETRY_S) from error
+        except ValueError as error:
+            raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}") from error
 
     def unload(self, index: int) -> None:
         """Unbind an index; launched steps keep what they read."""

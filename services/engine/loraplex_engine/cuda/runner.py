@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import OPS, TILE_BYTES
 from loraplex_common.base_model import BaseModelInfo
+from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_kernels.attention_prefill import make_tiles
 from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.tables import AdapterTables, RankLimitError, check_ranks
 
 from loraplex_engine.cuda.adapter_loads import AdapterLoads
 from loraplex_engine.cuda.decode_lora import DecodeLora
@@ -357,6 +358,15 @@ class CudaRunner:
         torch.cuda.set_device(self._device)
         self._num_binds += 1
         return self._loads.load(index, spec, pages, source, self._stream)
+
+    def check_adapter(self, spec: AdapterSpec) -> None:
+        """Refuse an adapter that our kernels cannot compute; see `ChecksAdapters`."""
+        try:
+            check_ranks(spec)
+        except RankLimitError as error:
+            raise AdapterIncompatibleError(
+                f"adapter {spec.digest}: {error}; serve it with --backend torch or train it with a lower rank"
+            ) from error
 
     def unload_adapter(self, index: int) -> None:
         """Unbind an index; launched steps keep what they read."""
