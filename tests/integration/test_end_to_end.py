@@ -247,6 +247,7 @@ async def test_an_adapter_can_be_pinned_unpinned_and_evicted_by_generation(
 async def test_residency_changes_can_be_watched_without_a_gap(
     tiny_stack: Stack, client: AsyncClient, engine: engine_pb2_grpc.EngineServiceAsyncStub
 ) -> None:
+    await greedy(client, "tiny-a")  # a watch from 0 would begin with what comes next
     position = (await engine.ListAdapters(engine_pb2.ListAdaptersRequest())).sequence
     name, revision = await import_new(tiny_stack, client, Recipe(seed=106))
     await greedy(client, name)
