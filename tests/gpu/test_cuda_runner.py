@@ -18,6 +18,7 @@ from loraplex_engine.step import SlotSetup
 from support.base_models import write_base_model
 from support.cuda_rig import (
     BASES,
+    PLAIN_BASES,
     RECIPES,
     Agreement,
     CudaRig,
@@ -48,7 +49,8 @@ NUM_ROWS = 14
 @pytest.fixture(scope="module")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: write_base_model(folder / name, base) for name, base in BASES.items()}
+    plain = {f"{name}/plain": base for name, base in PLAIN_BASES.items()}
+    return {name: write_base_model(folder / name, base) for name, base in (BASES | plain).items()}
 
 
 def close(*rigs: CudaRig) -> None:
@@ -67,12 +69,11 @@ def test_every_choice_is_the_torch_backends(
 ) -> None:
     """Mixed adapters, ranks, scales and chunked prompts; the graph's argmax and the whole vocabulary's probabilities."""
     vocab = BASES[name].vocab_size
-    oracle = make_rig(model_dirs[name], make_torch_runner(model_dirs[name], dtype), dtype)
+    model_dir = model_dirs[name if dtype == "float32" else f"{name}/plain"]
+    oracle = make_rig(model_dir, make_torch_runner(model_dir, dtype), dtype)
     truth = add_sequences(oracle, vocab, NUM_ROWS, draw=Draw(num_logprobs=vocab))
     oracle.harness.generate(truth, NUM_TOKENS)
-    found = make_rig(
-        model_dirs[name], make_cuda_runner(model_dirs[name], dtype, max_num_seqs=2 * NUM_ROWS, **options), dtype
-    )
+    found = make_rig(model_dir, make_cuda_runner(model_dir, dtype, max_num_seqs=2 * NUM_ROWS, **options), dtype)
     agreement = Agreement(dtype)
 
     greedy = add_sequences(found, vocab, NUM_ROWS)

@@ -42,6 +42,10 @@ class TinyBase:
         bias: Whether q, k and v have biases; None means as the architecture has them (Qwen2 does).
         logit_std: Typical standard deviation of the logits. The median gap of the best two stays above 1 % of the
             largest, so greedy choices are far from ties (design.md section 10).
+        successor_logit: Logit that a token's embedding, undisturbed by the layers, gives to one successor of its own; 0
+            for none. A trained model's next token is plain at most positions. Where two bf16 computations are compared,
+            a random one's must be too: they differ by about 0.3 % of the largest logit, and the best two of many
+            independent logits are that close at 1 to 2 % of positions, whatever common factor lm_head has.
         num_shards: Files the weights are spread over; more than one writes an index too.
     """
 
@@ -62,6 +66,7 @@ class TinyBase:
     bias: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     logit_std: float = 3.0
+    successor_logit: float = 0.0
     seed: int = 0
     num_shards: int = 1
     name_or_path: str = ""
@@ -133,10 +138,8 @@ def _weights(base: TinyBase) -> Iterator[tuple[str, NDArray[np.float32]]]:
         return normal(outputs, inputs, std=1 / math.sqrt(inputs))
 
     head_std = base.logit_std / math.sqrt(base.hidden_size)  # the final norm leaves the hidden state at RMS 1
-    yield (
-        "model.embed_tokens.weight",
-        normal(base.vocab_size, base.hidden_size, std=head_std if base.tie_word_embeddings else 1.0),
-    )
+    embedding = normal(base.vocab_size, base.hidden_size, std=head_std if base.tie_word_embeddings else 1.0)
+    yield "model.embed_tokens.weight", embedding
     query, key_value = base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim
     for layer in range(base.num_layers):
         prefix = f"model.layers.{layer}."
@@ -159,7 +162,10 @@ def _weights(base: TinyBase) -> Iterator[tuple[str, NDArray[np.float32]]]:
     if not base.tie_word_embeddings:
         # Rows of unequal length give the logits a heavier tail, and so a wider gap between the best two.
         row_scale = np.exp(normal(base.vocab_size, 1, std=0.4))
-        yield "lm_head.weight", row_scale * normal(base.vocab_size, base.hidden_size, std=head_std)
+        head = row_scale * normal(base.vocab_size, base.hidden_size, std=head_std)
+        if base.successor_logit:
+            head[rng.permutation(base.vocab_size)] += np.float32(base.successor_logit / base.hidden_size) * embedding
+        yield "lm_head.weight", head
 
 
 def _write_weights(directory: Path, base: TinyBase) -> None:
