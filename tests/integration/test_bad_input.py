@@ -25,6 +25,7 @@ from loraplex_common.errors import (
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.rpc_errors import error_from_rpc
 from support.adapters import Recipe, adapter_files, write_adapter
+from support.backend import kibibytes
 from support.base_models import TinyBase, write_base_model
 from support.engine_sessions import EngineSessionClient
 from support.generation import PROMPT, Neighbour, greedy, start
@@ -43,15 +44,19 @@ Gateway: TypeAlias = "gateway_pb2_grpc.GatewayServiceAsyncStub"
 
 
 MAX_IN_GATEWAY = 48
+MAX_ADAPTER_KIB = 3072  # the broadest adapter of a model with scaled widths takes 2.7 MB
 REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
 
 
 @pytest.fixture(scope="module")
 def strict_stack(tiny_world: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack with small limits: a small pool, and uploads of at most 2 MiB."""
+    """A stack with small limits: a small pool, and small uploads."""
     flags = StackFlags(
-        engine=("--pool-bytes", "640KiB", "--arena-bytes", "2MiB", "--max-model-len", "400", "--outbox-max-age-s", "2"),
-        store=("--max-adapter-bytes", "2MiB"),
+        engine=(
+            *("--pool-bytes", kibibytes(640), "--arena-bytes", kibibytes(2048)),
+            *("--max-model-len", "400", "--outbox-max-age-s", "2"),
+        ),
+        store=("--max-adapter-bytes", f"{MAX_ADAPTER_KIB}KiB"),
         gateway=("--max-queued-requests", "24", "--max-concurrent-requests", "24", "--slow-client-s", "10"),
     )
     with running_stack(tmp_path_factory.mktemp("strict"), *tiny_world, flags) as stack:
@@ -164,12 +169,12 @@ async def test_unsound_safetensors_are_refused_before_anything_is_visible(
 
 async def test_an_oversized_upload_is_refused(strict_stack: Stack, client: AsyncClient, store: Store) -> None:
     files = files_of(strict_stack)
-    files["adapter_model.safetensors"] += b"\0" * (3 * 2**20)
+    files["adapter_model.safetensors"] += b"\0" * (MAX_ADAPTER_KIB * 1024)
 
     error = await upload(store, "oversized", files)
 
     assert error.code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
-    assert "2 MiB" in error.message or str(2 * 2**20) in error.message
+    assert str(MAX_ADAPTER_KIB * 1024) in error.message
     await assert_invisible(client, "oversized")
 
 

@@ -15,7 +15,8 @@ from loraplex_client import AsyncClient, AsyncGenerateStream, Started
 from loraplex_common.errors import AdapterInUseError, AdapterNotFoundError, CancelledRequestError
 from loraplex_common.grpc_channel import open_channel
 from support.adapters import Recipe, write_adapter
-from support.base_models import TinyBase, write_base_model
+from support.backend import kibibytes, served_base
+from support.base_models import write_base_model
 from support.generation import greedy, start
 from support.stack import Stack, StackFlags, assert_idle, read_metrics, running_stack
 
@@ -152,10 +153,10 @@ class Chaos:
 
 
 async def test_a_thousand_random_operations_leave_nothing_behind_and_no_token_is_wrong(tmp_path: Path) -> None:
-    model = write_base_model(tmp_path / "tiny", TinyBase())
+    model = write_base_model(tmp_path / "tiny", served_base())
     (tmp_path / "adapters").mkdir()
     # 8 KiB pages; the twelve adapters take about 9 to 29 each, far more than the pool or the arena has.
-    flags = StackFlags(engine=("--pool-bytes", "360KiB", "--arena-bytes", "480KiB", "--max-num-seqs", "8"))
+    flags = StackFlags(engine=("--pool-bytes", kibibytes(360), "--arena-bytes", kibibytes(480), "--max-num-seqs", "8"))
     with running_stack(tmp_path, model, tmp_path / "adapters", flags) as stack:
         client = stack.client()
         chaos = Chaos(stack, client, SEED)

@@ -31,7 +31,7 @@ COLD = ("tiny-c", "tiny-d")
 def fragile_stack(tiny_world: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A stack whose processes these tests kill, one after another, and put back."""
     flags = StackFlags(
-        engine=("--pool-bytes", "8MiB", "--arena-bytes", "8MiB", "--store-wait-s", str(STORE_WAIT_S)),
+        engine=(*StackFlags().engine, "--store-wait-s", str(STORE_WAIT_S)),
     )
     with running_stack(tmp_path_factory.mktemp("fragile"), *tiny_world, flags) as stack:
         yield stack

@@ -7,8 +7,9 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.demo_model import find_demo_model
 from support.stack import Stack, StackFlags, assert_idle, read_metrics, running_stack
-from support.stack_fixtures import DEMO_DIR, golden_cases, import_all, smol_model
+from support.stack_fixtures import DEMO_DIR, golden_cases, import_all
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -73,7 +74,7 @@ async def test_order_and_mixture_change_no_token(smol_stack: Stack, client: Asyn
 
 async def test_evictions_and_preemptions_in_between_change_no_token(tmp_path: Path) -> None:
     flags = StackFlags(engine=("--pool-bytes", SMALL_POOL, "--arena-bytes", SMALL_ARENA, "--max-num-seqs", "32"))
-    with running_stack(tmp_path, smol_model(), DEMO_DIR / "adapters", flags) as stack:
+    with running_stack(tmp_path, find_demo_model(), DEMO_DIR / "adapters", flags) as stack:
         import_all(stack)
         client = stack.client()
 

@@ -16,6 +16,7 @@ from loraplex_common.errors import NoEngineError
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.valkey import EmbeddedValkey
 from prometheus_client.parser import text_string_to_metric_families
+from support.backend import ENGINE_FLAGS, kibibytes
 from support.processes import ServiceProcess
 from support.waiting import eventually
 
@@ -30,7 +31,7 @@ FREE_PORTS = ("--port", "0")
 class StackFlags:
     """Command lines on top of what connects the services."""
 
-    engine: tuple[str, ...] = ("--pool-bytes", "8MiB", "--arena-bytes", "8MiB")
+    engine: tuple[str, ...] = ("--pool-bytes", kibibytes(8192), "--arena-bytes", kibibytes(8192))
     store: tuple[str, ...] = ()
     gateway: tuple[str, ...] = ()
 
@@ -65,7 +66,7 @@ class Stack:
 
     def start_engine(self, *flags: str) -> ServiceProcess:
         """Start one more engine and wait until it is ready."""
-        common = ("--num-threads", "1", "--drain-settle-s", "0", "--redis-url", self.valkey.url)
+        common = ("--num-threads", "1", "--drain-settle-s", "0", "--redis-url", self.valkey.url, *ENGINE_FLAGS)
         peers = ("--store-target", self.store.grpc, "--metrics-port", "0")
         engine = self._spawn("loraplex_engine", (*FREE_PORTS, *common, *peers, *self.flags.engine, *flags))
         self.engines.append(engine)

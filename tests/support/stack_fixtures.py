@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from loraplex_client import Client, demo
+from loraplex_client import Client
 from support.adapters import Recipe, write_adapter
+from support.backend import served_base
 from support.base_models import TinyBase, write_base_model
+from support.demo_model import find_demo_model
 from support.stack import Stack, StackFlags, running_stack
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ TINY_RECIPES = {
 
 def write_tiny_world(directory: Path) -> tuple[Path, Path]:
     """Write a tiny base model and adapters of it; return the model's directory and the import root."""
-    model = write_base_model(directory / "tiny", TinyBase(name_or_path="tiny/base"))
+    model = write_base_model(directory / "tiny", served_base(TinyBase(name_or_path="tiny/base")))
     for name, recipe in TINY_RECIPES.items():
         write_adapter(directory / "adapters" / name, model, recipe)
     return model, directory / "adapters"
@@ -54,20 +55,11 @@ def tiny_stack(tiny_world: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
         yield stack
 
 
-def smol_model() -> Path:
-    """Return the demo's base model, fetched and converted by whoever comes first."""
-    lock_path = demo.cache_dir() / "models.lock"
-    lock_path.parent.mkdir(parents=True, exist_ok=True)
-    with lock_path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return demo.ensure_demo_model(lambda stage, done, total: None)
-
-
 @pytest.fixture(scope="session")
 def smol_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The demo's stack, fp32 on a CPU."""
+    """The demo's stack, in fp32."""
     flags = StackFlags(engine=("--pool-bytes", "512MiB", "--arena-bytes", "128MiB", "--max-num-batched-tokens", "512"))
-    with running_stack(tmp_path_factory.mktemp("smol"), smol_model(), DEMO_DIR / "adapters", flags) as stack:
+    with running_stack(tmp_path_factory.mktemp("smol"), find_demo_model(), DEMO_DIR / "adapters", flags) as stack:
         yield stack
 
 
