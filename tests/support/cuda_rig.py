@@ -195,8 +195,12 @@ class Agreement:
         truth[oracle.token_ids[1:]], own[found.token_ids[1:]] = oracle.logprobs[1:], found.logprobs[1:]
         self.error = max(self.error, float(np.abs(own - truth).max() / largest_logit(oracle)))
 
-    def check(self) -> None:
-        """Assert agreement; ties are shown."""
+    def check(self, *, min_ties: int = 0) -> None:
+        """Assert agreement; ties are shown.
+
+        Args:
+            min_ties: Ties that are let pass whatever their share, where positions are too few for one to be rare.
+        """
         for tie in self.ties:
             print("tie", tie)
         print(
@@ -204,6 +208,6 @@ class Agreement:
             f"median gap {np.median(self.gaps):.1%}"
         )
         assert not self.mismatches, f"{len(self.mismatches)} of {self.positions}: " + "\n".join(self.mismatches[:10])
-        assert len(self.ties) <= MAX_TIES * self.positions
+        assert len(self.ties) <= max(min_ties, MAX_TIES * self.positions)
         assert np.median(self.gaps) > MIN_MEDIAN_GAP
         assert self.error < MAX_LOGIT_ERROR[self.dtype], self.error
