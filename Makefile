@@ -32,6 +32,17 @@ test: $(VENV)/.dev-installed ## Run the tests that need no GPU
 test-gpu: $(VENV)/.dev-installed ## Run the tests that need an NVIDIA GPU
 	@$(BIN)/pytest -m gpu -ra $(PYTEST_ARGS)
 
+# The tests of the whole stack that say what users see; their engines compute in fp32 on either backend.
+STACK_TESTS := $(addprefix tests/integration/test_,golden.py end_to_end.py failures.py bad_input.py chaos.py)
+
+.PHONY: test-gpu-stack
+test-gpu-stack: $(VENV)/.dev-installed ## Run the end-to-end tests with engines on an NVIDIA GPU
+	@LORAPLEX_TEST_BACKEND=cuda $(BIN)/pytest -ra $(STACK_TESTS) $(PYTEST_ARGS)
+
+.PHONY: sanitize-gpu
+sanitize-gpu: $(VENV)/.dev-installed ## Run small kernel cases under compute-sanitizer: memcheck and racecheck
+	@PYTHON=$(BIN)/python tests/gpu/sanitize.sh
+
 .PHONY: check
 check: $(VENV)/.dev-installed ## Format, lint, types, import contracts, protos: all that needs no running
 	@$(BIN)/ruff format --check .
