@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,14 +12,18 @@ import torch
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_common.base_model import load_base_model
+from loraplex_common.errors import AdapterIncompatibleError, SaturatedError
+from loraplex_engine.cuda import runner as runner_module
 from loraplex_engine.engine import EngineParams
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_kernels.tables import MAX_STACKED_RANK
 from support.adapters import Recipe
 from support.base_models import write_base_model
 from support.cuda_rig import BASES, make_cuda_runner
 from support.engine_harness import recipe_adapter, running_engine, torch_engine
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from loraplex_engine.cuda.runner import CudaRunner
@@ -52,13 +57,14 @@ def submit_all(harness: EngineHarness, model_dir: Path) -> list[list[int]]:
     return [request.tokens for request in requests]
 
 
-def test_an_engine_with_more_adapters_than_its_pool_holds_answers_as_the_cpu_does(tmp_path: Path) -> None:
-    model_dir = write_base_model(tmp_path / "base", BASES["gqa"])
-    pool = choose_pool_geometry(load_base_model(model_dir), dtype="float32")
+@contextmanager
+def cuda_engine(model_dir: Path, dtype: str, *, num_pages: int) -> Iterator[EngineHarness]:
+    """Run an engine on the CUDA backend."""
+    pool = choose_pool_geometry(load_base_model(model_dir), dtype=dtype)
     params = EngineParams(
-        geometry=load_base_model(model_dir).geometry(dtype="float32", page_bytes=pool.page_bytes),
+        geometry=load_base_model(model_dir).geometry(dtype=dtype, page_bytes=pool.page_bytes),
         block_tokens=pool.block_tokens,
-        pool_bytes=NUM_PAGES * pool.page_bytes,
+        pool_bytes=num_pages * pool.page_bytes,
         arena_bytes=400 * pool.page_bytes,
         eos_token_ids=(),
         max_model_len=128,
@@ -70,7 +76,7 @@ def test_an_engine_with_more_adapters_than_its_pool_holds_answers_as_the_cpu_doe
     def make(params: EngineParams) -> CudaRunner:
         return make_cuda_runner(
             model_dir,
-            "float32",
+            dtype,
             num_pages=params.num_pages,
             max_num_seqs=params.max_num_seqs,
             max_model_len=params.max_model_len,
@@ -78,6 +84,12 @@ def test_an_engine_with_more_adapters_than_its_pool_holds_answers_as_the_cpu_doe
         )
 
     with running_engine(params, make) as harness:
+        yield harness
+
+
+def test_an_engine_with_more_adapters_than_its_pool_holds_answers_as_the_cpu_does(tmp_path: Path) -> None:
+    model_dir = write_base_model(tmp_path / "base", BASES["gqa"])
+    with cuda_engine(model_dir, "float32", num_pages=NUM_PAGES) as harness:
         found = submit_all(harness, model_dir)
         harness.check_idle()
         counters = harness.engine.counters
@@ -86,3 +98,45 @@ def test_an_engine_with_more_adapters_than_its_pool_holds_answers_as_the_cpu_doe
 
     print(counters)
     assert found == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_the_kernels_cannot_take_end_their_own_request_and_no_other(tmp_path: Path, dtype: str) -> None:
+    model_dir = write_base_model(tmp_path / "base", BASES["gqa"])
+    info, targets = load_base_model(model_dir), ("q_proj", "k_proj", "v_proj")
+    limit = MAX_STACKED_RANK // len(targets)
+    with cuda_engine(model_dir, dtype, num_pages=200) as harness:
+        for digest, rank in (("a" * 64, limit + 1), ("b" * 64, limit)):
+            harness.add_adapter(*recipe_adapter(info, Recipe(rank=rank, targets=targets, seed=rank), digest))
+
+        refused, *served = harness.wait(
+            [harness.submit(range(2, 30), adapter=digest) for digest in ("a" * 64, "b" * 64, None)]
+        )
+
+        assert refused.end is not None
+        assert isinstance(refused.end.error, AdapterIncompatibleError)
+        assert f"{limit + 1} (q_proj)" in refused.end.error.message
+        assert "--backend torch" in refused.end.error.message
+        assert all(generation.end is not None and generation.end.error is None for generation in served)
+        assert served[0].tokens != served[1].tokens
+        assert not harness.crashes
+        harness.check_idle()
+
+
+def test_a_full_tile_table_ends_the_request_and_the_engine_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "tile_capacity", lambda *_args, **_fields: 1)
+    model_dir = write_base_model(tmp_path / "base", BASES["gqa"])
+    with cuda_engine(model_dir, "bfloat16", num_pages=200) as harness:
+        harness.add_adapter(*recipe_adapter(load_base_model(model_dir), Recipe(rank=8), "a" * 64))
+
+        (refused,) = harness.wait([harness.submit([1, 2, 3], adapter="a" * 64)])
+        (served,) = harness.wait([harness.submit([1, 2, 3])])
+
+        assert refused.end is not None
+        assert isinstance(refused.end.error, SaturatedError)
+        assert served.end is not None
+        assert served.end.error is None
+        assert not harness.crashes
+        harness.check_idle()

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.cuda.runner import CudaRunner
     from loraplex_engine.pool_geometry import PoolGeometry
-    from loraplex_engine.step import StepHandle
+    from loraplex_engine.step import StepHandle, StepPlan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -230,6 +230,44 @@ def test_pages_are_overwritten_only_after_launched_steps_have_read_them(
     is_image_whole = torch.equal(runner.pool[torch.from_numpy(pages).cuda()].cpu(), torch.from_numpy(image))
     assert (is_image_whole and sequence.drawn == undisturbed.drawn) is is_ordered
     runner.close()
+
+
+@pytest.mark.parametrize("is_ordered", [True, False], ids=["with the event", "without it the test sees the damage"])
+def test_an_adapters_pages_and_index_change_hands_only_after_launched_steps_have_read_them(
+    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, is_ordered: bool
+) -> None:
+    """An adapter leaves while a step with it waits on the device; the next one takes its index and its pages."""
+    vocab = BASES["gqa"].vocab_size
+    runner = make_cuda_runner(model_dirs["gqa"], "float32")
+    harness = Harness(runner, geometry_of(model_dirs["gqa"], "float32"), 512)
+    leaving, (coming_spec, coming_image) = images(model_dirs["gqa"], runner)[:2]
+    pages = np.array([harness.free.pop() for _ in range(max(len(leaving[1]), len(coming_image)))], dtype=np.int32)
+    runner.load_adapter(0, leaving[0], pages[: len(leaving[1])], leaving[1])
+    torch.cuda.synchronize()
+    undisturbed, sequence = (harness.add(range(60), adapter=0, draw=Draw(num_logprobs=vocab)) for _ in range(2))
+    harness.generate([undisturbed], 4)
+    harness.generate([sequence], 3)
+    if not is_ordered:
+        monkeypatch.setattr(runner._loads._stream, "wait_stream", lambda _stream: None)
+
+    delay(runner)
+    runner.launch(greedy_plan(harness, sequence))
+    runner.unload_adapter(0)
+    runner.load_adapter(0, coming_spec, pages[: len(coming_image)], coming_image)
+    torch.cuda.synchronize()
+
+    logits = runner._decoder.work.logits[0].float().cpu()
+    own = logits.log_softmax(0).numpy()
+    truth = np.empty(vocab, dtype=np.float32)
+    truth[undisturbed.logprobs[3].token_ids[1:]] = undisturbed.logprobs[3].logprobs[1:]
+    assert bool(np.allclose(own, truth, atol=1e-3)) is is_ordered
+    runner.close()
+
+
+def greedy_plan(harness: Harness, sequence: Sequence_) -> StepPlan:
+    """The next step without probabilities: launching it waits for nothing."""
+    sequence.draw = Draw()
+    return harness.plan([sequence])
 
 
 def geometry_of(model_dir: Path, dtype: str) -> PoolGeometry:
