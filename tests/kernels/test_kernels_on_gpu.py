@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from kernels.device_cases import OPS, run_all
+from kernels.gpu_tensors import ATTENTION_TOLERANCE, DTYPES, TOLERANCE, ints, libraries, library, poisoned, randn
 from kernels.kernel_cases import PATTERNS, AdapterPool, make_adapters, make_geometry, relative_error
 from loraplex_kernels import reference
 from loraplex_kernels.attention_decode import AttentionDecode
 from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
 from loraplex_kernels.attention_scalar import AttentionScalar
+from loraplex_kernels.compiler import SOURCES
 from loraplex_kernels.embedding import Embedding
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
 from loraplex_kernels.lora_prefill import LoraPrefill
-from loraplex_kernels.module import KernelLibrary, device_arch
+from loraplex_kernels.module import KernelLibrary
 from loraplex_kernels.paged_kv import KvLayout
 from loraplex_kernels.rms_norm import RmsNorm
 from loraplex_kernels.rope_kv import RopeKv
@@ -27,33 +31,20 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
 ]
-DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3}  # bf16: rounding of the result alone is 1.7e-3
-ATTENTION_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-3}  # and p is rounded to bf16
 
 
-@functools.cache
-def library(dtype: torch.dtype, arch: str | None = None, *, dependent: bool = False) -> KernelLibrary:
-    return KernelLibrary(torch.device("cuda", 0), dtype, arch=arch, dependent=dependent)
+def test_every_kernel_computes_as_sm_80_code() -> None:
+    loaded: set[str] = set()
 
+    class RecordingLibrary(KernelLibrary):
+        def load(self, name: str, *arguments: Any, **fields: Any) -> Any:
+            loaded.add(name)
+            return super().load(name, *arguments, **fields)
 
-def libraries(dtype: torch.dtype) -> list[KernelLibrary]:
-    """The device's own code, the same with dependent launch, and the sm_80 code assembled by the driver."""
-    native = device_arch(torch.device("cuda", 0))
-    dependent = [library(dtype, dependent=True)] if native.startswith("sm_9") else []
-    return [library(dtype), *dependent, library(dtype, "compute_80")]
+    failures = run_all(lambda dtype: RecordingLibrary(torch.device("cuda", 0), dtype, arch="compute_80"))
 
-
-def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
-
-
-def ints(values: object) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=torch.int32, device="cuda")
+    assert not failures
+    assert loaded == {path.stem for path in SOURCES.glob("*.cu")}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,18 +73,22 @@ def test_silu_mul(dtype: torch.dtype, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_embedding(dtype: torch.dtype) -> None:
-    table, out = randn(100, 576, dtype=dtype), poisoned(4, 576, dtype=dtype)
+@pytest.mark.parametrize("hidden", [576, 8192])
+def test_embedding(dtype: torch.dtype, hidden: int) -> None:
+    table = randn(100, hidden, dtype=dtype)
+    for lib in libraries(dtype):
+        out = poisoned(4, hidden, dtype=dtype)
 
-    Embedding(library(dtype), 576).launch(table, ints([3, -1, 99, 100]), ints([0, 2, 1, 0]), ints([7, 8, 6]), out)
+        Embedding(lib, hidden).launch(table, ints([3, -1, 99, 100]), ints([0, 2, 1, 0]), ints([7, 8, 6]), out)
 
-    assert torch.equal(out[:3], table[[3, 6, 99]])
-    assert not out[3].any()
+        assert torch.equal(out[:3], table[[3, 6, 99]])
+        assert not out[3].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "has_norm"), [(9, 3, 64, False), (32, 8, 128, True), (32, 32, 128, False)]
+    ("heads", "kv_heads", "head_dim", "has_norm"),
+    [(9, 3, 64, False), (16, 16, 64, True), (32, 8, 128, True), (32, 32, 128, False)],
 )
 def test_rope_kv(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, has_norm: bool) -> None:
     layers, block, tokens = 2, 16, 37
@@ -125,11 +120,15 @@ def test_rope_kv(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, h
 SHAPES = {
     "smol": {"hidden": 576, "inter": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64, "page_bytes": 1 << 19},
     "llama3": {"hidden": 4096, "inter": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "page_bytes": 1 << 21},
+    "tiny_llama": {"hidden": 2048, "inter": 5632, "heads": 32, "kv_heads": 4, "head_dim": 64, "page_bytes": 1 << 20},
+    "llama2_13b": {"hidden": 5120, "inter": 13824, "heads": 40, "kv_heads": 40, "head_dim": 128, "page_bytes": 1 << 21},
     "wide": {"hidden": 8192, "inter": 1024, "heads": 64, "kv_heads": 8, "head_dim": 128, "page_bytes": 1 << 21},
 }
 RANKS = {
     "smol": {torch.bfloat16: (1, 3, 8, 12, 16, 17, 64), torch.float32: (1, 8, 16, 33)},
     "llama3": {torch.bfloat16: (8, 16, 32, 64), torch.float32: (8, 16)},
+    "tiny_llama": {torch.bfloat16: (2, 16, 85), torch.float32: (4, 24)},
+    "llama2_13b": {torch.bfloat16: (8, 40), torch.float32: (8,)},
     "wide": {torch.bfloat16: (16, 80), torch.float32: (16,)},
 }
 
@@ -185,7 +184,7 @@ def test_lora_decode_adds_what_each_rows_adapter_adds(shape: str, pattern: str, 
         adapters = make_adapters(pattern, rows, len(resident.adapters), rng)
         scales = rng.uniform(0.5, 2, rows).astype(np.float32)
         built = lora.prepare(adapters)
-        for op, op_shape in zip(("qkv", "o", "gate_up", "down"), lora.builder.shapes, strict=True):
+        for op, op_shape in zip(OPS, lora.builder.shapes, strict=True):
             x, y = randn(rows, op_shape.columns, dtype=dtype), 0.3 * randn(rows, sum(op_shape.outputs), dtype=dtype)
             h, expected = lora.new_scratch().fill_(float("nan")), y + resident.delta(adapters, scales, x, 0, op)
 
@@ -196,13 +195,14 @@ def test_lora_decode_adds_what_each_rows_adapter_adds(shape: str, pattern: str, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ["smol", "llama3"])
-def test_expands_fold_into_their_followers(shape: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("shape", ["smol", "llama3", "llama2_13b"])
+def test_expands_fold_into_their_followers(shape: str, pattern: str, dtype: torch.dtype) -> None:
     rng = np.random.default_rng()
     for lib in libraries(dtype):
         lora, resident, pool = make_lora(shape, lib, fused=True)
         geometry, rows = resident.geometry, 30
-        adapters = make_adapters("zipf", rows, len(resident.adapters), rng)
+        adapters = make_adapters(pattern, rows, len(resident.adapters), rng)
         scales = rng.uniform(0.5, 2, rows).astype(np.float32)
         device_scales, built = torch.from_numpy(scales).cuda(), lora.prepare(adapters)
         grid = int(built.counts.max()) // 3 + 1
@@ -258,7 +258,14 @@ def make_layout(heads: int, kv_heads: int, head_dim: int, block: int, dtype: tor
     )
 
 
-ATTENTION_SHAPES = [(9, 3, 64, 16), (32, 8, 128, 16), (8, 8, 128, 4), (12, 1, 64, 16), (16, 2, 128, 16)]
+ATTENTION_SHAPES = [
+    (9, 3, 64, 16),
+    (32, 8, 128, 16),
+    (8, 8, 128, 4),
+    (8, 8, 64, 16),
+    (12, 1, 64, 16),
+    (16, 2, 128, 16),
+]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block"), ATTENTION_SHAPES)
@@ -293,7 +300,7 @@ def test_attention_decode(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block"), ATTENTION_SHAPES[:3])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block"), ATTENTION_SHAPES[:4])
 @pytest.mark.parametrize("window", [0, 40])
 def test_attention_scalar(
     heads: int, kv_heads: int, head_dim: int, block: int, window: int, dtype: torch.dtype
@@ -400,13 +407,15 @@ def test_attention_hands_on_what_is_not_a_number(broken: str, splits: int) -> No
         assert out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("shape", list(SHAPES))
-def test_lora_prefill_adds_what_each_chunks_adapter_adds(shape: str) -> None:
+def test_lora_prefill_adds_what_each_chunks_adapter_adds(shape: str, pattern: str) -> None:
     rng, dtype = np.random.default_rng(), torch.bfloat16
     for lib in libraries(dtype):
         resident, pool, tables = resident_adapters(shape, dtype)
         lora = LoraPrefill(lib, tables, pool, op_shapes(resident.geometry, fused=False), max_items=1 << 16)
-        adapters = np.array([0, 0, -1, *range(len(resident.adapters)), 1, 0], dtype=np.int32)
+        chosen = make_adapters(pattern, 12, len(resident.adapters), rng)
+        adapters = np.concatenate([[0, 0, -1], chosen]).astype(np.int32)
         counts = rng.integers(1, 150, len(adapters)).astype(np.int32)
         tokens = 2 + int(counts.sum())
         of_token = np.concatenate([[-1, -1], np.repeat(adapters, counts)]).astype(np.int32)

@@ -1,0 +1,233 @@
+"""Every kernel once on small inputs: only our kernels run on the device, references on the host.
+
+Small enough for compute-sanitizer, and complete: a kernel that is not here is missing from its runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
+from loraplex_kernels import reference
+from loraplex_kernels.attention_decode import AttentionDecode
+from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
+from loraplex_kernels.attention_scalar import AttentionScalar
+from loraplex_kernels.embedding import Embedding
+from loraplex_kernels.items import op_shapes
+from loraplex_kernels.lora_decode import LoraDecode
+from loraplex_kernels.lora_prefill import LoraPrefill
+from loraplex_kernels.paged_kv import KvLayout
+from loraplex_kernels.rms_norm import RmsNorm
+from loraplex_kernels.rope_kv import RopeKv
+from loraplex_kernels.silu_mul import SiluMul
+from loraplex_kernels.tables import AdapterTables
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_kernels.module import KernelLibrary
+    from torch import Tensor
+
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
+OPS = ("qkv", "o", "gate_up", "down")
+BLOCK = 16
+
+
+class Cases:
+    """Cases of one element type; tensors are made on the host and copied, so that no kernel of torch runs."""
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self._library = library
+        self._device, self._dtype = library.device, library.dtype
+        self._generator = torch.Generator().manual_seed(1)
+        self._rng = np.random.default_rng(1)
+        self._geometry = make_geometry(
+            dtype="float32" if self._dtype == torch.float32 else "bfloat16",
+            hidden=136,
+            inter=208,
+            heads=4,
+            kv_heads=2,
+            head_dim=64,
+            layers=1,
+            page_bytes=64 * 1024,
+        )
+        self.failures: list[str] = []
+
+    def randn(self, *shape: int) -> Tensor:
+        """Return a random tensor on the host that the element type holds exactly."""
+        return torch.randn(*shape, generator=self._generator).to(self._dtype)
+
+    def check(self, what: str, found: Tensor, expected: Tensor) -> None:
+        """Note a result that is too far off."""
+        error = relative_error(found.cpu(), expected)
+        print(f"{self._dtype} {what}: {error:.1e}", flush=True)
+        if not error < TOLERANCE[self._dtype]:
+            self.failures.append(f"{self._dtype} {what}: error {error:.1e}")
+
+    def _layout(self, layers: int = 1) -> KvLayout:
+        geometry = self._geometry
+        page_bytes = layers * 2 * geometry.num_kv_heads * BLOCK * geometry.head_dim * self._dtype.itemsize
+        return KvLayout(
+            page_bytes=max(page_bytes, geometry.page_bytes),
+            block_tokens=BLOCK,
+            num_heads=geometry.num_heads,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+        )
+
+    def pointwise(self) -> None:
+        """RMSNorm with residual, SiLU times up, embedding."""
+        device, hidden, width = self._device, 136, 208
+        x, residual, weight, gate_up = (self.randn(*s) for s in ((3, hidden), (3, hidden), (hidden,), (3, 2 * width)))
+        out = torch.zeros(3, hidden, dtype=self._dtype).to(device)
+        RmsNorm(self._library, hidden, 1e-5).launch(
+            x.to(device), weight.to(device), out, residual=residual.clone().to(device)
+        )
+        self.check("rms_norm", out, reference.rms_norm(x, weight, 1e-5, residual))
+        product = torch.zeros(3, width, dtype=self._dtype).to(device)
+        SiluMul(self._library, width).launch(gate_up.to(device), product)
+        self.check("silu_mul", product, reference.silu_mul(gate_up))
+        table, ids, slots = self.randn(8, hidden), torch.tensor([3, -1]), torch.tensor([0, 1])
+        Embedding(self._library, hidden).launch(
+            table.to(device),
+            ids.int().to(device),
+            slots.int().to(device),
+            torch.tensor([7, 5]).int().to(device),
+            out[:2],
+        )
+        self.check("embedding", out[:2], table[[3, 5]])
+
+    def rope_kv(self) -> None:
+        """RoPE and KV write with q and k norms."""
+        device, layout = self._device, self._layout()
+        pool, qkv = torch.zeros(2, layout.page_bytes, dtype=torch.uint8).to(device), self.randn(3, layout.qkv_width)
+        positions, slots = torch.tensor([5, 0, 9]).int(), torch.tensor([17, -1, 3]).int()
+        norms, rotary = [self.randn(64) for _ in range(2)], reference.rotary_table(32, 64)
+        found = qkv.clone().to(device)
+        RopeKv(self._library, layout, pool, rotary.to(device)).launch(
+            0, found, positions.to(device), slots.to(device), q_norm=norms[0].to(device), k_norm=norms[1].to(device)
+        )
+        q = reference.rms_norm(qkv.view(3, 8, 64)[:, :4], norms[0], 1e-6)
+        self.check("rope_kv", found.cpu().view(3, 8, 64)[:, :4], reference.rope(q, rotary, positions))
+
+    def _resident(self) -> tuple[AdapterPool, Tensor, AdapterTables]:
+        resident = AdapterPool(self._geometry, 40, self._rng)
+        resident.add_uniform(16)
+        resident.add_uniform(3)
+        resident.add({(0, "q_proj"): 5, (0, "v_proj"): 24, (0, "down_proj"): 40, (0, "up_proj"): 1})
+        tables = AdapterTables(self._geometry, max_adapters=3, tile_capacity=512, device=self._device)
+        for index, adapter in enumerate(resident.adapters):
+            tables.bind(index, adapter.spec, adapter.pages)
+        return resident, torch.from_numpy(resident.pages).to(self._device), tables
+
+    def lora_decode(self) -> None:
+        """Shrink and expand of every op, and the expands folded into their followers."""
+        device, rows = self._device, 11
+        resident, pool, tables = self._resident()
+        layout, rotary = self._layout(), reference.rotary_table(32, 64)
+        rope = RopeKv(self._library, layout, pool, rotary.to(device))
+        adapters = self._rng.integers(-1, 3, rows).astype(np.int32)
+        scales = self._rng.uniform(0.5, 2, rows).astype(np.float32)
+        on_device = torch.from_numpy(scales).to(device)
+        for fused in (False, True):
+            shapes = op_shapes(self._geometry, fused=fused)
+            lora = LoraDecode(self._library, tables, pool, shapes, max_rows=16, max_items=4096, rope=rope)
+            grid = int(lora.prepare(adapters).counts.max())
+            for op, shape in zip(OPS, shapes, strict=True):
+                x, y, h = self.randn(rows, shape.columns), self.randn(rows, sum(shape.outputs)), lora.new_scratch()
+                total = y.float() + resident.delta(adapters, scales, x, 0, op)
+                found = y.clone().to(device)
+                lora.shrink(0, op, x.to(device), h, grid)
+                if not shape.fused:
+                    lora.expand_add(0, op, h, on_device, found, grid)
+                    self.check(f"lora {op}", found, total)
+                elif op == "gate_up":
+                    out = torch.zeros(rows, 208, dtype=self._dtype).to(device)
+                    lora.expand_silu_mul(0, h, on_device, found, out, grid)
+                    self.check("lora silu_mul", out, reference.silu_mul(total.to(self._dtype)))
+                else:
+                    positions, slots = torch.arange(rows).int(), torch.full((rows,), -1).int()
+                    lora.expand_rope_kv(0, h, on_device, found, positions.to(device), slots.to(device), grid)
+                    q = total.view(rows, 8, 64)[:, :4]
+                    self.check(
+                        "lora rope_kv", found.cpu().view(rows, 8, 64)[:, :4], reference.rope(q, rotary, positions)
+                    )
+
+    def lora_prefill(self) -> None:
+        """Segments of several adapters, and chunks without one."""
+        device, (resident, pool, tables) = self._device, self._resident()
+        adapters, counts = np.array([0, -1, 1, 2], dtype=np.int32), np.array([70, 3, 9, 20], dtype=np.int32)
+        of_token, tokens = np.repeat(adapters, counts).astype(np.int32), int(counts.sum())
+        scales = self._rng.uniform(0.5, 2, tokens).astype(np.float32)
+        shapes = op_shapes(self._geometry, fused=False)
+        lora = LoraPrefill(self._library, tables, pool, shapes, max_items=4096)
+        lora.prepare(adapters, counts)
+        for op, shape in zip(OPS, shapes, strict=True):
+            x, y = self.randn(tokens, shape.columns), self.randn(tokens, sum(shape.outputs))
+            found, h = y.clone().to(device), lora.new_scratch(tokens)
+            lora.shrink(0, op, x.to(device), h)
+            lora.expand_add(0, op, h, torch.from_numpy(scales).to(device), found)
+            self.check(f"prefill lora {op}", found, y.float() + resident.delta(of_token, scales, x, 0, op))
+
+    def _sequences(self, contexts: list[int]) -> tuple[KvLayout, Tensor, Tensor]:
+        layout = self._layout()
+        blocks = -(-max(contexts) // BLOCK)
+        pages = len(contexts) * blocks
+        pool = self.randn(pages * layout.page_bytes // self._dtype.itemsize).view(torch.uint8)
+        tables = torch.from_numpy(self._rng.permutation(pages).astype(np.int32).reshape(len(contexts), blocks))
+        return layout, pool.view(pages, layout.page_bytes), tables
+
+    def attention(self) -> None:
+        """Decode in one share and in several, prefill chunks, and the scalar kernel."""
+        device, contexts = self._device, [1, 33, 200]
+        layout, pool, tables = self._sequences(contexts)
+        heads, width = layout.num_heads, layout.num_heads * layout.head_dim
+        qkv = self.randn(3, layout.qkv_width)
+        expected = torch.cat(
+            [
+                reference.attention(
+                    qkv[row : row + 1, :width].view(1, heads, 64),
+                    *reference.read_kv(pool, layout, self._dtype, 0, tables[row], context),
+                    context - 1,
+                    layout,
+                )
+                for row, context in enumerate(contexts)
+            ]
+        ).view(3, width)
+        on_device = (pool.to(device), qkv.to(device), tables.to(device))
+        lens, out = torch.tensor(contexts).int().to(device), torch.zeros(3, width, dtype=self._dtype).to(device)
+        if self._dtype == torch.bfloat16:
+            kernel = AttentionDecode(self._library, layout, max_rows=32, max_context=256)
+            for splits in (1, 3):
+                kernel.launch(0, *on_device, lens, out, splits=splits)
+                self.check(f"attention decode in {splits}", out, expected)
+            starts = np.array(contexts, dtype=np.int32) - 1
+            rows, ones = np.arange(3, dtype=np.int32), np.ones(3, dtype=np.int32)
+            tiles = torch.from_numpy(make_tiles(rows, starts, ones, 0, heads // layout.num_kv_heads))
+            AttentionPrefill(self._library, layout).launch(0, *on_device, tiles.to(device), out)
+            self.check("attention prefill", out, expected)
+        q, rows_of = qkv[:, :width].contiguous().to(device), torch.arange(3).int().to(device)
+        AttentionScalar(self._library, layout).launch(
+            0, on_device[0], q, on_device[2], rows_of, lens.cpu().sub(1).to(device), out
+        )
+        self.check("attention scalar", out, expected)
+
+    def run(self) -> None:
+        """Run all cases that the element type has."""
+        steps: list[Callable[[], None]] = [self.pointwise, self.rope_kv, self.lora_decode, self.attention]
+        if self._dtype == torch.bfloat16:
+            steps.append(self.lora_prefill)
+        for step in steps:
+            step()
+
+
+def run_all(make_library: Callable[[torch.dtype], KernelLibrary]) -> list[str]:
+    """Run the cases of both element types and return what was wrong."""
+    failures = []
+    for dtype in (torch.bfloat16, torch.float32):
+        cases = Cases(make_library(dtype))
+        cases.run()
+        failures += cases.failures
+    return failures
