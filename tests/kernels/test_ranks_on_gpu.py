@@ -42,7 +42,7 @@ def adapters_of_all_ranks(dtype: torch.dtype) -> tuple[AdapterPool, torch.Tensor
     geometry = make_geometry(
         dtype=name, layers=1, hidden=576, inter=1536, heads=9, kv_heads=3, head_dim=64, page_bytes=1 << 19
     )
-    resident = AdapterPool(geometry, 900, np.random.default_rng(13))
+    resident = AdapterPool(geometry, 400, np.random.default_rng(13))
     tables = AdapterTables(geometry, max_adapters=len(ALL_RANKS), tile_capacity=1 << 16, device=torch.device("cuda", 0))
     for index, rank in enumerate(ALL_RANKS):
         adapter = resident.add(split_ranks(rank))
