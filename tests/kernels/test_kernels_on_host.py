@@ -111,7 +111,7 @@ def make_lora(
     geometry = make_geometry(
         dtype="float32", hidden=72, inter=1104, heads=3, kv_heads=1, head_dim=64, page_bytes=32 * 1024
     )
-    resident = AdapterPool(geometry, 160, rng)
+    resident = AdapterPool(geometry, 900, rng)
     for rank in ranks:
         resident.add_uniform(rank)
     resident.add(
@@ -153,6 +153,24 @@ def test_shrink_and_expand_add_what_each_rows_adapter_adds(host_library: MakeHos
         lora.expand_add(layer, op, h, torch.from_numpy(scales), y, 7)
 
         assert relative_error(y, expected) < 1e-5
+
+
+@pytest.mark.parametrize("op", ["qkv", "down"])
+def test_tiles_narrower_than_64_columns_are_read_right(host_library: MakeHostLibrary, op: str) -> None:
+    """In fp32 a tile holds 64 columns of a stacked rank up to 128, 32 columns of one up to 256."""
+    lora, resident, library = make_lora(host_library, [83, 50], fused=False, seed=5)
+    adapters, scales = np.array([0, 1, 0, 2], dtype=np.int32), np.ones(4, dtype=np.float32)
+    shape, h = lora.builder.shapes[("qkv", "o", "gate_up", "down").index(op)], lora.new_scratch()
+    x, y = torch.randn(4, shape.columns), torch.randn(4, sum(shape.outputs))
+    expected = y + resident.delta(adapters, scales, x, 0, op)
+    h.fill_(float("nan"))
+    library.track(h)
+    lora.prepare(adapters)
+
+    lora.shrink(0, op, x, h, 9)
+    lora.expand_add(0, op, h, torch.from_numpy(scales), y, 9)
+
+    assert relative_error(y, expected) < 1e-5
 
 
 def test_expand_folds_into_silu_mul(host_library: MakeHostLibrary) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
+from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_engine.adapter_checks import ChecksAdapters, check_adapter
 from loraplex_engine.building import resolve_backend
 from loraplex_engine.config import BackendName, ConfigError, DeviceName, EngineConfig
 
@@ -36,6 +39,19 @@ def test_a_gpu_without_cuda_python_names_the_remedy(monkeypatch: pytest.MonkeyPa
 
     with pytest.raises(ConfigError, match="--backend torch"):
         resolve_backend(make_config(), torch.device("cuda"))
+
+
+def test_a_rank_our_kernels_cannot_take_names_module_and_remedy() -> None:
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+    from loraplex_engine.cuda.runner import CudaRunner
+
+    runner = object.__new__(CudaRunner)  # the check needs no device
+    modules = tuple(ModuleSpec(3, name, 128, 1.0) for name in ("q_proj", "k_proj", "v_proj"))
+
+    assert isinstance(runner, ChecksAdapters)
+    check_adapter(runner, AdapterSpec("a" * 64, modules[:2]))
+    with pytest.raises(AdapterIncompatibleError, match=r"layer 3: ranks 128 \(q_proj\).* = 384 .*--backend torch"):
+        check_adapter(runner, AdapterSpec("a" * 64, modules))
 
 
 def test_contradicting_flags_are_refused() -> None:
