@@ -75,7 +75,7 @@ def random_base(seed: int, dtype: str) -> TinyBase:
         sliding_window=24 if architecture == "mistral" else None,
         bias=bool(rng.integers(2)) if architecture in ("llama", "qwen3") else None,
         dtype="bfloat16",  # the same base weights in every run
-        successor_logit=40.0 if dtype == "bfloat16" else 0.0,
+        successor_logit=50.0 if dtype == "bfloat16" else 0.0,
         seed=seed,
     )
 

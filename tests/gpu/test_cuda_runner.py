@@ -43,6 +43,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
 ]
 NUM_TOKENS = 20
+NUM_COMPARED = 40  # so that one tie is less than 0.5 % of the positions
 NUM_ROWS = 14
 
 
@@ -72,7 +73,7 @@ def test_every_choice_is_the_torch_backends(
     model_dir = model_dirs[name if dtype == "float32" else f"{name}/plain"]
     oracle = make_rig(model_dir, make_torch_runner(model_dir, dtype), dtype)
     truth = add_sequences(oracle, vocab, NUM_ROWS, draw=Draw(num_logprobs=vocab))
-    oracle.harness.generate(truth, NUM_TOKENS)
+    oracle.harness.generate(truth, NUM_COMPARED)
     found = make_rig(model_dir, make_cuda_runner(model_dir, dtype, max_num_seqs=2 * NUM_ROWS, **options), dtype)
     agreement = Agreement(dtype)
 
@@ -80,11 +81,11 @@ def test_every_choice_is_the_torch_backends(
     reporting = add_sequences(found, vocab, NUM_ROWS, draw=Draw(num_logprobs=vocab))
     for sequence, true in zip([*greedy, *reporting], [*truth, *truth], strict=True):
         sequence.forced = true.drawn
-    found.harness.generate(greedy, NUM_TOKENS)
-    found.harness.generate(reporting, NUM_TOKENS)
+    found.harness.generate(greedy, NUM_COMPARED)
+    found.harness.generate(reporting, NUM_COMPARED)
 
     for row, true in enumerate(truth):
-        for position in range(NUM_TOKENS):
+        for position in range(NUM_COMPARED):
             what = f"{name}, row {row}, adapter {row % 6 - 1}, position {position}"
             agreement.choice(what, true.logprobs[position], greedy[row].drawn[position])
             agreement.choice(what, true.logprobs[position], reporting[row].drawn[position])

@@ -43,9 +43,7 @@ class TinyBase:
         logit_std: Typical standard deviation of the logits. The median gap of the best two stays above 1 % of the
             largest, so greedy choices are far from ties (design.md section 10).
         successor_logit: Logit that a token's embedding, undisturbed by the layers, gives to one successor of its own; 0
-            for none. A trained model's next token is plain at most positions. Where two bf16 computations are compared,
-            a random one's must be too: they differ by about 0.3 % of the largest logit, and the best two of many
-            independent logits are that close at 1 to 2 % of positions, whatever common factor lm_head has.
+            for none. Comparisons in bf16 need it (ADR 12).
         num_shards: Files the weights are spread over; more than one writes an index too.
     """
 
