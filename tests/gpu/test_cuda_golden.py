@@ -60,7 +60,7 @@ def run_cases(
 def make_runner(model_dir: Path, backend: str, dtype: str) -> CudaRunner | TorchRunner:
     if backend == "torch":
         return make_torch_runner(model_dir, dtype, num_pages=NUM_PAGES)
-    return make_cuda_runner(model_dir, dtype, num_pages=NUM_PAGES)
+    return make_cuda_runner(model_dir, dtype, num_pages=NUM_PAGES, max_num_batched_tokens=1024)
 
 
 def check(cases: list[dict[str, Any]], sequences: list[Sequence_]) -> None:

@@ -98,7 +98,7 @@ def test_random_models_and_adapters_equal_transformers_and_peft(tmp_path: Path, 
     directories = {str(number): write_adapter(tmp_path / str(number), model_dir, r) for number, r in enumerate(recipes)}
     oracle = Oracle(model_dir, directories)
     info = load_base_model(model_dir)
-    runner = make_cuda_runner(model_dir, dtype, num_pages=NUM_PAGES)
+    runner = make_cuda_runner(model_dir, dtype, num_pages=NUM_PAGES, max_num_batched_tokens=1024)
     harness = Harness(runner, choose_pool_geometry(info, dtype=dtype), NUM_PAGES)
     indices: dict[str | None, int] = {None: -1}
     for name, directory in directories.items():
@@ -131,7 +131,7 @@ def test_a_row_among_strangers_of_all_ranks_computes_what_it_computes_alone(
 ) -> None:
     model_dir = write_base_model(tmp_path, (BASES if dtype == "float32" else PLAIN_BASES)[name])
     info, rng, num_tokens = load_base_model(model_dir), np.random.default_rng(3), 12
-    runner = make_cuda_runner(model_dir, dtype, num_pages=NUM_PAGES, max_num_seqs=160)
+    runner = make_cuda_runner(model_dir, dtype, num_pages=NUM_PAGES, max_num_seqs=160, max_num_batched_tokens=4096)
     harness = Harness(runner, choose_pool_geometry(info, dtype=dtype), NUM_PAGES)
     indices = [-1]
     for number, recipe in enumerate(SERVED_RANKS):
