@@ -330,6 +330,7 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(
     plane = geometry.num_kv_heads * geometry.row_bytes
     first = 0 if broken_part == "keys" else plane
     runner.pool[broken.pages[0], first : first + plane] = 255  # NaN in every key or value of layer 0
+    torch.cuda.synchronize()  # the runner's stream does not wait for this one
 
     result = harness.step([healthy, broken])
 
