@@ -243,8 +243,9 @@ def test_an_adapters_pages_and_index_change_hands_only_after_launched_steps_have
     harness = Harness(runner, geometry_of(model_dirs["gqa"], "float32"), 512)
     leaving, (coming_spec, coming_image) = images(model_dirs["gqa"], runner)[:2]
     pages = np.array([harness.free.pop() for _ in range(max(len(leaving[1]), len(coming_image)))], dtype=np.int32)
-    runner.load_adapter(0, leaving[0], pages[: len(leaving[1])], leaving[1])
+    first = runner.load_adapter(0, leaving[0], pages[: len(leaving[1])], leaving[1])
     torch.cuda.synchronize()
+    assert first.is_done()
     undisturbed, sequence = (harness.add(range(60), adapter=0, draw=Draw(num_logprobs=vocab)) for _ in range(2))
     harness.generate([undisturbed], 4)
     harness.generate([sequence], 3)
@@ -254,8 +255,9 @@ def test_an_adapters_pages_and_index_change_hands_only_after_launched_steps_have
     delay(runner)
     runner.launch(greedy_plan(harness, sequence))
     runner.unload_adapter(0)
-    runner.load_adapter(0, coming_spec, pages[: len(coming_image)], coming_image)
+    second = runner.load_adapter(0, coming_spec, pages[: len(coming_image)], coming_image)
     torch.cuda.synchronize()
+    assert second.is_done()
 
     logits = runner._decoder.work.logits[0].float().cpu()
     own = logits.log_softmax(0).numpy()
