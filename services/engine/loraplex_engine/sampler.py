@@ -2,6 +2,7 @@
 
 The order is vLLM's: allowed ids, logit bias and banned stops; repetition, frequency and presence penalties; (log
 probabilities are reported from here); temperature; min_p; top_k and top_p; draw. Steady greedy decoding is one argmax.
+Choices don't depend on who computes them (csrc/sample.cu draws the same): ties go to the lower id, masses are integers.
 
 Legend: S = sampling rows, V = vocabulary, R = rows drawn at random, C = candidate tokens.
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from loraplex_engine.step import SamplingArrays
 
 NUCLEUS_CANDIDATES: Final = 1024  # sorted first for top_p; the whole vocabulary only if they don't hold its mass
+WEIGHT_ONE: Final = 2.0**40  # fixed point of masses, whose sums are then exact in any order; fits 2**20 tokens and more
 ARGMAX_BLOCK: Final = 64  # tokens, a power of two
 NEG_INF: Final = float("-inf")
 
@@ -86,6 +88,23 @@ class Sampled:
     logprobs: LogprobRows | None
 
 
+def likeliest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest entries of each row and their ids, best first, the lower id first among equals.
+
+    `torch.topk` leaves open which of equals it takes; logits in bf16 are often equal.
+
+    Args:
+        values: fp32 ``[rows, V]``.
+        count: At most V.
+    """
+    bits = (values + 0.0).view(torch.int32)  # -0 becomes 0
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64) << 32
+    order += torch.arange(values.shape[1] - 1, -1, -1, device=values.device)
+    keys = order.topk(count, dim=-1).values
+    ids = values.shape[1] - 1 - keys.bitwise_and_(0xFFFFFFFF)
+    return values.gather(1, ids), ids
+
+
 def top_logprobs(
     logprobs: Tensor, token_ids: Tensor, rows: NDArray[np.int64], num_top: NDArray[np.int32]
 ) -> LogprobRows:
@@ -97,7 +116,7 @@ def top_logprobs(
         rows: What the rows are called in the result.
         num_top: int32 ``[rows]``.
     """
-    top, top_ids = logprobs.topk(min(int(num_top.max()), logprobs.shape[1]), dim=-1)
+    top, top_ids = likeliest(logprobs, min(int(num_top.max()), logprobs.shape[1]))
     drawn = logprobs.gather(1, token_ids[:, None])[:, 0]
     return LogprobRows(rows=rows, num_top=num_top, token_ids=token_ids, drawn=drawn, top=top, top_ids=top_ids)
 
@@ -154,9 +173,10 @@ class Sampler:
             for slot in slots.tolist():
                 self._slots.pop(slot, None)
 
-    def state(self, slot: int) -> SlotState | None:
-        """Return what is kept for a slot, if anything."""
-        return self._slots.get(slot)
+    def setup(self, slot: int) -> SlotSetup | None:
+        """Return what the plan's arrays do not say of a slot's occupant; None if they say all."""
+        state = self._slots.get(slot)
+        return None if state is None else state.setup
 
     def has_any(self, slots: NDArray[np.int32]) -> bool:
         """Tell whether anything is kept for any of some slots."""
@@ -226,30 +246,40 @@ class Sampler:
         """Draw among the top_k likeliest tokens that make up a mass of top_p, the likeliest always among them."""
         limits = np.where(top_k > 0, np.minimum(top_k, self._vocab_size), self._vocab_size).astype(np.int64)
         limit, nucleus = self._column(limits), self._column(top_p)
-        total = work.exp().sum(-1, keepdim=True)
-        values, tokens = self._likeliest(work, limits, nucleus * total)
+        total = _weights(work).sum(-1, keepdim=True)
+        values, tokens = self._likeliest(work, limits, _bound(nucleus, total))
         ranks = torch.arange(values.shape[1], device=self._device)[None]
         values = values.masked_fill(ranks >= limit, NEG_INF)
-        weights = values.exp()
+        weights = _weights(values)
         # After top_k only what it kept counts; without it the mass is that of the whole vocabulary.
         mass = torch.where(limit < self._vocab_size, weights.sum(-1, keepdim=True), total)
         before = weights.cumsum(-1) - weights
-        values.masked_fill_((before >= nucleus * mass) & (ranks > 0), NEG_INF)
+        values.masked_fill_((nucleus < 1) & (before >= _bound(nucleus, mass)), NEG_INF)
         choice = (values + gumbel(noise.of_tokens(tokens))).argmax(-1, keepdim=True)
         return tokens.gather(1, choice)[:, 0]
 
     def _likeliest(self, work: Tensor, limits: NDArray[np.int64], wanted_mass: Tensor) -> tuple[Tensor, Tensor]:
         """Return values and ids of enough likeliest tokens for every row's top_k and top_p, best first."""
         count = min(int(limits.max()), NUCLEUS_CANDIDATES)
-        values, tokens = work.topk(count, dim=-1)
+        values, tokens = likeliest(work, count)
         is_open = limits > count
-        holds_mass = (values.exp().sum(-1, keepdim=True) >= wanted_mass)[:, 0].cpu().numpy()
+        holds_mass = (_weights(values).sum(-1, keepdim=True) >= wanted_mass)[:, 0].cpu().numpy()
         if (is_open & ((limits < self._vocab_size) | ~holds_mass)).any():
             values, tokens = work.sort(dim=-1, descending=True, stable=True)
         return values, tokens
 
     def _column(self, values: NDArray[np.float32] | NDArray[np.int64]) -> Tensor:
         return upload(values[:, None], self._device)
+
+
+def _weights(values: Tensor) -> Tensor:
+    """Return ``exp(values)`` in units of 1 / `WEIGHT_ONE`, int64; values are 0 at most."""
+    return (values.exp() * WEIGHT_ONE).to(torch.int64)
+
+
+def _bound(top_p: Tensor, mass: Tensor) -> Tensor:
+    """Return the mass, int64, before which a token must begin to be kept: ``top_p * mass`` rounded up, 1 at least."""
+    return (top_p.double() * mass.double()).ceil().to(torch.int64)
 
 
 def _constrain(logits: Tensor, state: SlotState, *, ban_stops: bool) -> None:
@@ -276,7 +306,9 @@ def _penalize(logits: Tensor, state: SlotState, arrays: SamplingArrays, row: int
         return
     repetition = float(arrays.repetition_penalty[row])
     if repetition != 1.0:
-        penalized = torch.where(logits > 0, logits / repetition, logits * repetition)
+        # As a tensor: torch multiplies by the reciprocal of a scalar on a GPU, which rounds twice.
+        divisor = torch.full((), repetition, dtype=logits.dtype, device=logits.device)
+        penalized = torch.where(logits > 0, logits / divisor, logits * divisor)
         logits.copy_(torch.where(state.seen, penalized, logits))
     frequency, presence = float(arrays.frequency_penalty[row]), float(arrays.presence_penalty[row])
     if frequency or presence:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loraplex_engine.sampler import Sampler, likeliest_tokens
+from loraplex_engine.sampler import Sampler, likeliest, likeliest_tokens
 from loraplex_engine.step import SlotSetup
 from support.plans import Draw, sampling_arrays
 
@@ -112,6 +112,26 @@ def test_greedy_takes_the_lowest_of_equal_tokens_in_either_memory_order(vocab: i
         best, tokens = likeliest_tokens(layout)
         assert tokens.tolist() == expected
         assert torch.equal(best, logits.amax(-1))
+
+
+def test_the_likeliest_are_in_the_order_of_a_stable_sort() -> None:
+    values = (torch.randn((4, 500), generator=torch.Generator().manual_seed(3)) * 2).round()
+    values[0, 7], values[0, 3], values[1, ::2] = -0.0, 0.0, float("-inf")
+    expected, order = values.sort(dim=-1, descending=True, stable=True)
+
+    for count in (1, 60, 500):
+        found, ids = likeliest(values, count)
+        assert torch.equal(ids, order[:, :count])
+        assert torch.equal(found, expected[:, :count])
+
+
+@pytest.mark.parametrize(
+    ("draw", "kept"), [(Draw(temperature=1.0, top_k=9), 9), (Draw(temperature=1.0, top_p=0.25), 32)]
+)
+def test_of_equal_tokens_the_lowest_ids_are_kept(draw: Draw, kept: int) -> None:
+    found = histogram(torch.zeros(VOCAB), draw, count=2000)
+
+    assert np.flatnonzero(found).tolist() == list(range(kept))
 
 
 def test_constraints_come_before_penalties_and_the_draw() -> None:
