@@ -224,3 +224,22 @@ class PrefillExpandParams(ctypes.Structure):
         ("num_planes", c_int),
         ("slice_begin", c_int * 4),
     ]
+
+
+class SampleParams(ctypes.Structure):
+    """csrc/sample.cu."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("logits", c_void_p),
+        ("rows", c_void_p),
+        ("edits", c_void_p),
+        ("edit_bits", c_void_p),
+        ("counts", c_void_p),
+        ("drawn", c_void_p),
+        ("last_sampled", c_void_p),
+        ("report", c_void_p),
+        ("vocab", c_int),
+        ("max_edits", c_int),
+        ("report_top", c_int),
+        ("reserved", c_int),
+    ]

@@ -14,6 +14,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
@@ -44,7 +45,7 @@ inline size_t scheduler_size;
 inline Barrier block_barrier;
 inline std::vector<Barrier> warp_barriers;
 inline std::vector<unsigned> warp_live;
-inline std::vector<unsigned> slots;
+inline std::vector<unsigned long long> slots;
 inline void (*body)();
 inline unsigned long progress;
 
@@ -111,21 +112,16 @@ inline void run_block() {
 struct ThreadIndex {
     operator Index() const { return {current, 0, 0}; }
 };
-inline float exchange(float value, unsigned from) {
-    const unsigned warp = current / 32, lane = current;
-    std::memcpy(&slots[lane], &value, 4);
+template <class T>
+inline T exchange(T value, unsigned from) {
+    static_assert(sizeof(T) <= 8, "one slot");
+    const unsigned warp = current / 32;
+    std::memcpy(&slots[current], &value, sizeof(T));
     wait(warp_barriers[warp], warp_live[warp]);
-    float out;
-    std::memcpy(&out, &slots[warp * 32 + from % 32], 4);
+    T out;
+    std::memcpy(&out, &slots[warp * 32 + from % 32], sizeof(T));
     wait(warp_barriers[warp], warp_live[warp]);
     return out;
-}
-inline int exchange(int value, unsigned from) {
-    float bits;
-    std::memcpy(&bits, &value, 4);
-    bits = exchange(bits, from);
-    std::memcpy(&value, &bits, 4);
-    return value;
 }
 }  // namespace shim
 
@@ -138,6 +134,31 @@ template <class T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) { return shim::exchange(value, shim::current % 32 ^ mask); }
 template <class T>
 inline T __shfl_sync(unsigned, T value, int from) { return shim::exchange(value, from); }
+template <class T>
+inline T __shfl_up_sync(unsigned, T value, unsigned delta) {
+    const unsigned lane = shim::current % 32;
+    return shim::exchange(value, lane >= delta ? lane - delta : lane);
+}
+inline int __syncthreads_count(int predicate) {
+    shim::slots[shim::current] = predicate != 0;
+    __syncthreads();
+    int count = 0;
+    for (unsigned t = 0; t < shim::block_size; ++t) count += static_cast<int>(shim::slots[t]);
+    __syncthreads();
+    return count;
+}
+template <class T>
+inline T atomicAdd(T* to, T value) {  // fibers change only at barriers
+    const T old = *to;
+    *to += value;
+    return old;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(1ull * a * b >> 32); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline int __float_as_int(float v) { int i; std::memcpy(&i, &v, 4); return i; }
 inline float __uint_as_float(unsigned v) { float f; std::memcpy(&f, &v, 4); return f; }
 inline unsigned __float_as_uint(float v) { unsigned u; std::memcpy(&u, &v, 4); return u; }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_kernels import lora_prefill
+from loraplex_kernels import sample as sampling
 from loraplex_kernels.compiler import SOURCES, Build, CompileError, CubinCache, cache_key, compile_kernel
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 SHRINK = f"SHARED_BYTES={lora_prefill.SHRINK_SHARED_BYTES}"
 FP32 = "LORAPLEX_FP32"
+SAMPLE = (f"THREADS={sampling.BLOCK}", f"CAPACITY={sampling.LIST_CAPACITY}")
 BUILDS = [
     ("rms_norm", ("HIDDEN=576", "THREADS=96"), 32),
     ("rms_norm", ("HIDDEN=4096", "THREADS=512"), 32),
@@ -42,6 +44,8 @@ BUILDS = [
     ("attention_prefill", ("HEAD_DIM=128", "SHARED_BYTES=65536"), None),
     ("attention_scalar", ("HEAD_DIM=64", FP32), None),
     ("attention_scalar", ("HEAD_DIM=128",), None),
+    ("sample", SAMPLE, None),
+    ("sample", (*SAMPLE, FP32), None),
 ]
 
 

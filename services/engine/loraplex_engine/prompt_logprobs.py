@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 import torch
@@ -14,10 +14,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loraplex_engine.model.llama import LlamaModel
-    from loraplex_engine.sampler import Sampler
-    from loraplex_engine.step import StepPlan, TokenLogprobs
+    from loraplex_engine.step import SlotSetup, StepPlan, TokenLogprobs
 
 CHUNK_POSITIONS: Final = 64  # positions whose logits are held at once: 64 x 128k tokens are 32 MiB in fp32
+
+
+class KnowsSetups(Protocol):
+    """A sampler."""
+
+    def setup(self, slot: int) -> SlotSetup | None:
+        """Return what the plan's arrays do not say of a slot's occupant; None if they say all."""
+        ...
 
 
 class PromptLogprobTracker:
@@ -38,7 +45,7 @@ class PromptLogprobTracker:
                 self._carried.pop(slot, None)
 
     def update(
-        self, plan: StepPlan, token_ends: NDArray[np.int64], token_ids: Tensor, hidden: Tensor, sampler: Sampler
+        self, plan: StepPlan, token_ends: NDArray[np.int64], token_ids: Tensor, hidden: Tensor, sampler: KnowsSetups
     ) -> dict[int, list[TokenLogprobs]]:
         """Return slot -> entries of the prompt tokens that this step took as input, but for a prompt's first.
 
@@ -52,8 +59,8 @@ class PromptLogprobTracker:
         result: dict[int, list[TokenLogprobs]] = {}
         for row in range(plan.num_decode_rows, len(plan.slots)):
             slot = int(plan.slots[row])
-            state = sampler.state(slot)
-            if state is None or state.setup.prompt_logprobs < 0:
+            setup = sampler.setup(slot)
+            if setup is None or setup.prompt_logprobs < 0:
                 continue
             last = int(token_ends[row])
             first = last - int(plan.num_tokens[row])
@@ -61,7 +68,7 @@ class PromptLogprobTracker:
             if slot in self._carried:
                 states, targets = torch.cat((self._carried[slot], states)), token_ids[first:last]
             self._carried[slot] = hidden[last - 1 : last].clone()
-            result[slot] = self._entries(states, targets, state.setup.prompt_logprobs)
+            result[slot] = self._entries(states, targets, setup.prompt_logprobs)
         return result
 
     def _entries(self, states: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:

@@ -1,7 +1,7 @@
 """The CUDA backend: decode steps replay graphs, steps with prefill chunks launch the same kernels one by one.
 
-Everything runs on one stream, adapter copies excepted; the host never waits for the device in `launch`, unless a row
-samples at random or asks for probabilities (the torch sampler does).
+Everything runs on one stream, adapter copies excepted; the host never waits for the device in `launch`, unless a prompt
+whose probabilities are asked for is in the step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from loraplex_engine.cuda.decoder import CudaDecoder, DecoderLimits
 from loraplex_engine.cuda.graphs import VARIANTS, DecodeGraphs, bucket_sizes
 from loraplex_engine.cuda.host_memory import PinnedRing
 from loraplex_engine.cuda.lora_paths import AddedLoraPath, BasePath
+from loraplex_engine.cuda.sampling import DeviceSampler
 from loraplex_engine.cuda.step_handle import CudaStepHandle, ResultBuffers
 from loraplex_engine.cuda.step_input import TILE_INTS, InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.cuda.token_lora import make_token_lora
@@ -31,7 +32,7 @@ from loraplex_engine.model.config import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_engine.prompt_logprobs import PromptLogprobTracker
-from loraplex_engine.sampler import Sampler, likeliest_tokens
+from loraplex_engine.sampler import likeliest_tokens
 from loraplex_engine.torch_runner import DTYPES
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from loraplex_engine.cuda.adapter_loads import CudaLoadHandle
     from loraplex_engine.cuda.host_memory import PinnedArena
     from loraplex_engine.model.weights import WeightSource
-    from loraplex_engine.sampler import LogprobRows
     from loraplex_engine.step import StepPlan, TokenLogprobs
 
 STAGING_BUFFERS: Final = 4  # steps in flight, and some
@@ -150,7 +150,12 @@ class CudaRunner:
         self._num_variants = 1
         if config.max_resident_adapters:
             self._make_lora_paths()
-        self._sampler = Sampler(vocab_size=config.info.vocab_size, device=device)
+        self._sampler = DeviceSampler(
+            self._library,
+            vocab_size=self._model.config.vocab_size,
+            num_slots=config.max_num_seqs,
+            max_rows=self._limits.max_rows,
+        )
         self._prompt_logprobs = PromptLogprobTracker(self._model)
         self._loads = AdapterLoads(self._pool, self._tables)
         self._make_buffers(sizes)
@@ -206,7 +211,7 @@ class CudaRunner:
         self._staging = PinnedRing(num_ints, STAGING_BUFFERS)
         self._writer = InputWriter(block_tokens=config.geometry.block_tokens, pad_slot=config.max_num_seqs)
         self._drawn = torch.zeros(2 * sizes[-1], dtype=torch.int32, device=self._device)
-        self._results = ResultBuffers(2 * sizes[-1])
+        self._results = ResultBuffers()
 
     @property
     def pipeline_depth(self) -> int:
@@ -239,9 +244,7 @@ class CudaRunner:
         self.graphs.replay(bucket, variant)
         if self._is_greedy(plan):
             return self._handle(plan, bucket)
-        step = self._steps[bucket]
-        logprobs = self._sample(plan, self._decoder.work.logits[:count], step.sample_slots[:count])
-        return self._handle(plan, count, logprobs=logprobs)
+        return self._handle(plan, count, report=self._sample(plan, self._decoder.work.logits[:count]))
 
     def _launch_mixed(self, plan: StepPlan) -> CudaStepHandle:
         tiles = self._attention_tiles(plan)
@@ -270,13 +273,13 @@ class CudaRunner:
             prompt_logprobs = self._prompt_logprobs.update(plan, ends, step.token_ids.long(), hidden, self._sampler)
         else:
             logits = self._decoder.logits(step)
-        logprobs = None
+        report = None
         if len(plan.sample_rows):
             if self._is_greedy(plan):
                 self._draw_greedily(logits, step.sample_slots)
             else:
-                logprobs = self._sample(plan, logits, step.sample_slots)
-        return self._handle(plan, len(plan.sample_rows), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+                report = self._sample(plan, logits)
+        return self._handle(plan, len(plan.sample_rows), report=report, prompt_logprobs=prompt_logprobs)
 
     def _run_decode(self, bucket: int, variant: int) -> None:
         """Launch what a graph holds."""
@@ -313,24 +316,21 @@ class CudaRunner:
         )
 
     def _wants_prompt_logprobs(self, plan: StepPlan) -> bool:
-        states = (self._sampler.state(slot) for slot in plan.slots[plan.num_decode_rows :].tolist())
-        return any(state is not None and state.setup.prompt_logprobs >= 0 for state in states)
+        setups = (self._sampler.setup(slot) for slot in plan.slots[plan.num_decode_rows :].tolist())
+        return any(setup is not None and setup.prompt_logprobs >= 0 for setup in setups)
 
     def _draw_greedily(self, logits: Tensor, slots: Tensor) -> None:
+        """Put the likeliest tokens where the next step's embedding and the host find them."""
         best, token_ids = likeliest_tokens(logits)
-        self._keep_drawn(token_ids, torch.isfinite(best), slots)
-
-    def _sample(self, plan: StepPlan, logits: Tensor, slots: Tensor) -> LogprobRows | None:
-        sampled = self._sampler.sample(logits, plan.slots[plan.sample_rows], plan.sampling)
-        self._keep_drawn(sampled.token_ids, sampled.is_valid, slots)
-        return sampled.logprobs
-
-    def _keep_drawn(self, token_ids: Tensor, is_valid: Tensor, slots: Tensor) -> None:
-        """Put drawn tokens where the next step's embedding and the host find them."""
         drawn = self._drawn_of(token_ids.shape[0])
         drawn[0].copy_(token_ids)
-        drawn[1].copy_(is_valid)
+        drawn[1].copy_(torch.isfinite(best))
         self._decoder.last_sampled.index_copy_(0, slots.long(), drawn[0])
+
+    def _sample(self, plan: StepPlan, logits: Tensor) -> Tensor | None:
+        """Draw as each row asks, into the same places; returns what rows asked to know of it."""
+        slots, drawn = plan.slots[plan.sample_rows], self._drawn_of(len(plan.sample_rows))
+        return self._sampler.sample(logits, slots, plan.sampling, drawn, self._decoder.last_sampled)
 
     def _drawn_of(self, count: int) -> Tensor:
         return self._drawn[: 2 * count].view(2, count)
@@ -340,14 +340,14 @@ class CudaRunner:
         plan: StepPlan,
         columns: int,
         *,
-        logprobs: LogprobRows | None = None,
+        report: Tensor | None = None,
         prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
     ) -> CudaStepHandle:
         return CudaStepHandle(
             plan,
             self._drawn_of(columns),
             self._results,
-            logprobs=logprobs,
+            report=report,
             prompt_logprobs=prompt_logprobs or {},
         )
 

@@ -1,0 +1,172 @@
+"""Random mixes of requests for the sampling kernel, and a comparison of samplers over several steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from loraplex_engine.cuda.sampling import DeviceSampler, make_edits, pack_counts
+from loraplex_engine.cuda.step_handle import read_report
+from loraplex_engine.step import SlotSetup, TokenLogprobs
+from loraplex_kernels import reference_sampling
+from numpy.typing import NDArray
+from support.plans import Draw, sampling_arrays
+
+if TYPE_CHECKING:
+    from loraplex_engine.sampler import Sampler
+    from loraplex_kernels.sample import Sample
+
+KINDS = ("peaked", "wide", "flat", "tied", "equal")
+NUM_SLOTS = 64
+
+
+def make_logits(kind: str, rows: int, vocab: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Return ``[rows, vocab]``: like a model's, of a hot model, hardly apart, of 5 values only, or all the same."""
+    noise = torch.randn((rows, vocab), generator=torch.Generator().manual_seed(seed))
+    logits = {
+        "peaked": noise * 3 + 4,
+        "wide": noise * 12 - 20,
+        "flat": noise * 0.01,
+        "tied": (noise * 1.5).round(),
+        "equal": torch.full_like(noise, -0.75),
+    }[kind]
+    return logits.to(dtype)
+
+
+def make_draw(rng: np.random.Generator, vocab: int) -> Draw:
+    """Return any mix of parameters; a third are greedy."""
+    temperature = float(rng.choice([0.0, 0.0, 0.3, 0.8, 1.0, 2.5]))
+    penalizes = rng.random() < 0.5
+    return Draw(
+        temperature=temperature,
+        top_k=int(rng.choice([0, 0, 1, 5, 50, vocab // 2, vocab, 2 * vocab])),
+        top_p=float(rng.choice([1.0, 1.0, 0.999, 0.9, 0.5, 1e-6])),
+        min_p=float(rng.choice([0.0, 0.0, 0.02, 0.3, 1.0])),
+        repetition_penalty=float(rng.choice([1.0, 1.3, 0.7])) if penalizes else 1.0,
+        presence_penalty=float(rng.choice([0.0, 0.6, -0.4])) if penalizes else 0.0,
+        frequency_penalty=float(rng.choice([0.0, 0.37, -0.2])) if penalizes else 0.0,
+        seed=int(rng.integers(0, 2**64, dtype=np.uint64)),
+        num_logprobs=int(rng.choice([-1, -1, 0, 1, 20])),
+        ban_stops=bool(rng.random() < 0.5),
+    )
+
+
+def make_setup(rng: np.random.Generator, slot: int, vocab: int, draw: Draw) -> SlotSetup:
+    """Return what a request may ask beside a draw."""
+
+    def tokens(most: int) -> list[int]:
+        found: list[int] = rng.choice(vocab, size=int(rng.integers(1, most)), replace=False).tolist()
+        return found
+
+    penalizes = (draw.repetition_penalty, draw.presence_penalty, draw.frequency_penalty) != (1.0, 0.0, 0.0)
+    none = np.zeros(0, np.int32)
+    return SlotSetup(
+        slot=slot,
+        prompt_token_ids=rng.integers(0, vocab, 30).astype(np.int32) if penalizes else none,
+        output_token_ids=rng.integers(0, vocab, 20).astype(np.int32) if penalizes else none,
+        logit_bias={token: float(rng.normal() * 4) for token in tokens(40)} if rng.random() < 0.4 else {},
+        allowed_token_ids=tuple(tokens(60)) if rng.random() < 0.25 else (),
+        stop_token_ids=tuple(tokens(6)) if rng.random() < 0.5 else (),
+        uses_penalties=penalizes,
+    )
+
+
+@dataclass
+class Batch:
+    """Rows in scattered slots."""
+
+    slots: NDArray[np.int32]
+    draws: list[Draw]
+    setups: list[SlotSetup]
+
+
+def make_batch(rows: int, vocab: int, seed: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    slots = rng.permutation(NUM_SLOTS)[:rows].astype(np.int32)
+    draws = [make_draw(rng, vocab) for _ in range(rows)]
+    return Batch(slots, draws, [make_setup(rng, int(slot), vocab, d) for slot, d in zip(slots, draws, strict=True)])
+
+
+@dataclass
+class Drawn:
+    """What one step drew."""
+
+    tokens: list[int]
+    valid: list[bool]
+    last_sampled: list[int]
+    logprobs: dict[int, TokenLogprobs]
+
+
+def device_sampler(library: Any, vocab: int, kernel: Sample | None = None) -> DeviceSampler:
+    return DeviceSampler(library, vocab_size=vocab, num_slots=NUM_SLOTS, max_rows=NUM_SLOTS, kernel=kernel)
+
+
+def draw_on_device(
+    sampler: DeviceSampler, logits: torch.Tensor, slots: NDArray[np.int32], draws: list[Draw], position: int
+) -> Drawn:
+    device, count = logits.device, len(slots)
+    drawn = torch.full((2, count), -7, dtype=torch.int32, device=device)
+    last = torch.full((NUM_SLOTS,), -7, dtype=torch.int32, device=device)
+    arrays = sampling_arrays(draws, [position] * count)
+    report = sampler.sample(logits, slots, arrays, drawn, last)
+    tokens = drawn[0].cpu().numpy()
+    logprobs = {} if report is None else read_report(report.cpu().numpy(), tokens, arrays.num_logprobs)
+    return Drawn(tokens.tolist(), (drawn[1] != 0).tolist(), last.cpu()[slots.tolist()].tolist(), logprobs)
+
+
+def draw_with_torch(
+    sampler: Sampler, logits: torch.Tensor, slots: NDArray[np.int32], draws: list[Draw], position: int
+) -> Drawn:
+    sampled = sampler.sample(logits, slots, sampling_arrays(draws, [position] * len(slots)))
+    logprobs = {} if sampled.logprobs is None else sampled.logprobs.to_host()
+    return Drawn(sampled.token_ids.tolist(), sampled.is_valid.tolist(), [], logprobs)
+
+
+def draw_by_reference(sampler: DeviceSampler, batch: Batch, logits: torch.Tensor, position: int) -> list[int]:
+    """Draw a batch's first step; -1 for rows without a finite maximum."""
+    rows, tokens = sampler.pack_rows(batch.slots, sampling_arrays(batch.draws, [position] * len(batch.slots))), []
+    for row, setup, own in zip(rows, batch.setups, logits.cpu(), strict=True):
+        counts = pack_counts(len(own), setup.prompt_token_ids, setup.output_token_ids).view(np.uint16)
+        edits = make_edits(setup) if row["edit_row"] >= 0 else None
+        token, is_valid, _ = reference_sampling.sample(own, row, edits, counts if setup.uses_penalties else None)
+        tokens.append(token if is_valid else -1)
+    return tokens
+
+
+def check_logprobs(found: dict[int, TokenLogprobs], truth: dict[int, TokenLogprobs], draws: list[Draw]) -> None:
+    """Assert the same values in the same order; ids may differ among values that rounding makes equal."""
+    assert found.keys() == truth.keys()
+    for row, entry in found.items():
+        expected = truth[row]
+        count = 1 + draws[row].num_logprobs
+        assert len(entry.token_ids) == len(entry.logprobs) == min(count, len(expected.logprobs))
+        np.testing.assert_allclose(entry.logprobs, expected.logprobs[:count], atol=2e-5, rtol=2e-6)
+        differ = np.flatnonzero(entry.token_ids != expected.token_ids[:count])
+        values = expected.logprobs
+        for i in differ.tolist():
+            near = [abs(values[j] - values[i]) < 1e-5 for j in (i - 1, i + 1) if 0 < j < len(values)]
+            assert any(near) or i == len(values) - 1 or values[i] == -np.inf, (row, i)
+
+
+def compare(device: DeviceSampler, oracle: Sampler, batch: Batch, logits: list[torch.Tensor], first: int = 0) -> None:
+    """Assert that both draw the same over several steps, which feed the counts of penalties."""
+    for setup in batch.setups:
+        device.occupy(setup)
+        oracle.occupy(setup)
+    for step, values in enumerate(logits):
+        found = draw_on_device(device, values, batch.slots, batch.draws, first + step)
+        truth = draw_with_torch(oracle, values, batch.slots, batch.draws, first + step)
+        assert found.valid == truth.valid
+        wrong = [
+            (row, batch.draws[row], batch.setups[row], mine, theirs)
+            for row, (mine, theirs, ok) in enumerate(zip(found.tokens, truth.tokens, truth.valid, strict=True))
+            if ok and mine != theirs
+        ]
+        assert not wrong, f"step {step}: {len(wrong)} of {len(truth.tokens)} rows, first {wrong[0]}"
+        assert found.last_sampled == found.tokens
+        keep = {row for row in truth.logprobs if truth.valid[row]}
+        check_logprobs(
+            {row: found.logprobs[row] for row in keep}, {row: truth.logprobs[row] for row in keep}, batch.draws
+        )

@@ -1,0 +1,136 @@
+"""The sampling kernel on the CPU, under sanitizers, through the engine's own sampler: against torch and the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from kernels.host_kernels import HostLibrary
+from kernels.sampling_cases import (
+    KINDS,
+    NUM_SLOTS,
+    compare,
+    device_sampler,
+    draw_by_reference,
+    draw_on_device,
+    make_batch,
+    make_logits,
+)
+from loraplex_engine.sampler import Sampler
+from loraplex_engine.step import SlotSetup
+from loraplex_kernels.sample import Sample
+from support.plans import Draw
+
+if TYPE_CHECKING:
+    from loraplex_engine.cuda.sampling import DeviceSampler
+
+MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
+CPU = torch.device("cpu")
+NONE = np.zeros(0, np.int32)
+ROWS = 24
+
+
+def make_sampler(library: HostLibrary, vocab: int, *, block: int = 64, capacity: int = 128) -> DeviceSampler:
+    """A list much smaller than the vocabulary, so that every way to find a limit is taken."""
+    return device_sampler(library, vocab, Sample(library, vocab, block=block, list_capacity=capacity))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("vocab", "dtype"), [(1000, torch.bfloat16), (403, torch.float32)])
+def test_every_mix_of_parameters_draws_what_the_torch_sampler_draws(
+    host_library: MakeHostLibrary, kind: str, vocab: int, dtype: torch.dtype
+) -> None:
+    steps = [make_logits(kind, ROWS, vocab, dtype, seed) for seed in range(2)]
+    device = make_sampler(host_library(dtype), vocab)
+
+    compare(device, Sampler(vocab_size=vocab, device=CPU), make_batch(ROWS, vocab, seed=len(kind)), steps)
+
+
+@pytest.mark.parametrize("kind", ["peaked", "tied"])
+def test_the_reference_draws_what_the_kernel_draws(host_library: MakeHostLibrary, kind: str) -> None:
+    batch, logits = make_batch(ROWS, 403, seed=11), make_logits(kind, ROWS, 403, torch.bfloat16, 3)
+    device = make_sampler(host_library(torch.bfloat16), 403)
+    for setup in batch.setups:
+        device.occupy(setup)
+    expected = draw_by_reference(device, batch, logits, 5)
+
+    found = draw_on_device(device, logits, batch.slots, batch.draws, 5)
+
+    assert [token if ok else -1 for token, ok in zip(found.tokens, found.valid, strict=True)] == expected
+
+
+def test_a_row_does_not_depend_on_its_batch_nor_on_the_size_of_the_list(host_library: MakeHostLibrary) -> None:
+    library, batch = host_library(torch.bfloat16), make_batch(6, 1000, seed=2)
+    logits = make_logits("peaked", 6, 1000, torch.bfloat16, 4)
+    samplers = [make_sampler(library, 1000), device_sampler(library, 1000), make_sampler(library, 1000)]
+    for sampler in samplers:
+        for setup in batch.setups:
+            sampler.occupy(setup)
+
+    together = draw_on_device(samplers[0], logits, batch.slots, batch.draws, 7)
+
+    as_served = draw_on_device(samplers[1], logits, batch.slots, batch.draws, 7)
+    alone = [
+        draw_on_device(samplers[2], logits[row : row + 1], batch.slots[row : row + 1], [batch.draws[row]], 7)
+        for row in (5, 0, 3, 1, 4, 2)
+    ]
+    assert as_served.tokens == together.tokens
+    assert [one.tokens[0] for one in alone] == [together.tokens[row] for row in (5, 0, 3, 1, 4, 2)]
+
+
+DRAWS = [
+    Draw(),
+    Draw(temperature=1.0, num_logprobs=3),
+    Draw(temperature=1.0, top_k=3),
+    Draw(temperature=0.5, top_p=0.5, min_p=0.1),
+]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_invalidate_their_row_alone(host_library: MakeHostLibrary, bad: float) -> None:
+    logits = make_logits("peaked", 2 * len(DRAWS), 403, torch.float32, 1)
+    logits[1::2, 402] = bad
+    slots, draws = np.arange(2 * len(DRAWS), dtype=np.int32), [draw for draw in DRAWS for _ in range(2)]
+
+    found = draw_on_device(make_sampler(host_library(torch.float32), 403), logits, slots, draws, 0)
+
+    assert found.valid == [True, False] * len(DRAWS)
+    assert all(0 <= token < 403 for token in found.tokens)
+
+
+def test_nothing_left_to_draw_is_no_valid_draw(host_library: MakeHostLibrary) -> None:
+    sampler = make_sampler(host_library(torch.float32), 403)
+    for slot in range(len(DRAWS)):
+        sampler.occupy(
+            SlotSetup(
+                slot=slot,
+                prompt_token_ids=NONE,
+                output_token_ids=NONE,
+                allowed_token_ids=(3, 9),
+                stop_token_ids=(9, 3),
+            )
+        )
+    logits, slots = make_logits("peaked", len(DRAWS), 403, torch.float32, 1), np.arange(len(DRAWS), dtype=np.int32)
+    banning = [replace(draw, ban_stops=True) for draw in DRAWS]
+
+    assert draw_on_device(sampler, logits, slots, banning, 0).valid == [False] * len(DRAWS)
+    assert set(draw_on_device(sampler, logits, slots, DRAWS, 0).tokens) <= {3, 9}
+
+
+def test_a_drawn_token_is_counted_until_the_slot_changes_its_occupant(host_library: MakeHostLibrary) -> None:
+    logits = torch.zeros(1, 403)
+    logits[0, [100, 200]] = torch.tensor([1.5, 1.0])
+    sampler, slots = make_sampler(host_library(torch.float32), 403), np.array([NUM_SLOTS - 1], np.int32)
+    setup = SlotSetup(slot=NUM_SLOTS - 1, prompt_token_ids=NONE, output_token_ids=NONE, uses_penalties=True)
+    draws = [Draw(frequency_penalty=0.4)]
+    sampler.occupy(setup)
+
+    first = [draw_on_device(sampler, logits, slots, draws, position).tokens[0] for position in range(4)]
+    sampler.occupy(setup)
+    second = [draw_on_device(sampler, logits, slots, draws, position).tokens[0] for position in range(4)]
+
+    assert first == second == [100, 100, 200, 100]  # 1.5 > 1.0, 1.1 > 1.0, 0.7 < 1.0, 0.7 > 0.6
