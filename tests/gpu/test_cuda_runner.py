@@ -129,6 +129,15 @@ def test_a_row_draws_alone_what_it_draws_in_a_batch(model_dirs: dict[str, Path])
     close(rig)
 
 
+def ask_for_penalties(sequence: Sequence_) -> None:
+    sequence.setup = SlotSetup(
+        slot=sequence.slot,
+        prompt_token_ids=np.array(sequence.prompt, dtype=np.int32),
+        output_token_ids=np.zeros(0, dtype=np.int32),
+        uses_penalties=True,
+    )
+
+
 @pytest.mark.parametrize(
     "draw",
     [
@@ -148,13 +157,8 @@ def test_sampled_tokens_are_the_torch_backends(model_dirs: dict[str, Path], draw
         for number, sequence in enumerate(sequences):
             if number % 3:
                 sequence.draw = draw
-                empty = np.zeros(0, dtype=np.int32)
-                sequence.setup = SlotSetup(
-                    slot=sequence.slot,
-                    prompt_token_ids=np.array(sequence.prompt, dtype=np.int32),
-                    output_token_ids=empty,
-                    uses_penalties=draw.repetition_penalty != 1,
-                )
+                if draw.repetition_penalty != 1:
+                    ask_for_penalties(sequence)
         drawn.append(rig.harness.generate(sequences, NUM_TOKENS))
         close(rig)
 
@@ -179,10 +183,23 @@ def test_prompt_probabilities_are_the_torch_backends(model_dirs: dict[str, Path]
         assert np.allclose(expected.logprobs, found.logprobs, atol=1e-3)
 
 
-@pytest.mark.parametrize("draw", [Draw(), Draw(temperature=0.8, min_p=0.01, seed=4)], ids=["greedy", "random"])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        Draw(),
+        Draw(temperature=0.8, min_p=0.01, seed=4),
+        Draw(temperature=1.1, top_k=20, seed=5),
+        Draw(temperature=0.9, top_p=0.8, seed=6, num_logprobs=5),
+        Draw(temperature=0.9, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.1, seed=7),
+    ],
+    ids=["greedy", "random", "top_k", "top_p and probabilities", "penalties"],
+)
 def test_steady_decode_never_waits_for_the_device(model_dirs: dict[str, Path], draw: Draw) -> None:
     rig = make_rig(model_dirs["gqa"], make_cuda_runner(model_dirs["gqa"], "bfloat16"), "bfloat16")
-    sequences = add_sequences(rig, 384, NUM_ROWS, draw=draw)
+    sequences, undisturbed = (add_sequences(rig, 384, NUM_ROWS, draw=draw) for _ in range(2))
+    if draw.repetition_penalty != 1:
+        for sequence in (*sequences, *undisturbed):
+            ask_for_penalties(sequence)
     rig.harness.generate(sequences, 3)
     plans = [rig.harness.plan(sequences) for _ in range(4)]
     torch.cuda.synchronize()
@@ -195,8 +212,10 @@ def test_steady_decode_never_waits_for_the_device(model_dirs: dict[str, Path], d
 
     for handle in handles:
         rig.harness.absorb(sequences, handle.wait())
-    undisturbed = add_sequences(rig, 384, NUM_ROWS, draw=draw)
     assert rig.harness.generate(undisturbed, len(sequences[0].drawn)) == [s.drawn for s in sequences]
+    for sequence, other in zip(sequences, undisturbed, strict=True):
+        pairs = zip(sequence.logprobs, other.logprobs, strict=True)
+        assert all(np.array_equal(a.token_ids, b.token_ids) for a, b in pairs)
     close(rig)
 
 

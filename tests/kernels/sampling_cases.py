@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,7 +160,7 @@ def compare(device: DeviceSampler, oracle: Sampler, batch: Batch, logits: list[t
         truth = draw_with_torch(oracle, values, batch.slots, batch.draws, first + step)
         assert found.valid == truth.valid
         wrong = [
-            (row, batch.draws[row], batch.setups[row], mine, theirs)
+            (row, batch.draws[row], mine, theirs)
             for row, (mine, theirs, ok) in enumerate(zip(found.tokens, truth.tokens, truth.valid, strict=True))
             if ok and mine != theirs
         ]
@@ -170,3 +170,51 @@ def compare(device: DeviceSampler, oracle: Sampler, batch: Batch, logits: list[t
         check_logprobs(
             {row: found.logprobs[row] for row in keep}, {row: truth.logprobs[row] for row in keep}, batch.draws
         )
+
+
+def chi_square_excess(found: NDArray[np.int64], probabilities: NDArray[np.float64]) -> float:
+    """Return by how many standard deviations the chi-square statistic of counts exceeds its mean.
+
+    Tokens expected fewer than 8 times are counted as one.
+    """
+    expected = probabilities * found.sum()
+    assert not found[expected == 0].any(), "an impossible token was drawn"
+    common = expected >= 8
+    observed = np.append(found[common], found[~common].sum()).astype(float)
+    wanted = np.append(expected[common], expected[~common].sum())
+    if wanted[-1] < 8:
+        wanted[0] += wanted[-1]
+        observed[0] += observed[-1]
+        wanted, observed = wanted[:-1], observed[:-1]
+    freedom = len(wanted) - 1
+    return float((((observed - wanted) ** 2 / wanted).sum() - freedom) / np.sqrt(2 * freedom))
+
+
+def probabilities_of(logits: torch.Tensor, draw: Draw) -> NDArray[np.float64]:
+    """Return fp64 ``[vocab]``, the distribution that a draw without penalties has, by its definition."""
+    values = logits.double().cpu().numpy() / draw.temperature
+    weights = np.exp(values - values.max())
+    weights[weights < draw.min_p] = 0
+    order = np.argsort(-weights, kind="stable")
+    if draw.top_k:
+        weights[order[draw.top_k :]] = 0
+    mass = np.cumsum(weights[order]) - weights[order]
+    weights[order[mass >= draw.top_p * weights.sum()]] = 0
+    result: NDArray[np.float64] = weights / weights.sum()
+    return result
+
+
+EDGES: dict[str, list[Draw]] = {
+    "all": [Draw(temperature=1.0), Draw(temperature=2.0)],
+    "top_k": [Draw(temperature=2.0, top_k=k) for k in (1, 2, 3, 5, 8)],
+    "top_p": [Draw(temperature=2.0, top_p=p) for p in (0.0005, 0.001, 0.0012, 0.002, 0.0045)],
+    "both": [Draw(temperature=2.0, top_k=k, top_p=p) for k, p in ((2, 0.5), (3, 0.6), (5, 0.7), (6, 0.75))],
+    "min_p": [Draw(temperature=1.5, min_p=p) for p in (0.3, 0.6, 0.95)],
+}
+"""Draws that keep few of 2,000 tokens of which none stands out, so that one token too many or too few is soon drawn."""
+
+
+def make_edge_batch(edge: str, rows: int) -> Batch:
+    """Return rows without setups that differ in their seeds."""
+    draws = [replace(EDGES[edge][row % len(EDGES[edge])], seed=row) for row in range(rows)]
+    return Batch(np.arange(rows, dtype=np.int32), draws, [])

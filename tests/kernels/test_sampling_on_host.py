@@ -11,6 +11,7 @@ import pytest
 import torch
 from kernels.host_kernels import HostLibrary
 from kernels.sampling_cases import (
+    EDGES,
     KINDS,
     NUM_SLOTS,
     compare,
@@ -18,6 +19,7 @@ from kernels.sampling_cases import (
     draw_by_reference,
     draw_on_device,
     make_batch,
+    make_edge_batch,
     make_logits,
 )
 from loraplex_engine.sampler import Sampler
@@ -134,3 +136,15 @@ def test_a_drawn_token_is_counted_until_the_slot_changes_its_occupant(host_libra
     second = [draw_on_device(sampler, logits, slots, draws, position).tokens[0] for position in range(4)]
 
     assert first == second == [100, 100, 200, 100]  # 1.5 > 1.0, 1.1 > 1.0, 0.7 < 1.0, 0.7 > 0.6
+
+
+@pytest.mark.parametrize("kind", ["flat", "equal"])
+@pytest.mark.parametrize("edge", EDGES)
+def test_exactly_the_tokens_are_kept_that_the_torch_sampler_keeps(
+    host_library: MakeHostLibrary, edge: str, kind: str
+) -> None:
+    """Forty tokens a thread, and a list of a thirtieth of the vocabulary."""
+    steps = [make_logits(kind, NUM_SLOTS, 2000, torch.float32, 1)]
+    device = make_sampler(host_library(torch.float32), 2000, block=32, capacity=64)
+
+    compare(device, Sampler(vocab_size=2000, device=CPU), make_edge_batch(edge, NUM_SLOTS), steps)

@@ -166,18 +166,20 @@ __device__ __noinline__ void sort_list(int n) {
         }
 }
 
-// Puts the keys in [begin, end) into the list, in any order, and returns how many there are, even if they do not fit.
+// Puts the keys in [begin, end) into the list, in any order, and returns how many there are, or more than fit.
 __device__ __noinline__ int gather(u64 begin, u64 end) {
     if (threadIdx.x == 0) shared.count = 0;
     __syncthreads();
     const Ranking ranking = shared.ranking;
+    bool is_full = false;  // stop counting then: atomics on one address are slow
     each_unit([&](int base, const float(&x)[kUnit]) {
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) {
             const u64 key = ranking.key(x[j], base + j);
-            if (key < begin || key >= end) continue;
+            if (key < begin || key >= end || is_full) continue;
             const int at = atomicAdd(&shared.count, 1);
-            if (at < kCapacity) shared.list[at] = key;
+            is_full = at >= kCapacity;
+            if (!is_full) shared.list[at] = key;
         }
     });
     __syncthreads();

@@ -123,15 +123,18 @@ class DeviceSampler:
         num_slots: Slots are below it.
         max_rows: Most rows of one step.
         kernel: Compiled already; made here if unset.
+
+    Attributes:
+        kernel: What draws.
     """
 
     def __init__(
         self, library: KernelLibrary, *, vocab_size: int, num_slots: int, max_rows: int, kernel: Sample | None = None
     ) -> None:
         self._vocab_size, self._max_rows, self._device = vocab_size, max_rows, library.device
-        self._kernel = kernel or Sample(library, vocab_size)
+        self.kernel = kernel or Sample(library, vocab_size)
         self._setups: dict[int, SlotSetup] = {}
-        bitmap = (self._kernel.bitmap_bytes, torch.uint8)
+        bitmap = (self.kernel.bitmap_bytes, torch.uint8)
         self._edits = SlotRows(
             num_slots, self._device, {"edits": (MAX_EDITS * EDIT_INTS, torch.int32), "bitmap": bitmap}
         )
@@ -148,7 +151,7 @@ class DeviceSampler:
         self._setups[setup.slot] = setup
         edits = make_edits(setup)
         if len(edits):
-            bitmap = make_bitmap(edits["token"], self._kernel.bitmap_bytes)
+            bitmap = make_bitmap(edits["token"], self.kernel.bitmap_bytes)
             self._edits.put(setup.slot, edits=edits.view(np.int32), bitmap=bitmap)
             self._num_edits[setup.slot] = -len(edits) if setup.allowed_token_ids else len(edits)
             self._only_stops[setup.slot] = not (setup.allowed_token_ids or setup.logit_bias)
@@ -197,18 +200,24 @@ class DeviceSampler:
             self._make_report(min(most, self._vocab_size))
         columns = 1 + 2 * self._report_top
         report = None if most < 0 else self._report[: len(rows) * columns].view(len(rows), columns)
-        edits = self._edits.buffers.get("edits")
-        self._kernel.launch(
+        self.kernel.launch(
             logits,
             upload(rows.view(np.int32).reshape(-1, ROW_INTS), self._device),
             drawn,
             last_sampled,
-            edits=None if edits is None else edits.view(edits.shape[0], MAX_EDITS, EDIT_INTS),
-            edit_bits=self._edits.buffers.get("bitmap"),
-            counts=self._counts.buffers.get("counts"),
+            **self.device_rows(),
             report=report,
         )
         return report
+
+    def device_rows(self) -> dict[str, Tensor | None]:
+        """Return what is kept of slots as `Sample.launch` takes it."""
+        edits = self._edits.buffers.get("edits")
+        return {
+            "edits": None if edits is None else edits.view(edits.shape[0], MAX_EDITS, EDIT_INTS),
+            "edit_bits": self._edits.buffers.get("bitmap"),
+            "counts": self._counts.buffers.get("counts"),
+        }
 
     def pack_rows(self, slots: NDArray[np.int32], arrays: SamplingArrays) -> NDArray[np.void]:
         """Return `ROW_DTYPE` ``[rows]``."""
