@@ -28,11 +28,11 @@ from loraplex_engine.cuda.sampling import DeviceSampler
 from loraplex_engine.cuda.step_handle import CudaStepHandle, ResultBuffers
 from loraplex_engine.cuda.step_input import TILE_INTS, InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.cuda.token_lora import make_token_lora
+from loraplex_engine.likeliest import likeliest_tokens
 from loraplex_engine.model.config import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_engine.prompt_logprobs import PromptLogprobTracker
-from loraplex_engine.sampler import likeliest_tokens
 from loraplex_engine.torch_runner import DTYPES
 
 if TYPE_CHECKING:
