@@ -1,6 +1,6 @@
 """Times sampling a step's rows on the GPU: our kernel by kind of row, its floor, and the torch sampler.
 
-    PYTHONPATH=kernels:services/engine:services/common python benchmarks/sampling.py --out benchmarks/results
+    PYTHONPATH=kernels:services/common:services/engine:proto/gen python benchmarks/sampling.py --out benchmarks/results
 
 The floor is one read of the logits at 3.35 TB/s. Kernel: median of 15 launches, L2 evicted by reading 160 MiB before
 each. The torch sampler is timed by the host, end to end, since it waits for the device. Logits are bf16, normal around 0:
@@ -10,9 +10,8 @@ each. The torch sampler is timed by the host, end to end, since it waits for the
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,11 @@ from loraplex_engine.sampler import Sampler
 from loraplex_engine.step import SamplingArrays, SlotSetup
 from loraplex_kernels.module import KernelLibrary
 from loraplex_kernels.sample import ROW_INTS
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "lib"))
+
+from loraplex_bench.results import Results, Row, head_commit  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,37 +127,31 @@ def run_case(rows: int, vocab: int, shape: str, kind: str, library: KernelLibrar
 
 
 def main() -> None:
-    """Run all cases, print and write them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 128256])
     parser.add_argument("--commit", default="", help="for checkouts without git")
     args = parser.parse_args()
     library, flush = KernelLibrary(DEVICE, torch.bfloat16), torch.zeros(40 << 20, device=DEVICE)
-    results: list[dict[str, object]] = []
-    print(f"{'case':44} {'kernel':>9} {'launched':>9} {'floor':>9} {'torch':>9}  (us)")
-    for vocab in args.vocab:
-        for rows in args.rows:
-            for shape in DEVIATIONS:
-                for kind in KINDS:
-                    case, floor = f"{rows}/{vocab}/{shape}/{kind}", rows * vocab * 2 / BYTES_PER_US
-                    kernel, launched, peer = run_case(rows, vocab, shape, kind, library, flush)
-                    print(f"{case:44} {kernel:9.1f} {launched:9.1f} {floor:9.1f} {peer:9.1f}", flush=True)
-                    row = {"suite": "sampling", "case": case, "unit": "us", "floor": floor, "peer": "torch sampler"}
-                    results.append(row | {"metric": "kernel", "value": kernel, "peer_value": peer})
-                    results.append(row | {"metric": "launched", "value": launched, "peer_value": peer})
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
-    meta = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": (args.commit or head).strip(),
-        "gpu": torch.cuda.get_device_name(DEVICE),
-        "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
-    }
-    path = args.out / f"sampling-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
-    path.write_text(json.dumps({"meta": meta, "rows": results}, indent=1) + "\n")
-    print(path)
+    results = Results()
+    results.print_head()
+    for rows, vocab, shape, kind in itertools.product(args.rows, args.vocab, DEVIATIONS, KINDS):
+        kernel, launched, peer = run_case(rows, vocab, shape, kind, library, flush)
+        for metric, value in (("kernel", kernel), ("launched", launched)):
+            results.add(
+                Row(
+                    suite="sampling",
+                    case=f"{rows}/{vocab}/{shape}/{kind}",
+                    metric=metric,
+                    value=value,
+                    unit="us",
+                    floor=rows * vocab * 2 / BYTES_PER_US,
+                    peer="torch sampler",
+                    peer_value=peer,
+                )
+            )
+    results.write(args.out, "sampling", commit=args.commit or head_commit())
 
 
 if __name__ == "__main__":
