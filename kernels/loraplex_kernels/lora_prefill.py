@@ -23,7 +23,13 @@ TILE_TOKENS: Final = 64  # kTokens
 RANK_BLOCK: Final = 64  # kBlockRows
 RUN: Final = 512
 EXPAND_SHARED_BYTES: Final = 60 * 1024  # two stages of B, and h
+CHUNK: Final = 1024  # kChunk: columns of a plane of h
 SHRINK_SHARED_BYTES: Final = 64 * 1024  # 4 stages of x and A
+
+
+def num_planes(shape: OpShape) -> int:
+    """Return how many planes of h the shrink writes."""
+    return -(-shape.columns // CHUNK)
 
 
 def make_segments(adapters: NDArray[np.int32], counts: NDArray[np.int32], first_token: int) -> NDArray[np.int32]:
@@ -74,7 +80,7 @@ def build_items(
     for op, shape in enumerate(shapes):
         stacked = max_stacked[segments[:, 2], op].astype(np.int64)
         runs = sum(-(-outputs // run) for outputs in shape.outputs)
-        for number in (-(-stacked // RANK_BLOCK) * shape.num_planes, np.where(stacked > 0, runs, 0)):
+        for number in (-(-stacked // RANK_BLOCK) * num_planes(shape), np.where(stacked > 0, runs, 0)):
             items, index = _items(segments, number), len(parts)
             header[2 * index : 2 * index + 2] = first, len(items)
             counts[index] = len(items)
@@ -127,7 +133,7 @@ class LoraPrefill:
 
     def new_scratch(self, tokens: int) -> torch.Tensor:
         """Allocate an h: fp32 ``[planes, tokens, 256]``."""
-        planes = max(shape.num_planes for shape in self._shapes)
+        planes = max(num_planes(shape) for shape in self._shapes)
         return torch.empty(planes, tokens, MAX_STACKED_RANK, dtype=torch.float32, device=self._library.device)
 
     def prepare(self, adapters: NDArray[np.int32], counts: NDArray[np.int32], first_token: int = 0) -> None:
@@ -160,7 +166,7 @@ class LoraPrefill:
         params, shape = self._shrink.params, self._shapes[OP_INDEX[op]]
         params.x = self._library.check("x", x, self._library.dtype, -1, shape.columns)
         params.h, params.h_plane, params.h_stride = h.data_ptr(), h.stride(0), h.stride(1)
-        params.columns, params.num_planes = shape.columns, shape.num_planes
+        params.columns, params.num_planes = shape.columns, num_planes(shape)
         self._kernel_tables(params.lora, layer, op, expand=False)
         self._shrink.launch(int(self._counts[range_index(op, expand=False)]))
 
@@ -180,7 +186,7 @@ class LoraPrefill:
         params.y_stride = begin[-1]
         params.scale = self._library.check("scale", scale, torch.float32, -1)
         params.h, params.h_plane, params.h_stride = h.data_ptr(), h.stride(0), h.stride(1)
-        params.num_planes = shape.num_planes
+        params.num_planes = num_planes(shape)
         params.slice_begin[:] = [*begin, *[begin[-1]] * (4 - len(begin))]
         self._kernel_tables(params.lora, layer, op, expand=True)
         self._expand.launch(int(self._counts[range_index(op, expand=True)]))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
+from kernels.sampling_cases import NUM_SLOTS, device_sampler, draw_by_reference, draw_on_device, make_batch, make_logits
 from loraplex_kernels import reference
 from loraplex_kernels.attention_decode import AttentionDecode
 from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
@@ -214,9 +215,31 @@ class Cases:
         )
         self.check("attention scalar", out, expected)
 
+    def sampling(self) -> None:
+        """A mix of every way to draw; a tie of perturbed values may fall otherwise than by the host's logarithms."""
+        vocab = 1003
+        batch = make_batch(NUM_SLOTS, vocab, seed=11)
+        logits = make_logits("peaked", NUM_SLOTS, vocab, self._dtype, seed=12)
+        sampler = device_sampler(self._library, vocab)
+        for setup in batch.setups:
+            sampler.occupy(setup)
+        expected = draw_by_reference(sampler, batch, logits, 5)
+        found = draw_on_device(sampler, logits.to(self._device), batch.slots, batch.draws, 5)
+        tokens = [token if ok else -1 for token, ok in zip(found.tokens, found.valid, strict=True)]
+        different = sum(a != b for a, b in zip(tokens, expected, strict=True))
+        print(f"{self._dtype} sampling: {different} of {NUM_SLOTS} tokens differ", flush=True)
+        if different > 1:
+            self.failures.append(f"{self._dtype} sampling: {different} of {NUM_SLOTS} tokens differ")
+
     def run(self) -> None:
         """Run all cases that the element type has."""
-        steps: list[Callable[[], None]] = [self.pointwise, self.rope_kv, self.lora_decode, self.attention]
+        steps: list[Callable[[], None]] = [
+            self.pointwise,
+            self.rope_kv,
+            self.lora_decode,
+            self.attention,
+            self.sampling,
+        ]
         if self._dtype == torch.bfloat16:
             steps.append(self.lora_prefill)
         for step in steps:

@@ -53,9 +53,9 @@ __device__ __forceinline__ void AddItem::run() const {
     for (int index = threadIdx.x / kWarp * kUnit; index * kBlockRows < item.extent || !is_staged;
          index += kExpandWarps * kUnit) {
         const int rows = item.extent - index * kBlockRows;
-        Block first = begin_block<kRows, 0>(p.lora, shared.resolved, which, index, slice.rank, min(kBlockRows, rows)), second;
+        Block first = begin_block<kRows, 0>(p.lora, shared.resolved, which, index, slice, min(kBlockRows, rows)), second;
         if constexpr (kIsPair)
-            second = begin_block<kRows, 1>(p.lora, shared.resolved, which, index + 1, slice.rank,
+            second = begin_block<kRows, 1>(p.lora, shared.resolved, which, index + 1, slice,
                                            min(kBlockRows, rows - kBlockRows));
         if (!is_staged) {
             dependency_wait();
@@ -64,8 +64,8 @@ __device__ __forceinline__ void AddItem::run() const {
             is_staged = true;
         }
         const int n = item.begin + index * kBlockRows;
-        add_block(p, group, n, first, finish_block<kRows, 0>(first, shared.hidden));
-        if constexpr (kIsPair) add_block(p, group, n + kBlockRows, second, finish_block<kRows, 1>(second, shared.hidden));
+        add_block(p, group, n, first, finish_block<kRows, 0>(p.lora, first, shared.hidden));
+        if constexpr (kIsPair) add_block(p, group, n + kBlockRows, second, finish_block<kRows, 1>(p.lora, second, shared.hidden));
     }
     __syncthreads();
 }

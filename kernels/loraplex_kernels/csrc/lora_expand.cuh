@@ -75,13 +75,14 @@ struct SliceInfo {
     int rank;
     int first_row;  // of the stacked h
     float scaling;
-    int reserved;
+    int index;
 };
 
 struct ExpandBatch {
     ItemBatch batch;
     SliceInfo slices[kBatch][2];
-    i64 block[kExpandThreads];  // pool offset of B's first row of each block of the batch's items
+    i64 block[kExpandThreads];  // pool offset of B's first row of each block of the batch's items; fp32, whose tiles may
+                                // be narrower than a block: the row's number
 };
 
 // Walks to the weights of up to kBatch items, `first` on; returns how many there are. Where an item covers the same
@@ -99,12 +100,16 @@ __device__ __forceinline__ int resolve(const LoraTables& t, const ExpandParams& 
         const int rank = work.entry == nullptr ? 0 : work.entry->rank[slice];
         if (block == 0) {
             if (part == 0) shared.batch.items[which] = work.item;
-            SliceInfo info = {rank, 0, 0.f, 0};
+            SliceInfo info = {rank, 0, 0.f, slice};
             if (rank > 0) info.first_row = first_rank_row(*work.entry, slice), info.scaling = work.entry->scaling[slice];
             shared.slices[which][part] = info;
         }
         if (rank > 0 && block * kBlockRows < work.item.extent)
+#ifdef LORAPLEX_FP32
+            shared.block[threadIdx.x] = n;
+#else
             shared.block[threadIdx.x] = b_address(t, *work.entry, slice, n) - t.pool;
+#endif
     }
     const int count = items_left(num_items, first, kBatch);
     __syncthreads();
@@ -182,10 +187,13 @@ __device__ __forceinline__ void with_rows(Rows rows, F f) {
 
 // One block of outputs on its way: where B's rows are, and what of them was asked for.
 struct Block {
-    const u8* b;  // first row of the block
-    int rows;     // live outputs, a multiple of 8
+    int rows;  // live outputs, a multiple of 8
     int rank;
-#ifndef LORAPLEX_FP32
+#ifdef LORAPLEX_FP32
+    const OpEntry* entry;
+    int slice, n;
+#else
+    const u8* b;  // first row of the block
     Quad loads[kLoads];
 #endif
 };
@@ -261,15 +269,18 @@ __device__ constexpr bool is_early(Rows rows, int block) {
 // Asks for the first rows of block `index` of an item: what a kernel does before it waits for anything.
 template <Rows kRows, int kWhich>
 __device__ __forceinline__ Block begin_block(const LoraTables& t, const ExpandBatch& shared, int which, int index,
-                                             int rank, int rows) {
+                                             const SliceInfo& slice, int rows) {
     Block block;
     block.rows = rows;
     if constexpr (kRows != Rows::kNone) {
-        block.rank = rank;
-        if (rank == 0) block.rows = 0;
+        block.rank = slice.rank;
+        if (slice.rank == 0) block.rows = 0;
+#ifdef LORAPLEX_FP32
+        block.entry = t.entries + shared.batch.items[which].adapter * t.entry_stride;
+        block.slice = slice.index, block.n = static_cast<int>(shared.block[which * kItemBlocks + index]);
+#else
         block.b = t.pool;
         if (block.rows > 0) block.b += shared.block[which * kItemBlocks + index];
-#ifndef LORAPLEX_FP32
         if constexpr (is_early(kRows, kWhich)) load_pass<kRows>(block, 0, block.loads);
 #endif
     }
@@ -278,14 +289,15 @@ __device__ __forceinline__ Block begin_block(const LoraTables& t, const ExpandBa
 
 // The block's delta, h staged; uses up the loads that begin_block() made.
 template <Rows kRows, int kWhich>
-__device__ __forceinline__ Delta finish_block(Block& block, const HiddenTile& hidden) {
+__device__ __forceinline__ Delta finish_block(const LoraTables& t, Block& block, const HiddenTile& hidden) {
     Delta delta = {};
     if constexpr (kRows == Rows::kNone) return delta;
     const int lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
 #ifdef LORAPLEX_FP32
     if (kLaneRows * g >= block.rows) return delta;
     for (int j = 0; j < kLaneRows; ++j) {
-        const float* b = reinterpret_cast<const float*>(block.b) + (kLaneRows * g + j) * block.rank;
+        const u8* row = b_address(t, *block.entry, block.slice, block.n + kLaneRows * g + j);
+        const float* b = reinterpret_cast<const float*>(row);
         for (int which = 0; which < 2; ++which) {
             const float* h = hidden.v + (2 * c + which) * hidden_stride(block.rank);
             for (int k = 0; k < block.rank; ++k) delta.v[which][j] += b[k] * h[k];

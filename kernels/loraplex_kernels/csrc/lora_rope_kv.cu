@@ -5,7 +5,7 @@
 // items. Block: 4 warps; of an item's heads, warp w takes every fourth: lane (g, c) ends with dims 8 g .. 8 g + 7 of each
 // block of 64 of tokens 2 c and 2 c + 1. Their rotary partners are the lane's own in the other block (HEAD_DIM 128), or
 // lane g ^ 4's (HEAD_DIM 64). Shared memory: 9 KiB of h and 3 KiB of items. Alignment: rows on 16 bytes.
-// Registers: 4 CTAs of 128 threads per SM, hence at most 128. Architectures: sm_80 and up.
+// Registers: 3 CTAs of 128 threads per SM, hence at most 168. Architectures: sm_80 and up.
 #include "lora_expand.cuh"
 #include "rope.cuh"
 
@@ -130,9 +130,9 @@ __device__ __forceinline__ void FinishItem::run() const {
 #pragma unroll 1
     for (int n = threadIdx.x / kWarp * kHeadDim; n < item.extent || !is_staged; n += kExpandWarps * kHeadDim) {
         const int rows = n < item.extent ? kBlockRows : 0, index = n / kBlockRows;
-        Block low = begin_block<kRows, 0>(p.lora, shared.resolved, which, index, slice.rank, rows), high;
+        Block low = begin_block<kRows, 0>(p.lora, shared.resolved, which, index, slice, rows), high;
         if constexpr (kHeadBlocks == 2)
-            high = begin_block<kRows, 1>(p.lora, shared.resolved, which, index + 1, slice.rank, rows);
+            high = begin_block<kRows, 1>(p.lora, shared.resolved, which, index + 1, slice, rows);
         if (!is_staged) {
             dependency_wait();
             if constexpr (kRows != Rows::kNone) {
@@ -144,8 +144,8 @@ __device__ __forceinline__ void FinishItem::run() const {
         if (rows == 0) break;
         const int head = (item.begin + n) / kHeadDim;
         Octet sums[2][kHeadBlocks];
-        add_block(p.rope, group, head, 0, finish_block<kRows, 0>(low, shared.hidden), sums);
-        if constexpr (kHeadBlocks == 2) add_block(p.rope, group, head, 1, finish_block<kRows, 1>(high, shared.hidden), sums);
+        add_block(p.rope, group, head, 0, finish_block<kRows, 0>(p.lora, low, shared.hidden), sums);
+        if constexpr (kHeadBlocks == 2) add_block(p.rope, group, head, 1, finish_block<kRows, 1>(p.lora, high, shared.hidden), sums);
 #pragma unroll
         for (int token = 0; token < 2; ++token) {
             in_order();
@@ -155,7 +155,7 @@ __device__ __forceinline__ void FinishItem::run() const {
     if constexpr (kRows != Rows::kNone) __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(kExpandThreads, 4) lora_rope_kv(const Params p) {
+extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_rope_kv(const Params p) {
     __shared__ Shared shared;
     allow_dependents();
     const int num_items = p.lora.range[1];

@@ -4,7 +4,7 @@
 // Work item: begin = first output, extent = outputs of both slices. Grid: any; CTAs stride over the items. Block: 4 warps;
 // of an item's run, warp w takes every fourth block of 64 outputs, of gate and of up. Shared memory: 18 KiB of h and 3 KiB of items.
 // Alignment: rows on 16 bytes; width % 8 == 0.
-// Registers: 4 CTAs of 128 threads per SM, hence at most 128. Architectures: sm_80 and up.
+// Registers: 3 CTAs of 128 threads per SM, hence at most 168. Architectures: sm_80 and up.
 #include "lora_expand.cuh"
 #include "silu.cuh"
 
@@ -55,8 +55,8 @@ __device__ __forceinline__ void FinishItem::run() const {
 #pragma unroll 1
     for (int index = threadIdx.x / kWarp; index * kBlockRows < item.extent || !is_staged; index += kExpandWarps) {
         const int rows = min(kBlockRows, item.extent - index * kBlockRows);
-        Block gate = begin_block<kRows, 0>(p.lora, shared.resolved, number, index, slices[0].rank, rows);
-        Block up = begin_block<kRows, 1>(p.lora, shared.resolved, number, kItemBlocks / 2 + index, slices[1].rank, rows);
+        Block gate = begin_block<kRows, 0>(p.lora, shared.resolved, number, index, slices[0], rows);
+        Block up = begin_block<kRows, 1>(p.lora, shared.resolved, number, kItemBlocks / 2 + index, slices[1], rows);
         if (!is_staged) {
             dependency_wait();
             if constexpr (kRows != Rows::kNone) {
@@ -70,9 +70,9 @@ __device__ __forceinline__ void FinishItem::run() const {
         const bool is_live = lane_row() < rows;
         const int n = item.begin + index * kBlockRows + lane_row();
         const Sums gates =
-            load_sums(p.gate_up + n, p.width, group, is_live, finish_block<kRows, 0>(gate, shared.hidden[0]));
+            load_sums(p.gate_up + n, p.width, group, is_live, finish_block<kRows, 0>(p.lora, gate, shared.hidden[0]));
         const Sums ups =
-            load_sums(p.gate_up + p.width + n, p.width, group, is_live, finish_block<kRows, 1>(up, shared.hidden[1]));
+            load_sums(p.gate_up + p.width + n, p.width, group, is_live, finish_block<kRows, 1>(p.lora, up, shared.hidden[1]));
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
             const int token = lane_token(group, which);
@@ -92,7 +92,7 @@ __device__ __forceinline__ Rows rows_of_both(const SliceInfo (&slices)[2]) {
     return gate == up || up == Rows::kNone ? gate : gate == Rows::kNone ? up : Rows::kUnaligned;
 }
 
-extern "C" __global__ void __launch_bounds__(kExpandThreads, 4) lora_silu_mul(const Params p) {
+extern "C" __global__ void __launch_bounds__(kExpandThreads, 3) lora_silu_mul(const Params p) {
     __shared__ Shared shared;
     allow_dependents();
     const int num_items = p.lora.range[1];

@@ -9,7 +9,7 @@ import torch
 from loraplex_common.adapter_image import OP_INDEX
 from loraplex_kernels.items import GROUP_TOKENS, op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.lora_prefill import RANK_BLOCK, RUN, TILE_TOKENS, LoraPrefill
+from loraplex_kernels.lora_prefill import RANK_BLOCK, RUN, TILE_TOKENS, LoraPrefill, num_planes
 from loraplex_kernels.tables import MAX_STACKED_RANK
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def max_decode_items(shapes: tuple[OpShape, ...], num_groups: int) -> int:
 def max_prefill_items(shapes: tuple[OpShape, ...], num_tiles: int) -> int:
     """Return a bound of the items of a step with that many tiles of 64 tokens or fewer."""
     per_tile = sum(
-        -(-MAX_STACKED_RANK // RANK_BLOCK) * shape.num_planes + sum(-(-outputs // RUN) for outputs in shape.outputs)
+        -(-MAX_STACKED_RANK // RANK_BLOCK) * num_planes(shape) + sum(-(-outputs // RUN) for outputs in shape.outputs)
         for shape in shapes
     )
     return per_tile * num_tiles
