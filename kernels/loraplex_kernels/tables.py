@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import KIND_A, KIND_B, OP_INDEX, OPS, layout
+from loraplex_common.adapter_image import ITEM_BYTES, KIND_A, KIND_B, OP_INDEX, OPS, TILE_ALIGN, layout
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
@@ -29,9 +29,11 @@ ENTRY_DTYPE: Final = np.dtype(
         ("b_first", np.int32, MAX_SLICES),
         ("b_step", np.int32, MAX_SLICES),
         ("scaling", np.float32, MAX_SLICES),
+        ("a_offset", np.int64),
+        ("b_offset", np.int64, MAX_SLICES),
     ]
 )
-"""One OpEntry of csrc/lora_table.cuh, 64 bytes."""
+"""One OpEntry of csrc/lora_table.cuh, 96 bytes."""
 _PLACE: Final = {name: (OP_INDEX[op], index) for op, names in OPS.items() for index, name in enumerate(names)}
 
 
@@ -91,7 +93,30 @@ def make_entries(
         op, slice_index = _PLACE[module.projection]
         entries["scaling"][module.layer, op, slice_index] = module.scaling
     offsets = pages[tiles["page"]].astype(np.int64) * geometry.page_bytes + tiles["offset"]
+    begins = _undivided(geometry, tiles, firsts, offsets)
+    entries["a_offset"][at_a] = begins[tiles["kind"][firsts] == KIND_A]
+    entries["b_offset"][at_b] = begins[tiles["kind"][firsts] == KIND_B]
     return entries, offsets
+
+
+def _undivided(
+    geometry: Geometry, tiles: NDArray[np.void], firsts: NDArray[np.intp], offsets: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return where each matrix begins whose tiles lie behind each other in the pool, and -1 for one that does not.
+
+    Args:
+        geometry: For the element size.
+        tiles: In stream order.
+        firsts: First tile of each matrix.
+        offsets: Of each tile in the pool, bytes.
+    """
+    sizes = tiles["rows"][firsts].astype(np.int64) * tiles["cols"][firsts] * ITEM_BYTES[geometry.dtype]
+    strides = -(-sizes // TILE_ALIGN) * TILE_ALIGN
+    counts = np.diff(np.append(firsts, len(tiles)))
+    numbers = np.arange(len(tiles)) - np.repeat(firsts, counts)
+    expected = np.repeat(offsets[firsts], counts) + numbers * np.repeat(strides, counts)
+    undivided = np.logical_and.reduceat(offsets == expected, firsts) if len(firsts) else np.zeros(0, dtype=bool)
+    return np.where(undivided, offsets[firsts], -1)
 
 
 class RangeAllocator:
@@ -144,7 +169,7 @@ class AdapterTables:
     """Entries and tiles of up to ``max_adapters`` adapters.
 
     Attributes:
-        entries: uint8 ``[max_adapters, layers, 4, 64]`` on the device.
+        entries: uint8 ``[max_adapters, layers, 4, 96]`` on the device.
         tiles: int64 ``[tile_capacity]`` on the device; byte offsets in the pool.
         max_ranks: int32 ``[max_adapters, 4, 3]`` on the host; largest rank of each slice over the layers.
         max_stacked: int32 ``[max_adapters, 4]`` on the host; largest stacked rank over the layers.

@@ -86,6 +86,38 @@ def test_entries_address_every_element_of_a_and_b(dtype: str, ranks: tuple[int, 
     assert not entries[0].view(np.uint8).any(), "a layer without the adapter has a blank entry"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_matrices_that_no_page_divides_need_no_tile_table(dtype: str) -> None:
+    pool = AdapterPool(make_geometry(dtype=dtype, hidden=648, page_bytes=48 * 1024), 64, np.random.default_rng(0))
+    adapter = pool.add({(1, "q_proj"): 33, (1, "v_proj"): 8, (0, "o_proj"): 24, (0, "down_proj"): 4})
+
+    entries, tiles = make_entries(pool.geometry, adapter.spec, adapter.pages)
+
+    size, divided = ITEM_BYTES[dtype], 0
+    for entry in entries.reshape(-1):
+        matrices = [(entry["a_offset"], entry["a_first"], int(entry["stacked_rank"] * entry["a_step"]))]
+        matrices += [
+            (entry["b_offset"][i], entry["b_first"][i], int(entry["rank"][i] * entry["b_step"][i])) for i in range(3)
+        ]
+        for offset, first, elements in matrices:
+            last = min([*(m[1] for e in entries.reshape(-1) for m in _matrices(e) if m[1] > first), len(tiles)])
+            expected = tiles[first] + np.arange(last - first) * (-(-elements * size // 128) * 128)
+            if elements and offset >= 0:
+                assert offset == tiles[first]
+                np.testing.assert_array_equal(tiles[first:last], expected)
+            elif elements:
+                divided += 1
+                assert (tiles[first:last] != expected).any()
+    assert divided, "no matrix crossed a page: the case is too easy"
+
+
+def _matrices(entry: np.void) -> list[tuple[int, int]]:
+    """(elements of a tile, first tile) of an entry's matrices that exist."""
+    found = [(int(entry["stacked_rank"]), int(entry["a_first"]))]
+    found += [(int(entry["rank"][i]), int(entry["b_first"][i])) for i in range(3)]
+    return [matrix for matrix in found if matrix[0]]
+
+
 def test_binding_again_after_unbinding_reuses_the_tiles() -> None:
     pool = AdapterPool(make_geometry(), 16, np.random.default_rng(1))
     adapter = pool.add_uniform(8)

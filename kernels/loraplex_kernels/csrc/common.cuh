@@ -113,6 +113,13 @@ __device__ __forceinline__ void allow_dependents() {
 #endif
 }
 
+// Brings what is read later into L1 without tying up a register until then.
+__device__ __forceinline__ void prefetch_to_l1(const void* from) {
+#ifndef LORAPLEX_HOST
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+#endif
+}
+
 // Keeps the compiler from moving memory accesses across: it would ask for everything first and run out of registers.
 __device__ __forceinline__ void in_order() { asm volatile("" ::: "memory"); }
 

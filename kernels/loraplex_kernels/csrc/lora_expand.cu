@@ -16,6 +16,15 @@ struct Params {
 };
 static_assert(sizeof(Params) == 120, "params.py mirrors it");
 
+// Asks for this lane's part of y of a block: needed last, behind everything else.
+__device__ __forceinline__ void prefetch_rows(const Params& p, const Group& group, int n, int rows) {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+        const int token = lane_token(group, which);
+        if (token >= 0 && lane_row() < rows) prefetch_to_l1(p.y + token * p.y_stride + n + lane_row());
+    }
+}
+
 __device__ __forceinline__ void add_block(const Params& p, const Group& group, int n, const Block& block,
                                           const Delta& delta) {
     if (lane_row() >= block.rows) return;
@@ -57,13 +66,15 @@ __device__ __forceinline__ void AddItem::run() const {
         if constexpr (kIsPair)
             second = begin_block<kRows, 1>(p.lora, shared.resolved, which, index + 1, slice,
                                            min(kBlockRows, rows - kBlockRows));
+        if (!is_staged) dependency_wait();
+        const int n = item.begin + index * kBlockRows;
+        prefetch_rows(p, group, n, rows);
+        if constexpr (kIsPair) prefetch_rows(p, group, n + kBlockRows, rows - kBlockRows);
         if (!is_staged) {
-            dependency_wait();
             stage_hidden(p.expand, slice, group, shared.hidden);
             __syncthreads();
             is_staged = true;
         }
-        const int n = item.begin + index * kBlockRows;
         add_block(p, group, n, first, finish_block<kRows, 0>(p.lora, first, shared.hidden));
         if constexpr (kIsPair) add_block(p, group, n + kBlockRows, second, finish_block<kRows, 1>(p.lora, second, shared.hidden));
     }

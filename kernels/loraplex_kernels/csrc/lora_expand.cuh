@@ -95,6 +95,7 @@ __device__ __forceinline__ int resolve(const LoraTables& t, const ExpandParams& 
     const int block = threadIdx.x % kSliceBlocks;
     if (item_index(first + which) < num_items) {
         const Work work = fetch_work(t, item_index(first + which));
+        const Quad group = load_group_part(t, work.item, threadIdx.x % kItemBlocks);
         const int slice = kPaired ? part : slice_of(p, work.item.begin);
         const int n = work.item.begin - (kPaired ? 0 : p.slice_begin[slice]) + block * kBlockRows;
         const int rank = work.entry == nullptr ? 0 : work.entry->rank[slice];
@@ -110,12 +111,10 @@ __device__ __forceinline__ int resolve(const LoraTables& t, const ExpandParams& 
 #else
             shared.block[threadIdx.x] = b_address(t, *work.entry, slice, n) - t.pool;
 #endif
+        keep_group_part(shared.batch, which, threadIdx.x % kItemBlocks, group);
     }
-    const int count = items_left(num_items, first, kBatch);
     __syncthreads();
-    fetch_groups<kExpandThreads>(t, shared.batch, count);
-    __syncthreads();
-    return count;
+    return items_left(num_items, first, kBatch);
 }
 
 // Sums the planes of the group's h for one slice and scales; columns up to the next multiple of 32 are zeroed, tokens the

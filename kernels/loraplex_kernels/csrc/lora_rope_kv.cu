@@ -98,6 +98,24 @@ __device__ __forceinline__ void finish_token(const RopeParams& p, int token, int
     }
 }
 
+__device__ __forceinline__ int position_of(const RopeParams& p, const Group& group, int which) {
+    const int token = lane_token(group, which);
+    return token >= 0 ? p.positions[token] : 0;
+}
+
+// Asks for what finishing a head of this lane's tokens needs last.
+__device__ __forceinline__ void prefetch_head(const RopeParams& p, const Group& group, int head) {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+        const int token = lane_token(group, which);
+        if (token < 0) continue;
+        const elem* row = qkv_address(p, token, head);
+        prefetch_to_l1(row);
+        if constexpr (kHeadBlocks == 2) prefetch_to_l1(row + kBlockRows);
+        prefetch_to_l1(p.kv_slots + token);
+    }
+}
+
 // A block's sums for this lane's two tokens.
 __device__ __forceinline__ void add_block(const RopeParams& p, const Group& group, int head, int block,
                                           const Delta& delta, Octet (&sums)[2][kHeadBlocks]) {
@@ -133,16 +151,19 @@ __device__ __forceinline__ void FinishItem::run() const {
         Block low = begin_block<kRows, 0>(p.lora, shared.resolved, which, index, slice, rows), high;
         if constexpr (kHeadBlocks == 2)
             high = begin_block<kRows, 1>(p.lora, shared.resolved, which, index + 1, slice, rows);
+        const int head = (item.begin + n) / kHeadDim;
         if (!is_staged) {
             dependency_wait();
-            if constexpr (kRows != Rows::kNone) {
-                stage_hidden(p.expand, slice, group, shared.hidden);
-                __syncthreads();
-            }
+            if (rows > 0) prefetch_head(p.rope, group, head);
+            const int positions[2] = {position_of(p.rope, group, 0), position_of(p.rope, group, 1)};
+            if constexpr (kRows != Rows::kNone) stage_hidden(p.expand, slice, group, shared.hidden);
+#pragma unroll
+            for (int which = 0; which < 2; ++which)
+                prefetch_to_l1(p.rope.rotary + static_cast<i64>(positions[which]) * kHeadDim + lane_row() * kHeadBlocks);
+            if constexpr (kRows != Rows::kNone) __syncthreads();
             is_staged = true;
         }
         if (rows == 0) break;
-        const int head = (item.begin + n) / kHeadDim;
         Octet sums[2][kHeadBlocks];
         add_block(p.rope, group, head, 0, finish_block<kRows, 0>(p.lora, low, shared.hidden), sums);
         if constexpr (kHeadBlocks == 2) add_block(p.rope, group, head, 1, finish_block<kRows, 1>(p.lora, high, shared.hidden), sums);

@@ -48,6 +48,7 @@ __device__ __forceinline__ int resolve(const Params& p, int first, int num_items
     if (which < room && item_index(first + which) < num_items) {
         const Work work = fetch_work(p.lora, item_index(first + which));
         const OpEntry& e = *work.entry;
+        const Quad group = load_group_part(p.lora, work.item, piece);
         const int column = work.item.extent * p.plane_columns + piece * kPiece, tile = column / max(1, e.a_step);
         if (piece == 0) {
             shared.batch.items[which] = work.item;
@@ -56,15 +57,13 @@ __device__ __forceinline__ int resolve(const Params& p, int first, int num_items
         }
         if (e.stacked_rank > 0 && column < p.columns) {
             const int start = tile * e.a_step;
-            shared.piece[threadIdx.x] = p.lora.tiles[e.a_first + tile] + (column - start) * static_cast<int>(sizeof(elem));
+            shared.piece[threadIdx.x] = a_tile(p.lora, e, tile) + (column - start) * static_cast<int>(sizeof(elem));
             shared.width[threadIdx.x] = min(e.a_step, p.columns - start);
         }
+        keep_group_part(shared.batch, which, piece, group);
     }
-    const int count = items_left(num_items, first, room);
     __syncthreads();
-    fetch_groups<kThreads>(p.lora, shared.batch, count);
-    __syncthreads();
-    return count;
+    return items_left(num_items, first, room);
 }
 
 // Where columns [column, column + 8) of rank row `row` lie; `piece` is the item's 64 columns around them.

@@ -57,8 +57,17 @@ __device__ __forceinline__ void FinishItem::run() const {
         const int rows = min(kBlockRows, item.extent - index * kBlockRows);
         Block gate = begin_block<kRows, 0>(p.lora, shared.resolved, number, index, slices[0], rows);
         Block up = begin_block<kRows, 1>(p.lora, shared.resolved, number, kItemBlocks / 2 + index, slices[1], rows);
+        const bool is_live = lane_row() < rows;
+        const int n = item.begin + index * kBlockRows + lane_row();
         if (!is_staged) {
             dependency_wait();
+#pragma unroll
+            for (int which = 0; which < 2; ++which) {
+                const int token = lane_token(group, which);
+                if (!is_live || token < 0) continue;
+                prefetch_to_l1(p.gate_up + static_cast<i64>(token) * 2 * p.width + n);
+                prefetch_to_l1(p.gate_up + (static_cast<i64>(token) * 2 + 1) * p.width + n);
+            }
             if constexpr (kRows != Rows::kNone) {
 #pragma unroll 1
                 for (int part = 0; part < 2; ++part)
@@ -67,8 +76,6 @@ __device__ __forceinline__ void FinishItem::run() const {
             }
             is_staged = true;
         }
-        const bool is_live = lane_row() < rows;
-        const int n = item.begin + index * kBlockRows + lane_row();
         const Sums gates =
             load_sums(p.gate_up + n, p.width, group, is_live, finish_block<kRows, 0>(p.lora, gate, shared.hidden[0]));
         const Sums ups =
