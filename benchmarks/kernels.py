@@ -135,7 +135,7 @@ class LoraCase:
         self.tables = AdapterTables(self.geometry, max_adapters=num_adapters, tile_capacity=tiles, device=DEVICE)
         for index, (spec, pages) in enumerate(zip(self.specs, self.pages, strict=True)):
             self.tables.bind(index, spec, pages)
-        self.shapes = op_shapes(self.geometry, fused=False)
+        self.shapes = op_shapes(self.geometry)
         self.library, self.sets = library, sets
 
     def matrices(self, index: int, layer: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -178,7 +178,7 @@ def decode_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[s
     adapters = adapters_of(tokens, row["popularity"])
     built = lora.prepare(adapters)
     op = list(OPS).index(case.op)
-    grids = [min(int(built.counts[2 * op]), 132 * 4), min(int(built.counts[2 * op + 1]), 132 * 4)]
+    grids = [min(int(built.counts[2 * op]), 132 * 3), min(int(built.counts[2 * op + 1]), 132 * 4)]
     x = torch.randn(tokens, shape.columns, device=DEVICE, dtype=torch.bfloat16)
     y = torch.zeros(tokens, sum(shape.outputs), device=DEVICE, dtype=torch.bfloat16)
     h, scale = lora.new_scratch(), torch.ones(tokens, device=DEVICE)

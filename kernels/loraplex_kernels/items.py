@@ -42,18 +42,14 @@ class OpShape:
     Attributes:
         columns: Input features.
         outputs: Output features of each slice.
-        unit: Runs are multiples of this many outputs: the head size where whole heads are needed.
         max_run: Longest run the kernel takes.
-        fused: The expand is folded into the op's pointwise follower, so rows without an adapter need items too.
-        paired: A run covers the same outputs of all slices (gate and up).
+        complete: Every output of every row has an item, adapted or not: whoever reads the delta reads all of it.
     """
 
     columns: int
     outputs: tuple[int, ...]
-    unit: int = BLOCK_ROWS
     max_run: int = 512
-    fused: bool = False
-    paired: bool = False
+    complete: bool = False
 
     @property
     def plane_columns(self) -> int:
@@ -71,23 +67,21 @@ class OpShape:
         return tuple(int(n) for n in np.cumsum((0, *self.outputs)))
 
 
-def op_shapes(geometry: Geometry, *, fused: bool) -> tuple[OpShape, ...]:
+def op_shapes(geometry: Geometry, *, complete: frozenset[str] = frozenset()) -> tuple[OpShape, ...]:
     """Return the shapes of the four ops of one tensor-parallel rank.
 
     Args:
         geometry: Shapes of the base model.
-        fused: Fold the expands of qkv and gate_up into their followers; else every expand adds to its op's output.
+        complete: Ops whose expand writes a whole delta; the others' add to their op's output where it is adapted.
     """
-    shapes = []
-    for op, projections in OPS.items():
-        columns, outputs = (
-            geometry.local_shape(projections[0])[0],
-            tuple(geometry.local_shape(p)[1] for p in projections),
+    return tuple(
+        OpShape(
+            columns=geometry.local_shape(projections[0])[0],
+            outputs=tuple(geometry.local_shape(p)[1] for p in projections),
+            complete=op in complete,
         )
-        fold, paired = fused and len(outputs) > 1, fused and op == "gate_up"
-        unit, max_run = geometry.head_dim if fold and op == "qkv" else BLOCK_ROWS, 256 if paired else 512
-        shapes.append(OpShape(columns=columns, outputs=outputs, unit=unit, max_run=max_run, fused=fold, paired=paired))
-    return tuple(shapes)
+        for op, projections in OPS.items()
+    )
 
 
 class ItemRanges(NamedTuple):
@@ -168,14 +162,10 @@ def expand_items(
         shape: The op's.
         item_bytes: Bytes of an element.
     """
-    slices = (
-        [(0, shape.outputs[0], ranks.sum(axis=1))]
-        if shape.paired
-        else [
-            (begin, outputs, ranks[:, index])
-            for index, (begin, outputs) in enumerate(zip(shape.slice_begin, shape.outputs, strict=False))
-        ]
-    )
+    slices = [
+        (begin, outputs, ranks[:, index])
+        for index, (begin, outputs) in enumerate(zip(shape.slice_begin, shape.outputs, strict=False))
+    ]
     total = sum(outputs for _, outputs, _ in slices)
     spread = max(BLOCK_ROWS, 2 ** math.ceil(math.log2(max(total * len(groups) / WAVE_ITEMS, 1))))
     parts = []
@@ -183,8 +173,7 @@ def expand_items(
         longest = np.minimum(EXPAND_ITEM_BYTES // np.maximum(rank * item_bytes, 1), spread)
         longest = np.maximum(longest, SMALLEST_RUN)
         run = 2 ** np.floor(np.log2(np.minimum(longest, shape.max_run))).astype(np.int64)
-        run = np.maximum(run // shape.unit, 1) * shape.unit
-        counts = -(-outputs // run) * (rank > 0 if not shape.fused else 1)
+        counts = -(-outputs // run) * (rank > 0 if not shape.complete else 1)
         group = np.repeat(np.arange(len(groups)), counts)
         start = within_runs(counts) * run[group]
         part = np.empty((len(group), ITEM_INTS), dtype=np.int32)

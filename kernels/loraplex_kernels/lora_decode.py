@@ -1,4 +1,4 @@
-"""LoRA for decode rows: shrink, then expand on its own or folded into the kernel that follows the op's GEMM."""
+"""LoRA for decode rows: shrink, then expand, which adds to an output or writes a delta that the op's follower adds."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ from loraplex_kernels.items import (
     OpShape,
     range_index,
 )
-from loraplex_kernels.params import ExpandAddParams, LoraRopeKvParams, LoraSiluMulParams, LoraTables, ShrinkParams
+from loraplex_kernels.params import ExpandAddParams, LoraTables, ShrinkParams
 from loraplex_kernels.tables import MAX_STACKED_RANK
 
 if TYPE_CHECKING:
-    import ctypes
-
     import numpy as np
     from numpy.typing import NDArray
 
     from loraplex_kernels.module import Kernel, KernelLibrary
     from loraplex_kernels.params import ExpandParams
-    from loraplex_kernels.rope_kv import RopeKv
     from loraplex_kernels.tables import AdapterTables
 
 SHRINK_BLOCK: Final = 256
@@ -83,7 +80,6 @@ class LoraDecode:
         shapes: Of the four ops, as the item builder has them.
         max_rows: Most rows of a step.
         max_items: Most items of a step.
-        rope: The layer's rotary kernel, if qkv's expand is to be folded into it.
     """
 
     def __init__(
@@ -95,21 +91,16 @@ class LoraDecode:
         *,
         max_rows: int,
         max_items: int,
-        rope: RopeKv | None = None,
     ) -> None:
         item_bytes = 2 if library.dtype == torch.bfloat16 else 4
         self.builder = ItemBuilder(shapes, item_bytes)
         self.items = StepItems(max_rows=max_rows, max_items=max_items, device=library.device)
-        self._library, self._tables, self._shapes, self._rope = library, tables, shapes, rope
+        self._library, self._tables, self._shapes = library, tables, shapes
         planes = max(shape.num_planes for shape in shapes)
         self.scratch_shape = (planes, max_rows, MAX_STACKED_RANK)
         self._shrink = library.load("lora_shrink", ShrinkParams(), SHRINK_BLOCK)
         self._expand = library.load("lora_expand", ExpandAddParams(), EXPAND_BLOCK)
-        self._silu_mul = library.load("lora_silu_mul", LoraSiluMulParams(), EXPAND_BLOCK)
-        kernels: list[Kernel[ctypes.Structure]] = [self._shrink, self._expand, self._silu_mul]  # type: ignore[list-item]
-        if rope is not None:
-            self._rope_kv = library.load("lora_rope_kv", LoraRopeKvParams(), EXPAND_BLOCK, defines=rope.defines)
-            kernels.append(self._rope_kv)  # type: ignore[arg-type]
+        kernels: tuple[Kernel[ShrinkParams] | Kernel[ExpandAddParams], ...] = (self._shrink, self._expand)
         for kernel in kernels:
             kernel.params.lora.pool = pool.data_ptr()
             kernel.params.lora.tiles = tables.tiles.data_ptr()
@@ -147,7 +138,7 @@ class LoraDecode:
 
         Args:
             layer: Decoder layer.
-            op: One of ``OPS``; its shape must not be fused.
+            op: One of ``OPS``.
             h: What `shrink` wrote.
             scale: fp32 ``[tokens]``.
             y: ``[tokens, out_features of all slices]``, updated in place.
@@ -155,54 +146,37 @@ class LoraDecode:
         """
         params, shape = self._expand.params, self._shapes[OP_INDEX[op]]
         params.y = self._library.check("y", y, self._library.dtype, -1, shape.slice_begin[-1])
+        self._launch_expand(layer, op, h, scale, grid)
+
+    def expand_delta(
+        self, layer: int, op: str, h: torch.Tensor, scale: torch.Tensor, delta: torch.Tensor, grid: int
+    ) -> None:
+        """Compute ``delta[t] = scaling * scale[t] * sum(h[:, t]) @ B.T`` for all rows of the step, zeros without an adapter.
+
+        Args:
+            layer: Decoder layer.
+            op: One of ``OPS``; its shape must be complete.
+            h: What `shrink` wrote.
+            scale: fp32 ``[tokens]``.
+            delta: fp32 ``[tokens, out_features of all slices]``.
+            grid: CTAs.
+
+        Raises:
+            ValueError: If the op's shape is not complete.
+        """
+        params, shape = self._expand.params, self._shapes[OP_INDEX[op]]
+        if not shape.complete:
+            raise ValueError(f"items of {op} leave outputs out that no adapter adapts")
+        params.delta = self._library.check("delta", delta, torch.float32, -1, shape.slice_begin[-1])
+        self._launch_expand(layer, op, h, scale, grid)
+        params.delta = None
+
+    def _launch_expand(self, layer: int, op: str, h: torch.Tensor, scale: torch.Tensor, grid: int) -> None:
+        params, shape = self._expand.params, self._shapes[OP_INDEX[op]]
         params.y_stride = shape.slice_begin[-1]
         self._fill_lora(params.lora, layer, op, expand=True)
         self._fill_expand(params.expand, shape, h, scale)
         self._expand.launch(grid)
-
-    def expand_silu_mul(
-        self, layer: int, h: torch.Tensor, scale: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor, grid: int
-    ) -> None:
-        """Compute ``out = silu(gate + delta) * (up + delta)`` for all rows of the step.
-
-        Args:
-            layer: Decoder layer.
-            h: What `shrink` wrote for gate_up.
-            scale: fp32 ``[tokens]``.
-            gate_up: ``[tokens, 2 * width]``.
-            out: ``[tokens, width]``.
-            grid: CTAs.
-        """
-        params, shape = self._silu_mul.params, self._shapes[OP_INDEX["gate_up"]]
-        width = shape.outputs[0]
-        params.gate_up = self._library.check("gate_up", gate_up, self._library.dtype, -1, 2 * width)
-        params.out = self._library.check("out", out, self._library.dtype, -1, width)
-        params.width = width
-        self._fill_lora(params.lora, layer, "gate_up", expand=True)
-        self._fill_expand(params.expand, shape, h, scale)
-        self._silu_mul.launch(grid)
-
-    def expand_rope_kv(
-        self,
-        layer: int,
-        h: torch.Tensor,
-        scale: torch.Tensor,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        kv_slots: torch.Tensor,
-        grid: int,
-        *,
-        q_norm: torch.Tensor | None = None,
-        k_norm: torch.Tensor | None = None,
-    ) -> None:
-        """Add qkv's LoRA, then do what `RopeKv.launch` does, for all rows of the step."""
-        if self._rope is None:
-            raise RuntimeError("built without the rotary kernel")
-        params, shape = self._rope_kv.params, self._shapes[OP_INDEX["qkv"]]
-        self._rope.fill(params.rope, layer, qkv, positions, kv_slots, q_norm, k_norm)
-        self._fill_lora(params.lora, layer, "qkv", expand=True)
-        self._fill_expand(params.expand, shape, h, scale)
-        self._rope_kv.launch(grid)
 
     def _fill_lora(self, lora: LoraTables, layer: int, op: str, *, expand: bool) -> None:
         lora.entries = self._tables.entry_address(layer, op)

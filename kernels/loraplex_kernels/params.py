@@ -48,6 +48,7 @@ class RopeParams(ctypes.Structure):
         ("pool", c_void_p),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
+        ("delta", c_void_p),
         ("page_bytes", c_int64),
         ("layer_offset", c_int64),
         ("num_heads", c_int),
@@ -91,7 +92,7 @@ class RmsNormParams(ctypes.Structure):
 class SiluMulParams(ctypes.Structure):
     """csrc/silu_mul.cu."""
 
-    _fields_: ClassVar[_Fields] = [("gate_up", c_void_p), ("out", c_void_p)]
+    _fields_: ClassVar[_Fields] = [("gate_up", c_void_p), ("out", c_void_p), ("delta", c_void_p)]
 
 
 class EmbeddingParams(ctypes.Structure):
@@ -130,27 +131,9 @@ class ExpandAddParams(ctypes.Structure):
         ("lora", LoraTables),
         ("expand", ExpandParams),
         ("y", c_void_p),
+        ("delta", c_void_p),
         ("y_stride", c_int64),
     ]
-
-
-class LoraSiluMulParams(ctypes.Structure):
-    """csrc/lora_silu_mul.cu."""
-
-    _fields_: ClassVar[_Fields] = [
-        ("lora", LoraTables),
-        ("expand", ExpandParams),
-        ("gate_up", c_void_p),
-        ("out", c_void_p),
-        ("width", c_int),
-        ("reserved", c_int),
-    ]
-
-
-class LoraRopeKvParams(ctypes.Structure):
-    """csrc/lora_rope_kv.cu."""
-
-    _fields_: ClassVar[_Fields] = [("lora", LoraTables), ("expand", ExpandParams), ("rope", RopeParams)]
 
 
 class AttentionDecodeParams(ctypes.Structure):

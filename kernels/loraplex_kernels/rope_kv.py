@@ -39,35 +39,7 @@ class RopeKv:
         self._pool = library.check("pool", pool, torch.uint8, -1, layout.page_bytes)
         self._rotary = library.check("rotary", rotary, torch.float32, -1, layout.head_dim)
         self._kept = (pool, rotary)
-        self.defines = (f"HEAD_DIM={layout.head_dim}",)
-        self._kernel = library.load("rope_kv", RopeParams(), 256, defines=self.defines)
-
-    def fill(
-        self,
-        params: RopeParams,
-        layer: int,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        kv_slots: torch.Tensor,
-        q_norm: torch.Tensor | None,
-        k_norm: torch.Tensor | None,
-    ) -> None:
-        """Set the parameters that `launch` and the kernel with LoRA share.
-
-        Raises:
-            ValueError: If a shape, dtype or device differs.
-        """
-        check, dtype, layout = self._library.check, self._library.dtype, self._layout
-        params.qkv = check("qkv", qkv, dtype, -1, layout.qkv_width)
-        params.rotary, params.pool = self._rotary, self._pool
-        params.positions = check("positions", positions, torch.int32, qkv.shape[0])
-        params.kv_slots = check("kv_slots", kv_slots, torch.int32, qkv.shape[0])
-        params.q_norm = None if q_norm is None else check("q_norm", q_norm, dtype, layout.head_dim)
-        params.k_norm = None if k_norm is None else check("k_norm", k_norm, dtype, layout.head_dim)
-        params.page_bytes = layout.page_bytes
-        params.layer_offset = layout.layer_offset(layer, dtype.itemsize)
-        params.num_heads, params.num_kv_heads = layout.num_heads, layout.num_kv_heads
-        params.block_tokens, params.norm_eps = layout.block_tokens, self._eps
+        self._kernel = library.load("rope_kv", RopeParams(), 256, defines=(f"HEAD_DIM={layout.head_dim}",))
 
     def launch(
         self,
@@ -78,6 +50,7 @@ class RopeKv:
         *,
         q_norm: torch.Tensor | None = None,
         k_norm: torch.Tensor | None = None,
+        delta: torch.Tensor | None = None,
     ) -> None:
         """Normalise and rotate q and k; q stays in place, K and V go to their pages.
 
@@ -88,10 +61,23 @@ class RopeKv:
             kv_slots: int32 ``[tokens]``; page * block_tokens + token in page; -1 keeps nothing (padding).
             q_norm: ``[head_dim]``, if the model has qk-norm.
             k_norm: Likewise.
+            delta: fp32, as ``qkv``; added to it first.
 
         Raises:
             ValueError: If a shape, dtype or device differs.
         """
-        self.fill(self._kernel.params, layer, qkv, positions, kv_slots, q_norm, k_norm)
-        heads = self._layout.num_heads + 2 * self._layout.num_kv_heads
+        check, dtype, layout, params = self._library.check, self._library.dtype, self._layout, self._kernel.params
+        tokens = qkv.shape[0]
+        params.qkv = check("qkv", qkv, dtype, -1, layout.qkv_width)
+        params.rotary, params.pool = self._rotary, self._pool
+        params.positions = check("positions", positions, torch.int32, tokens)
+        params.kv_slots = check("kv_slots", kv_slots, torch.int32, tokens)
+        params.q_norm = None if q_norm is None else check("q_norm", q_norm, dtype, layout.head_dim)
+        params.k_norm = None if k_norm is None else check("k_norm", k_norm, dtype, layout.head_dim)
+        params.delta = None if delta is None else check("delta", delta, torch.float32, tokens, layout.qkv_width)
+        params.page_bytes = layout.page_bytes
+        params.layer_offset = layout.layer_offset(layer, dtype.itemsize)
+        params.num_heads, params.num_kv_heads = layout.num_heads, layout.num_kv_heads
+        params.block_tokens, params.norm_eps = layout.block_tokens, self._eps
+        heads = layout.num_heads + 2 * layout.num_kv_heads
         self._kernel.launch(-(-heads // HEADS_PER_BLOCK), qkv.shape[0])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from loraplex_kernels.params import SiluMulParams
 
 if TYPE_CHECKING:
-    import torch
-
     from loraplex_kernels.module import KernelLibrary
 
 
@@ -20,12 +20,13 @@ class SiluMul:
         self._kernel = library.load("silu_mul", SiluMulParams(), 256, defines=(f"WIDTH={width}",))
         self._blocks = -(-width * library.dtype.itemsize // (256 * 16))
 
-    def launch(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    def launch(self, gate_up: torch.Tensor, out: torch.Tensor, *, delta: torch.Tensor | None = None) -> None:
         """Compute one row per row of ``out``.
 
         Args:
             gate_up: ``[tokens, 2 * width]``.
             out: ``[tokens, width]``.
+            delta: fp32 ``[tokens, 2 * width]``, added to ``gate_up`` first.
 
         Raises:
             ValueError: If a shape, dtype or device differs.
@@ -33,4 +34,8 @@ class SiluMul:
         params = self._kernel.params
         params.gate_up = self._library.check("gate_up", gate_up, self._library.dtype, -1, 2 * self._width)
         params.out = self._library.check("out", out, self._library.dtype, -1, self._width)
+        width = 2 * self._width
+        params.delta = (
+            None if delta is None else self._library.check("delta", delta, torch.float32, out.shape[0], width)
+        )
         self._kernel.launch(self._blocks, out.shape[0])

@@ -132,25 +132,28 @@ class Cases:
         adapters = self._rng.integers(-1, 3, rows).astype(np.int32)
         scales = self._rng.uniform(0.5, 2, rows).astype(np.float32)
         on_device = torch.from_numpy(scales).to(device)
-        for fused in (False, True):
-            shapes = op_shapes(self._geometry, fused=fused)
-            lora = LoraDecode(self._library, tables, pool, shapes, max_rows=16, max_items=4096, rope=rope)
+        for delta_ops in (frozenset[str](), frozenset({"qkv", "gate_up"})):
+            shapes = op_shapes(self._geometry, complete=delta_ops)
+            lora = LoraDecode(self._library, tables, pool, shapes, max_rows=16, max_items=4096)
             grid = int(lora.prepare(adapters).counts.max())
             for op, shape in zip(OPS, shapes, strict=True):
                 x, y, h = self.randn(rows, shape.columns), self.randn(rows, sum(shape.outputs)), lora.new_scratch()
                 total = y.float() + resident.delta(adapters, scales, x, 0, op)
                 found = y.clone().to(device)
                 lora.shrink(0, op, x.to(device), h, grid)
-                if not shape.fused:
+                if op not in delta_ops:
                     lora.expand_add(0, op, h, on_device, found, grid)
                     self.check(f"lora {op}", found, total)
-                elif op == "gate_up":
+                    continue
+                delta = torch.full((rows, sum(shape.outputs)), float("nan")).to(device)
+                lora.expand_delta(0, op, h, on_device, delta, grid)
+                if op == "gate_up":
                     out = torch.zeros(rows, 208, dtype=self._dtype).to(device)
-                    lora.expand_silu_mul(0, h, on_device, found, out, grid)
+                    SiluMul(self._library, 208).launch(found, out, delta=delta)
                     self.check("lora silu_mul", out, reference.silu_mul(total.to(self._dtype)))
                 else:
                     positions, slots = torch.arange(rows).int(), torch.full((rows,), -1).int()
-                    lora.expand_rope_kv(0, h, on_device, found, positions.to(device), slots.to(device), grid)
+                    rope.launch(0, found, positions.to(device), slots.to(device), delta=delta)
                     q = total.view(rows, 8, 64)[:, :4]
                     self.check(
                         "lora rope_kv", found.cpu().view(rows, 8, 64)[:, :4], reference.rope(q, rotary, positions)
@@ -162,7 +165,7 @@ class Cases:
         adapters, counts = np.array([0, -1, 1, 2], dtype=np.int32), np.array([70, 3, 9, 20], dtype=np.int32)
         of_token, tokens = np.repeat(adapters, counts).astype(np.int32), int(counts.sum())
         scales = self._rng.uniform(0.5, 2, tokens).astype(np.float32)
-        shapes = op_shapes(self._geometry, fused=False)
+        shapes = op_shapes(self._geometry)
         lora = LoraPrefill(self._library, tables, pool, shapes, max_items=4096)
         lora.prepare(adapters, counts)
         for op, shape in zip(OPS, shapes, strict=True):

@@ -157,7 +157,10 @@ def resident_adapters(
     return resident, torch.from_numpy(resident.pages).cuda(), tables
 
 
-def make_lora(shape: str, lib: KernelLibrary, *, fused: bool) -> tuple[LoraDecode, AdapterPool, torch.Tensor]:
+DELTA_OPS = frozenset({"qkv", "gate_up"})
+
+
+def make_lora(shape: str, lib: KernelLibrary) -> tuple[LoraDecode, AdapterPool, torch.Tensor, RopeKv]:
     resident, pool, tables = resident_adapters(shape, lib.dtype)
     geometry = resident.geometry
     layout = KvLayout(
@@ -169,8 +172,8 @@ def make_lora(shape: str, lib: KernelLibrary, *, fused: bool) -> tuple[LoraDecod
     )
     pool = pool.clone()
     rope = RopeKv(lib, layout, pool, reference.rotary_table(64, geometry.head_dim).cuda())
-    lora = LoraDecode(lib, tables, pool, op_shapes(geometry, fused=fused), max_rows=64, max_items=1 << 16, rope=rope)
-    return lora, resident, pool
+    lora = LoraDecode(lib, tables, pool, op_shapes(geometry, complete=DELTA_OPS), max_rows=64, max_items=1 << 16)
+    return lora, resident, pool, rope
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,7 +182,7 @@ def make_lora(shape: str, lib: KernelLibrary, *, fused: bool) -> tuple[LoraDecod
 def test_lora_decode_adds_what_each_rows_adapter_adds(shape: str, pattern: str, dtype: torch.dtype) -> None:
     rng = np.random.default_rng()
     for lib in libraries(dtype):
-        lora, resident, _ = make_lora(shape, lib, fused=False)
+        lora, resident, _, _ = make_lora(shape, lib)
         rows = int(rng.integers(1, 50))
         adapters = make_adapters(pattern, rows, len(resident.adapters), rng)
         scales = rng.uniform(0.5, 2, rows).astype(np.float32)
@@ -197,10 +200,10 @@ def test_lora_decode_adds_what_each_rows_adapter_adds(shape: str, pattern: str, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("shape", ["smol", "llama3", "llama2_13b"])
-def test_expands_fold_into_their_followers(shape: str, pattern: str, dtype: torch.dtype) -> None:
+def test_followers_add_the_delta_of_adapted_rows(shape: str, pattern: str, dtype: torch.dtype) -> None:
     rng = np.random.default_rng()
     for lib in libraries(dtype):
-        lora, resident, pool = make_lora(shape, lib, fused=True)
+        lora, resident, pool, rope = make_lora(shape, lib)
         geometry, rows = resident.geometry, 30
         adapters = make_adapters(pattern, rows, len(resident.adapters), rng)
         scales = rng.uniform(0.5, 2, rows).astype(np.float32)
@@ -211,7 +214,9 @@ def test_expands_fold_into_their_followers(shape: str, pattern: str, dtype: torc
         x, gate_up = randn(rows, geometry.hidden_size, dtype=dtype), randn(rows, 2 * width, dtype=dtype)
         h, out = lora.new_scratch().fill_(float("nan")), poisoned(rows, width, dtype=dtype)
         lora.shrink(0, "gate_up", x, h, grid)
-        lora.expand_silu_mul(0, h, device_scales, gate_up, out, grid)
+        delta = poisoned(rows, 2 * width, dtype=torch.float32)
+        lora.expand_delta(0, "gate_up", h, device_scales, delta, grid)
+        SiluMul(lib, width).launch(gate_up, out, delta=delta)
         expected = reference.silu_mul(gate_up + resident.delta(adapters, scales, x, 0, "gate_up"))
         assert relative_error(out, expected) < 2 * TOLERANCE[dtype]
 
@@ -222,7 +227,9 @@ def test_expands_fold_into_their_followers(shape: str, pattern: str, dtype: torc
         positions, slots = ints(rng.integers(0, 64, rows)), page * 16 + ints(np.arange(rows) % 16)
         slots[16:] = -1
         lora.shrink(0, "qkv", x, h.fill_(float("nan")), grid)
-        lora.expand_rope_kv(0, h, device_scales, qkv, positions, slots, grid)
+        delta = poisoned(rows, qkv.shape[1], dtype=torch.float32)
+        lora.expand_delta(0, "qkv", h, device_scales, delta, grid)
+        rope.launch(0, qkv, positions, slots, delta=delta)
         rotary = reference.rotary_table(64, head_dim).cuda()
         got = qkv.view(rows, -1, head_dim)[:, :heads]
         assert relative_error(got, reference.rope(total[:, :heads], rotary, positions)) < 2 * TOLERANCE[dtype]
@@ -327,7 +334,7 @@ def test_attention_scalar(
 def test_a_graph_replays_lora_with_new_items_and_dependent_launch() -> None:
     """One capture serves any mix of adapters: tables, items and scratch are fixed buffers."""
     lib, rng = libraries(torch.bfloat16)[-2], np.random.default_rng()
-    lora, resident, _ = make_lora("llama3", lib, fused=False)
+    lora, resident, _, _ = make_lora("llama3", lib)
     x, y, h = randn(32, 4096, dtype=torch.bfloat16), randn(32, 6144, dtype=torch.bfloat16), lora.new_scratch()
     scale, base = torch.ones(32, device="cuda"), y.clone()
     lora.prepare(np.zeros(32, dtype=np.int32))
@@ -413,7 +420,7 @@ def test_lora_prefill_adds_what_each_chunks_adapter_adds(shape: str, pattern: st
     rng, dtype = np.random.default_rng(), torch.bfloat16
     for lib in libraries(dtype):
         resident, pool, tables = resident_adapters(shape, dtype)
-        lora = LoraPrefill(lib, tables, pool, op_shapes(resident.geometry, fused=False), max_items=1 << 16)
+        lora = LoraPrefill(lib, tables, pool, op_shapes(resident.geometry), max_items=1 << 16)
         chosen = make_adapters(pattern, 12, len(resident.adapters), rng)
         adapters = np.concatenate([[0, 0, -1], chosen]).astype(np.int32)
         counts = rng.integers(1, 150, len(adapters)).astype(np.int32)
@@ -421,9 +428,7 @@ def test_lora_prefill_adds_what_each_chunks_adapter_adds(shape: str, pattern: st
         of_token = np.concatenate([[-1, -1], np.repeat(adapters, counts)]).astype(np.int32)
         scales = rng.uniform(0.5, 2, tokens).astype(np.float32)
         lora.prepare(adapters, counts, 2)
-        for op, op_shape in zip(
-            ("qkv", "o", "gate_up", "down"), op_shapes(resident.geometry, fused=False), strict=True
-        ):
+        for op, op_shape in zip(("qkv", "o", "gate_up", "down"), op_shapes(resident.geometry), strict=True):
             x, y = randn(tokens, op_shape.columns, dtype=dtype), 0.3 * randn(tokens, sum(op_shape.outputs), dtype=dtype)
             h, expected = (
                 lora.new_scratch(tokens).fill_(float("nan")),

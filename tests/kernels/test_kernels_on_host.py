@@ -21,6 +21,7 @@ from loraplex_kernels.silu_mul import SiluMul
 from loraplex_kernels.tables import AdapterTables
 
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
+DELTA_OPS = frozenset({"qkv", "gate_up"})
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
 
 
@@ -105,7 +106,7 @@ def test_rope_rotates_q_in_place_and_writes_k_and_v_to_pages(
 
 
 def make_lora(
-    host_library: MakeHostLibrary, ranks: list[int], *, fused: bool, seed: int
+    host_library: MakeHostLibrary, ranks: list[int], *, seed: int
 ) -> tuple[LoraDecode, AdapterPool, HostLibrary]:
     rng, library = np.random.default_rng(seed), host_library(torch.float32)
     geometry = make_geometry(
@@ -128,16 +129,14 @@ def make_lora(
     for index, adapter in enumerate(resident.adapters):
         tables.bind(index, adapter.spec, adapter.pages)
     pool = torch.from_numpy(resident.pages)
-    layout = KvLayout(page_bytes=32 * 1024, block_tokens=4, num_heads=3, num_kv_heads=1, head_dim=64)
-    rope = RopeKv(library, layout, pool, reference.rotary_table(16, 64))
-    lora = LoraDecode(library, tables, pool, op_shapes(geometry, fused=fused), max_rows=24, max_items=4096, rope=rope)
+    lora = LoraDecode(library, tables, pool, op_shapes(geometry, complete=DELTA_OPS), max_rows=24, max_items=4096)
     library.track(tables.entries, tables.tiles, pool, lora.items.buffer)
     return lora, resident, library
 
 
 @pytest.mark.parametrize("op", ["qkv", "o", "gate_up", "down"])
 def test_shrink_and_expand_add_what_each_rows_adapter_adds(host_library: MakeHostLibrary, op: str) -> None:
-    lora, resident, library = make_lora(host_library, [8, 1, 17], fused=False, seed=1)
+    lora, resident, library = make_lora(host_library, [8, 1, 17], seed=1)
     rng = np.random.default_rng(2)
     adapters = make_adapters("uniform", 21, 4, rng)
     scales = rng.uniform(0.5, 2, 21).astype(np.float32)
@@ -158,7 +157,7 @@ def test_shrink_and_expand_add_what_each_rows_adapter_adds(host_library: MakeHos
 @pytest.mark.parametrize("op", ["qkv", "down"])
 def test_tiles_narrower_than_64_columns_are_read_right(host_library: MakeHostLibrary, op: str) -> None:
     """In fp32 a tile holds 64 columns of a stacked rank up to 128, 32 columns of one up to 256."""
-    lora, resident, library = make_lora(host_library, [83, 50], fused=False, seed=5)
+    lora, resident, library = make_lora(host_library, [83, 50], seed=5)
     adapters, scales = np.array([0, 1, 0, 2], dtype=np.int32), np.ones(4, dtype=np.float32)
     shape, h = lora.builder.shapes[("qkv", "o", "gate_up", "down").index(op)], lora.new_scratch()
     x, y = torch.randn(4, shape.columns), torch.randn(4, sum(shape.outputs))
@@ -173,8 +172,8 @@ def test_tiles_narrower_than_64_columns_are_read_right(host_library: MakeHostLib
     assert relative_error(y, expected) < 1e-5
 
 
-def test_expand_folds_into_silu_mul(host_library: MakeHostLibrary) -> None:
-    lora, resident, library = make_lora(host_library, [4], fused=True, seed=3)
+def test_silu_mul_adds_the_delta_of_adapted_rows(host_library: MakeHostLibrary) -> None:
+    lora, resident, library = make_lora(host_library, [4], seed=3)
     adapters, scales = np.array([0, -1, 1, 0, 0], dtype=np.int32), np.ones(5, dtype=np.float32)
     x, gate_up, h, out = (
         torch.randn(5, 72),
@@ -182,17 +181,19 @@ def test_expand_folds_into_silu_mul(host_library: MakeHostLibrary) -> None:
         lora.new_scratch(),
         poisoned(5, 1104, dtype=torch.float32),
     )
-    library.track(h)
+    delta = poisoned(5, 2 * 1104, dtype=torch.float32)
+    library.track(h, delta)
     lora.prepare(adapters)
 
     lora.shrink(1, "gate_up", x, h, 4)
-    lora.expand_silu_mul(1, h, torch.from_numpy(scales), gate_up, out, 6)
+    lora.expand_delta(1, "gate_up", h, torch.from_numpy(scales), delta, 6)
+    SiluMul(library, 1104).launch(gate_up, out, delta=delta)
 
     assert relative_error(out, reference.silu_mul(gate_up + resident.delta(adapters, scales, x, 1, "gate_up"))) < 1e-5
 
 
-def test_expand_folds_into_rope_and_kv_write(host_library: MakeHostLibrary) -> None:
-    lora, resident, library = make_lora(host_library, [4], fused=True, seed=4)
+def test_rope_and_kv_write_add_the_delta_of_adapted_rows(host_library: MakeHostLibrary) -> None:
+    lora, resident, library = make_lora(host_library, [4], seed=4)
     adapters, scales = np.array([1, -1, 0], dtype=np.int32), np.full(3, 1.5, dtype=np.float32)
     x, qkv, h = torch.randn(3, 72), torch.randn(3, 5 * 64), lora.new_scratch()
     library.track(h)
@@ -202,14 +203,17 @@ def test_expand_folds_into_rope_and_kv_write(host_library: MakeHostLibrary) -> N
         page * 4 + torch.tensor([0, 3, 2], dtype=torch.int32),
     )
     total = (qkv + resident.delta(adapters, scales, x, 0, "qkv")).view(3, 5, 64)
+    delta, rotary = poisoned(3, 5 * 64, dtype=torch.float32), reference.rotary_table(16, 64)
+    layout = KvLayout(page_bytes=32 * 1024, block_tokens=4, num_heads=3, num_kv_heads=1, head_dim=64)
+    rope = RopeKv(library, layout, torch.from_numpy(resident.pages), rotary)
+    library.track(delta)
     lora.prepare(adapters)
 
     lora.shrink(0, "qkv", x, h, 4)
-    lora.expand_rope_kv(0, h, torch.from_numpy(scales), qkv, positions, slots, 6)
+    lora.expand_delta(0, "qkv", h, torch.from_numpy(scales), delta, 6)
+    rope.launch(0, qkv, positions, slots, delta=delta)
 
-    rotary = reference.rotary_table(16, 64)
     assert relative_error(qkv.view(3, 5, 64)[:, :3], reference.rope(total[:, :3], rotary, positions)) < 1e-5
-    layout = KvLayout(page_bytes=32 * 1024, block_tokens=4, num_heads=3, num_kv_heads=1, head_dim=64)
     key, value = reference.read_kv(torch.from_numpy(resident.pages), layout, torch.float32, 0, torch.tensor([page]), 4)
     assert relative_error(key[[0, 3, 2]], reference.rope(total[:, 3:4], rotary, positions)) < 1e-5
     assert relative_error(value[[0, 3, 2]], total[:, 4:]) < 1e-5

@@ -56,7 +56,7 @@ def test_ranks_from_1_to_256_decode_in_one_launch(dtype: torch.dtype) -> None:
     rng, rows = np.random.default_rng(), len(ALL_RANKS)
     adapters, scales = rng.permutation(rows).astype(np.int32), rng.uniform(0.5, 2, rows).astype(np.float32)
     for lib in libraries(dtype):
-        shapes = op_shapes(resident.geometry, fused=False)
+        shapes = op_shapes(resident.geometry)
         lora = LoraDecode(lib, tables, pool, shapes, max_rows=128, max_items=1 << 16)
         grid = int(lora.prepare(adapters).counts.max())
         for op, shape in zip(OPS, shapes, strict=True):
@@ -79,7 +79,7 @@ def test_ranks_from_1_to_256_prefill_in_one_launch() -> None:
     of_token, ends = np.repeat(adapters, counts).astype(np.int32), np.cumsum(counts)
     scales = rng.uniform(0.5, 2, len(of_token)).astype(np.float32)
     for lib in libraries(dtype):
-        shapes = op_shapes(resident.geometry, fused=False)
+        shapes = op_shapes(resident.geometry)
         lora = LoraPrefill(lib, tables, pool, shapes, max_items=1 << 16)
         lora.prepare(adapters, counts)
         for op, shape in zip(OPS, shapes, strict=True):

@@ -216,13 +216,16 @@ def big_geometry() -> Geometry:
     st.booleans(),
     st.integers(0, 9),
 )
-def test_items_cover_every_groups_work_exactly_once(rows: int, pattern: str, fused: bool, seed: int) -> None:
+def test_items_cover_every_groups_work_exactly_once(rows: int, pattern: str, has_delta: bool, seed: int) -> None:
     rng, geometry = np.random.default_rng(seed), big_geometry()
     max_ranks = rng.choice([0, 1, 8, 16, 60, 85], (6, 4, 3)).astype(np.int32)
     for op, names in enumerate(OPS.values()):
         max_ranks[:, op, len(names) :] = 0
     stacked = max_ranks.sum(axis=2, dtype=np.int32)
-    adapters, shapes = make_adapters(pattern, rows, 6, rng), op_shapes(geometry, fused=fused)
+    adapters, shapes = (
+        make_adapters(pattern, rows, 6, rng),
+        op_shapes(geometry, complete=frozenset({"qkv", "gate_up"} if has_delta else ())),
+    )
 
     built = ItemBuilder(shapes, 2).build(adapters, max_ranks, stacked)
 
@@ -247,16 +250,12 @@ def test_items_cover_every_groups_work_exactly_once(rows: int, pattern: str, fus
             assert (begin - max(b for b in shape.slice_begin if b <= begin)) % BLOCK_ROWS == 0
             assert 0 < extent <= shape.max_run
             assert extent % 8 == 0
-            assert not shape.fused or shape.paired or extent % shape.unit == 0
             covered[group, begin : begin + extent] += 1
         for group in range(len(groups)):
             ranks = max_ranks[groups[group, 0], op] if groups[group, 0] >= 0 else np.zeros(3, dtype=np.int32)
             for index, outputs in enumerate(shape.outputs):
                 part = covered[group, shape.slice_begin[index] :][:outputs]
-                if shape.paired:
-                    assert (part == (1 if index == 0 else 0)).all()
-                else:
-                    assert (part == int(shape.fused or ranks[index] > 0)).all()
+                assert (part == int(shape.complete or ranks[index] > 0)).all()
 
 
 @settings(deadline=None)
@@ -278,7 +277,7 @@ def test_segments_cover_the_tokens_of_chunks_with_an_adapter(chunks: list[tuple[
 def test_prefill_items_follow_each_adapters_rank() -> None:
     segments = make_segments(np.array([0, 1], dtype=np.int32), np.array([65, 3], dtype=np.int32), 0)
     stacked = np.array([[100, 16, 0, 8], [0, 16, 0, 0]], dtype=np.int32)
-    shapes = op_shapes(big_geometry(), fused=False)
+    shapes = op_shapes(big_geometry())
 
     buffer, counts = build_items(segments, stacked, shapes, 256)
 

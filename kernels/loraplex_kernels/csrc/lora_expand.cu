@@ -1,5 +1,5 @@
-// y[t, n] += delta[t][n] (lora_expand.cuh) for the tokens that have an adapter: o and down, whose y is the residual
-// stream, and every op measured alone.
+// y[t, n] += delta[t][n] (lora_expand.cuh), or delta[t][n] itself for a kernel that adds it later, zeros where no adapter
+// adapts an output.
 //
 // Grid: any; CTAs stride over the items. Block: 4 warps; of an item's run, warp w takes every fourth block of 64 outputs, or
 // every fourth pair of them where the rank is so small that a block's loads are few. Shared memory: 9 KiB of h and
@@ -11,13 +11,15 @@
 struct Params {
     LoraTables lora;
     ExpandParams expand;
-    elem* y;  // [tokens, y_stride]
+    elem* y;       // [tokens, y_stride]
+    float* delta;  // [tokens, y_stride], or null: y is added to
     i64 y_stride;
 };
-static_assert(sizeof(Params) == 120, "params.py mirrors it");
+static_assert(sizeof(Params) == 128, "params.py mirrors it");
 
 // Asks for this lane's part of y of a block: needed last, behind everything else.
 __device__ __forceinline__ void prefetch_rows(const Params& p, const Group& group, int n, int rows) {
+    if (p.delta != nullptr) return;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
         const int token = lane_token(group, which);
@@ -31,8 +33,18 @@ __device__ __forceinline__ void add_block(const Params& p, const Group& group, i
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
         const int token = lane_token(group, which);
-        elem* y = p.y + token * p.y_stride + n + lane_row();
-        if (token >= 0) store_octet(y, load_sum(y, true, delta, which));
+        const i64 at = token * p.y_stride + n + lane_row();
+        if (token < 0) continue;
+        if (p.delta == nullptr) {
+            store_octet(p.y + at, load_sum(p.y + at, delta, which));
+        } else {
+#pragma unroll
+            for (int j = 0; j < kLaneRows; j += 4) {
+                const float* v = delta.v[which] + j;
+                *reinterpret_cast<Quad*>(p.delta + at + j) = {__float_as_uint(v[0]), __float_as_uint(v[1]),
+                                                              __float_as_uint(v[2]), __float_as_uint(v[3])};
+            }
+        }
     }
 }
 
@@ -51,12 +63,12 @@ struct AddItem {
 
 template <Rows kRows>
 __device__ __forceinline__ void AddItem::run() const {
-    if constexpr (kRows == Rows::kNone) return;
     constexpr bool kIsPair = is_early(kRows, 1);  // two blocks are on their way at a time
     constexpr int kUnit = kIsPair ? 2 : 1;
     const Item& item = shared.resolved.batch.items[which];
     const Group& group = shared.resolved.batch.groups[which];
-    const SliceInfo& slice = shared.resolved.slices[which][0];
+    const SliceInfo& slice = shared.resolved.slices[which];
+    if (kRows == Rows::kNone && p.delta == nullptr) return;
     bool is_staged = false;
 #pragma unroll 1
     for (int index = threadIdx.x / kWarp * kUnit; index * kBlockRows < item.extent || !is_staged;
@@ -71,7 +83,7 @@ __device__ __forceinline__ void AddItem::run() const {
         prefetch_rows(p, group, n, rows);
         if constexpr (kIsPair) prefetch_rows(p, group, n + kBlockRows, rows - kBlockRows);
         if (!is_staged) {
-            stage_hidden(p.expand, slice, group, shared.hidden);
+            if constexpr (kRows != Rows::kNone) stage_hidden(p.expand, slice, group, shared.hidden);
             __syncthreads();
             is_staged = true;
         }
@@ -86,9 +98,9 @@ extern "C" __global__ void __launch_bounds__(kExpandThreads, 4) lora_expand(cons
     allow_dependents();
     const int num_items = p.lora.range[1];
     for (int first = 0; item_index(first) < num_items; first += kBatch) {
-        const int count = resolve<false>(p.lora, p.expand, first, num_items, shared.resolved);
+        const int count = resolve(p.lora, p.expand, first, num_items, shared.resolved);
         for (int which = 0; which < count; ++which)
-            with_rows(rows_of(shared.resolved.slices[which][0].rank), AddItem{p, shared, which});
+            with_rows(rows_of(shared.resolved.slices[which].rank), AddItem{p, shared, which});
         __syncthreads();
     }
     dependency_wait();

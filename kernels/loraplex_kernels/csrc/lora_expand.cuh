@@ -1,5 +1,5 @@
 // delta[t][n] = scaling * scale[t] * (sum over planes of h[plane][t]) * B^T for blocks of 64 outputs of one slice, left in
-// registers as fp32 for the pointwise work that follows: the second half of LoRA at decode.
+// registers as fp32: the second half of LoRA at decode.
 //
 // Work item: (group of <= 8 tokens, run of outputs): begin = first output in the op's fused outputs, extent = how many;
 // a run stays within a slice and starts on a multiple of 64. Block: 4 warps, each with blocks of its own; only h is
@@ -67,7 +67,7 @@ __device__ __forceinline__ int first_rank_row(const OpEntry& e, int slice) {
     return row;
 }
 
-constexpr int kItemBlocks = 8;  // most blocks of an item, of both slices where it has two
+constexpr int kItemBlocks = 8;  // most blocks of an item
 static_assert(kBatch * kItemBlocks == kExpandThreads, "a thread walks to each");
 
 // What an item's slice looks like: rank 0 where the adapter leaves it alone, or there is none.
@@ -80,30 +80,26 @@ struct SliceInfo {
 
 struct ExpandBatch {
     ItemBatch batch;
-    SliceInfo slices[kBatch][2];
+    SliceInfo slices[kBatch];
     i64 block[kExpandThreads];  // pool offset of B's first row of each block of the batch's items; fp32, whose tiles may
                                 // be narrower than a block: the row's number
 };
 
-// Walks to the weights of up to kBatch items, `first` on; returns how many there are. Where an item covers the same
-// outputs of two slices (gate and up), the second one's blocks come after the first one's.
-template <bool kPaired>
+// Walks to the weights of up to kBatch items, `first` on; returns how many there are.
 __device__ __forceinline__ int resolve(const LoraTables& t, const ExpandParams& p, int first, int num_items,
                                        ExpandBatch& shared) {
-    constexpr int kSliceBlocks = kPaired ? kItemBlocks / 2 : kItemBlocks;
-    const int which = threadIdx.x / kItemBlocks, part = threadIdx.x % kItemBlocks / kSliceBlocks;
-    const int block = threadIdx.x % kSliceBlocks;
+    const int which = threadIdx.x / kItemBlocks, block = threadIdx.x % kItemBlocks;
     if (item_index(first + which) < num_items) {
         const Work work = fetch_work(t, item_index(first + which));
-        const Quad group = load_group_part(t, work.item, threadIdx.x % kItemBlocks);
-        const int slice = kPaired ? part : slice_of(p, work.item.begin);
-        const int n = work.item.begin - (kPaired ? 0 : p.slice_begin[slice]) + block * kBlockRows;
+        const Quad group = load_group_part(t, work.item, block);
+        const int slice = slice_of(p, work.item.begin);
+        const int n = work.item.begin - p.slice_begin[slice] + block * kBlockRows;
         const int rank = work.entry == nullptr ? 0 : work.entry->rank[slice];
         if (block == 0) {
-            if (part == 0) shared.batch.items[which] = work.item;
+            shared.batch.items[which] = work.item;
             SliceInfo info = {rank, 0, 0.f, slice};
             if (rank > 0) info.first_row = first_rank_row(*work.entry, slice), info.scaling = work.entry->scaling[slice];
-            shared.slices[which][part] = info;
+            shared.slices[which] = info;
         }
         if (rank > 0 && block * kBlockRows < work.item.extent)
 #ifdef LORAPLEX_FP32
@@ -111,7 +107,7 @@ __device__ __forceinline__ int resolve(const LoraTables& t, const ExpandParams& 
 #else
             shared.block[threadIdx.x] = b_address(t, *work.entry, slice, n) - t.pool;
 #endif
-        keep_group_part(shared.batch, which, threadIdx.x % kItemBlocks, group);
+        keep_group_part(shared.batch, which, block, group);
     }
     __syncthreads();
     return items_left(num_items, first, kBatch);
@@ -373,10 +369,9 @@ __device__ __forceinline__ void store_octet(elem* to, const Octet& o) {
 #pragma unroll
     for (int i = 0; i < kLaneRows / kVec; ++i) store_vec(to + i * kVec, o.vecs[i]);
 }
-// What is there plus a token's delta, rounded as the sum would have been stored; zeros where there is no token.
-__device__ __forceinline__ Octet load_sum(const elem* from, bool is_live, const Delta& delta, int which) {
-    Octet o = {};
-    if (is_live) o = load_octet(from);
+// What is there plus a token's delta.
+__device__ __forceinline__ Octet load_sum(const elem* from, const Delta& delta, int which) {
+    Octet o = load_octet(from);
 #pragma unroll
     for (int j = 0; j < kLaneRows; ++j) o.set(j, o.get(j) + delta.v[which][j]);
     return o;

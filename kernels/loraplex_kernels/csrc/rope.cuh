@@ -14,6 +14,7 @@ struct RopeParams {
     u8* pool;
     const elem* q_norm;     // [HEAD_DIM] or null
     const elem* k_norm;
+    const float* delta;     // LoRA's, as qkv; or null
     i64 page_bytes;
     i64 layer_offset;       // bytes from a page's start to this layer's K
     int num_heads;
@@ -21,7 +22,7 @@ struct RopeParams {
     int block_tokens;
     float norm_eps;
 };
-static_assert(sizeof(RopeParams) == 88, "params.py mirrors it");
+static_assert(sizeof(RopeParams) == 96, "params.py mirrors it");
 
 // Where head `head` (0..kv_heads K, then kv_heads V) of a KV slot lies: [layer][K|V][kv_head][token][dim].
 __device__ __forceinline__ elem* kv_address(const RopeParams& p, int slot, int head) {

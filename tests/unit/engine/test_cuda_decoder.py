@@ -66,7 +66,7 @@ class HostRunner:
 
     pipeline_depth = 1
 
-    def __init__(self, model_dir: Path, library: HostLibrary, max_folded_rows: int) -> None:
+    def __init__(self, model_dir: Path, library: HostLibrary, max_rows_beside: int) -> None:
         info = load_base_model(model_dir)
         self.pool_geometry = choose_pool_geometry(info, dtype="float32")
         self.geometry = info.geometry(dtype="float32", page_bytes=self.pool_geometry.page_bytes)
@@ -86,7 +86,7 @@ class HostRunner:
             residual=self.decoder.work.hidden,
             max_rows=BUCKET,
             num_sms=2,
-            max_folded_rows=max_folded_rows,
+            max_rows_beside=max_rows_beside,
         )
         self.grouped = GroupedLora(library, self.tables, self.pool, self.geometry, max_tokens=64)
         self.base = BasePath(self.decoder.rope, self.decoder.silu_mul)
@@ -172,14 +172,14 @@ def add_sequences(harness: Harness, indices: list[int]) -> list[Sequence_]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
-@pytest.mark.parametrize("max_folded_rows", [BUCKET, 0], ids=["folded", "in line"])
+@pytest.mark.parametrize("max_rows_beside", [BUCKET, 0], ids=["beside", "in line"])
 def test_prefill_mixed_and_padded_decode_steps_draw_what_the_torch_backend_draws(
-    model_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, max_folded_rows: int
+    model_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, max_rows_beside: int
 ) -> None:
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if base.name.startswith("popen") else base) / "kernel-builds"
     shared.mkdir(exist_ok=True)
-    own = HostRunner(model_dir, HostLibrary(torch.float32, shared, tmp_path), max_folded_rows)
+    own = HostRunner(model_dir, HostLibrary(torch.float32, shared, tmp_path), max_rows_beside)
     info = load_base_model(model_dir)
     oracle = TorchRunner(
         RunnerConfig(

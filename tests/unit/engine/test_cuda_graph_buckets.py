@@ -49,8 +49,8 @@ def test_item_bounds_hold_for_rows_of_distinct_adapters(num_rows: int, ranks: tu
     max_stacked = np.full((num_rows, 4), stacked, dtype=np.int32)
     adapters = np.arange(num_rows, dtype=np.int32)
 
-    for fused in (True, False):
-        shapes = op_shapes(GEOMETRY, fused=fused)
+    for delta_ops in (frozenset({"qkv", "gate_up"}), frozenset[str]()):
+        shapes = op_shapes(GEOMETRY, complete=delta_ops)
         built = ItemBuilder(shapes, 2).build(adapters, max_ranks, max_stacked)
         assert built.counts.sum() <= max_decode_items(shapes, num_rows)
     segments = make_segments(adapters, np.full(num_rows, 70, dtype=np.int32), 0)

@@ -1,7 +1,7 @@
 """LoRA of decode steps: which path a captured graph takes, and the items it reads.
 
-Few rows: what LoRA costs is launches that wait for each other, so it runs beside the products and inside their followers
-(`FoldedLoraPath`). Many rows: what it costs is bytes, and products and LoRA would only push each other out of the
+Few rows: what LoRA costs is launches that wait for each other, so it runs beside the products
+(`BesideLoraPath`). Many rows: what it costs is bytes, and products and LoRA would only push each other out of the
 multiprocessors, so it runs in line, each kernel's start hidden behind the end of the one before (`InLineLoraPath`).
 One H100, Llama-2-7B's o and qkv, rank 16, microseconds added per op: 1 adapter 2.8 and 4.6 folded, 7 and 6 in line; 64
 distinct 17 and 39 folded, 15 and 28 in line.
@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import torch
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
 
 from loraplex_engine.cuda.graphs import VARIANTS, variant_of
-from loraplex_engine.cuda.lora_paths import BasePath, FoldedLoraPath, Fork, Grids, InLineLoraPath
+from loraplex_engine.cuda.lora_paths import BasePath, BesideLoraPath, Fork, Grids, InLineLoraPath
 from loraplex_engine.cuda.token_lora import max_decode_items
 
 if TYPE_CHECKING:
     import numpy as np
     from loraplex_common.adapter_image import Geometry
+    from loraplex_kernels.items import OpShape
     from loraplex_kernels.module import KernelLibrary
     from loraplex_kernels.rope_kv import RopeKv
     from loraplex_kernels.silu_mul import SiluMul
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
 
     from loraplex_engine.cuda.lora_paths import LayerPath
 
-MAX_FOLDED_ROWS: Final = 16
+MAX_ROWS_BESIDE: Final = 16
+DELTA_OPS: Final = frozenset({"qkv", "gate_up"})
+"""Ops whose followers add a delta."""
 
 
 class DecodeLora:
@@ -45,7 +49,7 @@ class DecodeLora:
         residual: The residual stream, ``[max_rows, hidden]``.
         max_rows: The largest bucket.
         num_sms: Multiprocessors of the device.
-        max_folded_rows: Steps of up to so many rows take `FoldedLoraPath`.
+        max_rows_beside: Steps of up to so many rows take `BesideLoraPath`.
     """
 
     def __init__(
@@ -60,27 +64,29 @@ class DecodeLora:
         residual: Tensor,
         max_rows: int,
         num_sms: int,
-        max_folded_rows: int = MAX_FOLDED_ROWS,
+        max_rows_beside: int = MAX_ROWS_BESIDE,
     ) -> None:
         self._tables = tables
         self._rope, self._silu_mul, self._residual = rope, silu_mul, residual
-        self._num_sms, self._max_folded_rows = num_sms, max_folded_rows
+        self._num_sms, self._max_rows_beside = num_sms, max_rows_beside
         self._fork = Fork(library.device)
 
-        def kernels(rows: int, *, fused: bool) -> LoraDecode:
-            shapes = op_shapes(geometry, fused=fused)
+        def kernels(rows: int, shapes: tuple[OpShape, ...]) -> LoraDecode:
             items = max_decode_items(shapes, rows)
-            return LoraDecode(library, tables, pool, shapes, max_rows=rows, max_items=items, rope=rope)
+            return LoraDecode(library, tables, pool, shapes, max_rows=rows, max_items=items)
 
-        self.folded = kernels(max(1, min(max_rows, max_folded_rows)), fused=True)
-        self.in_line = kernels(max_rows, fused=False)
-        self._hidden = {lora: lora.new_scratch() for lora in (self.folded, self.in_line)}
+        rows_beside, shapes = max(1, min(max_rows, max_rows_beside)), op_shapes(geometry, complete=DELTA_OPS)
+        self.beside = kernels(rows_beside, shapes)
+        self.in_line = kernels(max_rows, op_shapes(geometry))
+        widest = max(shape.slice_begin[-1] for shape in shapes if shape.complete)
+        self._delta = torch.empty(rows_beside * widest, dtype=torch.float32, device=library.device)
+        self._hidden = {lora: lora.new_scratch() for lora in (self.beside, self.in_line)}
         self._sent: dict[LoraDecode, tuple[object, int]] = {}
 
     @property
     def fixed_tensors(self) -> tuple[Tensor, ...]:
         """Tensors whose addresses reach kernels through tables."""
-        return (self.folded.items.buffer, self.in_line.items.buffer, *self._hidden.values())
+        return (self.beside.items.buffer, self.in_line.items.buffer, *self._hidden.values(), self._delta)
 
     def path(self, bucket: int, variant: int) -> LayerPath:
         """Return how a graph of that many rows and that variant goes through the projections."""
@@ -89,9 +95,17 @@ class DecodeLora:
             return BasePath(self._rope, self._silu_mul)
         lora, grids = self._kernels_of(bucket), Grids.of(bucket, self._num_sms)
         hidden = self._hidden[lora]
-        if lora is self.folded:
-            return FoldedLoraPath(
-                self._rope, self._silu_mul, lora, hidden, self._residual, grids, ops=ops, fork=self._fork
+        if lora is self.beside:
+            return BesideLoraPath(
+                self._rope,
+                self._silu_mul,
+                lora,
+                hidden,
+                self._residual,
+                grids,
+                ops=ops,
+                delta=self._delta,
+                fork=self._fork,
             )
         return InLineLoraPath(self._rope, self._silu_mul, lora, hidden, self._residual, grids, ops=ops)
 
@@ -114,4 +128,4 @@ class DecodeLora:
         return sent[1]
 
     def _kernels_of(self, bucket: int) -> LoraDecode:
-        return self.folded if bucket <= self._max_folded_rows else self.in_line
+        return self.beside if bucket <= self._max_rows_beside else self.in_line

@@ -154,11 +154,14 @@ class _DecodeLoraPath(BasePath):
         self._expand_add(layer, op, self._residual[: x.shape[0]], step)
 
 
-class FoldedLoraPath(_DecodeLoraPath):
-    """Few rows: no LoRA kernel of its own stands between a product and its follower.
+class BesideLoraPath(_DecodeLoraPath):
+    """Few rows: all of LoRA runs beside the products, so that none of it stands between a product and its follower.
 
-    Shrinks run beside the products. The expand of qkv and gate_up is part of their followers, that of o and down follows
-    the shrink beside the product.
+    The followers of qkv and gate_up add a delta that is there by then; o and down have theirs in the residual stream.
+
+    Args:
+        delta: Scratch, fp32, for the widest of qkv and gate_up; used up by an op's follower.
+        fork: Side stream.
     """
 
     def __init__(
@@ -171,10 +174,11 @@ class FoldedLoraPath(_DecodeLoraPath):
         grids: Grids,
         *,
         ops: frozenset[str],
+        delta: Tensor,
         fork: Fork,
     ) -> None:
         super().__init__(rope, silu_mul, lora, hidden, residual, grids, ops=ops)
-        self._fork = fork
+        self._delta, self._fork = delta, fork
 
     def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
@@ -183,32 +187,25 @@ class FoldedLoraPath(_DecodeLoraPath):
         elif op in RESIDUAL_OPS:
             self._fork.beside(lambda: self._add_to_residual(layer, op, x, step), lambda: dense_into(dense, x, out))
         else:
-            self._fork.beside(lambda: self._shrink(layer, op, x), lambda: dense_into(dense, x, out))
+            self._fork.beside(lambda: self._write_delta(layer, op, x, out, step), lambda: dense_into(dense, x, out))
+
+    def _write_delta(self, layer: int, op: str, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        self._shrink(layer, op, x)
+        self._lora.expand_delta(layer, op, self._hidden, step.scales, self._delta_of(out), self._grids.expand)
+
+    def _delta_of(self, out: Tensor) -> Tensor:
+        return self._delta[: out.numel()].view(out.shape)
 
     def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
-        if "qkv" not in self._ops:
-            super().finish_qkv(layer, weights, qkv, step)
-            return
         q_norm, k_norm = norm_weights(weights)
-        self._lora.expand_rope_kv(
-            layer,
-            self._hidden,
-            step.scales,
-            qkv,
-            step.positions,
-            step.kv_slots,
-            self._grids.expand,
-            q_norm=q_norm,
-            k_norm=k_norm,
-        )
+        delta = self._delta_of(qkv) if "qkv" in self._ops else None
+        self._rope.launch(layer, qkv, step.positions, step.kv_slots, q_norm=q_norm, k_norm=k_norm, delta=delta)
 
     def finish_gate_up(self, layer: int, gate_up: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
-        if "gate_up" not in self._ops:
-            super().finish_gate_up(layer, gate_up, out, step)
-            return
-        self._lora.expand_silu_mul(layer, self._hidden, step.scales, gate_up, out, self._grids.expand)
+        del layer, step
+        self._silu_mul.launch(gate_up, out, delta=self._delta_of(gate_up) if "gate_up" in self._ops else None)
 
 
 class InLineLoraPath(_DecodeLoraPath):

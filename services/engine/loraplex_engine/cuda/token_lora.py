@@ -53,7 +53,7 @@ class SegmentLora:
         max_rows: int,
         max_tokens: int,
     ) -> None:
-        shapes = op_shapes(geometry, fused=False)
+        shapes = op_shapes(geometry)
         max_tiles = max_rows + -(-max_tokens // TILE_TOKENS)
         self._kernels = LoraPrefill(library, tables, pool, shapes, max_items=max_prefill_items(shapes, max_tiles))
         self._hidden = self._kernels.new_scratch(max_tokens)
@@ -74,7 +74,7 @@ class GroupedLora:
     def __init__(
         self, library: KernelLibrary, tables: AdapterTables, pool: Tensor, geometry: Geometry, *, max_tokens: int
     ) -> None:
-        shapes = op_shapes(geometry, fused=False)
+        shapes = op_shapes(geometry)
         max_groups = max_tokens  # every token may have its own adapter
         self._kernels = LoraDecode(
             library,
