@@ -38,7 +38,7 @@ class ExpandParams(ctypes.Structure):
 
 
 class RopeParams(ctypes.Structure):
-    """csrc/rope.cuh."""
+    """csrc/rope_kv.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("qkv", c_void_p),

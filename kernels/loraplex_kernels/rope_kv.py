@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary
     from loraplex_kernels.paged_kv import KvLayout
 
-HEADS_PER_BLOCK = 8
+BLOCK = 256
+DIMS_PER_THREAD = 16
 
 
 class RopeKv:
@@ -39,7 +40,7 @@ class RopeKv:
         self._pool = library.check("pool", pool, torch.uint8, -1, layout.page_bytes)
         self._rotary = library.check("rotary", rotary, torch.float32, -1, layout.head_dim)
         self._kept = (pool, rotary)
-        self._kernel = library.load("rope_kv", RopeParams(), 256, defines=(f"HEAD_DIM={layout.head_dim}",))
+        self._kernel = library.load("rope_kv", RopeParams(), BLOCK, defines=(f"HEAD_DIM={layout.head_dim}",))
 
     def launch(
         self,
@@ -80,4 +81,5 @@ class RopeKv:
         params.num_heads, params.num_kv_heads = layout.num_heads, layout.num_kv_heads
         params.block_tokens, params.norm_eps = layout.block_tokens, self._eps
         heads = layout.num_heads + 2 * layout.num_kv_heads
-        self._kernel.launch(-(-heads // HEADS_PER_BLOCK), qkv.shape[0])
+        heads_per_block = BLOCK * DIMS_PER_THREAD // layout.head_dim
+        self._kernel.launch(-(-heads // heads_per_block), tokens)
