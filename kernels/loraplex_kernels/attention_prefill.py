@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loraplex_kernels.paged_kv import KvLayout
 
 BLOCK: Final = 128
-TILE_ROWS: Final = 64  # kRows: packed (token, query head of the group) rows
+TILE_ROWS: Final = 128  # kRows: packed (token, query head of the group) rows
 TILE_INTS: Final = 8
 
 
@@ -51,7 +51,7 @@ class AttentionPrefill:
 
     def __init__(self, library: KernelLibrary, layout: KvLayout) -> None:
         self._library, self._layout = library, layout
-        shared = 4 * 64 * layout.head_dim * 2
+        shared = (TILE_ROWS + 4 * 64) * layout.head_dim * 2
         defines = (f"HEAD_DIM={layout.head_dim}", f"SHARED_BYTES={shared}")
         self._kernel = library.load(
             "attention_prefill", AttentionPrefillParams(), BLOCK, defines=defines, shared_bytes=shared
@@ -85,4 +85,4 @@ class AttentionPrefill:
         params.q_stride = q.shape[1]
         params.out = check("out", out, dtype, -1, self._layout.num_heads * self._layout.head_dim)
         params.tiles = check("tiles", tiles, torch.int32, -1, TILE_INTS)
-        self._kernel.launch(tiles.shape[0], self._layout.num_kv_heads)
+        self._kernel.launch(self._layout.num_kv_heads, tiles.shape[0])

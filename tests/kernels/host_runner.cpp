@@ -22,7 +22,7 @@ static void launch(void (*kernel)(P), const std::vector<char>& bytes) {
     shim::body = Call<P>::run;
     for (unsigned z = 0; z < shim::grid_size.z; ++z)
         for (unsigned y = 0; y < shim::grid_size.y; ++y)
-            for (unsigned x = 0; x < shim::grid_size.x; ++x) {
+            for (unsigned x = 0; x < shim::grid_size.x; x += shim::kCluster) {
                 shim::block_index = {x, y, z};
                 shim::run_block();
             }

@@ -1,9 +1,11 @@
-// Runs a CUDA kernel on a CPU: one fiber per thread of a block, blocks one after another. Enough of CUDA for the kernels
-// that use no tensor cores; built with address and undefined-behaviour sanitizers, so that an index that strays is found.
+// Runs a CUDA kernel on a CPU: one fiber per thread of a block or cluster, clusters one after another. Enough of CUDA for
+// the kernels that use no tensor cores, and of tensor cores, asynchronous copies and clusters for LoRA at prefill; built
+// with address and undefined-behaviour sanitizers, so that an index that strays is found.
 #pragma once
 #include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -16,6 +18,7 @@
 #define __forceinline__ inline
 #define __noinline__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 
@@ -23,11 +26,24 @@ namespace shim {
 struct Index {
     unsigned x = 0, y = 0, z = 0;
 };
+#ifdef CLUSTER
+constexpr unsigned kCluster = CLUSTER;
+constexpr size_t kStackBytes = 64 * 1024;
+#else
+constexpr unsigned kCluster = 1;
 constexpr size_t kStackBytes = 256 * 1024;
+#endif
 struct Barrier {
     unsigned arrived = 0, generation = 0;
 };
+struct Copy {
+    void* to;
+    const void* from;
+    bool live, early;
+};
 struct Fiber {
+    std::vector<std::vector<Copy>> copies;  // by group; the last is open
+    unsigned cluster_generation = 0;
     ucontext_t context;
     std::vector<char> stack;
     unsigned thread = 0;
@@ -35,17 +51,19 @@ struct Fiber {
     void* fake_stack = nullptr;
 };
 inline Index block_index, grid_size;
-inline unsigned block_size, live;
+inline unsigned block_size, live;  // live: fibers of the cluster
 inline std::vector<Fiber> fibers;
 inline unsigned current;
 inline ucontext_t scheduler;
 inline void* scheduler_fake;
 inline const void* scheduler_bottom;
 inline size_t scheduler_size;
-inline Barrier block_barrier;
+inline Barrier block_barriers[kCluster], cluster_barrier;
+inline unsigned block_live[kCluster];
 inline std::vector<Barrier> warp_barriers;
 inline std::vector<unsigned> warp_live;
 inline std::vector<unsigned long long> slots;
+inline std::vector<std::array<unsigned long long, 6>> wide_slots;
 inline void (*body)();
 inline unsigned long progress;
 
@@ -72,21 +90,25 @@ inline void enter() {
     body();
     Fiber& self = fibers[current];
     self.done = true;
-    --live, --warp_live[current / 32], ++progress;
+    --live, --warp_live[current / 32], --block_live[current / block_size], ++progress;
     __sanitizer_start_switch_fiber(nullptr, scheduler_bottom, scheduler_size);
     swapcontext(&self.context, &scheduler);
 }
 inline void run_block() {
-    live = block_size;
-    block_barrier = {};
-    warp_barriers.assign((block_size + 31) / 32, {});
-    warp_live.assign((block_size + 31) / 32, 0);
-    slots.assign(block_size, 0);
-    fibers.resize(block_size);
-    for (unsigned t = 0; t < block_size; ++t) {
+    const unsigned threads = block_size * kCluster;
+    live = threads;
+    cluster_barrier = {};
+    for (unsigned cta = 0; cta < kCluster; ++cta) block_barriers[cta] = {}, block_live[cta] = block_size;
+    warp_barriers.assign((threads + 31) / 32, {});
+    warp_live.assign((threads + 31) / 32, 0);
+    slots.assign(threads, 0);
+    wide_slots.assign(threads, {});
+    fibers.resize(threads);
+    for (unsigned t = 0; t < threads; ++t) {
         Fiber& f = fibers[t];
         f.stack.resize(kStackBytes);
         f.thread = t, f.done = false, f.fake_stack = nullptr;
+        f.copies.assign(1, {}), f.cluster_generation = 0;
         ++warp_live[t / 32];
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.data();
@@ -96,7 +118,7 @@ inline void run_block() {
     }
     while (live) {
         const unsigned long before = progress;
-        for (current = 0; current < block_size; ++current) {
+        for (current = 0; current < threads; ++current) {
             Fiber& f = fibers[current];
             if (f.done) continue;
             __sanitizer_start_switch_fiber(&scheduler_fake, f.stack.data(), f.stack.size());
@@ -109,9 +131,7 @@ inline void run_block() {
         }
     }
 }
-struct ThreadIndex {
-    operator Index() const { return {current, 0, 0}; }
-};
+inline unsigned cta() { return current / block_size; }
 template <class T>
 inline T exchange(T value, unsigned from) {
     static_assert(sizeof(T) <= 8, "one slot");
@@ -123,12 +143,44 @@ inline T exchange(T value, unsigned from) {
     wait(warp_barriers[warp], warp_live[warp]);
     return out;
 }
+// What each lane of the warp put; every lane gets all.
+using Lanes = std::array<std::array<unsigned long long, 6>, 32>;
+inline Lanes exchange(const std::array<unsigned long long, 6>& value) {
+    const unsigned warp = current / 32;
+    wide_slots[current] = value;
+    wait(warp_barriers[warp], warp_live[warp]);
+    Lanes lanes;
+    for (unsigned lane = 0; lane < 32; ++lane) lanes[lane] = wide_slots[warp * 32 + lane];
+    wait(warp_barriers[warp], warp_live[warp]);
+    return lanes;
+}
+// Shared memory of the CTA, poisoned with NaN.
+inline char* shared_base;
+inline size_t shared_stride;
+template <class T>
+T& shared_memory() {
+    alignas(128) static char bytes[kCluster][(sizeof(T) + 127) / 128 * 128];
+    if (shared_base == nullptr) {
+        std::memset(bytes, 0xff, sizeof(bytes));
+        shared_base = bytes[0], shared_stride = sizeof(bytes[0]);
+    }
+    return *reinterpret_cast<T*>(bytes[cta()]);
+}
+inline void perform(const Copy& copy) {
+    if (copy.live) {
+        std::memcpy(copy.to, copy.from, 16);
+    } else {
+        std::memset(copy.to, 0, 16);
+    }
+}
+inline unsigned coin = 1;  // asynchronous copies happen at once or as late as they may, in a fixed random order
+inline bool flip() { return (coin = coin * 1664525u + 1013904223u) >> 31; }
 }  // namespace shim
 
-#define threadIdx (shim::Index{shim::current, 0, 0})
-#define blockIdx shim::block_index
+#define threadIdx (shim::Index{shim::current % shim::block_size, 0, 0})
+#define blockIdx (shim::Index{shim::block_index.x + shim::cta(), shim::block_index.y, shim::block_index.z})
 #define gridDim shim::grid_size
-inline void __syncthreads() { shim::wait(shim::block_barrier, shim::live); }
+inline void __syncthreads() { shim::wait(shim::block_barriers[shim::cta()], shim::block_live[shim::cta()]); }
 inline void __syncwarp() { shim::wait(shim::warp_barriers[shim::current / 32], shim::warp_live[shim::current / 32]); }
 template <class T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) { return shim::exchange(value, shim::current % 32 ^ mask); }
@@ -167,3 +219,94 @@ template <class T>
 inline T max(T a, T b) { return a < b ? b : a; }
 template <class T>
 inline T min(T a, T b) { return b < a ? b : a; }
+
+// Tensor cores and asynchronous copies: common.cuh's primitives, then lora_prefill.cuh's.
+inline bool __any_sync(unsigned, bool value) {
+    for (const auto& lane : shim::exchange({value}))
+        if (lane[0]) return true;
+    return false;
+}
+inline float exp2_approx(float v) { return std::exp2(v); }
+using SharedAddress = unsigned char*;
+inline SharedAddress address_of(const void* p) { return static_cast<unsigned char*>(const_cast<void*>(p)); }
+template <class Shared>
+unsigned char* generic_address(Shared&, SharedAddress at) { return at; }
+inline void copy_async16(void* to, const void* from, bool live) {
+    if (reinterpret_cast<size_t>(to) % 16 || (live && reinterpret_cast<size_t>(from) % 16)) std::exit(7);
+    const shim::Copy copy{to, from, live, shim::flip()};
+    if (copy.early) shim::perform(copy);
+    shim::fibers[shim::current].copies.back().push_back(copy);
+}
+inline void copy_async16_if(SharedAddress to, const void* from, unsigned bytes, bool live) {
+    if (live) copy_async16(to, from, bytes != 0);
+}
+inline void copy_async_commit() { shim::fibers[shim::current].copies.emplace_back(); }
+template <int kPending>
+void copy_async_wait() {
+    auto& groups = shim::fibers[shim::current].copies;
+    while (groups.size() > kPending + 1) {
+        for (const shim::Copy& copy : groups.front())
+            if (!copy.early) shim::perform(copy);
+        groups.erase(groups.begin());
+    }
+}
+inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
+    if (reinterpret_cast<size_t>(row) % 16) std::exit(7);
+    const unsigned lane = shim::current % 32;
+    const shim::Lanes lanes = shim::exchange({reinterpret_cast<size_t>(row)});
+    for (unsigned i = 0; i < 4; ++i)
+        std::memcpy(&r[i], reinterpret_cast<const char*>(lanes[i * 8 + lane / 4][0]) + lane % 4 * 4, 4);
+}
+inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row) {
+    if (reinterpret_cast<size_t>(row) % 16) std::exit(7);
+    const unsigned lane = shim::current % 32;
+    const shim::Lanes lanes = shim::exchange({reinterpret_cast<size_t>(row)});
+    for (unsigned i = 0; i < 4; ++i)
+        for (unsigned half = 0; half < 2; ++half)
+            std::memcpy(reinterpret_cast<char*>(&r[i]) + half * 2,
+                        reinterpret_cast<const char*>(lanes[i * 8 + lane % 4 * 2 + half][0]) + lane / 4 * 2, 2);
+}
+inline void load_matrices(unsigned (&r)[4], SharedAddress row) { ldmatrix_x4(r, row); }
+inline float bf16_of(unsigned long long pair, unsigned i) { return __uint_as_float(i ? pair & 0xffff0000u : pair << 16); }
+inline void mma_bf16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    const unsigned lane = shim::current % 32;
+    const shim::Lanes lanes = shim::exchange({a0, a1, a2, a3, b0, b1});
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; ++k)
+            d[i] += bf16_of(lanes[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) *
+                    bf16_of(lanes[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
+    }
+}
+struct AnyQuad {
+    SharedAddress from;
+    template <class Q>
+    operator Q() const { return *reinterpret_cast<const Q*>(from); }
+};
+inline AnyQuad load_shared16(SharedAddress from) { return {from}; }
+template <class Q>
+void store_global16_if(void* to, const Q& q, bool live) {
+    if (live) *static_cast<Q*>(to) = q;
+}
+template <unsigned kCluster>
+unsigned cluster_rank() { return shim::cta(); }
+template <unsigned kCluster>
+void cluster_arrive() {
+    if (kCluster == 1) return;
+    shim::fibers[shim::current].cluster_generation = shim::cluster_barrier.generation;
+    ++shim::progress;
+    if (++shim::cluster_barrier.arrived == shim::block_size * kCluster)
+        shim::cluster_barrier.arrived = 0, ++shim::cluster_barrier.generation;
+}
+template <unsigned kCluster>
+void cluster_wait() {
+    if (kCluster == 1) return __syncthreads();
+    while (shim::cluster_barrier.generation == shim::fibers[shim::current].cluster_generation) shim::yield();
+    ++shim::progress;
+}
+template <unsigned kCluster, class P>
+void store_peer(SharedAddress to, unsigned cta, const P& value) {
+    const size_t offset = reinterpret_cast<char*>(to) - shim::shared_base - shim::cta() * shim::shared_stride;
+    if (offset + sizeof(P) > shim::shared_stride || offset % sizeof(P) || cta >= kCluster) std::exit(7);
+    std::memcpy(shim::shared_base + cta * shim::shared_stride + offset, &value, sizeof(P));
+}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry
 from loraplex_common.adapter_image import ITEM_BYTES, OPS, AdapterSpec, Geometry, ModuleSpec, from_bfloat16, layout
 from loraplex_kernels.attention_decode import num_splits
-from loraplex_kernels.attention_prefill import make_tiles
+from loraplex_kernels.attention_prefill import TILE_ROWS, make_tiles
 from loraplex_kernels.items import (
     BLOCK_ROWS,
     GROUP_INTS,
@@ -296,7 +296,9 @@ def test_attention_tiles_cover_every_row_and_start_with_the_longest(chunks: list
 
     tiles = make_tiles(np.arange(len(chunks), dtype=np.int32), starts, counts, 5, group)
 
-    rows = {(int(tile[1]), int(tile[4]) + i) for tile in tiles for i in range(64) if tile[4] + i < tile[3] * group}
+    rows = {
+        (int(tile[1]), int(tile[4]) + i) for tile in tiles for i in range(TILE_ROWS) if tile[4] + i < tile[3] * group
+    }
     begins = 5 + np.cumsum(counts) - counts
     assert rows == {(int(b), r) for b, c in zip(begins, counts, strict=True) for r in range(int(c) * group)}
     keys = tiles[:, 2] + tiles[:, 4] // group

@@ -64,9 +64,9 @@ __device__ __forceinline__ bf16 from_float<bf16>(float v) { return bf16{bf16_bit
 // Rounds to the element type and back: where torch would have stored an intermediate.
 __device__ __forceinline__ float rounded(float v) { return to_float(from_float<elem>(v)); }
 
-// A kernel's shared memory as one struct: dynamic, since it may exceed 48 KiB; static in the host shim.
+// A kernel's shared memory as one struct: dynamic, since it may exceed 48 KiB.
 #ifdef LORAPLEX_HOST
-#define LORAPLEX_SHARED(Type, name) __shared__ Type name
+#define LORAPLEX_SHARED(Type, name) Type& name = shim::shared_memory<Type>()
 #else
 #define LORAPLEX_SHARED(Type, name)                            \
     extern __shared__ __align__(128) u8 name##_bytes[];        \
@@ -159,6 +159,11 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, 
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ float exp2_approx(float v) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
 }
 // Transposes an 8x8 matrix of 16-bit elements held as mma fragments.
 __device__ __forceinline__ u32 transpose_8x8(u32 fragment) {
