@@ -208,7 +208,7 @@ def ragged(tokens: int, adapters: int) -> np.ndarray:
 
 
 def prefill_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
-    """Time shrink + expand of one prefill case."""
+    """Time one prefill case, shrink and expand in one launch."""
     tokens, num_adapters = int(row["tokens"]), int(row["adapters"])
     case = LoraCase(library, row["outs"], row["rank"], num_adapters, int(row["weight_sets"]))
     shape = case.shapes[list(OPS).index(case.op)]
@@ -217,22 +217,15 @@ def prefill_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[
     lora.prepare(np.arange(num_adapters, dtype=np.int32), lengths)
     x = torch.randn(tokens, shape.columns, device=DEVICE, dtype=torch.bfloat16)
     y = torch.zeros(tokens, sum(shape.outputs), device=DEVICE, dtype=torch.bfloat16)
-    h, scale = lora.new_scratch(tokens), torch.ones(tokens, device=DEVICE)
-
-    def call(layer: int) -> None:
-        lora.shrink(layer, case.op, x, h)
-        lora.expand_add(layer, case.op, h, scale, y)
-
-    call(0)
+    scale = torch.ones(tokens, device=DEVICE)
+    lora.apply(0, case.op, x, scale, y)
     for index, end in list(enumerate(np.cumsum(lengths)))[:: max(1, num_adapters // 3)]:
         rows = slice(int(end - lengths[index]), int(end))
         expected = case.expected(index, x[rows])
         require_close(y[rows, : expected.shape[1]], expected, str(row))
     y.copy_(0.3 * torch.randn_like(y))
-    layers = range(case.sets)
-    both = time_us([lambda layer=layer: call(layer) for layer in layers], flush)  # type: ignore[misc]
-    shrink = time_us([lambda layer=layer: lora.shrink(layer, case.op, x, h) for layer in layers], flush)  # type: ignore[misc]
-    return {"op": both, "shrink": shrink}
+    calls = [lambda layer=layer: lora.apply(layer, case.op, x, scale, y) for layer in range(case.sets)]
+    return {"op": time_us(calls, flush)}  # type: ignore[arg-type]
 
 
 def attention_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:

@@ -2,34 +2,96 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
 from loraplex_common.adapter_image import OP_INDEX
 
-from loraplex_kernels.items import HEADER_INTS, ITEM_INTS, OpShape, range_index, within_runs
-from loraplex_kernels.params import LoraTables, PrefillExpandParams, PrefillShrinkParams
+from loraplex_kernels.items import ITEM_INTS, OpShape, within_runs
+from loraplex_kernels.params import PrefillParams
 from loraplex_kernels.tables import MAX_STACKED_RANK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loraplex_kernels.module import KernelLibrary
+    from loraplex_kernels.module import Kernel, KernelLibrary
     from loraplex_kernels.tables import AdapterTables
 
-BLOCK: Final = 128
+BLOCK: Final = 256
+SM_SHARED_BYTES: Final = 228 * 1024  # of an H100's multiprocessor; each CTA takes 1 KiB more than it asks for
+CTAS_PER_SM: Final = 3
 TILE_TOKENS: Final = 64  # kTokens
-RANK_BLOCK: Final = 64  # kBlockRows
-RUN: Final = 512
-EXPAND_SHARED_BYTES: Final = 60 * 1024  # two stages of B, and h
-CHUNK: Final = 1024  # kChunk: columns of a plane of h
-SHRINK_SHARED_BYTES: Final = 64 * 1024  # 4 stages of x and A
+RANK_BLOCK: Final = 64  # kStep
+CLUSTERS: Final = (8, 4, 2)
+RANK_CLASSES: Final = (16, 32, 64, MAX_STACKED_RANK)  # of which a kernel is compiled each
+RESIDENT_CLUSTERS: Final = {8: 46, 4: 88, 2: 198, 1: 396}
+"""Clusters of three CTAs per SM that an H100 holds at once, as its times tell; those of 8 and 4 do not fill its GPCs."""
+CHUNK: Final = 64  # outputs
+WAVE: Final = 132  # multiprocessors of an H100: with fewer CTAs, a tile's outputs are shared out to more
 
 
-def num_planes(shape: OpShape) -> int:
-    """Return how many planes of h the shrink writes."""
-    return -(-shape.columns // CHUNK)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """How the kernel is cut; the macros of csrc/lora_prefill.cu.
+
+    Attributes:
+        cluster: CTAs of a work item.
+        table: Steps of 64 columns and chunks of 64 outputs of a CTA, at most.
+        ranks: Rank rows of a block, at most: 16, 32 or 64.
+        blocks: Blocks of 64 rank rows of a slice, at most.
+    """
+
+    cluster: int
+    table: int
+    ranks: int = RANK_BLOCK
+    blocks: int = 1
+
+    @classmethod
+    def of(cls, cluster: int, ranks: int, shapes: tuple[OpShape, ...]) -> Shape:
+        """Return the shape for slices of up to ``ranks`` rank rows of a model's ops."""
+        table = table_size(shapes, cluster)
+        return cls(cluster=cluster, table=table, ranks=min(ranks, RANK_BLOCK), blocks=-(-ranks // RANK_BLOCK))
+
+    @property
+    def stages(self) -> int:
+        """Slots of the ring: what shared memory is left to as many CTAs per SM as the registers allow, one fewer above 64."""
+        ctas = CTAS_PER_SM if self.blocks == 1 else CTAS_PER_SM - 1
+        return (SM_SHARED_BYTES // ctas - 1024 - self._fixed_bytes) // self._slot_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """sizeof(Shared)."""
+        return -(-(self.stages * self._slot_bytes + self._fixed_bytes) // 8) * 8
+
+    @property
+    def _slot_bytes(self) -> int:
+        return 128 * (TILE_TOKENS + self.ranks)
+
+    @property
+    def _fixed_bytes(self) -> int:
+        """Partial sums, h, tables, scales."""
+        return TILE_TOKENS * (4 * self.ranks + 128 * self.blocks + 4) + 20 * self.table
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """Macros."""
+        values = {
+            "CLUSTER": self.cluster,
+            "RANKS": self.ranks,
+            "BLOCKS": self.blocks,
+            "STAGES": self.stages,
+            "TABLE": self.table,
+            "SHARED_BYTES": self.shared_bytes,
+        }
+        return tuple(f"{name}={value}" for name, value in values.items())
+
+
+def table_size(shapes: tuple[OpShape, ...], cluster: int) -> int:
+    """Return how many steps of 64 columns, or chunks of 64 outputs, a CTA has at most."""
+    longest = max(max(shape.columns, *shape.outputs) for shape in shapes)
+    return -(-longest // 64) // cluster + 1
 
 
 def make_segments(adapters: NDArray[np.int32], counts: NDArray[np.int32], first_token: int) -> NDArray[np.int32]:
@@ -58,46 +120,89 @@ def make_segments(adapters: NDArray[np.int32], counts: NDArray[np.int32], first_
     return segments
 
 
-def _items(segments: NDArray[np.int32], parts: NDArray[np.int64]) -> NDArray[np.int32]:
-    tile = np.repeat(np.arange(len(segments)), parts)
-    return np.concatenate([segments[tile], within_runs(parts)[:, None].astype(np.int32)], axis=1)
+class OpPlan(NamedTuple):
+    """One op's launch in a step.
+
+    Attributes:
+        first: Its first item.
+        num_items: Items.
+        shares: Into how many items a tile's outputs of a slice are cut; a power of two.
+        cluster: CTAs of an item.
+        ranks: Of `RANK_CLASSES`.
+    """
+
+    first: int
+    num_items: int
+    shares: int
+    cluster: int
+    ranks: int
 
 
-def build_items(
-    segments: NDArray[np.int32], max_stacked: NDArray[np.int32], shapes: tuple[OpShape, ...], run: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return a step's buffer (header of ranges, then items) and the items by `range_index`.
+def plan_op(
+    segments: NDArray[np.int32], ranks: NDArray[np.int32], shape: OpShape, clusters: tuple[int, ...]
+) -> tuple[OpPlan, NDArray[np.int32]]:
+    """Return the launch of one op and its items: the adapted slices of each tile, in as many shares as fill the GPU once.
 
     Args:
         segments: From `make_segments`.
-        max_stacked: `AdapterTables.max_stacked`.
-        shapes: Of the four ops.
-        run: Outputs per expand item.
+        ranks: int32 ``[tiles, slices]``; largest rank of each slice over the layers of the tiles' adapters.
+        shape: The op's.
+        clusters: Sizes to choose from.
+
+    Returns:
+        The plan, with `first` 0, and int32 ``[items, 4]``: first token, tokens, adapter, slice + 4 * share.
     """
-    header, counts = np.zeros(HEADER_INTS, dtype=np.int32), np.zeros(2 * len(shapes), dtype=np.int32)
-    parts: list[NDArray[np.int32]] = []
-    first = 0
-    for op, shape in enumerate(shapes):
-        stacked = max_stacked[segments[:, 2], op].astype(np.int64)
-        runs = sum(-(-outputs // run) for outputs in shape.outputs)
-        for number in (-(-stacked // RANK_BLOCK) * num_planes(shape), np.where(stacked > 0, runs, 0)):
-            items, index = _items(segments, number), len(parts)
-            header[2 * index : 2 * index + 2] = first, len(items)
-            counts[index] = len(items)
-            first += len(items)
-            parts.append(items.reshape(-1))
-    return np.concatenate([header, *parts]), counts
+    tile, part = np.nonzero(ranks)
+    cluster = choose_cluster(len(tile), shape, clusters)
+    shares = num_shares(len(tile), shape, cluster)
+    rows = np.empty((len(tile), shares, ITEM_INTS), dtype=np.int32)
+    rows[:, :, :3] = segments[tile, None]
+    rows[:, :, 3] = part[:, None] + 4 * np.arange(shares)
+    largest = int(ranks.max(initial=0))
+    plan = OpPlan(0, len(tile) * shares, shares, cluster, next(each for each in RANK_CLASSES if largest <= each))
+    return plan, rows.reshape(-1, ITEM_INTS)
+
+
+def choose_cluster(num_items: int, shape: OpShape, clusters: tuple[int, ...]) -> int:
+    """Return how many CTAs should share an item: what the fewest and fullest waves of clusters make cheapest.
+
+    The model's constants are fitted to 432 measured times (benchmarks/NOTES.md): an item costs a CTA its slots and 8 more
+    for its start and the cluster's barriers; a nearly empty last wave costs 0.75 of a full one.
+
+    Args:
+        num_items: Adapted slices of tiles.
+        shape: The op's.
+        clusters: Sizes to choose from.
+    """
+
+    def cost(cluster: int) -> float:
+        shares = num_shares(num_items, shape, cluster)
+        full, rest = divmod(num_items * shares, RESIDENT_CLUSTERS[cluster])
+        waves = full + (0.75 + 0.25 * rest / RESIDENT_CLUSTERS[cluster] if rest else 0)
+        return waves * (8 + (shape.columns + max(shape.outputs) / shares) / (64 * cluster))
+
+    return min(clusters, key=cost)
+
+
+def num_shares(num_items: int, shape: OpShape, cluster: int) -> int:
+    """Return into how many items a tile's outputs of a slice are cut, a power of two: as many as fill the GPU once.
+
+    Every share computes h anew, so two chunks per CTA are the least that pays.
+    """
+    most = min(WAVE // max(num_items * cluster, 1), min(shape.outputs) // (2 * CHUNK * cluster))
+    return 1 << max(most, 1).bit_length() - 1
 
 
 class LoraPrefill:
-    """The LoRA kernels of prefill chunks.
+    """The LoRA kernel of prefill chunks.
 
     Args:
-        library: Compiles and loads them; bf16.
+        library: Compiles and loads it; bf16.
         tables: The resident adapters.
         pool: uint8 ``[num_pages, page_bytes]``; the unified pool.
         shapes: Of the four ops.
         max_items: Most items of a step.
+        clusters: Sizes to choose from; those of the library's architecture if unset.
     """
 
     def __init__(
@@ -108,33 +213,27 @@ class LoraPrefill:
         shapes: tuple[OpShape, ...],
         *,
         max_items: int,
+        clusters: tuple[int, ...] = (),
     ) -> None:
         self._library, self._tables, self._shapes = library, tables, shapes
         self._pinned = library.device.type == "cuda"
-        size = HEADER_INTS + max_items * ITEM_INTS
-        self.buffer = torch.zeros(size, dtype=torch.int32, device=library.device)
-        self._counts = np.zeros(2 * len(shapes), dtype=np.int32)
-        self._shrink = library.load(
-            "lora_prefill_shrink",
-            PrefillShrinkParams(),
-            BLOCK,
-            defines=(f"SHARED_BYTES={SHRINK_SHARED_BYTES}",),
-            shared_bytes=SHRINK_SHARED_BYTES,
-        )
-        self._expand = library.load(
-            "lora_prefill_expand",
-            PrefillExpandParams(),
-            BLOCK,
-            defines=(f"RUN={RUN}", f"SHARED_BYTES={EXPAND_SHARED_BYTES}"),
-            shared_bytes=EXPAND_SHARED_BYTES,
-        )
-        for lora in (self._shrink.params.lora, self._expand.params.lora):
-            lora.pool, lora.tiles, lora.entry_stride = pool.data_ptr(), tables.tiles.data_ptr(), tables.entry_stride
+        self.buffer = torch.zeros(max_items * ITEM_INTS, dtype=torch.int32, device=library.device)
+        self._clusters = clusters or (CLUSTERS if library.arch.startswith(("sm_9", "sm_1")) else (1,))
+        self._kernels = {
+            (cluster, ranks): self._load(Shape.of(cluster, ranks, shapes), pool)
+            for cluster in self._clusters
+            for ranks in RANK_CLASSES
+        }
+        self._plans: list[OpPlan] = []
 
-    def new_scratch(self, tokens: int) -> torch.Tensor:
-        """Allocate an h: fp32 ``[planes, tokens, 256]``."""
-        planes = max(num_planes(shape) for shape in self._shapes)
-        return torch.empty(planes, tokens, MAX_STACKED_RANK, dtype=torch.float32, device=self._library.device)
+    def _load(self, shape: Shape, pool: torch.Tensor) -> Kernel[PrefillParams]:
+        kernel = self._library.load(
+            "lora_prefill", PrefillParams(), BLOCK, defines=shape.defines, shared_bytes=shape.shared_bytes
+        )
+        lora = kernel.params.lora
+        lora.pool, lora.tiles = pool.data_ptr(), self._tables.tiles.data_ptr()
+        lora.entry_stride = self._tables.entry_stride
+        return kernel
 
     def prepare(self, adapters: NDArray[np.int32], counts: NDArray[np.int32], first_token: int = 0) -> None:
         """Build a step's items and copy them to the device on the current stream; all layers use them.
@@ -148,50 +247,41 @@ class LoraPrefill:
             ValueError: If the items exceed the buffer.
         """
         segments = make_segments(adapters, counts, first_token)
-        built, self._counts = build_items(segments, self._tables.max_stacked, self._shapes, RUN)
+        ranks = self._tables.max_ranks[segments[:, 2]]
+        self._plans, parts, first = [], [], 0
+        for op, shape in enumerate(self._shapes):
+            plan, items = plan_op(segments, ranks[:, op, : len(shape.outputs)], shape, self._clusters)
+            self._plans.append(plan._replace(first=first))
+            parts.append(items)
+            first += plan.num_items
+        built = np.concatenate(parts).reshape(-1)
         if len(built) > len(self.buffer):
             raise ValueError(f"{len(built)} ints of items exceed {len(self.buffer)}")
         host = torch.from_numpy(built)
         self.buffer[: len(built)].copy_(host.pin_memory() if self._pinned else host, non_blocking=self._pinned)
 
-    def shrink(self, layer: int, op: str, x: torch.Tensor, h: torch.Tensor) -> None:
-        """Compute ``h[plane][t] = x[t, chunk] @ A[:, chunk].T`` for the step's chunks.
+    def apply(self, layer: int, op: str, x: torch.Tensor, scale: torch.Tensor, y: torch.Tensor) -> None:
+        """Compute ``y[t] += scaling * scale[t] * (x[t] @ A.T) @ B.T`` for the step's chunks.
 
         Args:
             layer: Decoder layer.
             op: One of ``OPS``.
             x: ``[tokens, in_features]``.
-            h: From `new_scratch`.
-        """
-        params, shape = self._shrink.params, self._shapes[OP_INDEX[op]]
-        params.x = self._library.check("x", x, self._library.dtype, -1, shape.columns)
-        params.h, params.h_plane, params.h_stride = h.data_ptr(), h.stride(0), h.stride(1)
-        params.columns, params.num_planes = shape.columns, num_planes(shape)
-        self._kernel_tables(params.lora, layer, op, expand=False)
-        self._shrink.launch(int(self._counts[range_index(op, expand=False)]))
-
-    def expand_add(self, layer: int, op: str, h: torch.Tensor, scale: torch.Tensor, y: torch.Tensor) -> None:
-        """Compute ``y[t] += scaling * scale[t] * sum(h[:, t]) @ B.T`` for the step's chunks.
-
-        Args:
-            layer: Decoder layer.
-            op: One of ``OPS``.
-            h: What `shrink` wrote.
             scale: fp32 ``[tokens]``.
             y: ``[tokens, out_features of all slices]``, updated in place.
-        """
-        params, shape = self._expand.params, self._shapes[OP_INDEX[op]]
-        begin = shape.slice_begin
-        params.y = self._library.check("y", y, self._library.dtype, -1, begin[-1])
-        params.y_stride = begin[-1]
-        params.scale = self._library.check("scale", scale, torch.float32, -1)
-        params.h, params.h_plane, params.h_stride = h.data_ptr(), h.stride(0), h.stride(1)
-        params.num_planes = num_planes(shape)
-        params.slice_begin[:] = [*begin, *[begin[-1]] * (4 - len(begin))]
-        self._kernel_tables(params.lora, layer, op, expand=True)
-        self._expand.launch(int(self._counts[range_index(op, expand=True)]))
 
-    def _kernel_tables(self, lora: LoraTables, layer: int, op: str, *, expand: bool) -> None:
-        lora.entries = self._tables.entry_address(layer, op)
-        lora.range = self.buffer.data_ptr() + 8 * range_index(op, expand=expand)
-        lora.items = self.buffer.data_ptr() + 4 * HEADER_INTS
+        Raises:
+            ValueError: If a shape, dtype or device differs.
+        """
+        shape, plan = self._shapes[OP_INDEX[op]], self._plans[OP_INDEX[op]]
+        begin, check = shape.slice_begin, self._library.check
+        kernel = self._kernels[plan.cluster, plan.ranks]
+        params = kernel.params
+        params.x = check("x", x, self._library.dtype, -1, shape.columns)
+        params.scale = check("scale", scale, torch.float32, -1)
+        params.y = check("y", y, self._library.dtype, -1, begin[-1])
+        params.y_stride, params.columns, params.log_shares = begin[-1], shape.columns, plan.shares.bit_length() - 1
+        params.slice_begin[:] = [*begin, *[begin[-1]] * (4 - len(begin))]
+        params.lora.entries = self._tables.entry_address(layer, op)
+        params.lora.items = self.buffer.data_ptr() + 4 * ITEM_INTS * plan.first
+        kernel.launch(plan.num_items * plan.cluster)

@@ -178,33 +178,17 @@ class AttentionPrefillParams(ctypes.Structure):
     ]
 
 
-class PrefillShrinkParams(ctypes.Structure):
-    """csrc/lora_prefill_shrink.cu."""
+class PrefillParams(ctypes.Structure):
+    """csrc/lora_prefill.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("lora", LoraTables),
         ("x", c_void_p),
-        ("h", c_void_p),
-        ("h_plane", c_int64),
-        ("h_stride", c_int),
-        ("columns", c_int),
-        ("num_planes", c_int),
-        ("reserved", c_int),
-    ]
-
-
-class PrefillExpandParams(ctypes.Structure):
-    """csrc/lora_prefill_expand.cu."""
-
-    _fields_: ClassVar[_Fields] = [
-        ("lora", LoraTables),
-        ("h", c_void_p),
         ("scale", c_void_p),
         ("y", c_void_p),
-        ("h_plane", c_int64),
         ("y_stride", c_int64),
-        ("h_stride", c_int),
-        ("num_planes", c_int),
+        ("columns", c_int),
+        ("log_shares", c_int),
         ("slice_begin", c_int * 4),
     ]
 

@@ -170,9 +170,8 @@ class Cases:
         lora.prepare(adapters, counts)
         for op, shape in zip(OPS, shapes, strict=True):
             x, y = self.randn(tokens, shape.columns), self.randn(tokens, sum(shape.outputs))
-            found, h = y.clone().to(device), lora.new_scratch(tokens)
-            lora.shrink(0, op, x.to(device), h)
-            lora.expand_add(0, op, h, torch.from_numpy(scales).to(device), found)
+            found = y.clone().to(device)
+            lora.apply(0, op, x.to(device), torch.from_numpy(scales).to(device), found)
             self.check(f"prefill lora {op}", found, y.float() + resident.delta(of_token, scales, x, 0, op))
 
     def _sequences(self, contexts: list[int]) -> tuple[KvLayout, Tensor, Tensor]:

@@ -9,11 +9,17 @@ import pytest
 from loraplex_kernels import lora_prefill
 from loraplex_kernels import sample as sampling
 from loraplex_kernels.compiler import SOURCES, Build, CompileError, CubinCache, cache_key, compile_kernel
+from loraplex_kernels.items import OpShape
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-SHRINK = f"SHARED_BYTES={lora_prefill.SHRINK_SHARED_BYTES}"
+BIG_OP = OpShape(columns=8192, outputs=(28672, 28672))
+PREFILL = [
+    lora_prefill.Shape.of(cluster, ranks, (BIG_OP,)).defines
+    for cluster in (1, *lora_prefill.CLUSTERS)
+    for ranks in lora_prefill.RANK_CLASSES
+]
 FP32 = "LORAPLEX_FP32"
 SAMPLE = (f"THREADS={sampling.BLOCK}", f"CAPACITY={sampling.LIST_CAPACITY}")
 BUILDS = [
@@ -31,8 +37,7 @@ BUILDS = [
     ("lora_shrink", (FP32,), None),
     ("lora_expand", (), None),
     ("lora_expand", (FP32,), None),
-    ("lora_prefill_shrink", (SHRINK,), None),
-    ("lora_prefill_expand", (f"RUN={lora_prefill.RUN}", f"SHARED_BYTES={lora_prefill.EXPAND_SHARED_BYTES}"), None),
+    *(("lora_prefill", defines, None) for defines in PREFILL),
     ("attention_decode", ("HEAD_DIM=64",), None),
     ("attention_decode", ("HEAD_DIM=128",), None),
     ("attention_prefill", ("HEAD_DIM=64", "SHARED_BYTES=49152"), None),
@@ -54,8 +59,16 @@ def ceiling_of_header(name: str) -> int:
     return int(found[0])
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize(("name", "defines", "ceiling"), BUILDS)
+def exists_on(arch: str, defines: tuple[str, ...]) -> bool:
+    """Whether a build is used on an architecture: clusters exist from sm_90 on."""
+    clusters = {f"CLUSTER={cluster}" for cluster in lora_prefill.CLUSTERS}
+    return arch != "sm_80" or not clusters.intersection(defines)
+
+
+@pytest.mark.parametrize(
+    ("name", "defines", "ceiling", "arch"),
+    [(*build, arch) for build in BUILDS for arch in ("sm_80", "sm_90a") if exists_on(arch, build[1])],
+)
 def test_a_kernel_compiles_without_spills_within_its_registers(
     cubins: CubinCache, name: str, defines: tuple[str, ...], ceiling: int | None, arch: str
 ) -> None:

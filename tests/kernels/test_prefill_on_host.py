@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from kernels.host_kernels import HostLibrary
-from kernels.kernel_cases import relative_error
+from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
 from loraplex_kernels import reference
 from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
+from loraplex_kernels.items import op_shapes
+from loraplex_kernels.lora_prefill import LoraPrefill
 from loraplex_kernels.paged_kv import KvLayout
+from loraplex_kernels.tables import AdapterTables
 
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 
@@ -45,3 +48,31 @@ def test_attention_prefill_reads_pages(host_library: MakeHostLibrary, heads: int
         expected = reference.attention(query, key, value, start, layout)
         assert relative_error(out[begin : begin + count].view_as(expected), expected) < 6e-3
         begin += count
+
+
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_lora_prefill_adds_what_each_chunks_adapter_adds(host_library: MakeHostLibrary, cluster: int) -> None:
+    rng, library = np.random.default_rng(7), host_library(torch.bfloat16)
+    geometry = make_geometry(hidden=200, inter=72, heads=3, kv_heads=1, head_dim=64, layers=1, page_bytes=64 * 1024)
+    resident = AdapterPool(geometry, 24, rng)
+    resident.add_uniform(16)
+    resident.add({(0, "q_proj"): 72, (0, "v_proj"): 3, (0, "o_proj"): 24, (0, "gate_proj"): 8, (0, "down_proj"): 1})
+    tables = AdapterTables(geometry, max_adapters=2, tile_capacity=256, device=library.device)
+    for index, adapter in enumerate(resident.adapters):
+        tables.bind(index, adapter.spec, adapter.pages)
+    pool, shapes = torch.from_numpy(resident.pages), op_shapes(geometry)
+    lora = LoraPrefill(library, tables, pool, shapes, max_items=64, clusters=(cluster,))
+    library.track(pool, tables.tiles, tables.entries, lora.buffer)
+    adapters, counts = np.array([0, -1, 1], dtype=np.int32), np.array([67, 2, 5], dtype=np.int32)
+    of_token = np.concatenate([[-1], np.repeat(adapters, counts)]).astype(np.int32)
+    scales = rng.uniform(0.5, 2, len(of_token)).astype(np.float32)
+    lora.prepare(adapters, counts, 1)
+    for op, shape in zip(("qkv", "o", "gate_up", "down"), shapes, strict=True):
+        x = torch.randn(len(of_token), shape.columns).bfloat16()
+        y = (0.3 * torch.randn(len(of_token), sum(shape.outputs))).bfloat16()
+        before, expected = y.clone(), y + resident.delta(of_token, scales, x, 0, op)
+
+        lora.apply(0, op, x, torch.from_numpy(scales), y)
+
+        assert relative_error(y, expected) < 4e-3, op
+        assert torch.equal(y[of_token < 0], before[of_token < 0]), op

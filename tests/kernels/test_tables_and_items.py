@@ -21,11 +21,12 @@ from loraplex_kernels.items import (
     GROUP_TOKENS_AT,
     HEADER_INTS,
     ItemBuilder,
+    OpShape,
     make_groups,
     op_shapes,
     range_index,
 )
-from loraplex_kernels.lora_prefill import build_items, make_segments
+from loraplex_kernels.lora_prefill import CLUSTERS, WAVE, choose_cluster, make_segments, plan_op, table_size
 from loraplex_kernels.tables import (
     AdapterTables,
     RangeAllocator,
@@ -274,17 +275,46 @@ def test_segments_cover_the_tokens_of_chunks_with_an_adapter(chunks: list[tuple[
     np.testing.assert_array_equal(seen, of_token)
 
 
-def test_prefill_items_follow_each_adapters_rank() -> None:
-    segments = make_segments(np.array([0, 1], dtype=np.int32), np.array([65, 3], dtype=np.int32), 0)
-    stacked = np.array([[100, 16, 0, 8], [0, 16, 0, 0]], dtype=np.int32)
+def test_prefill_items_are_the_adapted_slices_of_each_tile_in_every_share() -> None:
+    segments = make_segments(np.array([0, 1], dtype=np.int32), np.array([65, 3], dtype=np.int32), 4)
+    ranks = np.array([[16, 0, 8], [0, 0, 24]], dtype=np.int32)[segments[:, 2]]
+
+    plan, items = plan_op(segments, ranks, OpShape(columns=4096, outputs=(4096, 2048, 2048)), (8,))
+
+    expected = [
+        (begin, count, adapter, part + 4 * share)
+        for begin, count, adapter, parts in ((4, 64, 0, (0, 2)), (68, 1, 0, (0, 2)), (69, 3, 1, (2,)))
+        for part in parts
+        for share in range(2)
+    ]
+    assert items.tolist() == [list(item) for item in expected]
+    assert (plan.num_items, plan.shares, plan.cluster, plan.ranks) == (10, 2, 8, 32)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 600), st.integers(1, 3), st.sampled_from([64, 576, 4096, 14336]))
+def test_prefill_shares_never_leave_the_gpu_more_than_filled_once(tiles: int, slices: int, outputs: int) -> None:
+    segments, shape = np.zeros((tiles, 3), dtype=np.int32), OpShape(columns=4096, outputs=(outputs,) * slices)
+
+    plan, items = plan_op(segments, np.full((tiles, slices), 16, dtype=np.int32), shape, CLUSTERS)
+
+    assert len(items) == plan.num_items == tiles * slices * plan.shares
+    assert plan.shares == 1 or (plan.num_items * plan.cluster <= WAVE and outputs >= 128 * plan.cluster * plan.shares)
+
+
+@pytest.mark.parametrize(("items", "cluster"), [(1, 8), (32, 8), (64, 4), (96, 2), (130, 2)])
+def test_prefill_prefers_one_wave_of_smaller_clusters_to_two_of_larger_ones(items: int, cluster: int) -> None:
+    assert choose_cluster(items, OpShape(columns=4096, outputs=(4096,)), CLUSTERS) == cluster
+
+
+def test_prefill_tables_hold_the_longest_share_of_any_cluster() -> None:
     shapes = op_shapes(big_geometry())
 
-    buffer, counts = build_items(segments, stacked, shapes, 256)
-
-    assert counts[range_index("qkv", expand=False)] == 2 * 2 * 4  # two tiles, two blocks of rank rows, four planes
-    assert counts[range_index("o", expand=True)] == 3 * 16
-    assert counts[range_index("gate_up", expand=False)] == 0
-    assert len(buffer) == HEADER_INTS + 4 * counts.sum()
+    for cluster in (1, 2, 4, 8):
+        size = table_size(shapes, cluster)
+        for length in [shape.columns for shape in shapes] + [n for shape in shapes for n in shape.outputs]:
+            parts = -(-length // 64)
+            assert max(parts * (i + 1) // cluster - parts * i // cluster for i in range(cluster)) <= size
 
 
 @settings(deadline=None)

@@ -14,7 +14,7 @@ from loraplex_engine.cuda.runner import CudaRunnerConfig, tile_capacity
 from loraplex_engine.cuda.token_lora import max_decode_items, max_prefill_items
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_kernels.items import ItemBuilder, op_shapes
-from loraplex_kernels.lora_prefill import RUN, build_items, make_segments
+from loraplex_kernels.lora_prefill import CLUSTERS, make_segments, plan_op
 
 GEOMETRY = Geometry(
     dtype="bfloat16",
@@ -54,8 +54,11 @@ def test_item_bounds_hold_for_rows_of_distinct_adapters(num_rows: int, ranks: tu
         built = ItemBuilder(shapes, 2).build(adapters, max_ranks, max_stacked)
         assert built.counts.sum() <= max_decode_items(shapes, num_rows)
     segments = make_segments(adapters, np.full(num_rows, 70, dtype=np.int32), 0)
-    _, counts = build_items(segments, max_stacked, shapes, RUN)
-    assert counts.sum() <= max_prefill_items(shapes, num_rows + 70 * num_rows // 64)
+    plans = [
+        plan_op(segments, max_ranks[segments[:, 2], op, : len(shape.outputs)], shape, CLUSTERS)[0]
+        for op, shape in enumerate(shapes)
+    ]
+    assert sum(plan.num_items for plan in plans) <= max_prefill_items(shapes, num_rows + 70 * num_rows // 64)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 16, 33, 64, 85])

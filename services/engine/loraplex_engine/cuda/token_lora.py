@@ -9,7 +9,7 @@ import torch
 from loraplex_common.adapter_image import OP_INDEX
 from loraplex_kernels.items import GROUP_TOKENS, op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.lora_prefill import RANK_BLOCK, RUN, TILE_TOKENS, LoraPrefill, num_planes
+from loraplex_kernels.lora_prefill import TILE_TOKENS, WAVE, LoraPrefill
 from loraplex_kernels.tables import MAX_STACKED_RANK
 
 if TYPE_CHECKING:
@@ -32,12 +32,8 @@ def max_decode_items(shapes: tuple[OpShape, ...], num_groups: int) -> int:
 
 
 def max_prefill_items(shapes: tuple[OpShape, ...], num_tiles: int) -> int:
-    """Return a bound of the items of a step with that many tiles of 64 tokens or fewer."""
-    per_tile = sum(
-        -(-MAX_STACKED_RANK // RANK_BLOCK) * num_planes(shape) + sum(-(-outputs // RUN) for outputs in shape.outputs)
-        for shape in shapes
-    )
-    return per_tile * num_tiles
+    """Return a bound of the items of a step with that many tiles of `TILE_TOKENS` tokens or fewer."""
+    return sum(max(len(shape.outputs) * num_tiles, WAVE) for shape in shapes)
 
 
 class SegmentLora:
@@ -56,7 +52,6 @@ class SegmentLora:
         shapes = op_shapes(geometry)
         max_tiles = max_rows + -(-max_tokens // TILE_TOKENS)
         self._kernels = LoraPrefill(library, tables, pool, shapes, max_items=max_prefill_items(shapes, max_tiles))
-        self._hidden = self._kernels.new_scratch(max_tokens)
 
     def prepare(self, plan: StepPlan) -> None:
         """Build the step's items."""
@@ -64,8 +59,7 @@ class SegmentLora:
 
     def apply(self, layer: int, op: str, x: Tensor, y: Tensor, scales: Tensor) -> None:
         """See `TokenLora`."""
-        self._kernels.shrink(layer, op, x, self._hidden)
-        self._kernels.expand_add(layer, op, self._hidden, scales, y)
+        self._kernels.apply(layer, op, x, scales, y)
 
 
 class GroupedLora:

@@ -1,0 +1,409 @@
+// y[t, n] += scaling * scale[t] * (x[t] * A^T) * B^T for runs of tokens of one adapter: LoRA at prefill in one launch.
+//
+// Work item: (<= 64 tokens, one slice, a share of its outputs); one cluster each. The CTAs of a cluster share the columns
+// of x, add their fp32 partial h in order through distributed shared memory, scale and round it to bf16, and each then
+// writes its share of the outputs: h never leaves the cluster, and the phases of the CTAs on an SM overlap.
+// bf16 only: mma.m16n8k16 with tokens as M; rank rows, then outputs, as N. Rank above 64: blocks of 64, x read again.
+// All that is read comes through one ring of slots filled by cp.async: x[64][64] and A[RANKS][64] of each step, then
+// y[64][64] and B[64][RANKS] of each chunk, so that the memory system never waits for the sums between them. 16-byte
+// chunks are XOR-swizzled so that ldmatrix meets no conflict. Within 32 outputs B's rows are permuted so that a lane
+// ends with 8 neighbouring outputs of a token: y is the accumulator's initial value and is written as 16-byte vectors.
+// Tile addresses are looked up once per CTA, all at a time: the loops hold no division and no dependent load.
+// Alignment: columns % 8 == 0, x and y rows on 16 bytes.
+// Shared memory: a third of an SM's for each CTA (rank above 64: half), whatever the ring's slots leave of it.
+// Registers: 3 CTAs of 256 threads per SM, hence at most 80.
+// Architectures: sm_90 and up with CLUSTER > 1, sm_80 and up with CLUSTER = 1.
+// Source: Chen et al., arXiv:2310.18547 (Punica's SGMV).
+#include "lora_prefill.cuh"
+
+constexpr u32 kTokens = 64;
+constexpr u32 kRanks = RANKS;  // most rank rows of a block: 16, 32 or 64
+constexpr u32 kCluster = CLUSTER;
+constexpr int kStages = STAGES;
+constexpr int kMaxBlocks = BLOCKS;  // of 64 rank rows
+constexpr int kTable = TABLE;       // most steps, and most chunks, of a CTA
+constexpr u32 kWarpsM = 4, kWarpsN = 2;  // 16 tokens x (half the rank rows, or 32 outputs) each
+constexpr u32 kThreads = kWarpsM * kWarpsN * kWarp;
+constexpr u32 kStep = 64;  // columns of x, rank rows of a block, outputs of a chunk: rows of 128 bytes, 8 vectors
+constexpr u32 kActivationBytes = kTokens * kStep * 2;
+constexpr u32 kSlotBytes = kActivationBytes + kRanks * kStep * 2;
+constexpr u32 kOwned = kTokens / kCluster;  // tokens whose h a CTA sums
+static_assert(kTokens == 16 * kWarpsM && kThreads == 256 && kOwned * kCluster == kTokens);
+static_assert(kMaxBlocks == 1 || kRanks == kStep, "blocks but the last are full");
+
+struct Params {
+    LoraTables lora;
+    const elem* x;       // [tokens, columns]
+    const float* scale;  // [tokens]
+    elem* y;             // [tokens, y_stride]
+    i64 y_stride;
+    int columns;
+    int log_shares;
+    int slice_begin[kSlices + 1];
+};
+static_assert(sizeof(Params) == 112, "params.py mirrors it");
+
+struct Shared {
+    u8 ring[kStages][kSlotBytes];
+    float partial[kTokens * kRanks];  // [source CTA][owned token][rank row]
+    u8 hidden[kMaxBlocks][kTokens * kStep * 2];
+    const u8* a_base[kTable];  // of each step's first rank row
+    const u8* b_base[kTable];  // of each chunk's first output
+    u32 a_stride[kTable];      // bytes
+    float scale[kTokens];
+};
+static_assert(sizeof(Shared) == SHARED_BYTES, "lora_prefill.py asks for it");
+
+// What a CTA has to do.
+struct Job {
+    u32 token_begin, count;
+    u32 rank, first;                         // of the slice; its first row in A
+    u32 slice_begin, first_output, outputs;  // first counted from the slice's
+    u32 first_step, steps;
+};
+
+// Byte offset of 16-byte vector `vec` of 128-byte row `row`.
+__device__ __forceinline__ u32 swizzled(u32 row, u32 vec) { return row * 128 + (vec ^ (row & 7)) * 16; }
+// Place of a column of a row of partial sums: 4 rows' 8-byte stores meet no bank conflict.
+__device__ __forceinline__ u32 partial_at(u32 row, u32 column) {
+    return row * kRanks + (column ^ ((kRanks == 16 ? row / 2 % 2 : row % 4) * 8));
+}
+__device__ __forceinline__ u32 padded(u32 rank) { return min(kStep, (rank + 15) & ~15u); }
+
+__device__ __forceinline__ Job make_job(const Params& p, const Segment& item, const OpEntry& e, u32 cta) {
+    Job job;
+    const u32 slice = item.part & 3, share = item.part >> 2;
+    job.token_begin = item.token_begin, job.count = item.count;
+    job.rank = e.rank[slice];
+    job.first = 0;
+    job.slice_begin = p.slice_begin[0];
+    u32 slice_end = p.slice_begin[1];
+#pragma unroll
+    for (u32 s = 1; s < kSlices; ++s) {  // indexed at run time, the parameters would be copied to the stack
+        if (s > slice) break;
+        job.first += e.rank[s - 1];
+        job.slice_begin = p.slice_begin[s], slice_end = p.slice_begin[s + 1];
+    }
+    const u32 steps = (p.columns + kStep - 1) / kStep;
+    job.first_step = steps * cta / kCluster;
+    job.steps = steps * (cta + 1) / kCluster - job.first_step;
+    const u32 all = slice_end - job.slice_begin, chunks = (all + kStep - 1) / kStep, part = share * kCluster + cta;
+    job.first_output = (chunks * part / kCluster >> p.log_shares) * kStep;
+    job.outputs = min(all, (chunks * (part + 1) / kCluster >> p.log_shares) * kStep) - job.first_output;
+    return job;
+}
+
+__device__ __forceinline__ void look_up_tiles(const Params& p, const OpEntry& e, const Job& job, u32 slice, Shared& shared) {
+    for (u32 i = threadIdx.x; i < job.steps; i += kThreads) {
+        const u32 step = e.a_step, column = (job.first_step + i) * kStep, tile = column / step, start = tile * step;
+        const u32 width = min(step, p.columns - start);
+        shared.a_base[i] = p.lora.pool + a_tile(p.lora, e, tile) + (job.first * width + column - start) * 2;
+        shared.a_stride[i] = width * 2;
+    }
+    // From the other end, so that different warps wait for the two kinds of tiles.
+    for (u32 i = kThreads - 1 - threadIdx.x; i * kStep < job.outputs; i += kThreads) {
+        const u32 n = job.first_output + i * kStep, step = e.b_step[slice], tile = n / step;
+        shared.b_base[i] = p.lora.pool + b_tile(p.lora, e, slice, tile) + (n - tile * step) * job.rank * 2;
+    }
+}
+
+// Fills the ring: for each block of rank rows the steps of x and A, then for each chunk of outputs y and the blocks of B.
+struct Loader {
+    const Params& p;
+    const Job& job;
+    Shared& shared;
+    SharedAddress ring;
+    const elem* from;     // x, then y: this thread's first row and vector
+    i64 stride;           // elements to its next row
+    u32 limit;            // columns or outputs
+    u32 row, vec;         // of 8 vectors a row
+    u32 lg;               // log2 of the vectors of a row of B
+    u32 b_row, b_to, b_from;
+    u32 block, at, slot = 0;  // next: rank block, and step or chunk
+    bool shrinking;
+
+    __device__ __forceinline__ Loader(const Params& p, const Job& job, Shared& shared)
+        : p(p), job(job), shared(shared), ring(address_of(shared.ring)), row(threadIdx.x / 8), vec(threadIdx.x % 8) {
+        lg = job.rank <= 16 ? 1 : job.rank <= 32 ? 2 : 3;
+        b_row = threadIdx.x >> lg;
+        const u32 b_vec = threadIdx.x & ((1 << lg) - 1);
+        // Row 8 a + 2 j + b of a block of 32 goes where the mma for j reads its row 2 a + b.
+        const u32 place = (b_row & ~31u) + (b_row / 2 & 3) * 8 + (b_row / 8 & 3) * 2 + (b_row & 1);
+        b_to = (place << (lg + 4)) + (b_vec ^ (((place & 7) >> (3 - lg)) & ((1 << lg) - 1))) * 16;
+        b_from = b_vec * 8;
+        start();
+    }
+    __device__ __forceinline__ void start() {
+        block = at = 0;
+        shrinking = job.steps > 0;
+        if (!shrinking) return start_expanding();
+        from = p.x + static_cast<i64>(job.token_begin + row) * p.columns + job.first_step * kStep + vec * 8;
+        stride = static_cast<i64>(kThreads / 8) * p.columns;
+        limit = p.columns - job.first_step * kStep;
+    }
+    __device__ __forceinline__ void start_expanding() {
+        shrinking = false;
+        from = p.y + (job.token_begin + row) * p.y_stride + job.slice_begin + job.first_output + vec * 8;
+        stride = kThreads / 8 * p.y_stride;
+        limit = job.outputs;
+    }
+    __device__ __forceinline__ void load_activations(SharedAddress to) const {
+        if (!shrinking && block > 0) return;
+        const u32 column = at * kStep;
+        const u32 bytes = column + vec * 8 < limit ? 16 : 0;
+        to += swizzled(row, vec);
+        copy_async16_if(to, from + column, bytes, row < job.count);
+        copy_async16_if(to + kThreads * 16, from + column + stride, bytes, row + kThreads / 8 < job.count);
+    }
+    __device__ __forceinline__ void load_weights(SharedAddress to) const {
+        to += kActivationBytes;
+        if (shrinking) {
+            load_a(to);
+        } else {
+            load_b(to);
+        }
+    }
+    __device__ __forceinline__ void load_a(SharedAddress to) const {
+        const u32 left = job.rank - block * kStep, bytes = shared.a_stride[at];
+        const bool inside = at * kStep + vec * 8 < limit;
+        const u8* weights = shared.a_base[at] + ((block * kStep + row) * bytes + vec * 16);
+        to += swizzled(row, vec);
+        copy_async16_if(to, weights, inside && row < left ? 16 : 0, row < padded(left));
+        if constexpr (kRanks > kThreads / 8) {
+            const u32 r = row + kThreads / 8;
+            copy_async16_if(to + kThreads * 16, weights + kThreads / 8 * bytes, inside && r < left ? 16 : 0, r < padded(left));
+        }
+    }
+    __device__ __forceinline__ void load_b(SharedAddress to) const {
+        const u32 column = block * kStep + b_from, rows = job.outputs - at * kStep;
+        const bool needed = b_from < padded(job.rank - block * kStep);
+        to += b_to;
+        const u8* weights = shared.b_base[at] + (b_row * job.rank + column) * 2;
+        if (job.rank % 8 != 0) {  // rows are not aligned: element by element
+            u16* element = reinterpret_cast<u16*>(generic_address(shared, to));
+#pragma unroll 1
+            for (u32 r = b_row; needed && r < min(kStep, rows); r += kThreads >> lg) {
+#pragma unroll 1
+                for (u32 j = 0; j < 8; ++j) element[j] = column + j < job.rank ? reinterpret_cast<const u16*>(weights)[j] : 0;
+                element += kThreads * 8, weights += (kThreads >> lg) * job.rank * 2;
+            }
+            return;
+        }
+        const u32 bytes = column < job.rank ? 16 : 0;
+        copy_async16_if(to, weights, bytes, needed && b_row < min(kStep, rows));
+        if constexpr (kRanks > 32) {
+            const bool second = lg == 3 && needed && b_row + kThreads / 8 < rows;
+            copy_async16_if(to + kThreads * 16, weights + kThreads / 4 * job.rank, bytes, second);
+        }
+    }
+    __device__ __forceinline__ SharedAddress next_slot() {
+        const SharedAddress to = ring + slot * kSlotBytes;
+        slot = slot + 1 == kStages ? 0 : slot + 1;
+        return to;
+    }
+    __device__ __forceinline__ bool done() const { return !shrinking && at * kStep >= job.outputs; }
+    __device__ __forceinline__ void advance() {
+        if (shrinking) {
+            if (++at < job.steps) return;
+            at = 0, ++block;
+            if (block * kStep < job.rank) return;
+            block = 0;
+            start_expanding();
+        } else {
+            ++block;
+            if (block * kStep >= job.rank) block = 0, ++at;
+        }
+    }
+    // Starts the loads of one slot; always commits a group, so that groups count slots.
+    __device__ __forceinline__ void load() {
+        const SharedAddress to = next_slot();
+        if (!done()) {
+            load_activations(to);
+            load_weights(to);
+            advance();
+        }
+        copy_async_commit();
+    }
+    // The first slots: weights before this launch may read what earlier ones wrote, activations after it.
+    __device__ __forceinline__ void load_first() {
+#pragma unroll 1
+        for (int s = 0; s < kStages - 1 && !done(); ++s) {
+            load_weights(ring + s * kSlotBytes);
+            advance();
+        }
+        dependency_wait();
+        start();
+#pragma unroll 1
+        for (int s = 0; s < kStages - 1; ++s) {
+            const SharedAddress to = next_slot();
+            if (!done()) {
+                load_activations(to);
+                advance();
+            }
+            copy_async_commit();
+        }
+    }
+};
+
+// Partial sums of x * A^T of a warp's tokens and half of the rank rows of a block.
+struct Partial {
+    float d[kRanks / 16][4];
+    u32 warp_m, tiles, first_tile, lane;
+
+    __device__ __forceinline__ void add(SharedAddress x, SharedAddress a) {
+#pragma unroll
+        for (int k = 0; k < kStep / 8; k += 4) {
+            u32 t[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) load_matrices(t[i], x + swizzled(warp_m * 16 + lane % 16, k + 2 * i + lane / 16));
+#pragma unroll
+            for (int n = 0; n < kRanks / 16; ++n) {
+                if (n >= tiles) break;
+                u32 b[4];
+                load_matrices(b, a + swizzled((first_tile + n) * 8 + lane % 8, k + lane / 8));
+                mma_bf16(d[n], t[0][0], t[0][1], t[0][2], t[0][3], b[0], b[1]);
+                mma_bf16(d[n], t[1][0], t[1][1], t[1][2], t[1][3], b[2], b[3]);
+            }
+        }
+    }
+    // To the CTAs that sum them.
+    __device__ __forceinline__ void send(SharedAddress partial, u32 cta) const {
+        const u32 g = lane / 4, c = lane % 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const u32 token = warp_m * 16 + half * 8 + g, row = cta * kOwned + token % kOwned;
+#pragma unroll
+            for (int n = 0; n < kRanks / 16; ++n) {
+                if (n >= tiles) break;
+                const Pair sums{__float_as_uint(d[n][2 * half]), __float_as_uint(d[n][2 * half + 1])};
+                store_peer<kCluster>(partial + partial_at(row, (first_tile + n) * 8 + 2 * c) * 4, token / kOwned, sums);
+            }
+        }
+    }
+};
+
+// h of the tokens this CTA owns: sums in the order of the columns, scales, rounds, and hands them to all.
+__device__ __forceinline__ void sum_partials(const Job& job, Shared& shared, u32 cta, u32 block) {
+    const u32 left = job.rank - block * kStep, lg = left > 32 ? 4 : left > 16 ? 3 : 2;
+    for (u32 i = threadIdx.x; i < kOwned << lg; i += kThreads) {
+        const u32 owned = i >> lg, column = (i & ((1 << lg) - 1)) * 4, token = cta * kOwned + owned;
+        if (token >= job.count || column >= padded(left)) continue;
+        float v[4] = {};
+#pragma unroll
+        for (u32 source = 0; source < kCluster; ++source) {
+            const Quad q = *reinterpret_cast<const Quad*>(&shared.partial[partial_at(source * kOwned + owned, column)]);
+            v[0] += __uint_as_float(q.x), v[1] += __uint_as_float(q.y);
+            v[2] += __uint_as_float(q.z), v[3] += __uint_as_float(q.w);
+        }
+        const float factor = shared.scale[token];
+        const Pair h{pack_bf16(v[0] * factor, v[1] * factor), pack_bf16(v[2] * factor, v[3] * factor)};
+        const SharedAddress to = address_of(shared.hidden[block]) + swizzled(token, column / 8) + column % 8 * 2;
+#pragma unroll
+        for (u32 peer = 0; peer < kCluster; ++peer) store_peer<kCluster>(to, peer, h);
+    }
+}
+
+// A warp's 16 tokens x 32 outputs of a chunk.
+struct Outputs {
+    float d[4][4];
+    elem* at;
+    i64 stride;  // elements to the lane's second token
+    u32 tokens, limit;  // from this lane's first token and output to the end
+    u32 warp_m, warp_n, lane, lg;
+
+    __device__ __forceinline__ void start(SharedAddress y) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const Quad q = load_shared16(y + swizzled(warp_m * 16 + half * 8 + lane / 4, warp_n * 4 + lane % 4));
+            const u32 pairs[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) d[j][2 * half] = low_float(pairs[j]), d[j][2 * half + 1] = high_float(pairs[j]);
+        }
+    }
+    __device__ __forceinline__ void add(SharedAddress hidden, SharedAddress b, u32 left) {
+        const u32 columns = padded(left), swizzle = ((lane & 7) >> (3 - lg)) & ((1 << lg) - 1);
+        const SharedAddress first = b + ((warp_n * 32 + lane / 16 * 8 + lane % 8) << (lg + 4));
+#pragma unroll
+        for (int k = 0; k < kRanks / 16; ++k) {
+            if (k * 16 >= columns) break;
+            u32 t[4];
+            load_matrices(t, hidden + swizzled(warp_m * 16 + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {  // 16 outputs
+                u32 w[4];
+                load_matrices(w, first + (i << (lg + 8)) + ((2 * k + lane / 8 % 2) ^ swizzle) * 16);
+                mma_bf16(d[2 * i], t[0], t[1], t[2], t[3], w[0], w[1]);
+                mma_bf16(d[2 * i + 1], t[0], t[1], t[2], t[3], w[2], w[3]);
+            }
+        }
+    }
+    __device__ __forceinline__ void store(u32 chunk) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const auto pair = [&](int j) { return pack_bf16(d[j][2 * half], d[j][2 * half + 1]); };
+            store_global16_if(at + half * stride + chunk * kStep, Quad{pair(0), pair(1), pair(2), pair(3)},
+                              half * 8 < tokens && chunk * kStep < limit);
+        }
+    }
+};
+
+extern "C" __global__ void LORAPLEX_CLUSTER __launch_bounds__(kThreads, 3) lora_prefill(const Params p) {
+    LORAPLEX_SHARED(Shared, shared);
+    allow_dependents();
+    const u32 cta = cluster_rank<kCluster>(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const Segment item = segments(p.lora)[blockIdx.x / kCluster];
+    const OpEntry& entry = p.lora.entries[item.adapter * p.lora.entry_stride];
+    const Job job = make_job(p, item, entry, cta);
+    if (job.rank == 0) return dependency_wait();  // this layer's slice is not adapted: the whole cluster leaves
+    cluster_arrive<kCluster>();
+    const float scaling = entry.scaling[item.part & 3];
+    look_up_tiles(p, entry, job, item.part & 3, shared);
+    __syncthreads();
+    Loader loader(p, job, shared);
+    loader.load_first();
+    if (threadIdx.x < job.count) shared.scale[threadIdx.x] = p.scale[job.token_begin + threadIdx.x] * scaling;
+
+    const u32 warp_m = warp / kWarpsN, warp_n = warp % kWarpsN;
+    const bool live = warp_m * 16 < job.count;
+    const SharedAddress hidden = address_of(shared.hidden);
+    u32 slot = 0;
+    const auto next_slot = [&] {  // the next slot has landed, and the one before it is done with by all
+        copy_async_wait<kStages - 2>();
+        __syncthreads();
+        loader.load();
+        const SharedAddress from = loader.ring + slot * kSlotBytes;
+        slot = slot + 1 == kStages ? 0 : slot + 1;
+        return from;
+    };
+    for (u32 block = 0; block * kStep < job.rank; ++block) {
+        const u32 tiles = padded(job.rank - block * kStep) / 16;
+        Partial sum{{}, warp_m, tiles, warp_n * tiles, lane};
+        for (u32 step = 0; step < job.steps; ++step) {
+            const SharedAddress x = next_slot();
+            if (live) sum.add(x, x + kActivationBytes);
+        }
+        cluster_wait<kCluster>();  // all have started, or have read the block before
+        if (live) sum.send(address_of(shared.partial), cta);
+        cluster_arrive<kCluster>();
+        cluster_wait<kCluster>();
+        sum_partials(job, shared, cta, block);
+        cluster_arrive<kCluster>();
+    }
+    cluster_wait<kCluster>();
+
+    Outputs out;
+    out.warp_m = warp_m, out.warp_n = warp_n, out.lane = lane, out.lg = loader.lg;
+    const u32 first_token = warp_m * 16 + lane / 4, first_output = warp_n * 32 + lane % 4 * 8;
+    out.stride = 8 * p.y_stride, out.tokens = max(job.count, first_token) - first_token;
+    out.limit = max(job.outputs, first_output) - first_output;
+    out.at = p.y + (job.token_begin + first_token) * p.y_stride + job.slice_begin + job.first_output + first_output;
+    for (u32 chunk = 0; chunk * kStep < job.outputs; ++chunk) {
+        for (u32 block = 0; block * kStep < job.rank; ++block) {
+            const SharedAddress y = next_slot();
+            if (!live) continue;
+            if (block == 0) out.start(y);
+            out.add(hidden + block * (kTokens * kStep * 2), y + kActivationBytes, job.rank - block * kStep);
+        }
+        if (live) out.store(chunk);
+    }
+}
