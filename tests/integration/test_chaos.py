@@ -156,7 +156,8 @@ async def test_a_thousand_random_operations_leave_nothing_behind_and_no_token_is
     model = write_base_model(tmp_path / "tiny", served_base())
     (tmp_path / "adapters").mkdir()
     # 8 KiB pages; the twelve adapters take about 9 to 29 each, far more than the pool or the arena has.
-    flags = StackFlags(engine=("--pool-bytes", kibibytes(360), "--arena-bytes", kibibytes(480), "--max-num-seqs", "8"))
+    small = ("--pool-bytes", kibibytes(360), "--arena-bytes", kibibytes(480), "--max-num-seqs", "8")
+    flags = StackFlags(engine=(*small, "--growth-quantile", "0"))
     with running_stack(tmp_path, model, tmp_path / "adapters", flags) as stack:
         client = stack.client()
         chaos = Chaos(stack, client, SEED)

@@ -17,6 +17,7 @@ from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, Geometry, Mo
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterNotFoundError
 from loraplex_engine.engine import Engine, EngineParams, RunnerFactory
+from loraplex_engine.limits import SchedulingPolicy
 from loraplex_engine.messages import (
     CloseSession,
     Ended,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WAIT_S = 60.0
+NO_GROWTH = SchedulingPolicy(growth_quantile=0.0)
+"""Admission that expects no growth, so that small pools come under pressure."""
 
 
 @dataclass
@@ -257,6 +260,7 @@ def fake_params(**fields: int) -> EngineParams:
         pool_bytes=sizes.pop("num_pages") * FAKE_PAGE_BYTES,
         arena_bytes=sizes.pop("num_arena_slots") * FAKE_PAGE_BYTES,
         eos_token_ids=(7,),
+        policy=NO_GROWTH,
         **sizes,
     )
 
@@ -317,6 +321,7 @@ def torch_engine(
     max_num_seqs: int = 16,
     max_num_batched_tokens: int = 256,
     emulate_async: bool = False,
+    policy: SchedulingPolicy = NO_GROWTH,
 ) -> Iterator[EngineHarness]:
     """Run an engine on the torch backend in fp32 on the CPU; a small ``block_tokens`` makes small pages."""
     from loraplex_engine.pool_geometry import choose_pool_geometry
@@ -335,6 +340,7 @@ def torch_engine(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        policy=policy,
     )
 
     def make(params: EngineParams) -> TorchRunner:

@@ -1,7 +1,8 @@
 """A model runner that computes a hash, and the scheduler's oracle: it checks every plan against what it was told before.
 
 A sequence's next token is a hash of its tokens, its adapter, its seed and the position, read back from the "pool" through
-the plan's block tables: whatever the scheduler mixes up, a page, an adapter, an input, changes a token or raises.
+the plan's block tables: whatever the scheduler mixes up, a page, an adapter, an input, changes a token or raises. A page
+may be in several rows, but then all of them only read it, and all have the adapter and the scale it was written with.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ class FakeRunner:
         self._memory = np.zeros((num_pages, page_bytes), dtype=np.uint8)
         self._slots: dict[int, _Slot] = {}
         self._num_occupants = 0
+        self._identities: dict[tuple[str, float], int] = {}
         self._launched: deque[FakeStep] = deque()
         self._next_step = 0
         self._last_tokens: dict[int, int] = {}
@@ -233,33 +235,45 @@ class FakeRunner:
 
     def _check_pages(self, plan: StepPlan) -> None:
         used = plan.block_tables[plan.block_tables >= 0]
-        require(len(np.unique(used)) == len(used), "a page is in two rows")
         needed = -(-(plan.starts + plan.num_tokens) // self._block_tokens)
         covered = (plan.block_tables >= 0).sum(axis=1)
         require(bool((covered >= needed).all()), f"block tables cover {covered} blocks, {needed} are needed")
+        pages, counts = np.unique(used, return_counts=True)
+        shared = set(pages[counts > 1].tolist())
+        for page, _, is_read_only in self._uses(plan):
+            require(page not in shared or is_read_only, f"page {page} is in two rows and written by one")
         for adapter in self.adapters.values():
             require(not np.isin(used, adapter.pages).any(), "a KV page belongs to an adapter")
+        begun = {setup.slot for setup in plan.setups}
         for step in self._launched:
-            owner = {
-                int(page): int(slot)
-                for slot, table in zip(step.plan.slots, step.plan.block_tables, strict=True)
-                for page in table
-            }
-            for slot, start, table in zip(plan.slots, plan.starts, plan.block_tables, strict=True):
-                for page in table[table >= 0].tolist():
-                    reader = owner.get(page, slot if start else None)
-                    is_new = page not in owner
-                    require(is_new or (reader == slot and start > 0), f"page {page} is reused while a step reads it")
+            readers = {page: (slot, is_read_only) for page, slot, is_read_only in self._uses(step.plan)}
+            for page, slot, is_read_only in self._uses(plan):
+                if page in readers:
+                    reader, was_read_only = readers[page]
+                    goes_on = reader == slot and slot not in begun
+                    both_read = is_read_only and was_read_only
+                    require(goes_on or both_read, f"page {page} is reused while a step reads it")
+
+    def _uses(self, plan: StepPlan) -> list[tuple[int, int, bool]]:
+        """Return (page, slot, whether the step only reads it) of all pages of a plan."""
+        uses = []
+        for slot, start, table in zip(plan.slots.tolist(), plan.starts.tolist(), plan.block_tables, strict=True):
+            for block, page in enumerate(table[table >= 0].tolist()):
+                uses.append((page, slot, (block + 1) * self._block_tokens <= start))
+        return uses
 
     def _check_rows(self, plan: StepPlan) -> NDArray[np.int64]:
         setups = {setup.slot: setup for setup in plan.setups}
         occupants = np.empty(len(plan.slots), dtype=np.int64)
         for row, slot in enumerate(plan.slots.tolist()):
-            if plan.starts[row] == 0:
+            start = int(plan.starts[row])
+            require(start > 0 or slot in setups, f"slot {slot} has a new occupant without a setup")
+            if slot in setups:
                 require(row >= plan.num_decode_rows, "a sequence begins with a decode row")
-                require(slot in setups, f"slot {slot} has a new occupant without a setup")
+                require(start % self._block_tokens == 0, f"a sequence begins within a block, at {start}")
+                require(start == 0 or setups[slot].prompt_logprobs < 0, "probabilities asked for are not computed")
                 self._num_occupants += 1
-                self._slots[slot] = _Slot(self._num_occupants, setup=setups[slot])
+                self._slots[slot] = _Slot(self._num_occupants, num_computed=start, setup=setups[slot])
             state = self._slots[slot]
             require(state.num_computed == plan.starts[row], f"slot {slot} goes on at {plan.starts[row]}: {state}")
             state.num_computed += int(plan.num_tokens[row])
@@ -284,18 +298,26 @@ class FakeRunner:
             positions = np.arange(plan.starts[row], plan.starts[row] + plan.num_tokens[row])
             pages = plan.block_tables[row, positions // self._block_tokens]
             self._tokens[pages, positions % self._block_tokens] = inputs
-            self._owners[pages, positions % self._block_tokens] = step.occupants[row]
+            self._owners[pages, positions % self._block_tokens] = self._identity(step, row)
             self._memory[pages] = 255
             sequences.append(self._read(step, row))
         self.num_tokens += len(plan.token_ids)
         step.result = self._sample(step, sequences)
+
+    def _identity(self, step: FakeStep, row: int) -> int:
+        """Return a number for the adapter and scale of a row: what its keys and values depend on besides tokens."""
+        index = int(step.plan.adapters[row])
+        is_base = index == NO_ADAPTER
+        scale = 1.0 if is_base else float(step.plan.adapter_scales[row])
+        digest = "" if is_base else step.adapters[index].spec.digest
+        return self._identities.setdefault((digest, scale), len(self._identities))
 
     def _read(self, step: FakeStep, row: int) -> NDArray[np.int32]:
         plan = step.plan
         positions = np.arange(plan.starts[row] + plan.num_tokens[row])
         pages = plan.block_tables[row, positions // self._block_tokens]
         owners = self._owners[pages, positions % self._block_tokens]
-        require(bool((owners == step.occupants[row]).all()), f"slot {plan.slots[row]} reads another's pages")
+        require(bool((owners == self._identity(step, row)).all()), f"slot {plan.slots[row]} reads another's pages")
         index = int(plan.adapters[row])
         if index != NO_ADAPTER:
             adapter = step.adapters[index]

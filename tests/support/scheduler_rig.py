@@ -13,7 +13,7 @@ from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.adapter_operations import AdapterOperations
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
-from loraplex_engine.limits import SchedulerLimits
+from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
 from loraplex_engine.messages import (
     Ended,
     PromptLogprobs,
@@ -95,6 +95,7 @@ class Client:
     tokens: list[int] = field(default_factory=list)
     prompt_logprobs: list[int] = field(default_factory=list)
     num_started: int = 0
+    num_cached: int = 0
     end: Ended | None = None
 
     def token(self, position: int, token_id: int) -> None:
@@ -110,6 +111,7 @@ class Client:
         match event:
             case Started():
                 self.num_started += 1
+                self.num_cached = event.cached_tokens
                 assert self.num_started == 1
             case TokenWithLogprobs():
                 assert event.logprobs.token_ids[0] == event.token_id
@@ -123,7 +125,10 @@ class Client:
 
 
 class Rig:
-    """Drives a `Scheduler` as `EngineLoop` does, but one `turn` at a time and on a clock of its own."""
+    """Drives a `Scheduler` as `EngineLoop` does, but one `turn` at a time and on a clock of its own.
+
+    Admission expects no growth unless told otherwise, so that small pools come under pressure.
+    """
 
     def __init__(
         self,
@@ -138,6 +143,8 @@ class Rig:
         max_resident_adapters: int = 64,
         depth: int = 1,
         loads_at_once: bool = True,
+        growth_quantile: float = 0.0,
+        **policy: object,
     ) -> None:
         self.now_s = 100.0
         self.pool = PagePool(num_pages)
@@ -152,16 +159,20 @@ class Rig:
             clock=self.clock,
         )
         self.operations = AdapterOperations(cache=self.cache, pool=self.pool)
-        limits = SchedulerLimits(
-            block_tokens=block_tokens,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_pass_over_s=max_pass_over_s,
-            eos_token_ids=(EOS,),
-        )
         self.scheduler = Scheduler(
-            limits=limits, pool=self.pool, cache=self.cache, page_bytes=PAGE_BYTES, clock=self.clock
+            limits=SchedulerLimits(
+                block_tokens=block_tokens,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_pass_over_s=max_pass_over_s,
+                eos_token_ids=(EOS,),
+                policy=SchedulingPolicy(growth_quantile=growth_quantile, **policy),  # type: ignore[arg-type]
+            ),
+            pool=self.pool,
+            cache=self.cache,
+            page_bytes=PAGE_BYTES,
+            clock=self.clock,
         )
         self.grants = ArenaGrants(cache=self.cache, arena=self.arena, queue=self.scheduler.queue)
         self.runner = FakeRunner(
@@ -293,10 +304,10 @@ class Rig:
         return sum(len(future.result() or ()) for future in futures)
 
     def check_finished(self) -> None:
-        """Check that every request has ended and every page is free or a resident adapter's."""
+        """Check that every request has ended and every page is free, cached or a resident adapter's."""
         assert self.scheduler.num_open == 0
         assert all(client.end is not None for client in self.all_clients)
         assert not self.steps
         resident = sum(s.num_pages for s in self.cache.statuses() if s.state is ResidencyState.RESIDENT)
-        assert self.pool.num_free + resident == self.pool.num_pages
+        assert self.pool.num_free + self.pool.num_cached + resident == self.pool.num_pages
         assert all(status.num_leases == 0 for status in self.cache.statuses())

@@ -1,14 +1,19 @@
-"""Indices of the runner's adapter table, and the order in which idle adapters give way."""
+"""Indices of the runner's adapter table, and the order in which adapters give way."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import heapq
+import itertools
+from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from loraplex_engine.residency import NEVER, Adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    _Entry = tuple[float, float, int, Adapter]  # worth, last used, serial
 
 
 class TableIndices:
@@ -67,53 +72,102 @@ class TableIndices:
             raise RuntimeError(f"an index of the adapter table has two owners: {sorted(indices)}")
 
 
-class IdleOrder:
-    """Adapters that nobody leases or pins, least recently used first.
+class EvictionOrder:
+    """Adapters that may give way, the one worth least first; of equals the least recently used.
+
+    A heap whose entries are looked at again when they come up: an adapter's worth changes while it lies in it.
+
+    Args:
+        is_member: Whether an adapter may give way; asked whenever it is placed.
 
     Attributes:
         num_pages: Pages that evicting them all would free.
+        num_claimed_pages: Of those, pages of adapters that waiting requests claim.
     """
 
-    def __init__(self) -> None:
-        self._adapters: OrderedDict[str, Adapter] = OrderedDict()
+    def __init__(self, is_member: Callable[[Adapter], bool]) -> None:
+        self._is_member = is_member
+        self._adapters: dict[str, Adapter] = {}
+        self._claimed: set[str] = set()
+        self._heap: list[_Entry] = []
+        self._serials = itertools.count()
         self.num_pages = 0
+        self.num_claimed_pages = 0
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._adapters
 
-    def __iter__(self) -> Iterator[Adapter]:
-        return iter(self._adapters.values())
-
     def place(self, adapter: Adapter) -> None:
-        """Put an adapter at the end, or take it off, as its state, leases and pin demand."""
-        if self._adapters.pop(adapter.digest, None) is not None:
+        """Put an adapter where it belongs, or take it off, as its state, leases, claims, pin and worth demand."""
+        digest = adapter.digest
+        if self._adapters.pop(digest, None) is not None:
             self.num_pages -= adapter.num_pages
-        if adapter.is_idle:
-            self._adapters[adapter.digest] = adapter
-            self.num_pages += adapter.num_pages
+        if digest in self._claimed:
+            self._claimed.discard(digest)
+            self.num_claimed_pages -= adapter.num_pages
+        if not self._is_member(adapter):
+            return
+        self._adapters[digest] = adapter
+        self.num_pages += adapter.num_pages
+        if adapter.num_claims:
+            self._claimed.add(digest)
+            self.num_claimed_pages += adapter.num_pages
+        heapq.heappush(self._heap, (adapter.worth, adapter.last_used_s, next(self._serials), adapter))
+        if len(self._heap) > 64 + 2 * len(self._adapters):
+            self._heap = [(a.worth, a.last_used_s, next(self._serials), a) for a in self._adapters.values()]
+            heapq.heapify(self._heap)
 
-    def choose(self, num_pages: int, may_evict: Callable[[str], bool]) -> list[Adapter] | None:
+    @contextmanager
+    def in_order(self) -> Iterator[Iterator[Adapter]]:
+        """Give an iterator over the adapters, least worth first; they may be evicted while it runs."""
+        seen: dict[str, _Entry] = {}
+
+        def pop_all() -> Iterator[Adapter]:
+            while self._heap:
+                entry = heapq.heappop(self._heap)
+                worth, used_s, _, adapter = entry
+                is_stale = (worth, used_s) != (adapter.worth, adapter.last_used_s)
+                if is_stale or adapter.digest in seen or adapter.digest not in self._adapters:
+                    continue
+                seen[adapter.digest] = entry
+                yield adapter
+
+        try:
+            yield pop_all()
+        finally:
+            for digest, entry in seen.items():
+                if digest in self._adapters:
+                    heapq.heappush(self._heap, entry)
+
+    def choose(self, num_pages: int, may_evict: Callable[[Adapter], bool]) -> list[Adapter] | None:
         """Return the first adapters that may go and free ``num_pages`` together; None if all of them are too few."""
         chosen: list[Adapter] = []
         if num_pages > self.num_pages:
             return None
-        for adapter in self:
-            if num_pages <= 0:
-                break
-            if may_evict(adapter.digest):
-                chosen.append(adapter)
-                num_pages -= adapter.num_pages
+        with self.in_order() as adapters:
+            for adapter in adapters:
+                if num_pages <= 0:
+                    break
+                if may_evict(adapter):
+                    chosen.append(adapter)
+                    num_pages -= adapter.num_pages
         return chosen if num_pages <= 0 else None
 
     def check_integrity(self, adapters: list[Adapter]) -> None:
         """Recount.
 
         Raises:
-            RuntimeError: If an adapter is missing or listed wrongly.
+            RuntimeError: If an adapter is missing or listed wrongly, or cannot be found in the order.
         """
-        idle = {adapter.digest for adapter in adapters if adapter.is_idle}
-        pages = sum(adapter.num_pages for adapter in adapters if adapter.is_idle)
-        if idle != set(self._adapters) or pages != self.num_pages:
+        members = [adapter for adapter in adapters if self._is_member(adapter)]
+        names = {adapter.digest for adapter in members}
+        pages = sum(adapter.num_pages for adapter in members)
+        claimed = sum(adapter.num_pages for adapter in members if adapter.num_claims)
+        if names != set(self._adapters) or (pages, claimed) != (self.num_pages, self.num_claimed_pages):
             raise RuntimeError(
-                f"{idle} are idle with {pages} pages, {set(self._adapters)} listed with {self.num_pages}"
+                f"{names} may give way with {pages} pages, {set(self._adapters)} are listed with {self.num_pages}"
             )
+        with self.in_order() as ordered:
+            found = {adapter.digest for adapter in ordered}
+        if found != names:
+            raise RuntimeError(f"{names} may give way, {found} are in the order")

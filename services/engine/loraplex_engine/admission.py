@@ -1,35 +1,43 @@
 """Who gets the next place in a batch, and whose adapter is loaded for it.
 
-In order of `Request.queue_key`, passing over those that wait for their adapter or for more room than there is: no
-misfit blocks the others. Who is passed over for lack of pages for longer than a bound *reserves* them: nobody is
-admitted and no adapter loaded until it fits, so the running requests' pages flow to it and it cannot starve.
+In the queue's order, passing over those that wait for their adapter or for more room than there is: no misfit blocks the
+others. Who is passed over for lack of pages for longer than a bound *reserves* them: nobody is admitted and no adapter
+loaded until it fits, so the running requests' pages flow to it and it cannot starve.
 
-Pages for a request come from the free list and from idle adapters whose waiting requests all come later; a running
-request is never preempted for a waiting one.
+A request is admitted when its blocks, its adapter and the growth expected of all that run fit (`growth`). Pages come
+from the free list, from cached blocks and from idle adapters (`economy`); a running request is never preempted for a
+waiting one. Those next in order *claim* their adapters: no load evicts these again, and of places only those that go to
+requests further ahead. A load only promises progress, a place is progress, so claims cannot block each other.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import LoraplexError, RequestTooLargeError
-
+from loraplex_engine.growth import OutputLengths, peak_growth
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.page_pool import PageOwner, PagePool
 from loraplex_engine.request import Request, RequestState
-from loraplex_engine.residency import Room
+from loraplex_engine.residency import Adapter, Room
 from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.economy import PageEconomy
+    from loraplex_engine.hopelessness import Hopelessness
+    from loraplex_engine.limits import SchedulerLimits
+    from loraplex_engine.prefix_sharing import PrefixSharing
+    from loraplex_engine.request_book import RequestBook
     from loraplex_engine.running_batch import RunningBatch
+    from loraplex_engine.size_check import SizeCheck
     from loraplex_engine.waiting_queue import WaitingQueue
 
 MAX_LOOKAHEAD: Final = 16
 """Misfits that one pass looks behind; bounds the cost of a pass when thousands wait."""
+CLAIMS_AHEAD: Final = 8
+"""Adapters kept or loaded for those next in order, beyond the free places in the batch."""
 
 _ON_THE_WAY: Final = (ResidencyState.WANTED, ResidencyState.LOADING, ResidencyState.DRAINING)
 
@@ -47,72 +55,123 @@ class Admission:
     """Moves requests from the queue to the batch.
 
     Args:
-        eos_token_ids: The model's end-of-text ids.
-        max_num_batched_tokens: No more prefill work is admitted than one step can do.
-        max_pass_over_s: How long others may take pages before a request that lacks them.
-        on_admitted: Called with each request that got its slot.
-        on_refused: Called with each request that turned out never to fit; it ends the request.
+        sharing: Finds blocks that others computed.
+        economy: Makes room.
+        lengths: What requests drew lately.
+        sizes: Refuses what can never fit.
+        hopelessness: Ends whom a place would not help any more.
+        book: Told of each request that got its slot.
     """
 
     def __init__(
         self,
         *,
+        limits: SchedulerLimits,
         queue: WaitingQueue,
         batch: RunningBatch,
         pool: PagePool,
         cache: AdapterCache,
-        eos_token_ids: tuple[int, ...],
-        max_num_batched_tokens: int,
-        max_pass_over_s: float,
-        on_admitted: Callable[[Request], None],
-        on_refused: Callable[[Request, LoraplexError], None],
+        sharing: PrefixSharing,
+        economy: PageEconomy,
+        lengths: OutputLengths,
+        sizes: SizeCheck,
+        hopelessness: Hopelessness,
+        book: RequestBook,
     ) -> None:
+        self._limits = limits
         self._queue = queue
         self._batch = batch
         self._pool = pool
         self._cache = cache
-        self._eos_token_ids = eos_token_ids
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_pass_over_s = max_pass_over_s
-        self._on_admitted = on_admitted
-        self._on_refused = on_refused
+        self._sharing = sharing
+        self._economy = economy
+        self._lengths = lengths
+        self._sizes = sizes
+        self._hopelessness = hopelessness
+        self._book = book
         self._reserving: Request | None = None
-        self._block_tokens = batch.state.block_tokens
+        self._spared: set[str] = set()  # adapters claimed by requests that this pass has passed over
+        self._seen: tuple[int, int, int, bool] | None = None  # what held at the last pass
+        self._obtainable_seen = 0
+        self._look_again_s = math.inf
 
     @property
     def reserving_digest(self) -> str | None:
         """Adapter of the request that pages are reserved for: not to be evicted for others' growth."""
         return self._reserving.adapter_digest if self._reserving else None
 
+    @property
+    def is_reserving(self) -> bool:
+        """True while pages are kept for one request."""
+        return self._reserving is not None
+
+    @property
+    def next_look_s(self) -> float:
+        """When somebody who lacks pages must be looked at although nothing has changed; infinity if nobody does."""
+        return self._look_again_s if len(self._queue) else math.inf
+
     def arrive(self, request: Request, now_s: float) -> None:
-        """Start to bring a new request's adapter, if it has any; pages that somebody reserves are not touched."""
+        """Start to bring a new request's adapter from the store, if it has any and the arena lacks it."""
         digest = request.adapter_digest
-        if digest is None or (self._reserving and self._cache.state_of(digest) is ResidencyState.IN_ARENA):
-            return
-        self._bring(request, now_s)
+        if digest is not None and self._cache.state_of(digest) is not ResidencyState.IN_ARENA:
+            self._bring(request, digest, now_s)
 
     def admit(self, now_s: float) -> None:
         """Admit whoever fits, and start the loads of adapters that the next ones need."""
         self._load_pinned()
         if self._reserving is not None and self._serve_reserving(self._reserving, now_s):
             return
-        index = 0
-        while index < min(MAX_LOOKAHEAD, len(self._queue.eligible)):
-            request = self._queue.eligible[index]
-            outcome = self._consider(request, now_s)
-            if outcome is _Outcome.GONE:
-                continue
-            index += 1
+        self._queue.promote(now_s)
+        if not len(self._queue) or not self._has_changed(now_s):
+            return
+        try:
+            self._pass(now_s)
+        finally:
+            self._queue.restore()
+        self._remember()
+
+    def _has_changed(self, now_s: float) -> bool:
+        """Tell whether a pass could find anything that the last one did not."""
+        more_room = self._economy.num_obtainable > self._obtainable_seen
+        return more_room or now_s >= self._look_again_s or self._seen != self._signature
+
+    @property
+    def _signature(self) -> tuple[int, int, int, bool]:
+        return (self._queue.version, self._cache.sequence, self._batch.version, self._has_budget)
+
+    def _remember(self) -> None:
+        self._seen = self._signature
+        self._obtainable_seen = self._economy.num_obtainable
+
+    @property
+    def _has_budget(self) -> bool:
+        return self._batch.num_prefill_tokens < self._limits.max_num_batched_tokens
+
+    def _pass(self, now_s: float) -> None:
+        self._look_again_s = math.inf
+        self._spared.clear()
+        for _ in range(MAX_LOOKAHEAD):
+            request = self._queue.first(now_s)
+            while request is not None and (outcome := self._consider(request, now_s)) is _Outcome.GONE:
+                request = self._queue.first(now_s)
+            if request is None:
+                return
             if outcome is _Outcome.SOON:
+                self._look_again_s = now_s
                 return
-            if outcome is _Outcome.NO_PAGES and self._is_overdue(request, now_s):
-                self._reserving = request
-                return
+            if outcome is _Outcome.NO_PAGES:
+                if self._is_overdue(request, now_s):
+                    self._reserving = request
+                    return
+                self._look_again_s = min(self._look_again_s, now_s + self._limits.max_pass_over_s)
+            self._queue.set_aside(request)
+            if request.has_claim and request.adapter_digest is not None:
+                self._spared.add(request.adapter_digest)
 
     def _is_overdue(self, request: Request, now_s: float) -> bool:
         if request.misfit_since_s is None:
             request.misfit_since_s = now_s
-        return now_s - request.misfit_since_s > self._max_pass_over_s
+        return now_s - request.misfit_since_s > self._limits.max_pass_over_s
 
     def _serve_reserving(self, request: Request, now_s: float) -> bool:
         """Try the reserving request alone; False once it needs the reservation no more."""
@@ -130,111 +189,155 @@ class Admission:
     def _consider(self, request: Request, now_s: float) -> _Outcome:
         digest = request.adapter_digest
         if digest is not None and self._cache.state_of(digest) is not ResidencyState.RESIDENT:
-            return self._bring(request, now_s)
-        if not self._batch.state.num_free or self._batch.num_prefill_tokens >= self._max_num_batched_tokens:
+            return self._bring(request, digest, now_s)
+        if not self._batch.state.num_free or not self._has_budget:
+            self._claim(request, digest)
             return _Outcome.NO_PLACE
-        return _Outcome.GONE if self.refuse_if_too_large(request) else self._seat(request)
+        if self._sizes.refuse_if_too_large(request) or self._hopelessness.end_if_hopeless(request, now_s):
+            return _Outcome.GONE
+        return self._seat(request)
 
-    def _bring(self, request: Request, now_s: float) -> _Outcome:
+    # --- adapters ---
+
+    def _claim(self, request: Request, digest: str | None) -> bool:
+        """Keep a request's adapter for it if it is near enough to a place; False if it is not."""
+        if digest is None or request.has_claim:
+            return True
+        most = self._batch.state.num_free + CLAIMS_AHEAD
+        if self._cache.num_claimed >= most and not self._cache.num_claims_of(digest) and request is not self._reserving:
+            return False
+        self._cache.claim(digest)
+        request.has_claim = True
+        return True
+
+    def _bring(self, request: Request, digest: str, now_s: float) -> _Outcome:
         """Bring a request's adapter a state nearer to residency, and park the request if that takes time."""
-        digest = request.adapter_digest
-        if digest is None:
-            raise RuntimeError(f"request {request.submission.request_id} has no adapter to bring")
         state = self._cache.state_of(digest)
         if state is ResidencyState.RESIDENT:
             return _Outcome.NO_PLACE
         if state is ResidencyState.ABSENT:
-            self._cache.want(digest, request.submission.deadline_s)
+            self._cache.want(digest, request.objective_s)
         elif state is ResidencyState.IN_ARENA:
-            if self.refuse_if_too_large(request):
+            if self._sizes.refuse_if_too_large(request):
                 return _Outcome.GONE
-            num_pages = self._cache.num_pages_of(digest) or 0
-            if not self._leaves_headroom(request, num_pages):
-                return _Outcome.NO_PAGES
-            room = self._cache.load(digest, self._may_evict_for(request))
-            if room is not Room.NOW:
-                return _Outcome.SOON if room is Room.SOON else _Outcome.NO_PAGES
+            outcome = self._load(request, digest)
+            if outcome is not None:
+                return outcome
         elif state not in _ON_THE_WAY:
             raise RuntimeError(f"adapter {digest} is {state}")
         self._queue.park(request, now_s)
         return _Outcome.GONE
 
-    def _seat(self, request: Request) -> _Outcome:
-        num_tokens = min(request.num_known_tokens + 1, request.max_kv_tokens)
-        num_pages = self._pages_for(num_tokens)
-        if not self._leaves_headroom(request, num_pages):
+    def _load(self, request: Request, digest: str) -> _Outcome | None:
+        """Start to load an adapter for a request; None if it is on its way."""
+        num_pages = self._cache.num_pages_of(digest) or 0
+        if not self._leaves_headroom(num_pages):
             return _Outcome.NO_PAGES
-        room = self._cache.reclaim(num_pages, self._may_evict_for(request))
+        if not self._claim(request, digest):
+            return _Outcome.NO_PLACE
+        is_reserving = request is self._reserving
+        rule = EvictionRule({digest}, spares_claimed=not is_reserving)
+        room = self._economy.make_room(num_pages, rule)
+        if room is Room.NOW:
+            deadline_s = math.inf if request.objective_s is None else request.objective_s
+            room = self._cache.load(digest, rule, deadline_s=deadline_s)
         if room is not Room.NOW:
+            self._book.unclaim(request)
+            return _Outcome.SOON if room is Room.SOON else _Outcome.NO_PAGES
+        self._queue.shares.charge(request.share, num_pages * self._limits.block_tokens)
+        return None
+
+    def _leaves_headroom(self, num_pages: int) -> bool:
+        """Tell whether each running request could still get one more block, so that none is preempted at once."""
+        left = self._economy.num_obtainable - num_pages
+        return len(self._batch) == 0 or self._reserving is not None or left >= len(self._batch)
+
+    def _load_pinned(self) -> None:
+        if self._reserving is None and self._cache.num_pinned:
+            for digest in self._cache.pins_to_load:
+                self.load_unattended(digest)
+
+    def load_unattended(self, digest: str) -> None:
+        """Load an adapter that nobody waits with (pinned, or asked for with FAIL_FAST), if idle room allows."""
+        num_pages = self._cache.num_pages_of(digest) or 0
+        if self._reserving is None and self._economy.num_obtainable - num_pages >= len(self._batch):
+            rule = EvictionRule({digest}, spares_claimed=True, queue=self._queue)
+            if self._economy.make_room(num_pages, rule) is Room.NOW:
+                self._cache.load(digest, rule)
+
+    # --- places ---
+
+    def _seat(self, request: Request) -> _Outcome:
+        found = self._sharing.find(request)
+        self._pool.share(found)  # held first, lest making room evicts them
+        num_tokens = min(request.num_known_tokens + 1, request.max_kv_tokens)
+        num_pages = -(-num_tokens // self._limits.block_tokens) - len(found)
+        spared = set() if request is self._reserving else set(self._spared)
+        if request.adapter_digest is not None:
+            spared.add(request.adapter_digest)
+        room = Room.NO
+        if self._fits(request, num_pages, len(found), spared):
+            room = self._economy.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
+        if room is not Room.NOW:
+            self._pool.release(found, -1)
             return _Outcome.SOON if room is Room.SOON else _Outcome.NO_PAGES
         digest = request.adapter_digest
         adapter = NO_ADAPTER if digest is None else self._cache.lease(digest)
+        self._book.unclaim(request)
         self._queue.remove(request)
         request.move_to(RequestState.RUNNING)
         request.misfit_since_s = None
-        pages = self._pool.allocate(num_pages, PageOwner.KV)
-        self._batch.seat(request, adapter=adapter, pages=pages, stop_ids=self._stop_ids_of(request))
-        self._on_admitted(request)
+        new = self._pool.allocate(num_pages, PageOwner.KV)
+        self._batch.seat(request, adapter=adapter, found=found, new=new, stop_ids=self._stop_ids_of(request))
+        self._queue.shares.run(request.share)
+        self._book.start(request)
         return _Outcome.GONE
+
+    def _fits(self, request: Request, num_pages: int, num_found: int, spared: set[str]) -> bool:
+        """Tell whether a request's pages and the growth expected of all that run can be had; alone it always fits."""
+        if len(self._batch) == 0:
+            return True
+        left = self._economy.num_obtainable_but(spared) - num_pages
+        if left < len(self._batch):
+            return False
+        growth = peak_growth(
+            self._batch.state,
+            self._batch.rows,
+            expected=self._lengths.expected,
+            num_known=request.num_known_tokens,
+            num_more=self._num_more(request),
+            num_blocks=num_pages + num_found,
+        )
+        return growth <= left
+
+    def _num_more(self, request: Request) -> float:
+        """Return how many tokens a request is expected to draw from now on."""
+        is_open_ended = request.submission.stopping.max_new_tokens is None
+        expected = self._lengths.of(request.max_outputs, is_open_ended=is_open_ended)
+        num_drawn = len(request.output_token_ids)
+        return min(request.max_outputs - num_drawn, max(0.0, expected - num_drawn))
 
     def _stop_ids_of(self, request: Request) -> tuple[int, ...]:
         stopping = request.submission.stopping
-        return stopping.stop_token_ids + (() if stopping.ignore_eos else self._eos_token_ids)
+        return stopping.stop_token_ids + (() if stopping.ignore_eos else self._limits.eos_token_ids)
 
-    def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_tokens)
 
-    def _leaves_headroom(self, request: Request, num_pages: int) -> bool:
-        """Tell whether each running request could still get one more block, so that none is preempted at once."""
-        own = request.adapter_digest
-        idle = self._cache.num_idle_pages - (self._cache.num_idle_pages_of(own) if own else 0)
-        left = self._pool.num_free + self._pool.num_retiring + idle - num_pages
-        return len(self._batch) == 0 or left >= len(self._batch)
+class EvictionRule:
+    """Which idle adapters may go for somebody.
 
-    def _may_evict_for(self, request: Request) -> Callable[[str], bool]:
-        """Return which idle adapters may go for a request: those that nobody before it waits with."""
+    Args:
+        spared: Digests that do not go.
+        spares_claimed: Adapters that waiting requests claim do not go.
+        queue: If given, no adapter that a request waits with goes.
+    """
 
-        def may_evict(digest: str) -> bool:
-            if digest == request.adapter_digest:
-                return False
-            first = self._queue.first_of(digest)
-            return first is None or request is self._reserving or request.queue_key < first.queue_key
+    def __init__(self, spared: set[str], *, spares_claimed: bool, queue: WaitingQueue | None = None) -> None:
+        self._spared = spared
+        self._spares_claimed = spares_claimed
+        self._queue = queue
 
-        return may_evict
-
-    def _load_pinned(self) -> None:
-        if self._reserving is None:
-            for digest in self._cache.pins_to_load:
-                self._cache.load(digest, lambda other: self._queue.first_of(other) is None)
-
-    def load_unattended(self, digest: str) -> None:
-        """Load an adapter that was wanted although nobody waits with it (FAIL_FAST), if idle room allows."""
-        if self._reserving is None and self._pool.num_free + self._cache.num_idle_pages > len(self._batch):
-            self._cache.load(digest, lambda other: self._queue.first_of(other) is None)
-
-    def refuse_if_too_large(self, request: Request) -> bool:
-        """End a request that cannot fit even alone; an open-ended one is cut to what fits instead."""
-        digest = request.adapter_digest
-        adapter_pages = (self._cache.num_pages_of(digest) or 0) if digest else 0
-        pinned = self._cache.num_pinned_pages
-        if digest is not None and self._cache.is_pinned(digest):
-            pinned -= adapter_pages
-        room = self._pool.num_pages - adapter_pages - pinned
-        if request.submission.stopping.max_new_tokens is None:
-            most = room * self._block_tokens + 1 - request.num_prompt_tokens
-            request.max_outputs = min(request.max_outputs, max(most, len(request.output_token_ids) + 1))
-        needed = self._pages_for(request.max_kv_tokens)
-        if needed <= room:
+    def __call__(self, adapter: Adapter) -> bool:
+        """Tell whether an adapter may go."""
+        if adapter.digest in self._spared or (self._spares_claimed and adapter.num_claims):
             return False
-        error = RequestTooLargeError(
-            f"{request.num_prompt_tokens} prompt and {request.max_outputs} output tokens need {needed} pages of "
-            f"{self._block_tokens} tokens, the adapter {adapter_pages} pages; the pool has {self._pool.num_pages}, "
-            f"{pinned} of them pinned by other adapters",
-            metadata={
-                "kv_pages": str(needed),
-                "adapter_pages": str(adapter_pages),
-                "pool_pages": str(self._pool.num_pages),
-            },
-        )
-        self._on_refused(request, error)
-        return True
+        return self._queue is None or not self._queue.is_awaited(adapter.digest)

@@ -71,7 +71,7 @@ class ArenaGrants:
         now = (self._cache.sequence, self._queue.version, self._arena.num_free)
         if now == self._full_at:
             return False
-        has_room = self._cache.evict_images(num_slots, lambda digest: self._queue.first_of(digest) is None)
+        has_room = self._cache.evict_images(num_slots, lambda adapter: not self._queue.is_awaited(adapter.digest))
         self._full_at = None if has_room else (self._cache.sequence, self._queue.version, self._arena.num_free)
         return has_room
 

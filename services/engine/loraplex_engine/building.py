@@ -11,6 +11,7 @@ from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_engine.config import MIB, ConfigError, EngineConfig
 from loraplex_engine.engine import EngineParams
 from loraplex_engine.generation_config import read_eos_token_ids
+from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner
@@ -86,8 +87,22 @@ def engine_params(config: EngineConfig, info: BaseModelInfo, device: torch.devic
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        policy=scheduling_policy(config),
         max_backlog_bytes=config.outbox_max_bytes,
         max_backlog_s=config.outbox_max_age_s,
+    )
+
+
+def scheduling_policy(config: EngineConfig) -> SchedulingPolicy:
+    """Return how requests and pages are chosen."""
+    return SchedulingPolicy(
+        enable_prefix_cache=config.prefix_cache,
+        half_life_s=config.half_life_s,
+        growth_quantile=config.growth_quantile,
+        queue_policy=QueuePolicy(config.queue_policy),
+        ttft_slo_s=config.ttft_slo_s,
+        max_running_per_key=config.max_running_per_key,
+        promote_after_s=config.promote_after_s,
     )
 
 

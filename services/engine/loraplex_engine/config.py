@@ -12,6 +12,7 @@ from loraplex_common.settings import setting, size
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "torch", "cuda"]
+QueuePolicyName = Literal["fcfs", "slo-abort", "newest-first"]
 
 MIB: Final = 1024 * 1024
 
@@ -49,6 +50,13 @@ class EngineConfig:
         residency_events: How many residency changes WatchAdapters can go back.
         outbox_max_bytes: Unread output of one session at which it is aborted.
         outbox_max_age_s: Age of unread output at which its session is aborted.
+        prefix_cache: Whether requests share computed blocks of equal adapter, tokens and salt.
+        half_life_s: After which a use of a prefix or an adapter counts half in the worth of its pages.
+        growth_quantile: Of recent output lengths: the growth that admission reckons with; 0 reckons with none.
+        queue_policy: Who goes first and who is ended early; see docs/scheduling.md.
+        ttft_slo_s: Objective for the time to the first token, for the policies that go by one.
+        max_running_per_key: Most requests of one fairness key that run at once.
+        promote_after_s: Waiting time after which a request rises a class of service.
         drain_settle_s: Between NOT_SERVING and refusing connections, for balancers to notice.
         drain_grace_s: How long running requests may go on once the engine drains.
     """
@@ -79,13 +87,20 @@ class EngineConfig:
     residency_events: int = setting(1024, help="residency changes that WatchAdapters can go back")
     outbox_max_bytes: int = size(8 * MIB, help="unread output of a session at which it is aborted")
     outbox_max_age_s: float = setting(5.0, help="age of unread output at which its session is aborted")
+    prefix_cache: bool = setting(True, help="share computed blocks among requests")
+    half_life_s: float = setting(60.0, help="after which a use of a prefix or an adapter counts half")
+    growth_quantile: float = setting(0.9, help="of recent output lengths that admission reckons with, 0 to 1")
+    queue_policy: QueuePolicyName = setting("fcfs", help="fcfs, slo-abort or newest-first")
+    ttft_slo_s: float | None = setting(None, help="objective for the time to the first token (default: none)")
+    max_running_per_key: int | None = setting(None, help="most requests of one fairness key at once (default: any)")
+    promote_after_s: float = setting(30.0, help="waiting time after which a request rises a class of service")
     drain_settle_s: float = setting(0.5, help="pause between NOT_SERVING and refusing connections")
     drain_grace_s: float = setting(30.0, help="how long running requests may go on once the engine drains")
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "arena_bytes", "residency_events", "outbox_max_bytes"):
             _require(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("max_model_len", "pool_bytes", "num_threads"):
+        for name in ("max_model_len", "pool_bytes", "num_threads", "ttft_slo_s", "max_running_per_key"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, not {value}")
         for name in ("port", "metrics_port"):
@@ -93,6 +108,7 @@ class EngineConfig:
         for name in ("store_wait_s", "session_grace_s", "drain_settle_s", "drain_grace_s"):
             _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
         _require(self.load_report_s > 0, "--load-report-s must be positive")
+        self._check_policy()
         _require(self.dtype in get_args(DtypeName), f"--dtype {self.dtype!r} is not one of {get_args(DtypeName)}")
         _require(self.device in get_args(DeviceName), f"--device {self.device!r} is not one of {get_args(DeviceName)}")
         _require(
@@ -103,6 +119,17 @@ class EngineConfig:
             self.max_num_batched_tokens >= self.max_num_seqs,
             f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs {self.max_num_seqs}: "
             "each running sequence takes one token of every step",
+        )
+
+    def _check_policy(self) -> None:
+        for name in ("half_life_s", "promote_after_s"):
+            _require(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be positive")
+        _require(0 <= self.growth_quantile <= 1, f"--growth-quantile {self.growth_quantile} is not between 0 and 1")
+        policies = get_args(QueuePolicyName)
+        _require(self.queue_policy in policies, f"--queue-policy {self.queue_policy!r} is not one of {policies}")
+        _require(
+            self.queue_policy == "fcfs" or self.ttft_slo_s is not None,
+            f"--queue-policy {self.queue_policy} needs --ttft-slo-s",
         )
 
 

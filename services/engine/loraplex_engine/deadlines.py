@@ -15,6 +15,7 @@ class Limit(enum.Enum):
     DEADLINE = "deadline"
     QUEUE_DEADLINE = "queue_deadline"
     TIME_LIMIT = "time_limit"
+    HOPELESS = "hopeless"  # its first token cannot come in time any more, as estimated when it was noted
 
 
 class Deadlines:
@@ -33,7 +34,11 @@ class Deadlines:
             (Limit.TIME_LIMIT, submission.time_limit_at_s),
         ):
             if moment_s is not None:
-                heapq.heappush(self._heap, (moment_s, request.number, limit.value, limit, request))
+                self.note(moment_s, limit, request)
+
+    def note(self, moment_s: float, limit: Limit, request: Request) -> None:
+        """Watch one more moment of a request."""
+        heapq.heappush(self._heap, (moment_s, request.number, limit.value, limit, request))
         if len(self._heap) > self._compact_at:
             self._heap = [entry for entry in self._heap if entry[-1].state is not RequestState.ENDED]
             heapq.heapify(self._heap)

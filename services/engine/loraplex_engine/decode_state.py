@@ -47,6 +47,8 @@ class DecodeState:
         sessions: int64 ``[S]``.
         session_slots: int32 ``[S]``.
         wants_logprobs: bool ``[S]``; its tokens travel as events.
+        shares: int32 ``[S]``; index of its fairness key.
+        num_shared_blocks: int32 ``[S]``; leading blocks that it found computed by others.
     """
 
     def __init__(self, *, max_num_seqs: int, max_model_len: int, block_tokens: int) -> None:
@@ -69,6 +71,8 @@ class DecodeState:
         self.sessions = np.zeros(size, dtype=np.int64)
         self.session_slots = np.zeros(size, dtype=np.int32)
         self.wants_logprobs = np.zeros(size, dtype=np.bool_)
+        self.shares = np.zeros(size, dtype=np.int32)
+        self.num_shared_blocks = np.zeros(size, dtype=np.int32)
         self._temperature = np.zeros(size, dtype=np.float32)
         self._top_k = np.zeros(size, dtype=np.int32)
         self._top_p = np.zeros(size, dtype=np.float32)
@@ -86,14 +90,19 @@ class DecodeState:
         return len(self._free)
 
     def seat(self, request: Request, *, adapter: int, pages: NDArray[np.int32], stop_ids: tuple[int, ...]) -> int:
-        """Give a request a slot with its tokens, pages and settings; returns the slot."""
+        """Give a request a slot with its tokens, pages and settings; returns the slot.
+
+        The first pages hold its first ``request.num_cached`` tokens already.
+        """
         slot = self._free.pop()
         submission = request.submission
         known = request.num_known_tokens
         self.tokens[slot, : request.num_prompt_tokens] = submission.prompt_token_ids
         self.tokens[slot, request.num_prompt_tokens : known] = request.output_token_ids
         self.num_prompt_tokens[slot] = request.num_prompt_tokens
-        self.num_computed[slot] = 0
+        self.num_computed[slot] = request.num_cached
+        self.num_shared_blocks[slot] = request.num_cached // self.block_tokens
+        self.shares[slot] = request.share
         self.num_outputs[slot] = self.next_position[slot] = len(request.output_token_ids)
         self.max_outputs[slot] = request.max_outputs
         self.min_outputs[slot] = submission.stopping.min_new_tokens

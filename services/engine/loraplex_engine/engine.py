@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from loraplex_common.adapter_image import AdapterSpec, Geometry
@@ -18,7 +18,7 @@ from loraplex_engine.adapter_checks import check_adapter
 from loraplex_engine.adapter_operations import AdapterOperations
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
-from loraplex_engine.limits import SchedulerCounters, SchedulerLimits
+from loraplex_engine.limits import SchedulerCounters, SchedulerLimits, SchedulingPolicy
 from loraplex_engine.load_report import LoadReport
 from loraplex_engine.loop import EngineLoop, LoopParts
 from loraplex_engine.messages import Call, Command, LoadSnapshot, LoopTotals, StoreEvent
@@ -49,6 +49,7 @@ class EngineParams:
         max_num_batched_tokens: Most tokens of one step.
         max_pass_over_s: How long others may go first while a request waits for pages.
         max_resident_adapters: Size of the runner's adapter table.
+        policy: How requests and pages are chosen.
         max_backlog_bytes: Unread output at which a session is given up.
         max_backlog_s: Age of unread output at which a session is given up.
     """
@@ -63,6 +64,7 @@ class EngineParams:
     max_num_batched_tokens: int = 1024
     max_pass_over_s: float = 2.0
     max_resident_adapters: int = 4096
+    policy: SchedulingPolicy = field(default_factory=SchedulingPolicy)
     max_backlog_bytes: int = MAX_BACKLOG_BYTES
     max_backlog_s: float = MAX_BACKLOG_S
 
@@ -86,6 +88,7 @@ class EngineParams:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_pass_over_s=self.max_pass_over_s,
             eos_token_ids=self.eos_token_ids,
+            policy=self.policy,
         )
 
 
@@ -127,6 +130,7 @@ class Engine:
                 max_resident=params.max_resident_adapters,
                 emit=on_store_event,
                 clock=clock,
+                half_life_s=params.policy.half_life_s,
             )
             self._operations = AdapterOperations(cache=self._cache, pool=self._pool)
             self._scheduler = Scheduler(

@@ -49,7 +49,8 @@ class EngineCollector(Collector):
             ("kv", load.pages_kv),
             ("adapter", load.pages_adapter),
             ("pinned", load.pages_pinned),
-            ("free", load.pages_free),
+            ("cached", load.pages_cached),
+            ("free", load.pages_free - load.pages_cached),
         ):
             pages.add_metric([owner], count)
         yield pages

@@ -2,7 +2,49 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
+
+
+class QueuePolicy(enum.Enum):
+    """Which of a fairness key's requests goes first, and who is ended early.
+
+    Whatever the policy, a request whose deadline cannot be met any more ends early.
+    """
+
+    FCFS = "fcfs"  # the oldest; objectives end nobody
+    SLO_ABORT = "slo-abort"  # the oldest; who cannot have a first token within the objective ends early
+    NEWEST_FIRST = (
+        "newest-first"  # as slo-abort, and the newest goes first while older ones wait for half the objective
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulingPolicy:
+    """How requests and pages are chosen; docs/scheduling.md explains.
+
+    Attributes:
+        enable_prefix_cache: Whether requests share blocks.
+        half_life_s: After which a use of a prefix or an adapter counts half in its worth.
+        growth_quantile: Of recent output lengths: how far running requests are expected to grow when another is admitted;
+            0 expects nothing, 1 all they may draw.
+        queue_policy: Which request of a fairness key goes first.
+        ttft_slo_s: Objective for the time to the first token; what the policies beyond FCFS go by.
+        max_running_per_key: Most requests of one fairness key that run at once; None for no limit.
+        promote_after_s: Waiting time after which a request rises a class of service.
+    """
+
+    enable_prefix_cache: bool = True
+    half_life_s: float = 60.0
+    growth_quantile: float = 0.9
+    queue_policy: QueuePolicy = QueuePolicy.FCFS
+    ttft_slo_s: float | None = None
+    max_running_per_key: int | None = None
+    promote_after_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.queue_policy is not QueuePolicy.FCFS and self.ttft_slo_s is None:
+            raise ValueError(f"policy {self.queue_policy.value} needs ttft_slo_s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,6 +57,7 @@ class SchedulerLimits:
         max_num_batched_tokens: Most tokens of one step.
         max_pass_over_s: How long others may go first while a request waits for pages.
         eos_token_ids: The model's end-of-text ids.
+        policy: How requests and pages are chosen.
     """
 
     block_tokens: int
@@ -23,6 +66,7 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     max_pass_over_s: float
     eos_token_ids: tuple[int, ...]
+    policy: SchedulingPolicy = SchedulingPolicy()
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -40,3 +84,6 @@ class SchedulerCounters:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    num_looked_up_tokens: int = 0
+    num_hopeless: int = 0

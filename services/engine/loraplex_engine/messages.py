@@ -250,7 +250,12 @@ class StepOutputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadSnapshot:
-    """The engine's load between two steps; fields as in engine.proto LoadReport."""
+    """The engine's load between two steps; fields as in engine.proto LoadReport.
+
+    Attributes:
+        pages_free: Pages that can be had at once, those of cached blocks included.
+        pages_cached: Of those, pages of cached blocks.
+    """
 
     sequence: int
     running: int
@@ -258,6 +263,7 @@ class LoadSnapshot:
     queued_uncached_tokens: int
     pages_total: int
     pages_free: int
+    pages_cached: int = 0
     pages_kv: int
     pages_adapter: int
     pages_pinned: int

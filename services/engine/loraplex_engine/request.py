@@ -12,12 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from loraplex_engine.block_keys import BlockKeys
 from loraplex_engine.messages import Priority, Submission
-
-HEAD_START_S: Final = {Priority.BATCH: 0.0, Priority.NORMAL: 30.0, Priority.HIGH: 60.0}
-"""A class of service goes before a lower one that arrived up to the difference earlier: first, but never for ever."""
-
-QueueKey = tuple[float, int]
 
 
 class RequestState(enum.Enum):
@@ -41,7 +37,6 @@ class Request:
 
     Attributes:
         number: Rises with arrival; unique.
-        queue_key: Order of admission, smallest first.
         max_outputs: Output tokens, resumed ones included, at which it ends with LENGTH.
         output_token_ids: int32; outputs known when it last had no slot: resumed ones, later those before preemption.
         slot: Row of the decode state while RUNNING, else -1.
@@ -53,12 +48,19 @@ class Request:
         first_token_s: When its first token came.
         num_prompt_logprobs: Prompt tokens whose probabilities were sent.
         num_prompt_logprobs_seen: Prompt tokens whose probabilities its present occupancy of a slot has computed.
+        num_cached: Tokens that its present occupancy of a slot found in the prefix cache.
+        num_confirmed: Known tokens that its present occupancy has in the pool, as results say.
+        is_suspect: Its last step went wrong: what that computed must not be shared.
+        has_claim: It claims its adapter.
+        block_keys: Names of its blocks, once they were needed.
+        level: Class of service it has by now; rises as it waits.
+        share: Index of its fairness key; -1 before it was queued.
+        objective_s: Moment by which its first token must have come, or None.
     """
 
     submission: Submission
     number: int
     arrived_s: float
-    queue_key: QueueKey
     max_outputs: int
     output_token_ids: NDArray[np.int32]
     state: RequestState = RequestState.WAITING
@@ -71,6 +73,14 @@ class Request:
     first_token_s: float | None = None
     num_prompt_logprobs: int = 0
     num_prompt_logprobs_seen: int = 0
+    num_cached: int = 0
+    num_confirmed: int = 0
+    is_suspect: bool = False
+    has_claim: bool = False
+    block_keys: BlockKeys | None = None
+    level: int = Priority.NORMAL
+    share: int = -1
+    objective_s: float | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -93,6 +103,12 @@ class Request:
         return self.num_prompt_tokens + len(self.output_token_ids)
 
     @property
+    def owes_prompt_logprobs(self) -> bool:
+        """True while probabilities of its prompt's tokens are still to be computed."""
+        asked = self.submission.sampling.prompt_logprobs >= 0
+        return asked and self.num_prompt_logprobs < self.num_prompt_tokens - 1
+
+    @property
     def max_kv_tokens(self) -> int:
         """Most tokens it ever has in the pool; the last output is never an input."""
         return self.num_prompt_tokens + self.max_outputs - 1
@@ -108,16 +124,21 @@ class Request:
         self.state = state
 
 
-def make_request(submission: Submission, *, number: int, now_s: float, max_model_len: int) -> Request:
+def make_request(
+    submission: Submission, *, number: int, now_s: float, max_model_len: int, ttft_slo_s: float | None = None
+) -> Request:
     """Take a submission in; its limit on outputs is what the submission and ``max_model_len`` leave."""
+    arrived_s = submission.arrived_s or now_s
+    moments = [submission.deadline_s, None if ttft_slo_s is None else arrived_s + ttft_slo_s]
     num_prompt = len(submission.prompt_token_ids)
     asked = submission.stopping.max_new_tokens
     room = max_model_len - num_prompt
     return Request(
         submission=submission,
         number=number,
-        arrived_s=submission.arrived_s or now_s,
-        queue_key=(now_s - HEAD_START_S[submission.priority], number),
+        arrived_s=arrived_s,
         max_outputs=room if asked is None else min(asked, room),
         output_token_ids=np.asarray(submission.resumed_token_ids, dtype=np.int32),
+        level=submission.priority,
+        objective_s=min((moment for moment in moments if moment is not None), default=None),
     )

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.growth import OutputLengths
     from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.outputs import OutputCollector
+    from loraplex_engine.prefix_sharing import PrefixSharing
     from loraplex_engine.running_batch import RunningBatch
     from loraplex_engine.waiting_queue import WaitingQueue
 
@@ -27,6 +29,8 @@ class RequestBook:
     """Moves requests between queue, batch and end, with all they hold, and tells their sessions.
 
     Args:
+        sharing: Keeps the blocks of who leaves.
+        lengths: Learns what requests draw.
         collector: Gets the events.
         page_bytes: Of the pool; for progress in bytes.
 
@@ -40,6 +44,8 @@ class RequestBook:
         queue: WaitingQueue,
         batch: RunningBatch,
         cache: AdapterCache,
+        sharing: PrefixSharing,
+        lengths: OutputLengths,
         collector: OutputCollector,
         counters: SchedulerCounters,
         page_bytes: int,
@@ -48,6 +54,8 @@ class RequestBook:
         self._queue = queue
         self._batch = batch
         self._cache = cache
+        self._sharing = sharing
+        self._lengths = lengths
         self._collector = collector
         self._counters = counters
         self._page_bytes = page_bytes
@@ -96,13 +104,16 @@ class RequestBook:
 
     def start(self, request: Request) -> None:
         """Tell that a request has got its place, unless it only came back to it."""
+        self._counters.num_looked_up_tokens += request.num_known_tokens
+        self._counters.num_cached_tokens += request.num_cached
         if request.admitted_s is not None:
             return
         request.admitted_s = self._clock()
         self._counters.num_prompt_tokens += request.num_prompt_tokens
+        self._queue.shares.charge(request.share, request.num_known_tokens - request.num_cached)
         event = Started(
             session_slot=request.submission.session_slot,
-            cached_tokens=0,
+            cached_tokens=min(request.num_cached, request.num_prompt_tokens),
             queue_s=request.admitted_s - request.arrived_s,
             adapter_load_s=request.adapter_load_s,
         )
@@ -116,8 +127,18 @@ class RequestBook:
         self._queue.add(request)
         self._counters.num_preemptions += 1
 
+    def unclaim(self, request: Request) -> None:
+        """Take back a waiting request's claim on its adapter, if it has one."""
+        if request.has_claim and request.adapter_digest is not None:
+            self._cache.unclaim(request.adapter_digest)
+            request.has_claim = False
+
     def _vacate(self, request: Request) -> None:
+        """Take slot, pages and lease away; full blocks stay in the prefix cache."""
+        self._sharing.leave(request, self._clock())
         self._batch.unseat(request, self.last_launched)
+        self._queue.shares.cease_to_run(request.share)
+        self._queue.uncap(request.share)
         if request.adapter_digest is not None:
             self._cache.release(request.adapter_digest, self.last_launched)
 
@@ -139,9 +160,12 @@ class RequestBook:
     ) -> None:
         """Take slot, pages, lease and place in the queue away, whatever it has, and send the one `Ended`."""
         if request.state is RequestState.RUNNING:
+            self._lengths.observe(int(self._batch.state.num_outputs[request.slot]))
             self._vacate(request)
         else:
             self._queue.remove(request)
+            self.unclaim(request)
+        self._queue.shares.leave(request.share)
         request.move_to(RequestState.ENDED)
         del self._requests[request.key]
         now_s = self._clock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -58,13 +59,18 @@ class AdapterStatus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterLoad:
-    """An order to the runner; as `ModelRunner.load_adapter`, with the image's place in the arena."""
+    """An order to the runner; as `ModelRunner.load_adapter`, with the image's place in the arena.
+
+    Attributes:
+        deadline_s: When the first of those it serves should have its first token; infinity if nobody is in a hurry.
+    """
 
     digest: str
     index: int
     spec: AdapterSpec
     pages: NDArray[np.int32]
     arena_slots: tuple[int, ...]
+    deadline_s: float = math.inf
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +80,9 @@ class Adapter:
     Attributes:
         pages: Held while LOADING, RESIDENT or DRAINING, like ``index``.
         last_step: Last step launched with it when its last lease was returned.
+        num_claims: Waiting requests whose turn it was and that it was loaded for.
         is_discarded: The arena's copy goes too when it leaves the device.
+        worth: What a page of it is worth to keep, in octaves; see `economy`.
     """
 
     digest: str
@@ -86,11 +94,14 @@ class Adapter:
     index: int = -1
     generation: int = 0
     num_leases: int = 0
+    num_claims: int = 0
     is_pinned: bool = False
     is_discarded: bool = False
+    worth: float = -math.inf
     last_step: int = NEVER
     last_used_s: float = 0.0
     wanted_since_s: float = 0.0
+    loading_since_s: float = 0.0
 
     @property
     def is_on_device(self) -> bool:

@@ -8,13 +8,16 @@ import numpy as np
 from loraplex_common.errors import LoraplexError
 
 from loraplex_engine.messages import FinishReason, PromptLogprobs, TokenWithLogprobs
+from loraplex_engine.request import RequestState
 
 if TYPE_CHECKING:
+    from loraplex_engine.fair_shares import FairShares
     from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.outputs import OutputCollector
+    from loraplex_engine.prefix_sharing import PrefixSharing
     from loraplex_engine.request import Request
     from loraplex_engine.request_book import RequestBook
-    from loraplex_engine.running_batch import LaunchedStep, RunningBatch
+    from loraplex_engine.running_batch import Chunk, LaunchedStep, RunningBatch
     from loraplex_engine.step import StepResult, TokenLogprobs
 
 
@@ -25,9 +28,18 @@ class ResultReader:
     """
 
     def __init__(
-        self, *, batch: RunningBatch, book: RequestBook, collector: OutputCollector, counters: SchedulerCounters
+        self,
+        *,
+        batch: RunningBatch,
+        book: RequestBook,
+        sharing: PrefixSharing,
+        shares: FairShares,
+        collector: OutputCollector,
+        counters: SchedulerCounters,
     ) -> None:
         self._batch = batch
+        self._sharing = sharing
+        self._shares = shares
         self._book = book
         self._collector = collector
         self._counters = counters
@@ -48,11 +60,22 @@ class ResultReader:
         for slot, reason in result.failed_slots.items():
             occupant = self._occupant(step, slot)
             if occupant is not None:
+                occupant.is_suspect = True
                 self._book.fail(occupant, LoraplexError(f"the engine cannot go on with this request: {reason}"))
-        for request in step.finished_prefills:
-            if request.first_token_s is None:
-                request.first_token_s = now_s
+        for row, chunk in enumerate(step.chunks, step.num_decode_rows):
+            if self._batch.state.occupancy[step.rows[row]] == step.occupancy[row]:
+                self._confirm(chunk, now_s)
         self._take_tokens(step, result)
+        for chunk in step.chunks:
+            if chunk.is_last and chunk.request.state is RequestState.RUNNING:
+                self._sharing.publish(chunk.request)
+
+    @staticmethod
+    def _confirm(chunk: Chunk, now_s: float) -> None:
+        request = chunk.request
+        request.num_confirmed = chunk.start + chunk.num_tokens
+        if chunk.is_last and request.first_token_s is None:
+            request.first_token_s = now_s
 
     def _take_tokens(self, step: LaunchedStep, result: StepResult) -> None:
         state = self._batch.state
@@ -64,6 +87,7 @@ class ResultReader:
         is_stop = state.record(rows, positions, token_ids)
         is_over = is_stop | (positions + 1 >= state.max_outputs.take(rows))
         self._counters.num_output_tokens += len(rows)
+        self._shares.charge_outputs(state.shares.take(rows))
         is_plain = ~state.wants_logprobs.take(rows)
         plain = rows[is_plain]
         self._collector.tokens(

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``[start, start + num_tokens)`` of a request's prefill; its first token comes with the last chunk."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    is_last: bool
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchedStep:
     """What must be remembered of a plan until its result comes.
@@ -29,7 +39,8 @@ class LaunchedStep:
         sample_rows: int32 ``[S]``; indices into ``rows``.
         sampled: Slots that sample, ``[S]``.
         positions: int32 ``[S]``; output index that each sampling row draws.
-        finished_prefills: Requests whose last prefill chunk this is: their first token comes with it.
+        num_decode_rows: The first rows; the others are chunks.
+        chunks: By row: the prefill chunks of the step.
     """
 
     step_id: int
@@ -38,15 +49,14 @@ class LaunchedStep:
     sample_rows: NDArray[np.int32]
     sampled: Rows
     positions: NDArray[np.int32]
-    finished_prefills: tuple[Request, ...]
+    num_decode_rows: int
+    chunks: tuple[Chunk, ...]
+    launched_s: float = 0.0
 
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    request: Request
-    start: int
-    num_tokens: int
-    is_last: bool
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of all chunks."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
 
 
 class RunningBatch:
@@ -55,6 +65,7 @@ class RunningBatch:
     Attributes:
         state: Their rows.
         num_prefill_tokens: Tokens of running requests that have yet to be computed before their first draw.
+        version: Rises whenever a request comes or goes.
     """
 
     def __init__(self, *, state: DecodeState, pool: PagePool) -> None:
@@ -67,6 +78,7 @@ class RunningBatch:
         self._rows: Rows = np.empty(0, dtype=np.intp)  # slots by admission; rebuilt when membership changes
         self._is_stale = False
         self.num_prefill_tokens = 0
+        self.version = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -88,19 +100,31 @@ class RunningBatch:
             self._is_stale = False
         return self._rows
 
-    def seat(self, request: Request, *, adapter: int, pages: NDArray[np.int32], stop_ids: tuple[int, ...]) -> None:
-        """Give a request a slot; its prefill starts with the next plan."""
+    def seat(
+        self,
+        request: Request,
+        *,
+        adapter: int,
+        found: NDArray[np.int32],
+        new: NDArray[np.int32],
+        stop_ids: tuple[int, ...],
+    ) -> None:
+        """Give a request a slot; its prefill starts with the next plan, behind what is in the pages it found."""
+        pages = np.concatenate([found, new]) if len(found) else new
+        request.num_cached = len(found) * self.state.block_tokens
         request.slot = self.state.seat(request, adapter=adapter, pages=pages, stop_ids=stop_ids)
         request.num_prompt_logprobs_seen = 0
+        request.num_confirmed = request.num_cached
         self._requests.append(request)
         self._by_slot[request.slot] = request
         self._prefilling.append(request)
-        self.num_prefill_tokens += request.num_known_tokens
+        self.num_prefill_tokens += request.num_known_tokens - request.num_cached
         self._setups.append(_setup_of(request, stop_ids))
         self._is_stale = True
+        self.version += 1
 
     def unseat(self, request: Request, last_step: int) -> None:
-        """Take a request's slot and pages away; the pages are free after ``last_step``."""
+        """Take a request's slot and pages away; those that nobody else holds or may want are free after ``last_step``."""
         slot = request.slot
         if request in self._prefilling:
             self.num_prefill_tokens -= request.num_known_tokens - int(self.state.num_computed[slot])
@@ -108,11 +132,14 @@ class RunningBatch:
         self._setups = [setup for setup in self._setups if setup.slot != slot]
         self._requests.remove(request)
         del self._by_slot[slot]
-        self._pool.retire(self.state.vacate(slot), last_step)
+        self._pool.release(self.state.vacate(slot), last_step)
         request.slot = -1
         self._is_stale = True
+        self.version += 1
 
-    def plan(self, step_id: int, decode_rows: Rows, max_tokens: int) -> tuple[StepPlan, LaunchedStep] | None:
+    def plan(
+        self, step_id: int, decode_rows: Rows, max_tokens: int, now_s: float
+    ) -> tuple[StepPlan, LaunchedStep] | None:
         """Build the next step: one token of each decode row, prefill chunks in what is left of ``max_tokens``."""
         chunks = self._cut_chunks(max_tokens - len(decode_rows)) if self._prefilling else []
         if not chunks and len(decode_rows) == 0:
@@ -150,13 +177,15 @@ class RunningBatch:
             sample_rows=sample_rows,
             sampled=sampled,
             positions=plan.sampling.position,
-            finished_prefills=tuple(chunk.request for chunk in chunks if chunk.is_last),
+            num_decode_rows=num_decode,
+            chunks=tuple(chunks),
+            launched_s=now_s,
         )
         state.advance(rows, num_tokens, sampled)
         self._advance(chunks)
         return plan, launched
 
-    def _cut_chunks(self, budget: int) -> list[_Chunk]:
+    def _cut_chunks(self, budget: int) -> list[Chunk]:
         """Share ``budget`` tokens out to prefills, first admitted first."""
         chunks = []
         for request in self._prefilling:
@@ -164,11 +193,11 @@ class RunningBatch:
                 break
             start = int(self.state.num_computed[request.slot])
             left = request.num_known_tokens - start
-            chunks.append(_Chunk(request, start, min(left, budget), left <= budget))
+            chunks.append(Chunk(request, start, min(left, budget), left <= budget))
             budget -= chunks[-1].num_tokens
         return chunks
 
-    def _tokens_of(self, chunk: _Chunk) -> NDArray[np.int32]:
+    def _tokens_of(self, chunk: Chunk) -> NDArray[np.int32]:
         tokens: NDArray[np.int32] = self.state.tokens[chunk.request.slot, chunk.start : chunk.start + chunk.num_tokens]
         return tokens
 
@@ -180,7 +209,7 @@ class RunningBatch:
         self._setups = [setup for setup in self._setups if setup.slot not in planned]
         return taken
 
-    def _advance(self, chunks: list[_Chunk]) -> None:
+    def _advance(self, chunks: list[Chunk]) -> None:
         """Count chunks as computed; the last one of a prompt makes its request decode from the next plan on."""
         for chunk in chunks:
             self.num_prefill_tokens -= chunk.num_tokens
@@ -193,7 +222,6 @@ def _setup_of(request: Request, stop_ids: tuple[int, ...]) -> SlotSetup:
     submission = request.submission
     sampling = submission.sampling
     uses_penalties = sampling.uses_penalties
-    num_sent = request.num_prompt_logprobs
     return SlotSetup(
         slot=request.slot,
         prompt_token_ids=submission.prompt_token_ids if uses_penalties else _NO_TOKENS,
@@ -201,6 +229,6 @@ def _setup_of(request: Request, stop_ids: tuple[int, ...]) -> SlotSetup:
         logit_bias=sampling.logit_bias,
         allowed_token_ids=sampling.allowed_token_ids,
         stop_token_ids=stop_ids if submission.stopping.min_new_tokens > len(request.output_token_ids) else (),
-        prompt_logprobs=sampling.prompt_logprobs if num_sent < request.num_prompt_tokens - 1 else -1,
+        prompt_logprobs=sampling.prompt_logprobs if request.owes_prompt_logprobs else -1,
         uses_penalties=uses_penalties,
     )

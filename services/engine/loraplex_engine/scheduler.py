@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-import numpy as np
 from loraplex_common.errors import (
     AdapterLoadingError,
     DeadlineError,
@@ -22,22 +21,25 @@ from loraplex_common.errors import (
 )
 
 from loraplex_engine.admission import Admission
+from loraplex_engine.cost_model import StepCosts
 from loraplex_engine.deadlines import Deadlines, Limit
-from loraplex_engine.decode_state import DecodeState, Rows
-from loraplex_engine.limits import SchedulerCounters, SchedulerLimits
-from loraplex_engine.messages import (
-    FinishReason,
-    ResidencyState,
-    StepOutputs,
-    Submission,
-)
+from loraplex_engine.decode_growth import DecodeGrowth
+from loraplex_engine.decode_state import DecodeState
+from loraplex_engine.economy import PageEconomy
+from loraplex_engine.fair_shares import FairShares
+from loraplex_engine.growth import OutputLengths
+from loraplex_engine.hopelessness import Hopelessness
+from loraplex_engine.integrity import check_requests
+from loraplex_engine.limits import QueuePolicy, SchedulerCounters, SchedulerLimits
+from loraplex_engine.messages import FinishReason, ResidencyState, StepOutputs, Submission
 from loraplex_engine.outputs import OutputCollector
-from loraplex_engine.page_pool import PageOwner, PagePool
+from loraplex_engine.prefix_cache import PrefixCache
+from loraplex_engine.prefix_sharing import PrefixSharing
 from loraplex_engine.request import Request, RequestState, make_request
 from loraplex_engine.request_book import RequestBook
-from loraplex_engine.residency import Room
 from loraplex_engine.result_reader import ResultReader
 from loraplex_engine.running_batch import LaunchedStep, RunningBatch
+from loraplex_engine.size_check import SizeCheck
 from loraplex_engine.waiting_queue import WaitingQueue
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec
 
     from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.page_pool import PagePool
     from loraplex_engine.step import StepPlan, StepResult
 
 
@@ -79,8 +82,14 @@ class Scheduler:
         self._num_submitted = 0
         self._next_step = 0
         self._is_draining = False
-        self.queue = WaitingQueue()
         self.counters = SchedulerCounters()
+        self.costs = StepCosts()
+        self.queue = WaitingQueue(
+            FairShares(max_running_per_key=limits.policy.max_running_per_key),
+            policy=limits.policy.queue_policy,
+            ttft_slo_s=limits.policy.ttft_slo_s,
+            promote_after_s=limits.policy.promote_after_s,
+        )
         self.batch = RunningBatch(
             state=DecodeState(
                 max_num_seqs=limits.max_num_seqs,
@@ -89,28 +98,61 @@ class Scheduler:
             ),
             pool=pool,
         )
-        self._book = RequestBook(
-            queue=self.queue,
-            batch=self.batch,
+        self.prefix = PrefixCache(pool, half_life_s=limits.policy.half_life_s)
+        self._wire(page_bytes)
+
+    def _wire(self, page_bytes: int) -> None:
+        """Make the parts that need each other."""
+        limits, queue, batch, pool, cache = self._limits, self.queue, self.batch, self._pool, self._cache
+        sharing = PrefixSharing(prefix=self.prefix, state=batch.state, is_enabled=limits.policy.enable_prefix_cache)
+        lengths = OutputLengths(limits.policy.growth_quantile)
+        self._book = book = RequestBook(
+            queue=queue,
+            batch=batch,
             cache=cache,
+            sharing=sharing,
+            lengths=lengths,
             collector=self._collector,
             counters=self.counters,
             page_bytes=page_bytes,
-            clock=clock,
+            clock=self._clock,
         )
         self._reader = ResultReader(
-            batch=self.batch, book=self._book, collector=self._collector, counters=self.counters
+            batch=batch,
+            book=book,
+            sharing=sharing,
+            shares=queue.shares,
+            collector=self._collector,
+            counters=self.counters,
+        )
+        economy = PageEconomy(
+            pool=pool, cache=cache, prefix=self.prefix, costs=self.costs, block_tokens=limits.block_tokens
+        )
+        self._sizes = SizeCheck(pool=pool, cache=cache, book=book, block_tokens=limits.block_tokens)
+        self._hopelessness = Hopelessness(
+            costs=self.costs,
+            cache=cache,
+            batch=batch,
+            queue=queue,
+            sharing=sharing,
+            book=book,
+            counters=self.counters,
         )
         self._admission = Admission(
-            queue=self.queue,
-            batch=self.batch,
+            limits=limits,
+            queue=queue,
+            batch=batch,
             pool=pool,
             cache=cache,
-            eos_token_ids=limits.eos_token_ids,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            max_pass_over_s=limits.max_pass_over_s,
-            on_admitted=self._book.start,
-            on_refused=self._book.fail,
+            sharing=sharing,
+            economy=economy,
+            lengths=lengths,
+            sizes=self._sizes,
+            hopelessness=self._hopelessness,
+            book=book,
+        )
+        self._growth = DecodeGrowth(
+            batch=batch, pool=pool, cache=cache, economy=economy, admission=self._admission, book=book
         )
 
     # --- requests ---
@@ -128,7 +170,7 @@ class Scheduler:
     @property
     def next_deadline_s(self) -> float:
         """When a limit of some request passes next; infinity if none has any."""
-        return self._deadlines.next_s
+        return min(self._deadlines.next_s, self._admission.next_look_s)
 
     def submit(self, submission: Submission) -> None:
         """Take a request; it ends in exactly one `Ended`.
@@ -138,7 +180,11 @@ class Scheduler:
         """
         now_s = self._clock()
         request = make_request(
-            submission, number=self._num_submitted, now_s=now_s, max_model_len=self._limits.max_model_len
+            submission,
+            number=self._num_submitted,
+            now_s=now_s,
+            max_model_len=self._limits.max_model_len,
+            ttft_slo_s=None if self._limits.policy.queue_policy is QueuePolicy.FCFS else self._limits.policy.ttft_slo_s,
         )
         self._book.open(request)
         self._num_submitted += 1
@@ -150,8 +196,9 @@ class Scheduler:
             self._book.fail(request, self._prompt_too_long(request))
         elif len(request.output_token_ids) >= request.max_outputs:
             self._book.finish(request, FinishReason.LENGTH)
-        elif not self._admission.refuse_if_too_large(request):
+        elif not self._sizes.refuse_if_too_large(request):
             self._deadlines.add(request)
+            self._note_hopelessness(request)
             self._arrive(request, now_s)
 
     def _prompt_too_long(self, request: Request) -> LoraplexError:
@@ -162,8 +209,10 @@ class Scheduler:
         )
 
     def _arrive(self, request: Request, now_s: float) -> None:
-        self._admission.arrive(request, now_s)
         digest = request.adapter_digest
+        if digest is not None:
+            self._cache.count_arrival(digest)
+        self._admission.arrive(request, now_s)
         if digest is None or request.state is RequestState.ENDED or self._is_resident(digest):
             return
         if request.submission.fail_fast:
@@ -171,6 +220,8 @@ class Scheduler:
                 f"adapter {digest} is being loaded", retry_after_s=max(0.05, self._cache.load_estimate_s)
             )
             self._book.fail(request, error)
+            if self._cache.state_of(digest) is ResidencyState.IN_ARENA:
+                self._admission.load_unattended(digest)
         else:
             self._book.report_loading(request, digest)
 
@@ -212,7 +263,7 @@ class Scheduler:
         self._cache.image_arrived(spec, arena_slots)
         waiting = self.queue.of_adapter(spec.digest)
         for request in waiting:
-            if not self._admission.refuse_if_too_large(request):
+            if not self._sizes.refuse_if_too_large(request):
                 self._book.report_loading(request, spec.digest)
         if was_wanted and not waiting and self._cache.state_of(spec.digest) is ResidencyState.IN_ARENA:
             self._admission.load_unattended(spec.digest)
@@ -239,9 +290,9 @@ class Scheduler:
         self._pass_deadlines(now_s)
         for digest in self._cache.take_changed():
             self.queue.unpark(digest, now_s)
-        rows = self._grow(self.batch.state.rows_to_decode(self.batch.rows))
+        rows = self._growth.grow(self.batch.state.rows_to_decode(self.batch.rows))
         self._admission.admit(now_s)
-        planned = self.batch.plan(self._next_step, rows, self._limits.max_num_batched_tokens)
+        planned = self.batch.plan(self._next_step, rows, self._limits.max_num_batched_tokens, now_s)
         if planned is None:
             return None
         plan, launched = planned
@@ -249,41 +300,6 @@ class Scheduler:
         self._book.last_launched = self._next_step
         self._next_step += 1
         return plan
-
-    def _grow(self, rows: Rows) -> Rows:
-        """Give rows at the end of their last block another page; returns the rows that can run now.
-
-        Idle adapters give way first, then the requests admitted last are preempted. Where pages come only once steps in
-        flight are done, the latest rows sit this step out.
-        """
-        state = self.batch.state
-        while len(rows):
-            crossing = state.needs_block(rows)
-            needed = int(np.count_nonzero(crossing))
-            if needed <= self._pool.num_free:
-                break
-            room = self._cache.reclaim(needed, lambda digest: digest != self._admission.reserving_digest)
-            if room is Room.NO:
-                self._book.preempt(self._victim())
-                rows = state.rows_to_decode(self.batch.rows)
-            elif room is Room.SOON:
-                stalled = np.flatnonzero(crossing)[self._pool.num_free :]
-                rows = np.delete(rows, stalled)
-        else:
-            return rows
-        if needed:
-            growing = rows[crossing]
-            state.append_blocks(growing, self._pool.allocate(needed, PageOwner.KV))
-        return rows
-
-    def _victim(self) -> Request:
-        """Return the request admitted last, sparing those whose adapter drains: it might not come again for them."""
-        requests = self.batch.requests
-        for request in reversed(requests):
-            digest = request.adapter_digest
-            if digest is None or self._cache.state_of(digest) is not ResidencyState.DRAINING:
-                return request
-        return requests[-1]
 
     def update(self, result: StepResult) -> None:
         """Take in what the oldest plan in flight drew; news is in `take_outputs`.
@@ -294,7 +310,9 @@ class Scheduler:
         step = self._in_flight.popleft()
         self._pool.complete(step.step_id)
         self._cache.complete(step.step_id)
-        self._reader.read(step, result, self._clock())
+        now_s = self._clock()
+        self.costs.observe(launched_s=step.launched_s, done_s=now_s, num_prefill_tokens=step.num_prefill_tokens)
+        self._reader.read(step, result, now_s)
 
     def take_outputs(self) -> dict[int, StepOutputs]:
         """Return and forget all news: session -> outputs."""
@@ -308,6 +326,9 @@ class Scheduler:
                 continue  # an earlier limit of this very turn
             if limit is Limit.DEADLINE:
                 self._book.fail(request, DeadlineError("the client's deadline passed"))
+            elif limit is Limit.HOPELESS:
+                if not self._hopelessness.end_if_hopeless(request, now_s) and request.state is RequestState.WAITING:
+                    self._note_hopelessness(request)
             elif limit is Limit.TIME_LIMIT:
                 self._book.finish(request, FinishReason.TIME_LIMIT)
             elif request.admitted_s is None:
@@ -318,6 +339,12 @@ class Scheduler:
                 )
                 self._book.fail(request, error)
 
+    def _note_hopelessness(self, request: Request) -> None:
+        """Look at a request again when it may have become hopeless."""
+        hopeless_s = self._hopelessness.hopeless_from_s(request)
+        if hopeless_s is not None:
+            self._deadlines.note(hopeless_s, Limit.HOPELESS, request)
+
     def check_integrity(self) -> None:
         """Recount pages, leases and requests.
 
@@ -326,15 +353,5 @@ class Scheduler:
         """
         self._pool.check_integrity()
         self._cache.check_integrity()
-        state = self.batch.state
-        rows = self.batch.rows
-        blocks = state.blocks[state.blocks >= 0]
-        if len(blocks) != self._pool.num_kv or len(np.unique(blocks)) != len(blocks):
-            raise RuntimeError(f"rows have {len(blocks)} pages, the pool accounts {self._pool.num_kv} of KV")
-        if int(state.num_blocks[rows].sum()) != len(blocks):
-            raise RuntimeError("a slot without an occupant has pages")
-        if len(self.batch) + len(self.queue) != len(self._book):
-            raise RuntimeError(f"{len(self.batch)} run, {len(self.queue)} wait, {len(self._book)} are open")
-        leases = sum(request.adapter_digest is not None for request in self.batch.requests)
-        if not leases == self._cache.num_leases == sum(status.num_leases for status in self._cache.statuses()):
-            raise RuntimeError(f"{leases} running requests have adapters, the cache counts other leases")
+        self.prefix.check_integrity()
+        check_requests(pool=self._pool, cache=self._cache, batch=self.batch, queue=self.queue, book=self._book)

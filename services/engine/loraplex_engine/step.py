@@ -106,7 +106,7 @@ class StepPlan:
         num_decode_rows: The first rows, each with one token.
         sample_rows: int32 ``[S]``; rows whose last token's logits are sampled; all but unfinished prefill chunks.
         sampling: How they draw.
-        setups: Slots with a new occupant in this step that needs more than the arrays say.
+        setups: Slots with a new occupant in this step; it may begin beyond 0, after a prefix that others computed.
     """
 
     step_id: int
@@ -121,6 +121,14 @@ class StepPlan:
     sample_rows: NDArray[np.int32]
     sampling: SamplingArrays
     setups: tuple[SlotSetup, ...] = ()
+
+    @property
+    def begun_slots(self) -> NDArray[np.int32]:
+        """Slots whose occupant has its first tokens computed in this step, int32; what is kept of the last one is void."""
+        begun: NDArray[np.int32] = self.slots[self.starts == 0]
+        if self.setups:
+            begun = np.union1d(begun, np.array([setup.slot for setup in self.setups], dtype=np.int32))
+        return begun
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

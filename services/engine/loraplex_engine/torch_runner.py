@@ -149,8 +149,9 @@ class TorchRunner:
 
     def _take_over_slots(self, plan: StepPlan) -> None:
         """Replace what is kept of slots whose sequence begins in this step."""
-        self._sampler.vacate(plan.slots[plan.starts == 0])
-        self._prompt_logprobs.vacate(plan.slots[plan.starts == 0])
+        begun = plan.begun_slots
+        self._sampler.vacate(begun)
+        self._prompt_logprobs.vacate(begun)
         for setup in plan.setups:
             self._sampler.occupy(setup)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def anyone(_digest: str) -> bool:
+def anyone(_adapter: Adapter) -> bool:
     return True
 
 

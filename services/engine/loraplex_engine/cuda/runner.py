@@ -299,7 +299,7 @@ class CudaRunner:
 
     def _take_over_slots(self, plan: StepPlan) -> None:
         """Replace what is kept of slots whose sequence begins in this step."""
-        begun = plan.slots[plan.starts == 0]
+        begun = plan.begun_slots
         if begun.size:
             self._sampler.vacate(begun)
             self._prompt_logprobs.vacate(begun)

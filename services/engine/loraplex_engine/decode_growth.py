@@ -1,0 +1,94 @@
+"""Another page for each row at the end of its last block, and who gives way for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loraplex_engine.admission import EvictionRule
+from loraplex_engine.messages import ResidencyState
+from loraplex_engine.page_pool import PageOwner, PagePool
+from loraplex_engine.residency import Room
+
+if TYPE_CHECKING:
+    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.admission import Admission
+    from loraplex_engine.decode_state import Rows
+    from loraplex_engine.economy import PageEconomy
+    from loraplex_engine.request import Request
+    from loraplex_engine.request_book import RequestBook
+    from loraplex_engine.running_batch import RunningBatch
+
+
+class DecodeGrowth:
+    """Grows the running rows, and preempts the requests admitted last where nothing else gives way."""
+
+    def __init__(
+        self,
+        *,
+        batch: RunningBatch,
+        pool: PagePool,
+        cache: AdapterCache,
+        economy: PageEconomy,
+        admission: Admission,
+        book: RequestBook,
+    ) -> None:
+        self._batch = batch
+        self._pool = pool
+        self._cache = cache
+        self._economy = economy
+        self._admission = admission
+        self._book = book
+
+    def grow(self, rows: Rows) -> Rows:
+        """Give rows at the end of their last block another page; returns the rows that can run now.
+
+        Cached blocks and idle adapters give way first, those that nobody claims before the others, then the requests
+        admitted last are preempted. Where pages come only once steps in flight are done, the latest rows sit this step out.
+        """
+        state = self._batch.state
+        while len(rows):
+            crossing = state.needs_block(rows)
+            needed = int(np.count_nonzero(crossing))
+            if needed <= self._pool.num_free:
+                break
+            room = self._make_room(needed)
+            if room is Room.NO:
+                self._book.preempt(self._victim())
+                rows = state.rows_to_decode(self._batch.rows)
+            elif room is Room.SOON:
+                stalled = np.flatnonzero(crossing)[self._pool.num_free :]
+                rows = np.delete(rows, stalled)
+        else:
+            return rows
+        if needed:
+            growing = rows[crossing]
+            state.append_blocks(growing, self._pool.allocate(needed, PageOwner.KV))
+        return rows
+
+    @property
+    def _watermark(self) -> int:
+        """Pages to have free beyond present need: what the batch takes in a few steps."""
+        return 1 + 4 * len(self._batch) // self._batch.state.block_tokens
+
+    def _make_room(self, num_pages: int) -> Room:
+        """See to free pages, and to a few ahead of need if that takes nothing from a waiting request."""
+        own = self._admission.reserving_digest
+        spared = set() if own is None else {own}
+        spare = EvictionRule(spared, spares_claimed=True)
+        room = self._economy.make_room(num_pages + self._watermark, spare)
+        if room is Room.NO:
+            room = self._economy.make_room(num_pages, spare)
+        if room is Room.NO:
+            room = self._economy.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
+        return Room.NOW if num_pages <= self._pool.num_free else room
+
+    def _victim(self) -> Request:
+        """Return the request admitted last, sparing those whose adapter drains: it might not come again for them."""
+        requests = self._batch.requests
+        for request in reversed(requests):
+            digest = request.adapter_digest
+            if digest is None or self._cache.state_of(digest) is not ResidencyState.DRAINING:
+                return request
+        return requests[-1]

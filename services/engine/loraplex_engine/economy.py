@@ -1,0 +1,110 @@
+"""One market for the pool's pages: cold prefixes and cold adapters give way by what their return would cost.
+
+The worth of a page is the expected cost, per second and page, of not having it: how often it was asked for lately
+(`arrival_rates`, one half-life for both kinds) times the seconds it takes to bring back, as measured: recomputing a block
+(`StepCosts.prefill_s_per_token`) or copying a page of an adapter (`AdapterCache.copy_s_per_page`, plus its share of a
+fetch from the store if the arena lost it). All in octaves (log2), in which decay needs no upkeep.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from loraplex_engine.residency import Adapter, Room
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.cost_model import StepCosts
+    from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.prefix_cache import PrefixCache
+
+
+class PageEconomy:
+    """Makes room in the pool.
+
+    Args:
+        pool: The pages.
+        cache: Adapters, of which idle ones can be evicted.
+        prefix: Blocks, of which cached ones can be evicted.
+        costs: Measured costs of steps.
+        block_tokens: Tokens of a block.
+    """
+
+    def __init__(
+        self, *, pool: PagePool, cache: AdapterCache, prefix: PrefixCache, costs: StepCosts, block_tokens: int
+    ) -> None:
+        self._pool = pool
+        self._cache = cache
+        self._prefix = prefix
+        self._costs = costs
+        self._block_tokens = block_tokens
+
+    @property
+    def num_obtainable(self) -> int:
+        """Pages free now or soon, or to be had by evicting blocks and adapters that nobody claims."""
+        return self._num_without_adapters + self._cache.num_unclaimed_idle_pages
+
+    def num_obtainable_but(self, spared: set[str]) -> int:
+        """Return the pages free now or soon, or to be had by evicting blocks and all adapters but some."""
+        kept = sum(self._cache.num_idle_pages_of(digest) for digest in spared)
+        return self._num_without_adapters + self._cache.num_idle_pages - kept
+
+    @property
+    def _num_without_adapters(self) -> int:
+        return self._pool.num_free + self._pool.num_retiring + self._pool.num_cached
+
+    def make_room(self, num_pages: int, may_evict: Callable[[Adapter], bool], *, up_to: float = math.inf) -> Room:
+        """Free ``num_pages`` by evicting what is worth least; nothing is evicted in vain.
+
+        Args:
+            num_pages: Pages wanted.
+            may_evict: Which idle adapters may go.
+            up_to: Worth, in octaves, beyond which nothing may go.
+        """
+        missing = num_pages - self._pool.num_free - self._pool.num_retiring
+        if missing > 0 and not self._evict(missing, may_evict, up_to):
+            return Room.NO
+        if num_pages > self._pool.num_free:  # rather than wait for steps in flight, let go of more cached blocks
+            self._prefix.evict(num_pages - self._pool.num_free, up_to - self._block_cost)
+        return Room.NOW if num_pages <= self._pool.num_free else Room.SOON
+
+    def _evict(self, missing: int, may_evict: Callable[[Adapter], bool], up_to: float) -> bool:
+        if missing > self._pool.num_cached + self._cache.num_idle_pages:
+            return False
+        with self._cache.idle_in_order() as idle:
+            adapters = (a for a in idle if may_evict(a) and a.worth <= up_to)
+            chosen = self._enough(missing, adapters, up_to)
+            if chosen is None:
+                return False
+            while missing > 0:
+                adapter = chosen.pop(0) if chosen else next(adapters, None)
+                bound = up_to if adapter is None else min(up_to, adapter.worth)
+                missing -= self._prefix.evict(missing, bound - self._block_cost)
+                if missing > 0:
+                    if adapter is None:
+                        raise RuntimeError(f"{missing} pages that were to be evicted are not there")
+                    self._cache.evict(adapter)
+                    missing -= adapter.num_pages
+        return True
+
+    def _enough(self, missing: int, adapters: Iterator[Adapter], up_to: float) -> list[Adapter] | None:
+        """Return the adapters that must go if all cached blocks do; None if not even that is enough."""
+        rest = missing - (
+            self._pool.num_cached if up_to == math.inf else self._prefix.num_worth(up_to - self._block_cost)
+        )
+        chosen: list[Adapter] = []
+        while rest > 0:
+            adapter = next(adapters, None)
+            if adapter is None:
+                return None
+            chosen.append(adapter)
+            rest -= adapter.num_pages
+        return chosen
+
+    @property
+    def _block_cost(self) -> float:
+        """Seconds to recompute a block, in octaves."""
+        return math.log2(max(1e-12, self._block_tokens * self._costs.prefill_s_per_token))

@@ -1,0 +1,105 @@
+"""Requests that cannot have their first token in time any more, ended while that still helps somebody.
+
+The estimate is the least a request has to wait if it were next: the copy of its adapter, the prefill admitted before it,
+and its own. It comes from measured costs only; nobody is ended on a guess. A request is looked at again at the moment
+from which on the estimate as it is now says it is hopeless, so a waiting request costs nothing in between.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import DeadlineError, LoraplexError, SloUnreachableError
+
+from loraplex_engine.messages import ResidencyState
+from loraplex_engine.request import Request, RequestState
+
+if TYPE_CHECKING:
+    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.cost_model import StepCosts
+    from loraplex_engine.limits import SchedulerCounters
+    from loraplex_engine.prefix_sharing import PrefixSharing
+    from loraplex_engine.request_book import RequestBook
+    from loraplex_engine.running_batch import RunningBatch
+    from loraplex_engine.waiting_queue import WaitingQueue
+
+_MIN_RETRY_S: Final = 0.1
+_MAX_RETRY_S: Final = 60.0
+
+
+class Hopelessness:
+    """Compares the time to a first token with what a request can wait.
+
+    Args:
+        costs: Measured costs of steps.
+        sharing: Knows what need not be computed.
+        counters: Counts whom it ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        costs: StepCosts,
+        cache: AdapterCache,
+        batch: RunningBatch,
+        queue: WaitingQueue,
+        sharing: PrefixSharing,
+        book: RequestBook,
+        counters: SchedulerCounters,
+    ) -> None:
+        self._sharing = sharing
+        self._costs = costs
+        self._cache = cache
+        self._batch = batch
+        self._queue = queue
+        self._book = book
+        self._counters = counters
+
+    def estimate_s(self, request: Request) -> float:
+        """Return the least time to a waiting request's first token; 0 while nothing was measured."""
+        if not self._costs.is_measured:
+            return 0.0
+        wait_s = 0.0
+        digest = request.adapter_digest
+        if digest is not None and self._cache.state_of(digest) is not ResidencyState.RESIDENT:
+            num_pages = self._cache.num_pages_of(digest) or 0
+            wait_s = num_pages * self._cache.costs.copy_s_per_page
+        num_cached = len(self._sharing.find(request)) * self._batch.state.block_tokens
+        num_tokens = self._batch.num_prefill_tokens + request.num_known_tokens - num_cached
+        return wait_s + self._costs.prefill_s(num_tokens)
+
+    def hopeless_from_s(self, request: Request) -> float | None:
+        """Return the moment from which on a waiting request is hopeless, as estimated now; None if it can wait for ever."""
+        if request.objective_s is None or request.first_token_s is not None:
+            return None
+        return request.objective_s - self.estimate_s(request)
+
+    def end_if_hopeless(self, request: Request, now_s: float) -> bool:
+        """End a waiting request that cannot have its first token in time; True if it did."""
+        hopeless_s = self.hopeless_from_s(request)
+        if request.state is not RequestState.WAITING or hopeless_s is None or now_s <= hopeless_s:
+            return False
+        self._counters.num_hopeless += 1
+        self._book.fail(request, self._error(request, now_s))
+        return True
+
+    def _error(self, request: Request, now_s: float) -> LoraplexError:
+        needed_s = self.estimate_s(request)
+        deadline_s = request.submission.deadline_s
+        if deadline_s is not None and now_s + needed_s > deadline_s:
+            return DeadlineError(
+                f"the first token needs another {needed_s:.3f} s at least, the client's deadline is in "
+                f"{deadline_s - now_s:.3f} s",
+                drop_reason="rejected-ttl-expired",
+            )
+        return SloUnreachableError(
+            f"after {now_s - request.arrived_s:.3f} s the first token needs another {needed_s:.3f} s at least, beyond "
+            f"the objective of {(request.objective_s or now_s) - request.arrived_s:.3f} s",
+            retry_after_s=self._retry_after_s(),
+            drop_reason="rejected-saturated",
+        )
+
+    def _retry_after_s(self) -> float:
+        """Return how long it takes to compute the prompts that wait now."""
+        queued_s = self._queue.num_tokens * self._costs.prefill_s_per_token
+        return min(_MAX_RETRY_S, max(_MIN_RETRY_S, queued_s))
