@@ -107,8 +107,16 @@ class Admission:
 
     @property
     def next_look_s(self) -> float:
-        """When somebody who lacks pages must be looked at although nothing has changed; infinity if nobody does."""
-        return self._look_again_s if len(self._queue) else math.inf
+        """When somebody who waits must be looked at although nothing has changed; infinity if nobody does."""
+        if not len(self._queue):
+            return math.inf
+        return min(self._look_again_s, self._queue.next_promotion_s)
+
+    def is_settled(self, now_s: float) -> bool:
+        """Tell whether `admit` would change nothing now, and until something happens."""
+        if self._reserving is not None or (self._cache.num_pinned and self._cache.pins_to_load):
+            return False
+        return not len(self._queue) or not (self._has_changed(now_s) or now_s >= self._queue.next_promotion_s)
 
     def arrive(self, request: Request, now_s: float) -> None:
         """Start to bring a new request's adapter from the store, if it has any and the arena lacks it."""
@@ -119,9 +127,9 @@ class Admission:
     def admit(self, now_s: float) -> None:
         """Admit whoever fits, and start the loads of adapters that the next ones need."""
         self._load_pinned()
+        self._queue.promote(now_s)
         if self._reserving is not None and self._serve_reserving(self._reserving, now_s):
             return
-        self._queue.promote(now_s)
         if not len(self._queue) or not self._has_changed(now_s):
             return
         try:

@@ -57,6 +57,15 @@ class StepCosts:
             self.prefill_s_per_token += weight * (per_token_s - self.prefill_s_per_token)
             self._has_prefill = True
 
+    def observe_steady(self, *, done_s: float, num_steps: int) -> None:
+        """Take in steps of one kind, without prefill, that followed the last observed step."""
+        took_s = (done_s - self._last_done_s) / num_steps
+        self._last_done_s = done_s
+        if took_s > 0:
+            weight = 1.0 - (1.0 - _WEIGHT) ** num_steps if self._has_decode else 1.0
+            self.decode_step_s += weight * (took_s - self.decode_step_s)
+            self._has_decode = True
+
     def prefill_s(self, num_tokens: int) -> float:
         """Return the time until the first token of a prompt of which ``num_tokens`` are to be computed."""
         return self.decode_step_s + num_tokens * self.prefill_s_per_token

@@ -155,9 +155,9 @@ class FairShares:
         """Charge prompt tokens, or what is worth as many."""
         self._service[index] += PROMPT_WEIGHT * num_tokens
 
-    def charge_outputs(self, indices: NDArray[np.int32]) -> None:
-        """Charge one drawn token to the key of each row; int32 ``[num_rows]``."""
-        np.add.at(self._service, indices, OUTPUT_WEIGHT)
+    def charge_outputs(self, indices: NDArray[np.int32], num_tokens: int = 1) -> None:
+        """Charge drawn tokens to the key of each row, ``num_tokens`` to each; int32 ``[num_rows]``."""
+        np.add.at(self._service, indices, OUTPUT_WEIGHT * num_tokens)
 
     def check_integrity(self, waiting: list[int], eligible: list[int], running: list[int]) -> None:
         """Compare with the indices of all waiting, eligible and running requests.

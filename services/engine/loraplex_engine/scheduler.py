@@ -40,6 +40,7 @@ from loraplex_engine.request_book import RequestBook
 from loraplex_engine.result_reader import ResultReader
 from loraplex_engine.running_batch import LaunchedStep, RunningBatch
 from loraplex_engine.size_check import SizeCheck
+from loraplex_engine.steady_decode import SteadyDecode
 from loraplex_engine.waiting_queue import WaitingQueue
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.adapter_cache import AdapterCache
     from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.steady_decode import Draw
     from loraplex_engine.step import StepPlan, StepResult
 
 
@@ -153,6 +155,17 @@ class Scheduler:
         )
         self._growth = DecodeGrowth(
             batch=batch, pool=pool, cache=cache, economy=economy, admission=self._admission, book=book
+        )
+        self._steady = SteadyDecode(
+            batch=batch,
+            pool=pool,
+            cache=cache,
+            queue=queue,
+            admission=self._admission,
+            growth=self._growth,
+            costs=self.costs,
+            book=book,
+            counters=self.counters,
         )
 
     # --- requests ---
@@ -317,6 +330,20 @@ class Scheduler:
     def take_outputs(self) -> dict[int, StepOutputs]:
         """Return and forget all news: session -> outputs."""
         return self._collector.take(max(0, self._next_step - 1))
+
+    # --- many steps at once ---
+
+    @property
+    def horizon(self) -> int:
+        """Decode steps from now on that are alike if nothing arrives, the last one ending a request; 0 if none are."""
+        return 0 if self._in_flight else self._steady.horizon(self._clock())
+
+    def skip(self, num_steps: int, draw: Draw) -> bool:
+        """Take up to `horizon` decode steps as launched and done; False, and nothing done, if pages cannot be had.
+
+        For simulators: the clock stands at the end of the last of them, and `next_deadline_s` has not passed.
+        """
+        return self._steady.take(num_steps, draw, self._clock())
 
     # --- ends ---
 

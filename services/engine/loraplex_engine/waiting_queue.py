@@ -11,6 +11,7 @@ be drained) and cost nothing until it does.
 from __future__ import annotations
 
 import heapq
+import math
 from typing import TYPE_CHECKING, Final
 
 from loraplex_engine.fair_shares import FairShares
@@ -207,6 +208,11 @@ class WaitingQueue:
                 if line is not None:
                     self._list(place, line.oldest.number)
                     self.version += 1
+
+    @property
+    def next_promotion_s(self) -> float:
+        """When somebody may rise a class next, at the earliest; infinity if nobody can."""
+        return min((ages[0][0] for ages in self._ages.values() if ages), default=math.inf)
 
     def promote(self, now_s: float) -> None:
         """Let those that have waited for long rise a class."""

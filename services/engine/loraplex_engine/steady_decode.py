@@ -1,0 +1,134 @@
+"""Many identical decode steps at once: what a simulator in virtual time jumps over instead of planning each.
+
+Steps are *steady* while every running request decodes and nothing but their own tokens changes: nobody is admitted or
+preempted, no prefill is left, no step is in flight. The last steady step is the one that ends a request by its length;
+stop tokens are not foreseen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loraplex_engine.messages import FinishReason
+from loraplex_engine.page_pool import PageOwner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.admission import Admission
+    from loraplex_engine.cost_model import StepCosts
+    from loraplex_engine.decode_growth import DecodeGrowth
+    from loraplex_engine.decode_state import Rows
+    from loraplex_engine.limits import SchedulerCounters
+    from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.request_book import RequestBook
+    from loraplex_engine.running_batch import RunningBatch
+    from loraplex_engine.waiting_queue import WaitingQueue
+
+    Draw = Callable[[Rows, NDArray[np.int32], int], NDArray[np.int32]]
+    """(slots, first positions in their sequences, how many) -> token ids, int32 ``[len(slots), how many]``."""
+
+
+class SteadyDecode:
+    """Looks ahead over, and takes, steady steps of a scheduler's batch."""
+
+    def __init__(
+        self,
+        *,
+        batch: RunningBatch,
+        pool: PagePool,
+        cache: AdapterCache,
+        queue: WaitingQueue,
+        admission: Admission,
+        growth: DecodeGrowth,
+        costs: StepCosts,
+        book: RequestBook,
+        counters: SchedulerCounters,
+    ) -> None:
+        self._batch = batch
+        self._pool = pool
+        self._cache = cache
+        self._queue = queue
+        self._admission = admission
+        self._growth = growth
+        self._costs = costs
+        self._book = book
+        self._counters = counters
+
+    def horizon(self, now_s: float) -> int:
+        """Return how many steady steps can be taken at least, from now on and if nothing arrives; 0 if none.
+
+        Requests may wait: as long as nothing changes, admission does not look at them (`Admission.is_settled`).
+        """
+        batch = self._batch
+        if batch.num_prefill_tokens or len(batch) == 0 or not self._admission.is_settled(now_s):
+            return 0
+        state, rows = batch.state, batch.rows
+        steps = int((state.max_outputs.take(rows) - state.next_position.take(rows)).min())
+        room = self._pool.num_free + self._pool.num_cached + self._cache.num_unclaimed_idle_pages
+        while steps > 0 and int(self._missing(rows, steps).sum()) > room:
+            steps //= 2
+        return steps
+
+    def _missing(self, rows: Rows, num_steps: int) -> NDArray[np.int32]:
+        """Return how many more blocks each row has after ``num_steps`` more tokens, int32 ``[N]``."""
+        state = self._batch.state
+        after = -(-(state.num_computed.take(rows) + num_steps) // state.block_tokens)
+        missing: NDArray[np.int32] = np.maximum(after - state.num_blocks.take(rows), 0).astype(np.int32)
+        return missing
+
+    def take(self, num_steps: int, draw: Draw, now_s: float) -> bool:
+        """Do ``num_steps`` steady steps at once; False, and nothing done, if the pages cannot be had.
+
+        Args:
+            num_steps: At most `horizon`.
+            draw: Makes the tokens.
+            now_s: The end of the last of them.
+        """
+        state, rows = self._batch.state, self._batch.rows
+        missing = self._missing(rows, num_steps)
+        total = int(missing.sum())
+        if not self._growth.has_room(total):
+            return False
+        if total:
+            _append(state.blocks, state.num_blocks, rows, missing, self._pool.allocate(total, PageOwner.KV))
+        self._write_tokens(rows, num_steps, draw)
+        state.num_computed[rows] += num_steps
+        state.next_position[rows] += num_steps
+        state.num_outputs[rows] += num_steps
+        self._counters.num_steps += num_steps
+        self._counters.num_output_tokens += num_steps * len(rows)
+        self._queue.shares.charge_outputs(state.shares.take(rows), num_steps)
+        self._costs.observe_steady(done_s=now_s, num_steps=num_steps)
+        over = rows[state.next_position.take(rows) >= state.max_outputs.take(rows)]
+        for slot in over.tolist():
+            self._book.finish(self._batch.at(slot), FinishReason.LENGTH)
+        return True
+
+    def _write_tokens(self, rows: Rows, num_steps: int, draw: Draw) -> None:
+        state = self._batch.state
+        first = state.num_prompt_tokens.take(rows) + state.next_position.take(rows)
+        columns = first[:, None] + np.arange(num_steps, dtype=np.int32)
+        state.tokens[rows[:, None], columns] = draw(rows, first, num_steps)
+
+
+def _append(
+    blocks: NDArray[np.int32],
+    num_blocks: NDArray[np.int32],
+    rows: Rows,
+    missing: NDArray[np.int32],
+    pages: NDArray[np.int32],
+) -> None:
+    """Give each row its ``missing`` pages, in order."""
+    growing = np.flatnonzero(missing)
+    counts = missing[growing]
+    ends = np.cumsum(counts)
+    within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+    owners = np.repeat(rows[growing], counts)
+    blocks[owners, num_blocks.take(owners) + within] = pages
+    num_blocks[rows[growing]] += counts

@@ -1,0 +1,136 @@
+"""Steps taken at once are the steps taken one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loraplex_engine.decode_state import Rows
+from loraplex_engine.scheduler import Scheduler
+from loraplex_engine.step import StepPlan, StepResult
+from numpy.typing import NDArray
+from support.scheduler_rig import Rig, make_submission
+
+STEP_S = 0.01
+TOKEN = 5
+
+
+def draw(rows: Rows, _first: NDArray[np.int32], count: int) -> NDArray[np.int32]:
+    return np.full((len(rows), count), TOKEN, dtype=np.int32)
+
+
+def result_of(plan: StepPlan) -> StepResult:
+    slots = plan.slots[plan.sample_rows]
+    return StepResult(step_id=plan.step_id, slots=slots, token_ids=np.full(len(slots), TOKEN, dtype=np.int32))
+
+
+def step(rig: Rig) -> None:
+    plan = rig.scheduler.schedule()
+    rig.now_s += STEP_S
+    if plan is not None:
+        rig.scheduler.update(result_of(plan))
+    rig.scheduler.take_outputs()
+
+
+def make_rig(lengths: list[tuple[int, int]], num_waiting: int, num_pages: int, late_key: str = "late") -> Rig:
+    rig = Rig(num_pages=num_pages, max_num_seqs=len(lengths), max_num_batched_tokens=512, max_model_len=256)
+    for slot, (prompt, outputs) in enumerate(lengths):
+        rig.scheduler.submit(make_submission(slot=slot, prompt=[slot] * prompt, max_new_tokens=outputs))
+    for slot in range(num_waiting):
+        rig.scheduler.submit(make_submission(slot=100 + slot, prompt=[50], max_new_tokens=3, fairness_key=late_key))
+    return rig
+
+
+def facts(scheduler: Scheduler) -> dict[str, object]:
+    state, rows = scheduler.batch.state, scheduler.batch.rows
+    ends = (state.num_prompt_tokens + state.num_outputs).take(rows).tolist()
+    return {
+        "requests": [request.submission.session_slot for request in scheduler.batch.requests],
+        "waiting": sorted(request.number for request in scheduler.queue),
+        "computed": state.num_computed.take(rows).tolist(),
+        "positions": state.next_position.take(rows).tolist(),
+        "tokens": [state.tokens[row, :end].tolist() for row, end in zip(rows.tolist(), ends, strict=True)],
+        "outputs": scheduler.counters.num_output_tokens,
+        "steps": scheduler.counters.num_steps,
+        "service": [scheduler.queue.shares.service_of(key) for key in ("", "late")],
+        "preemptions": scheduler.counters.num_preemptions,
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 60)), min_size=1, max_size=5),
+    num_waiting=st.integers(0, 4),
+    num_pages=st.sampled_from([64, 128, 400]),
+    share=st.floats(0, 1),
+)
+def test_a_jump_ends_where_single_steps_end(
+    lengths: list[tuple[int, int]], num_waiting: int, num_pages: int, share: float
+) -> None:
+    jumping, stepping = (make_rig(lengths, num_waiting, num_pages) for _ in range(2))
+    for _ in range(400):
+        if jumping.scheduler.num_open == 0:
+            break
+        horizon = jumping.scheduler.horizon
+        count = max(1, int(share * horizon)) if horizon else 0
+        if count:
+            jumping.now_s += count * STEP_S
+            assert jumping.scheduler.skip(count, draw)
+            for _ in range(count):
+                step(stepping)
+        else:
+            step(jumping)
+            step(stepping)
+        assert facts(jumping.scheduler) == facts(stepping.scheduler)
+        jumping.check_integrity()
+    assert jumping.scheduler.num_open == 0
+
+
+def test_the_horizon_is_the_steps_until_the_first_request_ends() -> None:
+    rig = make_rig([(4, 20), (4, 12)], num_waiting=3, num_pages=64, late_key="")
+    step(rig)
+
+    assert rig.scheduler.horizon == 11  # of 12 outputs one came with the prefill
+
+    rig.now_s += 11 * STEP_S
+    assert rig.scheduler.skip(11, draw)
+    assert len(rig.scheduler.batch) == 1
+    assert rig.scheduler.horizon == 0  # somebody waits and now there is a place
+    step(rig)
+    assert len(rig.scheduler.batch) == 2
+
+
+def test_there_is_no_horizon_while_something_is_to_be_decided() -> None:
+    rig = make_rig([(40, 20), (4, 12)], num_waiting=0, num_pages=64)
+    assert rig.scheduler.horizon == 0  # nobody runs
+
+    plan = rig.scheduler.schedule()
+    assert plan is not None
+    assert rig.scheduler.horizon == 0  # a step is in flight
+
+    rig.scheduler.update(result_of(plan))
+    assert rig.scheduler.horizon > 0
+    rig.scheduler.submit(make_submission(slot=9))
+    assert rig.scheduler.horizon == 0  # an arrival has not been looked at
+
+
+def test_the_horizon_ends_before_pages_run_out() -> None:
+    rig = make_rig([(4, 100), (4, 100)], num_waiting=0, num_pages=30)
+    step(rig)
+
+    horizon = rig.scheduler.horizon
+    assert 0 < horizon < 99
+    rig.now_s += horizon * STEP_S
+    assert rig.scheduler.skip(horizon, draw)
+    rig.check_integrity()
+    assert rig.scheduler.counters.num_preemptions == 0
+
+
+def test_costs_learn_from_jumps() -> None:
+    rig = make_rig([(4, 200)], num_waiting=0, num_pages=64)
+    step(rig)
+    rig.now_s += 50 * 0.02
+    assert rig.scheduler.skip(50, draw)
+
+    assert rig.scheduler.costs.decode_step_s == pytest.approx(0.02, rel=1e-3)
