@@ -204,6 +204,12 @@ def _arena(message: adapter_store_pb2.AttachEngineRequest.Arena) -> ArenaInfo:
     )
 
 
+def _want(message: adapter_store_pb2.AttachEngineRequest.Want) -> Want:
+    left = message.time_left
+    time_left_s = left.seconds + left.nanos * 1e-9 if message.HasField("time_left") else None
+    return Want(_digest(message.digest, "want.digest"), time_left_s)
+
+
 def from_engine(message: adapter_store_pb2.AttachEngineRequest) -> FromEngine:
     """Convert any later message of an engine.
 
@@ -212,7 +218,7 @@ def from_engine(message: adapter_store_pb2.AttachEngineRequest) -> FromEngine:
     """
     match message.WhichOneof("message"):
         case "want":
-            return Want(_digest(message.want.digest, "want.digest"))
+            return _want(message.want)
         case "grant":
             return Grant(_digest(message.grant.digest, "grant.digest"), message.grant.rank, tuple(message.grant.slots))
         case "decline":

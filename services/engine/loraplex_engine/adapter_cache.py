@@ -15,23 +15,23 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
-from loraplex_engine.adapter_table import EvictionOrder, TableIndices
-from loraplex_engine.arrival_rates import DEFAULT_HALF_LIFE_S, ArrivalRates
-from loraplex_engine.copy_costs import CopyCosts
-from loraplex_engine.messages import ResidencyChanged, ResidencyState, StoreEvent, WantImage
+from loraplex_engine.adapter_register import AdapterRegister
+from loraplex_engine.adapter_table import TableIndices
+from loraplex_engine.arrival_rates import DEFAULT_HALF_LIFE_S
+from loraplex_engine.messages import ResidencyState, StoreEvent, WantImage
 from loraplex_engine.page_pool import PageOwner, PagePool
-from loraplex_engine.residency import NEVER, Adapter, AdapterLoad, AdapterStatus, Room
+from loraplex_engine.residency import NEVER, Adapter, AdapterLoad, Room
+from loraplex_engine.warm_order import WarmResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable
 
     from loraplex_common.adapter_image import AdapterSpec
 
     from loraplex_engine.arena import HostArena
 
 
-class AdapterCache:
+class AdapterCache(AdapterRegister):
     """The state machine of every adapter, and the eviction order over the pool's pages.
 
     Args:
@@ -43,12 +43,7 @@ class AdapterCache:
         half_life_s: After which an arrival counts half in an adapter's worth.
 
     Attributes:
-        rates: How often each adapter was asked for lately, known here or not.
-        costs: What bringing adapters takes, measured.
         max_resident: Size of the runner's adapter table.
-        sequence: Of the latest `ResidencyChanged`.
-        num_resident: Adapters that can be leased.
-        num_leases: Of all adapters together.
         load_estimate_s: Moving average of the time from a want to residency.
     """
 
@@ -62,92 +57,13 @@ class AdapterCache:
         clock: Callable[[], float],
         half_life_s: float = DEFAULT_HALF_LIFE_S,
     ) -> None:
-        self._pool = pool
+        super().__init__(pool=pool, emit=emit, clock=clock, half_life_s=half_life_s)
         self._arena = arena
-        self._emit = emit
-        self._clock = clock
-        self._adapters: dict[str, Adapter] = {}
-        self._idle = EvictionOrder(lambda adapter: adapter.is_idle)
-        self._images = EvictionOrder(_has_idle_image)
-        self.rates = ArrivalRates(half_life_s=half_life_s)
-        self.costs = CopyCosts()
-        self._pinned: set[str] = set()
         self._indices = TableIndices(max_resident)
-        self.max_resident = max_resident
         self._loads: list[AdapterLoad] = []
-        self._changed: set[str] = set()
-        self._claims: dict[str, int] = {}
         self._generations = itertools.count(1)
-        self.sequence = 0
-        self.num_resident = 0
-        self.num_leases = 0
+        self.max_resident = max_resident
         self.load_estimate_s = 1.0
-
-    # --- questions ---
-
-    def state_of(self, digest: str) -> ResidencyState:
-        """Return where an adapter stands; ABSENT if it was never heard of."""
-        adapter = self._adapters.get(digest)
-        return adapter.state if adapter else ResidencyState.ABSENT
-
-    def num_pages_of(self, digest: str) -> int | None:
-        """Return the pages an adapter takes, or None as long as its image was not seen."""
-        adapter = self._adapters.get(digest)
-        return adapter.num_pages if adapter and adapter.spec else None
-
-    @property
-    def num_pinned(self) -> int:
-        """Pinned adapters."""
-        return len(self._pinned)
-
-    @property
-    def num_pinned_pages(self) -> int:
-        """Pages of pinned adapters, on the device or on their way."""
-        return sum(self._adapters[digest].num_pages for digest in self._pinned)
-
-    @property
-    def num_idle_pages(self) -> int:
-        """Pages that eviction could free."""
-        return self._idle.num_pages
-
-    @property
-    def num_unclaimed_idle_pages(self) -> int:
-        """Pages that eviction could free without taking an adapter from a waiting request that is next."""
-        return self._idle.num_pages - self._idle.num_claimed_pages
-
-    @property
-    def num_held_pages(self) -> int:
-        """Pages on the device that eviction could not free now: leased, pinned, loading or draining adapters."""
-        return self._pool.num_adapter - self._idle.num_pages
-
-    def num_idle_pages_of(self, digest: str) -> int:
-        """Return an adapter's pages if it is idle, else 0."""
-        return self._adapters[digest].num_pages if digest in self._idle else 0
-
-    def is_pinned(self, digest: str) -> bool:
-        """Tell whether an adapter is pinned."""
-        adapter = self._adapters.get(digest)
-        return adapter is not None and adapter.is_pinned
-
-    def status(self, digest: str) -> AdapterStatus:
-        """Describe an adapter, known or not."""
-        adapter = self._adapters.get(digest) or Adapter(digest)
-        return AdapterStatus(
-            digest=digest,
-            state=adapter.state,
-            is_in_arena=bool(adapter.arena_slots),
-            num_pages=adapter.num_pages,
-            is_pinned=adapter.is_pinned,
-            num_leases=adapter.num_leases,
-            generation=adapter.generation,
-            idle_s=max(0.0, self._clock() - adapter.last_used_s) if adapter.num_leases == 0 else 0.0,
-            max_rank=adapter.spec.max_rank if adapter.spec else 0,
-            sequence=self.sequence,
-        )
-
-    def statuses(self) -> list[AdapterStatus]:
-        """Describe all adapters, by digest."""
-        return [self.status(digest) for digest in sorted(self._adapters)]
 
     # --- leases ---
 
@@ -163,6 +79,7 @@ class AdapterCache:
         adapter.num_leases += 1
         self.num_leases += 1
         adapter.last_used_s = self._clock()
+        self._count_warm(adapter, WarmResult.USEFUL)
         self._place(adapter)
         if adapter.num_leases == 1:  # not every lease is news, but whether there is one is
             self._report(adapter)
@@ -188,67 +105,9 @@ class AdapterCache:
         if adapter.num_leases == 0:
             self._report(adapter)
 
-    # --- demand ---
-
-    def count_arrival(self, digest: str) -> None:
-        """Note that a request asks for an adapter, or a hint foretells one; its worth rises."""
-        self.rates.count(digest, self._clock())
-        adapter = self._adapters.get(digest)
-        if adapter is not None:
-            self._place(adapter)
-
-    def claim(self, digest: str) -> None:
-        """Keep an adapter for a waiting request that is next."""
-        self._set_claims(digest, self.num_claims_of(digest) + 1)
-
-    def unclaim(self, digest: str) -> None:
-        """Take a claim back; the adapter may be gone.
-
-        Raises:
-            RuntimeError: If there is no claim.
-        """
-        if not self.num_claims_of(digest):
-            raise RuntimeError(f"adapter {digest} has no claim to take back")
-        self._set_claims(digest, self.num_claims_of(digest) - 1)
-
-    def _set_claims(self, digest: str, num_claims: int) -> None:
-        if num_claims:
-            self._claims[digest] = num_claims
-        else:
-            del self._claims[digest]
-        adapter = self._adapters.get(digest)
-        if adapter is not None:
-            adapter.num_claims = num_claims
-            self._place(adapter)
-
-    def num_claims_of(self, digest: str) -> int:
-        """Return how many waiting requests an adapter is kept or brought for."""
-        return self._claims.get(digest, 0)
-
-    @property
-    def num_claimed(self) -> int:
-        """Adapters that waiting requests claim."""
-        return len(self._claims)
-
-    @property
-    def num_claims(self) -> int:
-        """Claims on all adapters together."""
-        return sum(self._claims.values())
-
-    def idle_in_order(self) -> AbstractContextManager[Iterator[Adapter]]:
-        """Give an iterator over idle adapters, least worth first; they may be evicted while it runs."""
-        return self._idle.in_order()
-
     def evict(self, adapter: Adapter) -> None:
         """Free an idle adapter's pages."""
         self._leave_device(adapter)
-
-    def _place(self, adapter: Adapter) -> None:
-        """Appraise an adapter and put it where it belongs in the orders of eviction."""
-        cost_s = self.costs.bring_s_per_page(adapter.num_pages, is_in_arena=bool(adapter.arena_slots))
-        adapter.worth = self.rates.octaves(adapter.digest) + math.log2(cost_s)
-        self._idle.place(adapter)
-        self._images.place(adapter)
 
     # --- coming ---
 
@@ -256,14 +115,18 @@ class AdapterCache:
         """Ask the store for an ABSENT adapter's image."""
         adapter = self._known(digest)
         adapter.wanted_since_s = self._clock()
+        adapter.wanted_by_s = math.inf if deadline_s is None else deadline_s
         self._move(adapter, ResidencyState.WANTED)
         self._emit(WantImage(digest, deadline_s))
 
-    def _known(self, digest: str) -> Adapter:
-        adapter = self._adapters.get(digest)
-        if adapter is None:
-            adapter = self._adapters[digest] = Adapter(digest, num_claims=self.num_claims_of(digest))
-        return adapter
+    def asked_for(self, digest: str, deadline_s: float | None) -> None:
+        """Note that one more request waits for an adapter on its way: the store hears of an earlier deadline."""
+        adapter = self._adapters[digest]
+        if adapter.state is ResidencyState.LOADING:
+            self._count_warm(adapter, WarmResult.LATE)
+        elif adapter.state is ResidencyState.WANTED and deadline_s is not None and deadline_s < adapter.wanted_by_s:
+            adapter.wanted_by_s = deadline_s
+            self._emit(WantImage(digest, deadline_s))
 
     def image_arrived(self, spec: AdapterSpec, arena_slots: tuple[int, ...]) -> None:
         """Take over granted arena slots that hold a verified image; a second copy is freed."""
@@ -286,10 +149,21 @@ class AdapterCache:
         if adapter and adapter.state is ResidencyState.WANTED:
             self._move(adapter, ResidencyState.ABSENT)
 
-    def load(self, digest: str, may_evict: Callable[[Adapter], bool], *, deadline_s: float = math.inf) -> Room:
+    def load(
+        self,
+        digest: str,
+        may_evict: Callable[[Adapter], bool],
+        *,
+        deadline_s: float = math.inf,
+        is_warming: bool = False,
+    ) -> Room:
         """Start to load an IN_ARENA adapter if pages can be had by evicting idle adapters that may go.
 
-        ``deadline_s`` is when the first of those it serves should have its first token.
+        Args:
+            digest: Which.
+            may_evict: Which idle adapters may give way.
+            deadline_s: When the first of those it serves should have its first token.
+            is_warming: Whether nobody has asked for it yet.
         """
         adapter = self._adapters[digest]
         if adapter.spec is None:
@@ -312,6 +186,7 @@ class AdapterCache:
                 )
             )
             adapter.loading_since_s = self._clock()
+            adapter.is_warmed = is_warming
             self._move(adapter, ResidencyState.LOADING)
         return room
 
@@ -381,7 +256,9 @@ class AdapterCache:
 
     def drain(self, digest: str) -> None:
         """Let an adapter go from the device, at once or when its last lease is returned; the arena keeps its copy."""
-        self._drain(self._adapters[digest])
+        adapter = self._adapters[digest]
+        adapter.may_warm = False
+        self._drain(adapter)
 
     def _drain(self, adapter: Adapter) -> None:
         if adapter.state is ResidencyState.RESIDENT and adapter.num_leases == 0:
@@ -392,31 +269,13 @@ class AdapterCache:
     def _leave_device(self, adapter: Adapter) -> None:
         if adapter.pages is None or adapter.num_leases:
             raise RuntimeError(f"adapter {adapter.digest} has {adapter.num_leases} leases or no pages, it cannot leave")
+        self._count_warm(adapter, WarmResult.WASTED)
         self._pool.retire(adapter.pages, adapter.last_step)
         self._indices.retire(adapter.index, adapter.last_step)
         adapter.pages, adapter.index = None, -1
         if adapter.is_discarded:
             self._free_arena_slots(adapter)
         self._move(adapter, ResidencyState.IN_ARENA if adapter.arena_slots else ResidencyState.ABSENT)
-
-    # --- pins ---
-
-    def set_pinned(self, digest: str, is_pinned: bool) -> None:
-        """Keep an adapter the engine holds in the pool whatever the pressure, or no longer."""
-        adapter = self._adapters[digest]
-        if adapter.is_pinned != is_pinned:
-            self._pin(adapter, is_pinned)
-            self._report(adapter)
-
-    def _pin(self, adapter: Adapter, is_pinned: bool) -> None:
-        adapter.is_pinned = is_pinned
-        (self._pinned.add if is_pinned else self._pinned.discard)(adapter.digest)
-        self._place(adapter)
-
-    @property
-    def pins_to_load(self) -> list[str]:
-        """Pinned adapters that are only in the arena."""
-        return [d for d in sorted(self._pinned) if self._adapters[d].state is ResidencyState.IN_ARENA]
 
     # --- arena ---
 
@@ -455,35 +314,6 @@ class AdapterCache:
         loads.sort(key=lambda load: load.deadline_s)
         return loads
 
-    def take_changed(self) -> set[str]:
-        """Return and forget the adapters that moved."""
-        changed, self._changed = self._changed, set()
-        return changed
-
-    def _move(self, adapter: Adapter, state: ResidencyState) -> None:
-        self.num_resident += (state is ResidencyState.RESIDENT) - (adapter.state is ResidencyState.RESIDENT)
-        adapter.move_to(state)
-        self._place(adapter)
-        self._changed.add(adapter.digest)
-        self._report(adapter)
-        if state is ResidencyState.ABSENT:
-            del self._adapters[adapter.digest]
-
-    def _report(self, adapter: Adapter) -> None:
-        self.sequence += 1
-        self._emit(
-            ResidencyChanged(
-                sequence=self.sequence,
-                digest=adapter.digest,
-                state=adapter.state,
-                generation=adapter.generation,
-                num_leases=adapter.num_leases,
-                num_pages=adapter.num_pages,
-                is_pinned=adapter.is_pinned,
-                max_rank=adapter.spec.max_rank if adapter.spec else 0,
-            )
-        )
-
     def check_integrity(self) -> None:
         """Recount pages, indices and idleness.
 
@@ -495,10 +325,4 @@ class AdapterCache:
         if pages != self._pool.num_adapter:
             raise RuntimeError(f"adapters have {pages} pages, the pool accounts {self._pool.num_adapter}")
         self._indices.check_integrity([adapter.index for adapter in on_device])
-        self._idle.check_integrity(list(self._adapters.values()))
-        self._images.check_integrity(list(self._adapters.values()))
-
-
-def _has_idle_image(adapter: Adapter) -> bool:
-    """Tell whether the arena's copy may be given up: it is neither on its way in nor being read."""
-    return bool(adapter.arena_slots) and adapter.state not in (ResidencyState.WANTED, ResidencyState.LOADING)
+        super().check_integrity()

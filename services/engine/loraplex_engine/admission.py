@@ -12,15 +12,16 @@ requests further ahead. A load only promises progress, a place is progress, so c
 
 from __future__ import annotations
 
-import enum
 import math
 from typing import TYPE_CHECKING, Final
 
+from loraplex_engine.adapter_bringing import AdapterBringing, Outcome, Reservation
+from loraplex_engine.eviction_rule import EvictionRule
 from loraplex_engine.growth import OutputLengths, peak_growth
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.page_pool import PageOwner, PagePool
 from loraplex_engine.request import Request, RequestState
-from loraplex_engine.residency import Adapter, Room
+from loraplex_engine.residency import Room
 from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
@@ -36,19 +37,6 @@ if TYPE_CHECKING:
 
 MAX_LOOKAHEAD: Final = 16
 """Misfits that one pass looks behind; bounds the cost of a pass when thousands wait."""
-CLAIMS_AHEAD: Final = 8
-"""Adapters kept or loaded for those next in order, beyond the free places in the batch."""
-
-_ON_THE_WAY: Final = (ResidencyState.WANTED, ResidencyState.LOADING, ResidencyState.DRAINING)
-
-
-class _Outcome(enum.Enum):
-    """What became of an eligible request."""
-
-    GONE = "gone"  # admitted, parked or ended: no longer eligible
-    NO_PLACE = "no_place"  # no slot or no token budget
-    NO_PAGES = "no_pages"
-    SOON = "soon"  # pages come when steps in flight are done
 
 
 class Admission:
@@ -57,6 +45,8 @@ class Admission:
     Args:
         sharing: Finds blocks that others computed.
         economy: Makes room.
+        bringing: Brings adapters.
+        reservation: For whom pages are kept.
         lengths: What requests drew lately.
         sizes: Refuses what can never fit.
         hopelessness: Ends whom a place would not help any more.
@@ -73,6 +63,8 @@ class Admission:
         cache: AdapterCache,
         sharing: PrefixSharing,
         economy: PageEconomy,
+        bringing: AdapterBringing,
+        reservation: Reservation,
         lengths: OutputLengths,
         sizes: SizeCheck,
         hopelessness: Hopelessness,
@@ -85,11 +77,12 @@ class Admission:
         self._cache = cache
         self._sharing = sharing
         self._economy = economy
+        self._bringing = bringing
+        self._reservation = reservation
         self._lengths = lengths
         self._sizes = sizes
         self._hopelessness = hopelessness
         self._book = book
-        self._reserving: Request | None = None
         self._spared: set[str] = set()  # adapters claimed by requests that this pass has passed over
         self._seen: tuple[int, int, int, bool] | None = None  # what held at the last pass
         self._obtainable_seen = 0
@@ -98,12 +91,12 @@ class Admission:
     @property
     def reserving_digest(self) -> str | None:
         """Adapter of the request that pages are reserved for: not to be evicted for others' growth."""
-        return self._reserving.adapter_digest if self._reserving else None
+        return self._reservation.request.adapter_digest if self._reservation.request else None
 
     @property
     def is_reserving(self) -> bool:
         """True while pages are kept for one request."""
-        return self._reserving is not None
+        return self._reservation.request is not None
 
     @property
     def next_look_s(self) -> float:
@@ -114,7 +107,7 @@ class Admission:
 
     def is_settled(self, now_s: float) -> bool:
         """Tell whether `admit` would change nothing now, and until something happens."""
-        if self._reserving is not None or (self._cache.num_pinned and self._cache.pins_to_load):
+        if self._reservation.request is not None or (self._cache.num_pinned and self._cache.pins_to_load):
             return False
         return not len(self._queue) or not (self._has_changed(now_s) or now_s >= self._queue.next_promotion_s)
 
@@ -122,13 +115,13 @@ class Admission:
         """Start to bring a new request's adapter from the store, if it has any and the arena lacks it."""
         digest = request.adapter_digest
         if digest is not None and self._cache.state_of(digest) is not ResidencyState.IN_ARENA:
-            self._bring(request, digest, now_s)
+            self._bringing.bring(request, digest, now_s)
 
     def admit(self, now_s: float) -> None:
         """Admit whoever fits, and start the loads of adapters that the next ones need."""
-        self._load_pinned()
+        self._bringing.load_pinned()
         self._queue.promote(now_s)
-        if self._reserving is not None and self._serve_reserving(self._reserving, now_s):
+        if self._reservation.request is not None and self._serve_reserving(self._reservation.request, now_s):
             return
         if not len(self._queue) or not self._has_changed(now_s):
             return
@@ -160,16 +153,16 @@ class Admission:
         self._spared.clear()
         for _ in range(MAX_LOOKAHEAD):
             request = self._queue.first(now_s)
-            while request is not None and (outcome := self._consider(request, now_s)) is _Outcome.GONE:
+            while request is not None and (outcome := self._consider(request, now_s)) is Outcome.GONE:
                 request = self._queue.first(now_s)
             if request is None:
                 return
-            if outcome is _Outcome.SOON:
+            if outcome is Outcome.SOON:
                 self._look_again_s = now_s
                 return
-            if outcome is _Outcome.NO_PAGES:
+            if outcome is Outcome.NO_PAGES:
                 if self._is_overdue(request, now_s):
-                    self._reserving = request
+                    self._reservation.request = request
                     return
                 self._look_again_s = min(self._look_again_s, now_s + self._limits.max_pass_over_s)
             self._queue.set_aside(request)
@@ -185,102 +178,34 @@ class Admission:
         """Try the reserving request alone; False once it needs the reservation no more."""
         is_waiting = request.state is RequestState.WAITING
         if is_waiting and not request.is_parked:
-            is_waiting = self._consider(request, now_s) is not _Outcome.GONE or request.is_parked
+            is_waiting = self._consider(request, now_s) is not Outcome.GONE or request.is_parked
         digest = request.adapter_digest
         if is_waiting and request.is_parked and digest is not None:
             # what the store has yet to send, pages cannot help
             is_waiting = self._cache.state_of(digest) is not ResidencyState.WANTED
         if not is_waiting:
-            self._reserving = None
+            self._reservation.request = None
         return is_waiting
 
-    def _consider(self, request: Request, now_s: float) -> _Outcome:
+    def _consider(self, request: Request, now_s: float) -> Outcome:
         digest = request.adapter_digest
         if digest is not None and self._cache.state_of(digest) is not ResidencyState.RESIDENT:
-            return self._bring(request, digest, now_s)
+            return self._bringing.bring(request, digest, now_s)
         if not self._batch.state.num_free or not self._has_budget:
-            self._claim(request, digest)
-            return _Outcome.NO_PLACE
+            self._bringing.claim(request)
+            return Outcome.NO_PLACE
         if self._sizes.refuse_if_too_large(request) or self._hopelessness.end_if_hopeless(request, now_s):
-            return _Outcome.GONE
+            return Outcome.GONE
         return self._seat(request)
-
-    # --- adapters ---
-
-    def _claim(self, request: Request, digest: str | None) -> bool:
-        """Keep a request's adapter for it if it is near enough to a place; False if it is not."""
-        if digest is None or request.has_claim:
-            return True
-        most = self._batch.state.num_free + CLAIMS_AHEAD
-        if self._cache.num_claimed >= most and not self._cache.num_claims_of(digest) and request is not self._reserving:
-            return False
-        self._cache.claim(digest)
-        request.has_claim = True
-        return True
-
-    def _bring(self, request: Request, digest: str, now_s: float) -> _Outcome:
-        """Bring a request's adapter a state nearer to residency, and park the request if that takes time."""
-        state = self._cache.state_of(digest)
-        if state is ResidencyState.RESIDENT:
-            return _Outcome.NO_PLACE
-        if state is ResidencyState.ABSENT:
-            self._cache.want(digest, request.objective_s)
-        elif state is ResidencyState.IN_ARENA:
-            if self._sizes.refuse_if_too_large(request):
-                return _Outcome.GONE
-            outcome = self._load(request, digest)
-            if outcome is not None:
-                return outcome
-        elif state not in _ON_THE_WAY:
-            raise RuntimeError(f"adapter {digest} is {state}")
-        self._queue.park(request, now_s)
-        return _Outcome.GONE
-
-    def _load(self, request: Request, digest: str) -> _Outcome | None:
-        """Start to load an adapter for a request; None if it is on its way."""
-        num_pages = self._cache.num_pages_of(digest) or 0
-        if not self._leaves_headroom(num_pages):
-            return _Outcome.NO_PAGES
-        if not self._claim(request, digest):
-            return _Outcome.NO_PLACE
-        is_reserving = request is self._reserving
-        rule = EvictionRule({digest}, spares_claimed=not is_reserving)
-        room = self._economy.make_room(num_pages, rule)
-        if room is Room.NOW:
-            deadline_s = math.inf if request.objective_s is None else request.objective_s
-            room = self._cache.load(digest, rule, deadline_s=deadline_s)
-        if room is not Room.NOW:
-            self._book.unclaim(request)
-            return _Outcome.SOON if room is Room.SOON else _Outcome.NO_PAGES
-        self._queue.shares.charge(request.share, num_pages * self._limits.block_tokens)
-        return None
-
-    def _leaves_headroom(self, num_pages: int) -> bool:
-        """Tell whether each running request could still get one more block, so that none is preempted at once."""
-        left = self._economy.num_obtainable - num_pages
-        return len(self._batch) == 0 or self._reserving is not None or left >= len(self._batch)
-
-    def _load_pinned(self) -> None:
-        if self._reserving is None and self._cache.num_pinned:
-            for digest in self._cache.pins_to_load:
-                self.load_unattended(digest)
-
-    def load_unattended(self, digest: str) -> None:
-        """Load an adapter that nobody waits with (pinned, or asked for with FAIL_FAST), if idle room allows."""
-        num_pages = self._cache.num_pages_of(digest) or 0
-        if self._reserving is None and self._economy.num_obtainable - num_pages >= len(self._batch):
-            rule = EvictionRule({digest}, spares_claimed=True, queue=self._queue)
-            if self._economy.make_room(num_pages, rule) is Room.NOW:
-                self._cache.load(digest, rule)
 
     # --- places ---
 
-    def _seat(self, request: Request) -> _Outcome:
+    def _seat(self, request: Request) -> Outcome:
         found = self._sharing.find(request)
         self._pool.share(found)  # held first, lest making room evicts them
         num_tokens = min(request.num_known_tokens + 1, request.max_kv_tokens)
         num_pages = -(-num_tokens // self._limits.block_tokens) - len(found)
-        spared = set() if request is self._reserving else set(self._spared)
+        spared = set() if request is self._reservation.request else set(self._spared)
         if request.adapter_digest is not None:
             spared.add(request.adapter_digest)
         room = Room.NO
@@ -288,7 +213,7 @@ class Admission:
             room = self._economy.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
         if room is not Room.NOW:
             self._pool.release(found, -1)
-            return _Outcome.SOON if room is Room.SOON else _Outcome.NO_PAGES
+            return Outcome.SOON if room is Room.SOON else Outcome.NO_PAGES
         digest = request.adapter_digest
         adapter = NO_ADAPTER if digest is None else self._cache.lease(digest)
         self._book.unclaim(request)
@@ -299,7 +224,7 @@ class Admission:
         self._batch.seat(request, adapter=adapter, found=found, new=new, stop_ids=self._stop_ids_of(request))
         self._queue.shares.run(request.share)
         self._book.start(request)
-        return _Outcome.GONE
+        return Outcome.GONE
 
     def _fits(self, request: Request, num_pages: int, num_found: int, spared: set[str]) -> bool:
         """Tell whether a request's pages and the growth expected of all that run can be had; alone it always fits."""
@@ -328,24 +253,3 @@ class Admission:
     def _stop_ids_of(self, request: Request) -> tuple[int, ...]:
         stopping = request.submission.stopping
         return stopping.stop_token_ids + (() if stopping.ignore_eos else self._limits.eos_token_ids)
-
-
-class EvictionRule:
-    """Which idle adapters may go for somebody.
-
-    Args:
-        spared: Digests that do not go.
-        spares_claimed: Adapters that waiting requests claim do not go.
-        queue: If given, no adapter that a request waits with goes.
-    """
-
-    def __init__(self, spared: set[str], *, spares_claimed: bool, queue: WaitingQueue | None = None) -> None:
-        self._spared = spared
-        self._spares_claimed = spares_claimed
-        self._queue = queue
-
-    def __call__(self, adapter: Adapter) -> bool:
-        """Tell whether an adapter may go."""
-        if adapter.digest in self._spared or (self._spares_claimed and adapter.num_claims):
-            return False
-        return self._queue is None or not self._queue.is_awaited(adapter.digest)

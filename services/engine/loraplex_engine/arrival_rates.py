@@ -39,9 +39,9 @@ class ArrivalRates:
     def __len__(self) -> int:
         return len(self._octaves)
 
-    def count(self, name: str, now_s: float) -> float:
-        """Count one arrival and return the new octaves."""
-        moment = now_s / self.half_life_s
+    def count(self, name: str, now_s: float, weight: float = 1.0) -> float:
+        """Count one arrival, or what foretells one in part, and return the new octaves."""
+        moment = now_s / self.half_life_s + math.log2(weight)
         octaves = self._octaves[name] = log2_sum(self._octaves.get(name, -math.inf), moment)
         if len(self._octaves) > self._max_known:
             self._forget(moment)

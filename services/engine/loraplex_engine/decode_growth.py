@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraplex_engine.admission import EvictionRule
+from loraplex_engine.eviction_rule import EvictionRule
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.page_pool import PageOwner, PagePool
 from loraplex_engine.residency import Room

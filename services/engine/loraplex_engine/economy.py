@@ -92,9 +92,10 @@ class PageEconomy:
 
     def _enough(self, missing: int, adapters: Iterator[Adapter], up_to: float) -> list[Adapter] | None:
         """Return the adapters that must go if all cached blocks do; None if not even that is enough."""
-        rest = missing - (
-            self._pool.num_cached if up_to == math.inf else self._prefix.num_worth(up_to - self._block_cost)
-        )
+        if up_to == math.inf:
+            rest = missing - self._pool.num_cached
+        else:
+            rest = missing - self._prefix.num_worth(up_to - self._block_cost, missing)
         chosen: list[Adapter] = []
         while rest > 0:
             adapter = next(adapters, None)

@@ -30,6 +30,7 @@ from loraplex_engine.step import ModelRunner
 
 if TYPE_CHECKING:
     from loraplex_engine.residency import AdapterStatus
+    from loraplex_engine.warm_order import WarmCounts
 
 T = TypeVar("T")
 
@@ -187,6 +188,27 @@ class Engine:
     def counters(self) -> SchedulerCounters:
         """What happened to requests so far."""
         return self._scheduler.counters
+
+    @property
+    def warm(self) -> WarmCounts:
+        """What became of adapters that were loaded before anybody asked."""
+        return self._cache.warm
+
+    @property
+    def num_evicted_blocks(self) -> int:
+        """Cached blocks that gave way so far."""
+        return self._scheduler.prefix.num_evicted
+
+    @property
+    def measured_costs(self) -> dict[str, float]:
+        """Seconds that things take, as measured lately: what -> seconds."""
+        steps, copies = self._scheduler.costs, self._cache.costs
+        return {
+            "decode_step": steps.decode_step_s,
+            "prefill_token": steps.prefill_s_per_token,
+            "copied_page": copies.copy_s_per_page,
+            "fetched_image": copies.fetch_s,
+        }
 
     @property
     def num_leases(self) -> int:

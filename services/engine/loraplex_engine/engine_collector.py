@@ -62,12 +62,40 @@ class EngineCollector(Collector):
         yield CounterMetricFamily(
             "vllm:num_preemptions", "Requests whose pages were taken away.", value=counters.num_preemptions
         )
+        yield from self._policies()
         seconds = SummaryMetricFamily("loraplex_engine_step_seconds", "The step loop's time.", labels=["phase"])
         for phase in ("schedule", "launch", "wait", "update"):
             seconds.add_metric([phase], totals.num_steps, getattr(totals, f"{phase}_s"))
         yield seconds
         yield _summary("loraplex_engine_step_tokens", "Tokens computed per step.", totals.num_steps, totals.num_tokens)
         yield _summary("loraplex_engine_adapters_in_batch", "Adapters per step.", totals.num_steps, totals.num_adapters)
+
+    def _policies(self) -> Iterator[Metric]:
+        counters, warm = self._engine.counters, self._engine.warm
+        for name, text, value in (
+            ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", counters.num_looked_up_tokens),
+            ("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", counters.num_cached_tokens),
+            ("loraplex_engine_evicted_blocks", "Cached blocks that gave way.", self._engine.num_evicted_blocks),
+            ("loraplex_engine_early_aborts", "Requests ended as hopeless before their time.", counters.num_hopeless),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
+        page_bytes = self._engine.params.geometry.page_bytes
+        warmed = CounterMetricFamily(
+            "loraplex_engine_warm_bytes",
+            "Bytes of adapters loaded before anybody asked, by what became of them.",
+            labels=["result"],
+        )
+        for result, num_pages in (
+            ("useful", warm.num_useful_pages),
+            ("late", warm.num_late_pages),
+            ("wasted", warm.num_wasted_pages),
+        ):
+            warmed.add_metric([result], num_pages * page_bytes)
+        yield warmed
+        costs = GaugeMetricFamily("loraplex_engine_cost_seconds", "What things take, as measured.", labels=["of"])
+        for of, seconds in self._engine.measured_costs.items():
+            costs.add_metric([of], seconds)
+        yield costs
 
     def _cache_config(self) -> GaugeMetricFamily:
         params = self._engine.params

@@ -104,9 +104,9 @@ class PrefixCache:
         first = self._first_candidates(1)
         return self._effective(first)[0] if len(first) else math.inf
 
-    def num_worth(self, up_to: float) -> int:
-        """Return how many cached pages are worth at most ``up_to`` octaves."""
-        return int(np.count_nonzero(self._effective(self._pool.cached_pages) <= up_to))
+    def num_worth(self, up_to: float, most: int) -> int:
+        """Return how many cached pages worth at most ``up_to`` octaves are at hand, up to ``most``."""
+        return int(np.count_nonzero(self._effective(self._first_candidates(most)) <= up_to))
 
     def evict(self, most: int, up_to: float) -> int:
         """Give up to ``most`` cached pages back whose worth is at most ``up_to``, least first; returns how many."""

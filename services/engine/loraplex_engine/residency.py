@@ -82,6 +82,9 @@ class Adapter:
         last_step: Last step launched with it when its last lease was returned.
         num_claims: Waiting requests whose turn it was and that it was loaded for.
         is_discarded: The arena's copy goes too when it leaves the device.
+        wanted_by_s: The earliest moment by which the store was told that it is needed.
+        may_warm: It may be loaded before anybody asks; not after an operator took it off the device.
+        is_warmed: It was loaded before anybody asked, and nobody has since.
         worth: What a page of it is worth to keep, in octaves; see `economy`.
     """
 
@@ -101,7 +104,10 @@ class Adapter:
     last_step: int = NEVER
     last_used_s: float = 0.0
     wanted_since_s: float = 0.0
+    wanted_by_s: float = math.inf
     loading_since_s: float = 0.0
+    may_warm: bool = True
+    is_warmed: bool = False
 
     @property
     def is_on_device(self) -> bool:

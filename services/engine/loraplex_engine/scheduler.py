@@ -9,7 +9,7 @@ dropped: its slot's occupancy has changed by then.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import (
     AdapterLoadingError,
@@ -20,28 +20,12 @@ from loraplex_common.errors import (
     QueueTimeoutError,
 )
 
-from loraplex_engine.admission import Admission
-from loraplex_engine.cost_model import StepCosts
 from loraplex_engine.deadlines import Deadlines, Limit
-from loraplex_engine.decode_growth import DecodeGrowth
-from loraplex_engine.decode_state import DecodeState
-from loraplex_engine.economy import PageEconomy
-from loraplex_engine.fair_shares import FairShares
-from loraplex_engine.growth import OutputLengths
-from loraplex_engine.hopelessness import Hopelessness
 from loraplex_engine.integrity import check_requests
-from loraplex_engine.limits import QueuePolicy, SchedulerCounters, SchedulerLimits
+from loraplex_engine.limits import QueuePolicy, SchedulerLimits
 from loraplex_engine.messages import FinishReason, ResidencyState, StepOutputs, Submission
-from loraplex_engine.outputs import OutputCollector
-from loraplex_engine.prefix_cache import PrefixCache
-from loraplex_engine.prefix_sharing import PrefixSharing
 from loraplex_engine.request import Request, RequestState, make_request
-from loraplex_engine.request_book import RequestBook
-from loraplex_engine.result_reader import ResultReader
-from loraplex_engine.running_batch import LaunchedStep, RunningBatch
-from loraplex_engine.size_check import SizeCheck
-from loraplex_engine.steady_decode import SteadyDecode
-from loraplex_engine.waiting_queue import WaitingQueue
+from loraplex_engine.scheduler_parts import build_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,8 +34,12 @@ if TYPE_CHECKING:
 
     from loraplex_engine.adapter_cache import AdapterCache
     from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.running_batch import LaunchedStep
     from loraplex_engine.steady_decode import Draw
     from loraplex_engine.step import StepPlan, StepResult
+
+FORETOLD_WEIGHT: Final = 0.5
+"""Of a request: what an image that nobody asked for says about requests to come."""
 
 
 class Scheduler:
@@ -63,6 +51,13 @@ class Scheduler:
         cache: Adapters, over the same pool.
         page_bytes: Of the pool; for progress in bytes.
         clock: Seconds, monotonic.
+
+    Attributes:
+        counters: What happened so far.
+        costs: What steps take, measured.
+        queue: Waiting requests.
+        batch: Running requests.
+        prefix: Blocks that requests share.
     """
 
     def __init__(
@@ -79,94 +74,26 @@ class Scheduler:
         self._cache = cache
         self._clock = clock
         self._deadlines = Deadlines()
-        self._collector = OutputCollector()
         self._in_flight: deque[LaunchedStep] = deque()
         self._num_submitted = 0
         self._next_step = 0
         self._is_draining = False
-        self.counters = SchedulerCounters()
-        self.costs = StepCosts()
-        self.queue = WaitingQueue(
-            FairShares(max_running_per_key=limits.policy.max_running_per_key),
-            policy=limits.policy.queue_policy,
-            ttft_slo_s=limits.policy.ttft_slo_s,
-            promote_after_s=limits.policy.promote_after_s,
-        )
-        self.batch = RunningBatch(
-            state=DecodeState(
-                max_num_seqs=limits.max_num_seqs,
-                max_model_len=limits.max_model_len,
-                block_tokens=limits.block_tokens,
-            ),
-            pool=pool,
-        )
-        self.prefix = PrefixCache(pool, half_life_s=limits.policy.half_life_s)
-        self._wire(page_bytes)
-
-    def _wire(self, page_bytes: int) -> None:
-        """Make the parts that need each other."""
-        limits, queue, batch, pool, cache = self._limits, self.queue, self.batch, self._pool, self._cache
-        sharing = PrefixSharing(prefix=self.prefix, state=batch.state, is_enabled=limits.policy.enable_prefix_cache)
-        lengths = OutputLengths(limits.policy.growth_quantile)
-        self._book = book = RequestBook(
-            queue=queue,
-            batch=batch,
-            cache=cache,
-            sharing=sharing,
-            lengths=lengths,
-            collector=self._collector,
-            counters=self.counters,
-            page_bytes=page_bytes,
-            clock=self._clock,
-        )
-        self._reader = ResultReader(
-            batch=batch,
-            book=book,
-            sharing=sharing,
-            shares=queue.shares,
-            collector=self._collector,
-            counters=self.counters,
-        )
-        economy = PageEconomy(
-            pool=pool, cache=cache, prefix=self.prefix, costs=self.costs, block_tokens=limits.block_tokens
-        )
-        self._sizes = SizeCheck(pool=pool, cache=cache, book=book, block_tokens=limits.block_tokens)
-        self._hopelessness = Hopelessness(
-            costs=self.costs,
-            cache=cache,
-            batch=batch,
-            queue=queue,
-            sharing=sharing,
-            book=book,
-            counters=self.counters,
-        )
-        self._admission = Admission(
-            limits=limits,
-            queue=queue,
-            batch=batch,
-            pool=pool,
-            cache=cache,
-            sharing=sharing,
-            economy=economy,
-            lengths=lengths,
-            sizes=self._sizes,
-            hopelessness=self._hopelessness,
-            book=book,
-        )
-        self._growth = DecodeGrowth(
-            batch=batch, pool=pool, cache=cache, economy=economy, admission=self._admission, book=book
-        )
-        self._steady = SteadyDecode(
-            batch=batch,
-            pool=pool,
-            cache=cache,
-            queue=queue,
-            admission=self._admission,
-            growth=self._growth,
-            costs=self.costs,
-            book=book,
-            counters=self.counters,
-        )
+        parts = build_parts(limits=limits, pool=pool, cache=cache, page_bytes=page_bytes, clock=clock)
+        self.counters = parts.counters
+        self.costs = parts.costs
+        self.queue = parts.queue
+        self.batch = parts.batch
+        self.prefix = parts.prefix
+        self._collector = parts.collector
+        self._book = parts.book
+        self._reader = parts.reader
+        self._sizes = parts.sizes
+        self._hopelessness = parts.hopelessness
+        self._bringing = parts.bringing
+        self._admission = parts.admission
+        self._growth = parts.growth
+        self._warming = parts.warming
+        self._steady = parts.steady
 
     # --- requests ---
 
@@ -234,7 +161,7 @@ class Scheduler:
             )
             self._book.fail(request, error)
             if self._cache.state_of(digest) is ResidencyState.IN_ARENA:
-                self._admission.load_unattended(digest)
+                self._bringing.load_unattended(digest)
         else:
             self._book.report_loading(request, digest)
 
@@ -272,14 +199,17 @@ class Scheduler:
 
     def image_arrived(self, spec: AdapterSpec, arena_slots: tuple[int, ...]) -> None:
         """Take over an image in the arena and bring it on for those who wait."""
-        was_wanted = self._cache.state_of(spec.digest) is ResidencyState.WANTED
+        state = self._cache.state_of(spec.digest)
+        was_wanted = state is ResidencyState.WANTED
+        if state is ResidencyState.ABSENT:  # it was foretold: by a hint, or by its use elsewhere
+            self._cache.count_arrival(spec.digest, FORETOLD_WEIGHT)
         self._cache.image_arrived(spec, arena_slots)
         waiting = self.queue.of_adapter(spec.digest)
         for request in waiting:
             if not self._sizes.refuse_if_too_large(request):
                 self._book.report_loading(request, spec.digest)
         if was_wanted and not waiting and self._cache.state_of(spec.digest) is ResidencyState.IN_ARENA:
-            self._admission.load_unattended(spec.digest)
+            self._bringing.load_unattended(spec.digest)
 
     def image_refused(self, digest: str, error: LoraplexError) -> None:
         """End all requests that wait for an image that the store cannot supply."""
@@ -305,6 +235,8 @@ class Scheduler:
             self.queue.unpark(digest, now_s)
         rows = self._growth.grow(self.batch.state.rows_to_decode(self.batch.rows))
         self._admission.admit(now_s)
+        if not self._admission.is_reserving:
+            self._warming.warm()
         planned = self.batch.plan(self._next_step, rows, self._limits.max_num_batched_tokens, now_s)
         if planned is None:
             return None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loraplex_engine.request_book import RequestBook
     from loraplex_engine.running_batch import RunningBatch
     from loraplex_engine.waiting_queue import WaitingQueue
+    from loraplex_engine.warming import Warming
 
     Draw = Callable[[Rows, NDArray[np.int32], int], NDArray[np.int32]]
     """(slots, first positions in their sequences, how many) -> token ids, int32 ``[len(slots), how many]``."""
@@ -46,6 +47,7 @@ class SteadyDecode:
         queue: WaitingQueue,
         admission: Admission,
         growth: DecodeGrowth,
+        warming: Warming,
         costs: StepCosts,
         book: RequestBook,
         counters: SchedulerCounters,
@@ -56,6 +58,7 @@ class SteadyDecode:
         self._queue = queue
         self._admission = admission
         self._growth = growth
+        self._warming = warming
         self._costs = costs
         self._book = book
         self._counters = counters
@@ -66,7 +69,7 @@ class SteadyDecode:
         Requests may wait: as long as nothing changes, admission does not look at them (`Admission.is_settled`).
         """
         batch = self._batch
-        if batch.num_prefill_tokens or len(batch) == 0 or not self._admission.is_settled(now_s):
+        if batch.num_prefill_tokens or len(batch) == 0 or not self._is_settled(now_s):
             return 0
         state, rows = batch.state, batch.rows
         steps = int((state.max_outputs.take(rows) - state.next_position.take(rows)).min())
@@ -74,6 +77,9 @@ class SteadyDecode:
         while steps > 0 and int(self._missing(rows, steps).sum()) > room:
             steps //= 2
         return steps
+
+    def _is_settled(self, now_s: float) -> bool:
+        return self._admission.is_settled(now_s) and self._warming.is_settled
 
     def _missing(self, rows: Rows, num_steps: int) -> NDArray[np.int32]:
         """Return how many more blocks each row has after ``num_steps`` more tokens, int32 ``[N]``."""

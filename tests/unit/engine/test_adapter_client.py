@@ -31,7 +31,6 @@ from loraplex_engine.messages import (
     CloseSession,
     Ended,
     ResidencyChanged,
-    ResidencyState,
     SamplingParams,
     StoppingParams,
     Submission,
@@ -343,7 +342,7 @@ async def test_a_repeated_offer_does_not_take_slots_twice(line: Line) -> None:
     line.offer(spec, image, wanted=True)
     line.send(image)
 
-    await eventually(lambda: line.feed.in_state(ResidencyState.IN_ARENA) == [DIGEST])
+    await eventually(lambda: [event.digest for event in line.feed.held] == [DIGEST])
     assert len(line.store.all_of("grant")) == 1
     assert line.engine.arena.num_free == line.engine.arena.num_slots - len(image)
 
@@ -370,13 +369,13 @@ async def test_images_held_are_in_the_hello_after_a_reconnect(line: Line) -> Non
     line.offer(spec, image, wanted=False)
     await line.store.next_of("grant")
     line.send(image)
-    await eventually(lambda: line.feed.held)
+    await eventually(lambda: line.feed.resident)
 
     line.store.outgoing.put_nowait(None)
     await eventually(lambda: len(line.store.hellos) == 2)
 
     (held,) = line.store.hellos[1].held
-    assert (held.digest, held.tier) == (DIGEST, adapter_pb2.TIER_ARENA)
+    assert (held.digest, held.tier) == (DIGEST, adapter_pb2.TIER_DEVICE)  # idle room keeps it warm
     assert line.store.hellos[1].sequence == line.feed.sequence
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_engine.decode_state import Rows
-from loraplex_engine.scheduler import Scheduler
 from loraplex_engine.step import StepPlan, StepResult
-from numpy.typing import NDArray
 from support.scheduler_rig import Rig, make_submission
+
+if TYPE_CHECKING:
+    from loraplex_engine.decode_state import Rows
+    from loraplex_engine.scheduler import Scheduler
+    from numpy.typing import NDArray
 
 STEP_S = 0.01
 TOKEN = 5

@@ -64,9 +64,14 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """An image is needed."""
+    """An image is needed.
+
+    Attributes:
+        time_left_s: How long the most urgent request that waits for it can wait; None if that is unlimited.
+    """
 
     digest: str
+    time_left_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

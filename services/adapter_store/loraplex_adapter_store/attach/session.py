@@ -29,6 +29,7 @@ from loraplex_adapter_store.attach.messages import (
 )
 from loraplex_adapter_store.attach.outbox import Outbox
 from loraplex_adapter_store.attach.transfer import Transfer, TransferState
+from loraplex_adapter_store.attach.urgency import UrgencyGate
 from loraplex_adapter_store.images import Fit, Image, ImageCache, ImageKey
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class EngineSession:
         self._outbox = Outbox()
         self._transfers: dict[str, Transfer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._preparing = asyncio.Semaphore(MAX_PREPARING)
+        self._preparing = UrgencyGate(MAX_PREPARING)
         self._wants_changed = asyncio.Condition()
         self.changed = asyncio.Event()
 
@@ -105,7 +106,7 @@ class EngineSession:
         """
         match message:
             case Want():
-                self.want(message.digest)
+                self.want(message.digest, message.time_left_s)
             case Grant():
                 self._grant(message)
             case Decline():
@@ -113,13 +114,16 @@ class EngineSession:
             case Residency():
                 self._residency(message)
 
-    def want(self, digest: str) -> None:
-        """Bring an image to the engine because a request waits for it."""
+    def want(self, digest: str, time_left_s: float | None = None) -> None:
+        """Bring an image to the engine because a request waits for it, which may wait for that long."""
         transfer = self._transfers.get(digest)
         if transfer is None:
-            self._start(digest, is_wanted=True)
+            transfer = self._start(digest, is_wanted=True)
+            if transfer is not None:
+                transfer.needed_within(time_left_s)
             return
         transfer.is_wanted = True
+        transfer.needed_within(time_left_s)
         transfer.is_wanted_again = transfer.state is TransferState.SENT
         if transfer.state is TransferState.OFFERED:
             self._spawn(self._offer(transfer), f"offer {digest[:12]}")  # an unsolicited offer may have been passed over
@@ -178,14 +182,15 @@ class EngineSession:
         self._outbox.acknowledge(Ack(self._sequence, len(self._held)))
         self.changed.set()
 
-    def _start(self, digest: str, *, is_wanted: bool) -> None:
+    def _start(self, digest: str, *, is_wanted: bool) -> Transfer | None:
         if len(self._transfers) >= MAX_TRANSFERS:
             error = SaturatedError(f"{MAX_TRANSFERS} images are on their way to this engine", retry_after_s=1.0)
             self._spawn(self._outbox.put(Refuse(digest, error)), f"refuse {digest[:12]}")
-            return
+            return None
         transfer = Transfer(digest, is_wanted=is_wanted, num_ranks=len(self.hello.arenas))
         self._transfers[digest] = transfer
         self._spawn(self._transfer(transfer), f"transfer {digest[:12]}")
+        return transfer
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
@@ -261,7 +266,7 @@ class EngineSession:
 
     async def _prepare(self, transfer: Transfer) -> list[Image]:
         await self._let_wants_pass(transfer)
-        async with self._preparing:
+        async with self._preparing.turn(transfer):
             wanted = [ImageKey(transfer.digest, self.hello.geometry, rank) for rank in range(len(self.hello.arenas))]
             return [await self._images.get(key, self._fit) for key in wanted]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from enum import Enum
 from typing import Final
 
@@ -42,6 +43,7 @@ class Transfer:
         offers: One per rank, once the image is known; its pages themselves are not held while the engine thinks.
         is_wanted_again: Whether a want came after everything had been sent.
         failure: What the engine found wrong with this attempt.
+        needed_by_s: Time of the event loop's clock by which the first request that waits needs it; infinity if it can wait.
     """
 
     def __init__(self, digest: str, *, is_wanted: bool, num_ranks: int) -> None:
@@ -50,12 +52,23 @@ class Transfer:
         self.is_wanted_again = False
         self.offers: list[Offer] = []
         self.failure: str | None = None
+        self.needed_by_s = math.inf
         self.state = TransferState.PREPARING
         self._num_ranks = num_ranks
         self._has_unsolicited_offer = False
         self._slots: dict[int, tuple[int, ...]] = {}
         self._answered = asyncio.Event()
         self._arrived = asyncio.Event()
+
+    @property
+    def urgency(self) -> tuple[bool, float]:
+        """Order in which transfers get their turn, smallest first."""
+        return (not self.is_wanted, self.needed_by_s)
+
+    def needed_within(self, time_left_s: float | None) -> None:
+        """Note that one more request waits for the image; None if it can wait for ever."""
+        if time_left_s is not None:
+            self.needed_by_s = min(self.needed_by_s, asyncio.get_running_loop().time() + time_left_s)
 
     def advance(self, state: TransferState) -> None:
         """Move to a state.

@@ -1,0 +1,58 @@
+"""Turns at a bounded piece of work, given to whoever is needed first."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from loraplex_adapter_store.attach.transfer import Transfer
+
+
+class UrgencyGate:
+    """Lets a few transfers in at a time: wanted ones first, those with the earliest deadline first, then by arrival.
+
+    How urgent a transfer is may change while it waits: it is looked at when a turn is given away.
+
+    Args:
+        limit: Most transfers inside.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._num_free = limit
+        self._waiting: list[tuple[Transfer, asyncio.Future[None]]] = []  # by arrival
+
+    @asynccontextmanager
+    async def turn(self, transfer: Transfer) -> AsyncIterator[None]:
+        """Wait for a turn and keep it for the block."""
+        if self._num_free:
+            self._num_free -= 1
+        else:
+            await self._wait(transfer)
+        try:
+            yield
+        finally:
+            self._give_away()
+
+    async def _wait(self, transfer: Transfer) -> None:
+        entry = (transfer, asyncio.get_running_loop().create_future())
+        self._waiting.append(entry)
+        try:
+            await entry[1]
+        except asyncio.CancelledError:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+            else:
+                self._give_away()  # it was given a turn and cancelled before it knew
+            raise
+
+    def _give_away(self) -> None:
+        if not self._waiting:
+            self._num_free += 1
+            return
+        index = min(range(len(self._waiting)), key=lambda i: self._waiting[i][0].urgency)
+        _, future = self._waiting.pop(index)
+        future.set_result(None)

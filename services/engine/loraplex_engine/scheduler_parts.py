@@ -1,0 +1,139 @@
+"""What a scheduler is made of, and how the parts know each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loraplex_engine.adapter_bringing import AdapterBringing, Reservation
+from loraplex_engine.admission import Admission
+from loraplex_engine.cost_model import StepCosts
+from loraplex_engine.decode_growth import DecodeGrowth
+from loraplex_engine.decode_state import DecodeState
+from loraplex_engine.economy import PageEconomy
+from loraplex_engine.fair_shares import FairShares
+from loraplex_engine.growth import OutputLengths
+from loraplex_engine.hopelessness import Hopelessness
+from loraplex_engine.limits import SchedulerCounters, SchedulerLimits
+from loraplex_engine.outputs import OutputCollector
+from loraplex_engine.prefix_cache import PrefixCache
+from loraplex_engine.prefix_sharing import PrefixSharing
+from loraplex_engine.request_book import RequestBook
+from loraplex_engine.result_reader import ResultReader
+from loraplex_engine.running_batch import RunningBatch
+from loraplex_engine.size_check import SizeCheck
+from loraplex_engine.steady_decode import SteadyDecode
+from loraplex_engine.waiting_queue import WaitingQueue
+from loraplex_engine.warming import Warming
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.page_pool import PagePool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerParts:
+    """Made by `build_parts`."""
+
+    counters: SchedulerCounters
+    costs: StepCosts
+    queue: WaitingQueue
+    batch: RunningBatch
+    prefix: PrefixCache
+    collector: OutputCollector
+    book: RequestBook
+    reader: ResultReader
+    sizes: SizeCheck
+    hopelessness: Hopelessness
+    bringing: AdapterBringing
+    admission: Admission
+    growth: DecodeGrowth
+    warming: Warming
+    steady: SteadyDecode
+
+
+def build_parts(
+    *, limits: SchedulerLimits, pool: PagePool, cache: AdapterCache, page_bytes: int, clock: Callable[[], float]
+) -> SchedulerParts:
+    """Make a scheduler's parts over one pool; arguments as of `Scheduler`."""
+    policy, block_tokens = limits.policy, limits.block_tokens
+    counters, costs, collector = SchedulerCounters(), StepCosts(), OutputCollector()
+    lengths, reservation = OutputLengths(policy.growth_quantile), Reservation()
+    queue = WaitingQueue(
+        FairShares(max_running_per_key=policy.max_running_per_key),
+        policy=policy.queue_policy,
+        ttft_slo_s=policy.ttft_slo_s,
+        promote_after_s=policy.promote_after_s,
+    )
+    state = DecodeState(max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len, block_tokens=block_tokens)
+    batch = RunningBatch(state=state, pool=pool)
+    prefix = PrefixCache(pool, half_life_s=policy.half_life_s)
+    sharing = PrefixSharing(prefix=prefix, state=state, is_enabled=policy.enable_prefix_cache)
+    economy = PageEconomy(pool=pool, cache=cache, prefix=prefix, costs=costs, block_tokens=block_tokens)
+    book = RequestBook(
+        queue=queue,
+        batch=batch,
+        cache=cache,
+        sharing=sharing,
+        lengths=lengths,
+        collector=collector,
+        counters=counters,
+        page_bytes=page_bytes,
+        clock=clock,
+    )
+    sizes = SizeCheck(pool=pool, cache=cache, book=book, block_tokens=block_tokens)
+    hopelessness = Hopelessness(
+        costs=costs, cache=cache, batch=batch, queue=queue, sharing=sharing, book=book, counters=counters
+    )
+    bringing = AdapterBringing(
+        queue=queue, batch=batch, cache=cache, economy=economy, sizes=sizes, book=book, reservation=reservation
+    )
+    admission = Admission(
+        limits=limits,
+        queue=queue,
+        batch=batch,
+        pool=pool,
+        cache=cache,
+        sharing=sharing,
+        economy=economy,
+        bringing=bringing,
+        reservation=reservation,
+        lengths=lengths,
+        sizes=sizes,
+        hopelessness=hopelessness,
+        book=book,
+    )
+    growth = DecodeGrowth(batch=batch, pool=pool, cache=cache, economy=economy, admission=admission, book=book)
+    warming = Warming(cache=cache, economy=economy, batch=batch, queue=queue)
+    return SchedulerParts(
+        counters=counters,
+        costs=costs,
+        queue=queue,
+        batch=batch,
+        prefix=prefix,
+        collector=collector,
+        book=book,
+        reader=ResultReader(
+            batch=batch, book=book, sharing=sharing, shares=queue.shares, collector=collector, counters=counters
+        ),
+        sizes=sizes,
+        hopelessness=hopelessness,
+        bringing=bringing,
+        admission=admission,
+        growth=growth,
+        warming=warming,
+        steady=SteadyDecode(
+            batch=batch,
+            pool=pool,
+            cache=cache,
+            queue=queue,
+            admission=admission,
+            growth=growth,
+            warming=warming,
+            costs=costs,
+            book=book,
+            counters=counters,
+        ),
+    )

@@ -1,0 +1,62 @@
+"""Loads likely adapters before anybody asks, where that costs nobody anything.
+
+At most one at a time, while the copy stream has nothing else to do. Free pages are taken for it as they are, others only
+from what is worth less than half; whatever was warmed is idle, so it goes the moment a sequence needs the room and it is
+what is worth least.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from loraplex_engine.eviction_rule import EvictionRule
+from loraplex_engine.residency import Room
+
+if TYPE_CHECKING:
+    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.economy import PageEconomy
+    from loraplex_engine.running_batch import RunningBatch
+    from loraplex_engine.waiting_queue import WaitingQueue
+
+MARGIN_OCTAVES: Final = 1.0
+"""What gives way for a warmed adapter is worth less than half of it, so two of about equal worth do not take turns."""
+
+
+class Warming:
+    """Chooses what to load next for nobody in particular."""
+
+    def __init__(self, *, cache: AdapterCache, economy: PageEconomy, batch: RunningBatch, queue: WaitingQueue) -> None:
+        self._cache = cache
+        self._economy = economy
+        self._batch = batch
+        self._queue = queue
+        self._seen: tuple[int, int, int, int] | None = None
+
+    @property
+    def _signature(self) -> tuple[int, int, int, int]:
+        cache = self._cache
+        return (cache.sequence, cache.warmable_version, self._batch.version, self._queue.version)
+
+    @property
+    def is_settled(self) -> bool:
+        """True if `warm` would do nothing until something happens."""
+        return self._cache.num_loading > 0 or self._seen == self._signature
+
+    def warm(self) -> None:
+        """Start one load if it is worth it; costs nothing while nothing changes."""
+        if self.is_settled:
+            return
+        self._seen = self._signature
+        best = self._cache.most_warmable
+        if best is None or self._queue.is_awaited(best.digest):
+            return
+        if self._economy.num_obtainable - best.num_pages < len(self._batch):
+            return
+        rule = EvictionRule({best.digest}, spares_claimed=True, queue=self._queue)
+        if self._economy.make_room(best.num_pages, rule, up_to=best.worth - MARGIN_OCTAVES) is Room.NOW:
+            self._cache.load(best.digest, _nobody, is_warming=True)
+
+
+def _nobody(_adapter: object) -> bool:
+    """No adapter gives way for a place in the table."""
+    return False
