@@ -52,7 +52,7 @@ class WaitingQueue:
         ttft_slo_s: float | None = None,
         promote_after_s: float = DEFAULT_PROMOTE_AFTER_S,
     ) -> None:
-        self.shares = shares or FairShares()
+        self.shares = FairShares() if shares is None else shares
         self.num_tokens = 0
         self.version = 0
         self._overload_s = OVERLOAD_SHARE * ttft_slo_s if ttft_slo_s and policy is QueuePolicy.NEWEST_FIRST else None
