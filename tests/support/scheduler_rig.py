@@ -127,7 +127,8 @@ class Client:
 class Rig:
     """Drives a `Scheduler` as `EngineLoop` does, but one `turn` at a time and on a clock of its own.
 
-    Admission expects no growth unless told otherwise, so that small pools come under pressure.
+    Admission expects no growth unless told otherwise, so that small pools come under pressure. A step takes ``step_s``
+    and ``token_s`` for each token of a prefill.
     """
 
     def __init__(
@@ -144,9 +145,13 @@ class Rig:
         depth: int = 1,
         loads_at_once: bool = True,
         growth_quantile: float = 0.0,
+        step_s: float = 0.0,
+        token_s: float = 0.0,
         **policy: object,
     ) -> None:
         self.now_s = 100.0
+        self.step_s = step_s
+        self.token_s = token_s
         self.pool = PagePool(num_pages)
         self.arena = HostArena(num_arena_slots, PAGE_BYTES)
         weakref.finalize(self, self.arena.close)
@@ -274,6 +279,7 @@ class Rig:
             self.loads[load.digest] = self.runner.load_adapter(load.index, load.spec, load.pages, source)
         if plan is not None:
             self.steps.append(self.runner.launch(plan))
+            self.now_s += self.step_s + self.token_s * int(plan.num_tokens[plan.num_decode_rows :].sum())
         has_step = bool(self.steps)
         if has_step and (plan is None or len(self.steps) >= self.runner.pipeline_depth):
             self.scheduler.update(self.steps.popleft().wait())

@@ -8,12 +8,18 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from loraplex_common.errors import LoraplexError, RequestTooLargeError
+from loraplex_engine.limits import QueuePolicy
 from loraplex_engine.messages import FinishReason, Priority, ResidencyState
 from support.scheduler_rig import Client, Rig, make_submission, solo
 
 ADAPTER_PAGES = {"a": 1, "b": 2, "c": 3, "d": 1, "huge": 30}
 adapters = st.sampled_from([None, None, None, "a", "a", "b", "b", "c", "d", "huge"])
 rarely = st.sampled_from([False] * 7 + [True])
+# many begin alike, so that blocks are shared
+beginnings = st.sampled_from([[], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8], [9] * 8])
+prompts = st.tuples(beginnings, st.lists(st.integers(0, 49), min_size=1, max_size=6)).map(
+    lambda parts: [*parts[0], *parts[1]]
+)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -28,19 +34,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_resident_adapters=st.integers(1, 4),
         depth=st.sampled_from([1, 2]),
         loads_at_once=st.booleans(),
+        growth_quantile=st.sampled_from([0.0, 0.9, 1.0]),
+        max_running_per_key=st.sampled_from([None, None, 1]),
+        policy=st.sampled_from([QueuePolicy.FCFS, QueuePolicy.FCFS, QueuePolicy.SLO_ABORT, QueuePolicy.NEWEST_FIRST]),
+        enable_prefix_cache=st.sampled_from([True, True, True, False]),
+        step_s=st.sampled_from([0.0, 0.05]),
     )
-    def start(self, max_num_seqs: int, extra_tokens: int, **sizes: int) -> None:
+    def start(self, max_num_seqs: int, extra_tokens: int, policy: QueuePolicy, **sizes: object) -> None:
+        self.slo_s = None if policy is QueuePolicy.FCFS else 15.0
         self.rig = Rig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + extra_tokens,
             max_model_len=32,
+            token_s=0.01,
+            queue_policy=policy,
+            ttft_slo_s=self.slo_s,
             **sizes,  # type: ignore[arg-type]
         )
         self.next_slot = 0
 
     @rule(
         adapter=adapters,
-        prompt=st.lists(st.integers(0, 49), min_size=1, max_size=12),
+        prompt=prompts,
+        key=st.sampled_from(["", "one", "two"]),
+        salt=st.sampled_from(["", "", "salt"]),
         max_new_tokens=st.one_of(st.none(), st.integers(1, 16)),
         ignore_eos=st.booleans(),
         min_new_tokens=st.integers(0, 3),
@@ -49,9 +66,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         seed=st.integers(0, 3),
         limit_s=st.sampled_from([None] * 5 + [0.5, 5.0, 20.0]),
     )
-    def submit(self, limit_s: float | None, adapter: str | None, seed: int, **fields: object) -> None:
+    def submit(
+        self, limit_s: float | None, adapter: str | None, seed: int, key: str, salt: str, **fields: object
+    ) -> None:
         limits = {} if limit_s is None else {"queue_deadline_s": self.rig.now_s + limit_s}
-        submission = make_submission(slot=self.next_slot, adapter=adapter, adapter_scale=1.0 + seed, **limits, **fields)  # type: ignore[arg-type]
+        submission = make_submission(
+            slot=self.next_slot,
+            adapter=adapter,
+            adapter_scale=1.0 + seed // 3,
+            fairness_key=key,
+            cache_salt=salt,
+            **limits,  # type: ignore[arg-type]
+            **fields,  # type: ignore[arg-type]
+        )
         self.rig.submit(submission)
         self.next_slot += 1
 
@@ -136,6 +163,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestSchedulerMachine = SchedulerMachine.TestCase
