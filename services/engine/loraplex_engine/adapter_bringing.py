@@ -81,12 +81,21 @@ class AdapterBringing:
         if digest is None or request.has_claim:
             return True
         is_new = not self._cache.num_claims_of(digest)
-        most = self._batch.state.num_free + CLAIMS_AHEAD
-        if is_new and self._cache.num_claimed >= most and request is not self._reservation.request:
+        if is_new and self._num_ahead >= CLAIMS_AHEAD and request is not self._reservation.request:
             return False
         self._cache.claim(digest)
         request.has_claim = True
         return True
+
+    @property
+    def _num_ahead(self) -> int:
+        """Adapters brought for more requests than there are places.
+
+        While there are places, only loads on their way count: whoever is first in order must be able to start one,
+        however many claims those have that were first before.
+        """
+        num_free = self._batch.state.num_free
+        return self._cache.num_loading - num_free if num_free else self._cache.num_claimed
 
     def bring(self, request: Request, digest: str, now_s: float) -> Outcome:
         """Bring a request's adapter a state nearer to residency, and park the request if that takes time."""

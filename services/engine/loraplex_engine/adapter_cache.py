@@ -20,6 +20,7 @@ from loraplex_engine.adapter_table import TableIndices
 from loraplex_engine.arrival_rates import DEFAULT_HALF_LIFE_S
 from loraplex_engine.messages import ResidencyState, StoreEvent, WantImage
 from loraplex_engine.page_pool import PageOwner, PagePool
+from loraplex_engine.recipes import Recipes
 from loraplex_engine.residency import NEVER, Adapter, AdapterLoad, Room
 from loraplex_engine.warm_order import WarmResult
 
@@ -60,6 +61,7 @@ class AdapterCache(AdapterRegister):
         super().__init__(pool=pool, emit=emit, clock=clock, half_life_s=half_life_s)
         self._arena = arena
         self._indices = TableIndices(max_resident)
+        self._recipes = Recipes()
         self._loads: list[AdapterLoad] = []
         self._generations = itertools.count(1)
         self.max_resident = max_resident
@@ -134,8 +136,8 @@ class AdapterCache(AdapterRegister):
         if adapter.arena_slots or adapter.is_discarded:
             self._arena.free(arena_slots)
             return
-        adapter.spec, adapter.num_pages, adapter.arena_slots = spec, len(arena_slots), arena_slots
-        adapter.last_used_s = self._clock()
+        adapter.spec, adapter.num_pages, adapter.arena_slots = self._recipes.share(spec), len(arena_slots), arena_slots
+        adapter.max_rank, adapter.last_used_s = spec.max_rank, self._clock()
         if adapter.state in (ResidencyState.ABSENT, ResidencyState.WANTED):
             if adapter.wanted_since_s:
                 self.costs.fetched(self._clock() - adapter.wanted_since_s)

@@ -120,7 +120,7 @@ class AdapterRegister:
             num_leases=adapter.num_leases,
             generation=adapter.generation,
             idle_s=max(0.0, self._clock() - adapter.last_used_s) if adapter.num_leases == 0 else 0.0,
-            max_rank=adapter.spec.max_rank if adapter.spec else 0,
+            max_rank=adapter.max_rank,
             sequence=self.sequence,
         )
 
@@ -251,7 +251,7 @@ class AdapterRegister:
                 num_leases=adapter.num_leases,
                 num_pages=adapter.num_pages,
                 is_pinned=adapter.is_pinned,
-                max_rank=adapter.spec.max_rank if adapter.spec else 0,
+                max_rank=adapter.max_rank,
             )
         )
 

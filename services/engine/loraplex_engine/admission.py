@@ -1,8 +1,9 @@
 """Who gets the next place in a batch, and whose adapter is loaded for it.
 
 In the queue's order, passing over those that wait for their adapter or for more room than there is: no misfit blocks the
-others. Who is passed over for lack of pages for longer than a bound *reserves* them: nobody is admitted and no adapter
-loaded until it fits, so the running requests' pages flow to it and it cannot starve.
+others. Who is passed over for lack of pages for longer than a bound, or while nothing runs that could free any, *reserves*
+them: nobody is admitted and no adapter loaded until it fits, so the running requests' pages flow to it and it cannot
+starve.
 
 A request is admitted when its blocks, its adapter and the growth expected of all that run fit (`growth`). Pages come
 from the free list, from cached blocks and from idle adapters (`economy`); a running request is never preempted for a
@@ -161,13 +162,19 @@ class Admission:
                 self._look_again_s = now_s
                 return
             if outcome is Outcome.NO_PAGES:
-                if self._is_overdue(request, now_s):
+                if self._is_overdue(request, now_s) or self._is_idle:
                     self._reservation.request = request
+                    self._serve_reserving(request, now_s)
                     return
                 self._look_again_s = min(self._look_again_s, now_s + self._limits.max_pass_over_s)
             self._queue.set_aside(request)
             if request.has_claim and request.adapter_digest is not None:
                 self._spared.add(request.adapter_digest)
+
+    @property
+    def _is_idle(self) -> bool:
+        """True if nothing under way could ever make room: whoever is first gets all of it, whatever others claim."""
+        return len(self._batch) == 0 and self._cache.num_loading == 0
 
     def _is_overdue(self, request: Request, now_s: float) -> bool:
         if request.misfit_since_s is None:

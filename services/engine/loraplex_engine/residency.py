@@ -91,6 +91,7 @@ class Adapter:
     digest: str
     state: ResidencyState = ResidencyState.ABSENT
     spec: AdapterSpec | None = None
+    max_rank: int = 0
     num_pages: int = 0
     arena_slots: tuple[int, ...] = ()
     pages: NDArray[np.int32] | None = None

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from loraplex_common.errors import DeadlineError, SloUnreachableError
 from loraplex_engine.limits import QueuePolicy
 from loraplex_engine.messages import FinishReason, Priority, ResidencyState, WantImage
+from loraplex_engine.warming import Warming
 from support.scheduler_rig import Client, Rig, make_submission, solo
 
 STEP_S = 0.01
@@ -279,7 +280,7 @@ def test_loads_are_handed_over_the_most_urgent_first() -> None:
     rig = Rig(num_pages=32, max_num_seqs=4)
     for slot, (digest, left_s) in enumerate([("late", 90.0), ("soon", 20.0), ("never", None), ("first", 10.0)]):
         deadline = {} if left_s is None else {"deadline_s": rig.now_s + left_s}
-        rig.submit(make_submission(slot=slot, adapter=digest, **deadline))
+        rig.submit(make_submission(slot=slot, adapter=digest, **deadline))  # type: ignore[arg-type]
         rig.deliver(digest)
 
     rig.scheduler.schedule()
@@ -370,6 +371,41 @@ def test_two_adapters_of_equal_worth_do_not_take_turns_in_one_place() -> None:
 
     again = len([state for digest in "ab" for state in rig.states_of(digest) if state is ResidencyState.LOADING])
     assert again == loads
+
+
+def test_claims_of_requests_further_back_never_keep_places_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order changes with every charge: whoever is first now must get its adapter although others claim theirs."""
+    monkeypatch.setattr(Warming, "warm", lambda _self: None)
+    rig = Rig(
+        num_pages=2000, num_arena_slots=600, max_num_seqs=64, max_num_batched_tokens=256, max_resident_adapters=600
+    )
+    rng = np.random.default_rng(0)
+    for slot in range(500):
+        submission = make_submission(
+            slot=slot,
+            prompt=[slot % 50] * int(rng.integers(1, 60)),
+            adapter=f"adapter-{slot}",
+            fairness_key=str(slot % 64),
+            max_new_tokens=1000,
+        )
+        rig.submit(submission)
+        rig.deliver(f"adapter-{slot}")
+    for _ in range(60):
+        rig.turn(check=False)
+        if len(rig.scheduler.batch) == 64:
+            break
+
+    assert len(rig.scheduler.batch) == 64
+
+
+def test_adapters_of_one_recipe_share_what_is_known_of_their_modules() -> None:
+    rig = Rig(num_pages=32)
+    for digest in "abc":
+        rig.deliver(digest, 1, is_wanted=False)
+    rig.turn()
+    (first, *others) = [adapter.spec.modules for adapter in rig.cache._adapters.values() if adapter.spec]
+
+    assert all(modules is first for modules in others)
 
 
 # --- nobody starves ---

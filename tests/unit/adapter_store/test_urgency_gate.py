@@ -1,0 +1,113 @@
+"""Whoever is needed first gets the next turn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+from loraplex_adapter_store.attach.transfer import Transfer
+from loraplex_adapter_store.attach.urgency import UrgencyGate
+
+
+def make_transfer(digest: str, *, is_wanted: bool = True, time_left_s: float | None = None) -> Transfer:
+    transfer = Transfer(digest, is_wanted=is_wanted, num_ranks=1)
+    transfer.needed_within(time_left_s)
+    return transfer
+
+
+class Bench:
+    """A gate that one transfer holds; the others queue up behind it and note when they got in."""
+
+    def __init__(self) -> None:
+        self.gate = UrgencyGate(1)
+        self.order: list[str] = []
+        self.release = asyncio.Event()
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.cancelled_when_chosen: list[str] = []
+
+    async def hold(self) -> None:
+        entered = asyncio.Event()
+
+        async def first() -> None:
+            async with self.gate.turn(make_transfer("holder")):
+                entered.set()
+                await self.release.wait()
+            for digest in self.cancelled_when_chosen:  # the turn is given away, its new owner has not run yet
+                self.tasks[digest].cancel()
+
+        self.tasks["holder"] = asyncio.create_task(first())
+        await entered.wait()
+
+    async def queue(self, transfer: Transfer) -> None:
+        async def run() -> None:
+            async with self.gate.turn(transfer):
+                self.order.append(transfer.digest)
+
+        self.tasks[transfer.digest] = asyncio.create_task(run())
+        await asyncio.sleep(0)
+
+    async def finish(self) -> list[str]:
+        self.release.set()
+        for task in self.tasks.values():
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        return self.order
+
+
+async def test_wanted_ones_go_before_unsolicited_and_the_earliest_deadline_first() -> None:
+    bench = Bench()
+    await bench.hold()
+    await bench.queue(make_transfer("unsolicited", is_wanted=False))
+    await bench.queue(make_transfer("whenever"))
+    await bench.queue(make_transfer("later", time_left_s=60))
+    await bench.queue(make_transfer("soon", time_left_s=5))
+
+    assert await bench.finish() == ["soon", "later", "whenever", "unsolicited"]
+
+
+async def test_urgency_that_rises_while_waiting_counts() -> None:
+    bench = Bench()
+    prefetched, wanted = make_transfer("prefetched", is_wanted=False), make_transfer("wanted", time_left_s=60)
+    await bench.hold()
+    await bench.queue(wanted)
+    await bench.queue(prefetched)
+    prefetched.is_wanted = True
+    prefetched.needed_within(1)
+
+    assert await bench.finish() == ["prefetched", "wanted"]
+
+
+async def test_equals_keep_their_order() -> None:
+    bench = Bench()
+    await bench.hold()
+    for digest in "abc":
+        await bench.queue(make_transfer(digest))
+
+    assert await bench.finish() == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("when", ["waiting", "chosen"])
+async def test_a_cancelled_waiter_leaves_its_turn_to_the_next(when: str) -> None:
+    bench = Bench()
+    await bench.hold()
+    await bench.queue(make_transfer("cancelled", time_left_s=1))
+    await bench.queue(make_transfer("next"))
+    if when == "chosen":
+        bench.cancelled_when_chosen.append("cancelled")
+    else:
+        bench.tasks["cancelled"].cancel()
+
+    assert await bench.finish() == ["next"]
+    async with asyncio.timeout(5), bench.gate.turn(make_transfer("later")):
+        pass
+
+
+async def test_the_earliest_of_several_deadlines_counts() -> None:
+    transfer = make_transfer("a", time_left_s=60)
+    transfer.needed_within(5)
+    before = transfer.urgency
+    transfer.needed_within(30)
+    transfer.needed_within(None)
+
+    assert transfer.urgency == before
