@@ -6,8 +6,10 @@ import weakref
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+from loraplex_common.adapter_image import AdapterSpec
 from loraplex_common.errors import AdapterNotFoundError, LoraplexError
 from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.adapter_operations import AdapterOperations
@@ -30,9 +32,14 @@ from loraplex_engine.messages import (
 )
 from loraplex_engine.page_pool import PagePool
 from loraplex_engine.scheduler import Scheduler
-from support.fake_runner import FakeAdapter, FakeRunner, FakeStep, draw, fake_image, fake_spec
+from numpy.typing import NDArray
+from support.fake_runner import FakeRunner, draw, fake_image, fake_spec
+
+if TYPE_CHECKING:
+    from loraplex_engine.step import LoadHandle, ModelRunner, StepHandle
 
 PAGE_BYTES = 64
+Images = dict[str, tuple[AdapterSpec, NDArray[np.uint8]]]
 EOS = 7
 
 
@@ -128,7 +135,7 @@ class Rig:
     """Drives a `Scheduler` as `EngineLoop` does, but one `turn` at a time and on a clock of its own.
 
     Admission expects no growth unless told otherwise, so that small pools come under pressure. A step takes ``step_s``
-    and ``token_s`` for each token of a prefill.
+    and ``token_s`` for each token of a prefill. ``runner`` and ``images`` replace the fake ones.
     """
 
     def __init__(
@@ -147,13 +154,17 @@ class Rig:
         growth_quantile: float = 0.0,
         step_s: float = 0.0,
         token_s: float = 0.0,
+        page_bytes: int = PAGE_BYTES,
+        runner: ModelRunner | None = None,
+        images: Images | None = None,
         **policy: object,
     ) -> None:
         self.now_s = 100.0
         self.step_s = step_s
         self.token_s = token_s
         self.pool = PagePool(num_pages)
-        self.arena = HostArena(num_arena_slots, PAGE_BYTES)
+        self.arena = HostArena(num_arena_slots, page_bytes)
+        self._images = images or {}
         weakref.finalize(self, self.arena.close)
         self.store_events: list[StoreEvent] = []
         self.cache = AdapterCache(
@@ -176,20 +187,20 @@ class Rig:
             ),
             pool=self.pool,
             cache=self.cache,
-            page_bytes=PAGE_BYTES,
+            page_bytes=page_bytes,
             clock=self.clock,
         )
         self.grants = ArenaGrants(cache=self.cache, arena=self.arena, queue=self.scheduler.queue)
-        self.runner = FakeRunner(
+        self.runner: FakeRunner = runner or FakeRunner(  # type: ignore[assignment]
             num_pages=num_pages,
-            page_bytes=PAGE_BYTES,
+            page_bytes=page_bytes,
             block_tokens=block_tokens,
             pipeline_depth=depth,
             loads_at_once=loads_at_once,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        self.steps: deque[FakeStep] = deque()
-        self.loads: dict[str, FakeAdapter] = {}
+        self.steps: deque[StepHandle] = deque()
+        self.loads: dict[str, LoadHandle] = {}
         self.clients: dict[tuple[int, int], Client] = {}
         self.all_clients: list[Client] = []
         self.grants_asked: dict[str, Future[tuple[int, ...] | None]] = {}
@@ -255,8 +266,9 @@ class Rig:
         slots = future.result()
         if slots is None:
             return False
-        self.arena.view[list(slots)] = fake_image(digest, num_pages, PAGE_BYTES)
-        self.scheduler.image_arrived(fake_spec(digest), slots)
+        spec, image = self._images.get(digest) or (fake_spec(digest), fake_image(digest, num_pages, PAGE_BYTES))
+        self.arena.view[list(slots)] = image
+        self.scheduler.image_arrived(spec, slots)
         return True
 
     def refuse(self, digest: str, error: LoraplexError | None = None) -> None:

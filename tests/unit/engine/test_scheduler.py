@@ -510,7 +510,7 @@ def test_a_plan_is_never_written_again() -> None:
     rig.submit(make_submission(slot=0))
     rig.submit(make_submission(slot=1))
     rig.turn()
-    plan = rig.steps[0].plan
+    plan = rig.steps[0].plan  # type: ignore[attr-defined]
     copies = {name: np.array(getattr(plan, name)) for name in ("slots", "starts", "block_tables", "token_ids")}
 
     rig.run()
