@@ -285,3 +285,27 @@ async def test_the_engines_metrics_name_its_adapters(tiny_stack: Stack, client: 
     assert metrics["vllm:lora_adapter_load_seconds_count"] >= len(TINY_RECIPES)
     assert metrics["loraplex_engine_leases"] == 0
     assert metrics["loraplex_engine_pool_pages"] == load.pages_total
+
+
+async def test_a_next_turn_is_told_how_much_of_it_was_cached(client: AsyncClient, tiny_stack: Stack) -> None:
+    before = read_metrics(tiny_stack.engines[0])["vllm:prefix_cache_hits_total"]
+    prompt = tuple(range(7, 60))
+
+    async def turn(name: str | None, token_ids: tuple[int, ...], salt: str = "") -> tuple[int, list[int]]:
+        stream = start(client, name, 20, prompt_token_ids=token_ids, cache_salt=salt)
+        events = [event async for event in stream]
+        started = next(event for event in events if isinstance(event, Started))
+        finished = next(event for event in events if isinstance(event, Finished))
+        assert finished.usage.cached_tokens == started.cached_tokens
+        return started.cached_tokens, [
+            token for event in events if isinstance(event, Chunk) for token in event.token_ids
+        ]
+
+    name = next(iter(TINY_RECIPES))
+    cached, answer = await turn(name, prompt)
+    assert cached == 0
+    assert (await turn(name, (*prompt, *answer, 5, 6)))[0] == 64  # 53 + 20 tokens, in full blocks of 16
+    assert (await turn(name, prompt))[0] == 48
+    assert (await turn(None, prompt))[0] == 0
+    assert (await turn(name, prompt, "another"))[0] == 0
+    assert read_metrics(tiny_stack.engines[0])["vllm:prefix_cache_hits_total"] == before + 64 + 48
