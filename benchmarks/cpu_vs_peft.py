@@ -180,7 +180,15 @@ async def run(model_dir: Path) -> list[Rival]:
         config = ServeConfig(
             model=model_dir,
             data_dir=Path(data_dir),
-            engine_args=("--num-threads", "1", "--max-num-seqs", str(NUM_REQUESTS), "--dtype", "float32"),
+            engine_args=(
+                "--num-threads",
+                "1",
+                "--max-num-seqs",
+                str(NUM_REQUESTS),
+                "--dtype",
+                "float32",
+                "--no-prefix-cache",
+            ),
             log_level="warning",
             **free,  # type: ignore[arg-type]
         )

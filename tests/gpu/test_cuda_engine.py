@@ -15,6 +15,7 @@ from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterIncompatibleError, SaturatedError
 from loraplex_engine.cuda import runner as runner_module
 from loraplex_engine.engine import EngineParams
+from loraplex_engine.limits import SchedulingPolicy
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_kernels.tables import MAX_STACKED_RANK
 from support.adapters import Recipe
@@ -98,6 +99,35 @@ def test_an_engine_with_more_adapters_than_its_pool_holds_answers_as_the_cpu_doe
 
     print(counters)
     assert found == expected
+
+
+def test_shared_prefixes_give_the_tokens_of_an_engine_that_shares_nothing(tmp_path: Path) -> None:
+    model_dir = write_base_model(tmp_path / "base", BASES["gqa"])
+    recipe, digest = Recipe(rank=8, seed=1, strength=0.4), "a" * 64
+    beginning = [(7 * index) % 300 + 4 for index in range(64)]
+    prompts = [beginning, beginning, [*beginning, 5, 6, 7], beginning[:40], [*beginning[:32], 9, 9]]
+    jobs = [(prompt, adapter) for adapter in (None, digest) for prompt in prompts]
+
+    def answers(harness: EngineHarness) -> tuple[list[list[int]], list[int]]:
+        harness.add_adapter(*recipe_adapter(load_base_model(model_dir), recipe, digest))
+        tokens, cached = [], []
+        for prompt, adapter in jobs:
+            (generation,) = harness.wait([harness.submit(prompt, adapter=adapter, max_new_tokens=20)])
+            assert generation.start is not None
+            tokens.append(generation.tokens)
+            cached.append(generation.start.cached_tokens)
+        harness.check_idle()
+        return tokens, cached
+
+    with cuda_engine(model_dir, "float32", num_pages=200) as harness:
+        found, cached = answers(harness)
+    with torch_engine(model_dir, max_model_len=128, policy=SchedulingPolicy(enable_prefix_cache=False)) as harness:
+        expected, nothing = answers(harness)
+
+    assert found == expected
+    assert sum(nothing) == 0
+    assert cached[0] == cached[len(prompts)] == 0  # an adapter finds nothing of the base's
+    assert all(count > 0 for count in (*cached[1 : len(prompts)], *cached[len(prompts) + 1 :]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 from loraplex_engine.engine import Engine, EngineParams
+from loraplex_engine.limits import SchedulingPolicy
 from loraplex_engine.messages import ImageArrived, ResidencyState
 from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+COMPARABLE: Final = SchedulingPolicy(enable_prefix_cache=False, enable_warming=False)
+"""As the baselines were measured: no prefix cache, and no adapter on the device before the clock starts."""
 VALUE_STD: Final = 0.02  # of adapter weights, as the baselines'
 ANSWER_S: Final = 120.0
 OS_PAGE: Final = 4096
@@ -68,6 +71,7 @@ class EngineSetup:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_resident_adapters=self.max_resident_adapters,
+            policy=COMPARABLE,
         )
 
     @property

@@ -97,6 +97,7 @@ def scheduling_policy(config: EngineConfig) -> SchedulingPolicy:
     """Return how requests and pages are chosen."""
     return SchedulingPolicy(
         enable_prefix_cache=config.prefix_cache,
+        enable_warming=config.warm_adapters,
         half_life_s=config.half_life_s,
         growth_quantile=config.growth_quantile,
         queue_policy=QueuePolicy(config.queue_policy),

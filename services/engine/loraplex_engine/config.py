@@ -51,6 +51,7 @@ class EngineConfig:
         outbox_max_bytes: Unread output of one session at which it is aborted.
         outbox_max_age_s: Age of unread output at which its session is aborted.
         prefix_cache: Whether requests share computed blocks of equal adapter, tokens and salt.
+        warm_adapters: Whether likely adapters are loaded before anybody asks, into room that nobody needs.
         half_life_s: After which a use of a prefix or an adapter counts half in the worth of its pages.
         growth_quantile: Of recent output lengths: the growth that admission reckons with; 0 reckons with none.
         queue_policy: Who goes first and who is ended early; see docs/scheduling.md.
@@ -88,6 +89,7 @@ class EngineConfig:
     outbox_max_bytes: int = size(8 * MIB, help="unread output of a session at which it is aborted")
     outbox_max_age_s: float = setting(5.0, help="age of unread output at which its session is aborted")
     prefix_cache: bool = setting(True, help="share computed blocks among requests")
+    warm_adapters: bool = setting(True, help="load likely adapters before anybody asks, into idle room")
     half_life_s: float = setting(60.0, help="after which a use of a prefix or an adapter counts half")
     growth_quantile: float = setting(0.9, help="of recent output lengths that admission reckons with, 0 to 1")
     queue_policy: QueuePolicyName = setting("fcfs", help="fcfs, slo-abort or newest-first")

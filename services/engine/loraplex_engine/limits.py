@@ -25,6 +25,7 @@ class SchedulingPolicy:
 
     Attributes:
         enable_prefix_cache: Whether requests share blocks.
+        enable_warming: Whether likely adapters are loaded before anybody asks, into room that nobody needs.
         half_life_s: After which a use of a prefix or an adapter counts half in its worth.
         growth_quantile: Of recent output lengths: how far running requests are expected to grow when another is admitted;
             0 expects nothing, 1 all they may draw.
@@ -35,6 +36,7 @@ class SchedulingPolicy:
     """
 
     enable_prefix_cache: bool = True
+    enable_warming: bool = True
     half_life_s: float = 60.0
     growth_quantile: float = 0.9
     queue_policy: QueuePolicy = QueuePolicy.FCFS

@@ -106,7 +106,7 @@ def build_parts(
         book=book,
     )
     growth = DecodeGrowth(batch=batch, pool=pool, cache=cache, economy=economy, admission=admission, book=book)
-    warming = Warming(cache=cache, economy=economy, batch=batch, queue=queue)
+    warming = Warming(cache=cache, economy=economy, batch=batch, queue=queue, is_enabled=policy.enable_warming)
     return SchedulerParts(
         counters=counters,
         costs=costs,

@@ -23,13 +23,26 @@ MARGIN_OCTAVES: Final = 1.0
 
 
 class Warming:
-    """Chooses what to load next for nobody in particular."""
+    """Chooses what to load next for nobody in particular.
 
-    def __init__(self, *, cache: AdapterCache, economy: PageEconomy, batch: RunningBatch, queue: WaitingQueue) -> None:
+    Args:
+        is_enabled: False loads nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: AdapterCache,
+        economy: PageEconomy,
+        batch: RunningBatch,
+        queue: WaitingQueue,
+        is_enabled: bool,
+    ) -> None:
         self._cache = cache
         self._economy = economy
         self._batch = batch
         self._queue = queue
+        self._is_enabled = is_enabled
         self._seen: tuple[int, int, int, int] | None = None
 
     @property
@@ -40,7 +53,7 @@ class Warming:
     @property
     def is_settled(self) -> bool:
         """True if `warm` would do nothing until something happens."""
-        return self._cache.num_loading > 0 or self._seen == self._signature
+        return not self._is_enabled or self._cache.num_loading > 0 or self._seen == self._signature
 
     def warm(self) -> None:
         """Start one load if it is worth it; costs nothing while nothing changes."""

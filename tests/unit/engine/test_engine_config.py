@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 from loraplex_common import settings
+from loraplex_engine.building import scheduling_policy
 from loraplex_engine.config import ConfigError, EngineConfig
+from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
 
 
 def load(*argv: str, environ: dict[str, str] | None = None) -> EngineConfig:
@@ -50,11 +52,34 @@ def test_loopback_is_the_default() -> None:
         ({"port": 65536}, "--port"),
         ({"drain_grace_s": -1.0}, "--drain-grace-s"),
         ({"load_report_s": 0.0}, "--load-report-s"),
+        ({"half_life_s": 0.0}, "--half-life-s"),
+        ({"promote_after_s": 0.0}, "--promote-after-s"),
+        ({"growth_quantile": 1.5}, "--growth-quantile"),
+        ({"max_running_per_key": 0}, "--max-running-per-key"),
+        ({"ttft_slo_s": 0.0}, "--ttft-slo-s"),
+        ({"queue_policy": "lottery"}, "--queue-policy"),
+        ({"queue_policy": "newest-first"}, "needs --ttft-slo-s"),
     ],
 )
-def test_a_setting_that_cannot_work_is_refused_by_the_name_of_its_flag(setting: dict[str, int], flag: str) -> None:
+def test_a_setting_that_cannot_work_is_refused_by_the_name_of_its_flag(setting: dict[str, object], flag: str) -> None:
     with pytest.raises(ConfigError, match=flag):
         EngineConfig(model=Path("/models/base"), **setting)  # type: ignore[arg-type]
+
+
+def test_the_policy_flags_become_the_schedulers_policy() -> None:
+    flags = ("--queue-policy", "slo-abort", "--ttft-slo-s", "2.5", "--max-running-per-key", "3", "--half-life-s", "30")
+
+    policy = scheduling_policy(load(*flags, "--no-prefix-cache", "--no-warm-adapters", "--growth-quantile", "0.5"))
+
+    assert policy == SchedulingPolicy(
+        enable_prefix_cache=False,
+        enable_warming=False,
+        half_life_s=30.0,
+        growth_quantile=0.5,
+        queue_policy=QueuePolicy.SLO_ABORT,
+        ttft_slo_s=2.5,
+        max_running_per_key=3,
+    )
 
 
 def test_the_redis_url_is_never_printed() -> None:
