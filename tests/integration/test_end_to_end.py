@@ -204,18 +204,18 @@ async def test_the_openai_client_streams_from_an_adapter(tiny_stack: Stack, clie
     assert chat.usage.completion_tokens <= 4
 
 
-async def test_a_prefetched_adapter_is_in_the_arena_before_anybody_asks(
+async def test_a_prefetched_adapter_is_warm_before_anybody_asks(
     tiny_stack: Stack, client: AsyncClient, engine: engine_pb2_grpc.EngineServiceAsyncStub
 ) -> None:
     name, revision = await import_new(tiny_stack, client, Recipe(seed=104))
 
     await client.adapters.prefetch(name)
 
-    async def has_arrived() -> bool:
-        return revision in await resident(engine)
+    async def is_on_device() -> bool:
+        held = (await resident(engine)).get(revision)
+        return held is not None and held.state == engine_pb2.ResidentAdapter.STATE_RESIDENT
 
-    await eventually(has_arrived)
-    assert (await resident(engine))[revision].state == engine_pb2.ResidentAdapter.STATE_IN_ARENA
+    await eventually(is_on_device)  # by way of the arena: there is room to spare
 
 
 async def test_an_adapter_can_be_pinned_unpinned_and_evicted_by_generation(
