@@ -6,6 +6,10 @@ import asyncio
 import contextlib
 
 import pytest
+from google.protobuf import duration_pb2
+from loraplex.v1 import adapter_store_pb2
+from loraplex_adapter_store import wire
+from loraplex_adapter_store.attach.messages import Want
 from loraplex_adapter_store.attach.transfer import Transfer
 from loraplex_adapter_store.attach.urgency import UrgencyGate
 
@@ -111,3 +115,14 @@ async def test_the_earliest_of_several_deadlines_counts() -> None:
     transfer.needed_within(None)
 
     assert transfer.urgency == before
+
+
+def test_a_wants_time_left_arrives_as_seconds_and_its_absence_as_none() -> None:
+    request = adapter_store_pb2.AttachEngineRequest
+    left = duration_pb2.Duration(seconds=2, nanos=500_000_000)
+
+    hurried = wire.from_engine(request(want=request.Want(digest="ab" * 32, time_left=left)))
+    patient = wire.from_engine(request(want=request.Want(digest="ab" * 32)))
+
+    assert hurried == Want("ab" * 32, 2.5)
+    assert patient == Want("ab" * 32, None)
