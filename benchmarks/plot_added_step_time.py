@@ -1,7 +1,7 @@
 """Draws what LoRA adds to a Llama-2-7B decode step against the batch size: ours, the floor, the peers. Writes an SVG.
 
     python benchmarks/plot_added_step_time.py benchmarks/results/layers-*.json --popularity distinct \
-        --out docs/images/added-step-time.svg
+        --out docs/img/added-step-time.svg
 
 Ours are the ``added`` rows of `benchmarks/layers.py` (the last file named that has them), the rest is baselines/layers.csv.
 """
