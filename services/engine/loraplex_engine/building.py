@@ -13,7 +13,7 @@ from loraplex_engine.engine import EngineParams
 from loraplex_engine.generation_config import read_eos_token_ids
 from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
 from loraplex_engine.model.weights import WeightReader
-from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
 from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from loraplex_engine.step import ModelRunner
 
 CPU_POOL_BYTES: Final = 1024 * MIB
-GPU_POOL_SHARE: Final = 0.85
-"""Of the memory that the weights leave; the rest is for activations, graphs and the allocator."""
 MIN_POOL_PAGES: Final = 2  # one for an adapter, one for a sequence
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from loraplex_common.base_model import BaseModelInfo
 
 TARGET_PAGE_BYTES: Final = 2 * 1024 * 1024
+GPU_POOL_SHARE: Final = 0.85
+"""Of the memory that the weights leave; the rest is for activations, graphs and the allocator."""
 BLOCK_TOKENS: Final = (1, 2, 4, 8, 16)
 
 

@@ -1,0 +1,108 @@
+"""Devices that can be simulated, and where their rates come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+from loraplex_engine.pool_geometry import GPU_POOL_SHARE
+from loraplex_engine.simulation.calibration import Prior
+from loraplex_engine.simulation.copies import PINNED_COPY, Link
+from loraplex_engine.simulation.shapes import ModelShape, ShapeError
+from loraplex_engine.simulation.step_cost import StepRates
+
+GIB: Final = 2**30
+_BYTES: Final = ("weight_byte_s", "kv_byte_s", "activation_byte_s", "adapter_byte_s", "lora_byte_s")
+_OPERATIONS: Final = ("flop_s", "pair_flop_s")
+
+H100_PRIORS: Final = {
+    "layer_s": Prior(45e-6, 1.0),
+    "weight_byte_s": Prior(1 / 2.998e12, 0.03),  # a copy's rate, measured alone
+    "flop_s": Prior(1 / 752e12, 0.03),  # cuBLAS in a prefill step's profile
+    "kv_byte_s": Prior(1 / 2.998e12, 0.1),
+    "pair_flop_s": Prior(1 / 150e12, 0.3),  # 111..227 TFLOP/s, by length
+    "activation_byte_s": Prior(1 / 2.998e12, 0.5),
+    "row_s": Prior(4e-6, 1.0),
+    "lora_op_s": Prior(8e-6, 1.0),
+    "adapter_byte_s": Prior(1 / 2e12, 0.5),
+    "lora_byte_s": Prior(1 / 1.6e12, 0.5),
+}
+"""What is known of one H100 80GB HBM3 before whole steps are looked at."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One GPU.
+
+    Attributes:
+        source: Where the rates come from.
+        is_measured: False if they are scaled from another device's by data sheets.
+    """
+
+    name: str
+    memory_bytes: int
+    rates: StepRates
+    copy: Link
+    source: str
+    is_measured: bool
+
+    def pool_bytes(self, shape: ModelShape) -> int:
+        """Return the page pool that the engine would allocate by itself.
+
+        Raises:
+            ShapeError: If the weights leave no room.
+        """
+        weights = shape.weight_bytes + shape.head_weights * shape.item_bytes  # the embedding too
+        left = int((self.memory_bytes - weights) * GPU_POOL_SHARE)
+        if left < 2 * shape.pool.page_bytes:
+            raise ShapeError(
+                f"{shape.info.name} takes {weights / GIB:.1f} GiB of weights, a {self.name} has "
+                f"{self.memory_bytes / GIB:.0f} GiB; several GPUs per engine are not simulated"
+            )
+        return left
+
+
+def _scaled(name: str, memory_gib: float, *, bandwidth: float, operations: float, copy: float) -> Device:
+    """Return a device whose rates are the H100's times the ratios of their data sheets."""
+    factors = {field.name: 1.0 for field in fields(StepRates)}
+    factors |= dict.fromkeys(_BYTES, 1 / bandwidth) | dict.fromkeys(_OPERATIONS, 1 / operations)
+    rates = {field: getattr(H100.rates, field) * factor for field, factor in factors.items()}
+    return Device(
+        name=name,
+        memory_bytes=int(memory_gib * GIB),
+        rates=StepRates(**rates),
+        copy=Link(bytes_per_s=PINNED_COPY.bytes_per_s * copy, latency_s=PINNED_COPY.latency_s),
+        source="scaled from the H100 by the ratios of the data sheets",
+        is_measured=False,
+    )
+
+
+H100: Final = Device(
+    name="h100",
+    memory_bytes=int(79.1 * GIB),
+    rates=StepRates(
+        layer_s=4.486e-05,
+        weight_byte_s=3.319e-13,
+        flop_s=1.361e-15,
+        kv_byte_s=3.275e-13,
+        pair_flop_s=6.996e-15,
+        activation_byte_s=5.249e-13,
+        row_s=3.56e-06,
+        lora_op_s=8.31e-06,
+        adapter_byte_s=5.292e-13,
+        lora_byte_s=5.313e-13,
+    ),
+    copy=PINNED_COPY,
+    source="benchmarks/results/engine-20261122-031522.json, Llama-2-7B, one H100 80GB HBM3",
+    is_measured=True,
+)
+DEVICES: Final = {
+    device.name: device
+    for device in (
+        H100,
+        _scaled("h200", 140.0, bandwidth=4.8 / 3.35, operations=1.0, copy=1.0),
+        _scaled("a100", 79.1, bandwidth=2.039 / 3.35, operations=312 / 989, copy=0.45),
+        _scaled("l40s", 44.5, bandwidth=0.864 / 3.35, operations=362 / 989, copy=0.45),
+        _scaled("a10g", 22.0, bandwidth=0.6 / 3.35, operations=70 / 989, copy=0.45),
+    )
+}

@@ -1,0 +1,165 @@
+"""The JSON that asks for a simulation and the JSON that answers, version 1 (docs/adr/0016-simulator.md)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from loraplex_engine.simulation.adapters import Adapters
+from loraplex_engine.simulation.devices import DEVICES, GIB, Device
+from loraplex_engine.simulation.engine import EngineSetup
+from loraplex_engine.simulation.fleet import Fleet, Routing
+from loraplex_engine.simulation.measured import TARGETS
+from loraplex_engine.simulation.outcomes import summarize
+from loraplex_engine.simulation.shapes import ModelShape, ShapeError, base_model, base_model_from_config
+from loraplex_engine.simulation.step_cost import StepCost
+from loraplex_engine.simulation.trace import TraceArrays, TraceError, load_trace
+
+MAX_ENGINES: Final = 1024
+
+
+class QuestionError(ValueError):
+    """The question cannot be understood; the message names the field."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What is asked: how a fleet would serve a trace.
+
+    Attributes:
+        model: Name of a known model, or any name with ``config``.
+        config: The model's ``config.json``; empty for a known model.
+        gpu: Name of a device.
+        trace: Path of an ``.npz`` with the columns of `SavedTrace`.
+        num_adapters: Adapters that the trace may name.
+        ranks: Adapter i has rank ``ranks[i % len(ranks)]``.
+        targets: ``qkvo`` or ``all``.
+        num_engines: Engines, one GPU each.
+        routing: ``affinity`` or ``random``.
+        slo_ttft_s: Objective for the first token.
+        slo_tpot_s: Objective for the mean time of a request's other tokens; None for none.
+        arena_bytes: Host memory for adapter images, per engine.
+        pool_bytes: Page pool per engine; None for what the engine takes by itself.
+        max_num_seqs: Most sequences of a step; ``max_num_batched_tokens`` most tokens.
+    """
+
+    model: str
+    gpu: str
+    trace: str
+    num_adapters: int
+    ranks: tuple[int, ...]
+    config: dict[str, Any]
+    targets: str = "all"
+    num_engines: int = 1
+    routing: str = "affinity"
+    slo_ttft_s: float = 6.0
+    slo_tpot_s: float | None = None
+    arena_bytes: int = 64 * GIB
+    pool_bytes: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.gpu not in DEVICES:
+            raise QuestionError(f"gpu {self.gpu!r} is not one of {', '.join(DEVICES)}")
+        if self.targets not in TARGETS:
+            raise QuestionError(f"targets {self.targets!r} is not one of {', '.join(TARGETS)}")
+        if self.routing not in {routing.value for routing in Routing}:
+            raise QuestionError(f"routing {self.routing!r} is not one of {', '.join(r.value for r in Routing)}")
+        if not 1 <= self.num_engines <= MAX_ENGINES:
+            raise QuestionError(f"num_engines {self.num_engines} is not in 1..{MAX_ENGINES}")
+        if self.num_adapters < 0 or (self.num_adapters and not self.ranks) or any(rank < 1 for rank in self.ranks):
+            raise QuestionError(f"{self.num_adapters} adapters of ranks {list(self.ranks)} cannot be served")
+        if not self.slo_ttft_s > 0 or (self.slo_tpot_s is not None and not self.slo_tpot_s > 0):
+            raise QuestionError("objectives must be above 0 seconds")
+
+
+def read_question(document: Any) -> Question:
+    """Return the question that a JSON document asks.
+
+    Raises:
+        QuestionError: If a field is missing, unknown or wrong.
+    """
+    if not isinstance(document, dict):
+        raise QuestionError("the question is no JSON object")
+    known = {field.name for field in fields(Question)}
+    if unknown := sorted(set(document) - known):
+        raise QuestionError(f"unknown fields: {', '.join(unknown)}")
+    try:
+        given = {"config": {}, **document}
+        return Question(**{**given, "ranks": tuple(int(rank) for rank in given.get("ranks", ()))})
+    except TypeError as error:
+        raise QuestionError(str(error)) from error
+
+
+def answer(question: Question) -> dict[str, Any]:
+    """Simulate and return the figures.
+
+    Raises:
+        ShapeError: If the model does not fit, or an adapter cannot be laid out.
+        TraceError: If the trace cannot be read or names more adapters than there are.
+    """
+    device = DEVICES[question.gpu]
+    shape = ModelShape(
+        base_model_from_config(question.model, question.config) if question.config else base_model(question.model)
+    )
+    adapters = Adapters(shape, question.num_adapters, question.ranks, TARGETS[question.targets])
+    trace = load_trace(Path(question.trace))
+    if int(trace.adapter.max()) >= len(adapters):
+        raise TraceError(f"the trace names adapter {int(trace.adapter.max())}, there are {len(adapters)}")
+    setup = _setup(question, device, shape, trace, adapters)
+    began_s = time.perf_counter()
+    fleet = Fleet(setup, adapters, trace, num_engines=question.num_engines, routing=Routing(question.routing))
+    outcomes = fleet.run()
+    summary = summarize(trace, outcomes, slo_ttft_s=question.slo_ttft_s, slo_tpot_s=question.slo_tpot_s)
+    return {
+        "summary": asdict(summary),
+        "engines": [
+            {
+                "busy_share": engine.device_s / summary.wall_s if summary.wall_s else 0.0,
+                "copy_share": engine.copies.busy_s / summary.wall_s if summary.wall_s else 0.0,
+                "num_steps": engine.scheduler.counters.num_steps,
+                "num_preemptions": engine.scheduler.counters.num_preemptions,
+            }
+            for engine in fleet.engines
+        ],
+        "sizes": _sizes(setup, adapters),
+        "device": {"name": device.name, "is_measured": device.is_measured, "source": device.source},
+        "took_s": time.perf_counter() - began_s,
+    }
+
+
+def _setup(
+    question: Question, device: Device, shape: ModelShape, trace: TraceArrays, adapters: Adapters
+) -> EngineSetup:
+    setup = EngineSetup(
+        cost=StepCost(shape, device.rates),
+        pool_bytes=question.pool_bytes or device.pool_bytes(shape),
+        arena_bytes=question.arena_bytes,
+        copy=device.copy,
+        max_model_len=int((trace.prompt_tokens + trace.output_tokens).max()) + 1,
+        max_num_seqs=question.max_num_seqs,
+        max_num_batched_tokens=question.max_num_batched_tokens,
+    )
+    largest = int(adapters.num_pages.max(initial=0))
+    for what, room in (("pool", setup.num_pages), ("arena", setup.num_arena_slots)):
+        if largest > room:
+            raise ShapeError(f"the largest adapter takes {largest} pages, the {what} has {room}")
+    return setup
+
+
+def _sizes(setup: EngineSetup, adapters: Adapters) -> dict[str, float]:
+    """Return what fits where, for people."""
+    mean_pages = float(np.mean(adapters.num_pages)) if len(adapters) else 0.0
+    return {
+        "page_bytes": setup.cost.shape.pool.page_bytes,
+        "pool_pages": setup.num_pages,
+        "pool_kv_tokens": setup.num_pages * setup.cost.shape.pool.block_tokens,
+        "adapter_pages_mean": mean_pages,
+        "arena_adapters": setup.num_arena_slots / mean_pages if mean_pages else 0.0,
+        "pool_adapters": setup.num_pages / mean_pages if mean_pages else 0.0,
+    }

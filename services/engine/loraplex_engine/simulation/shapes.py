@@ -1,0 +1,196 @@
+"""Sizes of base models and adapters: what a step's time depends on besides its batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+from loraplex_common.adapter_image import ITEM_BYTES, OPS, PROJECTIONS, ImageError, layout
+from loraplex_common.base_model import BaseModelInfo
+
+from loraplex_engine.pool_geometry import PoolGeometry, choose_pool_geometry
+
+ATTENTION_TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_TARGETS: Final = PROJECTIONS
+
+# name -> layers, hidden, intermediate, heads, KV heads, head size, vocabulary; from the models' config.json
+_KNOWN: Final = {
+    "llama2-7b": (32, 4096, 11008, 32, 32, 128, 32000),
+    "llama2-13b": (40, 5120, 13824, 40, 40, 128, 32000),
+    "llama3-8b": (32, 4096, 14336, 32, 8, 128, 128256),
+    "llama3-70b": (80, 8192, 28672, 64, 8, 128, 128256),
+    "mistral-7b": (32, 4096, 14336, 32, 8, 128, 32000),
+    "qwen2.5-7b": (28, 3584, 18944, 28, 4, 128, 152064),
+    "qwen3-8b": (36, 4096, 12288, 32, 8, 128, 151936),
+}
+KNOWN_SHAPES: Final = tuple(_KNOWN)
+
+
+class ShapeError(ValueError):
+    """A model or adapter is not one that can be simulated; the message says what would be."""
+
+
+def base_model(name: str) -> BaseModelInfo:
+    """Return a well-known model's sizes.
+
+    Raises:
+        ShapeError: If the name is unknown.
+    """
+    if name not in _KNOWN:
+        raise ShapeError(f"model {name!r} is not one of {', '.join(_KNOWN)}; give its config.json instead")
+    layers, hidden, intermediate, heads, kv_heads, head_dim, vocab = _KNOWN[name]
+    return _info(name, layers, hidden, intermediate, heads, kv_heads, head_dim, vocab)
+
+
+def base_model_from_config(name: str, config: dict[str, Any]) -> BaseModelInfo:
+    """Return the sizes that a Hugging Face ``config.json`` states.
+
+    Raises:
+        ShapeError: If one is missing or no number.
+    """
+    try:
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        return _info(
+            name,
+            int(config["num_hidden_layers"]),
+            hidden,
+            int(config["intermediate_size"]),
+            heads,
+            int(config.get("num_key_value_heads") or heads),
+            int(config.get("head_dim") or hidden // heads),
+            int(config["vocab_size"]),
+        )
+    except KeyError as error:
+        raise ShapeError(f"{name}: {error.args[0]} is missing in config.json") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ShapeError(f"{name}: config.json: {error}") from error
+
+
+def _info(
+    name: str, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, vocab: int
+) -> BaseModelInfo:
+    return BaseModelInfo(
+        name=name,
+        fingerprint="0" * 64,
+        aliases=(),
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        max_position_embeddings=131072,
+        config={},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSize:
+    """What one adapter costs.
+
+    Attributes:
+        num_pages: Pages of its image.
+        weight_bytes: Bytes of A and B that a step with it reads.
+        traffic_bytes: Bytes of activations that its products read and write per token.
+        num_ops: Fused projections of a layer that it adapts.
+    """
+
+    rank: int
+    num_pages: int
+    weight_bytes: int
+    traffic_bytes: int
+    num_ops: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A base model as the device sees it.
+
+    Attributes:
+        info: Its sizes.
+        dtype: Of weights, KV and adapters: ``bfloat16`` or ``float32``.
+        num_block_tokens: Tokens of a KV page; None for what the engine picks.
+    """
+
+    info: BaseModelInfo
+    dtype: str = "bfloat16"
+    num_block_tokens: int | None = None
+
+    @cached_property
+    def pool(self) -> PoolGeometry:
+        """Geometry of the pool's pages."""
+        chosen = choose_pool_geometry(self.info, dtype=self.dtype)
+        if self.num_block_tokens is None:
+            return chosen
+        return PoolGeometry(
+            dtype=self.dtype,
+            num_layers=chosen.num_layers,
+            num_kv_heads=chosen.num_kv_heads,
+            head_dim=chosen.head_dim,
+            block_tokens=self.num_block_tokens,
+        )
+
+    @cached_property
+    def item_bytes(self) -> int:
+        """Bytes of one weight."""
+        return ITEM_BYTES[self.dtype]
+
+    @cached_property
+    def layer_weights(self) -> int:
+        """Weights of all layers: each token multiplies with each once."""
+        info = self.info
+        query, key_value = info.num_heads * info.head_dim, info.num_kv_heads * info.head_dim
+        per_layer = info.hidden_size * (2 * query + 2 * key_value + 3 * info.intermediate_size)
+        return info.num_layers * per_layer
+
+    @cached_property
+    def head_weights(self) -> int:
+        """Weights of the output head: each sampled row multiplies with each once."""
+        return self.info.vocab_size * self.info.hidden_size
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes that every step reads, whatever its batch."""
+        return (self.layer_weights + self.head_weights) * self.item_bytes
+
+    @cached_property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token."""
+        return 2 * self.info.num_layers * self.info.num_kv_heads * self.info.head_dim * self.item_bytes
+
+    @cached_property
+    def activation_bytes_per_token(self) -> int:
+        """Bytes that the pointwise kernels between the products read and write per token."""
+        info = self.info
+        query, key_value = info.num_heads * info.head_dim, info.num_kv_heads * info.head_dim
+        norms = 2 * 4 * info.hidden_size  # residual in and out, x in and out, twice
+        rope = 2 * (query + 2 * key_value)
+        silu = 3 * info.intermediate_size
+        return info.num_layers * (norms + rope + silu) * self.item_bytes
+
+    @cached_property
+    def attention_flops_per_pair(self) -> int:
+        """Floating-point operations of one query with one key, over all layers and heads."""
+        return 4 * self.info.num_layers * self.info.num_heads * self.info.head_dim
+
+    def adapter(self, rank: int, targets: tuple[str, ...] = ATTENTION_TARGETS) -> AdapterSize:
+        """Return the size of an adapter of one rank on ``targets`` of all layers.
+
+        Raises:
+            ShapeError: If it cannot be laid out.
+        """
+        geometry = self.info.geometry(dtype=self.dtype, page_bytes=self.pool.page_bytes)
+        ranks = tuple((layer, target, rank) for layer in range(self.info.num_layers) for target in targets)
+        try:
+            num_pages = layout(geometry, ranks).num_pages
+        except ImageError as error:
+            raise ShapeError(f"an adapter of rank {rank}: {error}") from error
+        shapes = [geometry.projection_shape(target) for target in targets]
+        widths = sum(inputs + outputs for inputs, outputs in shapes)
+        traffic = sum(inputs + 2 * outputs for inputs, outputs in shapes)
+        layers, item = self.info.num_layers, self.item_bytes
+        num_ops = sum(not set(slices).isdisjoint(targets) for slices in OPS.values())
+        return AdapterSize(rank, num_pages, layers * rank * widths * item, layers * traffic * item, num_ops)

@@ -1,0 +1,158 @@
+"""How long a step takes: a sum of its bytes and operations, each over a measured rate.
+
+The terms are those of a roofline: products are bound by the weights' bytes or by operations, whichever takes longer;
+attention of decode rows by the bytes of their KV; LoRA by the bytes of the distinct adapters. `calibration` fits the
+rates to measured steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loraplex_engine.simulation.shapes import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepLoad:
+    """What one step computes.
+
+    Attributes:
+        num_tokens: Tokens of all rows.
+        num_sampled: Rows whose logits are computed.
+        kv_tokens: Context tokens that decode rows read, over all of them.
+        attention_pairs: Query-key pairs of prefill chunks.
+        adapter_bytes: Weights of the distinct adapters in the batch.
+        lora_bytes: Activations that LoRA reads and writes, over all tokens with an adapter.
+        lora_ops: Fused projections of a layer that any adapter of the step has: 2 for q, k, v and o, 4 for all.
+        num_decode_rows: Rows whose context is one longer in the next step.
+    """
+
+    num_tokens: int
+    num_sampled: int
+    kv_tokens: int
+    attention_pairs: int
+    adapter_bytes: int
+    lora_bytes: int
+    lora_ops: int
+    num_decode_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRates:
+    """Seconds per unit of each term.
+
+    Attributes:
+        layer_s: Fixed, per layer: launches and what does not overlap.
+        weight_byte_s: Reading base weights.
+        flop_s: Products, when bound by operations.
+        kv_byte_s: Reading KV in decode attention.
+        pair_flop_s: Prefill attention's operations.
+        activation_byte_s: Pointwise kernels.
+        row_s: Per row: sampling and bookkeeping.
+        lora_op_s: Fixed, per fused projection that any adapter of the step has, over all layers.
+        adapter_byte_s: Reading adapters.
+        lora_byte_s: LoRA's reads and writes of activations.
+    """
+
+    layer_s: float
+    weight_byte_s: float
+    flop_s: float
+    kv_byte_s: float
+    pair_flop_s: float
+    activation_byte_s: float
+    row_s: float
+    lora_op_s: float
+    adapter_byte_s: float
+    lora_byte_s: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{field.name} is {value}; a time per unit is finite and not negative")
+
+
+class StepCost:
+    """Seconds of steps of one model on one device."""
+
+    def __init__(self, shape: ModelShape, rates: StepRates) -> None:
+        self.shape = shape
+        self.rates = rates
+        self._weights_s = shape.weight_bytes * rates.weight_byte_s
+        self._layers_s = shape.info.num_layers * rates.layer_s
+        self._token_flops_s = 2 * shape.layer_weights * rates.flop_s
+        self._head_flops_s = 2 * shape.head_weights * rates.flop_s
+        self._kv_token_s = shape.kv_bytes_per_token * rates.kv_byte_s
+        self._pair_s = shape.attention_flops_per_pair * rates.pair_flop_s
+        self._token_s = shape.activation_bytes_per_token * rates.activation_byte_s
+        self._lora_op_s = shape.info.num_layers * rates.lora_op_s
+
+    def seconds(self, load: StepLoad) -> float:
+        """Return the duration of one step."""
+        products_s = load.num_tokens * self._token_flops_s + load.num_sampled * self._head_flops_s
+        lora_s = 0.0
+        if load.adapter_bytes:
+            rates = self.rates
+            lora_s = load.lora_ops * self._lora_op_s
+            lora_s += load.adapter_bytes * rates.adapter_byte_s + load.lora_bytes * rates.lora_byte_s
+        return (
+            self._layers_s
+            + max(self._weights_s, products_s)
+            + load.kv_tokens * self._kv_token_s
+            + load.attention_pairs * self._pair_s
+            + load.num_tokens * self._token_s
+            + load.num_sampled * self.rates.row_s
+            + lora_s
+        )
+
+    def growth_s(self, load: StepLoad) -> float:
+        """Return by how much each decode step takes longer than the one before it."""
+        return load.num_decode_rows * self._kv_token_s
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Decode steps of the same rows, each of which takes a little longer than the one before it.
+
+    Attributes:
+        first_s: Duration of the first.
+        growth_s: What each adds to the one before.
+    """
+
+    first_s: float
+    growth_s: float
+    num_steps: int
+
+    @property
+    def total_s(self) -> float:
+        """Duration of all."""
+        return self._after(self.num_steps)
+
+    @property
+    def last_begins_s(self) -> float:
+        """When the last one begins, from the beginning of the first."""
+        return self._after(self.num_steps - 1)
+
+    def _after(self, num_steps: int) -> float:
+        return num_steps * (self.first_s + self.growth_s * (num_steps - 1) / 2)
+
+    def cut(self, span_s: float) -> Stretch:
+        """Return those steps that begin before ``span_s`` has passed; at least one."""
+        most = self.num_steps
+        if most <= 1 or self._after(most - 1) < span_s:
+            return self
+        # n steps take growth/2 n^2 + (first - growth/2) n; the last to begin is the first to reach the span
+        if self.growth_s > 0:
+            half = self.first_s / self.growth_s - 0.5
+            reached = math.sqrt(half * half + 2 * max(0.0, span_s) / self.growth_s) - half
+        else:
+            reached = span_s / self.first_s
+        steps = max(1, min(most, math.ceil(reached)))
+        while steps > 1 and self._after(steps - 1) >= span_s:  # rounding
+            steps -= 1
+        while steps < most and self._after(steps) < span_s:
+            steps += 1
+        return Stretch(self.first_s, self.growth_s, steps)
