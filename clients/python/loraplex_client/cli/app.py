@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 from loraplex_common.errors import LoraplexError
 
-from loraplex_client.cli import adapters, generate, model, serve, status
+from loraplex_client.cli import adapters, generate, model, plan, serve, status
 from loraplex_client.cli.context import Credentials
 from loraplex_client.demo.errors import DemoModelError
+from loraplex_client.plan import PlanError
 from loraplex_client.serve import ServeError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command()(generate.generate)
 app.command()(generate.chat)
 app.add_typer(adapters.app, name="adapters")
 app.command()(status.status)
+app.command()(plan.plan)
 app.command("fetch-model")(model.fetch_model)
 
 
@@ -57,7 +59,7 @@ def main() -> None:
         app(prog_name="loraplex")
     except LoraplexError as error:
         _fail(f"{error.reason}: {error.message}")
-    except (DemoModelError, ServeError) as error:
+    except (DemoModelError, PlanError, ServeError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("loraplex"):

@@ -1,0 +1,176 @@
+"""``loraplex plan``: how many GPUs, by simulation."""
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from loraplex_common.sizes import parse_size
+from rich.table import Table
+
+from loraplex_client.cli.context import stderr, stdout
+from loraplex_client.plan import (
+    Demand,
+    DemandError,
+    Plan,
+    Simulation,
+    find_plan,
+    make_trace,
+    read_lengths,
+    read_popularity,
+    save_trace,
+    simulate,
+)
+from loraplex_client.plan.figure import plan_chart
+
+BAR_WIDTH: Final = 40
+
+
+def plan(
+    adapters: Annotated[int, typer.Option(help="Number of adapters.", show_default=False)],
+    rate: Annotated[float, typer.Option(help="Requests per second.", show_default=False)],
+    model: Annotated[str, typer.Option(help="A known shape, e.g. llama3-8b, or a config.json.")] = "llama3-8b",
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, l40s or a10g.")] = "h100",
+    ranks: Annotated[str, typer.Option(help="Ranks; adapter i has the (i mod n)-th.", metavar="R,R,...")] = "16",
+    targets: Annotated[str, typer.Option(help="all projections, or qkvo.")] = "all",
+    popularity: Annotated[str, typer.Option(help="uniform, zipf[:S] or power[:ALPHA].")] = "zipf:1.0",
+    base_share: Annotated[float, typer.Option(help="Share of requests without an adapter.")] = 0.0,
+    prompt: Annotated[str, typer.Option(help="Prompt tokens: N, or LOW:HIGH uniformly.")] = "8:512",
+    output: Annotated[str, typer.Option(help="Output tokens: N, or LOW:HIGH uniformly.")] = "8:512",
+    cv: Annotated[float, typer.Option(help="Burstiness of arrivals; 1 is Poisson.")] = 1.0,
+    slo_ttft: Annotated[float, typer.Option(help="Objective for the first token, seconds.")] = 1.0,
+    slo_tpot: Annotated[float | None, typer.Option(help="Objective for each further token, seconds.")] = None,
+    attainment: Annotated[float, typer.Option(help="Share of requests that must meet them.")] = 0.99,
+    routing: Annotated[str, typer.Option(help="affinity, as the gateway does, or random.")] = "affinity",
+    arena_bytes: Annotated[str, typer.Option(help="Host memory for adapters, per GPU.")] = "64GiB",
+    max_gpus: Annotated[int, typer.Option(help="Largest fleet to try.", min=1)] = 64,
+    requests: Annotated[int, typer.Option(help="Requests to simulate.", min=1)] = 4000,
+    seed: Annotated[int, typer.Option(help="Of the trace.")] = 0,
+    svg: Annotated[Path | None, typer.Option(help="Write the plot here, too.", metavar="FILE")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Find the fewest GPUs that serve a load within its objectives, by simulating the engine.
+
+    Exit code 1 if the largest fleet allowed does not suffice.
+    """
+    try:
+        kind, exponent = read_popularity(popularity)
+        demand = Demand(
+            num_adapters=adapters,
+            rate=rate,
+            cv=cv,
+            popularity=kind,
+            exponent=exponent,
+            prompt=read_lengths(prompt, "--prompt"),
+            output=read_lengths(output, "--output"),
+            num_requests=requests,
+            base_share=base_share,
+            seed=seed,
+        )
+        question = _model_of(model) | {
+            "gpu": gpu,
+            "num_adapters": adapters,
+            "ranks": _ranks_of(ranks),
+            "targets": targets,
+            "routing": routing,
+            "slo_ttft_s": slo_ttft,
+            "slo_tpot_s": slo_tpot,
+            "arena_bytes": parse_size(arena_bytes),
+        }
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    found = _search(demand, question, attainment=attainment, max_gpus=max_gpus)
+    if svg is not None:
+        svg.write_text(plan_chart(found, attainment=attainment))
+    if as_json:
+        document = {"num_gpus": found.num_gpus, "trials": [asdict(trial) for trial in found.trials]}
+        print(json.dumps(document, indent=1))
+    else:
+        _print(found, attainment, gpu)
+    if found.num_gpus is None:
+        raise typer.Exit(1)
+
+
+def _model_of(model: str) -> dict[str, Any]:
+    """Return the question's fields for a known shape or a config.json."""
+    if not model.endswith(".json"):
+        return {"model": model}
+    path = Path(model)
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise DemandError(f"--model {model}: {error.strerror}") from error
+    except ValueError as error:
+        raise DemandError(f"--model {model}: {error}") from error
+    if not isinstance(config, dict) or not config:
+        raise DemandError(f"--model {model}: no JSON object")
+    return {"model": path.resolve().parent.name, "config": config}
+
+
+def _ranks_of(text: str) -> list[int]:
+    try:
+        ranks = [int(word) for word in text.split(",")]
+    except ValueError:
+        ranks = []
+    if not ranks or min(ranks) < 1:
+        raise DemandError(f"--ranks {text!r} is no list of numbers above 0")
+    return ranks
+
+
+def _search(demand: Demand, question: dict[str, Any], *, attainment: float, max_gpus: int) -> Plan:
+    if not 0 < attainment <= 1:
+        raise typer.BadParameter("--attainment must be in 0..1")
+    with tempfile.TemporaryDirectory(prefix="loraplex-plan-") as folder:
+        path = Path(folder) / "trace.npz"
+        save_trace(make_trace(demand), path)
+
+        def ask(num_gpus: int) -> Simulation:
+            with stderr.status(f"simulating {num_gpus} GPU{'s' if num_gpus > 1 else ''}"):
+                return simulate(question | {"trace": str(path), "num_engines": num_gpus})
+
+        return find_plan(ask, attainment=attainment, max_gpus=max_gpus)
+
+
+def _print(found: Plan, attainment: float, gpu: str) -> None:
+    columns = ("GPUS", "ATTAINED", "", "TTFT P50", "P99", "TPOT P50", "P99", "ON DEVICE", "IN HOST", "MISS", "BUSY")
+    table = Table(*columns, box=None)
+    for trial in found.trials:
+        one = trial.simulation
+        style = "bold" if trial.num_gpus == found.num_gpus else ""
+        table.add_row(
+            str(trial.num_gpus),
+            f"{one.attainment:.1%}",
+            _bar(one.attainment, attainment),
+            f"{one.ttft_p50_s:.3f} s",
+            f"{one.ttft_p99_s:.3f} s",
+            f"{one.tpot_p50_s * 1e3:.1f} ms",
+            f"{one.tpot_p99_s * 1e3:.1f} ms",
+            f"{one.resident_share:.1%}",
+            f"{one.arena_share:.1%}",
+            f"{one.miss_share:.1%}",
+            f"{one.busy_share:.0%}",
+            style=style,
+        )
+    stdout.print(table)
+    last = found.trials[-1].simulation
+    sizes = last.sizes
+    stdout.print(
+        f"each GPU: {sizes['pool_kv_tokens']:,.0f} tokens of KV, or {sizes['pool_adapters']:,.0f} adapters, share its "
+        f"pool; {sizes['arena_adapters']:,.0f} adapters fit its host memory",
+        soft_wrap=True,
+    )
+    if not last.is_measured:
+        stdout.print(f"note: the rates of {gpu} are {last.source}", soft_wrap=True)
+    if found.num_gpus is None:
+        stdout.print(f"{found.trials[-1].num_gpus} GPUs reach {last.attainment:.1%}, not {attainment:.1%}")
+    else:
+        stdout.print(f"[bold]{found.num_gpus} x {gpu}[/bold] meet the objective")
+
+
+def _bar(share: float, objective: float) -> str:
+    """Return a bar of a share with a mark at the objective."""
+    cells = ["#" if (cell + 0.5) / BAR_WIDTH <= share else "." for cell in range(BAR_WIDTH)]
+    cells[min(BAR_WIDTH - 1, int(objective * BAR_WIDTH))] = "|"
+    return "".join(cells)
