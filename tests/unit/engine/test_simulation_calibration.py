@@ -1,0 +1,118 @@
+"""Rates fitted to measured steps: exact on made-up ones, and the built-in ones are those of the committed figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from loraplex_engine.simulation.calibration import CalibrationError, MeasuredStep, Prior, errors, fit
+from loraplex_engine.simulation.devices import DEVICES, H100, H100_PRIORS
+from loraplex_engine.simulation.measured import measured_step, measured_steps
+from loraplex_engine.simulation.shapes import (
+    ALL_TARGETS,
+    KNOWN_SHAPES,
+    ModelShape,
+    ShapeError,
+    base_model,
+    base_model_from_config,
+)
+from loraplex_engine.simulation.step_cost import StepCost, StepRates
+
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+CASES = [
+    f"{shape}/{targets} r16/{kind}"
+    for shape in ("llama2-7b", "llama3-8b")
+    for targets in ("qkvo", "all")
+    for kind in ("decode:1x320:0", "decode:64x320:64", "decode:256x900:200", "prefill:8x256:8", "prefill:2x2048:1")
+]
+
+
+def made_up_steps(rates: StepRates) -> list[MeasuredStep]:
+    """Steps that take exactly what the rates say."""
+    steps = [measured_step(case, 1.0) for case in CASES]
+    return [replace(step, seconds=StepCost(step.shape, rates).seconds(step.load)) for step in steps]
+
+
+def test_the_fit_finds_the_rates_that_made_the_steps() -> None:
+    rates = H100.rates
+    truth = StepRates(
+        **{name: value * (1 + 0.2 * (i % 3 - 1)) for i, (name, value) in enumerate(asdict(rates).items())}
+    )
+    priors = {field.name: Prior(getattr(rates, field.name), 1.0) for field in fields(rates)}
+
+    found = fit(made_up_steps(truth), priors, noise=1e-4)
+
+    np.testing.assert_allclose(errors(made_up_steps(truth), found), 0.0, atol=1e-3)
+
+
+def test_without_steps_the_priors_stand() -> None:
+    found = fit([], H100_PRIORS)
+
+    assert asdict(found) == pytest.approx({name: prior.value for name, prior in H100_PRIORS.items()})
+
+
+def test_the_built_in_rates_are_the_committed_steps_rates() -> None:
+    rows = json.loads((RESULTS / H100.source.split(",")[0].rpartition("/")[2]).read_text())["rows"]
+    steps = measured_steps(rows)
+
+    refitted = fit(steps, H100_PRIORS)
+
+    assert asdict(H100.rates) == pytest.approx(asdict(refitted), rel=1e-3)
+    assert np.abs(errors(steps, H100.rates)).max() < 0.02
+    assert len(steps) >= 10
+
+
+def test_a_missing_prior_or_a_step_without_time_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="layer_s"):
+        fit([], {name: prior for name, prior in H100_PRIORS.items() if name != "layer_s"})
+    with pytest.raises(CalibrationError, match="no time"):
+        fit([measured_step(CASES[0], 0.0)], H100_PRIORS)
+
+
+@pytest.mark.parametrize("case", ["llama2-7b/qkvo r16/burst:0:512", "decode:1x1:0", ""])
+def test_a_case_that_is_no_step_is_refused(case: str) -> None:
+    with pytest.raises(CalibrationError, match="is not SHAPE"):
+        measured_step(case, 1.0)
+
+
+def test_sizes_are_those_of_the_published_models() -> None:
+    shapes = {name: ModelShape(base_model(name)) for name in KNOWN_SHAPES}
+
+    # parameters, embeddings counted once for the head; from the models' cards
+    billions = {name: (s.layer_weights + 2 * s.head_weights) / 1e9 for name, s in shapes.items()}
+    assert billions["llama2-7b"] == pytest.approx(6.74, rel=0.01)
+    assert billions["llama2-13b"] == pytest.approx(13.02, rel=0.01)
+    assert billions["llama3-8b"] == pytest.approx(8.03, rel=0.01)
+    assert billions["llama3-70b"] == pytest.approx(70.55, rel=0.01)
+    assert shapes["llama2-7b"].kv_bytes_per_token == 512 * 1024
+    assert shapes["llama3-8b"].kv_bytes_per_token == 128 * 1024
+    assert shapes["llama2-7b"].adapter(16).weight_bytes == 32 * 2**20
+    assert shapes["llama3-8b"].adapter(16, ALL_TARGETS).weight_bytes == 80 * 2**20
+
+
+def test_a_config_json_gives_the_same_sizes_as_the_name() -> None:
+    config = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+
+    info = base_model_from_config("llama3-8b", config)
+
+    assert replace(info, config={}) == base_model("llama3-8b")
+    with pytest.raises(ShapeError, match="vocab_size"):
+        base_model_from_config("x", {k: v for k, v in config.items() if k != "vocab_size"})
+    with pytest.raises(ShapeError, match="gpt"):
+        base_model("gpt")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_its_size() -> None:
+    with pytest.raises(ShapeError, match=r"131\.\d GiB"):
+        H100.pool_bytes(ModelShape(base_model("llama3-70b")))
+    assert all(device.is_measured == (device is H100) for device in DEVICES.values())
