@@ -14,6 +14,7 @@ from loraplex_bench.bursts import BurstSize, run_bursts, run_registered
 from loraplex_bench.context import Bench
 from loraplex_bench.pairs import run_pairs
 from loraplex_bench.paths import ROOT
+from loraplex_bench.rates import run_rates
 from loraplex_bench.rig import EngineSetup
 from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
 from loraplex_bench.startup import run_startup
@@ -156,6 +157,13 @@ def gpu_cases() -> dict[str, Case]:
                 bench, setup_of(seven, QKVO, 256, max_num_seqs=128), num_resident=64, size=HALF, duration_s=20
             ),
         ),
+        "rates-8b": Case(
+            about="Llama-3-8B, all seven r16, S-LoRA traces of 30 s around capacity, for the simulator's error",
+            seconds=180,
+            run=lambda bench: run_rates(
+                bench, setup_of(eight, ALL_LINEAR), (14.0, 20.0, 24.0, 28.0), duration_s=30, warm=STANDARD
+            ),
+        ),
         "startup-7b": startup_case(seven),
     }
 
@@ -182,6 +190,11 @@ def smoke_cases(model_dir: Path) -> dict[str, Case]:
             about=about,
             seconds=3,
             run=lambda b: run_no_cliff(b, standard, num_resident=2, size=size, duration_s=0.5),
+        ),
+        "rates": Case(
+            about=about,
+            seconds=3,
+            run=lambda b: run_rates(b, standard, (10.0,), duration_s=1, warm=size, lengths=(2, 8), cutoff_s=30),
         ),
         "startup": Case(about=about, seconds=20, run=lambda b: run_startup(b, "tiny", command, peer_s=None)),
     }

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_bench import rig as rig_module
+from loraplex_bench import step_bench
 from loraplex_bench.cases import setup_of
 from loraplex_bench.replay import Replay
 from loraplex_bench.rig import EngineSetup, Rig
@@ -134,10 +135,10 @@ def test_hand_made_steps_are_timed_over_loaded_adapters(
         del weights
         return make_runner(tmp_path / "tiny", shape, config.num_pages, config.max_num_seqs)
 
-    monkeypatch.setattr(script, "DEVICE", CPU)
-    monkeypatch.setattr(script, "CudaRunner", make)
-    monkeypatch.setattr(script, "CudaRunnerConfig", lambda **sizes: type("Config", (), sizes))
-    monkeypatch.setattr(script, "TIMED_STEPS", 3)
+    monkeypatch.setattr(step_bench, "DEVICE", CPU)
+    monkeypatch.setattr(step_bench, "CudaRunner", make)
+    monkeypatch.setattr(step_bench, "CudaRunnerConfig", lambda **sizes: type("Config", (), sizes))
+    monkeypatch.setattr(step_bench, "TIMED_STEPS", 3)
     wanted = {
         name: (replace(size, num_prompts=min(size.num_prompts, 2), prompt_tokens=32), count)
         for name, (size, count) in script.steps(3, 35).items()
