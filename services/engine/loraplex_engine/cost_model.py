@@ -57,14 +57,27 @@ class StepCosts:
             self.prefill_s_per_token += weight * (per_token_s - self.prefill_s_per_token)
             self._has_prefill = True
 
-    def observe_steady(self, *, done_s: float, num_steps: int) -> None:
-        """Take in steps of one kind, without prefill, that followed the last observed step."""
-        took_s = (done_s - self._last_done_s) / num_steps
+    def observe_steady(self, *, done_s: float, num_steps: int, growth_s: float = 0.0) -> None:
+        """Take in steps without prefill that followed the last observed one, as if one by one.
+
+        Args:
+            done_s: When the last of them was done.
+            num_steps: How many.
+            growth_s: By how much each took longer than the one before it.
+        """
+        first_s = (done_s - self._last_done_s) / num_steps - growth_s * (num_steps - 1) / 2
         self._last_done_s = done_s
-        if took_s > 0:
-            weight = 1.0 - (1.0 - _WEIGHT) ** num_steps if self._has_decode else 1.0
-            self.decode_step_s += weight * (took_s - self.decode_step_s)
-            self._has_decode = True
+        if first_s <= 0:
+            return
+        last_s = first_s + growth_s * (num_steps - 1)
+        self.longest_step_s = max(last_s, 0.999**num_steps * self.longest_step_s)
+        if not self._has_decode:
+            self.decode_step_s, self._has_decode = first_s, True
+            num_steps, first_s = num_steps - 1, first_s + growth_s
+        # x <- x + w (t - x) over t = first + growth i, summed up with q = 1 - w
+        fade = (1.0 - _WEIGHT) ** num_steps
+        ramp = (num_steps - 1 - num_steps * (1.0 - _WEIGHT) + fade) / _WEIGHT
+        self.decode_step_s = fade * self.decode_step_s + (1.0 - fade) * first_s + growth_s * ramp
 
     def prefill_s(self, num_tokens: int) -> float:
         """Return the time until the first token of a prompt of which ``num_tokens`` are to be computed."""

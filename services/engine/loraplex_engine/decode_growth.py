@@ -67,10 +67,6 @@ class DecodeGrowth:
             state.append_blocks(growing, self._pool.allocate(needed, PageOwner.KV))
         return rows
 
-    def has_room(self, num_pages: int) -> bool:
-        """See to free pages for rows that will need them; False if others would have to give way."""
-        return num_pages <= self._pool.num_free or self._make_room(num_pages) is Room.NOW
-
     @property
     def _watermark(self) -> int:
         """Pages to have free beyond present need: what the batch takes in a few steps."""

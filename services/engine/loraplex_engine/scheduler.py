@@ -270,12 +270,12 @@ class Scheduler:
         """Decode steps from now on that are alike if nothing arrives, the last one ending a request; 0 if none are."""
         return 0 if self._in_flight else self._steady.horizon(self._clock())
 
-    def skip(self, num_steps: int, draw: Draw) -> bool:
-        """Take up to `horizon` decode steps as launched and done; False, and nothing done, if pages cannot be had.
+    def skip(self, num_steps: int, draw: Draw, *, growth_s: float = 0.0) -> None:
+        """Take up to `horizon` decode steps as launched and done, each ``growth_s`` longer than the one before it.
 
         For simulators: the clock stands at the end of the last of them, and `next_deadline_s` has not passed.
         """
-        return self._steady.take(num_steps, draw, self._clock())
+        self._steady.take(num_steps, draw, self._clock(), growth_s)
 
     # --- ends ---
 

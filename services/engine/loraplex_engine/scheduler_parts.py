@@ -127,10 +127,8 @@ def build_parts(
         steady=SteadyDecode(
             batch=batch,
             pool=pool,
-            cache=cache,
             queue=queue,
             admission=admission,
-            growth=growth,
             warming=warming,
             costs=costs,
             book=book,

@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from loraplex_engine.adapter_cache import AdapterCache
     from loraplex_engine.admission import Admission
     from loraplex_engine.cost_model import StepCosts
-    from loraplex_engine.decode_growth import DecodeGrowth
     from loraplex_engine.decode_state import Rows
     from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.page_pool import PagePool
@@ -43,10 +41,8 @@ class SteadyDecode:
         *,
         batch: RunningBatch,
         pool: PagePool,
-        cache: AdapterCache,
         queue: WaitingQueue,
         admission: Admission,
-        growth: DecodeGrowth,
         warming: Warming,
         costs: StepCosts,
         book: RequestBook,
@@ -54,10 +50,8 @@ class SteadyDecode:
     ) -> None:
         self._batch = batch
         self._pool = pool
-        self._cache = cache
         self._queue = queue
         self._admission = admission
-        self._growth = growth
         self._warming = warming
         self._costs = costs
         self._book = book
@@ -66,17 +60,26 @@ class SteadyDecode:
     def horizon(self, now_s: float) -> int:
         """Return how many steady steps can be taken at least, from now on and if nothing arrives; 0 if none.
 
-        Requests may wait: as long as nothing changes, admission does not look at them (`Admission.is_settled`).
+        Requests may wait: as long as nothing changes, admission does not look at them (`Admission.is_settled`). A step for
+        which somebody has to give way is not steady: what that opens to admission and warming is theirs to decide.
         """
         batch = self._batch
         if batch.num_prefill_tokens or len(batch) == 0 or not self._is_settled(now_s):
             return 0
         state, rows = batch.state, batch.rows
         steps = int((state.max_outputs.take(rows) - state.next_position.take(rows)).min())
-        room = self._pool.num_free + self._pool.num_cached + self._cache.num_unclaimed_idle_pages
-        while steps > 0 and int(self._missing(rows, steps).sum()) > room:
-            steps //= 2
-        return steps
+        return self._num_steps_in_free_pages(rows, steps)
+
+    def _num_steps_in_free_pages(self, rows: Rows, most: int) -> int:
+        """Return how many steps the free pages suffice for, up to ``most``."""
+        free = self._pool.num_free
+        if int(self._missing(rows, most).sum()) <= free:
+            return most
+        low, high = 0, most  # low suffices, high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if int(self._missing(rows, middle).sum()) <= free else (low, middle)
+        return low
 
     def _is_settled(self, now_s: float) -> bool:
         return self._admission.is_settled(now_s) and self._warming.is_settled
@@ -88,19 +91,18 @@ class SteadyDecode:
         missing: NDArray[np.int32] = np.maximum(after - state.num_blocks.take(rows), 0).astype(np.int32)
         return missing
 
-    def take(self, num_steps: int, draw: Draw, now_s: float) -> bool:
-        """Do ``num_steps`` steady steps at once; False, and nothing done, if the pages cannot be had.
+    def take(self, num_steps: int, draw: Draw, now_s: float, growth_s: float) -> None:
+        """Do ``num_steps`` steady steps at once.
 
         Args:
             num_steps: At most `horizon`.
             draw: Makes the tokens.
             now_s: The end of the last of them.
+            growth_s: By how much each takes longer than the one before it.
         """
         state, rows = self._batch.state, self._batch.rows
         missing = self._missing(rows, num_steps)
         total = int(missing.sum())
-        if not self._growth.has_room(total):
-            return False
         if total:
             _append(state.blocks, state.num_blocks, rows, missing, self._pool.allocate(total, PageOwner.KV))
         self._write_tokens(rows, num_steps, draw)
@@ -110,11 +112,10 @@ class SteadyDecode:
         self._counters.num_steps += num_steps
         self._counters.num_output_tokens += num_steps * len(rows)
         self._queue.shares.charge_outputs(state.shares.take(rows), num_steps)
-        self._costs.observe_steady(done_s=now_s, num_steps=num_steps)
+        self._costs.observe_steady(done_s=now_s, num_steps=num_steps, growth_s=growth_s)
         over = rows[state.next_position.take(rows) >= state.max_outputs.take(rows)]
         for slot in over.tolist():
             self._book.finish(self._batch.at(slot), FinishReason.LENGTH)
-        return True
 
     def _write_tokens(self, rows: Rows, num_steps: int, draw: Draw) -> None:
         state = self._batch.state

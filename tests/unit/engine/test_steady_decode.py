@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loraplex_engine.cost_model import StepCosts
 from loraplex_engine.step import StepPlan, StepResult
 from support.scheduler_rig import Rig, make_submission
 
@@ -80,7 +81,7 @@ def test_a_jump_ends_where_single_steps_end(
         count = max(1, int(share * horizon)) if horizon else 0
         if count:
             jumping.now_s += count * STEP_S
-            assert jumping.scheduler.skip(count, draw)
+            jumping.scheduler.skip(count, draw)
             for _ in range(count):
                 step(stepping)
         else:
@@ -98,7 +99,7 @@ def test_the_horizon_is_the_steps_until_the_first_request_ends() -> None:
     assert rig.scheduler.horizon == 11  # of 12 outputs one came with the prefill
 
     rig.now_s += 11 * STEP_S
-    assert rig.scheduler.skip(11, draw)
+    rig.scheduler.skip(11, draw)
     assert len(rig.scheduler.batch) == 1
     assert rig.scheduler.horizon == 0  # somebody waits and now there is a place
     step(rig)
@@ -126,7 +127,7 @@ def test_the_horizon_ends_before_pages_run_out() -> None:
     horizon = rig.scheduler.horizon
     assert 0 < horizon < 99
     rig.now_s += horizon * STEP_S
-    assert rig.scheduler.skip(horizon, draw)
+    rig.scheduler.skip(horizon, draw)
     rig.check_integrity()
     assert rig.scheduler.counters.num_preemptions == 0
 
@@ -135,6 +136,25 @@ def test_costs_learn_from_jumps() -> None:
     rig = make_rig([(4, 200)], num_waiting=0, num_pages=64)
     step(rig)
     rig.now_s += 50 * 0.02
-    assert rig.scheduler.skip(50, draw)
+    rig.scheduler.skip(50, draw)
 
     assert rig.scheduler.costs.decode_step_s == pytest.approx(0.02, rel=1e-3)
+
+
+@given(first_s=st.floats(1e-3, 0.1), growth_s=st.floats(0, 1e-3), num_steps=st.integers(1, 80), known=st.booleans())
+def test_costs_learn_the_same_from_a_jump_as_from_its_steps(
+    first_s: float, growth_s: float, num_steps: int, known: bool
+) -> None:
+    at_once, one_by_one = StepCosts(), StepCosts()
+    now_s = 0.0
+    for costs in (at_once, one_by_one):
+        costs.observe(launched_s=0.0, done_s=0.5, num_prefill_tokens=0 if known else 100)
+    now_s = 0.5
+    for index in range(num_steps):
+        begun_s, now_s = now_s, now_s + first_s + growth_s * index
+        one_by_one.observe(launched_s=begun_s, done_s=now_s, num_prefill_tokens=0)
+
+    at_once.observe_steady(done_s=now_s, num_steps=num_steps, growth_s=growth_s)
+
+    assert at_once.decode_step_s == pytest.approx(one_by_one.decode_step_s)
+    assert at_once.longest_step_s == pytest.approx(one_by_one.longest_step_s)

@@ -299,8 +299,7 @@ class SimulatedEngine:
             if last_begins_s >= until_s:
                 self._stretch, self._quiet_until_s = stretch, last_begins_s
                 return False
-            if not self._take(stretch):
-                break
+            self._take(stretch)
         return True
 
     def _look_ahead(self) -> Stretch | None:
@@ -313,23 +312,16 @@ class SimulatedEngine:
         cost = self.setup.cost
         return Stretch(cost.seconds(load), cost.growth_s(load), most).cut(span_s)
 
-    def _take(self, stretch: Stretch) -> bool:
-        """Take steady steps; False, and nothing done, if their pages cannot be had at once."""
-        began_s, device_s = self.now_s, self.device_s
+    def _take(self, stretch: Stretch) -> None:
         self._pass(stretch.total_s)
-        if self.scheduler.skip(stretch.num_steps, self._draw):
-            self._take_ends()
-            return True
-        self.now_s, self.device_s = began_s, device_s
-        return False
+        self.scheduler.skip(stretch.num_steps, self._draw, growth_s=stretch.growth_s)
+        self._take_ends()
 
     def _settle(self, at_s: float) -> None:
         """Take those steps of a stretch left for later that begin before ``at_s``."""
         stretch, self._stretch, self._quiet_until_s = self._stretch, None, -math.inf
-        if stretch is None or at_s <= self.now_s or self._take(stretch.cut(at_s - self.now_s)):
-            return
-        while self.now_s < at_s and self._turn(at_s):
-            self._finish_stretch()
+        if stretch is not None and at_s > self.now_s:
+            self._take(stretch.cut(at_s - self.now_s))
 
     def _finish_stretch(self) -> None:
         """Take what was left for later in full: time has come to its end."""
