@@ -19,7 +19,7 @@ from loraplex_engine.residency import Room
 
 if TYPE_CHECKING:
     from loraplex_engine.adapter_cache import AdapterCache
-    from loraplex_engine.economy import PageEconomy
+    from loraplex_engine.economy import RoomMaker
     from loraplex_engine.request_book import RequestBook
     from loraplex_engine.running_batch import RunningBatch
     from loraplex_engine.size_check import SizeCheck
@@ -62,7 +62,7 @@ class AdapterBringing:
         queue: WaitingQueue,
         batch: RunningBatch,
         cache: AdapterCache,
-        economy: PageEconomy,
+        economy: RoomMaker,
         sizes: SizeCheck,
         book: RequestBook,
         reservation: Reservation,

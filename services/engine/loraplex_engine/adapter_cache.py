@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_engine.adapter_register import AdapterRegister
 from loraplex_engine.adapter_table import TableIndices
+from loraplex_engine.appraisal import EXPECTED_COST
 from loraplex_engine.arrival_rates import DEFAULT_HALF_LIFE_S
 from loraplex_engine.messages import ResidencyState, StoreEvent, WantImage
 from loraplex_engine.page_pool import PageOwner, PagePool
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.adapter_image import AdapterSpec
 
+    from loraplex_engine.appraisal import Appraisal
     from loraplex_engine.arena import HostArena
 
 
@@ -42,6 +44,7 @@ class AdapterCache(AdapterRegister):
         emit: Sink of `WantImage` and `ResidencyChanged`.
         clock: Seconds, monotonic.
         half_life_s: After which an arrival counts half in an adapter's worth.
+        appraisal: What an adapter is worth.
 
     Attributes:
         max_resident: Size of the runner's adapter table.
@@ -57,8 +60,9 @@ class AdapterCache(AdapterRegister):
         emit: Callable[[StoreEvent], None],
         clock: Callable[[], float],
         half_life_s: float = DEFAULT_HALF_LIFE_S,
+        appraisal: Appraisal = EXPECTED_COST,
     ) -> None:
-        super().__init__(pool=pool, emit=emit, clock=clock, half_life_s=half_life_s)
+        super().__init__(pool=pool, emit=emit, clock=clock, half_life_s=half_life_s, appraisal=appraisal)
         self._arena = arena
         self._indices = TableIndices(max_resident)
         self._recipes = Recipes()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from loraplex_engine.adapter_table import EvictionOrder
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
+    from loraplex_engine.appraisal import Appraisal
     from loraplex_engine.messages import StoreEvent
     from loraplex_engine.page_pool import PagePool
 
@@ -43,10 +43,12 @@ class AdapterRegister:
         emit: Callable[[StoreEvent], None],
         clock: Callable[[], float],
         half_life_s: float,
+        appraisal: Appraisal,
     ) -> None:
         self._pool = pool
         self._emit = emit
         self._clock = clock
+        self._appraisal = appraisal
         self._adapters: dict[str, Adapter] = {}
         self._idle = EvictionOrder(lambda adapter: adapter.is_idle)
         self._images = EvictionOrder(_has_idle_image)
@@ -219,7 +221,9 @@ class AdapterRegister:
     def _place(self, adapter: Adapter) -> None:
         """Appraise an adapter and put it where it belongs in the orders."""
         cost_s = self.costs.bring_s_per_page(adapter.num_pages, is_in_arena=bool(adapter.arena_slots))
-        adapter.worth = self.rates.octaves(adapter.digest) + math.log2(cost_s)
+        adapter.worth = self._appraisal.of_adapter(
+            octaves=self.rates.octaves(adapter.digest), cost_s=cost_s, used=adapter.last_used_s / self.rates.half_life_s
+        )
         self._idle.place(adapter)
         self._images.place(adapter)
         self._warmable.place(adapter)

@@ -27,7 +27,7 @@ from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
     from loraplex_engine.adapter_cache import AdapterCache
-    from loraplex_engine.economy import PageEconomy
+    from loraplex_engine.economy import RoomMaker
     from loraplex_engine.hopelessness import Hopelessness
     from loraplex_engine.limits import SchedulerLimits
     from loraplex_engine.prefix_sharing import PrefixSharing
@@ -63,7 +63,7 @@ class Admission:
         pool: PagePool,
         cache: AdapterCache,
         sharing: PrefixSharing,
-        economy: PageEconomy,
+        economy: RoomMaker,
         bringing: AdapterBringing,
         reservation: Reservation,
         lengths: OutputLengths,

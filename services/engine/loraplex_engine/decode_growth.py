@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loraplex_engine.adapter_cache import AdapterCache
     from loraplex_engine.admission import Admission
     from loraplex_engine.decode_state import Rows
-    from loraplex_engine.economy import PageEconomy
+    from loraplex_engine.economy import RoomMaker
     from loraplex_engine.request import Request
     from loraplex_engine.request_book import RequestBook
     from loraplex_engine.running_batch import RunningBatch
@@ -30,7 +30,7 @@ class DecodeGrowth:
         batch: RunningBatch,
         pool: PagePool,
         cache: AdapterCache,
-        economy: PageEconomy,
+        economy: RoomMaker,
         admission: Admission,
         book: RequestBook,
     ) -> None:
@@ -51,14 +51,14 @@ class DecodeGrowth:
         while len(rows):
             crossing = state.needs_block(rows)
             needed = int(np.count_nonzero(crossing))
-            if needed <= self._pool.num_free:
+            if needed <= self._economy.num_free:
                 break
             room = self._make_room(needed)
             if room is Room.NO:
                 self._book.preempt(self._victim())
                 rows = state.rows_to_decode(self._batch.rows)
             elif room is Room.SOON:
-                stalled = np.flatnonzero(crossing)[self._pool.num_free :]
+                stalled = np.flatnonzero(crossing)[self._economy.num_free :]
                 rows = np.delete(rows, stalled)
         else:
             return rows
@@ -82,7 +82,7 @@ class DecodeGrowth:
             room = self._economy.make_room(num_pages, spare)
         if room is Room.NO:
             room = self._economy.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
-        return Room.NOW if num_pages <= self._pool.num_free else room
+        return Room.NOW if num_pages <= self._economy.num_free else room
 
     def _victim(self) -> Request:
         """Return the request admitted last, sparing those whose adapter drains: it might not come again for them."""

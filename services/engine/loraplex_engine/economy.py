@@ -9,17 +9,41 @@ fetch from the store if the arena lost it). All in octaves (log2), in which deca
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from loraplex_engine.appraisal import EXPECTED_COST
 from loraplex_engine.residency import Adapter, Room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.appraisal import Appraisal
     from loraplex_engine.cost_model import StepCosts
     from loraplex_engine.page_pool import PagePool
     from loraplex_engine.prefix_cache import PrefixCache
+
+
+class RoomMaker(Protocol):
+    """Who sees to free pages for one purpose: `PageEconomy`, or a side of a pool that is cut in two (`fixed_shares`)."""
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can be allocated now."""
+        ...
+
+    @property
+    def num_obtainable(self) -> int:
+        """Pages free now or soon, or to be had by evicting what nobody claims."""
+        ...
+
+    def num_obtainable_but(self, spared: set[str]) -> int:
+        """Return the pages free now or soon, or to be had without some adapters."""
+        ...
+
+    def make_room(self, num_pages: int, may_evict: Callable[[Adapter], bool], *, up_to: float = math.inf) -> Room:
+        """Free pages by evicting what is worth least, at most ``up_to`` octaves."""
+        ...
 
 
 class PageEconomy:
@@ -31,16 +55,30 @@ class PageEconomy:
         prefix: Blocks, of which cached ones can be evicted.
         costs: Measured costs of steps.
         block_tokens: Tokens of a block.
+        appraisal: What a page is worth.
     """
 
     def __init__(
-        self, *, pool: PagePool, cache: AdapterCache, prefix: PrefixCache, costs: StepCosts, block_tokens: int
+        self,
+        *,
+        pool: PagePool,
+        cache: AdapterCache,
+        prefix: PrefixCache,
+        costs: StepCosts,
+        block_tokens: int,
+        appraisal: Appraisal = EXPECTED_COST,
     ) -> None:
         self._pool = pool
         self._cache = cache
         self._prefix = prefix
         self._costs = costs
         self._block_tokens = block_tokens
+        self._appraisal = appraisal
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can be allocated now."""
+        return self._pool.num_free
 
     @property
     def num_obtainable(self) -> int:
@@ -107,5 +145,5 @@ class PageEconomy:
 
     @property
     def _block_cost(self) -> float:
-        """Seconds to recompute a block, in octaves."""
-        return math.log2(max(1e-12, self._block_tokens * self._costs.prefill_s_per_token))
+        """What the seconds to recompute a block add to its worth, in octaves."""
+        return self._appraisal.block_cost(self._block_tokens * self._costs.prefill_s_per_token)

@@ -16,6 +16,7 @@ from loraplex_common.adapter_image import AdapterSpec, Geometry
 from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.adapter_checks import check_adapter
 from loraplex_engine.adapter_operations import AdapterOperations
+from loraplex_engine.appraisal import appraisal_of
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.limits import SchedulerCounters, SchedulerLimits, SchedulingPolicy
@@ -132,6 +133,7 @@ class Engine:
                 emit=on_store_event,
                 clock=clock,
                 half_life_s=params.policy.half_life_s,
+                appraisal=appraisal_of(params.policy.eviction),
             )
             self._operations = AdapterOperations(cache=self._cache, pool=self._pool)
             self._scheduler = Scheduler(

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from loraplex_engine.appraisal import EXPECTED_COST
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from loraplex_engine.appraisal import Appraisal
     from loraplex_engine.page_pool import PagePool
 
 _DEPTH_STEP: Final = 1e-9
@@ -37,14 +40,16 @@ class PrefixCache:
     Args:
         pool: Whose pages hold the blocks.
         half_life_s: After which a use counts half.
+        appraisal: What a block is worth.
 
     Attributes:
         num_evicted: Blocks that gave way so far.
     """
 
-    def __init__(self, pool: PagePool, *, half_life_s: float) -> None:
+    def __init__(self, pool: PagePool, *, half_life_s: float, appraisal: Appraisal = EXPECTED_COST) -> None:
         self._pool = pool
         self._half_life_s = half_life_s
+        self._appraisal = appraisal
         self._pages: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
         self._worth = np.full(pool.num_pages, -math.inf)  # in octaves, without `_DEPTH_STEP`
@@ -93,7 +98,7 @@ class PrefixCache:
         if known:
             pages = np.array(known, dtype=np.int32)
             moment = now_s / self._half_life_s
-            self._worth[pages] = np.logaddexp2(self._worth[pages], moment)
+            self._worth[pages] = self._appraisal.of_blocks(self._worth[pages], moment)
             self._sure_up_to = min(self._sure_up_to, moment - _DEPTH_STEP * _MAX_DEPTH)
 
     # --- eviction ---

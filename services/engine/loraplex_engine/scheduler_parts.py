@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from loraplex_engine.adapter_bringing import AdapterBringing, Reservation
 from loraplex_engine.admission import Admission
+from loraplex_engine.appraisal import appraisal_of
 from loraplex_engine.cost_model import StepCosts
 from loraplex_engine.decode_growth import DecodeGrowth
 from loraplex_engine.decode_state import DecodeState
-from loraplex_engine.economy import PageEconomy
+from loraplex_engine.economy import PageEconomy, RoomMaker
 from loraplex_engine.fair_shares import FairShares
+from loraplex_engine.fixed_shares import AdapterShare, KvShare
 from loraplex_engine.growth import OutputLengths
 from loraplex_engine.hopelessness import Hopelessness
 from loraplex_engine.limits import SchedulerCounters, SchedulerLimits
@@ -69,9 +71,9 @@ def build_parts(
     )
     state = DecodeState(max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len, block_tokens=block_tokens)
     batch = RunningBatch(state=state, pool=pool)
-    prefix = PrefixCache(pool, half_life_s=policy.half_life_s)
+    prefix = PrefixCache(pool, half_life_s=policy.half_life_s, appraisal=appraisal_of(policy.eviction))
     sharing = PrefixSharing(prefix=prefix, state=state, is_enabled=policy.enable_prefix_cache)
-    economy = PageEconomy(pool=pool, cache=cache, prefix=prefix, costs=costs, block_tokens=block_tokens)
+    for_kv, for_adapters = _room_makers(limits, pool=pool, cache=cache, prefix=prefix, costs=costs)
     book = RequestBook(
         queue=queue,
         batch=batch,
@@ -88,7 +90,7 @@ def build_parts(
         costs=costs, cache=cache, batch=batch, queue=queue, sharing=sharing, book=book, counters=counters
     )
     bringing = AdapterBringing(
-        queue=queue, batch=batch, cache=cache, economy=economy, sizes=sizes, book=book, reservation=reservation
+        queue=queue, batch=batch, cache=cache, economy=for_adapters, sizes=sizes, book=book, reservation=reservation
     )
     admission = Admission(
         limits=limits,
@@ -97,7 +99,7 @@ def build_parts(
         pool=pool,
         cache=cache,
         sharing=sharing,
-        economy=economy,
+        economy=for_kv,
         bringing=bringing,
         reservation=reservation,
         lengths=lengths,
@@ -105,8 +107,8 @@ def build_parts(
         hopelessness=hopelessness,
         book=book,
     )
-    growth = DecodeGrowth(batch=batch, pool=pool, cache=cache, economy=economy, admission=admission, book=book)
-    warming = Warming(cache=cache, economy=economy, batch=batch, queue=queue, is_enabled=policy.enable_warming)
+    growth = DecodeGrowth(batch=batch, pool=pool, cache=cache, economy=for_kv, admission=admission, book=book)
+    warming = Warming(cache=cache, economy=for_adapters, batch=batch, queue=queue, is_enabled=policy.enable_warming)
     return SchedulerParts(
         counters=counters,
         costs=costs,
@@ -127,6 +129,7 @@ def build_parts(
         steady=SteadyDecode(
             batch=batch,
             pool=pool,
+            economy=for_kv,
             queue=queue,
             admission=admission,
             warming=warming,
@@ -135,3 +138,23 @@ def build_parts(
             counters=counters,
         ),
     )
+
+
+def _room_makers(
+    limits: SchedulerLimits, *, pool: PagePool, cache: AdapterCache, prefix: PrefixCache, costs: StepCosts
+) -> tuple[RoomMaker, RoomMaker]:
+    """Return who makes room for KV and who for adapters: one economy for both, unless the policy cuts the pool."""
+    policy = limits.policy
+    if policy.kv_share is None:
+        economy = PageEconomy(
+            pool=pool,
+            cache=cache,
+            prefix=prefix,
+            costs=costs,
+            block_tokens=limits.block_tokens,
+            appraisal=appraisal_of(policy.eviction),
+        )
+        return economy, economy
+    num_kv = round(pool.num_pages * policy.kv_share)
+    for_adapters = AdapterShare(num_pages=pool.num_pages - num_kv, pool=pool, cache=cache)
+    return KvShare(num_pages=num_kv, pool=pool, prefix=prefix), for_adapters

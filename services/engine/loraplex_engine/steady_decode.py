@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loraplex_engine.admission import Admission
     from loraplex_engine.cost_model import StepCosts
     from loraplex_engine.decode_state import Rows
+    from loraplex_engine.economy import RoomMaker
     from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.page_pool import PagePool
     from loraplex_engine.request_book import RequestBook
@@ -41,6 +42,7 @@ class SteadyDecode:
         *,
         batch: RunningBatch,
         pool: PagePool,
+        economy: RoomMaker,
         queue: WaitingQueue,
         admission: Admission,
         warming: Warming,
@@ -50,6 +52,7 @@ class SteadyDecode:
     ) -> None:
         self._batch = batch
         self._pool = pool
+        self._economy = economy
         self._queue = queue
         self._admission = admission
         self._warming = warming
@@ -72,7 +75,7 @@ class SteadyDecode:
 
     def _num_steps_in_free_pages(self, rows: Rows, most: int) -> int:
         """Return how many steps the free pages suffice for, up to ``most``."""
-        free = self._pool.num_free
+        free = self._economy.num_free
         if int(self._missing(rows, most).sum()) <= free:
             return most
         low, high = 0, most  # low suffices, high does not

@@ -14,7 +14,7 @@ from loraplex_engine.residency import Room
 
 if TYPE_CHECKING:
     from loraplex_engine.adapter_cache import AdapterCache
-    from loraplex_engine.economy import PageEconomy
+    from loraplex_engine.economy import RoomMaker
     from loraplex_engine.running_batch import RunningBatch
     from loraplex_engine.waiting_queue import WaitingQueue
 
@@ -33,7 +33,7 @@ class Warming:
         self,
         *,
         cache: AdapterCache,
-        economy: PageEconomy,
+        economy: RoomMaker,
         batch: RunningBatch,
         queue: WaitingQueue,
         is_enabled: bool,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loraplex_engine.adapter_cache import AdapterCache
+from loraplex_engine.appraisal import appraisal_of
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
@@ -175,6 +176,7 @@ class SimulatedEngine:
             emit=self._on_store_event,
             clock=self.clock,
             half_life_s=setup.policy.half_life_s,
+            appraisal=appraisal_of(setup.policy.eviction),
         )
         self.scheduler = Scheduler(
             limits=setup.limits, pool=self.pool, cache=self.cache, page_bytes=page_bytes, clock=self.clock
