@@ -1,8 +1,9 @@
 """Requests without a place in a batch, in the order in which they are to be admitted.
 
 Order: class of service; in it the fairness key served least (`fair_shares`); in that the oldest request, or, with the
-policy `newest-first` while a line is overloaded, the newest. Who waits for long rises a class at a time, so no class
-waits for ever behind a higher one. Each decision costs O(log n).
+policy `newest-first` while a line is overloaded, the newest. Who waits for long behind a higher class rises a class at a
+time, so no class waits for ever behind another. Who waits only for his own class's turn does not rise: a key that sends
+more than its share would overtake the others of its class by the age of its backlog. Each decision costs O(log n).
 
 *Eligible* requests are looked at by admission. *Parked* ones wait for their adapter to move (to arrive, to be loaded, to
 be drained) and cost nothing until it does.
@@ -61,7 +62,9 @@ class WaitingQueue:
         self._keys: dict[int, list[tuple[float, int, int]]] = {level: [] for level in _LEVELS}
         self._listed: set[tuple[int, int]] = set()  # lines with an entry in `_keys`
         self._capped: set[tuple[int, int]] = set()  # lines taken off it until a request of theirs leaves its slot
-        self._ages: dict[int, list[tuple[float, int, Request]]] = {level: [] for level in _LEVELS}
+        self._ages: dict[int, list[tuple[float, int, int, Request]]] = {level: [] for level in _LEVELS}
+        self._num_came = dict.fromkeys(_LEVELS, 0)  # requests that ever waited at a level
+        self._num_at = dict.fromkeys(_LEVELS, 0)  # requests that wait at it now
         self._aside: list[Request] = []
         self._by_digest: dict[str, dict[int, Request]] = {}  # every waiting request with an adapter, parked or not
         self._num_requests = 0
@@ -92,10 +95,10 @@ class WaitingQueue:
         self._num_requests += 1
         self.num_tokens += request.num_known_tokens
         self._line_up(request)
-        if request.level < max(_LEVELS):
-            risen = request.level - request.submission.priority + 1
-            due_s = request.arrived_s + risen * self._promote_after_s
-            heapq.heappush(self._ages[request.level], (due_s, request.number, request))
+        self._num_at[request.level] += 1
+        self._num_came[request.level] += 1
+        risen = request.level - request.submission.priority + 1
+        self._age(request, request.arrived_s + risen * self._promote_after_s)
 
     def remove(self, request: Request) -> None:
         """Let a request go, parked or not.
@@ -112,6 +115,7 @@ class WaitingQueue:
                 del self._by_digest[digest]
         request.is_parked = False
         self._num_requests -= 1
+        self._num_at[request.level] -= 1
         self.version += 1
         self.num_tokens -= request.num_known_tokens
         self.shares.cease_to_wait(request.share)
@@ -215,22 +219,40 @@ class WaitingQueue:
         return min((ages[0][0] for ages in self._ages.values() if ages), default=math.inf)
 
     def promote(self, now_s: float) -> None:
-        """Let those that have waited for long rise a class."""
+        """Let those rise a class that have waited for long and were held back by a higher one."""
         for level in _LEVELS[:0:-1]:
             ages = self._ages[level]
             while ages and ages[0][0] <= now_s:
-                due_s, _, request = heapq.heappop(ages)
-                if request.state is RequestState.WAITING and request.level == level:
+                due_s, _, num_came, request = heapq.heappop(ages)
+                if request.state is not RequestState.WAITING or request.level != level:
+                    continue
+                if self._came_above(level) > num_came:
                     self._rise(request, due_s)
+                else:
+                    self._age(request, due_s + self._promote_after_s)
+
+    def _came_above(self, level: int) -> int:
+        """Return how many requests ever waited at higher levels."""
+        return sum(self._num_came[higher] for higher in _LEVELS if higher > level)
+
+    def _age(self, request: Request, due_s: float) -> None:
+        """Look at a request's age again at ``due_s``; a higher class that waits now counts as one that comes."""
+        level = request.level
+        if level < max(_LEVELS):
+            is_behind = any(self._num_at[higher] for higher in _LEVELS if higher > level)
+            num_came = self._came_above(level) - is_behind
+            heapq.heappush(self._ages[level], (due_s, request.number, num_came, request))
 
     def _rise(self, request: Request, due_s: float) -> None:
         if not request.is_parked:
             self._step_out(request)
+        self._num_at[request.level] -= 1
         request.level += 1
+        self._num_at[request.level] += 1
+        self._num_came[request.level] += 1
         if not request.is_parked:
             self._line_up(request)
-        if request.level < max(_LEVELS):
-            heapq.heappush(self._ages[request.level], (due_s + self._promote_after_s, request.number, request))
+        self._age(request, due_s + self._promote_after_s)
 
     # --- by adapter ---
 

@@ -60,10 +60,11 @@ def test_looking_changes_nothing() -> None:
     assert queue.version == version
 
 
-def test_a_waiting_request_rises_a_class_at_a_time() -> None:
+def test_a_request_behind_a_higher_class_rises_a_class_at_a_time() -> None:
     queue = WaitingQueue(promote_after_s=PROMOTE_AFTER_S)
     old = make(0, priority=Priority.BATCH)
     queue.add(old)
+    queue.add(make(1, priority=Priority.HIGH))
 
     levels = []
     for now_s in (0, 29, 31, 59, 61, 1000):
@@ -71,6 +72,30 @@ def test_a_waiting_request_rises_a_class_at_a_time() -> None:
         levels.append(old.level)
 
     assert levels == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_request_that_a_higher_class_overtook_rises() -> None:
+    queue = WaitingQueue(promote_after_s=PROMOTE_AFTER_S)
+    old, urgent = make(0), make(1, priority=Priority.HIGH)
+    queue.add(old)
+    queue.add(urgent)
+    queue.remove(urgent)
+
+    queue.promote(PROMOTE_AFTER_S + 1)
+
+    assert old.level == Priority.HIGH
+
+
+def test_a_backlog_does_not_overtake_its_own_class_by_age() -> None:
+    queue = WaitingQueue(promote_after_s=PROMOTE_AFTER_S)
+    for number in range(3):
+        queue.add(make(number, fairness_key="greedy"))
+    queue.shares.charge(queue.shares.enter("greedy"), 10)
+    queue.promote(10 * PROMOTE_AFTER_S)
+    queue.add(make(3, fairness_key="steady", now_s=10 * PROMOTE_AFTER_S))
+    queue.shares.charge(queue.shares.enter("greedy"), 1)
+
+    assert order(queue, now_s=10 * PROMOTE_AFTER_S)[0] == 3
 
 
 def test_of_a_capped_key_nobody_is_next_until_one_of_it_leaves() -> None:
@@ -210,7 +235,7 @@ class WaitingQueueMachine(RuleBasedStateMachine):
         )
         for request in self.waiting:
             risen = max(0, math.floor((self.now_s - request.arrived_s) / PROMOTE_AFTER_S))
-            assert request.level == min(3, request.submission.priority + risen)
+            assert request.submission.priority <= request.level <= min(3, request.submission.priority + risen)
 
 
 WaitingQueueMachine.TestCase.settings = settings(

@@ -136,6 +136,8 @@ class SimulatedEngine:
         now_s: Virtual time.
         outcomes: What became of the requests.
         num_turns: Passes of the loop: what a replay costs.
+        device_s: Time in which a step ran.
+        longest_step_s: Longest planned step; those of a jump are shorter than the one that ends it, or hardly longer.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class SimulatedEngine:
         self.now_s = 0.0
         self.num_turns = 0
         self.device_s = 0.0
+        self.longest_step_s = 0.0
         self.outcomes = Outcomes(len(trace.arrival_s))
         self._adapters = adapters
         self._watch = watch
@@ -244,7 +247,9 @@ class SimulatedEngine:
         if plan is None:
             self._take_ends()
             return self._sleep(until_s)
-        self._pass(self.setup.cost.seconds(self._load_of(plan)))
+        step_s = self.setup.cost.seconds(self._load_of(plan))
+        self.longest_step_s = max(self.longest_step_s, step_s)
+        self._pass(step_s)
         self.scheduler.update(self._result_of(plan))
         self._take_ends()
         has_more = not self.setup.jumps or self._jump(until_s)
