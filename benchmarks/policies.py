@@ -1,0 +1,73 @@
+"""What the scheduling and memory policies reach, each figure with its bound; exit code 0 only if all hold.
+
+    PYTHONPATH=services/common:services/engine:clients/python:kernels:proto/gen \
+        python benchmarks/policies.py [--only overload --only thrash] [--out benchmarks/results]
+
+Simulated figures come from the engine's own scheduler, pool and caches over a device that only costs time
+(docs/adr/0016-simulator.md); they need no GPU and are the same on every machine. ``cost``, ``replay`` and ``real`` measure
+this machine; ``error`` compares the simulator with measurements of the real engine in benchmarks/results and says so where
+there are none. The last line sums up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE / "lib"), str(HERE.parent / "tests")]
+
+from loraplex_bench import (  # noqa: E402
+    policy_cost,
+    policy_economy,
+    policy_error,
+    policy_fairness,
+    policy_overload,
+    policy_real,
+    policy_replay,
+    policy_thrash,
+)
+from loraplex_bench.policy_figures import Report  # noqa: E402
+from loraplex_bench.results import Results, head_commit  # noqa: E402
+
+SECTIONS: Final[dict[str, Callable[[Report], None]]] = {
+    "overload": policy_overload.run,
+    "fairness": policy_fairness.run,
+    "thrash": policy_thrash.run,
+    "economy": policy_economy.run,
+    "cost": policy_cost.run,
+    "replay": policy_replay.run,
+    "error": policy_error.run,
+    "real": policy_real.run,
+}
+
+
+def main() -> int:
+    """Run the sections asked for; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(SECTIONS), help="a section; may be given again")
+    parser.add_argument("--out", type=Path, help="folder for the result file")
+    parser.add_argument("--images", type=Path, default=HERE.parent / "docs" / "img", help="folder for the plots")
+    parser.add_argument("--commit", default=head_commit(), help="for the result file, where there is no repository")
+    args = parser.parse_args()
+    report = Report(images=args.images)
+    report.print_head()
+    for name in args.only or SECTIONS:
+        began_s = time.perf_counter()
+        SECTIONS[name](report)
+        report.note(f"{name}: {time.perf_counter() - began_s:.0f} s")
+    if args.out:
+        results = Results()
+        results.rows = [figure.row for figure in report.figures if figure.is_measured]
+        results.notes = [*report.notes, report.summary]
+        results.write(args.out, "policies", commit=args.commit)
+    print(report.summary)
+    return 0 if report.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
