@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "lib"), str(HERE.parent / "tests")]
@@ -33,6 +32,9 @@ from loraplex_bench import (  # noqa: E402
 )
 from loraplex_bench.policy_figures import Report  # noqa: E402
 from loraplex_bench.results import Results, head_commit  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SECTIONS: Final[dict[str, Callable[[Report], None]]] = {
     "overload": policy_overload.run,

@@ -1,90 +1,73 @@
-"""What the scheduler costs the host: microseconds per steady decode step, bytes per known adapter."""
+"""What the scheduler costs the host, as ``benchmarks/scheduler_cost.py`` measures it."""
 
 from __future__ import annotations
 
-import importlib.util
-import tracemalloc
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
-from loraplex_engine.adapter_cache import AdapterCache
-from loraplex_engine.arena import HostArena
-from loraplex_engine.page_pool import PagePool
-from loraplex_engine.simulation.adapters import Adapters
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Final
 
 from loraplex_bench.paths import ROOT
 from loraplex_bench.policy_figures import Figure
-from loraplex_bench.policy_runs import LLAMA_8B
 
 if TYPE_CHECKING:
     from loraplex_bench.policy_figures import Report
 
 SECTION: Final = "cost"
-NUM_KNOWN: Final = 10_000
 MAX_STEP_US: Final = 300.0
 MAX_ADAPTER_BYTES: Final = 2048.0
+CASES: Final = "256 running, 2,000 waiting, 10,000 known adapters"
+_CASE: Final = re.compile(r"(\w+), microseconds:")
+_TOGETHER: Final = re.compile(r"\s+together\s+fastest decile\s+(\d+)\s+median\s+(\d+)\s+p99\s+(\d+)")
+_MEMORY: Final = re.compile(r"host memory per known adapter: (\d+) bytes")
+
+
+def parse(output: str) -> tuple[dict[str, tuple[float, float, float]], float]:
+    """Return microseconds per step (fastest decile, median, p99) by case, and bytes per adapter.
+
+    Raises:
+        ValueError: If the script printed something else.
+    """
+    steps: dict[str, tuple[float, float, float]] = {}
+    case = ""
+    for line in output.splitlines():
+        if named := _CASE.fullmatch(line):
+            case = named[1]
+        elif found := _TOGETHER.fullmatch(line):
+            steps[case] = (float(found[1]), float(found[2]), float(found[3]))
+    memory = _MEMORY.search(output)
+    if not steps or memory is None:
+        raise ValueError(f"scheduler_cost.py printed no figures: {output[-500:]!r}")
+    return steps, float(memory[1])
 
 
 def run(report: Report) -> None:
-    """Time steps in a busy scheduler, and weigh adapters."""
-    script: Any = _scheduler_cost()
-    samples = script.measure(num_running=256, num_waiting=2000, num_adapters=NUM_KNOWN, num_steps=2000)
-    together = np.asarray(samples).sum(axis=1) * 1e6
-    case = "256 running, 2,000 waiting, 10,000 known adapters"
-    report.note("the fastest decile is the code's cost, the rest is what else the machine does")
-    for percent, name, bound in ((10, "fastest decile", MAX_STEP_US), (50, "median", None), (99, "p99", None)):
-        report.add(
-            Figure(
-                section=SECTION,
-                case=f"{case}, {name}",
-                metric="schedule+update",
-                value=float(np.percentile(together, percent)),
-                unit="us",
-                at_most=bound,
+    """Run the script and bound what it measured; the fastest decile is the code's cost, the rest is the machine's too."""
+    script = str(ROOT / "benchmarks" / "scheduler_cost.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):  # 1: its own bound on the median does not hold
+        raise RuntimeError(f"scheduler_cost.py failed: {done.stderr[-2000:]}")
+    steps, adapter_bytes = parse(done.stdout)
+    for case, (fastest, median, slowest) in steps.items():
+        for name, value, bound in (("fastest decile", fastest, MAX_STEP_US), ("median", median, None)):
+            report.add(
+                Figure(
+                    section=SECTION,
+                    case=f"{CASES}, {case}, {name}",
+                    metric="us",
+                    value=value,
+                    unit="us",
+                    at_most=bound,
+                )
             )
-        )
+        report.note(f"{case}: p99 {slowest:.0f} us")
     report.add(
         Figure(
             section=SECTION,
-            case=f"{NUM_KNOWN:,} known adapters in the arena",
-            metric="bytes per adapter",
-            value=adapter_bytes(NUM_KNOWN),
+            case="10,000 known adapters",
+            metric="bytes each",
+            value=adapter_bytes,
             unit="B",
             at_most=MAX_ADAPTER_BYTES,
         )
     )
-
-
-def _scheduler_cost() -> object:
-    """Return the benchmark script as a module."""
-    path = ROOT / "benchmarks" / "scheduler_cost.py"
-    spec = importlib.util.spec_from_file_location("scheduler_cost", path)
-    if spec is None or spec.loader is None:
-        raise RuntimeError(f"{path} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def adapter_bytes(count: int) -> float:
-    """Return what the cache keeps per adapter, spec, slots and arrival rate included."""
-    adapters = Adapters(LLAMA_8B, count, (8,))
-    specs = [adapters.spec(index) for index in range(count)]
-    arena = HostArena(int(adapters.num_pages.sum()), 1)
-    try:
-        cache = AdapterCache(
-            pool=PagePool(1000), arena=arena, max_resident=64, emit=lambda _event: None, clock=lambda: 1.0
-        )
-        tracemalloc.start()
-        before = tracemalloc.get_traced_memory()[0]
-        for spec, num_pages in zip(specs, adapters.num_pages.tolist(), strict=True):
-            slots = arena.allocate(num_pages)
-            if slots is None:
-                raise RuntimeError("the arena is too small")
-            cache.image_arrived(spec, slots)
-            cache.count_arrival(spec.digest)
-        used = tracemalloc.get_traced_memory()[0] - before
-        tracemalloc.stop()
-    finally:
-        arena.close()
-    return used / count

@@ -74,9 +74,7 @@ def calibration() -> tuple[StepRates, str] | None:
     by_commit: dict[str, list[dict[str, Any]]] = {}
     for document in read_results():
         rows = [
-            row
-            for row in document["rows"]
-            if row["suite"] == "steps" and row["case"].startswith(f"{CALIBRATED_ON}/")
+            row for row in document["rows"] if row["suite"] == "steps" and row["case"].startswith(f"{CALIBRATED_ON}/")
         ]
         if rows:
             commit = document["meta"]["commit"]
@@ -179,5 +177,3 @@ def _worst(report: Report, name: str, found: list[float], needed: str) -> None:
             at_most=MAX_ERROR,
         )
     )
-
-

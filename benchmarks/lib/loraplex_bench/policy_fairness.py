@@ -116,9 +116,7 @@ def run(report: Report) -> None:
     _services(report, share)
 
 
-def _waits(
-    report: Report, case: str, alone_p99_s: float, fair_p99_s: float, trace: Trace, noisy: Replayed
-) -> None:
+def _waits(report: Report, case: str, alone_p99_s: float, fair_p99_s: float, trace: Trace, noisy: Replayed) -> None:
     p99_s, longest_s = p99_of(trace, noisy, STEADY), noisy.engine.longest_step_s
     report.add(
         Figure(
@@ -142,9 +140,7 @@ def _waits(
             peer_value=alone_p99_s,
         )
     )
-    report.add(
-        Figure(section=SECTION, case=case, metric="noisy p99", value=p99_of(trace, noisy, NOISY), unit="s")
-    )
+    report.add(Figure(section=SECTION, case=case, metric="noisy p99", value=p99_of(trace, noisy, NOISY), unit="s"))
 
 
 def _services(report: Report, share: float) -> None:

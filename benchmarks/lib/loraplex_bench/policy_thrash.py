@@ -6,6 +6,7 @@ for a full batch and `FITTING` adapters. Compared in the same run with least-rec
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -61,9 +62,7 @@ def setups() -> dict[str, EngineSetup]:
     return {
         "loraplex": ours,
         "LRU": replace(ours, policy=lru),
-        f"{FITTING} fixed slots": replace(
-            ours, policy=replace(lru, kv_share=kv_share), max_resident_adapters=FITTING
-        ),
+        f"{FITTING} fixed slots": replace(ours, policy=replace(lru, kv_share=kv_share), max_resident_adapters=FITTING),
     }
 
 
@@ -119,10 +118,8 @@ def _bounds(report: Report, points: list[Point]) -> None:
         ("throughput, worst neighbours", [point.throughput for point in grid]),
         ("ttft p99, worst neighbours", [point.p99_s for point in grid]),
     ):
-        worst = max(max(a / b, b / a) for a, b in zip(values, values[1:], strict=False))
-        report.add(
-            Figure(section=SECTION, case=case, metric=metric, value=worst, unit="x", at_most=MAX_NEIGHBOUR)
-        )
+        worst = max(max(a / b, b / a) for a, b in itertools.pairwise(values))
+        report.add(Figure(section=SECTION, case=case, metric=metric, value=worst, unit="x", at_most=MAX_NEIGHBOUR))
     loss = 1 - by_factor[4.0].throughput / by_factor[1.0].throughput
     report.add(
         Figure(section=SECTION, case="4x", metric="loss of throughput", value=loss, unit="share", at_most=MAX_LOSS)

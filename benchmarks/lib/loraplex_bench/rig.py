@@ -44,6 +44,7 @@ class EngineSetup:
         pool_bytes: Of the page pool.
         max_resident_adapters: Size of the adapter table; 0 is an engine without LoRA.
         dependent_launch: Launch our kernels programmatically dependent on those before them.
+        policy: How requests and pages are chosen.
     """
 
     shape: Shape
@@ -55,6 +56,7 @@ class EngineSetup:
     max_model_len: int = 1280
     max_resident_adapters: int = 256
     dependent_launch: bool | None = None
+    policy: SchedulingPolicy = COMPARABLE
 
     @property
     def params(self) -> EngineParams:
@@ -71,7 +73,7 @@ class EngineSetup:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_resident_adapters=self.max_resident_adapters,
-            policy=COMPARABLE,
+            policy=self.policy,
         )
 
     @property
