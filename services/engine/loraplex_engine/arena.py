@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 HEADER_BYTES: Final = 4096
 NONCE_BYTES: Final = 32
+_WINDOW_SLOTS: Final = 2048
 
 
 class HostArena:
@@ -55,6 +56,7 @@ class HostArena:
         self._lock = threading.Lock()
         self._is_free = np.ones(num_slots, dtype=np.bool_)
         self._num_free = num_slots
+        self._cursor = 0  # where the last allocation ended: the next gap is most likely there
 
     @property
     def num_slots(self) -> int:
@@ -71,16 +73,25 @@ class HostArena:
         with self._lock:
             if count > self._num_free:
                 return None
-            free = np.flatnonzero(self._is_free)
-            # free[i + count - 1] - free[i] == count - 1 exactly where `count` neighbours are free from free[i] on
-            starts = (
-                np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1) if count else free[:0]
-            )
-            first = int(starts[0]) if len(starts) else 0
-            chosen = free[first : first + count]
+            chosen = self._neighbours(count, self._cursor, self._cursor + max(_WINDOW_SLOTS, 4 * count))
+            if chosen is None:
+                chosen = self._neighbours(count, 0, self.num_slots)
+            if chosen is None:
+                chosen = np.flatnonzero(self._is_free)[:count]
+            if count:
+                self._cursor = int(chosen[-1]) + 1 if int(chosen[-1]) + 1 < self.num_slots else 0
             self._is_free[chosen] = False
             self._num_free -= count
             return tuple(chosen.tolist())
+
+    def _neighbours(self, count: int, begin: int, end: int) -> NDArray[np.intp] | None:
+        """Return the first ``count`` free slots in a row in ``[begin, end)``, or None if there is no such gap."""
+        free = np.flatnonzero(self._is_free[begin:end]) + begin
+        if count == 0 or len(free) < count:
+            return free[:0] if count == 0 else None
+        # free[i + count - 1] - free[i] == count - 1 exactly where `count` neighbours are free from free[i] on
+        starts = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
+        return free[starts[0] : starts[0] + count] if len(starts) else None
 
     def free(self, slots: Sequence[int]) -> None:
         """Give slots back.

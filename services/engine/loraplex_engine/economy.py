@@ -9,6 +9,7 @@ fetch from the store if the arena lost it). All in octaves (log2), in which deca
 from __future__ import annotations
 
 import math
+from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol
 
 from loraplex_engine.appraisal import EXPECTED_COST
@@ -113,7 +114,7 @@ class PageEconomy:
         if missing > self._pool.num_cached + self._cache.num_idle_pages:
             return False
         with self._cache.idle_in_order() as idle:
-            adapters = (a for a in idle if may_evict(a) and a.worth <= up_to)
+            adapters = filter(may_evict, takewhile(lambda adapter: adapter.worth <= up_to, idle))  # by rising worth
             chosen = self._enough(missing, adapters, up_to)
             if chosen is None:
                 return False

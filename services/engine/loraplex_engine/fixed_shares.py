@@ -83,9 +83,9 @@ class AdapterShare:
         with self._cache.idle_in_order() as idle:
             chosen: list[Adapter] = []
             for adapter in idle:
-                if missing <= 0:
+                if missing <= 0 or adapter.worth > up_to:  # by rising worth
                     break
-                if may_evict(adapter) and adapter.worth <= up_to:
+                if may_evict(adapter):
                     chosen.append(adapter)
                     missing -= adapter.num_pages
             if missing > 0:

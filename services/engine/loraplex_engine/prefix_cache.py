@@ -31,6 +31,7 @@ _DEPTH_STEP: Final = 1e-9
 """What a block's position takes off its worth, in octaves: orders equals, and far above a float's resolution."""
 _MAX_DEPTH: Final = 1 << 20
 _MIN_CANDIDATES: Final = 512
+_MIN_LOOKED_AT: Final = 64
 _NO_PAGES: Final = np.empty(0, dtype=np.int32)
 
 
@@ -142,10 +143,11 @@ class PrefixCache:
         candidates that are worth less still go first.
         """
         while self._next_candidate < len(self._candidates):
-            rest = self._candidates[self._next_candidate : self._next_candidate + most]
-            still = rest[self._pool.is_cached(rest) & (self._effective(rest) < self._sure_up_to)]
+            rest = self._candidates[self._next_candidate : self._next_candidate + max(most, _MIN_LOOKED_AT)]
+            still = np.flatnonzero(self._pool.is_cached(rest) & (self._effective(rest) < self._sure_up_to))
             if len(still):
-                return still
+                self._next_candidate += int(still[0])  # those before it are gone or have become worth more
+                return rest[still[:most]]
             self._next_candidate += len(rest)
         self._sort(max(most, _MIN_CANDIDATES))
         return self._candidates[:most]
