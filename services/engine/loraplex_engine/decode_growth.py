@@ -68,7 +68,7 @@ class DecodeGrowth:
         return rows
 
     @property
-    def _watermark(self) -> int:
+    def watermark(self) -> int:
         """Pages to have free beyond present need: what the batch takes in a few steps."""
         return 1 + 4 * len(self._batch) // self._batch.state.block_tokens
 
@@ -77,7 +77,7 @@ class DecodeGrowth:
         own = self._admission.reserving_digest
         spared = set() if own is None else {own}
         spare = EvictionRule(spared, spares_claimed=True)
-        room = self._economy.make_room(num_pages + self._watermark, spare)
+        room = self._economy.make_room(num_pages + self.watermark, spare)
         if room is Room.NO:
             room = self._economy.make_room(num_pages, spare)
         if room is Room.NO:

@@ -38,6 +38,10 @@ class RoomMaker(Protocol):
         """Pages free now or soon, or to be had by evicting what nobody claims."""
         ...
 
+    def num_quiet(self, most: int) -> int:
+        """Return how many pages are free or to be had before any adapter has to go, up to ``most``."""
+        ...
+
     def num_obtainable_but(self, spared: set[str]) -> int:
         """Return the pages free now or soon, or to be had without some adapters."""
         ...
@@ -85,6 +89,16 @@ class PageEconomy:
     def num_obtainable(self) -> int:
         """Pages free now or soon, or to be had by evicting blocks and adapters that nobody claims."""
         return self._num_without_adapters + self._cache.num_unclaimed_idle_pages
+
+    def num_quiet(self, most: int) -> int:
+        """Return how many pages are free, or cached blocks that go before any idle adapter, up to ``most``."""
+        free = self._pool.num_free
+        if free >= most or not self._pool.num_cached:
+            return min(free, most)
+        with self._cache.idle_in_order() as idle:
+            first = next(idle, None)
+        bound = math.inf if first is None else first.worth - self._block_cost
+        return free + self._prefix.num_worth(bound, most - free)
 
     def num_obtainable_but(self, spared: set[str]) -> int:
         """Return the pages free now or soon, or to be had by evicting blocks and all adapters but some."""

@@ -38,6 +38,10 @@ class KvShare:
         """Pages free now or soon, or to be had by evicting cached blocks."""
         return max(0, self._num_pages - self._pool.num_kv)
 
+    def num_quiet(self, most: int) -> int:
+        """Return `num_obtainable`, up to ``most``: no adapter ever has to go."""
+        return min(most, self.num_obtainable)
+
     def num_obtainable_but(self, spared: set[str]) -> int:
         """Return `num_obtainable`: adapters have nothing to give."""
         del spared
@@ -71,6 +75,10 @@ class AdapterShare:
     def num_obtainable(self) -> int:
         """All pages of the pool: a load here never takes what growing sequences need."""
         return self._pool.num_pages
+
+    def num_quiet(self, most: int) -> int:
+        """Return the pages that can be allocated now, up to ``most``."""
+        return min(most, self.num_free)
 
     def num_obtainable_but(self, spared: set[str]) -> int:
         """Return `num_obtainable`."""

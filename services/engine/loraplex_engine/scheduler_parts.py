@@ -130,6 +130,7 @@ def build_parts(
             batch=batch,
             pool=pool,
             economy=for_kv,
+            growth=growth,
             queue=queue,
             admission=admission,
             warming=warming,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.admission import Admission
     from loraplex_engine.cost_model import StepCosts
+    from loraplex_engine.decode_growth import DecodeGrowth
     from loraplex_engine.decode_state import Rows
     from loraplex_engine.economy import RoomMaker
     from loraplex_engine.limits import SchedulerCounters
@@ -43,6 +44,7 @@ class SteadyDecode:
         batch: RunningBatch,
         pool: PagePool,
         economy: RoomMaker,
+        growth: DecodeGrowth,
         queue: WaitingQueue,
         admission: Admission,
         warming: Warming,
@@ -53,6 +55,7 @@ class SteadyDecode:
         self._batch = batch
         self._pool = pool
         self._economy = economy
+        self._growth = growth
         self._queue = queue
         self._admission = admission
         self._warming = warming
@@ -64,24 +67,29 @@ class SteadyDecode:
         """Return how many steady steps can be taken at least, from now on and if nothing arrives; 0 if none.
 
         Requests may wait: as long as nothing changes, admission does not look at them (`Admission.is_settled`). A step for
-        which somebody has to give way is not steady: what that opens to admission and warming is theirs to decide.
+        which an adapter has to give way is not steady: what that opens to admission and warming is theirs to decide.
         """
         batch = self._batch
         if batch.num_prefill_tokens or len(batch) == 0 or not self._is_settled(now_s):
             return 0
         state, rows = batch.state, batch.rows
         steps = int((state.max_outputs.take(rows) - state.next_position.take(rows)).min())
-        return self._num_steps_in_free_pages(rows, steps)
-
-    def _num_steps_in_free_pages(self, rows: Rows, most: int) -> int:
-        """Return how many steps the free pages suffice for, up to ``most``."""
+        needed = int(self._missing(rows, steps).sum())
         free = self._economy.num_free
-        if int(self._missing(rows, most).sum()) <= free:
+        if needed <= free:
+            return steps
+        # rows that lack pages make room for a few more (`DecodeGrowth`): so many must be to be had without an adapter
+        quiet = self._economy.num_quiet(needed + self._growth.watermark)
+        return self._num_steps_within(rows, steps, max(free, quiet - self._growth.watermark))
+
+    def _num_steps_within(self, rows: Rows, most: int, num_pages: int) -> int:
+        """Return how many steps that many pages suffice for, up to ``most``."""
+        if int(self._missing(rows, most).sum()) <= num_pages:
             return most
         low, high = 0, most  # low suffices, high does not
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if int(self._missing(rows, middle).sum()) <= free else (low, middle)
+            low, high = (middle, high) if int(self._missing(rows, middle).sum()) <= num_pages else (low, middle)
         return low
 
     def _is_settled(self, now_s: float) -> bool:
@@ -104,14 +112,15 @@ class SteadyDecode:
             growth_s: By how much each takes longer than the one before it.
         """
         state, rows = self._batch.state, self._batch.rows
-        missing = self._missing(rows, num_steps)
-        total = int(missing.sum())
-        if total:
-            _append(state.blocks, state.num_blocks, rows, missing, self._pool.allocate(total, PageOwner.KV))
-        self._write_tokens(rows, num_steps, draw)
-        state.num_computed[rows] += num_steps
-        state.next_position[rows] += num_steps
-        state.num_outputs[rows] += num_steps
+        left = num_steps
+        while left:
+            count = self._num_steps_within(rows, left, self._economy.num_free)
+            if count == 0:  # blocks give way at the very step that lacks pages
+                if len(self._growth.grow(rows)) != len(rows):
+                    raise RuntimeError("a steady step lacks pages")
+                count = 1
+            self._advance(rows, count, draw)
+            left -= count
         self._counters.num_steps += num_steps
         self._counters.num_output_tokens += num_steps * len(rows)
         self._queue.shares.charge_outputs(state.shares.take(rows), num_steps)
@@ -120,11 +129,19 @@ class SteadyDecode:
         for slot in over.tolist():
             self._book.finish(self._batch.at(slot), FinishReason.LENGTH)
 
-    def _write_tokens(self, rows: Rows, num_steps: int, draw: Draw) -> None:
+    def _advance(self, rows: Rows, num_steps: int, draw: Draw) -> None:
+        """Do steps for which the free pages suffice."""
         state = self._batch.state
+        missing = self._missing(rows, num_steps)
+        total = int(missing.sum())
+        if total:
+            _append(state.blocks, state.num_blocks, rows, missing, self._pool.allocate(total, PageOwner.KV))
         first = state.num_prompt_tokens.take(rows) + state.next_position.take(rows)
         columns = first[:, None] + np.arange(num_steps, dtype=np.int32)
         state.tokens[rows[:, None], columns] = draw(rows, first, num_steps)
+        state.num_computed[rows] += num_steps
+        state.next_position[rows] += num_steps
+        state.num_outputs[rows] += num_steps
 
 
 def _append(
