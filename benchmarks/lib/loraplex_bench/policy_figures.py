@@ -83,11 +83,12 @@ class Report:
 
     Attributes:
         images: Folder of the plots.
+        replay_requests: Length of the long replay; None for the million that the figure is about.
         is_quick: Shorter traces: for a look, not for the record.
     """
 
     images: Path
-    is_quick: bool = False
+    replay_requests: int | None = None
     figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
