@@ -8,6 +8,9 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from loraplex_engine import arena as arena_module
 from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.arena import HEADER_BYTES, HostArena
 from loraplex_engine.arena_grants import ArenaGrants
@@ -43,6 +46,33 @@ def test_slots_are_neighbours_if_there_is_a_gap_for_them() -> None:
     assert slots == (5, 6, 7)
     assert np.shares_memory(arena.pages(slots), arena.view)
     arena.close()
+
+
+@given(
+    operations=st.lists(st.tuples(st.booleans(), st.integers(1, 7)), max_size=60), window=st.sampled_from([1, 4, 64])
+)
+def test_an_allocation_is_of_neighbours_wherever_there_is_such_a_gap(
+    operations: list[tuple[bool, int]], window: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arena_module, "_WINDOW_SLOTS", window)
+        arena = HostArena(24, 64)
+        held: list[tuple[int, ...]] = []
+        for frees, size in operations:
+            if frees and held:
+                arena.free(held.pop(size % len(held)))
+                continue
+            taken = {slot for slots in held for slot in slots}
+            gaps = [start for start in range(25 - size) if taken.isdisjoint(range(start, start + size))]
+            slots = arena.allocate(size)
+            assert (slots is None) == (24 - len(taken) < size)
+            if slots is not None:
+                assert taken.isdisjoint(slots)
+                assert len(set(slots)) == size
+                assert not gaps or slots == tuple(range(slots[0], slots[0] + size))
+                held.append(slots)
+            arena.check_integrity()
+        arena.close()
 
 
 def test_scattered_slots_serve_too() -> None:
