@@ -10,8 +10,8 @@ import numpy as np
 from loraplex_common.base_model import BaseModelInfo
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.copies import Link
-from loraplex_engine.simulation.engine import EngineSetup
 from loraplex_engine.simulation.fleet import Fleet
+from loraplex_engine.simulation.setup import EngineSetup
 from loraplex_engine.simulation.shapes import ModelShape
 from loraplex_engine.simulation.step_cost import StepCost, StepRates
 from loraplex_engine.simulation.trace import NO_CONVERSATION, SavedTrace

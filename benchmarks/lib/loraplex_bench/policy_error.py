@@ -17,8 +17,8 @@ from loraplex_client.workload import from_spec
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.calibration import fit
 from loraplex_engine.simulation.devices import GIB, H100_PRIORS
-from loraplex_engine.simulation.engine import EngineSetup
 from loraplex_engine.simulation.measured import TARGETS, measured_steps
+from loraplex_engine.simulation.setup import EngineSetup
 from loraplex_engine.simulation.shapes import ModelShape, base_model
 from loraplex_engine.simulation.step_cost import StepCost, StepRates
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.devices import DEVICES, GIB, H100
-from loraplex_engine.simulation.engine import EngineSetup, SimulatedEngine
+from loraplex_engine.simulation.engine import SimulatedEngine
 from loraplex_engine.simulation.fleet import Fleet
 from loraplex_engine.simulation.outcomes import Outcomes, Summary, summarize
+from loraplex_engine.simulation.setup import EngineSetup
 from loraplex_engine.simulation.shapes import ModelShape, base_model
 from loraplex_engine.simulation.step_cost import StepCost, StepRates
 

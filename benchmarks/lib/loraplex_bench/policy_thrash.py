@@ -20,7 +20,7 @@ from loraplex_bench.policy_figures import Figure
 from loraplex_bench.policy_runs import LLAMA_8B, h100_setup, replay
 
 if TYPE_CHECKING:
-    from loraplex_engine.simulation.engine import EngineSetup
+    from loraplex_engine.simulation.setup import EngineSetup
 
     from loraplex_bench.policy_figures import Report
 

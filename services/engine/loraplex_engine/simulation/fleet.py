@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_engine.simulation.adapters import Adapters
-    from loraplex_engine.simulation.engine import EngineSetup
+    from loraplex_engine.simulation.setup import EngineSetup
     from loraplex_engine.simulation.trace import TraceArrays
 
 # The gateway's rule (loraplex_gateway.routing): services do not import each other, so its two numbers are repeated here.

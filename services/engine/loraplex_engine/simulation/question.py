@@ -11,10 +11,10 @@ import numpy as np
 
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.devices import DEVICES, GIB, Device
-from loraplex_engine.simulation.engine import EngineSetup
 from loraplex_engine.simulation.fleet import Fleet, Routing
 from loraplex_engine.simulation.measured import TARGETS
 from loraplex_engine.simulation.outcomes import summarize
+from loraplex_engine.simulation.setup import EngineSetup
 from loraplex_engine.simulation.shapes import ModelShape, ShapeError, base_model, base_model_from_config
 from loraplex_engine.simulation.step_cost import StepCost
 from loraplex_engine.simulation.trace import TraceArrays, TraceError, load_trace
