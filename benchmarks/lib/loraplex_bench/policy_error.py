@@ -25,6 +25,7 @@ from loraplex_engine.simulation.step_cost import StepCost, StepRates
 from loraplex_bench.paths import ROOT
 from loraplex_bench.policy_figures import Figure
 from loraplex_bench.policy_runs import replay
+from loraplex_bench.rig import COMPARABLE
 
 if TYPE_CHECKING:
     from loraplex_client.workload import Trace
@@ -144,6 +145,7 @@ def _predict(one: Measurement, trace: Trace, rates: StepRates, slo_s: float) -> 
         arena_bytes=(int(adapters.num_pages.sum()) + 2) * shape.pool.page_bytes,
         max_model_len=1280,
         max_resident_adapters=256,
+        policy=COMPARABLE,  # as the engine was measured
     )
     summary = replay(setup, adapters, trace, slo_ttft_s=slo_s).summary
     return summary.output_tokens_per_s, summary.attainment
