@@ -84,6 +84,15 @@ def startup_case(shape: Shape) -> Case:
     )
 
 
+def rates_case(shape: Shape, where: str, rates: tuple[float, ...]) -> Case:
+    """Return a case of S-LoRA traces at several rates, for the simulator's error."""
+    return Case(
+        about=f"{shape.name}, all seven r16, S-LoRA traces {where} capacity, for the simulator's error",
+        seconds=90,
+        run=lambda bench: run_rates(bench, setup_of(shape, ALL_LINEAR), rates, duration_s=25, warm=STANDARD),
+    )
+
+
 def gpu_cases() -> dict[str, Case]:
     """Return the cases by name."""
     seven, eight = LLAMA2_7B, LLAMA3_8B
@@ -157,13 +166,8 @@ def gpu_cases() -> dict[str, Case]:
                 bench, setup_of(seven, QKVO, 256, max_num_seqs=128), num_resident=64, size=HALF, duration_s=20
             ),
         ),
-        "rates-8b": Case(
-            about="Llama-3-8B, all seven r16, S-LoRA traces of 30 s around capacity, for the simulator's error",
-            seconds=180,
-            run=lambda bench: run_rates(
-                bench, setup_of(eight, ALL_LINEAR), (14.0, 20.0, 24.0, 28.0), duration_s=30, warm=STANDARD
-            ),
-        ),
+        "rates-8b-below": rates_case(eight, "below", (14.0, 20.0)),
+        "rates-8b-beyond": rates_case(eight, "beyond", (24.0, 28.0)),
         "startup-7b": startup_case(seven),
     }
 

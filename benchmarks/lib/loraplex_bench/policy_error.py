@@ -1,7 +1,7 @@
 """The simulator against the real engine: throughput and attainment that were measured, and what it says of the same work.
 
 Calibrated on single steps of Llama-2-7B (``benchmarks/calibrate.py``, or the steps of the first runs), tested on bursts of
-other shapes and on open-loop traces (``benchmarks/engine.py bursts-8b rates-8b``). Measurements are committed files of
+other shapes and on open-loop traces (``benchmarks/engine.py bursts-8b rates-8b-below rates-8b-beyond``). Measurements are committed files of
 benchmarks/results; where there are none of the calibration's commit, the row says so.
 """
 
@@ -115,7 +115,7 @@ def run(report: Report) -> None:
         for one in measurements(commit):
             _compare(report, one, rates, throughput, attainment)
     _worst(report, "throughput", throughput, "bursts and traces")
-    _worst(report, "attainment", attainment, "engine.py rates-8b, with steps of the same commit")
+    _worst(report, "attainment", attainment, "engine.py rates-8b-below rates-8b-beyond, with steps of the same commit")
 
 
 def _compare(
