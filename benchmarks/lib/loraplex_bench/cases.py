@@ -31,6 +31,7 @@ MIXED: Final = AdapterFamily(ranks=(64, 32, 16, 8))
 ALL_LINEAR: Final = AdapterFamily(targets="all")
 STANDARD: Final = BurstSize()
 HALF: Final = BurstSize(num_requests=256)
+SPARE_SEQS: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +69,12 @@ def default_limits(shape: Shape, family: AdapterFamily) -> EngineSetup:
 
 
 def side_by_side(shape: Shape, family: AdapterFamily, num_seqs: int, size: BurstSize) -> EngineSetup:
-    """Return an engine of which two fit a device: KV for ``num_seqs`` and 32 adapters."""
+    """Return an engine of which two fit a device: KV for ``num_seqs``, room for growth, and 32 adapters.
+
+    Without that room, the pages that admission keeps free would keep the last sequence out for a whole generation.
+    """
     adapters = family.total_pages(shape, 32) * shape.geometry.page_bytes
-    pool_bytes = kv_bytes(shape, num_seqs, size) + adapters
+    pool_bytes = kv_bytes(shape, num_seqs + SPARE_SEQS, size) + adapters
     return setup_of(shape, family, 32, pool_bytes=pool_bytes, max_num_seqs=num_seqs)
 
 
