@@ -12,7 +12,7 @@ import grpc
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex.v1 import adapter_store_pb2_grpc
 from loraplex_common.auth import current_tenant, require_admin
-from loraplex_common.errors import AdapterCorruptError, AdapterNotFoundError, InvalidParameterError
+from loraplex_common.errors import AdapterCorruptError, AdapterNotFoundError, InvalidParameterError, LoraplexError
 from loraplex_common.ids import AdapterRef, check_adapter_name, check_label, is_digest
 
 from loraplex_adapter_store import paging, wire
@@ -24,7 +24,7 @@ from loraplex_adapter_store.hints import Hints
 from loraplex_adapter_store.imports.hub import HubSource
 from loraplex_adapter_store.imports.importer import ImportTarget
 from loraplex_adapter_store.imports.intake import Intake
-from loraplex_adapter_store.imports.uploads import AnnouncedFile
+from loraplex_adapter_store.imports.uploads import AnnouncedFile, linger
 from loraplex_adapter_store.lifecycle import Caller, Lifecycle
 from loraplex_adapter_store.records import AdapterRecord
 from loraplex_adapter_store.repository.blobs import Blobs
@@ -162,7 +162,11 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             AnnouncedFile(name=file.name, num_bytes=file.num_bytes, sha256=file.sha256) for file in first.header.files
         )
         async with aclosing(_parts_of(request_iterator)) as parts:
-            outcome = wire.import_result(await self._parts.intake.upload(files, parts, target))
+            try:
+                outcome = wire.import_result(await self._parts.intake.upload(files, parts, target))
+            except LoraplexError:
+                await linger(parts)
+                raise
         return pb.UploadAdapterResponse(
             adapter=outcome.adapter, revision=outcome.revision, already_existed=outcome.already_existed
         )

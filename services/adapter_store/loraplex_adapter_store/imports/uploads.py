@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from loraplex_common.errors import (
     AdapterIncompatibleError,
     DeadlineError,
     InvalidParameterError,
+    LoraplexError,
 )
 
 from loraplex_adapter_store.checkpoint.reader import CONFIG_FILE, WEIGHTS_FILE
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 MAX_PART_BYTES: Final = 2 * 1024 * 1024
 IDLE_S: Final = 60.0
+LINGER_S: Final = 1.0
+LINGER_BYTES: Final = 16 * 1024 * 1024
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -94,6 +98,21 @@ async def receive(files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes])
     if rest or await _has_more(parts):
         raise AdapterCorruptUploadError("more bytes than announced")
     return from_contents(contents, "upload")
+
+
+async def linger(parts: AsyncIterator[bytes]) -> None:
+    """Read on for a moment before an upload is refused.
+
+    A client in the middle of a write would see its stream break instead of the reason: some gRPC clients report the first of
+    the two that they notice. What else is wrong with what still comes does not matter any more.
+    """
+    num_bytes = 0
+    with contextlib.suppress(TimeoutError, LoraplexError):
+        async with asyncio.timeout(LINGER_S):
+            async for part in parts:
+                num_bytes += len(part)
+                if num_bytes > LINGER_BYTES:
+                    return
 
 
 async def _next_part(parts: AsyncIterator[bytes], file: AnnouncedFile, num_received: int) -> bytes:
