@@ -113,7 +113,7 @@ class CudaDecoder:
         limits: Largest step.
 
     Attributes:
-        rope: The kernel that finishes qkv, for LoRA to fold into; ``silu_mul`` likewise for gate_up.
+        rope: The kernel that finishes qkv, which LoRA paths launch with a delta; ``silu_mul`` likewise for gate_up.
         last_sampled: int32 ``[slots + 1]``; what decode rows feed on; the last entry is padding's.
     """
 
