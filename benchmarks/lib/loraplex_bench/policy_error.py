@@ -1,6 +1,6 @@
 """The simulator against the real engine: throughput and attainment that were measured, and what it says of the same work.
 
-Calibrated on single steps of Llama-2-7B (``benchmarks/calibrate.py``, or the steps of the first runs), tested on bursts of
+Calibrated on single steps of Llama-2-7B (``benchmarks/calibrate.py``, else those of ``profile_step.py``), tested on bursts of
 other shapes and on open-loop traces (``benchmarks/engine.py bursts-8b rates-8b-below rates-8b-beyond``). Measurements are committed files of
 benchmarks/results; where there are none of the calibration's commit, the row says so.
 """
@@ -17,7 +17,7 @@ from loraplex_client.workload import from_spec
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.calibration import fit
 from loraplex_engine.simulation.devices import GIB, H100_PRIORS
-from loraplex_engine.simulation.measured import TARGETS, measured_steps
+from loraplex_engine.simulation.measured import SUITES, TARGETS, measured_steps
 from loraplex_engine.simulation.setup import EngineSetup
 from loraplex_engine.simulation.shapes import ModelShape, base_model
 from loraplex_engine.simulation.step_cost import StepCost, StepRates
@@ -75,7 +75,9 @@ def calibration() -> tuple[StepRates, str] | None:
     by_commit: dict[str, list[dict[str, Any]]] = {}
     for document in read_results():
         rows = [
-            row for row in document["rows"] if row["suite"] == "steps" and row["case"].startswith(f"{CALIBRATED_ON}/")
+            row
+            for row in document["rows"]
+            if row["suite"] in SUITES and row["metric"] == "step" and row["case"].startswith(f"{CALIBRATED_ON}/")
         ]
         if rows:
             commit = document["meta"]["commit"]

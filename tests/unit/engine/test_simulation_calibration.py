@@ -72,9 +72,34 @@ def test_a_missing_prior_or_a_step_without_time_is_refused() -> None:
         fit([measured_step(CASES[0], 0.0)], H100_PRIORS)
 
 
+@pytest.mark.parametrize(
+    ("profiled", "named"),
+    [
+        ("decode, 64 x 320, 64 adapters", "decode:64x320:64"),
+        ("decode, 1 x 320, 1 adapter", "decode:1x320:1"),
+        ("decode, 256 x 320, no adapter", "decode:256x320:0"),
+    ],
+)
+def test_a_profiled_step_is_the_load_its_name_says(profiled: str, named: str) -> None:
+    step, other = (measured_step(f"llama2-7b/qkvo r16/{name}", 1.0) for name in (profiled, named))
+
+    assert step.load == other.load
+
+
+def test_a_mixed_step_is_its_decode_rows_and_its_prompts() -> None:
+    mixed, decode, prompts = (
+        measured_step(f"llama2-7b/qkvo r16/{name}", 1.0).load
+        for name in ("mixed, 225 x 320 + 31 x 256, 200 adapters", "decode:225x320:200", "prefill:31x256:200")
+    )
+
+    for name in ("num_tokens", "num_sampled", "kv_tokens", "attention_pairs", "lora_bytes", "num_decode_rows"):
+        assert getattr(mixed, name) == getattr(decode, name) + getattr(prompts, name), name
+    assert mixed.adapter_bytes == decode.adapter_bytes
+
+
 @pytest.mark.parametrize("case", ["llama2-7b/qkvo r16/burst:0:512", "decode:1x1:0", ""])
 def test_a_case_that_is_no_step_is_refused(case: str) -> None:
-    with pytest.raises(CalibrationError, match="is not SHAPE"):
+    with pytest.raises(CalibrationError, match="is neither SHAPE"):
         measured_step(case, 1.0)
 
 

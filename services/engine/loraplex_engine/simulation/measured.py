@@ -1,4 +1,4 @@
-"""Reads single steps that ``benchmarks/engine.py --steps`` measured, as loads of the step-cost model."""
+"""Reads single steps that ``benchmarks/calibrate.py`` and ``profile_step.py`` measured, as loads of the step-cost model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from loraplex_engine.simulation.step_cost import StepLoad
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# e.g. llama2-7b/qkvo r16/decode:64x320:64: 64 rows after 320 tokens over 64 adapters
-_CASE: Final = re.compile(
-    r"(?P<shape>[^/]+)/(?P<targets>qkvo|all) r(?P<ranks>\d+([/+]\d+)*)/"
-    r"(?P<kind>decode|prefill):(?P<rows>\d+)x(?P<tokens>\d+):(?P<adapters>\d+)"
+_SUBJECT: Final = r"(?P<shape>[^/]+)/(?P<targets>qkvo|all) r(?P<ranks>\d+([/+]\d+)*)/"
+_CASES: Final = (
+    # e.g. llama2-7b/qkvo r16/decode:64x320:64: 64 rows after 320 tokens over 64 adapters
+    re.compile(_SUBJECT + r"decode:(?P<rows>\d+)x(?P<context>\d+):(?P<adapters>\d+)"),
+    re.compile(_SUBJECT + r"prefill:(?P<prompts>\d+)x(?P<tokens>\d+):(?P<adapters>\d+)"),
+    # e.g. llama2-7b/qkvo r16/mixed, 225 x 320 + 31 x 256, 200 adapters
+    re.compile(
+        _SUBJECT + r"(decode|mixed), (?P<rows>\d+) x (?P<context>\d+)( \+ (?P<prompts>\d+) x (?P<tokens>\d+))?, "
+        r"(?P<adapters>no|\d+) adapters?"
+    ),
 )
+SUITES: Final = frozenset({"steps", "profile"})
 TARGETS: Final = {"qkvo": ATTENTION_TARGETS, "all": ALL_TARGETS}
 
 
@@ -29,7 +36,7 @@ def measured_steps(rows: Iterable[dict[str, Any]]) -> list[MeasuredStep]:
     return [
         measured_step(row["case"], row["value"] / 1e3)
         for row in rows
-        if row["suite"] == "steps" and row["metric"] == "step"
+        if row["suite"] in SUITES and row["metric"] == "step"
     ]
 
 
@@ -39,23 +46,27 @@ def measured_step(case: str, seconds: float) -> MeasuredStep:
     Raises:
         CalibrationError: If it says none.
     """
-    match = _CASE.fullmatch(case)
+    match = next((found for pattern in _CASES if (found := pattern.fullmatch(case))), None)
     if match is None:
-        raise CalibrationError(f"{case!r} is not SHAPE/TARGETS rRANKS/decode|prefill:ROWSxTOKENS:ADAPTERS")
-    shape = ModelShape(base_model(match["shape"]))
-    ranks = [int(rank) for rank in re.split("[/+]", match["ranks"])]
-    rows, tokens, num_adapters = int(match["rows"]), int(match["tokens"]), int(match["adapters"])
-    sizes = [shape.adapter(ranks[index % len(ranks)], TARGETS[match["targets"]]) for index in range(num_adapters)]
-    is_decode = match["kind"] == "decode"
-    num_tokens = rows if is_decode else rows * tokens
+        raise CalibrationError(
+            f"{case!r} is neither SHAPE/TARGETS rRANKS/decode|prefill:ROWSxTOKENS:ADAPTERS nor a profiled step's name"
+        )
+    named = match.groupdict(default="0")
+    shape = ModelShape(base_model(named["shape"]))
+    ranks = [int(rank) for rank in re.split("[/+]", named["ranks"])]
+    rows, context = int(named.get("rows", 0)), int(named.get("context", 0))
+    prompts, tokens = int(named.get("prompts", 0)), int(named.get("tokens", 0))
+    num_adapters = 0 if named["adapters"] == "no" else int(named["adapters"])
+    sizes = [shape.adapter(ranks[index % len(ranks)], TARGETS[named["targets"]]) for index in range(num_adapters)]
+    num_tokens = rows + prompts * tokens
     load = StepLoad(
         num_tokens=num_tokens,
-        num_sampled=rows,
-        kv_tokens=rows * (tokens + 1) if is_decode else 0,
-        attention_pairs=0 if is_decode else rows * tokens * (tokens + 1) // 2,
+        num_sampled=rows + prompts,
+        kv_tokens=rows * (context + 1),
+        attention_pairs=prompts * tokens * (tokens + 1) // 2,
         adapter_bytes=sum(size.weight_bytes for size in sizes),
         lora_bytes=num_tokens * sizes[0].traffic_bytes if sizes else 0,
         lora_ops=sizes[0].num_ops if sizes else 0,
-        num_decode_rows=rows if is_decode else 0,
+        num_decode_rows=rows,
     )
     return MeasuredStep(shape, load, seconds)
