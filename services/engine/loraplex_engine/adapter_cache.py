@@ -49,6 +49,7 @@ class AdapterCache(AdapterRegister):
     Attributes:
         max_resident: Size of the runner's adapter table.
         load_estimate_s: Moving average of the time from a want to residency.
+        num_hastened: Times that an image on its way turned out to be needed earlier.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class AdapterCache(AdapterRegister):
         self._generations = itertools.count(1)
         self.max_resident = max_resident
         self.load_estimate_s = 1.0
+        self.num_hastened = 0
 
     # --- leases ---
 
@@ -132,6 +134,7 @@ class AdapterCache(AdapterRegister):
             self._count_warm(adapter, WarmResult.LATE)
         elif adapter.state is ResidencyState.WANTED and deadline_s is not None and deadline_s < adapter.wanted_by_s:
             adapter.wanted_by_s = deadline_s
+            self.num_hastened += 1
             self._emit(WantImage(digest, deadline_s))
 
     def image_arrived(self, spec: AdapterSpec, arena_slots: tuple[int, ...]) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from loraplex_engine.adapter_table import EvictionOrder
@@ -70,6 +71,11 @@ class AdapterRegister:
         """Return where an adapter stands; ABSENT if it was never heard of."""
         adapter = self._adapters.get(digest)
         return adapter.state if adapter else ResidencyState.ABSENT
+
+    def due_s(self, digest: str) -> float:
+        """Return when a WANTED adapter's image has its turn for room in the arena; -inf if it was never heard of."""
+        adapter = self._adapters.get(digest)
+        return adapter.due_s if adapter else -math.inf
 
     def num_pages_of(self, digest: str) -> int | None:
         """Return the pages an adapter takes, or None as long as its image was not seen."""

@@ -24,6 +24,8 @@ TRANSITIONS: Final = {
 }
 NEVER: Final = -1
 """A step id before all steps."""
+PATIENCE_S: Final = 10.0
+"""How long images that are needed earlier may pass one that has no deadline or a later one."""
 
 
 class Room(enum.Enum):
@@ -114,6 +116,11 @@ class Adapter:
     def is_on_device(self) -> bool:
         """True while it holds pages of the pool."""
         return self.pages is not None
+
+    @property
+    def due_s(self) -> float:
+        """When its image has its turn for room: when it is needed, or `PATIENCE_S` after it was asked for at the latest."""
+        return min(self.wanted_by_s, self.wanted_since_s + PATIENCE_S)
 
     @property
     def is_idle(self) -> bool:

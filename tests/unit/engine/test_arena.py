@@ -1,25 +1,16 @@
-"""The host arena: shared memory, slots, and who waits for them."""
+"""The host arena: shared memory and its slots."""
 
 from __future__ import annotations
 
 import mmap
 import os
-from concurrent.futures import Future
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_engine import arena as arena_module
-from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.arena import HEADER_BYTES, HostArena
-from loraplex_engine.arena_grants import ArenaGrants
-from loraplex_engine.messages import ResidencyState
-from loraplex_engine.page_pool import PagePool
-from loraplex_engine.request import Request, make_request
-from loraplex_engine.waiting_queue import WaitingQueue
-from support.fake_runner import fake_spec
-from support.scheduler_rig import make_submission
 
 
 def test_another_process_finds_nonce_and_slots_through_the_file() -> None:
@@ -121,122 +112,3 @@ def test_closing_twice_and_under_a_view_is_harmless() -> None:
     view[0] = 1
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
-
-
-class Bench:
-    """A cache over an arena of four slots, and a queue."""
-
-    def __init__(self) -> None:
-        self.arena = HostArena(4, 64)
-        self.now_s = 0.0
-        self.queue = WaitingQueue()
-        self.cache = AdapterCache(
-            pool=PagePool(8), arena=self.arena, max_resident=8, emit=lambda _: None, clock=lambda: self.now_s
-        )
-        self.grants = ArenaGrants(cache=self.cache, arena=self.arena, queue=self.queue)
-
-    def ask(self, digest: str, num_pages: int, *, is_wanted: bool = True) -> Future[tuple[int, ...] | None]:
-        self.now_s += 1
-        if is_wanted and self.cache.state_of(digest) is ResidencyState.ABSENT:
-            self.cache.want(digest, None)
-        future: Future[tuple[int, ...] | None] = Future()
-        self.grants.ask(digest, num_pages, is_wanted=is_wanted, future=future)
-        return future
-
-    def wait_with(self, digest: str) -> Request:
-        """Let a request wait with an adapter."""
-        request = make_request(make_submission(adapter=digest), number=0, now_s=0.0, max_model_len=64)
-        self.queue.add(request)
-        return request
-
-    def hold(self, digest: str, num_pages: int) -> None:
-        slots = self.ask(digest, num_pages).result(0)
-        assert slots is not None
-        self.cache.image_arrived(fake_spec(digest), slots)
-
-
-def test_a_wanted_image_takes_the_place_of_the_one_least_recently_used() -> None:
-    bench = Bench()
-    bench.hold("old", 2)
-    bench.hold("new", 2)
-
-    slots = bench.ask("wanted", 2).result(0)
-
-    assert slots is not None
-    assert bench.cache.state_of("old") is ResidencyState.ABSENT
-    assert bench.cache.state_of("new") is ResidencyState.IN_ARENA
-    bench.arena.close()
-
-
-def test_an_image_that_a_request_waits_with_stays_and_the_demand_waits() -> None:
-    bench = Bench()
-    bench.hold("a", 3)
-    waiting = bench.wait_with("a")
-
-    future = bench.ask("b", 2)
-    assert not future.done()
-
-    bench.queue.remove(waiting)
-    bench.grants.serve()
-    assert future.result(0) is not None
-    bench.arena.close()
-
-
-def test_an_image_being_loaded_is_locked_and_a_resident_one_only_loses_its_copy() -> None:
-    bench = Bench()
-    bench.hold("a", 3)
-    bench.cache.load("a", lambda _: False)
-
-    future = bench.ask("b", 2)
-    assert not future.done()
-
-    bench.cache.load_finished("a")
-    bench.grants.serve()
-    assert future.result(0) is not None
-    assert bench.cache.state_of("a") is ResidencyState.RESIDENT
-    assert not bench.cache.status("a").is_in_arena
-    bench.arena.close()
-
-
-def test_an_unsolicited_image_gets_idle_room_or_nothing() -> None:
-    bench = Bench()
-    bench.hold("a", 3)
-
-    assert bench.ask("guess", 2, is_wanted=False).result(0) is None
-    assert bench.ask("guess", 1, is_wanted=False).result(0) is not None
-    assert bench.ask("a", 1, is_wanted=False).result(0) is None
-    bench.arena.close()
-
-
-def test_a_cancelled_demand_makes_way_for_the_next() -> None:
-    bench = Bench()
-    bench.hold("a", 4)
-    waiting = bench.wait_with("a")
-    first, second = bench.ask("b", 4), bench.ask("c", 1)
-
-    first.cancel()
-    bench.queue.remove(waiting)
-    bench.grants.serve()
-
-    assert second.result(0) is not None
-    assert bench.arena.num_free == 3
-    bench.arena.close()
-
-
-def test_a_demand_that_can_never_be_met_gets_nothing() -> None:
-    bench = Bench()
-
-    assert bench.ask("huge", 5).result(0) is None
-    bench.arena.close()
-
-
-def test_ending_resolves_every_demand() -> None:
-    bench = Bench()
-    bench.hold("a", 4)
-    bench.wait_with("a")
-    future = bench.ask("b", 1)
-
-    bench.grants.cancel()
-
-    assert future.result(0) is None
-    bench.arena.close()
