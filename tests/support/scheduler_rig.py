@@ -18,6 +18,7 @@ from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
 from loraplex_engine.messages import (
     Ended,
+    FinishReason,
     PromptLogprobs,
     ResidencyChanged,
     ResidencyState,
@@ -104,6 +105,18 @@ class Client:
     num_started: int = 0
     num_cached: int = 0
     end: Ended | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended, as it must have."""
+        assert self.end is not None, f"not at its end: {self}"
+        return self.end.finish_reason
+
+    @property
+    def error(self) -> LoraplexError | None:
+        """What it ended with, as it must have."""
+        assert self.end is not None, f"not at its end: {self}"
+        return self.end.error
 
     def token(self, position: int, token_id: int) -> None:
         """Take a token; positions have no gap and none comes after the end."""
@@ -236,6 +249,11 @@ class Rig:
         for event in outputs.events:
             if isinstance(event, late):
                 self.clients[session_id, event.session_slot].event(event)
+
+    @property
+    def running_slots(self) -> list[int]:
+        """Session slots of the requests in the batch, in order of admission."""
+        return [request.submission.session_slot for request in self.scheduler.batch.requests]
 
     # --- the store ---
 

@@ -10,11 +10,6 @@ from support.scheduler_rig import Client, Rig, make_submission, solo
 LONG = [10 + index % 7 for index in range(16)]  # four blocks of four
 
 
-@pytest.fixture(params=[1, 2], ids=["depth1", "depth2"])
-def depth(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
-
-
 def check(rig: Rig, *clients: Client) -> None:
     """Compare with solo runs, which know of no cache."""
     for client in clients:
