@@ -17,7 +17,7 @@ from loraplex_kernels.items import (
     range_index,
 )
 from loraplex_kernels.params import ExpandAddParams, LoraTables, ShrinkParams
-from loraplex_kernels.tables import MAX_STACKED_RANK
+from loraplex_kernels.tables import MAX_RANK
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +97,7 @@ class LoraDecode:
         self.items = StepItems(max_rows=max_rows, max_items=max_items, device=library.device)
         self._library, self._tables, self._shapes = library, tables, shapes
         planes = max(shape.num_planes for shape in shapes)
-        self.scratch_shape = (planes, max_rows, MAX_STACKED_RANK)
+        self.scratch_shape = (planes, max_rows, MAX_RANK * max(len(shape.outputs) for shape in shapes))
         self._shrink = library.load("lora_shrink", ShrinkParams(), SHRINK_BLOCK)
         self._expand = library.load("lora_expand", ExpandAddParams(), EXPAND_BLOCK)
         kernels: tuple[Kernel[ShrinkParams] | Kernel[ExpandAddParams], ...] = (self._shrink, self._expand)
@@ -107,7 +107,7 @@ class LoraDecode:
             kernel.params.lora.entry_stride = tables.entry_stride
 
     def new_scratch(self) -> torch.Tensor:
-        """Allocate an h: fp32 ``[planes, max_rows, 256]``; one for each op in flight at a time."""
+        """Allocate an h: fp32 ``[planes, max_rows, stacked rank]``; one for each op in flight at a time."""
         return torch.empty(self.scratch_shape, dtype=torch.float32, device=self._library.device)
 
     def prepare(self, adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = None) -> ItemRanges:

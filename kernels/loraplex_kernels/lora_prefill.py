@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import OP_INDEX
+from loraplex_common.adapter_image import OP_INDEX, TILE_BYTES
 
 from loraplex_kernels.items import ITEM_INTS, OpShape, within_runs
 from loraplex_kernels.params import PrefillParams
-from loraplex_kernels.tables import MAX_STACKED_RANK
+from loraplex_kernels.tables import MAX_RANK, MAX_STACKED_RANK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +25,10 @@ CTAS_PER_SM: Final = 3
 TILE_TOKENS: Final = 64  # kTokens
 RANK_BLOCK: Final = 64  # kStep
 CLUSTERS: Final = (8, 4, 2)
-RANK_CLASSES: Final = (16, 32, 64, MAX_STACKED_RANK)  # of which a kernel is compiled each
+WHOLE_STEPS: Final = TILE_BYTES // 128
+"""Stacked rank up to which a tile of A holds the 64 columns of a step; above it 32, or 16 up to `MAX_STACKED_RANK`."""
+RANK_CLASSES: Final = (16, 32, 64, MAX_RANK, MAX_STACKED_RANK)
+"""Of which a kernel is compiled each: by the largest rank of a slice, but the last for what is stacked above `WHOLE_STEPS`."""
 RESIDENT_CLUSTERS: Final = {8: 46, 4: 88, 2: 198, 1: 396}
 """Clusters of three CTAs per SM that an H100 holds at once, as its times tell; those of 8 and 4 do not fill its GPCs."""
 CHUNK: Final = 64  # outputs
@@ -41,18 +44,25 @@ class Shape:
         table: Steps of 64 columns and chunks of 64 outputs of a CTA, at most.
         ranks: Rank rows of a block, at most: 16, 32 or 64.
         blocks: Blocks of 64 rank rows of a slice, at most.
+        parts: Of a step's columns, each within one tile of A.
     """
 
     cluster: int
     table: int
     ranks: int = RANK_BLOCK
     blocks: int = 1
+    parts: int = 1
 
     @classmethod
     def of(cls, cluster: int, ranks: int, shapes: tuple[OpShape, ...]) -> Shape:
-        """Return the shape for slices of up to ``ranks`` rank rows of a model's ops."""
-        table = table_size(shapes, cluster)
-        return cls(cluster=cluster, table=table, ranks=min(ranks, RANK_BLOCK), blocks=-(-ranks // RANK_BLOCK))
+        """Return the shape for a class of `RANK_CLASSES` of a model's ops."""
+        return cls(
+            cluster=cluster,
+            table=table_size(shapes, cluster),
+            ranks=min(ranks, RANK_BLOCK),
+            blocks=-(-min(ranks, MAX_RANK) // RANK_BLOCK),
+            parts=4 if ranks > MAX_RANK else 1,
+        )
 
     @property
     def stages(self) -> int:
@@ -72,7 +82,7 @@ class Shape:
     @property
     def _fixed_bytes(self) -> int:
         """Partial sums, h, tables, scales."""
-        return TILE_TOKENS * (4 * self.ranks + 128 * self.blocks + 4) + 20 * self.table
+        return TILE_TOKENS * (4 * self.ranks + 128 * self.blocks + 4) + (8 + 12 * self.parts) * self.table
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -83,6 +93,7 @@ class Shape:
             "BLOCKS": self.blocks,
             "STAGES": self.stages,
             "TABLE": self.table,
+            "PARTS": self.parts,
             "SHARED_BYTES": self.shared_bytes,
         }
         return tuple(f"{name}={value}" for name, value in values.items())
@@ -150,7 +161,8 @@ def plan_op(
         clusters: Sizes to choose from.
 
     Returns:
-        The plan, with `first` 0, and int32 ``[items, 4]``: first token, tokens, adapter, slice + 4 * share.
+        The plan, with `first` 0 and `ranks` as up to `WHOLE_STEPS`, and int32 ``[items, 4]``: first token, tokens, adapter,
+        slice + 4 * share.
     """
     tile, part = np.nonzero(ranks)
     cluster = choose_cluster(len(tile), shape, clusters)
@@ -247,11 +259,12 @@ class LoraPrefill:
             ValueError: If the items exceed the buffer.
         """
         segments = make_segments(adapters, counts, first_token)
-        ranks = self._tables.max_ranks[segments[:, 2]]
+        ranks, stacked = self._tables.max_ranks[segments[:, 2]], self._tables.max_stacked[segments[:, 2]]
         self._plans, parts, first = [], [], 0
         for op, shape in enumerate(self._shapes):
             plan, items = plan_op(segments, ranks[:, op, : len(shape.outputs)], shape, self._clusters)
-            self._plans.append(plan._replace(first=first))
+            is_narrow = stacked[:, op].max(initial=0) > WHOLE_STEPS
+            self._plans.append(plan._replace(first=first, ranks=MAX_STACKED_RANK if is_narrow else plan.ranks))
             parts.append(items)
             first += plan.num_items
         built = np.concatenate(parts).reshape(-1)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 NUM_OPS: Final = len(OPS)
 MAX_SLICES: Final = 3
-MAX_STACKED_RANK: Final = 256  # kMaxRank
+MAX_RANK: Final = 256  # kMaxRank, of one projection
+MAX_STACKED_RANK: Final = MAX_SLICES * MAX_RANK  # of an op
 ENTRY_DTYPE: Final = np.dtype(
     [
         ("a_first", np.int32),
@@ -42,25 +43,20 @@ class TableFullError(RuntimeError):
 
 
 class RankLimitError(ValueError):
-    """The ranks of an op's modules together exceed what the kernels take; the message names layer, modules and limit."""
+    """A module's rank exceeds what the kernels take; the message names layer, projection, rank and limit."""
 
 
 def check_ranks(spec: AdapterSpec) -> None:
     """Refuse an adapter whose ranks the kernels cannot take.
 
     Raises:
-        RankLimitError: If an op's stacked rank exceeds `MAX_STACKED_RANK` in some layer.
+        RankLimitError: If a module's rank exceeds `MAX_RANK`; ops of such modules stay within `MAX_STACKED_RANK`.
     """
-    of_op: dict[tuple[int, int], list[tuple[str, int]]] = {}
     for module in spec.modules:
-        of_op.setdefault((module.layer, _PLACE[module.projection][0]), []).append((module.projection, module.rank))
-    for (layer, _), modules in of_op.items():
-        stacked = sum(rank for _, rank in modules)
-        if stacked > MAX_STACKED_RANK:
-            terms = " + ".join(f"{rank} ({projection})" for projection, rank in modules)
+        if module.rank > MAX_RANK:
             raise RankLimitError(
-                f"layer {layer}: ranks {terms} = {stacked} exceed the {MAX_STACKED_RANK} that the CUDA kernels take for "
-                "projections of one input together"
+                f"layer {module.layer}: rank {module.rank} ({module.projection}) exceeds the {MAX_RANK} that the CUDA "
+                "kernels take for one projection"
             )
 
 
@@ -73,7 +69,7 @@ def make_entries(
 
     Raises:
         ValueError: If pages are too few.
-        RankLimitError: If an op's stacked rank exceeds what the kernels take.
+        RankLimitError: If a module's rank exceeds what the kernels take.
     """
     check_ranks(spec)
     plan = layout(geometry, spec.ranks)

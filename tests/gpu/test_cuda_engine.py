@@ -17,7 +17,7 @@ from loraplex_engine.cuda import runner as runner_module
 from loraplex_engine.engine import EngineParams
 from loraplex_engine.limits import SchedulingPolicy
 from loraplex_engine.pool_geometry import choose_pool_geometry
-from loraplex_kernels.tables import MAX_STACKED_RANK
+from loraplex_kernels.tables import MAX_RANK
 from support.adapters import Recipe
 from support.base_models import write_base_model
 from support.cuda_rig import BASES, make_cuda_runner
@@ -134,9 +134,8 @@ def test_shared_prefixes_give_the_tokens_of_an_engine_that_shares_nothing(tmp_pa
 def test_ranks_the_kernels_cannot_take_end_their_own_request_and_no_other(tmp_path: Path, dtype: str) -> None:
     model_dir = write_base_model(tmp_path / "base", BASES["gqa"])
     info, targets = load_base_model(model_dir), ("q_proj", "k_proj", "v_proj")
-    limit = MAX_STACKED_RANK // len(targets)
     with cuda_engine(model_dir, dtype, num_pages=200) as harness:
-        for digest, rank in (("a" * 64, limit + 1), ("b" * 64, limit)):
+        for digest, rank in (("a" * 64, MAX_RANK + 1), ("b" * 64, MAX_RANK)):
             harness.add_adapter(*recipe_adapter(info, Recipe(rank=rank, targets=targets, seed=rank), digest))
 
         refused, *served = harness.wait(
@@ -145,7 +144,7 @@ def test_ranks_the_kernels_cannot_take_end_their_own_request_and_no_other(tmp_pa
 
         assert refused.end is not None
         assert isinstance(refused.end.error, AdapterIncompatibleError)
-        assert f"{limit + 1} (q_proj)" in refused.end.error.message
+        assert f"{MAX_RANK + 1} (q_proj)" in refused.end.error.message
         assert "--backend torch" in refused.end.error.message
         assert all(generation.end is not None and generation.end.error is None for generation in served)
         assert served[0].tokens != served[1].tokens

@@ -8,7 +8,8 @@
 // y[64][64] and B[64][RANKS] of each chunk, so that the memory system never waits for the sums between them. 16-byte
 // chunks are XOR-swizzled so that ldmatrix meets no conflict. Within 32 outputs B's rows are permuted so that a lane
 // ends with 8 neighbouring outputs of a token: y is the accumulator's initial value and is written as 16-byte vectors.
-// Tile addresses are looked up once per CTA, all at a time: the loops hold no division and no dependent load.
+// Tile addresses are looked up once per CTA, all at a time: the loops hold no division and no dependent load. A stacked
+// rank above 256 leaves A's tiles 32 or 16 columns: PARTS = 4 looks up each 16 columns of a step by themselves.
 // Alignment: columns % 8 == 0, x and y rows on 16 bytes.
 // Shared memory: a third of an SM's for each CTA (rank above 64: half), whatever the ring's slots leave of it.
 // Registers: 3 CTAs of 256 threads per SM, hence at most 80.
@@ -28,8 +29,11 @@ constexpr u32 kStep = 64;  // columns of x, rank rows of a block, outputs of a c
 constexpr u32 kActivationBytes = kTokens * kStep * 2;
 constexpr u32 kSlotBytes = kActivationBytes + kRanks * kStep * 2;
 constexpr u32 kOwned = kTokens / kCluster;  // tokens whose h a CTA sums
+constexpr u32 kParts = PARTS;  // of a step's columns, each within one tile of A: 1, or 4 where tiles are narrower
+constexpr u32 kPartColumns = kStep / kParts;
 static_assert(kTokens == 16 * kWarpsM && kThreads == 256 && kOwned * kCluster == kTokens);
 static_assert(kMaxBlocks == 1 || kRanks == kStep, "blocks but the last are full");
+static_assert(kParts == 1 || kPartColumns == 16, "the narrowest tiles of up to 768 stacked rank rows");
 
 struct Params {
     LoraTables lora;
@@ -47,9 +51,9 @@ struct Shared {
     u8 ring[kStages][kSlotBytes];
     float partial[kTokens * kRanks];  // [source CTA][owned token][rank row]
     u8 hidden[kMaxBlocks][kTokens * kStep * 2];
-    const u8* a_base[kTable];  // of each step's first rank row
-    const u8* b_base[kTable];  // of each chunk's first output
-    u32 a_stride[kTable];      // bytes
+    const u8* a_base[kTable * kParts];  // of the first rank row of each part of a step
+    const u8* b_base[kTable];           // of each chunk's first output
+    u32 a_stride[kTable * kParts];      // bytes
     float scale[kTokens];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "lora_prefill.py asks for it");
@@ -94,8 +98,10 @@ __device__ __forceinline__ Job make_job(const Params& p, const Segment& item, co
 }
 
 __device__ __forceinline__ void look_up_tiles(const Params& p, const OpEntry& e, const Job& job, u32 slice, Shared& shared) {
-    for (u32 i = threadIdx.x; i < job.steps; i += kThreads) {
-        const u32 step = e.a_step, column = (job.first_step + i) * kStep, tile = column / step, start = tile * step;
+    for (u32 i = threadIdx.x; i < job.steps * kParts; i += kThreads) {
+        u32 column = (job.first_step * kParts + i) * kPartColumns;
+        if constexpr (kParts > 1) column = min(column, p.columns - 8u);  // parts past the last column are never read
+        const u32 step = e.a_step, tile = column / step, start = tile * step;
         const u32 width = min(step, p.columns - start);
         shared.a_base[i] = p.lora.pool + a_tile(p.lora, e, tile) + (job.first * width + column - start) * 2;
         shared.a_stride[i] = width * 2;
@@ -164,9 +170,11 @@ struct Loader {
         }
     }
     __device__ __forceinline__ void load_a(SharedAddress to) const {
-        const u32 left = job.rank - block * kStep, bytes = shared.a_stride[at];
+        u32 part = at, within = vec;
+        if constexpr (kParts > 1) part = at * kParts + vec / (8 / kParts), within = vec % (8 / kParts);
+        const u32 left = job.rank - block * kStep, bytes = shared.a_stride[part];
         const bool inside = at * kStep + vec * 8 < limit;
-        const u8* weights = shared.a_base[at] + ((block * kStep + row) * bytes + vec * 16);
+        const u8* weights = shared.a_base[part] + ((block * kStep + row) * bytes + within * 16);
         to += swizzled(row, vec);
         copy_async16_if(to, weights, inside && row < left ? 16 : 0, row < padded(left));
         if constexpr (kRanks > kThreads / 8) {

@@ -73,7 +73,7 @@ __device__ __forceinline__ const u8* row_address(const Params& p, const Shared& 
         const i64 within = static_cast<i64>(row) * shared.width[piece] + column % kPiece;
         return p.lora.pool + shared.piece[piece] + within * static_cast<i64>(sizeof(elem));
     }
-    const Item& item = shared.batch.items[which];  // a stacked rank of over 256: tiles of 32, 16 or 8 columns
+    const Item& item = shared.batch.items[which];  // a stacked rank of over 256 (fp32: 128): tiles of 32, 16 or 8 columns
     return a_address(p.lora, p.lora.entries[item.adapter * p.lora.entry_stride], row, column, p.columns);
 }
 

@@ -4,7 +4,7 @@
 
 constexpr int kSlices = 3;        // most projections of one op (q, k, v)
 constexpr int kGroupTokens = 8;   // tokens of one adapter that share a load of its weights: the N of mma.m16n8k16
-constexpr int kMaxRank = 256;     // most stacked rank rows of an op: 64 columns of them fill a 32 KiB tile
+constexpr int kMaxRank = 256;     // most rank rows of a slice; up to as many stacked, 64 columns of them fit a 32 KiB tile
 
 // One (adapter, layer, op). Ranks of 0: not adapted. Tiles are numbered in the tile table, which is one load too many on
 // the way to a matrix that no page's end divides: its tiles lie behind each other from an offset of the pool on.

@@ -46,11 +46,13 @@ def test_a_rank_our_kernels_cannot_take_names_module_and_remedy() -> None:
     from loraplex_engine.cuda.runner import CudaRunner
 
     runner = object.__new__(CudaRunner)  # the check needs no device
-    modules = tuple(ModuleSpec(3, name, 128, 1.0) for name in ("q_proj", "k_proj", "v_proj"))
+    modules = tuple(
+        ModuleSpec(3, name, rank, 1.0) for name, rank in (("q_proj", 256), ("k_proj", 256), ("v_proj", 257))
+    )
 
     assert isinstance(runner, ChecksAdapters)
     check_adapter(runner, AdapterSpec("a" * 64, modules[:2]))
-    with pytest.raises(AdapterIncompatibleError, match=r"layer 3: ranks 128 \(q_proj\).* = 384 .*--backend torch"):
+    with pytest.raises(AdapterIncompatibleError, match=r"layer 3: rank 257 \(v_proj\) .*--backend torch"):
         check_adapter(runner, AdapterSpec("a" * 64, modules))
 
 

@@ -41,12 +41,14 @@ def test_the_largest_bucket_holds_every_row_and_no_second_one_does(max_rows: int
     assert list(sizes) == sorted(set(sizes))
 
 
-@pytest.mark.parametrize("ranks", [(1, 1), (64, 192), (85, 255), (16, 48), (256, 256)])
+@pytest.mark.parametrize("ranks", [(1, 1), (64, 192), (85, 255), (16, 48), (256, 256), (256, 768)])
 @pytest.mark.parametrize("num_rows", [1, 5, 64, 256])
 def test_item_bounds_hold_for_rows_of_distinct_adapters(num_rows: int, ranks: tuple[int, int]) -> None:
     rank, stacked = ranks
     max_ranks = np.full((num_rows, 4, 3), rank, dtype=np.int32)
-    max_stacked = np.full((num_rows, 4), stacked, dtype=np.int32)
+    max_stacked = np.tile(
+        np.array([min(stacked, rank * len(names)) for names in OPS.values()], np.int32), (num_rows, 1)
+    )
     adapters = np.arange(num_rows, dtype=np.int32)
 
     for delta_ops in (frozenset({"qkv", "gate_up"}), frozenset[str]()):
@@ -61,7 +63,7 @@ def test_item_bounds_hold_for_rows_of_distinct_adapters(num_rows: int, ranks: tu
     assert sum(plan.num_items for plan in plans) <= max_prefill_items(shapes, num_rows + 70 * num_rows // 64)
 
 
-@pytest.mark.parametrize("rank", [1, 8, 16, 33, 64, 85])
+@pytest.mark.parametrize("rank", [1, 8, 16, 33, 64, 85, 86, 171, 256])
 def test_adapters_that_fill_a_pool_fit_its_tile_table(rank: int) -> None:
     spec = AdapterSpec(
         "0" * 64, tuple(ModuleSpec(layer, name, rank, 1.0) for layer in range(2) for name in PROJECTIONS)

@@ -87,7 +87,7 @@ class CudaRunnerConfig:
         if self.geometry.page_bytes < TILE_BYTES:
             raise ValueError(
                 f"pages of {self.geometry.page_bytes} bytes are smaller than a tile of {TILE_BYTES}: our kernels read "
-                "tiles of at least 64 columns, which high ranks would then not have; use --backend torch"
+                "tiles of at least 64 outputs, which high ranks would then not have; use --backend torch"
             )
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from loraplex_common.adapter_image import OP_INDEX
-from loraplex_kernels.items import GROUP_TOKENS, op_shapes
+from loraplex_kernels.items import BLOCK_ROWS, GROUP_TOKENS, SHRINK_ROWS, op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
 from loraplex_kernels.lora_prefill import TILE_TOKENS, WAVE, LoraPrefill
-from loraplex_kernels.tables import MAX_STACKED_RANK
+from loraplex_kernels.tables import MAX_RANK
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def max_decode_items(shapes: tuple[OpShape, ...], num_groups: int) -> int:
     """Return a bound of the items of a decode step with that many groups, whatever the ranks."""
     per_group = sum(
-        MAX_STACKED_RANK // 16 * shape.num_planes + sum(-(-outputs // 64) + 1 for outputs in shape.outputs)
+        sum(MAX_RANK // SHRINK_ROWS * shape.num_planes + -(-outputs // BLOCK_ROWS) + 1 for outputs in shape.outputs)
         for shape in shapes
     )
     return per_group * num_groups
