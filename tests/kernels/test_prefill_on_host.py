@@ -50,13 +50,23 @@ def test_attention_prefill_reads_pages(host_library: MakeHostLibrary, heads: int
         begin += count
 
 
-@pytest.mark.parametrize("cluster", [1, 4])
-def test_lora_prefill_adds_what_each_chunks_adapter_adds(host_library: MakeHostLibrary, cluster: int) -> None:
+RANKS = {
+    "plain": {"q_proj": 72, "v_proj": 3, "o_proj": 24, "gate_proj": 8, "down_proj": 1},
+    "tiles of 32 columns": {"q_proj": 256, "k_proj": 8, "v_proj": 65, "gate_proj": 256, "up_proj": 200},
+    "tiles of 16 columns": {"q_proj": 256, "k_proj": 256, "v_proj": 256, "o_proj": 256},
+}
+
+
+@pytest.mark.parametrize("ranks", list(RANKS))
+@pytest.mark.parametrize(("cluster", "page_bytes"), [(1, 64 * 1024), (4, 1024 * 1024)])  # large: no matrix is divided
+def test_lora_prefill_adds_what_each_chunks_adapter_adds(
+    host_library: MakeHostLibrary, ranks: str, cluster: int, page_bytes: int
+) -> None:
     rng, library = np.random.default_rng(7), host_library(torch.bfloat16)
-    geometry = make_geometry(hidden=200, inter=72, heads=3, kv_heads=1, head_dim=64, layers=1, page_bytes=64 * 1024)
-    resident = AdapterPool(geometry, 24, rng)
-    resident.add_uniform(16)
-    resident.add({(0, "q_proj"): 72, (0, "v_proj"): 3, (0, "o_proj"): 24, (0, "gate_proj"): 8, (0, "down_proj"): 1})
+    geometry = make_geometry(hidden=200, inter=72, heads=3, kv_heads=1, head_dim=64, layers=1, page_bytes=page_bytes)
+    resident = AdapterPool(geometry, 2**21 // page_bytes, rng)
+    resident.add_uniform(16)  # tiles of 64 columns and more, in the same launch
+    resident.add({(0, name): rank for name, rank in RANKS[ranks].items()})
     tables = AdapterTables(geometry, max_adapters=2, tile_capacity=256, device=library.device)
     for index, adapter in enumerate(resident.adapters):
         tables.bind(index, adapter.spec, adapter.pages)

@@ -1,0 +1,71 @@
+"""Stacked ranks above 256, whose A tiles are narrower than 64 columns: what tiles there are, and decode LoRA on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from kernels.host_kernels import HostLibrary
+from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
+from loraplex_common.adapter_image import KIND_A, OPS, layout
+from loraplex_kernels.items import op_shapes
+from loraplex_kernels.lora_decode import LoraDecode
+from loraplex_kernels.lora_prefill import WHOLE_STEPS
+from loraplex_kernels.tables import MAX_STACKED_RANK, AdapterTables
+
+MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+RANKS: tuple[dict[str, int], ...] = (
+    {"q_proj": 16, "v_proj": 16, "o_proj": 16, "gate_proj": 16, "down_proj": 16},
+    {"q_proj": 256, "k_proj": 8, "v_proj": 65, "o_proj": 24, "gate_proj": 256, "up_proj": 200},
+    {"q_proj": 256, "k_proj": 256, "v_proj": 256, "up_proj": 200, "down_proj": 256},
+)
+
+
+@pytest.mark.parametrize("columns", [24, 200, 576, 4096])
+def test_tiles_of_a_hold_whole_steps_or_whole_parts_of_a_step(columns: int) -> None:
+    """What prefill reads at once lies in one tile: 64 columns up to a stacked rank of `WHOLE_STEPS`, 16 above."""
+    geometry = make_geometry(hidden=columns, layers=1)
+    for stacked in range(1, MAX_STACKED_RANK + 1):
+        split = (min(stacked, 256), min(max(stacked - 256, 0), 256), max(stacked - 512, 0))
+        ranks = tuple((0, name, rank) for name, rank in zip(OPS["qkv"], split, strict=True) if rank)
+        tiles = layout(geometry, ranks).tiles
+        step = int(tiles["cols"][tiles["kind"] == KIND_A][0])
+
+        assert step == columns or step % (64 if stacked <= WHOLE_STEPS else 16) == 0
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("page_bytes", [64 * 1024, 1024 * 1024])  # large: no matrix is divided
+def test_stacked_ranks_up_to_768_decode_in_one_launch(
+    host_library: MakeHostLibrary, dtype: torch.dtype, page_bytes: int
+) -> None:
+    rng, library = np.random.default_rng(3), host_library(dtype)
+    name = "float32" if dtype == torch.float32 else "bfloat16"
+    geometry = make_geometry(
+        dtype=name, hidden=200, inter=1104, heads=3, kv_heads=1, head_dim=64, layers=1, page_bytes=page_bytes
+    )
+    resident = AdapterPool(geometry, 2**23 // page_bytes, rng)
+    tables = AdapterTables(geometry, max_adapters=3, tile_capacity=1024, device=library.device)
+    for index, ranks in enumerate(RANKS):
+        adapter = resident.add({(0, projection): rank for projection, rank in ranks.items()})
+        tables.bind(index, adapter.spec, adapter.pages)
+    pool, shapes = torch.from_numpy(resident.pages), op_shapes(geometry)
+    lora = LoraDecode(library, tables, pool, shapes, max_rows=12, max_items=4096)
+    adapters = np.array([0, 1, 2, -1, 1, 2, 1, 1, 1, 1, 1, 1], dtype=np.int32)
+    scales = rng.uniform(0.5, 2, len(adapters)).astype(np.float32)
+    h = lora.new_scratch()
+    library.track(tables.entries, tables.tiles, pool, lora.items.buffer, h)
+    lora.prepare(adapters)
+    for op, shape in zip(OPS, shapes, strict=True):
+        x = torch.randn(len(adapters), shape.columns).to(dtype)
+        y = (0.3 * torch.randn(len(adapters), sum(shape.outputs))).to(dtype)
+        expected = y + resident.delta(adapters, scales, x, 0, op)
+        h.fill_(float("nan"))
+
+        lora.shrink(0, op, x, h, 11)
+        lora.expand_add(0, op, h, torch.from_numpy(scales), y, 9)
+
+        assert relative_error(y, expected) < TOLERANCE[dtype], op
