@@ -32,7 +32,7 @@ pytestmark = [
 ]
 NUM_FORCED = 6
 NUM_PAGES = 2048
-MAX_RANK = 85  # of q, k and v together 255
+MAX_RANK = 85
 ROPES = (
     None,
     {"rope_type": "linear", "factor": 2.0},
@@ -51,6 +51,8 @@ SERVED_RANKS = (
     Recipe(rank=255, targets=("o_proj", "down_proj"), seed=255, strength=0.3),
     Recipe(rank=256, targets=("q_proj", "o_proj", "down_proj"), seed=256, strength=0.3),
     Recipe(rank=7, rank_pattern={"q_proj": 200, "v_proj": 40, "gate_proj": 1}, seed=7, strength=0.3),
+    Recipe(rank=8, rank_pattern={"q_proj": 256, "v_proj": 64, "gate_proj": 256, "up_proj": 200}, seed=9, strength=0.3),
+    Recipe(rank=256, seed=257, strength=0.3),
 )
 
 
@@ -94,7 +96,7 @@ def test_random_models_and_adapters_equal_transformers_and_peft(tmp_path: Path, 
     base, rng = random_base(seed, dtype), np.random.default_rng(seed)
     model_dir = write_base_model(tmp_path / "base", base)
     recipes = [random_recipe(rng, base.num_layers, max_rank=MAX_RANK) for _ in range(2)]
-    recipes.append(Recipe(rank=256, targets=("o_proj", "down_proj"), seed=seed))
+    recipes.append(Recipe(rank=256, seed=seed))
     directories = {str(number): write_adapter(tmp_path / str(number), model_dir, r) for number, r in enumerate(recipes)}
     oracle = Oracle(model_dir, directories)
     info = load_base_model(model_dir)

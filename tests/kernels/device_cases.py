@@ -114,11 +114,13 @@ class Cases:
         self.check("rope_kv", found.cpu().view(3, 8, 64)[:, :4], reference.rope(q, rotary, positions))
 
     def _resident(self) -> tuple[AdapterPool, Tensor, AdapterTables]:
-        resident = AdapterPool(self._geometry, 40, self._rng)
+        resident = AdapterPool(self._geometry, 80, self._rng)
         resident.add_uniform(16)
         resident.add_uniform(3)
         resident.add({(0, "q_proj"): 5, (0, "v_proj"): 24, (0, "down_proj"): 40, (0, "up_proj"): 1})
-        tables = AdapterTables(self._geometry, max_adapters=3, tile_capacity=512, device=self._device)
+        high = {"q_proj": 256, "k_proj": 256, "v_proj": 256, "o_proj": 256, "gate_proj": 256, "up_proj": 200}
+        resident.add({(0, name): rank for name, rank in high.items()})
+        tables = AdapterTables(self._geometry, max_adapters=4, tile_capacity=512, device=self._device)
         for index, adapter in enumerate(resident.adapters):
             tables.bind(index, adapter.spec, adapter.pages)
         return resident, torch.from_numpy(resident.pages).to(self._device), tables
@@ -129,7 +131,7 @@ class Cases:
         resident, pool, tables = self._resident()
         layout, rotary = self._layout(), reference.rotary_table(32, 64)
         rope = RopeKv(self._library, layout, pool, rotary.to(device))
-        adapters = self._rng.integers(-1, 3, rows).astype(np.int32)
+        adapters = self._rng.permutation(np.arange(rows) % 5 - 1).astype(np.int32)
         scales = self._rng.uniform(0.5, 2, rows).astype(np.float32)
         on_device = torch.from_numpy(scales).to(device)
         for delta_ops in (frozenset[str](), frozenset({"qkv", "gate_up"})):
@@ -162,7 +164,8 @@ class Cases:
     def lora_prefill(self) -> None:
         """Segments of several adapters, and chunks without one."""
         device, (resident, pool, tables) = self._device, self._resident()
-        adapters, counts = np.array([0, -1, 1, 2], dtype=np.int32), np.array([70, 3, 9, 20], dtype=np.int32)
+        adapters = np.array([0, -1, 1, 2, 3], dtype=np.int32)
+        counts = np.array([70, 3, 9, 20, 66], dtype=np.int32)
         of_token, tokens = np.repeat(adapters, counts).astype(np.int32), int(counts.sum())
         scales = self._rng.uniform(0.5, 2, tokens).astype(np.float32)
         shapes = op_shapes(self._geometry)

@@ -1,4 +1,4 @@
-"""LoRA of ranks 1 to 256 on every op, all of them in one launch."""
+"""LoRA of ranks 1 to 256 of a projection and up to 768 stacked on every op, all of them in one launch."""
 
 from __future__ import annotations
 
@@ -36,24 +36,54 @@ def split_ranks(stacked: int) -> dict[tuple[int, str], int]:
     return {(0, name): rank for name, rank in parts.items() if rank}
 
 
+def stack_ranks(q: int, k: int, v: int, gate: int, up: int) -> dict[tuple[int, str], int]:
+    """Name ranks that are stacked beyond 256, and those of the ops of one projection."""
+    ranks = {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": q, "gate_proj": gate, "up_proj": up, "down_proj": gate}
+    return {(0, name): rank for name, rank in ranks.items() if rank}
+
+
+STACKED_RANKS = (
+    stack_ranks(256, 256, 256, 256, 256),
+    stack_ranks(256, 8, 64, 256, 200),
+    stack_ranks(86, 86, 85, 129, 128),  # 257: the first that have tiles of less than 64 columns
+    stack_ranks(100, 100, 100, 255, 7),
+    stack_ranks(171, 171, 170, 0, 256),  # 512: the last that have tiles of 32 columns in bf16
+    stack_ranks(171, 171, 171, 16, 16),  # 513: the first that have tiles of 16
+    stack_ranks(256, 0, 255, 8, 256),
+    stack_ranks(16, 16, 16, 16, 16),  # wide tiles in the same launch
+)
+SETS = {
+    "ranks 1 to 256, hidden 576": (576, [split_ranks(rank) for rank in ALL_RANKS]),
+    **{f"stacked, hidden {hidden}": (hidden, list(STACKED_RANKS)) for hidden in (576, 2048, 4096)},
+}
+
+
 @functools.lru_cache(maxsize=1)
-def adapters_of_all_ranks(dtype: torch.dtype) -> tuple[AdapterPool, torch.Tensor, AdapterTables]:
-    name = "bfloat16" if dtype == torch.bfloat16 else "float32"
+def resident_adapters(name: str, dtype: torch.dtype) -> tuple[AdapterPool, torch.Tensor, AdapterTables]:
+    hidden, adapters = SETS[name]
     geometry = make_geometry(
-        dtype=name, layers=1, hidden=576, inter=1536, heads=9, kv_heads=3, head_dim=64, page_bytes=1 << 19
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        layers=1,
+        hidden=hidden,
+        inter=hidden * 8 // 3 // 64 * 64,
+        heads=hidden // 64,
+        kv_heads=hidden // 64 // (3 if hidden == 576 else 4),
+        head_dim=64,
+        page_bytes=1 << 19,
     )
-    resident = AdapterPool(geometry, 400, np.random.default_rng(13))
-    tables = AdapterTables(geometry, max_adapters=len(ALL_RANKS), tile_capacity=1 << 16, device=torch.device("cuda", 0))
-    for index, rank in enumerate(ALL_RANKS):
-        adapter = resident.add(split_ranks(rank))
+    resident = AdapterPool(geometry, 700, np.random.default_rng(13))
+    tables = AdapterTables(geometry, max_adapters=len(adapters), tile_capacity=1 << 16, device=torch.device("cuda", 0))
+    for index, ranks in enumerate(adapters):
+        adapter = resident.add(ranks)
         tables.bind(index, adapter.spec, adapter.pages)
     return resident, torch.from_numpy(resident.pages).cuda(), tables
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ranks_from_1_to_256_decode_in_one_launch(dtype: torch.dtype) -> None:
-    resident, pool, tables = adapters_of_all_ranks(dtype)
-    rng, rows = np.random.default_rng(), len(ALL_RANKS)
+@pytest.mark.parametrize("name", list(SETS))
+def test_adapters_of_all_ranks_decode_in_one_launch(name: str, dtype: torch.dtype) -> None:
+    resident, pool, tables = resident_adapters(name, dtype)
+    rng, rows = np.random.default_rng(), len(resident.adapters)
     adapters, scales = rng.permutation(rows).astype(np.int32), rng.uniform(0.5, 2, rows).astype(np.float32)
     for lib in libraries(dtype):
         shapes = op_shapes(resident.geometry)
@@ -68,19 +98,22 @@ def test_ranks_from_1_to_256_decode_in_one_launch(dtype: torch.dtype) -> None:
 
             for row, adapter in enumerate(adapters):  # row by row: one wrong rank in a hundred must show
                 error = relative_error(y[row], expected[row])
-                assert error < 2 * TOLERANCE[dtype], (op, ALL_RANKS[adapter], lib.arch)
+                assert error < 2 * TOLERANCE[dtype], (op, SETS[name][1][adapter], lib.arch)
 
 
-def test_ranks_from_1_to_256_prefill_in_one_launch() -> None:
+@pytest.mark.parametrize("clusters", [(), (8,), (4,), (2,)])  # by the size of the step, or always the same
+@pytest.mark.parametrize("name", list(SETS))
+def test_adapters_of_all_ranks_prefill_in_one_launch(name: str, clusters: tuple[int, ...]) -> None:
     dtype = torch.bfloat16
-    resident, pool, tables = adapters_of_all_ranks(dtype)
-    rng, chunks = np.random.default_rng(), len(ALL_RANKS)
-    adapters, counts = rng.permutation(chunks).astype(np.int32), rng.integers(1, 40, chunks).astype(np.int32)
+    resident, pool, tables = resident_adapters(name, dtype)
+    rng, chunks = np.random.default_rng(), len(resident.adapters)
+    adapters, counts = rng.permutation(chunks).astype(np.int32), rng.integers(1, 90, chunks).astype(np.int32)
     of_token, ends = np.repeat(adapters, counts).astype(np.int32), np.cumsum(counts)
     scales = rng.uniform(0.5, 2, len(of_token)).astype(np.float32)
     for lib in libraries(dtype):
         shapes = op_shapes(resident.geometry)
-        lora = LoraPrefill(lib, tables, pool, shapes, max_items=1 << 16)
+        chosen = () if lib.arch == "compute_80" else clusters
+        lora = LoraPrefill(lib, tables, pool, shapes, max_items=1 << 16, clusters=chosen)
         lora.prepare(adapters, counts)
         for op, shape in zip(OPS, shapes, strict=True):
             x = randn(len(of_token), shape.columns, dtype=dtype)
@@ -92,4 +125,4 @@ def test_ranks_from_1_to_256_prefill_in_one_launch() -> None:
             for chunk, end in enumerate(ends):
                 rows = slice(end - counts[chunk], end)
                 error = relative_error(y[rows], expected[rows])
-                assert error < 2 * TOLERANCE[dtype], (op, ALL_RANKS[adapters[chunk]], lib.arch)
+                assert error < 2 * TOLERANCE[dtype], (op, SETS[name][1][adapters[chunk]], lib.arch)
