@@ -100,6 +100,15 @@ __device__ __forceinline__ Quad load_weights16(const u8* from) {
     return q;
 #endif
 }
+// A pointer that came by way of shared memory: without being told, the compiler reads through it as if it could be any
+// kind of memory, which is slower.
+template <class T>
+__device__ __forceinline__ T* as_global(T* p) {
+#ifndef LORAPLEX_HOST
+    __builtin_assume(__isGlobal(p));
+#endif
+    return p;
+}
 // Programmatic dependent launch: all that later kernels wait for is behind dependency_wait(); what a kernel reads
 // before it must not depend on an earlier kernel (weights, tables, items).
 __device__ __forceinline__ void dependency_wait() {

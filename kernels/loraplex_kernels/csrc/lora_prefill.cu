@@ -186,7 +186,7 @@ struct Loader {
         const u32 column = block * kStep + b_from, rows = job.outputs - at * kStep;
         const bool needed = b_from < padded(job.rank - block * kStep);
         to += b_to;
-        const u8* weights = shared.b_base[at] + (b_row * job.rank + column) * 2;
+        const u8* weights = as_global(shared.b_base[at]) + (b_row * job.rank + column) * 2;
         if (job.rank % 8 != 0) {  // rows are not aligned: element by element
             u16* element = reinterpret_cast<u16*>(generic_address(shared, to));
 #pragma unroll 1

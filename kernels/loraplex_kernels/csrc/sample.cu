@@ -225,12 +225,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sample(const Params p)
     if (threadIdx.x != 0) return;
     const Source& s = shared.source;
     if (is_valid && num_top >= 0) {
-        const float x = to_float(s.logits[token]);
+        const float x = to_float(as_global(s.logits)[token]);
         const float logit = s.is_special ? special_logit(s, shared.row, x, token) : x;
         report[0] = __float_as_int(logit - best.x - log_sum);
     }
     p.drawn[blockIdx.x] = token;
     p.drawn[gridDim.x + blockIdx.x] = is_valid;
     p.last_sampled[shared.row.slot] = token;
-    if (s.counts && (s.counts[token] & kMostCounted) != kMostCounted) ++s.counts[token];
+    if (!s.counts) return;
+    u16& count = as_global(s.counts)[token];
+    if ((count & kMostCounted) != kMostCounted) ++count;
 }

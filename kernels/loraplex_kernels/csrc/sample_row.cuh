@@ -63,10 +63,10 @@ __device__ __forceinline__ float edited(const Source& s, bool is_banning, float 
     int low = 0, high = s.num_edits - 1;
     while (low < high) {
         const int middle = (low + high) / 2;
-        if (s.edits[middle].token < token) low = middle + 1;
+        if (as_global(s.edits)[middle].token < token) low = middle + 1;
         else high = middle;
     }
-    const Edit edit = s.edits[low];
+    const Edit edit = as_global(s.edits)[low];
     if (edit.flags & kNotAllowed) x = negative_infinity();
     x = __fadd_rn(x, edit.bias);
     return is_banning && (edit.flags & kStop) ? negative_infinity() : x;
@@ -75,11 +75,11 @@ __device__ __forceinline__ float edited(const Source& s, bool is_banning, float 
 // The logit of a token in a row with edits or counts. Each product is rounded before it is subtracted, as torch does.
 __device__ __forceinline__ float special_logit(const Source& s, const SampleRow& row, float x, int token) {
     if (s.bits) {
-        if (s.bits[token / kUnit] >> (token % kUnit) & 1) x = edited(s, row.is_banning, x, token);
+        if (as_global(s.bits)[token / kUnit] >> (token % kUnit) & 1) x = edited(s, row.is_banning, x, token);
         else if (s.only_edited) x = negative_infinity();
     }
     if (!s.counts) return x;
-    const u32 count = s.counts[token];
+    const u32 count = as_global(s.counts)[token];
     if (row.repetition != 1.f && count) x = x > 0.f ? __fdiv_rn(x, row.repetition) : __fmul_rn(x, row.repetition);
     if (const u32 drawn = count & kMostCounted) {
         x = __fsub_rn(x, __fmul_rn(static_cast<float>(drawn), row.frequency));

@@ -78,7 +78,7 @@ __device__ __forceinline__ float pick(const float (&x)[kUnit], int j) {
 // vocabulary are anything. The next unit is on its way while one is visited.
 template <class Visit>
 __device__ __forceinline__ void each_unit(Visit visit) {
-    const elem* logits = shared.source.logits;
+    const elem* logits = as_global(shared.source.logits);
     const int vocab = shared.source.vocab;
     const bool is_special = shared.source.is_special;
     int base = threadIdx.x * kUnit;
