@@ -1,4 +1,4 @@
-"""LoRA for decode rows: shrink, then expand, which adds to an output or writes a delta that the op's follower adds."""
+"""LoRA for decode rows: shrink, then expand, which adds to an output or writes a delta that another kernel adds."""
 
 from __future__ import annotations
 
@@ -146,6 +146,7 @@ class LoraDecode:
         """
         params, shape = self._expand.params, self._shapes[OP_INDEX[op]]
         params.y = self._library.check("y", y, self._library.dtype, -1, shape.slice_begin[-1])
+        params.delta, params.accumulates = None, True
         self._launch_expand(layer, op, h, scale, grid)
 
     def expand_delta(
@@ -158,7 +159,8 @@ class LoraDecode:
             op: One of ``OPS``; its shape must be complete.
             h: What `shrink` wrote.
             scale: fp32 ``[tokens]``.
-            delta: fp32 ``[tokens, out_features of all slices]``.
+            delta: ``[tokens, out_features of all slices]``; fp32 for a kernel that adds it later, the element type for a
+                product that accumulates onto it.
             grid: CTAs.
 
         Raises:
@@ -167,9 +169,13 @@ class LoraDecode:
         params, shape = self._expand.params, self._shapes[OP_INDEX[op]]
         if not shape.complete:
             raise ValueError(f"items of {op} leave outputs out that no adapter adapts")
-        params.delta = self._library.check("delta", delta, torch.float32, -1, shape.slice_begin[-1])
+        address = self._library.check("delta", delta, delta.dtype, -1, shape.slice_begin[-1])
+        is_element = delta.dtype == self._library.dtype
+        if not is_element and delta.dtype != torch.float32:
+            raise ValueError(f"delta: {self._library.dtype} or torch.float32, not {delta.dtype}")
+        params.y, params.delta = (address, None) if is_element else (None, address)
+        params.accumulates = False
         self._launch_expand(layer, op, h, scale, grid)
-        params.delta = None
 
     def _launch_expand(self, layer: int, op: str, h: torch.Tensor, scale: torch.Tensor, grid: int) -> None:
         params, shape = self._expand.params, self._shapes[OP_INDEX[op]]

@@ -133,6 +133,8 @@ class ExpandAddParams(ctypes.Structure):
         ("y", c_void_p),
         ("delta", c_void_p),
         ("y_stride", c_int64),
+        ("accumulates", c_int),
+        ("reserved", c_int),
     ]
 
 

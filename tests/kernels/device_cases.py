@@ -134,10 +134,10 @@ class Cases:
         adapters = self._rng.permutation(np.arange(rows) % 5 - 1).astype(np.int32)
         scales = self._rng.uniform(0.5, 2, rows).astype(np.float32)
         on_device = torch.from_numpy(scales).to(device)
+        shapes = op_shapes(self._geometry, complete=frozenset(OPS))
+        lora = LoraDecode(self._library, tables, pool, shapes, max_rows=16, max_items=4096)
+        grid = int(lora.prepare(adapters).counts.max())
         for delta_ops in (frozenset[str](), frozenset({"qkv", "gate_up"})):
-            shapes = op_shapes(self._geometry, complete=delta_ops)
-            lora = LoraDecode(self._library, tables, pool, shapes, max_rows=16, max_items=4096)
-            grid = int(lora.prepare(adapters).counts.max())
             for op, shape in zip(OPS, shapes, strict=True):
                 x, y, h = self.randn(rows, shape.columns), self.randn(rows, sum(shape.outputs)), lora.new_scratch()
                 total = y.float() + resident.delta(adapters, scales, x, 0, op)
@@ -146,6 +146,9 @@ class Cases:
                 if op not in delta_ops:
                     lora.expand_add(0, op, h, on_device, found, grid)
                     self.check(f"lora {op}", found, total)
+                    written = torch.full_like(y, float("nan")).to(device)
+                    lora.expand_delta(0, op, h, on_device, written, grid)
+                    self.check(f"lora delta {op}", written, total - y.float())
                     continue
                 delta = torch.full((rows, sum(shape.outputs)), float("nan")).to(device)
                 lora.expand_delta(0, op, h, on_device, delta, grid)

@@ -157,9 +157,6 @@ def resident_adapters(
     return resident, torch.from_numpy(resident.pages).cuda(), tables
 
 
-DELTA_OPS = frozenset({"qkv", "gate_up"})
-
-
 def make_lora(shape: str, lib: KernelLibrary) -> tuple[LoraDecode, AdapterPool, torch.Tensor, RopeKv]:
     resident, pool, tables = resident_adapters(shape, lib.dtype)
     geometry = resident.geometry
@@ -172,7 +169,7 @@ def make_lora(shape: str, lib: KernelLibrary) -> tuple[LoraDecode, AdapterPool, 
     )
     pool = pool.clone()
     rope = RopeKv(lib, layout, pool, reference.rotary_table(64, geometry.head_dim).cuda())
-    lora = LoraDecode(lib, tables, pool, op_shapes(geometry, complete=DELTA_OPS), max_rows=64, max_items=1 << 16)
+    lora = LoraDecode(lib, tables, pool, op_shapes(geometry, complete=frozenset(OPS)), max_rows=64, max_items=1 << 16)
     return lora, resident, pool, rope
 
 
@@ -189,12 +186,15 @@ def test_lora_decode_adds_what_each_rows_adapter_adds(shape: str, pattern: str, 
         built = lora.prepare(adapters)
         for op, op_shape in zip(OPS, lora.builder.shapes, strict=True):
             x, y = randn(rows, op_shape.columns, dtype=dtype), 0.3 * randn(rows, sum(op_shape.outputs), dtype=dtype)
-            h, expected = lora.new_scratch().fill_(float("nan")), y + resident.delta(adapters, scales, x, 0, op)
+            h, delta = lora.new_scratch().fill_(float("nan")), resident.delta(adapters, scales, x, 0, op)
+            expected, written = y + delta, poisoned(*y.shape, dtype=dtype)
 
             lora.shrink(0, op, x, h, max(1, int(built.counts.max()) // 2))
             lora.expand_add(0, op, h, torch.from_numpy(scales).cuda(), y, max(1, int(built.counts.max())))
+            lora.expand_delta(0, op, h, torch.from_numpy(scales).cuda(), written, int(built.counts.max()))
 
             assert relative_error(y, expected) < TOLERANCE[dtype], (op, rows, lib.arch, lib.dependent)
+            assert relative_error(written, delta) < TOLERANCE[dtype], (op, rows, lib.arch, lib.dependent)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,5 @@
-// y[t, n] += delta[t][n] (lora_expand.cuh), or delta[t][n] itself for a kernel that adds it later, zeros where no adapter
-// adapts an output.
+// y[t, n] += delta[t][n] (lora_expand.cuh), or delta[t][n] itself, zeros where no adapter adapts an output: in fp32 for a kernel
+// that adds it later, or in y for a product that accumulates behind it.
 //
 // Grid: any; CTAs stride over the items. Block: 4 warps; of an item's run, warp w takes every fourth block of 64 outputs, or
 // every fourth pair of them where the rank is so small that a block's loads are few. Shared memory: 9 KiB of h and
@@ -12,14 +12,16 @@ struct Params {
     LoraTables lora;
     ExpandParams expand;
     elem* y;       // [tokens, y_stride]
-    float* delta;  // [tokens, y_stride], or null: y is added to
+    float* delta;  // [tokens, y_stride], or null: y is written
     i64 y_stride;
+    int accumulates;  // y is added to
+    int reserved;
 };
-static_assert(sizeof(Params) == 128, "params.py mirrors it");
+static_assert(sizeof(Params) == 136, "params.py mirrors it");
 
 // Asks for this lane's part of y of a block: needed last, behind everything else.
 __device__ __forceinline__ void prefetch_rows(const Params& p, const Group& group, int n, int rows) {
-    if (p.delta != nullptr) return;
+    if (!p.accumulates) return;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
         const int token = lane_token(group, which);
@@ -35,8 +37,10 @@ __device__ __forceinline__ void add_block(const Params& p, const Group& group, i
         const int token = lane_token(group, which);
         const i64 at = token * p.y_stride + n + lane_row();
         if (token < 0) continue;
-        if (p.delta == nullptr) {
+        if (p.accumulates) {
             store_octet(p.y + at, load_sum(p.y + at, delta, which));
+        } else if (p.delta == nullptr) {
+            store_octet(p.y + at, octet_of(delta, which));
         } else {
 #pragma unroll
             for (int j = 0; j < kLaneRows; j += 4) {
@@ -68,7 +72,7 @@ __device__ __forceinline__ void AddItem::run() const {
     const Item& item = shared.resolved.batch.items[which];
     const Group& group = shared.resolved.batch.groups[which];
     const SliceInfo& slice = shared.resolved.slices[which];
-    if (kRows == Rows::kNone && p.delta == nullptr) return;
+    if (kRows == Rows::kNone && p.accumulates) return;
     bool is_staged = false;
 #pragma unroll 1
     for (int index = threadIdx.x / kWarp * kUnit; index * kBlockRows < item.extent || !is_staged;

@@ -369,6 +369,12 @@ __device__ __forceinline__ void store_octet(elem* to, const Octet& o) {
 #pragma unroll
     for (int i = 0; i < kLaneRows / kVec; ++i) store_vec(to + i * kVec, o.vecs[i]);
 }
+__device__ __forceinline__ Octet octet_of(const Delta& delta, int which) {
+    Octet o;
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) o.set(j, delta.v[which][j]);
+    return o;
+}
 // What is there plus a token's delta.
 __device__ __forceinline__ Octet load_sum(const elem* from, const Delta& delta, int which) {
     Octet o = load_octet(from);
