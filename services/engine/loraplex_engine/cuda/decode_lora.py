@@ -2,8 +2,9 @@
 
 Few rows: what LoRA costs is launches that wait for each other, so it runs beside the products (`BesideLoraPath`). Many rows:
 what it costs is bytes, and products and LoRA would only push each other out of the multiprocessors, so it runs in line,
-each kernel's start hidden behind the end of the one before (`InLineLoraPath`). One H100, Llama-2-7B's o and qkv, rank 16,
-microseconds added: one adapter 2.4 and 1.9 beside, 7 and 6 in line; 64 distinct 17 and 39 beside, 15 and 31 in line.
+each kernel's start hidden behind the end of the one before (`InLineLoraPath`). One H100, Llama-2-7B, rank 16 on everything,
+milliseconds added to a step (`benchmarks/layers.py`; beside, in line): 32 rows of one adapter 0.61, 0.78, of 32 adapters 1.61,
+1.53; 64 rows of one adapter 0.69, 0.86, of 64 adapters 2.90, 2.55; 256 rows of one adapter 2.67, 1.85.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import torch
+from loraplex_common.adapter_image import OPS
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.cuda.lora_paths import LayerPath
 
-MAX_ROWS_BESIDE: Final = 16
+MAX_ROWS_BESIDE: Final = 32
 DELTA_OPS: Final = frozenset({"qkv", "gate_up"})
 """Ops whose followers add a delta."""
 
@@ -76,7 +78,7 @@ class DecodeLora:
 
         rows_beside, shapes = max(1, min(max_rows, max_rows_beside)), op_shapes(geometry, complete=DELTA_OPS)
         self.beside = kernels(rows_beside, shapes)
-        self.in_line = kernels(max_rows, op_shapes(geometry))
+        self.in_line = kernels(max_rows, op_shapes(geometry, complete=frozenset(OPS)))
         widest = max(shape.slice_begin[-1] for shape in shapes if shape.complete)
         self._delta = torch.empty(rows_beside * widest, dtype=torch.float32, device=library.device)
         self._hidden = {lora: lora.new_scratch() for lora in (self.beside, self.in_line)}
@@ -94,19 +96,19 @@ class DecodeLora:
             return BasePath(self._rope, self._silu_mul)
         lora, grids = self._kernels_of(bucket), Grids.of(bucket, self._num_sms)
         hidden = self._hidden[lora]
-        if lora is self.beside:
-            return BesideLoraPath(
-                self._rope,
-                self._silu_mul,
-                lora,
-                hidden,
-                self._residual,
-                grids,
-                ops=ops,
-                delta=self._delta,
-                fork=self._fork,
-            )
-        return InLineLoraPath(self._rope, self._silu_mul, lora, hidden, self._residual, grids, ops=ops)
+        if lora is self.in_line:
+            return InLineLoraPath(self._rope, self._silu_mul, lora, hidden, grids, ops=ops)
+        return BesideLoraPath(
+            self._rope,
+            self._silu_mul,
+            lora,
+            hidden,
+            grids,
+            ops=ops,
+            residual=self._residual,
+            delta=self._delta,
+            fork=self._fork,
+        )
 
     def prepare(self, adapters: NDArray[np.int32], bucket: int, num_binds: int) -> int:
         """Send the items of a step, unless the device has them already; return the variant that reads them.
