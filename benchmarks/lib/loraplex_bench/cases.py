@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_client.workload import SloraParams
+from loraplex_engine.building import STEP_SIZES
 from loraplex_engine.engine import EngineParams
 
 from loraplex_bench.bursts import BurstSize, run_bursts, run_registered
@@ -61,11 +62,17 @@ def kv_bytes(shape: Shape, num_seqs: int, size: BurstSize) -> int:
 
 
 def default_limits(shape: Shape, family: AdapterFamily) -> EngineSetup:
-    """Return the engine's own defaults for sequences, batched tokens, table and length."""
-    defaults = {field.name: field.default for field in fields(EngineParams) if isinstance(field.default, int)}
-    names = ("max_num_seqs", "max_num_batched_tokens", "max_resident_adapters")
-    sizes = {name: defaults[name] for name in names}
-    return setup_of(shape, family, max_model_len=shape.info.max_position_embeddings, **sizes)
+    """Return the engine's own defaults for sequences, batched tokens, table and length on a GPU."""
+    max_num_seqs, max_num_batched_tokens = STEP_SIZES["cuda"]
+    table = {field.name: field.default for field in fields(EngineParams)}["max_resident_adapters"]
+    return setup_of(
+        shape,
+        family,
+        max_model_len=shape.info.max_position_embeddings,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_resident_adapters=table,
+    )
 
 
 def side_by_side(shape: Shape, family: AdapterFamily, num_seqs: int, size: BurstSize) -> EngineSetup:
@@ -171,7 +178,7 @@ def gpu_cases() -> dict[str, Case]:
             ),
         ),
         "rates-8b-below": rates_case(eight, "below", (14.0, 20.0)),
-        "rates-8b-beyond": rates_case(eight, "beyond", (24.0, 28.0)),
+        "rates-8b-beyond": rates_case(eight, "beyond", (36.0, 44.0)),
         "startup-7b": startup_case(seven),
     }
 

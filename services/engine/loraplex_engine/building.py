@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from loraplex_engine.step import ModelRunner
 
 CPU_POOL_BYTES: Final = 1024 * MIB
+STEP_SIZES: Final = {"cpu": (64, 1024), "cuda": (256, 8192)}
+"""Default sequences and tokens of one step by device."""
 MIN_POOL_PAGES: Final = 2  # one for an adapter, one for a sequence
 
 
@@ -76,6 +78,7 @@ def engine_params(config: EngineConfig, info: BaseModelInfo, device: torch.devic
         raise ConfigError(
             f"--max-model-len {max_model_len} exceeds the {info.max_position_embeddings} the model was trained for"
         )
+    max_num_seqs, max_num_batched_tokens = step_sizes(config, device)
     return EngineParams(
         geometry=info.geometry(dtype=dtype, page_bytes=pool.page_bytes),
         block_tokens=pool.block_tokens,
@@ -83,12 +86,28 @@ def engine_params(config: EngineConfig, info: BaseModelInfo, device: torch.devic
         arena_bytes=config.arena_bytes,
         eos_token_ids=read_eos_token_ids(config.model),
         max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
         policy=scheduling_policy(config),
         max_backlog_bytes=config.outbox_max_bytes,
         max_backlog_s=config.outbox_max_age_s,
     )
+
+
+def step_sizes(config: EngineConfig, device: torch.device) -> tuple[int, int]:
+    """Return the most sequences and the most tokens of one step.
+
+    Raises:
+        ConfigError: If the tokens do not do for the sequences.
+    """
+    seqs, tokens = STEP_SIZES[device.type]
+    seqs, tokens = config.max_num_seqs or seqs, config.max_num_batched_tokens or tokens
+    if tokens < seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {seqs}: each running sequence takes one token "
+            "of every step"
+        )
+    return seqs, tokens
 
 
 def scheduling_policy(config: EngineConfig) -> SchedulingPolicy:

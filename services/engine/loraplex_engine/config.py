@@ -36,8 +36,8 @@ class EngineConfig:
         advertise: ``host`` or ``host:port`` under which gateways reach this engine; None means what is bound.
         metrics_port: HTTP port of /metrics; 0 picks a free one.
         max_model_len: Longest sequence in tokens; None means what the model was trained for.
-        max_num_seqs: Most sequences of one step.
-        max_num_batched_tokens: Most tokens of one step.
+        max_num_seqs: Most sequences of one step; None means 64 on a CPU and 256 on a GPU.
+        max_num_batched_tokens: Most tokens of one step; None means 1024 on a CPU and 8192 on a GPU.
         pool_bytes: Device memory of the page pool; None means 1 GiB on a CPU, on a GPU most of what the weights leave.
         arena_bytes: Host memory for adapter images behind the pool.
         dtype: Compute type; auto is float32 on a CPU and bfloat16 on a GPU.
@@ -72,8 +72,10 @@ class EngineConfig:
     advertise: str | None = setting(None, help="address for gateways (default: what is bound)", metavar="HOST[:PORT]")
     metrics_port: int = setting(8521, help="HTTP port of /metrics, 0 picks a free one")
     max_model_len: int | None = setting(None, help="longest sequence in tokens (default: the model's own limit)")
-    max_num_seqs: int = setting(64, help="most sequences of one step")
-    max_num_batched_tokens: int = setting(1024, help="most tokens of one step")
+    max_num_seqs: int | None = setting(None, help="most sequences of one step (default: 64 on a CPU, 256 on a GPU)")
+    max_num_batched_tokens: int | None = setting(
+        None, help="most tokens of one step (default: 1024 on a CPU, 8192 on a GPU)"
+    )
     pool_bytes: int | None = size(None, help="device memory of the page pool (default: 1GiB on a CPU)")
     arena_bytes: int = size(512 * MIB, help="host memory for adapter images")
     dtype: DtypeName = setting("auto", help="compute type; auto is float32 on a CPU, bfloat16 on a GPU")
@@ -100,9 +102,10 @@ class EngineConfig:
     drain_grace_s: float = setting(30.0, help="how long running requests may go on once the engine drains")
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "arena_bytes", "residency_events", "outbox_max_bytes"):
+        for name in ("arena_bytes", "residency_events", "outbox_max_bytes"):
             _require(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("max_model_len", "pool_bytes", "num_threads", "ttft_slo_s", "max_running_per_key"):
+        sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "pool_bytes", "num_threads")
+        for name in (*sizes, "ttft_slo_s", "max_running_per_key"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, not {value}")
         for name in ("port", "metrics_port"):
@@ -117,11 +120,6 @@ class EngineConfig:
             self.backend in get_args(BackendName), f"--backend {self.backend!r} is not one of {get_args(BackendName)}"
         )
         _require(self.backend != "cuda" or self.device != "cpu", "--backend cuda needs --device cuda or auto")
-        _require(
-            self.max_num_batched_tokens >= self.max_num_seqs,
-            f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than --max-num-seqs {self.max_num_seqs}: "
-            "each running sequence takes one token of every step",
-        )
 
     def _check_policy(self) -> None:
         for name in ("half_life_s", "promote_after_s"):

@@ -105,7 +105,7 @@ def test_two_engines_fit_beside_one_copy_of_the_weights() -> None:
 def test_default_limits_are_the_engines() -> None:
     setup = default_limits(LLAMA2_7B, QKVO)
 
-    assert (setup.max_num_seqs, setup.max_num_batched_tokens, setup.max_model_len) == (64, 1024, 4096)
+    assert (setup.max_num_seqs, setup.max_num_batched_tokens, setup.max_model_len) == (256, 8192, 4096)
     assert setup.params.max_resident_adapters == 4096
 
 

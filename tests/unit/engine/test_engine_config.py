@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from loraplex_common import settings
-from loraplex_engine.building import scheduling_policy
+from loraplex_engine.building import scheduling_policy, step_sizes
 from loraplex_engine.config import ConfigError, EngineConfig
 from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
 
@@ -46,7 +47,7 @@ def test_loopback_is_the_default() -> None:
     ("setting", "flag"),
     [
         ({"max_num_seqs": 0}, "--max-num-seqs"),
-        ({"max_num_seqs": 64, "max_num_batched_tokens": 63}, "--max-num-batched-tokens"),
+        ({"max_num_batched_tokens": -1}, "--max-num-batched-tokens"),
         ({"pool_bytes": 0}, "--pool-bytes"),
         ({"max_model_len": -1}, "--max-model-len"),
         ({"port": 65536}, "--port"),
@@ -86,3 +87,19 @@ def test_the_redis_url_is_never_printed() -> None:
     config = load("--redis-url", "redis://:secret@host:6379/0")
 
     assert "secret" not in str(settings.describe(config))
+
+
+def test_a_step_on_a_gpu_is_larger_unless_somebody_says_otherwise() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+
+    assert [step_sizes(load(), device) for device in (cpu, gpu)] == [(64, 1024), (256, 8192)]
+    assert step_sizes(load("--max-num-seqs", "8"), gpu) == (8, 8192)
+    assert step_sizes(load("--max-num-batched-tokens", "512"), cpu) == (64, 512)
+
+
+@pytest.mark.parametrize(
+    ("flags", "device"), [(["--max-num-seqs", "2000"], "cpu"), (["--max-num-batched-tokens", "255"], "cuda")]
+)
+def test_a_step_needs_a_token_for_each_sequence(flags: list[str], device: str) -> None:
+    with pytest.raises(ConfigError, match=r"--max-num-seqs [0-9]+: each running sequence"):
+        step_sizes(load(*flags), torch.device(device))
