@@ -13,12 +13,11 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.arena import HostArena
+from loraplex_engine.cuda.decode_lora import MAX_ROWS_BESIDE
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.step import SlotSetup
-from support.base_models import write_base_model
 from support.cuda_rig import (
     BASES,
-    PLAIN_BASES,
     RECIPES,
     Agreement,
     CudaRig,
@@ -45,13 +44,7 @@ pytestmark = [
 NUM_TOKENS = 20
 NUM_COMPARED = 40  # so that one tie is less than 0.5 % of the positions
 NUM_ROWS = 14
-
-
-@pytest.fixture(scope="module")
-def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    plain = {f"{name}/plain": base for name, base in PLAIN_BASES.items()}
-    return {name: write_base_model(folder / name, base) for name, base in (BASES | plain).items()}
+MANY_ROWS = MAX_ROWS_BESIDE + 3  # LoRA runs in line with the products
 
 
 def close(*rigs: CudaRig) -> None:
@@ -61,24 +54,32 @@ def close(*rigs: CudaRig) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [*((name, {}) for name in BASES), ("gqa", {"arch": "compute_80"}), ("mha", {"dependent_launch": True})],
-    ids=[*BASES, "sm_80", "dependent"],
+    ("name", "rows", "options"),
+    [
+        *((name, NUM_ROWS, {}) for name in BASES),
+        ("gqa", NUM_ROWS, {"arch": "compute_80"}),
+        ("mha", NUM_ROWS, {"dependent_launch": True}),
+        ("gqa", MANY_ROWS, {"dependent_launch": True}),
+        ("qwen2", MANY_ROWS, {}),
+    ],
+    ids=[*BASES, "sm_80", "dependent", "gqa in line", "qwen2 in line"],
 )
 def test_every_choice_is_the_torch_backends(
-    model_dirs: dict[str, Path], name: str, dtype: str, options: dict[str, Any]
+    model_dirs: dict[str, Path], name: str, rows: int, dtype: str, options: dict[str, Any]
 ) -> None:
     """Mixed adapters, ranks, scales and chunked prompts; the graph's argmax and the whole vocabulary's probabilities."""
-    vocab = BASES[name].vocab_size
+    vocab, num_pages = BASES[name].vocab_size, 512 if rows == NUM_ROWS else 1024
     model_dir = model_dirs[name if dtype == "float32" else f"{name}/plain"]
-    oracle = make_rig(model_dir, make_torch_runner(model_dir, dtype), dtype)
-    truth = add_sequences(oracle, vocab, NUM_ROWS, draw=Draw(num_logprobs=vocab))
+    torch_runner = make_torch_runner(model_dir, dtype, num_pages=num_pages, max_num_seqs=rows)
+    oracle = make_rig(model_dir, torch_runner, dtype, num_pages=num_pages)
+    truth = add_sequences(oracle, vocab, rows, draw=Draw(num_logprobs=vocab))
     oracle.harness.generate(truth, NUM_COMPARED)
-    found = make_rig(model_dir, make_cuda_runner(model_dir, dtype, max_num_seqs=2 * NUM_ROWS, **options), dtype)
+    runner = make_cuda_runner(model_dir, dtype, max_num_seqs=2 * rows, num_pages=num_pages, **options)
+    found = make_rig(model_dir, runner, dtype, num_pages=num_pages)
     agreement = Agreement(dtype)
 
-    greedy = add_sequences(found, vocab, NUM_ROWS)
-    reporting = add_sequences(found, vocab, NUM_ROWS, draw=Draw(num_logprobs=vocab))
+    greedy = add_sequences(found, vocab, rows)
+    reporting = add_sequences(found, vocab, rows, draw=Draw(num_logprobs=vocab))
     for sequence, true in zip([*greedy, *reporting], [*truth, *truth], strict=True):
         sequence.forced = true.drawn
     found.harness.generate(greedy, NUM_COMPARED)

@@ -1,0 +1,61 @@
+"""Captured decode steps depend on nothing but their inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+
+from loraplex_engine.cuda.decode_lora import MAX_ROWS_BESIDE
+from loraplex_engine.cuda.graphs import VARIANTS
+from support.cuda_rig import add_sequences, make_cuda_runner, make_rig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+]
+
+
+@pytest.mark.parametrize("rows", [14, MAX_ROWS_BESIDE + 3], ids=["beside", "in line"])
+def test_a_graph_computes_the_same_bits_beside_a_copy_and_behind_a_prefill(
+    model_dirs: dict[str, Path], rows: int
+) -> None:
+    model_dir, dtype = model_dirs["gqa/plain"], "bfloat16"
+    runner = make_cuda_runner(model_dir, dtype, max_num_seqs=rows + 8, num_pages=1024, dependent_launch=True)
+    rig = make_rig(model_dir, runner, dtype, num_pages=1024)
+    sequences = add_sequences(rig, 384, rows)
+    rig.harness.generate(sequences, 3)
+    fed = runner._decoder.last_sampled.clone()
+    rig.harness.step(sequences)
+    inputs, bucket = runner._inputs.clone(), runner.graphs.bucket(rows)
+    copied = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+    received, side = torch.empty_like(copied, device="cuda"), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def logits(disturb: Callable[[], object]) -> torch.Tensor:
+        disturb()
+        with torch.inference_mode(), torch.cuda.stream(runner._stream):
+            runner._inputs.copy_(inputs)
+            runner._decoder.last_sampled.copy_(fed)
+            runner.graphs.replay(bucket, len(VARIANTS) - 1)
+            found = runner._decoder.work.logits[:rows].clone()
+        torch.cuda.synchronize()
+        return found
+
+    def copy() -> None:
+        with torch.cuda.stream(side):
+            received.copy_(copied, non_blocking=True)
+
+    alone = logits(lambda: None)
+    late = rig.harness.add(range(80), adapter=rig.adapters[1])
+    assert torch.isfinite(alone).all()
+    assert torch.equal(logits(lambda: None), alone)
+    assert torch.equal(logits(copy), alone)
+    assert torch.equal(logits(lambda: runner.launch(rig.harness.plan([late]))), alone)
+    runner.close()
