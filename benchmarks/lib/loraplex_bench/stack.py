@@ -116,8 +116,7 @@ class DecodeStack:
     def run(self, batch: int, path: LayerPath) -> None:
         """Launch a whole step but for attention and sampling."""
         step = self.step(batch)
-        self.decoder.forward(step, path, num_decode=batch)
-        self.decoder.logits(step)
+        self.decoder.logits(step, self.decoder.forward(step, path, num_decode=batch))
 
     def run_products(self, batch: int) -> None:
         """Launch the dense products of a step and nothing else, as the baselines' ``decode_stack`` base."""
@@ -142,8 +141,8 @@ class DecodeStack:
                 path.project(index, op, layer.qkv, x, work.qkv[:batch], step)
                 path.finish_qkv(index, layer, work.qkv[:batch], step)
             elif op == "o":
-                path.project(index, op, layer.o, work.attended[:batch], projected, step)
-                self._norm.launch(projected, layer.post_norm.weight, x, residual=hidden)
+                rest = path.add_to_residual(index, op, layer.o, work.attended[:batch], hidden, projected, step)
+                self._norm.launch(rest, layer.post_norm.weight, x, residual=hidden)
             else:
                 raise ValueError(f"{op!r} is neither qkv nor o")
 
@@ -182,7 +181,6 @@ class StackAdapters:
             geometry,
             rope=stack.decoder.rope,
             silu_mul=stack.decoder.silu_mul,
-            residual=stack.decoder.work.hidden,
             max_rows=stack.max_rows,
             num_sms=num_sms,
         )

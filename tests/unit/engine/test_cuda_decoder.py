@@ -83,7 +83,6 @@ class HostRunner:
             self.geometry,
             rope=self.decoder.rope,
             silu_mul=self.decoder.silu_mul,
-            residual=self.decoder.work.hidden,
             max_rows=BUCKET,
             num_sms=2,
             max_rows_beside=max_rows_beside,
@@ -141,9 +140,9 @@ class HostRunner:
             self.writer.write_mixed(layout, buffer, plan, np.zeros((0, 8), dtype=np.int32))
         # Separate tensors, as the host shim copies whole buffers.
         step = layout.views(torch.from_numpy(buffer))
-        self.decoder.forward(step, path, num_decode=plan.num_decode_rows)
+        rest = self.decoder.forward(step, path, num_decode=plan.num_decode_rows)
         count = len(plan.sample_rows)
-        drawn = self.decoder.logits(step)[:count].argmax(-1).to(torch.int32)
+        drawn = self.decoder.logits(step, rest)[:count].argmax(-1).to(torch.int32)
         slots = plan.slots[plan.sample_rows]
         self.decoder.last_sampled[torch.from_numpy(slots.astype(np.int64))] = drawn
         return Done(StepResult(step_id=plan.step_id, slots=slots, token_ids=drawn.numpy()))

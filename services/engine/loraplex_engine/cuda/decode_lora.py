@@ -47,7 +47,6 @@ class DecodeLora:
         pool: uint8 ``[pages, page_bytes]``.
         geometry: Of adapter images.
         rope: The kernel that finishes qkv; ``silu_mul`` likewise gate_up.
-        residual: The residual stream, ``[max_rows, hidden]``.
         max_rows: The largest bucket.
         num_sms: Multiprocessors of the device.
         max_rows_beside: Steps of up to so many rows take `BesideLoraPath`.
@@ -62,13 +61,12 @@ class DecodeLora:
         *,
         rope: RopeKv,
         silu_mul: SiluMul,
-        residual: Tensor,
         max_rows: int,
         num_sms: int,
         max_rows_beside: int = MAX_ROWS_BESIDE,
     ) -> None:
         self._tables = tables
-        self._rope, self._silu_mul, self._residual = rope, silu_mul, residual
+        self._rope, self._silu_mul = rope, silu_mul
         self._num_sms, self._max_rows_beside = num_sms, max_rows_beside
         self._fork = Fork(library.device)
 
@@ -105,7 +103,6 @@ class DecodeLora:
             hidden,
             grids,
             ops=ops,
-            residual=self._residual,
             delta=self._delta,
             fork=self._fork,
         )

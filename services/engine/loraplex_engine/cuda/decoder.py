@@ -54,7 +54,7 @@ class Workspace:
     Attributes:
         hidden: The residual stream.
         x: Normed input of qkv and gate_up, and of lm_head.
-        qkv, attended, gate_up, act: Along a layer; ``projected`` is what o and down add to the residual stream.
+        qkv, attended, gate_up, act: Along a layer; ``projected``: scratch of o and down in a decode step.
         logits: ``[max_rows, vocab]``.
     """
 
@@ -67,7 +67,7 @@ class Workspace:
         self.x = buffer(tokens, hidden)
         self.qkv = buffer(tokens, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
         self.attended = buffer(tokens, config.num_heads * config.head_dim)
-        self.projected = buffer(tokens, hidden)
+        self.projected = buffer(limits.max_rows, hidden)
         self.gate_up = buffer(tokens, 2 * config.intermediate_size)
         self.act = buffer(tokens, config.intermediate_size)
         self.logits = buffer(limits.max_rows, config.vocab_size)
@@ -150,8 +150,8 @@ class CudaDecoder:
         attention = {window: PagedAttention(library, layout, limits) for window, layout in layouts.items()}
         self._attention = [attention[window] for window in config.windows]
 
-    def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> None:
-        """Compute a step's residual stream but for the last layer's down projection, which stays in ``work.projected``.
+    def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
+        """Compute a step's residual stream, but for what is returned: that is still to be added.
 
         Args:
             step: Inputs; the first ``num_decode`` tokens are decode rows, also those that are padding.
@@ -163,33 +163,34 @@ class CudaDecoder:
         qkv, attended = work.qkv[:tokens], work.attended[:tokens]
         gate_up, act = work.gate_up[:tokens], work.act[:tokens]
         self._embedding.launch(self._model.embedding, step.token_ids, step.slots, self.last_sampled, hidden)
+        rest: Tensor | None = None
         for index, layer in enumerate(self._model.layers):
-            self._norm.launch(projected if index else None, layer.input_norm.weight, x, residual=hidden)
+            self._norm.launch(rest, layer.input_norm.weight, x, residual=hidden)
             path.project(index, "qkv", layer.qkv, x, qkv, step)
             path.finish_qkv(index, layer, qkv, step)
             self._attention[index].launch(index, self._pool, qkv, step, num_decode, attended)
-            path.project(index, "o", layer.o, attended, projected, step)
-            self._norm.launch(projected, layer.post_norm.weight, x, residual=hidden)
+            rest = path.add_to_residual(index, "o", layer.o, attended, hidden, projected, step)
+            self._norm.launch(rest, layer.post_norm.weight, x, residual=hidden)
             path.project(index, "gate_up", layer.gate_up, x, gate_up, step)
             path.finish_gate_up(index, gate_up, act, step)
-            path.project(index, "down", layer.down, act, projected, step)
+            rest = path.add_to_residual(index, "down", layer.down, act, hidden, projected, step)
+        return rest
 
-    def logits(self, step: StepInputs) -> Tensor:
-        """Return the sampling rows' logits, ``[S, vocab]``, after `forward`."""
-        samples, tokens = step.sample_tokens.shape[0], step.token_ids.shape[0]
-        return self._logits(samples, self.work.projected[:tokens], self.work.hidden[:tokens], step)
+    def logits(self, step: StepInputs, rest: Tensor | None) -> Tensor:
+        """Return the sampling rows' logits, ``[S, vocab]``, after `forward`, which returned ``rest``."""
+        return self._logits(step.sample_tokens.shape[0], rest, self.work.hidden[: step.token_ids.shape[0]], step)
 
-    def logits_of_complete_hidden(self, step: StepInputs) -> tuple[Tensor, Tensor]:
+    def logits_of_complete_hidden(self, step: StepInputs, rest: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the sampling rows' logits and the hidden states of all tokens, ``[T, hidden]``."""
-        tokens = step.token_ids.shape[0]
-        hidden = self.work.hidden[:tokens]
-        hidden.add_(self.work.projected[:tokens])
+        hidden = self.work.hidden[: step.token_ids.shape[0]]
+        if rest is not None:
+            hidden.add_(rest)
         return self._logits(step.sample_tokens.shape[0], None, hidden, step), hidden
 
-    def _logits(self, samples: int, projected: Tensor | None, hidden: Tensor, step: StepInputs) -> Tensor:
+    def _logits(self, samples: int, rest: Tensor | None, hidden: Tensor, step: StepInputs) -> Tensor:
         logits, x = self.work.logits[:samples], self.work.x[:samples]
         if samples:
             weight = self._model.final_norm.weight
-            self._norm.launch(projected, weight, x, residual=hidden, rows=step.sample_tokens)
+            self._norm.launch(rest, weight, x, residual=hidden, rows=step.sample_tokens)
             dense_into(self._model.lm_head, x, logits)
         return logits

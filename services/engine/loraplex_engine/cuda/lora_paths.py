@@ -7,7 +7,6 @@ calls the same methods in the same order whichever path a step takes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 SHRINK_CTAS_PER_SM: Final = 3  # what fits at 80 registers x 256 threads
 EXPAND_CTAS_PER_SM: Final = 4  # at 128 registers x 128 threads
 CTAS_PER_ROW: Final = 64
-RESIDUAL_OPS: Final = frozenset({"o", "down"})
 
 
 def dense_into(dense: Dense, x: Tensor, out: Tensor) -> None:
@@ -38,11 +36,34 @@ def dense_into(dense: Dense, x: Tensor, out: Tensor) -> None:
         torch.addmm(dense.bias, x, dense.weight.t(), out=out)
 
 
+def dense_onto(dense: Dense, x: Tensor, out: Tensor) -> None:
+    """Compute ``out[:] += x @ weight.T + bias``: for cuBLAS the same work, rounded once less."""
+    torch.addmm(out, x, dense.weight.t(), out=out)
+    if dense.bias is not None:
+        out.add_(dense.bias)
+
+
 class LayerPath(Protocol):
     """How a step goes through projections and their followers."""
 
     def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
-        """Compute an op's product; whether LoRA is in ``out`` yet is the path's affair."""
+        """Compute qkv's or gate_up's product; whether LoRA is in ``out`` yet is the path's affair."""
+        ...
+
+    def add_to_residual(
+        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """Add o's or down's product to the residual stream, but for what is returned: that the next norm adds.
+
+        Args:
+            layer: Decoder layer.
+            op: ``o`` or ``down``.
+            dense: The projection.
+            x: ``[tokens, in_features]``.
+            residual: ``[tokens, hidden]``.
+            scratch: ``[tokens, hidden]`` in a decode step, and what is returned, if anything is.
+            step: The step's inputs.
+        """
         ...
 
     def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
@@ -64,6 +85,14 @@ class BasePath:
         """See `LayerPath`."""
         del layer, op, step
         dense_into(dense, x, out)
+
+    def add_to_residual(
+        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """See `LayerPath`."""
+        del layer, op, scratch, step
+        dense_onto(dense, x, residual)
+        return None
 
     def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
@@ -145,10 +174,10 @@ class _DecodeLoraPath(BasePath):
 class BesideLoraPath(_DecodeLoraPath):
     """Few rows: all of LoRA runs beside the products, so that none of it stands between a product and its follower.
 
-    The followers of qkv and gate_up add a delta that is there by then; o and down have theirs in the residual stream.
+    The followers of qkv and gate_up add a delta that is there by then; o's and down's goes to the residual stream, and
+    the next norm adds their products.
 
     Args:
-        residual: The residual stream, ``[max_rows, hidden]``; nobody else touches it while o or down is computed.
         delta: Scratch, fp32, for the widest of qkv and gate_up; used up by an op's follower.
         fork: Side stream.
     """
@@ -162,23 +191,29 @@ class BesideLoraPath(_DecodeLoraPath):
         grids: Grids,
         *,
         ops: frozenset[str],
-        residual: Tensor,
         delta: Tensor,
         fork: Fork,
     ) -> None:
         super().__init__(rope, silu_mul, lora, hidden, grids, ops=ops)
-        self._residual, self._delta, self._fork = residual, delta, fork
+        self._delta, self._fork = delta, fork
 
     def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
         if op not in self._ops:
             dense_into(dense, x, out)
             return
-        if op in RESIDUAL_OPS:
-            lora = partial(self._add_delta, layer, op, x, self._residual[: x.shape[0]], step)
-        else:
-            lora = partial(self._write_delta, layer, op, x, self._delta_of(out), step)
-        self._fork.beside(lora, partial(dense_into, dense, x, out))
+        self._fork.beside(
+            lambda: self._write_delta(layer, op, x, self._delta_of(out), step), lambda: dense_into(dense, x, out)
+        )
+
+    def add_to_residual(
+        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """See `LayerPath`."""
+        if op not in self._ops:
+            return super().add_to_residual(layer, op, dense, x, residual, scratch, step)
+        self._fork.beside(lambda: self._add_delta(layer, op, x, residual, step), lambda: dense_into(dense, x, scratch))
+        return scratch
 
     def _delta_of(self, out: Tensor) -> Tensor:
         return self._delta[: out.numel()].view(out.shape)
@@ -196,22 +231,27 @@ class BesideLoraPath(_DecodeLoraPath):
 
 
 class InLineLoraPath(_DecodeLoraPath):
-    """Many rows: one kernel after the other; an op's delta is written first, and its product accumulates onto it.
+    """Many rows: one kernel after the other, an op's LoRA before its product, which accumulates onto it.
 
-    Accumulating costs cuBLAS nothing at decode. The order spares the expand a read of its output, and every LoRA kernel
-    follows one of ours, whose end dependent launch lets it overlap; behind a product it could not.
+    Accumulating costs cuBLAS nothing at decode. The order spares qkv's and gate_up's expand a read of its output, and every
+    LoRA kernel follows one of ours, whose end dependent launch lets it overlap; behind a product it could not.
     """
 
     def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
         if op not in self._ops:
             dense_into(dense, x, out)
-        elif dense.bias is None:
-            self._write_delta(layer, op, x, out, step)
-            torch.addmm(out, x, dense.weight.t(), out=out)
-        else:  # cuBLAS adds one thing
-            dense_into(dense, x, out)
-            self._add_delta(layer, op, x, out, step)
+            return
+        self._write_delta(layer, op, x, out, step)
+        dense_onto(dense, x, out)
+
+    def add_to_residual(
+        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """See `LayerPath`."""
+        if op in self._ops:
+            self._add_delta(layer, op, x, residual, step)
+        return super().add_to_residual(layer, op, dense, x, residual, scratch, step)
 
 
 class TokenLora(Protocol):
@@ -233,6 +273,14 @@ class AddedLoraPath(BasePath):
         """See `LayerPath`."""
         dense_into(dense, x, out)
         self._lora.apply(layer, op, x, out, step.scales)
+
+    def add_to_residual(
+        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """See `LayerPath`."""
+        dense_onto(dense, x, residual)
+        self._lora.apply(layer, op, x, residual, step.scales)
+        return None
 
 
 def norm_weights(weights: DecoderLayer) -> tuple[Tensor | None, Tensor | None]:

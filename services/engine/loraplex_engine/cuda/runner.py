@@ -174,7 +174,6 @@ class CudaRunner:
             self.geometry,
             rope=rope,
             silu_mul=silu_mul,
-            residual=self._decoder.work.hidden,
             max_rows=limits.max_rows,
             num_sms=torch.cuda.get_device_properties(self._device).multi_processor_count,
         )
@@ -265,14 +264,14 @@ class CudaRunner:
         if (plan.adapters >= 0).any():
             self._token_lora.prepare(plan)
             path = self._added_path
-        self._decoder.forward(step, path, num_decode=plan.num_decode_rows)
+        rest = self._decoder.forward(step, path, num_decode=plan.num_decode_rows)
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         if self._wants_prompt_logprobs(plan):
-            logits, hidden = self._decoder.logits_of_complete_hidden(step)
+            logits, hidden = self._decoder.logits_of_complete_hidden(step, rest)
             ends = np.cumsum(plan.num_tokens, dtype=np.int64)
             prompt_logprobs = self._prompt_logprobs.update(plan, ends, step.token_ids.long(), hidden, self._sampler)
         else:
-            logits = self._decoder.logits(step)
+            logits = self._decoder.logits(step, rest)
         report = None
         if len(plan.sample_rows):
             if self._is_greedy(plan):
@@ -285,8 +284,8 @@ class CudaRunner:
         """Launch what a graph holds."""
         step = self._steps[bucket]
         path = self._decode_lora.path(bucket, variant) if variant else self._base_path
-        self._decoder.forward(step, path, num_decode=bucket)
-        self._draw_greedily(self._decoder.logits(step), step.sample_slots)
+        rest = self._decoder.forward(step, path, num_decode=bucket)
+        self._draw_greedily(self._decoder.logits(step, rest), step.sample_slots)
 
     def _attention_tiles(self, plan: StepPlan) -> NDArray[np.int32]:
         if self._dtype == torch.float32:
