@@ -10,11 +10,14 @@ Everything a step needs is one int32 buffer: ranges ``[8, 2]`` (padded), groups,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from loraplex_common.adapter_image import OP_INDEX, OPS
+
+from loraplex_kernels.tables import MAX_SLICES
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
@@ -44,12 +47,21 @@ class OpShape:
         outputs: Output features of each slice.
         max_run: Longest run the kernel takes.
         complete: Every output of every row has an item, adapted or not: whoever reads the delta reads all of it.
+        slice_begin: First fused output of each slice, and the end.
+        kernel_slice_begin: The same as kernels take it; slices that the op lacks are empty.
     """
 
     columns: int
     outputs: tuple[int, ...]
     max_run: int = 512
     complete: bool = False
+    slice_begin: tuple[int, ...] = field(init=False)
+    kernel_slice_begin: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        begin = tuple(accumulate(self.outputs, initial=0))  # read on the path of every launch, hence kept
+        object.__setattr__(self, "slice_begin", begin)
+        object.__setattr__(self, "kernel_slice_begin", begin + begin[-1:] * (MAX_SLICES + 1 - len(begin)))
 
     @property
     def plane_columns(self) -> int:
@@ -60,11 +72,6 @@ class OpShape:
     def num_planes(self) -> int:
         """Planes of h that the shrink writes."""
         return -(-self.columns // self.plane_columns)
-
-    @property
-    def slice_begin(self) -> tuple[int, ...]:
-        """First fused output of each slice, and the end."""
-        return tuple(int(n) for n in np.cumsum((0, *self.outputs)))
 
 
 def op_shapes(geometry: Geometry, *, complete: frozenset[str] = frozenset()) -> tuple[OpShape, ...]:

@@ -189,8 +189,7 @@ class LoraDecode:
         self.items.fill(lora, op, expand=expand)
 
     def _fill_expand(self, expand: ExpandParams, shape: OpShape, h: torch.Tensor, scale: torch.Tensor) -> None:
-        begin = shape.slice_begin
         expand.h, expand.h_plane, expand.h_stride = h.data_ptr(), h.stride(0), h.stride(1)
         expand.scale = self._library.check("scale", scale, torch.float32, -1)
         expand.num_planes = shape.num_planes
-        expand.slice_begin[:] = [*begin, *[begin[-1]] * (4 - len(begin))]
+        expand.slice_begin[:] = shape.kernel_slice_begin

@@ -294,7 +294,7 @@ class LoraPrefill:
         params.scale = check("scale", scale, torch.float32, -1)
         params.y = check("y", y, self._library.dtype, -1, begin[-1])
         params.y_stride, params.columns, params.log_shares = begin[-1], shape.columns, plan.shares.bit_length() - 1
-        params.slice_begin[:] = [*begin, *[begin[-1]] * (4 - len(begin))]
+        params.slice_begin[:] = shape.kernel_slice_begin
         params.lora.entries = self._tables.entry_address(layer, op)
         params.lora.items = self.buffer.data_ptr() + 4 * ITEM_INTS * plan.first
         kernel.launch(plan.num_items * plan.cluster)
