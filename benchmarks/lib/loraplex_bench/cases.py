@@ -178,7 +178,7 @@ def gpu_cases() -> dict[str, Case]:
             ),
         ),
         "rates-8b-below": rates_case(eight, "below", (14.0, 20.0)),
-        "rates-8b-beyond": rates_case(eight, "beyond", (36.0, 44.0)),
+        "rates-8b-beyond": rates_case(eight, "beyond", (48.0, 56.0)),
         "startup-7b": startup_case(seven),
     }
 

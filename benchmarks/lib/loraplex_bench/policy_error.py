@@ -77,7 +77,9 @@ def calibration() -> tuple[StepRates, str] | None:
         rows = [
             row
             for row in document["rows"]
-            if row["suite"] in SUITES and row["metric"] == "step" and row["case"].startswith(f"{CALIBRATED_ON}/")
+            if row["suite"] in SUITES
+            and row["metric"] in ("step", "host")
+            and row["case"].startswith(f"{CALIBRATED_ON}/")
         ]
         if rows:
             commit = document["meta"]["commit"]

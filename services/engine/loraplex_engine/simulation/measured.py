@@ -27,16 +27,25 @@ SUITES: Final = frozenset({"steps", "profile"})
 TARGETS: Final = {"qkvo": ATTENTION_TARGETS, "all": ALL_TARGETS}
 
 
+HOST_BOUND: Final = 0.8
+"""Share of a step that the host takes from which on the device waited for it: such a step says nothing of the device."""
+
+
 def measured_steps(rows: Iterable[dict[str, Any]]) -> list[MeasuredStep]:
-    """Return the steps among a result file's rows.
+    """Return the steps among a result file's rows that the device determined.
 
     Raises:
         CalibrationError: If a step's case cannot be read.
     """
+    of_metric: dict[str, dict[str, float]] = {"step": {}, "host": {}}
+    for row in rows:
+        if row["suite"] in SUITES and row["metric"] in of_metric:
+            of_metric[row["metric"]][row["case"]] = row["value"]
+    host_ms = of_metric["host"]
     return [
-        measured_step(row["case"], row["value"] / 1e3)
-        for row in rows
-        if row["suite"] in SUITES and row["metric"] == "step"
+        measured_step(case, step_ms / 1e3)
+        for case, step_ms in of_metric["step"].items()
+        if host_ms.get(case, 0.0) < HOST_BOUND * step_ms
     ]
 
 
