@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec
 
     from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.decode_state import Rows
     from loraplex_engine.page_pool import PagePool
     from loraplex_engine.running_batch import LaunchedStep
     from loraplex_engine.steady_decode import Draw
@@ -229,6 +230,14 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Decide the next step; None if there is nothing to compute now. A plan handed out must be launched."""
+        return self.plan(self.decide())
+
+    def decide(self) -> Rows:
+        """Make the decisions before a step: who ends, grows, gives way, is admitted, and what is loaded.
+
+        Returns:
+            The rows that draw another token; `plan` makes the step of them, or `skip` takes it with those after it.
+        """
         now_s = self._clock()
         self._pass_deadlines(now_s)
         for digest in self._cache.take_changed():
@@ -237,7 +246,11 @@ class Scheduler:
         self._admission.admit(now_s)
         if not self._admission.is_reserving:
             self._warming.warm()
-        planned = self.batch.plan(self._next_step, rows, self._limits.max_num_batched_tokens, now_s)
+        return rows
+
+    def plan(self, rows: Rows) -> StepPlan | None:
+        """Make the step that was decided on, of ``rows`` and of prefills; None if there is nothing to compute now."""
+        planned = self.batch.plan(self._next_step, rows, self._limits.max_num_batched_tokens, self._clock())
         if planned is None:
             return None
         plan, launched = planned

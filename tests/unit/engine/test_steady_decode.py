@@ -30,8 +30,8 @@ def result_of(plan: StepPlan) -> StepResult:
     return StepResult(step_id=plan.step_id, slots=slots, token_ids=np.full(len(slots), TOKEN, dtype=np.int32))
 
 
-def step(rig: Rig) -> None:
-    plan = rig.scheduler.schedule()
+def step(rig: Rig, decided: Rows | None = None) -> None:
+    plan = rig.scheduler.schedule() if decided is None else rig.scheduler.plan(decided)
     rig.now_s += STEP_S
     if plan is not None:
         rig.scheduler.update(result_of(plan))
@@ -69,14 +69,16 @@ def facts(scheduler: Scheduler) -> dict[str, object]:
     num_waiting=st.integers(0, 4),
     num_pages=st.sampled_from([64, 128, 400]),
     share=st.floats(0, 1),
+    decides=st.booleans(),
 )
 def test_a_jump_ends_where_single_steps_end(
-    lengths: list[tuple[int, int]], num_waiting: int, num_pages: int, share: float
+    lengths: list[tuple[int, int]], num_waiting: int, num_pages: int, share: float, decides: bool
 ) -> None:
     jumping, stepping = (make_rig(lengths, num_waiting, num_pages) for _ in range(2))
     for _ in range(400):
         if jumping.scheduler.num_open == 0:
             break
+        decided = jumping.scheduler.decide() if decides else None
         horizon = jumping.scheduler.horizon
         count = max(1, int(share * horizon)) if horizon else 0
         if count:
@@ -85,7 +87,7 @@ def test_a_jump_ends_where_single_steps_end(
             for _ in range(count):
                 step(stepping)
         else:
-            step(jumping)
+            step(jumping, decided)
             step(stepping)
         assert facts(jumping.scheduler) == facts(stepping.scheduler)
         jumping.check_integrity()

@@ -65,7 +65,7 @@ class SimulatedEngine:
         outcomes: What became of the requests.
         num_turns: Passes of the loop: what a replay costs.
         device_s: Time in which a step ran.
-        longest_step_s: Longest planned step; those of a jump are shorter than the one that ends it, or hardly longer.
+        longest_step_s: Longest step.
     """
 
     def __init__(
@@ -169,20 +169,28 @@ class SimulatedEngine:
         """Do what the step loop does in one turn; False if nothing more happens before ``until_s``."""
         self.num_turns += 1
         self._take_events()
-        plan = self.scheduler.schedule()
+        rows = self.scheduler.decide()
         self._move_adapters()
-        if plan is None:
-            self._take_ends()
-            return self._sleep(until_s)
+        self._take_ends()
+        stretch = self._look_ahead()
+        if stretch is None:
+            plan = self.scheduler.plan(rows)
+            if plan is None:
+                return self._sleep(until_s)
+            self._step(plan)
+            stretch = self._look_ahead()
+        has_more = self._jump(stretch, until_s)
+        if self._watch is not None:
+            self._watch(self)
+        return has_more
+
+    def _step(self, plan: StepPlan) -> None:
+        """Take one step as it was planned."""
         step_s = self.setup.cost.seconds(self._loads.of_plan(plan))
         self.longest_step_s = max(self.longest_step_s, step_s)
         self._pass(step_s)
         self.scheduler.update(self._result_of(plan))
         self._take_ends()
-        has_more = not self.setup.jumps or self._jump(until_s)
-        if self._watch is not None:
-            self._watch(self)
-        return has_more
 
     def _pass(self, span_s: float) -> None:
         self.now_s += span_s
@@ -226,27 +234,31 @@ class SimulatedEngine:
 
     # --- steady stretches ---
 
-    def _jump(self, until_s: float) -> bool:
+    def _jump(self, stretch: Stretch | None, until_s: float) -> bool:
         """Take steady decode steps until something else happens; False if that is not before ``until_s``."""
-        while (stretch := self._look_ahead()) is not None:
+        while stretch is not None:
             last_begins_s = self.now_s + stretch.last_begins_s
             if last_begins_s >= until_s:
                 self._stretch, self._quiet_until_s = stretch, last_begins_s
                 return False
             self._take(stretch)
+            stretch = self._look_ahead()
         return True
 
     def _look_ahead(self) -> Stretch | None:
-        """Return the decode steps up to the next thing that happens to this engine by itself."""
-        most = self.scheduler.horizon
+        """Return the decode steps up to the next thing that happens to this engine by itself; None if that is now."""
         span_s = self._next_event_s - self.now_s
-        if most <= 0 or span_s <= 0 or self._inbox:
+        if not self.setup.jumps or self._inbox or span_s <= 0:
+            return None
+        most = self.scheduler.horizon
+        if most <= 0:
             return None
         load = self._loads.of_decode(self.scheduler.batch)
         cost = self.setup.cost
         return Stretch(cost.seconds(load), cost.growth_s(load), most).cut(span_s)
 
     def _take(self, stretch: Stretch) -> None:
+        self.longest_step_s = max(self.longest_step_s, stretch.longest_s)
         self._pass(stretch.total_s)
         self.scheduler.skip(stretch.num_steps, self._draw, growth_s=stretch.growth_s)
         self._take_ends()

@@ -132,6 +132,11 @@ class Stretch:
         return self._after(self.num_steps)
 
     @property
+    def longest_s(self) -> float:
+        """Duration of the last."""
+        return self.first_s + self.growth_s * (self.num_steps - 1)
+
+    @property
     def last_begins_s(self) -> float:
         """When the last one begins, from the beginning of the first."""
         return self._after(self.num_steps - 1)
