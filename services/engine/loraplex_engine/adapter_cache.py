@@ -15,6 +15,8 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from loraplex_engine.adapter_register import AdapterRegister
 from loraplex_engine.adapter_table import TableIndices
 from loraplex_engine.appraisal import EXPECTED_COST
@@ -189,7 +191,7 @@ class AdapterCache(AdapterRegister):
                     digest=digest,
                     index=adapter.index,
                     spec=adapter.spec,
-                    pages=adapter.pages,
+                    pages=adapter.pages.astype(np.int32),
                     arena_slots=adapter.arena_slots,
                     deadline_s=deadline_s,
                 )

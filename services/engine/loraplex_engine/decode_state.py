@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from loraplex_engine.step import NO_ADAPTER, SamplingArrays
 
 if TYPE_CHECKING:
+    from loraplex_engine.page_pool import Pages
     from loraplex_engine.request import Request
 
 NO_PAGE: Final = -1
@@ -89,7 +90,7 @@ class DecodeState:
         """Slots without an occupant."""
         return len(self._free)
 
-    def seat(self, request: Request, *, adapter: int, pages: NDArray[np.int32], stop_ids: tuple[int, ...]) -> int:
+    def seat(self, request: Request, *, adapter: int, pages: Pages, stop_ids: tuple[int, ...]) -> int:
         """Give a request a slot with its tokens, pages and settings; returns the slot.
 
         The first pages hold its first ``request.num_cached`` tokens already.
@@ -139,9 +140,9 @@ class DecodeState:
         self._num_logprobs[slot] = sampling.num_logprobs
         self.wants_logprobs[slot] = sampling.num_logprobs >= 0
 
-    def vacate(self, slot: int) -> NDArray[np.int32]:
+    def vacate(self, slot: int) -> Pages:
         """Free a slot and return its pages; results of steps in flight no longer match its occupancy."""
-        pages = self.blocks[slot, : self.num_blocks[slot]].copy()
+        pages = self.blocks[slot, : self.num_blocks[slot]].astype(np.intp)
         self.blocks[slot, : len(pages)] = NO_PAGE
         self.num_blocks[slot] = 0
         self.is_decoding[slot] = False
@@ -163,7 +164,7 @@ class DecodeState:
         crosses: NDArray[np.bool_] = self.num_computed.take(rows) == self.num_blocks.take(rows) * self.block_tokens
         return crosses
 
-    def append_blocks(self, rows: Rows, pages: NDArray[np.int32]) -> None:
+    def append_blocks(self, rows: Rows, pages: Pages) -> None:
         """Give each row one more page."""
         self.blocks[rows, self.num_blocks[rows]] = pages
         self.num_blocks[rows] += 1

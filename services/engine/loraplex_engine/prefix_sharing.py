@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loraplex_engine.decode_state import DecodeState
+    from loraplex_engine.page_pool import Pages
     from loraplex_engine.prefix_cache import PrefixCache
     from loraplex_engine.request import Request
 
-_NO_PAGES: Final = np.empty(0, dtype=np.int32)
+_NO_PAGES: Final = np.empty(0, dtype=np.intp)
 
 
 class PrefixSharing:
@@ -36,8 +37,8 @@ class PrefixSharing:
         self._state = state
         self._is_enabled = is_enabled
 
-    def find(self, request: Request) -> NDArray[np.int32]:
-        """Return the pages a waiting request can share, int32 ``[num_blocks]``; they are not held yet.
+    def find(self, request: Request) -> Pages:
+        """Return the pages a waiting request can share; they are not held yet.
 
         The last token is never among them: there must be one to compute the first draw from. A request that still owes
         its prompt's probabilities computes all of it.
@@ -67,7 +68,7 @@ class PrefixSharing:
         num_blocks = num_tokens // self._state.block_tokens
         keys = self._keys(request, self._state.tokens[slot, :num_tokens])[:num_blocks]
         if and_publish:
-            self._prefix.publish(keys, self._state.blocks[slot, :num_blocks])
+            self._prefix.publish(keys, self._state.blocks[slot, :num_blocks].astype(np.intp))
         return keys
 
     def _num_confirmed(self, request: Request) -> int:

@@ -12,6 +12,7 @@ from loraplex_common.adapter_image import AdapterSpec
 from numpy.typing import NDArray
 
 from loraplex_engine.messages import ResidencyState
+from loraplex_engine.page_pool import Pages
 
 _STATE = ResidencyState
 TRANSITIONS: Final = {
@@ -96,7 +97,7 @@ class Adapter:
     max_rank: int = 0
     num_pages: int = 0
     arena_slots: tuple[int, ...] = ()
-    pages: NDArray[np.int32] | None = None
+    pages: Pages | None = None
     index: int = -1
     generation: int = 0
     num_leases: int = 0

@@ -14,7 +14,7 @@ from loraplex_engine.step import FROM_DEVICE, SlotSetup, StepPlan
 
 if TYPE_CHECKING:
     from loraplex_engine.decode_state import DecodeState
-    from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.page_pool import PagePool, Pages
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 
@@ -105,8 +105,8 @@ class RunningBatch:
         request: Request,
         *,
         adapter: int,
-        found: NDArray[np.int32],
-        new: NDArray[np.int32],
+        found: Pages,
+        new: Pages,
         stop_ids: tuple[int, ...],
     ) -> None:
         """Give a request a slot; its prefill starts with the next plan, behind what is in the pages it found."""

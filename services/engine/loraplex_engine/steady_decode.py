@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loraplex_engine.decode_state import Rows
     from loraplex_engine.economy import RoomMaker
     from loraplex_engine.limits import SchedulerCounters
-    from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.page_pool import PagePool, Pages
     from loraplex_engine.request_book import RequestBook
     from loraplex_engine.running_batch import RunningBatch
     from loraplex_engine.waiting_queue import WaitingQueue
@@ -149,7 +149,7 @@ def _append(
     num_blocks: NDArray[np.int32],
     rows: Rows,
     missing: NDArray[np.int32],
-    pages: NDArray[np.int32],
+    pages: Pages,
 ) -> None:
     """Give each row its ``missing`` pages, in order."""
     growing = np.flatnonzero(missing)

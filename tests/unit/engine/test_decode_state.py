@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from loraplex_engine.decode_state import NO_PAGE, DecodeState
 from loraplex_engine.messages import SamplingParams
 from loraplex_engine.request import Request, make_request
 from loraplex_engine.step import NO_ADAPTER
 from support.scheduler_rig import make_submission
+
+if TYPE_CHECKING:
+    from loraplex_engine.page_pool import Pages
+    from numpy.typing import NDArray
 
 
 def make_state(max_num_seqs: int = 4) -> DecodeState:
@@ -18,8 +24,12 @@ def a_request(**fields: object) -> Request:
     return make_request(make_submission(**fields), number=0, now_s=0.0, max_model_len=32)  # type: ignore[arg-type]
 
 
-def pages(*ids: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    return np.array(ids, dtype=np.int32)
+def pages(*ids: int) -> Pages:
+    return np.array(ids, dtype=np.intp)
+
+
+def int32(*values: int) -> NDArray[np.int32]:
+    return np.array(values, dtype=np.int32)
 
 
 def test_a_seat_holds_tokens_pages_and_settings() -> None:
@@ -84,7 +94,7 @@ def test_recorded_tokens_are_kept_and_stops_recognised_per_row() -> None:
         [state.seat(a_request(), adapter=NO_ADAPTER, pages=pages(i), stop_ids=s) for i, s in enumerate(stops)]
     )
 
-    is_stop = state.record(rows, pages(0, 0, 0), pages(5, 11, 5))
+    is_stop = state.record(rows, int32(0, 0, 0), int32(5, 11, 5))
 
     assert is_stop.tolist() == [True, True, False]
     assert [state.outputs(slot).tolist() for slot in rows.tolist()] == [[5], [11], [5]]
@@ -95,8 +105,8 @@ def test_a_stop_id_before_min_new_tokens_does_not_end() -> None:
     row = np.array([state.seat(a_request(min_new_tokens=2), adapter=NO_ADAPTER, pages=pages(1), stop_ids=(5,))])
 
     assert state.sampling(row).ban_stops[0]
-    assert not state.record(row, pages(1), pages(5))[0]
-    assert state.record(row, pages(2), pages(5))[0]
+    assert not state.record(row, int32(1), int32(5))[0]
+    assert state.record(row, int32(2), int32(5))[0]
 
 
 def test_a_successors_stop_ids_replace_its_predecessors() -> None:
@@ -106,5 +116,5 @@ def test_a_successors_stop_ids_replace_its_predecessors() -> None:
 
     slot = state.seat(a_request(), adapter=NO_ADAPTER, pages=pages(1), stop_ids=(3,))
 
-    assert not state.record(np.array([slot]), pages(0), pages(4))[0]
-    assert state.record(np.array([slot]), pages(0), pages(3))[0]
+    assert not state.record(np.array([slot]), int32(0), int32(4))[0]
+    assert state.record(np.array([slot]), int32(0), int32(3))[0]

@@ -23,7 +23,7 @@ from support.fake_runner import fake_spec
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from numpy.typing import NDArray
+    from loraplex_engine.page_pool import Pages
 
 BLOCK = 4
 HALF_LIFE_S = 60.0
@@ -203,7 +203,7 @@ class EconomyMachine(RuleBasedStateMachine):
         self.bench = Bench(num_pages)
         self.bench.make_costs(block_s=block_s, page_s=page_s)
         self.leases: list[str] = []
-        self.held: list[NDArray[np.int32]] = []
+        self.held: list[Pages] = []
 
     digests = st.sampled_from("abcd")
 
@@ -271,7 +271,7 @@ class EconomyMachine(RuleBasedStateMachine):
         bench = self.bench
         block_cost = np.log2(BLOCK * bench.costs.prefill_s_per_token)
         worths = {
-            key.decode(): float(bench.prefix._worth[page] + block_cost)
+            key.decode(): float(bench.prefix._cold.worth_of(np.array([page]))[0] + block_cost)
             for key, page in bench.prefix._pages.items()
             if bench.pool.is_cached(np.array([page]))[0]
         }

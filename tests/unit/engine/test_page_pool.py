@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from loraplex_engine.page_pool import PageOwner, PagePool
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from loraplex_engine.page_pool import Pages
 
 
 def test_pages_are_distinct_and_counted_by_owner() -> None:
@@ -85,7 +85,7 @@ class PagePoolMachine(RuleBasedStateMachine):
     @initialize(num_pages=st.integers(1, 20))
     def start(self, num_pages: int) -> None:
         self.pool = PagePool(num_pages)
-        self.held: list[NDArray[np.int32]] = []
+        self.held: list[Pages] = []
         self.retiring: dict[int, int] = {}  # page -> step
         self.completed = -1
 

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from loraplex_engine.page_pool import PageOwner, PagePool
+from loraplex_engine.page_pool import PageOwner, PagePool, Pages
 from loraplex_engine.prefix_cache import PrefixCache
-from numpy.typing import NDArray
 
 HALF_LIFE_S = 10.0
 
@@ -27,7 +26,7 @@ class Bench:
         self.pool = PagePool(num_pages)
         self.prefix = PrefixCache(self.pool, half_life_s=HALF_LIFE_S)
 
-    def compute(self, text: str) -> NDArray[np.int32]:
+    def compute(self, text: str) -> Pages:
         """Have a sequence compute a text, sharing what is there; returns its pages."""
         found = self.prefix.match(keys_of(text), len(text))
         self.pool.share(found)
@@ -35,7 +34,7 @@ class Bench:
         self.prefix.publish(keys_of(text), pages)
         return pages
 
-    def leave(self, text: str, pages: NDArray[np.int32], now_s: float, last_step: int = -1) -> None:
+    def leave(self, text: str, pages: Pages, now_s: float, last_step: int = -1) -> None:
         self.prefix.leave(keys_of(text), now_s)
         self.pool.release(pages, last_step)
 
@@ -171,7 +170,7 @@ def test_eviction_is_in_order_of_worth_with_thousands_of_pages_that_come_back_in
 @dataclass
 class _Sequence:
     text: str
-    pages: NDArray[np.int32]
+    pages: Pages
 
 
 class PrefixCacheMachine(RuleBasedStateMachine):
