@@ -194,6 +194,11 @@ class AdapterRegister:
         """Rises whenever `most_warmable` may have changed."""
         return self._warmable.version
 
+    @property
+    def least_idle(self) -> Adapter | None:
+        """The idle adapter that is worth least; None if none is idle."""
+        return self._idle.first
+
     def idle_in_order(self) -> AbstractContextManager[Iterator[Adapter]]:
         """Give an iterator over idle adapters, least worth first; they may be evicted while it runs."""
         return self._idle.in_order()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from loraplex_engine.residency import NEVER, Adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from types import TracebackType
 
     _Entry = tuple[float, float, int, Adapter]  # worth, last used, serial
 
@@ -117,27 +117,36 @@ class EvictionOrder:
             self._heap = [(a.worth, a.last_used_s, next(self._serials), a) for a in self._adapters.values()]
             heapq.heapify(self._heap)
 
-    @contextmanager
-    def in_order(self) -> Iterator[Iterator[Adapter]]:
+    @property
+    def first(self) -> Adapter | None:
+        """The adapter worth least; None if there is none."""
+        while self._heap:
+            if self._is_current(self._heap[0]):
+                return self._heap[0][-1]
+            heapq.heappop(self._heap)
+        return None
+
+    def _is_current(self, entry: _Entry) -> bool:
+        """Tell whether an entry is of an adapter that may give way, and of its present worth."""
+        worth, used_s, _, adapter = entry
+        return worth == adapter.worth and used_s == adapter.last_used_s and adapter.digest in self._adapters
+
+    def in_order(self) -> AdaptersInOrder:
         """Give an iterator over the adapters, least worth first; they may be evicted while it runs."""
-        seen: dict[str, _Entry] = {}
+        return AdaptersInOrder(self)
 
-        def pop_all() -> Iterator[Adapter]:
-            while self._heap:
-                entry = heapq.heappop(self._heap)
-                worth, used_s, _, adapter = entry
-                is_stale = (worth, used_s) != (adapter.worth, adapter.last_used_s)
-                if is_stale or adapter.digest in seen or adapter.digest not in self._adapters:
-                    continue
-                seen[adapter.digest] = entry
-                yield adapter
+    def pop(self) -> _Entry | None:
+        """Take the first entry out, for `put_back`; None if there is none."""
+        while self._heap:
+            entry = heapq.heappop(self._heap)
+            if self._is_current(entry):
+                return entry
+        return None
 
-        try:
-            yield pop_all()
-        finally:
-            for digest, entry in seen.items():
-                if digest in self._adapters:
-                    heapq.heappush(self._heap, entry)
+    def put_back(self, entry: _Entry) -> None:
+        """Put an entry back, unless its adapter may not give way any more."""
+        if entry[-1].digest in self._adapters:
+            heapq.heappush(self._heap, entry)
 
     def choose(self, num_pages: int, may_evict: Callable[[Adapter], bool]) -> list[Adapter] | None:
         """Return the first adapters that may go and free ``num_pages`` together; None if all of them are too few."""
@@ -171,3 +180,37 @@ class EvictionOrder:
             found = {adapter.digest for adapter in ordered}
         if found != names:
             raise RuntimeError(f"{names} may give way, {found} are in the order")
+
+
+class AdaptersInOrder:
+    """Iterates over an `EvictionOrder`, and leaves it whole behind; a class, as a generator in a context costs twice as much.
+
+    Args:
+        order: Whose adapters.
+    """
+
+    __slots__ = ("_order", "_seen")
+
+    def __init__(self, order: EvictionOrder) -> None:
+        self._order = order
+        self._seen: dict[str, _Entry] = {}
+
+    def __enter__(self) -> AdaptersInOrder:
+        return self
+
+    def __iter__(self) -> AdaptersInOrder:
+        return self
+
+    def __next__(self) -> Adapter:
+        while (entry := self._order.pop()) is not None:
+            adapter = entry[-1]
+            if adapter.digest not in self._seen:  # else an older entry of equal worth
+                self._seen[adapter.digest] = entry
+                return adapter
+        raise StopIteration
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for entry in self._seen.values():
+            self._order.put_back(entry)

@@ -95,8 +95,7 @@ class PageEconomy:
         free = self._pool.num_free
         if free >= most or not self._pool.num_cached:
             return min(free, most)
-        with self._cache.idle_in_order() as idle:
-            first = next(idle, None)
+        first = self._cache.least_idle
         bound = math.inf if first is None else first.worth - self._block_cost
         return free + self._prefix.num_worth(bound, most - free)
 
@@ -127,9 +126,12 @@ class PageEconomy:
     def _evict(self, missing: int, may_evict: Callable[[Adapter], bool], up_to: float) -> bool:
         if missing > self._pool.num_cached + self._cache.num_idle_pages:
             return False
+        rest = self._num_beyond_blocks(missing, up_to)
+        if rest > 0 and not self._has_idle(up_to):
+            return False
         with self._cache.idle_in_order() as idle:
             adapters = filter(may_evict, takewhile(lambda adapter: adapter.worth <= up_to, idle))  # by rising worth
-            chosen = self._enough(missing, adapters, up_to)
+            chosen = _enough(rest, adapters)
             if chosen is None:
                 return False
             while missing > 0:
@@ -143,22 +145,30 @@ class PageEconomy:
                     missing -= adapter.num_pages
         return True
 
-    def _enough(self, missing: int, adapters: Iterator[Adapter], up_to: float) -> list[Adapter] | None:
-        """Return the adapters that must go if all cached blocks do; None if not even that is enough."""
+    def _num_beyond_blocks(self, missing: int, up_to: float) -> int:
+        """Return how many of ``missing`` pages have to come from adapters; cached blocks have the others."""
         if up_to == math.inf:
-            rest = missing - self._pool.num_cached
-        else:
-            rest = missing - self._prefix.num_worth(up_to - self._block_cost, missing)
-        chosen: list[Adapter] = []
-        while rest > 0:
-            adapter = next(adapters, None)
-            if adapter is None:
-                return None
-            chosen.append(adapter)
-            rest -= adapter.num_pages
-        return chosen
+            return missing - self._pool.num_cached
+        return missing - self._prefix.num_worth(up_to - self._block_cost, missing)
+
+    def _has_idle(self, up_to: float) -> bool:
+        """Tell whether any idle adapter is worth that little."""
+        first = self._cache.least_idle
+        return first is not None and first.worth <= up_to
 
     @property
     def _block_cost(self) -> float:
         """What the seconds to recompute a block add to its worth, in octaves."""
         return self._appraisal.block_cost(self._block_tokens * self._costs.prefill_s_per_token)
+
+
+def _enough(num_pages: int, adapters: Iterator[Adapter]) -> list[Adapter] | None:
+    """Return the first adapters that have so many pages together; None if all of them do not."""
+    chosen: list[Adapter] = []
+    while num_pages > 0:
+        adapter = next(adapters, None)
+        if adapter is None:
+            return None
+        chosen.append(adapter)
+        num_pages -= adapter.num_pages
+    return chosen
