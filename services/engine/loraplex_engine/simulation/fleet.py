@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import gc
 import math
 import random
 import zlib
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,7 +17,9 @@ from loraplex_engine.simulation.outcomes import Outcomes
 from loraplex_engine.simulation.trace import NO_ADAPTER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
 
     from loraplex_engine.simulation.adapters import Adapters
     from loraplex_engine.simulation.setup import EngineSetup
@@ -70,14 +74,8 @@ class Fleet:
         """
         took = np.zeros(len(self._trace.arrival_s), dtype=np.intp)
         try:
-            adapters = self._trace.adapter.tolist()
-            for index, arrival_s in enumerate(self._trace.arrival_s.tolist()):
-                for engine in self.engines:
-                    engine.advance(arrival_s)
-                took[index] = chosen = self._choose(adapters[index])
-                self.engines[chosen].push(index)
-            for engine in self.engines:
-                engine.advance(math.inf)
+            with _without_cycle_search():
+                self._replay(took)
         finally:
             for engine in self.engines:
                 engine.close()
@@ -85,6 +83,17 @@ class Fleet:
         for number, engine in enumerate(self.engines):
             outcomes.put(took == number, engine.outcomes)
         return outcomes
+
+    def _replay(self, took: NDArray[np.intp]) -> None:
+        """Replay the whole trace and note in ``took`` which engine took each request."""
+        adapters = self._trace.adapter.tolist()
+        for index, arrival_s in enumerate(self._trace.arrival_s.tolist()):
+            for engine in self.engines:
+                engine.advance(arrival_s)
+            took[index] = chosen = self._choose(adapters[index])
+            self.engines[chosen].push(index)
+        for engine in self.engines:
+            engine.advance(math.inf)
 
     def _choose(self, adapter: int) -> int:
         engines = self.engines
@@ -99,6 +108,18 @@ class Fleet:
             warm = [number for number in candidates if loads[number] <= limit and engines[number].holds(adapter)]
             return min(warm or candidates, key=lambda number: (loads[number], -_weight(adapter, number)))
         return min(candidates, key=lambda number: loads[number])
+
+
+@contextmanager
+def _without_cycle_search() -> Iterator[None]:
+    """Spare a replay Python's search for reference cycles: it makes none, and each search looks at all it keeps."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _weight(adapter: int, engine: int) -> int:
