@@ -88,6 +88,7 @@ class Admission:
         self._seen: tuple[int, int, int, bool] | None = None  # what held at the last pass
         self._obtainable_seen = 0
         self._look_again_s = math.inf
+        self._longest_blocks = 1 + -(-limits.max_model_len // limits.block_tokens)  # `peak_growth` rounds up by halves
 
     @property
     def reserving_digest(self) -> str | None:
@@ -238,6 +239,8 @@ class Admission:
         if len(self._batch) == 0:
             return True
         left = self._economy.num_obtainable_but(spared) - num_pages
+        if left >= (len(self._batch) + 1) * self._longest_blocks:
+            return True  # however much they draw
         if left < len(self._batch):
             return False
         growth = peak_growth(

@@ -53,10 +53,10 @@ class BlockKeys:
         Args:
             token_ids: int32 ``[num_tokens]``; the whole sequence.
         """
-        size = 4 * self._block_tokens
-        data = memoryview(token_ids.astype(np.int32, copy=False).tobytes())
         hasher, keys = self._hash, self.keys
-        for first in range(len(keys) * size, len(data) - size + 1, size):
+        size = 4 * self._block_tokens
+        data = memoryview(token_ids[len(keys) * self._block_tokens :].astype(np.int32, copy=False).tobytes())
+        for first in range(0, len(data) - size + 1, size):
             hasher.update(data[first : first + size])
             keys.append(hasher.digest())
         return keys

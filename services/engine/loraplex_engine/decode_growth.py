@@ -48,23 +48,18 @@ class DecodeGrowth:
         admitted last are preempted. Where pages come only once steps in flight are done, the latest rows sit this step out.
         """
         state = self._batch.state
-        while len(rows):
-            crossing = state.needs_block(rows)
-            needed = int(np.count_nonzero(crossing))
-            if needed <= self._economy.num_free:
-                break
-            room = self._make_room(needed)
+        growing = rows[state.needs_block(rows)]
+        while len(growing) > self._economy.num_free:
+            room = self._make_room(len(growing))
             if room is Room.NO:
                 self._book.preempt(self._victim())
                 rows = state.rows_to_decode(self._batch.rows)
+                growing = rows[state.needs_block(rows)]
             elif room is Room.SOON:
-                stalled = np.flatnonzero(crossing)[self._economy.num_free :]
-                rows = np.delete(rows, stalled)
-        else:
-            return rows
-        if needed:
-            growing = rows[crossing]
-            state.append_blocks(growing, self._pool.allocate(needed, PageOwner.KV))
+                growing, stalled = np.split(growing, [self._economy.num_free])
+                rows = rows[~np.isin(rows, stalled)]
+        if len(growing):
+            state.append_blocks(growing, self._pool.allocate(len(growing), PageOwner.KV))
         return rows
 
     @property

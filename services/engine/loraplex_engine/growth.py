@@ -48,8 +48,8 @@ class OutputLengths:
             self._scale = 1.0
         self._total = self._total * _DECAY + 1.0
         if 0 < self._quantile < 1 and self._total >= _MIN_OBSERVED:
-            cumulated = np.cumsum(self._weights)
-            found = int(np.searchsorted(cumulated, self._quantile * cumulated[-1]))
+            cumulated = self._weights.cumsum()
+            found = int(cumulated.searchsorted(self._quantile * cumulated[-1]))
             self._expected = 2.0 ** (found / _BUCKETS_PER_OCTAVE)
 
     @property
@@ -82,17 +82,17 @@ def peak_growth(
     size = state.block_tokens
     drawn = state.next_position.take(rows).astype(np.float64)
     left = state.max_outputs.take(rows) - drawn
-    more = np.minimum(left, np.maximum(expected - drawn, size if expected else 0.0))
-    known = state.num_prompt_tokens.take(rows) + drawn
-    held = state.num_blocks.take(rows).astype(np.float64)
-    own = held - state.num_shared_blocks.take(rows)
-    more = np.append(more, num_more)
-    order = np.argsort(-more, kind="stable")
-    more = more[order]
-    known = np.append(known, num_known)[order]
-    held = np.append(held, num_blocks)[order]
-    own = np.append(own, num_blocks)[order]
-    alive = np.arange(1, len(order) + 1)
-    needed = (np.cumsum(known) + alive * more) / size + 0.5 * alive - np.cumsum(held)
-    given_back = own.sum() - np.cumsum(own)
+    num_rows = len(rows)
+    columns = np.empty((4, num_rows + 1))
+    more, known, held, own = columns  # views; their last entries are the one more
+    more[:num_rows] = np.minimum(left, np.maximum(expected - drawn, size if expected else 0.0))
+    known[:num_rows] = state.num_prompt_tokens.take(rows) + drawn
+    held[:num_rows] = state.num_blocks.take(rows)
+    own[:num_rows] = held[:num_rows] - state.num_shared_blocks.take(rows)
+    columns[:, num_rows] = num_more, num_known, num_blocks, num_blocks
+    columns = columns.take((-more).argsort(kind="stable"), axis=1)
+    more, (known, held, own) = columns[0], columns[1:].cumsum(axis=1)
+    alive = np.arange(1, num_rows + 2)
+    needed = (known + alive * more) / size + 0.5 * alive - held
+    given_back = own[-1] - own
     return float(max(0.0, (needed - given_back).max()))

@@ -80,7 +80,7 @@ class ResultReader:
     def _take_tokens(self, step: LaunchedStep, result: StepResult) -> None:
         state = self._batch.state
         is_live = state.occupancy.take(step.sampled) == step.occupancy.take(step.sample_rows)
-        indices = np.flatnonzero(is_live)
+        indices = is_live.nonzero()[0]
         if len(indices) == 0:
             return
         rows, positions, token_ids = step.sampled[indices], step.positions[indices], result.token_ids[indices]
@@ -93,7 +93,7 @@ class ResultReader:
         self._collector.tokens(
             state.sessions.take(plain), state.session_slots.take(plain), positions[is_plain], token_ids[is_plain]
         )
-        for index in np.flatnonzero(~is_plain).tolist():
+        for index in (~is_plain).nonzero()[0].tolist():
             submission = self._batch.at(int(rows[index])).submission
             event = TokenWithLogprobs(
                 session_slot=submission.session_slot,
@@ -102,7 +102,7 @@ class ResultReader:
                 logprobs=result.logprobs[int(indices[index])],
             )
             self._collector.event(submission.session_id, event)
-        for index in np.flatnonzero(is_over).tolist():
+        for index in is_over.nonzero()[0].tolist():
             request = self._batch.at(int(rows[index]))
             if is_stop[index]:
                 self._book.finish(request, FinishReason.STOP, int(token_ids[index]))

@@ -64,19 +64,19 @@ class RunningBatch:
 
     Attributes:
         state: Their rows.
+        rows: Slots by admission; another array whenever a request comes or goes, as steps in flight keep theirs.
         num_prefill_tokens: Tokens of running requests that have yet to be computed before their first draw.
         version: Rises whenever a request comes or goes.
     """
 
     def __init__(self, *, state: DecodeState, pool: PagePool) -> None:
         self.state = state
+        self.rows: Rows = np.empty(0, dtype=np.intp)
         self._pool = pool
         self._requests: list[Request] = []  # by admission
         self._by_slot: dict[int, Request] = {}
         self._prefilling: list[Request] = []  # by admission
         self._setups: list[SlotSetup] = []
-        self._rows: Rows = np.empty(0, dtype=np.intp)  # slots by admission; rebuilt when membership changes
-        self._is_stale = False
         self.num_prefill_tokens = 0
         self.version = 0
 
@@ -91,14 +91,6 @@ class RunningBatch:
     def at(self, slot: int) -> Request:
         """Return a slot's occupant."""
         return self._by_slot[slot]
-
-    @property
-    def rows(self) -> Rows:
-        """Slots by admission."""
-        if self._is_stale:
-            self._rows = np.fromiter((request.slot for request in self._requests), np.intp, len(self._requests))
-            self._is_stale = False
-        return self._rows
 
     def seat(
         self,
@@ -120,7 +112,7 @@ class RunningBatch:
         self._prefilling.append(request)
         self.num_prefill_tokens += request.num_known_tokens - request.num_cached
         self._setups.append(_setup_of(request, stop_ids))
-        self._is_stale = True
+        self.rows = np.concatenate([self.rows, np.array([request.slot], np.intp)])
         self.version += 1
 
     def unseat(self, request: Request, last_step: int) -> None:
@@ -134,7 +126,7 @@ class RunningBatch:
         del self._by_slot[slot]
         self._pool.release(self.state.vacate(slot), last_step)
         request.slot = -1
-        self._is_stale = True
+        self.rows = self.rows[self.rows != slot]
         self.version += 1
 
     def plan(

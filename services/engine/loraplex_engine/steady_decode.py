@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loraplex_engine.decode_state import Rows
     from loraplex_engine.economy import RoomMaker
     from loraplex_engine.limits import SchedulerCounters
-    from loraplex_engine.page_pool import PagePool, Pages
+    from loraplex_engine.page_pool import PagePool
     from loraplex_engine.request_book import RequestBook
     from loraplex_engine.running_batch import RunningBatch
     from loraplex_engine.waiting_queue import WaitingQueue
@@ -74,32 +74,43 @@ class SteadyDecode:
             return 0
         state, rows = batch.state, batch.rows
         steps = int((state.max_outputs.take(rows) - state.next_position.take(rows)).min())
-        needed = int(self._missing(rows, steps).sum())
+        room = self._room(rows)
+        needed = int(self._missing(room, steps).sum())
         free = self._economy.num_free
         if needed <= free:
             return steps
         # rows that lack pages make room for a few more (`DecodeGrowth`): so many must be to be had without an adapter
         quiet = self._economy.num_quiet(needed + self._growth.watermark)
-        return self._num_steps_within(rows, steps, max(free, quiet - self._growth.watermark))
+        return self._steps_within(room, steps, max(free, quiet - self._growth.watermark))[0]
 
-    def _num_steps_within(self, rows: Rows, most: int, num_pages: int) -> int:
-        """Return how many steps that many pages suffice for, up to ``most``."""
-        if int(self._missing(rows, most).sum()) <= num_pages:
-            return most
-        low, high = 0, most  # low suffices, high does not
+    def _steps_within(self, room: NDArray[np.int32], most: int, num_pages: int) -> tuple[int, NDArray[np.int32]]:
+        """Return how many steps that many pages suffice for, up to ``most``, and what each row lacks for them."""
+        missing = self._missing(room, most)
+        if int(missing.sum()) <= num_pages:
+            return most, missing
+        low, high, missing = 0, most, self._missing(room, 0)  # low suffices, high does not
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if int(self._missing(rows, middle).sum()) <= num_pages else (low, middle)
-        return low
+            more = self._missing(room, middle)
+            if int(more.sum()) <= num_pages:
+                low, missing = middle, more
+            else:
+                high = middle
+        return low, missing
 
     def _is_settled(self, now_s: float) -> bool:
         return self._admission.is_settled(now_s) and self._warming.is_settled
 
-    def _missing(self, rows: Rows, num_steps: int) -> NDArray[np.int32]:
-        """Return how many more blocks each row has after ``num_steps`` more tokens, int32 ``[N]``."""
+    def _room(self, rows: Rows) -> NDArray[np.int32]:
+        """Return how many more tokens each row's blocks have room for, int32 ``[N]``."""
         state = self._batch.state
-        after = -(-(state.num_computed.take(rows) + num_steps) // state.block_tokens)
-        missing: NDArray[np.int32] = np.maximum(after - state.num_blocks.take(rows), 0).astype(np.int32)
+        room: NDArray[np.int32] = state.num_blocks.take(rows) * state.block_tokens - state.num_computed.take(rows)
+        return room
+
+    def _missing(self, room: NDArray[np.int32], num_steps: int) -> NDArray[np.int32]:
+        """Return how many blocks each row lacks for ``num_steps`` more tokens, int32 ``[N]``."""
+        size = self._batch.state.block_tokens
+        missing: NDArray[np.int32] = np.maximum(num_steps + size - 1 - room, 0) // size
         return missing
 
     def take(self, num_steps: int, draw: Draw, now_s: float, growth_s: float) -> None:
@@ -114,11 +125,12 @@ class SteadyDecode:
         state, rows = self._batch.state, self._batch.rows
         left = num_steps
         while left:
-            count = self._num_steps_within(rows, left, self._economy.num_free)
+            count, missing = self._steps_within(self._room(rows), left, self._economy.num_free)
             if count == 0:  # blocks give way at the very step that lacks pages
                 if len(self._growth.grow(rows)) != len(rows):
                     raise RuntimeError("a steady step lacks pages")
-                count = 1
+                count = 1  # to which `grow` has given its pages
+            self._append(rows, missing)
             self._advance(rows, count, draw)
             left -= count
         self._counters.num_steps += num_steps
@@ -130,12 +142,8 @@ class SteadyDecode:
             self._book.finish(self._batch.at(slot), FinishReason.LENGTH)
 
     def _advance(self, rows: Rows, num_steps: int, draw: Draw) -> None:
-        """Do steps for which the free pages suffice."""
+        """Do steps for which the rows have the blocks."""
         state = self._batch.state
-        missing = self._missing(rows, num_steps)
-        total = int(missing.sum())
-        if total:
-            _append(state.blocks, state.num_blocks, rows, missing, self._pool.allocate(total, PageOwner.KV))
         first = state.num_prompt_tokens.take(rows) + state.next_position.take(rows)
         columns = first[:, None] + np.arange(num_steps, dtype=np.int32)
         state.tokens[rows[:, None], columns] = draw(rows, first, num_steps)
@@ -143,19 +151,14 @@ class SteadyDecode:
         state.next_position[rows] += num_steps
         state.num_outputs[rows] += num_steps
 
-
-def _append(
-    blocks: NDArray[np.int32],
-    num_blocks: NDArray[np.int32],
-    rows: Rows,
-    missing: NDArray[np.int32],
-    pages: Pages,
-) -> None:
-    """Give each row its ``missing`` pages, in order."""
-    growing = np.flatnonzero(missing)
-    counts = missing[growing]
-    ends = np.cumsum(counts)
-    within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-    owners = np.repeat(rows[growing], counts)
-    blocks[owners, num_blocks.take(owners) + within] = pages
-    num_blocks[rows[growing]] += counts
+    def _append(self, rows: Rows, missing: NDArray[np.int32]) -> None:
+        """Give each row the pages that it lacks, in order."""
+        growing = missing.nonzero()[0]
+        if not len(growing):
+            return
+        state, counts = self._batch.state, missing[growing]
+        ends = counts.cumsum()
+        within = np.arange(ends[-1]) - (ends - counts).repeat(counts)
+        owners = rows[growing].repeat(counts)
+        state.blocks[owners, state.num_blocks.take(owners) + within] = self._pool.allocate(int(ends[-1]), PageOwner.KV)
+        state.num_blocks[rows[growing]] += counts

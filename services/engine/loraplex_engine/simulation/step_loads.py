@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraplex_engine.simulation.step_cost import StepLoad
+from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from loraplex_engine.decode_state import Rows
     from loraplex_engine.running_batch import RunningBatch
     from loraplex_engine.simulation.adapters import Adapters
     from loraplex_engine.step import StepPlan
@@ -21,22 +23,26 @@ class StepLoads:
 
     def __init__(self, adapters: Adapters, table_size: int) -> None:
         self._adapters = adapters
-        self._bound = np.zeros(table_size, dtype=np.intp)  # table index -> adapter
+        self._weight_bytes = [0] * table_size  # of the adapter behind each index of the table
+        self._traffic_bytes = np.zeros(table_size, dtype=np.int64)
+        self._decoding: Rows | None = None  # a batch, and what `_lora` says of it: another one comes with other rows
+        self._decode_lora = (0, 0)
 
     def bind(self, index: int, adapter: int) -> None:
         """Note that an index of the table names an adapter from now on."""
-        self._bound[index] = adapter
+        self._weight_bytes[index] = int(self._adapters.weight_bytes[adapter])
+        self._traffic_bytes[index] = self._adapters.traffic_bytes[adapter]
 
     def of_plan(self, plan: StepPlan) -> StepLoad:
         """Return the load of a planned step."""
         decoding = plan.num_decode_rows
-        tokens, starts = plan.num_tokens[decoding:].astype(np.int64), plan.starts[decoding:].astype(np.int64)
+        chunks = list(zip(plan.num_tokens[decoding:].tolist(), plan.starts[decoding:].tolist(), strict=True))
         adapter_bytes, lora_bytes = self._lora(plan.adapters, plan.num_tokens)
         return StepLoad(
-            num_tokens=decoding + int(tokens.sum()),
+            num_tokens=decoding + sum(tokens for tokens, _ in chunks),
             num_sampled=len(plan.sample_rows),
             kv_tokens=int(plan.starts[:decoding].sum()) + decoding,
-            attention_pairs=int((tokens * starts + tokens * (tokens + 1) // 2).sum()),
+            attention_pairs=sum(tokens * start + tokens * (tokens + 1) // 2 for tokens, start in chunks),
             adapter_bytes=adapter_bytes,
             lora_bytes=lora_bytes,
             lora_ops=self._adapters.num_ops,
@@ -46,7 +52,9 @@ class StepLoads:
     def of_decode(self, batch: RunningBatch) -> StepLoad:
         """Return the load of the next step of a batch that only decodes."""
         state, rows = batch.state, batch.rows
-        adapter_bytes, lora_bytes = self._lora(state.adapters.take(rows), None)
+        if rows is not self._decoding:
+            self._decoding, self._decode_lora = rows, self._lora(state.adapters.take(rows), None)
+        adapter_bytes, lora_bytes = self._decode_lora
         return StepLoad(
             num_tokens=len(rows),
             num_sampled=len(rows),
@@ -62,15 +70,15 @@ class StepLoads:
         """Return the bytes of the distinct adapters of some rows, and of LoRA's activations.
 
         Args:
-            table: int32 ``[num_rows]``; indices of the adapter table, negative for none.
+            table: int32 ``[num_rows]``; indices of the adapter table, or `NO_ADAPTER`.
             num_tokens: int32 ``[num_rows]``; None for one each.
         """
-        adapted = table >= 0
-        if not adapted.any():
-            return 0, 0
-        owners = self._bound.take(table[adapted])
-        distinct = list(set(owners.tolist()))
-        traffic = self._adapters.traffic_bytes.take(owners)
+        distinct = set(table.tolist())
+        if NO_ADAPTER in distinct:
+            distinct.remove(NO_ADAPTER)
+            adapted = table != NO_ADAPTER
+            table, num_tokens = table[adapted], None if num_tokens is None else num_tokens[adapted]
+        traffic = self._traffic_bytes.take(table)
         if num_tokens is not None:
-            traffic = traffic * num_tokens[adapted]
-        return int(self._adapters.weight_bytes[distinct].sum()), int(traffic.sum())
+            traffic *= num_tokens
+        return sum(map(self._weight_bytes.__getitem__, distinct)), int(traffic.sum())
