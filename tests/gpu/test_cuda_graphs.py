@@ -28,7 +28,9 @@ def test_a_graph_computes_the_same_bits_beside_a_copy_and_behind_a_prefill(
     model_dirs: dict[str, Path], rows: int
 ) -> None:
     model_dir, dtype = model_dirs["gqa/plain"], "bfloat16"
-    runner = make_cuda_runner(model_dir, dtype, max_num_seqs=rows + 8, num_pages=1024, dependent_launch=True)
+    runner = make_cuda_runner(
+        model_dir, dtype, max_num_seqs=rows + 8, num_pages=1024, max_num_batched_tokens=4096, dependent_launch=True
+    )
     rig = make_rig(model_dir, runner, dtype, num_pages=1024)
     sequences = add_sequences(rig, 384, rows)
     rig.harness.generate(sequences, 3)

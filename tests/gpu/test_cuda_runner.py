@@ -74,7 +74,9 @@ def test_every_choice_is_the_torch_backends(
     oracle = make_rig(model_dir, torch_runner, dtype, num_pages=num_pages)
     truth = add_sequences(oracle, vocab, rows, draw=Draw(num_logprobs=vocab))
     oracle.harness.generate(truth, NUM_COMPARED)
-    runner = make_cuda_runner(model_dir, dtype, max_num_seqs=2 * rows, num_pages=num_pages, **options)
+    runner = make_cuda_runner(
+        model_dir, dtype, max_num_seqs=2 * rows, num_pages=num_pages, max_num_batched_tokens=4096, **options
+    )
     found = make_rig(model_dir, runner, dtype, num_pages=num_pages)
     agreement = Agreement(dtype)
 
