@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from loraplex_engine.simulation.calibration import CalibrationError, MeasuredStep, Prior, errors, fit
-from loraplex_engine.simulation.devices import DEVICES, H100, H100_PRIORS
+from loraplex_engine.simulation.devices import DEVICES, H100, H100_PRIORS, H100_RESULTS
 from loraplex_engine.simulation.measured import measured_step, measured_steps
 from loraplex_engine.simulation.shapes import (
     ALL_TARGETS,
@@ -55,14 +55,16 @@ def test_without_steps_the_priors_stand() -> None:
 
 
 def test_the_built_in_rates_are_the_committed_steps_rates() -> None:
-    rows = json.loads((RESULTS / H100.source.split(",")[0].rpartition("/")[2]).read_text())["rows"]
+    rows = [row for name in H100_RESULTS for row in json.loads((RESULTS / name).read_text())["rows"]]
     steps = measured_steps(rows)
 
     refitted = fit(steps, H100_PRIORS)
 
     assert asdict(H100.rates) == pytest.approx(asdict(refitted), rel=1e-3)
-    assert np.abs(errors(steps, H100.rates)).max() < 0.02
-    assert len(steps) >= 10
+    wrong = np.abs(errors(steps, H100.rates))
+    assert np.median(wrong) < 0.02
+    assert wrong.max() < 0.1  # of prompts so short that latency, which the model does not have, is part of them
+    assert len(steps) >= 50
 
 
 def test_a_missing_prior_or_a_step_without_time_is_refused() -> None:
@@ -92,9 +94,44 @@ def test_a_mixed_step_is_its_decode_rows_and_its_prompts() -> None:
         for name in ("mixed, 225 x 320 + 31 x 256, 200 adapters", "decode:225x320:200", "prefill:31x256:200")
     )
 
-    for name in ("num_tokens", "num_sampled", "kv_tokens", "attention_pairs", "lora_bytes", "num_decode_rows"):
+    sums = (
+        "num_tokens",
+        "num_sampled",
+        "kv_tokens",
+        "attention_pairs",
+        "lora_bytes",
+        "lora_row_bytes",
+        "num_decode_rows",
+    )
+    for name in sums:
         assert getattr(mixed, name) == getattr(decode, name) + getattr(prompts, name), name
     assert mixed.adapter_bytes == decode.adapter_bytes
+    assert (mixed.lora_ops, mixed.lora_prompt_ops, mixed.lora_runs) == (0, 2, 225 * 4)
+    assert (decode.lora_ops, decode.lora_prompt_ops, decode.lora_runs) == (2, 0, 0)
+
+
+def test_what_lora_takes_is_read_off_differences() -> None:
+    """A base that the model gets wrong by a tenth leaves LoRA's rates alone."""
+    rates = {field.name: getattr(H100.rates, field.name) for field in fields(H100.rates)}
+    of_lora = [name for name in rates if name.startswith(("lora", "adapter"))]
+    priors = {name: Prior(value * (0.5 if name in of_lora else 1.0), 1.0) for name, value in rates.items()}
+    kinds = ("decode:8x64", "decode:64x320", "decode:256x320", "prefill:8x256", "prefill:2x2048")
+    cases = [f"llama2-7b/qkvo r16/{kind}:{adapters}" for kind in kinds for adapters in (0, 1, 2)]
+    steps = []
+    for case in cases:
+        step = measured_step(case, 1.0)
+        alone = measured_step(case.rpartition(":")[0] + ":0", 1.0)
+        cost = StepCost(step.shape, H100.rates)
+        steps.append(replace(step, seconds=cost.seconds(step.load) + 0.1 * cost.seconds(alone.load)))
+
+    found = fit(steps, priors)
+
+    for base, *adapted in zip(*[iter(steps)] * 3, strict=True):
+        for step in adapted:
+            cost = StepCost(step.shape, found)
+            assert cost.seconds(step.load) - cost.seconds(base.load) == pytest.approx(
+                step.seconds - base.seconds, rel=0.05, abs=2e-5
+            )
 
 
 @pytest.mark.parametrize("case", ["llama2-7b/qkvo r16/burst:0:512", "decode:1x1:0", ""])

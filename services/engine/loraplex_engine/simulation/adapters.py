@@ -24,7 +24,7 @@ class Adapters:
         num_pages: int32 ``[n]``; of each image.
         weight_bytes: int64 ``[n]``; what a step reads of it.
         traffic_bytes: int64 ``[n]``; activations read and written per token.
-        num_ops: Fused projections of a layer that they adapt; the same for all.
+        num_ops: Fused projections of a layer that they adapt; the same for all. ``num_projections``: each by itself.
         digests: By index.
     """
 
@@ -39,6 +39,7 @@ class Adapters:
             raise ShapeError("adapters need at least one rank")
         self.sizes: list[AdapterSize] = [shape.adapter(rank, targets) for rank in ranks]
         self.num_ops = self.sizes[0].num_ops if self.sizes else 0
+        self.num_projections = self.sizes[0].num_projections if self.sizes else 0
         which = np.arange(num_adapters) % max(1, len(ranks))
         self.num_pages = _column([size.num_pages for size in self.sizes], which).astype(np.int32)
         self.weight_bytes = _column([size.weight_bytes for size in self.sizes], which)

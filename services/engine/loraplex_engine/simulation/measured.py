@@ -74,8 +74,11 @@ def measured_step(case: str, seconds: float) -> MeasuredStep:
         kv_tokens=rows * (context + 1),
         attention_pairs=prompts * tokens * (tokens + 1) // 2,
         adapter_bytes=sum(size.weight_bytes for size in sizes),
-        lora_bytes=num_tokens * sizes[0].traffic_bytes if sizes else 0,
-        lora_ops=sizes[0].num_ops if sizes else 0,
+        lora_bytes=prompts * tokens * sizes[0].traffic_bytes if sizes else 0,
+        lora_row_bytes=rows * sizes[0].traffic_bytes if sizes else 0,
+        lora_ops=sizes[0].num_ops if sizes and not prompts else 0,
+        lora_prompt_ops=sizes[0].num_ops if sizes and prompts else 0,
+        lora_runs=rows * sizes[0].num_projections if sizes and prompts else 0,
         num_decode_rows=rows,
     )
     return MeasuredStep(shape, load, seconds)

@@ -96,6 +96,7 @@ class AdapterSize:
         weight_bytes: Bytes of A and B that a step with it reads.
         traffic_bytes: Bytes of activations that its products read and write per token.
         num_ops: Fused projections of a layer that it adapts.
+        num_projections: The same, each by itself.
     """
 
     rank: int
@@ -103,6 +104,7 @@ class AdapterSize:
     weight_bytes: int
     traffic_bytes: int
     num_ops: int
+    num_projections: int
 
 
 @dataclass(frozen=True)
@@ -193,4 +195,5 @@ class ModelShape:
         traffic = sum(inputs + 2 * outputs for inputs, outputs in shapes)
         layers, item = self.info.num_layers, self.item_bytes
         num_ops = sum(not set(slices).isdisjoint(targets) for slices in OPS.values())
-        return AdapterSize(rank, num_pages, layers * rank * widths * item, layers * traffic * item, num_ops)
+        weights, activations = layers * rank * widths * item, layers * traffic * item
+        return AdapterSize(rank, num_pages, weights, activations, num_ops, len(targets))

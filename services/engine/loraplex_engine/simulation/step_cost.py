@@ -25,8 +25,13 @@ class StepLoad:
         kv_tokens: Context tokens that decode rows read, over all of them.
         attention_pairs: Query-key pairs of prefill chunks.
         adapter_bytes: Weights of the distinct adapters in the batch.
-        lora_bytes: Activations that LoRA reads and writes, over all tokens with an adapter.
-        lora_ops: Fused projections of a layer that any adapter of the step has: 2 for q, k, v and o, 4 for all.
+        lora_bytes: Activations that LoRA reads and writes, over prompt tokens with an adapter.
+        lora_row_bytes: The same over decode rows.
+        lora_ops: In a step that only decodes, fused projections of a layer that its adapters have: 2 for q, k, v and o, 4
+            for all.
+        lora_prompt_ops: The same in a step with prompts, where other kernels compute LoRA.
+        lora_runs: Decode rows with an adapter in a step with prompts, times the projections that adapters adapt: each is a
+            work item of the prefill kernel, for one token.
         num_decode_rows: Rows whose context is one longer in the next step.
     """
 
@@ -36,7 +41,10 @@ class StepLoad:
     attention_pairs: int
     adapter_bytes: int
     lora_bytes: int
+    lora_row_bytes: int
     lora_ops: int
+    lora_prompt_ops: int
+    lora_runs: int
     num_decode_rows: int
 
 
@@ -52,9 +60,11 @@ class StepRates:
         pair_flop_s: Prefill attention's operations.
         activation_byte_s: Pointwise kernels.
         row_s: Per row: sampling and bookkeeping.
-        lora_op_s: Fixed, per fused projection that any adapter of the step has, over all layers.
+        lora_op_s: Fixed, per `StepLoad.lora_ops`, per layer; ``lora_prompt_op_s`` likewise.
         adapter_byte_s: Reading adapters.
-        lora_byte_s: LoRA's reads and writes of activations.
+        lora_byte_s: LoRA's reads and writes of activations at prefill.
+        lora_row_byte_s: The same at decode: few bytes, and every group of rows reads its adapter anew.
+        lora_run_s: Per `StepLoad.lora_runs`, per layer.
     """
 
     layer_s: float
@@ -65,8 +75,11 @@ class StepRates:
     activation_byte_s: float
     row_s: float
     lora_op_s: float
+    lora_prompt_op_s: float
     adapter_byte_s: float
     lora_byte_s: float
+    lora_row_byte_s: float
+    lora_run_s: float
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -89,6 +102,8 @@ class StepCost:
         self._pair_s = shape.attention_flops_per_pair * rates.pair_flop_s
         self._token_s = shape.activation_bytes_per_token * rates.activation_byte_s
         self._lora_op_s = shape.info.num_layers * rates.lora_op_s
+        self._lora_prompt_op_s = shape.info.num_layers * rates.lora_prompt_op_s
+        self._lora_run_s = shape.info.num_layers * rates.lora_run_s
 
     def seconds(self, load: StepLoad) -> float:
         """Return the duration of one step."""
@@ -96,8 +111,10 @@ class StepCost:
         lora_s = 0.0
         if load.adapter_bytes:
             rates = self.rates
-            lora_s = load.lora_ops * self._lora_op_s
-            lora_s += load.adapter_bytes * rates.adapter_byte_s + load.lora_bytes * rates.lora_byte_s
+            lora_s = load.lora_ops * self._lora_op_s + load.lora_prompt_ops * self._lora_prompt_op_s
+            lora_s += load.lora_runs * self._lora_run_s
+            lora_s += load.adapter_bytes * rates.adapter_byte_s
+            lora_s += load.lora_bytes * rates.lora_byte_s + load.lora_row_bytes * rates.lora_row_byte_s
         return (
             self._layers_s
             + max(self._weights_s, products_s)

@@ -25,7 +25,7 @@ class StepLoads:
         self._adapters = adapters
         self._weight_bytes = [0] * table_size  # of the adapter behind each index of the table
         self._traffic_bytes = np.zeros(table_size, dtype=np.int64)
-        self._decoding: Rows | None = None  # a batch, and what `_lora` says of it: another one comes with other rows
+        self._decoding: Rows | None = None  # a batch, and its bytes of LoRA: another one comes with other rows
         self._decode_lora = (0, 0)
 
     def bind(self, index: int, adapter: int) -> None:
@@ -37,15 +37,18 @@ class StepLoads:
         """Return the load of a planned step."""
         decoding = plan.num_decode_rows
         chunks = list(zip(plan.num_tokens[decoding:].tolist(), plan.starts[decoding:].tolist(), strict=True))
-        adapter_bytes, lora_bytes = self._lora(plan.adapters, plan.num_tokens)
+        adapters = plan.adapters[:decoding]
         return StepLoad(
             num_tokens=decoding + sum(tokens for tokens, _ in chunks),
             num_sampled=len(plan.sample_rows),
             kv_tokens=int(plan.starts[:decoding].sum()) + decoding,
             attention_pairs=sum(tokens * start + tokens * (tokens + 1) // 2 for tokens, start in chunks),
-            adapter_bytes=adapter_bytes,
-            lora_bytes=lora_bytes,
-            lora_ops=self._adapters.num_ops,
+            adapter_bytes=self._weights(plan.adapters),
+            lora_bytes=self._traffic(plan.adapters[decoding:], plan.num_tokens[decoding:]),
+            lora_row_bytes=self._traffic(adapters, None),
+            lora_ops=0 if chunks else self._adapters.num_ops,
+            lora_prompt_ops=self._adapters.num_ops if chunks else 0,
+            lora_runs=int((adapters != NO_ADAPTER).sum()) * self._adapters.num_projections if chunks else 0,
             num_decode_rows=decoding,
         )
 
@@ -53,32 +56,34 @@ class StepLoads:
         """Return the load of the next step of a batch that only decodes."""
         state, rows = batch.state, batch.rows
         if rows is not self._decoding:
-            self._decoding, self._decode_lora = rows, self._lora(state.adapters.take(rows), None)
-        adapter_bytes, lora_bytes = self._decode_lora
+            table = state.adapters.take(rows)
+            self._decoding, self._decode_lora = rows, (self._weights(table), self._traffic(table, None))
+        adapter_bytes, lora_row_bytes = self._decode_lora
         return StepLoad(
             num_tokens=len(rows),
             num_sampled=len(rows),
             kv_tokens=int(state.num_computed.take(rows).sum()) + len(rows),
             attention_pairs=0,
             adapter_bytes=adapter_bytes,
-            lora_bytes=lora_bytes,
+            lora_bytes=0,
+            lora_row_bytes=lora_row_bytes,
             lora_ops=self._adapters.num_ops,
+            lora_prompt_ops=0,
+            lora_runs=0,
             num_decode_rows=len(rows),
         )
 
-    def _lora(self, table: NDArray[np.int32], num_tokens: NDArray[np.int32] | None) -> tuple[int, int]:
-        """Return the bytes of the distinct adapters of some rows, and of LoRA's activations.
+    def _weights(self, table: NDArray[np.int32]) -> int:
+        """Return the bytes of the distinct adapters behind int32 ``[num_rows]`` indices of the table."""
+        return sum(self._weight_bytes[index] for index in set(table.tolist()) if index != NO_ADAPTER)
+
+    def _traffic(self, table: NDArray[np.int32], num_tokens: NDArray[np.int32] | None) -> int:
+        """Return the bytes of LoRA's activations of some rows.
 
         Args:
             table: int32 ``[num_rows]``; indices of the adapter table, or `NO_ADAPTER`.
             num_tokens: int32 ``[num_rows]``; None for one each.
         """
-        distinct = set(table.tolist())
-        if NO_ADAPTER in distinct:
-            distinct.remove(NO_ADAPTER)
-            adapted = table != NO_ADAPTER
-            table, num_tokens = table[adapted], None if num_tokens is None else num_tokens[adapted]
-        traffic = self._traffic_bytes.take(table)
-        if num_tokens is not None:
-            traffic *= num_tokens
-        return sum(map(self._weight_bytes.__getitem__, distinct)), int(traffic.sum())
+        adapted = table != NO_ADAPTER
+        traffic = self._traffic_bytes.take(table[adapted])
+        return int(traffic.sum() if num_tokens is None else (traffic * num_tokens[adapted]).sum())
