@@ -3,7 +3,7 @@
 Few rows: what LoRA costs is launches that wait for each other, so it runs beside the products (`BesideLoraPath`). Many rows:
 what it costs is bytes, and products and LoRA would only push each other out of the multiprocessors, so it runs in line,
 each kernel's start hidden behind the end of the one before (`InLineLoraPath`). One H100, Llama-2-7B, rank 16 on everything,
-milliseconds added to a step (`benchmarks/layers.py`; beside, in line): 32 rows of one adapter 0.61, 0.78, of 32 adapters 1.61,
+milliseconds added to a step (as `benchmarks/layers.py` times it; beside, in line): 32 rows of one adapter 0.61, 0.78, of 32 adapters 1.61,
 1.53; 64 rows of one adapter 0.69, 0.86, of 64 adapters 2.90, 2.55; 256 rows of one adapter 2.67, 1.85.
 """
 
