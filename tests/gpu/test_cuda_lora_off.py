@@ -11,7 +11,8 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.cuda.graphs import VARIANTS
-from loraplex_engine.cuda.runner import CudaRunner, CudaRunnerConfig
+from loraplex_engine.cuda.runner import CudaRunner
+from loraplex_engine.cuda.runner_config import CudaRunnerConfig
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from support.base_models import write_base_model

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
-from loraplex_engine.cuda.runner import CudaRunner, CudaRunnerConfig
+from loraplex_engine.cuda.runner import CudaRunner
+from loraplex_engine.cuda.runner_config import CudaRunnerConfig
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner

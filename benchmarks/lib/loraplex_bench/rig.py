@@ -103,7 +103,8 @@ def make_runner(setup: EngineSetup, params: EngineParams, weights: WeightSource 
                 num_threads=1,
             )
         )
-    from loraplex_engine.cuda.runner import CudaRunner, CudaRunnerConfig  # needs cuda-python
+    from loraplex_engine.cuda.runner import CudaRunner  # needs cuda-python
+    from loraplex_engine.cuda.runner_config import CudaRunnerConfig
 
     assert weights is not None
     config = CudaRunnerConfig(

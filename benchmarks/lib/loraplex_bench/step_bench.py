@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 from loraplex_engine.cuda.random_weights import RandomWeights
-from loraplex_engine.cuda.runner import CudaRunner, CudaRunnerConfig
+from loraplex_engine.cuda.runner import CudaRunner
+from loraplex_engine.cuda.runner_config import CudaRunnerConfig
 from loraplex_engine.step import NO_ADAPTER, StepPlan
 
 from loraplex_bench.kernel_table import StepProfile, read_trace, summarise

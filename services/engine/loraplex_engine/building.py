@@ -162,7 +162,8 @@ def runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.devi
 
 
 def _cuda_runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:
-    from loraplex_engine.cuda.runner import CudaRunner, CudaRunnerConfig  # needs cuda-python
+    from loraplex_engine.cuda.runner import CudaRunner  # needs cuda-python
+    from loraplex_engine.cuda.runner_config import CudaRunnerConfig
 
     def make(params: EngineParams) -> ModelRunner:
         dtype = params.geometry.dtype

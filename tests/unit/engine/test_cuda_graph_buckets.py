@@ -10,7 +10,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from loraplex_common.adapter_image import OPS, PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, layout
 from loraplex_common.base_model import BaseModelInfo
 from loraplex_engine.cuda.graphs import VARIANTS, bucket_sizes, variant_of
-from loraplex_engine.cuda.runner import CudaRunnerConfig, tile_capacity
+from loraplex_engine.cuda.runner_config import CudaRunnerConfig, tile_capacity
 from loraplex_engine.cuda.token_lora import max_decode_items, max_prefill_items
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_kernels.items import ItemBuilder, op_shapes
