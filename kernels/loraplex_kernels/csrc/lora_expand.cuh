@@ -13,6 +13,7 @@
 //   rank 8:     lanes c = 0..3 read four rows, likewise.
 // All loads of B are issued before the kernel waits for h: two blocks of 2 KiB in flight per warp. h is split into two bf16 (high + low), so the product keeps the fp32 precision of h at the price of idle tensor cores.
 // fp32: scalar FMAs, the same outputs per lane.
+// Longer than a file should be: four ways for a lane's bytes to lie, each of whose loads and products belong side by side.
 #pragma once
 #include "lora_table.cuh"
 

@@ -15,6 +15,7 @@
 // Registers: 3 CTAs of 256 threads per SM, hence at most 80.
 // Architectures: sm_90 and up with CLUSTER > 1, sm_80 and up with CLUSTER = 1.
 // Source: Chen et al., arXiv:2310.18547 (Punica's SGMV).
+// Longer than a file should be: loader, products and sums know one layout of the ring and are read together.
 #include "lora_prefill.cuh"
 
 constexpr u32 kTokens = 64;
