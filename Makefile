@@ -33,7 +33,8 @@ test-gpu: $(VENV)/.dev-installed ## Run the tests that need an NVIDIA GPU
 	@$(BIN)/pytest -m gpu -ra $(PYTEST_ARGS)
 
 # The tests of the whole stack that say what users see; their engines compute in fp32 on either backend.
-STACK_TESTS := $(addprefix tests/integration/test_,golden.py end_to_end.py failures.py bad_input.py chaos.py)
+STACK_TESTS := $(addprefix tests/integration/test_,\
+	golden.py end_to_end.py failures.py bad_input.py bad_adapters.py chaos.py)
 
 .PHONY: test-gpu-stack
 test-gpu-stack: $(VENV)/.dev-installed ## Run the end-to-end tests with engines on an NVIDIA GPU

@@ -1,5 +1,6 @@
-"""Stacks for the tests of this folder, one of each kind per worker."""
+"""Stacks for the tests of this folder, one of each kind at a time per worker."""
 
 from support.stack_fixtures import smol_stack, tiny_stack, tiny_world
+from support.strict_stack import neighbour, strict_stack
 
-__all__ = ["smol_stack", "tiny_stack", "tiny_world"]
+__all__ = ["neighbour", "smol_stack", "strict_stack", "tiny_stack", "tiny_world"]
