@@ -1,6 +1,7 @@
-"""Stacks for the tests of this folder, one of each kind at a time per worker."""
+"""Stacks and a lone engine for the tests of this folder, one of each kind at a time per worker."""
 
+from support.lone_engine import engine, session, stub
 from support.stack_fixtures import smol_stack, tiny_stack, tiny_world
 from support.strict_stack import neighbour, strict_stack
 
-__all__ = ["neighbour", "smol_stack", "strict_stack", "tiny_stack", "tiny_world"]
+__all__ = ["engine", "neighbour", "session", "smol_stack", "strict_stack", "stub", "tiny_stack", "tiny_world"]
