@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import crc32c
-import numpy as np
 import pytest
 from grpc import aio
-from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
-from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, image_sha256, pack
+from loraplex.v1 import adapter_pb2, adapter_store_pb2_grpc
 from loraplex_common.errors import (
     AdapterCorruptError,
     AdapterIncompatibleError,
@@ -23,22 +20,7 @@ from loraplex_common.errors import (
     from_status,
     to_status,
 )
-from loraplex_engine import building
-from loraplex_engine.adapter_client import AdapterClient, Attachment
-from loraplex_engine.config import EngineConfig
-from loraplex_engine.engine import Engine
-from loraplex_engine.messages import (
-    CloseSession,
-    Ended,
-    ResidencyChanged,
-    SamplingParams,
-    StoppingParams,
-    Submission,
-    Submit,
-    WantImage,
-)
-from loraplex_engine.outbox import SessionOutbox
-from loraplex_engine.residency_feed import ResidencyFeed
+from support.adapter_line import DIGEST, Line, Response, ScriptedStore, close, make_line
 from support.base_models import write_base_model
 from support.waiting import eventually
 
@@ -46,121 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
-Request = adapter_store_pb2.AttachEngineRequest
-Response = adapter_store_pb2.AttachEngineResponse
-DIGEST = "ab" * 32
-
-
-class ScriptedStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
-    """Says what a test tells it to say, and writes down what it hears."""
-
-    def __init__(self) -> None:
-        self.heard: list[Request] = []
-        self.hellos: list[Request.Hello] = []
-        self.outgoing: asyncio.Queue[Response | None] = asyncio.Queue()
-
-    async def AttachEngine(self, request_iterator: Any, context: Any) -> AsyncIterator[Response]:  # noqa: N802
-        self.outgoing = asyncio.Queue()
-        reader = asyncio.create_task(self._listen(request_iterator))
-        yield Response(welcome=Response.Welcome(store_id="scripted", shared_memory=[False]))
-        while (message := await self.outgoing.get()) is not None:
-            yield message
-        reader.cancel()
-
-    async def _listen(self, requests: AsyncIterator[Request]) -> None:
-        async for request in requests:
-            if request.HasField("hello"):
-                self.hellos.append(request.hello)
-            else:
-                self.heard.append(request)
-
-    def all_of(self, kind: str) -> list[Any]:
-        """Return everything of one kind that was heard."""
-        return [getattr(request, kind) for request in self.heard if request.WhichOneof("message") == kind]
-
-    async def next_of(self, kind: str, count: int = 1) -> Any:
-        """Wait until the engine has said something of a kind ``count`` times and return the last."""
-        await eventually(lambda: len(self.all_of(kind)) >= count, what=f"{count} x {kind}")
-        return self.all_of(kind)[count - 1]
-
-
-@dataclass
-class Line:
-    """An engine, its client and the store it talks to."""
-
-    engine: Engine
-    feed: ResidencyFeed
-    store: ScriptedStore
-    outbox: SessionOutbox
-    client: AdapterClient
-    ended: list[Ended] = field(default_factory=list)
-
-    def submit(self, digest: str = DIGEST) -> None:
-        """Submit a request that needs an adapter."""
-        self.engine.post(
-            Submit(
-                Submission(
-                    session_id=self.outbox.session_id,
-                    session_slot=0,
-                    request_id="r",
-                    prompt_token_ids=np.array([5, 6, 7], dtype=np.int32),
-                    resumed_token_ids=np.empty(0, dtype=np.int32),
-                    sampling=SamplingParams(temperature=0.0),
-                    stopping=StoppingParams(max_new_tokens=2, ignore_eos=True),
-                    adapter_digest=digest,
-                )
-            )
-        )
-
-    async def end(self) -> Ended:
-        """Wait for the request's end."""
-        async with asyncio.timeout(20):
-            while (outputs := await self.outbox.next()) is not None:
-                for event in outputs.events:
-                    if isinstance(event, Ended):
-                        return event
-        raise AssertionError("the session ended")
-
-    def say(self, **message: Any) -> None:
-        """Let the store send a message."""
-        self.store.outgoing.put_nowait(Response(**message))
-
-    def image(self, digest: str = DIGEST) -> tuple[AdapterSpec, NDArray[np.uint8]]:
-        """Return a valid image."""
-        geometry = self.engine.params.geometry
-        spec = AdapterSpec(digest, (ModuleSpec(0, "q_proj", 4, 2.0), ModuleSpec(1, "down_proj", 8, 1.0)))
-        rng = np.random.default_rng(0)
-        tensors = {}
-        for layer, projection, rank in spec.ranks:
-            inputs, outputs = geometry.projection_shape(projection)
-            a = rng.standard_normal((rank, inputs)).astype(np.float32)
-            tensors[layer, projection] = (a, rng.standard_normal((outputs, rank)).astype(np.float32) * 0.1)
-        return spec, pack(geometry, spec, tensors)
-
-    def offer(self, adapter: AdapterSpec, image: NDArray[np.uint8], **changes: Any) -> None:
-        """Let the store offer an image."""
-        fields: dict[str, Any] = {
-            "digest": adapter.digest,
-            "num_pages": len(image),
-            "image_sha256": image_sha256(image),
-            "wanted": True,
-            "spec": adapter.to_json(),
-        }
-        self.say(offer=Response.Offer(**(fields | changes)))
-
-    def send(self, image: NDArray[np.uint8], *, flip: int | None = None, checksum: int | None = None) -> None:
-        """Let the store send an image's bytes and say that it is filled."""
-        data = bytearray(image.tobytes())
-        if flip is not None:
-            data[flip] ^= 1
-        page_bytes = image.shape[1]
-        for offset in range(0, len(data), page_bytes // 2):
-            piece = bytes(data[offset : offset + page_bytes // 2])
-            crc = crc32c.crc32c(piece) if checksum is None else checksum
-            self.say(chunk=Response.Chunk(digest=DIGEST, offset=offset, data=piece, crc32c=crc))
-        self.say(filled=Response.Filled(digest=DIGEST))
+    from loraplex_common.adapter_image import AdapterSpec
 
 
 @pytest.fixture(scope="module")
@@ -181,46 +49,6 @@ async def line(model: Path) -> AsyncIterator[Line]:
     yield line
     await close(line, task)
     await server.stop(None)
-
-
-def make_line(model: Path, target: str, store: ScriptedStore, *, wait_s: float) -> Line:
-    config = EngineConfig(model=model, pool_bytes=2**19, arena_bytes=2**18, num_threads=1, max_model_len=64)
-    loop, feed = asyncio.get_running_loop(), ResidencyFeed(100)
-    lines: list[Line] = []
-
-    def hand_over(event: WantImage | ResidencyChanged) -> None:
-        loop.call_soon_threadsafe(on_store_event, event)
-
-    def on_store_event(event: WantImage | ResidencyChanged) -> None:
-        if isinstance(event, WantImage):
-            lines[0].client.want(event)
-        else:
-            feed.append(event)
-            lines[0].client.changed(event)
-
-    info, device = building.read_base_model(config), building.resolve_device(config)
-    engine = Engine(
-        building.engine_params(config, info, device),
-        building.runner_factory(config, info, device),
-        on_store_event=hand_over,
-        on_crash=lambda cause: None,
-    )
-    base = adapter_pb2.BaseModel(name=info.name, fingerprint=info.fingerprint)
-    attachment = Attachment(engine_id="e1", base_model=base, max_image_pages=building.max_image_pages(engine.params))
-    client = AdapterClient(target, engine, feed, attachment, wait_s=wait_s)
-    lines.append(Line(engine, feed, store, engine.open_session(), client))
-    return lines[0]
-
-
-async def close(line: Line, task: asyncio.Task[None]) -> None:
-    """Shut a line down and check that no slot and no page is lost."""
-    line.engine.post(CloseSession(line.outbox.session_id))
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    await asyncio.wrap_future(line.engine.check_integrity())
-    held = sum(event.num_pages for event in line.feed.held)
-    assert line.engine.arena.num_free == line.engine.arena.num_slots - held
-    await asyncio.to_thread(line.engine.close)
 
 
 async def test_the_hello_describes_the_arena_and_what_is_held(line: Line) -> None:
