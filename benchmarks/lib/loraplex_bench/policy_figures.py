@@ -124,7 +124,7 @@ class Report:
         """Write a plot."""
         self.images.mkdir(parents=True, exist_ok=True)
         (self.images / name).write_text(svg)
-        self.note(f"plotted {self.images / name}")
+        self.note(f"plotted {name}")  # where is the command line's affair, and result files hold no paths of a machine
 
     @property
     def summary(self) -> str:
