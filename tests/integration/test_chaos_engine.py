@@ -51,7 +51,7 @@ WEIGHTS = {
     "unpin": 3,
     "deliver": 12,
     "prefetch": 3,
-    "refuse": 1,
+    "refuse": 4,
 }
 
 
@@ -268,5 +268,5 @@ def test_in_thousands_of_random_operations_no_token_is_wrong_and_nothing_is_left
     assert counts["cancelled"] > 100 * share, counts
     assert counts["refused"] > 5 * share, counts
     assert min(counts[f"did {operation}"] for operation in ("evict", "pin", "unpin")) > 20 * share, counts
-    assert counters.num_preemptions > 25 * share, counters
+    assert counters.num_preemptions > 10 * share, counters
     assert rig.scheduler.prefix.num_evicted > 500 * share
