@@ -3,8 +3,9 @@
 Few rows: what LoRA costs is launches that wait for each other, so it runs beside the products (`BesideLoraPath`). Many rows:
 what it costs is bytes, and products and LoRA would only push each other out of the multiprocessors, so it runs in line,
 each kernel's start hidden behind the end of the one before (`InLineLoraPath`). One H100, Llama-2-7B, rank 16 on everything,
-milliseconds added to a step (as `benchmarks/layers.py` times it; beside, in line): 32 rows of one adapter 0.61, 0.78, of 32 adapters 1.61,
-1.53; 64 rows of one adapter 0.69, 0.86, of 64 adapters 2.90, 2.55; 256 rows of one adapter 2.67, 1.85.
+milliseconds added to a step, beside and in line, timed as `benchmarks/layers.py` does when o and down still wrote a scratch in
+line: 32 rows of one adapter 0.61, 0.78, of 32 adapters 1.61, 1.53; 64 rows of one adapter 0.69, 0.86, of 64 adapters 2.90,
+2.55; 256 rows of one adapter 2.67, 1.85.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import torch
-from loraplex_common.adapter_image import OPS
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS_BESIDE: Final = 32
 DELTA_OPS: Final = frozenset({"qkv", "gate_up"})
-"""Ops whose followers add a delta."""
+"""Ops whose expand writes a whole delta, for their follower to add or for their product to accumulate onto."""
 
 
 class DecodeLora:
@@ -76,7 +76,7 @@ class DecodeLora:
 
         rows_beside, shapes = max(1, min(max_rows, max_rows_beside)), op_shapes(geometry, complete=DELTA_OPS)
         self.beside = kernels(rows_beside, shapes)
-        self.in_line = kernels(max_rows, op_shapes(geometry, complete=frozenset(OPS)))
+        self.in_line = kernels(max_rows, shapes)
         widest = max(shape.slice_begin[-1] for shape in shapes if shape.complete)
         self._delta = torch.empty(rows_beside * widest, dtype=torch.float32, device=library.device)
         self._hidden = {lora: lora.new_scratch() for lora in (self.beside, self.in_line)}
