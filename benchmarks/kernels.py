@@ -12,52 +12,38 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import KIND_A, OPS, AdapterSpec, Geometry, ModuleSpec, layout
+from loraplex_common.adapter_image import OPS
 from loraplex_kernels import reference
 from loraplex_kernels.attention_decode import AttentionDecode
 from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
-from loraplex_kernels.items import op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
 from loraplex_kernels.lora_prefill import LoraPrefill
 from loraplex_kernels.module import KernelLibrary
 from loraplex_kernels.paged_kv import KvLayout
 from loraplex_kernels.silu_mul import SiluMul
-from loraplex_kernels.tables import AdapterTables
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "lib"))
+
+from loraplex_bench.lora_case import LoraCase  # noqa: E402
+from loraplex_bench.popularity import baseline_adapters  # noqa: E402
+from loraplex_bench.results import Results, Row, head_commit  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-HERE = Path(__file__).parent
 DEVICE = torch.device("cuda", 0)
-PAGE_BYTES = 2 << 20
 REPLAYS = 15
 MAX_ERROR = 2e-2
-Row = dict[str, str]
-
-
-@dataclass
-class Result:
-    """One row of the result file."""
-
-    suite: str
-    case: str
-    metric: str
-    value: float
-    unit: str
-    floor: float
-    peer: str
-    peer_value: float
+Case = dict[str, str]
 
 
 def time_us(calls: list[Callable[[], None]], flush: torch.Tensor) -> float:
@@ -82,85 +68,11 @@ def time_us(calls: list[Callable[[], None]], flush: torch.Tensor) -> float:
     return statistics.median(times)
 
 
-def read_cases(name: str) -> list[Row]:
+def read_cases(name: str) -> list[Case]:
     if name in OWN_CASES:
         return OWN_CASES[name]()
     with (HERE / "baselines" / f"{name}.csv").open() as file:
         return list(csv.DictReader(file))
-
-
-def adapters_of(rows: int, popularity: str) -> np.ndarray:
-    """The baselines' adapter of each row; numbered by first use."""
-    generator = torch.Generator().manual_seed(rows * 7919 + 13)
-    if popularity == "same":
-        return np.zeros(rows, dtype=np.int32)
-    if popularity == "distinct":
-        return torch.randperm(rows, generator=generator).numpy().astype(np.int32)
-    weights = 1.0 / torch.arange(1, rows + 1)
-    drawn = torch.multinomial(weights, rows, replacement=True, generator=generator).numpy()
-    return np.unique(drawn, return_inverse=True)[1].astype(np.int32)
-
-
-class LoraCase:
-    """Adapters of one op, resident in a pool of random values; each layer is a set of weights."""
-
-    def __init__(self, library: KernelLibrary, outs: str, rank: str, num_adapters: int, sets: int) -> None:
-        self.op, self.projections = {
-            "qkv": ("qkv", OPS["qkv"]),
-            "4096": ("o", OPS["o"]),
-            "14336": ("gate_up", ("gate_proj",)),
-        }[outs]
-        self.geometry = Geometry(
-            dtype="bfloat16",
-            page_bytes=PAGE_BYTES,
-            num_layers=sets,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_heads=32,
-            num_kv_heads=32,
-            head_dim=128,
-        )
-        ranks = (64, 8, 16, 32) if rank == "mixed" else (int(rank),)
-        self.specs, self.pages, begin = [], [], 0
-        for index in range(num_adapters):
-            r, scale = ranks[index % len(ranks)], 0.5 + 0.25 * (index % 4)
-            modules = tuple(ModuleSpec(layer, name, r, scale) for layer in range(sets) for name in self.projections)
-            self.specs.append(AdapterSpec(f"{index:064x}", modules))
-            count = layout(self.geometry, self.specs[-1].ranks).num_pages
-            self.pages.append(np.arange(begin, begin + count, dtype=np.int32))
-            begin += count
-        self.pool = (torch.randn(begin * PAGE_BYTES // 2, device=DEVICE, dtype=torch.bfloat16) / 64).view(torch.uint8)
-        self.pool = self.pool.view(begin, PAGE_BYTES)
-        tiles = sum(len(layout(self.geometry, spec.ranks).tiles) for spec in self.specs)
-        self.tables = AdapterTables(self.geometry, max_adapters=num_adapters, tile_capacity=tiles, device=DEVICE)
-        for index, (spec, pages) in enumerate(zip(self.specs, self.pages, strict=True)):
-            self.tables.bind(index, spec, pages)
-        self.shapes = op_shapes(self.geometry)
-        self.library, self.sets = library, sets
-
-    def matrices(self, index: int, layer: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """A and B of each slice as the kernels should read them."""
-        tiles = layout(self.geometry, self.specs[index].ranks).tiles
-        tiles = tiles[tiles["layer"] == layer]
-        read = {
-            (int(t["kind"]), int(t["slice"]), int(t["start"])): self.pool[int(self.pages[index][t["page"]])][
-                int(t["offset"]) : int(t["offset"]) + int(t["rows"] * t["cols"] * 2)
-            ]
-            .view(torch.bfloat16)
-            .view(int(t["rows"]), int(t["cols"]))
-            for t in tiles
-        }
-        stacked = torch.cat([value for key, value in read.items() if key[0] == KIND_A], dim=1)
-        first = 0
-        for part in range(len(self.projections)):
-            b = torch.cat([value for key, value in read.items() if key[0] != KIND_A and key[1] == part])
-            yield stacked[first : first + b.shape[1]], b
-            first += b.shape[1]
-
-    def expected(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """What adapter ``index`` of layer 0 adds to ``[tokens, columns]``."""
-        scale = self.specs[index].modules[0].scaling
-        return torch.cat([reference.lora_delta(x, a, b, scale) for a, b in self.matrices(index, 0)], dim=-1)
 
 
 def require_close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
@@ -169,13 +81,13 @@ def require_close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
         raise RuntimeError(f"{what}: relative error {error:.3g}")
 
 
-def decode_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
+def decode_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
     """Time shrink + expand of one decode case."""
     tokens, num_adapters = int(row["M"]), int(row["adapters"])
-    case = LoraCase(library, row["outs"], row["rank"], num_adapters, int(row["weight_sets"]))
+    case = LoraCase(DEVICE, row["outs"], row["rank"], num_adapters, int(row["weight_sets"]))
     shape = case.shapes[list(OPS).index(case.op)]
     lora = LoraDecode(library, case.tables, case.pool, case.shapes, max_rows=tokens, max_items=1 << 16)
-    adapters = adapters_of(tokens, row["popularity"])
+    adapters = baseline_adapters(tokens, row["popularity"])
     built = lora.prepare(adapters)
     op = list(OPS).index(case.op)
     grids = [min(int(built.counts[2 * op]), 132 * 3), min(int(built.counts[2 * op + 1]), 132 * 4)]
@@ -207,10 +119,10 @@ def ragged(tokens: int, adapters: int) -> np.ndarray:
     return lengths
 
 
-def prefill_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
+def prefill_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
     """Time one prefill case, shrink and expand in one launch."""
     tokens, num_adapters = int(row["tokens"]), int(row["adapters"])
-    case = LoraCase(library, row["outs"], row["rank"], num_adapters, int(row["weight_sets"]))
+    case = LoraCase(DEVICE, row["outs"], row["rank"], num_adapters, int(row["weight_sets"]))
     shape = case.shapes[list(OPS).index(case.op)]
     lora = LoraPrefill(library, case.tables, case.pool, case.shapes, max_items=1 << 17)
     lengths = ragged(tokens, num_adapters)
@@ -228,7 +140,7 @@ def prefill_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[
     return {"op": time_us(calls, flush)}  # type: ignore[arg-type]
 
 
-def attention_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
+def attention_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
     """Time paged decode attention; each layer is a set of K and V."""
     batch, context, heads, kv_heads = (int(row[key]) for key in ("batch", "context", "q_heads", "kv_heads"))
     head_dim, block = int(row["head_dim"]), int(row["page_tokens"])
@@ -268,7 +180,7 @@ PREFILL_CHUNKS = ((2048, 0, 1), (512, 3584, 4), (256, 0, 32))  # tokens, cached 
 PEAK_FLOPS = 787e12
 
 
-def attention_prefill_rows() -> list[Row]:
+def attention_prefill_rows() -> list[Case]:
     """Our own cases, Llama-3-8B heads; the floor is arithmetic at the measured GEMM rate, there is no peer."""
     rows = []
     for tokens, cached, sequences in PREFILL_CHUNKS:
@@ -284,7 +196,7 @@ def attention_prefill_rows() -> list[Row]:
     return rows
 
 
-def attention_prefill_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
+def attention_prefill_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
     """Time chunked prefill attention, 32 heads, 8 KV heads, head size 128, pages of 16 tokens."""
     tokens, cached, sequences = (int(row[key]) for key in ("tokens", "cached", "sequences"))
     layers, context = 4, tokens + cached
@@ -307,12 +219,12 @@ def attention_prefill_case(row: Row, library: KernelLibrary, flush: torch.Tensor
     return {"op": time_us(calls, flush)}  # type: ignore[arg-type]
 
 
-def launch_rows() -> list[Row]:
+def launch_rows() -> list[Case]:
     """Host time of one launch outside a graph; the ceiling is ours."""
     return [{"kernel": "silu_mul", "floor_us": "10"}]
 
 
-def launch_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
+def launch_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
     """Time the host side of a launch, its checks included."""
     del row, flush
     kernel, gate_up = SiluMul(library, 64), torch.zeros(1, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -327,7 +239,7 @@ def launch_case(row: Row, library: KernelLibrary, flush: torch.Tensor) -> dict[s
 
 
 OWN_CASES = {"attention_prefill": attention_prefill_rows, "launch": launch_rows}
-SUITES: dict[str, tuple[Callable[[Row, KernelLibrary, torch.Tensor], dict[str, float]], tuple[str, ...]]] = {
+SUITES: dict[str, tuple[Callable[[Case, KernelLibrary, torch.Tensor], dict[str, float]], tuple[str, ...]]] = {
     "kernels_decode": (decode_case, ("M", "K", "outs", "rank", "popularity", "adapters")),
     "kernels_prefill": (prefill_case, ("tokens", "K", "outs", "rank", "adapters")),
     "attention_prefill": (attention_prefill_case, ("tokens", "cached", "sequences")),
@@ -336,7 +248,7 @@ SUITES: dict[str, tuple[Callable[[Row, KernelLibrary, torch.Tensor], dict[str, f
 }
 
 
-def best_peer(suite: str, row: Row) -> tuple[str, float]:
+def best_peer(suite: str, row: Case) -> tuple[str, float]:
     if suite in OWN_CASES:
         return "", 0.0
     if suite != "attention":
@@ -350,55 +262,50 @@ def best_peer(suite: str, row: Row) -> tuple[str, float]:
     return min(paged.items(), key=lambda item: item[1])
 
 
-def run_suite(suite: str, every: int, library: KernelLibrary, variant: str, until: float) -> Iterator[Result]:
+def run_suite(results: Results, suite: str, every: int, library: KernelLibrary, variant: str, until: float) -> None:
+    """Time every n-th case of a suite until time is up."""
     run, columns = SUITES[suite]
     flush = torch.ones(160 << 18, device=DEVICE)
     for row in read_cases(suite)[::every]:
         if time.monotonic() > until:
             print(f"{suite}: out of time, the rest is left out", file=sys.stderr)
             return
-        peer, peer_value = best_peer(suite, row)
-        floor, case = float(row["floor_us"]), "/".join(row[column] for column in columns)
-        times = run(row, library, flush)
-        for metric, value in times.items():
-            name = metric if variant == "plain" else f"{metric}:{variant}"
-            yield Result(suite, case, name, round(value, 2), "us", floor, peer, peer_value)
-        extra = "  ".join(f"{metric} {value:.1f}" for metric, value in times.items() if metric != "op")
-        print(
-            f"{case:38s} {variant:6s} {times['op']:8.1f} us  floor {floor:7.1f} ({times['op'] / floor:5.2f}x)  "
-            f"{peer} {peer_value:.1f} ({times['op'] / (peer_value or 1):.2f}x)  {extra}",
-            flush=True,
-        )
+        peer, peer_us = best_peer(suite, row)
+        case = "/".join(row[column] for column in columns)
+        for metric, value in run(row, library, flush).items():
+            results.add(
+                Row(
+                    suite=suite,
+                    case=case,
+                    metric=metric if variant == "plain" else f"{metric}:{variant}",
+                    value=round(value, 2),
+                    unit="us",
+                    floor=float(row["floor_us"]),
+                    peer=peer,
+                    peer_value=peer_us or None,
+                )
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--suites", nargs="+", default=list(SUITES), choices=list(SUITES))
     parser.add_argument("--every", type=int, default=1, help="take every n-th case")
     parser.add_argument("--variants", nargs="+", default=["plain", "pdl"], choices=["plain", "pdl"])
-    parser.add_argument("--commit", default="", help="for checkouts without git")
+    parser.add_argument("--commit", default=head_commit(), help="for the result file, where there is no repository")
     parser.add_argument("--limit-s", type=float, default=1e9, help="stop starting cases after this long")
     args = parser.parse_args()
-    until = time.monotonic() + args.limit_s
-    results: list[Result] = []
-    for variant in args.variants:
-        library = KernelLibrary(DEVICE, torch.bfloat16, dependent=variant == "pdl")
-        for suite in args.suites:
-            results += run_suite(suite, args.every, library, variant, until)
-    commit = (
-        args.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
-    )
-    meta = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit.strip(),
-        "gpu": torch.cuda.get_device_name(DEVICE),
-        "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
-    }
-    path = args.out / f"kernels-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
-    path.write_text(json.dumps({"meta": meta, "rows": [asdict(result) for result in results]}, indent=1) + "\n")
-    print(path)
+    until, results = time.monotonic() + args.limit_s, Results()
+    results.print_head()
+    try:
+        for variant in args.variants:
+            library = KernelLibrary(DEVICE, torch.bfloat16, dependent=variant == "pdl")
+            for suite in args.suites:
+                run_suite(results, suite, args.every, library, variant, until)
+    finally:
+        if results.rows:  # what was measured before a failure is not lost
+            results.write(args.out, "kernels", commit=args.commit)
 
 
 if __name__ == "__main__":

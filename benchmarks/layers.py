@@ -26,9 +26,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "lib"))
 
 from loraplex_bench.layer_cases import measure_ops, measure_stack  # noqa: E402
+from loraplex_bench.popularity import baseline_adapters  # noqa: E402
 from loraplex_bench.results import Results, head_commit  # noqa: E402
 from loraplex_bench.shapes import LLAMA2_7B, AdapterFamily  # noqa: E402
-from loraplex_bench.stack import DecodeStack, StackAdapters, baseline_adapters  # noqa: E402
+from loraplex_bench.stack import DecodeStack, StackAdapters  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable

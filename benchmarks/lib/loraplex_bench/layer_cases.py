@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loraplex_bench.peers import NOBODY, Peer, best_added, read_baseline
+from loraplex_bench.popularity import baseline_adapters
 from loraplex_bench.results import Results, Row
-from loraplex_bench.stack import baseline_adapters
 
 if TYPE_CHECKING:
     from loraplex_bench.stack import DecodeStack, StackAdapters, Timer

@@ -38,23 +38,6 @@ Timer = Callable[[Callable[[], None]], float]
 MAX_CONTEXT: Final = 64  # a step's rows are at position 0: nothing here depends on it
 
 
-def baseline_adapters(rows: int, popularity: str) -> NDArray[np.int32]:
-    """Return the baselines' adapter of each row, numbered by size of the drawn index.
-
-    Args:
-        rows: Batch size.
-        popularity: ``same``, ``distinct`` or ``zipf`` (weight 1/rank over as many adapters as rows).
-    """
-    generator = torch.Generator().manual_seed(rows * 7919 + 13)
-    if popularity == "same":
-        return np.zeros(rows, dtype=np.int32)
-    if popularity == "distinct":
-        return torch.randperm(rows, generator=generator).numpy().astype(np.int32)
-    weights = 1.0 / torch.arange(1, rows + 1)
-    drawn = torch.multinomial(weights, rows, replacement=True, generator=generator).numpy()
-    return np.unique(drawn, return_inverse=True)[1].astype(np.int32)
-
-
 class _NoAttention(PagedAttention):
     """Leaves its output as it is."""
 
