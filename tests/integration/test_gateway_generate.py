@@ -95,7 +95,7 @@ async def test_everything_a_client_can_ask_for_reaches_the_engine(valkey_url: st
         assert submit.load_policy == gateway_pb2.LOAD_POLICY_FAIL_FAST
         assert (submit.cache_salt, submit.adapter_scale, submit.fairness_key) == ("salt", 0.5, "poet")
         assert submit.traceparent.startswith("00-0af7")
-        assert 28 < submit.time_left.ToMilliseconds() / 1000 < 30
+        assert 28 < submit.time_left.ToMilliseconds() / 1000 < 30.5  # gRPC rounds timeouts up on the wire
         assert 4 < submit.queue_timeout.ToMilliseconds() / 1000 <= 5
         assert 6 < submit.time_limit.ToMilliseconds() / 1000 <= 7
         assert responses[0].started.seed == 42
