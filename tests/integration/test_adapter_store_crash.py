@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import LoraplexError
 from loraplex_common.grpc_channel import open_channel
@@ -69,6 +70,11 @@ async def test_a_store_outlives_a_crash_of_valkey(tmp_path: Path) -> None:
                 return True
 
             await eventually(is_imported)
+            watch = client.stub.WatchAliases(
+                pb.WatchAliasesRequest()
+            )  # as a gateway would: what is acknowledged is told
+            assert {entry.name for entry in (await watch.read()).entries} == {"a", "b"}
+            watch.cancel()
             assert await client.names() == ["a", "b"]
         assert store.stop() == 0
 

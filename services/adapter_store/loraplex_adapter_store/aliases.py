@@ -30,6 +30,7 @@ HISTORY: Final = 4096
 BLOCK_MS: Final = 1000
 RETRY_S: Final = 0.5
 FIRST_LOAD_S: Final = 5.0
+FOLLOW_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class AliasTable:
         self._history: deque[tuple[int, str]] = deque(maxlen=HISTORY)  # (sequence, name), oldest first
         self._watchers: set[asyncio.Queue[AliasUpdate | LoraplexError]] = set()
         self._loaded = asyncio.Event()
+        self._changed = asyncio.Event()
         self._names: dict[str, str] = {}  # digest -> a name it has
 
     @property
@@ -68,6 +70,22 @@ class AliasTable:
         """End all watches; the watchers will go elsewhere."""
         for queue in self._watchers:
             queue.put_nowait(DrainingError("this store is shutting down: watch another"))
+
+    async def wait_for(self, record: AdapterRecord) -> None:
+        """Wait until watchers here have been told of a change, so that whoever made it can use the name at once.
+
+        Just after an outage of Valkey the table follows seconds later than changes are possible again. The change is on
+        disk: if it is not seen within `FOLLOW_S` seconds, that is logged, not raised.
+        """
+        give_up_at = asyncio.get_running_loop().time() + FOLLOW_S
+        while (view := self._views.get(record.name)) is None or view.record.version < record.version:
+            changed = self._changed
+            try:
+                async with asyncio.timeout_at(give_up_at):
+                    await changed.wait()
+            except TimeoutError:
+                _log.warning("a change is acknowledged before gateways know of it", name=record.name)
+                return
 
     async def run(self) -> None:
         """Follow the catalog for ever. After each failure of Valkey the table is read anew and compared."""
@@ -176,6 +194,9 @@ class AliasTable:
                         SequenceGapError("the watcher fell behind by too many changes: start again from sequence 0")
                     )
                     self._watchers.discard(queue)
+        # Everybody who waits holds the old event; whoever comes later waits for the next change.
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 def _in_parts(sequence: int, views: list[AdapterView]) -> list[AliasUpdate]:

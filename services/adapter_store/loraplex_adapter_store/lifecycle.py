@@ -17,7 +17,7 @@ from loraplex_common.errors import (
 )
 
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
-from loraplex_adapter_store.repository.catalog import Catalog, Change, RevisionGoneError
+from loraplex_adapter_store.repository.catalog import Catalog, Change, RevisionGoneError, Told
 
 if TYPE_CHECKING:
     from loraplex_common.ids import AdapterRef
@@ -44,11 +44,12 @@ class Caller:
 
 
 class Lifecycle:
-    """Operations on names, each atomic."""
+    """Operations on names, each atomic, and acknowledged once gateways are told."""
 
-    def __init__(self, catalog: Catalog, leases: Leases) -> None:
+    def __init__(self, catalog: Catalog, leases: Leases, told: Told) -> None:
         self._catalog = catalog
         self._leases = leases
+        self._told = told
 
     async def create(
         self, name: str, description: str, allowed_tenants: tuple[str, ...], caller: Caller
@@ -191,9 +192,12 @@ class Lifecycle:
             Answer.check(answer, kind, name)
             record = await self._catalog.get(name)
             if record is not None:
+                await self._told(record)
                 return record
         answer_json = Answer(kind, name).to_json()
-        return await self._catalog.change(name, apply, request_id=caller.request_id, answer=answer_json)
+        record = await self._catalog.change(name, apply, request_id=caller.request_id, answer=answer_json)
+        await self._told(record)
+        return record
 
 
 def _existing(record: AdapterRecord) -> AdapterRecord:

@@ -99,7 +99,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         aliases = AliasTable(core.client, core.catalog)
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.name_of))
-        importer = _importer(core, bases)
+        importer = _importer(core, bases, aliases)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
         collector = GarbageCollector(
@@ -107,7 +107,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         )
         parts = StoreParts(
             store_id=f"store-{uuid.uuid4().hex[:12]}",
-            lifecycle=Lifecycle(core.catalog, partial(_all_leases, attached, core.holdings)),
+            lifecycle=Lifecycle(core.catalog, partial(_all_leases, attached, core.holdings), aliases.wait_for),
             intake=_intake(core, importer, operations),
             aliases=aliases,
             attached=attached,
@@ -149,7 +149,7 @@ def _core(config: StoreConfig, stack: AsyncExitStack) -> _Core:
     )
 
 
-def _importer(core: _Core, bases: KnownBases) -> Importer:
+def _importer(core: _Core, bases: KnownBases, aliases: AliasTable) -> Importer:
     config = core.config
     budget = ImportBudget(
         max_bytes=2 * config.max_adapter_bytes,
@@ -162,6 +162,7 @@ def _importer(core: _Core, bases: KnownBases) -> Importer:
         core.blobs,
         budget,
         core.metrics,
+        told=aliases.wait_for,
         executor=core.executor,
         max_adapter_bytes=config.max_adapter_bytes,
     )

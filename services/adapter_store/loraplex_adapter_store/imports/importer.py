@@ -18,7 +18,7 @@ from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_adapter_store.checkpoint.tokenizer_files import check_tokenizer_files
 from loraplex_adapter_store.imports.files import CheckpointFiles
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
-from loraplex_adapter_store.repository.catalog import Catalog, RevisionGoneError
+from loraplex_adapter_store.repository.catalog import Catalog, RevisionGoneError, Told
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -92,6 +92,7 @@ class Importer:
     """Runs imports, bounded in number and memory; the same source at the same time is fetched and checked once.
 
     Args:
+        told: An import ends once it has waited for this.
         max_adapter_bytes: Room reserved for a source whose size is not known yet.
     """
 
@@ -103,6 +104,7 @@ class Importer:
         budget: ImportBudget,
         metrics: StoreMetrics,
         *,
+        told: Told,
         executor: Executor,
         max_adapter_bytes: int,
     ) -> None:
@@ -111,6 +113,7 @@ class Importer:
         self._blobs = blobs
         self._budget = budget
         self._metrics = metrics
+        self._told = told
         self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
         self._running: dict[tuple[str, str], asyncio.Task[tuple[CanonicalForm, str]]] = {}
@@ -192,12 +195,14 @@ class Importer:
         for _ in range(MAX_ATTEMPTS):
             await self._catalog.reserve(form.revision)
             try:
-                return await self._store_reserved(form, source, target)
+                outcome = await self._store_reserved(form, source, target)
             except RevisionGoneError:
                 continue  # collected between our look and our commit: write it again
             except BaseException:
                 await self._abandon(form.revision)
                 raise
+            await self._told(outcome.record)
+            return outcome
         raise StoreUnavailableError(f"revision {form.revision} keeps being deleted meanwhile", retry_after_s=5.0)
 
     async def _store_reserved(self, form: CanonicalForm, source: str, target: ImportTarget) -> ImportOutcome:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from loraplex_common.errors import ConflictError, StoreUnavailableError
@@ -27,6 +27,9 @@ RESERVATION_S: Final = 600.0
 
 Change = Callable[[AdapterRecord], AdapterRecord]
 """From a record (version 0 if the name is new) to the record after the change; raises what refuses it."""
+
+Told = Callable[[AdapterRecord], Awaitable[None]]
+"""Waits until gateways are told of a record as it is after a change."""
 
 
 class RevisionGoneError(Exception):
