@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from loraplex_engine.page_pool import NO_PAGES
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -45,7 +47,7 @@ class ColdBlocks:
         self._appraisal = appraisal
         self._worth = np.full(pool.num_pages, -math.inf)  # in octaves, without `_DEPTH_STEP`
         self._depths = np.zeros(pool.num_pages, dtype=np.int32)
-        self._candidates = np.empty(0, dtype=np.intp)  # cached pages when they were sorted, least worth first
+        self._candidates = NO_PAGES  # cached pages when they were sorted, least worth first
         self._candidate_worth: list[float] = []  # with `_DEPTH_STEP`
         self._next = 0  # candidate to look for the first at
         self._num_gone = 0  # leading candidates that were evicted

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 Pages = NDArray[np.intp]
 """Page ids as numpy indexes with them; int32 costs a conversion each time."""
+NO_PAGES: Final[Pages] = np.empty(0, dtype=np.intp)
 
 
 class PageOwner(enum.IntEnum):

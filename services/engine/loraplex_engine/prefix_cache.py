@@ -8,20 +8,19 @@ not worth more to others (`economy`, `cold_blocks`).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loraplex_engine.appraisal import EXPECTED_COST
 from loraplex_engine.cold_blocks import ColdBlocks
+from loraplex_engine.page_pool import NO_PAGES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loraplex_engine.appraisal import Appraisal
     from loraplex_engine.page_pool import PagePool, Pages
-
-_NO_PAGES: Final = np.empty(0, dtype=np.intp)
 
 
 class PrefixCache:
@@ -55,7 +54,7 @@ class PrefixCache:
             if page is None:
                 break
             found.append(page)
-        return np.array(found, dtype=np.intp) if found else _NO_PAGES
+        return np.array(found, dtype=np.intp) if found else NO_PAGES
 
     def publish(self, keys: Sequence[bytes], pages: Pages) -> None:
         """Name a sequence's first blocks; a block that another page holds already keeps its page.

@@ -6,11 +6,12 @@ block that is being filled, not a speculative token's, not those of a row whose 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loraplex_engine.block_keys import BlockKeys
+from loraplex_engine.page_pool import NO_PAGES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from loraplex_engine.page_pool import Pages
     from loraplex_engine.prefix_cache import PrefixCache
     from loraplex_engine.request import Request
-
-_NO_PAGES: Final = np.empty(0, dtype=np.intp)
 
 
 class PrefixSharing:
@@ -44,7 +43,7 @@ class PrefixSharing:
         its prompt's probabilities computes all of it.
         """
         if not self._is_enabled or request.owes_prompt_logprobs:
-            return _NO_PAGES
+            return NO_PAGES
         tokens = request.submission.prompt_token_ids
         if len(request.output_token_ids):
             tokens = np.concatenate([tokens, request.output_token_ids])
