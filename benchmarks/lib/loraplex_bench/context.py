@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loraplex_bench.replay import CUTOFF_S, Measured, Replay
+from loraplex_bench.replay import CUTOFF_S, Replay
 from loraplex_bench.results import Results, Row
 from loraplex_bench.rig import EngineSetup, Rig
 from loraplex_bench.weights import SharedWeights
 
 if TYPE_CHECKING:
-    from loraplex_client.workload import Trace
+    from loraplex_client.workload import Measured, Trace
 
     from loraplex_bench.shapes import Shape
 

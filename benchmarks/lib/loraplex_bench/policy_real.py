@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loraplex_client.workload import SloraParams, Trace, slora_trace
+from loraplex_client.workload import Measured, SloraParams, Trace, slora_trace
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
 from support.base_models import TinyBase, write_base_model
 
 from loraplex_bench.policy_figures import Figure
-from loraplex_bench.replay import Measured, Replay
+from loraplex_bench.replay import Replay
 from loraplex_bench.rig import EngineSetup, Rig
 from loraplex_bench.shapes import AdapterFamily, Shape
 
@@ -67,11 +67,6 @@ def make_trace(rate: float, num_requests: int) -> Trace:
     )
 
 
-def attained(measured: Measured) -> float:
-    """Return the share of all requests whose first token came within the objective."""
-    return float((measured.ttft_s <= SLO_S).mean())
-
-
 @dataclass(frozen=True, slots=True)
 class Run:
     """One replay on a fresh engine.
@@ -114,11 +109,11 @@ def run(report: Report) -> None:
             section=SECTION,
             case=case,
             metric="attainment",
-            value=attained(ours.measured),
+            value=ours.measured.first_token_share(SLO_S),
             unit="share",
             at_least=SHARE * min(1.0, ours.capacity / offered),
             peer="first come, first served",
-            peer_value=attained(fcfs.measured),
+            peer_value=fcfs.measured.first_token_share(SLO_S),
         )
     )
     report.add(

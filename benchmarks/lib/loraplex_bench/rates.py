@@ -13,15 +13,9 @@ from loraplex_bench.results import Row
 
 if TYPE_CHECKING:
     from loraplex_bench.context import Bench
-    from loraplex_bench.replay import Measured
     from loraplex_bench.rig import EngineSetup
 
 SLOS_S: Final = (0.5, 1.0, 2.0, 6.0)
-
-
-def attained(measured: Measured, slo_s: float) -> float:
-    """Return the share of all requests with a first token within ``slo_s``, finished or not."""
-    return float((measured.ttft_s <= slo_s).mean())
 
 
 def run_rates(
@@ -49,7 +43,7 @@ def run_rates(
         measured = bench.replay(rig, slora_trace(params), cutoff_s=cutoff_s)
         named = f"slora:{params.num_adapters}:{params.alpha:g}:{rate:g}:{params.cv:g}:{duration_s:g}"
         case = case_name(setup, named, "rates")
-        figures = {f"attained_{slo_s:g}s": (attained(measured, slo_s), "share") for slo_s in SLOS_S}
+        figures = {f"attained_{slo_s:g}s": (measured.first_token_share(slo_s), "share") for slo_s in SLOS_S}
         figures["out_tok_per_s"] = (measured.output_tokens_per_s, "tok/s")
         figures["ttft_p50_s"] = (float(np.median(measured.ttft_s)), "s")
         figures["unfinished"] = (float(measured.num_unfinished), "requests")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from loraplex_client.workload import Trace, prompt_ids
+from loraplex_client.workload import Measured, Trace, prompt_ids
 from loraplex_engine.messages import Abort, Ended, SamplingParams, StoppingParams, Submission, Submit
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from loraplex_engine.messages import StepOutputs
@@ -17,79 +15,8 @@ if TYPE_CHECKING:
     from loraplex_bench.rig import Rig
 
 CUTOFF_S: Final = 75.0
-SLO_S: Final = 6.0
 ENDING_S: Final = 30.0
 NO_TOKENS: Final = np.empty(0, dtype=np.int32)
-
-
-@dataclass(kw_only=True)
-class Measured:
-    """What became of a trace's requests; arrays hold one entry per request, times in seconds from its start.
-
-    Attributes:
-        first_s: Arrival of the first token here; nan without one.
-        last_s: Arrival of the last.
-        num_tokens: Tokens so far.
-        is_finished: Ended by its length.
-        wall_s: To the last token, or the cut-off.
-        failures: What requests failed with.
-    """
-
-    trace: Trace
-    first_s: NDArray[np.float64]
-    last_s: NDArray[np.float64]
-    num_tokens: NDArray[np.int64]
-    is_finished: NDArray[np.bool_]
-    wall_s: float
-    failures: list[str]
-
-    @property
-    def output_tokens_per_s(self) -> float:
-        """Tokens received by the wall's time, unfinished requests' included."""
-        return float(self.num_tokens.sum()) / self.wall_s
-
-    @property
-    def requests_per_s(self) -> float:
-        """Finished requests by the wall's time."""
-        return float(self.is_finished.sum()) / self.wall_s
-
-    @property
-    def num_unfinished(self) -> int:
-        """Requests that did not finish."""
-        return int((~self.is_finished).sum())
-
-    @property
-    def ttft_s(self) -> NDArray[np.float64]:
-        """Time from scheduled arrival to first token, of all requests; infinite without one."""
-        waited = self.first_s - self.trace.arrival_s
-        return np.where(np.isnan(waited), np.inf, waited)
-
-    @property
-    def attainment(self) -> float:
-        """Share of all requests that finished with their first token within `SLO_S`."""
-        return float((self.is_finished & (self.ttft_s <= SLO_S)).mean())
-
-    def ttft_percentile(self, percent: float) -> float:
-        """Percentile over finished requests, seconds."""
-        return _percentile(self.ttft_s[self.is_finished], percent)
-
-    def tpot_percentile(self, percent: float) -> float:
-        """Percentile over finished requests of more than one token: time per token after the first, seconds."""
-        chosen = self.is_finished & (self.num_tokens > 1)
-        gaps = (self.last_s - self.first_s)[chosen] / (self.num_tokens[chosen] - 1)
-        return _percentile(gaps, percent)
-
-    def require_complete(self) -> None:
-        """Raise RuntimeError unless every request has exactly its tokens."""
-        if self.failures or self.num_unfinished or (self.num_tokens != self.trace.output_tokens).any():
-            raise RuntimeError(
-                f"{self.num_unfinished} of {len(self.trace)} requests are unfinished, "
-                f"{int((self.num_tokens != self.trace.output_tokens).sum())} have too few tokens: {self.failures[:3]}"
-            )
-
-
-def _percentile(values: NDArray[np.float64], percent: float) -> float:
-    return float(np.percentile(values, percent)) if len(values) else float("nan")
 
 
 class Replay:
@@ -139,6 +66,7 @@ class Replay:
         wall_s = float(np.nanmax(self._last_s)) if num_sent == count and not self._num_open else now_s
         measured = Measured(
             trace=self._trace,
+            due_s=self._trace.arrival_s,
             first_s=self._first_s.copy(),
             last_s=self._last_s.copy(),
             num_tokens=self._num_tokens.copy(),

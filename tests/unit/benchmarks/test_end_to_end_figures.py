@@ -12,12 +12,11 @@ from loraplex_bench.bursts import BurstSize, peer_of
 from loraplex_bench.cases import ALL_LINEAR, MIXED, QKVO, default_limits, gpu_cases, kv_bytes, setup_of, side_by_side
 from loraplex_bench.floors import adapter_bytes, burst_floor_s, kv_bytes_per_token, step_weight_bytes
 from loraplex_bench.peers import best_added, best_end_to_end
-from loraplex_bench.replay import Measured
 from loraplex_bench.results import Results, Row
 from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
 from loraplex_bench.traces import no_cliff_setups
 from loraplex_bench.weights import SharedWeights
-from loraplex_client.workload import Trace, burst
+from loraplex_client.workload import Measured, Trace, burst
 from loraplex_engine.cuda.random_weights import RandomWeights
 
 if TYPE_CHECKING:
@@ -127,6 +126,7 @@ def test_attainment_counts_all_requests_and_waits_from_the_scheduled_arrival() -
 
     measured = Measured(
         trace=trace,
+        due_s=trace.arrival_s,
         first_s=np.array([5.0, 8.0, 2.5, np.nan]),
         last_s=np.array([7.0, 9.0, 3.5, np.nan]),
         num_tokens=np.array([3, 3, 3, 0]),
@@ -135,7 +135,9 @@ def test_attainment_counts_all_requests_and_waits_from_the_scheduled_arrival() -
         failures=[],
     )
 
-    assert measured.attainment == 0.5
+    assert measured.attainment(6.0) == 0.5
+    assert measured.attainment(7.0) == 0.75
+    assert measured.first_token_share(6.0) == 0.5
     assert measured.num_unfinished == 1
     assert measured.ttft_percentile(50) == 5.0
     assert measured.tpot_percentile(50) == 0.5

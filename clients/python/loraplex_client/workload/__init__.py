@@ -1,4 +1,4 @@
-"""Workloads: who asks for what, when. One definition for the simulator, the benchmarks and the load tester.
+"""Workloads: who asks for what, when. One definition for the simulator, the benchmarks and `loraplex load`.
 
 A `Trace` is a struct of numpy arrays, so that a million requests over a hundred thousand adapters cost memory and time
 of arrays; `TraceRequest` is one row of it. Generators that reproduce a published workload keep its random generator and
@@ -7,6 +7,7 @@ the order of its draws.
 
 from loraplex_client.workload.bursts import burst, from_spec, poisson_rate
 from loraplex_client.workload.conversations import ConversationShape, conversations
+from loraplex_client.workload.measured import Measured
 from loraplex_client.workload.popularity import POPULARITIES, punica_adapters, punica_sweep, zipf_adapters
 from loraplex_client.workload.prompts import prompt_ids
 from loraplex_client.workload.slora import SloraParams, slora_trace
@@ -19,6 +20,7 @@ __all__ = [
     "POPULARITIES",
     "BurstyTenants",
     "ConversationShape",
+    "Measured",
     "SloraParams",
     "Trace",
     "TraceRequest",
