@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from loraplex_common.errors import LoraplexError
 
-from loraplex_client.cli import adapters, generate, model, plan, serve, status
+from loraplex_client.cli import adapters, generate, load, model, plan, serve, status
 from loraplex_client.cli.context import Credentials
 from loraplex_client.demo.errors import DemoModelError
 from loraplex_client.plan import PlanError
@@ -29,6 +29,7 @@ app.command()(generate.chat)
 app.add_typer(adapters.app, name="adapters")
 app.command()(status.status)
 app.command()(plan.plan)
+app.command()(load.load)
 app.command("fetch-model")(model.fetch_model)
 
 

@@ -22,8 +22,8 @@ class ConversationShape:
         system_tokens: Leading tokens of the first prompt.
         user_range: Half-open range of what the user adds each turn; ``output_range`` of the answers.
         think_s: Mean of the exponential pause after an answer.
-        token_s: Assumed pace of an answer. An open-loop trace cannot know it; a load tester that waits for the turn
-            before adds the pause to the real end instead.
+        token_s: Assumed pace of an answer. An open-loop trace cannot know it; a load test sends a turn no earlier than the
+            real end of the turn before.
         max_model_len: A conversation ends before it grows longer.
     """
 

@@ -1,0 +1,158 @@
+"""``loraplex load``: a load test of a running deployment."""
+
+import asyncio
+import json
+import math
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from loraplex_client._aio_client import AsyncClient
+from loraplex_client._connection import DEFAULT_TARGET
+from loraplex_client.cli.context import Credentials, Target, stderr, stdout
+from loraplex_client.cli.generate import ModelName
+from loraplex_client.load import DEFAULT_TIMEOUT_S, DEFAULT_VOCAB_SIZE, LoadResult, LoadTest
+from loraplex_client.plan import Demand, make_trace, read_lengths, read_popularity
+from loraplex_client.workload import Trace, from_spec
+
+NOTABLE_LAG_S = 0.05
+
+
+def load(
+    context: typer.Context,
+    workload: Annotated[
+        str | None,
+        typer.Option(
+            help="burst:N:R, rate:N:RATE:S or slora:N:ALPHA:RATE:CV:S, instead of the options up to --cv.",
+            metavar="SPEC",
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Requests per second.")] = 1.0,
+    requests: Annotated[int, typer.Option(help="Requests to send.", min=1)] = 100,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Adapter to ask for, may be given again (default: all).", metavar="NAME")
+    ] = None,
+    popularity: Annotated[str, typer.Option(help="uniform, zipf[:S] or power[:ALPHA].")] = "zipf:1.0",
+    base_share: Annotated[float, typer.Option(help="Share of requests without an adapter.")] = 0.0,
+    prompt: Annotated[str, typer.Option(help="Prompt tokens: N, or LOW:HIGH uniformly.")] = "8:512",
+    output: Annotated[str, typer.Option(help="Output tokens: N, or LOW:HIGH uniformly.")] = "8:512",
+    cv: Annotated[float, typer.Option(help="Burstiness of arrivals; 1 is Poisson.")] = 1.0,
+    slo_ttft: Annotated[float, typer.Option(help="Objective for the first token, seconds.")] = 1.0,
+    attainment: Annotated[float, typer.Option(help="Share of requests that must finish within it.")] = 0.0,
+    limit: Annotated[float | None, typer.Option(help="Stop after so many seconds.", min=0.0)] = None,
+    timeout: Annotated[float, typer.Option(help="Deadline of each request, seconds.")] = DEFAULT_TIMEOUT_S,
+    vocab_size: Annotated[
+        int, typer.Option(help="Prompts are random token ids below it.", min=21)
+    ] = DEFAULT_VOCAB_SIZE,
+    seed: Annotated[int, typer.Option(help="Of arrivals and prompts; prompts of another seed are not cached.")] = 0,
+    model: ModelName = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    target: Target = DEFAULT_TARGET,
+) -> None:
+    """Send a load to a gateway at its times, however slow the answers are, and say what came back.
+
+    The options are those of `loraplex plan`. Exit code 1 if none finished, or fewer than --attainment of all with their first
+    token within --slo-ttft.
+    """
+    if not 0 <= attainment <= 1:
+        raise typer.BadParameter("--attainment must be in 0..1")
+
+    def trace_over(num_adapters: int) -> Trace:
+        if workload is not None:
+            return from_spec(workload)
+        kind, exponent = read_popularity(popularity)
+        return make_trace(
+            Demand(
+                num_adapters=num_adapters,
+                rate=rate,
+                cv=cv,
+                popularity=kind,
+                exponent=exponent,
+                prompt=read_lengths(prompt, "--prompt"),
+                output=read_lengths(output, "--output"),
+                num_requests=requests,
+                base_share=base_share,
+                seed=seed,
+            )
+        )
+
+    async def run() -> LoadResult:
+        credentials: Credentials = context.obj
+        client = AsyncClient(
+            target,
+            api_key=credentials.api_key,
+            tls_ca=credentials.tls_ca,
+            tls_cert=credentials.tls_cert,
+            tls_key=credentials.tls_key,
+        )
+        try:
+            names = adapter or [served.name for served in await client.list_models() if served.is_adapter]
+            try:
+                trace = trace_over(len(names))
+                test = LoadTest(client, trace, names, model=model, seed=seed, vocab_size=vocab_size, timeout_s=timeout)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from error
+            with stderr.status(f"{len(trace)} requests over {float(trace.arrival_s[-1]):.0f} s"):
+                return await test.run(limit_s=limit)
+        finally:
+            await client.close()
+
+    result = asyncio.run(run())
+    figures = _figures(result, slo_ttft)
+    if as_json:
+        print(json.dumps(figures, indent=1))
+    else:
+        _print(figures, slo_ttft, result)
+    if figures["attainment"] < attainment or not figures["finished"]:
+        raise typer.Exit(1)
+
+
+def _figures(result: LoadResult, slo_ttft_s: float) -> dict[str, Any]:
+    """Return what is printed: times in seconds, None where no request has one."""
+    measured = result.measured
+    lags = result.lag_s[~np.isnan(result.lag_s)]
+    numbers = {
+        "attainment": measured.attainment(slo_ttft_s),
+        "requests_per_s": measured.requests_per_s,
+        "output_tokens_per_s": measured.output_tokens_per_s,
+        "ttft_p50_s": measured.ttft_percentile(50),
+        "ttft_p99_s": measured.ttft_percentile(99),
+        "tpot_p50_s": measured.tpot_percentile(50),
+        "tpot_p99_s": measured.tpot_percentile(99),
+        "lag_p99_s": float(np.percentile(lags, 99)) if len(lags) else math.nan,
+    }
+    return {
+        "requests": len(measured.trace),
+        "finished": int(measured.is_finished.sum()),
+        "adapters": measured.trace.num_adapters,
+        "wall_s": measured.wall_s,
+        "errors": dict(result.errors.most_common()),
+        **{name: None if math.isnan(value) else value for name, value in numbers.items()},
+    }
+
+
+def _print(figures: dict[str, Any], slo_ttft_s: float, result: LoadResult) -> None:
+    def seconds(name: str) -> str:
+        return "-" if figures[name] is None else f"{figures[name]:.3f} s"
+
+    table = Table(
+        "FINISHED", f"WITHIN {slo_ttft_s:g} S", "REQ/S", "TOK/S", "TTFT P50", "P99", "TPOT P50", "P99", box=None
+    )
+    table.add_row(
+        f"{figures['finished']} of {figures['requests']}",
+        f"{figures['attainment']:.1%}",
+        f"{figures['requests_per_s']:.2f}",
+        f"{figures['output_tokens_per_s']:.1f}",
+        *(seconds(name) for name in ("ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s")),
+    )
+    stdout.print(table)
+    for reason, count in figures["errors"].items():
+        first = next(text for text in result.measured.failures if f": {reason}: " in text)
+        stderr.print(f"{count} x {reason}, the first: {first}", soft_wrap=True)
+    if (figures["lag_p99_s"] or 0.0) > NOTABLE_LAG_S:
+        stderr.print(
+            f"note: this machine sent requests up to {figures['lag_p99_s']:.3f} s late (p99); waits include that",
+            soft_wrap=True,
+        )
