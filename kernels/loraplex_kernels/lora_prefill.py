@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 BLOCK: Final = 256
 SM_SHARED_BYTES: Final = 228 * 1024  # of an H100's multiprocessor; each CTA takes 1 KiB more than it asks for
-CTAS_PER_SM: Final = 3
+CTAS_PER_SM: Final = 3  # with the shortest ring
 TILE_TOKENS: Final = 64  # kTokens
 RANK_BLOCK: Final = 64  # kStep
 CLUSTERS: Final = (8, 4, 2)
@@ -29,8 +30,14 @@ WHOLE_STEPS: Final = TILE_BYTES // 128
 """Stacked rank up to which a tile of A holds the 64 columns of a step; above it 32, or 16 up to `MAX_STACKED_RANK`."""
 RANK_CLASSES: Final = (16, 32, 64, MAX_RANK, MAX_STACKED_RANK)
 """Of which a kernel is compiled each: by the largest rank of a slice, but the last for what is stacked above `WHOLE_STEPS`."""
-RESIDENT_CLUSTERS: Final = {8: 46, 4: 88, 2: 198, 1: 396}
-"""Clusters of three CTAs per SM that an H100 holds at once, as its times tell; those of 8 and 4 do not fill its GPCs."""
+RESIDENT_CLUSTERS: Final = {
+    3: {8: 46, 4: 88, 2: 198, 1: 396},
+    2: {8: 30, 4: 60, 2: 132, 1: 264},
+    1: {8: 15, 4: 30, 2: 66, 1: 132},
+}
+"""Clusters that an H100 holds at once, by CTAs per SM; those of 8 and 4 do not fill its GPCs (with 3, as its times tell)."""
+SLOT_COST: Final = {3: 1.0, 2: 0.7, 1: 0.4}
+"""What a slot costs a CTA, by CTAs per SM: with fewer the ring is longer, and more of it is on its way at a time."""
 CHUNK: Final = 64  # outputs
 WAVE: Final = 132  # multiprocessors of an H100: with fewer CTAs, a tile's outputs are shared out to more
 
@@ -45,6 +52,7 @@ class Shape:
         ranks: Rank rows of a block, at most: 16, 32 or 64.
         blocks: Blocks of 64 rank rows of a slice, at most.
         parts: Of a step's columns, each within one tile of A.
+        ctas_per_sm: That share its shared memory.
     """
 
     cluster: int
@@ -52,9 +60,10 @@ class Shape:
     ranks: int = RANK_BLOCK
     blocks: int = 1
     parts: int = 1
+    ctas_per_sm: int = CTAS_PER_SM
 
     @classmethod
-    def of(cls, cluster: int, ranks: int, shapes: tuple[OpShape, ...]) -> Shape:
+    def of(cls, cluster: int, ranks: int, shapes: tuple[OpShape, ...], ctas_per_sm: int = CTAS_PER_SM) -> Shape:
         """Return the shape for a class of `RANK_CLASSES` of a model's ops."""
         return cls(
             cluster=cluster,
@@ -62,12 +71,13 @@ class Shape:
             ranks=min(ranks, RANK_BLOCK),
             blocks=-(-min(ranks, MAX_RANK) // RANK_BLOCK),
             parts=4 if ranks > MAX_RANK else 1,
+            ctas_per_sm=ctas_per_sm,
         )
 
     @property
     def stages(self) -> int:
         """Slots of the ring: what shared memory is left to as many CTAs per SM as the registers allow, one fewer above 64."""
-        ctas = CTAS_PER_SM if self.blocks == 1 else CTAS_PER_SM - 1
+        ctas = self.ctas_per_sm if self.blocks == 1 else min(self.ctas_per_sm, CTAS_PER_SM - 1)
         return (SM_SHARED_BYTES // ctas - 1024 - self._fixed_bytes) // self._slot_bytes
 
     @property
@@ -94,6 +104,7 @@ class Shape:
             "STAGES": self.stages,
             "TABLE": self.table,
             "PARTS": self.parts,
+            "CTAS": self.ctas_per_sm,
             "SHARED_BYTES": self.shared_bytes,
         }
         return tuple(f"{name}={value}" for name, value in values.items())
@@ -140,6 +151,7 @@ class OpPlan(NamedTuple):
         shares: Into how many items a tile's outputs of a slice are cut; a power of two.
         cluster: CTAs of an item.
         ranks: Of `RANK_CLASSES`.
+        ctas_per_sm: Of the kernel that takes it.
     """
 
     first: int
@@ -147,10 +159,15 @@ class OpPlan(NamedTuple):
     shares: int
     cluster: int
     ranks: int
+    ctas_per_sm: int
 
 
 def plan_op(
-    segments: NDArray[np.int32], ranks: NDArray[np.int32], shape: OpShape, clusters: tuple[int, ...]
+    segments: NDArray[np.int32],
+    ranks: NDArray[np.int32],
+    shape: OpShape,
+    clusters: tuple[int, ...],
+    residencies: tuple[int, ...] = (CTAS_PER_SM,),
 ) -> tuple[OpPlan, NDArray[np.int32]]:
     """Return the launch of one op and its items: the adapted slices of each tile, in as many shares as fill the GPU once.
 
@@ -159,24 +176,28 @@ def plan_op(
         ranks: int32 ``[tiles, slices]``; largest rank of each slice over the layers of the tiles' adapters.
         shape: The op's.
         clusters: Sizes to choose from.
+        residencies: CTAs per SM to choose from.
 
     Returns:
         The plan, with `first` 0 and `ranks` as up to `WHOLE_STEPS`, and int32 ``[items, 4]``: first token, tokens, adapter,
         slice + 4 * share.
     """
     tile, part = np.nonzero(ranks)
-    cluster = choose_cluster(len(tile), shape, clusters)
+    cluster, ctas_per_sm = choose_cut(len(tile), shape, clusters, residencies)
     shares = num_shares(len(tile), shape, cluster)
     rows = np.empty((len(tile), shares, ITEM_INTS), dtype=np.int32)
     rows[:, :, :3] = segments[tile, None]
     rows[:, :, 3] = part[:, None] + 4 * np.arange(shares)
     largest = int(ranks.max(initial=0))
-    plan = OpPlan(0, len(tile) * shares, shares, cluster, next(each for each in RANK_CLASSES if largest <= each))
+    rank_class = next(each for each in RANK_CLASSES if largest <= each)
+    plan = OpPlan(0, len(tile) * shares, shares, cluster, rank_class, ctas_per_sm)
     return plan, rows.reshape(-1, ITEM_INTS)
 
 
-def choose_cluster(num_items: int, shape: OpShape, clusters: tuple[int, ...]) -> int:
-    """Return how many CTAs should share an item: what the fewest and fullest waves of clusters make cheapest.
+def choose_cut(
+    num_items: int, shape: OpShape, clusters: tuple[int, ...], residencies: tuple[int, ...] = (CTAS_PER_SM,)
+) -> tuple[int, int]:
+    """Return how many CTAs should share an item and an SM: what the fewest and fullest waves of clusters make cheapest.
 
     The model's constants are fitted to 432 measured times (benchmarks/NOTES.md): an item costs a CTA its slots and 8 more
     for its start and the cluster's barriers; a nearly empty last wave costs 0.75 of a full one.
@@ -185,15 +206,18 @@ def choose_cluster(num_items: int, shape: OpShape, clusters: tuple[int, ...]) ->
         num_items: Adapted slices of tiles.
         shape: The op's.
         clusters: Sizes to choose from.
+        residencies: CTAs per SM to choose from.
     """
 
-    def cost(cluster: int) -> float:
-        shares = num_shares(num_items, shape, cluster)
-        full, rest = divmod(num_items * shares, RESIDENT_CLUSTERS[cluster])
-        waves = full + (0.75 + 0.25 * rest / RESIDENT_CLUSTERS[cluster] if rest else 0)
-        return waves * (8 + (shape.columns + max(shape.outputs) / shares) / (64 * cluster))
+    def cost(cut: tuple[int, int]) -> float:
+        cluster, ctas_per_sm = cut
+        shares, resident = num_shares(num_items, shape, cluster), RESIDENT_CLUSTERS[ctas_per_sm][cluster]
+        full, rest = divmod(num_items * shares, resident)
+        waves = full + (0.75 + 0.25 * rest / resident if rest else 0)
+        slots = (shape.columns + max(shape.outputs) / shares) / (64 * cluster)
+        return waves * (8 + SLOT_COST[ctas_per_sm] * slots)
 
-    return min(clusters, key=cost)
+    return min(itertools.product(clusters, residencies), key=cost)
 
 
 def num_shares(num_items: int, shape: OpShape, cluster: int) -> int:
@@ -215,6 +239,7 @@ class LoraPrefill:
         shapes: Of the four ops.
         max_items: Most items of a step.
         clusters: Sizes to choose from; those of the library's architecture if unset.
+        residencies: CTAs per SM to choose from.
     """
 
     def __init__(
@@ -226,15 +251,18 @@ class LoraPrefill:
         *,
         max_items: int,
         clusters: tuple[int, ...] = (),
+        residencies: tuple[int, ...] = (CTAS_PER_SM,),
     ) -> None:
         self._library, self._tables, self._shapes = library, tables, shapes
         self._pinned = library.device.type == "cuda"
         self.buffer = torch.zeros(max_items * ITEM_INTS, dtype=torch.int32, device=library.device)
         self._clusters = clusters or (CLUSTERS if library.arch.startswith(("sm_9", "sm_1")) else (1,))
+        self._residencies = residencies
         self._kernels = {
-            (cluster, ranks): self._load(Shape.of(cluster, ranks, shapes), pool)
+            (cluster, ranks, ctas): self._load(Shape.of(cluster, ranks, shapes, ctas), pool)
             for cluster in self._clusters
             for ranks in RANK_CLASSES
+            for ctas in residencies
         }
         self._plans: list[OpPlan] = []
 
@@ -262,7 +290,9 @@ class LoraPrefill:
         ranks, stacked = self._tables.max_ranks[segments[:, 2]], self._tables.max_stacked[segments[:, 2]]
         self._plans, parts, first = [], [], 0
         for op, shape in enumerate(self._shapes):
-            plan, items = plan_op(segments, ranks[:, op, : len(shape.outputs)], shape, self._clusters)
+            plan, items = plan_op(
+                segments, ranks[:, op, : len(shape.outputs)], shape, self._clusters, self._residencies
+            )
             is_narrow = stacked[:, op].max(initial=0) > WHOLE_STEPS
             self._plans.append(plan._replace(first=first, ranks=MAX_STACKED_RANK if is_narrow else plan.ranks))
             parts.append(items)
@@ -288,7 +318,7 @@ class LoraPrefill:
         """
         shape, plan = self._shapes[OP_INDEX[op]], self._plans[OP_INDEX[op]]
         begin, check = shape.slice_begin, self._library.check
-        kernel = self._kernels[plan.cluster, plan.ranks]
+        kernel = self._kernels[plan.cluster, plan.ranks, plan.ctas_per_sm]
         params = kernel.params
         params.x = check("x", x, self._library.dtype, -1, shape.columns)
         params.scale = check("scale", scale, torch.float32, -1)
