@@ -64,12 +64,12 @@ __device__ __forceinline__ bf16 from_float<bf16>(float v) { return bf16{bf16_bit
 // Rounds to the element type and back: where torch would have stored an intermediate.
 __device__ __forceinline__ float rounded(float v) { return to_float(from_float<elem>(v)); }
 
-// A kernel's shared memory as one struct: dynamic, since it may exceed 48 KiB.
+// A kernel's shared memory as one struct: dynamic, since it may exceed 48 KiB. On 1024 bytes, as wgmma wants its tiles.
 #ifdef LORAPLEX_HOST
 #define LORAPLEX_SHARED(Type, name) Type& name = shim::shared_memory<Type>()
 #else
 #define LORAPLEX_SHARED(Type, name)                            \
-    extern __shared__ __align__(128) u8 name##_bytes[];        \
+    extern __shared__ __align__(1024) u8 name##_bytes[];       \
     Type& name = *reinterpret_cast<Type*>(name##_bytes)
 #endif
 

@@ -3,11 +3,13 @@
 // Work item: (<= 64 tokens, one slice, a share of its outputs); one cluster each. The CTAs of a cluster share the columns
 // of x, add their fp32 partial h in order through distributed shared memory, scale and round it to bf16, and each then
 // writes its share of the outputs: h never leaves the cluster, and the phases of the CTAs on an SM overlap.
-// bf16 only: mma.m16n8k16 with tokens as M; rank rows, then outputs, as N. Rank above 64: blocks of 64, x read again.
+// bf16 only: wgmma on sm_90a, else mma.m16n8k16 (lora_prefill_products.cuh), with tokens as M; rank rows, then outputs, as
+// N. Rank above 64: blocks of 64, x read again.
 // All that is read comes through one ring of slots filled by cp.async: x[64][64] and A[RANKS][64] of each step, then
 // y[64][64] and B[64][RANKS] of each chunk, so that the memory system never waits for the sums between them. 16-byte
-// chunks are XOR-swizzled so that ldmatrix meets no conflict. Within 32 outputs B's rows are permuted so that a lane
-// ends with 8 neighbouring outputs of a token: y is the accumulator's initial value and is written as 16-byte vectors.
+// chunks are XOR-swizzled the way wgmma reads them and ldmatrix meets no conflict. Within 32 outputs B's rows are permuted
+// so that a lane ends with 8 neighbouring outputs of a token: y is the accumulator's initial value and is written as
+// 16-byte vectors.
 // Tile addresses are looked up once per CTA, all at a time: the loops hold no division and no dependent load. A stacked
 // rank above 256 leaves A's tiles 32 or 16 columns: PARTS = 4 looks up each 16 columns of a step by themselves.
 // Alignment: columns % 8 == 0, x and y rows on 16 bytes.
@@ -15,40 +17,26 @@
 // Registers: 3 CTAs of 256 threads per SM, hence at most 80.
 // Architectures: sm_90 and up with CLUSTER > 1, sm_80 and up with CLUSTER = 1.
 // Source: Chen et al., arXiv:2310.18547 (Punica's SGMV).
-#include "lora_prefill_ring.cuh"
+#include "lora_prefill_products.cuh"
 
 // Partial sums of x * A^T of a warp's tokens and half of the rank rows of a block.
 struct Partial {
-    float d[kRanks / 16][4];
-    u32 warp_m, tiles, first_tile, lane;
+    float d[kHalfTiles][4];
+    Warp warp;
+    Tiles tiles;
 
-    __device__ __forceinline__ void add(SharedAddress x, SharedAddress a) {
-#pragma unroll
-        for (int k = 0; k < kStep / 8; k += 4) {
-            u32 t[2][4];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) load_matrices(t[i], x + swizzled(warp_m * 16 + lane % 16, k + 2 * i + lane / 16));
-#pragma unroll
-            for (int n = 0; n < kRanks / 16; ++n) {
-                if (n >= tiles) break;
-                u32 b[4];
-                load_matrices(b, a + swizzled((first_tile + n) * 8 + lane % 8, k + lane / 8));
-                mma_bf16(d[n], t[0][0], t[0][1], t[0][2], t[0][3], b[0], b[1]);
-                mma_bf16(d[n], t[1][0], t[1][1], t[1][2], t[1][3], b[2], b[3]);
-            }
-        }
-    }
+    __device__ __forceinline__ void add(SharedAddress x, SharedAddress a) { multiply_step(d, warp, tiles, x, a); }
     // To the CTAs that sum them.
     __device__ __forceinline__ void send(SharedAddress partial, u32 cta) const {
-        const u32 g = lane / 4, c = lane % 4;
+        const u32 g = warp.lane / 4, c = warp.lane % 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const u32 token = warp_m * 16 + half * 8 + g, row = cta * kOwned + token % kOwned;
+            const u32 token = warp.m * 16 + half * 8 + g, row = cta * kOwned + token % kOwned;
 #pragma unroll
-            for (int n = 0; n < kRanks / 16; ++n) {
-                if (n >= tiles) break;
+            for (u32 n = 0; n < kHalfTiles; ++n) {
+                if (n >= tiles.count) break;
                 const Pair sums{__float_as_uint(d[n][2 * half]), __float_as_uint(d[n][2 * half + 1])};
-                store_peer<kCluster>(partial + partial_at(row, (first_tile + n) * 8 + 2 * c) * 4, token / kOwned, sums);
+                store_peer<kCluster>(partial + partial_at(row, (tiles.first + n) * 8 + 2 * c) * 4, token / kOwned, sums);
             }
         }
     }
@@ -81,33 +69,21 @@ struct Outputs {
     elem* at;
     i64 stride;  // elements to the lane's second token
     u32 tokens, limit;  // from this lane's first token and output to the end
-    u32 warp_m, warp_n, lane, lg;
+    Warp warp;
+    u32 lg;
 
     __device__ __forceinline__ void start(SharedAddress y) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const Quad q = load_shared16(y + swizzled(warp_m * 16 + half * 8 + lane / 4, warp_n * 4 + lane % 4));
+            const u32 row = warp.m * 16 + half * 8 + warp.lane / 4;
+            const Quad q = load_shared16(y + swizzled(row, warp.n * 4 + warp.lane % 4));
             const u32 pairs[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
             for (int j = 0; j < 4; ++j) d[j][2 * half] = low_float(pairs[j]), d[j][2 * half + 1] = high_float(pairs[j]);
         }
     }
     __device__ __forceinline__ void add(SharedAddress hidden, SharedAddress b, u32 left) {
-        const u32 columns = padded(left), swizzle = ((lane & 7) >> (3 - lg)) & ((1 << lg) - 1);
-        const SharedAddress first = b + ((warp_n * 32 + lane / 16 * 8 + lane % 8) << (lg + 4));
-#pragma unroll
-        for (int k = 0; k < kRanks / 16; ++k) {
-            if (k * 16 >= columns) break;
-            u32 t[4];
-            load_matrices(t, hidden + swizzled(warp_m * 16 + lane % 16, 2 * k + lane / 16));
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {  // 16 outputs
-                u32 w[4];
-                load_matrices(w, first + (i << (lg + 8)) + ((2 * k + lane / 8 % 2) ^ swizzle) * 16);
-                mma_bf16(d[2 * i], t[0], t[1], t[2], t[3], w[0], w[1]);
-                mma_bf16(d[2 * i + 1], t[0], t[1], t[2], t[3], w[2], w[3]);
-            }
-        }
+        multiply_chunk(d, warp, hidden, b, lg, padded(left));
     }
     __device__ __forceinline__ void store(u32 chunk) const {
 #pragma unroll
@@ -122,7 +98,7 @@ struct Outputs {
 extern "C" __global__ void LORAPLEX_CLUSTER __launch_bounds__(kThreads, CTAS) lora_prefill(const Params p) {
     LORAPLEX_SHARED(Shared, shared);
     allow_dependents();
-    const u32 cta = cluster_rank<kCluster>(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const u32 cta = cluster_rank<kCluster>();
     const Segment item = segments(p.lora)[blockIdx.x / kCluster];
     const OpEntry& entry = p.lora.entries[item.adapter * p.lora.entry_stride];
     const Job job = make_job(p, item, entry, cta);
@@ -135,12 +111,13 @@ extern "C" __global__ void LORAPLEX_CLUSTER __launch_bounds__(kThreads, CTAS) lo
     loader.load_first();
     if (threadIdx.x < job.count) shared.scale[threadIdx.x] = p.scale[job.token_begin + threadIdx.x] * scaling;
 
-    const u32 warp_m = warp / kWarpsN, warp_n = warp % kWarpsN;
-    const bool live = warp_m * 16 < job.count;
+    const Warp warp = this_warp();
+    const bool live = warp.m * 16 < job.count, multiplies = live || kWarpgroups;
     const SharedAddress hidden = address_of(shared.hidden);
     u32 slot = 0;
     const auto next_slot = [&] {  // the next slot has landed, and the one before it is done with by all
         copy_async_wait<kStages - 2>();
+        reveal();
         __syncthreads();
         loader.load();
         const SharedAddress from = loader.ring + slot * kSlotBytes;
@@ -148,31 +125,31 @@ extern "C" __global__ void LORAPLEX_CLUSTER __launch_bounds__(kThreads, CTAS) lo
         return from;
     };
     for (u32 block = 0; block * kStep < job.rank; ++block) {
-        const u32 tiles = padded(job.rank - block * kStep) / 16;
-        Partial sum{{}, warp_m, tiles, warp_n * tiles, lane};
+        Partial sum{{}, warp, tiles_of(warp, padded(job.rank - block * kStep))};
         for (u32 step = 0; step < job.steps; ++step) {
             const SharedAddress x = next_slot();
-            if (live) sum.add(x, x + kActivationBytes);
+            if (multiplies) sum.add(x, x + kActivationBytes);
         }
         cluster_wait<kCluster>();  // all have started, or have read the block before
         if (live) sum.send(address_of(shared.partial), cta);
         cluster_arrive<kCluster>();
         cluster_wait<kCluster>();
         sum_partials(job, shared, cta, block);
+        reveal_to_cluster();  // h
         cluster_arrive<kCluster>();
     }
     cluster_wait<kCluster>();
 
     Outputs out;
-    out.warp_m = warp_m, out.warp_n = warp_n, out.lane = lane, out.lg = loader.lg;
-    const u32 first_token = warp_m * 16 + lane / 4, first_output = warp_n * 32 + lane % 4 * 8;
+    out.warp = warp, out.lg = loader.lg;
+    const u32 first_token = warp.m * 16 + warp.lane / 4, first_output = warp.n * 32 + warp.lane % 4 * 8;
     out.stride = 8 * p.y_stride, out.tokens = max(job.count, first_token) - first_token;
     out.limit = max(job.outputs, first_output) - first_output;
     out.at = p.y + (job.token_begin + first_token) * p.y_stride + job.slice_begin + job.first_output + first_output;
     for (u32 chunk = 0; chunk * kStep < job.outputs; ++chunk) {
         for (u32 block = 0; block * kStep < job.rank; ++block) {
             const SharedAddress y = next_slot();
-            if (!live) continue;
+            if (!multiplies) continue;
             if (block == 0) out.start(y);
             out.add(hidden + block * (kTokens * kStep * 2), y + kActivationBytes, job.rank - block * kStep);
         }
