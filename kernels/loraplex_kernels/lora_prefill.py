@@ -91,8 +91,9 @@ class Shape:
 
     @property
     def _fixed_bytes(self) -> int:
-        """Partial sums, h, tables, scales."""
-        return TILE_TOKENS * (4 * self.ranks + 128 * self.blocks + 4) + (8 + 12 * self.parts) * self.table
+        """Partial sums, h, tables, scales, mbarriers."""
+        exchanged = TILE_TOKENS * (4 * self.ranks + 128 * self.blocks + 4) + 16 * self.blocks
+        return exchanged + (8 + 12 * self.parts) * self.table
 
     @property
     def defines(self) -> tuple[str, ...]:

@@ -304,9 +304,31 @@ void cluster_wait() {
     while (shim::cluster_barrier.generation == shim::fibers[shim::current].cluster_generation) shim::yield();
     ++shim::progress;
 }
+// The CTA's place of what is at `here` in this one's shared memory.
+template <unsigned kCluster, class T>
+T* of_peer(SharedAddress here, unsigned cta) {
+    const size_t offset = reinterpret_cast<char*>(here) - shim::shared_base - shim::cta() * shim::shared_stride;
+    if (offset + sizeof(T) > shim::shared_stride || offset % sizeof(T) || cta >= kCluster) std::exit(7);
+    return reinterpret_cast<T*>(shim::shared_base + cta * shim::shared_stride + offset);
+}
+// An mbarrier of one phase is the number of bytes still to come: too many end the run at once, too few in a deadlock.
+template <unsigned kCluster>
+void expect_bytes(SharedAddress landed, unsigned bytes) { *of_peer<kCluster, size_t>(landed, shim::cta()) = bytes; }
+inline void reveal_expected() {}
+template <unsigned kCluster>
+void await_bytes(SharedAddress landed) {
+    if (kCluster == 1) return __syncthreads();
+    while (*of_peer<kCluster, volatile size_t>(landed, shim::cta()) != 0) shim::yield();
+    ++shim::progress;
+}
 template <unsigned kCluster, class P>
-void store_peer(SharedAddress to, unsigned cta, const P& value) {
-    const size_t offset = reinterpret_cast<char*>(to) - shim::shared_base - shim::cta() * shim::shared_stride;
-    if (offset + sizeof(P) > shim::shared_stride || offset % sizeof(P) || cta >= kCluster) std::exit(7);
-    std::memcpy(shim::shared_base + cta * shim::shared_stride + offset, &value, sizeof(P));
+void store_peer(SharedAddress to, SharedAddress landed, unsigned cta, const P& value) {
+    *of_peer<kCluster, P>(to, cta) = value;
+    if (kCluster == 1) return;
+    size_t& missing = *of_peer<kCluster, size_t>(landed, cta);
+    if (missing < sizeof(P)) {
+        std::fprintf(stderr, "more bytes are stored than their receiver expects\n");
+        std::exit(3);
+    }
+    missing -= sizeof(P), ++shim::progress;
 }

@@ -88,7 +88,7 @@ def test_a_kernel_reads_and_writes_memory_of_known_kind(
     """Where the compiler cannot tell global from shared memory, every access is slower: lora_expand once lost a quarter so."""
     program = cubins.get(Build(name=name, defines=(*defines, "LORAPLEX_PDL")), "compute_90a")
 
-    accesses = re.findall(r"\b(?:ld|st)\.(?:volatile\.)?\w+", program.image.decode(errors="replace"))
+    accesses = re.findall(r"\b(?:ld|st)\.(?:volatile\.|async\.)?\w+", program.image.decode(errors="replace"))
     generic = [
         access for access in accesses if not re.search(r"\.(global|shared|param|local|const|acquire|relaxed)", access)
     ]

@@ -2,7 +2,8 @@
 //
 // Work item: (<= 64 tokens, one slice, a share of its outputs); one cluster each. The CTAs of a cluster share the columns
 // of x, add their fp32 partial h in order through distributed shared memory, scale and round it to bf16, and each then
-// writes its share of the outputs: h never leaves the cluster, and the phases of the CTAs on an SM overlap.
+// writes its share of the outputs: h never leaves the cluster, and the phases of the CTAs on an SM overlap. Partial sums and
+// h go by asynchronous stores, and each CTA waits for the bytes it gets; only that all have started is a cluster barrier.
 // bf16 only: wgmma on sm_90a, else mma.m16n8k16 (lora_prefill_products.cuh), with tokens as M; rank rows, then outputs, as
 // N. Rank above 64: blocks of 64, x read again.
 // All that is read comes through one ring of slots filled by cp.async: x[64][64] and A[RANKS][64] of each step, then
@@ -27,20 +28,37 @@ struct Partial {
 
     __device__ __forceinline__ void add(SharedAddress x, SharedAddress a) { multiply_step(d, warp, tiles, x, a); }
     // To the CTAs that sum them.
-    __device__ __forceinline__ void send(SharedAddress partial, u32 cta) const {
+    __device__ __forceinline__ void send(const Job& job, Shared& shared, u32 cta, u32 block) const {
         const u32 g = warp.lane / 4, c = warp.lane % 4;
+        const SharedAddress partial = address_of(shared.partial), landed = address_of(&shared.partial_landed[block]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const u32 token = warp.m * 16 + half * 8 + g, row = cta * kOwned + token % kOwned;
+            if (token >= job.count) break;
 #pragma unroll
             for (u32 n = 0; n < kHalfTiles; ++n) {
                 if (n >= tiles.count) break;
+                const SharedAddress to = partial + partial_at(row, (tiles.first + n) * 8 + 2 * c) * 4;
                 const Pair sums{__float_as_uint(d[n][2 * half]), __float_as_uint(d[n][2 * half + 1])};
-                store_peer<kCluster>(partial + partial_at(row, (tiles.first + n) * 8 + 2 * c) * 4, token / kOwned, sums);
+                store_peer<kCluster>(to, landed, token / kOwned, sums);
             }
         }
     }
 };
+
+// Expects all that the cluster will store here: of each block, partial sums of the tokens this CTA owns, and h of all.
+// Exactly: sums and h of rows past the last token are stored nowhere.
+__device__ __forceinline__ void expect_exchange(const Job& job, Shared& shared, u32 cta) {
+    if (kCluster == 1 || threadIdx.x != kThreads / 2) return;  // of a warp that has the fewest tiles to look up
+    const u32 first = cta * kOwned, owned = min(kOwned, max(job.count, first) - first);
+#pragma unroll 1
+    for (u32 block = 0; block * kStep < job.rank; ++block) {
+        const u32 columns = padded(job.rank - block * kStep);
+        expect_bytes<kCluster>(address_of(&shared.partial_landed[block]), kCluster * owned * columns * 4);
+        expect_bytes<kCluster>(address_of(&shared.hidden_landed[block]), job.count * columns * 2);
+    }
+    reveal_expected();
+}
 
 // h of the tokens this CTA owns: sums in the order of the columns, scales, rounds, and hands them to all.
 __device__ __forceinline__ void sum_partials(const Job& job, Shared& shared, u32 cta, u32 block) {
@@ -58,8 +76,9 @@ __device__ __forceinline__ void sum_partials(const Job& job, Shared& shared, u32
         const float factor = shared.scale[token];
         const Pair h{pack_bf16(v[0] * factor, v[1] * factor), pack_bf16(v[2] * factor, v[3] * factor)};
         const SharedAddress to = address_of(shared.hidden[block]) + swizzled(token, column / 8) + column % 8 * 2;
+        const SharedAddress landed = address_of(&shared.hidden_landed[block]);
 #pragma unroll
-        for (u32 peer = 0; peer < kCluster; ++peer) store_peer<kCluster>(to, peer, h);
+        for (u32 peer = 0; peer < kCluster; ++peer) store_peer<kCluster>(to, landed, peer, h);
     }
 }
 
@@ -103,6 +122,7 @@ extern "C" __global__ void LORAPLEX_CLUSTER __launch_bounds__(kThreads, CTAS) lo
     const OpEntry& entry = p.lora.entries[item.adapter * p.lora.entry_stride];
     const Job job = make_job(p, item, entry, cta);
     if (job.rank == 0) return dependency_wait();  // this layer's slice is not adapted: the whole cluster leaves
+    expect_exchange(job, shared, cta);
     cluster_arrive<kCluster>();
     const float scaling = entry.scaling[item.part & 3];
     look_up_tiles(p, entry, job, item.part & 3, shared);
@@ -124,21 +144,24 @@ extern "C" __global__ void LORAPLEX_CLUSTER __launch_bounds__(kThreads, CTAS) lo
         slot = slot + 1 == kStages ? 0 : slot + 1;
         return from;
     };
+    const auto await_hidden = [&](u32 block) { await_bytes<kCluster>(address_of(&shared.hidden_landed[block])); };
+    if (job.steps == 0) __syncthreads();  // the scales, which a step's barrier hands over otherwise
     for (u32 block = 0; block * kStep < job.rank; ++block) {
         Partial sum{{}, warp, tiles_of(warp, padded(job.rank - block * kStep))};
         for (u32 step = 0; step < job.steps; ++step) {
             const SharedAddress x = next_slot();
             if (multiplies) sum.add(x, x + kActivationBytes);
         }
-        cluster_wait<kCluster>();  // all have started, or have read the block before
-        if (live) sum.send(address_of(shared.partial), cta);
-        cluster_arrive<kCluster>();
-        cluster_wait<kCluster>();
+        if (block == 0) {
+            cluster_wait<kCluster>();  // all have started
+        } else {
+            await_hidden(block - 1);  // whoever stored h of a token has read the partial sums that its next ones replace
+        }
+        sum.send(job, shared, cta, block);
+        await_bytes<kCluster>(address_of(&shared.partial_landed[block]));
         sum_partials(job, shared, cta, block);
-        reveal_to_cluster();  // h
-        cluster_arrive<kCluster>();
     }
-    cluster_wait<kCluster>();
+    await_hidden((job.rank - 1) / kStep);  // all that peers store here has landed, so a CTA may leave when it is done
 
     Outputs out;
     out.warp = warp, out.lg = loader.lg;

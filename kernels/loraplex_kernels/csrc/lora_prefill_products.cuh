@@ -98,7 +98,6 @@ __device__ __forceinline__ void multiply_chunk(float (&d)[4][4], const Warp& war
 // wgmma reads through the async proxy: what a thread wrote, and cp.async on its behalf, others' wgmma see once the thread
 // has called this and met them at a barrier. What wgmma has read may be overwritten after its wait and a barrier.
 __device__ __forceinline__ void reveal() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void reveal_to_cluster() { asm volatile("fence.proxy.async.shared::cluster;" ::: "memory"); }
 
 #else
 
@@ -149,6 +148,5 @@ __device__ __forceinline__ void multiply_chunk(float (&d)[4][4], const Warp& war
     }
 }
 __device__ __forceinline__ void reveal() {}
-__device__ __forceinline__ void reveal_to_cluster() {}
 
 #endif

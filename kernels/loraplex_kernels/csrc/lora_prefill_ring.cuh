@@ -41,6 +41,7 @@ struct Shared {
     const u8* b_base[kTable];           // of each chunk's first output
     u32 a_stride[kTable * kParts];      // bytes
     float scale[kTokens];
+    u64 partial_landed[kMaxBlocks], hidden_landed[kMaxBlocks];  // mbarriers: what peers store to `partial` and `hidden`
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "lora_prefill.py asks for it");
 
