@@ -221,6 +221,21 @@ struct Loader {
     }
     // The first slots: weights before this launch may read what earlier ones wrote, activations after it.
     __device__ __forceinline__ void load_first() {
+        if (job.steps < kStages - 1) return load_first_of_few_steps();
+        shrinking = true, block = 0;  // tells the compiler: a slot then takes a fraction of load()'s instructions
+#pragma unroll
+        for (at = 0; at < kStages - 1; ++at) load_a(ring + at * kSlotBytes + kActivationBytes);
+        dependency_wait();
+#pragma unroll
+        for (at = 0; at < kStages - 1; ++at) {
+            load_activations(ring + at * kSlotBytes);
+            copy_async_commit();
+        }
+        slot = at--;
+        advance();
+    }
+    // Some of the first slots are the next block's, or chunks.
+    __device__ __forceinline__ void load_first_of_few_steps() {
 #pragma unroll 1
         for (int s = 0; s < kStages - 1 && !done(); ++s) {
             load_weights(ring + s * kSlotBytes);
