@@ -10,7 +10,7 @@
 // y[64][64] and B[64][RANKS] of each chunk, so that the memory system never waits for the sums between them. 16-byte
 // chunks are XOR-swizzled the way wgmma reads them and ldmatrix meets no conflict. Within 32 outputs B's rows are permuted
 // so that a lane ends with 8 neighbouring outputs of a token: y is the accumulator's initial value and is written as
-// 16-byte vectors.
+// 16-byte vectors. Within 16 rank rows A's are, so that a lane sends 4 neighbouring sums at a time.
 // Tile addresses are looked up once per CTA, all at a time: the loops hold no division and no dependent load. A stacked
 // rank above 256 leaves A's tiles 32 or 16 columns: PARTS = 4 looks up each 16 columns of a step by themselves.
 // Alignment: columns % 8 == 0, x and y rows on 16 bytes.
@@ -25,8 +25,19 @@ struct Partial {
     float d[kHalfTiles][4];
     Warp warp;
     Tiles tiles;
+    static constexpr u32 kTogether = kRanks == 16 ? 1 : 2;  // tiles, of which a lane's sums are neighbours
 
     __device__ __forceinline__ void add(SharedAddress x, SharedAddress a) { multiply_step(d, warp, tiles, x, a); }
+    // A lane's neighbouring sums of one token, in one tile or two.
+    template <u32 kTiles>
+    __device__ __forceinline__ auto neighbours(u32 n, u32 i) const {
+        const Pair first{__float_as_uint(d[n][i]), __float_as_uint(d[n][i + 1])};
+        if constexpr (kTiles == 1) {
+            return first;
+        } else {
+            return Quad{first.x, first.y, __float_as_uint(d[n + 1][i]), __float_as_uint(d[n + 1][i + 1])};
+        }
+    }
     // To the CTAs that sum them.
     __device__ __forceinline__ void send(const Job& job, Shared& shared, u32 cta, u32 block) const {
         const u32 g = warp.lane / 4, c = warp.lane % 4;
@@ -36,11 +47,10 @@ struct Partial {
             const u32 token = warp.m * 16 + half * 8 + g, row = cta * kOwned + token % kOwned;
             if (token >= job.count) break;
 #pragma unroll
-            for (u32 n = 0; n < kHalfTiles; ++n) {
+            for (u32 n = 0; n < kHalfTiles; n += kTogether) {
                 if (n >= tiles.count) break;
-                const SharedAddress to = partial + partial_at(row, (tiles.first + n) * 8 + 2 * c) * 4;
-                const Pair sums{__float_as_uint(d[n][2 * half]), __float_as_uint(d[n][2 * half + 1])};
-                store_peer<kCluster>(to, landed, token / kOwned, sums);
+                const SharedAddress to = partial + partial_at(row, (tiles.first + n) * 8 + 2 * kTogether * c) * 4;
+                store_peer<kCluster>(to, landed, token / kOwned, neighbours<kTogether>(n, 2 * half));
             }
         }
     }

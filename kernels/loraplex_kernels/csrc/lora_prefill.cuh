@@ -83,7 +83,7 @@ __device__ __forceinline__ void await_bytes(SharedAddress landed) {
                  "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n"
                  "@!p bra again;}" ::"r"(landed) : "memory");
 }
-// Stores 8 bytes to where `to` is in the shared memory of a CTA of the cluster; they count at its `landed`.
+// Stores 8 or 16 bytes to where `to` is in the shared memory of a CTA of the cluster; they count at its `landed`.
 template <u32 kCluster>
 __device__ __forceinline__ void store_peer(SharedAddress to, SharedAddress landed, u32 cta, const Pair& value) {
     if constexpr (kCluster == 1) {
@@ -93,6 +93,18 @@ __device__ __forceinline__ void store_peer(SharedAddress to, SharedAddress lande
         asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(landed) : "r"(landed), "r"(cta));
         asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%2, %3}, [%1];"
                      ::"r"(to), "r"(landed), "r"(value.x), "r"(value.y) : "memory");
+    }
+}
+template <u32 kCluster>
+__device__ __forceinline__ void store_peer(SharedAddress to, SharedAddress landed, u32 cta, const Quad& value) {
+    if constexpr (kCluster == 1) {
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                     ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+    } else {
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(to), "r"(cta));
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(landed) : "r"(landed), "r"(cta));
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];"
+                     ::"r"(to), "r"(landed), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
     }
 }
 #endif

@@ -103,7 +103,9 @@ __device__ __forceinline__ Warp this_warp() {
     return {threadIdx.x / kWarp / kWarpsN, threadIdx.x / kWarp % kWarpsN, threadIdx.x % kWarp};
 }
 __device__ __forceinline__ Tiles tiles_of(const Warp& warp, u32 columns) {
-    return {warp.n * (columns / 16), columns / 16};
+    if constexpr (kRanks == 16) return {warp.n, 1};
+    const u32 first = (columns / 16 + 1) / 2 * 2;  // pairs stay together
+    return warp.n == 0 ? Tiles{0, first} : Tiles{first, columns / 8 - first};
 }
 
 __device__ __forceinline__ void multiply_step(float (&d)[kHalfTiles][4], const Warp& warp, const Tiles& tiles,

@@ -55,9 +55,14 @@ struct Job {
 
 // Byte offset of 16-byte vector `vec` of 128-byte row `row`.
 __device__ __forceinline__ u32 swizzled(u32 row, u32 vec) { return row * 128 + (vec ^ (row & 7)) * 16; }
-// Place of a column of a row of partial sums: 4 rows' 8-byte stores meet no bank conflict.
+// Place of a column of a row of partial sums: 4 rows' 8-byte stores, or 2 rows' of 16, meet no bank conflict.
 __device__ __forceinline__ u32 partial_at(u32 row, u32 column) {
-    return row * kRanks + (column ^ ((kRanks == 16 ? row / 2 % 2 : row % 4) * 8));
+    return row * kRanks + (column ^ (kRanks == 16 ? row / 2 % 2 * 8 : row % 2 * 16));
+}
+// Where in a slot's A a rank row goes: row 4 a + 2 t + b of 16 to the columns that lane a has of tile t, so that a pair of
+// tiles holds 4 neighbouring sums of a lane. Of 16 rank rows in all a warp has but one tile, hence 2 neighbours.
+__device__ __forceinline__ u32 place_of_rank(u32 row) {
+    return kRanks == 16 ? row : (row & ~14u) | (row & 2) << 2 | (row >> 1 & 6);
 }
 __device__ __forceinline__ u32 padded(u32 rank) { return min(kStep, (rank + 15) & ~15u); }
 
@@ -162,7 +167,7 @@ struct Loader {
         const u32 left = job.rank - block * kStep, bytes = shared.a_stride[part];
         const bool inside = at * kStep + vec * 8 < limit;
         const u8* weights = shared.a_base[part] + ((block * kStep + row) * bytes + within * 16);
-        to += swizzled(row, vec);
+        to += swizzled(place_of_rank(row), vec);
         copy_async16_if(to, weights, inside && row < left ? 16 : 0, row < padded(left));
         if constexpr (kRanks > kThreads / 8) {
             const u32 r = row + kThreads / 8;
