@@ -96,6 +96,7 @@ class LoraDecode:
         self.builder = ItemBuilder(shapes, item_bytes)
         self.items = StepItems(max_rows=max_rows, max_items=max_items, device=library.device)
         self._library, self._tables, self._shapes = library, tables, shapes
+        self._kept = (pool,)  # the kernels have its address
         planes = max(shape.num_planes for shape in shapes)
         self.scratch_shape = (planes, max_rows, MAX_RANK * max(len(shape.outputs) for shape in shapes))
         self._shrink = library.load("lora_shrink", ShrinkParams(), SHRINK_BLOCK)

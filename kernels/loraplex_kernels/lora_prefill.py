@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -12,6 +11,7 @@ from loraplex_common.adapter_image import OP_INDEX, TILE_BYTES
 
 from loraplex_kernels.items import ITEM_INTS, OpShape, within_runs
 from loraplex_kernels.params import PrefillParams
+from loraplex_kernels.prefill_cut import CLUSTERS, RESIDENCIES, choose_cut, num_shares
 from loraplex_kernels.tables import MAX_RANK, MAX_STACKED_RANK
 
 if TYPE_CHECKING:
@@ -25,21 +25,10 @@ SM_SHARED_BYTES: Final = 228 * 1024  # of an H100's multiprocessor; each CTA tak
 CTAS_PER_SM: Final = 3  # with the shortest ring
 TILE_TOKENS: Final = 64  # kTokens
 RANK_BLOCK: Final = 64  # kStep
-CLUSTERS: Final = (8, 4, 2)
 WHOLE_STEPS: Final = TILE_BYTES // 128
 """Stacked rank up to which a tile of A holds the 64 columns of a step; above it 32, or 16 up to `MAX_STACKED_RANK`."""
 RANK_CLASSES: Final = (16, 32, 64, MAX_RANK, MAX_STACKED_RANK)
 """Of which a kernel is compiled each: by the largest rank of a slice, but the last for what is stacked above `WHOLE_STEPS`."""
-RESIDENT_CLUSTERS: Final = {
-    3: {8: 46, 4: 88, 2: 198, 1: 396},
-    2: {8: 30, 4: 60, 2: 132, 1: 264},
-    1: {8: 15, 4: 30, 2: 66, 1: 132},
-}
-"""Clusters that an H100 holds at once, by CTAs per SM; those of 8 and 4 do not fill its GPCs (with 3, as its times tell)."""
-SLOT_COST: Final = {3: 1.0, 2: 0.7, 1: 0.4}
-"""What a slot costs a CTA, by CTAs per SM: with fewer the ring is longer, and more of it is on its way at a time."""
-CHUNK: Final = 64  # outputs
-WAVE: Final = 132  # multiprocessors of an H100: with fewer CTAs, a tile's outputs are shared out to more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +52,7 @@ class Shape:
     ctas_per_sm: int = CTAS_PER_SM
 
     @classmethod
-    def of(cls, cluster: int, ranks: int, shapes: tuple[OpShape, ...], ctas_per_sm: int = CTAS_PER_SM) -> Shape:
+    def of(cls, cluster: int, ranks: int, shapes: tuple[OpShape, ...], ctas_per_sm: int) -> Shape:
         """Return the shape for a class of `RANK_CLASSES` of a model's ops."""
         return cls(
             cluster=cluster,
@@ -105,7 +94,6 @@ class Shape:
             "STAGES": self.stages,
             "TABLE": self.table,
             "PARTS": self.parts,
-            "CTAS": self.ctas_per_sm,
             "SHARED_BYTES": self.shared_bytes,
         }
         return tuple(f"{name}={value}" for name, value in values.items())
@@ -168,7 +156,7 @@ def plan_op(
     ranks: NDArray[np.int32],
     shape: OpShape,
     clusters: tuple[int, ...],
-    residencies: tuple[int, ...] = (CTAS_PER_SM,),
+    residencies: tuple[int, ...] = RESIDENCIES,
 ) -> tuple[OpPlan, NDArray[np.int32]]:
     """Return the launch of one op and its items: the adapted slices of each tile, in as many shares as fill the GPU once.
 
@@ -195,41 +183,6 @@ def plan_op(
     return plan, rows.reshape(-1, ITEM_INTS)
 
 
-def choose_cut(
-    num_items: int, shape: OpShape, clusters: tuple[int, ...], residencies: tuple[int, ...] = (CTAS_PER_SM,)
-) -> tuple[int, int]:
-    """Return how many CTAs should share an item and an SM: what the fewest and fullest waves of clusters make cheapest.
-
-    The model's constants are fitted to 432 measured times (benchmarks/NOTES.md): an item costs a CTA its slots and 8 more
-    for its start and the cluster's barriers; a nearly empty last wave costs 0.75 of a full one.
-
-    Args:
-        num_items: Adapted slices of tiles.
-        shape: The op's.
-        clusters: Sizes to choose from.
-        residencies: CTAs per SM to choose from.
-    """
-
-    def cost(cut: tuple[int, int]) -> float:
-        cluster, ctas_per_sm = cut
-        shares, resident = num_shares(num_items, shape, cluster), RESIDENT_CLUSTERS[ctas_per_sm][cluster]
-        full, rest = divmod(num_items * shares, resident)
-        waves = full + (0.75 + 0.25 * rest / resident if rest else 0)
-        slots = (shape.columns + max(shape.outputs) / shares) / (64 * cluster)
-        return waves * (8 + SLOT_COST[ctas_per_sm] * slots)
-
-    return min(itertools.product(clusters, residencies), key=cost)
-
-
-def num_shares(num_items: int, shape: OpShape, cluster: int) -> int:
-    """Return into how many items a tile's outputs of a slice are cut, a power of two: as many as fill the GPU once.
-
-    Every share computes h anew, so two chunks per CTA are the least that pays.
-    """
-    most = min(WAVE // max(num_items * cluster, 1), min(shape.outputs) // (2 * CHUNK * cluster))
-    return 1 << max(most, 1).bit_length() - 1
-
-
 class LoraPrefill:
     """The LoRA kernel of prefill chunks.
 
@@ -252,9 +205,10 @@ class LoraPrefill:
         *,
         max_items: int,
         clusters: tuple[int, ...] = (),
-        residencies: tuple[int, ...] = (CTAS_PER_SM,),
+        residencies: tuple[int, ...] = RESIDENCIES,
     ) -> None:
         self._library, self._tables, self._shapes = library, tables, shapes
+        self._kept = (pool,)  # the kernels have its address
         self._pinned = library.device.type == "cuda"
         self.buffer = torch.zeros(max_items * ITEM_INTS, dtype=torch.int32, device=library.device)
         self._clusters = clusters or (CLUSTERS if library.arch.startswith(("sm_9", "sm_1")) else (1,))

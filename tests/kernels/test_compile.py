@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_kernels import lora_prefill
+from loraplex_kernels import lora_prefill, prefill_cut
 from loraplex_kernels import sample as sampling
 from loraplex_kernels.compiler import SOURCES, Build, CompileError, CubinCache, cache_key, compile_kernel
 from loraplex_kernels.items import OpShape
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 BIG_OP = OpShape(columns=8192, outputs=(28672, 28672))
 PREFILL = [
-    lora_prefill.Shape.of(cluster, ranks, (BIG_OP,)).defines
-    for cluster in (1, *lora_prefill.CLUSTERS)
+    lora_prefill.Shape.of(cluster, ranks, (BIG_OP,), ctas_per_sm).defines
+    for cluster in (1, *prefill_cut.CLUSTERS)
+    for ctas_per_sm in prefill_cut.RESIDENCIES
     for ranks in lora_prefill.RANK_CLASSES
 ]
 FP32 = "LORAPLEX_FP32"
@@ -61,7 +62,7 @@ def ceiling_of_header(name: str) -> int:
 
 def exists_on(arch: str, defines: tuple[str, ...]) -> bool:
     """Whether a build is used on an architecture: clusters exist from sm_90 on."""
-    clusters = {f"CLUSTER={cluster}" for cluster in lora_prefill.CLUSTERS}
+    clusters = {f"CLUSTER={cluster}" for cluster in prefill_cut.CLUSTERS}
     return arch != "sm_80" or not clusters.intersection(defines)
 
 

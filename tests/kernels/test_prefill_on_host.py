@@ -71,7 +71,7 @@ def test_lora_prefill_adds_what_each_chunks_adapter_adds(
     for index, adapter in enumerate(resident.adapters):
         tables.bind(index, adapter.spec, adapter.pages)
     pool, shapes = torch.from_numpy(resident.pages), op_shapes(geometry)
-    lora = LoraPrefill(library, tables, pool, shapes, max_items=64, clusters=(cluster,))
+    lora = LoraPrefill(library, tables, pool, shapes, max_items=64, clusters=(cluster,), residencies=(3,))
     library.track(pool, tables.tiles, tables.entries, lora.buffer)
     adapters, counts = np.array([0, -1, 1], dtype=np.int32), np.array([67, 2, 5], dtype=np.int32)
     of_token = np.concatenate([[-1], np.repeat(adapters, counts)]).astype(np.int32)

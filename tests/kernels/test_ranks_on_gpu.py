@@ -13,6 +13,7 @@ from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
 from loraplex_kernels.lora_prefill import LoraPrefill
+from loraplex_kernels.prefill_cut import RESIDENCIES
 from loraplex_kernels.tables import AdapterTables
 
 pytestmark = [
@@ -101,9 +102,12 @@ def test_adapters_of_all_ranks_decode_in_one_launch(name: str, dtype: torch.dtyp
                 assert error < 2 * TOLERANCE[dtype], (op, SETS[name][1][adapter], lib.arch)
 
 
+@pytest.mark.parametrize("residencies", [(3,), (2,), RESIDENCIES])
 @pytest.mark.parametrize("clusters", [(), (8,), (4,), (2,)])  # by the size of the step, or always the same
 @pytest.mark.parametrize("name", list(SETS))
-def test_adapters_of_all_ranks_prefill_in_one_launch(name: str, clusters: tuple[int, ...]) -> None:
+def test_adapters_of_all_ranks_prefill_in_one_launch(
+    name: str, clusters: tuple[int, ...], residencies: tuple[int, ...]
+) -> None:
     dtype = torch.bfloat16
     resident, pool, tables = resident_adapters(name, dtype)
     rng, chunks = np.random.default_rng(), len(resident.adapters)
@@ -113,7 +117,7 @@ def test_adapters_of_all_ranks_prefill_in_one_launch(name: str, clusters: tuple[
     for lib in libraries(dtype):
         shapes = op_shapes(resident.geometry)
         chosen = () if lib.arch == "compute_80" else clusters
-        lora = LoraPrefill(lib, tables, pool, shapes, max_items=1 << 16, clusters=chosen)
+        lora = LoraPrefill(lib, tables, pool, shapes, max_items=1 << 16, clusters=chosen, residencies=residencies)
         lora.prepare(adapters, counts)
         for op, shape in zip(OPS, shapes, strict=True):
             x = randn(len(of_token), shape.columns, dtype=dtype)

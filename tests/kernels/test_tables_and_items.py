@@ -26,7 +26,8 @@ from loraplex_kernels.items import (
     op_shapes,
     range_index,
 )
-from loraplex_kernels.lora_prefill import CLUSTERS, WAVE, choose_cut, make_segments, plan_op, table_size
+from loraplex_kernels.lora_prefill import make_segments, plan_op, table_size
+from loraplex_kernels.prefill_cut import CLUSTERS, WAVE, choose_cut
 from loraplex_kernels.tables import (
     AdapterTables,
     RangeAllocator,
@@ -302,9 +303,9 @@ def test_prefill_shares_never_leave_the_gpu_more_than_filled_once(tiles: int, sl
     assert plan.shares == 1 or (plan.num_items * plan.cluster <= WAVE and outputs >= 128 * plan.cluster * plan.shares)
 
 
-@pytest.mark.parametrize(("items", "cluster"), [(1, 8), (32, 8), (64, 4), (96, 2), (130, 2)])
-def test_prefill_prefers_one_wave_of_smaller_clusters_to_two_of_larger_ones(items: int, cluster: int) -> None:
-    assert choose_cut(items, OpShape(columns=4096, outputs=(4096,)), CLUSTERS) == (cluster, 3)
+@pytest.mark.parametrize(("items", "cut"), [(8, (8, 2)), (32, (8, 3)), (64, (4, 3)), (96, (2, 2)), (130, (2, 2))])
+def test_prefill_prefers_one_wave_of_smaller_clusters_to_two_of_larger_ones(items: int, cut: tuple[int, int]) -> None:
+    assert choose_cut(items, OpShape(columns=4096, outputs=(4096,)), CLUSTERS) == cut
 
 
 def test_prefill_tables_hold_the_longest_share_of_any_cluster() -> None:

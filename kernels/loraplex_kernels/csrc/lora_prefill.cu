@@ -14,7 +14,7 @@
 // Tile addresses are looked up once per CTA, all at a time: the loops hold no division and no dependent load. A stacked
 // rank above 256 leaves A's tiles 32 or 16 columns: PARTS = 4 looks up each 16 columns of a step by themselves.
 // Alignment: columns % 8 == 0, x and y rows on 16 bytes.
-// Shared memory: an SM's divided by CTAS, or by 2 at most for a rank above 64; the ring's slots take what the rest leaves.
+// Shared memory: an SM's divided by 2 or 3 (by 2 for a rank above 64); the ring's slots take what the rest leaves.
 // Registers: 3 CTAs of 256 threads per SM, hence at most 80.
 // Architectures: sm_90 and up with CLUSTER > 1, sm_80 and up with CLUSTER = 1.
 // Source: Chen et al., arXiv:2310.18547 (Punica's SGMV).
@@ -124,7 +124,7 @@ struct Outputs {
     }
 };
 
-extern "C" __global__ void LORAPLEX_CLUSTER __launch_bounds__(kThreads, CTAS) lora_prefill(const Params p) {
+extern "C" __global__ void LORAPLEX_CLUSTER __launch_bounds__(kThreads, 3) lora_prefill(const Params p) {
     LORAPLEX_SHARED(Shared, shared);
     allow_dependents();
     const u32 cta = cluster_rank<kCluster>();

@@ -14,7 +14,8 @@ from loraplex_engine.cuda.runner_config import CudaRunnerConfig, tile_capacity
 from loraplex_engine.cuda.token_lora import max_decode_items, max_prefill_items
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_kernels.items import ItemBuilder, op_shapes
-from loraplex_kernels.lora_prefill import CLUSTERS, make_segments, plan_op
+from loraplex_kernels.lora_prefill import make_segments, plan_op
+from loraplex_kernels.prefill_cut import CLUSTERS
 
 GEOMETRY = Geometry(
     dtype="bfloat16",

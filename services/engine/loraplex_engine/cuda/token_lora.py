@@ -9,7 +9,8 @@ import torch
 from loraplex_common.adapter_image import OP_INDEX
 from loraplex_kernels.items import BLOCK_ROWS, GROUP_TOKENS, SHRINK_ROWS, op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.lora_prefill import TILE_TOKENS, WAVE, LoraPrefill
+from loraplex_kernels.lora_prefill import TILE_TOKENS, LoraPrefill
+from loraplex_kernels.prefill_cut import WAVE
 from loraplex_kernels.tables import MAX_RANK
 
 if TYPE_CHECKING:
