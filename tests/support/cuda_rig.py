@@ -10,7 +10,7 @@ import torch
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.cuda.runner import CudaRunner
-from loraplex_engine.cuda.runner_config import CudaRunnerConfig
+from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS, CudaRunnerConfig
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner
@@ -99,6 +99,7 @@ def make_cuda_runner(
     max_num_batched_tokens: int = 512,
     arch: str | None = None,
     dependent_launch: bool | None = None,
+    min_decode_runs: int = MIN_DECODE_RUNS,
 ) -> CudaRunner:
     """Build the CUDA backend over a model directory."""
     info = load_base_model(model_dir)
@@ -112,6 +113,7 @@ def make_cuda_runner(
         max_resident_adapters=64,
         arch=arch,
         dependent_launch=dependent_launch,
+        min_decode_runs=min_decode_runs,
     )
     return CudaRunner(config, WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device("cuda", 0)))
 

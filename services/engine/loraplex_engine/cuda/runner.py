@@ -127,6 +127,7 @@ class CudaRunner:
             self.geometry,
             max_rows=config.max_num_seqs,
             max_tokens=limits.max_tokens,
+            min_decode_runs=config.min_decode_runs,
         )
         self._added_path = AddedLoraPath(rope, silu_mul, self._token_lora)
         self._num_binds = 0

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
 
 HEAD_DIMS: Final = (64, 128)  # what the attention kernels are written for
+MIN_DECODE_RUNS: Final = 64
+"""Runs of decode rows from which on the decode kernels' launches cost less than a segment for each (benchmarks/NOTES.md)."""
 PROJECTIONS_PER_LAYER: Final = sum(len(slices) for slices in OPS.values())
 
 
@@ -28,6 +30,8 @@ class CudaRunnerConfig:
         max_num_batched_tokens: Most tokens of one step.
         max_resident_adapters: Size of the adapter table; 0 switches LoRA off: no tables, kernels or graphs of it are
             made, and no plan may name an adapter. What LoRA costs those who do not use it is measured against that.
+        min_decode_runs: In steps with prefill chunks, in bf16, decode rows that make so many runs of one adapter or more go
+            through the decode kernels; else they are segments of the prefill kernel, as chunks are.
         device: Ordinal of the GPU.
         arch: Architecture to compile for; the GPU's own if None. ``compute_80`` runs the sm_80 code on a newer GPU.
         dependent_launch: Launch kernels programmatically dependent on those before them; if None, where the target can
@@ -41,6 +45,7 @@ class CudaRunnerConfig:
     max_model_len: int
     max_num_batched_tokens: int
     max_resident_adapters: int = 1024
+    min_decode_runs: int = MIN_DECODE_RUNS
     device: int = 0
     arch: str | None = None
     dependent_launch: bool | None = None

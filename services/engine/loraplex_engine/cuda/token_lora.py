@@ -1,4 +1,4 @@
-"""LoRA of steps with prefill chunks: tensor-core segments in bf16, the decode kernels in fp32."""
+"""LoRA of steps with prefill chunks: in bf16 tensor-core segments, beside many decode rows in groups; in fp32 all in groups."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import OP_INDEX
+from loraplex_common.adapter_image import OPS
 from loraplex_kernels.items import BLOCK_ROWS, GROUP_TOKENS, SHRINK_ROWS, op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
 from loraplex_kernels.lora_prefill import TILE_TOKENS, LoraPrefill
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from loraplex_kernels.items import OpShape
     from loraplex_kernels.module import KernelLibrary
     from loraplex_kernels.tables import AdapterTables
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    from loraplex_engine.cuda.lora_paths import TokenLora
     from loraplex_engine.step import StepPlan
 
 
@@ -35,6 +37,11 @@ def max_decode_items(shapes: tuple[OpShape, ...], num_groups: int) -> int:
 def max_prefill_items(shapes: tuple[OpShape, ...], num_tiles: int) -> int:
     """Return a bound of the items of a step with that many tiles of `TILE_TOKENS` tokens or fewer."""
     return sum(max(len(shape.outputs) * num_tiles, WAVE) for shape in shapes)
+
+
+def num_runs(adapters: NDArray[np.int32]) -> int:
+    """Return how many runs of one adapter rows make: as many segments, unless a run is long."""
+    return int(np.count_nonzero(np.diff(adapters, prepend=np.int32(-2))))
 
 
 class SegmentLora:
@@ -54,9 +61,14 @@ class SegmentLora:
         max_tiles = max_rows + -(-max_tokens // TILE_TOKENS)
         self._kernels = LoraPrefill(library, tables, pool, shapes, max_items=max_prefill_items(shapes, max_tiles))
 
-    def prepare(self, plan: StepPlan) -> None:
-        """Build the step's items."""
-        self._kernels.prepare(plan.adapters, plan.num_tokens)
+    @property
+    def fixed_tensors(self) -> tuple[Tensor, ...]:
+        """Tensors whose addresses reach kernels through tables."""
+        return (self._kernels.buffer,)
+
+    def prepare(self, plan: StepPlan, first_row: int = 0) -> None:
+        """Build the items of the step's rows, but for the first ``first_row``, which have one token each."""
+        self._kernels.prepare(plan.adapters[first_row:], plan.num_tokens[first_row:], first_row)
 
     def apply(self, layer: int, op: str, x: Tensor, y: Tensor, scales: Tensor) -> None:
         """See `TokenLora`."""
@@ -64,23 +76,40 @@ class SegmentLora:
 
 
 class GroupedLora:
-    """Groups of at most 8 tokens of one adapter by the decode kernels: exact in fp32, slow for long prompts."""
+    """Groups of at most 8 tokens of one adapter by the decode kernels: exact in fp32, slow for long prompts.
+
+    Args:
+        library: Kernels.
+        tables: The resident adapters.
+        pool: uint8 ``[pages, page_bytes]``.
+        geometry: Of adapter images.
+        max_tokens: Most tokens of a step.
+        max_groups: Most groups of a step; unless given, as many as sequences of up to 256 adapters make of the tokens.
+    """
 
     def __init__(
-        self, library: KernelLibrary, tables: AdapterTables, pool: Tensor, geometry: Geometry, *, max_tokens: int
+        self,
+        library: KernelLibrary,
+        tables: AdapterTables,
+        pool: Tensor,
+        geometry: Geometry,
+        *,
+        max_tokens: int,
+        max_groups: int | None = None,
     ) -> None:
         shapes = op_shapes(geometry)
-        max_groups = max_tokens  # every token may have its own adapter
+        if max_groups is None:
+            max_groups = -(-max_tokens // GROUP_TOKENS) + min(max_tokens, 256)
         self._kernels = LoraDecode(
             library,
             tables,
             pool,
             shapes,
-            max_rows=max_groups,
-            max_items=max_decode_items(shapes, -(-max_groups // GROUP_TOKENS) + min(max_groups, 256)),
+            max_rows=max_tokens,  # every token may have its own adapter
+            max_items=max_decode_items(shapes, max_groups),
         )
         self._hidden = self._kernels.new_scratch()
-        self._counts = np.zeros(2 * len(shapes), dtype=np.int32)
+        self._grids: dict[str, tuple[int, int]] = {}
 
     @property
     def fixed_tensors(self) -> tuple[Tensor, ...]:
@@ -89,13 +118,80 @@ class GroupedLora:
 
     def prepare(self, plan: StepPlan) -> None:
         """Build the step's items."""
-        self._counts = self._kernels.prepare(np.repeat(plan.adapters, plan.num_tokens)).counts
+        self.prepare_tokens(np.repeat(plan.adapters, plan.num_tokens))
+
+    def prepare_tokens(self, adapters: NDArray[np.int32], tokens: NDArray[np.int32] | None = None) -> None:
+        """Build the items of some tokens.
+
+        Args:
+            adapters: int32 ``[N]``; adapter of each token, -1 for none.
+            tokens: int32 ``[N]``; their numbers in the step, below ``max_tokens``; 0..N-1 if unset.
+        """
+        counts = self._kernels.prepare(adapters, tokens).counts.reshape(-1, 2).tolist()
+        self._grids = {op: (shrink, expand) for op, (shrink, expand) in zip(OPS, counts, strict=True) if expand}
 
     def apply(self, layer: int, op: str, x: Tensor, y: Tensor, scales: Tensor) -> None:
         """See `TokenLora`."""
-        shrink, expand = self._counts[2 * OP_INDEX[op] : 2 * OP_INDEX[op] + 2].tolist()
+        if op not in self._grids:
+            return
+        shrink, expand = self._grids[op]
         self._kernels.shrink(layer, op, x, self._hidden, shrink)
         self._kernels.expand_add(layer, op, self._hidden, scales, y, expand)
+
+
+class SplitLora:
+    """Decode rows in groups and chunks in segments, bf16; if the decode rows are few, they are segments too.
+
+    Groups and segments are disjoint rows of an output, so their kernels may run in either order. The groups' buffers are its
+    own: those of `DecodeLora` belong to graphs.
+
+    Args:
+        library: Kernels.
+        tables: The resident adapters.
+        pool: uint8 ``[pages, page_bytes]``.
+        geometry: Of adapter images.
+        max_rows: Most sequences of a step.
+        max_tokens: Most tokens of a step.
+        min_decode_runs: If decode rows make fewer runs of one adapter, they are segments.
+    """
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        tables: AdapterTables,
+        pool: Tensor,
+        geometry: Geometry,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        min_decode_runs: int,
+    ) -> None:
+        self._segments = SegmentLora(library, tables, pool, geometry, max_rows=max_rows, max_tokens=max_tokens)
+        self._groups = GroupedLora(library, tables, pool, geometry, max_tokens=max_rows, max_groups=max_rows)
+        self._min_decode_runs = min_decode_runs
+        self._parts: tuple[TokenLora, ...] = ()
+
+    @property
+    def fixed_tensors(self) -> tuple[Tensor, ...]:
+        """Tensors whose addresses reach kernels through tables."""
+        return (*self._segments.fixed_tensors, *self._groups.fixed_tensors)
+
+    def prepare(self, plan: StepPlan) -> None:
+        """Build the step's items, of the parts that have any."""
+        rows = np.flatnonzero(plan.adapters[: plan.num_decode_rows] >= 0).astype(np.int32)
+        has_groups = 0 < num_runs(plan.adapters[rows]) >= self._min_decode_runs
+        first_row = plan.num_decode_rows if has_groups else 0
+        has_segments = bool((plan.adapters[first_row:] >= 0).any())
+        if has_groups:
+            self._groups.prepare_tokens(plan.adapters[rows], rows)  # decode rows come first, with one token each
+        if has_segments:
+            self._segments.prepare(plan, first_row)
+        self._parts = (self._groups,) * has_groups + (self._segments,) * has_segments
+
+    def apply(self, layer: int, op: str, x: Tensor, y: Tensor, scales: Tensor) -> None:
+        """See `TokenLora`."""
+        for part in self._parts:
+            part.apply(layer, op, x, y, scales)
 
 
 def make_token_lora(
@@ -106,8 +202,17 @@ def make_token_lora(
     *,
     max_rows: int,
     max_tokens: int,
-) -> SegmentLora | GroupedLora:
+    min_decode_runs: int,
+) -> GroupedLora | SplitLora:
     """Return what suits the element type."""
-    if library.dtype == torch.bfloat16:
-        return SegmentLora(library, tables, pool, geometry, max_rows=max_rows, max_tokens=max_tokens)
-    return GroupedLora(library, tables, pool, geometry, max_tokens=max_tokens)
+    if library.dtype != torch.bfloat16:
+        return GroupedLora(library, tables, pool, geometry, max_tokens=max_tokens)
+    return SplitLora(
+        library,
+        tables,
+        pool,
+        geometry,
+        max_rows=max_rows,
+        max_tokens=max_tokens,
+        min_decode_runs=min_decode_runs,
+    )
