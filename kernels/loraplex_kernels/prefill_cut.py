@@ -21,6 +21,7 @@ START_SLOTS: Final = {3: 1.0, 2: 6.0}
 SLOT_COST: Final = {3: 1.0, 2: 0.6}
 CHUNK_COST: Final = 1.5  # of a step of columns: y is read and written
 LAST_WAVE: Final = 0.85  # what a nearly empty one costs of a full one
+MOST_WAVES: Final = 3  # of two CTAs per SM: what was timed
 CHUNK: Final = 64  # outputs
 WAVE: Final = 132  # multiprocessors of an H100: with fewer CTAs, a tile's outputs are shared out to more
 
@@ -40,6 +41,8 @@ def choose_cut(
     def cost(cut: tuple[int, int]) -> float:
         cluster, ctas_per_sm = cut
         shares, resident = num_shares(num_items, shape, cluster), RESIDENT_CLUSTERS[ctas_per_sm][cluster]
+        if ctas_per_sm < max(residencies) and num_items * shares > MOST_WAVES * resident:
+            return float("inf")
         full, rest = divmod(num_items * shares, resident)
         waves = full + (LAST_WAVE + (1 - LAST_WAVE) * rest / resident if rest else 0)
         slots = (shape.columns + CHUNK_COST * max(shape.outputs) / shares) / (64 * cluster)
