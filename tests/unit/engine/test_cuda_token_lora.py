@@ -16,7 +16,7 @@ from kernels.host_kernels import COMPILER, HostLibrary
 from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry, relative_error
 from kernels.recording_kernels import RecordingLibrary
 from loraplex_common.adapter_image import OPS
-from loraplex_engine.cuda.token_lora import SplitLora, make_token_lora
+from loraplex_engine.cuda.token_lora import make_token_lora
 from loraplex_engine.step import NO_ADAPTER, StepPlan
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.tables import MAX_RANK, AdapterTables
@@ -232,7 +232,7 @@ def test_buffers_hold_a_step_of_distinct_adapters_of_any_rank(rank: int, num_dec
     tables.max_ranks[:] = rank
     tables.max_stacked[:] = [rank * len(names) for names in OPS.values()]
     pool = torch.zeros(1, geometry.page_bytes, dtype=torch.uint8)
-    lora = SplitLora(library, tables, pool, geometry, max_rows=max_rows, max_tokens=max_tokens, min_decode_runs=1)
+    lora = make_token_lora(library, tables, pool, geometry, max_rows=max_rows, max_tokens=max_tokens, min_decode_runs=1)
     num_chunks = max_rows - num_decode
     lengths = np.full(num_chunks, (max_tokens - num_decode) // max(num_chunks, 1))
     adapters = np.arange(num_decode, max_rows)

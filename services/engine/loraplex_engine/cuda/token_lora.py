@@ -142,33 +142,16 @@ class GroupedLora:
 class SplitLora:
     """Decode rows in groups and chunks in segments, bf16; if the decode rows are few, they are segments too.
 
-    Groups and segments are disjoint rows of an output, so their kernels may run in either order. The groups' buffers are its
-    own: those of `DecodeLora` belong to graphs.
+    Groups and segments are disjoint rows of an output, so their kernels may run in either order.
 
     Args:
-        library: Kernels.
-        tables: The resident adapters.
-        pool: uint8 ``[pages, page_bytes]``.
-        geometry: Of adapter images.
-        max_rows: Most sequences of a step.
-        max_tokens: Most tokens of a step.
+        segments: Of any step.
+        groups: Of as many tokens as a step has sequences; `DecodeLora`'s buffers belong to graphs and cannot serve.
         min_decode_runs: If decode rows make fewer runs of one adapter, they are segments.
     """
 
-    def __init__(
-        self,
-        library: KernelLibrary,
-        tables: AdapterTables,
-        pool: Tensor,
-        geometry: Geometry,
-        *,
-        max_rows: int,
-        max_tokens: int,
-        min_decode_runs: int,
-    ) -> None:
-        self._segments = SegmentLora(library, tables, pool, geometry, max_rows=max_rows, max_tokens=max_tokens)
-        self._groups = GroupedLora(library, tables, pool, geometry, max_tokens=max_rows, max_groups=max_rows)
-        self._min_decode_runs = min_decode_runs
+    def __init__(self, segments: SegmentLora, groups: GroupedLora, *, min_decode_runs: int) -> None:
+        self._segments, self._groups, self._min_decode_runs = segments, groups, min_decode_runs
         self._parts: tuple[TokenLora, ...] = ()
 
     @property
@@ -207,12 +190,6 @@ def make_token_lora(
     """Return what suits the element type."""
     if library.dtype != torch.bfloat16:
         return GroupedLora(library, tables, pool, geometry, max_tokens=max_tokens)
-    return SplitLora(
-        library,
-        tables,
-        pool,
-        geometry,
-        max_rows=max_rows,
-        max_tokens=max_tokens,
-        min_decode_runs=min_decode_runs,
-    )
+    segments = SegmentLora(library, tables, pool, geometry, max_rows=max_rows, max_tokens=max_tokens)
+    groups = GroupedLora(library, tables, pool, geometry, max_tokens=max_rows, max_groups=max_rows)
+    return SplitLora(segments, groups, min_decode_runs=min_decode_runs)
