@@ -27,7 +27,7 @@ from loraplex_kernels.items import (
     range_index,
 )
 from loraplex_kernels.lora_prefill import make_segments, plan_op, table_size
-from loraplex_kernels.prefill_cut import CLUSTERS, WAVE, choose_cut
+from loraplex_kernels.prefill_cut import CLUSTERS, RESIDENCIES, WAVE, choose_cut
 from loraplex_kernels.tables import (
     AdapterTables,
     RangeAllocator,
@@ -306,6 +306,14 @@ def test_prefill_shares_never_leave_the_gpu_more_than_filled_once(tiles: int, sl
 @pytest.mark.parametrize(("items", "cut"), [(8, (8, 2)), (32, (8, 3)), (64, (4, 3)), (96, (2, 2)), (130, (2, 2))])
 def test_prefill_prefers_one_wave_of_smaller_clusters_to_two_of_larger_ones(items: int, cut: tuple[int, int]) -> None:
     assert choose_cut(items, OpShape(columns=4096, outputs=(4096,)), CLUSTERS) == cut
+
+
+@pytest.mark.parametrize("items", [500, 1000, 4000])
+def test_prefill_takes_long_rings_for_no_more_waves_than_were_timed(items: int) -> None:
+    shape = OpShape(columns=4096, outputs=(4096,))
+
+    assert choose_cut(items, shape, CLUSTERS)[1] == max(RESIDENCIES)
+    assert choose_cut(items, shape, CLUSTERS, (2,))[1] == 2  # where there is nothing else
 
 
 def test_prefill_tables_hold_the_longest_share_of_any_cluster() -> None:
