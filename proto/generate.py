@@ -12,8 +12,8 @@ import io
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from importlib import resources
 from pathlib import Path
 
@@ -111,14 +111,15 @@ def lint() -> None:
 
 def breaking(reference: str) -> None:
     """Compare with the protos at a git reference; a reference without protos has nothing to break."""
-    archive = subprocess.run(["git", "archive", reference, "proto"], cwd=ROOT, capture_output=True, check=False)
+    command = ["git", "archive", "--format=zip", reference, "proto"]  # unpacks alike in every Python 3.11, tar does not
+    archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     if archive.returncode != 0:
         print(f"no protos at {reference}: nothing to compare")
         return
     with tempfile.TemporaryDirectory() as folder:
         now, then, unpacked = Path(folder, "now"), Path(folder, "then"), Path(folder, "git")
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as protos:
-            protos.extractall(unpacked, filter="data")
+        with zipfile.ZipFile(io.BytesIO(archive.stdout)) as protos:
+            protos.extractall(unpacked)
         assemble(now, PROTO)
         assemble(then, unpacked / "proto")
         buf("breaking", "--against", str(then), cwd=now)
