@@ -43,7 +43,8 @@ class RmsNorm:
             weight: ``[hidden]``.
             out: ``[num_rows, hidden]``; num_rows CTAs are launched.
             residual: ``[tokens, hidden]``, updated in place.
-            rows: int32 ``[num_rows]``; which rows to normalise, all in order if unset.
+            rows: int32 ``[num_rows]``; which rows to normalise, all in order if unset; -1 gives zeros. No row twice: the
+                sum would be taken twice, or by one of the two only.
 
         Raises:
             ValueError: If a shape, dtype or device differs, or there is neither x nor residual.

@@ -52,6 +52,19 @@ def test_rms_norm_of_chosen_rows_leaves_the_residual_alone(host_library: MakeHos
     assert torch.equal(residual, before)
 
 
+def test_rms_norm_of_padding_is_zero_and_touches_no_row(host_library: MakeHostLibrary) -> None:
+    x, residual = torch.randn(5, 64), torch.randn(5, 64)
+    expected, rows = residual.clone(), torch.tensor([2, 0, -1, -1], dtype=torch.int32)
+    expected[[2, 0]] += x[[2, 0]]
+    out = poisoned(4, 64, dtype=torch.float32)
+
+    RmsNorm(host_library(torch.float32), 64, 1e-6).launch(x, torch.ones(64), out, residual=residual, rows=rows)
+
+    assert relative_error(out[:2], reference.rms_norm(expected[[2, 0]], torch.ones(64), 1e-6)) < 1e-5
+    assert not out[2:].any()
+    assert torch.equal(residual, expected)
+
+
 def test_silu_mul(host_library: MakeHostLibrary) -> None:
     dtype = torch.bfloat16
     gate_up, out = (torch.randn(3, 2 * 136) * 3).to(dtype), poisoned(3, 136, dtype=dtype)

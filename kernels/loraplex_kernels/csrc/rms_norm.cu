@@ -18,11 +18,15 @@ struct Params {
     elem* residual;      // [rows, HIDDEN], updated in place; null: none
     const elem* weight;  // [HIDDEN]
     elem* out;           // [num_rows, HIDDEN]
-    const int* rows;     // [num_rows] rows to read; null: row i
+    const int* rows;     // [num_rows] rows to read, each at most once; null: row i; -1: padding, out is zeroed
     float eps;
     int num_rows;
 };
 static_assert(sizeof(Params) == 48, "rms_norm.py mirrors it");
+
+__device__ __forceinline__ void clear_row(elem* row) {
+    for (int column = threadIdx.x * kVec; column < kHidden; column += kThreads * kVec) store_vec(row + column, Vec{});
+}
 
 extern "C" __global__ void __launch_bounds__(kThreads, kVecs > 1 ? 1024 / kThreads : 2048 / kThreads)
 rms_norm(const Params p) {
@@ -30,6 +34,7 @@ rms_norm(const Params p) {
     allow_dependents();
     dependency_wait();
     const i64 row = p.rows ? p.rows[blockIdx.x] : static_cast<int>(blockIdx.x);
+    if (row < 0) return clear_row(p.out + static_cast<i64>(blockIdx.x) * kHidden);
     float values[kVecs][kVec];
     float squares = 0.f;
 #pragma unroll

@@ -70,7 +70,7 @@ def test_a_bucket_holds_the_rows_and_harmless_padding() -> None:
     step = layout.views(sent(buffer, count))
     check_tokens(step, plan)
     assert torch.equal(step.block_tables[:4, : plan.block_tables.shape[1]], torch.from_numpy(plan.block_tables))
-    assert step.sample_tokens.tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
+    assert step.sample_tokens.tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
     assert step.sample_slots.tolist() == [*plan.slots.tolist(), *[PAD_SLOT] * 4]
     for name, value in (("kv_slots", -1), ("sequences", -1), ("contexts", 0), ("token_ids", 0), ("slots", PAD_SLOT)):
         assert getattr(step, name)[4:].tolist() == [value] * 4, name

@@ -55,7 +55,7 @@ class StepInputs:
         sequences: int32 ``[T]``; row of the block tables; -1 for padding.
         contexts: int32 ``[T]``; tokens seen, the new one included; 0 for padding. One per decode row comes first.
         scales: fp32 ``[T]``; the request's own factor on its adapter.
-        sample_tokens: int32 ``[S]``; tokens whose logits are sampled.
+        sample_tokens: int32 ``[S]``; tokens whose logits are sampled, each once; -1: padding.
         sample_slots: int32 ``[S]``.
         tiles: int32 ``[tiles, 8]``.
         block_tables: int32 ``[N, W]``.
@@ -146,7 +146,7 @@ class InputWriter:
             ("sequences", ordinals, -1),
             ("contexts", positions + 1, 0),
             ("scales", plan.adapter_scales.view(np.int32), 0),
-            ("sample_tokens", ordinals, 0),
+            ("sample_tokens", ordinals, -1),
             ("sample_slots", plan.slots, self._pad_slot),
         ):
             array = layout.host(buffer, name)
