@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound=ctypes.Structure)
 DEPENDENT_LAUNCH_MACRO: Final = "LORAPLEX_PDL"
+JITTER_MACRO: Final = "LORAPLEX_JITTER"
 
 
 class DriverError(RuntimeError):
@@ -134,6 +135,7 @@ class KernelLibrary:
         cache: Where cubins are kept.
         arch: Target; the device's own if unset. ``compute_80`` runs the sm_80 path on a newer device.
         dependent: Launch with programmatic dependent launch (sm_90 and up).
+        jitter: Let warps idle at random, so that races show; for tests.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class KernelLibrary:
         cache: CubinCache | None = None,
         arch: str | None = None,
         dependent: bool = False,
+        jitter: bool = False,
     ) -> None:
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"kernels compute in bfloat16 or float32, not {dtype}")
@@ -151,7 +154,7 @@ class KernelLibrary:
         self._device_index = device.index if device.index is not None else torch.cuda.current_device()
         self.dtype = dtype
         self.arch = arch or device_arch(device)
-        self.dependent = dependent
+        self.dependent, self.jitter = dependent, jitter
         self._cache = cache or CubinCache()
         torch.zeros(1, device=device)  # makes torch's primary context current
 
@@ -169,7 +172,7 @@ class KernelLibrary:
         return Kernel(name, program.image, params, block, shared_bytes, dependent=self.dependent)
 
     def _launch_defines(self) -> tuple[str, ...]:
-        return (DEPENDENT_LAUNCH_MACRO,) if self.dependent else ()
+        return (DEPENDENT_LAUNCH_MACRO,) * self.dependent + (JITTER_MACRO,) * self.jitter
 
     def check(self, name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> int:
         """Return a tensor's address once dtype, device, shape and contiguity hold; a size of -1 matches any.

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+JITTERED_STEPS = 2000
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
@@ -60,4 +62,34 @@ def test_a_graph_computes_the_same_bits_beside_a_copy_and_behind_a_prefill(
     assert torch.equal(logits(lambda: None), alone)
     assert torch.equal(logits(copy), alone)
     assert torch.equal(logits(lambda: runner.launch(rig.harness.plan([late]))), alone)
+    runner.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [9, MAX_ROWS_BESIDE + 3], ids=["beside", "in line"])
+def test_a_graph_computes_the_same_bits_however_its_warps_get_on(
+    model_dirs: dict[str, Path], dtype: str, rows: int
+) -> None:
+    runner = make_cuda_runner(
+        model_dirs["gqa/plain"], dtype, max_num_seqs=rows, num_pages=1024, dependent_launch=True, jitter=True
+    )
+    rig = make_rig(model_dirs["gqa/plain"], runner, dtype, num_pages=1024)
+    sequences = add_sequences(rig, 384, rows)
+    rig.harness.generate(sequences, 3)
+    fed = runner._decoder.last_sampled.clone()
+    rig.harness.step(sequences)
+    bucket, different = runner.graphs.bucket(rows), torch.zeros((), dtype=torch.int64, device="cuda")
+    assert bucket > rows, "padding is part of what may go wrong"
+
+    with torch.inference_mode(), torch.cuda.stream(runner._stream):
+        first = None
+        for _ in range(JITTERED_STEPS):
+            runner._decoder.last_sampled.copy_(fed)
+            runner.graphs.replay(bucket, len(VARIANTS) - 1)
+            found = runner._decoder.work.logits[:rows]
+            first = found.clone() if first is None else first
+            different += (found != first).any()
+    torch.cuda.synchronize()
+
+    assert different.item() == 0
     runner.close()

@@ -10,6 +10,7 @@ from loraplex_kernels import lora_prefill, prefill_cut
 from loraplex_kernels import sample as sampling
 from loraplex_kernels.compiler import SOURCES, Build, CompileError, CubinCache, cache_key, compile_kernel
 from loraplex_kernels.items import OpShape
+from loraplex_kernels.module import JITTER_MACRO
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +32,7 @@ BUILDS = [
     ("silu_mul", ("WIDTH=11008",), None),
     ("silu_mul", ("WIDTH=1536", FP32), None),
     ("embedding", ("HIDDEN=4096",), None),
+    ("embedding", ("HIDDEN=4096", JITTER_MACRO), None),
     ("rope_kv", ("HEAD_DIM=64",), None),
     ("rope_kv", ("HEAD_DIM=128",), None),
     ("rope_kv", ("HEAD_DIM=64", FP32), None),

@@ -100,6 +100,7 @@ def make_cuda_runner(
     arch: str | None = None,
     dependent_launch: bool | None = None,
     min_decode_runs: int = MIN_DECODE_RUNS,
+    jitter: bool = False,
 ) -> CudaRunner:
     """Build the CUDA backend over a model directory."""
     info = load_base_model(model_dir)
@@ -114,6 +115,7 @@ def make_cuda_runner(
         arch=arch,
         dependent_launch=dependent_launch,
         min_decode_runs=min_decode_runs,
+        jitter=jitter,
     )
     return CudaRunner(config, WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device("cuda", 0)))
 

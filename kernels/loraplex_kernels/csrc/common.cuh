@@ -109,17 +109,31 @@ __device__ __forceinline__ T* as_global(T* p) {
 #endif
     return p;
 }
+// A race between CTAs or warps may show once in a million steps. Built with LORAPLEX_JITTER (tests do), a kernel makes it
+// common: at its start and behind what it waits for, one warp in 128 idles for up to 20 us, another one each time.
+__device__ __forceinline__ void jitter() {
+#ifdef LORAPLEX_JITTER
+    const u32 begin = static_cast<u32>(clock());
+    u32 hash = (begin ^ blockIdx.x * 2654435761u ^ blockIdx.y * 97u ^ threadIdx.x / kWarp * 40503u) * 0x9E3779B1u;
+    hash = (hash ^ hash >> 15) * 0x85EBCA6Bu;
+    hash ^= hash >> 13;
+    const u32 cycles = hash % 128 == 0 ? hash >> 8 & 0x7fff : 0;
+    while (static_cast<u32>(clock()) - begin < cycles) {}
+#endif
+}
 // Programmatic dependent launch: all that later kernels wait for is behind dependency_wait(); what a kernel reads
 // before it must not depend on an earlier kernel (weights, tables, items).
 __device__ __forceinline__ void dependency_wait() {
 #ifdef LORAPLEX_PDL
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+    jitter();
 }
 __device__ __forceinline__ void allow_dependents() {
 #ifdef LORAPLEX_PDL
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
+    jitter();
 }
 
 // Brings what is read later into L1 without tying up a register until then.

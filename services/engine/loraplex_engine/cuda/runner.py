@@ -70,7 +70,7 @@ class CudaRunner:
         dependent = config.dependent_launch
         if dependent is None:
             dependent = has_dependent_launch(config.arch or device_arch(device))
-        self._library = KernelLibrary(device, self._dtype, arch=config.arch, dependent=dependent)
+        self._library = KernelLibrary(device, self._dtype, arch=config.arch, dependent=dependent, jitter=config.jitter)
         sizes = bucket_sizes(config.max_num_seqs)
         self._limits = DecoderLimits(
             max_tokens=max(config.max_num_batched_tokens, sizes[-1]),

@@ -36,6 +36,7 @@ class CudaRunnerConfig:
         arch: Architecture to compile for; the GPU's own if None. ``compute_80`` runs the sm_80 code on a newer GPU.
         dependent_launch: Launch kernels programmatically dependent on those before them; if None, where the target can
             (sm_90 and up).
+        jitter: Let kernels' warps idle at random, so that races show; for tests.
     """
 
     info: BaseModelInfo
@@ -49,6 +50,7 @@ class CudaRunnerConfig:
     device: int = 0
     arch: str | None = None
     dependent_launch: bool | None = None
+    jitter: bool = False
 
     def __post_init__(self) -> None:
         if self.geometry.head_dim not in HEAD_DIMS:
