@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from loraplex_common.adapter_image import OPS
+from loraplex_engine.cuda import lora_paths
 from loraplex_kernels import reference
 from loraplex_kernels.attention_decode import AttentionDecode
 from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
@@ -90,7 +91,8 @@ def decode_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict[
     adapters = baseline_adapters(tokens, row["popularity"])
     built = lora.prepare(adapters)
     op = list(OPS).index(case.op)
-    grids = [min(int(built.counts[2 * op]), 132 * 3), min(int(built.counts[2 * op + 1]), 132 * 4)]
+    most = lora_paths.Grids.of(1 << 10, 132)
+    grids = min(int(built.counts[2 * op]), most.shrink), min(int(built.counts[2 * op + 1]), most.expand)
     x = torch.randn(tokens, shape.columns, device=DEVICE, dtype=torch.bfloat16)
     y = torch.zeros(tokens, sum(shape.outputs), device=DEVICE, dtype=torch.bfloat16)
     h, scale = lora.new_scratch(), torch.ones(tokens, device=DEVICE)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 GROUP_TOKENS: Final = 8  # kGroupTokens
 SHRINK_ROWS: Final = 16  # kRows
 SHRINK_CHUNK: Final = 1024
+SHRINK_WAVE_ITEMS: Final = 396  # three CTAs for each multiprocessor of an H100
+TWO_GROUPS: Final = 1 << 16  # kTwoGroups
 MAX_PLANES: Final = 6
 """Planes of h per op: each costs whoever reads h a round of loads, and fewer make the shrink's items longer."""
 GROUP_TOKENS_AT: Final = 4
@@ -141,7 +143,9 @@ def within_runs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def shrink_items(groups: NDArray[np.int32], stacked: NDArray[np.int32], shape: OpShape) -> NDArray[np.int32]:
-    """Return ``[items, 4]``: group, adapter, block of 16 rank rows, plane.
+    """Return ``[items, 4]``: group, adapter, block of 16 rank rows, plane; `TWO_GROUPS` is added for the next group, too.
+
+    With more items than run at a time, two groups of one adapter share theirs, so that its weights are read half as often.
 
     Args:
         groups: From `make_groups`.
@@ -149,12 +153,20 @@ def shrink_items(groups: NDArray[np.int32], stacked: NDArray[np.int32], shape: O
         shape: The op's.
     """
     blocks = -(-stacked.astype(np.int64) // SHRINK_ROWS)
+    is_shared = np.zeros(len(groups), dtype=bool)  # with the group behind it
+    if int(blocks.sum()) * shape.num_planes > SHRINK_WAVE_ITEMS:
+        adapters = groups[:, 0]
+        starts = np.flatnonzero(np.diff(adapters, prepend=-2))
+        is_even = within_runs(np.diff(np.append(starts, len(groups)))) % 2 == 0
+        is_shared[:-1] = is_even[:-1] & (adapters[1:] == adapters[:-1])
+        blocks[1:][is_shared[:-1]] = 0
     counts = blocks * shape.num_planes
     group = np.repeat(np.arange(len(groups)), counts)
     within = within_runs(counts)
     items = np.empty((len(group), ITEM_INTS), dtype=np.int32)
     items[:, 0], items[:, 1] = group, groups[group, 0]
-    items[:, 2], items[:, 3] = within // shape.num_planes, within % shape.num_planes
+    items[:, 2] = within // shape.num_planes
+    items[:, 3] = within % shape.num_planes + TWO_GROUPS * is_shared[group]
     return items
 
 

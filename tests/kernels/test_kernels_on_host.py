@@ -9,10 +9,10 @@ import pytest
 import torch
 from kernels.host_kernels import HostLibrary
 from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry, relative_error
-from loraplex_kernels import reference
+from loraplex_kernels import items, reference
 from loraplex_kernels.attention_scalar import AttentionScalar
 from loraplex_kernels.embedding import Embedding
-from loraplex_kernels.items import op_shapes
+from loraplex_kernels.items import op_shapes, range_index
 from loraplex_kernels.lora_decode import LoraDecode
 from loraplex_kernels.paged_kv import KvLayout
 from loraplex_kernels.rms_norm import RmsNorm
@@ -165,6 +165,26 @@ def test_shrink_and_expand_add_what_each_rows_adapter_adds(host_library: MakeHos
         lora.expand_add(layer, op, h, torch.from_numpy(scales), y, 7)
 
         assert relative_error(y, expected) < 1e-5
+
+
+@pytest.mark.parametrize("op", ["qkv", "down"])
+def test_two_groups_that_share_a_read_of_weights_get_the_bits_of_two_reads(
+    host_library: MakeHostLibrary, monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    lora, _, library = make_lora(host_library, [8, 1, 17], seed=7)
+    adapters = np.array([2] * 21 + [0] * 3, dtype=np.int32)  # groups of 8, 8, 5 and 3
+    x = torch.randn(24, lora.builder.shapes[("qkv", "o", "gate_up", "down").index(op)].columns)
+    results, counts = [], []
+    for most_items in (1000, 0):
+        monkeypatch.setattr(items, "SHRINK_WAVE_ITEMS", most_items)
+        library.track(h := lora.new_scratch().zero_())
+        counts.append(int(lora.prepare(adapters).counts[range_index(op, expand=False)]))
+        lora.shrink(1, op, x, h, 3)
+        results.append(h)
+
+    assert counts[1] < counts[0]
+    assert results[0].any()
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("op", ["qkv", "down"])

@@ -20,6 +20,7 @@ from loraplex_kernels.items import (
     GROUP_TOKENS,
     GROUP_TOKENS_AT,
     HEADER_INTS,
+    TWO_GROUPS,
     ItemBuilder,
     OpShape,
     make_groups,
@@ -236,9 +237,14 @@ def test_items_cover_every_groups_work_exactly_once(rows: int, pattern: str, has
     for op, shape in enumerate(shapes):
         name = list(OPS)[op]
         first, count = built.buffer[2 * range_index(name, expand=False) :][:2]
-        done = {tuple(int(v) for v in item[[0, 2, 3]]) for item in items[first : first + count]}
-        assert len(done) == count
-        assert done == {
+        done = [
+            (int(item[0]) + second, int(item[2]), int(item[3]) % TWO_GROUPS)
+            for item in items[first : first + count]
+            for second in range(1 + int(item[3]) // TWO_GROUPS)
+        ]
+        assert len(done) == len(set(done))
+        assert all(groups[item[0], 0] == item[1] for item in items[first : first + count])
+        assert set(done) == {
             (group, block, plane)
             for group in range(len(groups))
             if groups[group, 0] >= 0

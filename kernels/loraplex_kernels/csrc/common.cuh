@@ -100,6 +100,35 @@ __device__ __forceinline__ Quad load_weights16(const u8* from) {
     return q;
 #endif
 }
+// What is read again only after hundreds of megabytes of weights asks the L2 to keep it. In order, and never put off behind
+// a branch: loads that do not depend on each other share a trip.
+#ifdef LORAPLEX_HOST
+__device__ __forceinline__ Quad load_lasting16(const void* from) { return *reinterpret_cast<const Quad*>(from); }
+__device__ __forceinline__ i64 load_lasting8(const void* from) { return *reinterpret_cast<const i64*>(from); }
+__device__ __forceinline__ u32 load_lasting4(const void* from) { return *reinterpret_cast<const u32*>(from); }
+#else
+__device__ __forceinline__ u64 lasting() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ Quad load_lasting16(const void* from) {
+    Quad q;
+    asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w) : "l"(from), "l"(lasting()));
+    return q;
+}
+__device__ __forceinline__ i64 load_lasting8(const void* from) {
+    i64 v;
+    asm volatile("ld.global.L2::cache_hint.s64 %0, [%1], %2;" : "=l"(v) : "l"(from), "l"(lasting()));
+    return v;
+}
+__device__ __forceinline__ u32 load_lasting4(const void* from) {
+    u32 v;
+    asm volatile("ld.global.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(from), "l"(lasting()));
+    return v;
+}
+#endif
 // A pointer that came by way of shared memory: without being told, the compiler reads through it as if it could be any
 // kind of memory, which is slower.
 template <class T>
@@ -140,6 +169,18 @@ __device__ __forceinline__ void allow_dependents() {
 __device__ __forceinline__ void prefetch_to_l1(const void* from) {
 #ifndef LORAPLEX_HOST
     asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
+#endif
+}
+
+// threadIdx.x % kWarp, but read anew wherever it is asked for: what is computed from it is not kept in registers in between.
+__device__ __forceinline__ int lane_id() {
+#ifdef LORAPLEX_HOST
+    return threadIdx.x % kWarp;
+#else
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    __builtin_assume(lane >= 0 && lane < kWarp);  // divisions by powers of two are shifts
+    return lane;
 #endif
 }
 
@@ -208,6 +249,23 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], const void* row) 
 __device__ __forceinline__ void copy_async16(void* to, const void* from, bool live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                  "r"(live ? 16 : 0));
+}
+// An address in shared memory as its instructions take it: no register and no instruction for the kind of memory.
+using SharedAddress = u32;
+__device__ __forceinline__ SharedAddress address_of(const void* p) { return shared_address(p); }
+// Copies 16 bytes to shared memory, and 256 around them to L2; or zeroes them, if bytes is 0; or does nothing.
+__device__ __forceinline__ void copy_async16_if(SharedAddress to, const void* from, u32 bytes, bool live) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;}"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(static_cast<u32>(live)));
+}
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row));
+}
+__device__ __forceinline__ Quad load_shared16(SharedAddress from) {
+    Quad q;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w) : "r"(from));
+    return q;
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;"); }
 template <int kPending>

@@ -10,8 +10,9 @@ struct alignas(16) Segment {
     int part;     // slice + 4 * share
 };
 
-__device__ __forceinline__ const Segment* segments(const LoraTables& t) {
-    return reinterpret_cast<const Segment*>(t.items);
+__device__ __forceinline__ Segment load_segment(const LoraTables& t, int i) {
+    const Quad q = load_lasting16(t.items + i);
+    return {static_cast<int>(q.x), static_cast<int>(q.y), static_cast<int>(q.z), static_cast<int>(q.w)};
 }
 
 // The compile-time cluster size: launches need no attribute.
@@ -24,25 +25,9 @@ __device__ __forceinline__ const Segment* segments(const LoraTables& t) {
 // Clusters of one CTA need none of their instructions, so that sm_80 runs the same kernels. Predicates are part of the
 // instructions here: the branches that the compiler would make cost more than what they guard.
 #ifndef LORAPLEX_HOST
-using SharedAddress = u32;
-__device__ __forceinline__ SharedAddress address_of(const void* p) { return shared_address(p); }
 template <class Shared>
 __device__ __forceinline__ u8* generic_address(Shared& shared, SharedAddress at) {
     return reinterpret_cast<u8*>(&shared) + (at - shared_address(&shared));
-}
-// Copies 16 bytes to shared memory, and 256 around them to L2; or zeroes them, if bytes is 0; or does nothing.
-__device__ __forceinline__ void copy_async16_if(SharedAddress to, const void* from, u32 bytes, bool live) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;}"
-                 ::"r"(to), "l"(from), "r"(bytes), "r"(static_cast<u32>(live)));
-}
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], SharedAddress row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row));
-}
-__device__ __forceinline__ Quad load_shared16(SharedAddress from) {
-    Quad q;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w) : "r"(from));
-    return q;
 }
 __device__ __forceinline__ void store_global16_if(void* to, const Quad& q, bool live) {
     asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}"

@@ -53,40 +53,71 @@ static_assert(sizeof(LoraTables) == 56, "params.py mirrors it");
 
 // Offset in the pool of tile number `tile` of a matrix; `offset` and `first` are its entry's, tiles but the last have `elems`.
 __device__ __forceinline__ i64 tile_offset(const LoraTables& t, i64 offset, int first, int tile, int elems) {
-    if (offset < 0) return t.tiles[first + tile];
+    if (offset < 0) return load_lasting8(t.tiles + first + tile);
     const int bytes = (elems * static_cast<int>(sizeof(elem)) + kTileAlign - 1) / kTileAlign * kTileAlign;
     return offset + static_cast<i64>(tile) * bytes;
 }
-__device__ __forceinline__ i64 a_tile(const LoraTables& t, const OpEntry& e, int tile) {
+
+__device__ __forceinline__ Item load_item(const LoraTables& t, int i) {
+    const Quad q = load_lasting16(t.items + i);
+    return {static_cast<int>(q.x), static_cast<int>(q.y), static_cast<int>(q.z), static_cast<int>(q.w)};
+}
+// First item and number of items.
+__device__ __forceinline__ Pair load_range(const LoraTables& t) {
+    const i64 both = load_lasting8(t.range);
+    return {static_cast<u32>(both), static_cast<u32>(both >> 32)};
+}
+// What the way to A takes of an entry, and the way to a slice's B: read at once.
+struct AEntry {
+    int a_first, a_step, stacked_rank;
+    i64 a_offset;
+};
+struct BEntry {
+    int rank, first_row;
+    int b_first, b_step;
+    float scaling;
+    i64 b_offset;
+};
+__device__ __forceinline__ AEntry load_a_entry(const LoraTables& t, int adapter) {
+    const OpEntry* e = t.entries + adapter * t.entry_stride;
+    const Quad q = load_lasting16(e);
+    const i64 offset = load_lasting8(&e->a_offset);
+    return {static_cast<int>(q.x), static_cast<int>(q.y), static_cast<int>(q.z), offset};
+}
+// Rank 0 of no adapter.
+__device__ __forceinline__ BEntry load_b_entry(const LoraTables& t, int adapter, int slice) {
+    if (adapter < 0) return {};
+    const OpEntry* e = t.entries + adapter * t.entry_stride;
+    const Quad ranks = load_lasting16(e->rank);
+    const u32 first = load_lasting4(e->b_first + slice), step = load_lasting4(e->b_step + slice);
+    const u32 scaling = load_lasting4(e->scaling + slice);
+    const i64 offset = load_lasting8(e->b_offset + slice);
+    const u32 rank = slice == 0 ? ranks.x : slice == 1 ? ranks.y : ranks.z;
+    const u32 first_row = slice == 0 ? 0 : slice == 1 ? ranks.x : ranks.x + ranks.y;
+    return {static_cast<int>(rank), static_cast<int>(first_row), static_cast<int>(first), static_cast<int>(step),
+            __uint_as_float(scaling), offset};
+}
+
+__device__ __forceinline__ i64 a_tile(const LoraTables& t, const AEntry& e, int tile) {
     return tile_offset(t, e.a_offset, e.a_first, tile, e.stacked_rank * e.a_step);
 }
-__device__ __forceinline__ i64 b_tile(const LoraTables& t, const OpEntry& e, int slice, int tile) {
-    return tile_offset(t, e.b_offset[slice], e.b_first[slice], tile, e.rank[slice] * e.b_step[slice]);
+__device__ __forceinline__ i64 b_tile(const LoraTables& t, const BEntry& e, int tile) {
+    return tile_offset(t, e.b_offset, e.b_first, tile, e.rank * e.b_step);
 }
 
 // Columns [col, ...) of rank row `row` of a stacked A; the caller stays within one tile.
-__device__ __forceinline__ const u8* a_address(const LoraTables& t, const OpEntry& e, int row, int col, int columns) {
+__device__ __forceinline__ const u8* a_address(const LoraTables& t, const AEntry& e, int row, int col, int columns) {
     const int tile = col / e.a_step;
     const int start = tile * e.a_step;
     const int width = min(e.a_step, columns - start);
     return t.pool + a_tile(t, e, tile) + (static_cast<i64>(row) * width + (col - start)) * sizeof(elem);
 }
 
-// Output row n of a slice's B.
-__device__ __forceinline__ const u8* b_address(const LoraTables& t, const OpEntry& e, int slice, int n) {
-    const int tile = n / e.b_step[slice];
-    const i64 row = n - tile * e.b_step[slice];
-    return t.pool + b_tile(t, e, slice, tile) + row * e.rank[slice] * static_cast<i64>(sizeof(elem));
-}
-
-// An item and the table entry it names.
-struct Work {
-    Item item;
-    const OpEntry* entry;  // null: adapter -1
-};
-__device__ __forceinline__ Work fetch_work(const LoraTables& t, int i) {
-    const Item item = t.items[t.range[0] + i];
-    return {item, item.adapter < 0 ? nullptr : &t.entries[item.adapter * t.entry_stride]};
+// Offset in the pool of output row n of a slice's B.
+__device__ __forceinline__ i64 b_offset(const LoraTables& t, const BEntry& e, int n) {
+    const int tile = n / e.b_step;
+    const i64 row = n - tile * e.b_step;
+    return b_tile(t, e, tile) + row * e.rank * static_cast<i64>(sizeof(elem));
 }
 
 // The chain from an item to its weights (item, entry, sometimes tile) is dependent loads: as long as reading the weights
@@ -94,9 +125,10 @@ __device__ __forceinline__ Work fetch_work(const LoraTables& t, int i) {
 // groups' tokens, in shared memory.
 constexpr int kBatch = 16;  // most items of a batch
 
+template <int kGroupsPerItem>
 struct ItemBatch {
     Item items[kBatch];
-    Group groups[kBatch];
+    Group groups[kBatch][kGroupsPerItem];
 };
 
 // This CTA's item number `which`, counted over all batches.
@@ -108,13 +140,14 @@ __device__ __forceinline__ int items_left(int num_items, int first, int room) {
     return min(room, max(0, (num_items - static_cast<int>(blockIdx.x) + grid - 1) / grid - first));
 }
 
-// Starts a part of the way to an item's group: its first threads copy 16 bytes each. Stored after all loads are asked for.
+// Starts a part of the way to an item's groups, which lie behind each other: its first threads copy 16 bytes each. Stored
+// after all loads are asked for.
 constexpr int kGroupQuads = sizeof(Group) / sizeof(Quad);
-__device__ __forceinline__ Quad load_group_part(const LoraTables& t, const Item& item, int part) {
+__device__ __forceinline__ Quad load_group_part(const LoraTables& t, const Item& item, int part, int num_groups) {
     Quad quad = {};
-    if (part < kGroupQuads) quad = reinterpret_cast<const Quad*>(t.groups + item.group)[part];
+    if (part < kGroupQuads * num_groups) quad = load_lasting16(reinterpret_cast<const Quad*>(t.groups + item.group) + part);
     return quad;
 }
-__device__ __forceinline__ void keep_group_part(ItemBatch& batch, int which, int part, const Quad& quad) {
-    if (part < kGroupQuads) reinterpret_cast<Quad*>(batch.groups + which)[part] = quad;
+__device__ __forceinline__ void keep_group_part(Group* groups, int part, int num_groups, const Quad& quad) {
+    if (part < kGroupQuads * num_groups) reinterpret_cast<Quad*>(groups)[part] = quad;
 }

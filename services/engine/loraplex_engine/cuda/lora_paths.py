@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loraplex_engine.model.llama import DecoderLayer
 
 SHRINK_CTAS_PER_SM: Final = 3  # what fits at 80 registers x 256 threads
-EXPAND_CTAS_PER_SM: Final = 4  # at 128 registers x 128 threads
+EXPAND_CTAS_PER_SM: Final = 6  # kCtasPerSm: at 80 registers x 128 threads
 CTAS_PER_ROW: Final = 64
 
 
