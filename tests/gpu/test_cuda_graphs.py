@@ -70,10 +70,17 @@ def test_a_graph_computes_the_same_bits_beside_a_copy_and_behind_a_prefill(
 def test_a_graph_computes_the_same_bits_however_its_warps_get_on(
     model_dirs: dict[str, Path], dtype: str, rows: int
 ) -> None:
+    model_dir = model_dirs["gqa/plain"]
     runner = make_cuda_runner(
-        model_dirs["gqa/plain"], dtype, max_num_seqs=rows, num_pages=1024, dependent_launch=True, jitter=True
+        model_dir,
+        dtype,
+        max_num_seqs=rows,
+        num_pages=1024,
+        max_num_batched_tokens=2048,
+        dependent_launch=True,
+        jitter=True,
     )
-    rig = make_rig(model_dirs["gqa/plain"], runner, dtype, num_pages=1024)
+    rig = make_rig(model_dir, runner, dtype, num_pages=1024)
     sequences = add_sequences(rig, 384, rows)
     rig.harness.generate(sequences, 3)
     fed = runner._decoder.last_sampled.clone()
