@@ -128,18 +128,18 @@ extern "C" __global__ void LORAPLEX_CLUSTER __launch_bounds__(kThreads, 3) lora_
     LORAPLEX_SHARED(Shared, shared);
     allow_dependents();
     const u32 cta = cluster_rank<kCluster>();
-    const Segment item = load_segment(p.lora, blockIdx.x / kCluster);
-    const AEntry a = load_a_entry(p.lora, item.adapter);
-    const BEntry b = load_b_entry(p.lora, item.adapter, item.part & 3);
-    const Job job = make_job(p, item, b, cta);
+    const Segment item = segments(p.lora)[blockIdx.x / kCluster];
+    const OpEntry& entry = p.lora.entries[item.adapter * p.lora.entry_stride];
+    const Job job = make_job(p, item, entry, cta);
     if (job.rank == 0) return dependency_wait();  // this layer's slice is not adapted: the whole cluster leaves
     expect_exchange(job, shared, cta);
     cluster_arrive<kCluster>();
-    look_up_tiles(p, a, b, job, shared);
+    const float scaling = entry.scaling[item.part & 3];
+    look_up_tiles(p, entry, job, item.part & 3, shared);
     __syncthreads();
     Loader loader(p, job, shared);
     loader.load_first();
-    if (threadIdx.x < job.count) shared.scale[threadIdx.x] = p.scale[job.token_begin + threadIdx.x] * b.scaling;
+    if (threadIdx.x < job.count) shared.scale[threadIdx.x] = p.scale[job.token_begin + threadIdx.x] * scaling;
 
     const Warp warp = this_warp();
     const bool live = warp.m * 16 < job.count, multiplies = live || kWarpgroups;

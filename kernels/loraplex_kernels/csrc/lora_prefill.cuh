@@ -10,9 +10,8 @@ struct alignas(16) Segment {
     int part;     // slice + 4 * share
 };
 
-__device__ __forceinline__ Segment load_segment(const LoraTables& t, int i) {
-    const Quad q = load_lasting16(t.items + i);
-    return {static_cast<int>(q.x), static_cast<int>(q.y), static_cast<int>(q.z), static_cast<int>(q.w)};
+__device__ __forceinline__ const Segment* segments(const LoraTables& t) {
+    return reinterpret_cast<const Segment*>(t.items);
 }
 
 // The compile-time cluster size: launches need no attribute.

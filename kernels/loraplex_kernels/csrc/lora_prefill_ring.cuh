@@ -66,16 +66,18 @@ __device__ __forceinline__ u32 place_of_rank(u32 row) {
 }
 __device__ __forceinline__ u32 padded(u32 rank) { return min(kStep, (rank + 15) & ~15u); }
 
-__device__ __forceinline__ Job make_job(const Params& p, const Segment& item, const BEntry& e, u32 cta) {
+__device__ __forceinline__ Job make_job(const Params& p, const Segment& item, const OpEntry& e, u32 cta) {
     Job job;
     const u32 slice = item.part & 3, share = item.part >> 2;
     job.token_begin = item.token_begin, job.count = item.count;
-    job.rank = e.rank, job.first = e.first_row;
+    job.rank = e.rank[slice];
+    job.first = 0;
     job.slice_begin = p.slice_begin[0];
     u32 slice_end = p.slice_begin[1];
 #pragma unroll
     for (u32 s = 1; s < kSlices; ++s) {  // indexed at run time, the parameters would be copied to the stack
         if (s > slice) break;
+        job.first += e.rank[s - 1];
         job.slice_begin = p.slice_begin[s], slice_end = p.slice_begin[s + 1];
     }
     const u32 steps = (p.columns + kStep - 1) / kStep;
@@ -87,19 +89,19 @@ __device__ __forceinline__ Job make_job(const Params& p, const Segment& item, co
     return job;
 }
 
-__device__ __forceinline__ void look_up_tiles(const Params& p, const AEntry& a, const BEntry& b, const Job& job, Shared& shared) {
+__device__ __forceinline__ void look_up_tiles(const Params& p, const OpEntry& e, const Job& job, u32 slice, Shared& shared) {
     for (u32 i = threadIdx.x; i < job.steps * kParts; i += kThreads) {
         u32 column = (job.first_step * kParts + i) * kPartColumns;
         if constexpr (kParts > 1) column = min(column, p.columns - 8u);  // parts past the last column are never read
-        const u32 step = a.a_step, tile = column / step, start = tile * step;
+        const u32 step = e.a_step, tile = column / step, start = tile * step;
         const u32 width = min(step, p.columns - start);
-        shared.a_base[i] = p.lora.pool + a_tile(p.lora, a, tile) + (job.first * width + column - start) * 2;
+        shared.a_base[i] = p.lora.pool + a_tile(p.lora, e, tile) + (job.first * width + column - start) * 2;
         shared.a_stride[i] = width * 2;
     }
     // From the other end, so that different warps wait for the two kinds of tiles.
     for (u32 i = kThreads - 1 - threadIdx.x; i * kStep < job.outputs; i += kThreads) {
-        const u32 n = job.first_output + i * kStep, step = b.b_step, tile = n / step;
-        shared.b_base[i] = p.lora.pool + b_tile(p.lora, b, tile) + (n - tile * step) * job.rank * 2;
+        const u32 n = job.first_output + i * kStep, step = e.b_step[slice], tile = n / step;
+        shared.b_base[i] = p.lora.pool + b_tile(p.lora, e, slice, tile) + (n - tile * step) * job.rank * 2;
     }
 }
 

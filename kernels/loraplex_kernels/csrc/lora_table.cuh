@@ -67,7 +67,8 @@ __device__ __forceinline__ Pair load_range(const LoraTables& t) {
     const i64 both = load_lasting8(t.range);
     return {static_cast<u32>(both), static_cast<u32>(both >> 32)};
 }
-// What the way to A takes of an entry, and the way to a slice's B: read at once.
+// What the way to A takes of an entry, and the way to a slice's B: read at once. For decode; the prefill kernel, which keeps a
+// tile's fields in registers to its end, is 15 % slower so, and reads an OpEntry's fields where it needs them.
 struct AEntry {
     int a_first, a_step, stacked_rank;
     i64 a_offset;
@@ -98,11 +99,15 @@ __device__ __forceinline__ BEntry load_b_entry(const LoraTables& t, int adapter,
             __uint_as_float(scaling), offset};
 }
 
-__device__ __forceinline__ i64 a_tile(const LoraTables& t, const AEntry& e, int tile) {
+template <class Entry>
+__device__ __forceinline__ i64 a_tile(const LoraTables& t, const Entry& e, int tile) {
     return tile_offset(t, e.a_offset, e.a_first, tile, e.stacked_rank * e.a_step);
 }
 __device__ __forceinline__ i64 b_tile(const LoraTables& t, const BEntry& e, int tile) {
     return tile_offset(t, e.b_offset, e.b_first, tile, e.rank * e.b_step);
+}
+__device__ __forceinline__ i64 b_tile(const LoraTables& t, const OpEntry& e, int slice, int tile) {
+    return tile_offset(t, e.b_offset[slice], e.b_first[slice], tile, e.rank[slice] * e.b_step[slice]);
 }
 
 // Columns [col, ...) of rank row `row` of a stacked A; the caller stays within one tile.
