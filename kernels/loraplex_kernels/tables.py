@@ -177,7 +177,9 @@ class AdapterTables:
         self._allocator = RangeAllocator(tile_capacity)
         self._ranges: dict[int, tuple[int, int]] = {}
         self._pinned = device.type == "cuda"
-        self.entries = torch.zeros(shape, dtype=torch.uint8, device=device)
+        spare = ENTRY_DTYPE.itemsize  # kernels prefetch the entry behind the one they read
+        storage = torch.zeros(int(np.prod(shape)) + spare, dtype=torch.uint8, device=device)
+        self.entries = storage[:-spare].view(shape)
         self.tiles = torch.zeros(tile_capacity, dtype=torch.int64, device=device)
         self.max_ranks = np.zeros((max_adapters, NUM_OPS, MAX_SLICES), dtype=np.int32)
         self.max_stacked = np.zeros((max_adapters, NUM_OPS), dtype=np.int32)

@@ -89,13 +89,13 @@ struct alignas(8) Pair {
 };
 
 // Weights are read once: keep them out of L1, and let the read-only path reorder them freely (nothing writes them while
-// a step that names their adapter is in flight).
+// a step that names their adapter is in flight). A warp's loads are 64 bytes of each of eight rows: the L2 fetches the 64 beside them.
 __device__ __forceinline__ Quad load_weights16(const u8* from) {
 #ifdef LORAPLEX_HOST
     return *reinterpret_cast<const Quad*>(from);
 #else
     Quad q;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w) : "l"(from));
     return q;
 #endif
@@ -106,6 +106,7 @@ __device__ __forceinline__ Quad load_weights16(const u8* from) {
 __device__ __forceinline__ Quad load_lasting16(const void* from) { return *reinterpret_cast<const Quad*>(from); }
 __device__ __forceinline__ i64 load_lasting8(const void* from) { return *reinterpret_cast<const i64*>(from); }
 __device__ __forceinline__ u32 load_lasting4(const void* from) { return *reinterpret_cast<const u32*>(from); }
+__device__ __forceinline__ void prefetch_lasting(const void*) {}
 #else
 __device__ __forceinline__ u64 lasting() {
     u64 policy;
@@ -127,6 +128,10 @@ __device__ __forceinline__ u32 load_lasting4(const void* from) {
     u32 v;
     asm volatile("ld.global.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(from), "l"(lasting()));
     return v;
+}
+// To the L2: 32 bytes.
+__device__ __forceinline__ void prefetch_lasting(const void* from) {
+    asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(from));
 }
 #endif
 // A pointer that came by way of shared memory: without being told, the compiler reads through it as if it could be any

@@ -55,6 +55,7 @@ __device__ __forceinline__ int resolve(const Params& p, int first_item, int firs
         const AEntry e = load_a_entry(p.lora, item.adapter);
         const Quad group = load_group_part(p.lora, item, piece, groups_of(item));
         const int column = plane_of(item) * p.plane_columns + piece * kPiece, tile = column / max(1, e.a_step);
+        prefetch_next_entry(p.lora, item.adapter, piece);
         if (piece == 0) {
             shared.batch.items[which] = item;
             shared.stacked[which] = e.stacked_rank;

@@ -85,6 +85,14 @@ __device__ __forceinline__ AEntry load_a_entry(const LoraTables& t, int adapter)
     const i64 offset = load_lasting8(&e->a_offset);
     return {static_cast<int>(q.x), static_cast<int>(q.y), static_cast<int>(q.z), offset};
 }
+// The entry behind an adapter's is the one that its next op reads, in this layer or the next: a trip to HBM otherwise, at the
+// start of an op, when nothing else is under way. Its first threads ask for a part each; behind the last entry tables.py
+// leaves a spare one.
+__device__ __forceinline__ void prefetch_next_entry(const LoraTables& t, int adapter, int part) {
+    constexpr int kPart = 32;
+    if (part >= static_cast<int>(sizeof(OpEntry)) / kPart) return;
+    prefetch_lasting(reinterpret_cast<const u8*>(t.entries + adapter * t.entry_stride + 1) + part * kPart);
+}
 // Rank 0 of no adapter.
 __device__ __forceinline__ BEntry load_b_entry(const LoraTables& t, int adapter, int slice) {
     if (adapter < 0) return {};
