@@ -129,7 +129,11 @@ class EvictionOrder:
     def _is_current(self, entry: _Entry) -> bool:
         """Tell whether an entry is of an adapter that may give way, and of its present worth."""
         worth, used_s, _, adapter = entry
-        return worth == adapter.worth and used_s == adapter.last_used_s and adapter.digest in self._adapters
+        return worth == adapter.worth and used_s == adapter.last_used_s and self._has(adapter)
+
+    def _has(self, adapter: Adapter) -> bool:
+        """Tell whether an adapter may give way; one that was gone altogether and came again is another by the same name."""
+        return self._adapters.get(adapter.digest) is adapter
 
     def in_order(self) -> AdaptersInOrder:
         """Give an iterator over the adapters, least worth first; they may be evicted while it runs."""
@@ -145,7 +149,7 @@ class EvictionOrder:
 
     def put_back(self, entry: _Entry) -> None:
         """Put an entry back, unless its adapter may not give way any more."""
-        if entry[-1].digest in self._adapters:
+        if self._has(entry[-1]):
             heapq.heappush(self._heap, entry)
 
     def choose(self, num_pages: int, may_evict: Callable[[Adapter], bool]) -> list[Adapter] | None:

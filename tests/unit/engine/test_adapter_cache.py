@@ -232,6 +232,20 @@ def test_a_resident_adapter_gets_its_copy_in_the_arena_back(bench: Bench) -> Non
     assert bench.cache.state_of("a") is ResidencyState.IN_ARENA
 
 
+def test_an_adapter_that_was_gone_altogether_gives_way_like_any_other(bench: Bench) -> None:
+    bench.make_resident("a", 2)
+    bench.cache.evict_images(32, anyone)
+    bench.operations.evict("a")
+    assert bench.cache.state_of("a") is ResidencyState.ABSENT
+    bench.make_resident("a", 2)
+    generation = bench.cache.status("a").generation
+
+    assert bench.cache.reclaim(8, anyone) is Room.NOW
+
+    assert bench.cache.status("a").state is ResidencyState.IN_ARENA
+    assert bench.cache.status("a").generation == generation
+
+
 def test_pins_are_limited_and_spare_from_eviction(bench: Bench) -> None:
     bench.make_resident("a", 3)
     bench.make_resident("b", 2)
