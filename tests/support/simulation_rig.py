@@ -50,6 +50,7 @@ RATES = StepRates(
     lora_op_s=1e-4,
     lora_prompt_op_s=1e-4,
     adapter_byte_s=1e-8,
+    adapter_beside_byte_s=1e-8,
     lora_byte_s=1e-9,
     lora_row_byte_s=1e-9,
     lora_run_s=1e-9,

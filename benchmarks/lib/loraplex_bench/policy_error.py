@@ -1,8 +1,9 @@
 """The simulator against the real engine: throughput and attainment that were measured, and what it says of the same work.
 
 Calibrated on single steps of Llama-2-7B (``benchmarks/calibrate.py``, else those of ``profile_step.py``), tested on bursts of
-other shapes and on open-loop traces (``benchmarks/engine.py bursts-8b rates-8b-below rates-8b-beyond``). Measurements are committed files of
-benchmarks/results; where there are none of the calibration's commit, the row says so.
+other shapes and on open-loop traces (``benchmarks/engine.py bursts-8b rates-8b-below rates-8b-beyond``). Measurements are committed
+files of benchmarks/results: of every workload the newest, of whichever commit, as not all are repeated each time; a note names
+the commits. Where there are none, the row says so.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ class Measurement:
     """A workload that the real engine ran.
 
     Attributes:
+        commit: Of the engine.
         figures: Metric -> value.
     """
 
     case: str
+    commit: str
     shape: str
     targets: str
     ranks: tuple[int, ...]
@@ -90,36 +93,49 @@ def calibration() -> tuple[StepRates, str] | None:
     return fit(measured_steps(rows), H100_PRIORS), commit
 
 
-def measurements(commit: str) -> list[Measurement]:
-    """Return the workloads that a commit's engine ran on the model it is tested on."""
+def measurements() -> list[Measurement]:
+    """Return the workloads that the engine ran on the model it is tested on, of each the newest run."""
     found: dict[str, Measurement] = {}
     for document in read_results():
-        if document["meta"]["commit"] != commit:
-            continue
+        of_run: dict[str, Measurement] = {}
         for row in document["rows"]:
             match = _CASE.fullmatch(row["case"])
             if row["suite"] != "end_to_end" or match is None or match["shape"] != TESTED_ON:
                 continue
             ranks = tuple(int(rank) for rank in re.split("[/+]", match["ranks"]))
-            one = found.setdefault(
-                row["case"], Measurement(row["case"], match["shape"], match["targets"], ranks, match["spec"], {})
+            one = of_run.setdefault(
+                row["case"],
+                Measurement(
+                    row["case"],
+                    document["meta"]["commit"],
+                    match["shape"],
+                    match["targets"],
+                    ranks,
+                    match["spec"],
+                    {},
+                ),
             )
             one.figures[row["metric"]] = float(row["value"])
+        found |= of_run
     return list(found.values())
 
 
 def run(report: Report) -> None:
-    """Compare every measured workload of the calibration's commit."""
+    """Compare every measured workload."""
     calibrated = calibration()
     throughput: list[float] = []
     attainment: list[float] = []
     if calibrated is not None:
         rates, commit = calibrated
-        report.note(f"calibrated on {CALIBRATED_ON}'s steps of commit {commit}, tested on its {TESTED_ON} runs")
-        for one in measurements(commit):
+        report.note(f"calibrated on {CALIBRATED_ON}'s steps of commit {commit}")
+        measured = measurements()
+        for tested in dict.fromkeys(one.commit for one in measured):
+            cases = ", ".join(one.case for one in measured if one.commit == tested)
+            report.note(f"tested on {cases} of commit {tested}")
+        for one in measured:
             _compare(report, one, rates, throughput, attainment)
     _worst(report, "throughput", throughput, "bursts and traces")
-    _worst(report, "attainment", attainment, "engine.py rates-8b-below rates-8b-beyond, with steps of the same commit")
+    _worst(report, "attainment", attainment, "engine.py rates-8b-below rates-8b-beyond")
 
 
 def _compare(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LLAMA_13B: Final = ModelShape(base_model("llama2-13b"))
 LLAMA_8B: Final = ModelShape(base_model("llama3-8b"))
 SLORA_POOL_TOKENS: Final = 65_000
-SLORA_SLOWDOWN: Final = 1.74
+SLORA_SLOWDOWN: Final = 1.75
 """How much longer each term of a step takes on S-LoRA's A100 than the data sheet's share of our H100 figures.
 
 The one number that is fitted to S-LoRA's table: with it, first-come-first-served finishes 4.06 requests per second at

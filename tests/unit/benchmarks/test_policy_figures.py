@@ -75,17 +75,30 @@ def test_rows_keep_the_schema_of_the_other_benchmarks() -> None:
     assert row.floor == 0.7
 
 
-def test_errors_are_computed_from_committed_measurements_of_one_commit_only() -> None:
-    calibrated = policy_error.calibration()
-    assert calibrated is not None
-    _, commit = calibrated
+def test_errors_are_computed_from_committed_measurements_of_another_model() -> None:
+    assert policy_error.calibration() is not None
 
-    found = policy_error.measurements(commit)
+    found = policy_error.measurements()
 
-    assert found, "no run of the tested model at the calibration's commit"
+    assert found, "no run of the tested model"
     assert all(one.shape == policy_error.TESTED_ON for one in found)
     assert policy_error.CALIBRATED_ON not in {one.shape for one in found}
-    assert policy_error.measurements("no such commit") == []
+
+
+def test_the_newest_run_of_a_workload_counts_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(commit: str, case: str, **figures: float) -> dict[str, object]:
+        rows = [
+            {"suite": "end_to_end", "case": case, "metric": name, "value": value} for name, value in figures.items()
+        ]
+        return {"meta": {"commit": commit}, "rows": rows}
+
+    twice, once = (f"llama3-8b/all r16/slora:200:1:{rate}:1:25/rates" for rate in (48, 14))
+    runs = [run("old", twice, out_tok_per_s=1.0, attained_1s=0.5), run("old", once, out_tok_per_s=2.0)]
+    monkeypatch.setattr(policy_error, "read_results", lambda: [*runs, run("new", twice, out_tok_per_s=3.0)])
+
+    found = {one.case: (one.commit, one.figures) for one in policy_error.measurements()}
+
+    assert found == {twice: ("new", {"out_tok_per_s": 3.0}), once: ("old", {"out_tok_per_s": 2.0})}
 
 
 def test_without_measurements_the_error_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

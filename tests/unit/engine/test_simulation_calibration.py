@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS
 from loraplex_engine.simulation.calibration import CalibrationError, MeasuredStep, Prior, errors, fit
 from loraplex_engine.simulation.devices import DEVICES, H100, H100_PRIORS, H100_RESULTS
 from loraplex_engine.simulation.measured import measured_step, measured_steps
@@ -105,9 +106,21 @@ def test_a_mixed_step_is_its_decode_rows_and_its_prompts() -> None:
     )
     for name in sums:
         assert getattr(mixed, name) == getattr(decode, name) + getattr(prompts, name), name
-    assert mixed.adapter_bytes == decode.adapter_bytes
-    assert (mixed.lora_ops, mixed.lora_prompt_ops, mixed.lora_runs) == (0, 2, 225 * 4)
+    assert mixed.adapter_beside_bytes == decode.adapter_bytes  # read by the decode kernels
+    assert mixed.adapter_bytes == measured_step("llama2-7b/qkvo r16/prefill:31x256:31", 1.0).load.adapter_bytes
+    assert (mixed.lora_ops, mixed.lora_prompt_ops, mixed.lora_runs) == (2, 2, 0)
     assert (decode.lora_ops, decode.lora_prompt_ops, decode.lora_runs) == (2, 0, 0)
+
+
+@pytest.mark.parametrize(("rows", "adapters", "runs"), [(MIN_DECODE_RUNS - 1, 48, MIN_DECODE_RUNS - 1), (200, 1, 1)])
+def test_decode_rows_of_few_runs_are_runs_of_the_prefill_kernel(rows: int, adapters: int, runs: int) -> None:
+    name = f"mixed, {rows} x 320 + 2 x 256, {adapters} adapter{'s' if adapters > 1 else ''}"
+
+    load = measured_step(f"llama2-7b/qkvo r16/{name}", 1.0).load
+
+    assert (load.lora_ops, load.lora_prompt_ops, load.lora_runs) == (0, 2, runs * 4)
+    assert load.adapter_bytes == measured_step(f"llama2-7b/qkvo r16/prefill:64x1:{adapters}", 1.0).load.adapter_bytes
+    assert load.adapter_beside_bytes == 0
 
 
 def test_what_lora_takes_is_read_off_differences() -> None:

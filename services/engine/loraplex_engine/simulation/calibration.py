@@ -104,7 +104,7 @@ def _equations(
     difference_noise: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the equations of the rates in units of ``scale``; which side binds a step's products is decided by ``rates``."""
-    without = {(step.shape.info.name, step.load): step for step in steps if not step.load.adapter_bytes}
+    without = {(step.shape.info.name, step.load): step for step in steps if not step.load.has_lora}
     rows, target = [], []
     for step in steps:
         units, seconds, deviation_s = features(step.shape, step.load, rates), step.seconds, step.seconds * noise
@@ -118,7 +118,16 @@ def _equations(
 
 
 def _without_lora(load: StepLoad) -> StepLoad:
-    return replace(load, adapter_bytes=0, lora_bytes=0, lora_row_bytes=0, lora_ops=0, lora_prompt_ops=0, lora_runs=0)
+    return replace(
+        load,
+        adapter_bytes=0,
+        adapter_beside_bytes=0,
+        lora_bytes=0,
+        lora_row_bytes=0,
+        lora_ops=0,
+        lora_prompt_ops=0,
+        lora_runs=0,
+    )
 
 
 def features(shape: ModelShape, load: StepLoad, rates: StepRates) -> NDArray[np.float64]:

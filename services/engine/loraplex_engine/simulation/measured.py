@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS
 from loraplex_engine.simulation.calibration import CalibrationError, MeasuredStep
 from loraplex_engine.simulation.shapes import ALL_TARGETS, ATTENTION_TARGETS, ModelShape, base_model
 from loraplex_engine.simulation.step_cost import StepLoad
@@ -67,18 +68,26 @@ def measured_step(case: str, seconds: float) -> MeasuredStep:
     prompts, tokens = int(named.get("prompts", 0)), int(named.get("tokens", 0))
     num_adapters = 0 if named["adapters"] == "no" else int(named["adapters"])
     sizes = [shape.adapter(ranks[index % len(ranks)], TARGETS[named["targets"]]) for index in range(num_adapters)]
+    weights = [size.weight_bytes for size in sizes]
+    num_runs = rows if num_adapters > 1 else min(rows, num_adapters)  # rows go round the adapters
+    has_groups = num_runs >= (MIN_DECODE_RUNS if prompts else 1)
+    is_split = has_groups and prompts > 0
+    of_prompts = (
+        [weights[row % num_adapters] for row in range(rows, rows + min(prompts, num_adapters))] if is_split else []
+    )
     num_tokens = rows + prompts * tokens
     load = StepLoad(
         num_tokens=num_tokens,
         num_sampled=rows + prompts,
         kv_tokens=rows * (context + 1),
         attention_pairs=prompts * tokens * (tokens + 1) // 2,
-        adapter_bytes=sum(size.weight_bytes for size in sizes),
+        adapter_bytes=sum(of_prompts) if is_split else sum(weights),
+        adapter_beside_bytes=sum(weights[:rows]) if is_split else 0,
         lora_bytes=prompts * tokens * sizes[0].traffic_bytes if sizes else 0,
         lora_row_bytes=rows * sizes[0].traffic_bytes if sizes else 0,
-        lora_ops=sizes[0].num_ops if sizes and not prompts else 0,
+        lora_ops=sizes[0].num_ops if has_groups else 0,
         lora_prompt_ops=sizes[0].num_ops if sizes and prompts else 0,
-        lora_runs=rows * sizes[0].num_projections if sizes and prompts else 0,
+        lora_runs=num_runs * sizes[0].num_projections if sizes and not has_groups else 0,
         num_decode_rows=rows,
     )
     return MeasuredStep(shape, load, seconds)

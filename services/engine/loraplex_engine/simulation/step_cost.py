@@ -3,6 +3,13 @@
 The terms are those of a roofline: products are bound by the weights' bytes or by operations, whichever takes longer;
 attention of decode rows by the bytes of their KV; LoRA by the bytes of the distinct adapters. `calibration` fits the
 rates to measured steps.
+
+LoRA has two families of kernels. Prompts take the prefill kernel; decode rows take the decode kernels in a step without
+prompts, and beside prompts if they make `MIN_DECODE_RUNS` runs of one adapter, else the prefill kernel too
+(docs/adr/0019-decode-rows-beside-prompts.md). Where a step takes both, it has the fixed costs of both and reads an adapter that
+both need twice. Beside prompts the decode kernels read adapters at a rate of its own, probably because such steps are no graphs
+and less of them overlaps. Without these terms LoRA of Llama-3-8B's mixed steps came out too short: with one rate for all decode
+rows beside prompts, fitted to 225 of them, a quarter at 32 rows; with the decode steps' rate for adapters, a sixth at 255.
 """
 
 from __future__ import annotations
@@ -24,14 +31,16 @@ class StepLoad:
         num_sampled: Rows whose logits are computed.
         kv_tokens: Context tokens that decode rows read, over all of them.
         attention_pairs: Query-key pairs of prefill chunks.
-        adapter_bytes: Weights of the distinct adapters in the batch.
+        adapter_bytes: Weights of the distinct adapters in the batch, or of its prompts if their kernel is not that of the
+            decode rows.
+        adapter_beside_bytes: In that case, weights of the decode rows' distinct adapters.
         lora_bytes: Activations that LoRA reads and writes, over prompt tokens with an adapter.
         lora_row_bytes: The same over decode rows.
-        lora_ops: In a step that only decodes, fused projections of a layer that its adapters have: 2 for q, k, v and o, 4
-            for all.
-        lora_prompt_ops: The same in a step with prompts, where other kernels compute LoRA.
-        lora_runs: Decode rows with an adapter in a step with prompts, times the projections that adapters adapt: each is a
-            work item of the prefill kernel, for one token.
+        lora_ops: Fused projections of a layer that adapters have, 2 for q, k, v and o, 4 for all, if the decode kernels
+            run.
+        lora_prompt_ops: The same if the prefill kernel runs.
+        lora_runs: Runs of one adapter that decode rows make for the prefill kernel, times the projections that adapters
+            adapt: each is a work item, mostly for one token.
         num_decode_rows: Rows whose context is one longer in the next step.
     """
 
@@ -40,12 +49,18 @@ class StepLoad:
     kv_tokens: int
     attention_pairs: int
     adapter_bytes: int
+    adapter_beside_bytes: int
     lora_bytes: int
     lora_row_bytes: int
     lora_ops: int
     lora_prompt_ops: int
     lora_runs: int
     num_decode_rows: int
+
+    @property
+    def has_lora(self) -> bool:
+        """False if no row has an adapter."""
+        return bool(self.adapter_bytes or self.adapter_beside_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +76,7 @@ class StepRates:
         activation_byte_s: Pointwise kernels.
         row_s: Per row: sampling and bookkeeping.
         lora_op_s: Fixed, per `StepLoad.lora_ops`, per layer; ``lora_prompt_op_s`` likewise.
-        adapter_byte_s: Reading adapters.
+        adapter_byte_s: Reading adapters; ``adapter_beside_byte_s`` by the decode kernels beside prompts.
         lora_byte_s: LoRA's reads and writes of activations at prefill.
         lora_row_byte_s: The same at decode: few bytes, and every group of rows reads its adapter anew.
         lora_run_s: Per `StepLoad.lora_runs`, per layer.
@@ -77,6 +92,7 @@ class StepRates:
     lora_op_s: float
     lora_prompt_op_s: float
     adapter_byte_s: float
+    adapter_beside_byte_s: float
     lora_byte_s: float
     lora_row_byte_s: float
     lora_run_s: float
@@ -109,11 +125,12 @@ class StepCost:
         """Return the duration of one step."""
         products_s = load.num_tokens * self._token_flops_s + load.num_sampled * self._head_flops_s
         lora_s = 0.0
-        if load.adapter_bytes:
+        if load.has_lora:
             rates = self.rates
             lora_s = load.lora_ops * self._lora_op_s + load.lora_prompt_ops * self._lora_prompt_op_s
             lora_s += load.lora_runs * self._lora_run_s
             lora_s += load.adapter_bytes * rates.adapter_byte_s
+            lora_s += load.adapter_beside_bytes * rates.adapter_beside_byte_s
             lora_s += load.lora_bytes * rates.lora_byte_s + load.lora_row_bytes * rates.lora_row_byte_s
         return (
             self._layers_s

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS
 from loraplex_engine.simulation.step_cost import StepLoad
 from loraplex_engine.step import NO_ADAPTER
 
@@ -37,18 +38,23 @@ class StepLoads:
         """Return the load of a planned step."""
         decoding = plan.num_decode_rows
         chunks = list(zip(plan.num_tokens[decoding:].tolist(), plan.starts[decoding:].tolist(), strict=True))
-        adapters = plan.adapters[:decoding]
+        adapters, prompts = plan.adapters[:decoding], plan.adapters[decoding:]
+        num_runs = _num_runs(adapters)
+        has_groups = num_runs >= (MIN_DECODE_RUNS if chunks else 1)
+        is_split = has_groups and bool(chunks)
+        has_segments = bool((prompts != NO_ADAPTER).any()) or (num_runs > 0 and not has_groups)
         return StepLoad(
             num_tokens=decoding + sum(tokens for tokens, _ in chunks),
             num_sampled=len(plan.sample_rows),
             kv_tokens=int(plan.starts[:decoding].sum()) + decoding,
             attention_pairs=sum(tokens * start + tokens * (tokens + 1) // 2 for tokens, start in chunks),
-            adapter_bytes=self._weights(plan.adapters),
-            lora_bytes=self._traffic(plan.adapters[decoding:], plan.num_tokens[decoding:]),
+            adapter_bytes=self._weights(prompts if is_split else plan.adapters),
+            adapter_beside_bytes=self._weights(adapters) if is_split else 0,
+            lora_bytes=self._traffic(prompts, plan.num_tokens[decoding:]),
             lora_row_bytes=self._traffic(adapters, None),
-            lora_ops=0 if chunks else self._adapters.num_ops,
-            lora_prompt_ops=self._adapters.num_ops if chunks else 0,
-            lora_runs=int((adapters != NO_ADAPTER).sum()) * self._adapters.num_projections if chunks else 0,
+            lora_ops=self._adapters.num_ops if has_groups else 0,
+            lora_prompt_ops=self._adapters.num_ops if has_segments else 0,
+            lora_runs=0 if has_groups else num_runs * self._adapters.num_projections,
             num_decode_rows=decoding,
         )
 
@@ -65,6 +71,7 @@ class StepLoads:
             kv_tokens=int(state.num_computed.take(rows).sum()) + len(rows),
             attention_pairs=0,
             adapter_bytes=adapter_bytes,
+            adapter_beside_bytes=0,
             lora_bytes=0,
             lora_row_bytes=lora_row_bytes,
             lora_ops=self._adapters.num_ops,
@@ -87,3 +94,8 @@ class StepLoads:
         adapted = table != NO_ADAPTER
         traffic = self._traffic_bytes.take(table[adapted])
         return int(traffic.sum() if num_tokens is None else (traffic * num_tokens[adapted]).sum())
+
+
+def _num_runs(table: NDArray[np.int32]) -> int:
+    """Return how many runs of one adapter rows make, those without adapter left out: as `SplitLora` counts them."""
+    return int(np.count_nonzero(np.diff(table[table != NO_ADAPTER], prepend=np.int32(-2))))
