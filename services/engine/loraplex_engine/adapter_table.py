@@ -180,8 +180,7 @@ class EvictionOrder:
             raise RuntimeError(
                 f"{names} may give way with {pages} pages, {set(self._adapters)} are listed with {self.num_pages}"
             )
-        with self.in_order() as ordered:
-            found = {adapter.digest for adapter in ordered}
+        found = {entry[-1].digest for entry in self._heap if self._is_current(entry)}  # as it is: popping would tidy it
         if found != names:
             raise RuntimeError(f"{names} may give way, {found} are in the order")
 

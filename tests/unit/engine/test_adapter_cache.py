@@ -370,6 +370,21 @@ class AdapterCacheMachine(RuleBasedStateMachine):
     def evict_images(self, num_slots: int) -> None:
         self.bench.cache.evict_images(num_slots, anyone)
 
+    @rule(digest=digests)
+    def bring(self, digest: str) -> None:
+        """Take an adapter all the way, as soon as there is room."""
+        self.bench.now_s += 1
+        self.arrive(digest, 1)
+        self.load(digest)
+        if self.loading and self.loading[-1] == digest:
+            self.bench.cache.load_finished(self.loading.pop())
+
+    @rule(digest=digests)
+    def lose(self, digest: str) -> None:
+        """Let all images go, then an adapter of the device: it comes again as one that was never heard of."""
+        self.evict_images(32)
+        self.operate(digest, "evict")
+
     @rule()
     def complete_step(self) -> None:
         self.bench.pool.complete(self.step)
