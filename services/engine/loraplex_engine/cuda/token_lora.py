@@ -84,7 +84,7 @@ class GroupedLora:
         pool: uint8 ``[pages, page_bytes]``.
         geometry: Of adapter images.
         max_tokens: Most tokens of a step.
-        max_groups: Most groups of a step; unless given, as many as sequences of up to 256 adapters make of the tokens.
+        max_groups: Most groups of a step.
     """
 
     def __init__(
@@ -95,11 +95,9 @@ class GroupedLora:
         geometry: Geometry,
         *,
         max_tokens: int,
-        max_groups: int | None = None,
+        max_groups: int,
     ) -> None:
         shapes = op_shapes(geometry)
-        if max_groups is None:
-            max_groups = -(-max_tokens // GROUP_TOKENS) + min(max_tokens, 256)
         self._kernels = LoraDecode(
             library,
             tables,
@@ -189,7 +187,8 @@ def make_token_lora(
 ) -> GroupedLora | SplitLora:
     """Return what suits the element type."""
     if library.dtype != torch.bfloat16:
-        return GroupedLora(library, tables, pool, geometry, max_tokens=max_tokens)
+        max_groups = max_tokens // GROUP_TOKENS + max_rows  # each sequence may end in a group of its own
+        return GroupedLora(library, tables, pool, geometry, max_tokens=max_tokens, max_groups=max_groups)
     segments = SegmentLora(library, tables, pool, geometry, max_rows=max_rows, max_tokens=max_tokens)
     groups = GroupedLora(library, tables, pool, geometry, max_tokens=max_rows, max_groups=max_rows)
     return SplitLora(segments, groups, min_decode_runs=min_decode_runs)
