@@ -30,6 +30,7 @@ from loraplex_kernels.items import (
 from loraplex_kernels.lora_prefill import make_segments, plan_op, table_size
 from loraplex_kernels.prefill_cut import CLUSTERS, RESIDENCIES, WAVE, choose_cut
 from loraplex_kernels.tables import (
+    ENTRY_DTYPE,
     AdapterTables,
     RangeAllocator,
     RankLimitError,
@@ -138,6 +139,13 @@ def test_binding_again_after_unbinding_reuses_the_tiles() -> None:
     tables.check_integrity()
     assert tables.max_stacked[1, 0] == 24
     assert not tables.max_stacked[0].any()
+
+
+def test_the_entry_behind_the_last_one_may_be_prefetched() -> None:
+    tables = AdapterTables(big_geometry(), max_adapters=2, tile_capacity=0, device=torch.device("cpu"))
+
+    begin = tables.entries.data_ptr() - tables.entries.untyped_storage().data_ptr()
+    assert tables.entries.untyped_storage().nbytes() >= begin + tables.entries.nbytes + ENTRY_DTYPE.itemsize
 
 
 def test_too_few_pages_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -10,9 +12,11 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from loraplex_common.adapter_image import OPS, PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, layout
 from loraplex_common.base_model import BaseModelInfo
 from loraplex_engine.cuda.graphs import VARIANTS, bucket_sizes, variant_of
+from loraplex_engine.cuda.lora_paths import EXPAND_CTAS_PER_SM, SHRINK_CTAS_PER_SM
 from loraplex_engine.cuda.runner_config import CudaRunnerConfig, tile_capacity
 from loraplex_engine.cuda.token_lora import max_decode_items, max_prefill_items
 from loraplex_engine.pool_geometry import PoolGeometry
+from loraplex_kernels.compiler import SOURCES
 from loraplex_kernels.items import ItemBuilder, op_shapes
 from loraplex_kernels.lora_prefill import make_segments, plan_op
 from loraplex_kernels.prefill_cut import CLUSTERS
@@ -122,3 +126,10 @@ def test_models_our_kernels_cannot_compute_are_refused_with_the_remedy(
         CudaRunnerConfig(
             info=info, geometry=pool, num_pages=8, max_num_seqs=4, max_model_len=64, max_num_batched_tokens=64
         )
+
+
+def test_grids_are_what_the_kernels_registers_are_bounded_for() -> None:
+    shrink, expand = ((SOURCES / f"lora_{name}.cu").read_text() for name in ("shrink", "expand"))
+
+    assert re.findall(r"__launch_bounds__\(kThreads, (\d+)\) lora_shrink", shrink) == [str(SHRINK_CTAS_PER_SM)]
+    assert re.findall(r"constexpr int kCtasPerSm = (\d+);", expand) == [str(EXPAND_CTAS_PER_SM)]
