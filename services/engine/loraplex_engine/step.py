@@ -131,6 +131,15 @@ class StepPlan:
         return begun
 
 
+def count_runs(adapters: NDArray[np.int32]) -> int:
+    """Return how many runs of one adapter rows make, those without adapter left out.
+
+    Args:
+        adapters: int32 ``[N]``; adapter of each row, `NO_ADAPTER` for none.
+    """
+    return int(np.count_nonzero(np.diff(adapters[adapters != NO_ADAPTER], prepend=np.int32(-2))))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprobs:
     """Probabilities at one position: the drawn token first, then the likeliest, best first.

@@ -13,6 +13,8 @@ from loraplex_kernels.lora_prefill import TILE_TOKENS, LoraPrefill
 from loraplex_kernels.prefill_cut import WAVE
 from loraplex_kernels.tables import MAX_RANK
 
+from loraplex_engine.step import NO_ADAPTER, count_runs
+
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
     from loraplex_kernels.items import OpShape
@@ -37,11 +39,6 @@ def max_decode_items(shapes: tuple[OpShape, ...], num_groups: int) -> int:
 def max_prefill_items(shapes: tuple[OpShape, ...], num_tiles: int) -> int:
     """Return a bound of the items of a step with that many tiles of `TILE_TOKENS` tokens or fewer."""
     return sum(max(len(shape.outputs) * num_tiles, WAVE) for shape in shapes)
-
-
-def num_runs(adapters: NDArray[np.int32]) -> int:
-    """Return how many runs of one adapter rows make: as many segments, unless a run is long."""
-    return int(np.count_nonzero(np.diff(adapters, prepend=np.int32(-2))))
 
 
 class SegmentLora:
@@ -159,12 +156,13 @@ class SplitLora:
 
     def prepare(self, plan: StepPlan) -> None:
         """Build the step's items, of the parts that have any."""
-        rows = np.flatnonzero(plan.adapters[: plan.num_decode_rows] >= 0).astype(np.int32)
-        has_groups = 0 < num_runs(plan.adapters[rows]) >= self._min_decode_runs
+        decoding = plan.adapters[: plan.num_decode_rows]
+        has_groups = 0 < count_runs(decoding) >= self._min_decode_runs  # as many segments, unless a run is long
         first_row = plan.num_decode_rows if has_groups else 0
         has_segments = bool((plan.adapters[first_row:] >= 0).any())
         if has_groups:
-            self._groups.prepare_tokens(plan.adapters[rows], rows)  # decode rows come first, with one token each
+            rows = np.flatnonzero(decoding != NO_ADAPTER).astype(np.int32)
+            self._groups.prepare_tokens(decoding[rows], rows)  # decode rows come first, with one token each
         if has_segments:
             self._segments.prepare(plan, first_row)
         self._parts = (self._groups,) * has_groups + (self._segments,) * has_segments

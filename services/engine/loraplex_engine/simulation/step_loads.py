@@ -8,7 +8,7 @@ import numpy as np
 
 from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS
 from loraplex_engine.simulation.step_cost import StepLoad
-from loraplex_engine.step import NO_ADAPTER
+from loraplex_engine.step import NO_ADAPTER, count_runs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,7 +39,7 @@ class StepLoads:
         decoding = plan.num_decode_rows
         chunks = list(zip(plan.num_tokens[decoding:].tolist(), plan.starts[decoding:].tolist(), strict=True))
         adapters, prompts = plan.adapters[:decoding], plan.adapters[decoding:]
-        num_runs = _num_runs(adapters)
+        num_runs = count_runs(adapters)
         has_groups = num_runs >= (MIN_DECODE_RUNS if chunks else 1)
         is_split = has_groups and bool(chunks)
         has_segments = bool((prompts != NO_ADAPTER).any()) or (num_runs > 0 and not has_groups)
@@ -94,8 +94,3 @@ class StepLoads:
         adapted = table != NO_ADAPTER
         traffic = self._traffic_bytes.take(table[adapted])
         return int(traffic.sum() if num_tokens is None else (traffic * num_tokens[adapted]).sum())
-
-
-def _num_runs(table: NDArray[np.int32]) -> int:
-    """Return how many runs of one adapter rows make, those without adapter left out: as `SplitLora` counts them."""
-    return int(np.count_nonzero(np.diff(table[table != NO_ADAPTER], prepend=np.int32(-2))))
