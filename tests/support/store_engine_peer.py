@@ -14,6 +14,7 @@ import crc32c
 import numpy as np
 from loraplex.v1 import adapter_pb2, adapter_store_pb2_grpc
 from loraplex.v1 import adapter_store_pb2 as pb
+from loraplex_common.arena_file import create_arena_file
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -54,8 +55,7 @@ class EnginePeer:
         self._sequence = 0
         self._changed = asyncio.Event()
         self._num_slots = num_slots
-        self._fd = os.memfd_create("peer-arena")
-        os.ftruncate(self._fd, HEADER_BYTES + num_slots * geometry.page_bytes)
+        self._fd = create_arena_file(HEADER_BYTES + num_slots * geometry.page_bytes)
         self._map = mmap.mmap(self._fd, HEADER_BYTES + num_slots * geometry.page_bytes)
         self.nonce = secrets.token_bytes(32)
         self._map[:32] = self.nonce

@@ -1,9 +1,9 @@
 """The host arena: the tier right behind the pool, one piece of host memory that a store on this host can write into.
 
-A memory file (``memfd_create``, so no ``/dev/shm`` is needed): a header of `HEADER_BYTES` whose first 32 bytes are a
-random nonce, then slots of one page each. A store opens ``/proc/<pid>/fd/<fd>``, checks the nonce and fills the slots
-it was granted; without shared memory the engine's store client copies chunks into `view`. The kernel commits the
-memory as images arrive.
+A sealed memory file (`loraplex_common.arena_file`, so no ``/dev/shm`` is needed): a header of `HEADER_BYTES` whose
+first 32 bytes are a random nonce, then slots of one page each. A store opens it through ``/proc``, checks seals and
+nonce, and fills the slots it was granted; without shared memory the engine's store client copies chunks into `view`.
+The kernel commits the memory as images arrive.
 
 Threads: the slot allocator is thread-safe. Room is made, though, by evicting images, and only the step loop's thread
 does that: ask it through `Engine.grant_slots`, not through `allocate`.
@@ -19,6 +19,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from loraplex_common.arena_file import NONCE_BYTES, create_arena_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 HEADER_BYTES: Final = 4096
-NONCE_BYTES: Final = 32
 _WINDOW_SLOTS: Final = 2048
 
 
@@ -43,9 +43,8 @@ class HostArena:
         if num_slots <= 0 or page_bytes <= 0:
             raise ValueError(f"an arena of {num_slots} slots of {page_bytes} bytes has no room")
         self.nonce = secrets.token_bytes(NONCE_BYTES)
-        self.fd = os.memfd_create("loraplex-arena", os.MFD_CLOEXEC)
+        self.fd = create_arena_file(HEADER_BYTES + num_slots * page_bytes)
         try:
-            os.ftruncate(self.fd, HEADER_BYTES + num_slots * page_bytes)
             self._map = mmap.mmap(self.fd, HEADER_BYTES + num_slots * page_bytes)
         except OSError:
             os.close(self.fd)

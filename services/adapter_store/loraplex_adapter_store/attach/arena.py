@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from loraplex_common.arena_file import NONCE_BYTES, open_arena_file
 from loraplex_common.log import get_logger
 
 if TYPE_CHECKING:
@@ -16,14 +16,12 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.attach.messages import ArenaInfo
 
 _log = get_logger()
-NONCE_BYTES: Final = 32
 
 
 class SharedArena:
     """An engine's arena opened through ``/proc/<pid>/fd/<fd>``.
 
-    Written with pwrite, not through a mapping: an engine that shrinks its file must not be able to kill the store with
-    SIGBUS.
+    Written with pwrite, not through a mapping: an engine's file must not be able to kill the store with SIGBUS.
 
     Args:
         descriptor: Open for reading and writing; owned by this object.
@@ -38,23 +36,22 @@ class SharedArena:
     def open(cls, info: ArenaInfo, page_bytes: int) -> SharedArena | None:
         """Open an arena; None if it cannot be reached from here or is not this engine's (then chunks are sent).
 
-        The nonce proves that the file is the one the engine means, and not one that merely has the same number in this
-        store's process namespace.
+        `open_arena_file` proves that it is an arena and not some other file that this user holds open; the nonce proves
+        that it is the one the engine means, and not one that has the same number in this store's process namespace.
         """
         if info.pid <= 0 or info.fd < 0 or len(info.nonce) != NONCE_BYTES or info.header_bytes < NONCE_BYTES:
             return None
         try:
-            descriptor = os.open(f"/proc/{info.pid}/fd/{info.fd}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            descriptor = open_arena_file(info.pid, info.fd)
         except OSError as error:
             _log.info("arena is not on this host; images are sent in chunks", pid=info.pid, error=error.strerror)
             return None
-        status = os.fstat(descriptor)
+        except ValueError as error:
+            _log.warning("arena refused; images are sent in chunks", pid=info.pid, fd=info.fd, error=str(error))
+            return None
         needed = info.header_bytes + info.num_slots * page_bytes
-        if (
-            not stat.S_ISREG(status.st_mode)
-            or status.st_size < needed
-            or not secrets.compare_digest(os.pread(descriptor, NONCE_BYTES, 0), info.nonce)
-        ):
+        is_large_enough = os.fstat(descriptor).st_size >= needed
+        if not is_large_enough or not secrets.compare_digest(os.pread(descriptor, NONCE_BYTES, 0), info.nonce):
             os.close(descriptor)
             _log.warning("arena file is not the engine's; images are sent in chunks", pid=info.pid, fd=info.fd)
             return None
