@@ -167,7 +167,16 @@ def make_session() -> tuple[EngineSession, AttachedEngines]:
     )
     images = SimpleNamespace(get=lambda key, fit: asyncio.Event().wait())
     arena = ArenaInfo(num_slots=4, num_free=4, pid=-1, fd=-1, header_bytes=0, nonce=b"")
-    hello = Hello("e", "base", "00" * 32, geometry, (arena,), (), 0, 4)
+    hello = Hello(
+        engine_id="e",
+        base_name="base",
+        base_fingerprint="00" * 32,
+        geometry=geometry,
+        arenas=(arena,),
+        held=(),
+        sequence=0,
+        max_image_pages=4,
+    )
     session = EngineSession(hello, images, SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
     engines = AttachedEngines.__new__(AttachedEngines)
     engines._sessions = {"e": session}
