@@ -60,6 +60,10 @@ proto: $(VENV)/.dev-installed ## Regenerate proto/gen from the protos
 bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machine's CPU
 	@$(BIN)/python benchmarks/cpu_vs_peft.py $(BENCH_ARGS)
 
+.PHONY: campaign
+campaign: $(VENV)/.dev-installed ## Random requests of every kind against one engine: CAMPAIGN_ARGS="--requests 100000 --seed 1"
+	@PYTHONPATH=tests $(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
+
 .PHONY: clean
 clean: ## Remove caches and build output; the virtual environment stays
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .cache

@@ -46,7 +46,9 @@ def processed_logits(
         x[ids] = kept
     if counts is not None:
         seen, drawn = torch.from_numpy(counts != 0), torch.from_numpy((counts & MOST_COUNTED).astype(np.float32))
-        penalized = torch.where(x > 0, x / torch.tensor(row["repetition"]), x * torch.tensor(row["repetition"]))
+        repetition, is_raised = torch.tensor(row["repetition"]), (x > 0) & torch.isfinite(x)
+        raised = (x / repetition).clamp(max=torch.finfo(torch.float32).max)
+        penalized = torch.where(is_raised, raised, x * repetition)
         x = torch.where(seen, penalized, x)
         x = x - drawn * torch.tensor(row["frequency"]) - (drawn > 0) * torch.tensor(row["presence"])
     return x

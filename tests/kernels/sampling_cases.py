@@ -37,16 +37,16 @@ def make_logits(kind: str, rows: int, vocab: int, dtype: torch.dtype, seed: int)
 
 def make_draw(rng: np.random.Generator, vocab: int) -> Draw:
     """Return any mix of parameters; a third are greedy."""
-    temperature = float(rng.choice([0.0, 0.0, 0.3, 0.8, 1.0, 2.5]))
+    temperature = float(rng.choice([0.0, 0.0, 0.3, 0.8, 1.0, 2.5, 100.0, 1.2e-38]))
     penalizes = rng.random() < 0.5
     return Draw(
         temperature=temperature,
         top_k=int(rng.choice([0, 0, 1, 5, 50, vocab // 2, vocab, 2 * vocab])),
-        top_p=float(rng.choice([1.0, 1.0, 0.999, 0.9, 0.5, 1e-6])),
-        min_p=float(rng.choice([0.0, 0.0, 0.02, 0.3, 1.0])),
-        repetition_penalty=float(rng.choice([1.0, 1.3, 0.7])) if penalizes else 1.0,
-        presence_penalty=float(rng.choice([0.0, 0.6, -0.4])) if penalizes else 0.0,
-        frequency_penalty=float(rng.choice([0.0, 0.37, -0.2])) if penalizes else 0.0,
+        top_p=float(rng.choice([1.0, 1.0, 0.999, 0.9, 0.5, 1e-6, 1.2e-38])),
+        min_p=float(rng.choice([0.0, 0.0, 0.02, 0.3, 1.0, 1.2e-38])),
+        repetition_penalty=float(rng.choice([1.0, 1.3, 0.7, 10.0, 1.2e-38])) if penalizes else 1.0,
+        presence_penalty=float(rng.choice([0.0, 0.6, -0.4, 2.0, -2.0])) if penalizes else 0.0,
+        frequency_penalty=float(rng.choice([0.0, 0.37, -0.2, 2.0, -2.0])) if penalizes else 0.0,
         seed=int(rng.integers(0, 2**64, dtype=np.uint64)),
         num_logprobs=int(rng.choice([-1, -1, 0, 1, 20])),
         ban_stops=bool(rng.random() < 0.5),
@@ -120,8 +120,7 @@ def draw_with_torch(
     sampler: Sampler, logits: torch.Tensor, slots: NDArray[np.int32], draws: list[Draw], position: int
 ) -> Drawn:
     sampled = sampler.sample(logits, slots, sampling_arrays(draws, [position] * len(slots)))
-    logprobs = {} if sampled.logprobs is None else sampled.logprobs.to_host()
-    return Drawn(sampled.token_ids.tolist(), sampled.is_valid.tolist(), [], logprobs)
+    return Drawn(sampled.token_ids.tolist(), sampled.is_valid.tolist(), [], sampled.logprobs_to_host())
 
 
 def draw_by_reference(sampler: DeviceSampler, batch: Batch, logits: torch.Tensor, position: int) -> list[int]:

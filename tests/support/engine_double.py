@@ -51,6 +51,7 @@ class EngineDouble:
         hold_at: Requests stop at this position until `release` is called; None never holds.
         resident: Digests said to be on the device.
         loading_first: Report a load in progress before every start.
+        poison: A request of so many prompt tokens ends the session that carries it, before any token.
         finish: Reason of the end after the reply's last token; a reply that ends in a stop token says so.
     """
 
@@ -64,6 +65,7 @@ class EngineDouble:
     stop_token_id: int | None = None
     max_model_len: int = 512
     loading_first: bool = False
+    poison: int | None = None
 
     def __post_init__(self) -> None:
         self.engine_id = f"engine-{uuid.uuid4().hex[:8]}"
@@ -144,6 +146,8 @@ class EngineDouble:
             while True:
                 changed = self._changed
                 step += 1
+                if any(len(r.submit.prompt_token_ids) == self.poison for r in running.values()):
+                    raise RuntimeError("this request ends sessions")
                 message = self._step(step, running, outputs)
                 if message is not None:
                     yield message

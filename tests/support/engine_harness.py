@@ -321,6 +321,7 @@ def torch_engine(
     max_num_seqs: int = 16,
     max_num_batched_tokens: int = 256,
     emulate_async: bool = False,
+    eos_token_ids: tuple[int, ...] = (),
     policy: SchedulingPolicy = NO_GROWTH,
 ) -> Iterator[EngineHarness]:
     """Run an engine on the torch backend in fp32 on the CPU; a small ``block_tokens`` makes small pages."""
@@ -336,7 +337,7 @@ def torch_engine(
         block_tokens=pool.block_tokens,
         pool_bytes=num_pages * pool.page_bytes,
         arena_bytes=num_arena_slots * pool.page_bytes,
-        eos_token_ids=(),
+        eos_token_ids=eos_token_ids,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

@@ -11,15 +11,13 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
+from loraplex_common.errors import LoraplexError
 from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, SlotSetup, StepPlan, StepResult, TokenLogprobs
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from loraplex_common.errors import LoraplexError
 
 VOCAB_SIZE = 50
 NO_OWNER = -1
@@ -108,6 +106,8 @@ class FakeRunner:
         pipeline_depth: 1 computes in `launch`; 2 computes when results are waited for.
         loads_at_once: Adapters are loaded by `load_adapter`; else by `finish_load`.
     """
+
+    backend: ClassVar[str] = "fake"
 
     def __init__(
         self,
@@ -340,7 +340,7 @@ class FakeRunner:
             self._last_tokens[int(plan.slots[row])] = int(token_ids[index])
             if plan.sampling.num_logprobs[index] >= 0:
                 logprobs[index] = _logprobs(int(token_ids[index]), int(plan.sampling.num_logprobs[index]))
-        failed = {slot: reason for slot, reason in self.fail_slots.items() if slot in plan.slots}
+        failed = {slot: LoraplexError(reason) for slot, reason in self.fail_slots.items() if slot in plan.slots}
         return StepResult(
             step_id=plan.step_id,
             slots=plan.slots[plan.sample_rows],

@@ -183,8 +183,8 @@ class Harness:
                 by_slot[slot].logprobs.append(result.logprobs[row])
         for slot, entries in result.prompt_logprobs.items():
             by_slot[slot].prompt_logprobs.extend(entries)
-        for slot, reason in result.failed_slots.items():
-            by_slot[slot].failure = reason
+        for slot, error in result.failed_slots.items():
+            by_slot[slot].failure = error.message
 
     def step(self, sequences: Sequence[Sequence_]) -> StepResult:
         """Run one step and absorb it."""

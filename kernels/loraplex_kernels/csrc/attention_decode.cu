@@ -27,7 +27,7 @@ struct Params {
     int min_split;              // tokens a split is worth, a multiple of 64
     int reserved;
 };
-static_assert(sizeof(Params) == 120, "attention_decode.py mirrors it");
+static_assert(sizeof(Params) == 120, "params.py mirrors it");
 
 struct Shared {
     float out[kWarps][kHeads][kHeadDim];

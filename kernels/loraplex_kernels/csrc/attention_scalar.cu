@@ -17,7 +17,7 @@ struct Params {
     const int* positions;  // [tokens]
     i64 q_stride;
 };
-static_assert(sizeof(Params) == 96, "attention_scalar.py mirrors it");
+static_assert(sizeof(Params) == 96, "params.py mirrors it");
 
 __device__ __forceinline__ float score(const elem* key, const float* q) {
     float sum = 0.f;

@@ -17,7 +17,7 @@ struct Params {
     int vocab;
     int reserved;
 };
-static_assert(sizeof(Params) == 48, "embedding.py mirrors it");
+static_assert(sizeof(Params) == 48, "params.py mirrors it");
 
 extern "C" __global__ void __launch_bounds__(128, 16) embedding(const Params p) {
     allow_dependents();

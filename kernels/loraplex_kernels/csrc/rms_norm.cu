@@ -22,7 +22,7 @@ struct Params {
     float eps;
     int num_rows;
 };
-static_assert(sizeof(Params) == 48, "rms_norm.py mirrors it");
+static_assert(sizeof(Params) == 48, "params.py mirrors it");
 
 __device__ __forceinline__ void clear_row(elem* row) {
     for (int column = threadIdx.x * kVec; column < kHidden; column += kThreads * kVec) store_vec(row + column, Vec{});

@@ -33,7 +33,7 @@ struct Params {
     int report_top;
     int reserved;
 };
-static_assert(sizeof(Params) == 80, "sample.py mirrors it");
+static_assert(sizeof(Params) == 80, "params.py mirrors it");
 
 struct Best {
     float own;  // this thread's largest

@@ -32,6 +32,7 @@ constexpr u32 kNotAllowed = 1, kStop = 2;  // Edit.flags
 
 constexpr u16 kInPrompt = 0x8000;  // counts: bit 15: in the prompt; the rest: how often in the output, at most 32767
 constexpr u16 kMostCounted = 0x7fff;
+constexpr float kMaxLogit = 0x1.fffffep127f;  // the largest float
 
 // Tokens of one row.
 struct Source {
@@ -80,7 +81,9 @@ __device__ __forceinline__ float special_logit(const Source& s, const SampleRow&
     }
     if (!s.counts) return x;
     const u32 count = as_global(s.counts)[token];
-    if (row.repetition != 1.f && count) x = x > 0.f ? __fdiv_rn(x, row.repetition) : __fmul_rn(x, row.repetition);
+    // A tiny penalty makes a likely token certain, never infinite: that would be a row without a valid draw.
+    if (row.repetition != 1.f && count)
+        x = x > 0.f && x <= kMaxLogit ? fminf(__fdiv_rn(x, row.repetition), kMaxLogit) : __fmul_rn(x, row.repetition);
     if (const u32 drawn = count & kMostCounted) {
         x = __fsub_rn(x, __fmul_rn(static_cast<float>(drawn), row.frequency));
         x = __fsub_rn(x, row.presence);

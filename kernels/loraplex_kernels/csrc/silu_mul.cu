@@ -13,6 +13,7 @@ struct Params {
     elem* out;            // [rows, WIDTH]
     const float* delta;   // as gate_up, or null
 };
+static_assert(sizeof(Params) == 24, "params.py mirrors it");
 
 __device__ __forceinline__ void add_delta(const float* delta, float (&v)[kVec]) {
 #pragma unroll

@@ -29,10 +29,10 @@ class Hints:
         self._images = images
 
     async def prefetch(self, engine_id: str, digest: str, wanted_in_ms: int) -> None:
-        """Bring an image near an engine; an empty id lets the store pick one of the right base model."""
+        """Bring an image near an engine by when it will be wanted; an empty id lets the store pick one of its base model."""
         try:
             target = engine_id or await self._pick(digest)
-            if target and not self._attached.prefetch(target, digest):
+            if target and not self._attached.prefetch(target, digest, wanted_in_ms):
                 await self._holdings.hint(target, "prefetch", digest, wanted_in_ms)
         except LoraplexError as error:
             _log.info("a prefetch hint is lost", engine=engine_id, revision=digest, error=error.message)

@@ -174,6 +174,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     async def PrefetchAdapter(self, request: pb.PrefetchAdapterRequest, context: Context) -> pb.PrefetchAdapterResponse:
         """Take a hint that an adapter will be wanted."""
         wanted_in_ms = request.wanted_in.ToMilliseconds()
+        if wanted_in_ms < 0:
+            raise InvalidParameterError(f"wanted_in: {wanted_in_ms / 1000:g} s is negative", field="wanted_in")
         await self._parts.hints.prefetch(request.engine_id, _digest(request.revision, "revision"), wanted_in_ms)
         return pb.PrefetchAdapterResponse()
 

@@ -197,6 +197,12 @@ class StreamInterruptedError(LoraplexError):
     code, reason, http_status = grpc.StatusCode.ABORTED, "STREAM_INTERRUPTED", 500
 
 
+class RequestLostError(LoraplexError):
+    """Engines were lost whenever this request was sent, before it gave a token."""
+
+    code, reason, http_status = grpc.StatusCode.INTERNAL, "REQUEST_LOST", 500
+
+
 class SlowConsumerError(LoraplexError):
     """The client or gateway did not read its stream."""
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from loraplex_engine.economy import RoomMaker
     from loraplex_engine.hopelessness import Hopelessness
     from loraplex_engine.limits import SchedulerLimits
+    from loraplex_engine.page_pool import Pages
     from loraplex_engine.prefix_sharing import PrefixSharing
     from loraplex_engine.request_book import RequestBook
     from loraplex_engine.running_batch import RunningBatch
@@ -196,6 +197,12 @@ class Admission:
         return is_waiting
 
     def _consider(self, request: Request, now_s: float) -> Outcome:
+        outcome = Outcome.GONE  # if looking at it fails it
+        with self._book.answering_for(request, "while a place was sought for it"):
+            outcome = self._look_at(request, now_s)
+        return outcome
+
+    def _look_at(self, request: Request, now_s: float) -> Outcome:
         digest = request.adapter_digest
         if digest is not None and self._cache.state_of(digest) is not ResidencyState.RESIDENT:
             return self._bringing.bring(request, digest, now_s)
@@ -211,6 +218,24 @@ class Admission:
     def _seat(self, request: Request) -> Outcome:
         found = self._sharing.find(request)
         self._pool.share(found)  # held first, lest making room evicts them
+        try:
+            outcome = self._make_place(request, found)
+        except BaseException:
+            self._pool.release(found, -1)
+            raise
+        if outcome is not Outcome.GONE:
+            self._pool.release(found, -1)
+            return outcome
+        self._book.unclaim(request)
+        self._queue.remove(request)
+        request.move_to(RequestState.RUNNING)
+        request.misfit_since_s = None
+        self._queue.shares.run(request.share)
+        self._book.start(request)
+        return Outcome.GONE
+
+    def _make_place(self, request: Request, found: Pages) -> Outcome:
+        """Give a request slot, pages and lease if they can be had (GONE), behind the pages it found; if it raises, none."""
         num_tokens = min(request.num_known_tokens + 1, request.max_kv_tokens)
         num_pages = -(-num_tokens // self._limits.block_tokens) - len(found)
         spared = set() if request is self._reservation.request else set(self._spared)
@@ -220,18 +245,17 @@ class Admission:
         if self._fits(request, num_pages, len(found), spared):
             room = self._economy.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
         if room is not Room.NOW:
-            self._pool.release(found, -1)
             return Outcome.SOON if room is Room.SOON else Outcome.NO_PAGES
-        digest = request.adapter_digest
-        adapter = NO_ADAPTER if digest is None else self._cache.lease(digest)
-        self._book.unclaim(request)
-        self._queue.remove(request)
-        request.move_to(RequestState.RUNNING)
-        request.misfit_since_s = None
+        digest, stop_ids = request.adapter_digest, self._stop_ids_of(request)
         new = self._pool.allocate(num_pages, PageOwner.KV)
-        self._batch.seat(request, adapter=adapter, found=found, new=new, stop_ids=self._stop_ids_of(request))
-        self._queue.shares.run(request.share)
-        self._book.start(request)
+        adapter = NO_ADAPTER if digest is None else self._cache.lease(digest)
+        try:
+            self._batch.seat(request, adapter=adapter, found=found, new=new, stop_ids=stop_ids)
+        except BaseException:
+            self._pool.release(new, -1)
+            if digest is not None:
+                self._cache.release(digest, self._book.last_launched)
+            raise
         return Outcome.GONE
 
     def _fits(self, request: Request, num_pages: int, num_found: int, spared: set[str]) -> bool:

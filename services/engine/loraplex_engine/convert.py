@@ -55,8 +55,9 @@ _FINISH_REASONS: Final = {
     FinishReason.CANCELLED: gateway_pb2.FINISH_REASON_CANCELLED,
 }
 _TIERS: Final[dict[ResidencyState, adapter_pb2.Tier.ValueType]] = {
-    ResidencyState.ABSENT: adapter_pb2.TIER_STORE,
-    ResidencyState.WANTED: adapter_pb2.TIER_STORE,
+    # Whether a store has the image in its memory, or must still make it, is not known here.
+    ResidencyState.ABSENT: adapter_pb2.TIER_UNSPECIFIED,
+    ResidencyState.WANTED: adapter_pb2.TIER_UNSPECIFIED,
     ResidencyState.IN_ARENA: adapter_pb2.TIER_ARENA,
     ResidencyState.LOADING: adapter_pb2.TIER_ARENA,
     ResidencyState.RESIDENT: adapter_pb2.TIER_DEVICE,
@@ -149,7 +150,7 @@ def started(event: Started, prompt_logprobs: list[TokenLogprobs]) -> engine_pb2.
 def loading(event: Loading) -> engine_pb2.Output:
     """Encode how far a request's adapter has come."""
     progress = gateway_pb2.AdapterLoading(
-        bytes_done=event.bytes_done, bytes_total=event.bytes_total, tier=adapter_pb2.TIER_STORE
+        bytes_done=event.bytes_done, bytes_total=event.bytes_total, tier=tier(event.state)
     )
     return engine_pb2.Output(slot=event.session_slot, loading=progress)
 
@@ -212,7 +213,7 @@ def load_report(load: LoadSnapshot) -> engine_pb2.LoadReport:
 
 
 def tier(state: ResidencyState) -> adapter_pb2.Tier.ValueType:
-    """Return where the best copy of an adapter in that state lies."""
+    """Return where the engine's best copy of an adapter in that state lies; unspecified if it has none."""
     return _TIERS[state]
 
 

@@ -90,12 +90,17 @@ class DecodeState:
         """Slots without an occupant."""
         return len(self._free)
 
+    @property
+    def next_slot(self) -> int:
+        """The slot that `seat` takes."""
+        return self._free[-1]
+
     def seat(self, request: Request, *, adapter: int, pages: Pages, stop_ids: tuple[int, ...]) -> int:
         """Give a request a slot with its tokens, pages and settings; returns the slot.
 
-        The first pages hold its first ``request.num_cached`` tokens already.
+        The first pages hold its first ``request.num_cached`` tokens already. If it raises, the slot is still free.
         """
-        slot = self._free.pop()
+        slot = self.next_slot
         submission = request.submission
         known = request.num_known_tokens
         self.tokens[slot, : request.num_prompt_tokens] = submission.prompt_token_ids
@@ -108,14 +113,15 @@ class DecodeState:
         self.max_outputs[slot] = request.max_outputs
         self.min_outputs[slot] = submission.stopping.min_new_tokens
         self.is_decoding[slot] = False
-        self.blocks[slot, : len(pages)] = pages
-        self.num_blocks[slot] = len(pages)
         self.adapters[slot] = adapter
         self.adapter_scales[slot] = submission.adapter_scale
         self._set_stop_ids(slot, stop_ids)
         self.sessions[slot] = submission.session_id
         self.session_slots[slot] = submission.session_slot
         self._set_sampling(slot, request)
+        self.blocks[slot, : len(pages)] = pages
+        self.num_blocks[slot] = len(pages)
+        self._free.pop()
         return slot
 
     def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...]) -> None:

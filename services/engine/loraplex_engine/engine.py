@@ -182,6 +182,11 @@ class Engine:
         return self._report.read(self._clock())
 
     @property
+    def backend(self) -> str:
+        """What computes: ``torch`` or ``cuda``."""
+        return self._runner.backend
+
+    @property
     def totals(self) -> LoopTotals:
         """Where the step loop's time went."""
         return self._loop.totals

@@ -20,8 +20,10 @@ def likeliest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Args:
         values: fp32 ``[rows, V]``.
-        count: At most V.
+        count: At most V; 0 gives no columns.
     """
+    if count == 0:
+        return values[:, :0], torch.zeros((values.shape[0], 0), dtype=torch.int64, device=values.device)
     edge = values.topk(count, dim=-1).values[:, -1:]
     rows, ids = (values >= edge).nonzero(as_tuple=True)  # ids rise within a row
     sizes = torch.bincount(rows, minlength=values.shape[0])

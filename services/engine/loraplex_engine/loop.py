@@ -1,7 +1,8 @@
 """The step loop: one thread that turns commands into steps and steps into outputs, and does nothing else.
 
 It sleeps only when there is nothing to compute, and is woken by commands, finished loads and deadlines; it never waits
-for a peer. If it dies, every open request ends with INTERNAL, later ones are refused, and ``on_crash`` is told.
+for a peer. What goes wrong with one request ends that one (`faults`). If the loop itself dies, every open request ends
+with INTERNAL, later ones are refused, and ``on_crash`` is told.
 """
 
 from __future__ import annotations

@@ -183,9 +183,14 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loading:
-    """A request waits for its adapter."""
+    """A request waits for its adapter.
+
+    Attributes:
+        state: Where the adapter stands.
+    """
 
     session_slot: int
+    state: ResidencyState
     bytes_done: int
     bytes_total: int
 

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_engine.sampler import top_logprobs
+from loraplex_engine.sampled import top_logprobs
+from loraplex_engine.slot_faults import blaming
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loraplex_engine.model.llama import LlamaModel
+    from loraplex_engine.slot_faults import SlotFaults
     from loraplex_engine.step import SlotSetup, StepPlan, TokenLogprobs
 
 CHUNK_POSITIONS: Final = 64  # positions whose logits are held at once: 64 x 128k tokens are 32 MiB in fp32
@@ -45,7 +47,13 @@ class PromptLogprobTracker:
                 self._carried.pop(slot, None)
 
     def update(
-        self, plan: StepPlan, token_ends: NDArray[np.int64], token_ids: Tensor, hidden: Tensor, sampler: KnowsSetups
+        self,
+        plan: StepPlan,
+        token_ends: NDArray[np.int64],
+        token_ids: Tensor,
+        hidden: Tensor,
+        sampler: KnowsSetups,
+        faults: SlotFaults,
     ) -> dict[int, list[TokenLogprobs]]:
         """Return slot -> entries of the prompt tokens that this step took as input, but for a prompt's first.
 
@@ -55,6 +63,7 @@ class PromptLogprobTracker:
             token_ids: int64 ``[T]``; the step's input.
             hidden: ``[T, hidden]``; the step's output.
             sampler: Knows which slots asked.
+            faults: Gets the slots whose entries cannot be computed.
         """
         result: dict[int, list[TokenLogprobs]] = {}
         for row in range(plan.num_decode_rows, len(plan.slots)):
@@ -64,11 +73,12 @@ class PromptLogprobTracker:
                 continue
             last = int(token_ends[row])
             first = last - int(plan.num_tokens[row])
-            states, targets = hidden[first : last - 1], token_ids[first + 1 : last]
-            if slot in self._carried:
-                states, targets = torch.cat((self._carried[slot], states)), token_ids[first:last]
-            self._carried[slot] = hidden[last - 1 : last].clone()
-            result[slot] = self._entries(states, targets, setup.prompt_logprobs)
+            with blaming(faults, [slot], "while its prompt's probabilities were computed"):
+                states, targets = hidden[first : last - 1], token_ids[first + 1 : last]
+                if slot in self._carried:
+                    states, targets = torch.cat((self._carried[slot], states)), token_ids[first:last]
+                self._carried[slot] = hidden[last - 1 : last].clone()
+                result[slot] = self._entries(states, targets, setup.prompt_logprobs)
         return result
 
     def _entries(self, states: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from loraplex_engine.faults import internal_error
 from loraplex_engine.messages import Ended, FinishReason, Loading, Started
 from loraplex_engine.request import Request, RequestState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.adapter_cache import AdapterCache
     from loraplex_engine.growth import OutputLengths
     from loraplex_engine.limits import SchedulerCounters
+    from loraplex_engine.messages import Submission
     from loraplex_engine.outputs import OutputCollector
     from loraplex_engine.prefix_sharing import PrefixSharing
     from loraplex_engine.running_batch import RunningBatch
@@ -97,6 +100,7 @@ class RequestBook:
         total = status.num_pages * self._page_bytes
         event = Loading(
             session_slot=request.submission.session_slot,
+            state=status.state,
             bytes_done=total if status.is_in_arena else 0,
             bytes_total=total,
         )
@@ -141,6 +145,29 @@ class RequestBook:
         self._queue.uncap(request.share)
         if request.adapter_digest is not None:
             self._cache.release(request.adapter_digest, self.last_launched)
+
+    @contextmanager
+    def answering_for(self, request: Request, doing: str) -> Iterator[None]:
+        """Fail a request by what the block raises, and go on with the others.
+
+        The block must leave no half of what it does behind: what it holds when it raises is what the request holds. Not
+        for what happens with every token: a steady step has no business with single requests.
+
+        Args:
+            request: What the block is about, and nothing else.
+            doing: As of `internal_error`.
+        """
+        try:
+            yield
+        except Exception as error:
+            if request.state is RequestState.ENDED:
+                raise  # it was being ended: the accounts themselves are wrong
+            request.is_suspect = True
+            self.fail(request, internal_error(doing, error, request_id=request.submission.request_id))
+
+    def refuse(self, submission: Submission, error: LoraplexError) -> None:
+        """Answer a submission of which no request could be made."""
+        self._collector.event(submission.session_id, Ended(session_slot=submission.session_slot, error=error))
 
     def fail(self, request: Request, error: LoraplexError) -> None:
         """End a request with an error."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from loraplex_common.errors import LoraplexError
 
 from loraplex_engine.messages import FinishReason, PromptLogprobs, TokenWithLogprobs
 from loraplex_engine.request import RequestState
@@ -56,19 +55,21 @@ class ResultReader:
         for slot, entries in result.prompt_logprobs.items():
             occupant = self._occupant(step, slot)
             if occupant is not None:
-                self._send_prompt_logprobs(occupant, entries)
-        for slot, reason in result.failed_slots.items():
+                with self._book.answering_for(occupant, "while its prompt's probabilities were read"):
+                    self._send_prompt_logprobs(occupant, entries)
+        for slot, error in result.failed_slots.items():
             occupant = self._occupant(step, slot)
             if occupant is not None:
                 occupant.is_suspect = True
-                self._book.fail(occupant, LoraplexError(f"the engine cannot go on with this request: {reason}"))
+                self._book.fail(occupant, error)
         for row, chunk in enumerate(step.chunks, step.num_decode_rows):
             if self._batch.state.occupancy[step.rows[row]] == step.occupancy[row]:
                 self._confirm(chunk, now_s)
         self._take_tokens(step, result)
         for chunk in step.chunks:
             if chunk.is_last and chunk.request.state is RequestState.RUNNING:
-                self._sharing.publish(chunk.request)
+                with self._book.answering_for(chunk.request, "while its blocks were shared"):
+                    self._sharing.publish(chunk.request)
 
     @staticmethod
     def _confirm(chunk: Chunk, now_s: float) -> None:
@@ -93,17 +94,20 @@ class ResultReader:
         self._collector.tokens(
             state.sessions.take(plain), state.session_slots.take(plain), positions[is_plain], token_ids[is_plain]
         )
+        over = [(index, self._batch.at(int(rows[index]))) for index in is_over.nonzero()[0].tolist()]
         for index in (~is_plain).nonzero()[0].tolist():
-            submission = self._batch.at(int(rows[index])).submission
-            event = TokenWithLogprobs(
-                session_slot=submission.session_slot,
-                position=int(positions[index]),
-                token_id=int(token_ids[index]),
-                logprobs=result.logprobs[int(indices[index])],
-            )
-            self._collector.event(submission.session_id, event)
-        for index in is_over.nonzero()[0].tolist():
             request = self._batch.at(int(rows[index]))
+            with self._book.answering_for(request, "while its probabilities were read"):
+                event = TokenWithLogprobs(
+                    session_slot=request.submission.session_slot,
+                    position=int(positions[index]),
+                    token_id=int(token_ids[index]),
+                    logprobs=result.logprobs[int(indices[index])],
+                )
+                self._collector.event(request.submission.session_id, event)
+        for index, request in over:
+            if request.state is RequestState.ENDED:
+                continue  # its probabilities could not be read
             if is_stop[index]:
                 self._book.finish(request, FinishReason.STOP, int(token_ids[index]))
             else:
@@ -121,7 +125,7 @@ class ResultReader:
         first = request.num_prompt_logprobs_seen + 1  # a prompt's first token has no probability
         request.num_prompt_logprobs_seen += len(entries)
         unsent = max(first, request.num_prompt_logprobs + 1)
-        news = entries[unsent - first : request.num_prompt_tokens - first]
+        news = entries[unsent - first : max(0, request.num_prompt_tokens - first)]
         if news:
             event = PromptLogprobs(session_slot=request.submission.session_slot, first=unsent, entries=news)
             request.num_prompt_logprobs += len(news)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraplex_engine.decode_state import Rows
+from loraplex_engine.faults import RequestFaultError
 from loraplex_engine.request import Request
 from loraplex_engine.step import FROM_DEVICE, SlotSetup, StepPlan
 
@@ -101,8 +102,12 @@ class RunningBatch:
         new: Pages,
         stop_ids: tuple[int, ...],
     ) -> None:
-        """Give a request a slot; its prefill starts with the next plan, behind what is in the pages it found."""
+        """Give a request a slot; its prefill starts with the next plan, behind what is in the pages it found.
+
+        Nothing is changed if it raises: all that depends on what the request asks for comes first.
+        """
         pages = np.concatenate([found, new]) if len(found) else new
+        setup = _setup_of(request, self.state.next_slot, stop_ids)
         request.num_cached = len(found) * self.state.block_tokens
         request.slot = self.state.seat(request, adapter=adapter, pages=pages, stop_ids=stop_ids)
         request.num_prompt_logprobs_seen = 0
@@ -111,7 +116,7 @@ class RunningBatch:
         self._by_slot[request.slot] = request
         self._prefilling.append(request)
         self.num_prefill_tokens += request.num_known_tokens - request.num_cached
-        self._setups.append(_setup_of(request, stop_ids))
+        self._setups.append(setup)
         self.rows = np.concatenate([self.rows, np.array([request.slot], np.intp)])
         self.version += 1
 
@@ -132,8 +137,12 @@ class RunningBatch:
     def plan(
         self, step_id: int, decode_rows: Rows, max_tokens: int, now_s: float
     ) -> tuple[StepPlan, LaunchedStep] | None:
-        """Build the next step: one token of each decode row, prefill chunks in what is left of ``max_tokens``."""
-        chunks = self._cut_chunks(max_tokens - len(decode_rows)) if self._prefilling else []
+        """Build the next step: one token of each decode row, prefill chunks in what is left of ``max_tokens``.
+
+        Raises:
+            RequestFaultError: If a chunk cannot be cut; nothing is changed then.
+        """
+        chunks, inputs = self._cut_chunks(max_tokens - len(decode_rows)) if self._prefilling else ([], [])
         if not chunks and len(decode_rows) == 0:
             return None
         state = self.state
@@ -144,7 +153,7 @@ class RunningBatch:
         if chunks:
             rows = np.concatenate([rows, np.array([chunk.request.slot for chunk in chunks], np.intp)])
             num_tokens = np.concatenate([num_tokens, np.array([chunk.num_tokens for chunk in chunks], np.int32)])
-            token_ids = np.concatenate([token_ids, *(self._tokens_of(chunk) for chunk in chunks)])
+            token_ids = np.concatenate([token_ids, *inputs])
             last = [num_decode + index for index, chunk in enumerate(chunks) if chunk.is_last]
             sample_rows = np.concatenate([sample_rows, np.array(last, np.int32)])
         sampled = rows[sample_rows] if chunks else rows
@@ -177,17 +186,25 @@ class RunningBatch:
         self._advance(chunks)
         return plan, launched
 
-    def _cut_chunks(self, budget: int) -> list[Chunk]:
-        """Share ``budget`` tokens out to prefills, first admitted first."""
-        chunks = []
+    def _cut_chunks(self, budget: int) -> tuple[list[Chunk], list[NDArray[np.int32]]]:
+        """Share ``budget`` tokens out to prefills, first admitted first; returns chunks and their tokens."""
+        chunks: list[Chunk] = []
+        inputs: list[NDArray[np.int32]] = []
         for request in self._prefilling:
             if budget <= 0:
                 break
-            start = int(self.state.num_computed[request.slot])
-            left = request.num_known_tokens - start
-            chunks.append(Chunk(request, start, min(left, budget), left <= budget))
+            try:
+                chunks.append(self._cut(request, budget))
+                inputs.append(self._tokens_of(chunks[-1]))
+            except Exception as error:
+                raise RequestFaultError(request) from error
             budget -= chunks[-1].num_tokens
-        return chunks
+        return chunks, inputs
+
+    def _cut(self, request: Request, budget: int) -> Chunk:
+        start = int(self.state.num_computed[request.slot])
+        left = request.num_known_tokens - start
+        return Chunk(request, start, min(left, budget), left <= budget)
 
     def _tokens_of(self, chunk: Chunk) -> NDArray[np.int32]:
         tokens: NDArray[np.int32] = self.state.tokens[chunk.request.slot, chunk.start : chunk.start + chunk.num_tokens]
@@ -210,12 +227,12 @@ class RunningBatch:
                 self._prefilling.remove(chunk.request)
 
 
-def _setup_of(request: Request, stop_ids: tuple[int, ...]) -> SlotSetup:
+def _setup_of(request: Request, slot: int, stop_ids: tuple[int, ...]) -> SlotSetup:
     submission = request.submission
     sampling = submission.sampling
     uses_penalties = sampling.uses_penalties
     return SlotSetup(
-        slot=request.slot,
+        slot=slot,
         prompt_token_ids=submission.prompt_token_ids if uses_penalties else _NO_TOKENS,
         output_token_ids=request.output_token_ids if uses_penalties else _NO_TOKENS,
         logit_bias=sampling.logit_bias,

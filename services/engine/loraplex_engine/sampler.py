@@ -14,19 +14,24 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from loraplex_engine.likeliest import likeliest, likeliest_tokens
 from loraplex_engine.philox import Noise, gumbel, upload
-from loraplex_engine.step import SlotSetup, TokenLogprobs
+from loraplex_engine.sampled import LogprobRows, Sampled, top_logprobs
+from loraplex_engine.slot_faults import blaming, together_or_apart
+from loraplex_engine.step import SlotSetup
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loraplex_engine.slot_faults import SlotFaults
     from loraplex_engine.step import SamplingArrays
 
 NUCLEUS_CANDIDATES: Final = 1024  # sorted first for top_p; the whole vocabulary only if they don't hold its mass
 WEIGHT_ONE: Final = 2.0**40  # fixed point of masses, whose sums are then exact in any order; fits 2**20 tokens and more
 NEG_INF: Final = float("-inf")
+MAX_LOGIT: Final = torch.finfo(torch.float32).max
 
 
 @dataclass(slots=True)
@@ -42,66 +47,6 @@ class SlotState:
     setup: SlotSetup
     seen: Tensor | None = None
     counts: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogprobRows:
-    """Log probabilities of some rows, still on the device.
-
-    Attributes:
-        rows: Indices into the S rows.
-        num_top: Per row, how many likeliest tokens were asked for.
-        drawn: fp32 ``[rows]``; ``top`` and ``top_ids`` ``[rows, max(num_top)]``, best first.
-    """
-
-    rows: NDArray[np.int64]
-    num_top: NDArray[np.int32]
-    token_ids: Tensor
-    drawn: Tensor
-    top: Tensor
-    top_ids: Tensor
-
-    def to_host(self) -> dict[int, TokenLogprobs]:
-        """Return row -> probabilities; waits for the device."""
-        token_ids, drawn = self.token_ids.cpu().numpy(), self.drawn.cpu().numpy()
-        top, top_ids = self.top.cpu().numpy(), self.top_ids.cpu().numpy()
-        return {
-            int(row): TokenLogprobs(
-                token_ids=np.concatenate((token_ids[i : i + 1], top_ids[i, :k])).astype(np.int32),
-                logprobs=np.concatenate((drawn[i : i + 1], top[i, :k])).astype(np.float32),
-            )
-            for i, (row, k) in enumerate(zip(self.rows, self.num_top, strict=True))
-        }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampled:
-    """What was drawn, still on the device.
-
-    Attributes:
-        token_ids: int64 ``[S]``.
-        is_valid: Boolean ``[S]``; False where the logits have no finite maximum.
-    """
-
-    token_ids: Tensor
-    is_valid: Tensor
-    logprobs: LogprobRows | None
-
-
-def top_logprobs(
-    logprobs: Tensor, token_ids: Tensor, rows: NDArray[np.int64], num_top: NDArray[np.int32]
-) -> LogprobRows:
-    """Pick given tokens' and the likeliest tokens' entries.
-
-    Args:
-        logprobs: fp32 ``[rows, V]``.
-        token_ids: int64 ``[rows]``.
-        rows: What the rows are called in the result.
-        num_top: int32 ``[rows]``.
-    """
-    top, top_ids = likeliest(logprobs, min(int(num_top.max()), logprobs.shape[1]))
-    drawn = logprobs.gather(1, token_ids[:, None])[:, 0]
-    return LogprobRows(rows=rows, num_top=num_top, token_ids=token_ids, drawn=drawn, top=top, top_ids=top_ids)
 
 
 class Sampler:
@@ -157,25 +102,46 @@ class Sampler:
         asked = np.flatnonzero(arrays.num_logprobs >= 0)
         if not special and not random.size and not asked.size:
             best, token_ids = likeliest_tokens(logits)
-            return Sampled(token_ids=token_ids, is_valid=torch.isfinite(best), logprobs=None)
+            return Sampled(token_ids=token_ids, is_valid=torch.isfinite(best))
         work = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True).contiguous()
+        faults: SlotFaults = {}
         for row, state in special:
-            _constrain(work[row], state, ban_stops=bool(arrays.ban_stops[row]))
-            _penalize(work[row], state, arrays, row)
-        logprobs = work[upload(asked, self._device)].log_softmax(-1) if asked.size else None
+            with blaming(faults, [int(slots[row])], "while its logits were edited"):
+                _constrain(work[row], state, ban_stops=bool(arrays.ban_stops[row]))
+                _penalize(work[row], state, arrays, row)
         best, token_ids = work.max(dim=-1)
         if random.size:
-            index = upload(random, self._device)
-            token_ids[index] = self._draw(work[index] - best[index, None], random, arrays)
+            self._draw_rows(work, best, token_ids, random, slots, arrays, faults)
         for row, state in special:
-            if state.counts is not None and state.seen is not None:
-                state.counts.index_add_(0, token_ids[row : row + 1], state.counts.new_ones(1))
-                state.seen.index_fill_(0, token_ids[row : row + 1], True)
-        reported = None
-        if logprobs is not None:
-            drawn = token_ids[upload(asked, self._device)]
-            reported = top_logprobs(logprobs, drawn, asked, arrays.num_logprobs[asked])
-        return Sampled(token_ids=token_ids, is_valid=torch.isfinite(best), logprobs=reported)
+            with blaming(faults, [int(slots[row])], "while its token was counted"):
+                _count(state, token_ids[row : row + 1])
+        reported: list[LogprobRows] = []
+        if asked.size:
+
+            def report(rows: NDArray[np.int64]) -> LogprobRows:
+                index = upload(rows, self._device)
+                return top_logprobs(work[index].log_softmax(-1), token_ids[index], rows, arrays.num_logprobs[rows])
+
+            reported = together_or_apart(asked, slots, report, faults, "while its probabilities were computed")
+        return Sampled(token_ids=token_ids, is_valid=torch.isfinite(best), logprobs=tuple(reported), faults=faults)
+
+    def _draw_rows(
+        self,
+        work: Tensor,
+        best: Tensor,
+        token_ids: Tensor,
+        random: NDArray[np.int64],
+        slots: NDArray[np.int32],
+        arrays: SamplingArrays,
+        faults: SlotFaults,
+    ) -> None:
+        """Draw the random rows into ``token_ids``; a row that cannot be drawn keeps its likeliest token."""
+
+        def draw(rows: NDArray[np.int64]) -> None:
+            index = upload(rows, self._device)
+            token_ids[index] = self._draw(work[index] - best[index, None], rows, arrays)
+
+        together_or_apart(random, slots, draw, faults, "while its token was drawn")
 
     def _draw(self, work: Tensor, rows: NDArray[np.int64], arrays: SamplingArrays) -> Tensor:
         """Draw from logits relative to their maximum, fp32 ``[R, V]``; overwritten."""
@@ -259,6 +225,13 @@ def _constrain(logits: Tensor, state: SlotState, *, ban_stops: bool) -> None:
         logits[torch.tensor(setup.stop_token_ids, device=device)] = NEG_INF
 
 
+def _count(state: SlotState, token_id: Tensor) -> None:
+    """Count a drawn token, int64 ``[1]``, for the penalties of the next draw."""
+    if state.counts is not None and state.seen is not None:
+        state.counts.index_add_(0, token_id, state.counts.new_ones(1))
+        state.seen.index_fill_(0, token_id, True)
+
+
 def _penalize(logits: Tensor, state: SlotState, arrays: SamplingArrays, row: int) -> None:
     """Apply repetition, frequency and presence penalties to one row, in place.
 
@@ -270,7 +243,9 @@ def _penalize(logits: Tensor, state: SlotState, arrays: SamplingArrays, row: int
     if repetition != 1.0:
         # As a tensor: torch multiplies by the reciprocal of a scalar on a GPU, which rounds twice.
         divisor = torch.full((), repetition, dtype=logits.dtype, device=logits.device)
-        penalized = torch.where(logits > 0, logits / divisor, logits * divisor)
+        # A tiny penalty makes a likely token certain, never infinite: that would be a row without a valid draw.
+        is_raised = (logits > 0) & torch.isfinite(logits)
+        penalized = torch.where(is_raised, (logits / divisor).clamp(max=MAX_LOGIT), logits * divisor)
         logits.copy_(torch.where(state.seen, penalized, logits))
     frequency, presence = float(arrays.frequency_penalty[row]), float(arrays.presence_penalty[row])
     if frequency or presence:

@@ -21,6 +21,7 @@ from loraplex_common.errors import (
 )
 
 from loraplex_engine.deadlines import Deadlines, Limit
+from loraplex_engine.faults import RequestFaultError, internal_error
 from loraplex_engine.integrity import check_requests
 from loraplex_engine.limits import QueuePolicy, SchedulerLimits
 from loraplex_engine.messages import FinishReason, ResidencyState, StepOutputs, Submission
@@ -120,15 +121,25 @@ class Scheduler:
             SlotInUseError: If the session has an open request of this number.
         """
         now_s = self._clock()
-        request = make_request(
-            submission,
-            number=self._num_submitted,
-            now_s=now_s,
-            max_model_len=self._limits.max_model_len,
-            ttft_slo_s=None if self._limits.policy.queue_policy is QueuePolicy.FCFS else self._limits.policy.ttft_slo_s,
-        )
+        policy = self._limits.policy
+        try:
+            request = make_request(
+                submission,
+                number=self._num_submitted,
+                now_s=now_s,
+                max_model_len=self._limits.max_model_len,
+                ttft_slo_s=None if policy.queue_policy is QueuePolicy.FCFS else policy.ttft_slo_s,
+            )
+        except Exception as error:  # nothing holds anything of it yet
+            doing = "while it was taken in"
+            self._book.refuse(submission, internal_error(doing, error, request_id=submission.request_id))
+            return
         self._book.open(request)
         self._num_submitted += 1
+        with self._book.answering_for(request, "while it was taken in"):
+            self._take_in(request, now_s)
+
+    def _take_in(self, request: Request, now_s: float) -> None:
         if self._is_draining:
             self._book.fail(
                 request, DrainingError("this engine is shutting down", drop_reason="rejected-shutting-down")
@@ -207,8 +218,9 @@ class Scheduler:
         self._cache.image_arrived(spec, arena_slots)
         waiting = self.queue.of_adapter(spec.digest)
         for request in waiting:
-            if not self._sizes.refuse_if_too_large(request):
-                self._book.report_loading(request, spec.digest)
+            with self._book.answering_for(request, "when its adapter arrived"):
+                if not self._sizes.refuse_if_too_large(request):
+                    self._book.report_loading(request, spec.digest)
         if was_wanted and not waiting and self._cache.state_of(spec.digest) is ResidencyState.IN_ARENA:
             self._bringing.load_unattended(spec.digest)
 
@@ -250,7 +262,16 @@ class Scheduler:
 
     def plan(self, rows: Rows) -> StepPlan | None:
         """Make the step that was decided on, of ``rows`` and of prefills; None if there is nothing to compute now."""
-        planned = self.batch.plan(self._next_step, rows, self._limits.max_num_batched_tokens, self._clock())
+        try:
+            planned = self.batch.plan(self._next_step, rows, self._limits.max_num_batched_tokens, self._clock())
+        except RequestFaultError as fault:
+            # It is still in prefill, so not among the rows that decode.
+            error = fault.__cause__ or fault
+            request_id = fault.request.submission.request_id
+            self._book.fail(
+                fault.request, internal_error("while its next step was planned", error, request_id=request_id)
+            )
+            return self.plan(rows)
         if planned is None:
             return None
         plan, launched = planned
@@ -296,20 +317,24 @@ class Scheduler:
         for limit, request in self._deadlines.pop_passed(now_s):
             if request.state is RequestState.ENDED:
                 continue  # an earlier limit of this very turn
-            if limit is Limit.DEADLINE:
-                self._book.fail(request, DeadlineError("the client's deadline passed"))
-            elif limit is Limit.HOPELESS:
-                if not self._hopelessness.end_if_hopeless(request, now_s) and request.state is RequestState.WAITING:
-                    self._note_hopelessness(request)
-            elif limit is Limit.TIME_LIMIT:
-                self._book.finish(request, FinishReason.TIME_LIMIT)
-            elif request.admitted_s is None:
-                error = QueueTimeoutError(
-                    f"no place in a batch within {now_s - request.arrived_s:.3f} s",
-                    retry_after_s=1.0,
-                    drop_reason="rejected-ttl-expired",
-                )
-                self._book.fail(request, error)
+            with self._book.answering_for(request, "when a limit of its time passed"):
+                self._pass_limit(limit, request, now_s)
+
+    def _pass_limit(self, limit: Limit, request: Request, now_s: float) -> None:
+        if limit is Limit.DEADLINE:
+            self._book.fail(request, DeadlineError("the client's deadline passed"))
+        elif limit is Limit.HOPELESS:
+            if not self._hopelessness.end_if_hopeless(request, now_s) and request.state is RequestState.WAITING:
+                self._note_hopelessness(request)
+        elif limit is Limit.TIME_LIMIT:
+            self._book.finish(request, FinishReason.TIME_LIMIT)
+        elif request.admitted_s is None:
+            error = QueueTimeoutError(
+                f"no place in a batch within {now_s - request.arrived_s:.3f} s",
+                retry_after_s=1.0,
+                drop_reason="rejected-ttl-expired",
+            )
+            self._book.fail(request, error)
 
     def _note_hopelessness(self, request: Request) -> None:
         """Look at a request again when it may have become hopeless."""

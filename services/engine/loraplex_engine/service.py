@@ -179,7 +179,6 @@ class EngineService:
         return EngineIdentity(
             engine_id=self.engine_id,
             base_model=self._base_model(),
-            backend="torch",
             version=importlib.metadata.version("loraplex"),
         )
 

@@ -43,13 +43,11 @@ class EngineIdentity:
 
     Attributes:
         engine_id: Unique among all engines that ever ran.
-        backend: ``torch`` or ``cuda``.
         version: Of the software.
     """
 
     engine_id: str
     base_model: adapter_pb2.BaseModel
-    backend: str
     version: str
 
 
@@ -126,7 +124,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             block_tokens=params.block_tokens,
             max_num_batched_tokens=params.max_num_batched_tokens,
             max_num_seqs=params.max_num_seqs,
-            backend=self._identity.backend,
+            backend=self._engine.backend,
             api_revisions=API_REVISIONS,
             version=self._identity.version,
         )

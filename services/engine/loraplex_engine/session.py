@@ -18,6 +18,7 @@ from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_engine import convert
+from loraplex_engine.faults import internal_error
 from loraplex_engine.messages import Abort, CloseSession, Ended, StepOutputs, Submit
 from loraplex_engine.output_encoder import OutputEncoder
 
@@ -68,7 +69,7 @@ class GatewaySession:
         self._max_silence_s = max_silence_s
         self._max_stall_s = max_stall_s
         self._outbox = engine.open_session()
-        self._encoder = OutputEncoder()
+        self._encoder = OutputEncoder(lambda slot: engine.post(Abort(self._outbox.session_id, slot)))
         self._active: set[int] = set()
         self._is_input_over = False
         self._last_step = 0
@@ -150,6 +151,9 @@ class GatewaySession:
         except LoraplexError as error:
             self._outbox.close(error)
             return
+        except Exception as error:  # nobody reads any more what the gateway says: better no session than a deaf one
+            self._outbox.close(internal_error("while the session was read", error, session=self._outbox.session_id))
+            return
         self._is_input_over = True
         if self._active:
             await asyncio.sleep(self._grace_s)
@@ -187,6 +191,10 @@ class GatewaySession:
             )
         except LoraplexError as error:
             self._refuse(submit.slot, error)
+            return
+        except Exception as error:
+            failure = internal_error("while it was read", error, request_id=submit.request_id)
+            self._refuse(submit.slot, failure)
             return
         self._active.add(submit.slot)
         self._meter.submitted(submit.slot, len(submission.prompt_token_ids), now_s)

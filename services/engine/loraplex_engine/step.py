@@ -10,9 +10,10 @@ Legend: N = rows (sequences) of the step, T = tokens of the step, S = rows that 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 import numpy as np
+from loraplex_common.errors import LoraplexError
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class StepResult:
         prompt_logprobs: slot -> one entry per token this step took as input, but for a sequence's first: an entry is
             the token's probability after those before it, whichever chunk they were in. A prefill that recomputes
             drawn tokens has entries for them too.
-        failed_slots: slot -> what was wrong (e.g. logits are NaN); only these requests end.
+        failed_slots: slot -> what its request ends with (e.g. logits are NaN); only these requests end.
     """
 
     step_id: int
@@ -173,7 +174,12 @@ class StepResult:
     token_ids: NDArray[np.int32]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    failed_slots: dict[int, str] = field(default_factory=dict)
+    failed_slots: dict[int, LoraplexError] = field(default_factory=dict)
+
+
+def not_finite() -> LoraplexError:
+    """Return what a request ends with whose logits have no finite maximum."""
+    return LoraplexError("the engine cannot go on with this request: the model's logits are not finite")
 
 
 class StepHandle(Protocol):
@@ -211,7 +217,12 @@ class ModelRunner(Protocol):
     """A compute backend. Not thread-safe: the step loop is its only caller.
 
     The pool's memory belongs to the runner; the `PagePool` only accounts for it.
+
+    Attributes:
+        backend: What computes: ``torch`` or ``cuda``.
     """
+
+    backend: ClassVar[str]
 
     @property
     def pipeline_depth(self) -> int:
@@ -219,7 +230,10 @@ class ModelRunner(Protocol):
         ...
 
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Start a step. Plans execute in the order of launches."""
+        """Start a step. Plans execute in the order of launches.
+
+        What raises for one row is among the result's ``failed_slots``; what is raised here ends the step loop.
+        """
         ...
 
     def load_adapter(

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_engine.sampler import Sampled
-from loraplex_engine.step import StepPlan, StepResult, TokenLogprobs
+from loraplex_engine.sampled import Sampled
+from loraplex_engine.slot_faults import SlotFaults, blaming
+from loraplex_engine.step import StepPlan, StepResult, TokenLogprobs, not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,12 +63,17 @@ class TorchStepHandle:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
-    """A step's output on the device, on its way to the host."""
+    """A step's output on the device, on its way to the host.
+
+    Attributes:
+        faults: Slots of the step whose request alone made something raise.
+    """
 
     token_ids: Tensor
     is_valid: Tensor
     sampled: Sampled
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+    faults: SlotFaults
     event: torch.cuda.Event | None
 
     def is_done(self) -> bool:
@@ -79,14 +85,19 @@ class StepOutput:
         if self.event is not None:
             self.event.synchronize()
         slots = plan.slots[plan.sample_rows]
-        broken = np.flatnonzero(~self.is_valid.numpy())
+        failed = {int(slots[row]): not_finite() for row in np.flatnonzero(~self.is_valid.numpy())} | self.faults
+        logprobs: dict[int, TokenLogprobs] = {}
+        if self.sampled.logprobs:
+            asked = slots[plan.sampling.num_logprobs >= 0].tolist()
+            with blaming(failed, asked, "while its probabilities were read"):
+                logprobs = self.sampled.logprobs_to_host()
         return StepResult(
             step_id=plan.step_id,
             slots=slots,
             token_ids=self.token_ids.numpy().astype(np.int32),
-            logprobs=self.sampled.logprobs.to_host() if self.sampled.logprobs is not None else {},
+            logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs,
-            failed_slots={int(slots[row]): "the model's logits are not finite" for row in broken},
+            failed_slots=failed,
         )
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
@@ -25,12 +25,15 @@ from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_engine.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.sampler import Sampler
+from loraplex_engine.slot_faults import blaming
 from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, StepPlan
 from loraplex_engine.torch_handles import StepOutput, TorchLoadHandle, TorchStepHandle
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
+
+    from loraplex_engine.slot_faults import SlotFaults
 
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,6 +73,8 @@ class TorchRunner:
     Attributes:
         geometry: Of adapter images, as announced to the store.
     """
+
+    backend: ClassVar[str] = "torch"
 
     def __init__(self, config: RunnerConfig) -> None:
         if config.num_threads is not None:
@@ -119,7 +124,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def _compute(self, plan: StepPlan, tables: dict[int, AdapterTable]) -> StepOutput:
-        self._take_over_slots(plan)
+        faults = self._take_over_slots(plan)
         order = np.argsort(plan.adapters, kind="stable")
         attention = AttentionStep(self._pool, plan, order, self._windows)
         attention.clear_new_pages()
@@ -128,7 +133,7 @@ class TorchRunner:
         hidden = self._model.forward(token_ids, self._activations(len(token_ids)), self._pool, attention, lora)
         token_ends = np.empty(len(order), dtype=np.int64)  # by row of the plan
         token_ends[order] = np.cumsum(plan.num_tokens[order])
-        prompt_logprobs = self._prompt_logprobs.update(plan, token_ends, token_ids, hidden, self._sampler)
+        prompt_logprobs = self._prompt_logprobs.update(plan, token_ends, token_ids, hidden, self._sampler, faults)
         last = torch.from_numpy(token_ends[plan.sample_rows] - 1).to(self._device)
         slots = plan.slots[plan.sample_rows]
         sampled = self._sampler.sample(self._model.logits(hidden.index_select(0, last)), slots, plan.sampling)
@@ -144,16 +149,20 @@ class TorchRunner:
             is_valid=is_valid_host,
             sampled=sampled,
             prompt_logprobs=prompt_logprobs,
+            faults=faults | sampled.faults,
             event=event,
         )
 
-    def _take_over_slots(self, plan: StepPlan) -> None:
-        """Replace what is kept of slots whose sequence begins in this step."""
+    def _take_over_slots(self, plan: StepPlan) -> SlotFaults:
+        """Replace what is kept of slots whose sequence begins in this step; returns those that could not be set up."""
+        faults: SlotFaults = {}
         begun = plan.begun_slots
         self._sampler.vacate(begun)
         self._prompt_logprobs.vacate(begun)
         for setup in plan.setups:
-            self._sampler.occupy(setup)
+            with blaming(faults, [setup.slot], "while its slot was set up"):
+                self._sampler.occupy(setup)
+        return faults
 
     def _input_tokens(self, plan: StepPlan, order: NDArray[np.int64]) -> Tensor:
         """Return the step's input, int64 ``[T]``, rows in the order of computation; sampled tokens come from the device."""

@@ -104,7 +104,7 @@ class EngineSession:
             EngineLostError: If the session is not open.
         """
         if self.state is not SessionState.OPEN:
-            raise EngineLostError(f"no session with engine {self.engine_id}")
+            raise EngineLostError(f"no session with engine {self.engine_id}", had_request=False)
         slot = self._free_slots.pop() if self._free_slots else self._new_slot()
         ticket = Ticket(
             slot,
@@ -146,7 +146,7 @@ class EngineSession:
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
         finally:
-            self._reset("the gateway closed the session")
+            self._reset("the gateway closed the session", is_ours=True)
             self._move(SessionState.CLOSED)
 
     def check_integrity(self) -> None:
@@ -271,9 +271,9 @@ class EngineSession:
         if not self._digest_uses[digest]:
             del self._digest_uses[digest]
 
-    def _reset(self, cause: str) -> None:
+    def _reset(self, cause: str, *, is_ours: bool = False) -> None:
         """Forget the connection: whatever was in flight is lost to its owners."""
-        tickets = list(self._tickets.values())
+        tickets, unsent = list(self._tickets.values()), set(self._submits)
         self._tickets, self._digests, self._aborting = {}, {}, set()
         self._digest_uses.clear()
         self._free_slots, self._num_slots = [], 0
@@ -284,7 +284,8 @@ class EngineSession:
         if self.state is SessionState.OPEN:
             self._move(SessionState.CONNECTING)
         for ticket in tickets:
-            ticket.fail(EngineLostError(f"engine {self.engine_id}: {cause}"))
+            had_request = not is_ours and ticket.slot not in unsent
+            ticket.fail(EngineLostError(f"engine {self.engine_id}: {cause}", had_request=had_request))
 
     def _move(self, state: SessionState) -> None:
         if state not in TRANSITIONS[self.state]:

@@ -13,6 +13,7 @@ from loraplex_common.errors import (
     EngineOomError,
     LoraplexError,
     NoEngineError,
+    RequestLostError,
     StreamInterruptedError,
 )
 from loraplex_common.log import get_logger
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
     from loraplex_gateway.ticket import Ticket
 
 MAX_ENGINES: Final = 4
+MAX_FRUITLESS_LOSSES: Final = 2
+"""Sessions that may be lost with a request before it has given a token there.
+
+Seen from here, a request that ends its engine's session and one that is unlucky look alike. What tells them apart is
+progress: who gets tokens survives engine after engine, as before; who has twice gone down with a session without any is
+not sent a third time, as every attempt interrupts all others' streams there.
+"""
 FAILOVER_WAIT_S: Final = 5.0
 # After the deadline, for the engine's own verdict to arrive.
 ENGINE_DEADLINE_SLACK_S: Final = 2.0
@@ -94,6 +102,7 @@ class EngineRelay:
         self._tokens: list[int] = []
         self._has_started = False
         self._excluded: frozenset[str] = frozenset()
+        self._num_fruitless_losses = 0
 
     async def updates(self) -> AsyncGenerator[tuple[str, EngineUpdate], None]:
         """Yield (engine id, news); the last update has a normal end.
@@ -103,12 +112,14 @@ class EngineRelay:
         Raises:
             LoraplexError: What the engine ended the request with.
             NoEngineError: If no engine took it.
+            RequestLostError: If sessions end whenever it is sent.
             StreamInterruptedError: If its engine died after output began and no other took over.
             LocalCancelError: If it was cancelled by its id.
         """
         failure: Exception | None = None
         for attempt in range(MAX_ENGINES):
             session = await self._choose(is_failover=attempt > 0, cause=failure)
+            num_tokens = len(self._tokens)
             try:
                 # Closed here and now: the abort on the engine hangs on the generator's `finally`.
                 async with aclosing(self._run_on(session)) as updates:
@@ -121,12 +132,15 @@ class EngineRelay:
                 return
             except EngineLostError as error:
                 failure = error
+                self._num_fruitless_losses += error.had_request and len(self._tokens) == num_tokens
             except ELSEWHERE as error:
                 failure = error
                 self._excluded |= {session.engine_id}
             if (finish := self._finish_already_reached()) is not None:
                 yield session.engine_id, EngineUpdate(end=finish)
                 return
+            if self._num_fruitless_losses >= MAX_FRUITLESS_LOSSES:
+                raise self._lost(failure)
             if attempt + 1 == MAX_ENGINES:
                 raise self._give_up(failure)
             self._note_retry(session.engine_id, failure)
@@ -222,6 +236,15 @@ class EngineRelay:
         if len(self._tokens) >= self._job.max_new_tokens:
             return EngineFinish(reason=FinishReason.LENGTH, stop_token_id=None, timings=Timings())
         return None
+
+    def _lost(self, cause: Exception) -> LoraplexError:
+        if self._has_started:
+            self._metrics.resumes.labels("failed").inc()
+        return RequestLostError(
+            f"the sessions of {self._num_fruitless_losses} engines ended after this request was sent and before it gave "
+            f"a token; it is not sent again. The last one: {cause}",
+            metadata={"output_tokens": str(len(self._tokens))},
+        )
 
     def _give_up(self, cause: Exception | None) -> LoraplexError:
         if self._job.deadline is not None and self._clock() >= self._job.deadline:

@@ -22,7 +22,17 @@ MAX_UPDATE_LOGPROBS: Final = 128
 
 
 class EngineLostError(Exception):
-    """The session broke, or the engine broke its protocol, before the request ended."""
+    """The session broke, or the engine broke its protocol, before the request ended.
+
+    Args:
+        message: What happened.
+        had_request: The engine had been sent the request, and the session was not ended from this side: for all that is
+            known here, the request may be the cause.
+    """
+
+    def __init__(self, message: str, *, had_request: bool) -> None:
+        super().__init__(message)
+        self.had_request = had_request
 
 
 class LocalCancelError(Exception):
@@ -152,7 +162,7 @@ class Ticket:
         return bool(self._tokens) or self._started is not None or self._loading is not None or self._end is not None
 
     def _gap(self, sequence: int) -> None:
-        self.fail(EngineLostError(f"the engine skipped from token {self._expected} to {sequence}"))
+        self.fail(EngineLostError(f"the engine skipped from token {self._expected} to {sequence}", had_request=True))
 
     def _overflow(self) -> None:
         self._tokens, self._logprobs, self._end = [], [], None

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 from google.protobuf import duration_pb2
 from loraplex.v1 import adapter_store_pb2
 from loraplex_adapter_store import wire
-from loraplex_adapter_store.attach.messages import Want
+from loraplex_adapter_store.attach.attached import AttachedEngines
+from loraplex_adapter_store.attach.messages import ArenaInfo, Hello, Want
+from loraplex_adapter_store.attach.session import EngineSession
 from loraplex_adapter_store.attach.transfer import Transfer
 from loraplex_adapter_store.attach.urgency import UrgencyGate
+from loraplex_common.adapter_image import Geometry
 
 
 def make_transfer(digest: str, *, is_wanted: bool = True, time_left_s: float | None = None) -> Transfer:
@@ -126,3 +130,83 @@ def test_a_wants_time_left_arrives_as_seconds_and_its_absence_as_none() -> None:
 
     assert hurried == Want("ab" * 32, 2.5)
     assert patient == Want("ab" * 32, None)
+
+
+async def test_foreseen_ones_go_behind_wanted_ones_by_when_they_will_be_wanted() -> None:
+    bench = Bench()
+    await bench.hold()
+    transfers = {name: make_transfer(name, is_wanted=name == "wanted") for name in ("idle", "late", "soon", "wanted")}
+    transfers["late"].foreseen_within(10.0)
+    transfers["soon"].foreseen_within(10.0)
+    transfers["soon"].foreseen_within(1.0)
+    for transfer in transfers.values():
+        await bench.queue(transfer)
+
+    assert await bench.finish() == ["wanted", "soon", "late", "idle"]
+
+
+async def test_what_was_foreseen_for_soon_does_not_go_before_more_urgent_wants_once_it_is_wanted() -> None:
+    foreseen, urgent = make_transfer("foreseen", is_wanted=False), make_transfer("urgent", time_left_s=1.0)
+    foreseen.foreseen_within(0.0)
+    foreseen.is_wanted = True
+
+    assert urgent.urgency < foreseen.urgency
+
+
+def make_session() -> tuple[EngineSession, AttachedEngines]:
+    """Return a session that never gets an image, and the engines it is one of."""
+    geometry = Geometry(
+        dtype="float32",
+        page_bytes=512,
+        num_layers=1,
+        hidden_size=8,
+        intermediate_size=8,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+    )
+    images = SimpleNamespace(get=lambda key, fit: asyncio.Event().wait())
+    arena = ArenaInfo(num_slots=4, num_free=4, pid=-1, fd=-1, header_bytes=0, nonce=b"")
+    hello = Hello(
+        engine_id="e",
+        base_name="base",
+        base_fingerprint="00" * 32,
+        geometry=geometry,
+        arenas=(arena,),
+        held=(),
+        sequence=0,
+        max_image_pages=4,
+    )
+    session = EngineSession(hello, images, SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+    engines = AttachedEngines.__new__(AttachedEngines)
+    engines._sessions = {"e": session}
+    return session, engines
+
+
+@pytest.mark.parametrize("way", ["here", "through Valkey"])
+async def test_a_hints_time_orders_what_is_brought(way: str) -> None:
+    session, engines = make_session()
+    hinted = {"aa" * 32: 9000, "bb" * 32: 10, "cc" * 32: 500}
+
+    for digest, wanted_in_ms in hinted.items():
+        if way == "here":
+            engines.prefetch("e", digest, wanted_in_ms)
+        else:
+            fields = {b"kind": b"prefetch", b"revision": digest.encode(), b"wanted_in_ms": b"%d" % wanted_in_ms}
+            await engines._act_on(session, fields)
+    session.prefetch("dd" * 32)
+
+    order = sorted(session._transfers.values(), key=lambda transfer: transfer.urgency)
+    assert [transfer.digest[:2] for transfer in order] == ["bb", "cc", "aa", "dd"]
+    await session.close()
+
+
+@pytest.mark.parametrize("said", [None, b"soon", b"-5"])
+async def test_a_hint_that_says_no_time_means_now(said: bytes | None) -> None:
+    session, engines = make_session()
+    fields = {b"kind": b"prefetch", b"revision": b"aa" * 32} | ({} if said is None else {b"wanted_in_ms": said})
+
+    await engines._act_on(session, fields)
+
+    assert session._transfers["aa" * 32].foreseen_s <= asyncio.get_running_loop().time()
+    await session.close()

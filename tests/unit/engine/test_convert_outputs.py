@@ -36,8 +36,12 @@ def make_started(slot: int = 1) -> Started:
     return Started(session_slot=slot, cached_tokens=4, queue_s=0.5, adapter_load_s=0.25)
 
 
+def make_encoder() -> OutputEncoder:
+    return OutputEncoder(lambda slot: pytest.fail(f"slot {slot} was aborted"))
+
+
 def encode(step: StepOutputs, encoder: OutputEncoder | None = None) -> list[engine_pb2.SessionResponse]:
-    return list((encoder or OutputEncoder()).encode(step))
+    return list((encoder or make_encoder()).encode(step))
 
 
 def test_plain_tokens_are_three_packed_arrays() -> None:
@@ -53,7 +57,7 @@ def test_plain_tokens_are_three_packed_arrays() -> None:
 def test_events_become_outputs_in_order() -> None:
     end = Ended(session_slot=1, finish_reason=FinishReason.STOP, stop_token_id=2, queue_s=1, decode_s=3)
     token = TokenWithLogprobs(session_slot=1, position=7, token_id=42, logprobs=logprobs(42, 43))
-    loading = Loading(session_slot=1, bytes_done=1, bytes_total=2)
+    loading = Loading(session_slot=1, state=ResidencyState.IN_ARENA, bytes_done=1, bytes_total=2)
 
     (message,) = encode(make_step(loading, make_started(), token, end))
 
@@ -89,7 +93,7 @@ def test_an_end_without_reason_or_error_is_a_bug() -> None:
 
 @pytest.mark.parametrize("last", ["plain token", "token with logprobs", "end"])
 def test_a_start_waits_for_the_prompts_probabilities(last: str) -> None:
-    encoder = OutputEncoder()
+    encoder = make_encoder()
     encoder.expect_prompt_logprobs(1)
 
     first = encode(make_step(make_started(), PromptLogprobs(session_slot=1, first=1, entries=[logprobs(5)])), encoder)
@@ -108,8 +112,88 @@ def test_a_start_waits_for_the_prompts_probabilities(last: str) -> None:
     assert [entry.chosen.token_id for entry in started.prompt_logprobs] == [5, 6]
 
 
+def test_a_prompts_probabilities_that_come_with_the_first_token_are_in_the_start() -> None:
+    encoder = make_encoder()
+    encoder.expect_prompt_logprobs(1)
+
+    first = encode(make_step(make_started(), PromptLogprobs(session_slot=1, first=1, entries=[logprobs(5)])), encoder)
+    last_chunk = PromptLogprobs(session_slot=1, first=2, entries=[logprobs(6)])
+    second = encode(make_step(last_chunk, tokens=((1, 0, 9),)), encoder)
+
+    assert not first[0].outputs
+    assert [entry.chosen.token_id for entry in second[0].outputs[0].started.prompt_logprobs] == [5, 6]
+    assert list(second[0].token_ids) == [9]
+
+
+def test_tokens_never_overtake_a_start_when_outputs_are_split() -> None:
+    encoder = make_encoder()
+    events: list[SessionEvent] = []
+    for slot in range(3):
+        encoder.expect_prompt_logprobs(slot)
+        entries = [logprobs(*range(1000)) for _ in range(100)]
+        events += [make_started(slot), PromptLogprobs(session_slot=slot, first=1, entries=entries)]
+    tokens = tuple((slot, 0, 9) for slot in range(3))
+
+    messages = encode(
+        make_step(*events, Ended(session_slot=0, finish_reason=FinishReason.LENGTH), tokens=tokens), encoder
+    )
+
+    assert len(messages) > 1
+    assert sum(len(output.started.prompt_logprobs) for message in messages for output in message.outputs) == 300
+    with_tokens = [bool(message.token_ids) for message in messages]
+    started = [any(output.HasField("started") for output in message.outputs) for message in messages]
+    ended = [any(output.HasField("finish") for output in message.outputs) for message in messages]
+    assert max(n for n, has in enumerate(started) if has) <= with_tokens.index(True) <= ended.index(True)
+    assert sum(with_tokens) == 1
+
+
+def test_what_cannot_be_encoded_ends_its_request_once_the_engine_has_let_it_go() -> None:
+    aborted: list[int] = []
+    encoder = OutputEncoder(aborted.append)
+    broken = TokenWithLogprobs(session_slot=1, position=0, token_id=1, logprobs=logprobs())  # not even the drawn token
+    sound = TokenWithLogprobs(session_slot=2, position=0, token_id=1, logprobs=logprobs(1))
+
+    first = encode(make_step(make_started(1), make_started(2), broken, sound), encoder)
+    assert aborted == [1]
+    later = encode(make_step(sound, broken, tokens=((1, 1, 7), (3, 0, 8))), encoder)
+    end = encode(make_step(Ended(session_slot=1, finish_reason=FinishReason.CANCELLED)), encoder)
+    again = encode(make_step(make_started(1), tokens=((1, 0, 5),)), encoder)
+
+    assert [output.slot for output in first[0].outputs] == [1, 2, 2]
+    assert [output.slot for output in later[0].outputs] == [2]
+    assert list(later[0].token_slots) == [3]
+    (output,) = end[0].outputs
+    error = from_status(output.error)
+    assert (output.slot, error.reason) == (1, "INTERNAL")
+    assert error.metadata["error_id"] in error.message
+    assert again[0].outputs[0].HasField("started")
+    assert list(again[0].token_ids) == [5]
+    assert aborted == [1]
+
+
+def test_an_end_that_cannot_be_encoded_is_an_internal_error() -> None:
+    (message,) = encode(make_step(Ended(session_slot=1)))
+
+    assert from_status(message.outputs[0].error).reason == "INTERNAL"
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_a_start_that_cannot_be_encoded_ends_its_request_only(is_held: bool) -> None:
+    aborted: list[int] = []
+    encoder = OutputEncoder(aborted.append)
+    if is_held:
+        encoder.expect_prompt_logprobs(1)
+    broken = Started(session_slot=1, cached_tokens=-1, queue_s=0.0, adapter_load_s=0.0)
+
+    (message,) = encode(make_step(broken, make_started(2), tokens=((1, 0, 5), (2, 0, 6))), encoder)
+
+    assert aborted == [1]
+    assert list(message.token_slots) == [2]
+    assert [output.slot for output in message.outputs] == [2]
+
+
 def test_other_requests_start_at_once_beside_one_that_is_held_back() -> None:
-    encoder = OutputEncoder()
+    encoder = make_encoder()
     encoder.expect_prompt_logprobs(1)
 
     (message,) = encode(make_step(make_started(1), make_started(2)), encoder)
@@ -125,6 +209,15 @@ def test_outputs_beyond_a_mebibyte_are_split() -> None:
     assert len(messages) > 1
     assert all(message.ByteSize() <= MAX_MESSAGE_BYTES + 4096 for message in messages)
     assert sum(len(message.outputs) for message in messages) == 300
+
+
+@pytest.mark.parametrize("state", list(ResidencyState))
+def test_a_tier_is_said_only_of_a_copy_that_this_engine_has(state: ResidencyState) -> None:
+    is_here = state not in (ResidencyState.ABSENT, ResidencyState.WANTED)
+    loading = convert.loading(Loading(session_slot=1, state=state, bytes_done=0, bytes_total=0))
+
+    assert (loading.loading.tier != adapter_pb2.TIER_UNSPECIFIED) == is_here
+    assert loading.loading.tier != adapter_pb2.TIER_STORE
 
 
 @pytest.mark.parametrize("state", list(ResidencyState))

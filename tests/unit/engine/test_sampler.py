@@ -210,8 +210,7 @@ def test_penalties_count_prompt_and_output_as_defined() -> None:
 
     sampled = sampler.sample(logits, np.array([0], np.int32), sampling_arrays([draw], [3]))
 
-    assert sampled.logprobs is not None
-    reported = sampled.logprobs.to_host()[0]
+    reported = sampled.logprobs_to_host()[0]
     found = np.empty(VOCAB, np.float32)
     found[reported.token_ids[1:]] = reported.logprobs[1:]
     np.testing.assert_allclose(found, expected.log_softmax(-1).numpy(), atol=1e-5)
@@ -230,6 +229,30 @@ def test_a_drawn_token_is_counted_for_the_next_draw() -> None:
     assert second != 5
 
 
+@pytest.mark.parametrize("asked", [[0], [0, -1], [0, 3], [0, 0, 1]])
+def test_no_alternatives_are_a_legal_wish(asked: list[int]) -> None:
+    logits, slots = make_logits(rows=len(asked)), np.arange(len(asked), dtype=np.int32)
+    arrays = sampling_arrays([Draw(num_logprobs=count) for count in asked], [0] * len(asked))
+
+    drawn = Sampler(vocab_size=VOCAB, device=CPU).sample(logits, slots, arrays)
+
+    found = {row: len(entry.token_ids) for row, entry in drawn.logprobs_to_host().items()}
+    assert found == {row: 1 + count for row, count in enumerate(asked) if count >= 0}
+    assert not drawn.faults
+
+
+def test_the_smallest_repetition_penalty_makes_a_seen_token_certain_and_no_row_invalid() -> None:
+    sampler, logits = Sampler(vocab_size=VOCAB, device=CPU), make_logits()
+    logits[0, 7] = 0.5
+    setup = SlotSetup(slot=0, prompt_token_ids=np.array([7], np.int32), output_token_ids=EMPTY, uses_penalties=True)
+    sampler.occupy(setup)
+
+    drawn = sampler.sample(logits, np.zeros(1, np.int32), sampling_arrays([Draw(repetition_penalty=1.2e-38)], [0]))
+
+    assert drawn.is_valid.tolist() == [True]
+    assert drawn.token_ids.tolist() == [7]
+
+
 def test_logprobs_are_reported_for_the_drawn_token_and_the_likeliest() -> None:
     logits = make_logits(3)
     draws = [Draw(num_logprobs=2), Draw(), Draw(temperature=3.0, seed=8, num_logprobs=0)]
@@ -238,8 +261,7 @@ def test_logprobs_are_reported_for_the_drawn_token_and_the_likeliest() -> None:
         logits, np.arange(3, dtype=np.int32), sampling_arrays(draws, [0, 0, 0])
     )
 
-    assert sampled.logprobs is not None
-    reported = sampled.logprobs.to_host()
+    reported = sampled.logprobs_to_host()
     truth = logits.log_softmax(-1)
     assert sorted(reported) == [0, 2]
     assert reported[0].token_ids.tolist() == [int(sampled.token_ids[0]), *truth[0].topk(2).indices.tolist()]

@@ -214,6 +214,16 @@ def test_prompt_logprobs_come_once_whole_and_first_even_after_preemption(depth: 
         assert client.tokens == solo(client.submission, 9)
 
 
+def test_resumed_tokens_of_several_chunks_have_no_prompt_logprobs(depth: int) -> None:
+    rig = Rig(depth=depth, num_pages=12, block_tokens=4, max_num_batched_tokens=8)
+    asks = SamplingParams(prompt_logprobs=0)
+
+    client = rig.submit(make_submission(prompt=[3] * 4, resumed=list(range(20)), max_new_tokens=30, sampling=asks))
+    rig.run()
+
+    assert client.prompt_logprobs == [1, 2, 3]
+
+
 def test_a_higher_class_goes_first_but_an_old_batch_request_is_not_overtaken_for_ever() -> None:
     rig = Rig(max_num_seqs=1)
     rig.submit(make_submission(slot=0, max_new_tokens=2))

@@ -143,7 +143,8 @@ def test_a_broken_adapter_fails_its_own_requests_and_leaves_no_trace_in_reused_p
     again = rig.harness.generate([reused], NUM_TOKENS)[0]
 
     assert healthy.failure is None
-    assert sick.failure == "the model's logits are not finite"
+    assert sick.failure is not None
+    assert "logits are not finite" in sick.failure
     assert reused.failure is None
     assert again == expected
     rig.runner.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.registry import EngineRecord
 from loraplex_gateway.engine_session import EngineSession
 from loraplex_gateway.engine_wire import Submission
+from loraplex_gateway.ticket import EngineLostError
 from loraplex_gateway.types import Priority, Sampling, Stopping
 
 RECORD = EngineRecord(
@@ -63,3 +65,18 @@ async def test_a_request_that_the_engine_never_heard_of_is_not_aborted_there() -
 
     assert session._next_batch() is None
     session.check_integrity()
+
+
+@pytest.mark.parametrize("is_sent", [True, False])
+@pytest.mark.parametrize("is_ours", [True, False])
+async def test_a_lost_session_is_laid_only_to_requests_that_the_engine_was_sent(is_sent: bool, is_ours: bool) -> None:
+    session = open_session()
+    ticket = session.submit(submission("suspect"))
+    if is_sent:
+        session._next_batch()
+
+    session._reset("it is gone", is_ours=is_ours)
+
+    with pytest.raises(EngineLostError) as caught:
+        await ticket.next()
+    assert caught.value.had_request == (is_sent and not is_ours)

@@ -67,7 +67,7 @@ async def test_a_gap_is_a_lost_engine(is_plain: bool) -> None:
 async def test_what_came_before_a_failure_is_read_first() -> None:
     ticket, _ = make()
     ticket.push_token(0, 5)
-    ticket.fail(EngineLostError("gone"))
+    ticket.fail(EngineLostError("gone", had_request=True))
 
     assert list((await ticket.next()).token_ids) == [5]
     with pytest.raises(EngineLostError):
@@ -97,7 +97,7 @@ async def test_what_does_not_fit_one_message_comes_with_the_next_and_the_end_com
 async def test_after_the_end_nothing_fails_any_more() -> None:
     ticket, _ = make()
     output(ticket, end=FINISH)
-    ticket.fail(EngineLostError("late"))
+    ticket.fail(EngineLostError("late", had_request=True))
 
     assert (await ticket.next()).end == FINISH
 

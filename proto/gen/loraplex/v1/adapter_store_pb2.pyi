@@ -749,7 +749,9 @@ class PrefetchAdapterRequest(_message.Message):
     """Which engine; empty means the store picks."""
     @_builtins.property
     def wanted_in(self) -> _duration_pb2.Duration:
-        """When the adapter will be wanted, from now; unset means soon."""
+        """When the adapter will be wanted, from now; unset means at once. Among images that nobody waits for yet, the soonest is
+        brought first.
+        """
 
     def __init__(
         self,

@@ -694,7 +694,7 @@ class AdapterLoading(_message.Message):
     bytes_total: _builtins.int
     """Bytes of the image."""
     tier: _adapter_pb2.Tier.ValueType
-    """Where it comes from."""
+    """Where the engine's copy lies; unset until it has one, since it does not know where the store's image is."""
     def __init__(
         self,
         *,

@@ -89,11 +89,11 @@ class AttachedEngines:
                 total[digest] += image.num_leases
         return dict(total)
 
-    def prefetch(self, engine_id: str, digest: str) -> bool:
-        """Offer an image to an engine attached here; False if it is not."""
+    def prefetch(self, engine_id: str, digest: str, wanted_in_ms: int) -> bool:
+        """Offer an image that will be wanted by then to an engine attached here; False if it is not."""
         if (session := self._sessions.get(engine_id)) is None:
             return False
-        session.prefetch(digest)
+        session.prefetch(digest, wanted_in_ms / 1000)
         return True
 
     async def drop(self, engine_id: str, digest: str) -> bool:
@@ -165,8 +165,17 @@ class AttachedEngines:
         if not is_digest(digest):
             _log.warning("a hint names no revision", engine=session.hello.engine_id, revision=digest[:80])
         elif kind == "prefetch":
-            session.prefetch(digest)
+            session.prefetch(digest, _wanted_in_s(fields))
         elif kind == "evict":
             await session.drop(digest)
         else:
             _log.warning("unknown kind of hint", engine=session.hello.engine_id, kind=kind[:80])
+
+
+def _wanted_in_s(fields: dict[bytes, bytes]) -> float:
+    """Return when a hint's image will be wanted, in seconds; at once if it does not say, or says nonsense."""
+    try:
+        return max(0, int(fields.get(b"wanted_in_ms", b"0"))) / 1000
+    except ValueError:
+        _log.warning("a hint says no time", wanted_in_ms=fields[b"wanted_in_ms"][:80])
+        return 0.0

@@ -129,10 +129,18 @@ class EngineSession:
             self._spawn(self._offer(transfer), f"offer {digest[:12]}")  # an unsolicited offer may have been passed over
         self._spawn(self._tell_waiting(), f"promote {digest[:12]}")
 
-    def prefetch(self, digest: str) -> None:
-        """Offer an image although nobody waits for it."""
-        if digest not in self._held and digest not in self._transfers:
-            self._start(digest, is_wanted=False)
+    def prefetch(self, digest: str, wanted_in_s: float | None = None) -> None:
+        """Offer an image although nobody waits for it.
+
+        Args:
+            digest: Of the image.
+            wanted_in_s: When a hint says that it will be wanted; the soonest go first, those without a hint last.
+        """
+        if digest in self._held:
+            return
+        transfer = self._transfers.get(digest) or self._start(digest, is_wanted=False)
+        if transfer is not None and wanted_in_s is not None:
+            transfer.foreseen_within(wanted_in_s)
 
     def fill_idle_room(self) -> None:
         """Offer recently used images of this geometry that the engine lacks, as far as its free slots go."""

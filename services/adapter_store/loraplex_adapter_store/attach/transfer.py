@@ -44,6 +44,7 @@ class Transfer:
         is_wanted_again: Whether a want came after everything had been sent.
         failure: What the engine found wrong with this attempt.
         needed_by_s: Time of the event loop's clock by which the first request that waits needs it; infinity if it can wait.
+        foreseen_s: When it will be wanted, as hints say, on the same clock; infinity if none says. Counts until it is.
     """
 
     def __init__(self, digest: str, *, is_wanted: bool, num_ranks: int) -> None:
@@ -53,6 +54,7 @@ class Transfer:
         self.offers: list[Offer] = []
         self.failure: str | None = None
         self.needed_by_s = math.inf
+        self.foreseen_s = math.inf
         self.state = TransferState.PREPARING
         self._num_ranks = num_ranks
         self._has_unsolicited_offer = False
@@ -63,7 +65,11 @@ class Transfer:
     @property
     def urgency(self) -> tuple[bool, float]:
         """Order in which transfers get their turn, smallest first."""
-        return (not self.is_wanted, self.needed_by_s)
+        return (not self.is_wanted, self.needed_by_s if self.is_wanted else self.foreseen_s)
+
+    def foreseen_within(self, wanted_in_s: float) -> None:
+        """Note a hint that the image will be wanted in so many seconds."""
+        self.foreseen_s = min(self.foreseen_s, asyncio.get_running_loop().time() + wanted_in_s)
 
     def needed_within(self, time_left_s: float | None) -> None:
         """Note that one more request waits for the image; None if it can wait for ever."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class UrgencyGate:
-    """Lets a few transfers in at a time: wanted ones first, those with the earliest deadline first, then by arrival.
+    """Lets a few transfers in at a time: wanted ones first by deadline, then foreseen ones by when, each by arrival.
 
     How urgent a transfer is may change while it waits: it is looked at when a turn is given away.
 

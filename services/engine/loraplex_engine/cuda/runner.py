@@ -6,7 +6,7 @@ whose probabilities are asked for is in the step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from loraplex_engine.likeliest import likeliest_tokens
 from loraplex_engine.model.config import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.prompt_logprobs import PromptLogprobTracker
+from loraplex_engine.slot_faults import blaming
 from loraplex_engine.torch_runner import DTYPES
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from loraplex_engine.cuda.adapter_loads import CudaLoadHandle
     from loraplex_engine.cuda.host_memory import PinnedArena
     from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.slot_faults import SlotFaults
     from loraplex_engine.step import StepPlan, TokenLogprobs
 
 STAGING_BUFFERS: Final = 4  # steps in flight, and some
@@ -56,6 +58,8 @@ class CudaRunner:
         geometry: Of adapter images, as announced to the store.
         graphs: Captured decode steps.
     """
+
+    backend: ClassVar[str] = "cuda"
 
     def __init__(self, config: CudaRunnerConfig, weights: WeightSource) -> None:
         self._config = config
@@ -173,10 +177,10 @@ class CudaRunner:
         """Start a step."""
         torch.cuda.set_device(self._device)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            self._take_over_slots(plan)
-            return self._launch_decode(plan) if is_pure_decode(plan) else self._launch_mixed(plan)
+            faults = self._take_over_slots(plan)
+            return self._launch_decode(plan, faults) if is_pure_decode(plan) else self._launch_mixed(plan, faults)
 
-    def _launch_decode(self, plan: StepPlan) -> CudaStepHandle:
+    def _launch_decode(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
         bucket, count = self.graphs.bucket(len(plan.slots)), len(plan.slots)
         buffer = self._staging.take()
         used = self._writer.write_decode(self._layouts[bucket], buffer.array, plan)
@@ -185,10 +189,10 @@ class CudaRunner:
         variant = self._decode_lora.prepare(plan.adapters, bucket, self._num_binds) if self._num_variants > 1 else 0
         self.graphs.replay(bucket, variant)
         if self._is_greedy(plan):
-            return self._handle(plan, bucket)
-        return self._handle(plan, count, report=self._sample(plan, self._decoder.work.logits[:count]))
+            return self._handle(plan, bucket, faults)
+        return self._handle(plan, count, faults, report=self._sample(plan, self._decoder.work.logits[:count]))
 
-    def _launch_mixed(self, plan: StepPlan) -> CudaStepHandle:
+    def _launch_mixed(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
         tiles = self._attention_tiles(plan)
         layout = InputLayout(
             StepShape(
@@ -212,7 +216,9 @@ class CudaRunner:
         if self._wants_prompt_logprobs(plan):
             logits, hidden = self._decoder.logits_of_complete_hidden(step, rest)
             ends = np.cumsum(plan.num_tokens, dtype=np.int64)
-            prompt_logprobs = self._prompt_logprobs.update(plan, ends, step.token_ids.long(), hidden, self._sampler)
+            prompt_logprobs = self._prompt_logprobs.update(
+                plan, ends, step.token_ids.long(), hidden, self._sampler, faults
+            )
         else:
             logits = self._decoder.logits(step, rest)
         report = None
@@ -221,7 +227,7 @@ class CudaRunner:
                 self._draw_greedily(logits, step.sample_slots)
             else:
                 report = self._sample(plan, logits)
-        return self._handle(plan, len(plan.sample_rows), report=report, prompt_logprobs=prompt_logprobs)
+        return self._handle(plan, len(plan.sample_rows), faults, report=report, prompt_logprobs=prompt_logprobs)
 
     def _run_decode(self, bucket: int, variant: int) -> None:
         """Launch what a graph holds."""
@@ -239,14 +245,17 @@ class CudaRunner:
             rows, plan.starts[first:], plan.num_tokens[first:], first, info.num_heads // info.num_kv_heads
         )
 
-    def _take_over_slots(self, plan: StepPlan) -> None:
-        """Replace what is kept of slots whose sequence begins in this step."""
+    def _take_over_slots(self, plan: StepPlan) -> SlotFaults:
+        """Replace what is kept of slots whose sequence begins in this step; returns those that could not be set up."""
+        faults: SlotFaults = {}
         begun = plan.begun_slots
         if begun.size:
             self._sampler.vacate(begun)
             self._prompt_logprobs.vacate(begun)
         for setup in plan.setups:
-            self._sampler.occupy(setup)
+            with blaming(faults, [setup.slot], "while its slot was set up"):
+                self._sampler.occupy(setup)
+        return faults
 
     def _is_greedy(self, plan: StepPlan) -> bool:
         """Tell whether every row takes its likeliest token and nothing else is asked."""
@@ -281,6 +290,7 @@ class CudaRunner:
         self,
         plan: StepPlan,
         columns: int,
+        faults: SlotFaults,
         *,
         report: Tensor | None = None,
         prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
@@ -291,6 +301,7 @@ class CudaRunner:
             self._results,
             report=report,
             prompt_logprobs=prompt_logprobs or {},
+            faults=faults,
         )
 
     def load_adapter(

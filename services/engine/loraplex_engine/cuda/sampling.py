@@ -149,6 +149,13 @@ class DeviceSampler:
         if not setup.is_special:
             return
         self._setups[setup.slot] = setup
+        try:
+            self._write(setup)
+        except BaseException:
+            self._forget(setup.slot)  # no half of it acts on what is drawn
+            raise
+
+    def _write(self, setup: SlotSetup) -> None:
         edits = make_edits(setup)
         if len(edits):
             bitmap = make_bitmap(edits["token"], self.kernel.bitmap_bytes)

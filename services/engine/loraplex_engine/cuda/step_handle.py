@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from loraplex_engine.step import StepResult, TokenLogprobs
+from loraplex_engine.slot_faults import blaming
+from loraplex_engine.step import StepResult, TokenLogprobs, not_finite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from loraplex_engine.slot_faults import SlotFaults
     from loraplex_engine.step import StepPlan
 
 
@@ -63,6 +65,7 @@ class CudaStepHandle:
         buffers: Where pinned memory comes from.
         report: Device tensor int32 ``[sampling rows, 1 + 2 n]``, see `DeviceSampler.sample`; None if no row asked.
         prompt_logprobs: See `StepResult`.
+        faults: Slots of the step whose request alone made something raise.
     """
 
     def __init__(
@@ -73,10 +76,12 @@ class CudaStepHandle:
         *,
         report: Tensor | None,
         prompt_logprobs: dict[int, list[TokenLogprobs]],
+        faults: SlotFaults,
     ) -> None:
         self._plan = plan
         self._buffers = buffers
         self._prompt_logprobs = prompt_logprobs
+        self._faults = faults
         self._result: StepResult | None = None
         self._shape, self._drawn = tuple(drawn.shape), self._send(drawn)
         self._report = None if report is None else self._send(report)
@@ -107,18 +112,20 @@ class CudaStepHandle:
     def _read(self) -> StepResult:
         plan, count = self._plan, len(self._plan.sample_rows)
         drawn = _ints(self._drawn, self._shape)[:, :count].copy()
-        logprobs = {}
-        if self._report is not None:
-            logprobs = read_report(_ints(self._report, self._report_shape), drawn[0], plan.sampling.num_logprobs)
         slots = plan.slots[plan.sample_rows]
-        broken = np.flatnonzero(drawn[1] == 0)
+        failed = {int(slots[row]): not_finite() for row in np.flatnonzero(drawn[1] == 0)} | self._faults
+        logprobs: dict[int, TokenLogprobs] = {}
+        if self._report is not None:
+            asked = slots[plan.sampling.num_logprobs >= 0].tolist()
+            with blaming(failed, asked, "while its probabilities were read"):
+                logprobs = read_report(_ints(self._report, self._report_shape), drawn[0], plan.sampling.num_logprobs)
         return StepResult(
             step_id=plan.step_id,
             slots=slots,
             token_ids=drawn[0],
             logprobs=logprobs,
             prompt_logprobs=self._prompt_logprobs,
-            failed_slots={int(slots[row]): "the model's logits are not finite" for row in broken},
+            failed_slots=failed,
         )
 
 

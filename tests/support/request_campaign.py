@@ -1,0 +1,219 @@
+"""Random requests of every kind against one engine over a real session, while strangers' streams are checked.
+
+``python -m support.request_campaign --requests 100000`` (``make campaign``) runs as many as one likes and writes what came
+of it; the test suite runs some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraplex.v1 import adapter_pb2, engine_pb2, engine_pb2_grpc, gateway_pb2
+from loraplex_common.base_model import load_base_model
+from loraplex_common.grpc_server import GrpcServer, ServerConfig
+from loraplex_common.rpc_metrics import RpcMetrics
+from loraplex_engine.config import EngineConfig
+from loraplex_engine.metrics import RequestMetrics
+from loraplex_engine.residency_feed import ResidencyFeed
+from loraplex_engine.servicer import EngineIdentity, EngineServicer
+from prometheus_client import CollectorRegistry
+from support.adapters import Recipe
+from support.any_request import (
+    ADAPTERS,
+    EOS_IDS,
+    MAX_BATCHED_TOKENS,
+    MAX_MODEL_LEN,
+    VOCAB_SIZE,
+    check,
+    make_request,
+)
+from support.base_models import TinyBase, write_base_model
+from support.engine_harness import recipe_adapter, torch_engine
+from support.engine_sessions import EngineSessionClient, Outcome, make_submit
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from support.engine_harness import EngineHarness
+
+NUM_AT_ONCE = 20
+REQUEST_TIMEOUT_S = 60.0
+BASE = TinyBase(
+    num_layers=1, hidden_size=32, intermediate_size=48, num_heads=2, num_kv_heads=2, head_dim=16, vocab_size=VOCAB_SIZE
+)
+RECIPES = (Recipe(rank=8, seed=1), Recipe(rank=3, seed=2, targets=("q_proj", "down_proj")), Recipe(rank=1, seed=3))
+STRANGERS: tuple[dict[str, Any], ...] = (
+    {"prompt": [11, 12, 13], "max_new_tokens": 20},
+    {"prompt": list(range(60, 100)), "max_new_tokens": 12, "adapter_digest": ADAPTERS[0]},
+    {"prompt": [21] * 5, "max_new_tokens": 30, "adapter_digest": ADAPTERS[1], "logprobs": 2, "prompt_logprobs": 1},
+    {
+        "prompt": list(range(200, 210)),
+        "max_new_tokens": 16,
+        "adapter_digest": ADAPTERS[2],
+        "sampling": gateway_pb2.SamplingParams(temperature=0.8, seed=7, top_k=20, frequency_penalty=0.5),
+    },
+)
+
+
+@dataclass
+class Tally:
+    """What came of a campaign.
+
+    Attributes:
+        wrong: What went wrong, at most once per request.
+        ends: How requests ended: finish reason or class of error -> how many.
+        num_strangers: Strangers' streams that were compared with their tokens alone.
+    """
+
+    seed: int
+    num_requests: int = 0
+    num_strangers: int = 0
+    seconds: float = 0.0
+    ends: dict[str, int] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+    def count(self, outcome: Outcome) -> None:
+        """Note how a request ended."""
+        self.num_requests += 1
+        name = gateway_pb2.FinishReason.Name(outcome.finish.finish_reason) if outcome.finish is not None else ""
+        name = name or type(outcome.failure).__name__
+        self.ends[name] = self.ends.get(name, 0) + 1
+
+
+class Campaign:
+    """One session with one engine, and who uses it."""
+
+    def __init__(self, client: EngineSessionClient, tally: Tally, num_requests: int) -> None:
+        self._client = client
+        self._tally = tally
+        self._rng = random.Random(tally.seed)
+        self._num_left = num_requests
+        self._free = list(range(NUM_AT_ONCE + len(STRANGERS)))  # slots are used again and again, as a gateway's are
+
+    async def run(self) -> None:
+        """Run all requests beside the strangers."""
+        alone = [await self._stranger(fields) for fields in STRANGERS]
+        strangers = [
+            asyncio.create_task(self._repeat(fields, tokens)) for fields, tokens in zip(STRANGERS, alone, strict=True)
+        ]
+        try:
+            await asyncio.gather(*(self._work() for _ in range(NUM_AT_ONCE)))
+        finally:
+            self._num_left = 0
+            await asyncio.gather(*strangers)
+
+    async def _work(self) -> None:
+        while self._num_left > 0:
+            self._num_left -= 1
+            slot = self._free.pop()
+            request = make_request(self._rng, slot)
+            outcome = await self._answer(request.submit)
+            self._free.append(slot)
+            self._tally.count(outcome)
+            try:
+                check(request, outcome)
+            except AssertionError as error:
+                self._tally.wrong.append(f"{error} of {request.submit} with {outcome}")
+
+    async def _repeat(self, fields: dict[str, Any], alone: Outcome) -> None:
+        while self._num_left > 0:
+            beside = await self._stranger(fields)
+            self._tally.num_strangers += 1
+            if (beside.token_ids, len(beside.logprobs)) != (alone.token_ids, len(alone.logprobs)):
+                self._tally.wrong.append(f"{fields} gave {beside}, alone {alone}")
+
+    async def _stranger(self, fields: dict[str, Any]) -> Outcome:
+        slot = self._free.pop()
+        outcome = await self._answer(make_submit(slot, **fields))
+        self._free.append(slot)
+        return outcome
+
+    async def _answer(self, submit: engine_pb2.Submit) -> Outcome:
+        outcome = self._client.outcomes[submit.slot] = Outcome()
+        await self._client.send(engine_pb2.SessionRequest(submits=[submit]))
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                await outcome.ended.wait()
+        except TimeoutError:
+            raise AssertionError(f"no end of {submit}; session: {self._client.failure}") from None
+        return outcome
+
+
+@asynccontextmanager
+async def serving(harness: EngineHarness) -> AsyncIterator[EngineSessionClient]:
+    """Serve a harness's engine on a free port and open a session with it."""
+    registry = CollectorRegistry()
+    base = adapter_pb2.BaseModel(name="tiny", vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
+    servicer = EngineServicer(
+        harness.engine,
+        ResidencyFeed(16),
+        identity=EngineIdentity(engine_id="e", base_model=base, version="0"),
+        config=EngineConfig(model=Path()),
+        metrics=RequestMetrics(registry),
+    )
+    server = GrpcServer(ServerConfig(), metrics=RpcMetrics(registry))
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server.server)
+    port = await server.start()
+    try:
+        async with EngineSessionClient(f"127.0.0.1:{port}") as client:
+            yield client
+            assert not client.is_over.is_set(), f"the session ended: {client.failure}"
+    finally:
+        servicer.close_streams()
+        await server.drain(settle_s=0.0, grace_s=0.0)
+
+
+async def run_campaign(directory: Path, *, num_requests: int, seed: int) -> Tally:
+    """Run requests; raises only if engine, session or a stream is lost, all else is in the tally."""
+    model, tally, began_s = write_base_model(directory / "tiny", BASE), Tally(seed), time.monotonic()
+    with torch_engine(
+        model,
+        num_pages=96,
+        num_arena_slots=64,
+        block_tokens=4,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=12,
+        max_num_batched_tokens=MAX_BATCHED_TOKENS,
+        eos_token_ids=EOS_IDS,
+    ) as harness:
+        for digest, recipe in zip(ADAPTERS, RECIPES, strict=True):
+            harness.add_adapter(*recipe_adapter(load_base_model(model), recipe, digest))
+        async with serving(harness) as client:
+            await Campaign(client, tally, num_requests).run()
+        assert harness.engine.is_healthy, harness.crashes
+        await asyncio.to_thread(harness.check_idle)
+    tally.seconds = round(time.monotonic() - began_s, 1)
+    return tally
+
+
+def main() -> int:
+    """Run a campaign from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=None, help="default: from the clock")
+    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="where to write what came of it")
+    arguments = parser.parse_args()
+    seed = int(time.time()) if arguments.seed is None else arguments.seed
+    with tempfile.TemporaryDirectory() as directory:
+        tally = asyncio.run(run_campaign(Path(directory), num_requests=arguments.requests, seed=seed))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    text = json.dumps({"commit": commit, **asdict(tally)}, indent=2)
+    print(text)
+    if arguments.results is not None:
+        (arguments.results / f"campaign_{commit[:12]}_{seed}.json").write_text(text + "\n")
+    return 1 if tally.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
