@@ -134,19 +134,30 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
-    """One token with its natural-log probability."""
+    """One token with its natural-log probability.
+
+    Attributes:
+        text: The token's text on its own; bytes that are no UTF-8 are U+FFFD.
+        data: The bytes it stands for.
+    """
 
     token_id: int
     logprob: float
     text: str
+    data: bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionLogprobs:
-    """The drawn token and the likeliest ones at one position, best first."""
+    """The drawn token and the likeliest ones at one position, best first.
+
+    Attributes:
+        text_offset: Characters of the output's text before the token's own, or before the character it is part of.
+    """
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...] = ()
+    text_offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
