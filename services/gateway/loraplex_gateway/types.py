@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 
 class FinishReason(enum.IntEnum):
@@ -51,11 +51,16 @@ class TokenPrompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatPrompt:
-    """A conversation, rendered through the chat template."""
+    """A conversation, rendered through the chat template.
+
+    Attributes:
+        template_kwargs: Further variables of the template, JSON values by name.
+    """
 
     messages: tuple[ChatMessage, ...]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import InvalidParameterError
 
+from loraplex_gateway import template_variables
 from loraplex_gateway.types import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def _chat(prompt: ChatPrompt) -> Iterator[Violation]:
             yield f"messages[{n}].role", "the role is empty; use e.g. system, user or assistant"
         yield from _unicode(f"messages[{n}].role", message.role)
         yield from _unicode(f"messages[{n}].content", message.content)
+    yield from template_variables.violations(prompt.template_kwargs)
 
 
 def _names(request: GenerationRequest) -> Iterator[Violation]:
