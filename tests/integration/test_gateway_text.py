@@ -33,7 +33,8 @@ def tiny_ids(text: str) -> list[int]:
 
 
 def llama_ids(*tokens: str) -> list[int]:
-    return [LLAMA.token_to_id(token) for token in tokens]
+    vocabulary = LLAMA.get_vocab()
+    return [vocabulary[token] for token in tokens]
 
 
 def llama_base(directory: Path) -> dict[str, Any]:

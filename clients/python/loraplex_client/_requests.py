@@ -185,7 +185,8 @@ def _set_prompt(request: gateway_pb2.GenerateRequest, given: dict[str, Any]) -> 
 def _chat_messages(
     messages: Iterable[ChatMessage], *, chat_template_kwargs: Mapping[str, Any] | None = None, **flags: bool
 ) -> gateway_pb2.ChatMessages:
-    chat = gateway_pb2.ChatMessages(messages=[gateway_pb2.ChatMessage(**message) for message in messages], **flags)
+    turns = [gateway_pb2.ChatMessage(**message) for message in messages]
+    chat = gateway_pb2.ChatMessages(messages=turns, **flags)  # type: ignore[arg-type]
     for name, value in (chat_template_kwargs or {}).items():
         try:
             chat.chat_template_kwargs[name] = json.dumps(value, allow_nan=False)

@@ -95,8 +95,8 @@ def test_every_option_reaches_its_field() -> None:
 
 def test_every_documented_option_is_served() -> None:
     values: dict[str, Any] = {"stop": "x", "priority": "batch", "load_policy": "wait", "logit_bias": {1: 1.0}}
-    prompts = ("prompt", "prompt_token_ids", "messages")
-    prompts += ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+    flags = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+    prompts = ("prompt", "prompt_token_ids", "messages", *flags)
     texts = ("model", "adapter", "cache_salt", "affinity_key", "request_id")
 
     for name in GenerateOptions.__annotations__:

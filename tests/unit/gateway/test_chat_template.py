@@ -58,7 +58,7 @@ def of_transformers(source: str, prompt: ChatPrompt) -> str:
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered, _ = render_jinja_template(
+    rendered = render_jinja_template(
         conversations=[[{"role": message.role, "content": message.content} for message in prompt.messages]],
         chat_template=source,
         add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final_message,
@@ -66,7 +66,7 @@ def of_transformers(source: str, prompt: ChatPrompt) -> str:
         bos_token="<s>",
         **prompt.template_kwargs,
     )
-    return str(rendered[0])
+    return str(rendered[0][0])
 
 
 def test_renders_turns_and_opens_the_answer() -> None:

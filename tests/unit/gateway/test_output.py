@@ -228,7 +228,8 @@ def test_a_stop_string_in_a_run_of_bytes_ends_the_output_at_once() -> None:
 
 
 def llama_ids(*tokens: str) -> list[int]:
-    return [LLAMA.tokenizer.token_to_id(token) for token in tokens]
+    vocabulary = LLAMA.tokenizer.get_vocab()
+    return [vocabulary[token] for token in tokens]
 
 
 def oracle(tokens: list[int], stops: list[str], *, skip: bool) -> tuple[str, str | None, int]:

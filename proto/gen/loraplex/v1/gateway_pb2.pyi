@@ -271,7 +271,7 @@ class SamplingParams(_message.Message):
     top_k: _builtins.int
     """Keep the k most likely tokens; 0 or -1 keeps all. Default 0."""
     top_p: _builtins.float
-    """Keep the smallest set whose probability reaches p, in (0, 1]. Default 1."""
+    """Keep the smallest set whose probability reaches p, in [0, 1]; 0 leaves the likeliest token alone. Default 1."""
     min_p: _builtins.float
     """Keep tokens at least min_p times as likely as the likeliest, in [0, 1]. Default 0."""
     seed: _builtins.int
