@@ -12,14 +12,17 @@ from loraplex_gateway.openai.convert import Plan
 from loraplex_gateway.openai.render import Renderer
 from loraplex_gateway.output import OutputAssembler
 from loraplex_gateway.types import (
+    Chunk,
     Event,
     Finished,
     FinishReason,
     GenerationRequest,
+    PositionLogprobs,
     ResponseOptions,
     Stopping,
     TextPrompt,
     Timings,
+    TokenLogprob,
     Usage,
 )
 from openai.types import Completion
@@ -46,13 +49,17 @@ def choice_of(tokens: list[int], *, top: dict[int, float], chosen: float = -0.5,
         chunk = output.push([token_id], [gateway_pb2.PositionLogprobs(chosen=entry, top=alternatives)])
         assert chunk is not None
         events.append(chunk)
+    return choice_of_events(events, num_top=len(top), is_chat=is_chat)
+
+
+def choice_of_events(events: list[Event], *, num_top: int, is_chat: bool = False) -> Any:
     plan = Plan(
         requests=(GenerationRequest(prompt=TextPrompt(text="x")),),
         model="m",
         is_chat=is_chat,
         is_stream=False,
         include_usage=False,
-        logprobs=len(top),
+        logprobs=num_top,
         return_token_ids=False,
     )
     body = msgspec.json.encode(Renderer(plan, request_id="r").whole([[*events, FINISHED]]))
@@ -69,6 +76,13 @@ def test_the_bytes_of_a_character_are_alternatives_of_their_own() -> None:
     assert logprobs["tokens"] == ["x", r"bytes:\xf0", r"bytes:\x9f", r"bytes:\x98", r"bytes:\x80", "y"]
     assert logprobs["top_logprobs"][1] == {r"bytes:\xf0": -0.5, r"bytes:\x9f": -1.0, r"bytes:\x91": -2.0, "a": -3.0}
     assert logprobs["text_offset"] == [0, 1, 1, 1, 1, 2]
+
+
+def test_bytes_of_a_part_of_a_character_are_written_as_openai_writes_them() -> None:
+    token = TokenLogprob(token_id=1, logprob=-1.0, text="", data=b" \\a\n\xf0\x9f")
+    chunk = Chunk(sequence=0, index=0, token_ids=(1,), text="", logprobs=(PositionLogprobs(chosen=token),))
+
+    assert choice_of_events([chunk], num_top=0)["logprobs"]["tokens"] == [r"bytes: \x5ca\x0a\xf0\x9f"]
 
 
 def test_the_drawn_token_is_among_the_alternatives() -> None:

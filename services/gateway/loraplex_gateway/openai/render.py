@@ -171,7 +171,9 @@ def _completion_token(token: TokenLogprob) -> str:
     try:
         return token.data.decode("utf-8")
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
+        return "bytes:" + "".join(
+            chr(byte) if 32 <= byte < 127 and byte != 92 else f"\\x{byte:02x}" for byte in token.data
+        )
 
 
 def _completion_alternatives(entry: PositionLogprobs, num_top: int) -> dict[str, float]:
