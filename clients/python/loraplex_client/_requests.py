@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict
@@ -21,12 +22,14 @@ class PromptOptions(TypedDict, total=False):
         prompt: Text, tokenised with the model's special tokens.
         prompt_token_ids: Token ids, used as they are.
         messages: A conversation, rendered through the model's chat template.
+        chat_template_kwargs: Further variables of the chat template, JSON values; e.g. ``{"enable_thinking": False}``.
         model: Base model; may be left out where the gateway fronts exactly one.
     """
 
     prompt: str | None
     prompt_token_ids: Sequence[int] | None
     messages: Sequence[ChatMessage] | None
+    chat_template_kwargs: Mapping[str, Any] | None
     model: str | None
 
 
@@ -121,7 +124,7 @@ _ENUMS: Final[Mapping[str, Callable[[str], int]]] = {
     "load_policy": lambda value: gateway_pb2.LoadPolicy.Value(f"LOAD_POLICY_{value.upper()}"),
 }
 _PROMPTS: Final = ("prompt", "prompt_token_ids", "messages")
-_CHAT_FLAGS: Final = ("add_generation_prompt", "continue_final_message")
+_CHAT_FLAGS: Final = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
 def generate_request(options: GenerateOptions) -> gateway_pb2.GenerateRequest:
@@ -149,10 +152,13 @@ def tokenize_request(options: PromptOptions, add_special_tokens: bool | None) ->
     text, messages = options.get("prompt"), options.get("messages")
     if (text is None) == (messages is None):
         raise InvalidParameterError("give exactly one of prompt and messages", field="prompt")
+    variables = options.get("chat_template_kwargs")
+    if variables is not None and messages is None:
+        raise InvalidParameterError("chat_template_kwargs goes with messages only", field="chat_template_kwargs")
     if text is not None:
         request.text = text
     else:
-        request.messages.CopyFrom(_chat_messages(messages or ()))
+        request.messages.CopyFrom(_chat_messages(messages or (), chat_template_kwargs=variables))
     return request
 
 
@@ -176,8 +182,18 @@ def _set_prompt(request: gateway_pb2.GenerateRequest, given: dict[str, Any]) -> 
         raise InvalidParameterError(f"{name}: {error}", field=name) from error
 
 
-def _chat_messages(messages: Iterable[ChatMessage], **flags: bool) -> gateway_pb2.ChatMessages:
-    return gateway_pb2.ChatMessages(messages=[gateway_pb2.ChatMessage(**message) for message in messages], **flags)
+def _chat_messages(
+    messages: Iterable[ChatMessage], *, chat_template_kwargs: Mapping[str, Any] | None = None, **flags: bool
+) -> gateway_pb2.ChatMessages:
+    turns = [gateway_pb2.ChatMessage(**message) for message in messages]
+    chat = gateway_pb2.ChatMessages(messages=turns, **flags)  # type: ignore[arg-type]
+    for name, value in (chat_template_kwargs or {}).items():
+        try:
+            chat.chat_template_kwargs[name] = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            field = f"chat_template_kwargs.{name}"
+            raise InvalidParameterError(f"{field} is no JSON value: {error}", field=field) from error
+    return chat
 
 
 def _set_option(request: gateway_pb2.GenerateRequest, name: str, value: Any) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 from loraplex_common.base_model import BaseModelInfo, load_base_model
+from loraplex_common.end_of_text import read_eos_token_ids
 
 from loraplex_engine.config import MIB, ConfigError, EngineConfig
 from loraplex_engine.engine import EngineParams
-from loraplex_engine.generation_config import read_eos_token_ids
 from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
@@ -84,7 +84,7 @@ def engine_params(config: EngineConfig, info: BaseModelInfo, device: torch.devic
         block_tokens=pool.block_tokens,
         pool_bytes=pool_bytes,
         arena_bytes=config.arena_bytes,
-        eos_token_ids=read_eos_token_ids(config.model),
+        eos_token_ids=read_eos_token_ids(config.model, info.vocab_size),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

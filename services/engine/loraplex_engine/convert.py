@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from google.protobuf.duration_pb2 import Duration
 from loraplex.v1 import adapter_pb2, engine_pb2, gateway_pb2
 from loraplex_common.errors import DeadlineError, to_status
+from loraplex_common.request_limits import MAX_INT32
 
 from loraplex_engine.messages import (
     Ended,
@@ -20,9 +21,7 @@ from loraplex_engine.messages import (
     TokenWithLogprobs,
 )
 from loraplex_engine.validation import (
-    MAX_INT32,
     MAX_REQUEST_ID_BYTES,
-    MAX_SCALE,
     RequestLimits,
     check_digest,
     check_range,
@@ -108,7 +107,7 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         sampling=check_sampling(submit, limits),
         stopping=check_stopping(submit, limits),
         adapter_digest=check_digest(submit.adapter_digest, "adapter_digest") if submit.adapter_digest else None,
-        adapter_scale=check_range(scale, "adapter_scale", 0.0, MAX_SCALE),
+        adapter_scale=check_range(scale, "adapter_scale"),
         deadline_s=deadline_s,
         queue_deadline_s=_moment(submit, "queue_timeout", now_s),
         time_limit_at_s=_moment(submit, "time_limit", now_s),

@@ -1,18 +1,18 @@
 """Checks of what a gateway submits: each field has a range, and a violation names the field and the range.
 
-Ranges are those of gateway.proto; the engine checks them again because a session carries requests of many clients and
-one bad value must end its own request only, before it gets near a batch.
+Ranges are those of `loraplex_common.request_limits`; the engine checks them again because a session carries requests of
+many clients and one bad value must end its own request only, before it gets near a batch.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.ids import is_digest
+from loraplex_common.request_limits import MAX_ENTRIES, MAX_INT32, MAX_PROMPT_LOGPROBS, RANGES
 
 from loraplex_engine.messages import SamplingParams, StoppingParams
 
@@ -22,13 +22,11 @@ if TYPE_CHECKING:
     from loraplex.v1 import engine_pb2, gateway_pb2
     from numpy.typing import NDArray
 
-MAX_LOGPROBS: Final = 20
-MAX_PROMPT_LOGPROB_ENTRIES: Final = 100_000  # sent in one message, which must stay below gRPC's 4 MiB
-MAX_BIASED_TOKENS: Final = 1024
-MAX_STOP_TOKENS: Final = 64
+MAX_LOGPROBS: Final = int(RANGES["logprobs"].high)
+MAX_BIASED_TOKENS: Final = max(MAX_ENTRIES["logit_bias"], MAX_ENTRIES["allowed_token_ids"])
+MAX_STOP_TOKENS: Final = MAX_ENTRIES["stop_token_ids"]
 MAX_REQUEST_ID_BYTES: Final = 256
-MAX_INT32: Final = 2**31 - 1
-MAX_SCALE: Final = 100.0
+SMALLEST: Final = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,14 +51,18 @@ def require(condition: bool, field: str, message: str) -> None:
         raise InvalidParameterError(f"{field}: {message}", field=field)
 
 
-def check_range(value: float, field: str, low: float, high: float, *, open_low: bool = False) -> float:
-    """Return the value if it is a number in [low, high], or in (low, high] with ``open_low``.
+def check_range(value: float, field: str) -> float:
+    """Return the value if it is in the range of the field's last name.
 
     Raises:
         InvalidParameterError: If it is not; NaN and infinities never are.
     """
-    inside = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
-    require(inside, field, f"{value:g} is not in {'(' if open_low else '['}{low:g}, {high:g}]")
+    limits = RANGES[field.rpartition(".")[2]]
+    require(
+        value in limits,
+        field,
+        f"{value:g} is not in {'(' if limits.excludes_low else '['}{limits.low:g}, {limits.high:g}]",
+    )
     return value
 
 
@@ -113,27 +115,22 @@ def check_sampling(submit: engine_pb2.Submit, limits: RequestLimits) -> Sampling
         InvalidParameterError: If a value is out of its range.
     """
     wire = submit.sampling
-    temperature = check_range(_given(wire, "temperature", 1.0), "sampling.temperature", 0.0, 100.0)
+    temperature = _in_range(wire, "temperature", 1.0)
     require(
         wire.HasField("seed") or temperature == 0.0, "sampling.seed", "must be set where tokens are drawn at random"
     )
-    top_k = int(_given(wire, "top_k", 0))
-    require(top_k >= -1, "sampling.top_k", f"{top_k} is not -1 or more")
     return SamplingParams(
         temperature=temperature,
-        top_k=max(top_k, 0),
-        top_p=check_range(_given(wire, "top_p", 1.0), "sampling.top_p", 0.0, 1.0, open_low=True),
-        min_p=check_range(_given(wire, "min_p", 0.0), "sampling.min_p", 0.0, 1.0),
-        repetition_penalty=check_range(
-            _given(wire, "repetition_penalty", 1.0), "sampling.repetition_penalty", 0.0, 10.0, open_low=True
-        ),
-        presence_penalty=check_range(_given(wire, "presence_penalty", 0.0), "sampling.presence_penalty", -2.0, 2.0),
-        frequency_penalty=check_range(_given(wire, "frequency_penalty", 0.0), "sampling.frequency_penalty", -2.0, 2.0),
+        top_k=max(int(_in_range(wire, "top_k", 0)), 0),
+        # 0 keeps what the smallest number above it keeps: the likeliest token.
+        top_p=max(_in_range(wire, "top_p", 1.0), SMALLEST),
+        min_p=_in_range(wire, "min_p", 0.0),
+        repetition_penalty=_in_range(wire, "repetition_penalty", 1.0),
+        presence_penalty=_in_range(wire, "presence_penalty", 0.0),
+        frequency_penalty=_in_range(wire, "frequency_penalty", 0.0),
         seed=wire.seed,
         logit_bias=_check_logit_bias(wire.logit_bias, limits),
-        allowed_token_ids=_check_token_set(
-            wire.allowed_token_ids, "sampling.allowed_token_ids", MAX_BIASED_TOKENS, limits.vocab_size
-        ),
+        allowed_token_ids=_check_token_set(wire.allowed_token_ids, "sampling.allowed_token_ids", limits.vocab_size),
         num_logprobs=_check_logprobs(submit, "logprobs"),
         prompt_logprobs=_check_prompt_logprobs(submit),
     )
@@ -153,9 +150,7 @@ def check_stopping(submit: engine_pb2.Submit, limits: RequestLimits) -> Stopping
     )
     max_new_tokens = wire.max_new_tokens if wire.HasField("max_new_tokens") else None
     if max_new_tokens is not None:
-        require(
-            1 <= max_new_tokens <= MAX_INT32, "stopping.max_new_tokens", f"{max_new_tokens} is not in [1, {MAX_INT32}]"
-        )
+        check_range(max_new_tokens, "stopping.max_new_tokens")
         require(
             num_resumed < max_new_tokens,
             "resumed_token_ids",
@@ -170,19 +165,19 @@ def check_stopping(submit: engine_pb2.Submit, limits: RequestLimits) -> Stopping
     return StoppingParams(
         max_new_tokens=max_new_tokens,
         min_new_tokens=wire.min_new_tokens,
-        stop_token_ids=_check_token_set(
-            wire.stop_token_ids, "stopping.stop_token_ids", MAX_STOP_TOKENS, limits.vocab_size
-        ),
+        stop_token_ids=_check_token_set(wire.stop_token_ids, "stopping.stop_token_ids", limits.vocab_size),
         ignore_eos=wire.ignore_eos,
     )
 
 
-def _given(wire: gateway_pb2.SamplingParams, field: str, default: float) -> float:
-    return getattr(wire, field) if wire.HasField(field) else default  # type: ignore[arg-type]
+def _in_range(wire: gateway_pb2.SamplingParams, name: str, default: float) -> float:
+    value: float = getattr(wire, name) if wire.HasField(name) else default  # type: ignore[arg-type]
+    return check_range(value, f"sampling.{name}")
 
 
-def _check_token_set(ids: Iterable[int], field: str, limit: int, vocab_size: int) -> tuple[int, ...]:
+def _check_token_set(ids: Iterable[int], field: str, vocab_size: int) -> tuple[int, ...]:
     listed = tuple(ids)
+    limit = MAX_ENTRIES[field.rpartition(".")[2]]
     require(len(listed) <= limit, field, f"{len(listed)} entries exceed {limit}")
     check_token_ids(listed, field, vocab_size)
     return listed
@@ -190,24 +185,25 @@ def _check_token_set(ids: Iterable[int], field: str, limit: int, vocab_size: int
 
 def _check_logit_bias(bias: Mapping[int, float], limits: RequestLimits) -> dict[int, float]:
     field = "sampling.logit_bias"
-    _check_token_set(bias, field, MAX_BIASED_TOKENS, limits.vocab_size)
-    return {token_id: check_range(value, f"{field}[{token_id}]", -100.0, 100.0) for token_id, value in bias.items()}
+    _check_token_set(bias, field, limits.vocab_size)
+    for token_id, value in bias.items():
+        require(value in RANGES["logit_bias"], f"{field}[{token_id}]", f"{value:g} is not in [-100, 100]")
+    return dict(bias)
 
 
 def _check_logprobs(submit: engine_pb2.Submit, field: str) -> int:
     if not submit.HasField(field):  # type: ignore[arg-type]
         return -1
     value: int = getattr(submit, field)
-    require(value <= MAX_LOGPROBS, field, f"{value} exceeds {MAX_LOGPROBS}")
-    return value
+    return int(check_range(value, field))
 
 
 def _check_prompt_logprobs(submit: engine_pb2.Submit) -> int:
     value = _check_logprobs(submit, "prompt_logprobs")
     num_entries = (value + 1) * len(submit.prompt_token_ids)
     require(
-        num_entries <= MAX_PROMPT_LOGPROB_ENTRIES,
+        num_entries <= MAX_PROMPT_LOGPROBS,
         "prompt_logprobs",
-        f"{len(submit.prompt_token_ids)} prompt tokens x {value + 1} entries = {num_entries} exceed {MAX_PROMPT_LOGPROB_ENTRIES}",
+        f"{len(submit.prompt_token_ids)} prompt tokens x {value + 1} entries = {num_entries} exceed {MAX_PROMPT_LOGPROBS}",
     )
     return value

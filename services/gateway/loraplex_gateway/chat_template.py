@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from loraplex_gateway.types import ChatMessage, ChatPrompt
 
 MAX_REASON_CHARS: Final = 500
+# In front of a space, which shows whether the template strips what it renders.
+_MARK: Final = "ENDOFTHEFINALMESSAGE"
+# A template is a program of the model's: what it raises over a conversation is its refusal.
+_TEMPLATES_OWN_ERRORS: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -59,6 +63,18 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+# Variables that loraplex sets itself, the sandbox's own, and the arguments of transformers' apply_chat_template.
+RESERVED_VARIABLES: Final = frozenset(
+    {
+        *("messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "chat_template"),
+        *("conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs", "loop", "self", "caller", "varargs", "kwargs"),
+        *_SPECIAL_TOKENS,
+        *_environment().globals,
+    }
+)
+
+
 class ChatTemplateError(ValueError):
     """The model's chat template cannot be read; the message names the file."""
 
@@ -88,20 +104,31 @@ class ChatTemplate:
             InvalidParameterError: If the template refuses the conversation, with the template's own words.
         """
         messages = [_as_dict(message) for message in prompt.messages]
+        if not prompt.continue_final_message:
+            return self._render(messages, prompt, add_generation_prompt=prompt.add_generation_prompt)
+        final, mark = messages[-1]["content"], _MARK
+        while mark in str((messages, prompt.template_kwargs)):
+            mark += "X"
+        messages[-1]["content"] = f"{final}{mark} "
+        return _cut_at_mark(self._render(messages, prompt, add_generation_prompt=False), mark, final)
+
+    def _render(self, messages: list[dict[str, str]], prompt: ChatPrompt, *, add_generation_prompt: bool) -> str:
+        variables = {
+            **prompt.template_kwargs,
+            **self._special_tokens,
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            rendered = self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final_message,
-                **self._special_tokens,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            return self._template.render(variables)
+        except (jinja2.TemplateError, *_TEMPLATES_OWN_ERRORS) as error:
             reason = str(error)[:MAX_REASON_CHARS]  # it may quote the conversation
+            what = "these messages with these chat_template_kwargs" if prompt.template_kwargs else "these messages"
             raise InvalidParameterError(
-                f"the model's chat template refuses these messages: {reason}", field="messages"
+                f"the model's chat template refuses {what}: {reason}", field="messages"
             ) from error
-        return _cut_after_last_message(rendered, messages) if prompt.continue_final_message else rendered
 
 
 def _as_dict(message: ChatMessage) -> dict[str, str]:
@@ -109,16 +136,23 @@ def _as_dict(message: ChatMessage) -> dict[str, str]:
     return turn if message.name is None else {**turn, "name": message.name}
 
 
-def _cut_after_last_message(rendered: str, messages: list[dict[str, str]]) -> str:
-    content = messages[-1]["content"]
-    for wanted in (content, content.strip()):  # some templates strip
-        at = rendered.rfind(wanted)
-        if wanted and at >= 0:
-            return rendered[: at + len(wanted)]
-    raise InvalidParameterError(
-        "continue_final_message needs a template that renders the last message as it is, and a message that is not empty",
-        field="messages",
-    )
+def _cut_at_mark(rendered: str, mark: str, final: str) -> str:
+    """Return what is in front of the mark that was put behind the final message.
+
+    A template that strips its messages strips the mark's space, too; then the final message's own spaces go as well.
+
+    Source: transformers 5, utils/chat_template_utils.py, which looks for a mark in the same way.
+    """
+    head, found, tail = rendered.rpartition(mark)
+    if found and not tail.startswith(" "):
+        head = head.rstrip() if final.strip() else head  # nothing but space is stripped to an open turn
+    if not found or not head.rstrip().endswith(final.strip()):
+        raise InvalidParameterError(
+            "continue_final_message is not possible here: the model's chat template leaves out or changes the final "
+            "message, so there is no place in the prompt where it ends; send the prompt as text",
+            field="messages",
+        )
+    return head
 
 
 def read_special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

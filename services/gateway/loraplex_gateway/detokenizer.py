@@ -1,24 +1,48 @@
-"""Token ids to text, piece by piece: never half a character, and in sum exactly what decoding all ids at once gives."""
+"""Token ids to text, piece by piece: never half a character, and in sum exactly what decoding all ids at once gives.
+
+An output goes on where its prompt ends, so the prompt's end is part of what is decoded: a decoder may strip the first
+word's space, and only the prompt's first word is first. The output's text is decode(prompt + output) without
+decode(prompt). Where the prompt ends within a character and the output completes it, the character is the output's.
+"""
 
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from typing import TYPE_CHECKING, Final, Protocol
 
+from loraplex_gateway.window_detokenizer import REPLACEMENT, WindowDetokenizer, shown_from_end
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tokenizers import Tokenizer
 
-REPLACEMENT: Final = "\ufffd"
+MAX_OPEN_BYTES: Final = 3  # of an unfinished character in UTF-8
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Detokenizer(Protocol):
     """Incremental decoding of one output."""
 
+    @property
+    def num_held(self) -> int:
+        """Whole characters that are held."""
+        ...
+
+    @property
+    def preview(self) -> str:
+        """The held text if it is whole characters: what `settle` would return; else nothing."""
+        ...
+
     def push(self, token_id: int) -> str:
         """Add a token and return the text that has become certain, maybe none."""
+        ...
+
+    def settle(self) -> str:
+        """Return held text that is whole characters as if the output ended here; half a character stays."""
         ...
 
     def flush(self) -> str:
@@ -72,6 +96,17 @@ class TokenTable:
         """Return a token's text on its own; bytes that are no UTF-8 become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
+    @functools.cached_property
+    def anchor(self) -> int | None:
+        """A token whose text is letters or digits: it stands for an unknown text in front of an output."""
+        for token_id in range(self.tokenizer.get_vocab_size()):
+            if token_id in self.special_ids or self.is_byte_token(token_id):
+                continue
+            text = self.tokenizer.decode([token_id], skip_special_tokens=False).strip()
+            if text.isalnum():
+                return token_id
+        return None
+
     def _compute_bytes(self, token_id: int) -> bytes:
         token = self.tokenizer.id_to_token(token_id)
         if token is None:
@@ -89,66 +124,63 @@ class TokenTable:
 
 
 class ByteLevelDetokenizer:
-    """For byte-level BPE: a token is bytes, text is their UTF-8 decoding."""
+    """For byte-level BPE: a token is bytes, text is their UTF-8 decoding.
 
-    def __init__(self, table: TokenTable, *, skip_special_tokens: bool) -> None:
+    Args:
+        table: The model's tokens.
+        skip_special_tokens: Whether special tokens have no text.
+        prompt_ids: What the output continues; None for an unknown text that ends in a whole character.
+    """
+
+    num_held = 0
+    preview = ""
+
+    def __init__(
+        self, table: TokenTable, *, skip_special_tokens: bool, prompt_ids: Sequence[int] | None = None
+    ) -> None:
         self._table = table
         self._skipped = table.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        end = b""
+        for token_id in shown_from_end(prompt_ids or (), self._skipped):
+            end = table.token_bytes(token_id) + end
+            if len(end) >= MAX_OPEN_BYTES:
+                break
+        self._utf8.decode(end)
+        # How many U+FFFD the prompt's text ends with for the character it began.
+        self._num_prompts = len(self._utf8.getstate()[0].decode("utf-8", errors="replace"))
 
     def push(self, token_id: int) -> str:
         """Add a token and return the characters it completed."""
         if token_id in self._skipped:
             return ""
-        return self._utf8.decode(self._table.token_bytes(token_id))
+        return self._without_prompts(self._utf8.decode(self._table.token_bytes(token_id)))
+
+    def settle(self) -> str:
+        """Return nothing: only half a character is ever held."""
+        return ""
 
     def flush(self) -> str:
         """Return U+FFFD for an unfinished character."""
-        return self._utf8.decode(b"", final=True)
+        return self._without_prompts(self._utf8.decode(b"", final=True))
 
-
-class WindowDetokenizer:
-    """For any other decoder: decodes a short window of tokens behind the last ones that gave text.
-
-    The window's start supplies context (a decoder may treat the first token differently, e.g. strip its space). A run
-    of byte-fallback tokens is held until it ends: the decoder replaces the *whole* run if any byte of it is bad.
-    """
-
-    def __init__(self, table: TokenTable, *, skip_special_tokens: bool) -> None:
-        self._table = table
-        self._skipped = table.special_ids if skip_special_tokens else frozenset()
-        self._context: list[int] = []
-        self._pending: list[int] = []
-
-    def push(self, token_id: int) -> str:
-        """Add a token and return the text that has become certain."""
-        if token_id in self._skipped:
-            return ""
-        if self._table.is_byte_token(token_id):
-            self._pending.append(token_id)
-            return ""
-        self._pending.append(token_id)
-        return self._commit(hold_incomplete=True)
-
-    def flush(self) -> str:
-        """Return the text still held."""
-        return self._commit(hold_incomplete=False)
-
-    def _commit(self, *, hold_incomplete: bool) -> str:
-        if not self._pending:
-            return ""
-        decode = self._table.tokenizer.decode
-        before = decode(self._context, skip_special_tokens=False) if self._context else ""
-        after = decode(self._context + self._pending, skip_special_tokens=False)
-        if hold_incomplete and after.endswith(REPLACEMENT):
-            return ""
-        text = after[len(before) :]
-        if text:  # tokens without text stay pending: alone they are no context
-            self._context, self._pending = self._pending, []
+    def _without_prompts(self, text: str) -> str:
+        """Drop the U+FFFD of a character that the prompt began and the output did not complete: they are the prompt's."""
+        while text and self._num_prompts:
+            self._num_prompts = self._num_prompts - 1 if text[0] == REPLACEMENT else 0
+            text = text.removeprefix(REPLACEMENT)
         return text
 
 
-def make_detokenizer(table: TokenTable, *, skip_special_tokens: bool) -> Detokenizer:
-    """Return the detokenizer that fits the tokenizer's decoder."""
+def make_detokenizer(
+    table: TokenTable, *, skip_special_tokens: bool, prompt_ids: Sequence[int] | None = None
+) -> Detokenizer:
+    """Return the detokenizer that fits the tokenizer's decoder.
+
+    Args:
+        table: The model's tokens.
+        skip_special_tokens: Whether special tokens have no text.
+        prompt_ids: What the output continues; None for an unknown text that ends in a whole character.
+    """
     kind = ByteLevelDetokenizer if table.is_byte_level else WindowDetokenizer
-    return kind(table, skip_special_tokens=skip_special_tokens)
+    return kind(table, skip_special_tokens=skip_special_tokens, prompt_ids=prompt_ids)

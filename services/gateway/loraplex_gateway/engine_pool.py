@@ -145,7 +145,7 @@ class EnginePool:
         session = EngineSession(
             record,
             gateway_id=self._gateway_id,
-            token_text=model.tokenizer.table.token_text,
+            token_bytes=model.tokenizer.table.token_bytes,
             max_buffered_tokens=self._max_buffered_tokens,
             on_change=self._notify,
         )

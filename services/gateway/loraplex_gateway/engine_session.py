@@ -37,7 +37,7 @@ class EngineSession:
     Args:
         record: The engine as it registered itself.
         gateway_id: Said in the hello.
-        token_text: Text of one token of the engine's model, for log-probabilities.
+        token_bytes: Bytes of one token of the engine's model, for log-probabilities.
         max_buffered_tokens: Bound of each request's buffer.
         on_change: Called whenever the engine becomes or ceases to be a candidate.
     """
@@ -47,7 +47,7 @@ class EngineSession:
         record: EngineRecord,
         *,
         gateway_id: str,
-        token_text: Callable[[int], str],
+        token_bytes: Callable[[int], bytes],
         max_buffered_tokens: int,
         on_change: Callable[[], None],
     ) -> None:
@@ -55,7 +55,7 @@ class EngineSession:
         self.resident: set[str] = set()
         self.state = SessionState.CONNECTING
         self._gateway_id = gateway_id
-        self._token_text = token_text
+        self._token_bytes = token_bytes
         self._max_buffered_tokens = max_buffered_tokens
         self._on_change = on_change
         self._load = engine_pb2.LoadReport()
@@ -239,7 +239,7 @@ class EngineSession:
                 sequence=output.sequence,
                 token_ids=output.token_ids,
                 logprobs=output.logprobs,
-                started=engine_wire.started(output.started, self._token_text) if output.HasField("started") else None,
+                started=engine_wire.started(output.started, self._token_bytes) if output.HasField("started") else None,
                 loading=engine_wire.loading(output.loading) if output.HasField("loading") else None,
                 end=end,
             )

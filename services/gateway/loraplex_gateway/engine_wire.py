@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from google.protobuf import duration_pb2
@@ -130,26 +131,32 @@ def _stopping(stopping: Stopping) -> gateway_pb2.StoppingParams:
 
 
 def positions(
-    messages: Iterable[gateway_pb2.PositionLogprobs], token_text: Callable[[int], str]
+    messages: Iterable[gateway_pb2.PositionLogprobs],
+    token_bytes: Callable[[int], bytes],
+    text_offsets: Iterable[int] = repeat(0),
 ) -> tuple[PositionLogprobs, ...]:
-    """Return log-probabilities with the tokens' text, which the engine does not know."""
+    """Return log-probabilities with the tokens' text and where it is, which the engine does not know."""
 
     def token(message: gateway_pb2.TokenLogprob) -> TokenLogprob:
-        return TokenLogprob(token_id=message.token_id, logprob=message.logprob, text=token_text(message.token_id))
+        data = token_bytes(message.token_id)
+        text = data.decode("utf-8", errors="replace")
+        return TokenLogprob(token_id=message.token_id, logprob=message.logprob, text=text, data=data)
 
     return tuple(
-        PositionLogprobs(chosen=token(message.chosen), top=tuple(token(top) for top in message.top))
-        for message in messages
+        PositionLogprobs(
+            chosen=token(message.chosen), top=tuple(token(top) for top in message.top), text_offset=text_offset
+        )
+        for message, text_offset in zip(messages, text_offsets, strict=False)
     )
 
 
-def started(message: engine_pb2.EngineStarted, token_text: Callable[[int], str]) -> EngineStart:
+def started(message: engine_pb2.EngineStarted, token_bytes: Callable[[int], bytes]) -> EngineStart:
     """Convert the start of a request."""
     return EngineStart(
         cached_tokens=message.cached_tokens,
         queue_s=from_duration(message.queue),
         adapter_load_s=from_duration(message.adapter_load),
-        prompt_logprobs=positions(message.prompt_logprobs, token_text),
+        prompt_logprobs=positions(message.prompt_logprobs, token_bytes),
     )
 
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from loraplex_common.end_of_text import read_eos_token_ids
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -17,7 +19,7 @@ class GenerationDefaults:
     """A model's own sampling defaults; `None` where the model says nothing.
 
     Attributes:
-        eos_token_ids: End-of-text ids; the engine reads the same file and stops at them.
+        eos_token_ids: End-of-text ids; the engine stops at the same.
     """
 
     temperature: float | None = None
@@ -34,22 +36,24 @@ class GenerationDefaults:
         return replace(sampling, **{name: value for name, value in unset.items() if value is not None})
 
 
-def load_generation_defaults(directory: Path, model_config: dict[str, Any]) -> GenerationDefaults:
-    """Read generation_config.json; end-of-text ids fall back to config.json.
+def load_generation_defaults(directory: Path, vocab_size: int) -> GenerationDefaults:
+    """Read what a model directory says about generation.
 
     Args:
         directory: Model directory.
-        model_config: config.json as read.
+        vocab_size: Token ids are below it.
+
+    Raises:
+        BaseModelError: If a file cannot be read.
     """
+    eos_token_ids = frozenset(read_eos_token_ids(directory, vocab_size))  # first: it says what cannot be read
     file = directory / "generation_config.json"
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    eos = config.get("eos_token_id", model_config.get("eos_token_id"))
-    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return GenerationDefaults(
         temperature=config.get("temperature"),
         top_k=config.get("top_k"),
         top_p=config.get("top_p"),
         min_p=config.get("min_p"),
         repetition_penalty=config.get("repetition_penalty"),
-        eos_token_ids=frozenset(int(token_id) for token_id in eos_ids),
+        eos_token_ids=eos_token_ids,
     )

@@ -50,7 +50,7 @@ def load_served_model(
     return ServedModel(
         info=info,
         tokenizer=PromptTokenizer.from_directory(directory, executor),
-        defaults=load_generation_defaults(directory, info.config),
+        defaults=load_generation_defaults(directory, info.vocab_size),
     )
 
 

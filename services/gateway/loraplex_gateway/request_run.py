@@ -45,6 +45,7 @@ class RequestRun:
             options=request.options,
             stopping=request.stopping,
             stop_token_ids=job.stop_token_ids,
+            prompt_ids=job.submission.prompt_ids,
         )
 
     @property

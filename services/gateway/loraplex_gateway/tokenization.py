@@ -123,4 +123,4 @@ class PromptTokenizer:
 def _num_chars(prompt: TextPrompt | ChatPrompt) -> int:
     if isinstance(prompt, TextPrompt):
         return len(prompt.text)
-    return sum(len(message.content) for message in prompt.messages)
+    return sum(len(message.content) for message in prompt.messages) + len(str(prompt.template_kwargs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 
 class FinishReason(enum.IntEnum):
@@ -51,11 +51,16 @@ class TokenPrompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatPrompt:
-    """A conversation, rendered through the chat template."""
+    """A conversation, rendered through the chat template.
+
+    Attributes:
+        template_kwargs: Further variables of the template, JSON values by name.
+    """
 
     messages: tuple[ChatMessage, ...]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
@@ -134,19 +139,30 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
-    """One token with its natural-log probability."""
+    """One token with its natural-log probability.
+
+    Attributes:
+        text: The token's text on its own; bytes that are no UTF-8 are U+FFFD.
+        data: The bytes it stands for.
+    """
 
     token_id: int
     logprob: float
     text: str
+    data: bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionLogprobs:
-    """The drawn token and the likeliest ones at one position, best first."""
+    """The drawn token and the likeliest ones at one position, best first.
+
+    Attributes:
+        text_offset: Characters of the output's text before the token's own, or before the character it is part of.
+    """
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...] = ()
+    text_offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

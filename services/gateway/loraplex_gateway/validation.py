@@ -11,8 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common import request_limits
 from loraplex_common.errors import InvalidParameterError
+from loraplex_common.request_limits import MAX_PROMPT_LOGPROBS
 
+from loraplex_gateway import template_variables
 from loraplex_gateway.types import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
@@ -28,8 +31,6 @@ MAX_KEY_BYTES: Final = 256
 MAX_NAME_CHARS: Final = 512
 # A status travels in HTTP headers, which hold 8 KiB: so many violations are told, the rest only counted.
 MAX_VIOLATIONS_TOLD: Final = 8
-# A prompt's probabilities travel in one message of at most 4 MiB, each with its token's text.
-MAX_PROMPT_LOGPROBS: Final = 100_000
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 
 
@@ -56,30 +57,38 @@ class Range:
         return self.field, f"{self.field} is {_number(value)}; it must be in {bracket}{low}, {high}]"
 
 
-RANGES: Final = (
-    Range("sampling.temperature", lambda r: r.sampling.temperature, 0, 100),
-    Range("sampling.top_k", lambda r: r.sampling.top_k, -1, 2**31 - 1),
-    Range("sampling.top_p", lambda r: r.sampling.top_p, 0, 1, excludes_low=True),
-    Range("sampling.min_p", lambda r: r.sampling.min_p, 0, 1),
-    Range("sampling.seed", lambda r: r.sampling.seed, 0, 2**64 - 1),
-    Range("sampling.repetition_penalty", lambda r: r.sampling.repetition_penalty, 0, 10, excludes_low=True),
-    Range("sampling.presence_penalty", lambda r: r.sampling.presence_penalty, -2, 2),
-    Range("sampling.frequency_penalty", lambda r: r.sampling.frequency_penalty, -2, 2),
-    Range("stopping.max_new_tokens", lambda r: r.stopping.max_new_tokens, 1, 2**31 - 1),
-    Range("stopping.min_new_tokens", lambda r: r.stopping.min_new_tokens, 0, 2**31 - 1),
-    Range("response_options.logprobs", lambda r: r.options.logprobs, 0, 20),
-    Range("response_options.prompt_logprobs", lambda r: r.options.prompt_logprobs, 0, 20),
-    Range("adapter_scale", lambda r: r.adapter_scale, 0, 100),
-    Range("queue_timeout", lambda r: r.queue_timeout_s, 0, 7 * 86400, excludes_low=True),
-    Range("time_limit", lambda r: r.time_limit_s, 0, 7 * 86400, excludes_low=True),
+_NUMBERS: Final[tuple[tuple[str, Callable[[GenerationRequest], float | None]], ...]] = (
+    ("sampling.temperature", lambda r: r.sampling.temperature),
+    ("sampling.top_k", lambda r: r.sampling.top_k),
+    ("sampling.top_p", lambda r: r.sampling.top_p),
+    ("sampling.min_p", lambda r: r.sampling.min_p),
+    ("sampling.seed", lambda r: r.sampling.seed),
+    ("sampling.repetition_penalty", lambda r: r.sampling.repetition_penalty),
+    ("sampling.presence_penalty", lambda r: r.sampling.presence_penalty),
+    ("sampling.frequency_penalty", lambda r: r.sampling.frequency_penalty),
+    ("stopping.max_new_tokens", lambda r: r.stopping.max_new_tokens),
+    ("stopping.min_new_tokens", lambda r: r.stopping.min_new_tokens),
+    ("response_options.logprobs", lambda r: r.options.logprobs),
+    ("response_options.prompt_logprobs", lambda r: r.options.prompt_logprobs),
+    ("adapter_scale", lambda r: r.adapter_scale),
+    ("queue_timeout", lambda r: r.queue_timeout_s),
+    ("time_limit", lambda r: r.time_limit_s),
 )
 
-# (field, what it holds, most entries)
-COUNTS: Final[tuple[tuple[str, Callable[[GenerationRequest], int], int], ...]] = (
-    ("sampling.logit_bias", lambda r: len(r.sampling.logit_bias), 1024),
-    ("sampling.allowed_token_ids", lambda r: len(r.sampling.allowed_token_ids), 1024),
-    ("stopping.stop_strings", lambda r: len(r.stopping.stop_strings), 16),
-    ("stopping.stop_token_ids", lambda r: len(r.stopping.stop_token_ids), 64),
+
+def _range(field: str, get: Callable[[GenerationRequest], float | None]) -> Range:
+    limits = request_limits.RANGES[field.rpartition(".")[2]]
+    return Range(field, get, limits.low, limits.high, excludes_low=limits.excludes_low)
+
+
+RANGES: Final = tuple(_range(field, get) for field, get in _NUMBERS)
+
+# (field, how many entries it has); `request_limits.MAX_ENTRIES` has the most.
+COUNTS: Final[tuple[tuple[str, Callable[[GenerationRequest], int]], ...]] = (
+    ("sampling.logit_bias", lambda r: len(r.sampling.logit_bias)),
+    ("sampling.allowed_token_ids", lambda r: len(r.sampling.allowed_token_ids)),
+    ("stopping.stop_strings", lambda r: len(r.stopping.stop_strings)),
+    ("stopping.stop_token_ids", lambda r: len(r.stopping.stop_token_ids)),
 )
 
 
@@ -97,8 +106,8 @@ def check_request(request: GenerationRequest) -> None:
     found = [violation for rule in RANGES if (violation := rule.violation(request)) is not None]
     found += [
         (field, f"{field} has {count(request)} entries; at most {most} are allowed")
-        for field, count, most in COUNTS
-        if count(request) > most
+        for field, count in COUNTS
+        if count(request) > (most := request_limits.MAX_ENTRIES[field.rpartition(".")[2]])
     ]
     found += [*_names(request), *_stopping(request), *_logit_bias(request), *prompt_violations(request.prompt)]
     _raise_if_any(found)
@@ -189,6 +198,7 @@ def _chat(prompt: ChatPrompt) -> Iterator[Violation]:
             yield f"messages[{n}].role", "the role is empty; use e.g. system, user or assistant"
         yield from _unicode(f"messages[{n}].role", message.role)
         yield from _unicode(f"messages[{n}].content", message.content)
+    yield from template_variables.violations(prompt.template_kwargs)
 
 
 def _names(request: GenerationRequest) -> Iterator[Violation]:
@@ -216,7 +226,7 @@ def _stopping(request: GenerationRequest) -> Iterator[Violation]:
 
 def _logit_bias(request: GenerationRequest) -> Iterator[Violation]:
     for token_id, bias in request.sampling.logit_bias.items():
-        if not -100 <= bias <= 100:
+        if bias not in request_limits.RANGES["logit_bias"]:
             yield "sampling.logit_bias", f"the bias of token {token_id} is {bias:g}; it must be in [-100, 100]"
             return
 

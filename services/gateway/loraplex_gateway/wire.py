@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loraplex.v1 import adapter_pb2, gateway_pb2
 from loraplex_common.errors import InvalidParameterError, NotSupportedError
 
-from loraplex_gateway import types
+from loraplex_gateway import template_variables, types
 from loraplex_gateway.engine_wire import from_duration, to_duration
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def _chat(chat: gateway_pb2.ChatMessages) -> types.ChatPrompt:
         messages=messages,
         add_generation_prompt=_optional(chat, "add_generation_prompt", default=True),
         continue_final_message=_optional(chat, "continue_final_message", default=False),
+        template_kwargs=template_variables.from_json(chat.chat_template_kwargs),
     )
 
 

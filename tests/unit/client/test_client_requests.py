@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import pytest
 from google.protobuf.json_format import MessageToDict
-from loraplex_client import GenerateOptions
+from loraplex_client import GenerateOptions, PromptOptions
 from loraplex_client._requests import generate_request, tokenize_request
 from loraplex_common.errors import InvalidParameterError
+
+TEXT_AND_VARIABLES: PromptOptions = {"prompt": "hi", "chat_template_kwargs": {}}
 
 
 def request(**options: Any) -> dict[str, Any]:
@@ -93,7 +95,8 @@ def test_every_option_reaches_its_field() -> None:
 
 def test_every_documented_option_is_served() -> None:
     values: dict[str, Any] = {"stop": "x", "priority": "batch", "load_policy": "wait", "logit_bias": {1: 1.0}}
-    prompts = ("prompt", "prompt_token_ids", "messages", "add_generation_prompt", "continue_final_message")
+    flags = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+    prompts = ("prompt", "prompt_token_ids", "messages", *flags)
     texts = ("model", "adapter", "cache_salt", "affinity_key", "request_id")
 
     for name in GenerateOptions.__annotations__:
@@ -115,6 +118,38 @@ def test_messages_carry_their_template_flags() -> None:
 
     message = {"role": "user", "content": "hi", "name": "Ada"}
     assert built == {"messages": {"messages": [message], "add_generation_prompt": False}}
+
+
+def test_template_variables_travel_as_json() -> None:
+    variables = {"enable_thinking": False, "effort": "low", "budget": 2**60, "weight": 1.0, "tags": ["a", None]}
+    texts = {
+        "enable_thinking": "false",
+        "effort": '"low"',
+        "budget": str(2**60),
+        "weight": "1.0",
+        "tags": '["a", null]',
+    }
+    messages = [{"role": "user", "content": "hi"}]
+
+    assert request(messages=messages, chat_template_kwargs=variables)["messages"]["chat_template_kwargs"] == texts
+    tokenized = tokenize_request({"messages": messages, "chat_template_kwargs": variables}, None)
+    assert dict(tokenized.messages.chat_template_kwargs) == texts
+
+
+@pytest.mark.parametrize("value", [object(), float("nan"), {1, 2}, b"bytes"])
+def test_a_template_variable_that_is_no_json_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        request(messages=[], chat_template_kwargs={"x": value})
+    assert caught.value.field == "chat_template_kwargs.x"
+
+
+def test_template_variables_go_with_messages_only() -> None:
+    for build in (
+        lambda: request(prompt="hi", chat_template_kwargs={}),
+        lambda: tokenize_request(TEXT_AND_VARIABLES, None),
+    ):
+        with pytest.raises(InvalidParameterError, match="goes with messages only"):
+            build()
 
 
 def test_an_empty_prompt_is_sent_for_the_gateway_to_refuse() -> None:

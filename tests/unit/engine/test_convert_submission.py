@@ -127,7 +127,7 @@ def test_top_k_of_minus_one_keeps_all_tokens() -> None:
         ({"sampling": sampling(temperature=math.nan)}, "sampling.temperature"),
         ({"sampling": sampling(temperature=math.inf)}, "sampling.temperature"),
         ({"sampling": sampling(top_k=-2)}, "sampling.top_k"),
-        ({"sampling": sampling(top_p=0.0)}, "sampling.top_p"),
+        ({"sampling": sampling(top_p=-0.5)}, "sampling.top_p"),
         ({"sampling": sampling(top_p=1.5)}, "sampling.top_p"),
         ({"sampling": sampling(min_p=1.5)}, "sampling.min_p"),
         ({"sampling": sampling(repetition_penalty=0.0)}, "sampling.repetition_penalty"),

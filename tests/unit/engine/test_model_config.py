@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from loraplex_common.base_model import BaseModelError, load_base_model
-from loraplex_engine.generation_config import read_eos_token_ids
 from loraplex_engine.model.config import ModelConfig, model_config
 from loraplex_engine.model.rope import rope_frequencies, rope_table
 from loraplex_engine.pool_geometry import choose_pool_geometry
@@ -74,21 +73,6 @@ def test_llama_ignores_a_window_and_qwen_honours_use_sliding_window(tmp_path: Pa
 
     assert llama.windows == off.windows == (None, None)
     assert some.windows == (None, 8)
-
-
-def test_end_of_text_ids_come_as_list_or_number_from_either_file(tmp_path: Path) -> None:
-    write_base_model(tmp_path)
-    assert read_eos_token_ids(tmp_path) == (1, 3)
-
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
-    assert read_eos_token_ids(tmp_path) == (5,)
-
-    (tmp_path / "generation_config.json").unlink()
-    assert read_eos_token_ids(tmp_path) == (1,)
-
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["a"]}')
-    with pytest.raises(ValueError, match="eos_token_id"):
-        read_eos_token_ids(tmp_path)
 
 
 @pytest.mark.parametrize(

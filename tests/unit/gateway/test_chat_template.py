@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from loraplex_common.errors import InvalidParameterError
@@ -19,11 +19,54 @@ CHATML = (
 )
 
 
-def chat(*turns: tuple[str, str], add_generation_prompt: bool = True, continue_final: bool = False) -> ChatPrompt:
+LLAMA_3 = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+)
+LLAMA_2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] | trim }} [/INST]"
+    "{% else %} {{ message['content'] | trim }} </s>{% endif %}{% endfor %}"
+)
+QWEN_3 = (
+    "{% for message in messages %}{% set content = message.content %}{% set thought = '' %}"
+    "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' %}<think>\n{{ thought.strip('\n') }}\n</think>\n\n{{ content.lstrip('\n') }}"
+    "{% else %}{{ content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+TEMPLATES = {"chatml": CHATML, "llama-3": LLAMA_3, "llama-2": LLAMA_2, "qwen-3": QWEN_3}
+
+
+def chat(
+    *turns: tuple[str, str], add_generation_prompt: bool = True, continue_final: bool = False, **variables: Any
+) -> ChatPrompt:
     messages = tuple(ChatMessage(role=role, content=content) for role, content in turns)
     return ChatPrompt(
-        messages=messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final
+        messages=messages,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final,
+        template_kwargs=variables,
     )
+
+
+def of_transformers(source: str, prompt: ChatPrompt) -> str:
+    """Return what transformers renders.
+
+    Raises:
+        ValueError: If it refuses.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered = render_jinja_template(
+        conversations=[[{"role": message.role, "content": message.content} for message in prompt.messages]],
+        chat_template=source,
+        add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final_message,
+        continue_final_message=prompt.continue_final_message,
+        bos_token="<s>",
+        **prompt.template_kwargs,
+    )
+    return str(rendered[0][0])
 
 
 def test_renders_turns_and_opens_the_answer() -> None:
@@ -39,6 +82,109 @@ def test_continues_the_last_message() -> None:
     rendered = ChatTemplate(CHATML, {}).render(prompt)
 
     assert rendered == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nWell, "
+
+
+PREFILLS = [
+    "Sure",
+    "Sure, ",
+    " Sure",
+    "\nSure\n",
+    "<",
+    "|",
+    "|>",
+    "e",
+    "assistant",
+    "Sure<|im_end|>",
+    "hi",
+    "</s>",
+    "\u4f60",
+]
+THOUGHTS = ["<think>\nHm", "<think>\nHm.\n</think>\n\nSo", "<think>Hm.</think>So", "ENDOFTHEFINALMESSAGE", "\ud7ff \t"]
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+@pytest.mark.parametrize("prefill", [*PREFILLS, *THOUGHTS])
+@pytest.mark.parametrize("question", ["hi", "Sure\nassistant ENDOFTHEFINALMESSAGE"])
+def test_continues_every_message_where_transformers_does(name: str, prefill: str, question: str) -> None:
+    prompt = chat(("user", question), ("assistant", prefill), continue_final=True)
+    template = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>"})
+    try:
+        expected = of_transformers(TEMPLATES[name], prompt)
+    except ValueError:
+        with pytest.raises(InvalidParameterError, match="continue_final_message is not possible here"):
+            template.render(prompt)
+    else:
+        assert template.render(prompt) == expected
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+@pytest.mark.parametrize(
+    ("name", "opened", "is_stripped"),
+    [
+        ("chatml", "<|im_start|>assistant\n", False),
+        ("llama-3", "<|start_header_id|>assistant<|end_header_id|>\n\n", True),
+        ("llama-2", "[/INST] ", True),
+    ],
+)
+def test_a_blank_message_opens_the_turn(name: str, opened: str, is_stripped: bool, blank: str) -> None:
+    prompt = chat(("user", "hi"), ("assistant", blank), continue_final=True)
+
+    rendered = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>"}).render(prompt)
+
+    assert rendered.endswith(opened if is_stripped else opened + blank)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for message in messages[:-1] %}{{ message.content }}{% endfor %}",
+        "{% for message in messages %}{{ message.content | upper }}{% endfor %}",
+        "{% for message in messages %}{{ message.content[:5] }}{% endfor %}",
+        "{% for message in messages %}{{ message.content[1:] }}{% endfor %}",
+    ],
+)
+def test_a_template_that_changes_the_message_to_continue_is_refused(source: str) -> None:
+    prompt = chat(("user", "Well then"), ("assistant", "Well then"), continue_final=True)
+
+    with pytest.raises(InvalidParameterError, match="continue_final_message is not possible here"):
+        ChatTemplate(source, {}).render(prompt)
+
+
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": True}, {"enable_thinking": False}])
+def test_a_clients_variables_reach_the_template(variables: dict[str, Any]) -> None:
+    prompt = chat(("user", "hi"), **variables)
+
+    rendered = ChatTemplate(QWEN_3, {}).render(prompt)
+
+    assert rendered == of_transformers(QWEN_3, prompt)
+    assert rendered.endswith("</think>\n\n") is (variables.get("enable_thinking") is False)
+
+
+@pytest.mark.parametrize(
+    ("source", "variables"),
+    [
+        ("{{ 1 // budget }}", {"budget": 0}),
+        ("{{ budget + 1 }}", {"budget": "many"}),
+        ("{{ 2.0 ** budget }}", {"budget": 5000}),
+        ("{% for n in range(budget) %}{% endfor %}", {"budget": 10**9}),
+        ("{{ levels[3] + 'x' }}", {"levels": []}),
+        ("{{ ('%' + levels) % messages }}", {"levels": "d"}),
+    ],
+)
+def test_variables_that_break_the_template_are_the_clients_mistake(source: str, variables: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParameterError, match="with these chat_template_kwargs"):
+        ChatTemplate(source, {}).render(chat(("user", "x"), **variables))
+
+
+def test_what_the_template_has_from_loraplex_cannot_be_overridden() -> None:
+    names = ("messages", "tools", "documents", "add_generation_prompt", "bos_token")
+    messages = (ChatMessage(role="user", content="hi"),)
+    prompt = ChatPrompt(messages=messages, template_kwargs=dict.fromkeys(names, "x"))
+    source = "{{ messages | length }}{{ tools }}{{ documents }}{{ add_generation_prompt }}{{ bos_token }}"
+
+    rendered = ChatTemplate(source, {"bos_token": "<s>"}).render(prompt)
+
+    assert rendered == "1NoneNoneTrue<s>"
 
 
 def test_special_tokens_are_variables() -> None:

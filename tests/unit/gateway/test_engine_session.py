@@ -25,7 +25,9 @@ RECORD = EngineRecord(
 
 
 def open_session() -> EngineSession:
-    session = EngineSession(RECORD, gateway_id="g", token_text=str, max_buffered_tokens=100, on_change=lambda: None)
+    session = EngineSession(
+        RECORD, gateway_id="g", token_bytes=lambda _: b"", max_buffered_tokens=100, on_change=lambda: None
+    )
     session._receive(engine_pb2.SessionResponse())
     return session
 

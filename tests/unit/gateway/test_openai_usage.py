@@ -25,7 +25,7 @@ def test_the_choices_of_one_prompt_share_its_tokens_and_cached_tokens() -> None:
         return_token_ids=False,
     )
 
-    usage = Renderer(plan, request_id="r", model=None).whole([[FINISHED], [FINISHED]])["usage"]
+    usage = Renderer(plan, request_id="r").whole([[FINISHED], [FINISHED]])["usage"]
 
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (10, 6, 16)
     assert usage["prompt_tokens_details"] == {"cached_tokens": 8}

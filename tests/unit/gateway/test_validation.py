@@ -36,7 +36,7 @@ def violated(request: GenerationRequest) -> list[str]:
     [
         ("temperature", [-0.1, 100.5, math.nan, math.inf], [0, 0.7, 100]),
         ("top_k", [-2, 2**40], [-1, 0, 50]),
-        ("top_p", [0.0, -0.1, 1.01, math.nan], [0.01, 1.0]),
+        ("top_p", [-0.1, 1.01, math.nan], [0, 0.01, 1.0]),
         ("min_p", [-0.1, 1.1], [0.0, 1.0]),
         ("seed", [-1, 2**64], [0, 2**64 - 1]),
         ("repetition_penalty", [0.0, 10.1], [0.1, 10.0]),

@@ -143,16 +143,45 @@ class ChatMessages(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ChatTemplateKwargsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MESSAGES_FIELD_NUMBER: _builtins.int
     ADD_GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
     add_generation_prompt: _builtins.bool
     """Whether the template opens the assistant's turn. Default true."""
     continue_final_message: _builtins.bool
-    """Whether the last assistant turn is to be continued, not closed. Default false."""
+    """Whether the last turn is to be continued, not closed: the prompt ends with its content, as the template writes it.
+    Default false.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """Turns, oldest first; at least one."""
+
+    @_builtins.property
+    def chat_template_kwargs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Further variables of the chat template, such as Qwen3's `enable_thinking`: name -> value as JSON; at most 16 KiB, 8 deep.
+        `messages`, `add_generation_prompt`, `tools`, `documents`, special tokens and their like cannot be set.
+        """
 
     def __init__(
         self,
@@ -160,10 +189,11 @@ class ChatMessages(_message.Message):
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
         add_generation_prompt: _builtins.bool | None = ...,
         continue_final_message: _builtins.bool | None = ...,
+        chat_template_kwargs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_continue_final_message", b"_continue_final_message", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_continue_final_message", b"_continue_final_message", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_continue_final_message", b"_continue_final_message", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "continue_final_message", b"continue_final_message", "messages", b"messages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_generation_prompt: _TypeAlias = _typing.Literal["add_generation_prompt"]  # noqa: Y015
     _WhichOneofArgType__add_generation_prompt: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]  # noqa: Y015
@@ -241,7 +271,7 @@ class SamplingParams(_message.Message):
     top_k: _builtins.int
     """Keep the k most likely tokens; 0 or -1 keeps all. Default 0."""
     top_p: _builtins.float
-    """Keep the smallest set whose probability reaches p, in (0, 1]. Default 1."""
+    """Keep the smallest set whose probability reaches p, in [0, 1]; 0 leaves the likeliest token alone. Default 1."""
     min_p: _builtins.float
     """Keep tokens at least min_p times as likely as the likeliest, in [0, 1]. Default 0."""
     seed: _builtins.int
@@ -335,7 +365,9 @@ class StoppingParams(_message.Message):
     """Whether the matched stop string stays in the text. Default false."""
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end the output; at most 16, each 1 to 256 bytes."""
+        """Strings that end the output; at most 16, each 1 to 256 bytes. A special token counts with its text, as a whole where
+        skip_special_tokens leaves it out: `<|im_end|>` ends the output there although it is not shown.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -774,7 +806,9 @@ class Chunk(_message.Message):
     index: _builtins.int
     """Position in the output of this chunk's first token."""
     text: _builtins.str
-    """New text; whole characters only, never part of a possible stop string."""
+    """New text; whole characters only, never part of a possible stop string. The prompt's text and all chunks' are the
+    text of all tokens, so that a completion may begin with a space.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New token ids."""

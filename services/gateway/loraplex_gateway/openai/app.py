@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from loraplex_gateway.core import GatewayCore
 from loraplex_gateway.listing import ModelListing
-from loraplex_gateway.models import ModelCatalog, ServedModel
+from loraplex_gateway.models import ModelCatalog
 from loraplex_gateway.openai import convert
 from loraplex_gateway.openai.choices import generate_choices
 from loraplex_gateway.openai.errors import error_response
@@ -116,13 +116,8 @@ class _Routes:
         context = self._context
         request_id = plan.requests[0].request_id
         events = generate_choices(context.core, plan.requests, tenant=tenant.name)
-        renderer = Renderer(plan, request_id=request_id, model=self._model(plan))
+        renderer = Renderer(plan, request_id=request_id)
         return GenerationResponse(plan, events, renderer, request_id=request_id, slow_client_s=context.slow_client_s)
-
-    def _model(self, plan: Plan) -> ServedModel | None:
-        """Return the base model if it is plain which: only the bytes of log-probabilities' tokens need it."""
-        models = self._context.catalog.models
-        return models[0] if len(models) == 1 else self._context.catalog.find(plan.requests[0].model)
 
     def _tenant(self, request: Request) -> Tenant:
         return self._context.authenticator.authenticate(request.headers.get("authorization"))

@@ -73,7 +73,7 @@ def decode(data: bytes, body: type[Body]) -> Body:
         text = str(error)
         field = text.rpartition("`$.")[2].rstrip("`") if "`$." in text else "body"
         raise InvalidParameterError(text, field=field) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidParameterError(f"the body is no valid JSON in UTF-8: {error}", field="body") from error
 
 
@@ -115,6 +115,7 @@ def chat_plan(body: ChatBody, catalog: ModelCatalog, *, request_id: str) -> Plan
         messages=tuple(_message(n, turn) for n, turn in enumerate(body.messages)),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
+        template_kwargs=body.chat_template_kwargs or {},
     )
     return _plan(body, [replace(request, prompt=prompt)], is_chat=True, logprobs=logprobs)
 

@@ -10,11 +10,11 @@ from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loraplex_gateway.models import ServedModel
     from loraplex_gateway.openai.convert import Plan
     from loraplex_gateway.types import Event, ModelCard, PositionLogprobs, TokenLogprob
 
 Json = dict[str, Any]
+MIN_LOGPROB: Final = -9999.0
 
 # time_limit cuts as max_tokens does; "abort" is what vLLM calls a cancelled request.
 FINISH_REASONS: Final = {
@@ -31,17 +31,14 @@ class Renderer:
     Args:
         plan: What was asked for.
         request_id: Part of the response's id.
-        model: For the tokens' bytes; None while not known.
     """
 
-    def __init__(self, plan: Plan, *, request_id: str, model: ServedModel | None) -> None:
+    def __init__(self, plan: Plan, *, request_id: str) -> None:
         self._plan = plan
         self._id = f"{'chatcmpl' if plan.is_chat else 'cmpl'}-{request_id}"
         self._created = int(time.time())
-        self._model = model
         self._revision: str | None = None
         self._finished: dict[int, Finished] = {}
-        self._text_offsets = [0] * len(plan.requests)
 
     @property
     def media(self) -> str:
@@ -94,7 +91,7 @@ class Renderer:
             body["delta"] = {"role": role, **delta} if role else delta
         else:
             body["text"] = text
-        body["logprobs"] = self._logprobs(choice, chunk.logprobs) if chunk is not None else None
+        body["logprobs"] = self._logprobs(chunk.logprobs) if chunk is not None else None
         if chunk is not None and self._plan.return_token_ids:
             body["token_ids"] = list(chunk.token_ids)
         body["finish_reason"] = FINISH_REASONS[finished.finish_reason] if finished else None
@@ -116,7 +113,7 @@ class Renderer:
             body["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             body["text"] = text
-        body["logprobs"] = self._logprobs(choice, [entry for chunk in chunks for entry in chunk.logprobs])
+        body["logprobs"] = self._logprobs([entry for chunk in chunks for entry in chunk.logprobs])
         if self._plan.return_token_ids:
             body["token_ids"] = [token_id for chunk in chunks for token_id in chunk.token_ids]
         body["finish_reason"] = FINISH_REASONS[finished.finish_reason]
@@ -139,32 +136,52 @@ class Renderer:
     def _num_prompts(self) -> int:
         return len({id(request.prompt) for request in self._plan.requests})
 
-    def _logprobs(self, choice: int, entries: Sequence[PositionLogprobs]) -> Json | None:
+    def _logprobs(self, entries: Sequence[PositionLogprobs]) -> Json | None:
         if self._plan.logprobs is None or not entries:
             return None
         if self._plan.is_chat:
-            return {"content": [self._chat_logprob(entry) for entry in entries]}
-        return self._completion_logprobs(choice, entries)
+            return {"content": [_chat_logprob(entry, self._plan.logprobs) for entry in entries]}
+        return _completion_logprobs(entries, self._plan.logprobs)
 
-    def _chat_logprob(self, entry: PositionLogprobs) -> Json:
-        top = entry.top[: self._plan.logprobs]
-        return {**self._chat_token(entry.chosen), "top_logprobs": [self._chat_token(token) for token in top]}
 
-    def _chat_token(self, token: TokenLogprob) -> Json:
-        data = self._model.tokenizer.table.token_bytes(token.token_id) if self._model else token.text.encode()
-        return {"token": token.text, "logprob": token.logprob, "bytes": list(data)}
+def _chat_logprob(entry: PositionLogprobs, num_top: int) -> Json:
+    return {**_chat_token(entry.chosen), "top_logprobs": [_chat_token(token) for token in entry.top[:num_top]]}
 
-    def _completion_logprobs(self, choice: int, entries: Sequence[PositionLogprobs]) -> Json:
-        offsets = []
-        for entry in entries:
-            offsets.append(self._text_offsets[choice])
-            self._text_offsets[choice] += len(entry.chosen.text)
-        return {
-            "tokens": [entry.chosen.text for entry in entries],
-            "token_logprobs": [entry.chosen.logprob for entry in entries],
-            "top_logprobs": [{token.text: token.logprob for token in entry.top} for entry in entries],
-            "text_offset": offsets,
-        }
+
+def _chat_token(token: TokenLogprob) -> Json:
+    return {"token": token.text, "logprob": _json_logprob(token), "bytes": list(token.data)}
+
+
+def _completion_logprobs(entries: Sequence[PositionLogprobs], num_top: int) -> Json:
+    return {
+        "tokens": [_completion_token(entry.chosen) for entry in entries],
+        "token_logprobs": [_json_logprob(entry.chosen) for entry in entries],
+        "top_logprobs": [_completion_alternatives(entry, num_top) for entry in entries],
+        "text_offset": [entry.text_offset for entry in entries],
+    }
+
+
+def _json_logprob(token: TokenLogprob) -> float:
+    """Return the log-probability as OpenAI's API has it: JSON has no minus infinity, and its field is no optional."""
+    return max(token.logprob, MIN_LOGPROB)
+
+
+def _completion_token(token: TokenLogprob) -> str:
+    """Return a token as /v1/completions names it: its text, or its bytes if they are only part of a character."""
+    try:
+        return token.data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(
+            chr(byte) if 32 <= byte < 127 and byte != 92 else f"\\x{byte:02x}" for byte in token.data
+        )
+
+
+def _completion_alternatives(entry: PositionLogprobs, num_top: int) -> dict[str, float]:
+    """Return the likeliest tokens and the drawn one; of several with one name the likeliest counts."""
+    alternatives: dict[str, float] = {}
+    for token in (*entry.top[:num_top], entry.chosen):
+        alternatives.setdefault(_completion_token(token), _json_logprob(token))
+    return alternatives
 
 
 def _stop_reason(finished: Finished) -> str | int | None:

@@ -98,6 +98,7 @@ class ChatBody(CommonBody, kw_only=True):
     top_logprobs: int | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
     echo: bool | None = False
     chat_template: Any = None
     documents: Any = None

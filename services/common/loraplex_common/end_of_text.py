@@ -1,0 +1,79 @@
+"""Which tokens end an output: what the engine stops at and what the gateway takes for an end is one rule."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from loraplex_common.base_model import BaseModelError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def read_eos_token_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:
+    """Return a base model's end-of-text ids, none twice.
+
+    They are generation_config.json's, or config.json's if that file is missing or says nothing (null), and then the
+    tokenizer's own end-of-text token: chat templates end a turn with it, and transformers' and vLLM's users expect an
+    output to end there. Ids beyond the vocabulary are left out: no model draws them.
+
+    Args:
+        directory: Model directory.
+        vocab_size: Rows of the model's embedding.
+
+    Raises:
+        BaseModelError: If a file is no JSON object, or an id no integer.
+    """
+    ids = _of_model(directory)
+    if (own := _of_tokenizer(directory)) is not None:
+        ids = [*ids, own]
+    return tuple(dict.fromkeys(token_id for token_id in ids if 0 <= token_id < vocab_size))
+
+
+def _of_model(directory: Path) -> list[int]:
+    for name in ("generation_config.json", "config.json"):
+        eos = _read_object(directory / name).get("eos_token_id")
+        if eos is None:
+            continue
+        ids = eos if isinstance(eos, list) else [eos]
+        if not all(type(token_id) is int for token_id in ids):
+            raise BaseModelError(
+                f"{directory / name}: eos_token_id {eos!r} is not an integer or a list of integers; correct the file"
+            )
+        return ids
+    return []
+
+
+def _of_tokenizer(directory: Path) -> int | None:
+    """Return the id of the tokenizer's eos_token; None if it has none, or no such token."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _read_object(directory / name).get("eos_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            return _token_id(_read_object(directory / "tokenizer.json"), content)
+    return None
+
+
+def _token_id(tokenizer: dict[str, Any], content: str) -> int | None:
+    for token in tokenizer.get("added_tokens") or ():
+        if token.get("content") == content:
+            return int(token["id"])
+    vocab = (tokenizer.get("model") or {}).get("vocab") or {}
+    if isinstance(vocab, list):  # Unigram: the position is the id
+        return next((token_id for token_id, (piece, *_) in enumerate(vocab) if piece == content), None)
+    token_id: int | None = vocab.get(content)
+    return token_id
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return a JSON object; an empty one if there is no such file."""
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise BaseModelError(f"{file}: expected a JSON object")
+    return content
