@@ -1,19 +1,20 @@
-"""Keeps the name table equal to the adapter store's, over every loss of connection."""
+"""Follows the adapter store's name table, over every loss of connection."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
 
 import grpc
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc
+
 from loraplex_common.log import get_logger
 
-from loraplex_gateway.names import AdapterEntry
-
 if TYPE_CHECKING:
-    from loraplex_gateway.names import NameTable
+    from collections.abc import Iterable, Sequence
 
 FIRST_BACKOFF_S: Final = 0.2
 MAX_BACKOFF_S: Final = 5.0
@@ -21,19 +22,51 @@ MAX_BACKOFF_S: Final = 5.0
 _log = get_logger()
 
 
-class AliasWatcher:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterEntry:
+    """The truth about one adapter name.
+
+    Attributes:
+        labels: Label to digest.
+        base_fingerprints: Digest of each known revision to the fingerprint of its base model.
+        allowed_tenants: Who may use it; empty means everybody.
+        is_deleted: True once the name is no longer served.
+    """
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    base_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    allowed_tenants: frozenset[str] = frozenset()
+    is_deleted: bool = False
+
+    def allows(self, tenant: str) -> bool:
+        """Whether a tenant may use the adapter."""
+        return not self.allowed_tenants or tenant in self.allowed_tenants
+
+
+class AliasTable(Protocol):
+    """What is kept equal to the store's table."""
+
+    def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
+        """Forget everything and take a whole table."""
+
+    def update(self, entries: Iterable[AdapterEntry]) -> None:
+        """Take new truth about some names."""
+
+
+class AliasFeed:
     """Follows `AdapterStoreService.WatchAliases`.
 
     Every connection starts with the whole table: it is small, and no lost event can outlive a reconnect.
 
     Args:
         channel: To the adapter store.
-        table: What is kept up to date; it stays as it is while the store is away.
+        tables: What is kept up to date; they stay as they are while the store is away.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, table: NameTable) -> None:
+    def __init__(self, channel: grpc.aio.Channel, tables: Sequence[AliasTable]) -> None:
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
-        self._table = table
+        self._tables = tables
         self._backoff_s = FIRST_BACKOFF_S
 
     async def run(self) -> None:
@@ -55,11 +88,13 @@ class AliasWatcher:
             if response.snapshot_start:
                 staged = []
             if staged is None:
-                self._table.update(entries)
+                for table in self._tables:
+                    table.update(entries)
                 continue
             staged += entries
             if response.snapshot_end:
-                self._table.replace_all(staged)
+                for table in self._tables:
+                    table.replace_all(staged)
                 _log.info("received the name table", num_adapters=len(staged), sequence=response.sequence)
                 staged = None
 
