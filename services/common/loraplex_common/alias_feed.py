@@ -68,6 +68,7 @@ class AliasFeed:
         self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
         self._tables = tables
         self._backoff_s = FIRST_BACKOFF_S
+        self._is_away = False
 
     async def run(self) -> None:
         """Follow the store for ever."""
@@ -75,7 +76,9 @@ class AliasFeed:
             try:
                 await self._follow()
             except grpc.aio.AioRpcError as error:
-                _log.warning("lost the adapter store; names stay as last known", cause=error.details())
+                say = _log.debug if self._is_away else _log.warning
+                say("lost the adapter store; names stay as last known", cause=error.details())
+                self._is_away = True
             await asyncio.sleep(self._backoff_s * random.uniform(0.5, 1.0))
             self._backoff_s = min(self._backoff_s * 2, MAX_BACKOFF_S)
 
@@ -83,7 +86,7 @@ class AliasFeed:
         staged: list[AdapterEntry] | None = None
         request = adapter_store_pb2.WatchAliasesRequest(start_sequence=0)
         async for response in self._stub.WatchAliases(request, wait_for_ready=True):
-            self._backoff_s = FIRST_BACKOFF_S
+            self._backoff_s, self._is_away = FIRST_BACKOFF_S, False
             entries = [_entry(entry) for entry in response.entries]
             if response.snapshot_start:
                 staged = []

@@ -68,13 +68,16 @@ COMPUTED: Final = HistogramSpec(
     "vllm:request_prefill_kv_computed_tokens", "Prompt tokens that no cached prefix had.", _TOKENS
 )
 GENERATION: Final = HistogramSpec("vllm:request_generation_tokens", "Tokens generated for a request.", _TOKENS)
+LONGEST: Final = HistogramSpec(
+    "vllm:request_max_num_generation_tokens", "Longest output of a request; each choice counts as one.", _TOKENS
+)
 MAX_TOKENS: Final = HistogramSpec(
     "vllm:request_params_max_tokens", "Most tokens that a request asks for, where it says so.", _TOKENS
 )
 
 FINISHED_SPECS: Final = (
     *(E2E, QUEUE, PREFILL, DECODE, INFERENCE, REQUEST_TPOT),
-    *(PROMPT, COMPUTED, GENERATION, MAX_TOKENS),
+    *(PROMPT, COMPUTED, GENERATION, LONGEST, MAX_TOKENS),
 )  # fmt: skip
 """What `FinishedRequest` gives values for."""
 
@@ -109,5 +112,6 @@ class FinishedRequest:
         yield PROMPT, self.num_prompt_tokens
         yield COMPUTED, max(0, self.num_prompt_tokens - self.num_cached_tokens)
         yield GENERATION, self.num_output_tokens
+        yield LONGEST, self.num_output_tokens
         if self.max_tokens is not None:
             yield MAX_TOKENS, self.max_tokens

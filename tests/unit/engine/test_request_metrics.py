@@ -80,6 +80,7 @@ def test_a_finished_request_is_counted_in_every_histogram_of_vllm() -> None:
         "request_prompt_tokens": 10,
         "request_prefill_kv_computed_tokens": 6,
         "request_generation_tokens": 3,
+        "request_max_num_generation_tokens": 3,
         "request_params_max_tokens": 50,
         "request_inference_time_seconds": 0.75,
         "request_time_per_output_token_seconds": 0.25,
