@@ -5,10 +5,12 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 target=$root/.cache/prometheus
 
-if command -v prometheus promtool >/dev/null || [[ -x $target/promtool ]]; then
+has() { for program in "$@"; do command -v "$program" >/dev/null || return 1; done; }
+
+if has prometheus promtool || [[ -x $target/promtool ]]; then
     exit 0
 fi
-if ! command -v apt-get dpkg >/dev/null; then
+if ! has apt-get dpkg; then
     echo "no prometheus on PATH and no apt-get to fetch it: tests against a real Prometheus will be skipped" >&2
     exit 0
 fi
