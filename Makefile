@@ -26,6 +26,7 @@ serve: $(VENV)/.demo-installed ## Serve the demo model and its adapters on this 
 
 .PHONY: test
 test: $(VENV)/.dev-installed ## Run the tests that need no GPU
+	@tests/tools/ensure-prometheus.sh
 	@$(BIN)/pytest -n $(JOBS) -m "not gpu" -q -ra $(PYTEST_ARGS)
 
 .PHONY: test-gpu

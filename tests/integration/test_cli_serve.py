@@ -8,9 +8,12 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 from loraplex_client import Client, Finished, Started
 from loraplex_common.errors import LoraplexError
+from loraplex_common.grpc_channel import open_channel
+from support import reflected
 from support.adapters import Recipe, write_adapter
 from support.base_models import TinyBase, write_base_model
 from support.serve_process import SMALL, ServeProcess, is_alive, wait_until
@@ -34,7 +37,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[ServeProcess]:
-    process = ServeProcess(tmp_path_factory.mktemp("serve") / "data", "--model", str(base), *SMALL)
+    flags = ("--model", str(base), "--enable-reflection", "--metrics-key", "k", *SMALL)
+    process = ServeProcess(tmp_path_factory.mktemp("serve") / "data", *flags)
     yield process
     process.close()
 
@@ -74,6 +78,27 @@ def answers(client: Client, adapter: str | None = None) -> bool:
 
 def knows(client: Client, name: str) -> bool:
     return name in {model.name for model in client.list_models()}
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_every_service_can_be_called_from_what_reflection_says_of_it(stack: ServeProcess, version: str) -> None:
+    for target, *services in (
+        (stack.grpc, "loraplex.v1.GatewayService"),
+        (stack.engine, "loraplex.v1.EngineService"),
+        (stack.store, "loraplex.v1.AdapterStoreService", "google.longrunning.Operations"),
+    ):
+        async with open_channel(target) as channel:
+            assert set(services) <= await reflected.list_services(channel, version)
+            for service in services:
+                files = await reflected.files_of(channel, version, service)
+                assert service in {f"{file.package}.{known.name}" for file in files for known in file.service}
+
+
+def test_serve_hands_its_metrics_key_to_the_gateway(stack: ServeProcess) -> None:
+    def status(authorization: str) -> int:
+        return httpx.get(f"http://{stack.http}/metrics", headers={"Authorization": authorization}).status_code
+
+    assert [status("Bearer k"), status("Bearer guess")] == [200, 401]
 
 
 def test_an_adapter_is_imported_used_listed_and_deleted(stack: ServeProcess, client: Client, adapter: Path) -> None:

@@ -44,7 +44,7 @@ def metrics(engine: ServiceProcess) -> str:
 
 
 def metric(engine: ServiceProcess, name: str) -> float:
-    (line,) = [line for line in metrics(engine).splitlines() if line.startswith(f"{name} ")]
+    (line,) = [line for line in metrics(engine).splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
     return float(line.split()[-1])
 
 
@@ -165,7 +165,8 @@ async def test_requests_are_counted(engine: ServiceProcess, session: EngineSessi
     await session.finish(await session.submit(0, PROMPT, 8))
 
     assert metric(engine, "vllm:generation_tokens_total") == before + 8
-    assert 'vllm:request_success_total{finished_reason="length"}' in metrics(engine)
+    labels = 'engine="0",finished_reason="length",model_name="tiny"'
+    assert f"vllm:request_success_total{{{labels}}}" in metrics(engine)
     assert metrics(engine).count("\nvllm:lora_requests_info{") == 1
 
 

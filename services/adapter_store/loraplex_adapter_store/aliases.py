@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import DrainingError, LoraplexError, SequenceGapError, StoreUnavailableError
+from loraplex_common.exposition import private
 from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
@@ -65,6 +66,12 @@ class AliasTable:
     def name_of(self, digest: str) -> str:
         """Return a name under which a revision is known, for people; the digest itself if there is none."""
         return self._names.get(digest, digest)
+
+    def label_of(self, digest: str) -> str:
+        """Return `name_of` as a label of metrics: `private` if not everybody may use the adapter."""
+        name = self.name_of(digest)
+        view = self._views.get(name)
+        return private(name) if view is not None and view.record.allowed_tenants else name
 
     def end_watches(self) -> None:
         """End all watches; the watchers will go elsewhere."""

@@ -27,6 +27,9 @@ class StoreConfig:
     host: str = setting("127.0.0.1", help="address to listen on")
     port: int = setting(8510, help="gRPC port; 0 picks a free one")
     metrics_port: int = setting(8511, help="HTTP port of /metrics and /healthz; 0 picks a free one")
+    metrics_key: str | None = setting(
+        None, help="API key that lets a scraper see restricted adapters", is_secret=True, metavar="KEY"
+    )
     hf_endpoint: str | None = setting(None, help="URL of the Hugging Face hub (default: the public one)")
     credentials_file: Path | None = setting(None, help="file of NAME TOKEN lines for private hub repositories")
     api_keys_file: Path | None = setting(None, help="file of KEY TENANT [admin] lines; without it everybody is admin")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.exposition import OTHER
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -52,7 +53,7 @@ class ReplicaFactorCollector(Collector):
 
     Args:
         holders: Returns digest -> number of engines.
-        name_of: Returns the name of a digest.
+        name_of: Returns the name of a digest as a label.
     """
 
     def __init__(self, holders: Callable[[], Mapping[str, int]], name_of: Callable[[str], str]) -> None:
@@ -65,7 +66,7 @@ class ReplicaFactorCollector(Collector):
         by_name: dict[str, int] = {}
         for digest, count in self._holders().items():
             name = self._name_of(digest)
-            key = name if name in by_name or len(by_name) < MAX_LABEL_VALUES else "other"
+            key = name if name in by_name or len(by_name) < MAX_LABEL_VALUES else OTHER
             by_name[key] = max(by_name.get(key, 0), count)
         for name, count in by_name.items():
             family.add_metric([name], count)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Final
 from google.longrunning import operations_pb2_grpc
 from loraplex.v1 import adapter_store_pb2_grpc
 from loraplex_common.auth import Authenticator
+from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 from loraplex_common.valkey import connect
-from prometheus_client import CollectorRegistry
 
 from loraplex_adapter_store import wire
 from loraplex_adapter_store.aliases import AliasTable
@@ -98,7 +98,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
         aliases = AliasTable(core.client, core.catalog)
         hints = Hints(attached, core.holdings, core.catalog, images)
-        core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.name_of))
+        core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
         importer = _importer(core, bases, aliases)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
@@ -144,7 +144,7 @@ def _core(config: StoreConfig, stack: AsyncExitStack) -> _Core:
         catalog=Catalog(client, gc_grace_s=config.gc_grace_s),
         blobs=Blobs(client),
         holdings=EngineHoldings(client),
-        metrics=StoreMetrics(CollectorRegistry()),
+        metrics=StoreMetrics(new_registry("adapter_store")),
         executor=executor,
     )
 
@@ -203,7 +203,10 @@ def _server(core: _Core, parts: StoreParts, operations: LongRunning) -> GrpcServ
 
 
 async def _serve_metrics(core: _Core, stack: AsyncExitStack) -> int:
-    metrics_server = MetricsServer(core.metrics.registry, core.config.host, core.config.metrics_port)
+    config = core.config
+    audience = Audience(config.metrics_key, Authenticator.from_file(config.api_keys_file))
+    exposition = Exposition(core.metrics.registry, audience=audience)
+    metrics_server = MetricsServer(exposition, config.host, config.metrics_port)
     port = await metrics_server.start()
     stack.push_async_callback(metrics_server.stop)
     return port

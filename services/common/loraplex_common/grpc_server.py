@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from loraplex_common.health import HealthServicer
 from loraplex_common.interceptors import LoraplexInterceptor
+from loraplex_common.reflection import enable_reflection
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Authenticator
@@ -112,7 +112,7 @@ class GrpcServer:
             OSError: If the address cannot be bound.
         """
         if self._config.enable_reflection:
-            reflection.enable_server_reflection([*self._names, reflection.SERVICE_NAME], self.server)
+            enable_reflection(self.server, self._names)
         address = f"{self._config.host}:{self._config.port}"
         credentials = self._config.credentials()
         try:

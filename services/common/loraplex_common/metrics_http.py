@@ -1,4 +1,4 @@
-"""Serves GET /metrics (Prometheus text) and GET /healthz beside a gRPC server."""
+"""Serves GET /metrics and GET /healthz beside a gRPC server."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import concurrent.futures
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from prometheus_client.exposition import choose_encoder
+from loraplex_common.errors import UnauthenticatedError
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
+    from collections.abc import Mapping
+
+    from loraplex_common.exposition import Exposition, Page
 
 RENDER_TIMEOUT_S: Final = 5.0
+PLAIN_TEXT: Final = "text/plain; charset=utf-8"
 STOP_POLL_S: Final = 0.1  # how often the thread looks whether it should stop
 
 
@@ -25,12 +29,12 @@ class MetricsServer:
     service's state without locks, and a loop that hangs fails its health check.
 
     Args:
-        registry: What /metrics shows.
+        exposition: What /metrics shows.
         port: 0 picks a free one.
     """
 
-    def __init__(self, registry: CollectorRegistry, host: str = "127.0.0.1", port: int = 0) -> None:
-        self._registry = registry
+    def __init__(self, exposition: Exposition, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._exposition = exposition
         self._address = (host, port)
         self._http: ThreadingHTTPServer | None = None
         self._thread: threading.Thread | None = None
@@ -43,13 +47,16 @@ class MetricsServer:
         """
         loop = asyncio.get_running_loop()
 
-        def render(accept: str) -> tuple[bytes, str]:
-            encode, content_type = choose_encoder(accept)
-            call = asyncio.run_coroutine_threadsafe(_on_loop(encode, self._registry), loop)
-            return call.result(RENDER_TIMEOUT_S), content_type
+        def render(accept: str, authorization: str | None) -> Page:
+            call = asyncio.run_coroutine_threadsafe(_on_loop(self._exposition, accept, authorization), loop)
+            return call.result(RENDER_TIMEOUT_S)
+
+        def beat() -> None:
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(RENDER_TIMEOUT_S)
 
         class Handler(_Handler):
             page = staticmethod(render)
+            pulse = staticmethod(beat)
 
         self._http = _Server(self._address, Handler)
         self._thread = threading.Thread(
@@ -68,9 +75,8 @@ class MetricsServer:
             http.server_close()
 
 
-async def _on_loop(encode: Any, registry: CollectorRegistry) -> bytes:
-    data: bytes = encode(registry)
-    return data
+async def _on_loop(exposition: Exposition, accept: str, authorization: str | None) -> Page:
+    return exposition.render(accept=accept, authorization=authorization)
 
 
 class _Server(ThreadingHTTPServer):
@@ -80,28 +86,39 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers the two paths; `page` is set per server."""
+    """Answers the two paths; `page` and `pulse` are set per server."""
 
     timeout = 10  # seconds for a client to send its request
     page: Any
+    pulse: Any
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path not in ("/metrics", "/healthz"):
-            self.send_error(HTTPStatus.NOT_FOUND)
-            return
         try:
-            body, content_type = self.page(self.headers.get("Accept", ""))
+            self._answer(self.path.partition("?")[0])
         except concurrent.futures.TimeoutError:
             self.send_error(HTTPStatus.SERVICE_UNAVAILABLE, "the event loop does not answer")
-            return
-        if path == "/healthz":
-            body, content_type = b"ok\n", "text/plain; charset=utf-8"
-        self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        except UnauthenticatedError as error:
+            body = f"{error.message}\n".encode()
+            self._send(HTTPStatus.UNAUTHORIZED, body, PLAIN_TEXT, {"WWW-Authenticate": "Bearer"})
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: a scrape every few seconds is no news."""
+
+    def _answer(self, path: str) -> None:
+        if path == "/metrics":
+            page = self.page(",".join(self.headers.get_all("Accept", [])), self.headers.get("Authorization"))
+            self._send(HTTPStatus.OK, page.body, page.content_type)
+        elif path == "/healthz":
+            self.pulse()
+            self._send(HTTPStatus.OK, b"ok\n", PLAIN_TEXT)
+        else:
+            self.send_error(HTTPStatus.NOT_FOUND)
+
+    def _send(
+        self, status: HTTPStatus, body: bytes, content_type: str, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": content_type, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)

@@ -6,14 +6,31 @@ Everything else in Valkey belongs to one service, which keeps its key names to i
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Final
+import time
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Final
+
+from loraplex_common.log import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ENGINES_KEY: Final = "loraplex:engines"
 """Sorted set of engine ids, scored by lease expiry (unix seconds). An engine past its score is gone."""
 
 ENGINE_LEASE_S: Final = 10.0
 ENGINE_RENEW_S: Final = 2.0
+
+
+MAX_COUNT: Final = 2**53
+"""Largest number in a record: beyond it JSON's readers differ."""
+MAX_REMEMBERED: Final = 1000
+
+_log = get_logger()
+
+
+class EngineRecordError(ValueError):
+    """An entry of the engine registry is none that this version can read; the message says what is wrong with it."""
 
 
 def engine_key(engine_id: str) -> str:
@@ -62,7 +79,114 @@ class EngineRecord:
 
     @classmethod
     def from_json(cls, data: str | bytes) -> EngineRecord:
-        """Decode what `to_json` wrote; fields of a newer version are ignored."""
-        fields = json.loads(data)
-        known = {k: v for k, v in fields.items() if k in cls.__dataclass_fields__}
-        return cls(**{**known, "base_aliases": tuple(known.get("base_aliases", ()))})
+        """Decode what `to_json` wrote; fields of a newer version are ignored.
+
+        Raises:
+            EngineRecordError: If it is anything else.
+        """
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise EngineRecordError(f"it is no JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise EngineRecordError(f"it is {type(found).__name__}, not an object")
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            if field.name in found:
+                values[field.name] = _DECODERS[str(field.type)](field.name, found[field.name])
+            elif field.default is MISSING:
+                raise EngineRecordError(f"{field.name} is missing")
+        return cls(**values)
+
+
+class RegistryReader:
+    """Reads the engine registry, for everybody who does: what cannot be read takes away only itself, with one log line.
+
+    Args:
+        client: `redis.asyncio.Redis` that answers in bytes.
+        clock: Unix seconds.
+    """
+
+    def __init__(self, client: Any, *, clock: Callable[[], float] = time.time) -> None:
+        self._client = client
+        self._clock = clock
+        self._unreadable: dict[bytes, str] = {}
+
+    async def read(self) -> dict[str, EngineRecord]:
+        """Return the engines whose lease is good, by id.
+
+        Raises:
+            redis.exceptions.RedisError: If Valkey cannot be read.
+        """
+        # Scores are lease expiries: an engine past its score is gone, even if nobody has removed it yet.
+        members: list[bytes] = await self._client.zrangebyscore(ENGINES_KEY, self._clock(), "+inf")
+        records: dict[str, EngineRecord] = {}
+        named = {member: engine_id for member in members if (engine_id := self._id(member)) is not None}
+        if not named:
+            return records
+        values = await self._client.mget([engine_key(engine_id) for engine_id in named.values()])
+        for (member, engine_id), value in zip(named.items(), values, strict=True):
+            if value is None:
+                continue  # it ran out in between
+            try:
+                record = EngineRecord.from_json(value)
+                if record.engine_id != engine_id:
+                    raise EngineRecordError(f"it is about another engine, {record.engine_id}")
+            except EngineRecordError as error:
+                self._skip(member, str(error))
+            else:
+                records[engine_id] = record
+        return records
+
+    def _id(self, member: bytes) -> str | None:
+        try:
+            return member.decode()
+        except UnicodeDecodeError as error:
+            self._skip(member, str(error))
+            return None
+
+    def _skip(self, member: bytes, cause: str) -> None:
+        """Log what is wrong with an entry, once until something else is."""
+        if self._unreadable.get(member) == cause:
+            return
+        if len(self._unreadable) >= MAX_REMEMBERED:
+            self._unreadable.clear()
+        self._unreadable[member] = cause
+        _log.error(
+            "an engine's record cannot be read; it is passed over",
+            engine_id=member.decode(errors="replace"),
+            cause=cause,
+        )
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable():  # a lone surrogate is not printable
+        raise EngineRecordError(f"{name} is no text")
+    return value
+
+
+def _count(name: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
+        raise EngineRecordError(f"{name} is no count")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise EngineRecordError(f"{name} is neither true nor false")
+    return value
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise EngineRecordError(f"{name} is no list")
+    return tuple(_text(name, item) for item in value)
+
+
+# By the fields' types as they are written in `EngineRecord`.
+_DECODERS: Final[dict[str, Callable[[str, Any], Any]]] = {
+    "str": _text,
+    "int": _count,
+    "bool": _flag,
+    "tuple[str, ...]": _texts,
+}

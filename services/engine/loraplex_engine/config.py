@@ -35,6 +35,7 @@ class EngineConfig:
         port: gRPC port; 0 picks a free one.
         advertise: ``host`` or ``host:port`` under which gateways reach this engine; None means what is bound.
         metrics_port: HTTP port of /metrics; 0 picks a free one.
+        metrics_key: Shows scrapers that send it the names of restricted adapters.
         max_model_len: Longest sequence in tokens; None means what the model was trained for.
         max_num_seqs: Most sequences of one step; None means 64 on a CPU and 256 on a GPU.
         max_num_batched_tokens: Most tokens of one step; None means 1024 on a CPU and 8192 on a GPU.
@@ -71,6 +72,10 @@ class EngineConfig:
     port: int = setting(8520, help="gRPC port, 0 picks a free one")
     advertise: str | None = setting(None, help="address for gateways (default: what is bound)", metavar="HOST[:PORT]")
     metrics_port: int = setting(8521, help="HTTP port of /metrics, 0 picks a free one")
+    metrics_key: str | None = setting(
+        None, help="API key that lets a scraper see restricted adapters", is_secret=True, metavar="KEY"
+    )
+    enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_model_len: int | None = setting(None, help="longest sequence in tokens (default: the model's own limit)")
     max_num_seqs: int | None = setting(None, help="most sequences of one step (default: 64 on a CPU, 256 on a GPU)")
     max_num_batched_tokens: int | None = setting(

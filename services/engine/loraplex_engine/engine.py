@@ -22,7 +22,7 @@ from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.limits import SchedulerCounters, SchedulerLimits, SchedulingPolicy
 from loraplex_engine.load_report import LoadReport
 from loraplex_engine.loop import EngineLoop, LoopParts
-from loraplex_engine.messages import Call, Command, LoadSnapshot, LoopTotals, StoreEvent
+from loraplex_engine.messages import Call, Command, LoadSnapshot, StoreEvent
 from loraplex_engine.outbox import MAX_BACKLOG_BYTES, MAX_BACKLOG_S, SessionOutbox
 from loraplex_engine.page_pool import PagePool
 from loraplex_engine.pinning import PinsHostMemory
@@ -30,6 +30,7 @@ from loraplex_engine.scheduler import Scheduler
 from loraplex_engine.step import ModelRunner
 
 if TYPE_CHECKING:
+    from loraplex_engine.loop_totals import LoopTotals
     from loraplex_engine.residency import AdapterStatus
     from loraplex_engine.warm_order import WarmCounts
 

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from loraplex_common.exposition import OTHER
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 from loraplex_engine.messages import LoadSnapshot, ResidencyChanged, ResidencyState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+
+    from loraplex_common.adapter_names import AdapterNames
 
     from loraplex_engine.engine import Engine
+    from loraplex_engine.loop_totals import LoopTotals
     from loraplex_engine.residency_feed import ResidencyFeed
     from loraplex_engine.residency_metrics import ResidencyMetrics
 
 MAX_ADAPTER_LABELS: Final = 1000
-OTHER: Final = "other"
 _ON_DEVICE: Final = (ResidencyState.RESIDENT, ResidencyState.DRAINING)
 
 
@@ -28,12 +38,14 @@ class EngineCollector(Collector):
         engine: Whose load is shown.
         feed: Where its adapters are.
         residency: When that changed last.
+        names: What they are called.
     """
 
-    def __init__(self, engine: Engine, feed: ResidencyFeed, residency: ResidencyMetrics) -> None:
+    def __init__(self, engine: Engine, feed: ResidencyFeed, residency: ResidencyMetrics, names: AdapterNames) -> None:
         self._engine = engine
         self._feed = feed
         self._residency = residency
+        self._names = names
 
     def collect(self) -> Iterator[Metric]:
         """Show the state of this moment."""
@@ -68,6 +80,7 @@ class EngineCollector(Collector):
             seconds.add_metric([phase], totals.num_steps, getattr(totals, f"{phase}_s"))
         yield seconds
         yield _summary("loraplex_engine_step_tokens", "Tokens computed per step.", totals.num_steps, totals.num_tokens)
+        yield _iterations(totals)
         yield _summary("loraplex_engine_adapters_in_batch", "Adapters per step.", totals.num_steps, totals.num_adapters)
 
     def _policies(self) -> Iterator[Metric]:
@@ -106,7 +119,7 @@ class EngineCollector(Collector):
         return family
 
     def _lora(self, load: LoadSnapshot, held: list[ResidencyChanged]) -> Iterator[GaugeMetricFamily]:
-        resident = sorted(self._feed.resident)
+        resident = _leased_first(event for event in held if event.state is ResidencyState.RESIDENT)
         waiting = self._feed.in_state(ResidencyState.WANTED, ResidencyState.IN_ARENA, ResidencyState.LOADING)
         room = self._max_adapters(load, held)
         # One sample, made anew each time: a labelled Gauge would leak a series per permutation.
@@ -115,13 +128,35 @@ class EngineCollector(Collector):
             "Adapters on the device and adapters waited for; the value is the time of the last change.",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        info.add_metric([str(room), ",".join(resident), ",".join(waiting)], self._residency.changed_at)
+        lists = [",".join(self._names.listed(digests)) for digests in (resident, waiting)]
+        info.add_metric([str(room), *lists], max(self._residency.changed_at, self._names.changed_at))
         yield info
-        yield _loaded(held)
+        yield self._loaded(held)
         on_device = sum(event.state in _ON_DEVICE for event in held)
         yield _gauge("vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.", on_device)
         yield _gauge("vllm:num_cpu_loaded_lora_adapters", "Adapters in the host arena only.", len(held) - on_device)
         yield _gauge("vllm:max_gpu_lora_adapters", "Adapters that fit on the device.", room)
+
+    def _loaded(self, held: list[ResidencyChanged]) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded",
+            "1 for each name of each adapter held; beyond the first 1000, and for those without a name, one `other` with "
+            "their number.",
+            labels=["adapter_name", "level", "pinned", "rank"],
+        )
+        num_shown = num_other = 0
+        for event in held:
+            names = self._names.of(event.digest)
+            if not names or num_shown + len(names) > MAX_ADAPTER_LABELS:
+                num_other += 1
+                continue
+            num_shown += len(names)
+            level = "gpu" if event.state in _ON_DEVICE else "cpu"
+            for name in names:
+                family.add_metric([name, level, str(event.is_pinned).lower(), str(event.max_rank)], 1)
+        if num_other:
+            family.add_metric([OTHER, OTHER, OTHER, OTHER], num_other)
+        return family
 
     @staticmethod
     def _max_adapters(load: LoadSnapshot, held: list[ResidencyChanged]) -> int:
@@ -138,15 +173,14 @@ def _summary(name: str, text: str, count: int, total: float) -> SummaryMetricFam
     return SummaryMetricFamily(name, text, count_value=count, sum_value=total)
 
 
-def _loaded(held: list[ResidencyChanged]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(
-        "vllm:lora_adapter_loaded",
-        "1 for each adapter held; beyond the first 1000, one `other` with their number.",
-        labels=["adapter_name", "level", "pinned", "rank"],
+def _leased_first(events: Iterable[ResidencyChanged]) -> list[str]:
+    return [event.digest for event in sorted(events, key=lambda event: (event.num_leases == 0, event.digest))]
+
+
+def _iterations(totals: LoopTotals) -> HistogramMetricFamily:
+    sizes = list(totals.step_sizes)  # the loop goes on counting
+    bounds = [*(repr(float(2**power)) for power in range(len(sizes) - 1)), "+Inf"]
+    buckets = list(zip(bounds, map(float, accumulate(sizes)), strict=True))
+    return HistogramMetricFamily(
+        "vllm:iteration_tokens_total", "Tokens computed per step.", buckets=buckets, sum_value=totals.num_tokens
     )
-    for event in held[:MAX_ADAPTER_LABELS]:
-        level = "gpu" if event.state in _ON_DEVICE else "cpu"
-        family.add_metric([event.digest, level, str(event.is_pinned).lower(), str(event.max_rank)], 1)
-    if len(held) > MAX_ADAPTER_LABELS:
-        family.add_metric([OTHER, OTHER, OTHER, OTHER], len(held) - MAX_ADAPTER_LABELS)
-    return family

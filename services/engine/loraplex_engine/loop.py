@@ -23,6 +23,7 @@ from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.inbox import Inbox, Sessions
 from loraplex_engine.load_report import LoadReport
+from loraplex_engine.loop_totals import LoopTotals
 from loraplex_engine.messages import (
     Abort,
     Call,
@@ -31,7 +32,6 @@ from loraplex_engine.messages import (
     DropAdapter,
     ImageArrived,
     ImageRefused,
-    LoopTotals,
     Submit,
 )
 from loraplex_engine.request_book import SlotInUseError
@@ -170,8 +170,7 @@ class EngineLoop:
         self._steps.append(self._parts.runner.launch(plan))
         totals = self.totals
         totals.launch_s += time.perf_counter() - began_s
-        totals.num_steps += 1
-        totals.num_tokens += len(plan.token_ids)
+        totals.add_step(len(plan.token_ids))
         totals.num_adapters += len(set(plan.adapters.tolist()) - {NO_ADAPTER})
 
     def _complete(self, step: StepHandle) -> None:

@@ -277,29 +277,6 @@ class LoadSnapshot:
     draining: bool
 
 
-@dataclass(kw_only=True, slots=True)
-class LoopTotals:
-    """Where the step loop's time went since it began; written by its thread alone, read at any time.
-
-    Attributes:
-        num_steps: Steps launched.
-        num_tokens: Tokens computed, prompts and recomputed ones included.
-        num_adapters: Distinct adapters of a step, summed over steps.
-        schedule_s: Making plans.
-        launch_s: Handing them to the runner; computing them, where the runner does that at once.
-        wait_s: Waiting for results.
-        update_s: Taking them in.
-    """
-
-    num_steps: int = 0
-    num_tokens: int = 0
-    num_adapters: int = 0
-    schedule_s: float = 0.0
-    launch_s: float = 0.0
-    wait_s: float = 0.0
-    update_s: float = 0.0
-
-
 # --- events: step loop -> store client ---
 
 

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 import loraplex_common.valkey
 from loraplex.v1 import adapter_pb2, engine_pb2_grpc
+from loraplex_common.adapter_names import AdapterNames
+from loraplex_common.alias_feed import AliasFeed
 from loraplex_common.errors import StoreUnavailableError
+from loraplex_common.exposition import Audience, Exposition, new_registry
+from loraplex_common.grpc_channel import open_channel
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.log import get_logger
 from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.registry import EngineRecord
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
-from prometheus_client import CollectorRegistry
+from loraplex_common.vllm_metrics import ENGINE_LABEL
 
 from loraplex_engine import building
 from loraplex_engine.adapter_client import AdapterClient, Attachment
@@ -63,7 +67,8 @@ class EngineService:
         device = building.resolve_device(config)
         params = building.engine_params(config, self._info, device)
         self.engine_id = f"{uuid.uuid4().hex}"
-        registry = CollectorRegistry()
+        registry = new_registry("engine")
+        self._names = AdapterNames()
         self._feed = ResidencyFeed(config.residency_events)
         self._residency_metrics = ResidencyMetrics(registry)
         self._prefetch_metrics = PrefetchMetrics(registry, params.geometry.page_bytes)
@@ -74,12 +79,18 @@ class EngineService:
             on_store_event=lambda event: self._call_soon(self._on_store_event, event),
             on_crash=lambda cause: self._call_soon(self._on_crash, cause),
         )
-        registry.register(EngineCollector(self.engine, self._feed, self._residency_metrics))
+        registry.register(EngineCollector(self.engine, self._feed, self._residency_metrics, self._names))
         self._servicer = EngineServicer(
             self.engine, self._feed, identity=self._identity(), config=config, metrics=RequestMetrics(registry)
         )
-        self._grpc = GrpcServer(ServerConfig(host=config.host, port=config.port), metrics=RpcMetrics(registry))
-        self._metrics_http = MetricsServer(registry, config.host, config.metrics_port)
+        listen = ServerConfig(host=config.host, port=config.port, enable_reflection=config.enable_reflection)
+        self._grpc = GrpcServer(listen, metrics=RpcMetrics(registry))
+        exposition = Exposition(
+            registry,
+            audience=Audience(config.metrics_key),
+            vllm_labels={"model_name": self._info.name, "engine": ENGINE_LABEL},
+        )
+        self._metrics_http = MetricsServer(exposition, config.host, config.metrics_port)
         self._supervisor = Supervisor()
         self._valkey = loraplex_common.valkey.connect(config.redis_url) if config.redis_url else None
         self._registration: Registration | None = None
@@ -95,6 +106,7 @@ class EngineService:
                 self._config.store_target, self.engine, self._feed, self._attachment(), wait_s=self._config.store_wait_s
             )
             self._supervisor.spawn(self._client.run(), name="adapter-client")
+            self._supervisor.spawn(self._follow_names(self._config.store_target), name="alias-feed")
         self._grpc.set_ready(True)
         if self._valkey is not None:
             self._registration = Registration(self._valkey, self._record(port))
@@ -137,6 +149,11 @@ class EngineService:
         if self._valkey is not None:
             await self._valkey.aclose()
         await asyncio.to_thread(self.engine.close)
+
+    async def _follow_names(self, store_target: str) -> None:
+        """Keep the names of adapters for the metrics; nothing else here knows names."""
+        async with open_channel(store_target) as channel:
+            await AliasFeed(channel, [self._names]).run()
 
     def _call_soon(self, function: Callable[[_Argument], None], argument: _Argument) -> None:
         """Hand something from the step loop's thread to this one; nobody is left to hear it once the loop is closed."""

@@ -197,7 +197,7 @@ class GatewaySession:
             self._refuse(submit.slot, failure)
             return
         self._active.add(submit.slot)
-        self._meter.submitted(submit.slot, len(submission.prompt_token_ids), now_s)
+        self._meter.submitted(submit.slot, len(submission.prompt_token_ids), now_s, submission.stopping.max_new_tokens)
         if submission.sampling.prompt_logprobs >= 0:
             self._encoder.expect_prompt_logprobs(submit.slot)
         self._engine.post(Submit(submission))

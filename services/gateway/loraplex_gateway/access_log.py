@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.log import get_logger
+from loraplex_common.vllm_metrics import FinishedRequest
 
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
 
@@ -35,6 +36,7 @@ class RequestRecord:
     Attributes:
         model: Name of the base model, once known.
         adapter: Name of the adapter, once resolved: unknown names are no label.
+        is_restricted: Whether not everybody may use that adapter.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class RequestRecord:
     ) -> None:
         self.model = ""
         self.adapter = ""
+        self.is_restricted = False
         self._request = request
         self._tenant = tenant
         self._metrics = metrics
@@ -64,6 +67,7 @@ class RequestRecord:
         """Take note of an event; `num_tokens` is the output's length after it, whatever the chunk carries."""
         if isinstance(event, Started):
             self._started = event
+            self._metrics.vllm.of(self.model).started(event.prompt_tokens, event.cached_tokens)
         elif isinstance(event, Chunk):
             self._see_tokens(num_tokens)
         elif isinstance(event, Finished):
@@ -105,17 +109,24 @@ class RequestRecord:
     def _see_tokens(self, num_tokens: int) -> None:
         now = self._clock()
         num_new = num_tokens - self._num_tokens
+        meter = self._metrics.vllm.of(self.model)
         if self._first_token_at is None:
             self._first_token_at = now
             self._metrics.ttft.observe(now - self._arrived_at)
+            meter.first_tokens(num_new, now - self._arrived_at)
         elif num_new > 0:
-            self._metrics.itl.observe((now - self._last_token_at) / num_new)
+            gap_s = (now - self._last_token_at) / num_new
+            self._metrics.itl.observe(gap_s)
+            meter.further_tokens(num_new, gap_s)
         self._last_token_at = now
         self._num_tokens = num_tokens
 
     def _count(self, code: str, reason: str) -> None:
         metrics, started = self._metrics, self._started
-        metrics.requests.labels(self.model, metrics.adapter_label(self.adapter), code).inc()
+        adapter = metrics.adapter_label(self.adapter, is_restricted=self.is_restricted)
+        metrics.requests.labels(self.model, adapter, code).inc()
+        if self.model:
+            self._count_for_vllm(code)
         if code != "OK" or reason == FinishReason.CANCELLED.name:
             metrics.aborts.labels(reason).inc()
         metrics.count_tokens(
@@ -123,4 +134,25 @@ class RequestRecord:
             num_input=started.prompt_tokens if started else 0,
             num_output=self._num_tokens,
             num_cached=started.cached_tokens if started else 0,
+        )
+
+    def _count_for_vllm(self, code: str) -> None:
+        """Count the end of a request that was not refused, and what it was like if it ended well."""
+        meter, finished = self._metrics.vllm.of(self.model), self._finished
+        if code != "OK" or finished is None:
+            meter.ended("abort" if code in ("CANCELLED", "DEADLINE_EXCEEDED") else "error")
+            return
+        meter.finished(
+            finished.finish_reason.name.lower(),
+            FinishedRequest(
+                num_prompt_tokens=finished.usage.prompt_tokens,
+                num_cached_tokens=finished.usage.cached_tokens,
+                num_output_tokens=finished.usage.output_tokens,
+                max_tokens=self._request.stopping.max_new_tokens,
+                e2e_s=self._clock() - self._arrived_at,
+                queue_s=finished.timings.queue_s,
+                prefill_s=finished.timings.prefill_s,
+                decode_s=finished.timings.decode_s,
+            ),
+            num_choices=self._request.num_choices,
         )

@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex.v1 import gateway_pb2_grpc
 from loraplex_common import valkey
+from loraplex_common.adapter_names import AdapterNames
+from loraplex_common.alias_feed import AliasFeed
 from loraplex_common.auth import Authenticator
+from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.log import get_logger
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
-from prometheus_client import CollectorRegistry
+from loraplex_common.vllm_metrics import FLEET_LABEL
 
 from loraplex_gateway.admission import AdmissionController
-from loraplex_gateway.alias_watcher import AliasWatcher
 from loraplex_gateway.claims import RequestClaims
 from loraplex_gateway.core import GatewayCore
 from loraplex_gateway.engine_pool import EnginePool
+from loraplex_gateway.fleet_collector import FleetCollector
 from loraplex_gateway.listing import ModelListing
 from loraplex_gateway.metrics import GatewayMetrics
 from loraplex_gateway.models import ModelCatalog, load_served_model
@@ -62,7 +65,7 @@ class GatewayApp:
         self.grpc_port = 0
         self.http_port = 0
         self.gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
-        self._metrics_registry = CollectorRegistry()
+        self._metrics_registry = new_registry("gateway")
         self._authenticator = Authenticator.from_file(config.api_keys_file)
         self._executor = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._valkey = valkey.connect(config.redis_url)
@@ -70,6 +73,7 @@ class GatewayApp:
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
         self.catalog = self._load_models()
         self.names = NameTable()
+        self._adapter_names = AdapterNames()
         self.pool = EnginePool(self.catalog, gateway_id=self.gateway_id, max_buffered_tokens=config.max_buffered_tokens)
         self._registry = RegistryWatcher(self._valkey, self.pool)
         self.admission = AdmissionController(
@@ -80,6 +84,8 @@ class GatewayApp:
         self.claims = RequestClaims(self._valkey, self.gateway_id)
         self.metrics = GatewayMetrics(self._metrics_registry)
         self.metrics.watch_queue(self.admission.waiting_by_priority)
+        fleet = FleetCollector(self.catalog, self.pool, self._adapter_names, self.metrics.vllm.num_waiting)
+        self._metrics_registry.register(fleet)
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
         self._grpc = self._make_grpc()
@@ -103,7 +109,8 @@ class GatewayApp:
         self._supervisor.spawn(self._http.run(), name="http-server")
         self._supervisor.spawn(self.claims.run(), name="claims")
         if self._store is not None:
-            self._supervisor.spawn(AliasWatcher(self._store, self.names).run(), name="alias-watcher")
+            feed = AliasFeed(self._store, [self.names, self._adapter_names])
+            self._supervisor.spawn(feed.run(), name="alias-feed")
         self._supervisor.spawn(self.pool.run(), name="engine-pool")
         self._supervisor.spawn(self._report_readiness(), name="readiness")
         try:
@@ -220,7 +227,11 @@ class GatewayApp:
             catalog=self.catalog,
             listing=self._listing,
             authenticator=self._authenticator,
-            registry=self._metrics_registry,
+            exposition=Exposition(
+                self._metrics_registry,
+                audience=Audience(config.metrics_key, self._authenticator),
+                vllm_labels={"engine": FLEET_LABEL},
+            ),
             slow_client_s=config.slow_client_s,
             is_ready=lambda: self.is_ready,
         )

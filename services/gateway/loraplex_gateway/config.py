@@ -22,6 +22,7 @@ class GatewayConfig:
         store_api_key: Sent to an adapter store that asks for keys; it needs the admin right to see every tenant's names.
         store_tls_ca: Authority of the adapter store's certificate; turns TLS towards it on.
         api_keys_file: ``KEY TENANT [admin]`` lines; None lets everybody in as tenant ``default``.
+        metrics_key: Shows scrapers that send it restricted adapters and tenants; an administrator's API key does, too.
         max_concurrent_requests: Most requests on engines at once.
         max_queued_requests: Most requests waiting here beyond them.
         max_stream_s: Deadline of requests that come without one, and the longest that any may ask for.
@@ -45,6 +46,9 @@ class GatewayConfig:
     tls_cert: Path | None = setting(None, help="server certificate chain, PEM", metavar="FILE")
     tls_key: Path | None = setting(None, help="its private key, PEM", metavar="FILE")
     tls_client_ca: Path | None = setting(None, help="require client certificates of this authority", metavar="FILE")
+    metrics_key: str | None = setting(
+        None, help="API key that lets a scraper see restricted adapters and tenants", is_secret=True, metavar="KEY"
+    )
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_concurrent_requests: int = setting(2048, help="most requests on engines at once")
     max_queued_requests: int = setting(2048, help="most requests waiting here beyond them")

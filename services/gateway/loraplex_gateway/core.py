@@ -89,7 +89,8 @@ class GatewayCore:
             self._admission.check_room()
             prepared = await self._preparer.prepare(request, tenant=tenant, time_left_s=time_left_s)
             record.model = prepared.model.name
-            record.adapter = prepared.adapter.name if prepared.adapter else ""
+            if prepared.adapter is not None:
+                record.adapter, record.is_restricted = prepared.adapter.name, prepared.adapter.is_restricted
             run = RequestRun(prepared, self._clock)
             async with aclosing(self._admit_and_run(run, tenant)) as events:
                 async for event in events:
@@ -168,6 +169,8 @@ class GatewayCore:
         job, outcome = run.prepared.job, "cancelled"
         instants = [at for at in (job.queue_deadline, job.deadline) if at is not None]
         running.on_cancel(lambda: place.give_up(LocalCancelError()))
+        num_waiting = self._metrics.vllm.num_waiting
+        num_waiting[run.prepared.model.name] += 1
         try:
             while not place.is_admitted:
                 left_s = min(instants, default=float("inf")) - self._clock()
@@ -184,6 +187,7 @@ class GatewayCore:
             run.admitted()
         finally:
             running.on_cancel(None)
+            num_waiting[run.prepared.model.name] -= 1
             self._metrics.queue_duration.labels(outcome).observe(self._clock() - run.arrived_at)
 
     def _timed_out(self, place: Place, deadline: float | None) -> LoraplexError:

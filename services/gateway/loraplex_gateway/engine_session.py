@@ -93,6 +93,16 @@ class EngineSession:
             self._load.running + self._load.waiting + self.num_in_flight - self._in_flight_at_report,
         )
 
+    @property
+    def report(self) -> engine_pb2.LoadReport:
+        """The engine's last report of its load; all zero without a connection."""
+        return self._load
+
+    @property
+    def digests_in_flight(self) -> frozenset[str]:
+        """Adapters of this gateway's requests on the engine."""
+        return frozenset(digest for digest in self._digest_uses if digest)
+
     def is_warm(self, digest: str) -> bool:
         """Whether the engine holds an adapter or is getting it for another of our requests."""
         return not digest or digest in self.resident or self._digest_uses[digest] > 0

@@ -13,9 +13,11 @@ from loraplex_gateway.preparation import NAME_PATIENCE_S
 from loraplex_gateway.types import ModelCard
 
 if TYPE_CHECKING:
+    from loraplex_common.alias_feed import AdapterEntry
+
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.models import ModelCatalog, ServedModel
-    from loraplex_gateway.names import AdapterEntry, NameTable
+    from loraplex_gateway.names import NameTable
 
 DEFAULT_PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.auth import DEFAULT_TENANT
+from loraplex_common.exposition import OTHER, private
 from prometheus_client import Counter, Gauge, Histogram
 
 from loraplex_gateway.types import Priority
+from loraplex_gateway.vllm_metrics import VllmMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,7 +18,6 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 MAX_LABEL_VALUES: Final = 1000
-OTHER: Final = "other"
 JAIN_WINDOW_S: Final = 60.0
 # design.md section 5: a token of output costs about two of input.
 OUTPUT_WEIGHT: Final = 2
@@ -82,11 +84,16 @@ class ServiceShares:
 
 
 class GatewayMetrics:
-    """The gateway's metrics, registered once per registry."""
+    """The gateway's metrics, registered once per registry.
+
+    Attributes:
+        vllm: Requests under the names that vLLM's dashboards read.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.adapter_label = LabelCap()
-        self.tenant_label = LabelCap()
+        self.vllm = VllmMetrics(registry)
+        self._adapter_label = LabelCap()
+        self._tenant_label = LabelCap()
         self.shares = ServiceShares()
         prefix = "loraplex_gateway_"
 
@@ -120,9 +127,13 @@ class GatewayMetrics:
             gauge = self.queue_size.labels(priority.name.lower())
             gauge.set_function(lambda priority=priority: sizes().get(priority, 0))  # type: ignore[misc]
 
+    def adapter_label(self, name: str, *, is_restricted: bool) -> str:
+        """Return an adapter as a label: capped, and `private` if not everybody may use it."""
+        return self._adapter_label(private(name) if is_restricted else name)
+
     def count_tokens(self, tenant: str, *, num_input: int, num_output: int, num_cached: int) -> None:
         """Count the tokens of a request that ended."""
-        label = self.tenant_label(tenant)
+        label = tenant if tenant == DEFAULT_TENANT.name else self._tenant_label(private(tenant))
         for kind, count in (("input", num_input), ("output", num_output), ("cached", num_cached)):
             self.tokens.labels(label, kind).inc(count)
         weighted = num_input + OUTPUT_WEIGHT * num_output

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import AdapterForbiddenError, AdapterNotFoundError, StoreUnavailableError
@@ -14,36 +13,21 @@ from loraplex_common.ids import AdapterRef
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterEntry:
-    """The truth about one adapter name.
-
-    Attributes:
-        labels: Label to digest.
-        base_fingerprints: Digest of each known revision to the fingerprint of its base model.
-        allowed_tenants: Who may use it; empty means everybody.
-        is_deleted: True once the name is no longer served.
-    """
-
-    name: str
-    labels: Mapping[str, str] = field(default_factory=dict)
-    base_fingerprints: Mapping[str, str] = field(default_factory=dict)
-    allowed_tenants: frozenset[str] = frozenset()
-    is_deleted: bool = False
-
-    def allows(self, tenant: str) -> bool:
-        """Whether a tenant may use the adapter."""
-        return not self.allowed_tenants or tenant in self.allowed_tenants
+    from loraplex_common.alias_feed import AdapterEntry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedAdapter:
-    """One revision, ready to be named to an engine."""
+    """One revision, ready to be named to an engine.
+
+    Attributes:
+        is_restricted: True if not everybody may use it.
+    """
 
     name: str
     digest: str
     base_fingerprint: str
+    is_restricted: bool = False
 
 
 class NameTable:
@@ -126,7 +110,12 @@ class NameTable:
         digest = ref.revision if ref.revision is not None else entry.labels.get(ref.label or "")
         if digest is None or digest not in entry.base_fingerprints:
             return None
-        return ResolvedAdapter(name=ref.name, digest=digest, base_fingerprint=entry.base_fingerprints[digest])
+        return ResolvedAdapter(
+            name=ref.name,
+            digest=digest,
+            base_fingerprint=entry.base_fingerprints[digest],
+            is_restricted=bool(entry.allowed_tenants),
+        )
 
     def _not_found(self, ref: AdapterRef, tenant: str) -> Exception:
         if not self._is_synced:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from loraplex_common.log import get_logger
-from loraplex_common.registry import ENGINE_LEASE_S, ENGINES_KEY, EngineRecord, engine_key
+from loraplex_common.registry import ENGINE_LEASE_S, EngineRecord, RegistryReader
 from loraplex_common.tasks import deliver_cancellation
 from redis.exceptions import RedisError
 
@@ -31,12 +30,11 @@ class RegistryWatcher:
     """
 
     def __init__(self, valkey: Redis, pool: EnginePool) -> None:
-        self._valkey = valkey
+        self._reader = RegistryReader(valkey)
         self._pool = pool
         self._is_down = False
         self._records: dict[str, EngineRecord] = {}
         self._trusted_from = 0.0
-        self._unreadable: set[str] = set()
 
     async def run(self) -> None:
         """Poll for ever."""
@@ -49,7 +47,7 @@ class RegistryWatcher:
         """Read the registry once; a failure leaves everything as it is."""
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
-                records = await self._read()
+                records = await self._reader.read()
         except (RedisError, OSError, TimeoutError) as error:
             if not self._is_down:
                 _log.warning("Valkey is away; engines stay as last known", cause=str(error))
@@ -63,26 +61,3 @@ class RegistryWatcher:
         self._is_down = False
         self._records = {**self._records, **records} if now < self._trusted_from else records
         self._pool.sync(self._records)
-
-    async def _read(self) -> dict[str, EngineRecord]:
-        # Scores are lease expiries: an engine past its score is gone, even if nobody has removed it yet.
-        members: list[Any] = await self._valkey.zrangebyscore(ENGINES_KEY, time.time(), "+inf")
-        if not members:
-            return {}
-        ids = [member.decode() for member in members]
-        values: list[Any] = await self._valkey.mget([engine_key(engine_id) for engine_id in ids])
-        found = {engine_id: value for engine_id, value in zip(ids, values, strict=True) if value is not None}
-        records = {engine_id: self._decode(engine_id, value) for engine_id, value in found.items()}
-        return {engine_id: record for engine_id, record in records.items() if record is not None}
-
-    def _decode(self, engine_id: str, value: bytes) -> EngineRecord | None:
-        """Return a record, or None for one of a version that we cannot read: one odd engine must not end a gateway."""
-        try:
-            return EngineRecord.from_json(value)
-        except (ValueError, TypeError, AttributeError) as error:
-            if engine_id not in self._unreadable:
-                self._unreadable.add(engine_id)
-                _log.error(
-                    "an engine's record cannot be read; it gets no requests", engine_id=engine_id, cause=str(error)
-                )
-            return None

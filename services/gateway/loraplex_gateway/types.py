@@ -117,6 +117,7 @@ class GenerationRequest:
         time_limit_s: Longest time from admission; then the output is cut.
         fail_fast: Refuse with ADAPTER_LOADING rather than wait for the adapter.
         progress_events: Send Accepted, Queued and AdapterLoading.
+        num_choices: Choices of the call, counted with the first of them; 0 for the others.
     """
 
     prompt: Prompt | None
@@ -135,6 +136,7 @@ class GenerationRequest:
     progress_events: bool = False
     adapter_scale: float | None = None
     traceparent: str = ""
+    num_choices: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

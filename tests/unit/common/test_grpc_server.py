@@ -6,9 +6,9 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from loraplex_common import errors
 from loraplex_common.auth import Authenticator, Tenant, current_tenant
 from loraplex_common.grpc_channel import open_channel
@@ -16,6 +16,7 @@ from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.rpc_metrics import RpcMetrics
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
+from support import reflected
 from support.echo_service import (
     SERVICE,
     TIMEOUT_S,
@@ -148,17 +149,28 @@ async def test_metrics_count_calls_by_method_and_status(echo: Echo) -> None:
     assert (count("OK"), count("NOT_FOUND"), count("DEADLINE_EXCEEDED")) == (1, 1, 1)
 
 
-async def test_reflection_lists_services_where_it_is_on(echo: Echo) -> None:
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_lists_and_describes_services_under_both_of_its_names(echo: Echo, version: str) -> None:
     async with (
         running(echo, ServerConfig(enable_reflection=True)) as (_, target),
         open_channel(target) as channel,
     ):
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        names = await reflected.list_services(channel, version)
+        files = {name: await reflected.files_of(channel, version, name) for name in names if name != SERVICE}
 
-        answer = await stub.ServerReflectionInfo(texts(request)).read()
+    itself = {f"grpc.reflection.{version}.ServerReflection" for version in ("v1", "v1alpha")}
+    assert names == {SERVICE, "grpc.health.v1.Health", *itself}
+    for name, found in files.items():
+        package, _, service = name.rpartition(".")
+        assert any(file.package == package and service in [s.name for s in file.service] for file in found), name
 
-    assert SERVICE in [service.name for service in answer.list_services_response.service]
+
+async def test_reflection_is_off_unless_asked_for(echo: Echo) -> None:
+    async with running(echo, ServerConfig()) as (_, target), open_channel(target) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reflected.list_services(channel, "v1")
+
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 @pytest.mark.parametrize("options", [{"tls_cert": Path("c")}, {"tls_key": Path("k")}, {"tls_client_ca": Path("ca")}])

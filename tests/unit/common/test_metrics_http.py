@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from loraplex_common import metrics_http
+from loraplex_common.exposition import Audience, Exposition, private
 from loraplex_common.metrics_http import MetricsServer
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 async def port(registry: CollectorRegistry) -> AsyncIterator[int]:
-    server = MetricsServer(registry)
+    server = MetricsServer(Exposition(registry))
     yield await server.start()
     await server.stop()
     await server.stop()
@@ -54,6 +55,24 @@ async def test_metrics_are_served_in_the_format_asked_for(registry: CollectorReg
     assert "loraplex_engine_leases 3.0" in text
     assert open_headers["Content-Type"].startswith("application/openmetrics-text")
     assert open_text.endswith("# EOF\n")
+
+
+async def test_private_values_are_for_those_with_the_key_and_a_wrong_key_is_refused(
+    registry: CollectorRegistry,
+) -> None:
+    Counter("calls", "Calls.", ["tenant"], registry=registry).labels(private("acme")).inc()
+    server = MetricsServer(Exposition(registry, audience=Audience("key")))
+    port = await server.start()
+
+    answers = [
+        await asyncio.to_thread(get, port, "/metrics", **headers)
+        for headers in ({}, {"Authorization": "Bearer key"}, {"Authorization": "Bearer guess"})
+    ]
+
+    assert [status for status, _, _ in answers] == [200, 200, 401]
+    assert ["acme" in text for _, text, _ in answers] == [False, True, False]
+    assert answers[2][2]["WWW-Authenticate"] == "Bearer"
+    await server.stop()
 
 
 async def test_health_is_ok_and_other_paths_are_not_found(port: int) -> None:
@@ -87,4 +106,4 @@ async def test_a_loop_that_hangs_fails_its_health_check(port: int, monkeypatch: 
 
 async def test_a_taken_port_is_refused(port: int, registry: CollectorRegistry) -> None:
     with pytest.raises(OSError, match="in use"):
-        await MetricsServer(registry, port=port).start()
+        await MetricsServer(Exposition(registry), port=port).start()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from loraplex_common.errors import RequestTooLargeError
 from loraplex_engine.histogram import ArrayHistogram
+from loraplex_engine.loop_totals import LoopTotals
 from loraplex_engine.messages import (
     Ended,
     FinishReason,
@@ -62,6 +63,40 @@ def test_a_request_is_timed_from_arrival_over_first_token_to_end() -> None:
     assert sample(registry, "vllm:prompt_tokens_total") == 10
     assert sample(registry, "vllm:generation_tokens_total") == 3
     assert sample(registry, "vllm:request_success_total", finished_reason="length") == 1
+
+
+def test_a_finished_request_is_counted_in_every_histogram_of_vllm() -> None:
+    registry = CollectorRegistry()
+    meter = RequestMetrics(registry).open_session()
+
+    meter.submitted(1, 10, 100.0, 50)
+    meter.record(
+        make_step(Started(session_slot=1, cached_tokens=4, queue_s=0, adapter_load_s=0), slots=(1, 1, 1)), 101.0
+    )
+    end = Ended(session_slot=1, finish_reason=FinishReason.STOP, queue_s=0.5, prefill_s=0.25, decode_s=0.5)
+    meter.record(make_step(end), 102.0)
+
+    for name, value in {
+        "request_prompt_tokens": 10,
+        "request_prefill_kv_computed_tokens": 6,
+        "request_generation_tokens": 3,
+        "request_max_num_generation_tokens": 3,
+        "request_params_max_tokens": 50,
+        "request_inference_time_seconds": 0.75,
+        "request_time_per_output_token_seconds": 0.25,
+    }.items():
+        assert (sample(registry, f"vllm:{name}_sum"), sample(registry, f"vllm:{name}_count")) == (value, 1)
+    assert sample(registry, "vllm:prompt_tokens_cached_total") == 4
+
+
+@pytest.mark.parametrize(("num_tokens", "bound"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (65536, 65536)])
+def test_a_step_is_counted_below_the_smallest_bound_that_holds_it(num_tokens: int, bound: int) -> None:
+    totals = LoopTotals()
+
+    totals.add_step(num_tokens)
+
+    assert totals.step_sizes.index(1) == bound.bit_length() - 1
+    assert (totals.num_steps, totals.num_tokens) == (1, num_tokens)
 
 
 def test_the_first_token_and_more_in_one_message_count_once_as_first() -> None:

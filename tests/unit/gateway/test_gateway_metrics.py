@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from loraplex_gateway.metrics import JAIN_WINDOW_S, OTHER, GatewayMetrics, LabelCap, ServiceShares
-from prometheus_client import CollectorRegistry, generate_latest
+from loraplex_common.exposition import OTHER, Audience, Exposition
+from loraplex_gateway.metrics import JAIN_WINDOW_S, GatewayMetrics, LabelCap, ServiceShares
+from prometheus_client import CollectorRegistry
 
 
 def test_label_values_beyond_the_cap_share_one() -> None:
@@ -35,7 +36,8 @@ def test_the_names_are_those_of_the_contract() -> None:
     metrics.requests.labels("m", "a", "OK").inc()
     metrics.count_tokens("t", num_input=3, num_output=4, num_cached=1)
 
-    text = generate_latest(registry).decode()
+    exposition = Exposition(registry, audience=Audience("key"))
+    text = exposition.render(authorization="Bearer key").body.decode()
 
     assert 'loraplex_gateway_requests_total{adapter="a",code="OK",model="m"} 1.0' in text
     assert 'loraplex_gateway_queue_size{priority="normal"} 5.0' in text

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from loraplex_common.alias_feed import AdapterEntry
 from loraplex_common.errors import (
     AdapterForbiddenError,
     AdapterNotFoundError,
     InvalidParameterError,
     StoreUnavailableError,
 )
-from loraplex_gateway.names import AdapterEntry, NameTable
+from loraplex_gateway.names import NameTable
 
 OLD, NEW = "a" * 64, "b" * 64
 

@@ -63,6 +63,15 @@ def serve(
     api_keys_file: Annotated[Path | None, typer.Option(help="Ask clients for one of these API keys.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="The gateway's certificate, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
+    metrics_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Show scrapers that send this key restricted adapters and tenants.", envvar="LORAPLEX_METRICS_KEY"
+        ),
+    ] = None,
+    enable_reflection: Annotated[
+        bool, typer.Option("--enable-reflection", help="Serve gRPC reflection, e.g. for grpcurl.")
+    ] = False,
     drain_grace_s: Annotated[float, typer.Option(help="How long running requests may go on after Ctrl-C.")] = 10.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -96,7 +105,11 @@ def serve(
         import_roots=tuple(root.resolve() for root in import_root or ()),
         drain_grace_s=drain_grace_s,
         log_level=log_level,
-        base_args=_flags({"--served-model-name": served_model_name}, ("--model-alias", model_alias or ())),
+        metrics_key=metrics_key,
+        base_args=(
+            *_flags({"--served-model-name": served_model_name}, ("--model-alias", model_alias or ())),
+            *(("--enable-reflection",) if enable_reflection else ()),
+        ),
         engine_args=_flags(engine_options),
         gateway_args=_flags(gateway_options),
     )

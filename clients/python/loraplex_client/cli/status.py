@@ -1,7 +1,7 @@
 """``loraplex status``: engines, their load, what they hold."""
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from loraplex_common.errors import LoraplexError
@@ -122,17 +122,13 @@ async def _registered_engines(redis_url: str) -> list[str]:
     Raises:
         ConnectionError: If Valkey does not answer.
     """
-    import time
-
-    from loraplex_common.registry import ENGINES_KEY, EngineRecord, engine_key
+    from loraplex_common.registry import RegistryReader
     from loraplex_common.valkey import connect as connect_valkey
     from redis.exceptions import RedisError
 
     client = connect_valkey(redis_url)
     try:
-        engine_ids: list[Any] = await client.zrangebyscore(ENGINES_KEY, time.time(), "+inf")
-        records = await client.mget([engine_key(engine_id.decode()) for engine_id in engine_ids]) if engine_ids else []
-        return [EngineRecord.from_json(record).target for record in records if record is not None]
+        return [record.target for record in (await RegistryReader(client).read()).values()]
     except RedisError as error:
         raise ConnectionError(str(error)) from error
     finally:

@@ -32,7 +32,8 @@ class ServeConfig:
         engine_metrics_port: The engine's HTTP port of /metrics.
         import_roots: Folders below which the store imports directories.
         drain_grace_s: How long running requests may go on after Ctrl-C, in seconds.
-        base_args: Arguments that name the base model, the same for all services.
+        metrics_key: Shows scrapers that send it what is private; handed on in the environment, which no process list shows.
+        base_args: Arguments that all services get, such as the base model's name.
         engine_args: Further arguments of the engine.
         gateway_args: Further arguments of the gateway.
         store_args: Further arguments of the adapter store.
@@ -51,6 +52,7 @@ class ServeConfig:
     import_roots: tuple[Path, ...] = ()
     drain_grace_s: float = 10.0
     log_level: str = "info"
+    metrics_key: str | None = None
     base_args: tuple[str, ...] = ()
     engine_args: tuple[str, ...] = ()
     gateway_args: tuple[str, ...] = ()
@@ -64,6 +66,7 @@ class ServeConfig:
             module="loraplex_adapter_store",
             arguments=(*self._shared(redis_url), *roots, *self.store_args),
             ports={"grpc": ("--port", self.store_port), "metrics": ("--metrics-port", self.store_metrics_port)},
+            environment=self._secrets("adapter_store"),
         )
 
     def engine(self, redis_url: str, store_target: str) -> ServiceSpec:
@@ -73,7 +76,7 @@ class ServeConfig:
             module="loraplex_engine",
             arguments=(*self._shared(redis_url), "--store-target", store_target, *self.engine_args),
             ports={"grpc": ("--port", self.engine_port), "metrics": ("--metrics-port", self.engine_metrics_port)},
-            environment={"HF_HUB_OFFLINE": "1"},  # only the store reaches out
+            environment={"HF_HUB_OFFLINE": "1", **self._secrets("engine")},  # only the store reaches out
         )
 
     def gateway(self, redis_url: str, store_target: str) -> ServiceSpec:
@@ -87,7 +90,11 @@ class ServeConfig:
                 *self.gateway_args,
             ),
             ports={"grpc": ("--port", self.grpc_port), "http": ("--http-port", self.http_port)},
+            environment=self._secrets("gateway"),
         )
+
+    def _secrets(self, service: str) -> dict[str, str]:
+        return {} if self.metrics_key is None else {f"LORAPLEX_{service.upper()}_METRICS_KEY": self.metrics_key}
 
     def _shared(self, redis_url: str) -> tuple[str, ...]:
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.registry import ENGINES_KEY, EngineRecord, engine_key, hints_key
+from loraplex_common.registry import EngineRecord, RegistryReader, hints_key
 
 from loraplex_adapter_store.repository import keys
 
@@ -24,6 +24,7 @@ class EngineHoldings:
 
     def __init__(self, client: keys.Client) -> None:
         self._client = client
+        self._registry = RegistryReader(client)
 
     async def publish(self, engine_id: str, leases: Mapping[str, int]) -> None:
         """Tell what an engine holds: digest -> leases. Lasts `TTL_S` unless repeated."""
@@ -56,13 +57,9 @@ class EngineHoldings:
         return total
 
     async def registered(self) -> list[EngineRecord]:
-        """Return the engines in the shared registry."""
+        """Return the engines in the shared registry whose lease is good."""
         with keys.translated():
-            ids = await self._client.zrange(ENGINES_KEY, 0, -1)
-            if not ids:
-                return []
-            found = await self._client.mget([engine_key(engine_id.decode()) for engine_id in ids])
-        return [EngineRecord.from_json(data) for data in found if data]
+            return list((await self._registry.read()).values())
 
     async def hint(self, engine_id: str, kind: str, revision: str, wanted_in_ms: int = 0) -> None:
         """Add a hint to an engine's stream; the replica it is attached to acts on it."""

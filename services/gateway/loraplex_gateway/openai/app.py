@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from loraplex_common.auth import Authenticator
 from loraplex_common.errors import InvalidParameterError, LoraplexError
+from loraplex_common.exposition import Exposition
 from loraplex_common.ids import new_request_id
 from loraplex_common.interceptors import internal_error
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -48,7 +47,7 @@ class HttpContext:
     catalog: ModelCatalog
     listing: ModelListing
     authenticator: Authenticator
-    registry: CollectorRegistry
+    exposition: Exposition
     slow_client_s: float
     is_ready: Callable[[], bool]
 
@@ -102,9 +101,10 @@ class _Routes:
         return self._generate(convert.chat_plan(body, self._context.catalog, request_id=request_id), tenant)
 
     async def metrics(self, request: Request) -> Response:
-        """Show the metrics in Prometheus' text format."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(self._context.registry), media_type=None, headers={"content-type": content_type})
+        """Show the metrics."""
+        accept = ",".join(request.headers.getlist("accept"))
+        page = self._context.exposition.render(accept=accept, authorization=request.headers.get("authorization"))
+        return Response(page.body, media_type=None, headers={"content-type": page.content_type})
 
     async def health(self, request: Request) -> Response:
         """Say whether requests can be served."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ async def generate_choices(
             async for event in events:
                 yield 0, event
         return
+    counted = replace(requests[0], num_choices=len(requests))
+    requests = [counted, *(replace(request, num_choices=0) for request in requests[1:])]
     # One place per choice: a reader that lags holds every choice back, and the core's buffers fill instead.
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(maxsize=len(requests))
     tasks = [

@@ -1,0 +1,112 @@
+"""Follows the adapter store's name table, over every loss of connection."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+import grpc
+from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc
+
+from loraplex_common.log import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+FIRST_BACKOFF_S: Final = 0.2
+MAX_BACKOFF_S: Final = 5.0
+
+_log = get_logger()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterEntry:
+    """The truth about one adapter name.
+
+    Attributes:
+        labels: Label to digest.
+        base_fingerprints: Digest of each known revision to the fingerprint of its base model.
+        allowed_tenants: Who may use it; empty means everybody.
+        is_deleted: True once the name is no longer served.
+    """
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    base_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    allowed_tenants: frozenset[str] = frozenset()
+    is_deleted: bool = False
+
+    def allows(self, tenant: str) -> bool:
+        """Whether a tenant may use the adapter."""
+        return not self.allowed_tenants or tenant in self.allowed_tenants
+
+
+class AliasTable(Protocol):
+    """What is kept equal to the store's table."""
+
+    def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
+        """Forget everything and take a whole table."""
+
+    def update(self, entries: Iterable[AdapterEntry]) -> None:
+        """Take new truth about some names."""
+
+
+class AliasFeed:
+    """Follows `AdapterStoreService.WatchAliases`.
+
+    Every connection starts with the whole table: it is small, and no lost event can outlive a reconnect.
+
+    Args:
+        channel: To the adapter store.
+        tables: What is kept up to date; they stay as they are while the store is away.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, tables: Sequence[AliasTable]) -> None:
+        self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
+        self._tables = tables
+        self._backoff_s = FIRST_BACKOFF_S
+        self._is_away = False
+
+    async def run(self) -> None:
+        """Follow the store for ever."""
+        while True:
+            try:
+                await self._follow()
+            except grpc.aio.AioRpcError as error:
+                say = _log.debug if self._is_away else _log.warning
+                say("lost the adapter store; names stay as last known", cause=error.details())
+                self._is_away = True
+            await asyncio.sleep(self._backoff_s * random.uniform(0.5, 1.0))
+            self._backoff_s = min(self._backoff_s * 2, MAX_BACKOFF_S)
+
+    async def _follow(self) -> None:
+        staged: list[AdapterEntry] | None = None
+        request = adapter_store_pb2.WatchAliasesRequest(start_sequence=0)
+        async for response in self._stub.WatchAliases(request, wait_for_ready=True):
+            self._backoff_s, self._is_away = FIRST_BACKOFF_S, False
+            entries = [_entry(entry) for entry in response.entries]
+            if response.snapshot_start:
+                staged = []
+            if staged is None:
+                for table in self._tables:
+                    table.update(entries)
+                continue
+            staged += entries
+            if response.snapshot_end:
+                for table in self._tables:
+                    table.replace_all(staged)
+                _log.info("received the name table", num_adapters=len(staged), sequence=response.sequence)
+                staged = None
+
+
+def _entry(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:
+    return AdapterEntry(
+        name=entry.name,
+        labels={alias.label: alias.revision for alias in entry.aliases},
+        base_fingerprints={revision.revision: revision.base_fingerprint for revision in entry.revisions},
+        allowed_tenants=frozenset(entry.allowed_tenants),
+        is_deleted=entry.deleted,
+    )

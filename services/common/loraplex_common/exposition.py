@@ -1,0 +1,183 @@
+"""What a scrape gets: the same names, labels and secrets in every service, whoever asks and in whatever format.
+
+prometheus_client writes the colon of ``vllm:`` as an underscore when OpenMetrics is asked for, which is what Prometheus
+asks for: here names are never rewritten. They are all legal in every format, so no escaping scheme applies to them.
+"""
+
+from __future__ import annotations
+
+import hmac
+import importlib.metadata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Gauge,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    exposition,
+)
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+
+from loraplex_common.auth import SCHEME, Authenticator
+from loraplex_common.errors import UnauthenticatedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from prometheus_client.core import Metric
+    from prometheus_client.samples import Sample
+
+VLLM_PREFIX: Final = "vllm:"
+OTHER: Final = "other"
+"""Stands for the values of a label that are too many, or not for everybody."""
+OPENMETRICS_TYPE: Final = "application/openmetrics-text"
+LISTS: Final = frozenset({"running_lora_adapters", "waiting_lora_adapters"})
+"""Labels whose value is a comma list."""
+_MARK: Final = "\ue000"  # a private-use character: in no adapter's name
+
+# A series more for each counter and histogram, which nobody here reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+def private(value: str) -> str:
+    """Return a label value that only scrapes with a credential show; the others count it as `OTHER`."""
+    return _MARK + value
+
+
+def new_registry(service: str) -> CollectorRegistry:
+    """Return a registry with what every service says of itself: ``process_*``, ``python_info``, ``loraplex_build_info``."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    info = Gauge("loraplex_build_info", "The software that runs; always 1.", ["service", "version"], registry=registry)
+    info.labels(service, importlib.metadata.version("loraplex")).set(1)
+    return registry
+
+
+class Audience:
+    """Decides who sees tenants and the names of restricted adapters.
+
+    Args:
+        key: Credential for scrapers; None if there is none.
+        authenticator: API keys of the service; administrators' are good for metrics, too.
+    """
+
+    def __init__(self, key: str | None = None, authenticator: Authenticator | None = None) -> None:
+        self._key = key
+        self._authenticator = authenticator or Authenticator()
+
+    def sees_private(self, authorization: str | None) -> bool:
+        """Return whether a scrape with this ``Authorization`` header is shown everything.
+
+        Raises:
+            UnauthenticatedError: If credentials are configured and it brings a wrong one.
+        """
+        if authorization is None:
+            return False
+        if self._key is not None and _is_bearer_of(self._key, authorization):
+            return True
+        if not self._authenticator.is_open:
+            return self._authenticator.authenticate(authorization).is_admin
+        if self._key is not None:
+            raise UnauthenticatedError("authorization must be 'Bearer KEY' with the metrics key, or be left out")
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One answer to a scrape."""
+
+    body: bytes
+    content_type: str
+
+
+class Exposition:
+    """Renders a registry.
+
+    Args:
+        registry: What is shown.
+        audience: Who is shown what is private; nobody by default.
+        vllm_labels: Added to every sample whose name begins with ``vllm:``, where it lacks them.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        audience: Audience | None = None,
+        vllm_labels: Mapping[str, str] | None = None,
+    ) -> None:
+        self._registry = registry
+        self._audience = audience or Audience()
+        self._vllm_labels = dict(vllm_labels or {})
+
+    def render(self, *, accept: str = "", authorization: str | None = None) -> Page:
+        """Return the page for these request headers.
+
+        Raises:
+            UnauthenticatedError: If credentials are configured and the request brings a wrong one.
+        """
+        view = _View(self._registry, self._vllm_labels, is_open=self._audience.sees_private(authorization))
+        if _prefers_openmetrics(accept):
+            body: bytes = openmetrics.generate_latest(view, openmetrics.ALLOWUTF8)  # type: ignore[no-untyped-call]
+            return Page(body, openmetrics.CONTENT_TYPE_LATEST)
+        return Page(exposition.generate_latest(view, openmetrics.ALLOWUTF8), exposition.CONTENT_TYPE_PLAIN_0_0_4)
+
+
+class _View(Collector):
+    """A registry as one scrape sees it."""
+
+    def __init__(self, registry: CollectorRegistry, vllm_labels: Mapping[str, str], *, is_open: bool) -> None:
+        self._registry = registry
+        self._vllm_labels = vllm_labels
+        self._is_open = is_open
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = list(self._samples(metric))
+            yield metric
+
+    def _samples(self, metric: Metric) -> Iterable[Sample]:
+        added = self._vllm_labels if metric.name.startswith(VLLM_PREFIX) else {}
+        if not added and not any(_MARK in value for sample in metric.samples for value in sample.labels.values()):
+            return metric.samples
+        merged: dict[tuple[str, tuple[tuple[str, str], ...]], Sample] = {}
+        for sample in metric.samples:
+            labels = {**added, **{name: self._value(name, value) for name, value in sample.labels.items()}}
+            key = (sample.name, tuple(labels.items()))
+            before = merged.get(key)
+            value = sample.value if before is None else before.value + sample.value
+            merged[key] = sample._replace(labels=labels, value=value)
+        return merged.values()
+
+    def _value(self, name: str, value: str) -> str:
+        if _MARK not in value:
+            return value
+        if self._is_open:
+            return value.replace(_MARK, "")
+        if name in LISTS:
+            return ",".join(part for part in value.split(",") if _MARK not in part)
+        return OTHER
+
+
+def _prefers_openmetrics(accept: str) -> bool:
+    """Return whether an ``Accept`` header asks for OpenMetrics at least as much as for plain text (RFC 9110, 12.5.1)."""
+    weights: dict[str, float] = {}
+    for item in accept.split(","):
+        media, *parameters = (word.strip().lower() for word in item.split(";"))
+        given = [word[2:] for word in parameters if word.startswith("q=")]
+        try:
+            weight = float(given[0]) if given else 1.0
+        except ValueError:
+            weight = 0.0
+        weights[media] = max(weights.get(media, 0.0), weight)
+    return weights.get(OPENMETRICS_TYPE, 0.0) > 0 and weights[OPENMETRICS_TYPE] >= weights.get("text/plain", 0.0)
+
+
+def _is_bearer_of(key: str, authorization: str) -> bool:
+    scheme, given = authorization[: len(SCHEME)], authorization[len(SCHEME) :].strip()
+    return scheme.lower() == SCHEME and hmac.compare_digest(given.encode(), key.encode())
