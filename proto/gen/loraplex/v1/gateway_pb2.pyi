@@ -241,7 +241,7 @@ class SamplingParams(_message.Message):
     top_k: _builtins.int
     """Keep the k most likely tokens; 0 or -1 keeps all. Default 0."""
     top_p: _builtins.float
-    """Keep the smallest set whose probability reaches p, in (0, 1]. Default 1."""
+    """Keep the smallest set whose probability reaches p, in [0, 1]; 0 leaves the likeliest token alone. Default 1."""
     min_p: _builtins.float
     """Keep tokens at least min_p times as likely as the likeliest, in [0, 1]. Default 0."""
     seed: _builtins.int
@@ -326,7 +326,7 @@ class StoppingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
-    """Most tokens to generate. Default: what is left of max_model_len."""
+    """Most tokens to generate; with the prompt at most max_model_len. Default: what is left of max_model_len."""
     min_new_tokens: _builtins.int
     """End-of-text and stop token ids cannot be drawn, and stop strings are not looked for, before this many tokens. Default 0."""
     ignore_eos: _builtins.bool
@@ -459,7 +459,9 @@ Global___Resume: _TypeAlias = Resume  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
-    """GenerateRequest asks for the continuation of one prompt. The tenant comes from credentials, never from a field."""
+    """GenerateRequest asks for the continuation of one prompt. The tenant comes from credentials, never from a field. As in
+    all requests to this service, a field that the server does not know is refused by its number rather than ignored.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -482,7 +484,9 @@ class GenerateRequest(_message.Message):
     RESUME_FIELD_NUMBER: _builtins.int
     ADAPTER_SCALE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """UUID4 chosen by the client; the gateway draws one if empty."""
+    """UUID4 chosen by the client; the gateway draws one if empty. A second request of this id is refused while the first
+    runs. Tracing has the metadata `x-request-id` (logged, sent back as a trailer, not unique) and `traceparent`.
+    """
     model: _builtins.str
     """Base model; may be empty where the gateway fronts exactly one."""
     adapter: _builtins.str
