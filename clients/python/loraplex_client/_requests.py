@@ -46,7 +46,7 @@ class GenerateOptions(PromptOptions, total=False):
         include_stop: Whether the matched stop string stays in the text.
         temperature: 0 is greedy.
         top_k: Keep the k likeliest tokens; 0 keeps all.
-        top_p: Keep the smallest set whose probability reaches p.
+        top_p: Keep the smallest set whose probability reaches p; 0 leaves the likeliest token alone.
         min_p: Keep tokens at least this many times as likely as the likeliest.
         seed: Same seed, same prompt, same revision: same output.
         repetition_penalty: Divides logits of tokens seen in prompt or output.
