@@ -96,6 +96,16 @@ async def one_answer(rig: Rig, method: str, data: bytes) -> None:
     await (raw.read() if method == "Generate" else raw)
 
 
+async def test_tokenize_does_not_drop_an_option_for_text_in_silence(valkey_url: str) -> None:
+    chat = gateway_pb2.ChatMessages(messages=[gateway_pb2.ChatMessage(role="user", content="hi")])
+    async with running_gateway(valkey_url) as rig:
+        plain = await rig.stub.Tokenize(gateway_pb2.TokenizeRequest(messages=chat, add_special_tokens=False))
+        with pytest.raises(grpc.aio.AioRpcError, match="goes with text only"):
+            await rig.stub.Tokenize(gateway_pb2.TokenizeRequest(messages=chat, add_special_tokens=True))
+
+        assert plain.token_ids
+
+
 async def test_several_bad_parameters_are_named_at_once(valkey_url: str) -> None:
     request = text_request("", sampling=gateway_pb2.SamplingParams(temperature=-1, top_p=3))
     async with running_gateway(valkey_url) as rig:

@@ -99,6 +99,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> gateway_pb2.TokenizeResponse:
         """Return the token ids that Generate would use."""
         add = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        if request.add_special_tokens and request.HasField("messages"):
+            raise InvalidParameterError(
+                "add_special_tokens goes with text only: the chat template writes the special tokens of messages",
+                field="add_special_tokens",
+            )
         encoded = await self._encode(request.model, wire.prompt(request, add_special_tokens=add))
         return gateway_pb2.TokenizeResponse(token_ids=encoded.ids, rendered=encoded.rendered)
 
