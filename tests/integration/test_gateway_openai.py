@@ -56,6 +56,19 @@ async def test_a_completion_streams_and_adds_up_to_the_whole_one(valkey_url: str
         rig.check_idle()
 
 
+async def test_token_counts_so_far_come_with_every_chunk_if_asked_for(valkey_url: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        stream = await client.chat.completions.create(
+            model="tiny", messages=USER, max_tokens=12, stream=True, stream_options=options
+        )
+        counts = [chunk.usage.completion_tokens async for chunk in stream]
+
+        assert counts[0] == 0
+        assert counts == sorted(counts)
+        assert counts[-2:] == [12, 12]
+
+
 async def test_a_chat_completion_with_an_adapter(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig, client_of(rig) as client:
         whole = await client.chat.completions.create(model="poet", messages=USER, max_tokens=6)

@@ -212,6 +212,8 @@ def _names(request: GenerationRequest) -> Iterator[Violation]:
     for field, value in (("adapter", request.adapter), ("model", request.model)):
         if len(value) > MAX_NAME_CHARS:
             yield field, f"{field} has {len(value)} characters; no name has more than {MAX_NAME_CHARS}"
+    if not request.adapter and request.adapter_scale not in (None, 1):
+        yield "adapter_scale", "adapter_scale has nothing to scale: the request names no adapter"
     for field, value in (("cache_salt", request.cache_salt), ("affinity_key", request.affinity_key)):
         if len(value) > MAX_KEY_BYTES:
             yield field, f"{field} has {len(value)} characters; at most {MAX_KEY_BYTES} are allowed"

@@ -24,6 +24,7 @@ def test_the_choices_of_one_prompt_share_its_tokens_and_cached_tokens() -> None:
         is_chat=False,
         is_stream=False,
         include_usage=False,
+        has_running_usage=False,
         logprobs=None,
         return_token_ids=False,
     )

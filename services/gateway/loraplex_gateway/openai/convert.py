@@ -11,7 +11,7 @@ from loraplex_common.ids import new_request_id
 
 from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.errors import BodyNames
-from loraplex_gateway.openai.schema import ChatBody
+from loraplex_gateway.openai.schema import ChatBody, StreamOptions
 from loraplex_gateway.types import (
     ChatMessage,
     ChatPrompt,
@@ -44,6 +44,8 @@ class Plan:
         requests: One per choice, in the order of the choices' indices.
         model: Name as the client wrote it, repeated in the answer.
         names: What errors call the body's fields.
+        include_usage: Whether a stream ends in a chunk with the token counts of all choices.
+        has_running_usage: Whether its other chunks carry their choice's counts so far.
         logprobs: Number of alternatives to show per position; None shows none.
     """
 
@@ -53,6 +55,7 @@ class Plan:
     is_chat: bool
     is_stream: bool
     include_usage: bool
+    has_running_usage: bool
     logprobs: int | None
     return_token_ids: bool
 
@@ -163,6 +166,7 @@ def _plan(body: CommonBody, requests: list[GenerationRequest], *, names: BodyNam
         raise InvalidParameterError(
             f"n is {n} for {len(requests)} prompts; n x prompts must be 1 to {MAX_CHOICES}", field="n"
         )
+    options = body.stream_options or StreamOptions()
     choices = [_choice(request, prompt * n + i, i) for prompt, request in enumerate(requests) for i in range(n)]
     return Plan(
         requests=tuple(choices),
@@ -170,7 +174,8 @@ def _plan(body: CommonBody, requests: list[GenerationRequest], *, names: BodyNam
         names=names,
         is_chat=isinstance(body, ChatBody),
         is_stream=body.stream,
-        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        include_usage=options.include_usage,
+        has_running_usage=options.include_usage and options.continuous_usage_stats,
         logprobs=logprobs,
         return_token_ids=body.return_token_ids,
     )

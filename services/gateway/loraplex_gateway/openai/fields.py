@@ -81,7 +81,7 @@ NOT_OURS: Final = "it belongs to another server's internals; leave it out"
 STREAM_OPTIONS: Final = _table(
     "stream_options",
     _served("include_usage", "a last chunk with the token counts"),
-    *_refused("continuous_usage_stats", "token counts come once, in the last chunk", False),
+    _served("continuous_usage_stats", "vLLM's, with include_usage: the choice's token counts so far in every chunk"),
     *_refused("include_obfuscation", "chunks are not padded against eavesdroppers; use TLS", False),
 )
 

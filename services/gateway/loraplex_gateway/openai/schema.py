@@ -14,6 +14,7 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Options of a streamed response."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class CommonBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
