@@ -39,13 +39,14 @@ BAD_REQUESTS: list[tuple[gateway_pb2.GenerateRequest, str, str]] = [
     (text_request(""), "text", "empty"),
     (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds()), "token_ids", "empty"),
     (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=[10**6])), "token_ids", "0 to 383"),
-    (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=[5] * 700)), "prompt", "too long: 700 tokens"),
+    (gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=[5] * 700)), "prompt", "700 input tokens"),
     (gateway_pb2.GenerateRequest(messages=gateway_pb2.ChatMessages()), "messages", "empty"),
     (text_request(sampling=gateway_pb2.SamplingParams(temperature=-3)), "sampling.temperature", "-3"),
     (text_request(sampling=gateway_pb2.SamplingParams(top_p=float("nan"))), "sampling.top_p", "nan"),
     (text_request(sampling=gateway_pb2.SamplingParams(top_k=-7)), "sampling.top_k", "-7"),
     (text_request(sampling=gateway_pb2.SamplingParams(logit_bias={1: 1e9})), "sampling.logit_bias", "100"),
     (text_request(stopping=gateway_pb2.StoppingParams(max_new_tokens=0)), "stopping.max_new_tokens", "0"),
+    (text_request(stopping=gateway_pb2.StoppingParams(max_new_tokens=600)), "stopping.max_new_tokens", "at most 50"),
     (text_request(stopping=gateway_pb2.StoppingParams(stop_strings=["x"] * 17)), "stopping.stop_strings", "16"),
     (text_request(request_id="no spaces"), "request_id", "UUID4"),
     (text_request(queue_timeout=duration_pb2.Duration(seconds=-1)), "queue_timeout", "-1"),
@@ -63,6 +64,46 @@ async def test_a_bad_parameter_is_named(valkey_url: str) -> None:
             assert words in error.message
         assert rig.engine.submits == []
         rig.check_idle()
+
+
+def varint_field(number: int) -> bytes:
+    """Return an encoded field of the value 1."""
+    key = number << 3
+    return bytes([key & 0x7F | 0x80, key >> 7, 1])
+
+
+async def test_a_field_of_a_newer_client_is_refused_by_its_number(valkey_url: str) -> None:
+    plain = text_request().SerializeToString()
+    inside = gateway_pb2.SamplingParams.FromString(varint_field(19))
+    async with running_gateway(valkey_url) as rig:
+        for data, field, method in (
+            (plain + varint_field(126), "126", "Generate"),
+            (text_request(sampling=inside).SerializeToString(), "sampling.19", "Generate"),
+            (gateway_pb2.TokenizeRequest(text="x").SerializeToString() + varint_field(99), "99", "Tokenize"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await one_answer(rig, method, data)
+            error = error_from_rpc(caught.value)
+            assert isinstance(error, InvalidParameterError)
+            assert error.field == field
+            assert "newer version" in error.message
+        assert rig.engine.submits == []
+
+
+async def one_answer(rig: Rig, method: str, data: bytes) -> None:
+    call: Any = rig.channel.unary_stream if method == "Generate" else rig.channel.unary_unary
+    raw = call(f"/loraplex.v1.GatewayService/{method}")(data)
+    await (raw.read() if method == "Generate" else raw)
+
+
+async def test_tokenize_does_not_drop_an_option_for_text_in_silence(valkey_url: str) -> None:
+    chat = gateway_pb2.ChatMessages(messages=[gateway_pb2.ChatMessage(role="user", content="hi")])
+    async with running_gateway(valkey_url) as rig:
+        plain = await rig.stub.Tokenize(gateway_pb2.TokenizeRequest(messages=chat, add_special_tokens=False))
+        with pytest.raises(grpc.aio.AioRpcError, match="goes with text only"):
+            await rig.stub.Tokenize(gateway_pb2.TokenizeRequest(messages=chat, add_special_tokens=True))
+
+        assert plain.token_ids
 
 
 async def test_several_bad_parameters_are_named_at_once(valkey_url: str) -> None:

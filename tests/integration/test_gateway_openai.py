@@ -56,6 +56,19 @@ async def test_a_completion_streams_and_adds_up_to_the_whole_one(valkey_url: str
         rig.check_idle()
 
 
+async def test_token_counts_so_far_come_with_every_chunk_if_asked_for(valkey_url: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        stream = await client.chat.completions.create(
+            model="tiny", messages=USER, max_tokens=12, stream=True, stream_options=options
+        )
+        counts = [chunk.usage.completion_tokens async for chunk in stream]
+
+        assert counts[0] == 0
+        assert counts == sorted(counts)
+        assert counts[-2:] == [12, 12]
+
+
 async def test_a_chat_completion_with_an_adapter(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig, client_of(rig) as client:
         whole = await client.chat.completions.create(model="poet", messages=USER, max_tokens=6)
@@ -79,18 +92,25 @@ async def test_priority_by_name_or_by_vllms_numbers(valkey_url: str, given: obje
         assert (submit.priority, submit.load_policy) == (meant, gateway_pb2.LOAD_POLICY_FAIL_FAST)
 
 
-async def test_choices_of_a_request_with_the_longest_id_have_ids_of_their_own(valkey_url: str) -> None:
+async def test_choices_have_ids_of_their_own_however_long_the_clients_is(valkey_url: str) -> None:
+    ids = [f"{'i' * 124}-{n:03}" for n in range(2)]
     async with running_gateway(valkey_url) as rig, client_of(rig) as client:
-        answer = await client.completions.create(
-            model="tiny", prompt="x", n=2, max_tokens=1, extra_headers={"x-request-id": "i" * 128}
-        )
+        rig.engine.hold_at = 1
+        call = {"model": "tiny", "prompt": "x", "n": 2, "max_tokens": 2}
+        calls = [
+            asyncio.create_task(client.completions.create(**call, extra_body={"request_id": request_id}))
+            for request_id in ids
+        ]
+        await rig.engine.wait_for(lambda: len(rig.engine.submits) == 4)
+        rig.engine.release()
+        answers = await asyncio.gather(*calls)
 
-        assert len(answer.choices) == 2
-        assert {len(submit.request_id) for submit in rig.engine.submits} == {128, 126}
+        assert [answer.id for answer in answers] == [f"cmpl-{request_id}" for request_id in ids]
+        assert len({submit.request_id for submit in rig.engine.submits}) == 4
 
 
-@pytest.mark.parametrize("request_id", ["\u00e9", "a\r\nx: y", "x" * 129])
-async def test_a_request_id_that_cannot_be_a_header_is_refused(valkey_url: str, request_id: str) -> None:
+@pytest.mark.parametrize("request_id", ["\u00e9", "a\r\nx: y", "x" * 129, ""])
+async def test_a_request_id_that_cannot_be_part_of_an_id_is_refused(valkey_url: str, request_id: str) -> None:
     async with running_gateway(valkey_url) as rig, client_of(rig) as client:
         with pytest.raises(openai.BadRequestError, match="request_id must be at most"):
             await client.completions.create(model="tiny", prompt="x", extra_body={"request_id": request_id})
@@ -180,16 +200,19 @@ async def test_stop_strings_end_the_text(valkey_url: str) -> None:
 
 BAD_COMPLETIONS: list[tuple[dict[str, Any], type[openai.APIStatusError], str | None]] = [
     ({"model": "nobody"}, openai.NotFoundError, None),
-    ({"model": "stranger"}, openai.ConflictError, None),
+    ({"model": "stranger"}, openai.UnprocessableEntityError, None),
+    ({"model": ""}, openai.BadRequestError, "model"),
+    ({"model": "no name"}, openai.BadRequestError, "model"),
     ({"model": "secret"}, openai.PermissionDeniedError, None),
     ({"echo": True}, openai.BadRequestError, "echo"),
     ({"suffix": "x"}, openai.BadRequestError, "suffix"),
     ({"best_of": 3}, openai.BadRequestError, "best_of"),
     ({"n": 0}, openai.BadRequestError, "n"),
-    ({"temperature": -1}, openai.BadRequestError, "sampling.temperature"),
-    ({"prompt": ""}, openai.BadRequestError, "text"),
-    ({"prompt": [10**6]}, openai.BadRequestError, "token_ids"),
-    ({"prompt": [["a"]]}, openai.BadRequestError, "prompt"),
+    ({"temperature": -1}, openai.BadRequestError, "temperature"),
+    ({"prompt": ""}, openai.BadRequestError, "prompt"),
+    ({"prompt": [10**6]}, openai.BadRequestError, "prompt"),
+    ({"prompt": [True]}, openai.BadRequestError, "prompt[0]"),
+    ({"prompt": [["a"]]}, openai.BadRequestError, "prompt[0]"),
     ({"max_tokens": "many"}, openai.BadRequestError, "max_tokens"),
     ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias"),
 ]

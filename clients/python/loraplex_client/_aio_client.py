@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Unpack
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
 import grpc
 from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
@@ -18,7 +18,7 @@ from loraplex_client.events import Completion, Event, Finished
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loraplex_client._requests import GenerateOptions, PromptOptions
+    from loraplex_client._requests import ChatMessage, GenerateOptions
     from loraplex_client.resources import Model
 
 
@@ -143,10 +143,39 @@ class AsyncClient:
             )
 
     async def tokenize(
-        self, *, add_special_tokens: bool | None = None, **prompt: Unpack[PromptOptions]
+        self,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[ChatMessage] | None = None,
+        model: str | None = None,
+        add_special_tokens: bool | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
-        """Return the token ids of ``prompt`` or ``messages``, as `generate` would use them."""
-        request = _requests.tokenize_request(prompt, add_special_tokens)
+        """Return the token ids of ``prompt`` or ``messages``, as `generate` would use them.
+
+        Args:
+            prompt: Text.
+            messages: A conversation, rendered through the model's chat template.
+            model: Base model; may be left out where the gateway fronts exactly one.
+            add_special_tokens: Whether text gets special tokens (BOS). Default true.
+            add_generation_prompt: Whether the chat template opens the assistant's turn. Default true.
+            continue_final_message: Whether the last assistant turn is continued, not closed.
+            chat_template_kwargs: Further variables of the chat template, JSON values.
+
+        Raises:
+            InvalidParameterError: If there is not exactly one of prompt and messages.
+        """
+        request = _requests.tokenize_request(
+            prompt=prompt,
+            messages=messages,
+            model=model,
+            add_special_tokens=add_special_tokens,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         with translated(self._target):
             return tuple((await self._stub.Tokenize(request, metadata=self._metadata)).token_ids)
 

@@ -49,7 +49,7 @@ class GenerateOptions(PromptOptions, total=False):
         include_stop: Whether the matched stop string stays in the text.
         temperature: 0 is greedy.
         top_k: Keep the k likeliest tokens; 0 keeps all.
-        top_p: Keep the smallest set whose probability reaches p.
+        top_p: Keep the smallest set whose probability reaches p; 0 leaves the likeliest token alone.
         min_p: Keep tokens at least this many times as likely as the likeliest.
         seed: Same seed, same prompt, same revision: same output.
         repetition_penalty: Divides logits of tokens seen in prompt or output.
@@ -134,6 +134,9 @@ def generate_request(options: GenerateOptions) -> gateway_pb2.GenerateRequest:
         InvalidParameterError: If there is not exactly one prompt, or a value does not fit its field.
         TypeError: If an option does not exist.
     """
+    unknown = [name for name in options if name not in GenerateOptions.__annotations__]
+    if unknown:  # whatever its value: what is misspelt must not look as if it were set
+        raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     given.pop("timeout", None)
     request = gateway_pb2.GenerateRequest(request_id=given.pop("request_id", "") or str(uuid.uuid4()))
@@ -141,51 +144,74 @@ def generate_request(options: GenerateOptions) -> gateway_pb2.GenerateRequest:
     for name, value in given.items():
         try:
             _set_option(request, name, value)
-        except (ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, TypeError, AttributeError) as error:
             raise InvalidParameterError(f"{name}={value!r}: {error}", field=name) from error
     return request
 
 
-def tokenize_request(options: PromptOptions, add_special_tokens: bool | None) -> gateway_pb2.TokenizeRequest:
-    """Build a TokenizeRequest from ``prompt`` or ``messages``."""
-    request = gateway_pb2.TokenizeRequest(model=options.get("model") or "", add_special_tokens=add_special_tokens)
-    text, messages = options.get("prompt"), options.get("messages")
-    if (text is None) == (messages is None):
-        raise InvalidParameterError("give exactly one of prompt and messages", field="prompt")
-    variables = options.get("chat_template_kwargs")
-    if variables is not None and messages is None:
-        raise InvalidParameterError("chat_template_kwargs goes with messages only", field="chat_template_kwargs")
-    if text is not None:
-        request.text = text
-    else:
-        request.messages.CopyFrom(_chat_messages(messages or (), chat_template_kwargs=variables))
+def tokenize_request(
+    *,
+    prompt: str | None,
+    messages: Sequence[ChatMessage] | None,
+    model: str | None,
+    add_special_tokens: bool | None,
+    add_generation_prompt: bool | None,
+    continue_final_message: bool | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> gateway_pb2.TokenizeRequest:
+    """Build a TokenizeRequest from a prompt or messages; None leaves an option to the server.
+
+    Raises:
+        InvalidParameterError: If there is not exactly one prompt, or an option goes with the other kind.
+    """
+    request = gateway_pb2.TokenizeRequest(model=model or "", add_special_tokens=add_special_tokens)
+    options: dict[str, Any] = {
+        "prompt": prompt,
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
+    _set_prompt(request, {name: value for name, value in options.items() if value is not None})
     return request
 
 
-def _set_prompt(request: gateway_pb2.GenerateRequest, given: dict[str, Any]) -> None:
+def _set_prompt(request: gateway_pb2.GenerateRequest | gateway_pb2.TokenizeRequest, given: dict[str, Any]) -> None:
     prompts = {name: given.pop(name) for name in _PROMPTS if name in given}
     flags = {name: given.pop(name) for name in _CHAT_FLAGS if name in given}
     if len(prompts) != 1:
-        raise InvalidParameterError(f"give exactly one of {', '.join(_PROMPTS)}", field="prompt")
+        kinds = _PROMPTS if isinstance(request, gateway_pb2.GenerateRequest) else ("prompt", "messages")
+        raise InvalidParameterError(f"give exactly one of {', '.join(kinds)}", field="prompt")
     ((name, value),) = prompts.items()
     if flags and name != "messages":
         raise InvalidParameterError(f"{', '.join(flags)} goes with messages only", field=next(iter(flags)))
     try:
         if name == "prompt":
             request.text = value
-        elif name == "prompt_token_ids":
+        elif isinstance(request, gateway_pb2.GenerateRequest) and name == "prompt_token_ids":
             request.token_ids.ids.extend(value)
             request.token_ids.SetInParent()  # an empty list is still a prompt, for the gateway to refuse
         else:
             request.messages.CopyFrom(_chat_messages(value, **flags))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InvalidParameterError(f"{name}: {error}", field=name) from error
 
 
 def _chat_messages(
     messages: Iterable[ChatMessage], *, chat_template_kwargs: Mapping[str, Any] | None = None, **flags: bool
 ) -> gateway_pb2.ChatMessages:
-    turns = [gateway_pb2.ChatMessage(**message) for message in messages]
+    """Return the conversation.
+
+    Raises:
+        InvalidParameterError: If a variable is no JSON value.
+        ValueError: If a message has a key that is not served, or no content.
+        TypeError: If a message is no mapping, or a value no string.
+    """
+    turns = []
+    for n, message in enumerate(messages):
+        if message.get("content") is None:
+            raise ValueError(f"message {n} has no content")
+        turns.append(gateway_pb2.ChatMessage(**message))
     chat = gateway_pb2.ChatMessages(messages=turns, **flags)  # type: ignore[arg-type]
     for name, value in (chat_template_kwargs or {}).items():
         try:
@@ -207,10 +233,9 @@ def _set_option(request: gateway_pb2.GenerateRequest, name: str, value: Any) -> 
         getattr(request, _DURATIONS[name]).CopyFrom(duration(value))
     elif name in _ENUMS:
         setattr(request, name, _ENUMS[name](value))
-    elif name == "logit_bias":
-        request.sampling.logit_bias.update(value)
     else:
-        raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
+        assert name == "logit_bias", name  # all others of GenerateOptions have been named above
+        request.sampling.logit_bias.update(value)
 
 
 def duration(seconds: float) -> Duration:

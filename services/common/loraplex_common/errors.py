@@ -39,12 +39,15 @@ class LoraplexError(Exception):
     Attributes:
         code: gRPC status code.
         reason: Stable upper-case identifier.
-        http_status: Status on the OpenAI-compatible port.
+        http_status: Status on the OpenAI-compatible port. OpenAI's clients send a request again for 408, 409, 429 and
+            from 500 on, so a final refusal has another.
+        is_retryable: Whether the same request may succeed later or elsewhere.
     """
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
     reason: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
+    is_retryable: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -71,6 +74,12 @@ class InvalidParameterError(LoraplexError):
     code, reason, http_status = grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PARAMETER", 400
 
 
+class ContextLengthError(InvalidParameterError):
+    """Prompt and output are longer than the model's longest sequence; the message has the arithmetic."""
+
+    reason = "CONTEXT_LENGTH_EXCEEDED"
+
+
 class AdapterNotFoundError(LoraplexError):
     """Unknown adapter, revision or alias. Also unknown base model."""
 
@@ -86,19 +95,19 @@ class ModelNotFoundError(LoraplexError):
 class AdapterLoadingError(LoraplexError):
     """FAIL_FAST and the adapter is on its way."""
 
-    code, reason, http_status = grpc.StatusCode.UNAVAILABLE, "ADAPTER_LOADING", 503
+    code, reason, http_status, is_retryable = grpc.StatusCode.UNAVAILABLE, "ADAPTER_LOADING", 503, True
 
 
 class AdapterIncompatibleError(LoraplexError):
     """Rank, module, shape or base model do not fit; the message names the tensor or setting."""
 
-    code, reason, http_status = grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_INCOMPATIBLE", 409
+    code, reason, http_status = grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_INCOMPATIBLE", 422
 
 
 class AdapterInUseError(LoraplexError):
     """Refused while running requests lease the adapter; `force` overrides."""
 
-    code, reason, http_status = grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_IN_USE", 409
+    code, reason, http_status, is_retryable = grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_IN_USE", 409, True
 
 
 class AdapterCorruptUploadError(LoraplexError):
@@ -128,61 +137,61 @@ class AdapterForbiddenError(LoraplexError):
 class ConflictError(LoraplexError):
     """Stale etag, generation or expected revision: read again."""
 
-    code, reason, http_status = grpc.StatusCode.ABORTED, "CONFLICT", 409
+    code, reason, http_status, is_retryable = grpc.StatusCode.ABORTED, "CONFLICT", 409, True
 
 
 class AlreadyExistsError(LoraplexError):
     """The name is taken."""
 
-    code, reason, http_status = grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS", 409
+    code, reason, http_status = grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS", 400
 
 
 class RequestRunningError(LoraplexError):
     """A request with this id is still running."""
 
-    code, reason, http_status = grpc.StatusCode.ALREADY_EXISTS, "REQUEST_RUNNING", 409
+    code, reason, http_status, is_retryable = grpc.StatusCode.ALREADY_EXISTS, "REQUEST_RUNNING", 409, True
 
 
 class TenantQuotaError(LoraplexError):
     """The tenant has used up its quota."""
 
-    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "TENANT_QUOTA", 429
+    code, reason, http_status, is_retryable = grpc.StatusCode.RESOURCE_EXHAUSTED, "TENANT_QUOTA", 429, True
 
 
 class SaturatedError(LoraplexError):
     """Queues are full."""
 
-    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "SATURATED", 429
+    code, reason, http_status, is_retryable = grpc.StatusCode.RESOURCE_EXHAUSTED, "SATURATED", 429, True
 
 
 class QueueTimeoutError(LoraplexError):
     """queue_timeout passed before the request got a place in a batch."""
 
-    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_TTL", 429
+    code, reason, http_status, is_retryable = grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_TTL", 429, True
 
 
 class SloUnreachableError(LoraplexError):
     """Ended early because it could not have met its objective."""
 
-    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "SLO_UNREACHABLE", 429
+    code, reason, http_status, is_retryable = grpc.StatusCode.RESOURCE_EXHAUSTED, "SLO_UNREACHABLE", 429, True
 
 
 class NoEngineError(LoraplexError):
     """No engine is ready."""
 
-    code, reason, http_status = grpc.StatusCode.UNAVAILABLE, "NO_ENGINE", 503
+    code, reason, http_status, is_retryable = grpc.StatusCode.UNAVAILABLE, "NO_ENGINE", 503, True
 
 
 class DrainingError(LoraplexError):
     """This server is shutting down; try another."""
 
-    code, reason, http_status = grpc.StatusCode.UNAVAILABLE, "DRAINING", 503
+    code, reason, http_status, is_retryable = grpc.StatusCode.UNAVAILABLE, "DRAINING", 503, True
 
 
 class StoreUnavailableError(LoraplexError):
     """The adapter store or its Valkey cannot be reached."""
 
-    code, reason, http_status = grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE", 503
+    code, reason, http_status, is_retryable = grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE", 503, True
 
 
 class DeadlineError(LoraplexError):
@@ -194,7 +203,7 @@ class DeadlineError(LoraplexError):
 class StreamInterruptedError(LoraplexError):
     """The engine died mid-stream and the request could not be continued elsewhere."""
 
-    code, reason, http_status = grpc.StatusCode.ABORTED, "STREAM_INTERRUPTED", 500
+    code, reason, http_status, is_retryable = grpc.StatusCode.ABORTED, "STREAM_INTERRUPTED", 500, True
 
 
 class RequestLostError(LoraplexError):
@@ -206,25 +215,25 @@ class RequestLostError(LoraplexError):
 class SlowConsumerError(LoraplexError):
     """The client or gateway did not read its stream."""
 
-    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_CONSUMER", 429
+    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_CONSUMER", 499
 
 
 class RequestTooLargeError(LoraplexError):
     """The request can never fit the page pool; the message has the arithmetic."""
 
-    code, reason, http_status = grpc.StatusCode.FAILED_PRECONDITION, "REQUEST_TOO_LARGE", 409
+    code, reason, http_status = grpc.StatusCode.FAILED_PRECONDITION, "REQUEST_TOO_LARGE", 413
 
 
 class EngineOomError(LoraplexError):
     """The device ran out of memory for this request."""
 
-    code, reason, http_status = grpc.StatusCode.RESOURCE_EXHAUSTED, "ENGINE_OOM", 503
+    code, reason, http_status, is_retryable = grpc.StatusCode.RESOURCE_EXHAUSTED, "ENGINE_OOM", 503, True
 
 
 class SequenceGapError(LoraplexError):
     """The watch position is too old: list again."""
 
-    code, reason, http_status = grpc.StatusCode.OUT_OF_RANGE, "SEQUENCE_GAP", 400
+    code, reason, http_status, is_retryable = grpc.StatusCode.OUT_OF_RANGE, "SEQUENCE_GAP", 400, True
 
 
 class CancelledRequestError(LoraplexError):
@@ -236,11 +245,13 @@ class CancelledRequestError(LoraplexError):
 class NotSupportedError(LoraplexError):
     """Part of the contract that this build does not serve; the message says why."""
 
-    code, reason, http_status = grpc.StatusCode.UNIMPLEMENTED, "NOT_SUPPORTED", 501
+    code, reason, http_status = grpc.StatusCode.UNIMPLEMENTED, "NOT_SUPPORTED", 400
 
 
 class RemoteError(LoraplexError):
     """A peer's status passed on unchanged; code, reason and HTTP status are the instance's, not the class's."""
+
+    is_retryable = True  # nobody here knows: the status decides
 
     def __init__(self, message: str, *, code: grpc.StatusCode, reason: str, http_status: int, **keywords: Any) -> None:
         super().__init__(message, **keywords)

@@ -52,6 +52,8 @@ class ServerConfig:
         tls_cert: Server certificate chain, PEM; with ``tls_key`` turns TLS on.
         tls_client_ca: Certificates that clients' certificates must be signed by, PEM; turns mutual TLS on.
         max_concurrent_streams: Calls at once per connection; unlimited if unset.
+        refuses_unknown_fields: Whether requests with fields that our protos do not have are refused. For clients'
+            requests; between our own services a newer peer's field is left unread.
     """
 
     host: str = "127.0.0.1"
@@ -61,6 +63,7 @@ class ServerConfig:
     tls_client_ca: Path | None = None
     enable_reflection: bool = False
     max_concurrent_streams: int | None = None
+    refuses_unknown_fields: bool = False
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -96,7 +99,9 @@ class GrpcServer:
         options = list(_OPTIONS)
         if config.max_concurrent_streams is not None:
             options.append(("grpc.max_concurrent_streams", config.max_concurrent_streams))
-        self._calls = LoraplexInterceptor(authenticator=authenticator, metrics=metrics)
+        self._calls = LoraplexInterceptor(
+            authenticator=authenticator, metrics=metrics, refuses_unknown_fields=config.refuses_unknown_fields
+        )
         self.server = grpc.aio.server(interceptors=[self._calls], options=options)
         self.health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)

@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from loraplex_common.auth import Authenticator, Tenant, acting_as
 from loraplex_common.errors import AdapterLoadingError, DrainingError, InvalidParameterError, LoraplexError, to_status
 from loraplex_common.log import get_logger
+from loraplex_common.unknown_fields import refuse_unknown_fields
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -52,6 +53,21 @@ class _Call:
         self._method = method
         self._authorization = authorization
         self._server = server
+        self._is_strict = server.refuses_unknown_fields and not method.startswith(OPEN_SERVICES)
+
+    def checked(self, request: Any) -> Any:
+        """Return the request, or for a stream an iterator over it, refusing what cannot be read or would be dropped."""
+        if hasattr(request, "__aiter__"):
+            return self._checked_stream(request)
+        if isinstance(request, _Undecodable):
+            raise request.error()
+        if self._is_strict:
+            refuse_unknown_fields(request)
+        return request
+
+    async def _checked_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            yield self.checked(request)
 
     async def guard(self, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
         """Run a handler as its tenant; turn what it raises into a status; record the outcome."""
@@ -88,11 +104,18 @@ class _Call:
 
 
 class LoraplexInterceptor(grpc.aio.ServerInterceptor):
-    """Authenticates calls, maps exceptions to rich statuses, records metrics, knows how many calls run."""
+    """Authenticates calls, maps exceptions to rich statuses, records metrics, knows how many calls run.
 
-    def __init__(self, *, authenticator: Authenticator | None, metrics: RpcMetrics | None) -> None:
+    Attributes:
+        refuses_unknown_fields: Whether requests with fields that our protos do not have are refused.
+    """
+
+    def __init__(
+        self, *, authenticator: Authenticator | None, metrics: RpcMetrics | None, refuses_unknown_fields: bool = False
+    ) -> None:
         self._authenticator = authenticator or Authenticator()
         self.metrics = metrics
+        self.refuses_unknown_fields = refuses_unknown_fields
         self._is_refusing = False
         self._num_running = 0
         self._idle = asyncio.Event()
@@ -153,14 +176,14 @@ def _wrap(handler: Handler, call: _Call) -> Handler:
 
     async def respond_once(request: Any, context: Context) -> Any:
         async def run() -> Any:
-            return await inner(_checked(request), context)
+            return await inner(call.checked(request), context)
 
         return await call.guard(context, run)
 
     async def respond_with_stream(request: Any, context: Context) -> None:
         async def run() -> None:
             # Closed here and now, not by the garbage collector: leases and pages hang on the generator's `finally`.
-            async with aclosing(inner(_checked(request), context)) as messages:
+            async with aclosing(inner(call.checked(request), context)) as messages:
                 async for message in messages:
                     await context.write(message)
 
@@ -193,20 +216,6 @@ def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], A
             return _Undecodable(str(error) or type(error).__name__)
 
     return decode
-
-
-def _checked(request: Any) -> Any:
-    """Return the request, or for a stream an iterator over it, refusing undecodable messages."""
-    if isinstance(request, _Undecodable):
-        raise request.error()
-    return _checked_stream(request) if hasattr(request, "__aiter__") else request
-
-
-async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        if isinstance(request, _Undecodable):
-            raise request.error()
-        yield request
 
 
 def _status_name(context: Context) -> str:

@@ -90,6 +90,7 @@ class RequestRecord:
         _log.info(
             "request",
             request_id=self._request.request_id,
+            trace_id=self._request.trace_id or self._request.request_id,
             tenant=self._tenant,
             model=self.model,
             adapter=self._request.adapter,

@@ -211,6 +211,7 @@ class GatewayApp:
                 tls_key=config.tls_key,
                 tls_client_ca=config.tls_client_ca,
                 enable_reflection=config.enable_reflection,
+                refuses_unknown_fields=True,
             ),
             authenticator=self._authenticator,
             metrics=RpcMetrics(self._metrics_registry),

@@ -128,7 +128,11 @@ class NameTable:
         if entry is None:
             names = [known.name for known in self.visible_to(tenant)]
             close = difflib.get_close_matches(ref.name, names, n=3, cutoff=0.5)
-            hint = f"; did you mean {', '.join(close)}?" if close else "; ListModels shows those that there are"
+            hint = (
+                f"; did you mean {', '.join(close)}?"
+                if close
+                else "; `loraplex adapters list` shows those that there are"
+            )
             return AdapterNotFoundError(f"no adapter is named {ref.name!r}{hint}", metadata=metadata)
         if ref.revision is not None:
             return AdapterNotFoundError(f"adapter {ref.name!r} has no revision {ref.revision}", metadata=metadata)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.models import ModelCatalog
     from loraplex_gateway.names import NameTable
+    from loraplex_gateway.types import Sampling
 
 # Of the caller's deadline: so that the engine's verdict still reaches the caller in time.
 DEADLINE_MARGIN_S: Final = 0.05
@@ -69,6 +70,7 @@ class Preparer:
 
         Raises:
             InvalidParameterError: With one violation per bad field.
+            ContextLengthError: If prompt and output are longer than a sequence can be.
             AdapterNotFoundError: And the other refusals of `NameTable.resolve`.
             ModelNotFoundError: If there is no such base model.
             AdapterIncompatibleError: If the adapter is for another base model.
@@ -80,14 +82,15 @@ class Preparer:
         prompt_ids = (await model.tokenizer.encode(request.prompt)).ids
         validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
         max_model_len = self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
-        validation.check_length(len(prompt_ids), max_model_len)
+        max_new_tokens = request.stopping.max_new_tokens
+        validation.check_length(len(prompt_ids), max_new_tokens, max_model_len)
         validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
         job = self._job(request, model, adapter, prompt_ids, tenant)
         limit_s = self._max_stream_s if time_left_s is None else min(time_left_s, self._max_stream_s)
         queue_timeout_s = request.queue_timeout_s
         job = replace(
             job,
-            max_new_tokens=min(request.stopping.max_new_tokens or max_model_len, max_model_len - len(prompt_ids)),
+            max_new_tokens=max_new_tokens or max_model_len - len(prompt_ids),
             deadline=arrived_at + limit_s - DEADLINE_MARGIN_S,
             queue_deadline=None if queue_timeout_s is None else arrived_at + queue_timeout_s,
         )
@@ -116,7 +119,7 @@ class Preparer:
         prompt_ids: tuple[int, ...],
         tenant: str,
     ) -> Job:
-        sampling = model.defaults.fill(request.sampling)
+        sampling = _drawable(model.defaults.fill(request.sampling))
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(64))
         eos_ids = frozenset() if request.stopping.ignore_eos else model.defaults.eos_token_ids
@@ -145,6 +148,13 @@ class Preparer:
             queue_deadline=None,
             time_limit_at=None,
         )
+
+
+def _drawable(sampling: Sampling) -> Sampling:
+    """Return the sampling with a `top_p` that an engine can reach: the set that reaches 0 is the likeliest token alone."""
+    if sampling.top_p is None or validation.as_sent(sampling.top_p) > 0:
+        return sampling
+    return replace(sampling, top_p=1.0, temperature=0.0)
 
 
 def _fairness_key(model: ServedModel, adapter: ResolvedAdapter | None, tenant: str) -> str:

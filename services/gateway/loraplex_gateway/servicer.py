@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
 from loraplex_common.auth import current_tenant
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from loraplex_gateway.models import ModelCatalog, ServedModel
     from loraplex_gateway.tokenization import Encoded
     from loraplex_gateway.types import Prompt
+
+
+TRACE_ID_KEY: Final = "x-request-id"
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
@@ -48,7 +51,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """Stream the continuation of one prompt."""
         events = self._core.generate(
-            wire.generation_request(request, traceparent=_traceparent(context)),
+            wire.generation_request(request, **_trace(context)),
             tenant=current_tenant().name,
             time_left_s=context.time_remaining(),
         )
@@ -72,7 +75,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         message.progress_events = False
         message.ClearField("resume")
         events = self._core.generate(
-            wire.generation_request(message, traceparent=_traceparent(context)),
+            wire.generation_request(message, **_trace(context)),
             tenant=current_tenant().name,
             time_left_s=context.time_remaining(),
         )
@@ -96,6 +99,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> gateway_pb2.TokenizeResponse:
         """Return the token ids that Generate would use."""
         add = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        if request.add_special_tokens and request.HasField("messages"):
+            raise InvalidParameterError(
+                "add_special_tokens goes with text only: the chat template writes the special tokens of messages",
+                field="add_special_tokens",
+            )
         encoded = await self._encode(request.model, wire.prompt(request, add_special_tokens=add))
         return gateway_pb2.TokenizeResponse(token_ids=encoded.ids, rendered=encoded.rendered)
 
@@ -158,6 +166,10 @@ def _check_ids(token_ids: list[int], model: ServedModel) -> None:
         )
 
 
-def _traceparent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    metadata = context.invocation_metadata() or ()
-    return next((str(value) for key, value in metadata if key == "traceparent"), "")
+def _trace(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
+    """Return the caller's trace context and trace id, and send the id back, also with an error."""
+    metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+    trace_id = metadata.get(TRACE_ID_KEY, "")
+    if trace_id:
+        context.set_trailing_metadata(((TRACE_ID_KEY, trace_id),))
+    return {"traceparent": metadata.get("traceparent", ""), "trace_id": trace_id}

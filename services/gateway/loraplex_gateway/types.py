@@ -110,7 +110,8 @@ class GenerationRequest:
     """One request as the client put it.
 
     Attributes:
-        request_id: Chosen by the client; empty if the gateway is to draw one.
+        request_id: Chosen by the client; empty if the gateway is to draw one. No two of a tenant run under one.
+        trace_id: What the caller's logs call what this request is part of; not unique, only logged.
         model: Base model's name; empty where there is only one.
         adapter: ``name``, ``name:label`` or ``name@revision``; empty for the base model.
         queue_timeout_s: Longest wait for a place in a batch.
@@ -135,6 +136,7 @@ class GenerationRequest:
     fail_fast: bool = False
     progress_events: bool = False
     adapter_scale: float | None = None
+    trace_id: str = ""
     traceparent: str = ""
     num_choices: int = 1
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common import request_limits
-from loraplex_common.errors import InvalidParameterError
+from loraplex_common.errors import ContextLengthError, InvalidParameterError
 from loraplex_common.request_limits import MAX_PROMPT_LOGPROBS
 
 from loraplex_gateway import template_variables
@@ -31,6 +32,7 @@ MAX_KEY_BYTES: Final = 256
 MAX_NAME_CHARS: Final = 512
 # A status travels in HTTP headers, which hold 8 KiB: so many violations are told, the rest only counted.
 MAX_VIOLATIONS_TOLD: Final = 8
+MAX_SINGLE: Final = 2.0**127
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 
 
@@ -49,8 +51,9 @@ class Range:
         value = self.get(request)
         if value is None:
             return None
+        value = as_sent(value)
         above_low = value > self.low if self.excludes_low else value >= self.low
-        if math.isfinite(value) and above_low and value <= self.high:
+        if above_low and value <= self.high:  # false for NaN
             return None
         bracket = "(" if self.excludes_low else "["
         low, high = _number(self.low), _number(self.high)
@@ -95,6 +98,13 @@ COUNTS: Final[tuple[tuple[str, Callable[[GenerationRequest], int]], ...]] = (
 def is_request_id(text: str) -> bool:
     """Return whether a client's request id can be used: it becomes part of keys, logs and headers."""
     return len(text) <= MAX_REQUEST_ID_CHARS and _REQUEST_ID.fullmatch(text) is not None
+
+
+def as_sent(value: float) -> float:
+    """Return a fraction as the engine will see it, in single precision: what is too small for that is 0."""
+    if isinstance(value, int) or not abs(value) < MAX_SINGLE:
+        return value
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def check_request(request: GenerationRequest) -> None:
@@ -144,18 +154,23 @@ def check_token_ids(request: GenerationRequest, prompt_ids: Sequence[int], vocab
     _raise_if_any(found)
 
 
-def check_length(num_prompt_tokens: int, max_model_len: int) -> None:
-    """Refuse a prompt that leaves no room for output.
+def check_length(num_prompt_tokens: int, max_new_tokens: int | None, max_model_len: int) -> None:
+    """Refuse a request for more tokens than a sequence can have; without a limit of its own it must leave room for one.
 
     Raises:
-        InvalidParameterError: With the arithmetic.
+        ContextLengthError: With the arithmetic.
     """
-    if num_prompt_tokens < max_model_len:
+    wanted = 1 if max_new_tokens is None else max_new_tokens
+    total = num_prompt_tokens + wanted
+    if total <= max_model_len:
         return
-    raise InvalidParameterError(
-        f"the prompt is too long: {num_prompt_tokens} tokens + at least 1 to generate > max_model_len {max_model_len}; "
-        f"shorten it by {num_prompt_tokens + 1 - max_model_len} tokens or more",
-        field="prompt",
+    room = max_model_len - num_prompt_tokens
+    remedy = f"ask for at most {room} output tokens or shorten" if room > 0 else "shorten"
+    # Clients that cut their prompts and ask again know OpenAI's and vLLM's messages by these words.
+    raise ContextLengthError(
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested {wanted} output tokens "
+        f"and your prompt contains {num_prompt_tokens} input tokens, for a total of {total} tokens; {remedy} the prompt",
+        field="stopping.max_new_tokens" if room > 0 else "prompt",
         metadata={"prompt_tokens": str(num_prompt_tokens), "max_model_len": str(max_model_len)},
     )
 
@@ -169,7 +184,7 @@ def check_prompt_logprobs(num_prompt_tokens: int, num_alternatives: int | None) 
     if num_alternatives is None or num_prompt_tokens * (num_alternatives + 1) <= MAX_PROMPT_LOGPROBS:
         return
     raise InvalidParameterError(
-        f"prompt_logprobs of {num_prompt_tokens} tokens x (1 drawn + {num_alternatives} likeliest) are more than "
+        f"response_options.prompt_logprobs of {num_prompt_tokens} tokens x (1 drawn + {num_alternatives} likeliest) are more than "
         f"{MAX_PROMPT_LOGPROBS}; ask for fewer, or shorten the prompt",
         field="response_options.prompt_logprobs",
     )
@@ -207,6 +222,8 @@ def _names(request: GenerationRequest) -> Iterator[Violation]:
     for field, value in (("adapter", request.adapter), ("model", request.model)):
         if len(value) > MAX_NAME_CHARS:
             yield field, f"{field} has {len(value)} characters; no name has more than {MAX_NAME_CHARS}"
+    if not request.adapter and request.adapter_scale not in (None, 1):
+        yield "adapter_scale", "adapter_scale has nothing to scale: the request names no adapter"
     for field, value in (("cache_salt", request.cache_salt), ("affinity_key", request.affinity_key)):
         if len(value) > MAX_KEY_BYTES:
             yield field, f"{field} has {len(value)} characters; at most {MAX_KEY_BYTES} are allowed"
@@ -221,7 +238,7 @@ def _stopping(request: GenerationRequest) -> Iterator[Violation]:
         yield from _unicode(f"stopping.stop_strings[{n}]", stop)
     low, high = stopping.min_new_tokens, stopping.max_new_tokens
     if low is not None and high is not None and low > high:
-        yield "stopping.min_new_tokens", f"min_new_tokens {low} is more than max_new_tokens {high}"
+        yield "stopping.min_new_tokens", f"stopping.min_new_tokens {low} is more than stopping.max_new_tokens {high}"
 
 
 def _logit_bias(request: GenerationRequest) -> Iterator[Violation]:
@@ -246,7 +263,8 @@ def _first_outside(ids: Sequence[int], vocab_size: int) -> int | None:
 
 def _number(value: float) -> str:
     """Return a number as people write it: whole ones with all their digits."""
-    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
+    whole = isinstance(value, int) or (math.isfinite(value) and value == int(value))
+    return str(int(value)) if whole else f"{value:g}"
 
 
 def _raise_if_any(found: list[Violation]) -> None:

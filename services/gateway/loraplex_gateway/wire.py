@@ -27,7 +27,9 @@ _LOAD_POLICIES = (
 )
 
 
-def generation_request(message: gateway_pb2.GenerateRequest, *, traceparent: str = "") -> types.GenerationRequest:
+def generation_request(
+    message: gateway_pb2.GenerateRequest, *, traceparent: str = "", trace_id: str = ""
+) -> types.GenerationRequest:
     """Convert a request.
 
     Raises:
@@ -59,6 +61,7 @@ def generation_request(message: gateway_pb2.GenerateRequest, *, traceparent: str
         progress_events=message.progress_events,
         adapter_scale=_optional(message, "adapter_scale"),
         traceparent=traceparent,
+        trace_id=trace_id,
     )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from google.protobuf.json_format import MessageToDict
-from loraplex_client import GenerateOptions, PromptOptions
+from loraplex_client import Adapters, AsyncAdapters, AsyncClient, Client, GenerateOptions
 from loraplex_client._requests import generate_request, tokenize_request
 from loraplex_common.errors import InvalidParameterError
 
-TEXT_AND_VARIABLES: PromptOptions = {"prompt": "hi", "chat_template_kwargs": {}}
+if TYPE_CHECKING:
+    from loraplex.v1 import gateway_pb2
 
 
 def request(**options: Any) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def test_template_variables_travel_as_json() -> None:
     messages = [{"role": "user", "content": "hi"}]
 
     assert request(messages=messages, chat_template_kwargs=variables)["messages"]["chat_template_kwargs"] == texts
-    tokenized = tokenize_request({"messages": messages, "chat_template_kwargs": variables}, None)
+    tokenized = tokenize(messages=messages, chat_template_kwargs=variables)
     assert dict(tokenized.messages.chat_template_kwargs) == texts
 
 
@@ -146,7 +148,7 @@ def test_a_template_variable_that_is_no_json_is_refused_by_name(value: Any) -> N
 def test_template_variables_go_with_messages_only() -> None:
     for build in (
         lambda: request(prompt="hi", chat_template_kwargs={}),
-        lambda: tokenize_request(TEXT_AND_VARIABLES, None),
+        lambda: tokenize(prompt="hi", chat_template_kwargs={}),
     ):
         with pytest.raises(InvalidParameterError, match="goes with messages only"):
             build()
@@ -202,13 +204,71 @@ def test_token_ids_that_are_none_are_refused() -> None:
         request(prompt_token_ids=[-5])
 
 
-def test_an_unknown_option_is_a_programming_error() -> None:
+@pytest.mark.parametrize("value", [1, None])
+def test_an_unknown_option_is_a_programming_error_whatever_its_value(value: Any) -> None:
     with pytest.raises(TypeError, match="temprature"):
-        request(prompt="hi", temprature=1)
+        request(prompt="hi", temprature=value)
+
+
+@pytest.mark.parametrize("cls", [Client, AsyncClient, Adapters, AsyncAdapters], ids=lambda cls: cls.__name__)
+def test_no_call_takes_options_that_it_does_not_know(cls: type) -> None:
+    for name, method in inspect.getmembers(cls, inspect.isfunction):
+        kinds = {parameter.kind for parameter in inspect.signature(method).parameters.values()}
+        if name.startswith("_") or inspect.Parameter.VAR_KEYWORD not in kinds:
+            continue
+        # A dictionary of options goes through the one check of generate_request.
+        assert name in ("generate", "generate_once")
+
+
+@pytest.mark.parametrize("value", ["many", [1], {"a": 1}, object()])
+def test_a_value_of_another_type_is_named(value: Any) -> None:
+    for name in ("max_new_tokens", "temperature", "logit_bias", "queue_timeout_s", "priority"):
+        with pytest.raises(InvalidParameterError, match=name) as raised:
+            request(prompt="hi", **{name: value if name != "logit_bias" or value != {"a": 1} else [1]})
+
+        assert raised.value.field == name
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "x", "function_call": {"name": "f"}},
+        {"role": "assistant", "content": "x", "tool_calls": []},
+        {"role": "user"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+        "user: hi",
+    ],
+)
+def test_no_part_of_a_message_is_dropped(message: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="messages"):
+        request(messages=[message])
+
+
+def tokenize(**options: Any) -> gateway_pb2.TokenizeRequest:
+    every = inspect.signature(tokenize_request).parameters
+    return tokenize_request(**{**dict.fromkeys(every), **options})
 
 
 def test_tokenize_wants_text_or_messages() -> None:
-    assert tokenize_request({"prompt": "hi"}, False).add_special_tokens is False
-    assert not tokenize_request({"prompt": "hi"}, None).HasField("add_special_tokens")
-    with pytest.raises(InvalidParameterError):
-        tokenize_request({}, None)
+    assert tokenize(prompt="hi", add_special_tokens=False).add_special_tokens is False
+    assert not tokenize(prompt="hi").HasField("add_special_tokens")
+    for prompts in ({}, {"prompt": "hi", "messages": []}):
+        with pytest.raises(InvalidParameterError, match="exactly one of prompt, messages"):
+            tokenize(**prompts)
+
+
+def test_tokenize_renders_messages_as_generate_does() -> None:
+    flags = {"add_generation_prompt": False, "continue_final_message": True}
+    messages = [{"role": "user", "content": "hi"}]
+
+    built = tokenize(messages=messages, **flags)
+
+    assert built.messages == generate_request({"messages": messages, **flags}).messages  # type: ignore[typeddict-item]
+    with pytest.raises(InvalidParameterError, match="goes with messages only"):
+        tokenize(prompt="hi", add_generation_prompt=True)
+
+
+def test_what_tokenize_does_not_know_is_a_programming_error() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(TypeError, match="prompt_token_ids"):
+        client.tokenize(prompt="hi", prompt_token_ids=[1])  # type: ignore[call-arg]

@@ -100,13 +100,29 @@ def test_lone_surrogates_in_a_message_do_not_break_the_answer() -> None:
     assert status.message.startswith("bad text")
 
 
-def documented_rows() -> dict[str, tuple[str, str, int]]:
-    """{class: (code, reason, http)} of the table in docs/errors.md."""
-    pattern = re.compile(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\d+) \| [^|]+ \| [^|]+ \|$", re.MULTILINE)
-    return {name: (code, reason, int(http)) for name, code, reason, http in pattern.findall(DOCS.read_text())}
+def documented_rows() -> dict[str, tuple[str, str, int, bool]]:
+    """{class: (code, reason, http, whether a retry may help)} of the table in docs/errors.md."""
+    pattern = re.compile(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\d+) \| ([^|]+) \| [^|]+ \|$", re.MULTILINE)
+    return {
+        name: (code, reason, int(http), retry != "no")
+        for name, code, reason, http, retry in pattern.findall(DOCS.read_text())
+    }
 
 
 def test_the_documented_error_table_is_the_class_tree() -> None:
-    expected = {cls.__name__: (cls.code.name, cls.reason, cls.http_status) for cls in CLASSES}
+    expected = {cls.__name__: (cls.code.name, cls.reason, cls.http_status, cls.is_retryable) for cls in CLASSES}
 
     assert documented_rows() == expected, "docs/errors.md and loraplex_common/errors.py differ"
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_openais_clients_do_not_send_a_refused_request_again(cls: type[LoraplexError]) -> None:
+    servers_own_failure = (
+        errors.LoraplexError,
+        errors.AdapterCorruptError,
+        errors.DeadlineError,
+        errors.RequestLostError,
+    )
+
+    if not cls.is_retryable and cls not in servers_own_failure:  # those say x-should-retry: false
+        assert cls.http_status in (400, 401, 403, 404, 413, 422, 499)

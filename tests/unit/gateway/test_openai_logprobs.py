@@ -9,6 +9,8 @@ import msgspec
 from loraplex.v1 import gateway_pb2
 from loraplex_gateway.detokenizer import TokenTable
 from loraplex_gateway.openai.convert import Plan
+from loraplex_gateway.openai.errors import BodyNames
+from loraplex_gateway.openai.fields import CHAT, COMPLETION
 from loraplex_gateway.openai.render import Renderer
 from loraplex_gateway.output import OutputAssembler
 from loraplex_gateway.types import (
@@ -57,8 +59,10 @@ def choice_of_events(events: list[Event], *, num_top: int, is_chat: bool = False
         requests=(GenerationRequest(prompt=TextPrompt(text="x")),),
         model="m",
         is_chat=is_chat,
+        names=BodyNames(CHAT if is_chat else COMPLETION),
         is_stream=False,
         include_usage=False,
+        has_running_usage=False,
         logprobs=num_top,
         return_token_ids=False,
     )

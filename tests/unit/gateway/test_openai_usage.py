@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.convert import Plan
+from loraplex_gateway.openai.errors import BodyNames
 from loraplex_gateway.openai.render import Renderer
 from loraplex_gateway.types import Finished, FinishReason, GenerationRequest, TextPrompt, Timings, Usage
 
@@ -18,9 +20,11 @@ def test_the_choices_of_one_prompt_share_its_tokens_and_cached_tokens() -> None:
     plan = Plan(
         requests=(request, request),
         model="m",
+        names=BodyNames(fields.COMPLETION),
         is_chat=False,
         is_stream=False,
         include_usage=False,
+        has_running_usage=False,
         logprobs=None,
         return_token_ids=False,
     )

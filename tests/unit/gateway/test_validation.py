@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from loraplex_common.errors import InvalidParameterError, to_status
+from loraplex_common.errors import ContextLengthError, InvalidParameterError, to_status
 from loraplex_gateway.types import (
     ChatMessage,
     ChatPrompt,
@@ -35,11 +35,11 @@ def violated(request: GenerationRequest) -> list[str]:
     ("field", "bad", "good"),
     [
         ("temperature", [-0.1, 100.5, math.nan, math.inf], [0, 0.7, 100]),
-        ("top_k", [-2, 2**40], [-1, 0, 50]),
-        ("top_p", [-0.1, 1.01, math.nan], [0, 0.01, 1.0]),
+        ("top_k", [-2, 2**40, 10**400], [-1, 0, 50]),
+        ("top_p", [-0.1, 1.01, math.nan, 10**400], [0, 0.01, 1.0]),
         ("min_p", [-0.1, 1.1], [0.0, 1.0]),
         ("seed", [-1, 2**64], [0, 2**64 - 1]),
-        ("repetition_penalty", [0.0, 10.1], [0.1, 10.0]),
+        ("repetition_penalty", [0.0, 10.1, 1e-60], [0.1, 10.0]),
         ("presence_penalty", [-2.1, 2.1], [-2.0, 2.0]),
         ("frequency_penalty", [-2.1, 2.1, math.nan], [-2.0, 2.0]),
         ("logit_bias", [{1: 101.0}, {1: math.nan}, {n: 0.0 for n in range(1025)}], [{1: -100.0}]),
@@ -85,7 +85,8 @@ def test_stopping_rules(stopping: Stopping, fields: list[str]) -> None:
         ({"adapter": "x" * 10**6}, "adapter"),
         ({"model": "x" * 10**6}, "model"),
         ({"affinity_key": "x" * 257}, "affinity_key"),
-        ({"adapter_scale": -1.0}, "adapter_scale"),
+        ({"adapter": "a", "adapter_scale": -1.0}, "adapter_scale"),
+        ({"adapter_scale": 0.5}, "adapter_scale"),
         ({"queue_timeout_s": 0.0}, "queue_timeout"),
         ({"time_limit_s": -1.0}, "time_limit"),
         ({"options": ResponseOptions(logprobs=21)}, "response_options.logprobs"),
@@ -131,11 +132,27 @@ def test_a_prompt_without_tokens_is_refused() -> None:
         check_token_ids(REQUEST, (), 384)
 
 
-def test_a_prompt_too_long_is_refused_with_the_arithmetic() -> None:
-    check_length(511, 512)
+@pytest.mark.parametrize(
+    ("prompt", "output", "field", "sums"),
+    [
+        (600, None, "prompt", "requested 1 output tokens .* 600 input tokens, for a total of 601 tokens; shorten"),
+        (512, None, "prompt", "total of 513"),
+        (500, 13, "stopping.max_new_tokens", "total of 513 tokens; ask for at most 12 output tokens or shorten"),
+        (500, 2**31 - 1, "stopping.max_new_tokens", "at most 12"),
+    ],
+)
+def test_more_tokens_than_a_sequence_can_have_are_refused_with_the_arithmetic(
+    prompt: int, output: int | None, field: str, sums: str
+) -> None:
+    with pytest.raises(ContextLengthError, match=f"maximum context length is 512 tokens.*{sums}") as caught:
+        check_length(prompt, output, 512)
 
-    with pytest.raises(InvalidParameterError, match=r"600 tokens \+ at least 1 .* > max_model_len 512; .* 89 tokens"):
-        check_length(600, 512)
+    assert caught.value.field == field
+
+
+def test_a_sequence_may_be_filled_to_the_last_token() -> None:
+    check_length(511, None, 512)
+    check_length(500, 12, 512)
 
 
 def test_a_status_stays_small_however_much_is_wrong() -> None:

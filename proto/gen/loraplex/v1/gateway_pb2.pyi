@@ -356,7 +356,7 @@ class StoppingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
-    """Most tokens to generate. Default: what is left of max_model_len."""
+    """Most tokens to generate; with the prompt at most max_model_len. Default: what is left of max_model_len."""
     min_new_tokens: _builtins.int
     """End-of-text and stop token ids cannot be drawn, and stop strings are not looked for, before this many tokens. Default 0."""
     ignore_eos: _builtins.bool
@@ -491,7 +491,9 @@ Global___Resume: _TypeAlias = Resume  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
-    """GenerateRequest asks for the continuation of one prompt. The tenant comes from credentials, never from a field."""
+    """GenerateRequest asks for the continuation of one prompt. The tenant comes from credentials, never from a field. As in
+    all requests to this service, a field that the server does not know is refused by its number rather than ignored.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -514,7 +516,9 @@ class GenerateRequest(_message.Message):
     RESUME_FIELD_NUMBER: _builtins.int
     ADAPTER_SCALE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """UUID4 chosen by the client; the gateway draws one if empty."""
+    """UUID4 chosen by the client; the gateway draws one if empty. A second request of this id is refused while the first
+    runs. Tracing has the metadata `x-request-id` (logged, sent back as a trailer, not unique) and `traceparent`.
+    """
     model: _builtins.str
     """Base model; may be empty where the gateway fronts exactly one."""
     adapter: _builtins.str

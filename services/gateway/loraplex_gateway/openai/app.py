@@ -11,7 +11,6 @@ import msgspec
 from loraplex_common.auth import Authenticator
 from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.exposition import Exposition
-from loraplex_common.ids import new_request_id
 from loraplex_common.interceptors import internal_error
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,13 +20,13 @@ from starlette.routing import Route
 from loraplex_gateway.core import GatewayCore
 from loraplex_gateway.listing import ModelListing
 from loraplex_gateway.models import ModelCatalog
-from loraplex_gateway.openai import convert
+from loraplex_gateway.openai import convert, fields
 from loraplex_gateway.openai.choices import generate_choices
-from loraplex_gateway.openai.errors import error_response
+from loraplex_gateway.openai.errors import BodyNames, error_response
 from loraplex_gateway.openai.render import Renderer, model_object
 from loraplex_gateway.openai.responses import GenerationResponse
 from loraplex_gateway.openai.schema import ChatBody, CompletionBody
-from loraplex_gateway.validation import is_request_id
+from loraplex_gateway.openai.tracing import TraceIds, origin_of
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Tenant
@@ -52,10 +51,10 @@ class HttpContext:
     is_ready: Callable[[], bool]
 
 
-def make_app(context: HttpContext) -> Starlette:
+def make_app(context: HttpContext) -> ASGIApp:
     """Return the ASGI application."""
     routes = _Routes(context)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/models", routes.models, methods=["GET"]),
             Route("/v1/models/{name:path}", routes.model, methods=["GET"]),
@@ -67,6 +66,7 @@ def make_app(context: HttpContext) -> Starlette:
         ],
         exception_handlers={LoraplexError: _on_error, HTTPException: _on_no_route, Exception: _on_unexpected},
     )
+    return TraceIds(app)
 
 
 class _Routes:
@@ -83,22 +83,25 @@ class _Routes:
     async def model(self, request: Request) -> Response:
         """Describe one base model or adapter."""
         tenant = self._tenant(request)
-        card = await self._context.listing.get(request.path_params["name"], tenant.name)
+        try:
+            card = await self._context.listing.get(request.path_params["name"], tenant.name)
+        except LoraplexError as error:
+            return error_response(error, BodyNames(fields.MODEL_PATH))
         return JSONResponse(model_object(card, self._started_at))
 
     async def completions(self, request: Request) -> ASGIApp:
         """Continue text."""
         tenant = self._tenant(request)
         body = convert.decode(await _body(request), CompletionBody)
-        request_id = _request_id(request)
-        return self._generate(convert.completion_plan(body, self._context.catalog, request_id=request_id), tenant)
+        return self._generate(
+            convert.completion_plan(body, self._context.catalog, origin=origin_of(request.scope)), tenant
+        )
 
     async def chat_completions(self, request: Request) -> ASGIApp:
         """Continue a conversation."""
         tenant = self._tenant(request)
         body = convert.decode(await _body(request), ChatBody)
-        request_id = _request_id(request)
-        return self._generate(convert.chat_plan(body, self._context.catalog, request_id=request_id), tenant)
+        return self._generate(convert.chat_plan(body, self._context.catalog, origin=origin_of(request.scope)), tenant)
 
     async def metrics(self, request: Request) -> Response:
         """Show the metrics."""
@@ -114,10 +117,9 @@ class _Routes:
 
     def _generate(self, plan: Plan, tenant: Tenant) -> ASGIApp:
         context = self._context
-        request_id = plan.requests[0].request_id
         events = generate_choices(context.core, plan.requests, tenant=tenant.name)
-        renderer = Renderer(plan, request_id=request_id)
-        return GenerationResponse(plan, events, renderer, request_id=request_id, slow_client_s=context.slow_client_s)
+        renderer = Renderer(plan, request_id=plan.requests[0].request_id)
+        return GenerationResponse(plan, events, renderer, slow_client_s=context.slow_client_s)
 
     def _tenant(self, request: Request) -> Tenant:
         return self._context.authenticator.authenticate(request.headers.get("authorization"))
@@ -132,12 +134,6 @@ async def _body(request: Request) -> bytes:
             raise InvalidParameterError(f"the body is longer than {MAX_BODY_BYTES} bytes", field="body")
         chunks.append(chunk)
     return b"".join(chunks)
-
-
-def _request_id(request: Request) -> str:
-    """Return the caller's id if it can be one; proxies put all sorts of things into the header."""
-    given = request.headers.get("x-request-id", "")
-    return given if is_request_id(given) else new_request_id()
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 from loraplex_common.errors import InvalidParameterError
+from loraplex_common.ids import new_request_id
 
-from loraplex_gateway.openai.schema import ChatBody, ChatTurn, CommonBody, CompletionBody
+from loraplex_gateway.openai import fields
+from loraplex_gateway.openai.body import decode as decode
+from loraplex_gateway.openai.errors import BodyNames
+from loraplex_gateway.openai.schema import ChatBody, StreamOptions
 from loraplex_gateway.types import (
     ChatMessage,
     ChatPrompt,
@@ -20,26 +24,17 @@ from loraplex_gateway.types import (
     TextPrompt,
     TokenPrompt,
 )
-from loraplex_gateway.validation import MAX_REQUEST_ID_CHARS, REQUEST_ID_RULE, is_request_id
+from loraplex_gateway.validation import REQUEST_ID_RULE, is_request_id
 
 if TYPE_CHECKING:
     from loraplex_gateway.models import ModelCatalog
+    from loraplex_gateway.openai.schema import ChatTurn, CommonBody, CompletionBody, ContentPart
+    from loraplex_gateway.openai.tracing import Origin
     from loraplex_gateway.types import Prompt
 
 MAX_CHOICES: Final = 128
-REFUSED: Final = {
-    "prompt_logprobs": "ask for them over gRPC",
-    "guided_json": "output is not constrained",
-    "guided_regex": "output is not constrained",
-    "guided_choice": "output is not constrained",
-    "guided_grammar": "output is not constrained",
-    "structured_outputs": "output is not constrained",
-    "use_beam_search": "tokens are drawn one by one",
-    "bad_words": "use logit_bias",
-    "truncate_prompt_tokens": "the prompt is used whole or refused",
-}
-
-Body = TypeVar("Body", bound=CommonBody)
+SEEDS: Final = range(-(2**63), 2**64)
+_TOKEN_ID: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,90 +44,74 @@ class Plan:
     Attributes:
         requests: One per choice, in the order of the choices' indices.
         model: Name as the client wrote it, repeated in the answer.
+        names: What errors call the body's fields.
+        include_usage: Whether a stream ends in a chunk with the token counts of all choices.
+        has_running_usage: Whether its other chunks carry their choice's counts so far.
         logprobs: Number of alternatives to show per position; None shows none.
     """
 
     requests: tuple[GenerationRequest, ...]
     model: str
+    names: BodyNames
     is_chat: bool
     is_stream: bool
     include_usage: bool
+    has_running_usage: bool
     logprobs: int | None
     return_token_ids: bool
 
 
-def decode(data: bytes, body: type[Body]) -> Body:
-    """Read a request body.
-
-    Raises:
-        InvalidParameterError: If it is no JSON, or a field has the wrong type; the field is named.
-    """
-    try:
-        return msgspec.json.decode(data, type=body, strict=False)
-    except msgspec.ValidationError as error:
-        text = str(error)
-        field = text.rpartition("`$.")[2].rstrip("`") if "`$." in text else "body"
-        raise InvalidParameterError(text, field=field) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidParameterError(f"the body is no valid JSON in UTF-8: {error}", field="body") from error
-
-
-def completion_plan(body: CompletionBody, catalog: ModelCatalog, *, request_id: str) -> Plan:
+def completion_plan(body: CompletionBody, catalog: ModelCatalog, *, origin: Origin) -> Plan:
     """Return what a completion asks for.
 
     Raises:
         InvalidParameterError: For what is not served.
     """
-    _refuse(body.echo, "echo", "the prompt's text is not repeated; put it in front of the completion yourself")
-    _refuse(body.suffix, "suffix", "the models served here do not fill in the middle")
-    _refuse(body.best_of not in (None, body.n or 1), "best_of", "only n choices are drawn; leave it out")
-    request = _request(body, catalog, request_id=request_id, max_tokens=body.max_tokens, logprobs=body.logprobs)
+    request = _request(body, catalog, origin=origin, max_tokens=body.max_tokens, logprobs=body.logprobs)
     prompts = _prompts(body.prompt, add_special_tokens=body.add_special_tokens)
-    return _plan(body, [replace(request, prompt=prompt) for prompt in prompts], is_chat=False, logprobs=body.logprobs)
+    names = BodyNames(fields.COMPLETION, body)
+    return _plan(body, [replace(request, prompt=prompt) for prompt in prompts], names=names, logprobs=body.logprobs)
 
 
-def chat_plan(body: ChatBody, catalog: ModelCatalog, *, request_id: str) -> Plan:
+def chat_plan(body: ChatBody, catalog: ModelCatalog, *, origin: Origin) -> Plan:
     """Return what a chat completion asks for.
 
     Raises:
         InvalidParameterError: For what is not served.
     """
-    _refuse(body.echo, "echo", "the prompt is not repeated")
-    _refuse(body.chat_template, "chat_template", "conversations are rendered by the model's own template")
-    _refuse(body.documents, "documents", "put them into a message")
-    _refuse(body.tools or body.functions, "tools", "tool calling is not served")
-    _refuse(
-        (body.response_format or {"type": "text"}).get("type") != "text",
-        "response_format",
-        "output is not constrained; only text is served",
-    )
-    _refuse(body.audio or (body.modalities or ["text"]) != ["text"], "modalities", "only text is served")
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidParameterError("top_logprobs is not supported without logprobs=true", field="top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    _refuse(body.top_logprobs and not body.logprobs, "top_logprobs", "it needs logprobs=true")
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    request = _request(body, catalog, request_id=request_id, max_tokens=max_tokens, logprobs=logprobs)
+    if body.max_tokens not in (None, max_tokens):
+        raise InvalidParameterError(
+            f"max_tokens is {body.max_tokens} and max_completion_tokens {max_tokens}; send one of them",
+            field="max_tokens",
+        )
+    request = _request(body, catalog, origin=origin, max_tokens=max_tokens, logprobs=logprobs)
     prompt = ChatPrompt(
         messages=tuple(_message(n, turn) for n, turn in enumerate(body.messages)),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template_kwargs=body.chat_template_kwargs or {},
     )
-    return _plan(body, [replace(request, prompt=prompt)], is_chat=True, logprobs=logprobs)
+    names = BodyNames(fields.CHAT, body)
+    return _plan(body, [replace(request, prompt=prompt)], names=names, logprobs=logprobs)
 
 
 def _request(
-    body: CommonBody, catalog: ModelCatalog, *, request_id: str, max_tokens: int | None, logprobs: int | None
+    body: CommonBody, catalog: ModelCatalog, *, origin: Origin, max_tokens: int | None, logprobs: int | None
 ) -> GenerationRequest:
     """Return the request without its prompt. `model` names a base model or an adapter."""
-    for field, reason in REFUSED.items():
-        _refuse(getattr(body, field), field, reason)
-    if body.request_id and not is_request_id(body.request_id):
-        raise InvalidParameterError(REQUEST_ID_RULE, field="request_id")  # before it is put into a header
+    if not body.model:
+        raise InvalidParameterError(f"model is empty: {fields.WHICH_MODEL}", field="model")
     is_base = catalog.find(body.model) is not None
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return GenerationRequest(
         prompt=None,
-        request_id=body.request_id or request_id,
+        request_id=_own_id(body) or origin.request_id,
+        trace_id=origin.trace_id,
+        traceparent=origin.traceparent,
         model=body.model if is_base else "",
         adapter="" if is_base else body.model,
         sampling=_sampling(body),
@@ -155,13 +134,19 @@ def _request(
     )
 
 
+def _own_id(body: CommonBody) -> str | None:
+    if body.request_id is not None and not is_request_id(body.request_id):
+        raise InvalidParameterError(REQUEST_ID_RULE, field="request_id")  # before it becomes part of the answer's id
+    return body.request_id
+
+
 def _sampling(body: CommonBody) -> Sampling:
     return Sampling(
         temperature=body.temperature,
         top_k=body.top_k,
         top_p=body.top_p,
         min_p=body.min_p,
-        seed=body.seed % 2**64 if body.seed is not None else None,
+        seed=_seed(body.seed),
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
@@ -170,31 +155,41 @@ def _sampling(body: CommonBody) -> Sampling:
     )
 
 
-def _plan(body: CommonBody, requests: list[GenerationRequest], *, is_chat: bool, logprobs: int | None) -> Plan:
-    n = 1 if body.n is None else body.n
+def _seed(seed: int | None) -> int | None:
+    """Return the seed as the engines count them; negative ones are those of signed 64 bits."""
+    if seed is not None and seed not in SEEDS:
+        raise InvalidParameterError(f"seed is {seed}; it must be in [-2^63, 2^64 - 1]", field="seed")
+    return None if seed is None else seed % 2**64
+
+
+def _plan(body: CommonBody, requests: list[GenerationRequest], *, names: BodyNames, logprobs: int | None) -> Plan:
+    n = body.n
     if not n >= 1 or n * len(requests) > MAX_CHOICES:
         raise InvalidParameterError(
             f"n is {n} for {len(requests)} prompts; n x prompts must be 1 to {MAX_CHOICES}", field="n"
         )
+    options = body.stream_options or StreamOptions()
     choices = [_choice(request, prompt * n + i, i) for prompt, request in enumerate(requests) for i in range(n)]
     return Plan(
         requests=tuple(choices),
         model=body.model,
-        is_chat=is_chat,
-        is_stream=bool(body.stream),
-        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        names=names,
+        is_chat=isinstance(body, ChatBody),
+        is_stream=body.stream,
+        include_usage=options.include_usage,
+        has_running_usage=options.include_usage and options.continuous_usage_stats,
         logprobs=logprobs,
         return_token_ids=body.return_token_ids,
     )
 
 
 def _choice(request: GenerationRequest, index: int, draw: int) -> GenerationRequest:
-    """Return the request of one choice: its own id, and its own seed where the client gave one."""
+    """Return the request of one choice: an id of its own, and a seed of its own where the client gave one."""
     if index == 0:
         return request
     seed = request.sampling.seed
     sampling = request.sampling if seed is None else replace(request.sampling, seed=(seed + draw) % 2**64)
-    return replace(request, request_id=f"{request.request_id[: MAX_REQUEST_ID_CHARS - 4]}-{index}", sampling=sampling)
+    return replace(request, request_id=new_request_id(), sampling=sampling)
 
 
 def _prompts(prompt: str | list[Any], *, add_special_tokens: bool) -> list[Prompt]:
@@ -203,29 +198,43 @@ def _prompts(prompt: str | list[Any], *, add_special_tokens: bool) -> list[Promp
         return [TextPrompt(text=prompt, add_special_tokens=add_special_tokens)]
     if not prompt:
         raise InvalidParameterError("the prompt is empty", field="prompt")
-    if all(isinstance(item, int) for item in prompt):
+    if _are_token_ids(prompt):
         return [TokenPrompt(ids=tuple(prompt))]
     result: list[Prompt] = []
-    for item in prompt:
+    for n, item in enumerate(prompt):
         if isinstance(item, str):
             result.append(TextPrompt(text=item, add_special_tokens=add_special_tokens))
-        elif isinstance(item, list) and all(isinstance(token_id, int) for token_id in item):
+        elif isinstance(item, list) and _are_token_ids(item):
             result.append(TokenPrompt(ids=tuple(item)))
         else:
-            raise InvalidParameterError("prompt must be text, token ids, or a list of either", field="prompt")
+            raise InvalidParameterError(
+                f"prompt[{n}]: prompt must be text, token ids, or a list of either", field=f"prompt[{n}]"
+            )
     return result
 
 
+def _are_token_ids(items: list[Any]) -> bool:
+    return all(type(item) is int for item in items)  # true and false are ints to Python
+
+
 def _message(n: int, turn: ChatTurn) -> ChatMessage:
-    _refuse(turn.tool_calls, f"messages[{n}].tool_calls", "tool calling is not served")
-    content = turn.content or ""
+    content = turn.content
     if isinstance(content, list):
-        for part in content:
-            _refuse(part.type != "text", f"messages[{n}].content", f"parts of type {part.type!r} are not served")
-        content = "\n".join(part.text or "" for part in content)
+        content = "\n".join(_part(f"messages[{n}].content[{i}]", part) for i, part in enumerate(content))
     # Newer clients say developer where models and their templates know system.
     role = "system" if turn.role == "developer" else turn.role
     return ChatMessage(role=role, content=content, name=turn.name)
+
+
+def _part(field: str, part: ContentPart) -> str:
+    if part.type != "text":
+        raise InvalidParameterError(
+            f"{field}.type is not supported: parts of type {part.type[:64]!r} are not served, only text",
+            field=f"{field}.type",
+        )
+    if part.text is None:
+        raise InvalidParameterError(f"{field}.text is missing", field=f"{field}.text")
+    return part.text
 
 
 def _priority(given: int | str | None) -> Priority:
@@ -237,12 +246,7 @@ def _priority(given: int | str | None) -> Priority:
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token_id): value for token_id, value in bias.items()}
-    except ValueError as error:
-        raise InvalidParameterError("logit_bias must map token ids to numbers", field="logit_bias") from error
-
-
-def _refuse(is_asked_for: object, field: str, reason: str) -> None:
-    if is_asked_for:
-        raise InvalidParameterError(f"{field} is not supported: {reason}", field=field)
+    bad = next((token_id for token_id in bias if not _TOKEN_ID.fullmatch(token_id)), None)
+    if bad is not None:
+        raise InvalidParameterError(f"logit_bias: {bad[:64]!r} is no token id", field="logit_bias")
+    return {int(token_id): value for token_id, value in bias.items()}

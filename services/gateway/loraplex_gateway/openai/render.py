@@ -39,6 +39,8 @@ class Renderer:
         self._created = int(time.time())
         self._revision: str | None = None
         self._finished: dict[int, Finished] = {}
+        self._num_prompt_tokens = [0] * len(plan.requests)
+        self._num_output_tokens = [0] * len(plan.requests)
 
     @property
     def media(self) -> str:
@@ -49,8 +51,10 @@ class Renderer:
         """Return the streamed object for an event; None for events that OpenAI's API does not have."""
         if isinstance(event, Started):
             self._revision = event.adapter_revision or None
+            self._num_prompt_tokens[choice] = event.prompt_tokens
             return self._chunk(choice, text="", role="assistant") if self._plan.is_chat else None
         if isinstance(event, Chunk):
+            self._num_output_tokens[choice] += len(event.token_ids)
             return self._chunk(choice, text=event.text, chunk=event)
         if isinstance(event, Finished):
             self._finished[choice] = event
@@ -97,7 +101,12 @@ class Renderer:
         body["finish_reason"] = FINISH_REASONS[finished.finish_reason] if finished else None
         if finished is not None:
             body["stop_reason"] = _stop_reason(finished)
-        return {**self._head(streamed=True), "choices": [body]}
+        usage = {"usage": self._running_usage(choice)} if self._plan.has_running_usage else {}
+        return {**self._head(streamed=True), "choices": [body], **usage}
+
+    def _running_usage(self, choice: int) -> Json:
+        prompt, output = self._num_prompt_tokens[choice], self._num_output_tokens[choice]
+        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
     def _whole_choice(self, choice: int, events: Sequence[Event]) -> Json:
         chunks = [event for event in events if isinstance(event, Chunk)]

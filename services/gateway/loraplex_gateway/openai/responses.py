@@ -35,17 +35,13 @@ class GenerationResponse:
         plan: What was asked for.
         events: What the core yields for it.
         renderer: Builds the objects.
-        request_id: Repeated in the response's headers.
         slow_client_s: Longest time that one write may wait.
     """
 
-    def __init__(
-        self, plan: Plan, events: Events, renderer: Renderer, *, request_id: str, slow_client_s: float
-    ) -> None:
+    def __init__(self, plan: Plan, events: Events, renderer: Renderer, *, slow_client_s: float) -> None:
         self._plan = plan
         self._events = events
         self._renderer = renderer
-        self._headers = [(b"x-request-id", request_id.encode("ascii"))]
         self._slow_client_s = slow_client_s
         self._has_headers = False
 
@@ -71,9 +67,9 @@ class GenerationResponse:
         except Exception as error:
             failure = error if isinstance(error, LoraplexError) else internal_error("http", error)
             if self._has_headers:
-                await self._write(send, _sse(error_object(failure)) + DONE, more=False)
+                await self._write(send, _sse(error_object(failure, self._plan.names)) + DONE, more=False)
             else:
-                await error_response(failure)(scope, receive, send)
+                await error_response(failure, self._plan.names)(scope, receive, send)
 
     async def _whole(self, send: Send) -> None:
         seen: list[list[Event]] = [[] for _ in self._plan.requests]
@@ -95,7 +91,7 @@ class GenerationResponse:
 
     async def _start(self, send: Send, content_type: bytes, *headers: tuple[bytes, bytes]) -> None:
         self._has_headers = True
-        all_headers = [(b"content-type", content_type), *headers, *self._headers]
+        all_headers = [(b"content-type", content_type), *headers]
         await send({"type": "http.response.start", "status": 200, "headers": all_headers})
 
     async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:

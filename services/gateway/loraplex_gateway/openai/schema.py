@@ -1,4 +1,7 @@
-"""Bodies of the OpenAI API's requests, with the further knobs that vLLM's users send as extra body."""
+"""Bodies of the OpenAI API's requests, with the further knobs that vLLM's users send as extra body.
+
+Only the fields that `fields` calls served are here, each with its type; `body` has dealt with all others before.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,19 @@ from typing import Any, Literal
 import msgspec
 
 
-class StreamOptions(msgspec.Struct, kw_only=True):
+class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Options of a streamed response."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
-class CommonBody(msgspec.Struct, kw_only=True):
+class CommonBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What both kinds of completion share; unset means the model's default."""
 
     model: str
-    n: int | None = None
-    stream: bool | None = False
+    n: int = 1
+    stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
@@ -27,7 +31,6 @@ class CommonBody(msgspec.Struct, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    user: str | None = None
     # Extra body, as vLLM names it.
     top_k: int | None = None
     min_p: float | None = None
@@ -41,16 +44,6 @@ class CommonBody(msgspec.Struct, kw_only=True):
     return_token_ids: bool = False
     cache_salt: str | None = None
     request_id: str | None = None
-    # Extra body of vLLM's that is refused: it would change the answer.
-    prompt_logprobs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    structured_outputs: Any = None
-    use_beam_search: Any = None
-    bad_words: Any = None
-    truncate_prompt_tokens: Any = None
     # Extra body of our own.
     adapter_scale: float | None = None
     queue_timeout: float | None = None
@@ -64,28 +57,24 @@ class CompletionBody(CommonBody, kw_only=True):
     """POST /v1/completions."""
 
     prompt: str | list[Any]
-    max_tokens: int | None = 16
+    max_tokens: int = 16
     logprobs: int | None = None
-    echo: bool | None = False
-    best_of: int | None = None
-    suffix: str | None = None
     add_special_tokens: bool = True
 
 
-class ContentPart(msgspec.Struct, kw_only=True):
+class ContentPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One part of a message's content."""
 
     type: str
     text: str | None = None
 
 
-class ChatTurn(msgspec.Struct, kw_only=True):
+class ChatTurn(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One message of a conversation."""
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | list[ContentPart]
     name: str | None = None
-    tool_calls: list[Any] | None = None
 
 
 class ChatBody(CommonBody, kw_only=True):
@@ -94,16 +83,8 @@ class ChatBody(CommonBody, kw_only=True):
     messages: list[ChatTurn]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    logprobs: bool | None = False
+    logprobs: bool = False
     top_logprobs: int | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
-    echo: bool | None = False
-    chat_template: Any = None
-    documents: Any = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
-    audio: Any = None

@@ -1,0 +1,163 @@
+"""From the bytes of a request's body to a struct of `schema`, with every field accounted for by `fields`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+
+import msgspec
+from loraplex_common.errors import InvalidParameterError
+
+from loraplex_gateway.openai.fields import CHAT, COMPLETION, WHICH_MODEL, Rule
+from loraplex_gateway.openai.schema import ChatBody, CommonBody, CompletionBody
+from loraplex_gateway.validation import MAX_VIOLATIONS_TOLD
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from loraplex_gateway.openai.fields import Field, Table
+
+Body = TypeVar("Body", bound=CommonBody)
+Violation = tuple[str, str]
+
+BODIES: Final[dict[type[CommonBody], Table]] = {ChatBody: CHAT, CompletionBody: COMPLETION}
+
+# Names are quoted in messages and compared with ours: nobody's field is longer.
+MAX_FIELD_CHARS: Final = 64
+_MISSING: Final = re.compile(r"Object missing required field `(\w+)`?")
+_REMEDIES: Final = {"model": f": {WHICH_MODEL}"}
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def decode(data: bytes, body: type[Body]) -> Body:
+    """Read a request body by the table of its type. Null means absent.
+
+    Raises:
+        InvalidParameterError: If it is no JSON object, or a field is unknown, not served, missing or of a wrong type;
+            with one violation per field.
+    """
+    members, table = _read(data), BODIES[body]
+    found: list[Violation] = []
+    for violation in _violations(members, table, "", members):
+        found.append(violation)
+        if len(found) == MAX_VIOLATIONS_TOLD:
+            break  # what a body of a million unknown names costs
+    if found:
+        raise InvalidParameterError("; ".join(text for _, text in found), violations=found)
+    return _convert(_served(members, table), body)
+
+
+def _read(data: bytes) -> dict[str, Any]:
+    try:
+        text = data.decode()
+        members = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except RecursionError:
+        raise InvalidParameterError("the body is nested too deeply", field="body") from None
+    except ValueError as error:  # no UTF-8, no JSON, an integer of thousands of digits
+        raise InvalidParameterError(f"the body is no valid JSON in UTF-8: {error}", field="body") from error
+    if not isinstance(members, dict):
+        raise InvalidParameterError("the body must be a JSON object", field="body")
+    if _SURROGATE.search(text):
+        for name, value in members.items():
+            _check_unicode(name, value)
+    return members
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object, each name of which must be there once: a proxy may have looked at the other value."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        name = _quotable(Counter(name for name, _ in pairs).most_common(1)[0][0])
+        raise InvalidParameterError(f"{name} is there more than once; send it once", field=name)
+    return members
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _check_unicode(name: str, value: Any) -> None:
+    try:
+        msgspec.json.encode([name, value])
+    except UnicodeEncodeError as error:
+        field = _quotable(name)
+        raise InvalidParameterError(
+            f"{field} is no valid Unicode: lone surrogates cannot be encoded as UTF-8", field=field
+        ) from error
+
+
+def _violations(members: dict[str, Any], table: Table, path: str, body: dict[str, Any]) -> Iterator[Violation]:
+    """Yield what is wrong with the fields of an object and of those inside it."""
+    for name, value in members.items():
+        if value is None:
+            continue
+        field = table.fields.get(name)
+        where = f"{path}{_quotable(name)}"
+        if field is None:
+            yield where, f"unknown field {where}{_suggestion(name, table)}"
+        elif field.rule is Rule.REFUSED and not _is_harmless(value, field, body):
+            yield where, f"{where} is not supported: {field.note}"
+        elif name in table.nested:
+            for suffix, inner in _objects_in(value):
+                yield from _violations(inner, table.nested[name], f"{where}{suffix}.", body)
+
+
+def _is_harmless(value: Any, field: Field, body: dict[str, Any]) -> bool:
+    harmless = field.harmless
+    if field.same_as:
+        other = body.get(field.same_as)
+        harmless = (1 if other is None else other,)
+    # To Python true is 1; to JSON it is not.
+    return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in harmless)
+
+
+def _objects_in(value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (index, object) for an object or a list of objects; types are checked later."""
+    if isinstance(value, dict):
+        yield "", value
+    elif isinstance(value, list):
+        for n, item in enumerate(value):
+            if isinstance(item, dict):
+                yield f"[{n}]", item
+
+
+def _suggestion(name: str, table: Table) -> str:
+    served = [field.name for field in table.fields.values() if field.rule is Rule.SERVED]
+    close = difflib.get_close_matches(name, served, n=1, cutoff=0.75) if len(name) <= MAX_FIELD_CHARS else []
+    return f"; did you mean {close[0]}?" if close else "; leave it out"
+
+
+def _served(members: dict[str, Any], table: Table) -> dict[str, Any]:
+    """Return what is left for the struct: served fields that have a value."""
+    served = {}
+    for name, value in members.items():
+        if value is None or table.fields[name].rule is not Rule.SERVED:
+            continue
+        inner = table.nested.get(name)
+        served[name] = value if inner is None else _served_inside(value, inner)
+    return served
+
+
+def _served_inside(value: Any, table: Table) -> Any:
+    if isinstance(value, list):
+        return [_served(item, table) if isinstance(item, dict) else item for item in value]
+    return _served(value, table) if isinstance(value, dict) else value
+
+
+def _convert(members: dict[str, Any], body: type[Body]) -> Body:
+    try:
+        return msgspec.convert(members, body, strict=False)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).rstrip("`").partition(" - at `$.")
+        missing = _MISSING.fullmatch(what)
+        field = f"{path}.{missing[1]}".lstrip(".") if missing else path
+        text = f"{field} is missing{_REMEDIES.get(field, '')}" if missing else f"{field}: {what}"
+        raise InvalidParameterError(text.replace("`", ""), field=field) from error
+
+
+def _quotable(name: str) -> str:
+    shown = name if len(name) <= MAX_FIELD_CHARS else name[:MAX_FIELD_CHARS] + "..."
+    return shown.encode(errors="replace").decode()
