@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from loraplex_common.base_model import BaseModelError
+from loraplex_common.tokenizer_config import read_json_object, read_special_tokens, read_tokenizer_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ def read_eos_token_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:
 
 def _of_model(directory: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
-        eos = _read_object(directory / name).get("eos_token_id")
+        eos = read_json_object(directory / name).get("eos_token_id")
         if eos is None:
             continue
         ids = eos if isinstance(eos, list) else [eos]
@@ -47,12 +47,8 @@ def _of_model(directory: Path) -> list[int]:
 
 def _of_tokenizer(directory: Path) -> int | None:
     """Return the id of the tokenizer's eos_token; None if it has none, or no such token."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read_object(directory / name).get("eos_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str):
-            return _token_id(_read_object(directory / "tokenizer.json"), content)
-    return None
+    token = read_special_tokens(read_tokenizer_config(directory)).get("eos_token")
+    return None if token is None else _token_id(read_json_object(directory / "tokenizer.json"), token)
 
 
 def _token_id(tokenizer: dict[str, Any], content: str) -> int | None:
@@ -64,16 +60,3 @@ def _token_id(tokenizer: dict[str, Any], content: str) -> int | None:
         return next((token_id for token_id, (piece, *_) in enumerate(vocab) if piece == content), None)
     token_id: int | None = vocab.get(content)
     return token_id
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one if there is no such file."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BaseModelError(f"{file}: {error}") from error
-    if not isinstance(content, dict):
-        raise BaseModelError(f"{file}: expected a JSON object")
-    return content

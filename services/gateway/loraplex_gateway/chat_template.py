@@ -11,6 +11,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from loraplex_common.errors import InvalidParameterError
+from loraplex_common.tokenizer_config import SPECIAL_TOKENS, read_special_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +26,6 @@ MAX_REASON_CHARS: Final = 500
 _MARK: Final = "ENDOFTHEFINALMESSAGE"
 # A template is a program of the model's: what it raises over a conversation is its refusal.
 _TEMPLATES_OWN_ERRORS: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-_SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class _GenerationTag(Extension):
@@ -69,7 +69,7 @@ RESERVED_VARIABLES: Final = frozenset(
         *("messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "chat_template"),
         *("conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
         *("return_assistant_tokens_mask", "tokenizer_kwargs", "loop", "self", "caller", "varargs", "kwargs"),
-        *_SPECIAL_TOKENS,
+        *SPECIAL_TOKENS,
         *_environment().globals,
     }
 )
@@ -153,17 +153,6 @@ def _cut_at_mark(rendered: str, mark: str, final: str) -> str:
             field="messages",
         )
     return head
-
-
-def read_special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens of a tokenizer_config.json, which writes them as strings or objects."""
-    tokens = {}
-    for name in _SPECIAL_TOKENS:
-        value = config.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str):
-            tokens[name] = content
-    return tokens
 
 
 def load_chat_template(directory: Path, config: Mapping[str, Any]) -> ChatTemplate | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraplex_common.end_of_text import read_eos_token_ids
+from loraplex_common.tokenizer_config import read_json_object
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,14 +46,12 @@ def load_generation_defaults(directory: Path, vocab_size: int) -> GenerationDefa
     Raises:
         BaseModelError: If a file cannot be read.
     """
-    eos_token_ids = frozenset(read_eos_token_ids(directory, vocab_size))  # first: it says what cannot be read
-    file = directory / "generation_config.json"
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    config = read_json_object(directory / "generation_config.json")
     return GenerationDefaults(
         temperature=config.get("temperature"),
         top_k=config.get("top_k"),
         top_p=config.get("top_p"),
         min_p=config.get("min_p"),
         repetition_penalty=config.get("repetition_penalty"),
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=frozenset(read_eos_token_ids(directory, vocab_size)),
     )

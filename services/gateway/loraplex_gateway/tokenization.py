@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import InvalidParameterError
+from loraplex_common.tokenizer_config import read_special_tokens, read_tokenizer_config
 from tokenizers import Tokenizer
 
-from loraplex_gateway.chat_template import ChatTemplate, load_chat_template, read_special_tokens
+from loraplex_gateway.chat_template import ChatTemplate, load_chat_template
 from loraplex_gateway.detokenizer import TokenTable
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
 
@@ -61,9 +61,8 @@ class PromptTokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path, executor: ThreadPoolExecutor) -> PromptTokenizer:
-        """Read tokenizer.json, tokenizer_config.json and the chat template of a model directory."""
-        file = directory / "tokenizer_config.json"
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        """Read tokenizer.json, its configuration and the chat template of a model directory."""
+        config = read_tokenizer_config(directory)
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         return cls(tokenizer, config, load_chat_template(directory, config), executor)
 

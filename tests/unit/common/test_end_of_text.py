@@ -58,6 +58,7 @@ def test_ids_are_the_generation_configs_else_the_configs(
         ({"tokenizer_config": {}, "special_tokens_map": {"eos_token": "</s>"}}, (1, 2)),
         ({"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": {"content": "</s>"}}}, (1, 2)),
         ({"tokenizer_config": {"eos_token": "</s>"}, "special_tokens_map": {"eos_token": "a"}}, (1, 2)),
+        ({"tokenizer_config": {"added_tokens_decoder": {}}, "special_tokens_map": {"eos_token": "</s>"}}, (1,)),
         ({"tokenizer_config": {"eos_token": "a"}, "tokenizer": UNIGRAM}, (1, 2)),
         ({"tokenizer_config": {"eos_token": "</s>"}, "tokenizer": UNIGRAM}, (1,)),
         ({"tokenizer_config": {"eos_token": "nowhere"}}, (1,)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 BOS = 0
 CHAT = ChatPrompt(messages=(ChatMessage(role="user", content="hi"),))
@@ -74,6 +76,21 @@ async def test_add_bos_token_adds_what_the_post_processor_does_not(executor: Thr
     prompts = PromptTokenizer(tokenizer, {"bos_token": "<s>", "add_bos_token": True}, None, executor)
 
     assert (await prompts.encode(TextPrompt(text="hello"))).ids[0] == BOS
+
+
+async def test_the_bos_may_be_named_in_the_special_tokens_map_alone(
+    executor: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_str(byte_level_tokenizer().to_str())
+    tokenizer.post_processor = None
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = "{{ bos_token }}{{ messages[0].content }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "chat_template": template}))
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}}')
+
+    prompts = PromptTokenizer.from_directory(tmp_path, executor)
+
+    assert [prompts.encode_now(prompt).ids[0] for prompt in (TextPrompt(text="hi"), CHAT)] == [BOS, BOS]
 
 
 async def test_special_tokens_can_be_left_out(executor: ThreadPoolExecutor) -> None:
