@@ -32,7 +32,14 @@ async def test_two_thousand_random_requests_are_answered_as_asked_and_disturb_no
     assert not tally.wrong, f"{len(tally.wrong)} wrong of {NUM_REQUESTS} with seed {SEED}: {tally.wrong[:3]}"
     assert tally.num_requests == NUM_REQUESTS
     assert tally.num_strangers >= NUM_REQUESTS // 50, "strangers' streams ran all the while"
+    assert tally.num_preemptions > 0, "the pool was too large to be a test"
     assert tally.ends.keys() >= {"FINISH_REASON_STOP", "FINISH_REASON_LENGTH"}
+
+
+async def test_so_they_are_with_two_steps_in_flight(tmp_path: Path) -> None:
+    tally = await run_campaign(tmp_path, num_requests=300, seed=SEED + 1, is_async=True)
+
+    assert not tally.wrong, tally.wrong[:3]
 
 
 async def test_news_that_cannot_be_sent_ends_its_request_and_no_session(

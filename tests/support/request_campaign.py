@@ -74,11 +74,13 @@ class Tally:
         wrong: What went wrong, at most once per request.
         ends: How requests ended: finish reason or class of error -> how many.
         num_strangers: Strangers' streams that were compared with their tokens alone.
+        num_preemptions: How often a running request gave way.
     """
 
     seed: int
     num_requests: int = 0
     num_strangers: int = 0
+    num_preemptions: int = 0
     seconds: float = 0.0
     ends: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
@@ -174,8 +176,15 @@ async def serving(harness: EngineHarness) -> AsyncIterator[EngineSessionClient]:
         await server.drain(settle_s=0.0, grace_s=0.0)
 
 
-async def run_campaign(directory: Path, *, num_requests: int, seed: int) -> Tally:
-    """Run requests; raises only if engine, session or a stream is lost, all else is in the tally."""
+async def run_campaign(directory: Path, *, num_requests: int, seed: int, is_async: bool = False) -> Tally:
+    """Run requests; raises only if engine, session or a stream is lost, all else is in the tally.
+
+    Args:
+        directory: Gets the base model.
+        num_requests: How many.
+        seed: Of all that is random.
+        is_async: The runner lags behind, as a GPU does, with two steps in flight.
+    """
     model, tally, began_s = write_base_model(directory / "tiny", BASE), Tally(seed), time.monotonic()
     with torch_engine(
         model,
@@ -186,6 +195,7 @@ async def run_campaign(directory: Path, *, num_requests: int, seed: int) -> Tall
         max_num_seqs=12,
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
         eos_token_ids=EOS_IDS,
+        emulate_async=is_async,
     ) as harness:
         for digest, recipe in zip(ADAPTERS, RECIPES, strict=True):
             harness.add_adapter(*recipe_adapter(load_base_model(model), recipe, digest))
@@ -193,6 +203,7 @@ async def run_campaign(directory: Path, *, num_requests: int, seed: int) -> Tall
             await Campaign(client, tally, num_requests).run()
         assert harness.engine.is_healthy, harness.crashes
         await asyncio.to_thread(harness.check_idle)
+        tally.num_preemptions = harness.engine.counters.num_preemptions
     tally.seconds = round(time.monotonic() - began_s, 1)
     return tally
 
@@ -202,11 +213,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=None, help="default: from the clock")
+    parser.add_argument("--is-async", action="store_true", help="two steps in flight, as on a GPU")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="where to write what came of it")
     arguments = parser.parse_args()
     seed = int(time.time()) if arguments.seed is None else arguments.seed
     with tempfile.TemporaryDirectory() as directory:
-        tally = asyncio.run(run_campaign(Path(directory), num_requests=arguments.requests, seed=seed))
+        campaign = run_campaign(
+            Path(directory), num_requests=arguments.requests, seed=seed, is_async=arguments.is_async
+        )
+        tally = asyncio.run(campaign)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     text = json.dumps({"commit": commit, **asdict(tally)}, indent=2)
     print(text)

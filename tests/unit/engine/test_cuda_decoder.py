@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pytest
@@ -71,6 +71,7 @@ class Done:
 class HostRunner:
     """`CudaRunner` without streams and graphs: decode steps padded to a bucket, others as they are."""
 
+    backend: ClassVar[str] = "cuda"
     pipeline_depth = 1
 
     def __init__(

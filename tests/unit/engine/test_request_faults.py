@@ -14,6 +14,7 @@ from loraplex_engine.adapter_bringing import AdapterBringing
 from loraplex_engine.admission import Admission
 from loraplex_engine.decode_state import DecodeState
 from loraplex_engine.hopelessness import Hopelessness
+from loraplex_engine.likeliest import likeliest
 from loraplex_engine.messages import SamplingParams, Submission
 from loraplex_engine.prefix_sharing import PrefixSharing
 from loraplex_engine.prompt_logprobs import PromptLogprobTracker
@@ -116,7 +117,7 @@ def test_probabilities_that_are_missing_fail_who_asked_for_them(depth: int) -> N
 
 def fail_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make probabilities of `POISON_TOP` alternatives, and edits of a bias of 77, raise."""
-    likeliest, constrain, occupy = sampled.likeliest, sampler._constrain, Sampler.occupy
+    constrain, occupy = sampler._constrain, Sampler.occupy
 
     def broken_likeliest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         if count == POISON_TOP:
