@@ -11,8 +11,9 @@ import gguf
 import numpy as np
 import pytest
 from loraplex_client.demo import ConversionError, FetchError, convert, fetch
-from loraplex_common.base_model import load_base_model, read_safetensors_index
+from loraplex_common.base_model import load_base_model
 from loraplex_common.bfloat16 import from_bfloat16, to_bfloat16
+from loraplex_common.weight_files import read_safetensors_index
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
