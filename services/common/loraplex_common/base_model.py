@@ -18,6 +18,7 @@ from loraplex_common.weight_digests import weight_digests
 from loraplex_common.weight_files import Weights, find_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 # Keys of config.json that say nothing about what the model computes.
@@ -138,6 +139,21 @@ def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[
         max_position_embeddings=shape.max_position_embeddings,
         config=checked.config,
     )
+
+
+def check_distinct_names(infos: Iterable[BaseModelInfo]) -> None:
+    """Refuse models that cannot be told apart; one model in two directories needs no telling.
+
+    Raises:
+        BaseModelError: If a name or alias belongs to two models.
+    """
+    owners: dict[str, BaseModelInfo] = {}
+    for info in infos:
+        for name in (info.name, *info.aliases):
+            if owners.setdefault(name, info).fingerprint != info.fingerprint:
+                raise BaseModelError(
+                    f"two base models are named {name!r}: rename one's directory, or give the first --served-model-name"
+                )
 
 
 def _tokenizer_digest(directory: Path) -> str:

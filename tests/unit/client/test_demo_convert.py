@@ -179,7 +179,7 @@ def test_the_result_is_a_base_model_the_services_accept(converted: Path) -> None
 
     assert (model.num_layers, model.hidden_size, model.intermediate_size) == (LAYERS, HIDDEN, FFN)
     assert (model.num_heads, model.num_kv_heads, model.head_dim) == (HEADS, KV_HEADS, HEAD_DIM)
-    assert model.aliases == ("HuggingFaceTB/SmolLM2-135M-Instruct",)
+    assert model.config["_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert model.max_position_embeddings == 256
     assert model.config["rope_theta"] == 100000
     assert model.config["rms_norm_eps"] == 1e-5

@@ -18,7 +18,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SLIDING = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 16}
 QWEN: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], **SLIDING}
-JUNK = ("many", "", True, [], {}, -1, 0, 1.5, float("nan"), float("inf"), None)
+JUNK: tuple[Any, ...] = ("many", "", True, [], {}, -1, 0, 1.5, float("nan"), float("inf"), None)
 
 
 def tiny_config(tmp_path: Path, **changes: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_common import weight_digests as module
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.weight_digests import WeightDigests
 
@@ -134,7 +133,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
                 opened.write(b"more")
         return os.stat(descriptor)
 
-    monkeypatch.setattr(module.os, "fstat", fstat)
+    monkeypatch.setattr("os.fstat", fstat)
 
     with pytest.raises(BaseModelError, match="changed while it was read"):
         Counting(None).of([file])
