@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Keys of config.json that say nothing about what the model computes.
 VOLATILE_KEYS: Final = frozenset({"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"})
+LM_HEAD: Final = "lm_head.weight"
 FINGERPRINT_FORMAT: Final = 2
 """1 knew shapes of tensors only."""
 
@@ -96,13 +97,25 @@ def check_base_model(directory: Path) -> CheckedModel:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BaseModelError(f"{path}: {error.strerror}; expected a model directory in Hugging Face layout") from error
+        is_adapter = (directory / "adapter_config.json").is_file()
+        found = (
+            "this is an adapter: serve its base model, then import it"
+            if is_adapter
+            else "expected a model directory in Hugging Face layout"
+        )
+        raise BaseModelError(f"{path}: {error.strerror}; {found}") from error
     except ValueError as error:
         raise BaseModelError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise BaseModelError(f"{path}: expected a JSON object")
     shape = model_config(config, str(path))
-    return CheckedModel(config, shape, _tokenizer_digest(directory), find_weights(directory))
+    tokenizer_digest, weights = _tokenizer_digest(directory), find_weights(directory)
+    if LM_HEAD not in weights.files and not shape.tied_embeddings:
+        raise BaseModelError(
+            f"{directory}: weight {LM_HEAD} is missing, and config.json does not tie it to the embedding (transformers would "
+            "draw it at random): fetch the missing file, or set tie_word_embeddings to true if the model was trained so"
+        )
+    return CheckedModel(config, shape, tokenizer_digest, weights)
 
 
 def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[str, ...] = ()) -> BaseModelInfo:

@@ -96,6 +96,13 @@ def test_a_directory_of_another_format_is_named_for_what_it_is(model: Path, name
         check_base_model(model)
 
 
+def test_an_adapter_in_place_of_a_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(BaseModelError, match="this is an adapter: serve its base model"):
+        check_base_model(tmp_path)
+
+
 def test_a_git_lfs_pointer_and_a_truncated_file_are_named(model: Path) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F  # noqa: N812
 from loraplex_common.adapter_image import OP_INDEX, OPS
-from loraplex_common.base_model import BaseModelError
 from torch import Tensor
 
 from loraplex_engine.model.layers import Dense, RmsNorm, new_activation
@@ -172,19 +171,11 @@ def _read_embeddings(config: ModelConfig, reader: WeightSource) -> tuple[Tensor,
     """Return embedding and lm_head; of a tied pair, one tensor, whichever the files bring.
 
     Where config.json ties them and the files bring two that differ, the files are right, as in transformers 5.
-
-    Raises:
-        BaseModelError: If one of them is missing and nothing says that it is the other.
     """
     shape, embed, head = (config.vocab_size, config.hidden_size), "model.embed_tokens.weight", "lm_head.weight"
     if config.tied_embeddings and not (reader.has(embed) and reader.has(head)):
         tied = reader.read(head if reader.has(head) else embed, shape)
         return tied, Dense(tied)
-    if not reader.has(head):
-        raise BaseModelError(
-            f"weight {head} is missing, and config.json does not tie it to the embedding (transformers would draw it at "
-            "random): fetch the missing file, or set tie_word_embeddings to true if the model was trained so"
-        )
     embedding, lm_head = reader.read(embed, shape), reader.read(head, shape)
     if config.tied_embeddings and torch.equal(embedding, lm_head):
         return embedding, Dense(embedding)
