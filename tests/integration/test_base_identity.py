@@ -181,6 +181,23 @@ async def test_no_way_into_the_store_gives_an_adapter_a_base_s_name(valkey_url: 
         assert await client.names() == []
 
 
+async def test_the_store_says_at_its_start_which_adapters_are_of_another_base(
+    valkey_url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = store_config(valkey_url)
+    async with running_rig(config) as (_, client):
+        await client.upload_recipe("poet", Recipe())
+    assert "unknown here" not in "".join(capfd.readouterr())
+    changed = write_base_model(tmp_path / "tiny", TinyBase(seed=1))
+
+    async with running_rig(replace(config, model=(changed,))) as (_, client):
+        await client.upload_recipe("other")  # answered once the table has been read
+        told = "".join(capfd.readouterr())
+
+    assert "import them again" in told
+    assert "poet" in told
+
+
 async def test_the_answer_of_an_import_says_what_nothing_proves(valkey_url: str, tmp_path: Path) -> None:
     recipe = Recipe(base_model_name_or_path="/workspace/model")
     directory = write_adapter(tmp_path / "poet", tiny_base_dir(), recipe)

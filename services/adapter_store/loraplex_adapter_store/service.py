@@ -96,7 +96,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
             core.blobs, core.catalog, core.metrics, budget_bytes=config.image_cache_bytes, executor=core.executor
         )
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
-        aliases = AliasTable(core.client, core.catalog)
+        aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.name_of))
         importer = _importer(core, bases, aliases)
