@@ -142,7 +142,9 @@ class EngineDouble:
         reader = asyncio.create_task(self._read(requests, running, outputs))
         step = 0
         try:
-            yield self._message(step, running, residency=True)
+            first = self._message(step, running, residency=True)
+            first.welcome.engine_id, first.welcome.base_fingerprint = self.engine_id, self.base.fingerprint
+            yield first
             while True:
                 changed = self._changed
                 step += 1

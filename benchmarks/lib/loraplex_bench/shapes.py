@@ -85,7 +85,17 @@ class AdapterFamily:
 
 def llama(name: str, *, inter: int, kv_heads: int, vocab: int) -> BaseModelInfo:
     """Return a 32-layer Llama of hidden size 4096."""
-    config = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rope_theta": 10000.0, "rms_norm_eps": 1e-5}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": inter,
+        "num_attention_heads": 32,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    }
     return BaseModelInfo(
         name=name,
         fingerprint="0" * 64,
@@ -98,7 +108,7 @@ def llama(name: str, *, inter: int, kv_heads: int, vocab: int) -> BaseModelInfo:
         head_dim=128,
         vocab_size=vocab,
         max_position_embeddings=4096,
-        config=config | {"max_position_embeddings": 4096},
+        config=config,
     )
 
 

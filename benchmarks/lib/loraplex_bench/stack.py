@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 from loraplex_common.adapter_image import layout
+from loraplex_common.decoder_config import model_config
 from loraplex_engine.cuda.decode_lora import DecodeLora
 from loraplex_engine.cuda.decoder import CudaDecoder, DecoderLimits, PagedAttention
 from loraplex_engine.cuda.lora_paths import BasePath, dense_into
 from loraplex_engine.cuda.step_input import InputLayout, InputWriter, StepShape
-from loraplex_engine.model.config import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_kernels.rms_norm import RmsNorm
 from loraplex_kernels.tables import AdapterTables
@@ -69,7 +69,7 @@ class DecodeStack:
     def __init__(self, shape: Shape, library: KernelLibrary, weights: WeightSource, *, max_rows: int) -> None:
         self.shape, self.library, self.max_rows = shape, library, max_rows
         device = library.device
-        self.model = LlamaModel(model_config(shape.info), weights, max_model_len=MAX_CONTEXT, device=device)
+        self.model = LlamaModel(model_config(shape.info.config), weights, max_model_len=MAX_CONTEXT, device=device)
         self.kv_pool = torch.zeros(max_rows, shape.pool.page_bytes, dtype=torch.uint8, device=device)
         limits = DecoderLimits(max_tokens=max_rows, max_rows=max_rows, max_context=MAX_CONTEXT)
         self.decoder = _StackDecoder(self.model, library, self.kv_pool, shape.pool, limits, num_slots=max_rows)

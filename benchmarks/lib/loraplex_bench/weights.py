@@ -36,9 +36,9 @@ class SharedWeights:
             self._kept[key] = self._source.read_stacked(key)
         return self._kept[key]
 
-    def skip(self, name: str) -> None:
-        """Pass on that a weight is not needed."""
-        self._source.skip(name)
+    def has(self, name: str) -> bool:
+        """Tell whether the source has a weight."""
+        return self._source.has(name)
 
     def close(self) -> None:
         """Keep everything: another model may follow."""

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import DrainingError, LoraplexError, SequenceGapError, StoreUnavailableError
 from loraplex_common.exposition import private
+from loraplex_common.ids import DEFAULT_LABEL
 from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
 from loraplex_adapter_store.repository import keys
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
+    from collections.abc import AsyncGenerator, Collection, Iterable
 
     from loraplex_adapter_store.repository.catalog import Catalog
 
@@ -45,11 +46,16 @@ class AliasUpdate:
 
 
 class AliasTable:
-    """The table of this replica and its watchers."""
+    """The table of this replica and its watchers.
 
-    def __init__(self, client: keys.Client, catalog: Catalog) -> None:
+    Args:
+        base_fingerprints: Of the base models known here; adapters of others are told of when the table is first read.
+    """
+
+    def __init__(self, client: keys.Client, catalog: Catalog, base_fingerprints: Collection[str]) -> None:
         self._client = client
         self._catalog = catalog
+        self._base_fingerprints = base_fingerprints
         self._views: dict[str, AdapterView] = {}
         self._sequence = 0
         self._history: deque[tuple[int, str]] = deque(maxlen=HISTORY)  # (sequence, name), oldest first
@@ -155,6 +161,8 @@ class AliasTable:
             records += await self._catalog.get_many(names)
             after = names[-1]
         views = await self._with_revisions(records)
+        if not self.is_loaded:
+            self._report_strangers(views)
         went_back = sequence < self._sequence
         changed = [view for view in views if self._views.get(view.record.name) != view]
         self._views = {view.record.name: view for view in views}
@@ -168,6 +176,21 @@ class AliasTable:
             updates = _in_parts(sequence, changed)
         self._loaded.set()
         self._publish(updates)
+
+    def _report_strangers(self, views: list[AdapterView]) -> None:
+        """Say which adapters no engine of our base models will take, before a request is refused for it."""
+        latest = {view.record.name: view.revision(view.record.labels.get(DEFAULT_LABEL)) for view in views}
+        strangers = [
+            name
+            for name, revision in latest.items()
+            if revision is not None and revision.base_fingerprint not in self._base_fingerprints
+        ]
+        if strangers:
+            _log.warning(
+                "adapters of base models unknown here; if one is an earlier state of a base model, import them again",
+                num_adapters=len(strangers),
+                names=strangers[:10],
+            )
 
     async def _follow(self) -> None:
         with keys.translated():

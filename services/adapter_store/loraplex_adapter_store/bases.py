@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraplex_common.base_model import BaseModelInfo, load_base_model
-from loraplex_common.errors import AdapterIncompatibleError, ModelNotFoundError
+from loraplex_common.base_model import BaseModelInfo, check_distinct_names, load_base_model
+from loraplex_common.base_names import BaseName, folder_name
+from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +27,33 @@ class KnownBase:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name an adapter may use for it."""
-        return (self.info.name, *self.info.aliases)
+        """The names under which clients may ask for it."""
+        return tuple(dict.fromkeys((self.info.name, *self.info.aliases)))
+
+    def is_called(self, name: str) -> bool:
+        """Return whether this is one of its names; hubs tell no names apart by case."""
+        return name.casefold() in {known.casefold() for known in self.names}
+
+    def may_be(self, declared: BaseName) -> bool:
+        """Return whether a declared name ends as one of its names does, or as its folder's.
+
+        Not if both say whose model it is: then they were compared as a whole, and are two.
+        """
+        known = [BaseName.parse(name) for name in (*self.names, folder_name(self.directory))]
+        alike = [name for name in known if name.last.casefold() == declared.last.casefold()]
+        return bool(alike) and not (declared.has_org and any(name.has_org for name in alike))
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenBase:
+    """The base model that a checkpoint is checked against.
+
+    Attributes:
+        warnings: What whoever imports should know of the choice.
+    """
+
+    base: KnownBase
+    warnings: tuple[str, ...] = ()
 
 
 class KnownBases:
@@ -47,12 +73,13 @@ class KnownBases:
         """Read model directories; ``name`` and ``aliases`` are the first one's.
 
         Raises:
-            BaseModelError: If a directory is no base model we serve.
+            BaseModelError: If a directory is no base model we serve, or two models have one name.
         """
         infos = [
             load_base_model(directory, name=name if index == 0 else None, aliases=aliases if index == 0 else ())
             for index, directory in enumerate(directories)
         ]
+        check_distinct_names(infos)
         return cls([KnownBase(info, directory) for info, directory in zip(infos, directories, strict=True)])
 
     @property
@@ -60,40 +87,84 @@ class KnownBases:
         """Fingerprint -> name, for messages."""
         return {base.info.fingerprint: base.info.name for base in self._bases}
 
-    def choose(self, declared: str, override: str) -> KnownBase:
+    def check_adapter_name(self, name: str) -> None:
+        """Refuse a name that means a base model: requests for it would never reach the adapter.
+
+        Raises:
+            InvalidParameterError: If it is a base model's name or alias.
+        """
+        if any(name in base.names for base in self._bases):
+            raise InvalidParameterError(
+                f"{name!r} is a name of the base model, which answers requests for it: give the adapter another name",
+                field="name",
+            )
+
+    def choose(self, declared: str, override: str) -> ChosenBase:
         """Return the base model that a checkpoint is to be checked against.
 
         Args:
-            declared: The checkpoint's ``base_model_name_or_path``. A known name decides; an unknown hub id is refused; a
-                path (which says nothing on another machine) or nothing means the only base model, shapes deciding.
+            declared: The checkpoint's ``base_model_name_or_path``. A known name decides, and so does one that ends as one
+                base's names do. Hub ids, pages and hub cache paths of other models are refused. Other paths, which say
+                nothing on another machine, and nothing at all mean the only base model: with a warning, as shapes
+                decide then, and they cannot tell two models of one shape apart.
             override: Name given by whoever imports; beats ``declared``.
 
         Raises:
             ModelNotFoundError: If the override names no known base model.
             AdapterIncompatibleError: If the checkpoint is for another one, or does not say which of several.
         """
-        known = ", ".join(name for base in self._bases for name in base.names)
         if override:
-            if (base := self._named(override)) is None:
-                raise ModelNotFoundError(f"base model {override!r} is not known here; known: {known}")
-            return base
-        if declared and (base := self._named(declared)) is not None:
-            return base
-        if _looks_like_hub_id(declared):
+            return ChosenBase(self._overriding(override))
+        name = BaseName.parse(declared)
+        found = self._called(declared.strip()) or self._called(name.hub_id)
+        found = found or (self._distinct([base for base in self._bases if base.may_be(name)]) if name.last else [])
+        if len(found) == 1:
+            return ChosenBase(found[0])
+        if not found and name.hub_id:
+            raise self._for_another(name.hub_id)
+        distinct = found or self._distinct(self._bases)
+        if len(distinct) > 1:
             raise AdapterIncompatibleError(
-                f"the adapter is for base model {declared!r}, this store knows {known}; if they are the same, import with "
-                f"base_model set or start the services with --model-alias {declared}",
-                metadata={"adapter_base": declared[:200]},
+                f"the adapter does not say for which base model it is ({declared[:200]!r}); import with `base_model` set to "
+                f"one of {self._known(distinct)}"
             )
-        if len(self._bases) > 1:
-            raise AdapterIncompatibleError(
-                f"the adapter does not say for which base model it is ({declared!r}); import with base_model set to one of {known}"
-            )
-        return self._bases[0]
+        return ChosenBase(distinct[0], (self._unsaid(declared, distinct[0]),))
 
-    def _named(self, name: str) -> KnownBase | None:
-        return next((base for base in self._bases if name in base.names), None)
+    def _overriding(self, name: str) -> KnownBase:
+        if not (found := self._called(name)):
+            raise ModelNotFoundError(f"base model {name!r} is not known here; known: {self._known(self._bases)}")
+        return found[0]
 
+    def _called(self, name: str) -> list[KnownBase]:
+        return [base for base in self._bases if base.is_called(name)][:1] if name else []
 
-def _looks_like_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+    @staticmethod
+    def _distinct(bases: Sequence[KnownBase]) -> list[KnownBase]:
+        """Return the bases without those that are an earlier one under another name."""
+        first: dict[str, KnownBase] = {}
+        for base in bases:
+            first.setdefault(base.info.fingerprint, base)
+        return list(first.values())
+
+    @staticmethod
+    def _known(bases: Sequence[KnownBase]) -> str:
+        return ", ".join(name for base in bases for name in base.names)
+
+    def _for_another(self, declared: str) -> AdapterIncompatibleError:
+        parents = [base.info.name for base in self._bases if base.info.config.get("_name_or_path") == declared]
+        hint = f" ({parents[0]} says that it was made from it, which does not make them the same)" if parents else ""
+        return AdapterIncompatibleError(
+            f"the adapter is for base model {declared[:200]!r}{hint}, this store knows {self._known(self._bases)}; if they "
+            f"are the same weights, import with `base_model` set or start the services with --model-alias {declared[:200]}",
+            metadata={"adapter_base": declared[:200]},
+        )
+
+    @staticmethod
+    def _unsaid(declared: str, base: KnownBase) -> str:
+        says = (
+            f"names its base by a path, {declared[:200]!r}" if BaseName.parse(declared).last else "names no base model"
+        )
+        return (
+            f"the adapter {says}: it fits the shapes of {base.info.name}, which does not prove that it was trained on it; "
+            f"`base_model` set to {base.info.name} says that it was"
+        )

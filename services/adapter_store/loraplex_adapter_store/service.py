@@ -91,12 +91,12 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     """Run a store inside the block and drain it at the end."""
     bases = KnownBases.load(config.model, name=config.served_model_name, aliases=config.model_alias)
     async with AsyncExitStack() as stack:
-        core = _core(config, stack)
+        core = _core(config, bases, stack)
         images = ImageCache(
             core.blobs, core.catalog, core.metrics, budget_bytes=config.image_cache_bytes, executor=core.executor
         )
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
-        aliases = AliasTable(core.client, core.catalog)
+        aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
         importer = _importer(core, bases, aliases)
@@ -133,7 +133,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         )
 
 
-def _core(config: StoreConfig, stack: AsyncExitStack) -> _Core:
+def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Core:
     client = connect(config.redis_url)
     stack.push_async_callback(client.aclose)
     executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
@@ -141,7 +141,7 @@ def _core(config: StoreConfig, stack: AsyncExitStack) -> _Core:
     return _Core(
         config=config,
         client=client,
-        catalog=Catalog(client, gc_grace_s=config.gc_grace_s),
+        catalog=Catalog(client, gc_grace_s=config.gc_grace_s, check_name=bases.check_adapter_name),
         blobs=Blobs(client),
         holdings=EngineHoldings(client),
         metrics=StoreMetrics(new_registry("adapter_store")),

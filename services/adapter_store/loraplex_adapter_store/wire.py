@@ -119,6 +119,7 @@ def import_result(outcome: ImportOutcome) -> adapter_store_pb2.ImportAdapterResu
         adapter=adapter(outcome.record, outcome.revision),
         revision=revision(outcome.revision),
         already_existed=outcome.already_existed,
+        warnings=outcome.warnings,
     )
 
 

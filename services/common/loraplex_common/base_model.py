@@ -1,29 +1,31 @@
 """What the services must agree on about a base model: its shape, its names, its fingerprint.
 
-Reads a directory in Hugging Face layout (config.json, tokenizer.json, *.safetensors headers) without torch.
+Reads a directory in Hugging Face layout (config.json, tokenizer.json, *.safetensors) without torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.adapter_image import Geometry
+from loraplex_common.base_names import folder_name, hub_id_of
+from loraplex_common.config_values import BaseModelError as BaseModelError
+from loraplex_common.decoder_config import ModelConfig, model_config
+from loraplex_common.weight_digests import weight_digests
+from loraplex_common.weight_files import Weights, find_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
-ARCHITECTURES: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
 # Keys of config.json that say nothing about what the model computes.
 VOLATILE_KEYS: Final = frozenset({"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"})
-
-
-class BaseModelError(ValueError):
-    """The directory is no base model we can serve; the message names the file and the remedy."""
+LM_HEAD: Final = "lm_head.weight"
+FINGERPRINT_FORMAT: Final = 2
+"""1 knew shapes of tensors only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +34,9 @@ class BaseModelInfo:
 
     Attributes:
         name: Name clients use.
-        fingerprint: sha256 over config, tokenizer and weights index, 64 hex digits.
+        fingerprint: What the model is: sha256 over config.json (but `VOLATILE_KEYS`), tokenizer.json and the sha256 of
+            the file of each weight, 64 hex digits. Not in it: how to talk to the model (chat template, generation
+            defaults), which may be mended without turning its adapters away.
         aliases: Other names adapters may use for it (``base_model_name_or_path``), e.g. its hub id.
         max_position_embeddings: Longest sequence the model was trained for, in tokens.
         config: config.json as read.
@@ -66,90 +70,121 @@ class BaseModelInfo:
         )
 
 
-def read_safetensors_index(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return ``{tensor name: (dtype, shape)}`` from a safetensors file's header.
+@dataclass(frozen=True, slots=True)
+class CheckedModel:
+    """A model directory that can be served.
+
+    Attributes:
+        config: config.json as read.
+        shape: The same, understood.
+        tokenizer_digest: sha256 of tokenizer.json.
+    """
+
+    config: dict[str, Any]
+    shape: ModelConfig
+    tokenizer_digest: str
+    weights: Weights
+
+
+def check_base_model(directory: Path) -> CheckedModel:
+    """Check that a directory is a model we serve, as far as can be told without reading its weights.
 
     Raises:
-        BaseModelError: If the header is longer than `MAX_HEADER_BYTES` or not what the format says.
+        BaseModelError: If a file is missing or broken, the architecture or an entry of config.json is not served, or the
+            weights are quantised; the message names file, key and remedy.
     """
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) != 8 or (length := struct.unpack("<Q", prefix)[0]) > MAX_HEADER_BYTES:
-            raise BaseModelError(f"{path}: not a safetensors file, or its header is too long")
-        try:
-            data = file.read(length)
-            if len(data) != length:
-                raise ValueError(f"{len(data)} of {length} bytes")
-            header = json.loads(data)
-            return {k: (v["dtype"], tuple(v["shape"])) for k, v in header.items() if k != "__metadata__"}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BaseModelError(f"{path}: unreadable safetensors header: {error}") from error
-
-
-def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[str, ...] = ()) -> BaseModelInfo:
-    """Read a base model's facts.
-
-    Args:
-        directory: Holds config.json, tokenizer.json and one or more ``*.safetensors``.
-        name: Name clients use; the directory's name if unset.
-        aliases: Further names; ``_name_or_path`` of config.json is added if it looks like a hub id.
-
-    Raises:
-        BaseModelError: If a file is missing or the architecture is not served.
-    """
-    config, tokenizer = _read_config(directory)
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise BaseModelError(f"{directory}: no *.safetensors; other weight formats are not read")
-    index = {k: v for file in files for k, v in read_safetensors_index(file).items()}
-    hub_id = str(config.get("_name_or_path") or "")
-    known = [*aliases, hub_id] if hub_id.count("/") == 1 and not hub_id.startswith((".", "/")) else list(aliases)
-    try:
-        num_heads = int(config["num_attention_heads"])
-        return BaseModelInfo(
-            name=name or directory.resolve().name,
-            fingerprint=_fingerprint(config, tokenizer, index),
-            aliases=tuple(dict.fromkeys(known)),
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=int(config["hidden_size"]),
-            intermediate_size=int(config["intermediate_size"]),
-            num_heads=num_heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_heads),
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
-            config=config,
-        )
-    except KeyError as error:
-        raise BaseModelError(f"{directory / 'config.json'}: {error.args[0]} is missing") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise BaseModelError(f"{directory / 'config.json'}: {error}") from error
-
-
-def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
-    """Return config.json and the sha256 of tokenizer.json."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
-        tokenizer = hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BaseModelError(
-            f"{error.filename}: {error.strerror}; expected a model directory in Hugging Face layout"
-        ) from error
+        is_adapter = (directory / "adapter_config.json").is_file()
+        found = (
+            "this is an adapter: serve its base model, then import it"
+            if is_adapter
+            else "expected a model directory in Hugging Face layout"
+        )
+        raise BaseModelError(f"{path}: {error.strerror}; {found}") from error
     except ValueError as error:
         raise BaseModelError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise BaseModelError(f"{path}: expected a JSON object")
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not any(name in ARCHITECTURES for name in architectures):
-        raise BaseModelError(f"{directory}: architecture {architectures} is not one of {', '.join(ARCHITECTURES)}")
-    return config, tokenizer
+    shape = model_config(config, str(path))
+    tokenizer_digest, weights = _tokenizer_digest(directory), find_weights(directory)
+    if LM_HEAD not in weights.files and not shape.tied_embeddings:
+        raise BaseModelError(
+            f"{directory}: weight {LM_HEAD} is missing, and config.json does not tie it to the embedding (transformers would "
+            "draw it at random): fetch the missing file, or set tie_word_embeddings to true if the model was trained so"
+        )
+    return CheckedModel(config, shape, tokenizer_digest, weights)
 
 
-def _fingerprint(config: dict[str, Any], tokenizer: str, index: dict[str, tuple[str, tuple[int, ...]]]) -> str:
+def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[str, ...] = ()) -> BaseModelInfo:
+    """Read a base model's facts; hashes its weights unless this machine has done so before.
+
+    Args:
+        directory: Holds config.json, tokenizer.json and one or more ``*.safetensors``.
+        name: Name clients use; the folder's name if unset, in a hub cache the model's.
+        aliases: Further names; the hub id of a directory in a hub cache is added. ``_name_or_path`` of config.json is
+            none: in what transformers 4.36 to 4.46 saved it is the model that this one was made from.
+
+    Raises:
+        BaseModelError: As `check_base_model`, or if the weights change while they are read.
+    """
+    checked = check_base_model(directory)
+    shape = checked.shape
+    try:
+        digests = weight_digests(checked.weights.shards())
+    except OSError as error:
+        raise BaseModelError(f"{error.filename}: {error.strerror}") from error
+    weights = sorted((tensor, digests[file]) for tensor, file in checked.weights.files.items())
+    hub_id = hub_id_of(directory)
+    return BaseModelInfo(
+        name=name or folder_name(directory),
+        fingerprint=_fingerprint(checked, weights),
+        aliases=tuple(dict.fromkeys((*aliases, hub_id) if hub_id else aliases)),
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=shape.max_position_embeddings,
+        config=checked.config,
+    )
+
+
+def check_distinct_names(infos: Iterable[BaseModelInfo]) -> None:
+    """Refuse models that cannot be told apart; one model in two directories needs no telling.
+
+    Raises:
+        BaseModelError: If a name or alias belongs to two models.
+    """
+    owners: dict[str, BaseModelInfo] = {}
+    for info in infos:
+        for name in (info.name, *info.aliases):
+            if owners.setdefault(name, info).fingerprint != info.fingerprint:
+                raise BaseModelError(
+                    f"two base models are named {name!r}: rename one's directory, or give the first --served-model-name"
+                )
+
+
+def _tokenizer_digest(directory: Path) -> str:
+    path = directory / "tokenizer.json"
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise BaseModelError(
+            f"{path}: {error.strerror}; expected a model directory in Hugging Face layout: for a model that brings "
+            "another tokenizer file, transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it"
+        ) from error
+
+
+def _fingerprint(checked: CheckedModel, weights: list[tuple[str, str]]) -> str:
     facts = {
-        "config": {k: v for k, v in config.items() if k not in VOLATILE_KEYS},
-        "tokenizer": tokenizer,
-        "weights": sorted((k, dtype, list(shape)) for k, (dtype, shape) in index.items()),
+        "format": FINGERPRINT_FORMAT,
+        "config": {key: value for key, value in checked.config.items() if key not in VOLATILE_KEYS},
+        "tokenizer": checked.tokenizer_digest,
+        "weights": weights,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

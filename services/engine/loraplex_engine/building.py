@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.end_of_text import read_eos_token_ids
+from loraplex_common.weight_files import find_weights
 
 from loraplex_engine.config import MIB, ConfigError, EngineConfig
 from loraplex_engine.engine import EngineParams
@@ -191,5 +192,5 @@ def _default_pool_bytes(model: Path, device: torch.device) -> int:
     if device.type == "cpu":
         return CPU_POOL_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in find_weights(model).shards())
     return int((free - weights) * GPU_POOL_SHARE)

@@ -105,6 +105,10 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._sessions.add(session)
         try:
             async with aclosing(session.responses(request_iterator)) as responses:
+                response = await anext(responses)
+                response.welcome.engine_id = self._identity.engine_id
+                response.welcome.base_fingerprint = self._identity.base_model.fingerprint
+                yield response
                 async for response in responses:
                     yield response
         finally:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import numpy as np
 import torch
 from loraplex_common.base_model import BaseModelInfo
+from loraplex_common.decoder_config import model_config
 from torch import Tensor
 
 from loraplex_engine.attention_step import AttentionStep
 from loraplex_engine.attention_torch import PagedPool
 from loraplex_engine.lora_torch import AdapterTable, LoraStep, Segment
-from loraplex_engine.model.config import model_config
 from loraplex_engine.model.llama import Activations, LlamaModel
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import PoolGeometry
@@ -84,7 +84,7 @@ class TorchRunner:
         page_bytes = config.geometry.page_bytes
         self.geometry: Geometry = config.info.geometry(dtype=config.geometry.dtype, page_bytes=page_bytes)
         self._emulate_async = config.emulate_async
-        model = model_config(config.info)
+        model = model_config(config.info.config)
         reader = WeightReader(config.model_dir, dtype=self._dtype, device=self._device)
         self._model = LlamaModel(model, reader, max_model_len=config.max_model_len, device=self._device)
         reader.close()

@@ -71,9 +71,9 @@ class GatewayApp:
         self._valkey = valkey.connect(config.redis_url)
         self._store = self._open_store()
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
-        self.catalog = self._load_models()
         self.names = NameTable()
         self._adapter_names = AdapterNames()
+        self.catalog = self._load_models()
         self.pool = EnginePool(self.catalog, gateway_id=self.gateway_id, max_buffered_tokens=config.max_buffered_tokens)
         self._registry = RegistryWatcher(self._valkey, self.pool)
         self.admission = AdmissionController(
@@ -185,7 +185,7 @@ class GatewayApp:
             load_served_model(first, self._executor, name=config.served_model_name, aliases=tuple(config.model_alias))
         ]
         models += [load_served_model(directory, self._executor) for directory in others]
-        return ModelCatalog(models)
+        return ModelCatalog(models, self.names)
 
     def _make_core(self) -> GatewayCore:
         preparer = Preparer(

@@ -183,6 +183,9 @@ class EngineSession:
                 return "the engine closed the stream"
             except grpc.aio.AioRpcError as error:
                 return f"{error.code().name}: {error.details()}"
+            except engine_wire.WrongEngineError as error:
+                _log.warning("another engine is where one was", engine_id=self.engine_id, cause=str(error))
+                return str(error)
             except ValueError as error:
                 # What it says cannot be trusted any more, whichever request it is about.
                 _log.error("an engine broke the protocol", engine_id=self.engine_id, exc_info=error)
@@ -222,6 +225,8 @@ class EngineSession:
         return request if request.submits or request.aborts else None
 
     def _receive(self, message: engine_pb2.SessionResponse) -> None:
+        if self.state is SessionState.CONNECTING:
+            engine_wire.check_welcome(message.welcome, self.record)
         if message.HasField("residency"):
             self._update_residency(message.residency)
         tickets = self._tickets

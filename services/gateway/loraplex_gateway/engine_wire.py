@@ -24,6 +24,8 @@ from loraplex_gateway.types import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from loraplex_common.registry import EngineRecord
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
@@ -65,6 +67,21 @@ class EngineFinish:
     reason: FinishReason
     stop_token_id: int | None
     timings: Timings
+
+
+class WrongEngineError(Exception):
+    """Another engine answers at the address of the one that is wanted."""
+
+
+def check_welcome(welcome: engine_pb2.SessionResponse.Welcome, wanted: EngineRecord) -> None:
+    """Refuse whoever is not the engine that the registry listed: its weights may be others.
+
+    Raises:
+        WrongEngineError: If it is not.
+    """
+    found = (welcome.engine_id, welcome.base_fingerprint)
+    if found != (wanted.engine_id, wanted.base_fingerprint):
+        raise WrongEngineError(f"engine {found[0] or '?'} of base {found[1][:12] or '?'} answers at {wanted.target}")
 
 
 def to_duration(seconds: float) -> duration_pb2.Duration:

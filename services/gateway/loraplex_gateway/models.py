@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraplex_common.base_model import BaseModelInfo, load_base_model
+from loraplex_common.base_model import BaseModelInfo, check_distinct_names, load_base_model
 from loraplex_common.errors import InvalidParameterError, ModelNotFoundError
 
 from loraplex_gateway.generation_defaults import GenerationDefaults, load_generation_defaults
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
+
+    from loraplex_gateway.names import NameTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,15 +57,27 @@ def load_served_model(
 
 
 class ModelCatalog:
-    """All base models of this gateway, by name, alias and fingerprint."""
+    """All base models of this gateway, by name, alias and fingerprint.
 
-    def __init__(self, models: Iterable[ServedModel]) -> None:
+    Args:
+        models: In the order of their flags. Two of one fingerprint are one model under two names, each with its own
+            tokenizer files; whoever asks by fingerprint gets the first.
+        adapters: Names that are adapters; none without an adapter store.
+
+    Raises:
+        BaseModelError: If a name belongs to two models.
+    """
+
+    def __init__(self, models: Iterable[ServedModel], adapters: NameTable | None = None) -> None:
         self._models = tuple(models)
         if not self._models:
             raise ValueError("a gateway needs at least one --model directory")
-        self._by_fingerprint = {model.fingerprint: model for model in self._models}
-        self._by_name = {alias: model for model in self._models for alias in model.info.aliases}
-        self._by_name.update({model.name: model for model in self._models})
+        check_distinct_names(model.info for model in self._models)
+        self._adapters = adapters
+        first_last = self._models[::-1]
+        self._by_fingerprint = {model.fingerprint: model for model in first_last}
+        self._by_name = {alias: model for model in first_last for alias in model.info.aliases}
+        self._by_name.update({model.name: model for model in first_last})
 
     @property
     def models(self) -> tuple[ServedModel, ...]:
@@ -71,8 +85,23 @@ class ModelCatalog:
         return self._models
 
     def find(self, name: str) -> ServedModel | None:
-        """Return the model with this name or alias."""
-        return self._by_name.get(name)
+        """Return the base model that a name means where it may mean an adapter as well; None if it means none.
+
+        The one place that decides between the two.
+
+        Raises:
+            InvalidParameterError: If it is the name of both: the base never answers where the adapter may be meant.
+        """
+        model = self._by_name.get(name)
+        if model is not None and self._adapters is not None and (entry := self._adapters.entry(name)) is not None:
+            example = next((f"{name}:{label}" for label in sorted(entry.labels)), f"{name}@REVISION")
+            raise InvalidParameterError(
+                f"{name!r} is a base model and an adapter: write {example} for the adapter, another name of the base "
+                f"model for that, or delete the adapter and import it under another name",
+                field="model",
+                metadata={"model": name},
+            )
+        return model
 
     def by_fingerprint(self, fingerprint: str) -> ServedModel | None:
         """Return the model with this fingerprint."""

@@ -102,14 +102,23 @@ class Preparer:
         adapter = await self._names.resolve(request.adapter, tenant=tenant, patience_s=NAME_PATIENCE_S)
         model = self._catalog.by_fingerprint(adapter.base_fingerprint)
         wanted = self._catalog.select(request.model) if request.model else model
-        if model is None or wanted is not model:
-            names = ", ".join(served.name for served in self._catalog.models) if wanted is None else wanted.name
-            raise AdapterIncompatibleError(
-                f"adapter {request.adapter!r} was made for another base model "
-                f"({model.name if model else 'fingerprint ' + adapter.base_fingerprint[:12]}), not for {names}",
-                metadata={"adapter": request.adapter, "base_fingerprint": adapter.base_fingerprint},
+        # Compared by what they are: one model may be served under two names.
+        if wanted is not None and wanted.fingerprint == adapter.base_fingerprint:
+            return wanted, adapter
+        names = ", ".join(served.name for served in self._catalog.models) if wanted is None else wanted.name
+        made_for = f"{model.name}, another base model" if model else f"fingerprint {adapter.base_fingerprint[:12]}"
+        remedy = (
+            ""
+            if model
+            else (
+                "; if that is an earlier state of it, or was imported before fingerprints covered the weights, import the "
+                "adapter again"
             )
-        return model, adapter
+        )
+        raise AdapterIncompatibleError(
+            f"adapter {request.adapter!r} was made for {made_for}, not for {names}{remedy}",
+            metadata={"adapter": request.adapter, "base_fingerprint": adapter.base_fingerprint},
+        )
 
     def _job(
         self,

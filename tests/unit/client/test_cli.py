@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_client.cli import main
-from loraplex_common.errors import AdapterNotFoundError, StreamInterruptedError
+from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, StreamInterruptedError
 from support.gateway_double import DIGEST, GatewayDouble, StoreDouble, chunk, serving
 
 if TYPE_CHECKING:
@@ -213,6 +213,19 @@ def test_a_hub_repository_is_imported_by_commit(loraplex: Runner, store: StoreDo
     assert result.code == 0
     source = store.requests[0].hf
     assert (source.repo, source.subfolder, source.revision) == ("org/repo", "sub/dir", "a" * 40)
+
+
+def test_what_the_store_could_not_tell_is_a_warning_in_the_command_s_words(
+    loraplex: Runner, store: StoreDouble, directory: Path
+) -> None:
+    store.warnings = ["the adapter names no base model: `base_model` set to tiny says that it is tiny's"]
+    uploaded = loraplex("adapters", "import", "json", str(directory))
+    store.import_error = AdapterIncompatibleError("import with `base_model` set")
+    refused = loraplex("adapters", "import", "json", f"hf:org/repo@{'a' * 40}")
+
+    assert (uploaded.code, refused.code) == (0, 1)
+    assert "warning: the adapter names no base model: --base-model set to tiny" in uploaded.err
+    assert "import with --base-model set" in refused.err
 
 
 def test_a_directory_that_is_no_adapter_is_refused(loraplex: Runner, tmp_path: Path) -> None:

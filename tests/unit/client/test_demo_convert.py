@@ -11,8 +11,9 @@ import gguf
 import numpy as np
 import pytest
 from loraplex_client.demo import ConversionError, FetchError, convert, fetch
-from loraplex_common.base_model import load_base_model, read_safetensors_index
+from loraplex_common.base_model import load_base_model
 from loraplex_common.bfloat16 import from_bfloat16, to_bfloat16
+from loraplex_common.weight_files import read_safetensors_index
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def test_the_result_is_a_base_model_the_services_accept(converted: Path) -> None
 
     assert (model.num_layers, model.hidden_size, model.intermediate_size) == (LAYERS, HIDDEN, FFN)
     assert (model.num_heads, model.num_kv_heads, model.head_dim) == (HEADS, KV_HEADS, HEAD_DIM)
-    assert model.aliases == ("HuggingFaceTB/SmolLM2-135M-Instruct",)
+    assert model.config["_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert model.max_position_embeddings == 256
     assert model.config["rope_theta"] == 100000
     assert model.config["rms_norm_eps"] == 1e-5

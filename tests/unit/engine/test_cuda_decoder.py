@@ -14,6 +14,7 @@ from kernels.host_kernels import COMPILER, HostLibrary
 from kernels.kernel_cases import relative_error
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
+from loraplex_common.decoder_config import model_config
 from loraplex_engine.cuda import decoder
 from loraplex_engine.cuda.decode_lora import DecodeLora
 from loraplex_engine.cuda.decoder import CudaDecoder, DecoderLimits
@@ -21,7 +22,6 @@ from loraplex_engine.cuda.lora_paths import AddedLoraPath, BasePath
 from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS
 from loraplex_engine.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.cuda.token_lora import make_token_lora
-from loraplex_engine.model.config import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
@@ -86,7 +86,7 @@ class HostRunner:
         self.pool_geometry = choose_pool_geometry(info, dtype=dtype)
         self.geometry = info.geometry(dtype=dtype, page_bytes=self.pool_geometry.page_bytes)
         reader = WeightReader(model_dir, dtype=library.dtype, device=CPU)
-        model = LlamaModel(model_config(info), reader, max_model_len=128, device=CPU)
+        model = LlamaModel(model_config(info.config), reader, max_model_len=128, device=CPU)
         self.pool = torch.zeros(NUM_PAGES, self.pool_geometry.page_bytes, dtype=torch.uint8)
         limits = DecoderLimits(max_tokens=64, max_rows=NUM_SLOTS, max_context=128)
         self.decoder = CudaDecoder(model, library, self.pool, self.pool_geometry, limits, num_slots=NUM_SLOTS)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from loraplex_common.base_model import BaseModelError, load_base_model
-from loraplex_engine.model.config import ModelConfig, model_config
-from loraplex_engine.model.rope import rope_frequencies, rope_table
+from loraplex_common.decoder_config import ModelConfig, model_config
+from loraplex_engine.model.rope import rope_table
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from support.base_models import TinyBase, write_base_model
 
@@ -22,7 +22,7 @@ def read(directory: Path, base: TinyBase, **changes: Any) -> ModelConfig:
     file = directory / "config.json"
     config = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    return model_config(load_base_model(directory))
+    return model_config(load_base_model(directory).config)
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,8 @@ def test_what_is_not_served_is_refused_by_name(tmp_path: Path, changes: dict[str
 
 
 def test_a_rope_rule_without_its_parameters_is_refused(tmp_path: Path) -> None:
-    config = read(tmp_path, TinyBase(), rope_scaling={"rope_type": "llama3", "factor": 8.0})
-
-    with pytest.raises(BaseModelError, match="low_freq_factor"):
-        rope_frequencies(config)
+    with pytest.raises(BaseModelError, match=r"config\.json: rope_scaling\.low_freq_factor is missing"):
+        read(tmp_path, TinyBase(), rope_scaling={"rope_type": "llama3", "factor": 8.0})
 
 
 def test_dynamic_rope_is_refused_beyond_the_trained_length(tmp_path: Path) -> None:
@@ -63,7 +61,7 @@ def test_mistral_s_window_defaults_like_transformers_and_null_turns_it_off(tmp_p
     write_base_model(tmp_path / "null", base)
 
     assert missing.windows == (4096, 4096)  # `read` drops the null
-    assert model_config(load_base_model(tmp_path / "null")).windows == (None, None)
+    assert model_config(load_base_model(tmp_path / "null").config).windows == (None, None)
 
 
 def test_llama_ignores_a_window_and_qwen_honours_use_sliding_window(tmp_path: Path) -> None:

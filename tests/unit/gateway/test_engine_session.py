@@ -6,7 +6,7 @@ import pytest
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.registry import EngineRecord
 from loraplex_gateway.engine_session import EngineSession
-from loraplex_gateway.engine_wire import Submission
+from loraplex_gateway.engine_wire import Submission, WrongEngineError
 from loraplex_gateway.ticket import EngineLostError
 from loraplex_gateway.types import Priority, Sampling, Stopping
 
@@ -28,8 +28,13 @@ def open_session() -> EngineSession:
     session = EngineSession(
         RECORD, gateway_id="g", token_bytes=lambda _: b"", max_buffered_tokens=100, on_change=lambda: None
     )
-    session._receive(engine_pb2.SessionResponse())
+    session._receive(welcome())
     return session
+
+
+def welcome(engine_id: str = "e1", base_fingerprint: str = "00" * 32) -> engine_pb2.SessionResponse:
+    who = engine_pb2.SessionResponse.Welcome(engine_id=engine_id, base_fingerprint=base_fingerprint)
+    return engine_pb2.SessionResponse(welcome=who)
 
 
 def submission(request_id: str) -> Submission:
@@ -41,6 +46,18 @@ def submission(request_id: str) -> Submission:
 def end_of(slot: int) -> engine_pb2.SessionResponse:
     finish = engine_pb2.EngineFinish(finish_reason=gateway_pb2.FINISH_REASON_STOP)
     return engine_pb2.SessionResponse(outputs=[engine_pb2.Output(slot=slot, finish=finish)])
+
+
+@pytest.mark.parametrize("other", [{"engine_id": "e2"}, {"base_fingerprint": "11" * 32}, {"engine_id": ""}])
+async def test_whoever_answers_in_the_place_of_a_listed_engine_gets_no_request(other: dict[str, str]) -> None:
+    session = EngineSession(
+        RECORD, gateway_id="g", token_bytes=lambda _: b"", max_buffered_tokens=100, on_change=lambda: None
+    )
+
+    with pytest.raises(WrongEngineError, match="answers at"):
+        session._receive(welcome(**other))
+
+    assert not session.is_candidate
 
 
 async def test_an_abort_that_came_too_late_does_not_hit_the_slots_next_request() -> None:

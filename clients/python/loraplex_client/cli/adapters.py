@@ -8,7 +8,8 @@ import typer
 from loraplex_common.sizes import format_size
 from rich.table import Table
 
-from loraplex_client.cli.context import StoreTarget, connect, progress_bars, stdout
+from loraplex_client.cli.context import StoreTarget, connect, progress_bars, stderr, stdout
+from loraplex_client.cli.wording import as_flags
 from loraplex_client.resources import Adapter, ImportProgress, ImportResult, Revision
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Import, list and name adapters.")
@@ -158,6 +159,8 @@ def _print_import(name: str, result: ImportResult) -> None:
         f"{format_size(revision.canonical_bytes)}",
         soft_wrap=True,
     )
+    for warning in result.warnings:
+        stderr.print(f"warning: {as_flags(warning)}", markup=False, soft_wrap=True)
 
 
 def _print_adapter(adapter: Adapter) -> None:

@@ -12,6 +12,7 @@ from loraplex_common.errors import LoraplexError
 
 from loraplex_client.cli import adapters, generate, load, model, plan, serve, status
 from loraplex_client.cli.context import Credentials
+from loraplex_client.cli.wording import as_flags
 from loraplex_client.demo.errors import DemoModelError
 from loraplex_client.plan import PlanError
 from loraplex_client.serve import ServeError
@@ -59,7 +60,7 @@ def main() -> None:
     try:
         app(prog_name="loraplex")
     except LoraplexError as error:
-        _fail(f"{error.reason}: {error.message}")
+        _fail(f"{error.reason}: {as_flags(error.message)}")
     except (DemoModelError, PlanError, ServeError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:

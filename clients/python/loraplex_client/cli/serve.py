@@ -8,11 +8,14 @@ from typing import Annotated, Final
 
 import grpc
 import typer
+from loraplex_common import log
+from loraplex_common.base_model import BaseModelError, load_base_model
 from loraplex_common.errors import LoraplexError
 
 from loraplex_client._aio_client import AsyncClient
 from loraplex_client.cli.context import progress_bars, stderr
 from loraplex_client.cli.model import ensure_with_progress
+from loraplex_client.demo import SMOLLM2_HUB_ID
 from loraplex_client.resources import ImportProgress
 from loraplex_client.serve import ServeConfig, ServeError, Stack, default_data_dir
 
@@ -80,6 +83,8 @@ def serve(
         raise typer.BadParameter("give exactly one of --model DIR and --demo")
     adapters = _demo_adapters(demo_dir) if demo else {}
     base = ensure_with_progress() if model is None else model
+    _check_base(base, log_level)
+    aliases = [*(model_alias or ()), *([SMOLLM2_HUB_ID] if demo else ())]
     engine_options = {
         "--pool-bytes": pool_bytes,
         "--arena-bytes": arena_bytes,
@@ -107,13 +112,29 @@ def serve(
         log_level=log_level,
         metrics_key=metrics_key,
         base_args=(
-            *_flags({"--served-model-name": served_model_name}, ("--model-alias", model_alias or ())),
+            *_flags({"--served-model-name": served_model_name}, ("--model-alias", aliases)),
             *(("--enable-reflection",) if enable_reflection else ()),
         ),
         engine_args=_flags(engine_options),
         gateway_args=_flags(gateway_options),
     )
     asyncio.run(_serve(config, adapters, is_public=api_keys_file is None and tls_cert is None))
+
+
+def _check_base(base: Path, log_level: str) -> None:
+    """Refuse a base model that no service would serve before any is started; hash its weights, once for all of them.
+
+    Raises:
+        ServeError: If it cannot be served.
+    """
+    try:
+        log.configure("serve", log_level)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--log-level") from error
+    try:
+        load_base_model(base)
+    except BaseModelError as error:
+        raise ServeError(str(error)) from error
 
 
 def _flags(options: Mapping[str, object], *repeated: tuple[str, list[str] | tuple[str, ...]]) -> tuple[str, ...]:

@@ -253,7 +253,7 @@ class BaseModel(_message.Message):
     name: _builtins.str
     """Name clients use for the base model."""
     fingerprint: _builtins.str
-    """sha256 over config, tokenizer and weights index, 64 lower-case hex digits."""
+    """What the model is: sha256 over config, tokenizer and the sha256 of the weight files, 64 lower-case hex digits."""
     max_model_len: _builtins.int
     """Longest sequence (prompt + output) served, in tokens."""
     vocab_size: _builtins.int

@@ -579,6 +579,7 @@ class ImportAdapterResult(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     ALREADY_EXISTED_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     already_existed: _builtins.bool
     """True if the store had this revision already."""
     @_builtins.property
@@ -589,16 +590,21 @@ class ImportAdapterResult(_message.Message):
     def revision(self) -> _adapter_pb2.AdapterRevision:
         """The revision."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What could not be told for certain, for whoever imports to read, e.g. that nothing says which base it was trained on."""
+
     def __init__(
         self,
         *,
         adapter: _adapter_pb2.Adapter | None = ...,
         revision: _adapter_pb2.AdapterRevision | None = ...,
         already_existed: _builtins.bool = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "already_existed", b"already_existed", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "already_existed", b"already_existed", "revision", b"revision", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -709,6 +715,7 @@ class UploadAdapterResponse(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     ALREADY_EXISTED_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     already_existed: _builtins.bool
     """True if the store had this revision already."""
     @_builtins.property
@@ -719,16 +726,21 @@ class UploadAdapterResponse(_message.Message):
     def revision(self) -> _adapter_pb2.AdapterRevision:
         """The revision."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What could not be told for certain, for whoever imports to read, e.g. that nothing says which base it was trained on."""
+
     def __init__(
         self,
         *,
         adapter: _adapter_pb2.Adapter | None = ...,
         revision: _adapter_pb2.AdapterRevision | None = ...,
         already_existed: _builtins.bool = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "already_existed", b"already_existed", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "already_existed", b"already_existed", "revision", b"revision", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -222,6 +222,32 @@ class SessionResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class Welcome(_message.Message):
+        """Welcome says who answers, so that a gateway which was led to an address by the registry knows whether the engine it
+        wants is still there: another may have taken its place.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ENGINE_ID_FIELD_NUMBER: _builtins.int
+        BASE_FINGERPRINT_FIELD_NUMBER: _builtins.int
+        engine_id: _builtins.str
+        """The engine."""
+        base_fingerprint: _builtins.str
+        """Fingerprint of its base model."""
+        def __init__(
+            self,
+            *,
+            engine_id: _builtins.str = ...,
+            base_fingerprint: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["base_fingerprint", b"base_fingerprint", "engine_id", b"engine_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STEP_FIELD_NUMBER: _builtins.int
     TOKEN_SLOTS_FIELD_NUMBER: _builtins.int
     TOKEN_SEQUENCES_FIELD_NUMBER: _builtins.int
@@ -229,6 +255,7 @@ class SessionResponse(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     RESIDENCY_FIELD_NUMBER: _builtins.int
+    WELCOME_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The last step that this message covers."""
     @_builtins.property
@@ -257,6 +284,10 @@ class SessionResponse(_message.Message):
     def residency(self) -> Global___ResidencyDelta:
         """Adapters that came to or left the device since the last message; the first message of a session lists all."""
 
+    @_builtins.property
+    def welcome(self) -> Global___SessionResponse.Welcome:
+        """Set on the first message of a session only."""
+
     def __init__(
         self,
         *,
@@ -267,10 +298,11 @@ class SessionResponse(_message.Message):
         outputs: _abc.Iterable[Global___Output] | None = ...,
         load: Global___LoadReport | None = ...,
         residency: Global___ResidencyDelta | None = ...,
+        welcome: Global___SessionResponse.Welcome | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "residency", b"residency"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "residency", b"residency", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "outputs", b"outputs", "residency", b"residency", "step", b"step", "token_ids", b"token_ids", "token_sequences", b"token_sequences", "token_slots", b"token_slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "outputs", b"outputs", "residency", b"residency", "step", b"step", "token_ids", b"token_ids", "token_sequences", b"token_sequences", "token_slots", b"token_slots", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

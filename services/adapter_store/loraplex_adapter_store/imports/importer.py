@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -76,12 +76,25 @@ class ImportTarget:
 
 
 @dataclass(frozen=True, slots=True)
+class Checked:
+    """A checkpoint that can be served.
+
+    Attributes:
+        warnings: What could not be told for certain.
+    """
+
+    form: CanonicalForm
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ImportOutcome:
-    """A finished import."""
+    """A finished import; ``warnings`` say what could not be told for certain."""
 
     record: AdapterRecord
     revision: Revision
     already_existed: bool
+    warnings: tuple[str, ...] = ()
 
 
 Fetch = Callable[[], CheckpointFiles]
@@ -116,7 +129,7 @@ class Importer:
         self._told = told
         self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
-        self._running: dict[tuple[str, str], asyncio.Task[tuple[CanonicalForm, str]]] = {}
+        self._running: dict[tuple[str, str], asyncio.Task[tuple[Checked, str]]] = {}
 
     @property
     def budget(self) -> ImportBudget:
@@ -167,30 +180,32 @@ class Importer:
             )
             self._running[key] = task
             task.add_done_callback(lambda _: self._running.pop(key, None))
-        form, origin = await asyncio.shield(task)
-        return await self._store(form, origin, target, progress)
+        checked, origin = await asyncio.shield(task)
+        return await self._store(checked, origin, target, progress)
 
-    async def _fetch_and_check(self, fetch: Fetch, base_model: str, progress: Progress) -> tuple[CanonicalForm, str]:
+    async def _fetch_and_check(self, fetch: Fetch, base_model: str, progress: Progress) -> tuple[Checked, str]:
         progress.advance(Stage.FETCHING)
         files = await asyncio.get_running_loop().run_in_executor(self._executor, fetch)
         progress.advance(Stage.VALIDATING, bytes_done=len(files.weights), bytes_total=len(files.weights))
         return await self._check(files, base_model), files.source
 
     async def _import_files(self, files: CheckpointFiles, target: ImportTarget, progress: Progress) -> ImportOutcome:
-        form = await self._check(files, target.base_model)
-        return await self._store(form, files.source, target, progress)
+        checked = await self._check(files, target.base_model)
+        return await self._store(checked, files.source, target, progress)
 
-    async def _check(self, files: CheckpointFiles, base_model: str) -> CanonicalForm:
+    async def _check(self, files: CheckpointFiles, base_model: str) -> Checked:
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._check_blocking, files, base_model)
 
-    def _check_blocking(self, files: CheckpointFiles, base_model: str) -> CanonicalForm:
+    def _check_blocking(self, files: CheckpointFiles, base_model: str) -> Checked:
         """Check a checkpoint against its base model and build its canonical form; runs in a thread."""
         config = parse_peft_config(files.config)
-        base = self._bases.choose(config.base_model_name_or_path, base_model)
-        check_tokenizer_files(files.tokenizer, base.directory)
-        return canonicalise(read_checkpoint(files.config, files.weights, base.info))
+        chosen = self._bases.choose(config.base_model_name_or_path, base_model)
+        check_tokenizer_files(files.tokenizer, chosen.base.directory)
+        form = canonicalise(read_checkpoint(files.config, files.weights, chosen.base.info))
+        return Checked(form, chosen.warnings)
 
-    async def _store(self, form: CanonicalForm, source: str, target: ImportTarget, progress: Progress) -> ImportOutcome:
+    async def _store(self, checked: Checked, source: str, target: ImportTarget, progress: Progress) -> ImportOutcome:
+        form = checked.form
         progress.advance(Stage.STORING)
         for _ in range(MAX_ATTEMPTS):
             await self._catalog.reserve(form.revision)
@@ -202,7 +217,7 @@ class Importer:
                 await self._abandon(form.revision)
                 raise
             await self._told(outcome.record)
-            return outcome
+            return replace(outcome, warnings=checked.warnings)
         raise StoreUnavailableError(f"revision {form.revision} keeps being deleted meanwhile", retry_after_s=5.0)
 
     async def _store_reserved(self, form: CanonicalForm, source: str, target: ImportTarget) -> ImportOutcome:

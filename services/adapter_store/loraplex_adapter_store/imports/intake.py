@@ -66,9 +66,10 @@ class Intake:
         """Start an import from a ``file:`` URI or the hub; a repeated request_id returns the operation it started.
 
         Raises:
-            InvalidParameterError: If the source is malformed or outside the import roots.
+            InvalidParameterError: If the source is malformed or outside the import roots, or no adapter may have the name.
             SaturatedError: If too many imports wait.
         """
+        self._catalog.check_name(target.name)
         identity, fetch = self._fetcher(source, credential)
         self._importer.budget.check_pending()
         fingerprint = f"{target.request_id}" if target.request_id else str(uuid.uuid4())
@@ -93,6 +94,7 @@ class Intake:
         """
         if (answer := await self._catalog.answer_to(target.request_id)) is not None:
             return await self._repeated(Answer.check(answer, "import", target.name))
+        self._catalog.check_name(target.name)
         num_bytes = check_announced(files, self._max_adapter_bytes)
         async with self._importer.budget.room(num_bytes):
             return await self._importer.import_files(await receive(files, parts), target)

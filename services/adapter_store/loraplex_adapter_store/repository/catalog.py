@@ -41,11 +41,13 @@ class Catalog:
 
     Args:
         gc_grace_s: How long a revision that nothing refers to is kept, for requests that were resolved just before.
+        check_name: Refuses names that no adapter may have here, whichever way it comes; one that has it can be deleted.
     """
 
-    def __init__(self, client: keys.Client, *, gc_grace_s: float) -> None:
+    def __init__(self, client: keys.Client, *, gc_grace_s: float, check_name: Callable[[str], None]) -> None:
         self._client = client
         self._gc_grace_s = gc_grace_s
+        self.check_name = check_name
         self._has_aof = True
 
     async def get(self, name: str) -> AdapterRecord | None:
@@ -129,6 +131,7 @@ class Catalog:
             The record after the change.
 
         Raises:
+            InvalidParameterError: If no adapter may have the name.
             RevisionGoneError: If a revision that the new record refers to does not exist.
             ConflictError: If others are always faster.
             StoreUnavailableError: If Valkey cannot be reached, or does not confirm that it wrote the change to disk.
@@ -136,6 +139,8 @@ class Catalog:
         for attempt in range(MAX_ATTEMPTS):
             old = await self.get(name) or AdapterRecord(name=name)
             new = apply(old)
+            if not new.is_deleted:
+                self.check_name(name)
             status, detail = await self._commit(old, new, revision, request_id, answer)
             if status == b"ok":
                 return new

@@ -23,12 +23,12 @@ from loraplex_kernels.silu_mul import SiluMul
 from loraplex_engine.cuda.lora_paths import dense_into
 
 if TYPE_CHECKING:
+    from loraplex_common.decoder_config import ModelConfig
     from loraplex_kernels.module import KernelLibrary
     from torch import Tensor
 
     from loraplex_engine.cuda.lora_paths import LayerPath
     from loraplex_engine.cuda.step_input import StepInputs
-    from loraplex_engine.model.config import ModelConfig
     from loraplex_engine.model.llama import LlamaModel
     from loraplex_engine.pool_geometry import PoolGeometry
 

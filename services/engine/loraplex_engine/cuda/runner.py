@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
+from loraplex_common.decoder_config import model_config
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_kernels.attention_prefill import make_tiles
 from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
@@ -27,7 +28,6 @@ from loraplex_engine.cuda.step_handle import CudaStepHandle, ResultBuffers
 from loraplex_engine.cuda.step_input import TILE_INTS, InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.cuda.token_lora import make_token_lora
 from loraplex_engine.likeliest import likeliest_tokens
-from loraplex_engine.model.config import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.slot_faults import blaming
@@ -68,7 +68,9 @@ class CudaRunner:
         page_bytes = config.geometry.page_bytes
         self.geometry: Geometry = config.info.geometry(dtype=config.geometry.dtype, page_bytes=page_bytes)
         torch.cuda.set_device(device)
-        self._model = LlamaModel(model_config(config.info), weights, max_model_len=config.max_model_len, device=device)
+        self._model = LlamaModel(
+            model_config(config.info.config), weights, max_model_len=config.max_model_len, device=device
+        )
         weights.close()
         self._pool = torch.zeros((config.num_pages, page_bytes), dtype=torch.uint8, device=device)
         dependent = config.dependent_launch

@@ -18,10 +18,11 @@ from loraplex_engine.model.rope import rope_table
 from loraplex_engine.model.weights import BLOCKS
 
 if TYPE_CHECKING:
+    from loraplex_common.decoder_config import ModelConfig
+
     from loraplex_engine.attention_step import AttentionStep
     from loraplex_engine.attention_torch import PagedPool
     from loraplex_engine.lora_torch import LoraStep
-    from loraplex_engine.model.config import ModelConfig
     from loraplex_engine.model.weights import WeightSource
 
 QKV, O, GATE_UP, DOWN = (OP_INDEX[op] for op in ("qkv", "o", "gate_up", "down"))  # noqa: E741
@@ -73,16 +74,10 @@ class LlamaModel:
     def __init__(self, config: ModelConfig, reader: WeightSource, *, max_model_len: int, device: torch.device) -> None:
         self.config = config
         self._device = device
-        hidden, vocab = config.hidden_size, config.vocab_size
-        self._embedding = reader.read("model.embed_tokens.weight", (vocab, hidden))
+        self._embedding, self._lm_head = _read_embeddings(config, reader)
         self._dtype = self._embedding.dtype
         self._layers = [_read_layer(config, reader, layer) for layer in range(config.num_layers)]
-        self._norm = RmsNorm(reader.read("model.norm.weight", (hidden,)), config.rms_norm_eps)
-        if config.tied_embeddings:
-            reader.skip("lm_head.weight")
-            self._lm_head = Dense(self._embedding)
-        else:
-            self._lm_head = Dense(reader.read("lm_head.weight", (vocab, hidden)))
+        self._norm = RmsNorm(reader.read("model.norm.weight", (config.hidden_size,)), config.rms_norm_eps)
         self._rope = rope_table(config, max_model_len).to(device)
 
     @property
@@ -170,6 +165,21 @@ class LlamaModel:
         rotated.mul_(cos)
         rotated[..., :half].addcmul_(plain[..., half:], sin, value=-1)
         rotated[..., half:].addcmul_(plain[..., :half], sin)
+
+
+def _read_embeddings(config: ModelConfig, reader: WeightSource) -> tuple[Tensor, Dense]:
+    """Return embedding and lm_head; of a tied pair, one tensor, whichever the files bring.
+
+    Where config.json ties them and the files bring two that differ, the files are right, as in transformers 5.
+    """
+    shape, embed, head = (config.vocab_size, config.hidden_size), "model.embed_tokens.weight", "lm_head.weight"
+    if config.tied_embeddings and not (reader.has(embed) and reader.has(head)):
+        tied = reader.read(head if reader.has(head) else embed, shape)
+        return tied, Dense(tied)
+    embedding, lm_head = reader.read(embed, shape), reader.read(head, shape)
+    if config.tied_embeddings and torch.equal(embedding, lm_head):
+        return embedding, Dense(embedding)
+    return embedding, Dense(lm_head)
 
 
 def _read_dense(config: ModelConfig, reader: WeightSource, layer: int, op: str, *, has_bias: bool) -> Dense:

@@ -14,7 +14,7 @@ from loraplex_common.base_model import BaseModelError
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from loraplex_engine.model.config import ModelConfig
+    from loraplex_common.decoder_config import ModelConfig
 
 
 def _llama3_frequencies(inv_freq: Tensor, rope: dict[str, Any]) -> Tensor:
@@ -56,24 +56,17 @@ def _yarn_attention_factor(rope: dict[str, Any]) -> float:
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Return the inverse frequencies, fp32 ``[head_dim / 2]``, and the factor on cosines and sines.
-
-    Raises:
-        BaseModelError: If config.json lacks a parameter of its RoPE type.
-    """
+    """Return the inverse frequencies, fp32 ``[head_dim / 2]``, and the factor on cosines and sines."""
     rope, dim = config.rope, config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     inv_freq = 1.0 / (rope["rope_theta"] ** exponents)
-    try:
-        match rope["rope_type"]:
-            case "linear":
-                return inv_freq / rope["factor"], 1.0
-            case "llama3":
-                return _llama3_frequencies(inv_freq, rope), 1.0
-            case "yarn":
-                return _yarn_frequencies(inv_freq, rope, dim), _yarn_attention_factor(rope)
-    except KeyError as error:
-        raise BaseModelError(f"config.json: RoPE type {rope['rope_type']!r} needs {error}") from error
+    match rope["rope_type"]:
+        case "linear":
+            return inv_freq / rope["factor"], 1.0
+        case "llama3":
+            return _llama3_frequencies(inv_freq, rope), 1.0
+        case "yarn":
+            return _yarn_frequencies(inv_freq, rope, dim), _yarn_attention_factor(rope)
     return inv_freq, 1.0
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from loraplex_common.adapter_image import OPS, ROW_PARALLEL
-from loraplex_common.base_model import BaseModelError, read_safetensors_index
+from loraplex_common.base_model import BaseModelError
+from loraplex_common.weight_files import IGNORED_SUFFIXES, find_weights
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 BLOCKS: Final = {
     name: "mlp" if op in ("gate_up", "down") else "self_attn" for op, names in OPS.items() for name in names
 }
-INDEX_FILE: Final = "model.safetensors.index.json"
-IGNORED_SUFFIXES: Final = ("rotary_emb.inv_freq",)  # written by old exporters; computed here
 
 
 class Split(enum.Enum):
@@ -65,20 +63,12 @@ class WeightLayout:
         return tuple(part if dimension == axis else slice(None) for dimension in range(len(shape)))
 
 
-def _weight_files(directory: Path) -> dict[str, Path]:
-    """Return {tensor name: file}, from the index if there is one, else from the headers."""
-    index = directory / INDEX_FILE
-    if index.exists():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        missing = sorted({name for name in weight_map.values() if not (directory / name).is_file()})
-        if missing:
-            raise BaseModelError(f"{index}: names files that are not there: {', '.join(missing)}")
-        return {name: directory / file for name, file in weight_map.items()}
-    return {name: file for file in sorted(directory.glob("*.safetensors")) for name in read_safetensors_index(file)}
-
-
 class WeightSource(Protocol):
     """Where a decoder gets its weights; see `WeightReader`."""
+
+    def has(self, name: str) -> bool:
+        """Tell whether the model has a tensor of that name."""
+        ...
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return this rank's part of a weight of the given full shape, in the compute dtype, on the device."""
@@ -86,10 +76,6 @@ class WeightSource(Protocol):
 
     def read_stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
         """Return several weights stacked along their outputs."""
-        ...
-
-    def skip(self, name: str) -> None:
-        """Declare a tensor known and not needed."""
         ...
 
     def close(self) -> None:
@@ -103,7 +89,7 @@ class WeightReader:
     def __init__(
         self, directory: Path, *, dtype: torch.dtype, device: torch.device, layout: WeightLayout | None = None
     ) -> None:
-        self._files = _weight_files(directory)
+        self._files = find_weights(directory).files
         self._directory = directory
         self._dtype = dtype
         self._device = device
@@ -114,10 +100,6 @@ class WeightReader:
     def has(self, name: str) -> bool:
         """Tell whether the model has a tensor of that name."""
         return name in self._files
-
-    def skip(self, name: str) -> None:
-        """Declare a tensor known and not needed."""
-        self._unread.discard(name)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return this rank's part of a weight in the compute dtype, on the device.

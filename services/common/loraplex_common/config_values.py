@@ -1,0 +1,127 @@
+"""Entries of a model's config.json by type: whatever is wrong is named with its file, its key and what belongs there."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_REQUIRED: Final = object()
+
+
+class BaseModelError(ValueError):
+    """The directory is no base model we can serve; the message names the file and the remedy."""
+
+
+class ConfigValues:
+    """Reads entries; ``null`` counts as an entry of the wrong type unless a method says otherwise.
+
+    Args:
+        values: The JSON object.
+        file: Named in messages.
+        prefix: Of keys in messages, for an object within the file.
+    """
+
+    def __init__(self, values: Mapping[str, Any], file: str, prefix: str = "") -> None:
+        self._values = values
+        self._file = file
+        self._prefix = prefix
+
+    def has(self, key: str) -> bool:
+        """Tell whether the key is there and not null."""
+        return self._values.get(key) is not None
+
+    def is_absent(self, key: str) -> bool:
+        """Tell whether the key is not there at all."""
+        return key not in self._values
+
+    def integer(self, key: str, default: object = _REQUIRED, *, least: int = 1) -> int:
+        """Return an integer of at least ``least``; ``default`` if the key is absent.
+
+        Raises:
+            BaseModelError: If it is none, or absent without a default.
+        """
+        value = self._get(key, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if type(value) is not int or value < least:
+            raise self.wrong(key, f"expected an integer of at least {least}")
+        return value
+
+    def number(self, key: str, default: object = _REQUIRED, *, above: float = 0.0) -> float:
+        """Return a finite number greater than ``above``; ``default`` if the key is absent.
+
+        Raises:
+            BaseModelError: If it is none, or absent without a default.
+        """
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
+            raise self.wrong(key, f"expected a number greater than {above:g}")
+        return float(value)
+
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        """Return true or false; ``default`` if the key is absent, false for null, as transformers takes it.
+
+        Raises:
+            BaseModelError: If it is neither.
+        """
+        value = self._get(key, default)
+        if value is not None and type(value) is not bool:
+            raise self.wrong(key, "expected true or false")
+        return bool(value)
+
+    def text(self, key: str, default: str) -> str:
+        """Return a string; ``default`` if the key is absent.
+
+        Raises:
+            BaseModelError: If it is none.
+        """
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, "expected a string")
+        return value
+
+    def texts(self, key: str) -> list[str] | None:
+        """Return a list of strings; None for an absent key and for null.
+
+        Raises:
+            BaseModelError: If it is none.
+        """
+        value = self._values.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise self.wrong(key, "expected a list of strings")
+        return value
+
+    def section(self, key: str) -> ConfigValues | None:
+        """Return an object's entries; None for an absent key, for null and for an empty object.
+
+        Raises:
+            BaseModelError: If it is none.
+        """
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.wrong(key, "expected an object")
+        return ConfigValues(value, self._file, f"{self._prefix}{key}.") if value else None
+
+    def nested(self) -> list[str]:
+        """Return the keys whose values are objects."""
+        return [key for key, value in self._values.items() if isinstance(value, dict)]
+
+    def wrong(self, key: str, expected: str) -> BaseModelError:
+        """Return the error that says what is wrong with an entry."""
+        value = repr(self._values[key])[:80] if key in self._values else "missing"
+        return BaseModelError(
+            f"{self._file}: {self._prefix}{key} is {'null' if value == 'None' else value}: {expected}; "
+            "mend the entry, or fetch the model's config.json again"
+        )
+
+    def unserved(self, key: str, served: str) -> BaseModelError:
+        """Return the error that says that a sound entry asks for what is not computed."""
+        value = repr(self._values.get(key))[:80]
+        return BaseModelError(f"{self._file}: {self._prefix}{key} {value} is not served: {served}")
+
+    def _get(self, key: str, default: object) -> Any:
+        value = self._values.get(key, default)
+        return None if value is _REQUIRED else value

@@ -1,0 +1,133 @@
+"""Which files of a model directory hold its weights, and which tensors they bring; read without torch.
+
+What the engine loads and what the fingerprint covers is one list: `find_weights`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loraplex_common.config_values import BaseModelError
+
+MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+IGNORED_SUFFIXES: Final = ("rotary_emb.inv_freq",)
+"""Tensors that old exporters wrote and nobody reads."""
+SERVED_DTYPES: Final = ("F64", "F32", "F16", "BF16")
+OTHER_FORMATS: Final = {".gguf": "GGUF", ".bin": "PyTorch", ".pth": "PyTorch", ".pt": "PyTorch", ".npz": "MLX"}
+_LFS_POINTER: Final = b"version "
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The tensors of a model directory.
+
+    Attributes:
+        files: Tensor name -> the file that the engine reads it from.
+        shapes: Tensor name -> shape.
+    """
+
+    files: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def shards(self) -> tuple[Path, ...]:
+        """Return the files, each once."""
+        return tuple(sorted(set(self.files.values())))
+
+
+def read_safetensors_index(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return ``{tensor name: (dtype, shape)}`` from a safetensors file's header.
+
+    Raises:
+        BaseModelError: If the header is longer than `MAX_HEADER_BYTES` or not what the format says, or the file is
+            shorter than the header says.
+    """
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if prefix == _LFS_POINTER:
+            raise BaseModelError(f"{path}: a git-lfs pointer, not the weights; fetch them with git lfs pull")
+        if len(prefix) != 8 or (length := struct.unpack("<Q", prefix)[0]) > MAX_HEADER_BYTES:
+            raise BaseModelError(f"{path}: not a safetensors file, or its header is too long")
+        try:
+            data = file.read(length)
+            if len(data) != length:
+                raise ValueError(f"{len(data)} of {length} bytes")
+            header = json.loads(data)
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
+            index = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
+        except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+            raise BaseModelError(f"{path}: unreadable safetensors header: {error}") from error
+    if (size := path.stat().st_size) < end:
+        raise BaseModelError(f"{path}: {size} of {end} bytes are there; fetch it again")
+    return index
+
+
+def find_weights(directory: Path) -> Weights:
+    """Return the tensors that are a model's weights, checked to be in a type that is served.
+
+    As transformers chooses: ``model.safetensors``; without it the files that the index names; without both every
+    ``*.safetensors``.
+
+    Raises:
+        BaseModelError: If there are none, a file is missing or unreadable, or weights are quantised.
+    """
+    weight_map: dict[str, str] = {}
+    if (directory / SINGLE_FILE).is_file():
+        paths = [directory / SINGLE_FILE]
+    elif (directory / INDEX_FILE).is_file():
+        weight_map = _read_weight_map(directory / INDEX_FILE)
+        paths = [directory / name for name in sorted(set(weight_map.values()))]
+    else:
+        paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise BaseModelError(f"{directory}: no *.safetensors{_other_formats(directory)}")
+    files: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        for name, (dtype, shape) in read_safetensors_index(path).items():
+            _check_dtype(path, name, dtype)
+            if weight_map.get(name, path.name) == path.name:
+                files[name], shapes[name] = path, shape
+    if absent := sorted(set(weight_map) - set(files)):
+        raise BaseModelError(f"{directory / INDEX_FILE}: {absent[0]} is not in {weight_map[absent[0]]}")
+    return Weights(files, shapes)
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BaseModelError(f"{index}: unreadable: {error!r}; fetch it again") from error
+    if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
+        raise BaseModelError(f"{index}: weight_map does not map tensors to names of files beside it; fetch it again")
+    missing = sorted({file for file in weight_map.values() if not (index.parent / file).is_file()})
+    if missing:
+        raise BaseModelError(f"{index}: names files that are not there: {', '.join(missing)}")
+    return weight_map
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name and "\\" not in name
+
+
+def _check_dtype(path: Path, name: str, dtype: str) -> None:
+    if dtype not in SERVED_DTYPES and not name.endswith(IGNORED_SUFFIXES):
+        raise BaseModelError(
+            f"{path}: {name} is stored as {dtype}; served are {', '.join(SERVED_DTYPES)}: quantised weights are not "
+            "served, serve the model that was quantised"
+        )
+
+
+def _other_formats(directory: Path) -> str:
+    if (directory / "adapter_config.json").is_file():
+        return "; this is an adapter: serve its base model, then import it"
+    found = sorted({OTHER_FORMATS[path.suffix] for path in directory.glob("*") if path.suffix in OTHER_FORMATS})
+    formats = f" ({' and '.join(found)} files are there)" if found else ""
+    return f"; other weight formats{formats} are not read: fetch or save the model as safetensors"

@@ -1,0 +1,78 @@
+"""A base model that cannot be served is refused by `loraplex serve` before it starts anything, and by each service."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from loraplex_adapter_store.bases import KnownBases
+from loraplex_common.base_model import BaseModelError
+from loraplex_engine.building import read_base_model
+from loraplex_engine.config import EngineConfig
+from loraplex_gateway.models import load_served_model
+from support.base_models import TinyBase, write_base_model
+from support.serve_process import PORT_FLAGS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+FREE_PORTS = [word for flag in PORT_FLAGS for word in (flag, "0")]
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "config.json: rope_scaling.factor is null"),
+    "quantised": ({"quantization_config": {"quant_method": "awq"}}, "quantised weights are not served"),
+    "architecture": ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+}
+
+
+def bad_model(tmp_path: Path, changes: dict[str, Any]) -> Path:
+    directory = write_base_model(tmp_path / "tiny", TinyBase())
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    return directory
+
+
+def in_gateway(directory: Path) -> object:
+    with ThreadPoolExecutor(1) as executor:
+        return load_served_model(directory, executor)
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize(
+    "load",
+    [
+        in_gateway,
+        lambda directory: KnownBases.load([directory], name=None, aliases=()),
+        lambda directory: read_base_model(EngineConfig(model=directory)),
+    ],
+    ids=["gateway", "store", "engine"],
+)
+def test_each_service_alone_refuses_it(tmp_path: Path, kind: str, load: Callable[[Path], object]) -> None:
+    changes, message = BAD[kind]
+
+    with pytest.raises(BaseModelError, match=message):
+        load(bad_model(tmp_path, changes))
+
+
+@pytest.mark.parametrize("kind", ["yarn", "quantised"])
+def test_serve_starts_nothing(tmp_path: Path, kind: str) -> None:
+    changes, message = BAD[kind]
+    command = [sys.executable, "-m", "loraplex_client", "serve", *FREE_PORTS, "--data-dir", str(tmp_path / "data")]
+
+    ended = subprocess.run(
+        [*command, "--model", str(bad_model(tmp_path, changes))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert ended.returncode == 1
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+    assert not (tmp_path / "data").exists()
