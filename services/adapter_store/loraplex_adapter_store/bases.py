@@ -153,9 +153,12 @@ class KnownBases:
     def _for_another(self, declared: str) -> AdapterIncompatibleError:
         parents = [base.info.name for base in self._bases if base.info.config.get("_name_or_path") == declared]
         hint = f" ({parents[0]} says that it was made from it, which does not make them the same)" if parents else ""
+        distinct = self._distinct(self._bases)
+        target = distinct[0].info.name if len(distinct) == 1 else "the one that is meant"
         return AdapterIncompatibleError(
             f"the adapter is for base model {declared[:200]!r}{hint}, this store knows {self._known(self._bases)}; if they "
-            f"are the same weights, import with `base_model` set or start the services with --model-alias {declared[:200]}",
+            f"are the same weights, import with `base_model` set to {target}, or start the services with --model-alias "
+            f"{declared[:200]}",
             metadata={"adapter_base": declared[:200]},
         )
 

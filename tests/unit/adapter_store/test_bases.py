@@ -60,7 +60,9 @@ def test_a_base_is_known_by_hub_id_page_cache_path_folder_and_bare_name(bases: K
     ],
 )
 def test_a_name_of_another_model_is_refused_with_the_remedy(bases: KnownBases, declared: str, alias: str) -> None:
-    with pytest.raises(AdapterIncompatibleError, match=rf"`base_model` set or .*--model-alias {alias}$") as caught:
+    with pytest.raises(
+        AdapterIncompatibleError, match=rf"`base_model` set to .*, or .*--model-alias {alias}$"
+    ) as caught:
         bases.choose(declared, "")
 
     assert caught.value.metadata == {"adapter_base": alias}
