@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+from loraplex_common.adapter_folder import CONFIG_FILE as FILE
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 
-FILE: Final = "adapter_config.json"
 MAX_CONFIG_BYTES: Final = 4 * 1024 * 1024
 MAX_RANK: Final = 65_536
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_common.adapter_image import PROJECTIONS
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 
@@ -16,8 +17,6 @@ from loraplex_adapter_store.checkpoint.safetensors_file import Tensor, read_tens
 if TYPE_CHECKING:
     from loraplex_common.base_model import BaseModelInfo
 
-CONFIG_FILE: Final = "adapter_config.json"
-WEIGHTS_FILE: Final = "adapter_model.safetensors"
 BLOCKS: Final = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in PROJECTIONS}
 _UNSERVED_MODULES: Final = ("lm_head", "model.embed_tokens")
 _KEY: Final = re.compile(

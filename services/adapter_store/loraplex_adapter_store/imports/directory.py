@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
+from loraplex_common.adapter_folder import MAX_DEPTH, MAX_LISTED, check_present
 from loraplex_common.errors import AdapterCorruptUploadError, InvalidParameterError
 
-from loraplex_adapter_store.imports.files import CheckpointFiles, check_present, check_size, from_contents
+from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,13 +61,13 @@ class ImportRoots:
         Raises:
             InvalidParameterError: If the directory is outside the roots or cannot be opened.
             AdapterCorruptUploadError: If a file is missing, too large or no regular file.
-            AdapterIncompatibleError: If the weights are pickled.
+            AdapterIncompatibleError: If the folder is something else than a PEFT adapter.
         """
         root, parts = self.locate(uri)
         contents: dict[str, bytes] = {}
         try:
             with _open_below(root, parts, _DIRECTORY_FLAGS) as directory:
-                names = check_present(os.listdir(directory))
+                names = check_present(_listed(directory))
             for name in names:
                 contents[name] = self._read_file(root, Path(root, *parts, name), max_adapter_bytes)
         except (NotADirectoryError, FileNotFoundError, PermissionError) as error:
@@ -104,3 +105,27 @@ def _open_below(root: Path, parts: tuple[str, ...], flags: int) -> Iterator[int]
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _listed(directory: int) -> list[str]:
+    """Return the files below an open directory as `check_present` reads them, never following a link to a directory."""
+    names: list[str] = []
+    waiting: list[tuple[str, int]] = [("", 0)]
+    while waiting and len(names) < MAX_LISTED:
+        prefix, depth = waiting.pop(0)
+        try:
+            descriptor = os.open(prefix or ".", _DIRECTORY_FLAGS, dir_fd=directory)
+        except OSError:
+            if not prefix:
+                raise
+            continue  # gone meanwhile, or not ours to look into: no part of this adapter
+        try:
+            with os.scandir(descriptor) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if not entry.is_dir(follow_symlinks=False):
+                        names.append(prefix + entry.name)
+                    elif depth < MAX_DEPTH:
+                        waiting.append((f"{prefix}{entry.name}/", depth + 1))
+        finally:
+            os.close(descriptor)
+    return names[:MAX_LISTED]
