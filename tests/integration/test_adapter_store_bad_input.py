@@ -255,7 +255,7 @@ async def test_a_malformed_name_is_refused(client: StoreClient, name: str) -> No
         ("tokenizer_config.json", b'{"eos_token": "</s>"}', "eos_token"),
         ("added_tokens.json", b'{"<tool>": 384}', "<tool>"),
         ("special_tokens_map.json", b'{"bos_token": {"content": "<s>"}}', "bos_token"),
-        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}}', "differs from the base"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}}', "cannot read"),
         ("tokenizer.model", b"\x00sentencepiece", "no such file"),
     ],
 )
