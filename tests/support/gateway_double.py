@@ -154,6 +154,7 @@ class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer, operations
         self.uploads: dict[str, dict[str, bytes]] = {}
         self.requests: list[Any] = []
         self.import_error: LoraplexError | None = None
+        self.warnings: list[str] = []
         self._looks = 0
 
     def UploadAdapter(
@@ -166,7 +167,9 @@ class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer, operations
         for file in header.files:
             files[file.name], data = data[: file.num_bytes], data[file.num_bytes :]
         self.uploads[header.name] = files
-        return adapter_store_pb2.UploadAdapterResponse(adapter=self._put(header.name), revision=revision())
+        return adapter_store_pb2.UploadAdapterResponse(
+            adapter=self._put(header.name), revision=revision(), warnings=self.warnings
+        )
 
     def ImportAdapter(
         self, request: adapter_store_pb2.ImportAdapterRequest, context: grpc.ServicerContext

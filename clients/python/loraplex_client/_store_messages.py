@@ -90,6 +90,7 @@ def import_result(
         adapter=adapter(message.adapter),
         revision=revision(message.revision),
         already_existed=message.already_existed,
+        warnings=tuple(message.warnings),
     )
 
 

@@ -105,11 +105,17 @@ class ImportProgress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportResult:
-    """What an import brought; ``already_existed`` if the store had this revision before."""
+    """What an import brought.
+
+    Attributes:
+        already_existed: Whether the store had this revision before.
+        warnings: What is odd about the adapter though it is served.
+    """
 
     adapter: Adapter
     revision: Revision
     already_existed: bool
+    warnings: tuple[str, ...] = ()
 
 
 ProgressCallback = Callable[[ImportProgress], None]

@@ -168,7 +168,10 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 await linger(parts)
                 raise
         return pb.UploadAdapterResponse(
-            adapter=outcome.adapter, revision=outcome.revision, already_existed=outcome.already_existed
+            adapter=outcome.adapter,
+            revision=outcome.revision,
+            already_existed=outcome.already_existed,
+            warnings=outcome.warnings,
         )
 
     async def PrefetchAdapter(self, request: pb.PrefetchAdapterRequest, context: Context) -> pb.PrefetchAdapterResponse:

@@ -158,6 +158,8 @@ def _print_import(name: str, result: ImportResult) -> None:
         f"{format_size(revision.canonical_bytes)}",
         soft_wrap=True,
     )
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 def _print_adapter(adapter: Adapter) -> None:

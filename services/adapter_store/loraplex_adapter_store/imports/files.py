@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from loraplex_common.adapter_folder import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE
+from loraplex_common.adapter_folder import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, explain_content
 from loraplex_common.errors import AdapterCorruptUploadError
 
 from loraplex_adapter_store.checkpoint.peft_config import MAX_CONFIG_BYTES
@@ -13,6 +13,8 @@ from loraplex_adapter_store.checkpoint.tokenizer_files import MAX_TOKENIZER_BYTE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_TEXTS: Final = frozenset({"chat_template.jinja", "merges.txt"})  # may begin with anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,13 @@ def check_size(name: str, num_bytes: int, max_adapter_bytes: int) -> int:
 
 
 def from_contents(contents: Mapping[str, bytes | bytearray], source: str) -> CheckpointFiles:
-    """Sort file contents into a `CheckpointFiles`."""
+    """Sort file contents into a `CheckpointFiles`.
+
+    Raises:
+        AdapterCorruptUploadError: If a file's first bytes are those of something else, e.g. a pointer of git-lfs.
+    """
+    for name, data in contents.items():
+        if name not in _TEXTS and (kind := explain_content(data)) is not None:
+            raise AdapterCorruptUploadError(f"{name}: {kind}")
     tokenizer = {name: bytes(data) for name, data in contents.items() if name in TOKENIZER_FILES}
     return CheckpointFiles(bytes(contents[CONFIG_FILE]), contents[WEIGHTS_FILE], source, tokenizer)
