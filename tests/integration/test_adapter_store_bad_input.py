@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from loraplex.v1 import adapter_store_pb2 as pb
-from loraplex_client._store_messages import upload_header
 from loraplex_common.errors import (
     AdapterCorruptUploadError,
     AdapterIncompatibleError,
@@ -185,40 +184,6 @@ async def test_pickles_are_refused_by_name_in_directories(client: StoreClient, t
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with refused(AdapterIncompatibleError, "adapter_model.bin: pickled"):
         await client.import_dir("a", folder)
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("adapter_config.json", "adapter_model-00001-of-00002.safetensors"),
-        ("adapters.safetensors", "adapter_config.json"),
-        ("config.json", "model.safetensors"),
-        ("adapter_config.json", "pytorch_model_fsdp_0/__0_0.distcp"),
-        ("checkpoint-500/adapter_config.json", "checkpoint-500/adapter_model.safetensors"),
-        ("adapter_config.json",),
-    ],
-    ids=lambda names: names[-1],
-)
-async def test_client_and_store_say_the_same_of_a_folder_that_is_no_adapter(
-    client: StoreClient, tmp_path: Path, names: tuple[str, ...]
-) -> None:
-    folder = tmp_path / "root" / "a"
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"{}")
-
-    with pytest.raises(LoraplexError) as here:
-        upload_header("a", folder, label="", base_model="")
-    with pytest.raises(LoraplexError) as there:
-        await client.import_dir("a", folder)
-
-    assert (type(here.value), here.value.message) == (type(there.value), there.value.message)
-
-
-async def test_a_pointer_of_git_lfs_is_named_for_what_it_is(client: StoreClient) -> None:
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 19539472\n"
-    with refused(AdapterCorruptUploadError, r"adapter_model\.safetensors: only git-lfs's pointer .*git lfs pull"):
-        await client.upload("a", files() | {"adapter_model.safetensors": pointer})
 
 
 async def test_a_base_name_that_is_no_unicode_ends_the_import(client: StoreClient, tmp_path: Path) -> None:

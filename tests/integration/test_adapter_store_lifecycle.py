@@ -254,7 +254,7 @@ async def test_an_adapter_that_changes_nothing_is_imported_with_a_warning_each_t
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     id_ = new_id()
 
-    answers = [
+    answers: list[Any] = [
         await client.import_dir("a", folder),
         await client.upload("a", files, request_id=id_),
         await client.upload("a", files, request_id=id_),

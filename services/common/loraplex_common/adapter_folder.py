@@ -139,20 +139,28 @@ def explain_content(data: bytes | bytearray | memoryview) -> str | None:
 
 
 def list_folder(directory: Path) -> list[str]:
-    """Return the files of a folder and of the folders inside it, as `check_present` reads them; at most `MAX_LISTED`.
+    """Return the files of a folder and of the folders inside it, as `check_present` reads them.
+
+    Folders inside are only looked at to say what is there: down to `MAX_DEPTH`, and `MAX_LISTED` files.
 
     Raises:
         OSError: If the folder cannot be read.
     """
-    names = [entry.name for entry in directory.iterdir() if entry.is_file()]
-    waiting = [(entry, 1) for entry in sorted(directory.iterdir()) if entry.is_dir() and not entry.is_symlink()]
-    while waiting and len(names) < MAX_LISTED:
+    entries = sorted(directory.iterdir())
+    names = [entry.name for entry in entries if entry.is_file()]
+    waiting = [(entry, 1) for entry in entries if _is_inside(entry)]
+    inner: list[str] = []
+    while waiting and len(inner) < MAX_LISTED:
         folder, depth = waiting.pop(0)
         try:
             entries = sorted(folder.iterdir())
         except PermissionError:
             continue  # what cannot be looked into is not this adapter's
-        names += [entry.relative_to(directory).as_posix() for entry in entries if entry.is_file()]
+        inner += [entry.relative_to(directory).as_posix() for entry in entries if entry.is_file()]
         if depth < MAX_DEPTH:
-            waiting += [(entry, depth + 1) for entry in entries if entry.is_dir() and not entry.is_symlink()]
-    return names[:MAX_LISTED]
+            waiting += [(entry, depth + 1) for entry in entries if _is_inside(entry)]
+    return names + inner[:MAX_LISTED]
+
+
+def _is_inside(entry: Path) -> bool:
+    return entry.is_dir() and not entry.is_symlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from loraplex_adapter_store.checkpoint.patterns import PatternMatcher
 from loraplex_adapter_store.checkpoint.reader import Checkpoint, read_checkpoint
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterCorruptError, AdapterCorruptUploadError, AdapterIncompatibleError
-from support.adapters import Recipe, adapter_config, adapter_tensors
-from support.safetensors_files import safetensors_bytes
+from support.adapters import Recipe
+from support.checkpoints import read
 from support.store_rig import tiny_base_dir
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -24,16 +23,6 @@ DEMO = Path(__file__).parents[3] / "examples" / "demo" / "adapters"
 @pytest.fixture(scope="module")
 def base() -> BaseModelInfo:
     return load_base_model(tiny_base_dir())
-
-
-def read(base: BaseModelInfo, recipe: Recipe | None = None, *, change: Any = None, **config: Any) -> Checkpoint:
-    """Read a recipe's checkpoint after ``change`` has edited its tensors and ``config`` its settings."""
-    recipe = recipe or Recipe(targets=("q_proj", "down_proj"), rank=4)
-    tensors = adapter_tensors(base, recipe)
-    if change is not None:
-        change(tensors)
-    fields = adapter_config(recipe) | config
-    return read_checkpoint(json.dumps(fields).encode(), safetensors_bytes(tensors, recipe.dtype), base)
 
 
 @pytest.mark.parametrize(
@@ -131,124 +120,6 @@ def test_an_unexpected_tensor_is_named(base: BaseModelInfo, name: str, match: st
 
     with pytest.raises(AdapterIncompatibleError, match=match):
         read(base, change=add)
-
-
-NAME = f"{PREFIX}.lora_A.weight"
-BARE = NAME.removeprefix("base_model.model.")
-
-
-@pytest.mark.parametrize(
-    ("renamed", "match"),
-    [
-        (NAME.replace(".weight", ".mine.weight"), "'mine' is an adapter's name"),
-        (NAME.replace(".weight", ""), "PEFT would ignore it"),
-        (NAME.replace("base_model.model.", "base_model.model._orig_mod."), r"'_orig_mod.' comes from torch\.compile"),
-        (f"_orig_mod.{NAME}", r"torch\.compile"),
-        (NAME.replace("layers.0.", "layers.0._orig_mod."), r"torch\.compile"),
-        (f"module.{NAME}", "DistributedDataParallel"),
-        (NAME.replace("layers.0.", "layers.0._fsdp_wrapped_module."), "FSDP"),
-        (NAME.replace("layers.0.", "layers.0._checkpoint_wrapped_module."), "activation checkpointing"),
-        (NAME.replace("model.model.layers", "model.model.language_model.layers"), "'language_model.' comes from"),
-        (NAME.replace("base_model.model.", "base_model.model.language_model."), "'language_model.' comes from"),
-        (BARE, "'base_model.model.' is missing in front"),
-        (NAME.replace("model.model.model.", "model.model."), "PEFT would ignore it"),
-    ],
-)
-def test_a_projection_under_another_name_is_refused_with_the_name_that_peft_loads(
-    base: BaseModelInfo, renamed: str, match: str
-) -> None:
-    def rename(tensors: dict[str, Any]) -> None:
-        tensors[renamed] = tensors.pop(NAME)
-
-    with pytest.raises(AdapterIncompatibleError, match=match) as caught:
-        read(base, change=rename)
-
-    assert caught.value.message.startswith(f"tensor {renamed}: ")
-    assert f"it loads {NAME}. Save with save_pretrained" in caught.value.message
-
-
-@pytest.mark.parametrize(
-    ("name", "match"),
-    [
-        (BARE.replace("lora_A.weight", "lora_a"), "MLX"),
-        (BARE.replace("lora_A.weight", "lora.down.weight"), "diffusers"),
-        ("lora_unet_" + BARE.replace(".", "_").replace("_lora_A_weight", ".lora_down.weight"), "kohya"),
-        (f"{PREFIX}.alpha", "alpha is read from"),
-        (f"{PREFIX}.base_layer.weight", "a weight of the base model"),
-        ("base_model.model.model.layers.0.input_layernorm.weight", "a weight of the base model"),
-        ("base_model.model.model.layers.0.mlp.experts.0.up_proj.lora_A.weight", "experts"),
-    ],
-)
-def test_a_tensor_of_another_tool_is_named_for_what_it_is(base: BaseModelInfo, name: str, match: str) -> None:
-    with pytest.raises(AdapterIncompatibleError, match=match):
-        read(base, change=lambda tensors: tensors.update({name: np.zeros((4, 64), dtype=np.float32)}))
-
-
-@pytest.mark.parametrize(
-    ("config", "match"),
-    [
-        ({"lora_alpha": 0}, "lora_alpha = 0 makes the scaling of .* 0, .* often 4 or 8"),
-        ({"lora_alpha": 1e-45}, "lora_alpha"),
-        ({"lora_alpha": 1e-60, "use_rslora": True}, "lora_alpha"),
-        ({"alpha_pattern": {"q_proj": 0}}, r"alpha_pattern\['q_proj'\] = 0 makes"),
-        ({"alpha_pattern": {"layers.1.mlp.down_proj": 0.0}}, "model.layers.1.mlp.down_proj"),
-    ],
-)
-def test_a_scaling_that_leaves_the_base_model_to_answer_is_refused(
-    base: BaseModelInfo, config: dict[str, Any], match: str
-) -> None:
-    with pytest.raises(AdapterIncompatibleError, match=match):
-        read(base, **config)
-
-
-def test_an_alpha_of_zero_for_modules_that_there_are_not_makes_no_difference(base: BaseModelInfo) -> None:
-    assert canonicalise(read(base, alpha_pattern={"k_proj": 0})).revision == canonicalise(read(base)).revision
-
-
-@pytest.mark.parametrize("matrix", ["A", "B"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_an_adapter_that_changes_nothing_is_taken_with_a_warning(base: BaseModelInfo, matrix: str, dtype: str) -> None:
-    def zero(tensors: dict[str, Any]) -> None:
-        for name in tensors:
-            if f"lora_{matrix}" in name:
-                tensors[name] *= -0.0
-
-    form = canonicalise(read(base, Recipe(targets=("q_proj",), dtype=dtype), change=zero))
-
-    assert "the adapter answers as the base model does" in " ".join(form.warnings)
-
-
-def test_one_module_that_changes_something_is_enough(base: BaseModelInfo) -> None:
-    def zero_all_but_one(tensors: dict[str, Any]) -> None:
-        for name in tensors:
-            if "lora_B" in name and "layers.1.mlp" not in name:
-                tensors[name] *= 0
-
-    assert read(base, change=zero_all_but_one).warnings == ()
-
-
-def test_values_whose_product_no_engine_can_hold_are_refused(base: BaseModelInfo) -> None:
-    def change(tensors: dict[str, Any]) -> None:
-        tensors[f"{PREFIX}.lora_A.weight"][0, 0] = 1e25
-        tensors[f"{PREFIX}.lora_B.weight"][0, 0] = -1e25
-
-    with pytest.raises(AdapterCorruptUploadError, match="beyond bf16's range"):
-        read(base, change=change)
-
-
-def test_tensors_of_shards_that_were_not_gathered_are_named(base: BaseModelInfo) -> None:
-    def empty(tensors: dict[str, Any]) -> None:
-        tensors[NAME] = np.zeros((0,), dtype=np.float32)
-
-    with pytest.raises(AdapterIncompatibleError, match=r"lora_A.weight has shape \[0\], expected \[4, 64\].*ZeRO-3"):
-        read(base, change=empty)
-
-
-def test_mica_and_fan_in_fan_out_are_plain_lora(base: BaseModelInfo) -> None:
-    """MiCA trains A alone; PEFT turns fan_in_fan_out off for linear layers."""
-    other = read(base, init_lora_weights="mica", fan_in_fan_out=True)
-
-    assert canonicalise(other).revision == canonicalise(read(base)).revision
 
 
 def test_the_infix_of_a_named_adapter_is_read(base: BaseModelInfo) -> None:

@@ -107,25 +107,24 @@ def _open_below(root: Path, parts: tuple[str, ...], flags: int) -> Iterator[int]
         os.close(descriptor)
 
 
-def _listed(directory: int) -> list[str]:
+def _listed(directory: int, prefix: str = "", depth: int = 0) -> list[str]:
     """Return the files below an open directory as `check_present` reads them, never following a link to a directory."""
     names: list[str] = []
-    waiting: list[tuple[str, int]] = [("", 0)]
-    while waiting and len(names) < MAX_LISTED:
-        prefix, depth = waiting.pop(0)
-        try:
-            descriptor = os.open(prefix or ".", _DIRECTORY_FLAGS, dir_fd=directory)
-        except OSError:
-            if not prefix:
-                raise
-            continue  # gone meanwhile, or not ours to look into: no part of this adapter
-        try:
-            with os.scandir(descriptor) as entries:
-                for entry in sorted(entries, key=lambda entry: entry.name):
-                    if not entry.is_dir(follow_symlinks=False):
-                        names.append(prefix + entry.name)
-                    elif depth < MAX_DEPTH:
-                        waiting.append((f"{prefix}{entry.name}/", depth + 1))
-        finally:
-            os.close(descriptor)
-    return names[:MAX_LISTED]
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.is_dir(follow_symlinks=False):
+                names.append(prefix + entry.name)
+            elif depth < MAX_DEPTH and len(names) < MAX_LISTED:
+                names += _listed_inside(directory, entry.name, prefix, depth + 1)
+    return names if depth == 0 else names[:MAX_LISTED]
+
+
+def _listed_inside(directory: int, name: str, prefix: str, depth: int) -> list[str]:
+    try:
+        descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
+    except OSError:
+        return []  # gone meanwhile, or not ours to look into: no part of this adapter
+    try:
+        return _listed(descriptor, f"{prefix}{name}/", depth)
+    finally:
+        os.close(descriptor)
