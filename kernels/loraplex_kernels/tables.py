@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 from loraplex_common.adapter_image import ITEM_BYTES, KIND_A, KIND_B, OP_INDEX, OPS, TILE_ALIGN, layout
+from loraplex_common.rank_limits import CUDA_MAX_RANK
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 NUM_OPS: Final = len(OPS)
 MAX_SLICES: Final = 3
-MAX_RANK: Final = 256  # kMaxRank, of one projection
+MAX_RANK: Final = CUDA_MAX_RANK  # kMaxRank, of one projection
 MAX_STACKED_RANK: Final = MAX_SLICES * MAX_RANK  # of an op
 ENTRY_DTYPE: Final = np.dtype(
     [

@@ -22,7 +22,15 @@ from loraplex_common.registry import hints_key
 from loraplex_common.valkey import connect
 from support.adapters import Recipe, adapter_tensors, module_name
 from support.store_engine_peer import EnginePeer, attached_peer
-from support.store_rig import StoreClient, other_base_dir, running_rig, store_config, tiny_base_dir, translated
+from support.store_rig import (
+    StoreClient,
+    other_base_dir,
+    refused,
+    running_rig,
+    store_config,
+    tiny_base_dir,
+    translated,
+)
 from support.valkey import fresh_database, running_server
 from support.waiting import eventually
 
@@ -119,6 +127,22 @@ async def test_an_adapter_of_another_base_is_refused(redis_url: str, base: BaseM
             assert isinstance(error, AdapterIncompatibleError)
             assert base.fingerprint in error.message
             assert other.fingerprint in error.message
+
+
+async def test_a_rank_that_an_engine_cannot_take_is_refused_at_import(
+    rig: tuple[RunningStore, StoreClient], base: BaseModelInfo
+) -> None:
+    client = rig[1]
+    async with attached_peer(client.channel, base, max_rank=8):
+        await client.upload_recipe("taken", Recipe(rank=8, targets=("q_proj",)))
+        with refused(
+            AdapterIncompatibleError, r"layer 0 q_proj: rank 9 exceeds the 8 that the kernels of engine engine-test"
+        ):
+            await client.upload_recipe("refused", Recipe(rank=9, targets=("q_proj",)))
+    async with attached_peer(client.channel, base, page_bytes=4096):
+        with refused(AdapterIncompatibleError, "stacked rank 129: 8 x 516 = 4128 bytes exceed a tile of 4096"):
+            await client.upload_recipe("refused", Recipe(rank=129, targets=("q_proj",)))
+    await client.upload_recipe("refused", Recipe(rank=129, targets=("q_proj",)))  # nobody is there to refuse it
 
 
 async def test_an_image_larger_than_the_pool_is_refused_with_the_arithmetic(

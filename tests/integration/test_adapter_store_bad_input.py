@@ -186,6 +186,13 @@ async def test_pickles_are_refused_by_name_in_directories(client: StoreClient, t
         await client.import_dir("a", folder)
 
 
+async def test_a_base_name_that_is_no_unicode_ends_the_import(client: StoreClient, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "root" / "a", tiny_base_dir())
+    (folder / "adapter_config.json").write_bytes(files(base_model_name_or_path="a/\ud800")["adapter_config.json"])
+    with refused(AdapterIncompatibleError, "base model"):
+        await client.import_dir("a", folder)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 async def test_nan_and_infinity_are_refused(client: StoreClient, value: float) -> None:
     with refused(AdapterCorruptUploadError, "NaN"):
@@ -255,7 +262,7 @@ async def test_a_malformed_name_is_refused(client: StoreClient, name: str) -> No
         ("tokenizer_config.json", b'{"eos_token": "</s>"}', "eos_token"),
         ("added_tokens.json", b'{"<tool>": 384}', "<tool>"),
         ("special_tokens_map.json", b'{"bos_token": {"content": "<s>"}}', "bos_token"),
-        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}}', "differs from the base"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": 0}}}', "cannot read"),
         ("tokenizer.model", b"\x00sentencepiece", "no such file"),
     ],
 )

@@ -247,6 +247,24 @@ async def test_an_adapter_that_requests_lease_is_deleted_only_by_force(client: S
         await valkey.aclose()
 
 
+async def test_an_adapter_that_changes_nothing_is_imported_with_a_warning_each_time(
+    client: StoreClient, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "a", tiny_base_dir(), Recipe(strength=0))
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    id_ = new_id()
+
+    answers: list[Any] = [
+        await client.import_dir("a", folder),
+        await client.upload("a", files, request_id=id_),
+        await client.upload("a", files, request_id=id_),
+    ]
+
+    assert [len(answer.warnings) for answer in answers] == [1, 1, 1]
+    assert "answers as the base model does" in answers[2].warnings[0]
+    assert not (await client.upload_recipe("b")).warnings
+
+
 async def test_a_repeated_call_changes_nothing(client: StoreClient, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", tiny_base_dir())
     ids = [new_id() for _ in range(4)]

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from loraplex.v1 import adapter_pb2, adapter_store_pb2
+from loraplex_common.adapter_folder import check_present, list_folder
 from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError, from_status
 
 from loraplex_client.resources import (
@@ -28,18 +29,6 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
 CHUNK_BYTES: Final = 1 << 20  # 1-2 MiB is fastest; 4 MiB would cross the default message limit
-UPLOAD_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
-TOKENIZER_FILES: Final = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 STATES: Final = {
     adapter_pb2.Adapter.STATE_EMPTY: AdapterState.EMPTY,
     adapter_pb2.Adapter.STATE_READY: AdapterState.READY,
@@ -157,22 +146,20 @@ def upload_header(
     Whether the latter can be served is the store's to say, so it has to hear of them.
 
     Raises:
-        InvalidParameterError: If the directory lacks one of `UPLOAD_FILES`.
+        InvalidParameterError: If the directory cannot be read.
+        AdapterIncompatibleError: If it is something else than a PEFT adapter.
+        AdapterCorruptUploadError: If it lacks an adapter's files.
     """
-    missing = [file_name for file_name in UPLOAD_FILES if not (directory / file_name).is_file()]
-    if missing:
-        raise InvalidParameterError(
-            f"{directory} has no {' and no '.join(missing)}: not a PEFT adapter (pickles such as adapter_model.bin are "
-            "not read)",
-            field="directory",
-        )
+    try:
+        names = check_present(list_folder(directory))
+    except OSError as error:
+        raise InvalidParameterError(f"{directory} cannot be read: {error.strerror}", field="directory") from error
     header = adapter_store_pb2.UploadAdapterRequest.Header(
         name=name, label=label, base_model=base_model, request_id=new_request_id()
     )
-    for file_name in (*UPLOAD_FILES, *TOKENIZER_FILES):
+    for file_name in names:
         path = directory / file_name
-        if path.is_file():
-            header.files.add(name=file_name, num_bytes=path.stat().st_size, sha256=_sha256(path))
+        header.files.add(name=file_name, num_bytes=path.stat().st_size, sha256=_sha256(path))
     return header
 
 

@@ -109,7 +109,7 @@ class ImportResult:
 
     Attributes:
         already_existed: Whether the store had this revision before.
-        warnings: What the store could not tell for certain.
+        warnings: What is odd about the adapter though it is served, or could not be told for certain.
     """
 
     adapter: Adapter

@@ -146,15 +146,18 @@ class Answer:
     Attributes:
         kind: Which call it was, e.g. ``import``.
         revision: The imported revision; empty for other kinds.
+        warnings: What was said of it besides.
     """
 
     kind: str
     name: str
     revision: str = ""
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """Encode for Valkey."""
-        return json.dumps(dataclasses.asdict(self))
+        """Encode for Valkey; without warnings as older replicas read it."""
+        fields = dataclasses.asdict(self)
+        return json.dumps({key: value for key, value in fields.items() if key != "warnings" or value})
 
     @classmethod
     def check(cls, data: bytes, kind: str, name: str) -> Answer:
@@ -163,7 +166,8 @@ class Answer:
         Raises:
             InvalidParameterError: If the request_id belongs to another call.
         """
-        answer = cls(**json.loads(data))
+        fields = json.loads(data)
+        answer = cls(**fields | {"warnings": tuple(fields.get("warnings", ()))})
         if (answer.kind, answer.name) != (kind, name):
             raise InvalidParameterError(
                 f"this request_id was used to {answer.kind} {answer.name!r}; draw a new UUID4", field="request_id"

@@ -99,7 +99,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
-        importer = _importer(core, bases, aliases)
+        importer = _importer(core, bases, aliases, attached)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
         collector = GarbageCollector(
@@ -149,7 +149,7 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
     )
 
 
-def _importer(core: _Core, bases: KnownBases, aliases: AliasTable) -> Importer:
+def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines) -> Importer:
     config = core.config
     budget = ImportBudget(
         max_bytes=2 * config.max_adapter_bytes,
@@ -163,6 +163,7 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable) -> Importer:
         budget,
         core.metrics,
         told=aliases.wait_for,
+        engines=attached.limits,
         executor=core.executor,
         max_adapter_bytes=config.max_adapter_bytes,
     )

@@ -191,6 +191,7 @@ def hello(message: adapter_store_pb2.AttachEngineRequest) -> Hello:
         held=tuple(held for held in map(_held, source.held) if held.place is not Place.GONE),
         sequence=source.sequence,
         max_image_pages=source.max_image_pages,
+        max_rank=source.max_rank,
     )
 
 

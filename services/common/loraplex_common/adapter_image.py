@@ -108,7 +108,10 @@ def _steps(length: int, unit_bytes: int, tile_bytes: int, what: str) -> list[tup
             break
     else:
         if length * unit_bytes > tile_bytes:
-            raise ImageError(f"{what}: {TILE_STEPS[-1]} x {unit_bytes} bytes exceed a tile of {tile_bytes} bytes")
+            least = TILE_STEPS[-1] * unit_bytes
+            raise ImageError(
+                f"{what}: {TILE_STEPS[-1]} x {unit_bytes} = {least} bytes exceed a tile of {tile_bytes} bytes"
+            )
         step = length
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 

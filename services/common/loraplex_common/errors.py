@@ -271,9 +271,8 @@ def _clip(text: str, max_bytes: int) -> str:
 
 def to_status(error: LoraplexError) -> status_pb2.Status:
     """Return the `google.rpc.Status` of an error, with `ErrorInfo` and what else the error carries."""
-    details: list[Any] = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata),
-    ]
+    metadata = {key: value.encode(errors="replace").decode() for key, value in error.metadata.items()}  # as in `_clip`
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(max(1, round(error.retry_after_s * 1000)))

@@ -56,11 +56,13 @@ class Attachment:
     Attributes:
         engine_id: Under which hints reach it.
         max_image_pages: Largest image the pool can ever hold.
+        max_rank: Largest rank of one projection that the kernels take; 0 if only the tiles limit it.
     """
 
     engine_id: str
     base_model: adapter_pb2.BaseModel
     max_image_pages: int
+    max_rank: int = 0
 
 
 class AdapterClient:
@@ -179,6 +181,7 @@ class AdapterClient:
             held=[_held(event) for event in self._feed.held],
             sequence=sequence,
             max_image_pages=self._attachment.max_image_pages,
+            max_rank=self._attachment.max_rank,
         )
 
     def _welcomed(self, welcome: _Response.Welcome) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.end_of_text import read_eos_token_ids
+from loraplex_common.rank_limits import CUDA_MAX_RANK
 from loraplex_common.weight_files import find_weights
 
 from loraplex_engine.config import MIB, ConfigError, EngineConfig
@@ -138,6 +139,11 @@ def resolve_backend(config: EngineConfig, device: torch.device) -> str:
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
         raise ConfigError("--backend cuda needs cuda-python: pip install 'loraplex[cuda]', or use --backend torch")
     return "cuda"
+
+
+def max_rank(config: EngineConfig, device: torch.device) -> int:
+    """Return the largest rank of one projection that the backend's kernels take; 0 if only the tiles limit it."""
+    return CUDA_MAX_RANK if resolve_backend(config, device) == "cuda" else 0
 
 
 def runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:

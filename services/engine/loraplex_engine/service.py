@@ -204,6 +204,7 @@ class EngineService:
             engine_id=self.engine_id,
             base_model=self._base_model(),
             max_image_pages=building.max_image_pages(self.engine.params),
+            max_rank=building.max_rank(self._config, building.resolve_device(self._config)),
         )
 
     def _record(self, port: int) -> EngineRecord:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canonical
-from loraplex_adapter_store.checkpoint.reader import module_name, read_checkpoint
+from loraplex_adapter_store.checkpoint.reader import read_checkpoint
+from loraplex_adapter_store.checkpoint.tensor_names import module_name
 from loraplex_common.adapter_image import PROJECTIONS
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterIncompatibleError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from loraplex_adapter_store.checkpoint.patterns import PatternMatcher
 from loraplex_adapter_store.checkpoint.reader import Checkpoint, read_checkpoint
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterCorruptError, AdapterCorruptUploadError, AdapterIncompatibleError
-from support.adapters import Recipe, adapter_config, adapter_tensors
-from support.safetensors_files import safetensors_bytes
+from support.adapters import Recipe
+from support.checkpoints import read
 from support.store_rig import tiny_base_dir
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -26,16 +25,6 @@ def base() -> BaseModelInfo:
     return load_base_model(tiny_base_dir())
 
 
-def read(base: BaseModelInfo, recipe: Recipe | None = None, *, change: Any = None, **config: Any) -> Checkpoint:
-    """Read a recipe's checkpoint after ``change`` has edited its tensors and ``config`` its settings."""
-    recipe = recipe or Recipe(targets=("q_proj", "down_proj"), rank=4)
-    tensors = adapter_tensors(base, recipe)
-    if change is not None:
-        change(tensors)
-    fields = adapter_config(recipe) | config
-    return read_checkpoint(json.dumps(fields).encode(), safetensors_bytes(tensors, recipe.dtype), base)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -43,7 +32,6 @@ def read(base: BaseModelInfo, recipe: Recipe | None = None, *, change: Any = Non
         ("lora_bias", True),
         ("modules_to_save", ["score"]),
         ("trainable_token_indices", [3]),
-        ("fan_in_fan_out", True),
         ("alora_invocation_tokens", [1]),
         ("target_parameters", ["x"]),
         ("megatron_config", {"a": 1}),
@@ -75,6 +63,11 @@ def test_an_unserved_setting_is_refused_by_name(base: BaseModelInfo, name: str, 
         ("lora_alpha", float("inf")),
         ("lora_alpha", None),
         ("use_rslora", "yes"),
+        ("use_rslora", 1),
+        ("bias", False),
+        ("task_type", 1),
+        ("init_lora_weights", 0.5),
+        ("exclude_modules", False),
         ("rank_pattern", {"q_proj": -1}),
         ("rank_pattern", [1]),
         ("alpha_pattern", {"q_proj": "x"}),
@@ -86,6 +79,14 @@ def test_an_unserved_setting_is_refused_by_name(base: BaseModelInfo, name: str, 
 def test_a_setting_of_the_wrong_type_is_refused_by_name(base: BaseModelInfo, name: str, value: Any) -> None:
     with pytest.raises(AdapterCorruptUploadError, match=name):
         read(base, **{name: value})
+
+
+@pytest.mark.parametrize(("extra", "match"), [({}, '"LORA"'), ({"lora_parameters": {"rank": 8}}, "MLX")])
+def test_a_config_without_a_peft_type_is_told_whose_it_is(
+    base: BaseModelInfo, extra: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(AdapterIncompatibleError, match=f"peft_type is missing: .*{match}"):
+        read(base, **{"peft_type": None} | extra)
 
 
 @pytest.mark.parametrize("config", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])

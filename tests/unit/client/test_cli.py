@@ -207,6 +207,17 @@ def test_a_directory_is_imported_listed_shown_and_deleted(loraplex: Runner, dire
     assert "ADAPTER_NOT_FOUND" in gone.err
 
 
+def test_what_is_odd_about_an_imported_adapter_is_printed(
+    loraplex: Runner, store: StoreDouble, directory: Path
+) -> None:
+    store.warnings = ["B is zero [everywhere]"]
+
+    result = loraplex("adapters", "import", "json", str(directory))
+
+    assert result.code == 0
+    assert result.err.endswith("warning: B is zero [everywhere]\n")
+
+
 def test_a_hub_repository_is_imported_by_commit(loraplex: Runner, store: StoreDouble) -> None:
     result = loraplex("adapters", "import", "json", f"hf:org/repo/sub/dir@{'A' * 40}")
 

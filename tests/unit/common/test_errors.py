@@ -95,9 +95,10 @@ def test_long_messages_and_many_violations_are_cut_to_fit_a_trailer() -> None:
 
 
 def test_lone_surrogates_in_a_message_do_not_break_the_answer() -> None:
-    status = to_status(errors.InvalidParameterError("bad text \ud800", field="prompt"))
+    status = to_status(errors.InvalidParameterError("bad text \ud800", field="prompt", metadata={"name": "\ud800"}))
 
     assert status.message.startswith("bad text")
+    assert from_status(status).metadata == {"name": "?"}
 
 
 def documented_rows() -> dict[str, tuple[str, str, int, bool]]:

@@ -9,7 +9,7 @@ import torch
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_engine.adapter_checks import ChecksAdapters, check_adapter
-from loraplex_engine.building import resolve_backend
+from loraplex_engine.building import max_rank, resolve_backend
 from loraplex_engine.config import BackendName, ConfigError, DeviceName, EngineConfig
 
 
@@ -27,6 +27,7 @@ def test_the_backend_follows_the_device_unless_it_is_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
 
     assert resolve_backend(make_config(backend), torch.device(device)) == expected
+    assert max_rank(make_config(backend), torch.device(device)) == {"torch": 0, "cuda": 256}[expected]
 
 
 def test_our_kernels_without_a_gpu_are_refused() -> None:

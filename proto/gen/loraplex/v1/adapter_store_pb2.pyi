@@ -592,7 +592,7 @@ class ImportAdapterResult(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What could not be told for certain, for whoever imports to read, e.g. that nothing says which base it was trained on."""
+        """What is odd about the adapter though it is served, or could not be told for certain (its base, say), for people."""
 
     def __init__(
         self,
@@ -728,7 +728,7 @@ class UploadAdapterResponse(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What could not be told for certain, for whoever imports to read, e.g. that nothing says which base it was trained on."""
+        """As ImportAdapterResult.warnings."""
 
     def __init__(
         self,
@@ -1095,12 +1095,15 @@ class AttachEngineRequest(_message.Message):
         HELD_FIELD_NUMBER: _builtins.int
         SEQUENCE_FIELD_NUMBER: _builtins.int
         MAX_IMAGE_PAGES_FIELD_NUMBER: _builtins.int
+        MAX_RANK_FIELD_NUMBER: _builtins.int
         engine_id: _builtins.str
         """Which engine."""
         sequence: _builtins.int
         """Sequence of the residency event that this snapshot includes."""
         max_image_pages: _builtins.int
         """Largest image the pool can ever hold, in pages."""
+        max_rank: _builtins.int
+        """Largest rank of one projection that its kernels take; 0 if only the image's tiles limit it."""
         @_builtins.property
         def base_model(self) -> _adapter_pb2.BaseModel:
             """Its base model."""
@@ -1127,10 +1130,11 @@ class AttachEngineRequest(_message.Message):
             held: _abc.Iterable[Global___AttachEngineRequest.Held] | None = ...,
             sequence: _builtins.int = ...,
             max_image_pages: _builtins.int = ...,
+            max_rank: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "geometry", b"geometry"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_image_pages", b"max_image_pages", "sequence", b"sequence"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import LoraplexError
 from loraplex_common.ids import is_digest
 from loraplex_common.log import get_logger
+from loraplex_common.rank_limits import EngineLimits
 from loraplex_common.registry import hints_key
 from loraplex_common.tasks import cancel_and_wait
 
@@ -106,6 +107,18 @@ class AttachedEngines:
     def engines_for(self, base_fingerprint: str) -> list[str]:
         """Return the ids of attached engines that serve a base model."""
         return [i for i, session in self._sessions.items() if session.hello.base_fingerprint == base_fingerprint]
+
+    def limits(self) -> tuple[EngineLimits, ...]:
+        """Return what decides which ranks the engines attached here can take."""
+        return tuple(
+            EngineLimits(
+                name=f"engine {hello.engine_id}",
+                base_fingerprint=hello.base_fingerprint,
+                geometry=hello.geometry,
+                max_rank=hello.max_rank,
+            )
+            for hello in (session.hello for session in self._sessions.values())
+        )
 
     def ids(self) -> list[str]:
         """Return the ids of all attached engines."""

@@ -50,6 +50,7 @@ class Hello:
     Attributes:
         arenas: One per tensor-parallel rank.
         max_image_pages: Largest image its pool can ever hold.
+        max_rank: Largest rank of one projection that its kernels take; 0 if only the tiles limit it.
     """
 
     engine_id: str
@@ -60,6 +61,7 @@ class Hello:
     held: tuple[HeldImage, ...]
     sequence: int
     max_image_pages: int
+    max_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

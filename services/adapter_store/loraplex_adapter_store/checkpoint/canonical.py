@@ -18,11 +18,13 @@ from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, ModuleSpec
 from loraplex_common.errors import AdapterCorruptError
 from numpy.typing import NDArray
 
-from loraplex_adapter_store.checkpoint.reader import Checkpoint, module_name
 from loraplex_adapter_store.checkpoint.safetensors_file import Tensor, read_tensors
+from loraplex_adapter_store.checkpoint.tensor_names import tensor_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from loraplex_adapter_store.checkpoint.reader import Checkpoint
 
 FORMAT: Final = 1
 CHUNK_BYTES: Final = 2 * 1024 * 1024
@@ -36,6 +38,7 @@ class CanonicalForm:
         revision: sha256 of the whole, 64 hex digits.
         spec: What engines build their tables from.
         pieces: The file in order.
+        warnings: As `Checkpoint.warnings`; no part of the file.
     """
 
     revision: str
@@ -44,6 +47,7 @@ class CanonicalForm:
     num_parameters: int
     num_bytes: int
     pieces: tuple[memoryview, ...]
+    warnings: tuple[str, ...] = ()
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the file in chunks of ``chunk_bytes``; only the last may be shorter."""
@@ -70,10 +74,6 @@ class CanonicalAdapter:
     tensors: dict[tuple[int, str], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
-def _tensor_name(layer: int, projection: str, matrix: str) -> str:
-    return f"base_model.model.{module_name(layer, projection)}.lora_{matrix}.weight"
-
-
 def canonicalise(checkpoint: Checkpoint) -> CanonicalForm:
     """Build the canonical form of a checked checkpoint and compute its revision."""
     config = {
@@ -83,8 +83,8 @@ def canonicalise(checkpoint: Checkpoint) -> CanonicalForm:
     }
     named: dict[str, Tensor] = {}
     for module in checkpoint.modules:
-        named[_tensor_name(module.layer, module.projection, "A")] = module.lora_a
-        named[_tensor_name(module.layer, module.projection, "B")] = module.lora_b
+        named[tensor_name(module.layer, module.projection, "A")] = module.lora_a
+        named[tensor_name(module.layer, module.projection, "B")] = module.lora_b
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "loraplex": _dumps(config)}}
     position = 0
     ordered = sorted(named.items())
@@ -107,6 +107,7 @@ def canonicalise(checkpoint: Checkpoint) -> CanonicalForm:
         num_parameters=sum(int(np.prod(tensor.shape)) for _, tensor in ordered),
         num_bytes=8 + len(text) + position,
         pieces=pieces,
+        warnings=checkpoint.warnings,
     )
 
 
@@ -127,8 +128,8 @@ def read_canonical(data: bytes | bytearray, revision: str) -> CanonicalAdapter:
     modules: list[ModuleSpec] = []
     values: dict[tuple[int, str], tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
     for layer, projection, scaling in config["modules"]:
-        a = tensors[_tensor_name(layer, projection, "A")].values()
-        values[layer, projection] = (a, tensors[_tensor_name(layer, projection, "B")].values())
+        a = tensors[tensor_name(layer, projection, "A")].values()
+        values[layer, projection] = (a, tensors[tensor_name(layer, projection, "B")].values())
         modules.append(ModuleSpec(layer, projection, a.shape[0], scaling))
     modules.sort(key=lambda module: (module.layer, PROJECTIONS.index(module.projection)))
     return CanonicalAdapter(config["base"], AdapterSpec(revision, tuple(modules)), values)

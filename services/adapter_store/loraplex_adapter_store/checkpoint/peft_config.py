@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+from loraplex_common.adapter_folder import CONFIG_FILE as FILE
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 
-FILE: Final = "adapter_config.json"
 MAX_CONFIG_BYTES: Final = 4 * 1024 * 1024
 MAX_RANK: Final = 65_536
 
@@ -26,6 +26,7 @@ _HARMLESS: Final = frozenset(
         *("auto_mapping", "revision", "inference_mode", "lora_dropout", "peft_version", "runtime_config"),
         *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),  # initialisation; see init_lora_weights
         *("megatron_core", "qalora_group_size"),  # act only together with megatron_config and use_qalora
+        "fan_in_fan_out",  # PEFT turns it off for layers that store weights as all served architectures do
         "ensure_weight_tying",  # acts only on embeddings, which are refused anyway
     }
 )
@@ -34,7 +35,6 @@ _REFUSED: Final = {
     "lora_bias": "biases of LoRA matrices are not served",
     "modules_to_save": "fully trained modules are not served; train with LoRA on the projections only",
     "trainable_token_indices": "trained token embeddings are not served",
-    "fan_in_fan_out": "it transposes the base weights, which no served architecture stores so",
     "alora_invocation_tokens": "activated LoRA (aLoRA) is not served",
     "target_parameters": "LoRA on bare parameters is not served",
     "megatron_config": "Megatron layers are not served",
@@ -46,9 +46,9 @@ _REFUSED: Final = {
     "arrow_config": "Arrow routing is not served",
     "kasa_config": "KaSA is not served",
 }
-# These start from plain LoRA on the unchanged base; all other strings (pissa, olora, corda, loftq, ...) change the base
-# weights too, and such a checkpoint is only right on top of them.
-_HARMLESS_INITS: Final = frozenset({"gaussian", "eva", "orthogonal"})
+# These start from the unchanged base and leave plain LoRA (MiCA trains A alone); all other strings (pissa, olora, corda,
+# loftq, ...) change the base weights too, and such a checkpoint is only right on top of them.
+_HARMLESS_INITS: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,35 +93,46 @@ def parse_peft_config(data: bytes) -> PeftConfig:
     if not isinstance(fields, dict):
         raise AdapterCorruptUploadError(f"{FILE}: no JSON object")
     _refuse_unserved(fields)
-    base_name = fields.get("base_model_name_or_path") or ""
-    if not isinstance(base_name, str):
+    base_name = fields.get("base_model_name_or_path")
+    if not isinstance(base_name, str | None):
         raise _wrong("base_model_name_or_path", base_name, "a string")
     return PeftConfig(
         rank=_rank("r", fields.get("r", 8)),
         alpha=_number("lora_alpha", fields.get("lora_alpha", 8)),
-        use_rslora=_flag("use_rslora", fields.get("use_rslora") or False),
+        use_rslora=_flag("use_rslora", fields.get("use_rslora")),
         rank_pattern={k: _rank(f"rank_pattern[{k!r}]", v) for k, v in _mapping(fields, "rank_pattern").items()},
         alpha_pattern={k: _number(f"alpha_pattern[{k!r}]", v) for k, v in _mapping(fields, "alpha_pattern").items()},
         target_modules=_names(fields, "target_modules"),
         exclude_modules=_names(fields, "exclude_modules"),
         layers_to_transform=_layers(fields.get("layers_to_transform")),
         layers_pattern=_as_tuple(_names(fields, "layers_pattern")),
-        base_model_name_or_path=base_name,
+        base_model_name_or_path=base_name or "",
     )
 
 
 def _refuse_unserved(fields: dict[str, Any]) -> None:
     peft_type = fields.get("peft_type")
+    if peft_type is None:
+        is_mlx = "lora_parameters" in fields or "fine_tune_type" in fields
+        raise AdapterIncompatibleError(
+            f"{FILE}: peft_type is missing: "
+            + ("MLX (mlx-lm) wrote it; convert the adapter to PEFT's form" if is_mlx else 'PEFT writes "LORA" for LoRA')
+        )
     if peft_type != "LORA":
         raise AdapterIncompatibleError(f"{FILE}: peft_type {_shown(peft_type)} is not served, only LORA")
     for name, why in _REFUSED.items():
         if fields.get(name):
             raise AdapterIncompatibleError(f"{FILE}: {name} = {_shown(fields[name])}: {why}")
-    if fields.get("bias", "none") not in ("none", None):
+    for name in ("bias", "task_type"):
+        if not isinstance(fields.get(name), str | None):
+            raise _wrong(name, fields[name], "a string")
+    if fields.get("bias") not in ("none", None):
         raise AdapterIncompatibleError(f"{FILE}: bias = {_shown(fields['bias'])}: trained biases are not served")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
         raise AdapterIncompatibleError(f"{FILE}: task_type = {_shown(fields['task_type'])}: only CAUSAL_LM is served")
-    init = fields.get("init_lora_weights", True)
+    init = fields.get("init_lora_weights")
+    if not isinstance(init, str | bool | None):
+        raise _wrong("init_lora_weights", init, "true, false or a string")
     if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
         raise AdapterIncompatibleError(
             f"{FILE}: init_lora_weights = {_shown(init)} changes the base weights; convert the checkpoint to plain LoRA "
@@ -135,7 +146,10 @@ def _refuse_unserved(fields: dict[str, Any]) -> None:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "a value nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -144,9 +158,9 @@ def _wrong(name: str, value: Any, expected: str) -> AdapterCorruptUploadError:
 
 
 def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | None):
         raise _wrong(name, value, "true or false")
-    return value
+    return bool(value)
 
 
 def _rank(name: str, value: Any) -> int:
@@ -162,17 +176,17 @@ def _number(name: str, value: Any) -> float:
 
 
 def _mapping(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    value = fields.get(name) or {}
-    if not isinstance(value, dict):
+    value = fields.get(name)
+    if not isinstance(value, dict | None):
         raise _wrong(name, value, "an object")
-    return value
+    return value or {}
 
 
 def _names(fields: dict[str, Any], name: str) -> str | tuple[str, ...]:
-    value = fields.get(name) or ()
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+    value = fields.get(name)
+    if isinstance(value, str | None):
+        return value or ()
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise _wrong(name, value, "a string or a list of strings")
     return tuple(value)
 

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_common.adapter_image import PROJECTIONS
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 
 from loraplex_adapter_store.checkpoint.patterns import PatternMatcher
 from loraplex_adapter_store.checkpoint.peft_config import PeftConfig, parse_peft_config
-from loraplex_adapter_store.checkpoint.safetensors_file import Tensor, read_tensors
+from loraplex_adapter_store.checkpoint.safetensors_file import MAX_BFLOAT16, Tensor, read_tensors
+from loraplex_adapter_store.checkpoint.tensor_names import module_name, parse_tensor_name, tensor_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from loraplex_common.base_model import BaseModelInfo
 
-CONFIG_FILE: Final = "adapter_config.json"
-WEIGHTS_FILE: Final = "adapter_model.safetensors"
-BLOCKS: Final = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in PROJECTIONS}
+MIN_FLOAT32: Final = 2.0**-126  # smaller ones lose bits, or are 0 on some devices
 _UNSERVED_MODULES: Final = ("lm_head", "model.embed_tokens")
-_KEY: Final = re.compile(
-    r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<block>self_attn|mlp)\."
-    r"(?P<projection>[a-z]+_proj))\.lora_(?P<matrix>[AB])(?:\.default)?\.weight",
-    re.ASCII,
-)
-_TELLTALES: Final = (
-    ("lora_magnitude_vector", "DoRA's magnitude vectors are not served"),
-    ("lora_embedding", "LoRA on embeddings is not served"),
-    ("embed_tokens", "trained embeddings are not served"),
-    ("lm_head", "LoRA on or a trained lm_head is not served"),
-    ("modules_to_save", "fully trained modules are not served"),
-    (".bias", "biases are not served"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +46,12 @@ class Checkpoint:
 
     Attributes:
         modules: Sorted by (layer, order of ``PROJECTIONS``).
+        warnings: What is odd about it though it can be served, for whoever imports it.
     """
 
     base_fingerprint: str
     modules: tuple[Module, ...]
-
-
-def module_name(layer: int, projection: str) -> str:
-    """Return a projection's dotted name in the base model."""
-    return f"model.layers.{layer}.{BLOCKS[projection]}.{projection}"
+    warnings: tuple[str, ...] = ()
 
 
 def read_checkpoint(config_data: bytes, weights: bytes | bytearray | memoryview, base: BaseModelInfo) -> Checkpoint:
@@ -92,27 +77,22 @@ def read_checkpoint(config_data: bytes, weights: bytes | bytearray | memoryview,
         for matrix in "AB":
             if matrix not in pair:
                 raise AdapterIncompatibleError(
-                    f"tensor base_model.model.{module_name(layer, projection)}.lora_{matrix}.weight is missing, "
-                    f"although {CONFIG_FILE} targets it"
+                    f"tensor {tensor_name(layer, projection, matrix)} is missing, although {CONFIG_FILE} targets it"
                 )
         modules.append(_check_module(config, base, layer, projection, pair["A"], pair["B"], matcher))
-    return Checkpoint(base.fingerprint, tuple(modules))
+    return Checkpoint(base.fingerprint, tuple(modules), tuple(_warnings(modules)))
 
 
 def _group_tensors(tensors: dict[str, Tensor], base: BaseModelInfo) -> dict[tuple[int, str], dict[str, Tensor]]:
     found: dict[tuple[int, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        match = _KEY.fullmatch(name)
-        if match is None or BLOCKS.get(match["projection"]) != match["block"]:
-            why = next((text for part, text in _TELLTALES if part in name), "no projection of a served decoder layer")
-            raise AdapterIncompatibleError(f"tensor {name[:200]}: {why}")
-        layer = int(match["layer"])
-        if layer >= base.num_layers:
+        part = parse_tensor_name(name)
+        if part.layer >= base.num_layers:
             raise AdapterIncompatibleError(f"tensor {name}: the base model {base.name} has {base.num_layers} layers")
-        pair = found.setdefault((layer, match["projection"]), {})
-        if match["matrix"] in pair:
+        pair = found.setdefault((part.layer, part.projection), {})
+        if part.matrix in pair:
             raise AdapterCorruptUploadError(f"tensor {name} appears twice, with and without '.default'")
-        pair[match["matrix"]] = tensor
+        pair[part.matrix] = tensor
     return found
 
 
@@ -130,7 +110,10 @@ def _targeted_modules(config: PeftConfig, base: BaseModelInfo, matcher: PatternM
         if _is_targeted(config, module_name(layer, projection), layer, matcher)
     ]
     if not targeted:
-        raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules matches no projection of base model {base.name}")
+        raise AdapterIncompatibleError(
+            f"{CONFIG_FILE}: target_modules (with exclude_modules and layers_to_transform) matches no projection of base model "
+            f"{base.name}"
+        )
     return targeted
 
 
@@ -172,11 +155,48 @@ def _check_module(
     geometry = base.geometry(dtype="float32", page_bytes=1024 * 1024)
     columns, outputs = geometry.projection_shape(projection)
     for tensor, shape in ((a, (rank, columns)), (b, (outputs, rank))):
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            raise AdapterIncompatibleError(
+                f"tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}: it is no matrix, as when shards "
+                "(DeepSpeed ZeRO-3, FSDP) are not gathered before they are saved"
+            )
         if tensor.shape != shape:
             raise AdapterIncompatibleError(
                 f"tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}: rank {rank} of {CONFIG_FILE} "
                 f"and base model {base.name}"
             )
-        if not tensor.is_finite():
+    setting = "lora_alpha" if alpha_key is None else f"alpha_pattern[{alpha_key!r}]"
+    scaling = _checked_scaling(config, rank, alpha, f"{CONFIG_FILE}: {setting} = {alpha:g}", name)
+    _check_values(a, b, scaling, name)
+    return Module(layer, projection, rank, scaling, a, b)
+
+
+def _checked_scaling(config: PeftConfig, rank: int, alpha: float, setting: str, name: str) -> float:
+    """Return a module's scaling if engines, which hold it in fp32, can tell it from 0 and from infinity."""
+    scaling = config.scaling(rank, alpha)
+    if not MIN_FLOAT32 <= abs(scaling) <= MAX_BFLOAT16:
+        raise AdapterIncompatibleError(
+            f"{setting} makes the scaling of {name} {scaling:g}, so the base model would answer in the adapter's place; set it "
+            f"to the value of training, often {rank} or {2 * rank} for this rank"
+        )
+    return scaling
+
+
+def _check_values(a: Tensor, b: Tensor, scaling: float, name: str) -> None:
+    largest = (a.largest(), b.largest())
+    for tensor, value in zip((a, b), largest, strict=True):
+        if not value <= MAX_BFLOAT16:  # NaN compares false
             raise AdapterCorruptUploadError(f"tensor {tensor.name} holds NaN, infinity or values beyond bf16's range")
-    return Module(layer, projection, rank, config.scaling(rank, alpha), a, b)
+    if not abs(scaling) * largest[0] * largest[1] <= MAX_BFLOAT16:
+        raise AdapterCorruptUploadError(
+            f"{name}: scaling {scaling:g} times the largest values of A and B, {largest[0]:g} and {largest[1]:g}, is beyond "
+            "bf16's range"
+        )
+
+
+def _warnings(modules: list[Module]) -> Iterator[str]:
+    if all(module.lora_a.largest() == 0 or module.lora_b.largest() == 0 for module in modules):
+        yield (
+            "A or B is zero in every module: the adapter answers as the base model does. Is it saved before training, or "
+            "without its trained values (FSDP, DeepSpeed: gather first)?"
+        )

@@ -27,7 +27,7 @@ NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "BF16": np.dtype("<u2"),
 }
 MAX_BFLOAT16: Final = 3.3895313892515355e38  # a larger fp32 value would round to infinity on a bf16 engine
-_BFLOAT16_EXPONENT: Final = 0x7F80
+_BFLOAT16_MAGNITUDE: Final = np.uint16(0x7FFF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +49,14 @@ class Tensor:
         raw = np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype]).reshape(self.shape)
         return from_bfloat16(raw) if self.dtype == "BF16" else raw.astype(np.float32, copy=False)
 
-    def is_finite(self) -> bool:
-        """Return whether every value is finite and stays so when rounded to bf16."""
+    def largest(self) -> float:
+        """Return the largest magnitude; NaN or infinity if there is one, 0 if all values are."""
         raw = np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype])
-        if self.dtype == "BF16":
-            return not bool(np.any((raw & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT))
-        if self.dtype == "F16":
-            return bool(np.all(np.isfinite(raw)))
-        # NaN compares false, so this catches NaN, infinities and what bf16 cannot hold in one pass.
-        return bool(np.all(np.abs(raw) <= MAX_BFLOAT16))
+        if not raw.size:
+            return 0.0
+        if self.dtype == "BF16":  # without their sign, bf16 numbers are ordered as their bits are
+            return float(from_bfloat16(np.max(raw & _BFLOAT16_MAGNITUDE, keepdims=True))[0])
+        return float(np.max(np.abs(raw)))
 
 
 def read_tensors(data: bytes | bytearray | memoryview, *, file: str) -> dict[str, Tensor]:

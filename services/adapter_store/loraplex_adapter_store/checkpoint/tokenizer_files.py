@@ -1,37 +1,43 @@
-"""Tokenizer files beside an adapter: accepted if they say what the base model's say, else refused by name.
+"""Tokenizer files beside an adapter: accepted if they do what the base model's do, else refused by name.
 
 loraplex tokenises with the base model's tokenizer and template. An adapter trained with added tokens or another template
-would be served wrongly, so it is not served. Trainers often write unchanged copies; those are fine. What only concerns
-padding, truncation or the writer's version makes no difference here.
+would be served wrongly, so it is not served. Trainers write copies of the base model's files as their own libraries spell
+them; those are fine. What only concerns padding, truncation, training or the writer's version makes no difference here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 
+from loraplex_adapter_store.checkpoint.base_tokenizer import (
+    SPECIAL_TOKENS,
+    VERDICTS_KEPT,
+    BaseTokenizer,
+    Verdict,
+    base_tokenizer,
+    prefix_after_rule,
+    token_content,
+)
+from loraplex_adapter_store.checkpoint.chat_templates import effective_template, read_template
+from loraplex_adapter_store.checkpoint.tokenizer_json import around, read_tokenizer, tokenizer_difference
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-TOKENIZER_FILES: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
 MAX_TOKENIZER_BYTES: Final = 64 * 1024 * 1024
-_REDUNDANT: Final = frozenset({"tokenizer.model", "vocab.json", "merges.txt"})  # beside an equal tokenizer.json
-_SPECIALS: Final = ("bos_token", "eos_token", "unk_token")  # the others take no part in generation
+_REDUNDANT: Final = frozenset({"tokenizer.model", "vocab.json", "merges.txt"})  # redundant beside a tokenizer.json
+_JSON_FILES: Final = (
+    *("added_tokens.json", "chat_template.json", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"),
+)
+_TEMPLATE_CONFIGS: Final = ("tokenizer_config.json", "chat_template.json")
 
 
-def check_tokenizer_files(files: dict[str, bytes], base_directory: Path) -> None:
+def check_tokenizer_files(files: Mapping[str, bytes], base_directory: Path) -> None:
     """Compare the tokenizer files of an adapter with its base model's.
 
     Args:
@@ -42,106 +48,150 @@ def check_tokenizer_files(files: dict[str, bytes], base_directory: Path) -> None
         AdapterIncompatibleError: If one differs in what matters; the message names the file and the difference.
         AdapterCorruptUploadError: If one cannot be read.
     """
-    base = _BaseTokenizer(base_directory)
-    for name, data in files.items():
-        difference = _difference(name, data, base, has_tokenizer="tokenizer.json" in files)
+    base = base_tokenizer(base_directory)
+    others = {name: data for name, data in files.items() if data != base.bytes_of(name)}
+    if "tokenizer.json" in files:
+        others = {name: data for name, data in others.items() if name not in _REDUNDANT}
+    for name, difference in _differences(files, others, base):
+        raise AdapterIncompatibleError(
+            f"{name} beside the adapter: {difference}. Adapters are served with the base model's tokenizer and chat "
+            "template; remove the file if the adapter does not depend on it"
+        )
+
+
+def _differences(
+    files: Mapping[str, bytes], others: Mapping[str, bytes], base: BaseTokenizer
+) -> Iterator[tuple[str, str]]:
+    """Yield (file, difference); ``others`` are the files whose bytes differ from the base model's."""
+    fields = {name: _object(name, others[name]) for name in _JSON_FILES if name in others}
+    surroundings: tuple[list[int], list[int]] | None = None
+    if "tokenizer.json" in others:
+        difference, surroundings = _compared(others["tokenizer.json"], base)
         if difference:
-            raise AdapterIncompatibleError(
-                f"{name} beside the adapter: {difference}. Adapters are served with the base model's tokenizer and chat "
-                "template; remove the file if the adapter does not depend on it"
-            )
+            yield "tokenizer.json", difference
+    if "tokenizer.model" in others:
+        yield (
+            "tokenizer.model",
+            "the base model has no such file, or another one, and there is no tokenizer.json to compare",
+        )
+    if "vocab.json" in fields and (found := _vocab_difference(fields["vocab.json"], base)):
+        yield "vocab.json", found
+    if "merges.txt" in others and (found := _merges_difference(others["merges.txt"], base)):
+        yield "merges.txt", found
+    if found := _added_difference(fields.get("added_tokens.json", {}), base):
+        yield "added_tokens.json", found
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name in fields and (found := _config_difference(fields[name], base)):
+            yield name, found
+    yield from _template_difference(files, others, fields, base)
+    yield from _surroundings_difference(surroundings, fields.get("tokenizer_config.json", {}), base)
 
 
-class _BaseTokenizer:
-    """The base model's tokenizer files, read when asked for."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def bytes_of(self, name: str) -> bytes | None:
-        path = self._directory / name
-        return path.read_bytes() if path.is_file() else None
-
-    def json_of(self, name: str) -> dict[str, Any]:
-        data = self.bytes_of(name)
-        return json.loads(data) if data is not None else {}
-
-    def vocabulary(self) -> dict[str, int]:
-        tokenizer = self.json_of("tokenizer.json")
-        vocab = tokenizer.get("model", {}).get("vocab", {})
-        ids = dict(vocab) if isinstance(vocab, dict) else {entry[0]: index for index, entry in enumerate(vocab)}
-        return ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-
-    def templates(self) -> set[str]:
-        texts = [self.json_of("tokenizer_config.json").get("chat_template")]
-        texts.append(self.json_of("chat_template.json").get("chat_template"))
-        jinja = self.bytes_of("chat_template.jinja")
-        texts.append(jinja.decode() if jinja is not None else None)
-        return {text.strip() for text in texts if isinstance(text, str)}
-
-    def special(self, name: str) -> str | None:
-        for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (token := self.json_of(file).get(name)) is not None:
-                return _content(token)
-        return None
-
-
-def _difference(name: str, data: bytes, base: _BaseTokenizer, *, has_tokenizer: bool) -> str | None:
-    if data == base.bytes_of(name) or (name in _REDUNDANT and has_tokenizer):
-        return None
-    if name in _REDUNDANT:
-        return "the base model has no such file, or another one"
-    if name == "chat_template.jinja":
-        return _template_difference(data.decode(errors="replace"), base)
+def _object(name: str, data: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise AdapterCorruptUploadError(f"{name}: no JSON: {error}") from error
     if not isinstance(fields, dict):
         raise AdapterCorruptUploadError(f"{name}: no JSON object")
-    if name == "tokenizer.json":
-        return _tokenizer_difference(fields, base)
-    if name == "added_tokens.json":
-        return _added_difference(fields, base)
-    return _config_difference(fields, base)
+    return fields
 
 
-def _tokenizer_difference(fields: dict[str, Any], base: _BaseTokenizer) -> str | None:
-    theirs = base.json_of("tokenizer.json")
-    for key in sorted((set(fields) | set(theirs)) - {"truncation", "padding", "version"}):
-        if fields.get(key) != theirs.get(key):
-            return f"its {key!r} differs from the base model's"
+def _compared(data: bytes, base: BaseTokenizer) -> Verdict:
+    """Return how a tokenizer.json differs, and what it puts around a text; the same file is compared once."""
+    key = hashlib.sha256(data).hexdigest()
+    with base.lock:
+        if key not in base.verdicts:
+            facts = read_tokenizer(data)
+            difference = tokenizer_difference(facts, base.facts)
+            base.verdicts[key] = difference, (([], []) if difference else around(facts))
+            while len(base.verdicts) > VERDICTS_KEPT:
+                base.verdicts.popitem(last=False)
+        return base.verdicts[key]
+
+
+def _vocab_difference(vocab: dict[str, Any], base: BaseTokenizer) -> str | None:
+    """Compare a vocab.json; added tokens may stand in it or not."""
+    if found := _added_difference(vocab, base):
+        return found
+    missing = next((token for token in base.vocabulary if token not in vocab and token not in base.facts.added), None)
+    return None if missing is None else f"the base model's token {missing[:60]!r} is missing"
+
+
+def _merges_difference(data: bytes, base: BaseTokenizer) -> str | None:
+    lines = data.decode(errors="replace").splitlines()
+    merges = [line for line in lines[1 if lines and lines[0].startswith("#version") else 0 :] if line]
+    theirs = json.loads(base.facts.tokenizer.to_str())["model"].get("merges") or []
+    if [line.split(" ") for line in merges] != theirs:
+        return "its merges differ from the base model's"
     return None
 
 
-def _added_difference(tokens: dict[str, Any], base: _BaseTokenizer) -> str | None:
-    vocabulary = base.vocabulary()
+def _added_difference(tokens: Mapping[str, Any], base: BaseTokenizer) -> str | None:
     for token, token_id in tokens.items():
-        if vocabulary.get(token) != token_id:
+        if base.vocabulary.get(token) != token_id:
             return f"token {token[:60]!r} (id {token_id}) is not the base model's"
     return None
 
 
-def _template_difference(text: Any, base: _BaseTokenizer) -> str | None:
-    if not isinstance(text, str) or text.strip() not in base.templates():
-        return "its chat template differs from the base model's"
-    return None
-
-
-def _config_difference(fields: dict[str, Any], base: _BaseTokenizer) -> str | None:
-    """Compare tokenizer_config.json, special_tokens_map.json or chat_template.json."""
-    if fields.get("chat_template") and (found := _template_difference(fields["chat_template"], base)):
-        return found
-    decoder = fields.get("added_tokens_decoder") or {}
-    added = {_content(token): int(token_id) for token_id, token in decoder.items() if str(token_id).isdigit()}
+def _config_difference(fields: dict[str, Any], base: BaseTokenizer) -> str | None:
+    """Compare the tokens of a tokenizer_config.json or special_tokens_map.json."""
+    decoder = fields.get("added_tokens_decoder")
+    listed = decoder.items() if isinstance(decoder, dict) else ()
+    added = {
+        str(token_content(token)): int(token_id)
+        for token_id, token in listed
+        if token_id.isdecimal() and len(token_id) < 10
+    }
     if found := _added_difference(added, base):
         return found
-    for name in _SPECIALS:
-        theirs = base.special(name)
-        if fields.get(name) is not None and _content(fields[name]) != theirs:
-            return f"its {name} is {_content(fields[name])!r}, the base model's is {theirs!r}"
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = fields.get(name)
+        for token in tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ():
+            if (content := token_content(token)) is not None and content not in base.vocabulary:
+                return f"{name} has {content[:60]!r}, which is no token of the base model"
+    read = base.template.variables if base.template is not None else frozenset()
+    for name in SPECIAL_TOKENS:
+        content, theirs = token_content(fields.get(name)), base.special(name)
+        # The others take no part in generation, unless the template writes them.
+        matters = name == "eos_token" or name in read or (name == "bos_token" and theirs is not None)
+        if matters and content is not None and content != theirs:
+            return f"its {name} is {content!r}, the base model's is {theirs!r}"
     return None
 
 
-def _content(token: Any) -> str:
-    return str(token.get("content")) if isinstance(token, dict) else str(token)
+def _template_difference(
+    files: Mapping[str, bytes], others: Mapping[str, bytes], fields: Mapping[str, dict[str, Any]], base: BaseTokenizer
+) -> Iterator[tuple[str, str]]:
+    configs = {
+        name: fields[name] if name in fields else _object(name, files[name])
+        for name in _TEMPLATE_CONFIGS
+        if name in files
+    }
+    found = effective_template(files.get("chat_template.jinja"), configs)
+    if found is None or found[1] not in others:
+        return
+    text, name = found
+    if base.template is None:
+        yield name, "it has a chat template, the base model has none"
+    elif read_template(text, file=name).program != base.template.program:
+        yield name, "its chat template differs from the base model's"
+
+
+def _surroundings_difference(
+    surroundings: tuple[list[int], list[int]] | None, config: Mapping[str, Any], base: BaseTokenizer
+) -> Iterator[tuple[str, str]]:
+    """Compare what stands before and after every text, if the files say anything of it."""
+    add_bos = config.get("add_bos_token")
+    if surroundings is None and not isinstance(add_bos, bool):
+        return
+    before, after = around(base.facts) if surroundings is None else surroundings
+    bos = token_content(config.get("bos_token")) or base.special("bos_token")
+    before = prefix_after_rule(before, add_bos, base.vocabulary.get(bos) if bos is not None else None)
+    name = "tokenizer_config.json" if isinstance(add_bos, bool) else "tokenizer.json"
+    if before != base.prefix:
+        yield name, f"it puts ids {before[:8]} before every text, the base model's tokenizer {base.prefix}"
+    eos = base.special("eos_token")
+    # Trainers have EOS added to each text to learn its end by; nobody wants it at the end of a prompt.
+    if after and after not in (around(base.facts)[1], [base.vocabulary.get(eos or "")]):
+        yield name, f"it puts ids {after[:8]} after every text, the base model's tokenizer {around(base.facts)[1]}"

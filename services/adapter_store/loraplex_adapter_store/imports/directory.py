@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
+from loraplex_common.adapter_folder import MAX_DEPTH, MAX_LISTED, check_present
 from loraplex_common.errors import AdapterCorruptUploadError, InvalidParameterError
 
-from loraplex_adapter_store.imports.files import CheckpointFiles, check_present, check_size, from_contents
+from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,13 +61,13 @@ class ImportRoots:
         Raises:
             InvalidParameterError: If the directory is outside the roots or cannot be opened.
             AdapterCorruptUploadError: If a file is missing, too large or no regular file.
-            AdapterIncompatibleError: If the weights are pickled.
+            AdapterIncompatibleError: If the folder is something else than a PEFT adapter.
         """
         root, parts = self.locate(uri)
         contents: dict[str, bytes] = {}
         try:
             with _open_below(root, parts, _DIRECTORY_FLAGS) as directory:
-                names = check_present(os.listdir(directory))
+                names = check_present(_listed(directory))
             for name in names:
                 contents[name] = self._read_file(root, Path(root, *parts, name), max_adapter_bytes)
         except (NotADirectoryError, FileNotFoundError, PermissionError) as error:
@@ -102,5 +103,28 @@ def _open_below(root: Path, parts: tuple[str, ...], flags: int) -> Iterator[int]
             os.close(descriptor)
             descriptor = following
         yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _listed(directory: int, prefix: str = "", depth: int = 0) -> list[str]:
+    """Return the files below an open directory as `check_present` reads them, never following a link to a directory."""
+    names: list[str] = []
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.is_dir(follow_symlinks=False):
+                names.append(prefix + entry.name)
+            elif depth < MAX_DEPTH and len(names) < MAX_LISTED:
+                names += _listed_inside(directory, entry.name, prefix, depth + 1)
+    return names if depth == 0 else names[:MAX_LISTED]
+
+
+def _listed_inside(directory: int, name: str, prefix: str, depth: int) -> list[str]:
+    try:
+        descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
+    except OSError:
+        return []  # gone meanwhile, or not ours to look into: no part of this adapter
+    try:
+        return _listed(descriptor, f"{prefix}{name}/", depth)
     finally:
         os.close(descriptor)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
+from loraplex_common.adapter_folder import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, explain_content
+from loraplex_common.errors import AdapterCorruptUploadError
 
 from loraplex_adapter_store.checkpoint.peft_config import MAX_CONFIG_BYTES
-from loraplex_adapter_store.checkpoint.reader import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_adapter_store.checkpoint.tokenizer_files import MAX_TOKENIZER_BYTES, TOKENIZER_FILES
+from loraplex_adapter_store.checkpoint.tokenizer_files import MAX_TOKENIZER_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
-READ_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES)
-PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_TEXTS: Final = frozenset({"chat_template.jinja", "merges.txt"})  # may begin with anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +39,6 @@ def limit_of(name: str, max_adapter_bytes: int) -> int:
     return MAX_CONFIG_BYTES if name == CONFIG_FILE else MAX_TOKENIZER_BYTES
 
 
-def check_present(names: Iterable[str]) -> list[str]:
-    """Return which of the files present are to be read.
-
-    Raises:
-        AdapterIncompatibleError: If the weights are only there as pickles.
-        AdapterCorruptUploadError: If config or weights are missing.
-    """
-    present = set(names)
-    if WEIGHTS_FILE not in present:
-        pickles = sorted(name for name in present if name.lower().endswith(PICKLE_SUFFIXES))
-        if pickles:
-            raise AdapterIncompatibleError(
-                f"{pickles[0]}: pickled weights are never read, because reading them runs code; save the adapter as {WEIGHTS_FILE} "
-                "(PEFT: save_pretrained with safe_serialization)"
-            )
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if name not in present:
-            raise AdapterCorruptUploadError(f"{name} is missing")
-    return [name for name in READ_FILES if name in present]
-
-
 def check_size(name: str, num_bytes: int, max_adapter_bytes: int) -> int:
     """Return a file's size if it may be read.
 
@@ -74,6 +52,13 @@ def check_size(name: str, num_bytes: int, max_adapter_bytes: int) -> int:
 
 
 def from_contents(contents: Mapping[str, bytes | bytearray], source: str) -> CheckpointFiles:
-    """Sort file contents into a `CheckpointFiles`."""
+    """Sort file contents into a `CheckpointFiles`.
+
+    Raises:
+        AdapterCorruptUploadError: If a file's first bytes are those of something else, e.g. a pointer of git-lfs.
+    """
+    for name, data in contents.items():
+        if name not in _TEXTS and (kind := explain_content(data)) is not None:
+            raise AdapterCorruptUploadError(f"{name}: {kind}")
     tokenizer = {name: bytes(data) for name, data in contents.items() if name in TOKENIZER_FILES}
     return CheckpointFiles(bytes(contents[CONFIG_FILE]), contents[WEIGHTS_FILE], source, tokenizer)

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from loraplex_common.adapter_folder import check_present
 from loraplex_common.errors import (
     AdapterCorruptUploadError,
     AdapterForbiddenError,
@@ -26,7 +27,7 @@ from loraplex_common.errors import (
 )
 from loraplex_common.ids import check_adapter_name
 
-from loraplex_adapter_store.imports.files import CheckpointFiles, check_present, check_size, from_contents
+from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _FOLDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*", re.ASCII)
@@ -80,7 +81,7 @@ class Hub:
             AdapterNotFoundError: If repository or commit do not exist, or are not visible with the credential.
             AdapterForbiddenError: If the repository is gated.
             AdapterCorruptUploadError: If a file is missing or too large.
-            AdapterIncompatibleError: If the weights are pickled.
+            AdapterIncompatibleError: If the folder is something else than a PEFT adapter.
             StoreUnavailableError: If the hub cannot be reached.
         """
         try:

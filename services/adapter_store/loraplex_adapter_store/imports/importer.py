@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from loraplex_common.errors import LoraplexError, StoreUnavailableError
+from loraplex_common.errors import AdapterIncompatibleError, LoraplexError, StoreUnavailableError
+from loraplex_common.image_geometry import ImageError
 from loraplex_common.log import get_logger
+from loraplex_common.rank_limits import check_servable
 
 from loraplex_adapter_store.checkpoint.canonical import CanonicalForm, canonicalise
 from loraplex_adapter_store.checkpoint.peft_config import parse_peft_config
@@ -22,6 +24,8 @@ from loraplex_adapter_store.repository.catalog import Catalog, RevisionGoneError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
+
+    from loraplex_common.rank_limits import EngineLimits
 
     from loraplex_adapter_store.bases import KnownBases
     from loraplex_adapter_store.imports.budget import ImportBudget
@@ -76,20 +80,8 @@ class ImportTarget:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """A checkpoint that can be served.
-
-    Attributes:
-        warnings: What could not be told for certain.
-    """
-
-    form: CanonicalForm
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class ImportOutcome:
-    """A finished import; ``warnings`` say what could not be told for certain."""
+    """A finished import."""
 
     record: AdapterRecord
     revision: Revision
@@ -106,6 +98,7 @@ class Importer:
 
     Args:
         told: An import ends once it has waited for this.
+        engines: Tells what the engines known can take.
         max_adapter_bytes: Room reserved for a source whose size is not known yet.
     """
 
@@ -118,6 +111,7 @@ class Importer:
         metrics: StoreMetrics,
         *,
         told: Told,
+        engines: Callable[[], tuple[EngineLimits, ...]],
         executor: Executor,
         max_adapter_bytes: int,
     ) -> None:
@@ -127,9 +121,10 @@ class Importer:
         self._budget = budget
         self._metrics = metrics
         self._told = told
+        self._engines = engines
         self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
-        self._running: dict[tuple[str, str], asyncio.Task[tuple[Checked, str]]] = {}
+        self._running: dict[tuple[str, str], asyncio.Task[tuple[CanonicalForm, str]]] = {}
 
     @property
     def budget(self) -> ImportBudget:
@@ -180,32 +175,40 @@ class Importer:
             )
             self._running[key] = task
             task.add_done_callback(lambda _: self._running.pop(key, None))
-        checked, origin = await asyncio.shield(task)
-        return await self._store(checked, origin, target, progress)
+        form, origin = await asyncio.shield(task)
+        return await self._store(form, origin, target, progress)
 
-    async def _fetch_and_check(self, fetch: Fetch, base_model: str, progress: Progress) -> tuple[Checked, str]:
+    async def _fetch_and_check(self, fetch: Fetch, base_model: str, progress: Progress) -> tuple[CanonicalForm, str]:
         progress.advance(Stage.FETCHING)
         files = await asyncio.get_running_loop().run_in_executor(self._executor, fetch)
         progress.advance(Stage.VALIDATING, bytes_done=len(files.weights), bytes_total=len(files.weights))
         return await self._check(files, base_model), files.source
 
     async def _import_files(self, files: CheckpointFiles, target: ImportTarget, progress: Progress) -> ImportOutcome:
-        checked = await self._check(files, target.base_model)
-        return await self._store(checked, files.source, target, progress)
+        form = await self._check(files, target.base_model)
+        return await self._store(form, files.source, target, progress)
 
-    async def _check(self, files: CheckpointFiles, base_model: str) -> Checked:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._check_blocking, files, base_model)
+    async def _check(self, files: CheckpointFiles, base_model: str) -> CanonicalForm:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, self._check_blocking, files, base_model, self._engines()
+        )
 
-    def _check_blocking(self, files: CheckpointFiles, base_model: str) -> Checked:
+    def _check_blocking(
+        self, files: CheckpointFiles, base_model: str, engines: tuple[EngineLimits, ...]
+    ) -> CanonicalForm:
         """Check a checkpoint against its base model and build its canonical form; runs in a thread."""
         config = parse_peft_config(files.config)
         chosen = self._bases.choose(config.base_model_name_or_path, base_model)
-        check_tokenizer_files(files.tokenizer, chosen.base.directory)
-        form = canonicalise(read_checkpoint(files.config, files.weights, chosen.base.info))
-        return Checked(form, chosen.warnings)
+        base = chosen.base
+        check_tokenizer_files(files.tokenizer, base.directory)
+        form = canonicalise(read_checkpoint(files.config, files.weights, base.info))
+        try:
+            check_servable(form.spec.ranks, base.info, engines)
+        except ImageError as error:
+            raise AdapterIncompatibleError(f"{error}; train or convert the adapter to a lower rank") from error
+        return replace(form, warnings=(*chosen.warnings, *form.warnings))
 
-    async def _store(self, checked: Checked, source: str, target: ImportTarget, progress: Progress) -> ImportOutcome:
-        form = checked.form
+    async def _store(self, form: CanonicalForm, source: str, target: ImportTarget, progress: Progress) -> ImportOutcome:
         progress.advance(Stage.STORING)
         for _ in range(MAX_ATTEMPTS):
             await self._catalog.reserve(form.revision)
@@ -217,7 +220,7 @@ class Importer:
                 await self._abandon(form.revision)
                 raise
             await self._told(outcome.record)
-            return replace(outcome, warnings=checked.warnings)
+            return outcome
         raise StoreUnavailableError(f"revision {form.revision} keeps being deleted meanwhile", retry_after_s=5.0)
 
     async def _store_reserved(self, form: CanonicalForm, source: str, target: ImportTarget) -> ImportOutcome:
@@ -232,10 +235,12 @@ class Importer:
             lambda old: old.with_import(form.revision, target.label, now),
             revision=None if exists else revision,
             request_id=target.request_id,
-            answer=Answer("import", target.name, form.revision).to_json(),
+            answer=Answer("import", target.name, form.revision, form.warnings).to_json(),
         )
         _log.info("adapter imported", name=target.name, revision=form.revision, source=source, already_existed=exists)
-        return ImportOutcome(record, revision, exists)
+        for warning in form.warnings:
+            _log.warning("adapter imported, but", name=target.name, revision=form.revision, warning=warning)
+        return ImportOutcome(record, revision, exists, form.warnings)
 
     async def _abandon(self, digest: str) -> None:
         """Leave nothing behind of a failed import; if Valkey is away, the reservation runs out by itself."""

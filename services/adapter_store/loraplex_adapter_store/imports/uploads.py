@@ -9,6 +9,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.adapter_folder import (
+    CONFIG_FILE,
+    PICKLE_SUFFIXES,
+    READ_FILES,
+    WEIGHTS_FILE,
+    check_present,
+)
 from loraplex_common.errors import (
     AdapterCorruptUploadError,
     AdapterIncompatibleError,
@@ -17,15 +24,7 @@ from loraplex_common.errors import (
     LoraplexError,
 )
 
-from loraplex_adapter_store.checkpoint.reader import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_adapter_store.imports.files import (
-    PICKLE_SUFFIXES,
-    READ_FILES,
-    CheckpointFiles,
-    check_present,
-    check_size,
-    from_contents,
-)
+from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

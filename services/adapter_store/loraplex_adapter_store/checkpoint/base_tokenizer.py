@@ -1,0 +1,117 @@
+"""The base model's side of a comparison: its tokenizer and template, read once and kept while its files do not change."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from loraplex_common.adapter_folder import TOKENIZER_FILES
+
+from loraplex_adapter_store.checkpoint.chat_templates import Template, effective_template, read_template
+from loraplex_adapter_store.checkpoint.tokenizer_json import TokenizerFacts, around, read_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VERDICTS_KEPT: Final = 256
+SPECIAL_TOKENS: Final = (*("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),)
+
+Verdict: TypeAlias = tuple[str | None, tuple[list[int], list[int]]]
+
+
+def token_content(token: Any) -> str | None:
+    """Return the text of a token that a configuration writes as a string or an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def prefix_after_rule(ids: list[int], add_bos: Any, bos_id: int | None) -> list[int]:
+    """Return the ids put before a text, once ``add_bos_token`` of a tokenizer_config.json has had its say.
+
+    Args:
+        ids: What the tokenizer itself puts there.
+        add_bos: The setting; anything but true and false leaves it to the tokenizer.
+        bos_id: Id of the BOS token, if there is one.
+    """
+    if not isinstance(add_bos, bool) or bos_id is None:
+        return ids
+    if add_bos:
+        return ids if ids[:1] == [bos_id] else [bos_id, *ids]
+    return ids[1:] if ids[:1] == [bos_id] else ids
+
+
+class BaseTokenizer:
+    """A base model's tokenizer files; see `base_tokenizer`.
+
+    Attributes:
+        lock: Held while a tokenizer is compared: a file of 17 MB takes some 200 MB meanwhile, so one at a time.
+        verdicts: sha256 of a tokenizer.json -> how it differs, and the ids it puts before and after a text; bounded, under
+            the lock.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.lock = threading.Lock()
+        self.verdicts: OrderedDict[str, Verdict] = OrderedDict()
+
+    def bytes_of(self, name: str) -> bytes | None:
+        """Return a file's content, None if there is no such file."""
+        path = self._directory / name
+        return path.read_bytes() if path.is_file() else None
+
+    @functools.cached_property
+    def facts(self) -> TokenizerFacts:
+        """tokenizer.json, read."""
+        path = self._directory / "tokenizer.json"
+        return read_tokenizer(path.read_bytes(), file=str(path))
+
+    @functools.cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, added tokens included."""
+        return self.facts.vocabulary()
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """tokenizer_config.json, empty if there is none."""
+        return self._json_of("tokenizer_config.json")
+
+    @functools.cached_property
+    def prefix(self) -> list[int]:
+        """Ids that are put before every text."""
+        bos = self.special("bos_token")
+        bos_id = self.vocabulary.get(bos) if bos is not None else None
+        return prefix_after_rule(around(self.facts)[0], self.config.get("add_bos_token"), bos_id)
+
+    @functools.cached_property
+    def template(self) -> Template | None:
+        """The chat template that is served, None if there is none."""
+        configs = {name: self._json_of(name) for name in ("tokenizer_config.json", "chat_template.json")}
+        found = effective_template(self.bytes_of("chat_template.jinja"), configs)
+        return None if found is None else read_template(found[0], file=str(self._directory / found[1]))
+
+    def special(self, name: str) -> str | None:
+        """Return a special token by its role."""
+        for fields in (self.config, self._json_of("special_tokens_map.json")):
+            if (content := token_content(fields.get(name))) is not None:
+                return content
+        return None
+
+    def _json_of(self, name: str) -> dict[str, Any]:
+        data = self.bytes_of(name)
+        fields = json.loads(data) if data is not None else {}
+        return fields if isinstance(fields, dict) else {}
+
+
+def base_tokenizer(directory: Path) -> BaseTokenizer:
+    """Return a base model's tokenizer, read anew only if a file has changed."""
+    stats = ((name, (directory / name)) for name in TOKENIZER_FILES)
+    state = tuple((name, path.stat().st_mtime_ns, path.stat().st_size) for name, path in stats if path.is_file())
+    return _base_tokenizer(directory, state)
+
+
+@functools.lru_cache(maxsize=8)
+def _base_tokenizer(directory: Path, state: tuple[tuple[str, int, int], ...]) -> BaseTokenizer:
+    return BaseTokenizer(directory)

@@ -1,0 +1,157 @@
+"""Compares chat templates as programs: how one is spelt makes no difference, what it renders does.
+
+Templates come from strangers and are never run here. Two are alike if Jinja reads the same tree from them: line ends,
+comments, quotes and whitespace control are gone by then. ``{% generation %}`` marks the assistant's words for a trainer
+and renders nothing of its own, so the marks are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from loraplex_common.errors import AdapterCorruptUploadError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from jinja2.parser import Parser
+
+MAX_TEMPLATE_CHARS: Final = 256 * 1024
+DEFAULT_NAME: Final = "default"
+
+
+class _GenerationTag(Extension):
+    """Reads ``{% generation %}...{% endgeneration %}`` as its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (the base class says set)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the block's body unchanged."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What a chat template does.
+
+    Attributes:
+        program: Its tree, comparable.
+        variables: Names it reads from outside, e.g. ``bos_token``.
+    """
+
+    program: Any
+    variables: frozenset[str]
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+
+
+def read_template(source: str, *, file: str) -> Template:
+    """Read a chat template.
+
+    Args:
+        source: Jinja.
+        file: Where it stood, for messages.
+
+    Raises:
+        AdapterCorruptUploadError: If it is too long or no Jinja.
+    """
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise AdapterCorruptUploadError(
+            f"{file}: a chat template of {len(source)} characters, at most {MAX_TEMPLATE_CHARS} are read"
+        )
+    try:
+        tree = _environment().parse(source)
+        return Template(_program(tree), frozenset(meta.find_undeclared_variables(tree)))
+    except jinja2.TemplateError as error:
+        raise AdapterCorruptUploadError(f"{file}: its chat template is no Jinja: {str(error)[:200]}") from error
+    except RecursionError as error:
+        raise AdapterCorruptUploadError(f"{file}: its chat template is nested too deeply") from error
+
+
+def default_template(value: Any) -> str | None:
+    """Return the template that is used when none is named.
+
+    Args:
+        value: ``chat_template`` of a configuration: a text, a list of ``{"name", "template"}``, or name -> template.
+    """
+    if isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    if isinstance(value, dict):
+        value = value.get(DEFAULT_NAME)
+    return value if isinstance(value, str) else None
+
+
+def effective_template(jinja: bytes | None, configs: Mapping[str, dict[str, Any]]) -> tuple[str, str] | None:
+    """Return the template that a folder's files bring, and the file it stands in; None if they bring none.
+
+    Args:
+        jinja: chat_template.jinja, which goes before the others.
+        configs: tokenizer_config.json and chat_template.json as read, in the order of precedence.
+    """
+    if jinja is not None:
+        return jinja.decode(errors="replace"), "chat_template.jinja"
+    for file, fields in configs.items():
+        if (text := default_template(fields.get("chat_template"))) is not None:
+            return text, file
+    return None
+
+
+def _program(value: Any) -> Any:
+    if isinstance(value, nodes.Node):
+        children = [(name, _program(child)) for name, child in value.iter_fields()]
+        return (type(value).__name__, *children)
+    if isinstance(value, list):
+        return _statements(value) if any(isinstance(item, nodes.Output) for item in value) else [*map(_program, value)]
+    return (type(value).__name__, value)  # 1, 1.0 and true are equal in Python, not when rendered
+
+
+def _statements(body: Iterable[Any]) -> list[Any]:
+    """Return a block's statements, neighbouring outputs joined: where a text is cut makes no difference."""
+    result: list[Any] = []
+    for statement in body:
+        if not isinstance(statement, nodes.Output):
+            result.append(_program(statement))
+            continue
+        if not (result and result[-1][0] == "Output"):
+            result.append(("Output", []))
+        for part in statement.nodes:
+            for piece in _pieces(part):
+                _append(result[-1][1], piece)
+    return [statement for statement in result if statement != ("Output", [])]
+
+
+def _pieces(part: nodes.Expr) -> list[nodes.Expr]:
+    """Return what an output writes one after another: ``{{ 'a' + b }}`` is ``a{{ b }}``, as adding to a text is joining."""
+    if isinstance(part, nodes.Concat):
+        return [piece for node in part.nodes for piece in _pieces(node)]
+    if isinstance(part, nodes.Add):
+        pieces = [*_pieces(part.left), *_pieces(part.right)]
+        if any(_text(piece) is not None for piece in pieces):
+            return pieces
+    return [part]
+
+
+def _text(part: nodes.Node) -> str | None:
+    if isinstance(part, nodes.TemplateData):
+        return part.data
+    return part.value if isinstance(part, nodes.Const) and isinstance(part.value, str) else None
+
+
+def _append(parts: list[Any], part: nodes.Node) -> None:
+    text = _text(part)
+    if text is None:
+        parts.append(_program(part))
+        return
+    if parts and parts[-1][0] == "text":
+        text = parts.pop()[1] + text
+    if text:
+        parts.append(("text", text))

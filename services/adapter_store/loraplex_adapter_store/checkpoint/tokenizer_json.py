@@ -1,0 +1,210 @@
+"""Compares tokenizer.json files by what they do: ids for text. How one is spelt makes no difference.
+
+The `tokenizers` library reads a file into one form, whatever the writer's version left out or spelt otherwise. What still
+differs then is asked for ids of many texts (`tokenizer_probes`). Nothing of a stranger's file runs unless it is built of
+parts that the base model's has too, or of parts without parameters that could take long: patterns and replacements are
+the base model's own, or the file is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
+from tokenizers import Tokenizer
+
+from loraplex_adapter_store.checkpoint.tokenizer_probes import probes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FILE: Final = "tokenizer.json"
+BATCH: Final = 4096
+MAX_SECTION_CHARS: Final = 64 * 1024
+# Parts that map text to text or to pieces in one pass, without a pattern or a replacement of their own.
+_PLAIN_PARTS: Final = frozenset(
+    {
+        *("ByteLevel", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation"),
+        *("Metaspace", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt"),
+    }
+)
+_STAGES: Final = ("normalizer", "pre_tokenizer")  # see `around` for the post-processor; a decoder makes no ids
+_TOKEN_FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+class _UnreadableError(Exception):
+    """The library cannot make anything of a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """A tokenizer.json as the library reads it, truncation and padding taken off.
+
+    Attributes:
+        stages: Normaliser, pre-tokeniser and the model's flags; small.
+        added: Content -> (id, flags) of tokens that are found before anything else.
+        vocab_sha256: Of the model's vocabulary, in order of ids.
+        merges_sha256: Of its merges, in order.
+    """
+
+    tokenizer: Tokenizer
+    stages: dict[str, Any]
+    added: dict[str, tuple[int, tuple[bool, ...]]]
+    vocab_sha256: str
+    merges_sha256: str
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return token -> id, added tokens included."""
+        return dict(self.tokenizer.get_vocab(with_added_tokens=True))
+
+
+def read_tokenizer(data: bytes, *, file: str = FILE) -> TokenizerFacts:
+    """Read a tokenizer.json.
+
+    Raises:
+        AdapterCorruptUploadError: If it is no JSON object.
+        AdapterIncompatibleError: If the library cannot read it.
+    """
+    tokenizer = _load(data, file)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    fields = json.loads(tokenizer.to_str())
+    model = fields["model"]
+    stages: dict[str, Any] = {name: list(_parts(fields[name])) for name in _STAGES}
+    flags = {key: value for key, value in model.items() if key not in ("vocab", "merges", "dropout")}
+    stages["model"] = {key: value for key, value in flags.items() if value not in (None, "", False)}
+    return TokenizerFacts(
+        tokenizer=tokenizer,
+        stages=stages,
+        added={
+            token["content"]: (token["id"], tuple(bool(token[flag]) for flag in _TOKEN_FLAGS))
+            for token in fields["added_tokens"]
+        },
+        vocab_sha256=_sha256(model.get("vocab")),
+        merges_sha256=_sha256(model.get("merges")),
+    )
+
+
+def tokenizer_difference(theirs: TokenizerFacts, base: TokenizerFacts) -> str | None:
+    """Return how a tokenizer differs from the base model's in the ids it makes; None if it does not.
+
+    What is put around a text is not looked at: see `around`.
+    """
+    if found := _vocabulary_difference(theirs, base):
+        return found
+    if theirs.merges_sha256 != base.merges_sha256:
+        return "its merges differ from the base model's"
+    if theirs.added == base.added and theirs.stages == base.stages:
+        return None
+    known = {_key(part) for name in _STAGES for part in base.stages[name]}
+    for name in _STAGES:
+        if theirs.stages[name] == base.stages[name]:
+            continue
+        if len(json.dumps(theirs.stages[name])) > MAX_SECTION_CHARS:
+            return f"its {name} is longer than {MAX_SECTION_CHARS} characters"
+        for part in theirs.stages[name]:
+            if part.get("type") not in _PLAIN_PARTS and _key(part) not in known:
+                return f"its {name} has a part {_key(part)[:120]} that the base model's has not"
+    return _behaviour_difference(theirs, base)
+
+
+def around(facts: TokenizerFacts) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer puts before and after every text, e.g. BOS."""
+    bare: list[int] = facts.tokenizer.encode("a", add_special_tokens=False).ids
+    ids: list[int] = facts.tokenizer.encode("a", add_special_tokens=True).ids
+    at = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), len(ids))
+    return ids[:at], ids[at + len(bare) :]
+
+
+def _load(data: bytes, file: str) -> Tokenizer:
+    with contextlib.suppress(_UnreadableError):
+        return _built(data)
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise AdapterCorruptUploadError(f"{file}: no JSON: {str(error)[:200]}") from error
+    if not isinstance(fields, dict):
+        raise AdapterCorruptUploadError(f"{file}: no JSON object")
+    try:  # truncation and padding may be what it could not read, and make no difference
+        return _built(json.dumps(fields | {"truncation": None, "padding": None}).encode())
+    except _UnreadableError as error:
+        raise AdapterIncompatibleError(f"{file}: the tokenizers library cannot read it: {str(error)[:200]}") from error
+
+
+def _built(data: bytes) -> Tokenizer:
+    with _panics_caught():
+        return Tokenizer.from_buffer(data)
+
+
+@contextlib.contextmanager
+def _panics_caught() -> Iterator[None]:
+    """Turn whatever the library raises into `_UnreadableError`; its panics are no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise _UnreadableError(str(error)) from error
+
+
+def _vocabulary_difference(theirs: TokenizerFacts, base: TokenizerFacts) -> str | None:
+    if theirs.vocab_sha256 == base.vocab_sha256 and theirs.added.keys() == base.added.keys():
+        return None
+    ours, other = base.vocabulary(), theirs.vocabulary()
+    if ours == other:
+        return None
+    for token, token_id in other.items():
+        if ours.get(token) != token_id:
+            return f"token {token[:60]!r} (id {token_id}) is not the base model's"
+    missing = min(ours.keys() - other.keys(), key=ours.__getitem__)
+    return f"the base model's token {missing[:60]!r} (id {ours[missing]}) is missing"
+
+
+def _behaviour_difference(theirs: TokenizerFacts, base: TokenizerFacts) -> str | None:
+    """Ask both for ids of many texts."""
+    texts: list[str] = []
+    for text in probes(base.vocabulary(), base.added.keys() | theirs.added.keys()):
+        texts.append(text)
+        if len(texts) == BATCH:
+            if found := _first_difference(texts, theirs, base):
+                return found
+            texts = []
+    return _first_difference(texts, theirs, base)
+
+
+def _first_difference(texts: list[str], theirs: TokenizerFacts, base: TokenizerFacts) -> str | None:
+    ours = base.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    try:
+        with _panics_caught():
+            others = theirs.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except _UnreadableError as error:
+        return f"it cannot tokenise: {str(error)[:200]}"
+    for text, one, other in zip(texts, ours, others, strict=True):
+        if one.ids != other.ids:
+            return f"it makes ids {other.ids[:8]} of {text[:40]!r}, the base model's tokenizer {one.ids[:8]}"
+    return None
+
+
+def _parts(stage: Any) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a stage in order, sequences taken apart."""
+    if not isinstance(stage, dict):
+        return
+    if stage.get("type") == "Sequence":
+        for inner in stage.values():
+            for part in inner if isinstance(inner, list) else ():
+                yield from _parts(part)
+    else:
+        yield stage
+
+
+def _key(part: dict[str, Any]) -> str:
+    return json.dumps(part, sort_keys=True)
+
+
+def _sha256(value: Any) -> str:
+    # The library writes vocabularies in order of ids; dictionaries keep it.
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,79 @@
+"""How large a rank may be: what an engine's tiles hold, and what its kernels take. The one place that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.adapter_image import TILE_STEPS, layout
+from loraplex_common.image_geometry import ITEM_BYTES, Geometry, ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loraplex_common.base_model import BaseModelInfo
+    from loraplex_common.image_geometry import Ranks
+
+CUDA_MAX_RANK: Final = 256
+"""Largest rank of one projection that the CUDA kernels take (kMaxRank); stacked, q, k and v have three times that."""
+_ANY_PAGE_BYTES: Final = 2 * 1024 * 1024  # holds the largest tile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineLimits:
+    """What decides whether an engine can take an adapter's ranks.
+
+    Attributes:
+        name: Who, for messages.
+        max_rank: Largest rank of one projection that its kernels take; 0 if only the tiles limit it.
+    """
+
+    name: str
+    base_fingerprint: str
+    geometry: Geometry
+    max_rank: int = 0
+
+    def check(self, ranks: Ranks) -> None:
+        """Return if the engine can take an adapter of these ranks.
+
+        Raises:
+            ImageError: If it cannot; the message has the arithmetic.
+        """
+        for layer, projection, rank in ranks:
+            if self.max_rank and rank > self.max_rank:
+                raise ImageError(
+                    f"layer {layer} {projection}: rank {rank} exceeds the {self.max_rank} that the kernels of {self.name} "
+                    "take for one projection"
+                )
+        try:
+            layout(self.geometry, ranks)
+        except ImageError as error:
+            bound = f"{self.name} takes at most rank {max_stacked_rank(self.geometry)} there"
+            raise ImageError(f"{error}; {bound}") from error
+
+
+def max_stacked_rank(geometry: Geometry) -> int:
+    """Return the largest rank whose tiles fit: of a projection, of q, k and v together, of gate and up together."""
+    return geometry.tile_bytes // (TILE_STEPS[-1] * ITEM_BYTES[geometry.dtype])
+
+
+def check_servable(ranks: Ranks, base: BaseModelInfo, engines: Sequence[EngineLimits]) -> None:
+    """Return if every engine of the base model can take an adapter; where none is known, if there could be one.
+
+    Args:
+        ranks: The adapter's.
+        base: Its base model.
+        engines: All engines known, of whichever base model.
+
+    Raises:
+        ImageError: If one cannot; the message has the arithmetic.
+    """
+    known = [engine for engine in engines if engine.base_fingerprint == base.fingerprint]
+    for engine in known or (_most_capable(base),):
+        engine.check(ranks)
+
+
+def _most_capable(base: BaseModelInfo) -> EngineLimits:
+    """Return the limits of an engine that takes the largest ranks: half the bytes a value, no kernels of our own."""
+    geometry = base.geometry(dtype="bfloat16", page_bytes=_ANY_PAGE_BYTES)
+    return EngineLimits(name="any engine", base_fingerprint=base.fingerprint, geometry=geometry)

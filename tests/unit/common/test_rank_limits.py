@@ -1,0 +1,76 @@
+"""The largest rank that an engine takes is known before any request: from its tiles and its kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from loraplex_common.base_model import BaseModelInfo, load_base_model
+from loraplex_common.image_geometry import Geometry, ImageError
+from loraplex_common.rank_limits import CUDA_MAX_RANK, EngineLimits, check_servable, max_stacked_rank
+from support.base_models import TinyBase, write_base_model
+
+if TYPE_CHECKING:
+    from loraplex_common.image_geometry import Ranks
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModelInfo:
+    # Wide enough that no matrix fits a tile as a whole.
+    return load_base_model(
+        write_base_model(tmp_path_factory.mktemp("base"), TinyBase(hidden_size=1024, vocab_size=300))
+    )
+
+
+def engine(base: BaseModelInfo, dtype: str = "float32", page_bytes: int = MIB, max_rank: int = 0) -> EngineLimits:
+    geometry = base.geometry(dtype=dtype, page_bytes=page_bytes)
+    return EngineLimits(name="engine e1", base_fingerprint=base.fingerprint, geometry=geometry, max_rank=max_rank)
+
+
+def ranks(**of_projection: int) -> Ranks:
+    return tuple((1, projection, rank) for projection, rank in of_projection.items())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "page_bytes", "most"), [("float32", MIB, 1024), ("bfloat16", MIB, 2048), ("float32", 16384, 512)]
+)
+def test_q_k_and_v_share_the_largest_rank_that_a_tile_holds(
+    base: BaseModelInfo, dtype: str, page_bytes: int, most: int
+) -> None:
+    limits = engine(base, dtype, page_bytes)
+    assert max_stacked_rank(limits.geometry) == most
+
+    limits.check(ranks(q_proj=most - 8, k_proj=4, v_proj=4))
+    with pytest.raises(
+        ImageError, match=rf"layer 1 qkv: stacked rank {most + 1}: 8 x .* engine e1 takes at most rank {most}"
+    ):
+        limits.check(ranks(q_proj=most - 8, k_proj=4, v_proj=5))
+    with pytest.raises(ImageError, match=f"layer 1 o: stacked rank {most + 1}"):
+        limits.check(ranks(o_proj=most + 1))
+
+
+def test_kernels_bound_each_projection(base: BaseModelInfo) -> None:
+    limits = engine(base, "bfloat16", max_rank=CUDA_MAX_RANK)
+
+    limits.check(ranks(q_proj=256, k_proj=256, v_proj=256))
+    with pytest.raises(ImageError, match="layer 1 v_proj: rank 257 exceeds the 256 that the kernels of engine e1 take"):
+        limits.check(ranks(q_proj=8, v_proj=257))
+
+
+def test_every_engine_of_the_base_model_counts_and_no_other(base: BaseModelInfo) -> None:
+    geometry = Geometry(
+        dtype="float32", page_bytes=4096, num_layers=1, hidden_size=64, intermediate_size=64, num_heads=1, num_kv_heads=1, head_dim=64
+    )  # fmt: skip
+    other = EngineLimits(name="other", base_fingerprint="0" * 64, geometry=geometry, max_rank=1)
+
+    check_servable(ranks(o_proj=1024), base, [other, engine(base)])
+    with pytest.raises(ImageError, match="kernels"):
+        check_servable(ranks(o_proj=1024), base, [engine(base), engine(base, "bfloat16", max_rank=256)])
+
+
+def test_where_no_engine_is_known_the_most_capable_decides(base: BaseModelInfo) -> None:
+    check_servable(ranks(o_proj=2048), base, [])
+    with pytest.raises(ImageError, match="any engine takes at most rank 2048"):
+        check_servable(ranks(o_proj=2049), base, [])
