@@ -151,7 +151,7 @@ class RequestBook:
         """Fail a request by what the block raises, and go on with the others.
 
         The block must leave no half of what it does behind: what it holds when it raises is what the request holds. Not
-        for what happens with every token: a steady step has no business with single requests.
+        for plain tokens: a steady step does nothing for single requests.
 
         Args:
             request: What the block is about, and nothing else.
