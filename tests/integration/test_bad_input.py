@@ -60,7 +60,7 @@ async def test_an_unknown_adapter_is_not_found(client: AsyncClient, adapter: str
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": 1e30}, "temperature"),
-        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": -0.5}, "top_p"),
         ({"top_p": float("inf")}, "top_p"),
         ({"top_k": -5}, "top_k"),
         ({"min_p": 2.0}, "min_p"),
