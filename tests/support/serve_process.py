@@ -53,8 +53,7 @@ class ServeProcess:
         self._reader.start()
         head = self._wait_ready()
         self.grpc, self.http = head["grpc"], head["http"]
-        self.engine = self._wait_line(r"--engine-target (\S+)")
-        self.store = self._wait_line(r"adapter store: (\S+)")
+        self.store, self.engine = self._wait_line(r"adapter store: (\S+   engine: \S+)").split("   engine: ")
 
     @property
     def pid(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.adapter_image import Geometry
+from loraplex_common.directories import model_directory_problem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,6 +129,8 @@ def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[
 
 def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
     """Return config.json and the sha256 of tokenizer.json."""
+    if problem := model_directory_problem(directory):
+        raise BaseModelError(problem)
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())
