@@ -6,8 +6,10 @@ Everything else in Valkey belongs to one service, which keeps its key names to i
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Final
+
+from loraplex_common.version import package_version
 
 ENGINES_KEY: Final = "loraplex:engines"
 """Sorted set of engine ids, scored by lease expiry (unix seconds). An engine past its score is gone."""
@@ -54,7 +56,7 @@ class EngineRecord:
     page_bytes: int
     max_image_pages: int
     is_draining: bool = False
-    version: str = "0.1.0"
+    version: str = field(default_factory=package_version)
 
     def to_json(self) -> str:
         """Encode for Valkey."""

@@ -1,4 +1,4 @@
-"""The routes of the HTTP port: OpenAI's API, /metrics, /health."""
+"""The routes of the HTTP port: OpenAI's API, /metrics, /health, /version."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from loraplex_common.auth import Authenticator
 from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.ids import new_request_id
 from loraplex_common.interceptors import internal_error
+from loraplex_common.version import package_version
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
@@ -64,6 +65,7 @@ def make_app(context: HttpContext) -> Starlette:
             Route("/v1/chat/completions", routes.chat_completions, methods=["POST"]),
             Route("/metrics", routes.metrics, methods=["GET"]),
             Route("/health", routes.health, methods=["GET"]),
+            Route("/version", routes.version, methods=["GET"]),
             Route("/healthz", routes.health, methods=["GET"]),
         ],
         exception_handlers={LoraplexError: _on_error, HTTPException: _on_no_route, Exception: _on_unexpected},
@@ -111,6 +113,10 @@ class _Routes:
         is_ready = self._context.is_ready()
         body = {"status": "ok" if is_ready else "not ready"}
         return Response(msgspec.json.encode(body), 200 if is_ready else 503, media_type="application/json")
+
+    async def version(self, request: Request) -> Response:
+        """Say which build this is, as vLLM does."""
+        return JSONResponse({"version": package_version()})
 
     def _generate(self, plan: Plan, tenant: Tenant) -> ASGIApp:
         context = self._context
