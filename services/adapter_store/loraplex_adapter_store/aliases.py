@@ -20,6 +20,8 @@ from loraplex_adapter_store.repository import keys
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
 
+    from loraplex_common.auth import Tenant
+
     from loraplex_adapter_store.repository.catalog import Catalog
 
 _log = get_logger()
@@ -65,6 +67,12 @@ class AliasTable:
     def name_of(self, digest: str) -> str:
         """Return a name under which a revision is known, for people; the digest itself if there is none."""
         return self._names.get(digest, digest)
+
+    def revisions(self, tenant: Tenant) -> list[str]:
+        """Return the digests of all revisions that a tenant may see."""
+        records = (view.record for view in self._views.values())
+        visible = (record for record in records if record.is_visible_to(tenant.name, is_admin=tenant.is_admin))
+        return [digest for record in visible for digest in record.revisions]
 
     def end_watches(self) -> None:
         """End all watches; the watchers will go elsewhere."""
