@@ -8,7 +8,9 @@ BIN := $(VENV)/bin
 # The first interpreter that is new enough; make PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-need-python = test -n "$(PYTHON)" || \
+# The same, or the one of the environment once that is there.
+ANY_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
+need-python = test -n "$(ANY_PYTHON)" || \
 	{ echo "Python 3.11 or newer is needed: none of python3, python3.13, python3.12, python3.11 is." >&2; exit 1; }
 # Where pip finds torch, e.g. PIP_TORCH_ARGS="--index-url ..." with PyTorch's index of CPU wheels on a machine without a
 # GPU: the default Linux wheel brings CUDA along.
@@ -26,8 +28,8 @@ help: ## Show this list
 .PHONY: serve
 serve: ## Serve the demo model and its adapters on this machine until Ctrl-C
 	@$(need-python)
-	@PYTHONPATH=services/common $(PYTHON) clients/python/loraplex_client/serve/ports.py $(SERVE_ARGS)
-	@$(MAKE) --no-print-directory $(VENV)/.demo-installed
+	@PYTHONPATH=services/common $(ANY_PYTHON) clients/python/loraplex_client/serve/ports.py $(SERVE_ARGS)
+	@$(MAKE) --silent --no-print-directory $(VENV)/.demo-installed
 	@exec $(BIN)/loraplex serve --demo $(SERVE_ARGS)
 
 .PHONY: test
