@@ -8,6 +8,10 @@ BIN := $(VENV)/bin
 # The first interpreter that is new enough; make PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# The same, or the one of the environment once that is there.
+ANY_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
+need-python = test -n "$(ANY_PYTHON)" || \
+	{ echo "Python 3.11 or newer is needed: none of python3, python3.13, python3.12, python3.11 is." >&2; exit 1; }
 # Where pip finds torch, e.g. PIP_TORCH_ARGS="--index-url ..." with PyTorch's index of CPU wheels on a machine without a
 # GPU: the default Linux wheel brings CUDA along.
 PIP_TORCH_ARGS ?=
@@ -20,8 +24,12 @@ BASE ?= $(shell git rev-parse --quiet --verify origin/main >/dev/null 2>&1 && ec
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
+# Taken ports are found before the install, which takes minutes; so this is no prerequisite of ours.
 .PHONY: serve
-serve: $(VENV)/.demo-installed ## Serve the demo model and its adapters on this machine until Ctrl-C
+serve: ## Serve the demo model and its adapters on this machine until Ctrl-C
+	@$(need-python)
+	@PYTHONPATH=services/common $(ANY_PYTHON) clients/python/loraplex_client/serve/ports.py $(SERVE_ARGS)
+	@$(MAKE) --silent --no-print-directory $(VENV)/.demo-installed
 	@exec $(BIN)/loraplex serve --demo $(SERVE_ARGS)
 
 .PHONY: test
@@ -72,7 +80,7 @@ clean: ## Remove caches and build output; the virtual environment stays
 
 # Stamps: an install is repeated only when what it depends on changed.
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: none of python3, python3.13, python3.12, python3.11 is." >&2; exit 1; }
+	@$(need-python)
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot create $(VENV); Debian and Ubuntu need the package python3-venv" >&2; rm -rf $(VENV); exit 1; }
 
 # torch first and pinned, so that nothing else gets to choose one.

@@ -12,7 +12,8 @@ rounds, best round counts:
   ``generate``.
 * ``base``: transformers alone, the same batch without adapters.
 
-All adapters are loaded before, on every side. Writes ``{meta, rows}`` to benchmarks/results/cpu_vs_peft.json.
+All adapters are loaded before, on every side. Writes ``{meta, rows}`` to a new file
+benchmarks/results/cpu_vs_peft-DATE-TIME.json, or to ``--output``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo"
-RESULTS = ROOT / "benchmarks" / "results" / "cpu_vs_peft.json"
+RESULTS = ROOT / "benchmarks" / "results"
 ADAPTERS = ("json", "devil", "kjv", "upper", "sentiment")
 NUM_REQUESTS = 16
 NUM_NEW_TOKENS = 64
@@ -266,18 +267,28 @@ def report(rivals: list[Rival]) -> dict[str, Any]:
     return {"meta": meta, "rows": rows}
 
 
+def write(result: dict[str, Any], output: Path | None) -> Path:
+    """Write the results where they are wanted, else to a file that did not exist; return its path."""
+    path = output or RESULTS / f"cpu_vs_peft-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w" if output else "x") as file:
+        file.write(json.dumps(result, indent=2) + "\n")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M-Instruct (default: the demo's, fetched)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where to write the results")
+    parser.add_argument(
+        "--output", type=Path, help="file to write or overwrite (default: a new one beside the results)"
+    )
     parser.add_argument("--check", action="store_true", help="fail if loraplex is slower than it should be")
     options = parser.parse_args()
     from loraplex_client.demo import ensure_demo_model
 
     rivals = asyncio.run(run((options.model or ensure_demo_model(lambda stage, done, total: None)).resolve()))
     result = report(rivals)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {write(result, options.output)}")
     ratios = {row["rival"]: row["loraplex_over_it"] for row in result["rows"]}
     if options.check and any(ratios[name] < wanted for name, wanted in WANTED.items()):
         sys.exit(f"slower than it should be: {ratios}, wanted {WANTED}")

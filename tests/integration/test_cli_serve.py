@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from typing import TYPE_CHECKING
 
 import httpx
@@ -123,6 +126,42 @@ def test_an_adapter_is_imported_used_listed_and_deleted(stack: ServeProcess, cli
     assert "device on 1" in status.stdout
     assert refused.returncode == 1
     assert "ADAPTER_NOT_FOUND" in refused.stderr
+
+
+def test_the_digits_that_status_prints_are_taken_by_every_command(
+    stack: ServeProcess, client: Client, base: Path, tmp_path: Path
+) -> None:
+    latest, canary = (
+        client.adapters.upload(
+            "two", write_adapter(tmp_path / f"{seed}", base, Recipe(rank=2, seed=seed)), label=label, stage=bool(label)
+        ).revision.digest
+        for seed, label in ((5, ""), (6, "canary"))
+    )
+    wait_until(lambda: knows(client, "two"))
+
+    status = loraplex(stack, "status")  # the gateway's word alone
+
+    rows = [line.split() for line in status.stdout.splitlines()]
+    assert (status.returncode, status.stderr) == (0, "")
+    assert [stack.engine, "tiny"] == rows[1][1:3]
+    assert [row[2:4] for row in rows if row[:1] == ["two"]] == [[latest[:12], "latest"], [canary[:12], "canary"]]
+    named = f"two@{canary[:12]}"
+    for command in (
+        ("generate", "--adapter", named, "--max-new-tokens", "1", "Hi"),
+        ("adapters", "show", named),
+        ("adapters", "prefetch", named),
+        ("adapters", "evict", named),
+        ("adapters", "alias", "two", "prod", canary[:12]),
+        ("adapters", "alias", "two", "prod", latest[:12], "--expect", canary[:12]),
+    ):
+        done = loraplex(stack, *command)
+        assert done.returncode == 0, (command, done.stderr)
+    assert client.adapters.get("two").aliases == {"latest": latest, "canary": canary, "prod": latest}
+
+
+def test_the_http_port_says_its_version(stack: ServeProcess) -> None:
+    with urllib.request.urlopen(f"http://{stack.http}/version", timeout=10) as page:
+        assert json.loads(page.read()) == {"version": importlib.metadata.version("loraplex")}
 
 
 def test_the_store_can_be_killed_while_a_stream_runs(stack: ServeProcess, client: Client, adapter: Path) -> None:

@@ -41,12 +41,12 @@ def test_a_process_says_where_it_listens_and_ends_well(valkey_url: str, tmp_path
 
 def test_a_missing_model_is_said_in_one_line(valkey_url: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loraplex_gateway"]
-    command = [*command, "--model", str(tmp_path / "nowhere"), "--redis-url", valkey_url]
+    command += ["--model", str(tmp_path / "nowhere"), "--redis-url", valkey_url, "--port", "0", "--http-port", "0"]
 
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     assert result.returncode == 1
-    assert "config.json" in result.stderr
+    assert f"loraplex-gateway: {tmp_path / 'nowhere'}: no such directory" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -18,6 +18,7 @@ from loraplex.v1 import (
     adapter_pb2,
     adapter_store_pb2,
     adapter_store_pb2_grpc,
+    fleet_pb2_grpc,
     gateway_pb2,
     gateway_pb2_grpc,
 )
@@ -281,11 +282,17 @@ def revision() -> adapter_pb2.AdapterRevision:
 
 
 @contextlib.contextmanager
-def serving(gateway: GatewayDouble | None = None, store: StoreDouble | None = None) -> Iterator[str]:
+def serving(
+    gateway: GatewayDouble | None = None,
+    store: StoreDouble | None = None,
+    fleet: fleet_pb2_grpc.FleetServiceServicer | None = None,
+) -> Iterator[str]:
     """Serve the doubles on a free port of the loopback; yields ``host:port``."""
     server = grpc.server(ThreadPoolExecutor(8))
     if gateway is not None:
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, server)
+    if fleet is not None:
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
     if store is not None:
         adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(store, server)
         operations_pb2_grpc.add_OperationsServicer_to_server(store, server)

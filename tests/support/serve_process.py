@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 START_TIMEOUT_S = 90.0
-PORT_FLAGS = (
-    "--port",
-    "--http-port",
-    "--store-port",
-    "--store-metrics-port",
-    "--engine-port",
-    "--engine-metrics-port",
-)
 SMALL = ("--num-threads", "1", "--pool-bytes", "64MiB", "--arena-bytes", "32MiB", "--drain-grace-s", "5")
 
 
@@ -39,11 +31,11 @@ class ServeProcess:
     """
 
     def __init__(self, data_dir: Path, *arguments: str) -> None:
-        ports = [word for flag in PORT_FLAGS for word in (flag, "0")]
         self._stderr_path = data_dir.with_suffix(".err")
+        command = ("-m", "loraplex_client", "serve")
         with self._stderr_path.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "loraplex_client", "serve", "--data-dir", str(data_dir), *ports, *arguments],
+                [sys.executable, *command, "--data-dir", str(data_dir), "--base-port", "0", *arguments],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
@@ -53,8 +45,7 @@ class ServeProcess:
         self._reader.start()
         head = self._wait_ready()
         self.grpc, self.http = head["grpc"], head["http"]
-        self.engine = self._wait_line(r"--engine-target (\S+)")
-        self.store = self._wait_line(r"adapter store: (\S+)")
+        self.store, self.engine = self._wait_line(r"adapter store: (\S+   engine: \S+)").split("   engine: ")
 
     @property
     def pid(self) -> int:

@@ -5,6 +5,7 @@
 """
 
 from loraplex_common.errors import LoraplexError
+from loraplex_common.version import package_version
 
 from loraplex_client._adapters import Adapters
 from loraplex_client._aio_adapters import AsyncAdapters
@@ -36,6 +37,8 @@ from loraplex_client.resources import (
     Model,
     Revision,
 )
+
+__version__ = package_version()
 
 __all__ = [
     "Accepted",
@@ -69,4 +72,5 @@ __all__ = [
     "Timings",
     "TokenLogprob",
     "Usage",
+    "__version__",
 ]

@@ -52,6 +52,7 @@ class Adapters:
         subfolder: str = "",
         label: str = "",
         base_model: str = "",
+        stage: bool = False,
         credential_ref: str = "",
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
@@ -64,6 +65,7 @@ class Adapters:
             subfolder: Folder inside the repository.
             label: Label to move to the new revision besides ``latest``.
             base_model: Base to check against; overrides what the checkpoint names.
+            stage: Leave ``latest`` where it is; the revision is used by its digest or by ``label``.
             credential_ref: Name of a credential that the store knows.
             progress: Told how far it has come.
 
@@ -71,7 +73,7 @@ class Adapters:
             LoraplexError: If the checkpoint cannot be had or cannot be served.
         """
         source = adapter_store_pb2.HuggingFaceSource(repo=repo, revision=revision, subfolder=subfolder)
-        request = messages.import_request(name, label, base_model, credential_ref)
+        request = messages.import_request(name, label, base_model, credential_ref, stage=stage)
         request.hf.CopyFrom(source)
         return self._import(request, progress)
 
@@ -82,10 +84,11 @@ class Adapters:
         *,
         label: str = "",
         base_model: str = "",
+        stage: bool = False,
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
         """Let the store read a directory on its own machine, below one of its import roots; as `import_hub`."""
-        request = messages.import_request(name, label, base_model)
+        request = messages.import_request(name, label, base_model, stage=stage)
         request.uri = directory.absolute().as_uri()
         return self._import(request, progress)
 
@@ -96,10 +99,11 @@ class Adapters:
         *,
         label: str = "",
         base_model: str = "",
+        stage: bool = False,
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
         """Send a PEFT directory of this machine to the store; return when it is stored. As `import_hub`."""
-        header = messages.upload_header(name, directory, label=label, base_model=base_model)
+        header = messages.upload_header(name, directory, label=label, base_model=base_model, stage=stage)
         stream = messages.upload_messages(header, directory, progress)
         with translated(self._connection.target):
             return messages.import_result(self._stub.UploadAdapter(stream, metadata=self._metadata))
@@ -141,7 +145,7 @@ class Adapters:
         Args:
             name: The adapter's name.
             label: The label, e.g. ``prod``.
-            revision: Digest, 64 hex digits.
+            revision: Digest, or its first 8 digits or more.
             expected_revision: If given, the label must point here now (empty: must not exist).
 
         Raises:

@@ -61,6 +61,7 @@ class AsyncAdapters:
         subfolder: str = "",
         label: str = "",
         base_model: str = "",
+        stage: bool = False,
         credential_ref: str = "",
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
@@ -73,6 +74,7 @@ class AsyncAdapters:
             subfolder: Folder inside the repository.
             label: Label to move to the new revision besides ``latest``.
             base_model: Base to check against; overrides what the checkpoint names.
+            stage: Leave ``latest`` where it is; the revision is used by its digest or by ``label``.
             credential_ref: Name of a credential that the store knows.
             progress: Told how far it has come.
 
@@ -80,7 +82,7 @@ class AsyncAdapters:
             LoraplexError: If the checkpoint cannot be had or cannot be served.
         """
         source = adapter_store_pb2.HuggingFaceSource(repo=repo, revision=revision, subfolder=subfolder)
-        request = messages.import_request(name, label, base_model, credential_ref)
+        request = messages.import_request(name, label, base_model, credential_ref, stage=stage)
         request.hf.CopyFrom(source)
         return await self._import(request, progress)
 
@@ -91,10 +93,11 @@ class AsyncAdapters:
         *,
         label: str = "",
         base_model: str = "",
+        stage: bool = False,
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
         """Let the store read a directory on its own machine, below one of its import roots; as `import_hub`."""
-        request = messages.import_request(name, label, base_model)
+        request = messages.import_request(name, label, base_model, stage=stage)
         request.uri = directory.absolute().as_uri()  # noqa: ASYNC240 -- asks for the working directory only
         return await self._import(request, progress)
 
@@ -105,10 +108,13 @@ class AsyncAdapters:
         *,
         label: str = "",
         base_model: str = "",
+        stage: bool = False,
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
         """Send a PEFT directory of this machine to the store; return when it is stored. As `import_hub`."""
-        header = await asyncio.to_thread(messages.upload_header, name, directory, label=label, base_model=base_model)
+        header = await asyncio.to_thread(
+            messages.upload_header, name, directory, label=label, base_model=base_model, stage=stage
+        )
         stream = _off_loop(messages.upload_messages(header, directory, progress))
         with translated(self._connection.target):
             return messages.import_result(await self._stub.UploadAdapter(stream, metadata=self._metadata))
@@ -152,7 +158,7 @@ class AsyncAdapters:
         Args:
             name: The adapter's name.
             label: The label, e.g. ``prod``.
-            revision: Digest, 64 hex digits.
+            revision: Digest, or its first 8 digits or more.
             expected_revision: If given, the label must point here now (empty: must not exist).
 
         Raises:

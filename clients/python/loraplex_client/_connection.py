@@ -11,7 +11,6 @@ from loraplex_common.grpc_channel import CHANNEL_OPTIONS, open_channel
 
 DEFAULT_TARGET: Final = "127.0.0.1:8500"
 DEFAULT_STORE_PORT: Final = 8510
-DEFAULT_ENGINE_PORT: Final = 8520
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -60,14 +59,5 @@ class Connection:
 
 def store_beside(target: str) -> str:
     """Return where the adapter store is by default: the gateway's host, port `DEFAULT_STORE_PORT`."""
-    return _beside(target, DEFAULT_STORE_PORT)
-
-
-def engine_beside(target: str) -> str:
-    """Return where the engine is by default: the gateway's host, port `DEFAULT_ENGINE_PORT`."""
-    return _beside(target, DEFAULT_ENGINE_PORT)
-
-
-def _beside(target: str, port: int) -> str:
     host, _, own_port = target.rpartition(":")
-    return f"{host if host and own_port.isdigit() else target}:{port}"
+    return f"{host if host and own_port.isdigit() else target}:{DEFAULT_STORE_PORT}"

@@ -1,15 +1,18 @@
-"""What one engine says of itself, for ``loraplex status``."""
+"""What engines say of themselves, to us or to their gateway, for ``loraplex status``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loraplex.v1 import adapter_pb2, engine_pb2, engine_pb2_grpc
+from loraplex.v1 import adapter_pb2, engine_pb2, engine_pb2_grpc, fleet_pb2, fleet_pb2_grpc
+from loraplex_common.errors import LoraplexError, from_status
 
 from loraplex_client._errors import translated
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from loraplex_client._connection import Connection
 
 TIMEOUT_S: Final = 5.0
@@ -67,17 +70,43 @@ def engine_status(connection: Connection) -> EngineStatus:
         watch = stub.WatchLoad(engine_pb2.WatchLoadRequest(), timeout=TIMEOUT_S, metadata=metadata)
         load = next(watch).load
         watch.cancel()
-        held: list[HeldAdapter] = []
+        held: list[engine_pb2.ResidentAdapter] = []
         request = engine_pb2.ListAdaptersRequest()
         while True:
             page = stub.ListAdapters(request, timeout=TIMEOUT_S, metadata=metadata)
-            held.extend(_held(adapter) for adapter in page.adapters)
+            held.extend(page.adapters)
             if not page.next_page_token:
                 break
             request.page_token = page.next_page_token
+    return _status(connection.target, info, load, held)
+
+
+def fleet_status(connection: Connection) -> tuple[list[EngineStatus], dict[str, LoraplexError]]:
+    """Ask a gateway for its engines: those that answered it, and target -> error of those that did not.
+
+    Raises:
+        LoraplexError: If the gateway cannot be reached or does not show its engines.
+    """
+    with connection.open() as channel, translated(connection.target):
+        stub = fleet_pb2_grpc.FleetServiceStub(channel)
+        response = stub.ListEngines(fleet_pb2.ListEnginesRequest(), timeout=4 * TIMEOUT_S, metadata=connection.metadata)
+    engines = [
+        _status(state.target, state.info, state.load, state.adapters)
+        for state in response.engines
+        if not state.HasField("error")
+    ]
+    return engines, {state.target: from_status(state.error) for state in response.engines if state.HasField("error")}
+
+
+def _status(
+    target: str,
+    info: engine_pb2.GetEngineInfoResponse,
+    load: engine_pb2.LoadReport,
+    held: Iterable[engine_pb2.ResidentAdapter],
+) -> EngineStatus:
     return EngineStatus(
         engine_id=info.engine_id,
-        target=connection.target,
+        target=target,
         base_model=info.base_model.name,
         backend=info.backend,
         dtype=info.geometry.dtype,
@@ -91,7 +120,7 @@ def engine_status(connection: Connection) -> EngineStatus:
         pages_pinned=load.pages_pinned,
         tokens_per_s=load.tokens_per_s,
         is_draining=load.draining,
-        adapters=tuple(held),
+        adapters=tuple(_held(adapter) for adapter in held),
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex.v1 import adapter_pb2, adapter_store_pb2
 from loraplex_common.adapter_folder import check_present, list_folder
+from loraplex_common.directories import adapter_directory_problem
 from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError, from_status
 
 from loraplex_client.resources import (
@@ -95,7 +96,7 @@ def import_result(
 
 
 def import_request(
-    name: str, label: str, base_model: str, credential_ref: str = ""
+    name: str, label: str, base_model: str, credential_ref: str = "", *, stage: bool = False
 ) -> adapter_store_pb2.ImportAdapterRequest:
     """Return an import request that still lacks its source."""
     return adapter_store_pb2.ImportAdapterRequest(
@@ -104,6 +105,7 @@ def import_request(
         base_model=base_model,
         credential_ref=credential_ref,
         request_id=new_request_id(),
+        stage=stage,
     )
 
 
@@ -139,23 +141,25 @@ def report_operation(operation: Operation, progress: ProgressCallback | None) ->
 
 
 def upload_header(
-    name: str, directory: Path, *, label: str, base_model: str
+    name: str, directory: Path, *, label: str, base_model: str, stage: bool = False
 ) -> adapter_store_pb2.UploadAdapterRequest.Header:
     """Return the header of an upload: the adapter's files, and those of a tokenizer if it brings one.
 
     Whether the latter can be served is the store's to say, so it has to hear of them.
 
     Raises:
-        InvalidParameterError: If the directory cannot be read.
+        InvalidParameterError: If there is no such directory, or it cannot be read.
         AdapterIncompatibleError: If it is something else than a PEFT adapter.
         AdapterCorruptUploadError: If it lacks an adapter's files.
     """
+    if problem := adapter_directory_problem(directory):
+        raise InvalidParameterError(problem, field="directory")
     try:
         names = check_present(list_folder(directory))
     except OSError as error:
         raise InvalidParameterError(f"{directory} cannot be read: {error.strerror}", field="directory") from error
     header = adapter_store_pb2.UploadAdapterRequest.Header(
-        name=name, label=label, base_model=base_model, request_id=new_request_id()
+        name=name, label=label, base_model=base_model, request_id=new_request_id(), stage=stage
     )
     for file_name in names:
         path = directory / file_name

@@ -81,7 +81,10 @@ class LoadTest:
         if len(trace) == 0:
             raise LoadError("the workload has no requests")
         if needed > len(adapters):
-            raise LoadError(f"the workload asks for {needed} adapters, the gateway serves {len(adapters)}: import more")
+            raise LoadError(
+                f"the workload asks for {needed} adapters, the gateway serves {len(adapters)}: "
+                "import more, or make some with loraplex adapters make-random"
+            )
         self._client, self._trace, self._adapters = client, trace, adapters
         self._model, self._seed, self._vocab_size, self._timeout_s = model, seed, vocab_size, timeout_s
         self._begin_s = 0.0

@@ -9,6 +9,7 @@ from loraplex_common.auth import KeysFileError
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.lifecycle import announce_ready, stop_on_signals
 from loraplex_common.log import configure, get_logger
+from loraplex_common.ports import require_free
 from loraplex_common.settings import describe, load
 
 from loraplex_adapter_store.config import StoreConfig
@@ -33,6 +34,7 @@ def main() -> None:
     configure("adapter_store", level=config.log_level, fmt="json" if config.log_format == "json" else "console")
     get_logger().info("configuration", **describe(config))
     try:
+        require_free(config.host, {"--port": config.port, "--metrics-port": config.metrics_port})
         asyncio.run(run(config))
     except (BaseModelError, KeysFileError, CredentialsFileError, OSError) as error:
         print(f"loraplex-adapter-store: {error}", file=sys.stderr)

@@ -22,6 +22,8 @@ from loraplex_adapter_store.repository import keys
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Iterable
 
+    from loraplex_common.auth import Tenant
+
     from loraplex_adapter_store.repository.catalog import Catalog
 
 _log = get_logger()
@@ -78,6 +80,12 @@ class AliasTable:
         name = self.name_of(digest)
         view = self._views.get(name)
         return private(name) if view is not None and view.record.allowed_tenants else name
+
+    def revisions(self, tenant: Tenant) -> list[str]:
+        """Return the digests of all revisions that a tenant may see."""
+        records = (view.record for view in self._views.values())
+        visible = (record for record in records if record.is_visible_to(tenant.name, is_admin=tenant.is_admin))
+        return [digest for record in visible for digest in record.revisions]
 
     def end_watches(self) -> None:
         """End all watches; the watchers will go elsewhere."""

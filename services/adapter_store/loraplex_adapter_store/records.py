@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, InvalidParameterError
-from loraplex_common.ids import DEFAULT_LABEL, AdapterRef
+from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, find_revision
 
 MAX_REVISIONS: Final = 100
 """Revisions kept per name; older ones without a label are let go, so that frequent pushes do not grow without end."""
@@ -91,11 +91,13 @@ class AdapterRecord:
 
         Raises:
             AdapterNotFoundError: If label or revision is unknown under this name.
+            InvalidParameterError: If several of its revisions begin as the reference says.
         """
         if ref.revision is not None:
-            if ref.revision not in self.revisions:
+            digest = find_revision(ref.revision, self.revisions, field="name")
+            if digest is None:
                 raise AdapterNotFoundError(f"adapter {self.name} has no revision {ref.revision}")
-            return ref.revision
+            return digest
         label = ref.label or DEFAULT_LABEL
         if label not in self.labels and label != DEFAULT_LABEL:
             raise AdapterNotFoundError(f"adapter {self.name} has no label {label!r}")
@@ -106,9 +108,10 @@ class AdapterRecord:
         created = self.create_time or now
         return dataclasses.replace(self, **changes, version=self.version + 1, create_time=created, update_time=now)
 
-    def with_import(self, revision: str, label: str, now: float) -> AdapterRecord:
-        """Return the record after an import: ``latest`` (and ``label``, if any) points at the revision."""
-        labels = {**self.labels, DEFAULT_LABEL: revision, **({label: revision} if label else {})}
+    def with_import(self, revision: str, label: str, now: float, *, is_staged: bool) -> AdapterRecord:
+        """Return the record after an import: ``label``, if any, points at the revision, and ``latest`` unless staged."""
+        moved = {name for name in (label, "" if is_staged else DEFAULT_LABEL) if name}
+        labels = {**self.labels, **dict.fromkeys(sorted(moved), revision)}
         ordered = (revision, *(kept for kept in self.revisions if kept != revision))
         excess = [kept for kept in ordered if kept not in labels.values()][MAX_REVISIONS:]
         revisions = tuple(kept for kept in ordered if kept not in excess)

@@ -13,7 +13,7 @@ from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex.v1 import adapter_store_pb2_grpc
 from loraplex_common.auth import current_tenant, require_admin
 from loraplex_common.errors import AdapterCorruptError, AdapterNotFoundError, InvalidParameterError, LoraplexError
-from loraplex_common.ids import AdapterRef, check_adapter_name, check_label, is_digest
+from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, check_adapter_name, check_label
 
 from loraplex_adapter_store import paging, wire
 from loraplex_adapter_store.aliases import AliasTable
@@ -29,6 +29,7 @@ from loraplex_adapter_store.lifecycle import Caller, Lifecycle
 from loraplex_adapter_store.records import AdapterRecord
 from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.catalog import Catalog
+from loraplex_adapter_store.revisions import RevisionFinder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -58,6 +59,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     def __init__(self, parts: StoreParts) -> None:
         self._parts = parts
+        self._revisions = RevisionFinder(parts.catalog, parts.aliases)
 
     async def CreateAdapter(self, request: pb.CreateAdapterRequest, context: Context) -> pb.CreateAdapterResponse:
         """Reserve a name."""
@@ -130,8 +132,10 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         caller = _admin(request.request_id)
         name = check_adapter_name(request.alias.name, field="alias.name")
         label = check_label(request.alias.label, field="alias.label")
-        revision = _digest(request.alias.revision, "alias.revision") if request.alias.revision else ""
-        expected = request.expected_revision if request.HasField("expected_revision") else None
+        given, expected = request.alias.revision, None
+        revision = await self._revision(given, "alias.revision", name) if given else ""
+        if request.HasField("expected_revision"):
+            expected = await self._revisions.expected(request.expected_revision, field="expected_revision", name=name)
         record = await self._parts.lifecycle.set_alias(name, label, revision, expected, caller)
         return pb.SetAliasResponse(adapter=await self._adapter(record))
 
@@ -179,7 +183,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         wanted_in_ms = request.wanted_in.ToMilliseconds()
         if wanted_in_ms < 0:
             raise InvalidParameterError(f"wanted_in: {wanted_in_ms / 1000:g} s is negative", field="wanted_in")
-        await self._parts.hints.prefetch(request.engine_id, _digest(request.revision, "revision"), wanted_in_ms)
+        digest = await self._revision(request.revision, "revision")
+        await self._parts.hints.prefetch(request.engine_id, digest, wanted_in_ms)
         return pb.PrefetchAdapterResponse()
 
     async def EvictAdapter(
@@ -187,7 +192,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     ) -> pb.AdapterStoreServiceEvictAdapterResponse:
         """Take a hint that an adapter will not be wanted."""
         require_admin()
-        await self._parts.hints.evict(request.engine_id, _digest(request.revision, "revision"))
+        await self._parts.hints.evict(request.engine_id, await self._revision(request.revision, "revision"))
         return pb.AdapterStoreServiceEvictAdapterResponse()
 
     async def WatchAliases(
@@ -204,7 +209,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
         """Stream the canonical form from an offset; it is a safetensors file."""
         require_admin()
-        digest = _digest(request.revision, "revision")
+        digest = await self._revision(request.revision, "revision")
         manifest = await self._parts.blobs.manifest(digest)
         if manifest is None:
             if await self._parts.catalog.get_revisions([digest]):
@@ -244,6 +249,9 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 else:
                     yield wire.to_engine(message)
 
+    async def _revision(self, text: str, field: str, name: str = "") -> str:
+        return await self._revisions.find(text, current_tenant(), field=field, name=name)
+
     async def _adapter(self, record: AdapterRecord) -> Any:
         latest = await self._parts.lifecycle.latest_of([record])
         return wire.adapter(record, latest.get(wire.latest_of(record) or ""))
@@ -263,18 +271,15 @@ def _admin(request_id: str = "") -> Caller:
     return _caller(request_id)
 
 
-def _digest(text: str, field: str) -> str:
-    if not is_digest(text):
-        raise InvalidParameterError(f"{text[:80]!r} is no revision: 64 lower-case hex digits", field=field)
-    return text
-
-
 def _target(request: pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header, caller: Caller) -> ImportTarget:
+    if request.stage and request.label == DEFAULT_LABEL:
+        raise InvalidParameterError(f"a staged import leaves {DEFAULT_LABEL!r} where it is", field="label")
     return ImportTarget(
         name=check_adapter_name(request.name),
         label=check_label(request.label) if request.label else "",
         base_model=request.base_model,
         request_id=caller.request_id,
+        is_staged=request.stage,
     )
 
 

@@ -14,6 +14,7 @@ from loraplex_common.adapter_image import Geometry
 from loraplex_common.base_names import folder_name, hub_id_of
 from loraplex_common.config_values import BaseModelError as BaseModelError
 from loraplex_common.decoder_config import ModelConfig, model_config
+from loraplex_common.directories import model_directory_problem
 from loraplex_common.weight_digests import weight_digests
 from loraplex_common.weight_files import Weights, find_weights
 
@@ -93,6 +94,8 @@ def check_base_model(directory: Path) -> CheckedModel:
         BaseModelError: If a file is missing or broken, the architecture or an entry of config.json is not served, or the
             weights are quantised; the message names file, key and remedy.
     """
+    if problem := model_directory_problem(directory):
+        raise BaseModelError(problem)
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

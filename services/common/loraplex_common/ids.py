@@ -5,14 +5,20 @@ from __future__ import annotations
 import re
 import uuid
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _PART: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _NAME: Final = re.compile(rf"{_PART}(/{_PART})?", re.ASCII)  # hub ids work as they are
 _LABEL: Final = re.compile(_PART, re.ASCII)
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+MIN_REVISION_DIGITS: Final = 8
+_REVISION: Final = re.compile(rf"[0-9a-f]{{{MIN_REVISION_DIGITS},64}}", re.ASCII)
+MAX_CANDIDATES: Final = 5
 DEFAULT_LABEL: Final = "latest"
 
 
@@ -24,6 +30,35 @@ def new_request_id() -> str:
 def is_digest(text: str) -> bool:
     """Return whether ``text`` is a revision: 64 lower-case hex digits."""
     return _DIGEST.fullmatch(text) is not None
+
+
+def check_revision(text: str, *, field: str = "revision") -> str:
+    """Return ``text`` if it can name a revision: a digest, or its first 8 digits or more. See `find_revision`.
+
+    Raises:
+        InvalidParameterError: If it cannot.
+    """
+    if _REVISION.fullmatch(text) is None:
+        raise InvalidParameterError(
+            f"{text[:80]!r} is no revision: the first {MIN_REVISION_DIGITS} to all 64 of its lower-case hex digits",
+            field=field,
+        )
+    return text
+
+
+def find_revision(text: str, known: Iterable[str], *, field: str = "revision") -> str | None:
+    """Return the one known digest that is ``text`` or begins with it; None if there is none.
+
+    Raises:
+        InvalidParameterError: If several begin so; the message lists them.
+    """
+    found = sorted({digest for digest in known if digest.startswith(text)})
+    if len(found) > 1:
+        listed = ", ".join(found[:MAX_CANDIDATES]) + (", ..." if len(found) > MAX_CANDIDATES else "")
+        raise InvalidParameterError(
+            f"{len(found)} revisions begin with {text}: {listed}; give more digits", field=field
+        )
+    return found[0] if found else None
 
 
 def check_adapter_name(name: str, *, field: str = "name") -> str:
@@ -56,7 +91,7 @@ class AdapterRef:
 
     Attributes:
         label: Alias label; None if a revision is given.
-        revision: 64 hex digits; None if a label is given.
+        revision: The first 8 to all 64 hex digits, for `find_revision`; None if a label is given.
     """
 
     name: str
@@ -72,9 +107,7 @@ class AdapterRef:
         """
         name, at, revision = text.partition("@")
         if at:
-            if not is_digest(revision):
-                raise InvalidParameterError(f"{text!r}: a revision is 64 lower-case hex digits", field=field)
-            return cls(check_adapter_name(name, field=field), None, revision)
+            return cls(check_adapter_name(name, field=field), None, check_revision(revision, field=field))
         name, colon, label = text.partition(":")
         check_adapter_name(name, field=field)
         return cls(name, check_label(label, field=field) if colon else DEFAULT_LABEL)

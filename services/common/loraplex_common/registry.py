@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.log import get_logger
+from loraplex_common.version import package_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +72,7 @@ class EngineRecord:
     page_bytes: int
     max_image_pages: int
     is_draining: bool = False
-    version: str = "0.1.0"
+    version: str = field(default_factory=package_version)
 
     def to_json(self) -> str:
         """Encode for Valkey."""
@@ -91,11 +92,11 @@ class EngineRecord:
         if not isinstance(found, dict):
             raise EngineRecordError(f"it is {type(found).__name__}, not an object")
         values: dict[str, Any] = {}
-        for field in fields(cls):
-            if field.name in found:
-                values[field.name] = _DECODERS[str(field.type)](field.name, found[field.name])
-            elif field.default is MISSING:
-                raise EngineRecordError(f"{field.name} is missing")
+        for each in fields(cls):
+            if each.name in found:
+                values[each.name] = _DECODERS[str(each.type)](each.name, found[each.name])
+            elif each.default is MISSING and each.default_factory is MISSING:
+                raise EngineRecordError(f"{each.name} is missing")
         return cls(**values)
 
 

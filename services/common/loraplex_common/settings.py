@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, Union
 
 from loraplex_common.sizes import parse_size
+from loraplex_common.version import package_version
 
 if typing.TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +76,7 @@ def load(
         description: Head of ``--help``; by default the first line of the class's docstring.
 
     Raises:
-        SystemExit: On ``--help`` and on bad input, after saying what is wrong, as argparse does.
+        SystemExit: On ``--help``, ``--version`` and on bad input, after saying what is wrong, as argparse does.
     """
     environment = os.environ if environ is None else environ
     prefix = f"LORAPLEX_{service.upper()}_"
@@ -85,6 +86,7 @@ def load(
         epilog=f"Every flag can be given as {prefix}<FLAG>; lists are separated by commas there.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     hints = typing.get_type_hints(config)
     fields = {field.name: field for field in dataclasses.fields(typing.cast("Any", config))}
     for name, field in fields.items():

@@ -24,6 +24,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from loraplex_common.child_process import owned_command
+from loraplex_common.log_files import RotatingLog
 
 START_TIMEOUT_S: Final = 30.0  # loading a large AOF takes its time
 STOP_TIMEOUT_S: Final = 10.0
@@ -102,6 +103,7 @@ class EmbeddedValkey:
         self._socket_path = socket_path
         self.url = f"unix://{socket_path}"
         self.log_path = self._data_dir / "valkey.log"
+        self._log = RotatingLog(self.log_path)
 
     @property
     def pid(self) -> int | None:
@@ -126,7 +128,8 @@ class EmbeddedValkey:
         self._socket_path.unlink(missing_ok=True)
         command = owned_command(self._command(server_binary()))
         assert self._lock_fd is not None
-        with self.log_path.open("ab") as log:
+        log = self._log.pipe()
+        try:
             # The child shares the lock: until both are gone nobody else starts on this data.
             # In a process group of its own, so that Ctrl-C in a terminal reaches the services first and their Valkey last.
             self._process = subprocess.Popen(
@@ -138,6 +141,8 @@ class EmbeddedValkey:
                 cwd=self._data_dir,
                 process_group=0,
             )
+        finally:
+            os.close(log)
         try:
             self._wait_until_ready(self._process)
         except BaseException:
@@ -171,6 +176,12 @@ class EmbeddedValkey:
         if self._socket_dir is not None:
             self._socket_dir.cleanup()
 
+    def log_tail(self, num_lines: int) -> str:
+        """Return the last lines that the server printed; all of them if it has ended."""
+        if not self.is_running:
+            self._log.drain()
+        return self._log.tail(num_lines)
+
     def __enter__(self) -> EmbeddedValkey:
         self.start()
         return self
@@ -203,7 +214,9 @@ class EmbeddedValkey:
                 # An orphan of a killed owner needs a moment to write its data and go.
                 if time.monotonic() > deadline:
                     os.close(descriptor)
-                    raise ValkeyError(f"{self._data_dir} is in use by another process") from None
+                    raise ValkeyError(
+                        f"{self._data_dir} is in use by another process; loraplex serve keeps its data elsewhere with --data-dir"
+                    ) from None
                 time.sleep(0.02)
             else:
                 self._lock_fd = descriptor
@@ -219,12 +232,15 @@ class EmbeddedValkey:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
             if (code := process.poll()) is not None:
-                raise ValkeyError(f"the Valkey server ended with {code}: {self._log_tail()}")
+                raise ValkeyError(f"the Valkey server ended with {code}: {self._last_words()}")
             if time.monotonic() > deadline:
                 raise ValkeyError(
-                    f"the Valkey server does not answer within {START_TIMEOUT_S:.0f} s: {self._log_tail()}"
+                    f"the Valkey server does not answer within {START_TIMEOUT_S:.0f} s: {self._last_words()}"
                 )
             time.sleep(0.005)
+
+    def _last_words(self) -> str:
+        return " | ".join(self.log_tail(5).splitlines())
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
@@ -235,9 +251,6 @@ class EmbeddedValkey:
                 return client.recv(64).startswith(b"+PONG")  # "-LOADING ..." while it reads its data
             except OSError:
                 return False
-
-    def _log_tail(self) -> str:
-        return " | ".join(self.log_path.read_text(errors="replace").splitlines()[-5:])
 
 
 def _total_memory_bytes() -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_common import lifecycle, log, settings
 from loraplex_common.base_model import BaseModelError
+from loraplex_common.ports import require_free
 
 from loraplex_engine.config import ConfigError, EngineConfig
 
@@ -41,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.configure("engine", config.log_level, config.log_format)
     log.get_logger().info("configuration", **settings.describe(config))
     try:
+        require_free(config.host, {"--port": config.port, "--metrics-port": config.metrics_port})
         asyncio.run(serve(config))
-    except (BaseModelError, ConfigError) as error:
+    except (BaseModelError, ConfigError, OSError) as error:
         sys.exit(f"loraplex-engine: {error}")
 
 

@@ -9,6 +9,7 @@ from loraplex_common import log, settings
 from loraplex_common.auth import KeysFileError
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.lifecycle import announce_ready, stop_on_signals
+from loraplex_common.ports import require_free
 
 from loraplex_gateway.app import GatewayApp
 from loraplex_gateway.chat_template import ChatTemplateError
@@ -35,6 +36,7 @@ def main() -> None:
     log.configure("gateway", config.log_level, config.log_format)
     log.get_logger().info("starting", **settings.describe(config))
     try:
+        require_free(config.host, {"--port": config.port, "--http-port": config.http_port})
         asyncio.run(serve(config))
     except (BaseModelError, ChatTemplateError, KeysFileError, OSError) as error:
         sys.exit(f"loraplex-gateway: {error}")

@@ -8,7 +8,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
-from loraplex.v1 import gateway_pb2_grpc
+from loraplex.v1 import fleet_pb2_grpc, gateway_pb2_grpc
 from loraplex_common import valkey
 from loraplex_common.adapter_names import AdapterNames
 from loraplex_common.alias_feed import AliasFeed
@@ -36,6 +36,7 @@ from loraplex_gateway.prefetch import PrefetchHints
 from loraplex_gateway.preparation import Preparer
 from loraplex_gateway.registry_watcher import RegistryWatcher
 from loraplex_gateway.servicer import GatewayServicer
+from loraplex_gateway.servicer_fleet import FleetServicer
 
 if TYPE_CHECKING:
     import grpc
@@ -219,6 +220,8 @@ class GatewayApp:
         servicer = GatewayServicer(self.core, self.catalog, self._listing, slow_client_s=config.slow_client_s)
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, server.server)
         server.add_service_name("loraplex.v1.GatewayService")
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self.pool), server.server)
+        server.add_service_name("loraplex.v1.FleetService")
         return server
 
     def _make_http(self) -> HttpServer:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import AdapterForbiddenError, AdapterNotFoundError, StoreUnavailableError
-from loraplex_common.ids import AdapterRef
+from loraplex_common.ids import AdapterRef, find_revision
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -76,13 +76,13 @@ class NameTable:
         """Return the revision that a reference points at now.
 
         Args:
-            text: ``name``, ``name:label`` or ``name@revision``.
+            text: ``name``, ``name:label`` or ``name@revision``; of a revision the first 8 digits do.
             tenant: Who asks.
             patience_s: How long an unknown name may take to appear: an import that its caller has just seen
                 acknowledged may still be on its way here.
 
         Raises:
-            InvalidParameterError: If the reference is malformed.
+            InvalidParameterError: If the reference is malformed, or several revisions begin as it says.
             AdapterForbiddenError: If the tenant may not use the adapter.
             AdapterNotFoundError: If there is no such name, label or revision; the message has close matches.
             StoreUnavailableError: If no table has been received yet, so that nothing can be said.
@@ -107,7 +107,10 @@ class NameTable:
             raise AdapterForbiddenError(
                 f"tenant {tenant!r} may not use adapter {ref.name!r}", metadata={"adapter": ref.name}
             )
-        digest = ref.revision if ref.revision is not None else entry.labels.get(ref.label or "")
+        if ref.revision is not None:
+            digest = find_revision(ref.revision, entry.base_fingerprints, field="adapter")
+        else:
+            digest = entry.labels.get(ref.label or "")
         if digest is None or digest not in entry.base_fingerprints:
             return None
         return ResolvedAdapter(

@@ -15,13 +15,11 @@ from loraplex_engine.building import read_base_model
 from loraplex_engine.config import EngineConfig
 from loraplex_gateway.models import load_served_model
 from support.base_models import TinyBase, write_base_model
-from support.serve_process import PORT_FLAGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-FREE_PORTS = [word for flag in PORT_FLAGS for word in (flag, "0")]
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "config.json: rope_scaling.factor is null"),
     "quantised": ({"quantization_config": {"quant_method": "awq"}}, "quantised weights are not served"),
@@ -61,7 +59,16 @@ def test_each_service_alone_refuses_it(tmp_path: Path, kind: str, load: Callable
 @pytest.mark.parametrize("kind", ["yarn", "quantised"])
 def test_serve_starts_nothing(tmp_path: Path, kind: str) -> None:
     changes, message = BAD[kind]
-    command = [sys.executable, "-m", "loraplex_client", "serve", *FREE_PORTS, "--data-dir", str(tmp_path / "data")]
+    command = [
+        sys.executable,
+        "-m",
+        "loraplex_client",
+        "serve",
+        "--base-port",
+        "0",
+        "--data-dir",
+        str(tmp_path / "data"),
+    ]
 
     ended = subprocess.run(
         [*command, "--model", str(bad_model(tmp_path, changes))],

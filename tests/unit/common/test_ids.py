@@ -6,7 +6,14 @@ import uuid
 
 import pytest
 from loraplex_common.errors import InvalidParameterError
-from loraplex_common.ids import AdapterRef, check_adapter_name, check_label, is_digest, new_request_id
+from loraplex_common.ids import (
+    AdapterRef,
+    check_adapter_name,
+    check_label,
+    find_revision,
+    is_digest,
+    new_request_id,
+)
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -18,6 +25,7 @@ DIGEST = "0123456789abcdef" * 4
         ("acme/support-v2", AdapterRef("acme/support-v2", "latest")),
         ("support:prod", AdapterRef("support", "prod")),
         (f"support@{DIGEST}", AdapterRef("support", None, DIGEST)),
+        ("support@01234567", AdapterRef("support", None, "01234567")),
     ],
 )
 def test_references_are_read(text: str, expected: AdapterRef) -> None:
@@ -28,6 +36,7 @@ def test_references_are_read(text: str, expected: AdapterRef) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        *("a@0123456", f"a@{DIGEST}0"),
         *("", ":prod", "a:", "a:b:c", "a@", f"@{DIGEST}", "a@main", f"a@{DIGEST.upper()}", f"a:prod@{DIGEST}"),
         *("..", "a..b", "../a", "a/b/c", "/a", "a/", "a b", ".a", "a\n", "\u00e4", "a" * 129),
     ],
@@ -53,3 +62,20 @@ def test_request_ids_are_fresh_uuids() -> None:
 
     assert first != second
     assert uuid.UUID(first).version == 4
+
+
+@pytest.mark.parametrize("digits", [8, 12, 63, 64])
+def test_a_revision_is_found_by_its_first_digits(digits: int) -> None:
+    assert find_revision(DIGEST[:digits], ["f" * 64, DIGEST, DIGEST]) == DIGEST
+
+
+def test_a_revision_that_is_not_there_is_not_found() -> None:
+    assert find_revision(DIGEST[:8], ["f" * 64]) is None
+
+
+def test_first_digits_of_several_revisions_are_refused_with_all_of_them() -> None:
+    other = DIGEST[:20] + "f" * 44
+
+    with pytest.raises(InvalidParameterError, match=f"2 revisions begin with {DIGEST[:12]}: {DIGEST}, {other}"):
+        find_revision(DIGEST[:12], [other, DIGEST], field="adapter")
+    assert find_revision(DIGEST[:21], [other, DIGEST]) == DIGEST

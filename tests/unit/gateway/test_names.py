@@ -39,10 +39,19 @@ async def resolve(names: NameTable, text: str, tenant: str = "me", patience_s: f
 
 
 @pytest.mark.parametrize(
-    ("text", "digest"), [("poet", NEW), ("poet:latest", NEW), ("poet:prod", OLD), (f"poet@{OLD}", OLD)]
+    ("text", "digest"),
+    [("poet", NEW), ("poet:latest", NEW), ("poet:prod", OLD), (f"poet@{OLD}", OLD), (f"poet@{OLD[:8]}", OLD)],
 )
 async def test_a_reference_resolves(text: str, digest: str) -> None:
     assert await resolve(table(), text) == digest
+
+
+async def test_digits_that_several_revisions_of_a_name_begin_with_are_refused_with_both() -> None:
+    twin = OLD[:12] + "0" * 52
+    names = table(AdapterEntry(name="poet", labels={"latest": NEW}, base_fingerprints={OLD: "f", twin: "f"}))
+
+    with pytest.raises(InvalidParameterError, match=f"{twin}, {OLD}"):
+        await resolve(names, f"poet@{OLD[:12]}")
 
 
 async def test_an_unknown_name_is_refused_with_close_matches() -> None:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
+from loraplex_common.directories import adapter_directory_problem
 from loraplex_common.sizes import format_size
 from rich.table import Table
 
 from loraplex_client.cli.context import StoreTarget, connect, progress_bars, stderr, stdout
+from loraplex_client.cli.global_options import remote
+from loraplex_client.cli.make_random import make_random
 from loraplex_client.cli.wording import as_flags
 from loraplex_client.resources import Adapter, ImportProgress, ImportResult, Revision
 
@@ -16,11 +19,21 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Import, lis
 
 HUB_SOURCE: Final = re.compile(r"hf:(?P<repo>[^@/]+/[^@/]+)(/(?P<subfolder>[^@]+))?@(?P<revision>[0-9a-fA-F]{40})")
 Name = Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME", show_default=False)]
-AnyName = Annotated[str, typer.Argument(help="NAME, NAME:LABEL or NAME@REVISION.", metavar="NAME", show_default=False)]
+AnyName = Annotated[
+    str,
+    typer.Argument(help="NAME, NAME:LABEL or NAME@REVISION (of its digits, 8 do).", metavar="NAME", show_default=False),
+]
 EngineId = Annotated[str, typer.Option("--engine", help="Only on this engine.", metavar="ID")]
 
 
+@app.callback()
+@remote
+def _group(context: typer.Context) -> None:
+    pass
+
+
 @app.command("import")
+@remote
 def import_(
     context: typer.Context,
     name: Name,
@@ -34,6 +47,9 @@ def import_(
     ],
     label: Annotated[str, typer.Option(help="Label to move to the new revision besides latest.")] = "",
     base_model: Annotated[str, typer.Option(help="Base to check against instead of the one it names.")] = "",
+    stage: Annotated[
+        bool, typer.Option("--stage", help="Leave latest where it is: use NAME@REVISION, or --label.")
+    ] = False,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Let the store read the directory itself, below its import roots.")
     ] = False,
@@ -46,25 +62,29 @@ def import_(
             update(f"{name}: {state.stage.value}", state.bytes_done, state.bytes_total)
 
         if source.startswith("hf:"):
-            match = HUB_SOURCE.fullmatch(source)
-            if match is None:
-                raise typer.BadParameter(f"{source!r} is not hf:ORG/REPO[/SUBFOLDER]@COMMIT", param_hint="SOURCE")
+            repo = _hub_source(source)
             result = client.adapters.import_hub(
                 name,
-                match["repo"],
-                revision=match["revision"].lower(),
-                subfolder=match["subfolder"] or "",
+                repo["repo"],
+                revision=repo["revision"].lower(),
+                subfolder=repo["subfolder"] or "",
                 label=label,
                 base_model=base_model,
+                stage=stage,
                 progress=progress,
             )
         else:
+            directory = _directory(source)
             put = client.adapters.import_directory if in_place else client.adapters.upload
-            result = put(name, Path(source), label=label, base_model=base_model, progress=progress)
+            result = put(name, directory, label=label, base_model=base_model, stage=stage, progress=progress)
     _print_import(name, result)
 
 
+app.command("make-random")(remote(make_random))
+
+
 @app.command("list")
+@remote
 def list_(
     context: typer.Context,
     prefix: Annotated[str, typer.Option(help="Only names beginning so.")] = "",
@@ -82,12 +102,13 @@ def list_(
                 latest.digest[:12] if latest else "-",
                 str(latest.max_rank) if latest else "-",
                 format_size(latest.canonical_bytes) if latest else "-",
-                ", ".join(sorted(adapter.aliases)),
+                ", ".join(_labels(adapter)),
             )
     stdout.print(table)
 
 
 @app.command()
+@remote
 def show(context: typer.Context, name: AnyName, store_target: StoreTarget = None) -> None:
     """Show one adapter and its revisions."""
     with connect(context, store_target=store_target) as client:
@@ -102,12 +123,16 @@ def show(context: typer.Context, name: AnyName, store_target: StoreTarget = None
 
 
 @app.command()
+@remote
 def alias(
     context: typer.Context,
     name: Name,
     label: Annotated[str, typer.Argument(help="The label, e.g. prod.", metavar="LABEL", show_default=False)],
     revision: Annotated[
-        str, typer.Argument(help="Digest (64 hex digits), or a label of the same adapter.", metavar="REVISION")
+        str,
+        typer.Argument(
+            help="Digest or its first digits, at least 8; or a label of the same adapter.", metavar="REVISION"
+        ),
     ] = "latest",
     remove: Annotated[bool, typer.Option("--remove", help="Remove the label.")] = False,
     expect: Annotated[
@@ -117,12 +142,13 @@ def alias(
 ) -> None:
     """Point NAME:LABEL at a revision, atomically; running requests keep theirs."""
     with connect(context, store_target=store_target) as client:
-        digest = "" if remove else client.adapters.get(name).aliases.get(revision, revision)
-        client.adapters.alias(name, label, digest, expected_revision=expect)
-    stdout.print(f"{name}:{label} {'removed' if remove else '-> ' + digest}", soft_wrap=True)
+        wanted = "" if remove else client.adapters.get(name).aliases.get(revision, revision)
+        labels = client.adapters.alias(name, label, wanted, expected_revision=expect).aliases
+    stdout.print(f"{name}:{label} {'removed' if remove else '-> ' + labels[label]}", soft_wrap=True)
 
 
 @app.command()
+@remote
 def delete(
     context: typer.Context,
     name: Name,
@@ -138,6 +164,7 @@ def delete(
 
 
 @app.command()
+@remote
 def prefetch(context: typer.Context, name: AnyName, engine: EngineId = "", store_target: StoreTarget = None) -> None:
     """Hint that an adapter will be wanted."""
     with connect(context, store_target=store_target) as client:
@@ -145,10 +172,36 @@ def prefetch(context: typer.Context, name: AnyName, engine: EngineId = "", store
 
 
 @app.command()
+@remote
 def evict(context: typer.Context, name: AnyName, engine: EngineId = "", store_target: StoreTarget = None) -> None:
     """Hint that an adapter will not be wanted."""
     with connect(context, store_target=store_target) as client:
         client.adapters.evict(name, engine_id=engine)
+
+
+def _labels(adapter: Adapter) -> list[str]:
+    """Return an adapter's labels; those of another revision than the row's with it."""
+    latest = adapter.latest.digest if adapter.latest else ""
+    return [
+        label if digest == latest else f"{label}@{digest[:12]}" for label, digest in sorted(adapter.aliases.items())
+    ]
+
+
+def _hub_source(source: str) -> re.Match[str]:
+    match = HUB_SOURCE.fullmatch(source)
+    if match is None:
+        missing = "" if "@" in source else ": it lacks the commit, and a branch would move"
+        raise typer.BadParameter(
+            f"{source!r} is not hf:ORG/REPO[/SUBFOLDER]@COMMIT (40 hex digits){missing}", param_hint="SOURCE"
+        )
+    return match
+
+
+def _directory(source: str) -> Path:
+    """Return a directory; one that the store is to read may be on its machine, where only it can look."""
+    if not Path(source).is_absolute() and (problem := adapter_directory_problem(source)):
+        raise typer.BadParameter(problem, param_hint="SOURCE")
+    return Path(source)
 
 
 def _print_import(name: str, result: ImportResult) -> None:

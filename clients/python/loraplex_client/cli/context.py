@@ -32,7 +32,7 @@ StoreTarget = Annotated[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Credentials:
-    """Options given before the command."""
+    """Options given before the command or after it; after it counts."""
 
     api_key: str | None = None
     tls_ca: Path | None = None
@@ -40,9 +40,21 @@ class Credentials:
     tls_key: Path | None = None
 
 
+def credentials_of(context: typer.Context) -> Credentials:
+    """Return who we are, once all options are read.
+
+    Raises:
+        BadParameter: If a part of a client certificate is missing.
+    """
+    found: Credentials = context.obj
+    if (found.tls_cert is None) != (found.tls_key is None) or (found.tls_cert is not None and found.tls_ca is None):
+        raise typer.BadParameter("--tls-cert needs --tls-key and --tls-ca")
+    return found
+
+
 def connect(context: typer.Context, target: str = DEFAULT_TARGET, store_target: str | None = None) -> Client:
-    """Open a client with the credentials given before the command."""
-    credentials: Credentials = context.obj
+    """Open a client with the credentials given."""
+    credentials = credentials_of(context)
     try:
         return Client(
             target,

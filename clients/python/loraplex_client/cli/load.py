@@ -11,7 +11,7 @@ from rich.table import Table
 
 from loraplex_client._aio_client import AsyncClient
 from loraplex_client._connection import DEFAULT_TARGET
-from loraplex_client.cli.context import Credentials, Target, stderr, stdout
+from loraplex_client.cli.context import Target, credentials_of, stderr, stdout
 from loraplex_client.cli.generate import ModelName
 from loraplex_client.load import DEFAULT_TIMEOUT_S, DEFAULT_VOCAB_SIZE, LoadResult, LoadTest
 from loraplex_client.plan import Demand, make_trace, read_lengths, read_popularity
@@ -79,7 +79,7 @@ def load(
         )
 
     async def run() -> LoadResult:
-        credentials: Credentials = context.obj
+        credentials = credentials_of(context)
         client = AsyncClient(
             target,
             api_key=credentials.api_key,

@@ -20,6 +20,7 @@ from loraplex_client.plan import (
     make_trace,
     read_lengths,
     read_popularity,
+    read_ranks,
     save_trace,
     simulate,
 )
@@ -72,7 +73,7 @@ def plan(
         question = _model_of(model) | {
             "gpu": gpu,
             "num_adapters": adapters,
-            "ranks": _ranks_of(ranks),
+            "ranks": read_ranks(ranks),
             "targets": targets,
             "routing": routing,
             "slo_ttft_s": slo_ttft,
@@ -107,16 +108,6 @@ def _model_of(model: str) -> dict[str, Any]:
     if not isinstance(config, dict) or not config:
         raise DemandError(f"--model {model}: no JSON object")
     return {"model": path.resolve().parent.name, "config": config}
-
-
-def _ranks_of(text: str) -> list[int]:
-    try:
-        ranks = [int(word) for word in text.split(",")]
-    except ValueError:
-        ranks = []
-    if not ranks or min(ranks) < 1:
-        raise DemandError(f"--ranks {text!r} is no list of numbers above 0")
-    return ranks
 
 
 def _search(demand: Demand, question: dict[str, Any], *, attainment: float, max_gpus: int) -> Plan:

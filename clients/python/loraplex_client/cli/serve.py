@@ -10,6 +10,7 @@ import grpc
 import typer
 from loraplex_common import log
 from loraplex_common.base_model import BaseModelError, load_base_model
+from loraplex_common.directories import adapter_directory_problem, model_directory_problem
 from loraplex_common.errors import LoraplexError
 
 from loraplex_client._aio_client import AsyncClient
@@ -17,17 +18,22 @@ from loraplex_client.cli.context import progress_bars, stderr
 from loraplex_client.cli.model import ensure_with_progress
 from loraplex_client.demo import SMOLLM2_HUB_ID
 from loraplex_client.resources import ImportProgress
-from loraplex_client.serve import ServeConfig, ServeError, Stack, default_data_dir
+from loraplex_client.serve import (
+    DEFAULT_BASE_PORT,
+    ServeConfig,
+    ServeError,
+    Stack,
+    assign_ports,
+    default_data_dir,
+    require_free_ports,
+)
 
 PROBE_TIMEOUT_S: Final = 120.0
 PROBE_PAUSE_S: Final = 0.2
 
 
 def serve(
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Base model in Hugging Face layout.", metavar="DIR", exists=True, file_okay=False),
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Base model in Hugging Face layout.", metavar="DIR")] = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Fetch a small base model, import the five adapters of examples/demo.")
     ] = False,
@@ -39,12 +45,17 @@ def serve(
         list[str] | None, typer.Option(help="Further name under which adapters may name the base; may be given again.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="gRPC port; 0 picks a free one, as for all ports.")] = 8500,
-    http_port: Annotated[int, typer.Option(help="OpenAI-compatible HTTP port.")] = 8501,
-    store_port: Annotated[int, typer.Option(help="The adapter store's gRPC port.")] = 8510,
-    store_metrics_port: Annotated[int, typer.Option(help="The adapter store's /metrics port.")] = 8511,
-    engine_port: Annotated[int, typer.Option(help="The engine's gRPC port.")] = 8520,
-    engine_metrics_port: Annotated[int, typer.Option(help="The engine's /metrics port.")] = 8521,
+    base_port: Annotated[
+        int, typer.Option(help="First of the ports below: moves all that are not given; 0 picks free ones.")
+    ] = DEFAULT_BASE_PORT,
+    port: Annotated[int | None, typer.Option(help="gRPC port (default: the base port).")] = None,
+    http_port: Annotated[int | None, typer.Option(help="OpenAI-compatible HTTP port (default: base + 1).")] = None,
+    store_port: Annotated[int | None, typer.Option(help="The adapter store's gRPC port (base + 10).")] = None,
+    store_metrics_port: Annotated[
+        int | None, typer.Option(help="The adapter store's /metrics port (base + 11).")
+    ] = None,
+    engine_port: Annotated[int | None, typer.Option(help="The engine's gRPC port (base + 20).")] = None,
+    engine_metrics_port: Annotated[int | None, typer.Option(help="The engine's /metrics port (base + 21).")] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Keeps imported adapters and logs.", metavar="DIR", envvar="LORAPLEX_DATA_DIR")
     ] = None,
@@ -81,6 +92,19 @@ def serve(
     """Run Valkey, adapter store, engine and gateway on this machine until Ctrl-C."""
     if (model is None) == (not demo):
         raise typer.BadParameter("give exactly one of --model DIR and --demo")
+    ports = assign_ports(
+        base_port,
+        {
+            "grpc_port": port,
+            "http_port": http_port,
+            "store_port": store_port,
+            "store_metrics_port": store_metrics_port,
+            "engine_port": engine_port,
+            "engine_metrics_port": engine_metrics_port,
+        },
+    )
+    require_free_ports(host, ports)
+    _check_directories(model, import_root or [])
     adapters = _demo_adapters(demo_dir) if demo else {}
     base = ensure_with_progress() if model is None else model
     _check_base(base, log_level)
@@ -101,12 +125,7 @@ def serve(
         data_dir=(data_dir or default_data_dir()).resolve(),
         redis_url=redis_url,
         host=host,
-        grpc_port=port,
-        http_port=http_port,
-        store_port=store_port,
-        store_metrics_port=store_metrics_port,
-        engine_port=engine_port,
-        engine_metrics_port=engine_metrics_port,
+        **ports,
         import_roots=tuple(root.resolve() for root in import_root or ()),
         drain_grace_s=drain_grace_s,
         log_level=log_level,
@@ -135,6 +154,15 @@ def _check_base(base: Path, log_level: str) -> None:
         load_base_model(base)
     except BaseModelError as error:
         raise ServeError(str(error)) from error
+
+
+def _check_directories(model: Path | None, import_roots: list[Path]) -> None:
+    """Refuse what is not there before anything is fetched."""
+    if model is not None and (problem := model_directory_problem(model)):
+        raise typer.BadParameter(problem, param_hint="--model")
+    for root in import_roots:
+        if problem := adapter_directory_problem(root):
+            raise typer.BadParameter(problem, param_hint="--import-root")
 
 
 def _flags(options: Mapping[str, object], *repeated: tuple[str, list[str] | tuple[str, ...]]) -> tuple[str, ...]:
@@ -238,11 +266,15 @@ async def _serves(client: AsyncClient, names: set[str]) -> bool:
 def _announce(stack: Stack, config: ServeConfig, adapters: dict[str, Path]) -> None:
     name = "json" if "json" in adapters else next(iter(adapters), None)
     flag = f" --adapter {name}" if name else ""
-    targets = "" if stack.grpc.endswith(":8500") else f" --target {stack.grpc}"
-    engine = "" if stack.engine.endswith(":8520") else f" --engine-target {stack.engine}"
+    target = "" if stack.grpc.endswith(":8500") else f" --target {stack.grpc}"
+    store = "" if stack.store.endswith(":8510") else f" --store-target {stack.store}"
     prompt = "Remind me to call Ada about the demo tomorrow at 9 am"
     print(f"ready: grpc={stack.grpc} http={stack.http}", flush=True)
-    print(f"  loraplex chat{targets}{flag} --temperature 0 '{prompt}'")
+    print(f"  loraplex chat{target}{flag} --temperature 0 '{prompt}'")
     print(f"  curl http://{stack.http}/v1/models")
-    print(f"  loraplex status{targets}{engine}")
-    print(f"  adapter store: {stack.store}   logs: {config.data_dir / 'logs'}   Ctrl-C stops everything", flush=True)
+    print(f"  loraplex status{target}")
+    print(f"  loraplex adapters list{store}")
+    print(
+        f"  adapter store: {stack.store}   engine: {stack.engine}   logs: {config.data_dir / 'logs'}   Ctrl-C stops everything",
+        flush=True,
+    )

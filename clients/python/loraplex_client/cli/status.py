@@ -4,13 +4,13 @@ import asyncio
 from typing import Annotated
 
 import typer
-from loraplex_common.errors import LoraplexError
+from loraplex_common.errors import AdapterForbiddenError, LoraplexError
 from loraplex_common.sizes import format_size
 from rich.table import Table
 
-from loraplex_client._connection import DEFAULT_TARGET, Connection, engine_beside
-from loraplex_client._engines import EngineStatus, HeldAdapter, engine_status
-from loraplex_client.cli.context import Credentials, StoreTarget, Target, connect, stderr, stdout
+from loraplex_client._connection import DEFAULT_TARGET, Connection
+from loraplex_client._engines import EngineStatus, HeldAdapter, engine_status, fleet_status
+from loraplex_client.cli.context import Credentials, StoreTarget, Target, connect, credentials_of, stderr, stdout
 from loraplex_client.resources import Model
 
 
@@ -22,23 +22,22 @@ def status(
         list[str] | None,
         typer.Option(
             envvar="LORAPLEX_ENGINE_TARGET",
-            help="An engine's gRPC address, may be given again (default: the gateway's host, port 8520).",
+            help="Ask the engine at this gRPC address itself; may be given again (default: ask the gateway for all).",
             metavar="HOST:PORT",
         ),
     ] = None,
     redis_url: Annotated[
-        str | None, typer.Option(envvar="LORAPLEX_REDIS_URL", help="Find all engines in this Valkey's registry.")
+        str | None,
+        typer.Option(envvar="LORAPLEX_REDIS_URL", help="Ask all engines in this Valkey's registry themselves."),
     ] = None,
 ) -> None:
     """Show models, engines with their load, and where each adapter is. Fails if a part does not answer."""
-    targets = engine_target or ([engine_beside(target)] if redis_url is None else [])
+    credentials = credentials_of(context)
     problems: list[str] = []
-    if redis_url is not None:
-        try:
-            targets += asyncio.run(_registered_engines(redis_url))
-        except ConnectionError as error:
-            problems.append(f"valkey: {error}")
-    engines = _ask_engines(targets, context.obj, problems)
+    if engine_target or redis_url is not None:
+        engines = _ask_engines(_targets(engine_target or [], redis_url, problems), credentials, problems)
+    else:
+        engines = _ask_gateway(target, credentials, problems)
     stdout.print(_engine_table(engines))
     with connect(context, target, store_target) as client:
         try:
@@ -48,30 +47,64 @@ def status(
         else:
             stdout.print()
             stdout.print(_model_table(models, engines))
-    for problem in problems:
+    for problem in dict.fromkeys(problems):
         stderr.print(f"error: {problem}", soft_wrap=True)
     if problems:
         raise typer.Exit(1)
 
 
+def _ask_gateway(target: str, credentials: Credentials, problems: list[str]) -> list[EngineStatus]:
+    """Return the engines that a gateway sends requests to; adds to ``problems`` what does not answer.
+
+    That a tenant may not see them is no problem of the deployment's: it is said, and that is all.
+    """
+    try:
+        engines, silent = fleet_status(_connection(target, credentials))
+    except AdapterForbiddenError as error:
+        stderr.print(f"note: engines are not shown: {error.message}", soft_wrap=True)
+        return []
+    except LoraplexError as error:
+        problems.append(f"gateway: {error.message}")
+        return []
+    problems += [f"engine {engine}: {error.message}, says the gateway" for engine, error in silent.items()]
+    if not engines and not silent:
+        problems.append("the gateway knows no engine")
+    return engines
+
+
+def _targets(engine_targets: list[str], redis_url: str | None, problems: list[str]) -> list[str]:
+    """Return the addresses of the engines to ask; adds to ``problems`` why some are not known."""
+    if redis_url is None:
+        return engine_targets
+    try:
+        registered = asyncio.run(_registered_engines(redis_url))
+    except ConnectionError as error:
+        problems.append(f"valkey: {error}")
+        return engine_targets
+    if not registered and not engine_targets:
+        problems.append("no engine is registered")
+    return [*engine_targets, *registered]
+
+
 def _ask_engines(targets: list[str], credentials: Credentials, problems: list[str]) -> list[EngineStatus]:
     """Return what engines say of themselves; adds to ``problems`` what is wrong with those that do not."""
     engines: list[EngineStatus] = []
-    if not targets and not problems:
-        problems.append("no engine is registered")
     for target in targets:
-        connection = Connection(
-            target=target,
-            api_key=credentials.api_key,
-            tls_ca=credentials.tls_ca,
-            tls_cert=credentials.tls_cert,
-            tls_key=credentials.tls_key,
-        )
         try:
-            engines.append(engine_status(connection))
+            engines.append(engine_status(_connection(target, credentials)))
         except LoraplexError as error:
             problems.append(f"engine: {error.message}")
     return engines
+
+
+def _connection(target: str, credentials: Credentials) -> Connection:
+    return Connection(
+        target=target,
+        api_key=credentials.api_key,
+        tls_ca=credentials.tls_ca,
+        tls_cert=credentials.tls_cert,
+        tls_key=credentials.tls_key,
+    )
 
 
 def _engine_table(engines: list[EngineStatus]) -> Table:
@@ -94,16 +127,18 @@ def _engine_table(engines: list[EngineStatus]) -> Table:
 
 
 def _model_table(models: list[Model], engines: list[EngineStatus]) -> Table:
+    """Return one row per revision that a label points at, with the labels of that revision."""
     table = Table("MODEL", "BASE", "REVISION", "LABELS", "RESIDENCY", box=None)
     for model in models:
-        held = [adapter for engine in engines for adapter in engine.adapters if adapter.digest == model.revision]
-        table.add_row(
-            model.name,
-            model.base_model if model.is_adapter else "(base)",
-            model.revision[:12] or "-",
-            ", ".join(sorted(model.aliases)),
-            _residency(held) if model.is_adapter and engines else "-",
-        )
+        if not model.is_adapter:
+            table.add_row(model.name, "(base)", "-", "", "-")
+            continue
+        for digest in dict.fromkeys((model.revision, *sorted(model.aliases.values()))):
+            held = [adapter for engine in engines for adapter in engine.adapters if adapter.digest == digest]
+            labels = sorted(label for label, pointed_at in model.aliases.items() if pointed_at == digest)
+            table.add_row(
+                model.name, model.base_model, digest[:12], ", ".join(labels), _residency(held) if engines else "-"
+            )
     return table
 
 

@@ -67,6 +67,21 @@ def read_lengths(text: str, option: str) -> tuple[int, int]:
     return low, high
 
 
+def read_ranks(text: str) -> list[int]:
+    """Return the ranks of ``R,R,...``.
+
+    Raises:
+        DemandError: If the text is no list of numbers above 0.
+    """
+    try:
+        ranks = [int(word) for word in text.split(",")]
+    except ValueError:
+        ranks = []
+    if not ranks or min(ranks) < 1:
+        raise DemandError(f"--ranks {text!r} is no list of numbers above 0")
+    return ranks
+
+
 def read_popularity(text: str) -> tuple[str, float]:
     """Return kind and exponent of ``uniform``, ``zipf[:S]`` or ``power[:ALPHA]``.
 

@@ -1,6 +1,16 @@
 """Runs all parts of loraplex on this machine as child processes."""
 
 from loraplex_client.serve.config import ServeConfig, default_data_dir
+from loraplex_client.serve.ports import DEFAULT_BASE_PORT, PortError, assign_ports, require_free_ports
 from loraplex_client.serve.stack import ServeError, Stack
 
-__all__ = ["ServeConfig", "ServeError", "Stack", "default_data_dir"]
+__all__ = [
+    "DEFAULT_BASE_PORT",
+    "PortError",
+    "ServeConfig",
+    "ServeError",
+    "Stack",
+    "assign_ports",
+    "default_data_dir",
+    "require_free_ports",
+]

@@ -7,12 +7,12 @@ import contextlib
 import os
 import signal
 import sys
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.child_process import owned_command
+from loraplex_common.log_files import RotatingLog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,13 +47,12 @@ class ServiceChild:
 
     Attributes:
         addresses: Kind (``grpc``, ``http``, ``metrics``) -> ``host:port``, once ready.
-        log_path: What the service prints.
     """
 
     def __init__(self, spec: ServiceSpec, log_dir: Path) -> None:
         self.name = spec.name
         self.addresses: dict[str, str] = {}
-        self.log_path = log_dir / f"{spec.name}.log"
+        self._log = RotatingLog(log_dir / f"{spec.name}.log")
         self._spec = spec
         self._process: asyncio.subprocess.Process | None = None
         self._drain_stdout: asyncio.Task[None] | None = None
@@ -64,7 +63,8 @@ class ServiceChild:
         Raises:
             ChildError: If it ends before.
         """
-        with self.log_path.open("ab") as log:
+        log = self._log.pipe()
+        try:
             self._process = await asyncio.create_subprocess_exec(
                 *owned_command(self._command()),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -73,6 +73,8 @@ class ServiceChild:
                 env={**os.environ, **self._spec.environment},
                 process_group=0,  # the terminal's Ctrl-C reaches us alone, so that parts end in order
             )
+        finally:
+            os.close(log)
         stdout = self._process.stdout
         assert stdout is not None
         while raw := await stdout.readline():
@@ -83,6 +85,7 @@ class ServiceChild:
                 self._drain_stdout = asyncio.create_task(_discard(stdout))
                 return
         code = await self._process.wait()
+        await asyncio.to_thread(self._log.drain)
         raise ChildError(
             f"{self.name} ended with {_exit_text(code)} while starting; its last words:\n{self.log_tail()}"
         )
@@ -90,7 +93,9 @@ class ServiceChild:
     async def wait(self) -> str:
         """Wait until the service ends; return how."""
         assert self._process is not None, "started"
-        return _exit_text(await self._process.wait())
+        code = await self._process.wait()
+        await asyncio.to_thread(self._log.drain)
+        return _exit_text(code)
 
     async def stop(self, timeout_s: float) -> None:
         """Ask the service to drain and end; kill it if it takes longer than ``timeout_s``."""
@@ -113,8 +118,7 @@ class ServiceChild:
 
     def log_tail(self) -> str:
         """Return the last lines of the log."""
-        with self.log_path.open(errors="replace") as log:
-            return "".join(deque(log, LOG_TAIL_LINES)).rstrip()
+        return self._log.tail(LOG_TAIL_LINES)
 
     def _command(self) -> list[str]:
         command = [sys.executable, "-m", self._spec.module, *self._spec.arguments]

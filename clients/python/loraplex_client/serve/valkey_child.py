@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.valkey import EmbeddedValkey, ValkeyError
@@ -26,7 +25,6 @@ class ValkeyChild:
         except OSError as error:
             raise ChildError(f"{data_dir}: {error.strerror}") from error
         self.url = self._server.url
-        self.log_path = self._server.log_path
 
     async def start(self) -> None:
         """Start the server and return once it answers, its data loaded.
@@ -57,5 +55,4 @@ class ValkeyChild:
 
     def log_tail(self) -> str:
         """Return the last lines of the log."""
-        with self.log_path.open(errors="replace") as log:
-            return "".join(deque(log, LOG_TAIL_LINES)).rstrip()
+        return self._server.log_tail(LOG_TAIL_LINES)

@@ -464,6 +464,7 @@ class ImportAdapterRequest(_message.Message):
     LABEL_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name to import under."""
     uri: _builtins.str
@@ -476,6 +477,8 @@ class ImportAdapterRequest(_message.Message):
     """Base model to check against; overrides the checkpoint's base_model_name_or_path."""
     request_id: _builtins.str
     """UUID4 that makes a repeated call harmless."""
+    stage: _builtins.bool
+    """Whether `latest` stays where it is: the revision is used by its digest, or by `label`, until a label is moved to it."""
     @_builtins.property
     def hf(self) -> Global___HuggingFaceSource:
         """The Hugging Face hub."""
@@ -490,10 +493,11 @@ class ImportAdapterRequest(_message.Message):
         label: _builtins.str = ...,
         base_model: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        stage: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hf", b"hf", "source", b"source", "uri", b"uri"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "credential_ref", b"credential_ref", "hf", b"hf", "label", b"label", "name", b"name", "request_id", b"request_id", "source", b"source", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "credential_ref", b"credential_ref", "hf", b"hf", "label", b"label", "name", b"name", "request_id", b"request_id", "source", b"source", "stage", b"stage", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["hf", "uri"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -655,6 +659,7 @@ class UploadAdapterRequest(_message.Message):
         LABEL_FIELD_NUMBER: _builtins.int
         BASE_MODEL_FIELD_NUMBER: _builtins.int
         REQUEST_ID_FIELD_NUMBER: _builtins.int
+        STAGE_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         """Name to import under."""
         label: _builtins.str
@@ -663,6 +668,8 @@ class UploadAdapterRequest(_message.Message):
         """As ImportAdapterRequest.base_model."""
         request_id: _builtins.str
         """UUID4 that makes a repeated call harmless."""
+        stage: _builtins.bool
+        """As ImportAdapterRequest.stage."""
         @_builtins.property
         def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadAdapterRequest.File]:
             """The files, in the order their data follows."""
@@ -675,10 +682,11 @@ class UploadAdapterRequest(_message.Message):
             label: _builtins.str = ...,
             base_model: _builtins.str = ...,
             request_id: _builtins.str = ...,
+            stage: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "files", b"files", "label", b"label", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "files", b"files", "label", b"label", "name", b"name", "request_id", b"request_id", "stage", b"stage"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class AdapterStoreServiceStub:
-    """AdapterStoreService keeps adapters and feeds engines.
+    """AdapterStoreService keeps adapters and feeds engines. Where a request takes a revision, its first digits do, 8 or more, if no
+    other begins so.
     """
 
     def __init__(self, channel):
@@ -109,7 +110,8 @@ class AdapterStoreServiceStub:
 
 
 class AdapterStoreServiceServicer:
-    """AdapterStoreService keeps adapters and feeds engines.
+    """AdapterStoreService keeps adapters and feeds engines. Where a request takes a revision, its first digits do, 8 or more, if no
+    other begins so.
     """
 
     def CreateAdapter(self, request, context):
@@ -292,7 +294,8 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterStoreService:
-    """AdapterStoreService keeps adapters and feeds engines.
+    """AdapterStoreService keeps adapters and feeds engines. Where a request takes a revision, its first digits do, 8 or more, if no
+    other begins so.
     """
 
     @staticmethod

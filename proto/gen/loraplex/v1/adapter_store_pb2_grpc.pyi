@@ -28,7 +28,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdapterStoreServiceStub:
-    """AdapterStoreService keeps adapters and feeds engines."""
+    """AdapterStoreService keeps adapters and feeds engines. Where a request takes a revision, its first digits do, 8 or more, if no
+    other begins so.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -65,7 +67,9 @@ class AdapterStoreServiceStub:
 
 @_typing.type_check_only
 class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
-    """AdapterStoreService keeps adapters and feeds engines."""
+    """AdapterStoreService keeps adapters and feeds engines. Where a request takes a revision, its first digits do, 8 or more, if no
+    other begins so.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.CreateAdapterRequest, _adapter_store_pb2.CreateAdapterResponse]  # type: ignore[assignment]
@@ -98,7 +102,9 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     """AttachEngine is dialled by an engine: page images down, wants and residency events up."""
 
 class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
-    """AdapterStoreService keeps adapters and feeds engines."""
+    """AdapterStoreService keeps adapters and feeds engines. Where a request takes a revision, its first digits do, 8 or more, if no
+    other begins so.
+    """
 
     @_abc_1.abstractmethod
     def CreateAdapter(

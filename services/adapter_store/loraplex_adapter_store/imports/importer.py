@@ -71,12 +71,14 @@ class ImportTarget:
     Attributes:
         label: Label to move besides ``latest``; may be empty.
         base_model: Overrides the checkpoint's own word; may be empty.
+        is_staged: Whether ``latest`` stays where it is.
     """
 
     name: str
     label: str = ""
     base_model: str = ""
     request_id: str = ""
+    is_staged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +234,7 @@ class Importer:
         now = time.time()
         record = await self._catalog.change(
             target.name,
-            lambda old: old.with_import(form.revision, target.label, now),
+            lambda old: old.with_import(form.revision, target.label, now, is_staged=target.is_staged),
             revision=None if exists else revision,
             request_id=target.request_id,
             answer=Answer("import", target.name, form.revision, form.warnings).to_json(),

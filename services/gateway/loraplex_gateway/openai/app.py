@@ -1,4 +1,4 @@
-"""The routes of the HTTP port: OpenAI's API, /metrics, /health."""
+"""The routes of the HTTP port: OpenAI's API, /metrics, /health, /version."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from loraplex_common.auth import Authenticator
 from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.exposition import Exposition
 from loraplex_common.interceptors import internal_error
+from loraplex_common.version import package_version
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -62,6 +63,7 @@ def make_app(context: HttpContext) -> ASGIApp:
             Route("/v1/chat/completions", routes.chat_completions, methods=["POST"]),
             Route("/metrics", routes.metrics, methods=["GET"]),
             Route("/health", routes.health, methods=["GET"]),
+            Route("/version", routes.version, methods=["GET"]),
             Route("/healthz", routes.health, methods=["GET"]),
         ],
         exception_handlers={LoraplexError: _on_error, HTTPException: _on_no_route, Exception: _on_unexpected},
@@ -114,6 +116,10 @@ class _Routes:
         is_ready = self._context.is_ready()
         body = {"status": "ok" if is_ready else "not ready"}
         return Response(msgspec.json.encode(body), 200 if is_ready else 503, media_type="application/json")
+
+    async def version(self, request: Request) -> Response:
+        """Say which build this is, as vLLM does."""
+        return JSONResponse({"version": package_version()})
 
     def _generate(self, plan: Plan, tenant: Tenant) -> ASGIApp:
         context = self._context

@@ -1,0 +1,82 @@
+"""`FleetService` over gRPC: asks the engines what they are, for callers who reach only the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+from loraplex.v1 import engine_pb2, engine_pb2_grpc, fleet_pb2, fleet_pb2_grpc
+from loraplex_common.auth import require_admin
+from loraplex_common.errors import DrainingError, LoraplexError, to_status
+from loraplex_common.grpc_channel import open_channel
+from loraplex_common.rpc_errors import error_from_rpc
+
+if TYPE_CHECKING:
+    from loraplex_common.registry import EngineRecord
+
+    from loraplex_gateway.engine_pool import EnginePool
+
+TIMEOUT_S: Final = 5.0
+
+
+class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
+    """Describes the engines of one gateway.
+
+    Args:
+        pool: Knows which there are.
+    """
+
+    def __init__(self, pool: EnginePool) -> None:
+        self._pool = pool
+
+    async def ListEngines(
+        self, request: fleet_pb2.ListEnginesRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> fleet_pb2.ListEnginesResponse:
+        """Ask all engines at once; one that does not answer is listed with the reason."""
+        require_admin()
+        records = sorted((session.record for session in self._pool.sessions), key=lambda record: record.target)
+        return fleet_pb2.ListEnginesResponse(engines=await asyncio.gather(*map(_state, records)))
+
+
+async def _state(record: EngineRecord) -> fleet_pb2.EngineState:
+    state = fleet_pb2.EngineState(engine_id=record.engine_id, target=record.target)
+    try:
+        async with open_channel(record.target) as channel:
+            stub: engine_pb2_grpc.EngineServiceAsyncStub = engine_pb2_grpc.EngineServiceStub(channel)
+            state.info.CopyFrom(await stub.GetEngineInfo(engine_pb2.GetEngineInfoRequest(), timeout=TIMEOUT_S))
+            state.load.CopyFrom(await _load(stub))
+            state.adapters.extend(await _adapters(stub))
+    except grpc.aio.AioRpcError as error:
+        return _silent(record, error_from_rpc(error))
+    except LoraplexError as error:
+        return _silent(record, error)
+    return state
+
+
+def _silent(record: EngineRecord, error: LoraplexError) -> fleet_pb2.EngineState:
+    return fleet_pb2.EngineState(engine_id=record.engine_id, target=record.target, error=to_status(error))
+
+
+async def _load(stub: engine_pb2_grpc.EngineServiceAsyncStub) -> engine_pb2.LoadReport:
+    """Return the first reading of the load stream.
+
+    Raises:
+        DrainingError: If the engine ends it at once.
+    """
+    watch = stub.WatchLoad(engine_pb2.WatchLoadRequest(), timeout=TIMEOUT_S)
+    async for reading in watch:
+        watch.cancel()
+        return reading.load
+    raise DrainingError("the engine ends its load stream")
+
+
+async def _adapters(stub: engine_pb2_grpc.EngineServiceAsyncStub) -> list[engine_pb2.ResidentAdapter]:
+    held: list[engine_pb2.ResidentAdapter] = []
+    request = engine_pb2.ListAdaptersRequest()
+    while True:
+        page = await stub.ListAdapters(request, timeout=TIMEOUT_S)
+        held.extend(page.adapters)
+        if not page.next_page_token:
+            return held
+        request.page_token = page.next_page_token

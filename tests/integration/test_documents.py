@@ -1,0 +1,128 @@
+"""Every command and program in the documents runs against a stack as `make serve` makes it, with a tiny model in the demo's place."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support.adapters import Recipe, write_adapter
+from support.base_models import TinyBase, write_base_model
+from support.documents import DOCUMENTS, EXAMPLES, LANGUAGES, NO_PROGRAMS, ROOT, Snippet, fences, problem_with, snippets
+from support.serve_process import SMALL, ServeProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.integration
+
+DOCKER = "needs Docker and the network"
+NOT_RUN = {
+    "make serve": "installs, and serves until Ctrl-C: this test's stack is what its last line starts",
+    "make test": "installs, and runs this test",
+    "loraplex serve --model DIR": "serves until Ctrl-C: test_cli_serve.py runs it",
+    "docker compose up --build --wait": DOCKER,
+    "docker compose --profile demo run --rm demo-adapters": DOCKER,
+    "docker compose --profile gpu up --build --wait --scale engine=0": f"{DOCKER}, and a GPU",
+    "LORAPLEX_SMOKE_TARGET=127.0.0.1:8500 LORAPLEX_SMOKE_HTTP=127.0.0.1:8501 pytest tests/smoke": (
+        "asks for the demo's golden outputs: test_golden.py does on a stack of its own"
+    ),
+    "pip install openai": "needs the network; the development tools bring it",
+}
+"""Command -> why this test does not run it; its flags, files and targets are checked all the same."""
+COMMAND_TIMEOUT_S = 120
+EVERYTHING = [snippet for path in (*DOCUMENTS, *EXAMPLES) for snippet in snippets(path)]
+
+
+class Reader:
+    """Somebody who follows the documents, in a folder that has what a checkout has."""
+
+    def __init__(self, folder: Path, stack: ServeProcess) -> None:
+        self._folder = folder
+        self._addresses = {8500: stack.grpc, 8501: stack.http, 8510: stack.store, 8520: stack.engine}
+        self._environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "LORAPLEX_TARGET": stack.grpc,
+            "LORAPLEX_STORE_TARGET": stack.store,
+        }
+        for example in EXAMPLES:
+            (folder / "examples" / example.name).write_text(self._at_the_stack(example.read_text()))
+
+    def follow(self, snippet: Snippet) -> str | None:
+        """Run a snippet; return how it failed."""
+        text = self._at_the_stack(snippet.text)
+        command = ["bash", "-c", text] if snippet.kind == "shell" else [sys.executable, "-c", text]
+        began = time.monotonic()
+        done = subprocess.run(
+            command,
+            cwd=self._folder,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMMAND_TIMEOUT_S,
+        )
+        print(f"{time.monotonic() - began:5.1f} s  {snippet.where}: {snippet.text.splitlines()[0]}")
+        if done.returncode:
+            return f"{snippet.where}: {snippet.text}\nexit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        return None
+
+    def _at_the_stack(self, text: str) -> str:
+        return re.sub(
+            r"(127\.0\.0\.1|localhost):(\d{4})", lambda match: self._addresses.get(int(match[2]), match[0]), text
+        )
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+    """A reader beside a running demo: the tiny model lies in the cache, its adapters where the demo's are."""
+    monkeypatch.setenv("LORAPLEX_CACHE", str(tmp_path / "cache"))
+    base = TinyBase(vocab_size=32_000, max_position_embeddings=1024)  # `loraplex load` draws ids below 32,000
+    model = write_base_model(tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct", base)
+    folder = tmp_path / "checkout"
+    for seed, directory in enumerate(sorted((ROOT / "examples" / "demo" / "adapters").iterdir())):
+        write_adapter(folder / "examples" / "demo" / "adapters" / directory.name, model, Recipe(rank=4, seed=seed))
+    write_adapter(folder / "my-peft-adapter", model, Recipe(rank=2))
+    flags = ("--demo", "--demo-dir", str(folder / "examples" / "demo"), *SMALL)
+    stack = ServeProcess(tmp_path / "data", *flags)
+    yield Reader(folder, stack)
+    stack.close()
+    shutil.rmtree(tmp_path / "data")
+
+
+@pytest.mark.slow
+def test_every_command_and_program_of_the_documents_runs(reader: Reader) -> None:
+    wanted = [snippet for snippet in EVERYTHING if snippet.kind != "inline" and snippet.text not in NOT_RUN]
+
+    failures = [failure for snippet in wanted if (failure := reader.follow(snippet)) is not None]
+
+    assert failures == [], "\n\n".join(failures)
+    assert len(wanted) >= 15
+
+
+@pytest.mark.parametrize(
+    "command", sorted({s.text for s in EVERYTHING if s.kind == "inline" or s.text in NOT_RUN}), ids=str
+)
+def test_a_command_that_is_only_named_has_its_flags_files_and_targets(command: str) -> None:
+    assert problem_with(command) is None
+
+
+def test_every_command_that_is_not_run_is_still_in_a_document() -> None:
+    assert NOT_RUN.keys() <= {snippet.text for snippet in EVERYTHING}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_block_says_what_it_is(path: Path) -> None:
+    unknown = [
+        f"line {line}: {language!r}" for line, language, _ in fences(path) if language not in {*LANGUAGES, *NO_PROGRAMS}
+    ]
+
+    assert unknown == []

@@ -1,0 +1,147 @@
+"""The commands and programs in our documents: found, and checked against what there is without running them."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+)
+EXAMPLES = tuple(sorted((ROOT / "examples").glob("*.py")))
+LANGUAGES = {"sh": "shell", "bash": "shell", "shell": "shell", "console": "shell", "python": "python", "py": "python"}
+NO_PROGRAMS = ("mermaid", "json", "yaml", "toml", "text", "jsonc", "diff", "promql", "proto")
+_FENCE = re.compile(r"^ *```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_COMMENT = re.compile(r"\s+#\s.*$|^#.*$")
+_COMMAND = re.compile(
+    r"(loraplex(-gateway|-engine|-adapter-store)? |make |python |docker compose |pip install |pytest |\.ci/run|[A-Z_]+=\S+ )"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Snippet:
+    """A command, or a Python program.
+
+    Attributes:
+        where: File and line, for people.
+        kind: ``shell``, ``python`` or ``inline`` (a command named in running text).
+    """
+
+    where: str
+    kind: str
+    text: str
+
+
+def fences(path: Path) -> list[tuple[int, str, str]]:
+    """Return line, language and text of each fenced block."""
+    source = path.read_text()
+    return [(source.count("\n", 0, m.start()) + 1, m["language"], m["text"]) for m in _FENCE.finditer(source)]
+
+
+def snippets(path: Path) -> list[Snippet]:
+    """Return what a document says to run, in order; of a Python example, the commands of its docstring."""
+    relative = path.relative_to(ROOT)
+    if path.suffix == ".py":
+        lines = path.read_text().split('"""')[1].splitlines()
+        commands = [line for line in map(_without_comment, lines) if _COMMAND.match(line)]
+        return [Snippet(str(relative), "shell", line) for line in commands]
+    found = []
+    for line, language, text in fences(path):
+        kind = LANGUAGES.get(language)
+        for part in shell_lines(text) if kind == "shell" else [text] if kind else []:
+            found.append(Snippet(f"{relative}:{line}", kind or "", part))
+    prose = _FENCE.sub("", path.read_text())
+    found += [Snippet(str(relative), "inline", span) for span in _INLINE.findall(prose) if _COMMAND.match(span)]
+    return found
+
+
+def shell_lines(text: str) -> list[str]:
+    """Return a block's commands, continued lines joined, prompts and comments left out."""
+    joined = text.replace("\\\n", " ")
+    lines = (_without_comment(line.removeprefix("$ ")) for line in joined.splitlines())
+    return [re.sub(r"\s+", " ", line) for line in lines if line]
+
+
+def _without_comment(line: str) -> str:
+    return _COMMENT.sub("", line).strip()
+
+
+def problem_with(command: str) -> str | None:
+    """Return what is wrong with a command, as far as that shows without running it."""
+    words = shlex.split(command)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    program, *arguments = words
+    if program.startswith("loraplex"):
+        return _unknown_flag(program, arguments)
+    if program == "make":
+        return _make_problem(arguments)
+    if program == "python" and arguments[0] == "-m":
+        return None if importlib.util.find_spec(arguments[1]) else f"no module {arguments[1]}"
+    if program in ("python", "pytest", ".ci/run"):
+        return _script_problem([program, *arguments] if program == ".ci/run" else arguments)
+    if program == "docker":
+        return _compose_problem(arguments)
+    if program == "pip":
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
+        installed = [re.split(r"[^\w.-]", requirement)[0] for requirement in known]
+        return None if arguments[1] in installed else f"{arguments[1]} is not tested with"
+    return f"nobody knows how to check {program}"
+
+
+def _unknown_flag(program: str, arguments: list[str]) -> str | None:
+    path: list[str] = []
+    for word in arguments:
+        if not re.fullmatch(r"[a-z][a-z-]*", word) or (path and path != ["adapters"]):
+            break
+        path.append(word)
+    shown = _help(program, *path)
+    flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    missing = [flag for flag in flags if not re.search(rf"{re.escape(flag)}\b", shown)]
+    return f"{program} {' '.join(path)} has no {missing[0]}" if missing else None
+
+
+@cache
+def _help(program: str, *path: str) -> str:
+    module = {"loraplex": "loraplex_client"}.get(program, program.replace("-", "_"))
+    command = [sys.executable, "-m", module, *path, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, f"{program} {' '.join(path)} --help: {done.stderr}"
+    return done.stdout
+
+
+def _make_problem(arguments: list[str]) -> str | None:
+    command = ["make", "--dry-run", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    return done.stderr if done.returncode else None
+
+
+def _script_problem(arguments: list[str]) -> str | None:
+    path, *options = arguments
+    if not (ROOT / path).exists():
+        return f"no {path}"
+    text = (ROOT / path).read_text() if (ROOT / path).is_file() else ""
+    missing = [option for option in options if option.startswith("--") and f'"{option}"' not in text]
+    return f"{path} has no {missing[0]}" if missing else None
+
+
+def _compose_problem(arguments: list[str]) -> str | None:
+    text = (ROOT / "compose.yaml").read_text()
+    pairs = list(itertools.pairwise(arguments))
+    names = [word.partition("=")[0] for flag, word in pairs if flag in ("--profile", "--scale")]
+    names += arguments[-1:] if "run" in arguments else []
+    missing = [name for name in names if not re.search(rf"^  {name}:|profiles: \[{name}\]", text, re.MULTILINE)]
+    return f"compose.yaml has no {missing[0]}" if missing else None
