@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.integration
 
 DOCKER = "needs Docker and the network"
+GRPCURL = "no Python package has grpcurl: test_cli_serve.py asks for reflection as it does"
 NOT_RUN = {
     "make serve": "installs, and serves until Ctrl-C: this test's stack is what its last line starts",
     "make test": "installs, and runs this test",
@@ -33,6 +34,9 @@ NOT_RUN = {
     "LORAPLEX_SMOKE_TARGET=127.0.0.1:8500 LORAPLEX_SMOKE_HTTP=127.0.0.1:8501 pytest tests/smoke": (
         "asks for the demo's golden outputs: test_golden.py does on a stack of its own"
     ),
+    "grpcurl -plaintext 127.0.0.1:8500 list": GRPCURL,
+    """grpcurl -plaintext -d '{"text": "Hello", "stopping": {"max_new_tokens": 8}}' 127.0.0.1:8500 """
+    "loraplex.v1.GatewayService/Generate": GRPCURL,
     "pip install openai": "needs the network; the development tools bring it",
 }
 """Command -> why this test does not run it; its flags, files and targets are checked all the same."""
@@ -48,7 +52,7 @@ class Reader:
         self._addresses = {8500: stack.grpc, 8501: stack.http, 8510: stack.store, 8520: stack.engine}
         self._environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "LORAPLEX_TARGET": stack.grpc,
             "LORAPLEX_STORE_TARGET": stack.store,
         }
@@ -91,6 +95,11 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     for seed, directory in enumerate(sorted((ROOT / "examples" / "demo" / "adapters").iterdir())):
         write_adapter(folder / "examples" / "demo" / "adapters" / directory.name, model, Recipe(rank=4, seed=seed))
     write_adapter(folder / "my-peft-adapter", model, Recipe(rank=2))
+    (folder / "proto").symlink_to(ROOT / "proto")
+    protoc = folder / "bin" / "protoc"  # the real one, which grpcio-tools has as a module
+    protoc.parent.mkdir()
+    protoc.write_text(f'#!/bin/sh\nexec {sys.executable} -m grpc_tools.protoc "$@"\n')
+    protoc.chmod(0o755)
     flags = ("--demo", "--demo-dir", str(folder / "examples" / "demo"), *SMALL)
     stack = ServeProcess(tmp_path / "data", *flags)
     yield Reader(folder, stack)

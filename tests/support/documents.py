@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from google.protobuf import json_format
+from google.protobuf.message_factory import GetMessageClass
+from loraplex.v1 import gateway_pb2
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (
     ROOT / "README.md",
@@ -95,11 +99,29 @@ def problem_with(command: str) -> str | None:
         return _script_problem([program, *arguments] if program == ".ci/run" else arguments)
     if program == "docker":
         return _compose_problem(arguments)
+    if program == "grpcurl":
+        return _grpcurl_problem(arguments)
     if program == "pip":
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
         installed = [re.split(r"[^\w.-]", requirement)[0] for requirement in known]
         return None if arguments[1] in installed else f"{arguments[1]} is not tested with"
     return f"nobody knows how to check {program}"
+
+
+def _grpcurl_problem(arguments: list[str]) -> str | None:
+    """Check that the method of a call exists, and that its data is a request of it."""
+    service, _, method = arguments[-1].partition("/")
+    if service == "list":
+        return None
+    found = gateway_pb2.DESCRIPTOR.services_by_name.get(service.removeprefix("loraplex.v1."))
+    if found is None or method not in found.methods_by_name:
+        return f"no method {arguments[-1]}"
+    data = arguments[arguments.index("-d") + 1]
+    try:
+        json_format.Parse(data, GetMessageClass(found.methods_by_name[method].input_type)())
+    except json_format.ParseError as error:
+        return str(error)
+    return None
 
 
 def _unknown_flag(program: str, arguments: list[str]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_client.workload import burst
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loraplex_bench.rig import EngineSetup, Rig
 
 STANDARD_REQUESTS: Final = 512
+HOST_TIMES: Final = ("schedule_s", "launch_s", "wait_s", "update_s")
 BURST_OF_BASELINES: Final = "burst 512 x 256+128"
 
 
@@ -97,11 +98,12 @@ def run_bursts(
 
 def _one_burst(bench: Bench, rig: Rig, trace: Trace) -> float:
     rig.evict_all()
-    resident, before = rig.num_resident, asdict(rig.engine.totals)
+    resident, before = rig.num_resident, replace(rig.engine.totals)
     measured = bench.replay(rig, trace)
     measured.require_complete()
-    spent = {name: value - before[name] for name, value in asdict(rig.engine.totals).items()}
-    host = ", ".join(f"{name[:-2]} {spent[name]:.2f} s" for name in ("schedule_s", "launch_s", "wait_s", "update_s"))
+    after = rig.engine.totals
+    spent = {name: getattr(after, name) - getattr(before, name) for name in ("num_steps", *HOST_TIMES)}
+    host = ", ".join(f"{name[:-2]} {spent[name]:.2f} s" for name in HOST_TIMES)
     bench.results.note(
         f"burst of {len(trace)} over {trace.num_adapters} adapters, {resident} on the device at t = 0, "
         f"{rig.num_resident} at the end: {measured.wall_s:.2f} s, {spent['num_steps']} steps; loop: {host}; "
