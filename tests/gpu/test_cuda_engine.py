@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,20 +13,16 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterIncompatibleError, SaturatedError
 from loraplex_engine.cuda import runner as runner_module
-from loraplex_engine.engine import EngineParams
 from loraplex_engine.limits import SchedulingPolicy
-from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_kernels.tables import MAX_RANK
 from support.adapters import Recipe
 from support.base_models import write_base_model
-from support.cuda_rig import BASES, make_cuda_runner
-from support.engine_harness import recipe_adapter, running_engine, torch_engine
+from support.cuda_rig import BASES, cuda_engine
+from support.engine_harness import recipe_adapter, torch_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    from loraplex_engine.cuda.runner import CudaRunner
     from support.engine_harness import EngineHarness
 
 pytestmark = [
@@ -56,36 +51,6 @@ def submit_all(harness: EngineHarness, model_dir: Path) -> list[list[int]]:
     harness.wait(requests)
     assert not harness.crashes
     return [request.tokens for request in requests]
-
-
-@contextmanager
-def cuda_engine(model_dir: Path, dtype: str, *, num_pages: int) -> Iterator[EngineHarness]:
-    """Run an engine on the CUDA backend."""
-    pool = choose_pool_geometry(load_base_model(model_dir), dtype=dtype)
-    params = EngineParams(
-        geometry=load_base_model(model_dir).geometry(dtype=dtype, page_bytes=pool.page_bytes),
-        block_tokens=pool.block_tokens,
-        pool_bytes=num_pages * pool.page_bytes,
-        arena_bytes=400 * pool.page_bytes,
-        eos_token_ids=(),
-        max_model_len=128,
-        max_num_seqs=16,
-        max_num_batched_tokens=64,
-        max_resident_adapters=64,
-    )
-
-    def make(params: EngineParams) -> CudaRunner:
-        return make_cuda_runner(
-            model_dir,
-            dtype,
-            num_pages=params.num_pages,
-            max_num_seqs=params.max_num_seqs,
-            max_model_len=params.max_model_len,
-            max_num_batched_tokens=params.max_num_batched_tokens,
-        )
-
-    with running_engine(params, make) as harness:
-        yield harness
 
 
 def test_an_engine_with_more_adapters_than_its_pool_holds_answers_as_the_cpu_does(tmp_path: Path) -> None:

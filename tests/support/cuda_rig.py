@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -11,20 +12,23 @@ from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.cuda.runner import CudaRunner
 from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS, CudaRunnerConfig
+from loraplex_engine.engine import EngineParams
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner
 from support.adapters import Recipe
 from support.base_models import TinyBase
-from support.engine_harness import recipe_adapter
+from support.engine_harness import recipe_adapter, running_engine
 from support.plans import Harness
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from loraplex_common.adapter_image import AdapterSpec
     from loraplex_engine.step import TokenLogprobs
     from numpy.typing import NDArray
+    from support.engine_harness import EngineHarness
     from support.plans import Sequence_
 
 MAX_TIES = 0.005
@@ -118,6 +122,44 @@ def make_cuda_runner(
         jitter=jitter,
     )
     return CudaRunner(config, WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device("cuda", 0)))
+
+
+@contextmanager
+def cuda_engine(
+    model_dir: Path,
+    dtype: str,
+    *,
+    num_pages: int,
+    max_model_len: int = 128,
+    max_num_batched_tokens: int = 64,
+    eos_token_ids: tuple[int, ...] = (),
+) -> Iterator[EngineHarness]:
+    """Run an engine on the CUDA backend."""
+    pool = choose_pool_geometry(load_base_model(model_dir), dtype=dtype)
+    params = EngineParams(
+        geometry=load_base_model(model_dir).geometry(dtype=dtype, page_bytes=pool.page_bytes),
+        block_tokens=pool.block_tokens,
+        pool_bytes=num_pages * pool.page_bytes,
+        arena_bytes=400 * pool.page_bytes,
+        eos_token_ids=eos_token_ids,
+        max_model_len=max_model_len,
+        max_num_seqs=16,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_resident_adapters=64,
+    )
+
+    def make(params: EngineParams) -> CudaRunner:
+        return make_cuda_runner(
+            model_dir,
+            dtype,
+            num_pages=params.num_pages,
+            max_num_seqs=params.max_num_seqs,
+            max_model_len=params.max_model_len,
+            max_num_batched_tokens=params.max_num_batched_tokens,
+        )
+
+    with running_engine(params, make) as harness:
+        yield harness
 
 
 def make_torch_runner(model_dir: Path, dtype: str, *, num_pages: int = 512, max_num_seqs: int = 40) -> TorchRunner:

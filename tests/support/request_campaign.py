@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,8 +185,8 @@ async def run_campaign(directory: Path, *, num_requests: int, seed: int, is_asyn
         seed: Of all that is random.
         is_async: The runner lags behind, as a GPU does, with two steps in flight.
     """
-    model, tally, began_s = write_base_model(directory / "tiny", BASE), Tally(seed), time.monotonic()
-    with torch_engine(
+    model = write_base_model(directory / "tiny", BASE)
+    engine = torch_engine(
         model,
         num_pages=96,
         num_arena_slots=64,
@@ -196,7 +196,16 @@ async def run_campaign(directory: Path, *, num_requests: int, seed: int, is_asyn
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
         eos_token_ids=EOS_IDS,
         emulate_async=is_async,
-    ) as harness:
+    )
+    return await run_campaign_on(engine, model, num_requests=num_requests, seed=seed)
+
+
+async def run_campaign_on(
+    engine: AbstractContextManager[EngineHarness], model: Path, *, num_requests: int, seed: int
+) -> Tally:
+    """Run requests on an engine of a model that has `VOCAB_SIZE` tokens; else as `run_campaign`."""
+    tally, began_s = Tally(seed), time.monotonic()
+    with engine as harness:
         for digest, recipe in zip(ADAPTERS, RECIPES, strict=True):
             harness.add_adapter(*recipe_adapter(load_base_model(model), recipe, digest))
         async with serving(harness) as client:
