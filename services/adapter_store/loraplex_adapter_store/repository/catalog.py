@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from loraplex_common.errors import ConflictError, StoreUnavailableError
 from loraplex_common.log import get_logger
-from redis.exceptions import ResponseError
+from loraplex_common.valkey_errors import ValkeyRefusedError
 
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
 from loraplex_adapter_store.repository import keys, scripts
@@ -113,7 +113,7 @@ class Catalog:
     async def abandon(self, digest: str) -> None:
         """Let a reserved revision be collected at once, unless something refers to it."""
         with keys.translated():
-            await self._client.zadd(keys.GARBAGE, {digest: round(time.time() * 1000)}, xx=True)
+            await self._client.eval(scripts.POSTPONE, 1, keys.GARBAGE, digest, round(time.time() * 1000))
 
     async def change(
         self, name: str, apply: Change, *, answer: str, revision: Revision | None = None, request_id: str = ""
@@ -174,7 +174,8 @@ class Catalog:
         values.append(revision.to_json() if revision else "")
         with keys.translated():
             async with self._client.client() as connection:  # WAITAOF is about this connection's writes
-                status, detail = await connection.eval(scripts.COMMIT, len(names), *names, *values)
+                script = scripts.REMOVE if new.is_deleted else scripts.COMMIT
+                status, detail = await connection.eval(script, len(names), *names, *values)
                 if status == b"ok":
                     await self._wait_for_disk(connection)
         return status, detail
@@ -184,10 +185,12 @@ class Catalog:
             return
         try:
             local, _ = await connection.execute_command("WAITAOF", 1, 0, round(FSYNC_TIMEOUT_S * 1000))
-        except ResponseError as error:
+        except ValkeyRefusedError as error:
+            if not error.answer.startswith(("WAITAOF", "unknown command", "ERR")):
+                raise
             # No append-only file, or a server older than WAITAOF: the operator's choice, but one to know about.
             _log.warning(
-                "changes are acknowledged before they are on disk: turn Valkey's appendonly on", error=str(error)
+                "changes are acknowledged before they are on disk: turn Valkey's appendonly on", error=error.answer
             )
             self._has_aof = False
             return
