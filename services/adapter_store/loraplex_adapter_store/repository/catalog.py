@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from loraplex_common.errors import ConflictError, StoreUnavailableError
@@ -30,6 +31,21 @@ Change = Callable[[AdapterRecord], AdapterRecord]
 
 Told = Callable[[AdapterRecord], Awaitable[None]]
 """Waits until gateways are told of a record as it is after a change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A state of the catalog.
+
+    Attributes:
+        history_id: The run of the server and its line of replication: sequences of two histories cannot be compared,
+            because a server that starts may have an earlier state (a backup, an append-only file cut short), and so may a
+            replica that takes over.
+        sequence: Number of changes so far.
+    """
+
+    history_id: str
+    sequence: int
 
 
 class RevisionGoneError(Exception):
@@ -86,10 +102,15 @@ class Catalog:
         """Return a record together with its revisions."""
         return AdapterView(record, tuple(await self.get_revisions(record.revisions)))
 
-    async def sequence(self) -> int:
-        """Return the number of changes so far."""
+    async def position(self) -> Position:
+        """Return where the catalog stands."""
         with keys.translated():
-            return int(await self._client.get(keys.SEQUENCE) or 0)
+            async with self._client.pipeline(transaction=False) as pipeline:
+                pipeline.get(keys.SEQUENCE)
+                pipeline.info("server")
+                pipeline.info("replication")
+                sequence, server, replication = await pipeline.execute()
+        return Position(f"{server['run_id']}-{replication['master_replid']}", int(sequence or 0))
 
     async def answer_to(self, request_id: str) -> bytes | None:
         """Return what the mutation with this request_id answered, if it has been made."""
