@@ -10,7 +10,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +51,7 @@ class EngineDouble:
         resident: Digests said to be on the device.
         loading_first: Report a load in progress before every start.
         poison: A request of so many prompt tokens ends the session that carries it, before any token.
+        reports: Say something on idle sessions too, as engines do.
         finish: Reason of the end after the reply's last token; a reply that ends in a stop token says so.
     """
 
@@ -66,6 +66,7 @@ class EngineDouble:
     max_model_len: int = 512
     loading_first: bool = False
     poison: int | None = None
+    reports: bool = False
 
     def __post_init__(self) -> None:
         self.engine_id = f"engine-{uuid.uuid4().hex[:8]}"
@@ -157,9 +158,12 @@ class EngineDouble:
                 elif reader.done():
                     return
                 else:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(0.5):
+                    try:
+                        async with asyncio.timeout(0.1 if self.reports else 0.5):
                             await changed.wait()
+                    except TimeoutError:
+                        if self.reports:
+                            yield self._message(step, running, residency=False)
         finally:
             reader.cancel()
 

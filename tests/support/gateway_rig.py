@@ -14,11 +14,11 @@ import grpc
 from loraplex.v1 import engine_pb2, gateway_pb2, gateway_pb2_grpc
 from loraplex_common import valkey
 from loraplex_common.base_model import load_base_model
+from loraplex_common.errors import LoraplexError
 from loraplex_common.grpc_channel import open_channel
 from loraplex_gateway.app import GatewayApp
 from loraplex_gateway.config import GatewayConfig
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 from support.base_models import TinyBase, write_base_model
 from support.engine_double import EngineDouble, StoreDouble
 
@@ -128,7 +128,7 @@ async def running_gateway(
     finally:
         await app.close()
         for engine in engines:
-            with suppress(RedisError):  # some tests end Valkey
+            with suppress(LoraplexError):  # some tests end Valkey
                 await engine.unregister(client)
             await engine.kill()
         await store.kill()

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import DrainingError, LoraplexError, SequenceGapError, StoreUnavailableError
 from loraplex_common.exposition import private
+from loraplex_common.housekeeping import keep_doing
 from loraplex_common.ids import DEFAULT_LABEL
 from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
 from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.repository.catalog import Position
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Iterable
@@ -32,7 +34,7 @@ SNAPSHOT_CHUNK: Final = 50
 QUEUE_LENGTH: Final = 256
 HISTORY: Final = 4096
 BLOCK_MS: Final = 1000
-RETRY_S: Final = 0.5
+MAX_PAUSE_S: Final = 2.0
 FIRST_LOAD_S: Final = 5.0
 FOLLOW_S: Final = 5.0
 
@@ -41,7 +43,7 @@ FOLLOW_S: Final = 5.0
 class AliasUpdate:
     """Part of the table, or a change to it."""
 
-    sequence: int
+    position: Position
     views: tuple[AdapterView, ...]
     is_snapshot_start: bool = False
     is_snapshot_end: bool = False
@@ -59,7 +61,8 @@ class AliasTable:
         self._catalog = catalog
         self._base_fingerprints = base_fingerprints
         self._views: dict[str, AdapterView] = {}
-        self._sequence = 0
+        self._position = Position("", 0)
+        self._is_current = False
         self._history: deque[tuple[int, str]] = deque(maxlen=HISTORY)  # (sequence, name), oldest first
         self._watchers: set[asyncio.Queue[AliasUpdate | LoraplexError]] = set()
         self._loaded = asyncio.Event()
@@ -98,32 +101,28 @@ class AliasTable:
         Just after an outage of Valkey the table follows seconds later than changes are possible again. The change is on
         disk: if it is not seen within `FOLLOW_S` seconds, that is logged, not raised.
         """
-        give_up_at = asyncio.get_running_loop().time() + FOLLOW_S
-        while (view := self._views.get(record.name)) is None or view.record.version < record.version:
-            changed = self._changed
-            try:
-                async with asyncio.timeout_at(give_up_at):
-                    await changed.wait()
-            except TimeoutError:
-                _log.warning("a change is acknowledged before gateways know of it", name=record.name)
-                return
+        try:
+            async with asyncio.timeout(FOLLOW_S):
+                # Versions of another history say nothing: a store that went back counts them anew.
+                history_id = (await self._catalog.position()).history_id
+                while not self._knows(record, history_id):
+                    await self._changed.wait()
+        except (TimeoutError, LoraplexError):
+            _log.warning("a change is acknowledged before gateways know of it", name=record.name)
 
     async def run(self) -> None:
         """Follow the catalog for ever. After each failure of Valkey the table is read anew and compared."""
-        while True:
-            try:
-                await self._reload()
-                while True:
-                    await self._follow()
-            except LoraplexError as error:
-                _log.warning("the name table cannot be followed; retrying", error=error.message)
-                await asyncio.sleep(RETRY_S)
+        await keep_doing(self._turn, name="following the name table", max_pause_s=MAX_PAUSE_S)
 
-    async def watch(self, start_sequence: int) -> AsyncGenerator[AliasUpdate, None]:
+    async def watch(self, start_sequence: int, start_history_id: str = "") -> AsyncGenerator[AliasUpdate, None]:
         """Yield the table (``start_sequence`` 0) or the changes since, then every change as it happens.
 
+        Args:
+            start_sequence: Where the watcher was.
+            start_history_id: In which history; empty if it does not say.
+
         Raises:
-            SequenceGapError: If ``start_sequence`` is too old or unknown, or the watcher falls too far behind.
+            SequenceGapError: If where it was is too old or unknown, or the watcher falls too far behind.
             StoreUnavailableError: If the table has never been read because Valkey cannot be reached.
         """
         if not self.is_loaded:
@@ -134,7 +133,7 @@ class AliasTable:
                 raise StoreUnavailableError("the name table has not been read yet", retry_after_s=1.0) from None
         queue: asyncio.Queue[AliasUpdate | LoraplexError] = asyncio.Queue()  # bounded by _publish
         # No await between reading the table and joining the watchers: nothing is missed or doubled.
-        first = self._snapshot() if start_sequence == 0 else self._since(start_sequence)
+        first = self._snapshot() if start_sequence == 0 else self._since(start_sequence, start_history_id)
         self._watchers.add(queue)
         try:
             for update in first:
@@ -149,20 +148,40 @@ class AliasTable:
         views = [self._views[name] for name in sorted(self._views)]
         parts = [views[start : start + SNAPSHOT_CHUNK] for start in range(0, len(views), SNAPSHOT_CHUNK)] or [[]]
         last = len(parts) - 1
-        return [AliasUpdate(self._sequence, tuple(part), i == 0, i == last) for i, part in enumerate(parts)]
+        return [AliasUpdate(self._position, tuple(part), i == 0, i == last) for i, part in enumerate(parts)]
 
-    def _since(self, start_sequence: int) -> list[AliasUpdate]:
-        oldest = self._history[0][0] if self._history else self._sequence + 1
-        if start_sequence > self._sequence or start_sequence < oldest - 1:
+    def _since(self, start_sequence: int, start_history_id: str) -> list[AliasUpdate]:
+        newest = self._position.sequence
+        oldest = self._history[0][0] if self._history else newest + 1
+        if start_history_id not in ("", self._position.history_id):
             raise SequenceGapError(
-                f"sequence {start_sequence} is not within {oldest - 1} to {self._sequence}: start again from sequence 0"
+                f"sequence {start_sequence} is of another history, {start_history_id}: start again from sequence 0"
+            )
+        if start_sequence > newest or start_sequence < oldest - 1:
+            raise SequenceGapError(
+                f"sequence {start_sequence} is not within {oldest - 1} to {newest}: start again from sequence 0"
             )
         changed = dict.fromkeys(name for sequence, name in self._history if sequence > start_sequence)
-        return _in_parts(self._sequence, [self._views[name] for name in changed])
+        return _in_parts(self._position, [self._views[name] for name in changed])
+
+    def _knows(self, record: AdapterRecord, history_id: str) -> bool:
+        view = self._views.get(record.name)
+        is_same = self._position.history_id == history_id
+        return is_same and view is not None and view.record.version >= record.version
+
+    async def _turn(self) -> None:
+        is_current, self._is_current = self._is_current, False  # a failure leaves it so
+        if not is_current:
+            await self._reload()
+        await self._follow()
+        position = await self._catalog.position()
+        # The connection may be to another server than a moment ago without anything having failed.
+        is_same = position.history_id == self._position.history_id
+        self._is_current = is_same and position.sequence >= self._position.sequence
 
     async def _reload(self) -> None:
-        """Read everything; tell watchers what differs from what they were told."""
-        sequence = await self._catalog.sequence()
+        """Read everything; tell watchers what differs, or all of it if it may be an earlier state."""
+        position = await self._catalog.position()
         records: list[AdapterRecord] = []
         after = ""
         while names := await self._catalog.list_names(after=after, prefix="", count=500):
@@ -171,19 +190,34 @@ class AliasTable:
         views = await self._with_revisions(records)
         if not self.is_loaded:
             self._report_strangers(views)
-        went_back = sequence < self._sequence
+        old, went_back = self._position, self._went_back(position, views)
         changed = [view for view in views if self._views.get(view.record.name) != view]
         self._views = {view.record.name: view for view in views}
         self._names = {digest: view.record.name for view in views for digest in view.record.revisions}
-        self._sequence = sequence
-        if went_back or not self.is_loaded:
+        self._position = position
+        if went_back or position.history_id != old.history_id or not self.is_loaded:
             self._history.clear()
             updates = self._snapshot()
         else:
-            self._history.extend((sequence, view.record.name) for view in changed)
-            updates = _in_parts(sequence, changed)
+            self._history.extend((position.sequence, view.record.name) for view in changed)
+            updates = _in_parts(position, changed)
         self._loaded.set()
         self._publish(updates)
+
+    def _went_back(self, position: Position, views: list[AdapterView]) -> bool:
+        """Return whether what is stored is an earlier state than the one told, and say what is lost."""
+        now = {view.record.name: view.record for view in views}
+        lost = [name for name, view in self._views.items() if _is_lost(view.record, now.get(name))]
+        went_back = bool(lost) or position.sequence < self._position.sequence
+        if went_back:
+            _log.error(
+                "Valkey went back to an earlier state: changes that were acknowledged are gone; what it has now is served",
+                from_sequence=self._position.sequence,
+                to_sequence=position.sequence,
+                num_names=len(lost),
+                names=sorted(lost)[:10],
+            )
+        return went_back
 
     def _report_strangers(self, views: list[AdapterView]) -> None:
         """Say which adapters no engine of our base models will take, before a request is refused for it."""
@@ -202,7 +236,7 @@ class AliasTable:
 
     async def _follow(self) -> None:
         with keys.translated():
-            found = await self._client.xread({keys.CHANGES: f"{self._sequence}-0"}, count=100, block=BLOCK_MS)
+            found = await self._client.xread({keys.CHANGES: f"{self._position.sequence}-0"}, count=100, block=BLOCK_MS)
         for _, entries in found or ():
             changes = [(int(entry_id.partition(b"-")[0]), fields[b"name"].decode()) for entry_id, fields in entries]
             names = list(dict.fromkeys(name for _, name in changes))
@@ -211,8 +245,8 @@ class AliasTable:
                 self._views[view.record.name] = view
                 self._names.update(dict.fromkeys(view.record.revisions, view.record.name))
             self._history.extend(changes)
-            self._sequence = changes[-1][0]
-            self._publish(_in_parts(self._sequence, views))
+            self._position = replace(self._position, sequence=changes[-1][0])
+            self._publish(_in_parts(self._position, views))
 
     async def _with_revisions(self, records: list[AdapterRecord]) -> list[AdapterView]:
         digests = list(dict.fromkeys(digest for record in records for digest in record.revisions))
@@ -237,8 +271,13 @@ class AliasTable:
         self._changed = asyncio.Event()
 
 
-def _in_parts(sequence: int, views: list[AdapterView]) -> list[AliasUpdate]:
+def _is_lost(told: AdapterRecord, now: AdapterRecord | None) -> bool:
+    """Return whether a record that was told is not followed by the one there is now."""
+    return now is None or now.version < told.version or (now.version == told.version and now != told)
+
+
+def _in_parts(position: Position, views: list[AdapterView]) -> list[AliasUpdate]:
     return [
-        AliasUpdate(sequence, tuple(views[start : start + SNAPSHOT_CHUNK]))
+        AliasUpdate(position, tuple(views[start : start + SNAPSHOT_CHUNK]))
         for start in range(0, len(views), SNAPSHOT_CHUNK)
     ]

@@ -6,15 +6,13 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import LoraplexError
-from loraplex_common.log import get_logger
+from loraplex_common.housekeeping import Trouble
 
 if TYPE_CHECKING:
     from loraplex_adapter_store.attach.attached import AttachedEngines
     from loraplex_adapter_store.images import ImageCache
     from loraplex_adapter_store.repository.catalog import Catalog
     from loraplex_adapter_store.repository.engines import EngineHoldings
-
-_log = get_logger()
 
 
 class Hints:
@@ -27,6 +25,7 @@ class Hints:
         self._holdings = holdings
         self._catalog = catalog
         self._images = images
+        self._trouble = Trouble()
 
     async def prefetch(self, engine_id: str, digest: str, wanted_in_ms: int) -> None:
         """Bring an image near an engine by when it will be wanted; an empty id lets the store pick one of its base model."""
@@ -35,7 +34,7 @@ class Hints:
             if target and not self._attached.prefetch(target, digest, wanted_in_ms):
                 await self._holdings.hint(target, "prefetch", digest, wanted_in_ms)
         except LoraplexError as error:
-            _log.info("a prefetch hint is lost", engine=engine_id, revision=digest, error=error.message)
+            self._trouble.warn("a prefetch hint is lost", engine=engine_id, revision=digest, error=error.message)
 
     async def evict(self, engine_id: str, digest: str) -> None:
         """Tell one engine, or all, that an image will not be wanted; all also means that the store forgets it."""
@@ -52,7 +51,7 @@ class Hints:
         try:
             elsewhere = [e.engine_id for e in await self._holdings.registered() if e.engine_id not in self._attached]
         except LoraplexError as error:
-            _log.info("an eviction hint is lost", revision=digest, error=error.message)
+            self._trouble.warn("an eviction hint is lost", revision=digest, error=error.message)
             return
         for engine_id in elsewhere:
             await self._publish(engine_id, digest)
@@ -61,7 +60,7 @@ class Hints:
         try:
             await self._holdings.hint(engine_id, "evict", digest)
         except LoraplexError as error:
-            _log.info("an eviction hint is lost", engine=engine_id, revision=digest, error=error.message)
+            self._trouble.warn("an eviction hint is lost", engine=engine_id, revision=digest, error=error.message)
 
     async def _pick(self, digest: str) -> str | None:
         """Choose an engine by rendezvous hashing, so that the same adapter goes to the same engine."""

@@ -200,7 +200,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     ) -> AsyncIterator[pb.WatchAliasesResponse]:
         """Stream the name table and its changes; for gateways, so it shows every tenant's adapters."""
         require_admin()
-        async with aclosing(self._parts.aliases.watch(request.start_sequence)) as updates:
+        async with aclosing(self._parts.aliases.watch(request.start_sequence, request.start_history_id)) as updates:
             async for update in updates:
                 yield wire.alias_update(update)
 

@@ -96,7 +96,8 @@ def entry(view: AdapterView) -> adapter_store_pb2.WatchAliasesResponse.Entry:
 def alias_update(update: AliasUpdate) -> adapter_store_pb2.WatchAliasesResponse:
     """Convert a change of the name table."""
     return adapter_store_pb2.WatchAliasesResponse(
-        sequence=update.sequence,
+        sequence=update.position.sequence,
+        history_id=update.position.history_id,
         entries=[entry(view) for view in update.views],
         snapshot_start=update.is_snapshot_start,
         snapshot_end=update.is_snapshot_end,

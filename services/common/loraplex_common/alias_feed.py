@@ -69,6 +69,7 @@ class AliasFeed:
         self._tables = tables
         self._backoff_s = FIRST_BACKOFF_S
         self._is_away = False
+        self._history_id, self._sequence = "", 0
 
     async def run(self) -> None:
         """Follow the store for ever."""
@@ -90,16 +91,27 @@ class AliasFeed:
             entries = [_entry(entry) for entry in response.entries]
             if response.snapshot_start:
                 staged = []
+                self._compare(response)
             if staged is None:
                 for table in self._tables:
                     table.update(entries)
-                continue
-            staged += entries
-            if response.snapshot_end:
-                for table in self._tables:
-                    table.replace_all(staged)
-                _log.info("received the name table", num_adapters=len(staged), sequence=response.sequence)
-                staged = None
+            else:
+                staged += entries
+                if response.snapshot_end:
+                    for table in self._tables:
+                        table.replace_all(staged)
+                    _log.info("received the name table", num_adapters=len(staged), sequence=response.sequence)
+                    staged = None
+            self._history_id, self._sequence = response.history_id, response.sequence
+
+    def _compare(self, response: adapter_store_pb2.WatchAliasesResponse) -> None:
+        """Say so if what comes is an earlier state than the one known; within a history only replicas lag, by moments."""
+        if response.history_id != self._history_id and response.sequence < self._sequence:
+            _log.warning(
+                "the adapter store went back to an earlier state; the names it has now are served",
+                from_sequence=self._sequence,
+                to_sequence=response.sequence,
+            )
 
 
 def _entry(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, BinaryIO, Final
+from io import FileIO
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES: Final = 16 * 1024 * 1024
 NUM_OLD_FILES: Final = 3
 READ_BYTES: Final = 1 << 16
+RESERVE_BYTES: Final = 64 * 1024 * 1024
+RESERVE_SHARE: Final = 0.05
+"""Of the disk, whichever is less, is left to what matters more than logs: adapters live on the same one."""
+KEPT_BYTES: Final = 1 << 16
 DRAIN_S: Final = 1.0
 
 
@@ -20,7 +26,8 @@ class RotatingLog:
     """Writes what a child prints to a file, and starts a new one when it is full: ``x.log``, ``x.log.1``, ... the oldest.
 
     The child writes to a pipe and never sees a file, so nothing is lost or doubled when one is exchanged. A thread reads
-    the pipe: a child never waits for the owner's event loop.
+    the pipe: a child never waits for the owner's event loop. While the disk has no room the last `KEPT_BYTES` stay in
+    memory, and go to the file once it has.
 
     Args:
         path: The current file; appended to if it exists.
@@ -31,6 +38,8 @@ class RotatingLog:
         self.path = path
         self._max_file_bytes = max_file_bytes
         self._threads: list[threading.Thread] = []
+        self._unwritten = b""
+        self._num_lost = 0
 
     def pipe(self) -> int:
         """Return the write end of a new pipe into the log; the caller closes it once the child has it."""
@@ -52,32 +61,68 @@ class RotatingLog:
             if path.exists():
                 with path.open(errors="replace") as log:
                     lines.extend(log)
+        lines.extend(self._unwritten.decode(errors="replace").splitlines(keepends=True))
         return "".join(lines).rstrip()
 
     def _pump(self, source: int) -> None:
         with os.fdopen(source, "rb", buffering=0) as stream:
-            log: BinaryIO = self.path.open("ab")
+            log: FileIO | None = None
             try:
                 while data := stream.read(READ_BYTES):
-                    log = self._write(log, data)
+                    log = self._put(log, data)
             finally:
-                log.close()
+                if log is not None:
+                    log.close()
 
-    def _write(self, log: BinaryIO, data: bytes) -> BinaryIO:
+    def _put(self, log: FileIO | None, data: bytes) -> FileIO | None:
+        """Write data, or keep its end while the disk has no room: the pipe is read in any case, or the child would stop.
+
+        Returns:
+            The file to go on with; None if it has to be opened.
+        """
+        pending = self._unwritten + data
+        try:
+            if not _has_room(self.path.parent):
+                raise OSError(errno.ENOSPC, "no room for logs")
+            if log is None:
+                log = FileIO(self.path, "ab")
+            if self._num_lost:
+                _write_all(log, b"... %d bytes of log are lost: the disk had no room\n" % self._num_lost)
+            log = self._write(log, pending)
+        except OSError:
+            self._num_lost += max(0, len(pending) - KEPT_BYTES)
+            self._unwritten = pending[-KEPT_BYTES:]
+            if log is not None:
+                log.close()
+            return None
+        self._unwritten, self._num_lost = b"", 0
+        return log
+
+    def _write(self, log: FileIO, data: bytes) -> FileIO:
         """Write data, exchanging the file at the end of a line once it is full; returns the file to go on with."""
         room = self._max_file_bytes - log.tell()
         cut = 0 if len(data) < room else data.find(b"\n", max(0, room - 1)) + 1
         if not cut and room > -self._max_file_bytes:  # else it prints no lines at all
-            log.write(data)
-            log.flush()
+            _write_all(log, data)
             return log
-        log.write(data[:cut])
+        _write_all(log, data[:cut])
         log.close()
         for number in range(NUM_OLD_FILES, 0, -1):
             newer = self._old(number - 1)
             if newer.exists():
                 newer.replace(self._old(number))
-        return self._write(self.path.open("ab"), data[cut:])
+        return self._write(FileIO(self.path, "ab"), data[cut:])
 
     def _old(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}") if number else self.path
+
+
+def _has_room(directory: Path) -> bool:
+    disk = os.statvfs(directory)
+    return disk.f_bavail * disk.f_frsize >= min(RESERVE_BYTES, RESERVE_SHARE * disk.f_blocks * disk.f_frsize)
+
+
+def _write_all(log: FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:  # a disk that fills up takes a part
+        left = left[log.write(left) :]

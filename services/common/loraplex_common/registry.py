@@ -10,6 +10,7 @@ import time
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final
 
+from loraplex_common.errors import LoraplexError
 from loraplex_common.log import get_logger
 from loraplex_common.version import package_version
 
@@ -21,11 +22,13 @@ ENGINES_KEY: Final = "loraplex:engines"
 
 ENGINE_LEASE_S: Final = 10.0
 ENGINE_RENEW_S: Final = 2.0
-
+ENGINE_RECORD_S: Final = 3600.0
+"""How long a record outlives its lease: a gateway that starts while no lease can be renewed learns where to look."""
 
 MAX_COUNT: Final = 2**53
 """Largest number in a record: beyond it JSON's readers differ."""
 MAX_REMEMBERED: Final = 1000
+_NO_KEY: Final = "loraplex:nothing"
 
 _log = get_logger()
 
@@ -35,7 +38,7 @@ class EngineRecordError(ValueError):
 
 
 def engine_key(engine_id: str) -> str:
-    """String key of an engine's record (`EngineRecord` JSON), expiring with its lease."""
+    """String key of an engine's record (`EngineRecord` JSON). The lease is not its expiry but the score in `ENGINES_KEY`."""
     return f"loraplex:engine:{engine_id}"
 
 
@@ -100,6 +103,21 @@ class EngineRecord:
         return cls(**values)
 
 
+@dataclass(frozen=True, slots=True)
+class RegistryView:
+    """What the registry says.
+
+    Attributes:
+        leased: Engines whose lease is good, by id.
+        lapsed: If Valkey takes no writes: engines whose lease ran out, which may be because it could not be renewed.
+        takes_writes: Whether a lease can be renewed now; only looked at if one ran out.
+    """
+
+    leased: dict[str, EngineRecord]
+    lapsed: dict[str, EngineRecord] = field(default_factory=dict)
+    takes_writes: bool = True
+
+
 class RegistryReader:
     """Reads the engine registry, for everybody who does: what cannot be read takes away only itself, with one log line.
 
@@ -117,10 +135,33 @@ class RegistryReader:
         """Return the engines whose lease is good, by id.
 
         Raises:
-            redis.exceptions.RedisError: If Valkey cannot be read.
+            LoraplexError: If Valkey cannot be read.
         """
         # Scores are lease expiries: an engine past its score is gone, even if nobody has removed it yet.
-        members: list[bytes] = await self._client.zrangebyscore(ENGINES_KEY, self._clock(), "+inf")
+        return await self._records(await self._client.zrangebyscore(ENGINES_KEY, self._clock(), "+inf"))
+
+    async def view(self) -> RegistryView:
+        """Return the engines whose lease is good, and if leases cannot be renewed also those whose lease ran out.
+
+        Raises:
+            LoraplexError: If Valkey cannot be read.
+        """
+        now = self._clock()
+        lapsed: list[bytes] = await self._client.zrangebyscore(ENGINES_KEY, now - ENGINE_RECORD_S, f"({now}")
+        leased = await self.read()
+        if not lapsed or await self._takes_writes():
+            return RegistryView(leased)
+        return RegistryView(leased, await self._records(lapsed), takes_writes=False)
+
+    async def _takes_writes(self) -> bool:
+        """Return whether an engine could renew its lease: memory that is full does not keep it, see `Registration`."""
+        try:
+            await self._client.unlink(_NO_KEY)  # a write, as far as Valkey is concerned, that changes nothing
+        except LoraplexError:
+            return False
+        return True
+
+    async def _records(self, members: list[bytes]) -> dict[str, EngineRecord]:
         records: dict[str, EngineRecord] = {}
         named = {member: engine_id for member in members if (engine_id := self._id(member)) is not None}
         if not named:

@@ -17,7 +17,6 @@ from importlib import util
 from pathlib import Path
 from typing import Final
 
-import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -25,6 +24,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from loraplex_common.child_process import owned_command
 from loraplex_common.log_files import RotatingLog
+from loraplex_common.valkey_errors import TranslatingClient
 
 START_TIMEOUT_S: Final = 30.0  # loading a large AOF takes its time
 STOP_TIMEOUT_S: Final = 10.0
@@ -36,23 +36,25 @@ class ValkeyError(RuntimeError):
     """The embedded server cannot run; the message has the remedy or the end of its log."""
 
 
-def connect(url: str, *, socket_timeout_s: float = 10.0) -> redis.asyncio.Redis:
+def connect(url: str, *, socket_timeout_s: float = 10.0) -> TranslatingClient:
     """Return a client that answers in bytes; it connects on first use and the caller closes it (``aclose``).
 
-    Lost connections are retried three times within about a second; a command may therefore run twice.
+    Lost connections are retried three times within about a second; a command may therefore run twice. What fails then
+    is a `LoraplexError`, see `valkey_errors`.
 
     Args:
         url: ``redis://host:port/db``, ``rediss://...`` or ``unix:///path``.
         socket_timeout_s: Limit for one answer; blocking commands must ask for less.
     """
-    return redis.asyncio.Redis.from_url(
+    # No health checks: Valkey refuses PING while its disk is full, and reads must go on then.
+    client: TranslatingClient = TranslatingClient.from_url(  # type: ignore[assignment]  # it is of the class it is asked of
         url,
         socket_timeout=socket_timeout_s,
         socket_connect_timeout=2.0,
-        health_check_interval=30,
         retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=3),
         retry_on_error=[RedisConnectionError, RedisTimeoutError],
     )
+    return client
 
 
 def server_binary() -> Path:
@@ -248,7 +250,8 @@ class EmbeddedValkey:
             try:
                 client.connect(str(self._socket_path))
                 client.sendall(b"PING\r\n")
-                return client.recv(64).startswith(b"+PONG")  # "-LOADING ..." while it reads its data
+                # "-LOADING ..." while it reads its data, "-MISCONF ..." once it has but its disk is full.
+                return client.recv(64).startswith((b"+PONG", b"-MISCONF"))
             except OSError:
                 return False
 

@@ -7,10 +7,18 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING
 
+from loraplex_common.errors import LoraplexError
 from loraplex_common.log import get_logger
-from loraplex_common.registry import ENGINE_LEASE_S, ENGINE_RENEW_S, ENGINES_KEY, EngineRecord, engine_key
+from loraplex_common.registry import (
+    ENGINE_LEASE_S,
+    ENGINE_RECORD_S,
+    ENGINE_RENEW_S,
+    ENGINES_KEY,
+    EngineRecord,
+    engine_key,
+)
 from loraplex_common.tasks import deliver_cancellation
-from redis.exceptions import RedisError
+from loraplex_common.valkey_errors import ALLOWED_WHEN_FULL
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -19,11 +27,23 @@ if TYPE_CHECKING:
 
 _log = get_logger()
 
+_RENEW = (
+    ALLOWED_WHEN_FULL
+    + """
+-- KEYS: record, engines.  ARGV: record, how long it is kept (ms), engine id, end of the lease, oldest end worth keeping
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('ZADD', KEYS[2], ARGV[4], ARGV[3])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', '(' .. ARGV[5])
+return 1
+"""
+)
+
 
 class Registration:
     """Keeps one engine's record alive for as long as `run` runs.
 
     Valkey may come and go: gateways fall back to what they knew last, and the record is back one renewal after Valkey is.
+    One that is full takes renewals all the same: a record is small, and there is one per engine.
 
     Args:
         client: Connection; the caller closes it.
@@ -70,11 +90,10 @@ class Registration:
             await self._attempt(self._delete)
 
     async def _write(self) -> None:
-        engine_id = self._record.engine_id
-        async with self._client.pipeline(transaction=True) as pipeline:
-            pipeline.set(engine_key(engine_id), self._record.to_json(), px=round(ENGINE_LEASE_S * 1000))
-            pipeline.zadd(ENGINES_KEY, {engine_id: time.time() + ENGINE_LEASE_S})
-            await pipeline.execute()
+        engine_id, now = self._record.engine_id, time.time()
+        values: list[str | float] = [self._record.to_json(), round(ENGINE_RECORD_S * 1000), engine_id]
+        values += [now + ENGINE_LEASE_S, now - ENGINE_RECORD_S]
+        await self._client.eval(_RENEW, 2, engine_key(engine_id), ENGINES_KEY, *values)
 
     async def _delete(self) -> None:
         async with self._client.pipeline(transaction=True) as pipeline:
@@ -85,9 +104,9 @@ class Registration:
     async def _attempt(self, operation: Callable[[], Awaitable[None]]) -> bool:
         try:
             await operation()
-        except (RedisError, OSError) as error:
+        except LoraplexError as error:
             if self._is_reachable:
-                _log.warning("Valkey cannot be reached; gateways go on with what they know", error=str(error))
+                _log.warning("the lease cannot be renewed; gateways go on with what they know", error=error.message)
             self._is_reachable = False
             return False
         if not self._is_reachable:

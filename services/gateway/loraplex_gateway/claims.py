@@ -6,11 +6,10 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_common.errors import RequestRunningError
-from loraplex_common.log import get_logger
+from loraplex_common.errors import LoraplexError, RequestRunningError
+from loraplex_common.housekeeping import Trouble
 from loraplex_common.registry import claim_key
 from loraplex_common.tasks import deliver_cancellation
-from redis.exceptions import RedisError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,8 +24,6 @@ TIMEOUT_S: Final = 0.5
 PAUSE_S: Final = 2.0
 
 _RELEASE: Final = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) else return 0 end"
-
-_log = get_logger()
 
 
 class RunningRequest:
@@ -63,6 +60,7 @@ class RequestClaims:
         self._running: dict[tuple[str, str], RunningRequest] = {}
         self._paused_until = 0.0
         self._releases: set[asyncio.Task[Any]] = set()
+        self._trouble = Trouble()
 
     @property
     def num_running(self) -> int:
@@ -152,11 +150,13 @@ class RequestClaims:
             return None
         try:
             async with asyncio.timeout(timeout_s):
-                return await command(self._valkey)
-        except (RedisError, OSError, TimeoutError) as error:
+                answer = await command(self._valkey)
+        except (LoraplexError, TimeoutError) as error:
             self._paused_until = loop.time() + PAUSE_S
-            _log.warning("Valkey is away; request claims hold on this gateway only", cause=str(error))
+            self._trouble.warn("claims cannot be written; they hold on this gateway only", cause=str(error))
             return None
+        self._trouble.over("claims are written again")
+        return answer
 
 
 def _already_running(request_id: str) -> RequestRunningError:

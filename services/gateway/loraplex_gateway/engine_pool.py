@@ -25,6 +25,9 @@ _log = get_logger()
 class EnginePool:
     """Owns the sessions: opens one per listed engine, and closes it once the engine is gone and nothing runs on it.
 
+    An engine is gone once the registry no longer lists it and it does not show on its session that it lives: leases also
+    run out because nobody can renew them.
+
     Args:
         catalog: Base models; engines of others are left alone.
         gateway_id: Said in every hello.
@@ -60,7 +63,10 @@ class EnginePool:
     @property
     def is_dialling(self) -> bool:
         """Whether a session with any listed engine is still to be opened."""
-        return any(session.state is SessionState.CONNECTING for session in self._sessions.values())
+        return any(
+            session.state is SessionState.CONNECTING and session.engine_id in self._listed
+            for session in self._sessions.values()
+        )
 
     def is_expected(self, fingerprint: str) -> bool:
         """Whether an engine of this base model is listed but still being dialled."""
@@ -77,22 +83,24 @@ class EnginePool:
         """Return the longest sequence any engine of a base model serves; None if none is known."""
         return max((session.record.max_model_len for session in self._of_model(fingerprint)), default=None)
 
-    def sync(self, records: Mapping[str, EngineRecord]) -> None:
-        """Take the registry's truth: open, update and close sessions."""
-        served = {
-            engine_id: record
-            for engine_id, record in records.items()
-            if self._catalog.by_fingerprint(record.base_fingerprint) is not None
-        }
-        self._listed = set(served)
+    def sync(self, records: Mapping[str, EngineRecord], lapsed: Mapping[str, EngineRecord] | None = None) -> None:
+        """Take the registry's truth: open, update and close sessions.
+
+        Args:
+            records: Engines whose lease is good.
+            lapsed: Engines whose lease may have run out because it could not be renewed: they are asked themselves.
+        """
+        served = self._served({**(lapsed or {}), **records})
+        self._listed = set(served) & set(records)
         for engine_id, record in served.items():
             if engine_id in self._sessions:
                 self._sessions[engine_id].record = record
             else:
                 self._open(record)
-        for engine_id in set(self._sessions) - self._listed:
+        for engine_id in set(self._sessions) - set(served):
             session = self._sessions[engine_id]
-            if session.num_in_flight == 0 or session.state is not SessionState.OPEN:
+            is_idle = session.num_in_flight == 0 or session.state is not SessionState.OPEN
+            if is_idle and not session.is_proven:
                 self._close(engine_id)
         self._notify()
 
@@ -137,7 +145,14 @@ class EnginePool:
         return [session for session in self._sessions.values() if session.record.base_fingerprint == fingerprint]
 
     def _is_candidate(self, session: EngineSession) -> bool:
-        return session.is_candidate and session.engine_id in self._listed
+        return session.is_candidate and (session.engine_id in self._listed or session.is_proven)
+
+    def _served(self, records: Mapping[str, EngineRecord]) -> dict[str, EngineRecord]:
+        return {
+            engine_id: record
+            for engine_id, record in records.items()
+            if self._catalog.by_fingerprint(record.base_fingerprint) is not None
+        }
 
     def _open(self, record: EngineRecord) -> None:
         model = self._catalog.by_fingerprint(record.base_fingerprint)

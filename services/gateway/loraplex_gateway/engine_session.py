@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +14,7 @@ from loraplex_common.grpc_channel import open_channel
 from loraplex_common.log import get_logger
 
 from loraplex_gateway import engine_wire
+from loraplex_gateway.liveness import Liveness
 from loraplex_gateway.session_state import TRANSITIONS, SessionState
 from loraplex_gateway.ticket import EngineLostError, Ticket
 
@@ -60,6 +62,7 @@ class EngineSession:
         self._on_change = on_change
         self._load = engine_pb2.LoadReport()
         self._in_flight_at_report = 0
+        self._liveness = Liveness(time.monotonic)
         self._tickets: dict[int, Ticket] = {}
         self._digests: dict[int, str] = {}  # slot -> adapter in use there
         self._digest_uses: Counter[str] = Counter()
@@ -84,6 +87,11 @@ class EngineSession:
     def is_candidate(self) -> bool:
         """Whether new requests may go here."""
         return self.state is SessionState.OPEN and not self.record.is_draining and not self._load.draining
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the engine shows on this session that it lives, whatever the registry says."""
+        return self.state is SessionState.OPEN and self._liveness.is_proven
 
     @property
     def load(self) -> int:
@@ -227,6 +235,7 @@ class EngineSession:
     def _receive(self, message: engine_pb2.SessionResponse) -> None:
         if self.state is SessionState.CONNECTING:
             engine_wire.check_welcome(message.welcome, self.record)
+        self._liveness.hear(message, has_work=bool(self._tickets))
         if message.HasField("residency"):
             self._update_residency(message.residency)
         tickets = self._tickets
@@ -296,6 +305,7 @@ class EngineSession:
         self._has_outgoing.clear()
         self.resident.clear()
         self._load, self._in_flight_at_report = engine_pb2.LoadReport(), 0
+        self._liveness.forget()
         if self.state is SessionState.OPEN:
             self._move(SessionState.CONNECTING)
         for ticket in tickets:

@@ -1,14 +1,14 @@
-"""Reads the engine registry in Valkey; what was last known stays while Valkey is away."""
+"""Reads the engine registry in Valkey; what was last known stays while Valkey is away or takes no writes."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.log import get_logger
+from loraplex_common.errors import LoraplexError
+from loraplex_common.housekeeping import Trouble
 from loraplex_common.registry import ENGINE_LEASE_S, EngineRecord, RegistryReader
 from loraplex_common.tasks import deliver_cancellation
-from redis.exceptions import RedisError
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 POLL_S: Final = 0.5
 READ_TIMEOUT_S: Final = 5.0
-
-_log = get_logger()
 
 
 class RegistryWatcher:
@@ -32,7 +30,8 @@ class RegistryWatcher:
     def __init__(self, valkey: Redis, pool: EnginePool) -> None:
         self._reader = RegistryReader(valkey)
         self._pool = pool
-        self._is_down = False
+        self._away, self._frozen = Trouble(), Trouble()
+        self._is_trusted = True
         self._records: dict[str, EngineRecord] = {}
         self._trusted_from = 0.0
 
@@ -47,17 +46,26 @@ class RegistryWatcher:
         """Read the registry once; a failure leaves everything as it is."""
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
-                records = await self._reader.read()
-        except (RedisError, OSError, TimeoutError) as error:
-            if not self._is_down:
-                _log.warning("Valkey is away; engines stay as last known", cause=str(error))
-            self._is_down = True
+                view = await self._reader.view()
+        except (LoraplexError, TimeoutError) as error:
+            self._away.warn("Valkey is away; engines stay as last known", cause=str(error))
+            self._is_trusted = False
             return
+        self._away.over("Valkey is back")
+        if not view.takes_writes:
+            self._frozen.warn("Valkey takes no writes; engines whose lease runs out are asked themselves")
+            self._is_trusted = False
+            self._records = {**self._records, **view.leased}
+            self._pool.sync(view.leased, view.lapsed)
+            return
+        self._frozen.over("Valkey takes writes again")
+        self._believe(view.leased)
+
+    def _believe(self, leased: dict[str, EngineRecord]) -> None:
         now = asyncio.get_running_loop().time()
-        if self._is_down:
-            _log.info("Valkey is back")
+        if not self._is_trusted:
             # Leases ran out meanwhile and engines need a moment to renew them: nobody is taken for gone before that.
             self._trusted_from = now + ENGINE_LEASE_S
-        self._is_down = False
-        self._records = {**self._records, **records} if now < self._trusted_from else records
+        self._is_trusted = True
+        self._records = {**self._records, **leased} if now < self._trusted_from else leased
         self._pool.sync(self._records)

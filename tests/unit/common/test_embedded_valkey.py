@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 from loraplex_common import valkey
+from loraplex_common.errors import StoreUnavailableError
 from loraplex_common.valkey import EmbeddedValkey, ValkeyError, connect, server_binary
 
 DEADLINE_S = 20.0
@@ -113,6 +114,7 @@ def test_stopping_twice_is_harmless(tmp_path: Path) -> None:
 OWNER = """
 import sys, time
 from pathlib import Path
+from loraplex_common.errors import StoreUnavailableError
 from loraplex_common.valkey import EmbeddedValkey
 server = EmbeddedValkey(Path(sys.argv[1]))
 server.start()
@@ -154,7 +156,7 @@ async def test_connect_fails_within_seconds_where_nobody_answers(tmp_path: Path)
     client = connect(f"unix://{tmp_path}/nobody.sock")
     started = time.monotonic()
 
-    with pytest.raises(redis.ConnectionError):
+    with pytest.raises(StoreUnavailableError):
         await client.ping()
     assert time.monotonic() - started < 5
     await client.aclose()

@@ -8,7 +8,8 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_common.log_files import NUM_OLD_FILES, RotatingLog
+from loraplex_common import log_files
+from loraplex_common.log_files import KEPT_BYTES, NUM_OLD_FILES, RotatingLog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,3 +76,34 @@ def test_the_tail_goes_back_into_the_file_before(tmp_path: Path, num_lines: int)
     run_child(log, print_lines(12))
 
     assert log.tail(num_lines).splitlines() == [f"line {i:013}" for i in range(12)][-num_lines:]
+
+
+def test_logs_leave_the_last_of_the_disk_to_the_adapters_and_go_on_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = RotatingLog(tmp_path / "engine.log")
+    run_child(log, print_lines(1))
+    size = log.path.stat().st_size
+    monkeypatch.setattr(log_files, "_has_room", lambda directory: False)
+
+    run_child(log, print_lines(10_000))
+
+    assert log.path.stat().st_size == size
+    assert log.tail(1) == f"line {9999:013}"
+
+    monkeypatch.setattr(log_files, "_has_room", lambda directory: True)
+    run_child(log, "print('room', file=__import__('sys').stderr)")
+
+    lines = log.path.read_text().splitlines()
+    assert lines[1] == f"... {10_000 * 19 - KEPT_BYTES} bytes of log are lost: the disk had no room"
+    assert lines[-2:] == [f"line {9999:013}", "room"]
+
+
+def test_a_child_goes_on_while_its_log_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "engine.log").symlink_to("/dev/full")
+    log = RotatingLog(tmp_path / "engine.log")
+
+    run_child(log, print_lines(10_000) + f"; open({str(tmp_path / 'done')!r}, 'w')")
+
+    assert (tmp_path / "done").exists()
+    assert log._unwritten.endswith(b"9999\n")

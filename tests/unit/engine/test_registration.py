@@ -5,7 +5,14 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_common.registry import ENGINE_LEASE_S, ENGINES_KEY, EngineRecord, engine_key
+from loraplex_common.registry import (
+    ENGINE_LEASE_S,
+    ENGINE_RECORD_S,
+    ENGINES_KEY,
+    EngineRecord,
+    RegistryReader,
+    engine_key,
+)
 from loraplex_common.valkey import EmbeddedValkey, connect
 from loraplex_engine.registration import Registration
 from support.waiting import eventually
@@ -48,11 +55,13 @@ async def read(client: redis.asyncio.Redis) -> EngineRecord | None:
     return EngineRecord.from_json(data) if data else None
 
 
-async def test_the_record_lives_as_long_as_its_lease(client: redis.asyncio.Redis) -> None:
+async def test_the_record_outlives_the_lease_for_gateways_that_start_while_no_lease_can_be_renewed(
+    client: redis.asyncio.Redis,
+) -> None:
     assert await Registration(client, RECORD).renew()
 
     assert await read(client) == RECORD
-    assert 0 < await client.pttl(engine_key("e1")) <= ENGINE_LEASE_S * 1000
+    assert ENGINE_LEASE_S * 1000 < await client.pttl(engine_key("e1")) <= ENGINE_RECORD_S * 1000
     score = await client.zscore(ENGINES_KEY, "e1")
     assert score == pytest.approx(time.time() + ENGINE_LEASE_S, abs=2)
 
@@ -97,3 +106,22 @@ async def test_the_record_comes_back_after_valkey_was_away(valkey: EmbeddedValke
 
     assert (was_written_while_away, was_written_after) == (False, True)
     assert await read(client) == RECORD
+
+
+async def test_a_lease_is_renewed_and_withdrawn_while_valkey_is_full(client: redis.asyncio.Redis) -> None:
+    await client.config_set("maxmemory", 1)
+    registration = Registration(client, RECORD)
+
+    assert await registration.renew()
+    assert await RegistryReader(client).read() == {"e1": RECORD}
+
+    await registration.withdraw()
+    assert await RegistryReader(client).read() == {}
+
+
+async def test_engines_that_died_long_ago_leave_the_registry(client: redis.asyncio.Redis) -> None:
+    await client.zadd(ENGINES_KEY, {"old": time.time() - ENGINE_RECORD_S - 1, "late": time.time() - 1})
+
+    await Registration(client, RECORD).renew()
+
+    assert await client.zrange(ENGINES_KEY, 0, -1) == [b"late", b"e1"]

@@ -7,10 +7,10 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from loraplex_common.errors import StoreUnavailableError
 from loraplex_common.registry import EngineRecord
 from loraplex_gateway import registry_watcher
 from loraplex_gateway.registry_watcher import RegistryWatcher
-from redis.exceptions import ConnectionError as ValkeyConnectionError
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -40,9 +40,11 @@ class ValkeyDouble:
     def __init__(self) -> None:
         self.records: dict[str, str] | None = {}
 
-    async def zrangebyscore(self, *_: object) -> list[bytes]:
+    async def zrangebyscore(self, _key: str, _low: object, high: object) -> list[bytes]:
         if self.records is None:
-            raise ValkeyConnectionError("down")
+            raise StoreUnavailableError("down")
+        if high != "+inf":
+            return []  # of leases that ran out
         return [engine_id.encode() for engine_id in self.records]
 
     async def mget(self, keys: list[str]) -> list[bytes]:

@@ -157,14 +157,14 @@ async def _registered_engines(redis_url: str) -> list[str]:
     Raises:
         ConnectionError: If Valkey does not answer.
     """
+    from loraplex_common.errors import LoraplexError
     from loraplex_common.registry import RegistryReader
     from loraplex_common.valkey import connect as connect_valkey
-    from redis.exceptions import RedisError
 
     client = connect_valkey(redis_url)
     try:
         return [record.target for record in (await RegistryReader(client).read()).values()]
-    except RedisError as error:
+    except LoraplexError as error:
         raise ConnectionError(str(error)) from error
     finally:
         await client.aclose()

@@ -855,16 +855,20 @@ class WatchAliasesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     START_SEQUENCE_FIELD_NUMBER: _builtins.int
+    START_HISTORY_ID_FIELD_NUMBER: _builtins.int
     start_sequence: _builtins.int
     """Changes after this sequence; 0 means the whole table first. Too old: OUT_OF_RANGE."""
+    start_history_id: _builtins.str
+    """The history_id that came with the sequence; if it is set and no longer holds: OUT_OF_RANGE."""
     def __init__(
         self,
         *,
         start_sequence: _builtins.int = ...,
+        start_history_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["start_sequence", b"start_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["start_history_id", b"start_history_id", "start_sequence", b"start_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -922,12 +926,17 @@ class WatchAliasesResponse(_message.Message):
     ENTRIES_FIELD_NUMBER: _builtins.int
     SNAPSHOT_START_FIELD_NUMBER: _builtins.int
     SNAPSHOT_END_FIELD_NUMBER: _builtins.int
+    HISTORY_ID_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """The table's version after this message."""
     snapshot_start: _builtins.bool
     """True on the first message of a full table: forget everything known before."""
     snapshot_end: _builtins.bool
     """True on the last message of a full table."""
+    history_id: _builtins.str
+    """The history that the sequence counts in: another one than before means that the stored state may be an earlier one
+    (a restored backup, a replica that lagged behind), and a full table follows.
+    """
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchAliasesResponse.Entry]:
         """Names that are new or changed; each replaces what was known of it."""
@@ -939,10 +948,11 @@ class WatchAliasesResponse(_message.Message):
         entries: _abc.Iterable[Global___WatchAliasesResponse.Entry] | None = ...,
         snapshot_start: _builtins.bool = ...,
         snapshot_end: _builtins.bool = ...,
+        history_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "sequence", b"sequence", "snapshot_end", b"snapshot_end", "snapshot_start", b"snapshot_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "history_id", b"history_id", "sequence", b"sequence", "snapshot_end", b"snapshot_end", "snapshot_start", b"snapshot_start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

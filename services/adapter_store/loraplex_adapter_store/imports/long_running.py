@@ -22,6 +22,7 @@ from loraplex_common.errors import (
     LoraplexError,
     to_status,
 )
+from loraplex_common.housekeeping import Trouble
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
@@ -175,12 +176,13 @@ class LongRunning:
 
     async def _finish(self, operation_id: str, running: _Running) -> None:
         running.finished.set()
+        trouble = Trouble()
         while True:  # until Valkey has it, this replica goes on answering from memory
             try:
                 await self._save(operation_id, running, FINISHED_TTL_S)
                 break
             except LoraplexError as error:
-                _log.warning("an operation's end is not saved yet", operation=operation_id, error=error.message)
+                trouble.warn("an operation's end is not saved yet", operation=operation_id, error=error.message)
                 if self._is_closing:
                     break
                 await asyncio.sleep(HEARTBEAT_S)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from loraplex_common.errors import ConflictError, StoreUnavailableError
 from loraplex_common.log import get_logger
-from redis.exceptions import ResponseError
+from loraplex_common.valkey_errors import ValkeyRefusedError
 
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
 from loraplex_adapter_store.repository import keys, scripts
@@ -30,6 +31,21 @@ Change = Callable[[AdapterRecord], AdapterRecord]
 
 Told = Callable[[AdapterRecord], Awaitable[None]]
 """Waits until gateways are told of a record as it is after a change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A state of the catalog.
+
+    Attributes:
+        history_id: The run of the server and its line of replication: sequences of two histories cannot be compared,
+            because a server that starts may have an earlier state (a backup, an append-only file cut short), and so may a
+            replica that takes over.
+        sequence: Number of changes so far.
+    """
+
+    history_id: str
+    sequence: int
 
 
 class RevisionGoneError(Exception):
@@ -86,10 +102,15 @@ class Catalog:
         """Return a record together with its revisions."""
         return AdapterView(record, tuple(await self.get_revisions(record.revisions)))
 
-    async def sequence(self) -> int:
-        """Return the number of changes so far."""
+    async def position(self) -> Position:
+        """Return where the catalog stands."""
         with keys.translated():
-            return int(await self._client.get(keys.SEQUENCE) or 0)
+            async with self._client.pipeline(transaction=False) as pipeline:
+                pipeline.get(keys.SEQUENCE)
+                pipeline.info("server")
+                pipeline.info("replication")
+                sequence, server, replication = await pipeline.execute()
+        return Position(f"{server['run_id']}-{replication['master_replid']}", int(sequence or 0))
 
     async def answer_to(self, request_id: str) -> bytes | None:
         """Return what the mutation with this request_id answered, if it has been made."""
@@ -113,7 +134,7 @@ class Catalog:
     async def abandon(self, digest: str) -> None:
         """Let a reserved revision be collected at once, unless something refers to it."""
         with keys.translated():
-            await self._client.zadd(keys.GARBAGE, {digest: round(time.time() * 1000)}, xx=True)
+            await self._client.eval(scripts.POSTPONE, 1, keys.GARBAGE, digest, round(time.time() * 1000))
 
     async def change(
         self, name: str, apply: Change, *, answer: str, revision: Revision | None = None, request_id: str = ""
@@ -174,7 +195,8 @@ class Catalog:
         values.append(revision.to_json() if revision else "")
         with keys.translated():
             async with self._client.client() as connection:  # WAITAOF is about this connection's writes
-                status, detail = await connection.eval(scripts.COMMIT, len(names), *names, *values)
+                script = scripts.REMOVE if new.is_deleted else scripts.COMMIT
+                status, detail = await connection.eval(script, len(names), *names, *values)
                 if status == b"ok":
                     await self._wait_for_disk(connection)
         return status, detail
@@ -184,10 +206,12 @@ class Catalog:
             return
         try:
             local, _ = await connection.execute_command("WAITAOF", 1, 0, round(FSYNC_TIMEOUT_S * 1000))
-        except ResponseError as error:
+        except ValkeyRefusedError as error:
+            if not error.answer.startswith(("WAITAOF", "unknown command", "ERR")):
+                raise
             # No append-only file, or a server older than WAITAOF: the operator's choice, but one to know about.
             _log.warning(
-                "changes are acknowledged before they are on disk: turn Valkey's appendonly on", error=str(error)
+                "changes are acknowledged before they are on disk: turn Valkey's appendonly on", error=error.answer
             )
             self._has_aof = False
             return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.registry import EngineRecord, RegistryReader, hints_key
 
-from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.repository import keys, scripts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -30,13 +30,9 @@ class EngineHoldings:
         """Tell what an engine holds: digest -> leases. Lasts `TTL_S` unless repeated."""
         key = keys.held(engine_id)
         with keys.translated():
-            async with self._client.pipeline(transaction=True) as pipeline:
-                pipeline.delete(key)
-                if leases:
-                    pipeline.hset(key, mapping=dict(leases))
-                    pipeline.expire(key, TTL_S)
-                await pipeline.execute()
-            await self._client.sadd(ATTACHED, engine_id)
+            entries = [word for digest, count in leases.items() for word in (digest, count)]
+            await self._client.eval(scripts.PUBLISH, 1, key, TTL_S, *entries)
+            await self._client.eval(scripts.ATTACH, 1, ATTACHED, engine_id)
 
     async def withdraw(self, engine_id: str) -> None:
         """Say that an engine has gone."""

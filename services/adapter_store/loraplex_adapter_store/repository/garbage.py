@@ -6,10 +6,11 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import LoraplexError
+from loraplex_common.housekeeping import keep_doing
 from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.repository import keys, scripts
+from loraplex_adapter_store.repository.engines import RENEW_S
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _log = get_logger()
 LOCK_S: Final = 60.0
+SETTLE_S: Final = 1.2 * RENEW_S
 BATCH: Final = 100
 
 
@@ -43,15 +45,18 @@ class GarbageCollector:
         self._holdings = holdings
         self._interval_s = interval_s
         self._on_garbage = on_garbage
+        self._settle_s = 0.0
 
     async def run(self) -> None:
-        """Collect for ever; failures of Valkey are waited out."""
-        while True:
-            await asyncio.sleep(self._interval_s)
-            try:
-                await self.collect()
-            except LoraplexError as error:
-                _log.warning("garbage collection put off", error=error.message)
+        """Collect for ever; failures of Valkey, and of one revision, are waited out."""
+        await keep_doing(self._turn, name="garbage collection")
+
+    async def _turn(self) -> None:
+        await asyncio.sleep(self._settle_s or self._interval_s)
+        # What engines hold may have run out while nobody could say so: whoever fails waits until all could again.
+        self._settle_s = SETTLE_S
+        await self.collect()
+        self._settle_s = 0.0
 
     async def collect(self) -> int:
         """Delete what is due; return how many revisions."""
@@ -65,7 +70,8 @@ class GarbageCollector:
         for digest in (raw.decode() for raw in due):
             if digest in held:  # look again in a while; the engine may still need to fetch it
                 with keys.translated():
-                    await self._client.zadd(keys.GARBAGE, {digest: now + round(self._interval_s * 1000)}, xx=True)
+                    due_ms = now + round(self._interval_s * 1000)
+                    await self._client.eval(scripts.POSTPONE, 1, keys.GARBAGE, digest, due_ms)
                 await self._on_garbage(digest)
                 continue
             collected += await self._collect(digest, now)

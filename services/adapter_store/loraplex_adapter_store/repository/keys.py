@@ -1,4 +1,4 @@
-"""Names of the store's own keys in Valkey, and the translation of Valkey's failures.
+"""Names of the store's own keys in Valkey.
 
 Catalog keys share one hash tag, so that the scripts over several of them also run on a cluster. Chunks are spread by
 their digest (``a:{sha}:...``).
@@ -9,11 +9,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from loraplex_common.errors import SaturatedError, StoreUnavailableError
+from loraplex_common import valkey_errors
 from loraplex_common.tasks import deliver_cancellation
-from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, RedisError
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,32 +84,17 @@ def cancelled(operation_id: str) -> str:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn Valkey's failures inside the block into errors of the contract.
+    """Turn Valkey's failures inside the block into errors of the contract, see `valkey_errors`.
 
     Also delivers cancellation: Python 3.11's `asyncio.wait_for`, which redis-py sends through, swallows one that comes in
     the same moment as its result (fixed in 3.12), and a loop over Valkey would then never end.
 
     Raises:
-        StoreUnavailableError: If Valkey cannot be reached or is loading; RetryInfo says one second.
+        StoreUnavailableError: If Valkey cannot be reached or refuses.
         SaturatedError: If it is full.
     """
     try:
-        yield
-    except OutOfMemoryError as error:
-        raise SaturatedError(
-            "Valkey is full: delete adapters or raise its maxmemory",
-            retry_after_s=10.0,
-            metadata={"valkey": str(error)},
-        ) from error
-    except (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError, OSError) as error:
-        raise StoreUnavailableError(
-            "the adapter store cannot reach its Valkey; streams on resident adapters go on", retry_after_s=1.0
-        ) from error
-    except RedisError as error:
-        if str(error).startswith("OOM"):  # inside a script
-            raise SaturatedError(
-                "Valkey is full: delete adapters or raise its maxmemory", retry_after_s=10.0
-            ) from error
-        raise
+        with valkey_errors.translated():
+            yield
     finally:
         deliver_cancellation()

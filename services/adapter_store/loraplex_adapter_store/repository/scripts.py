@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from loraplex_common.valkey_errors import ALLOWED_WHEN_FULL
+
 COMMIT: Final = """
 -- Replaces one adapter's record if nobody else changed it since it was read.
 -- KEYS: adapter, index, sequence, changes, garbage, request, then (revision, references) per added revision,
@@ -46,7 +48,35 @@ if redis.call('SCARD', KEYS[3]) == 0 then redis.call('ZADD', KEYS[2], 'GT', ARGV
 return 1
 """
 
-BEGIN_COLLECTION: Final = """
+REMOVE: Final = ALLOWED_WHEN_FULL + COMMIT
+"""`COMMIT` for changes that give something up: room is made when there is none left."""
+
+POSTPONE: Final = (
+    ALLOWED_WHEN_FULL
+    + """
+-- Moves when a revision may be collected.  KEYS: garbage.  ARGV: digest, due (ms)
+return redis.call('ZADD', KEYS[1], 'XX', ARGV[2], ARGV[1])
+"""
+)
+
+PUBLISH: Final = (
+    ALLOWED_WHEN_FULL
+    + """
+-- Replaces what an engine holds: bounded by its memory, and what is not known to be held is collected.
+-- KEYS: held.  ARGV: seconds to live, then digest and leases of each
+redis.call('DEL', KEYS[1])
+for i = 2, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+return 1
+"""
+)
+
+ATTACH: Final = ALLOWED_WHEN_FULL + "return redis.call('SADD', KEYS[1], ARGV[1])"
+"""KEYS: attached.  ARGV: engine id."""
+
+BEGIN_COLLECTION: Final = (
+    ALLOWED_WHEN_FULL
+    + """
 -- Takes a revision out of the catalog if it is due and nothing refers to it.
 -- KEYS: garbage, references, collecting, revision.  ARGV: digest, now (ms), lock (ms)
 local due = redis.call('ZSCORE', KEYS[1], ARGV[1])
@@ -58,6 +88,7 @@ redis.call('DEL', KEYS[4])
 redis.call('ZADD', KEYS[1], tonumber(ARGV[2]) + tonumber(ARGV[3]), ARGV[1])
 return 1
 """
+)
 
 END_COLLECTION: Final = """
 -- KEYS: garbage, collecting.  ARGV: digest

@@ -1,0 +1,136 @@
+"""The one place where failures of Valkey, and of the library that talks to it, become errors of the contract.
+
+`TranslatingClient` raises nothing else, so that no service has to know the library's exceptions: whoever catches
+`LoraplexError` catches all of them, and an RPC that ends with one answers with its class.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import redis.asyncio
+import redis.asyncio.client
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from loraplex_common.errors import LoraplexError, SaturatedError, StoreUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ALLOWED_WHEN_FULL: Final = "#!lua flags=allow-oom\n"
+"""First line of a script that Valkey also runs when its memory is full: one that frees memory or needs next to none."""
+
+_FULL: Final = "Valkey is full: delete adapters or raise its maxmemory"
+_DISK_FULL: Final = "Valkey takes no writes, because it cannot write to its disk: make room there"
+# By the word that Valkey's answer begins with; what is not here is passed on in Valkey's words.
+_REMEDIES: Final = {
+    "MISCONF": _DISK_FULL,
+    "LOADING": "Valkey is loading its data",
+    "READONLY": "this Valkey is a replica and takes no writes: name its primary in --redis-url",
+    "MASTERDOWN": "this Valkey is a replica that has lost its primary",
+    "NOREPLICAS": "Valkey takes no writes, because it has too few replicas",
+    "BUSY": "Valkey is busy with a script",
+    "CLUSTERDOWN": "Valkey's cluster is down",
+    "TRYAGAIN": "Valkey's cluster is moving its slots",
+    "NOAUTH": "Valkey wants a password: give it in --redis-url",
+    "WRONGPASS": "Valkey refuses user or password of --redis-url",
+    "NOPERM": "Valkey's user of --redis-url may not do this",
+}
+# The library cuts the word off where it has a class.
+_WORDS: Final[dict[type[Exception], str]] = {
+    BusyLoadingError: "LOADING",
+    ReadOnlyError: "READONLY",
+    MasterDownError: "MASTERDOWN",
+    ClusterDownError: "CLUSTERDOWN",
+    TryAgainError: "TRYAGAIN",
+    NoPermissionError: "NOPERM",
+}
+
+
+class ValkeyRefusedError(StoreUnavailableError):
+    """Valkey answered a command with an error of its own.
+
+    Attributes:
+        answer: What it said.
+    """
+
+    def __init__(self, message: str, answer: str) -> None:
+        super().__init__(message, retry_after_s=5.0, metadata={"valkey": answer[:200]})
+        self.answer = answer
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn Valkey's failures inside the block into errors of the contract.
+
+    Raises:
+        SaturatedError: If it is full.
+        ValkeyRefusedError: If it answers with an error.
+        StoreUnavailableError: If it cannot be reached; RetryInfo says one second.
+    """
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        raise _error(error) from error
+
+
+def _error(error: RedisError | OSError) -> LoraplexError:
+    text = str(error)
+    if isinstance(error, OutOfMemoryError) or "OOM command not allowed" in text:
+        return SaturatedError(_FULL, retry_after_s=10.0, metadata={"valkey": text[:200]})
+    if word := _first_word(error, text):
+        return ValkeyRefusedError(_REMEDIES.get(word, f"Valkey refused a command: {text[:200]}"), text)
+    return StoreUnavailableError(
+        "the adapter store cannot reach its Valkey; streams on resident adapters go on", retry_after_s=1.0
+    )
+
+
+def _first_word(error: Exception, text: str) -> str:
+    """Return what kind of answer an error is, or nothing if there was no answer."""
+    for cls, word in _WORDS.items():
+        if isinstance(error, cls):
+            return word
+    if isinstance(error, AuthenticationError):
+        return "NOAUTH" if "required" in text else "WRONGPASS"
+    if isinstance(error, RedisConnectionError | RedisTimeoutError | OSError):
+        return ""
+    # A pipeline wraps what was answered: Command # 1 (SET a b) of pipeline caused error: ('MISCONF ...',)
+    answer = text.partition("of pipeline caused error: ")[2].lstrip("('\"") or text
+    return answer.split(" ", 1)[0] or "ERR"
+
+
+class TranslatingClient(redis.asyncio.Redis):
+    """`redis.asyncio.Redis` whose commands raise errors of the contract, and nothing of the library's."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Run one command.
+
+        Raises:
+            LoraplexError: As `translated`.
+        """
+        with translated():
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> _TranslatingPipeline:
+        """Return a pipeline whose `execute` raises errors of the contract."""
+        return _TranslatingPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
+class _TranslatingPipeline(redis.asyncio.client.Pipeline):
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        with translated():
+            found: list[Any] = await super().execute(raise_on_error)
+            return found
