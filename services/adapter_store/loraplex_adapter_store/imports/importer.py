@@ -15,9 +15,10 @@ from loraplex_common.log import get_logger
 from loraplex_common.rank_limits import check_servable
 
 from loraplex_adapter_store.checkpoint.canonical import CanonicalForm, canonicalise
+from loraplex_adapter_store.checkpoint.confinement import Confinement
 from loraplex_adapter_store.checkpoint.peft_config import parse_peft_config
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
-from loraplex_adapter_store.checkpoint.tokenizer_files import check_tokenizer_files
+from loraplex_adapter_store.checkpoint.tokenizer_check import check_strange_tokenizer
 from loraplex_adapter_store.imports.files import CheckpointFiles
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
 from loraplex_adapter_store.repository.catalog import Catalog, RevisionGoneError, Told
@@ -91,6 +92,14 @@ class ImportOutcome:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(slots=True)
+class _SharedCheck:
+    """A source being fetched and checked, and the imports that wait for it."""
+
+    task: asyncio.Task[tuple[CanonicalForm, str]]
+    num_waiting: int = 0
+
+
 Fetch = Callable[[], CheckpointFiles]
 """Reads a checkpoint; blocks, so it runs in a thread."""
 
@@ -126,7 +135,7 @@ class Importer:
         self._engines = engines
         self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
-        self._running: dict[tuple[str, str], asyncio.Task[tuple[CanonicalForm, str]]] = {}
+        self._running: dict[tuple[str, str], _SharedCheck] = {}
 
     @property
     def budget(self) -> ImportBudget:
@@ -170,14 +179,19 @@ class Importer:
 
     async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
         key = (source, target.base_model)
-        task = self._running.get(key)
-        if task is None:
-            task = asyncio.create_task(
-                self._fetch_and_check(fetch, target.base_model, progress), name=f"fetch {source}"
-            )
-            self._running[key] = task
-            task.add_done_callback(lambda _: self._running.pop(key, None))
-        form, origin = await asyncio.shield(task)
+        shared = self._running.get(key)
+        if shared is None:
+            work = self._fetch_and_check(fetch, target.base_model, progress)
+            shared = self._running[key] = _SharedCheck(asyncio.create_task(work, name=f"fetch {source}"))
+        shared.num_waiting += 1
+        try:
+            form, origin = await asyncio.shield(shared.task)
+        finally:
+            shared.num_waiting -= 1
+            if not shared.num_waiting:  # it is done, or nobody wants it any more
+                shared.task.cancel()
+            if self._running.get(key) is shared and (shared.task.done() or not shared.num_waiting):
+                del self._running[key]
         return await self._store(form, origin, target, progress)
 
     async def _fetch_and_check(self, fetch: Fetch, base_model: str, progress: Progress) -> tuple[CanonicalForm, str]:
@@ -191,19 +205,23 @@ class Importer:
         return await self._store(form, files.source, target, progress)
 
     async def _check(self, files: CheckpointFiles, base_model: str) -> CanonicalForm:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor, self._check_blocking, files, base_model, self._engines()
-        )
+        confinement = Confinement()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._executor, self._check_blocking, files, base_model, self._engines(), confinement
+            )
+        finally:
+            confinement.close()  # if this is cancelled, the thread still works
 
     def _check_blocking(
-        self, files: CheckpointFiles, base_model: str, engines: tuple[EngineLimits, ...]
+        self, files: CheckpointFiles, base_model: str, engines: tuple[EngineLimits, ...], confinement: Confinement
     ) -> CanonicalForm:
         """Check a checkpoint against its base model and build its canonical form; runs in a thread."""
         config = parse_peft_config(files.config)
         chosen = self._bases.choose(config.base_model_name_or_path, base_model)
         base = chosen.base
-        check_tokenizer_files(files.tokenizer, base.directory)
-        form = canonicalise(read_checkpoint(files.config, files.weights, base.info))
+        check_strange_tokenizer(files.tokenizer, base.directory, confinement)
+        form = canonicalise(read_checkpoint(files.config, files.weights, base.info, confinement))
         try:
             check_servable(form.spec.ranks, base.info, engines)
         except ImageError as error:
