@@ -13,6 +13,7 @@ from loraplex_adapter_store.checkpoint.patterns import PatternMatcher
 from loraplex_adapter_store.checkpoint.peft_config import PeftConfig, parse_peft_config
 from loraplex_adapter_store.checkpoint.safetensors_file import MAX_BFLOAT16, Tensor, read_tensors
 from loraplex_adapter_store.checkpoint.tensor_names import module_name, parse_tensor_name, tensor_name
+from loraplex_adapter_store.checkpoint.trial import check_trial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +71,8 @@ def read_checkpoint(
         confinement: Owner of the child process that matches patterns, if there are any.
 
     Raises:
-        AdapterCorruptUploadError: If a file is not sound, or a tensor holds NaN or infinity.
+        AdapterCorruptUploadError: If a file is not sound, or a tensor holds NaN or infinity, or a trial product
+            leaves the range of engines' dtypes.
         AdapterIncompatibleError: If it cannot be served on this base; the message names setting or tensor.
     """
     config = parse_peft_config(config_data)
@@ -92,6 +94,7 @@ def read_checkpoint(
                     f"tensor {tensor_name(layer, projection, matrix)} is missing, although {CONFIG_FILE} targets it"
                 )
         modules.append(_check_module(config, rules, base, layer, projection, pair["A"], pair["B"]))
+    check_trial(modules, base)
     return Checkpoint(base.fingerprint, tuple(modules), tuple(_warnings(modules)))
 
 
