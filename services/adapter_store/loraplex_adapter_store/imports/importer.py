@@ -72,6 +72,7 @@ class ImportTarget:
     Attributes:
         label: Label to move besides ``latest``; may be empty.
         base_model: Overrides the checkpoint's own word; may be empty.
+        content: Digest of all that is asked for but the request_id.
         is_staged: Whether ``latest`` stays where it is.
     """
 
@@ -79,7 +80,13 @@ class ImportTarget:
     label: str = ""
     base_model: str = ""
     request_id: str = ""
+    content: str = ""
     is_staged: bool = False
+
+    @property
+    def asked(self) -> Answer:
+        """What is asked, for whoever looks whether it has been before."""
+        return Answer("import", self.name, content=self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +262,7 @@ class Importer:
             lambda old: old.with_import(form.revision, target.label, now, is_staged=target.is_staged),
             revision=None if exists else revision,
             request_id=target.request_id,
-            answer=Answer("import", target.name, form.revision, form.warnings).to_json(),
+            answer=replace(target.asked, revision=form.revision, warnings=form.warnings),
         )
         _log.info("adapter imported", name=target.name, revision=form.revision, source=source, already_existed=exists)
         for warning in form.warnings:
