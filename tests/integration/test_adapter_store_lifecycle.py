@@ -283,10 +283,48 @@ async def test_a_repeated_call_changes_nothing(client: StoreClient, tmp_path: Pa
     assert repeated.adapter.etag == alias.adapter.etag
 
     assert (await delete(client, "a", request_id=ids[3])).etag == (await delete(client, "a", request_id=ids[3])).etag
-    with refused(InvalidParameterError, "was used to delete"):
+    with refused(AlreadyExistsError, "was used to delete 'a'"):
         await delete(client, "b", request_id=ids[3])
     with refused(InvalidParameterError, "no UUID"):
         await delete(client, "b", request_id="mine")
+
+
+async def test_a_request_id_is_good_for_one_call_only(client: StoreClient, tmp_path: Path) -> None:
+    one, other = (write_adapter(tmp_path / name, tiny_base_dir(), Recipe(seed=n)) for n, name in enumerate("ab"))
+    imported, uploaded, moved = (new_id() for _ in range(3))
+    first = await client.import_dir("a", one, request_id=imported)
+    await client.upload_recipe("b", Recipe(seed=2), request_id=uploaded)
+    await set_alias(client, "a", "prod", first.revision.revision, request_id=moved)
+    used = "was used, with another content, to"
+
+    with refused(AlreadyExistsError, f"{used} import 'a'"):
+        await client.import_dir("a", other, request_id=imported)
+    with refused(AlreadyExistsError, f"{used} import 'a'"):
+        await client.import_dir("a", one, label="prod", request_id=imported)
+    with refused(AlreadyExistsError, "was used to import 'a'"):
+        await client.import_dir("b", one, request_id=imported)
+    with refused(AlreadyExistsError, f"{used} import 'b'"):
+        await client.upload_recipe("b", Recipe(seed=3), request_id=uploaded)
+    with refused(AlreadyExistsError, f"{used} import 'b'"):
+        await client.import_dir("b", other, request_id=uploaded)
+    with refused(AlreadyExistsError, f"{used} alias 'a'"):
+        await set_alias(client, "a", "canary", first.revision.revision, request_id=moved)
+
+    assert (await client.import_dir("a", one, request_id=imported)).revision.revision == first.revision.revision
+    assert (await client.get("a")).adapter.etag == "v2"
+
+
+async def test_of_two_calls_at_once_with_one_request_id_one_is_refused(client: StoreClient) -> None:
+    shared = new_id()
+
+    answers = await asyncio.gather(
+        *(client.upload_recipe("a", Recipe(seed=n % 2), request_id=shared) for n in range(4)), return_exceptions=True
+    )
+
+    refusals = [answer for answer in answers if isinstance(answer, AlreadyExistsError)]
+    assert len(refusals) == 2
+    served = {answer.revision.revision for answer in answers if not isinstance(answer, BaseException)}
+    assert served == {(await client.get("a")).revision.revision}
 
 
 async def test_many_imports_at_once_all_count(client: StoreClient, tmp_path: Path) -> None:

@@ -37,10 +37,12 @@ class Caller:
 
     Attributes:
         request_id: Makes a repeated mutation harmless; may be empty.
+        content: Digest of all that is asked for but the request_id.
     """
 
     tenant: Tenant
     request_id: str = ""
+    content: str = ""
 
 
 class Lifecycle:
@@ -188,14 +190,14 @@ class Lifecycle:
         return record
 
     async def _change(self, kind: str, name: str, apply: Change, caller: Caller) -> AdapterRecord:
+        asked = Answer(kind, name, content=caller.content)
         if (answer := await self._catalog.answer_to(caller.request_id)) is not None:
-            Answer.check(answer, kind, name)
+            asked.repeated(answer)
             record = await self._catalog.get(name)
             if record is not None:
                 await self._told(record)
                 return record
-        answer_json = Answer(kind, name).to_json()
-        record = await self._catalog.change(name, apply, request_id=caller.request_id, answer=answer_json)
+        record = await self._catalog.change(name, apply, request_id=caller.request_id, answer=asked)
         await self._told(record)
         return record
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, InvalidParameterError
+from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, AlreadyExistsError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, find_revision
 
 MAX_REVISIONS: Final = 100
@@ -150,32 +150,38 @@ class Answer:
         kind: Which call it was, e.g. ``import``.
         revision: The imported revision; empty for other kinds.
         warnings: What was said of it besides.
+        content: Digest of everything the call asked for; empty if an older version remembered it.
     """
 
     kind: str
     name: str
     revision: str = ""
     warnings: tuple[str, ...] = ()
+    content: str = ""
 
     def to_json(self) -> str:
-        """Encode for Valkey; without warnings as older replicas read it."""
+        """Encode for Valkey; what is empty is left out, as older replicas read it."""
         fields = dataclasses.asdict(self)
-        return json.dumps({key: value for key, value in fields.items() if key != "warnings" or value})
+        return json.dumps({key: value for key, value in fields.items() if key in ("kind", "name", "revision") or value})
 
-    @classmethod
-    def check(cls, data: bytes, kind: str, name: str) -> Answer:
-        """Decode what `to_json` wrote.
+    def repeated(self, remembered: bytes) -> Answer:
+        """Return what `to_json` wrote of an earlier call, if that was the same call as this one.
 
         Raises:
-            InvalidParameterError: If the request_id belongs to another call.
+            AlreadyExistsError: If the request_id belongs to another call; the message names it.
         """
-        fields = json.loads(data)
-        answer = cls(**fields | {"warnings": tuple(fields.get("warnings", ()))})
-        if (answer.kind, answer.name) != (kind, name):
-            raise InvalidParameterError(
-                f"this request_id was used to {answer.kind} {answer.name!r}; draw a new UUID4", field="request_id"
-            )
-        return answer
+        fields = json.loads(remembered)
+        known = {name: fields[name] for name in ("kind", "name", "revision", "content") if name in fields}
+        answer = Answer(**known, warnings=tuple(fields.get("warnings", ())))
+        is_same_kind = (answer.kind, answer.name) == (self.kind, self.name)
+        if is_same_kind and (not answer.content or not self.content or answer.content == self.content):
+            return answer
+        other = ", with another content," if is_same_kind else ""
+        raise AlreadyExistsError(
+            f"this request_id was used{other} to {answer.kind} {answer.name!r}; draw a new UUID4",
+            field="request_id",
+            metadata={"used_for": f"{answer.kind} {answer.name}"},
+        )
 
 
 @dataclass(frozen=True, slots=True)

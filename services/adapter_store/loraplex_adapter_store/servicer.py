@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import uuid
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import crc32c
 import grpc
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 
 Context = grpc.aio.ServicerContext[Any, Any]
 PART_BYTES: Final = 1024 * 1024
+_Mutation: TypeAlias = (
+    "pb.CreateAdapterRequest | pb.UpdateAdapterRequest | pb.DeleteAdapterRequest | pb.SetAliasRequest | "
+    "pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +69,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def CreateAdapter(self, request: pb.CreateAdapterRequest, context: Context) -> pb.CreateAdapterResponse:
         """Reserve a name."""
-        caller = _admin(request.request_id)
+        caller = _admin(request)
         name = check_adapter_name(request.adapter.name, field="adapter.name")
         tenants = tuple(request.adapter.allowed_tenants)
         record = await self._parts.lifecycle.create(name, request.adapter.description, tenants, caller)
@@ -72,7 +78,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         """Describe one adapter."""
         ref = AdapterRef.parse(request.name, field="name")
-        record, wanted, latest = await self._parts.lifecycle.get(ref, _caller())
+        record, wanted, latest = await self._parts.lifecycle.get(ref, Caller(current_tenant()))
         return pb.GetAdapterResponse(
             adapter=wire.adapter(record, latest), revision=wire.revision(wanted) if wanted is not None else None
         )
@@ -86,7 +92,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             after=paging.decode(request.page_token),
             prefix=request.name_prefix,
             show_deleted=request.show_deleted,
-            caller=_caller(),
+            caller=Caller(current_tenant()),
         )
         latest = await self._parts.lifecycle.latest_of(records)
         return pb.AdapterStoreServiceListAdaptersResponse(
@@ -96,7 +102,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:
         """Change the fields named in the mask."""
-        caller = _admin(request.request_id)
+        caller = _admin(request)
         change = AdapterRecord(
             name=check_adapter_name(request.adapter.name, field="adapter.name"),
             description=request.adapter.description,
@@ -108,7 +114,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Delete a name softly."""
-        caller = _admin(request.request_id)
+        caller = _admin(request)
         name = check_adapter_name(request.name)
         record = await self._parts.lifecycle.delete(name, request.etag, caller, force=request.force)
         return pb.DeleteAdapterResponse(adapter=await self._adapter(record))
@@ -120,7 +126,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         size, offset = paging.page_size(request.page_size), paging.decode_offset(request.page_token)
         name = check_adapter_name(request.name)
         revisions, has_more = await self._parts.lifecycle.revisions(
-            name, page_size=size, offset=offset, caller=_caller()
+            name, page_size=size, offset=offset, caller=Caller(current_tenant())
         )
         return pb.ListAdapterRevisionsResponse(
             revisions=[wire.revision(revision) for revision in revisions],
@@ -129,7 +135,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         """Move a label atomically."""
-        caller = _admin(request.request_id)
+        caller = _admin(request)
         name = check_adapter_name(request.alias.name, field="alias.name")
         label = check_label(request.alias.label, field="alias.label")
         given, expected = request.alias.revision, None
@@ -141,7 +147,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def ImportAdapter(self, request: pb.ImportAdapterRequest, context: Context) -> operations_pb2.Operation:
         """Start an import from a directory or the hub."""
-        target = _target(request, _admin(request.request_id))
+        target = _target(request, _admin(request))
         source: str | HubSource
         match request.WhichOneof("source"):
             case "uri":
@@ -161,7 +167,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidParameterError("the first message must be a header", field="header")
-        target = _target(first.header, _admin(first.header.request_id))
+        target = _target(first.header, _admin(first.header))
         files = tuple(
             AnnouncedFile(name=file.name, num_bytes=file.num_bytes, sha256=file.sha256) for file in first.header.files
         )
@@ -257,18 +263,20 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         return wire.adapter(record, latest.get(wire.latest_of(record) or ""))
 
 
-def _caller(request_id: str = "") -> Caller:
-    if request_id:
-        try:
-            uuid.UUID(request_id)
-        except ValueError:
-            raise InvalidParameterError(f"{request_id[:80]!r} is no UUID", field="request_id") from None
-    return Caller(current_tenant(), request_id)
-
-
-def _admin(request_id: str = "") -> Caller:
+def _admin(request: _Mutation) -> Caller:
+    """Return who asks for a change, and a digest of what: the request as it is but for its request_id."""
     require_admin()
-    return _caller(request_id)
+    if not request.request_id:
+        return Caller(current_tenant())
+    try:
+        uuid.UUID(request.request_id)
+    except ValueError:
+        raise InvalidParameterError(f"{request.request_id[:80]!r} is no UUID", field="request_id") from None
+    asked = copy.deepcopy(request)
+    asked.ClearField("request_id")
+    name = asked.DESCRIPTOR.full_name
+    content = hashlib.sha256(name.encode() + b"\0" + asked.SerializeToString(deterministic=True)).hexdigest()
+    return Caller(current_tenant(), request.request_id, content)
 
 
 def _target(request: pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header, caller: Caller) -> ImportTarget:
@@ -279,6 +287,7 @@ def _target(request: pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header, c
         label=check_label(request.label) if request.label else "",
         base_model=request.base_model,
         request_id=caller.request_id,
+        content=caller.content,
         is_staged=request.stage,
     )
 

@@ -141,7 +141,7 @@ class ConflictError(LoraplexError):
 
 
 class AlreadyExistsError(LoraplexError):
-    """The name is taken."""
+    """The name is taken, or the request_id by another call."""
 
     code, reason, http_status = grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS", 400
 

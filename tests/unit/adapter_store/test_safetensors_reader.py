@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_adapter_store.checkpoint.safetensors_file import MAX_HEADER_BYTES, read_tensors
+from loraplex_adapter_store.checkpoint.bounds import MAX_HEADER_BYTES
+from loraplex_adapter_store.checkpoint.safetensors_file import read_tensors
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 from safetensors.numpy import load
 from support.safetensors_files import assemble, safetensors_bytes
@@ -56,9 +57,9 @@ def test_sound_files_read_as_the_reference_library_reads_them(shapes: list[list[
         ({"a": ENTRY}, b"\0" * 20, "after the last tensor"),
         (b'{"a":1,"a":2}', b"", "twice"),
         (b"[]", b"", "no JSON object"),
-        (b"nonsense", b"", "unreadable header"),
-        (b"\xff\xff", b"", "unreadable header"),
-        (b"[" * 50_000, b"", "unreadable header"),
+        (b"nonsense", b"", "header is no JSON"),
+        (b"\xff\xff", b"", "header is no JSON"),
+        (b"[" * 50_000, b"", "header is no JSON"),
     ],
 )
 def test_a_lying_header_is_refused(header: Any, data: bytes, match: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraplex_adapter_store.imports.uploads import LINGER_BYTES, MAX_PART_BYTES, linger
+from loraplex_adapter_store.checkpoint.bounds import MAX_PART_BYTES
+from loraplex_adapter_store.imports.uploads import LINGER_BYTES, linger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import threading
-from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.adapter_folder import TOKENIZER_FILES
 
@@ -16,10 +14,7 @@ from loraplex_adapter_store.checkpoint.tokenizer_json import TokenizerFacts, aro
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERDICTS_KEPT: Final = 256
 SPECIAL_TOKENS: Final = (*("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),)
-
-Verdict: TypeAlias = tuple[str | None, tuple[list[int], list[int]]]
 
 
 def token_content(token: Any) -> str | None:
@@ -44,18 +39,10 @@ def prefix_after_rule(ids: list[int], add_bos: Any, bos_id: int | None) -> list[
 
 
 class BaseTokenizer:
-    """A base model's tokenizer files; see `base_tokenizer`.
-
-    Attributes:
-        lock: Held while a tokenizer is compared: a file of 17 MB takes some 200 MB meanwhile, so one at a time.
-        verdicts: sha256 of a tokenizer.json -> how it differs, and the ids it puts before and after a text; bounded, under
-            the lock.
-    """
+    """A base model's tokenizer files; see `base_tokenizer`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.lock = threading.Lock()
-        self.verdicts: OrderedDict[str, Verdict] = OrderedDict()
 
     def bytes_of(self, name: str) -> bytes | None:
         """Return a file's content, None if there is no such file."""
@@ -105,11 +92,15 @@ class BaseTokenizer:
         return fields if isinstance(fields, dict) else {}
 
 
+def files_state(directory: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what changes when a base model's tokenizer files do."""
+    stats = ((name, (directory / name)) for name in TOKENIZER_FILES)
+    return tuple((name, path.stat().st_mtime_ns, path.stat().st_size) for name, path in stats if path.is_file())
+
+
 def base_tokenizer(directory: Path) -> BaseTokenizer:
     """Return a base model's tokenizer, read anew only if a file has changed."""
-    stats = ((name, (directory / name)) for name in TOKENIZER_FILES)
-    state = tuple((name, path.stat().st_mtime_ns, path.stat().st_size) for name, path in stats if path.is_file())
-    return _base_tokenizer(directory, state)
+    return _base_tokenizer(directory, files_state(directory))
 
 
 @functools.lru_cache(maxsize=8)

@@ -16,12 +16,13 @@ from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from loraplex_common.errors import AdapterCorruptUploadError
 
+from loraplex_adapter_store.checkpoint.bounds import MAX_TEMPLATE_CHARS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from jinja2.parser import Parser
 
-MAX_TEMPLATE_CHARS: Final = 256 * 1024
 DEFAULT_NAME: Final = "default"
 
 

@@ -10,8 +10,7 @@ from typing import Any, Final
 from loraplex_common.adapter_folder import CONFIG_FILE as FILE
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 
-MAX_CONFIG_BYTES: Final = 4 * 1024 * 1024
-MAX_RANK: Final = 65_536
+from loraplex_adapter_store.checkpoint.bounds import MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, MAX_RANK, parse_json
 
 _USED: Final = frozenset(
     {
@@ -86,10 +85,7 @@ def parse_peft_config(data: bytes) -> PeftConfig:
     """
     if len(data) > MAX_CONFIG_BYTES:
         raise AdapterCorruptUploadError(f"{FILE}: {len(data)} bytes, at most {MAX_CONFIG_BYTES} are read")
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise AdapterCorruptUploadError(f"{FILE}: no JSON: {error}") from error
+    fields = parse_json(data, what=FILE, max_values=MAX_CONFIG_VALUES)
     if not isinstance(fields, dict):
         raise AdapterCorruptUploadError(f"{FILE}: no JSON object")
     _refuse_unserved(fields)

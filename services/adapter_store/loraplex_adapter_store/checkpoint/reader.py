@@ -6,21 +6,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_common.adapter_image import PROJECTIONS
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 
+from loraplex_adapter_store.checkpoint.module_rules import ModuleRules
 from loraplex_adapter_store.checkpoint.patterns import PatternMatcher
 from loraplex_adapter_store.checkpoint.peft_config import PeftConfig, parse_peft_config
 from loraplex_adapter_store.checkpoint.safetensors_file import MAX_BFLOAT16, Tensor, read_tensors
 from loraplex_adapter_store.checkpoint.tensor_names import module_name, parse_tensor_name, tensor_name
+from loraplex_adapter_store.checkpoint.trial import check_trial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from loraplex_common.base_model import BaseModelInfo
 
+    from loraplex_adapter_store.checkpoint.confinement import Confinement
+
 MIN_FLOAT32: Final = 2.0**-126  # smaller ones lose bits, or are 0 on some devices
-_UNSERVED_MODULES: Final = ("lm_head", "model.embed_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +56,29 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
 
 
-def read_checkpoint(config_data: bytes, weights: bytes | bytearray | memoryview, base: BaseModelInfo) -> Checkpoint:
+def read_checkpoint(
+    config_data: bytes,
+    weights: bytes | bytearray | memoryview,
+    base: BaseModelInfo,
+    confinement: Confinement | None = None,
+) -> Checkpoint:
     """Parse and check a PEFT LoRA checkpoint against a base model.
 
+    Args:
+        config_data: adapter_config.json.
+        weights: adapter_model.safetensors; not copied.
+        base: The base model.
+        confinement: Owner of the child process that matches patterns, if there are any.
+
     Raises:
-        AdapterCorruptUploadError: If a file is not sound, or a tensor holds NaN or infinity.
+        AdapterCorruptUploadError: If a file is not sound, or a tensor holds NaN or infinity, or a trial product
+            leaves the range of engines' dtypes.
         AdapterIncompatibleError: If it cannot be served on this base; the message names setting or tensor.
     """
     config = parse_peft_config(config_data)
     found = _group_tensors(read_tensors(weights, file=WEIGHTS_FILE), base)
-    matcher = PatternMatcher()
-    expected = _targeted_modules(config, base, matcher)
+    rules = ModuleRules(config, base, PatternMatcher(confinement=confinement))
+    expected = frozenset(targeted := rules.targeted())
     for key, pair in found.items():
         if key not in expected:
             name = next(iter(pair.values())).name
@@ -72,14 +86,15 @@ def read_checkpoint(config_data: bytes, weights: bytes | bytearray | memoryview,
                 f"tensor {name} is not explained by target_modules, exclude_modules and layers_to_transform of {CONFIG_FILE}"
             )
     modules: list[Module] = []
-    for layer, projection in expected:
+    for layer, projection in targeted:
         pair = found.get((layer, projection), {})
         for matrix in "AB":
             if matrix not in pair:
                 raise AdapterIncompatibleError(
                     f"tensor {tensor_name(layer, projection, matrix)} is missing, although {CONFIG_FILE} targets it"
                 )
-        modules.append(_check_module(config, base, layer, projection, pair["A"], pair["B"], matcher))
+        modules.append(_check_module(config, rules, base, layer, projection, pair["A"], pair["B"]))
+    check_trial(modules, base)
     return Checkpoint(base.fingerprint, tuple(modules), tuple(_warnings(modules)))
 
 
@@ -96,62 +111,12 @@ def _group_tensors(tensors: dict[str, Tensor], base: BaseModelInfo) -> dict[tupl
     return found
 
 
-def _targeted_modules(config: PeftConfig, base: BaseModelInfo, matcher: PatternMatcher) -> list[tuple[int, str]]:
-    """Return (layer, projection) of all modules that PEFT would adapt, in layer order."""
-    if not config.target_modules:
-        raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules is missing")
-    for name in _UNSERVED_MODULES:
-        if not _is_all_linear(config) and _is_targeted(config, name, None, matcher):
-            raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules includes {name}, which is not served")
-    targeted = [
-        (layer, projection)
-        for layer in range(base.num_layers)
-        for projection in PROJECTIONS
-        if _is_targeted(config, module_name(layer, projection), layer, matcher)
-    ]
-    if not targeted:
-        raise AdapterIncompatibleError(
-            f"{CONFIG_FILE}: target_modules (with exclude_modules and layers_to_transform) matches no projection of base model "
-            f"{base.name}"
-        )
-    return targeted
-
-
-def _is_all_linear(config: PeftConfig) -> bool:
-    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-
-
-def _is_targeted(config: PeftConfig, key: str, layer: int | None, matcher: PatternMatcher) -> bool:
-    """Apply PEFT's `check_target_module_exists` to one module name."""
-    if isinstance(config.exclude_modules, str):
-        if matcher.fullmatch(config.exclude_modules, key, setting="exclude_modules"):
-            return False
-    elif any(key == name or key.endswith(f".{name}") for name in config.exclude_modules):
-        return False
-    if _is_all_linear(config):
-        return True
-    if isinstance(config.target_modules, str):
-        return matcher.fullmatch(config.target_modules, key, setting="target_modules")
-    if key in config.target_modules:
-        return True
-    if not any(key.endswith(f".{name}") for name in config.target_modules):
-        return False
-    if config.layers_to_transform is None:
-        return True
-    if config.layers_pattern:
-        found = (matcher.layer_index(pattern, key) for pattern in config.layers_pattern)
-        layer = next((index for index in found if index is not None), None)
-    return layer in config.layers_to_transform
-
-
 def _check_module(
-    config: PeftConfig, base: BaseModelInfo, layer: int, projection: str, a: Tensor, b: Tensor, matcher: PatternMatcher
+    config: PeftConfig, rules: ModuleRules, base: BaseModelInfo, layer: int, projection: str, a: Tensor, b: Tensor
 ) -> Module:
     name = module_name(layer, projection)
-    rank_key = matcher.first_suffix_match(config.rank_pattern, name, setting="rank_pattern")
-    alpha_key = matcher.first_suffix_match(config.alpha_pattern, name, setting="alpha_pattern")
-    rank = config.rank if rank_key is None else config.rank_pattern[rank_key]
-    alpha = config.alpha if alpha_key is None else config.alpha_pattern[alpha_key]
+    rank = rules.rank(name)
+    alpha, alpha_setting = rules.alpha(name)
     geometry = base.geometry(dtype="float32", page_bytes=1024 * 1024)
     columns, outputs = geometry.projection_shape(projection)
     for tensor, shape in ((a, (rank, columns)), (b, (outputs, rank))):
@@ -165,8 +130,7 @@ def _check_module(
                 f"tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}: rank {rank} of {CONFIG_FILE} "
                 f"and base model {base.name}"
             )
-    setting = "lora_alpha" if alpha_key is None else f"alpha_pattern[{alpha_key!r}]"
-    scaling = _checked_scaling(config, rank, alpha, f"{CONFIG_FILE}: {setting} = {alpha:g}", name)
+    scaling = _checked_scaling(config, rank, alpha, f"{CONFIG_FILE}: {alpha_setting} = {alpha:g}", name)
     _check_values(a, b, scaling, name)
     return Module(layer, projection, rank, scaling, a, b)
 

@@ -5,7 +5,6 @@ Format: 8 bytes little-endian length of the header, the header as JSON, then the
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from dataclasses import dataclass
@@ -15,11 +14,17 @@ import numpy as np
 from loraplex_common.adapter_image import from_bfloat16
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 
+from loraplex_adapter_store.checkpoint.bounds import (
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    MAX_HEADER_VALUES,
+    MAX_TENSORS,
+    parse_json,
+)
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MAX_HEADER_BYTES: Final = 16 * 1024 * 1024
-MAX_TENSORS: Final = 100_000
 ITEM_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2}
 NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),
@@ -102,10 +107,9 @@ def _read_header(view: memoryview, file: str) -> tuple[dict[str, Any], int]:
         raise AdapterCorruptUploadError(f"{file}: header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
     if length > len(view) - 8:
         raise AdapterCorruptUploadError(f"{file}: truncated: header of {length} bytes in a file of {len(view)}")
-    try:
-        header = json.loads(str(view[8 : 8 + length], "utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise AdapterCorruptUploadError(f"{file}: unreadable header: {error}") from error
+    header = parse_json(
+        view[8 : 8 + length], what=f"{file}: the header", max_values=MAX_HEADER_VALUES, pairs=_no_duplicates
+    )
     if not isinstance(header, dict):
         raise AdapterCorruptUploadError(f"{file}: the header is no JSON object")
     if len(header) > MAX_TENSORS:
@@ -129,7 +133,7 @@ def _check_entry(name: str, entry: Any, num_bytes: int, file: str) -> tuple[str,
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise AdapterCorruptUploadError(f"{where}: its header entry needs dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_count, shape)):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):
         raise AdapterCorruptUploadError(f"{where}: its shape is no list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise AdapterCorruptUploadError(f"{where}: its data_offsets are no pair of positions")

@@ -7,7 +7,6 @@ them; those are fine. What only concerns padding, truncation, training or the wr
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,9 +14,7 @@ from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibl
 
 from loraplex_adapter_store.checkpoint.base_tokenizer import (
     SPECIAL_TOKENS,
-    VERDICTS_KEPT,
     BaseTokenizer,
-    Verdict,
     base_tokenizer,
     prefix_after_rule,
     token_content,
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-MAX_TOKENIZER_BYTES: Final = 64 * 1024 * 1024
 _REDUNDANT: Final = frozenset({"tokenizer.model", "vocab.json", "merges.txt"})  # redundant beside a tokenizer.json
 _JSON_FILES: Final = (
     *("added_tokens.json", "chat_template.json", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"),
@@ -39,6 +35,8 @@ _TEMPLATE_CONFIGS: Final = ("tokenizer_config.json", "chat_template.json")
 
 def check_tokenizer_files(files: Mapping[str, bytes], base_directory: Path) -> None:
     """Compare the tokenizer files of an adapter with its base model's.
+
+    Takes whatever time and memory the files ask for: for strangers' files see `tokenizer_check`.
 
     Args:
         files: Name -> content of those `TOKENIZER_FILES` that the adapter brings.
@@ -97,17 +95,11 @@ def _object(name: str, data: bytes) -> dict[str, Any]:
     return fields
 
 
-def _compared(data: bytes, base: BaseTokenizer) -> Verdict:
-    """Return how a tokenizer.json differs, and what it puts around a text; the same file is compared once."""
-    key = hashlib.sha256(data).hexdigest()
-    with base.lock:
-        if key not in base.verdicts:
-            facts = read_tokenizer(data)
-            difference = tokenizer_difference(facts, base.facts)
-            base.verdicts[key] = difference, (([], []) if difference else around(facts))
-            while len(base.verdicts) > VERDICTS_KEPT:
-                base.verdicts.popitem(last=False)
-        return base.verdicts[key]
+def _compared(data: bytes, base: BaseTokenizer) -> tuple[str | None, tuple[list[int], list[int]]]:
+    """Return how a tokenizer.json differs, and what it puts around a text."""
+    facts = read_tokenizer(data)
+    difference = tokenizer_difference(facts, base.facts)
+    return difference, (([], []) if difference else around(facts))
 
 
 def _vocab_difference(vocab: dict[str, Any], base: BaseTokenizer) -> str | None:

@@ -1,9 +1,10 @@
 """Compares tokenizer.json files by what they do: ids for text. How one is spelt makes no difference.
 
 The `tokenizers` library reads a file into one form, whatever the writer's version left out or spelt otherwise. What still
-differs then is asked for ids of many texts (`tokenizer_probes`). Nothing of a stranger's file runs unless it is built of
-parts that the base model's has too, or of parts without parameters that could take long: patterns and replacements are
-the base model's own, or the file is refused.
+differs then is asked for ids of many texts (`tokenizer_probes`). Nothing of a stranger's file tokenises unless it is built
+of parts that the base model's has too, or of parts without parameters that could take long: patterns and replacements are
+the base model's own, or the file is refused. Reading it compiles its patterns all the same, so for strangers' files this
+runs in a child process (`tokenizer_check`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 from tokenizers import Tokenizer
 
+from loraplex_adapter_store.checkpoint.bounds import MAX_SECTION_CHARS
 from loraplex_adapter_store.checkpoint.tokenizer_probes import probes
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 FILE: Final = "tokenizer.json"
 BATCH: Final = 4096
-MAX_SECTION_CHARS: Final = 64 * 1024
 # Parts that map text to text or to pieces in one pass, without a pattern or a replacement of their own.
 _PLAIN_PARTS: Final = frozenset(
     {

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.adapter_folder import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, explain_content
 from loraplex_common.errors import AdapterCorruptUploadError
 
-from loraplex_adapter_store.checkpoint.peft_config import MAX_CONFIG_BYTES
-from loraplex_adapter_store.checkpoint.tokenizer_files import MAX_TOKENIZER_BYTES
+from loraplex_adapter_store.checkpoint.bounds import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,9 +15,10 @@ from loraplex_common.log import get_logger
 from loraplex_common.rank_limits import check_servable
 
 from loraplex_adapter_store.checkpoint.canonical import CanonicalForm, canonicalise
+from loraplex_adapter_store.checkpoint.confinement import Confinement
 from loraplex_adapter_store.checkpoint.peft_config import parse_peft_config
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
-from loraplex_adapter_store.checkpoint.tokenizer_files import check_tokenizer_files
+from loraplex_adapter_store.checkpoint.tokenizer_check import check_strange_tokenizer
 from loraplex_adapter_store.imports.files import CheckpointFiles
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
 from loraplex_adapter_store.repository.catalog import Catalog, RevisionGoneError, Told
@@ -71,6 +72,7 @@ class ImportTarget:
     Attributes:
         label: Label to move besides ``latest``; may be empty.
         base_model: Overrides the checkpoint's own word; may be empty.
+        content: Digest of all that is asked for but the request_id.
         is_staged: Whether ``latest`` stays where it is.
     """
 
@@ -78,7 +80,13 @@ class ImportTarget:
     label: str = ""
     base_model: str = ""
     request_id: str = ""
+    content: str = ""
     is_staged: bool = False
+
+    @property
+    def asked(self) -> Answer:
+        """What is asked, for whoever looks whether it has been before."""
+        return Answer("import", self.name, content=self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,14 @@ class ImportOutcome:
     revision: Revision
     already_existed: bool
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _SharedCheck:
+    """A source being fetched and checked, and the imports that wait for it."""
+
+    task: asyncio.Task[tuple[CanonicalForm, str]]
+    num_waiting: int = 0
 
 
 Fetch = Callable[[], CheckpointFiles]
@@ -126,7 +142,7 @@ class Importer:
         self._engines = engines
         self._executor = executor
         self._max_adapter_bytes = max_adapter_bytes
-        self._running: dict[tuple[str, str], asyncio.Task[tuple[CanonicalForm, str]]] = {}
+        self._running: dict[tuple[str, str], _SharedCheck] = {}
 
     @property
     def budget(self) -> ImportBudget:
@@ -170,14 +186,19 @@ class Importer:
 
     async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
         key = (source, target.base_model)
-        task = self._running.get(key)
-        if task is None:
-            task = asyncio.create_task(
-                self._fetch_and_check(fetch, target.base_model, progress), name=f"fetch {source}"
-            )
-            self._running[key] = task
-            task.add_done_callback(lambda _: self._running.pop(key, None))
-        form, origin = await asyncio.shield(task)
+        shared = self._running.get(key)
+        if shared is None:
+            work = self._fetch_and_check(fetch, target.base_model, progress)
+            shared = self._running[key] = _SharedCheck(asyncio.create_task(work, name=f"fetch {source}"))
+        shared.num_waiting += 1
+        try:
+            form, origin = await asyncio.shield(shared.task)
+        finally:
+            shared.num_waiting -= 1
+            if not shared.num_waiting:  # it is done, or nobody wants it any more
+                shared.task.cancel()
+            if self._running.get(key) is shared and (shared.task.done() or not shared.num_waiting):
+                del self._running[key]
         return await self._store(form, origin, target, progress)
 
     async def _fetch_and_check(self, fetch: Fetch, base_model: str, progress: Progress) -> tuple[CanonicalForm, str]:
@@ -191,19 +212,23 @@ class Importer:
         return await self._store(form, files.source, target, progress)
 
     async def _check(self, files: CheckpointFiles, base_model: str) -> CanonicalForm:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor, self._check_blocking, files, base_model, self._engines()
-        )
+        confinement = Confinement()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._executor, self._check_blocking, files, base_model, self._engines(), confinement
+            )
+        finally:
+            confinement.close()  # if this is cancelled, the thread still works
 
     def _check_blocking(
-        self, files: CheckpointFiles, base_model: str, engines: tuple[EngineLimits, ...]
+        self, files: CheckpointFiles, base_model: str, engines: tuple[EngineLimits, ...], confinement: Confinement
     ) -> CanonicalForm:
         """Check a checkpoint against its base model and build its canonical form; runs in a thread."""
         config = parse_peft_config(files.config)
         chosen = self._bases.choose(config.base_model_name_or_path, base_model)
         base = chosen.base
-        check_tokenizer_files(files.tokenizer, base.directory)
-        form = canonicalise(read_checkpoint(files.config, files.weights, base.info))
+        check_strange_tokenizer(files.tokenizer, base.directory, confinement)
+        form = canonicalise(read_checkpoint(files.config, files.weights, base.info, confinement))
         try:
             check_servable(form.spec.ranks, base.info, engines)
         except ImageError as error:
@@ -237,7 +262,7 @@ class Importer:
             lambda old: old.with_import(form.revision, target.label, now, is_staged=target.is_staged),
             revision=None if exists else revision,
             request_id=target.request_id,
-            answer=Answer("import", target.name, form.revision, form.warnings).to_json(),
+            answer=replace(target.asked, revision=form.revision, warnings=form.warnings),
         )
         _log.info("adapter imported", name=target.name, revision=form.revision, source=source, already_existed=exists)
         for warning in form.warnings:

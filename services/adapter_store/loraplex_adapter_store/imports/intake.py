@@ -13,7 +13,6 @@ from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError
 
 from loraplex_adapter_store.imports.importer import Fetch, Importer, ImportOutcome, ImportTarget, Progress, Stage
 from loraplex_adapter_store.imports.uploads import AnnouncedFile, check_announced, receive
-from loraplex_adapter_store.records import Answer
 
 if TYPE_CHECKING:
     from google.longrunning import operations_pb2
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.imports.directory import ImportRoots
     from loraplex_adapter_store.imports.hub import Hub, HubSource
     from loraplex_adapter_store.imports.long_running import LongRunning
+    from loraplex_adapter_store.records import Answer
     from loraplex_adapter_store.repository.catalog import Catalog
 
 Describe = Callable[[Progress], Message]
@@ -67,10 +67,13 @@ class Intake:
 
         Raises:
             InvalidParameterError: If the source is malformed or outside the import roots, or no adapter may have the name.
+            AlreadyExistsError: If the request_id belongs to another call.
             SaturatedError: If too many imports wait.
         """
         self._catalog.check_name(target.name)
         identity, fetch = self._fetcher(source, credential)
+        if (answer := await self._catalog.answer_to(target.request_id)) is not None:
+            target.asked.repeated(answer)
         self._importer.budget.check_pending()
         fingerprint = f"{target.request_id}" if target.request_id else str(uuid.uuid4())
         operation_id = hashlib.sha256(fingerprint.encode()).hexdigest()[:_ID_CHARS]
@@ -82,7 +85,7 @@ class Intake:
             progress.advance(Stage.DONE)
             return self._conclude(outcome)
 
-        return await self._operations.start(operation_id, self._describe(progress), work)
+        return await self._operations.start(operation_id, self._describe(progress), work, asked=target.asked)
 
     async def upload(
         self, files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes], target: ImportTarget
@@ -93,7 +96,7 @@ class Intake:
             LoraplexError: Whatever is wrong with it.
         """
         if (answer := await self._catalog.answer_to(target.request_id)) is not None:
-            return await self._repeated(Answer.check(answer, "import", target.name))
+            return await self._repeated(target.asked.repeated(answer))
         self._catalog.check_name(target.name)
         num_bytes = check_announced(files, self._max_adapter_bytes)
         async with self._importer.budget.room(num_bytes):

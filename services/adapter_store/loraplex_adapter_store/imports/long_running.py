@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 from google.longrunning import operations_pb2
@@ -27,6 +27,9 @@ from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_adapter_store.repository import keys
+
+if TYPE_CHECKING:
+    from loraplex_adapter_store.records import Answer
 
 _log = get_logger()
 RUNNING_TTL_S: Final = 30
@@ -62,15 +65,23 @@ class LongRunning:
         self._running: dict[str, _Running] = {}
         self._is_closing = False
 
-    async def start(self, operation_id: str, metadata: Message, work: Work) -> operations_pb2.Operation:
+    async def start(
+        self, operation_id: str, metadata: Message, work: Work, *, asked: Answer
+    ) -> operations_pb2.Operation:
         """Start work under an id, or return the operation that already has it.
 
         Raises:
+            AlreadyExistsError: If that operation does something else than what is asked.
             StoreUnavailableError: If Valkey cannot be reached; nothing has started then.
         """
         running = _Running(operations_pb2.Operation(name=PREFIX + operation_id))
         running.operation.metadata.Pack(metadata)
         with keys.translated():
+            used: bytes | None = await self._client.set(
+                keys.operation_use(operation_id), asked.to_json(), nx=True, get=True, ex=FINISHED_TTL_S
+            )
+            if used is not None:
+                asked.repeated(used)
             is_new = await self._client.set(
                 keys.operation(operation_id), running.operation.SerializeToString(), nx=True, ex=RUNNING_TTL_S
             )
@@ -134,7 +145,7 @@ class LongRunning:
         if not (await self.get(operation_id)).done:
             raise InvalidParameterError(f"operation {operation_id} still runs: cancel it first", field="name")
         with keys.translated():
-            await self._client.delete(keys.operation(operation_id))
+            await self._client.delete(keys.operation(operation_id), keys.operation_use(operation_id))
             await self._client.zrem(keys.OPERATIONS, operation_id)
 
     async def page(self, *, page_size: int, after: str) -> tuple[list[operations_pb2.Operation], str]:

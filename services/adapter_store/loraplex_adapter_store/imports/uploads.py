@@ -24,12 +24,12 @@ from loraplex_common.errors import (
     LoraplexError,
 )
 
+from loraplex_adapter_store.checkpoint.bounds import MAX_PART_BYTES
 from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-MAX_PART_BYTES: Final = 2 * 1024 * 1024
 IDLE_S: Final = 60.0
 LINGER_S: Final = 1.0
 LINGER_BYTES: Final = 16 * 1024 * 1024

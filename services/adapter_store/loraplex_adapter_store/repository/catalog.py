@@ -16,7 +16,7 @@ from loraplex_common.errors import ConflictError, StoreUnavailableError
 from loraplex_common.log import get_logger
 from loraplex_common.valkey_errors import ValkeyRefusedError
 
-from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
+from loraplex_adapter_store.records import AdapterRecord, AdapterView, Answer, Revision
 from loraplex_adapter_store.repository import keys, scripts
 
 _log = get_logger()
@@ -137,14 +137,14 @@ class Catalog:
             await self._client.eval(scripts.POSTPONE, 1, keys.GARBAGE, digest, round(time.time() * 1000))
 
     async def change(
-        self, name: str, apply: Change, *, answer: str, revision: Revision | None = None, request_id: str = ""
+        self, name: str, apply: Change, *, answer: Answer, revision: Revision | None = None, request_id: str = ""
     ) -> AdapterRecord:
         """Apply a change to one name's record, however many others try the same.
 
         Args:
             name: The adapter.
             apply: The change; called anew after each lost race.
-            answer: What to remember under ``request_id``.
+            answer: What is asked, and what to remember of it under ``request_id``.
             revision: A revision whose blob has just been written; all others must exist already.
             request_id: Makes a repeated call harmless; may be empty.
 
@@ -155,6 +155,7 @@ class Catalog:
             InvalidParameterError: If no adapter may have the name.
             RevisionGoneError: If a revision that the new record refers to does not exist.
             ConflictError: If others are always faster.
+            AlreadyExistsError: If another call has taken the request_id meanwhile.
             StoreUnavailableError: If Valkey cannot be reached, or does not confirm that it wrote the change to disk.
         """
         for attempt in range(MAX_ATTEMPTS):
@@ -162,10 +163,11 @@ class Catalog:
             new = apply(old)
             if not new.is_deleted:
                 self.check_name(name)
-            status, detail = await self._commit(old, new, revision, request_id, answer)
+            status, detail = await self._commit(old, new, revision, request_id, answer.to_json())
             if status == b"ok":
                 return new
             if status == b"duplicate":  # the same call ran twice at once, and the other one was faster
+                answer.repeated(detail)
                 return await self.get(name) or new
             if status == b"missing":
                 raise RevisionGoneError(detail.decode())

@@ -77,6 +77,11 @@ def operation(operation_id: str) -> str:
     return f"loraplex:store:{{operations}}:{operation_id}"
 
 
+def operation_use(operation_id: str) -> str:
+    """String: what an operation was asked to do, as `Answer` JSON; outlives an operation whose replica died."""
+    return f"loraplex:store:{{operations}}:{operation_id}:use"
+
+
 def cancelled(operation_id: str) -> str:
     """String that asks whichever replica runs an operation to cancel it."""
     return f"loraplex:store:{{operations}}:{operation_id}:cancel"

@@ -1,0 +1,92 @@
+"""What a stranger's file may ask of the store: every bound on bytes, numbers, memory and time. The one place that knows.
+
+Reading such a file takes at most what stands here, whatever is in it: sizes are compared before anything is read, JSON is
+counted before it is parsed, and what may take long or much (regular expressions, tokenizers, templates) runs in a child
+process with a `Share` (see `confinement`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from loraplex_common.errors import AdapterCorruptUploadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_MIB: Final = 1024 * 1024
+
+MAX_CONFIG_BYTES: Final = 4 * _MIB
+"""adapter_config.json."""
+MAX_CONFIG_VALUES: Final = 200_000
+"""Values, keys not counted, in adapter_config.json: each takes some 100 bytes once it is parsed."""
+MAX_RANK: Final = 65_536
+MAX_PATTERNS: Final = 16_384
+"""Entries of rank_pattern, of alpha_pattern, of layers_pattern; PEFT writes one per module at most."""
+MAX_PATTERN_CHARS: Final = 1000
+"""Characters of one regular expression."""
+
+MAX_HEADER_BYTES: Final = 16 * _MIB
+"""Header of a safetensors file."""
+MAX_TENSORS: Final = 100_000
+MAX_HEADER_VALUES: Final = 10 * MAX_TENSORS
+"""Values in the header; a matrix has eight."""
+MAX_DIMENSIONS: Final = 8
+
+MAX_TOKENIZER_BYTES: Final = 64 * _MIB
+"""Any one tokenizer file."""
+MAX_SECTION_CHARS: Final = 64 * 1024
+"""Normaliser or pre-tokeniser of a tokenizer.json."""
+MAX_TEMPLATE_CHARS: Final = 256 * 1024
+"""A chat template."""
+
+MAX_PART_BYTES: Final = 2 * _MIB
+"""One message of an upload."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What one child process may take.
+
+    Attributes:
+        memory_bytes: Address space beyond what it has when it starts.
+        time_s: Wall time, and CPU time.
+        output_bytes: Length of its answer.
+    """
+
+    memory_bytes: int
+    time_s: float
+    output_bytes: int
+
+
+PATTERN_SHARE: Final = Share(memory_bytes=512 * _MIB, time_s=5.0, output_bytes=16 * _MIB)
+"""All regular expressions of one checkpoint."""
+TOKENIZER_SHARE: Final = Share(memory_bytes=2048 * _MIB, time_s=60.0, output_bytes=_MIB)
+"""All tokenizer files and chat templates of one checkpoint. A tokenizer.json of 17 MB takes some 200 MB, twice."""
+VERDICTS_KEPT: Final = 256
+"""Sets of tokenizer files whose comparison is remembered."""
+MAX_CHILDREN: Final = 2
+"""Child processes at once, for all imports together."""
+
+
+def parse_json(data: bytes | memoryview, *, what: str, max_values: int, pairs: Callable[..., Any] | None = None) -> Any:
+    """Parse JSON of at most ``max_values`` values, counted before memory is spent on them.
+
+    Args:
+        data: Text in UTF-8; its length has been checked.
+        what: What it is, for messages.
+        max_values: Most values.
+        pairs: As `json.loads`'s ``object_pairs_hook``.
+
+    Raises:
+        AdapterCorruptUploadError: If it is no JSON, nested too deeply or has more values.
+    """
+    try:
+        text = str(data, "utf-8-sig")
+        if text.count(",") + text.count("[") + text.count("{") > max_values:
+            raise AdapterCorruptUploadError(f"{what} has more than {max_values} values, no more are read")
+        return json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise AdapterCorruptUploadError(f"{what} is no JSON: {error}") from error

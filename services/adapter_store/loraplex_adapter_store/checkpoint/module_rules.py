@@ -1,0 +1,126 @@
+"""What a configuration says of each projection of a base model, by PEFT's rules: adapted or not, rank and alpha."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.adapter_folder import CONFIG_FILE
+from loraplex_common.adapter_image import PROJECTIONS
+from loraplex_common.errors import AdapterIncompatibleError
+
+from loraplex_adapter_store.checkpoint.patterns import Answer, PatternMatcher, Question, ends, resolved
+from loraplex_adapter_store.checkpoint.tensor_names import module_name
+
+if TYPE_CHECKING:
+    from loraplex_common.base_model import BaseModelInfo
+
+    from loraplex_adapter_store.checkpoint.peft_config import PeftConfig
+
+_UNSERVED_MODULES: Final = ("lm_head", "model.embed_tokens")
+
+
+class ModuleRules:
+    """A configuration's rules, all patterns of them matched at once.
+
+    Args:
+        matcher: Matches the patterns.
+
+    Raises:
+        AdapterIncompatibleError: If they take too long or too much memory; the message names the setting.
+    """
+
+    def __init__(self, config: PeftConfig, base: BaseModelInfo, matcher: PatternMatcher) -> None:
+        self._config = config
+        self._base = base
+        keys = tuple(module_name(layer, name) for layer in range(base.num_layers) for name in PROJECTIONS)
+        questions = _questions(config, (*_UNSERVED_MODULES, *keys))
+        self._answers: dict[str, dict[str, Answer]] = {
+            question.setting: dict(zip(question.keys, found, strict=True))
+            for question, found in zip(questions, matcher.ask(questions), strict=True)
+        }
+        self._targets = _listed(config.target_modules)
+        self._excluded = _listed(config.exclude_modules)
+
+    def targeted(self) -> list[tuple[int, str]]:
+        """Return (layer, projection) of all modules that PEFT would adapt, in layer order.
+
+        Raises:
+            AdapterIncompatibleError: If there are none, or others than are served.
+        """
+        if not self._config.target_modules:
+            raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules is missing")
+        for name in _UNSERVED_MODULES:
+            if not self._is_all_linear() and self._is_targeted(name, None):
+                raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules includes {name}, which is not served")
+        found = [
+            (layer, projection)
+            for layer in range(self._base.num_layers)
+            for projection in PROJECTIONS
+            if self._is_targeted(module_name(layer, projection), layer)
+        ]
+        if not found:
+            raise AdapterIncompatibleError(
+                f"{CONFIG_FILE}: target_modules (with exclude_modules and layers_to_transform) matches no projection of base "
+                f"model {self._base.name}"
+            )
+        return found
+
+    def rank(self, key: str) -> int:
+        """Return the rank of a module."""
+        index = self._answer("rank_pattern", key)
+        return self._config.rank if index is None else list(self._config.rank_pattern.values())[index]
+
+    def alpha(self, key: str) -> tuple[float, str]:
+        """Return alpha of a module, and the setting that says so."""
+        index = self._answer("alpha_pattern", key)
+        if index is None:
+            return self._config.alpha, "lora_alpha"
+        name, alpha = list(self._config.alpha_pattern.items())[index]
+        return alpha, f"alpha_pattern[{name!r}]"
+
+    def _is_all_linear(self) -> bool:
+        return isinstance(self._config.target_modules, str) and self._config.target_modules.lower() == "all-linear"
+
+    def _is_targeted(self, key: str, layer: int | None) -> bool:
+        """Apply PEFT's `check_target_module_exists` to one module name."""
+        if self._answer("exclude_modules", key) is not None or not self._excluded.isdisjoint(ends(key)):
+            return False
+        if self._is_all_linear():
+            return True
+        if isinstance(self._config.target_modules, str):
+            return self._answer("target_modules", key) is not None
+        if key in self._targets:
+            return True
+        if self._targets.isdisjoint(ends(key)):
+            return False
+        if self._config.layers_to_transform is None:
+            return True
+        if self._config.layers_pattern:
+            layer = self._answer("layers_pattern", key)
+        return layer in self._config.layers_to_transform
+
+    def _answer(self, setting: str, key: str) -> int | None:
+        answers = self._answers.get(setting)
+        return None if answers is None else resolved(answers[key], setting)
+
+
+def _listed(names: str | tuple[str, ...]) -> frozenset[str]:
+    return frozenset() if isinstance(names, str) else frozenset(names)
+
+
+def _questions(config: PeftConfig, keys: tuple[str, ...]) -> list[Question]:
+    """Return what has to be matched; names in lists are no patterns."""
+    questions = [
+        Question(setting=setting, kind="whole", patterns=(pattern,), keys=keys)
+        for setting, pattern in (
+            ("exclude_modules", config.exclude_modules),
+            ("target_modules", config.target_modules),
+        )
+        if isinstance(pattern, str)
+    ]
+    if config.layers_to_transform is not None and config.layers_pattern:
+        questions.append(Question(setting="layers_pattern", kind="layer", patterns=config.layers_pattern, keys=keys))
+    for setting, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        if patterns:
+            questions.append(Question(setting=setting, kind="suffix", patterns=tuple(patterns), keys=keys))
+    return questions
