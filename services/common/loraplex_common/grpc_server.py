@@ -38,6 +38,10 @@ _OPTIONS: Final = (
     # without a reason (grpc#34782); ours shed with one.
     ("grpc.server.max_pending_requests", 30_000),
     ("grpc.server.max_pending_requests_hard_limit", 60_000),
+    # A connection that has no call, or not even said what it wants, is somebody else's descriptor. Clients dial again by
+    # themselves.
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # Two servers on one port must be an error, not a coin toss per connection.
     ("grpc.so_reuseport", 0),
 )
@@ -51,6 +55,7 @@ class ServerConfig:
         port: 0 picks a free one.
         tls_cert: Server certificate chain, PEM; with ``tls_key`` turns TLS on.
         tls_client_ca: Certificates that clients' certificates must be signed by, PEM; turns mutual TLS on.
+        max_connections: Connections at once; unlimited if unset.
         max_concurrent_streams: Calls at once per connection; unlimited if unset.
         refuses_unknown_fields: Whether requests with fields that our protos do not have are refused. For clients'
             requests; between our own services a newer peer's field is left unread.
@@ -62,6 +67,7 @@ class ServerConfig:
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     enable_reflection: bool = False
+    max_connections: int | None = None
     max_concurrent_streams: int | None = None
     refuses_unknown_fields: bool = False
 
@@ -99,6 +105,8 @@ class GrpcServer:
         options = list(_OPTIONS)
         if config.max_concurrent_streams is not None:
             options.append(("grpc.max_concurrent_streams", config.max_concurrent_streams))
+        if config.max_connections is not None:
+            options.append(("grpc.max_allowed_incoming_connections", config.max_connections))
         self._calls = LoraplexInterceptor(
             authenticator=authenticator, metrics=metrics, refuses_unknown_fields=config.refuses_unknown_fields
         )
