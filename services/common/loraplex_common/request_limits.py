@@ -50,4 +50,5 @@ MAX_ENTRIES: Final[Mapping[str, int]] = {
     "allowed_token_ids": 1024,
     "stop_strings": 16,
     "stop_token_ids": 64,
+    "messages": 16_384,
 }

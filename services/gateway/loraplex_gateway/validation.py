@@ -107,6 +107,19 @@ def as_sent(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
+def check_num_messages(num_messages: int) -> None:
+    """Refuse a conversation of more turns than any template should be run over, before it is looked at turn by turn.
+
+    Raises:
+        InvalidParameterError: With both numbers.
+    """
+    most = request_limits.MAX_ENTRIES["messages"]
+    if num_messages > most:
+        raise InvalidParameterError(
+            f"messages has {num_messages} entries; at most {most} are allowed", field="messages"
+        )
+
+
 def check_request(request: GenerationRequest) -> None:
     """Refuse a request that no model could serve.
 

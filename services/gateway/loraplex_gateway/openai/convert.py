@@ -24,7 +24,7 @@ from loraplex_gateway.types import (
     TextPrompt,
     TokenPrompt,
 )
-from loraplex_gateway.validation import REQUEST_ID_RULE, is_request_id
+from loraplex_gateway.validation import REQUEST_ID_RULE, check_num_messages, is_request_id
 
 if TYPE_CHECKING:
     from loraplex_gateway.models import ModelCatalog
@@ -89,6 +89,7 @@ def chat_plan(body: ChatBody, catalog: ModelCatalog, *, origin: Origin) -> Plan:
             field="max_tokens",
         )
     request = _request(body, catalog, origin=origin, max_tokens=max_tokens, logprobs=logprobs)
+    check_num_messages(len(body.messages))
     prompt = ChatPrompt(
         messages=tuple(_message(n, turn) for n, turn in enumerate(body.messages)),
         add_generation_prompt=body.add_generation_prompt,
@@ -200,6 +201,10 @@ def _prompts(prompt: str | list[Any], *, add_special_tokens: bool) -> list[Promp
         raise InvalidParameterError("the prompt is empty", field="prompt")
     if _are_token_ids(prompt):
         return [TokenPrompt(ids=tuple(prompt))]
+    if len(prompt) > MAX_CHOICES:
+        raise InvalidParameterError(
+            f"prompt is a list of {len(prompt)} prompts; at most {MAX_CHOICES} are taken", field="prompt"
+        )
     result: list[Prompt] = []
     for n, item in enumerate(prompt):
         if isinstance(item, str):
