@@ -98,6 +98,7 @@ class Preparer:
         # The length first: it costs nothing, a look at each of a million ids does.
         validation.check_length(len(prompt_ids), max_new_tokens, max_model_len)
         validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
+        validation.check_drawable(request, model.defaults.eos_token_ids, model.info.vocab_size)
         validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
         job = self._job(request, model, adapter, prompt_ids, tenant)
         limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)

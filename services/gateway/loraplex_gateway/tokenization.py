@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.auth import DEFAULT_TENANT
-from loraplex_common.errors import ContextLengthError, InvalidParameterError
+from loraplex_common.errors import InvalidParameterError
 from loraplex_common.tokenizer_config import read_special_tokens, read_tokenizer_config
 from tokenizers import Tokenizer
 
 from loraplex_gateway.chat_template import ChatTemplate, load_chat_template
 from loraplex_gateway.detokenizer import TokenTable
+from loraplex_gateway.prompt_size import check_bytes, num_bytes_of, prompt_bytes
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class PromptTokenizer:
             )
         rendered = self._template.render(prompt)
         # What a template repeats, or writes around every message, no count of what was sent can know.
-        check_bytes(_num_bytes(rendered), max_bytes)
+        check_bytes(num_bytes_of(rendered), max_bytes)
         # A template writes the special tokens itself, BOS included if the model wants one.
         return Encoded(self._encode_text(rendered, add_special_tokens=False), rendered)
 
@@ -162,35 +163,3 @@ class PromptTokenizer:
             elif not self._add_bos and starts_with_bos:
                 ids = ids[1:]
         return tuple(ids)
-
-
-def prompt_bytes(prompt: Prompt) -> int:
-    """Return how many bytes of text a prompt brings, everything counted that a chat template may write out."""
-    if isinstance(prompt, TokenPrompt):
-        return 0
-    if isinstance(prompt, TextPrompt):
-        return _num_bytes(prompt.text)
-    messages = sum(
-        _num_bytes(message.role) + _num_bytes(message.content) + _num_bytes(message.name or "")
-        for message in prompt.messages
-    )
-    return messages + _num_bytes(str(prompt.template_kwargs))
-
-
-def check_bytes(num_bytes: int, max_bytes: int | None) -> None:
-    """Refuse text that is too long to be tokenised.
-
-    Raises:
-        ContextLengthError: With both numbers.
-    """
-    if max_bytes is not None and num_bytes > max_bytes:
-        raise ContextLengthError(
-            f"the prompt has {num_bytes} bytes, its roles and names and what the chat template adds included; more than "
-            f"{max_bytes} are taken for no sequence of this model's maximum context length; shorten the prompt",
-            field="prompt",
-            metadata={"prompt_bytes": str(num_bytes), "max_prompt_bytes": str(max_bytes)},
-        )
-
-
-def _num_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

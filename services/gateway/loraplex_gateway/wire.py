@@ -10,7 +10,7 @@ from loraplex_common.errors import InvalidParameterError, NotSupportedError
 
 from loraplex_gateway import template_variables, types
 from loraplex_gateway.engine_wire import from_duration, to_duration
-from loraplex_gateway.validation import check_num_messages
+from loraplex_gateway.prompt_size import check_num_messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
