@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 from typing import Final
 
-# For what a service opens itself: Valkey, peers, files, listening sockets, threads' pipes.
-RESERVED: Final = 160
+# For what a service opens itself (Valkey, peers, files, threads' pipes), and for the connections of one turn of the event
+# loop, which are accepted before they can be counted.
+RESERVED: Final = 448
 
 
 def raise_limit() -> int:

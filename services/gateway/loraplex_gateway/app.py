@@ -62,6 +62,8 @@ class GatewayApp:
     Attributes:
         grpc_port: Bound gRPC port, once started.
         http_port: Bound HTTP port, once started.
+        http: The HTTP server.
+        workers: Prepare prompts away from the event loop.
     """
 
     def __init__(self, config: GatewayConfig) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import DeadlineError, InvalidParameterError, SaturatedError
+from loraplex_common.errors import DeadlineError, InvalidParameterError, LoraplexError, SaturatedError
+from starlette.requests import ClientDisconnect
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -22,6 +23,8 @@ BUDGET_BYTES: Final = 64 * MIB
 GRACE_S: Final = 10.0
 MIN_BYTES_PER_S: Final = 32 * 1024
 RETRY_S: Final = 1.0
+LINGER_S: Final = 1.0
+LINGER_BYTES: Final = 16 * MIB
 
 
 class BodyReader:
@@ -55,6 +58,10 @@ class BodyReader:
                 wanted = max(0, len(body) - FREE_BYTES)
                 self._charge(tenant, wanted - num_charged)
                 num_charged = wanted
+        except LoraplexError:
+            await _linger(request)
+            raise
+        else:
             yield bytes(body)
         finally:
             self._charge(tenant, -num_charged)
@@ -97,6 +104,17 @@ class BodyReader:
             self._held[tenant] = held
         else:
             self._held.pop(tenant, None)
+
+
+async def _linger(request: Request) -> None:
+    """Read on for a moment, keeping nothing: a client in the middle of a write would see a reset instead of the reason."""
+    num_bytes = 0
+    with suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(LINGER_S):
+            async for chunk in request.stream():
+                num_bytes += len(chunk)
+                if num_bytes > LINGER_BYTES:
+                    return
 
 
 def _check_length(announced: str) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES: Final = 64 * 1024
 KEEP_ALIVE_S: Final = 5
 # Also what asyncio accepts at one go, and how often it logs at one go if it cannot.
-BACKLOG: Final = 512
+BACKLOG: Final = 256
 
 
 class _Server(uvicorn.Server):
