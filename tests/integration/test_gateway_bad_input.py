@@ -48,6 +48,14 @@ BAD_REQUESTS: list[tuple[gateway_pb2.GenerateRequest, str, str]] = [
     (text_request(stopping=gateway_pb2.StoppingParams(max_new_tokens=0)), "stopping.max_new_tokens", "0"),
     (text_request(stopping=gateway_pb2.StoppingParams(max_new_tokens=600)), "stopping.max_new_tokens", "at most 50"),
     (text_request(stopping=gateway_pb2.StoppingParams(stop_strings=["x"] * 17)), "stopping.stop_strings", "16"),
+    (
+        text_request(
+            sampling=gateway_pb2.SamplingParams(allowed_token_ids=[1, 3]),
+            stopping=gateway_pb2.StoppingParams(max_new_tokens=9, min_new_tokens=5),
+        ),
+        "sampling.allowed_token_ids",
+        "no token can be drawn",
+    ),
     (text_request(request_id="no spaces"), "request_id", "UUID4"),
     (text_request(queue_timeout=duration_pb2.Duration(seconds=-1)), "queue_timeout", "-1"),
     (text_request(adapter="../../etc/passwd"), "adapter", "no adapter name"),

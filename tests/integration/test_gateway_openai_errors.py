@@ -49,6 +49,14 @@ REFUSALS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
     ({"messages": [{"role": "", "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
     ({"extra_body": {"min_tokens": 9}, "max_tokens": 5}, 400, "invalid_value", "min_tokens"),
+    ({"extra_body": {"min_tokens": 5, "allowed_token_ids": [1, 3]}}, 400, "invalid_value", "allowed_token_ids"),
+    ({"extra_body": {"adapter_scale": 10**400}}, 400, "invalid_value", "adapter_scale"),
+    (
+        {"extra_body": {"chat_template_kwargs": {"a": [[[[[[[[[[]]]]]]]]]]}}},
+        400,
+        "invalid_value",
+        "chat_template_kwargs.a",
+    ),
     ({"extra_body": {"adapter_scale": -1}}, 400, "invalid_value", "adapter_scale"),
 ]
 

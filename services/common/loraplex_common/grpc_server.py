@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from loraplex_common.descriptors import connections_per_port
 from loraplex_common.health import HealthServicer
 from loraplex_common.interceptors import LoraplexInterceptor
 from loraplex_common.reflection import enable_reflection
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from loraplex_common.auth import Authenticator
     from loraplex_common.rpc_metrics import RpcMetrics
 
+MAX_CONNECTIONS: Final = 8192
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 # With any grace at all gRPC parts from idle connections in friendship (GOAWAY with NO_ERROR) before it cuts the others.
 GOODBYE_S: Final = 0.1
@@ -38,6 +40,10 @@ _OPTIONS: Final = (
     # without a reason (grpc#34782); ours shed with one.
     ("grpc.server.max_pending_requests", 30_000),
     ("grpc.server.max_pending_requests_hard_limit", 60_000),
+    # A connection that has no call, or not even said what it wants, is somebody else's descriptor. Clients dial again by
+    # themselves.
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # Two servers on one port must be an error, not a coin toss per connection.
     ("grpc.so_reuseport", 0),
 )
@@ -51,6 +57,7 @@ class ServerConfig:
         port: 0 picks a free one.
         tls_cert: Server certificate chain, PEM; with ``tls_key`` turns TLS on.
         tls_client_ca: Certificates that clients' certificates must be signed by, PEM; turns mutual TLS on.
+        max_connections: Connections at once; if unset as many as descriptors allow.
         max_concurrent_streams: Calls at once per connection; unlimited if unset.
         refuses_unknown_fields: Whether requests with fields that our protos do not have are refused. For clients'
             requests; between our own services a newer peer's field is left unread.
@@ -62,6 +69,7 @@ class ServerConfig:
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     enable_reflection: bool = False
+    max_connections: int | None = None
     max_concurrent_streams: int | None = None
     refuses_unknown_fields: bool = False
 
@@ -99,6 +107,8 @@ class GrpcServer:
         options = list(_OPTIONS)
         if config.max_concurrent_streams is not None:
             options.append(("grpc.max_concurrent_streams", config.max_concurrent_streams))
+        max_connections = config.max_connections or connections_per_port(MAX_CONNECTIONS, num_ports=2)
+        options.append(("grpc.max_allowed_incoming_connections", max_connections))
         self._calls = LoraplexInterceptor(
             authenticator=authenticator, metrics=metrics, refuses_unknown_fields=config.refuses_unknown_fields
         )

@@ -69,7 +69,7 @@ def check_adapter_name(name: str, *, field: str = "name") -> str:
     """
     if _NAME.fullmatch(name) is None or ".." in name:
         raise InvalidParameterError(
-            f"{name!r} is no adapter name: letters, digits, '.', '_', '-', at most one '/', no '..'", field=field
+            f"{name[:200]!r} is no adapter name: letters, digits, '.', '_', '-', at most one '/', no '..'", field=field
         )
     return name
 
@@ -81,7 +81,7 @@ def check_label(label: str, *, field: str = "label") -> str:
         InvalidParameterError: If it is not.
     """
     if _LABEL.fullmatch(label) is None:
-        raise InvalidParameterError(f"{label!r} is no label: letters, digits, '.', '_', '-'", field=field)
+        raise InvalidParameterError(f"{label[:200]!r} is no label: letters, digits, '.', '_', '-'", field=field)
     return label
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal, cast
 
 import structlog
 
+from loraplex_common import log_bounds
+
 LogFormat = Literal["console", "json"]
 
 
@@ -33,6 +35,7 @@ def configure(service: str, level: str = "info", fmt: LogFormat = "console") -> 
     # Tracebacks without local variables: those hold prompts and keys.
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        log_bounds.clip,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         stamp,
@@ -50,6 +53,7 @@ def configure(service: str, level: str = "info", fmt: LogFormat = "console") -> 
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(log_bounds.Flood())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

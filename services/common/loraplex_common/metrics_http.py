@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import socket
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,15 +14,19 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import UnauthenticatedError
+from loraplex_common.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from loraplex_common.exposition import Exposition, Page
 
+MAX_CONNECTIONS: Final = 64
 RENDER_TIMEOUT_S: Final = 5.0
 PLAIN_TEXT: Final = "text/plain; charset=utf-8"
 STOP_POLL_S: Final = 0.1  # how often the thread looks whether it should stop
+
+_log = get_logger()
 
 
 class MetricsServer:
@@ -83,6 +90,34 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     # Unlike the base class: a second process on the same port is an error.
     allow_reuse_port = False
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(address, handler)
+        self._open: dict[Any, None] = {}  # oldest first
+        self._lock = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread; with `MAX_CONNECTIONS` open the oldest, which only waits, gives way."""
+        with self._lock:
+            oldest = next(iter(self._open)) if len(self._open) >= MAX_CONNECTIONS else None
+            self._open.pop(oldest, None)
+            self._open[request] = None
+        if oldest is not None:
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end and closes it
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of scrapers that went away, and of anything else what it was."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            _log.warning("a request for metrics failed", exc_info=error)
 
 
 class _Handler(BaseHTTPRequestHandler):

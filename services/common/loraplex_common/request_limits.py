@@ -6,12 +6,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 MAX_INT32: Final = 2**31 - 1
 MAX_WAIT_S: Final = 7 * 86400.0
 # A prompt's probabilities travel in one message of at most 4 MiB, each with its token's text.
 MAX_PROMPT_LOGPROBS: Final = 100_000
+# Turns of a conversation; a template is run over each of them.
+MAX_MESSAGES: Final = 16_384
+
+
+NOTHING_LEFT: Final = (
+    "no token can be drawn: until min_new_tokens stop and end-of-text tokens are banned, and no others are allowed; allow "
+    "another, set min_new_tokens to 0, or set ignore_eos where it is the end of text"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +59,23 @@ MAX_ENTRIES: Final[Mapping[str, int]] = {
     "stop_strings": 16,
     "stop_token_ids": 64,
 }
+
+
+def leaves_nothing(
+    *, allowed_token_ids: Collection[int], banned_token_ids: Collection[int], min_new_tokens: int, vocab_size: int
+) -> bool:
+    """Return whether a request bans every token there is.
+
+    A bias only makes tokens unlikely, at most by 100, so this is the one way to ban them all.
+
+    Args:
+        allowed_token_ids: Those that may be drawn; empty allows all.
+        banned_token_ids: Those that may not end the output yet.
+        min_new_tokens: As long as the output has fewer.
+        vocab_size: Ids below it are the model's.
+    """
+    if min_new_tokens == 0:
+        return False
+    allowed = set(allowed_token_ids)
+    banned = set(banned_token_ids)
+    return allowed <= banned if allowed else len(banned) >= vocab_size

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from loraplex_common import lifecycle, log, settings
+from loraplex_common import descriptors, lifecycle, log, settings
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.ports import require_free
 
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the configuration and serve."""
     config = settings.load(EngineConfig, service="engine", argv=argv)
     log.configure("engine", config.log_level, config.log_format)
+    descriptors.raise_limit()
     log.get_logger().info("configuration", **settings.describe(config))
     try:
         require_free(config.host, {"--port": config.port, "--metrics-port": config.metrics_port})

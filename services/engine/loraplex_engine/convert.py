@@ -24,6 +24,7 @@ from loraplex_engine.validation import (
     MAX_REQUEST_ID_BYTES,
     RequestLimits,
     check_digest,
+    check_drawable,
     check_range,
     check_sampling,
     check_stopping,
@@ -98,14 +99,16 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
     deadline_s = _moment(submit, "time_left", now_s)
     if deadline_s is not None and deadline_s <= now_s:
         raise DeadlineError("the client's deadline passed before the request reached the engine")
+    sampling, stopping = check_sampling(submit, limits), check_stopping(submit, limits)
+    check_drawable(sampling, stopping, limits)
     return Submission(
         session_id=session_id,
         session_slot=submit.slot,
         request_id=submit.request_id,
         prompt_token_ids=prompt,
         resumed_token_ids=resumed,
-        sampling=check_sampling(submit, limits),
-        stopping=check_stopping(submit, limits),
+        sampling=sampling,
+        stopping=stopping,
         adapter_digest=check_digest(submit.adapter_digest, "adapter_digest") if submit.adapter_digest else None,
         adapter_scale=check_range(scale, "adapter_scale"),
         deadline_s=deadline_s,

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.ids import is_digest
-from loraplex_common.request_limits import MAX_ENTRIES, MAX_INT32, MAX_PROMPT_LOGPROBS, RANGES
+from loraplex_common.request_limits import (
+    MAX_ENTRIES,
+    MAX_INT32,
+    MAX_PROMPT_LOGPROBS,
+    NOTHING_LEFT,
+    RANGES,
+    leaves_nothing,
+)
 
 from loraplex_engine.messages import SamplingParams, StoppingParams
 
@@ -35,10 +42,12 @@ class RequestLimits:
 
     Attributes:
         max_model_len: Prompt and output together, in tokens.
+        eos_token_ids: The model's end-of-text ids.
     """
 
     vocab_size: int
     max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
 
 
 def require(condition: bool, field: str, message: str) -> None:
@@ -168,6 +177,22 @@ def check_stopping(submit: engine_pb2.Submit, limits: RequestLimits) -> Stopping
         stop_token_ids=_check_token_set(wire.stop_token_ids, "stopping.stop_token_ids", limits.vocab_size),
         ignore_eos=wire.ignore_eos,
     )
+
+
+def check_drawable(sampling: SamplingParams, stopping: StoppingParams, limits: RequestLimits) -> None:
+    """Refuse a request of which every token is banned.
+
+    Raises:
+        InvalidParameterError: Naming the allowed ids.
+    """
+    banned = (*stopping.stop_token_ids, *(() if stopping.ignore_eos else limits.eos_token_ids))
+    is_empty = leaves_nothing(
+        allowed_token_ids=sampling.allowed_token_ids,
+        banned_token_ids=banned,
+        min_new_tokens=stopping.min_new_tokens,
+        vocab_size=limits.vocab_size,
+    )
+    require(not is_empty, "sampling.allowed_token_ids", NOTHING_LEFT)
 
 
 def _in_range(wire: gateway_pb2.SamplingParams, name: str, default: float) -> float:

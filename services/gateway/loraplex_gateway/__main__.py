@@ -8,6 +8,7 @@ import sys
 from loraplex_common import log, settings
 from loraplex_common.auth import KeysFileError
 from loraplex_common.base_model import BaseModelError
+from loraplex_common.descriptors import raise_limit
 from loraplex_common.lifecycle import announce_ready, stop_on_signals
 from loraplex_common.ports import require_free
 
@@ -34,6 +35,7 @@ def main() -> None:
     """Read the configuration and serve."""
     config = settings.load(GatewayConfig, service="gateway")
     log.configure("gateway", config.log_level, config.log_format)
+    raise_limit()
     log.get_logger().info("starting", **settings.describe(config))
     try:
         require_free(config.host, {"--port": config.port, "--http-port": config.http_port})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
 from loraplex.v1 import fleet_pb2_grpc, gateway_pb2_grpc
@@ -13,6 +12,7 @@ from loraplex_common import valkey
 from loraplex_common.adapter_names import AdapterNames
 from loraplex_common.alias_feed import AliasFeed
 from loraplex_common.auth import Authenticator
+from loraplex_common.descriptors import connections_per_port
 from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
@@ -25,15 +25,17 @@ from loraplex_gateway.admission import AdmissionController
 from loraplex_gateway.claims import RequestClaims
 from loraplex_gateway.core import GatewayCore
 from loraplex_gateway.engine_pool import EnginePool
+from loraplex_gateway.fair_workers import FairWorkers
 from loraplex_gateway.fleet_collector import FleetCollector
 from loraplex_gateway.listing import ModelListing
 from loraplex_gateway.metrics import GatewayMetrics
 from loraplex_gateway.models import ModelCatalog, load_served_model
 from loraplex_gateway.names import NameTable
 from loraplex_gateway.openai.app import HttpContext, make_app
+from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.server import HttpServer
 from loraplex_gateway.prefetch import PrefetchHints
-from loraplex_gateway.preparation import Preparer
+from loraplex_gateway.preparation import Preparer, RequestLimits
 from loraplex_gateway.registry_watcher import RegistryWatcher
 from loraplex_gateway.servicer import GatewayServicer
 from loraplex_gateway.servicer_fleet import FleetServicer
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.config import GatewayConfig
 
-TOKENIZER_THREADS: Final = 2
+# Per connection. A call beyond them waits at its client without a word, so saturation must be told long before.
+MAX_STREAMS: Final = 16_384
 # How long `start` waits for the first look at engines and names, so that "ready" means ready where all is well.
 FIRST_SYNC_S: Final = 5.0
 
@@ -59,6 +62,8 @@ class GatewayApp:
     Attributes:
         grpc_port: Bound gRPC port, once started.
         http_port: Bound HTTP port, once started.
+        http: The HTTP server.
+        workers: Prepare prompts away from the event loop.
     """
 
     def __init__(self, config: GatewayConfig) -> None:
@@ -66,9 +71,10 @@ class GatewayApp:
         self.grpc_port = 0
         self.http_port = 0
         self.gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
+        self._max_connections = connections_per_port(config.max_connections, num_ports=2)
         self._metrics_registry = new_registry("gateway")
         self._authenticator = Authenticator.from_file(config.api_keys_file)
-        self._executor = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self.workers = FairWorkers()
         self._valkey = valkey.connect(config.redis_url)
         self._store = self._open_store()
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
@@ -90,7 +96,7 @@ class GatewayApp:
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
         self._grpc = self._make_grpc()
-        self._http = self._make_http()
+        self.http = self._make_http()
         self._supervisor = Supervisor()
         self._is_draining = False
 
@@ -106,8 +112,8 @@ class GatewayApp:
             OSError: If an address cannot be bound.
         """
         self.grpc_port = await self._grpc.start()
-        self.http_port = await self._http.start()
-        self._supervisor.spawn(self._http.run(), name="http-server")
+        self.http_port = await self.http.start()
+        self._supervisor.spawn(self.http.run(), name="http-server")
         self._supervisor.spawn(self.claims.run(), name="claims")
         if self._store is not None:
             feed = AliasFeed(self._store, [self.names, self._adapter_names])
@@ -139,7 +145,7 @@ class GatewayApp:
 
     async def close(self) -> None:
         """Release everything; safe after a failed start."""
-        await self._http.stop(grace_s=0.0)
+        await self.http.stop(grace_s=0.0)
         await self._grpc.server.stop(None)
         await self._supervisor.close()
         await self.pool.close()
@@ -149,12 +155,12 @@ class GatewayApp:
         if self._store is not None:
             await self._store.close()
         await self._valkey.aclose()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self.workers.close()
 
     async def _drain_http(self) -> None:
         await asyncio.sleep(self.config.drain_settle_s)
         self.admission.drain()
-        await self._http.stop(grace_s=self.config.drain_grace_s)
+        await self.http.stop(grace_s=self.config.drain_grace_s)
 
     async def _first_sync(self) -> None:
         """Wait for the registry, for a session with every engine it lists, and for the names."""
@@ -183,14 +189,20 @@ class GatewayApp:
         config = self.config
         first, *others = config.model
         models = [
-            load_served_model(first, self._executor, name=config.served_model_name, aliases=tuple(config.model_alias))
+            load_served_model(first, self.workers, name=config.served_model_name, aliases=tuple(config.model_alias))
         ]
-        models += [load_served_model(directory, self._executor) for directory in others]
+        models += [load_served_model(directory, self.workers) for directory in others]
         return ModelCatalog(models, self.names)
 
     def _make_core(self) -> GatewayCore:
         preparer = Preparer(
-            self.catalog, self.names, self.pool, max_stream_s=self.config.max_stream_s, clock=time.monotonic
+            self.catalog,
+            self.names,
+            self.pool,
+            limits=RequestLimits(
+                max_stream_s=self.config.max_stream_s, max_bytes_per_token=self.config.max_prompt_bytes_per_token
+            ),
+            clock=time.monotonic,
         )
         return GatewayCore(
             preparer,
@@ -212,6 +224,8 @@ class GatewayApp:
                 tls_key=config.tls_key,
                 tls_client_ca=config.tls_client_ca,
                 enable_reflection=config.enable_reflection,
+                max_connections=self._max_connections,
+                max_concurrent_streams=MAX_STREAMS,
                 refuses_unknown_fields=True,
             ),
             authenticator=self._authenticator,
@@ -236,6 +250,8 @@ class GatewayApp:
                 audience=Audience(config.metrics_key, self._authenticator),
                 vllm_labels={"engine": FLEET_LABEL},
             ),
+            bodies=BodyReader(),
+            workers=self.workers,
             slow_client_s=config.slow_client_s,
             is_ready=lambda: self.is_ready,
         )
@@ -243,6 +259,7 @@ class GatewayApp:
             make_app(context),
             host=config.host,
             port=config.http_port,
+            max_connections=self._max_connections,
             tls_cert=config.tls_cert,
             tls_key=config.tls_key,
             tls_client_ca=config.tls_client_ca,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import secrets
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import jinja2
@@ -106,9 +107,8 @@ class ChatTemplate:
         messages = [_as_dict(message) for message in prompt.messages]
         if not prompt.continue_final_message:
             return self._render(messages, prompt, add_generation_prompt=prompt.add_generation_prompt)
-        final, mark = messages[-1]["content"], _MARK
-        while mark in str((messages, prompt.template_kwargs)):
-            mark += "X"
+        # Drawn anew each time: no conversation can hold it, and nobody has to search for one that is not there.
+        final, mark = messages[-1]["content"], _MARK + secrets.token_hex(16).upper()
         messages[-1]["content"] = f"{final}{mark} "
         return _cut_at_mark(self._render(messages, prompt, add_generation_prompt=False), mark, final)
 

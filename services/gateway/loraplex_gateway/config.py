@@ -26,6 +26,8 @@ class GatewayConfig:
         max_concurrent_requests: Most requests on engines at once.
         max_queued_requests: Most requests waiting here beyond them.
         max_stream_s: Deadline of requests that come without one, and the longest that any may ask for.
+        max_connections: Most connections at once, of gRPC and of HTTP each; fewer where descriptors are short.
+        max_prompt_bytes_per_token: Text of more bytes than this x the longest sequence is refused before it is tokenised.
         max_buffered_tokens: Unread output of one client at which its request is ended.
         slow_client_s: Longest time that one write to a client may wait.
         drain_settle_s: Between NOT_SERVING and refusing new calls, for balancers to notice.
@@ -53,6 +55,10 @@ class GatewayConfig:
     max_concurrent_requests: int = setting(2048, help="most requests on engines at once")
     max_queued_requests: int = setting(2048, help="most requests waiting here beyond them")
     max_stream_s: float = setting(3600.0, help="longest deadline of a request")
+    max_connections: int = setting(8192, help="most connections at once, of gRPC and of HTTP each")
+    max_prompt_bytes_per_token: int = setting(
+        16, help="a prompt's bytes are at most this x the longest sequence's tokens; longer text is not tokenised"
+    )
     max_buffered_tokens: int = setting(4096, help="unread tokens of one client at which its request is ended")
     slow_client_s: float = setting(30.0, help="longest time that one write to a client may wait")
     log_level: str = setting("info", help="debug, info, warning or error")
@@ -70,7 +76,8 @@ class GatewayConfig:
         for name in ("port", "http_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
-        for name in ("max_concurrent_requests", "max_stream_s", "max_buffered_tokens", "slow_client_s"):
+        positive = ("max_concurrent_requests", "max_stream_s", "max_buffered_tokens", "slow_client_s")
+        for name in (*positive, "max_prompt_bytes_per_token", "max_connections"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         for name in ("max_queued_requests", "drain_settle_s", "drain_grace_s"):

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from loraplex_gateway.claims import RequestClaims, RunningRequest
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.metrics import GatewayMetrics
+    from loraplex_gateway.models import ServedModel
     from loraplex_gateway.prefetch import PrefetchHints
     from loraplex_gateway.preparation import Preparer
-    from loraplex_gateway.types import Event, GenerationRequest
+    from loraplex_gateway.tokenization import Encoded
+    from loraplex_gateway.types import Event, GenerationRequest, Prompt
 
 QUEUED_EVERY_S: Final = 1.0
 
@@ -104,6 +106,10 @@ class GatewayCore:
             raise
         finally:
             record.end(failure)
+
+    async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
+        """Return the token ids that `generate` would use; refuses as `Preparer.encode` does."""
+        return await self._preparer.encode(model, prompt, tenant=tenant)
 
     async def cancel(self, tenant: str, request_id: str) -> bool:
         """End a running request of the tenant; return whether there was one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import InvalidParameterError, ModelNotFoundError
@@ -13,6 +14,8 @@ from loraplex_gateway.preparation import NAME_PATIENCE_S
 from loraplex_gateway.types import ModelCard
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from loraplex_common.alias_feed import AdapterEntry
 
     from loraplex_gateway.engine_pool import EnginePool
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000
+ADAPTER_KEY: Final = "1"
 
 
 class ModelListing:
@@ -37,10 +41,16 @@ class ModelListing:
         self._names = names
         self._pool = pool
 
-    def all(self, tenant: str) -> list[ModelCard]:
-        """Return base models, then the adapters the tenant may use by name."""
-        adapters = (self._adapter(entry, entry.labels.get(DEFAULT_LABEL)) for entry in self._names.visible_to(tenant))
-        return [*(self._base(model) for model in self._catalog.models), *(card for card in adapters if card)]
+    def all(self, tenant: str, *, after: str = "") -> Iterator[ModelCard]:
+        """Yield base models, then the adapters the tenant may use by name; those behind a page's last key if given."""
+        for n, model in enumerate(self._catalog.models):
+            if _base_key(n) > after:
+                yield self._base(model)
+        last_name = after.removeprefix(ADAPTER_KEY) if after.startswith(ADAPTER_KEY) else ""
+        for entry in self._names.visible_to(tenant, after=last_name):
+            card = self._adapter(entry, entry.labels.get(DEFAULT_LABEL))
+            if card is not None:
+                yield card
 
     def page(self, tenant: str, *, page_size: int, page_token: str) -> tuple[list[ModelCard], str]:
         """Return one page and the next page's token, empty on the last.
@@ -51,14 +61,17 @@ class ModelListing:
         if page_size < 0:
             raise InvalidParameterError(f"page_size is {page_size}; it must not be negative", field="page_size")
         size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
-        num_bases = len(self._catalog.models)
         # A token is the last key seen, not an offset: pages stay right while adapters come and go.
-        after = _decode_token(page_token)
-        keyed = [(f"0{n:06}" if n < num_bases else f"1{card.name}", card) for n, card in enumerate(self.all(tenant))]
-        rest = [(key, card) for key, card in keyed if key > after]
-        page = rest[:size]
-        next_token = base64.urlsafe_b64encode(page[-1][0].encode()).decode() if len(rest) > size else ""
-        return [card for _, card in page], next_token
+        cards = list(itertools.islice(self.all(tenant, after=_decode_token(page_token)), size + 1))
+        if len(cards) <= size:
+            return cards, ""
+        return cards[:size], base64.urlsafe_b64encode(self._key(cards[size - 1]).encode()).decode()
+
+    def _key(self, card: ModelCard) -> str:
+        """Return what a card is sorted by: base models in their own order, then adapters by name."""
+        if card.revision:
+            return ADAPTER_KEY + card.name
+        return _base_key([model.name for model in self._catalog.models].index(card.name))
 
     async def get(self, name: str, tenant: str) -> ModelCard:
         """Return one base model or adapter revision.
@@ -106,6 +119,10 @@ class ModelListing:
 
     def _max_model_len(self, model: ServedModel) -> int:
         return self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
+
+
+def _base_key(number: int) -> str:
+    return f"0{number:06}"
 
 
 def _decode_token(token: str) -> str:

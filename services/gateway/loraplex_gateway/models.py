@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplex_common.base_model import BaseModelInfo, check_distinct_names, load_base_model
 from loraplex_common.errors import InvalidParameterError, ModelNotFoundError
 
+from loraplex_gateway.close_names import MAX_NAME_CHARS, NameOrder
 from loraplex_gateway.generation_defaults import GenerationDefaults, load_generation_defaults
 from loraplex_gateway.tokenization import PromptTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
 
+    from loraplex_gateway.fair_workers import FairWorkers
     from loraplex_gateway.names import NameTable
 
 
@@ -40,7 +40,7 @@ class ServedModel:
 
 
 def load_served_model(
-    directory: Path, executor: ThreadPoolExecutor, *, name: str | None = None, aliases: tuple[str, ...] = ()
+    directory: Path, workers: FairWorkers, *, name: str | None = None, aliases: tuple[str, ...] = ()
 ) -> ServedModel:
     """Read a model directory.
 
@@ -51,7 +51,7 @@ def load_served_model(
     info = load_base_model(directory, name=name, aliases=aliases)
     return ServedModel(
         info=info,
-        tokenizer=PromptTokenizer.from_directory(directory, executor),
+        tokenizer=PromptTokenizer.from_directory(directory, workers),
         defaults=load_generation_defaults(directory, info.vocab_size),
     )
 
@@ -78,6 +78,7 @@ class ModelCatalog:
         self._by_fingerprint = {model.fingerprint: model for model in first_last}
         self._by_name = {alias: model for model in first_last for alias in model.info.aliases}
         self._by_name.update({model.name: model for model in first_last})
+        self._order = NameOrder(self._by_name)
 
     @property
     def models(self) -> tuple[ServedModel, ...]:
@@ -121,7 +122,8 @@ class ModelCatalog:
             raise InvalidParameterError(f"model is empty, but several are served: {names}", field="model")
         model = self._by_name.get(name)
         if model is None:
-            close = difflib.get_close_matches(name, list(self._by_name), n=3) or sorted(self._by_name)[:3]
+            close = self._order.like(name) or sorted(self._by_name)[:3]
+            name = name[:MAX_NAME_CHARS]
             raise ModelNotFoundError(
                 f"no base model {name!r} is served here; did you mean {', '.join(close)}? "
                 "(an adapter goes into the field adapter)",

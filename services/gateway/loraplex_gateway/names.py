@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import AdapterForbiddenError, AdapterNotFoundError, StoreUnavailableError
 from loraplex_common.ids import AdapterRef, find_revision
 
+from loraplex_gateway.close_names import NameOrder
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from loraplex_common.alias_feed import AdapterEntry
 
@@ -35,6 +36,7 @@ class NameTable:
 
     def __init__(self) -> None:
         self._entries: dict[str, AdapterEntry] = {}
+        self._order = NameOrder()
         self._is_synced = False
         self._changed = asyncio.Event()
 
@@ -51,6 +53,7 @@ class NameTable:
     def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
         """Forget everything and take a whole table."""
         self._entries = {entry.name: entry for entry in entries if not entry.is_deleted}
+        self._order = NameOrder(self._entries)
         self._is_synced = True
         self._notify()
 
@@ -59,14 +62,17 @@ class NameTable:
         for entry in entries:
             if entry.is_deleted:
                 self._entries.pop(entry.name, None)
+                self._order.discard(entry.name)
             else:
                 self._entries[entry.name] = entry
+                self._order.add(entry.name)
         self._notify()
 
-    def visible_to(self, tenant: str) -> list[AdapterEntry]:
-        """Return the adapters with a revision that a tenant may use, by name."""
-        entries = sorted(self._entries.items())
-        return [entry for _, entry in entries if entry.labels and entry.allows(tenant)]
+    def visible_to(self, tenant: str, *, after: str = "") -> Iterator[AdapterEntry]:
+        """Yield the adapters with a revision that a tenant may use, by name, those behind a name if one is given."""
+        for name in self._order.after(after):
+            if self._is_visible(name, tenant):
+                yield self._entries[name]
 
     def entry(self, name: str) -> AdapterEntry | None:
         """Return what is known of a name, whoever may use it."""
@@ -129,8 +135,7 @@ class NameTable:
         metadata = {"adapter": str(ref)}
         entry = self._entries.get(ref.name)
         if entry is None:
-            names = [known.name for known in self.visible_to(tenant)]
-            close = difflib.get_close_matches(ref.name, names, n=3, cutoff=0.5)
+            close = self._order.like(ref.name, is_visible=lambda known: self._is_visible(known, tenant))
             hint = (
                 f"; did you mean {', '.join(close)}?"
                 if close
@@ -143,6 +148,10 @@ class NameTable:
         return AdapterNotFoundError(
             f"adapter {ref.name!r} has no label {ref.label!r}; its labels are {labels}", metadata=metadata
         )
+
+    def _is_visible(self, name: str, tenant: str) -> bool:
+        entry = self._entries[name]
+        return bool(entry.labels) and entry.allows(tenant)
 
     def _notify(self) -> None:
         # Everybody who waits holds the old event; whoever comes later waits for the next change.

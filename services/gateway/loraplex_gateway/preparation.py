@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.models import ModelCatalog
     from loraplex_gateway.names import NameTable
-    from loraplex_gateway.types import Sampling
+    from loraplex_gateway.tokenization import Encoded
+    from loraplex_gateway.types import Prompt, Sampling
 
 # Of the caller's deadline: so that the engine's verdict still reaches the caller in time.
 DEADLINE_MARGIN_S: Final = 0.05
@@ -39,6 +40,19 @@ class Prepared:
     job: Job
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestLimits:
+    """What a gateway takes.
+
+    Attributes:
+        max_stream_s: Deadline of requests that come without one.
+        max_bytes_per_token: A prompt's text of more bytes than this x the longest sequence is not tokenised.
+    """
+
+    max_stream_s: float
+    max_bytes_per_token: int
+
+
 class Preparer:
     """Validates, resolves and tokenises.
 
@@ -46,7 +60,7 @@ class Preparer:
         catalog: Base models.
         names: Adapter names.
         pool: Knows how long sequences may be.
-        max_stream_s: Deadline of requests that come without one.
+        limits: What is refused.
         clock: Monotonic seconds.
     """
 
@@ -56,13 +70,13 @@ class Preparer:
         names: NameTable,
         pool: EnginePool,
         *,
-        max_stream_s: float,
+        limits: RequestLimits,
         clock: Callable[[], float],
     ) -> None:
         self._catalog = catalog
         self._names = names
         self._pool = pool
-        self._max_stream_s = max_stream_s
+        self._limits = limits
         self._clock = clock
 
     async def prepare(self, request: GenerationRequest, *, tenant: str, time_left_s: float | None) -> Prepared:
@@ -79,14 +93,15 @@ class Preparer:
         validation.check_request(request)
         model, adapter = await self._select(request, tenant)
         assert request.prompt is not None  # check_request
-        prompt_ids = (await model.tokenizer.encode(request.prompt)).ids
-        validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
-        max_model_len = self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
-        max_new_tokens = request.stopping.max_new_tokens
+        prompt_ids = (await self.encode(model, request.prompt, tenant=tenant)).ids
+        max_model_len, max_new_tokens = self._max_model_len(model), request.stopping.max_new_tokens
+        # The length first: it costs nothing, a look at each of a million ids does.
         validation.check_length(len(prompt_ids), max_new_tokens, max_model_len)
+        validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
+        validation.check_drawable(request, model.defaults.eos_token_ids, model.info.vocab_size)
         validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
         job = self._job(request, model, adapter, prompt_ids, tenant)
-        limit_s = self._max_stream_s if time_left_s is None else min(time_left_s, self._max_stream_s)
+        limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
         queue_timeout_s = request.queue_timeout_s
         job = replace(
             job,
@@ -95,6 +110,19 @@ class Preparer:
             queue_deadline=None if queue_timeout_s is None else arrived_at + queue_timeout_s,
         )
         return Prepared(request=request, model=model, adapter=adapter, job=job)
+
+    async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
+        """Return a prompt's token ids.
+
+        Raises:
+            ContextLengthError: If it has more bytes than any sequence of the model.
+            LoraplexError: And the other refusals of `PromptTokenizer.encode`.
+        """
+        max_bytes = self._max_model_len(model) * self._limits.max_bytes_per_token
+        return await model.tokenizer.encode(prompt, tenant=tenant, max_bytes=max_bytes)
+
+    def _max_model_len(self, model: ServedModel) -> int:
+        return self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
 
     async def _select(self, request: GenerationRequest, tenant: str) -> tuple[ServedModel, ResolvedAdapter | None]:
         if not request.adapter:

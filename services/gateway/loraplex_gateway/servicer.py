@@ -121,7 +121,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         model = self._catalog.select(request.model)
         token_ids = list(request.token_ids)
         _check_ids(token_ids, model)
-        text = await model.tokenizer.decode(token_ids, skip_special_tokens=request.skip_special_tokens)
+        text = await model.tokenizer.decode(
+            token_ids, skip_special_tokens=request.skip_special_tokens, tenant=current_tenant().name
+        )
         return gateway_pb2.DetokenizeResponse(text=text)
 
     async def CancelRequest(
@@ -155,7 +157,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             raise InvalidParameterError("no prompt: set exactly one of text and messages", field="prompt")
         if isinstance(prompt, ChatPrompt):
             validation.check_prompt(prompt)
-        return await model.tokenizer.encode(prompt)
+        return await self._core.encode(model, prompt, tenant=current_tenant().name)
 
 
 def _check_ids(token_ids: list[int], model: ServedModel) -> None:

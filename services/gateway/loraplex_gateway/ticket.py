@@ -75,6 +75,9 @@ class Ticket:
         self._end: EngineFinish | LoraplexError | None = None
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._is_called = (
+            False  # the reader waited, has been woken, and had no turn yet: it is this process that is late
+        )
 
     def push_token(self, sequence: int, token_id: int) -> None:
         """Add one plain token; a request that has failed here takes no more."""
@@ -86,7 +89,7 @@ class Ticket:
             return  # a repeated token is none
         self._expected += 1
         self._tokens.append(token_id)
-        if len(self._tokens) > self._max_buffered_tokens:
+        if len(self._tokens) > self._max_buffered_tokens and not self._is_reading:
             self._overflow()
         elif self._waiter is not None:
             self._wake()
@@ -115,7 +118,7 @@ class Ticket:
         self._loading = loading or self._loading
         if end is not None:
             self._end, self.is_ended = end, True
-        if len(self._tokens) > self._max_buffered_tokens:
+        if len(self._tokens) > self._max_buffered_tokens and not self._is_reading:
             self._overflow()
         else:
             self._wake()
@@ -142,7 +145,10 @@ class Ticket:
             if self._failure is not None:
                 raise self._failure
             self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            try:
+                await self._waiter
+            finally:
+                self._is_called = False
         most = MAX_UPDATE_LOGPROBS if self._logprobs else MAX_UPDATE_TOKENS
         tokens, self._tokens = self._tokens[:most], self._tokens[most:]
         logprobs, self._logprobs = self._logprobs[:most], self._logprobs[most:]
@@ -157,6 +163,10 @@ class Ticket:
         if not self._tokens:
             self._end = None
         return update
+
+    @property
+    def _is_reading(self) -> bool:
+        return self._waiter is not None or self._is_called
 
     def _has_news(self) -> bool:
         return bool(self._tokens) or self._started is not None or self._loading is not None or self._end is not None
@@ -179,3 +189,4 @@ class Ticket:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+            self._is_called = True

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from loraplex_common.auth import DEFAULT_TENANT
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.tokenizer_config import read_special_tokens, read_tokenizer_config
 from tokenizers import Tokenizer
 
 from loraplex_gateway.chat_template import ChatTemplate, load_chat_template
 from loraplex_gateway.detokenizer import TokenTable
+from loraplex_gateway.prompt_size import check_bytes, num_bytes_of, prompt_bytes
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
 
+    from loraplex_gateway.fair_workers import FairWorkers
     from loraplex_gateway.types import Prompt
 
 # About 0.3 ms of BPE: below it a thread's hand-over costs more than it saves the event loop.
 INLINE_MAX_CHARS: Final = 1024
+INLINE_MAX_MESSAGES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class PromptTokenizer:
         tokenizer: Hugging Face tokenizer.
         config: tokenizer_config.json as read.
         template: The chat template, if the model has one.
-        executor: Runs long prompts.
+        workers: Run long prompts.
     """
 
     def __init__(
@@ -47,38 +51,74 @@ class PromptTokenizer:
         tokenizer: Tokenizer,
         config: dict[str, Any],
         template: ChatTemplate | None,
-        executor: ThreadPoolExecutor,
+        workers: FairWorkers,
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.table = TokenTable(tokenizer)
         self._tokenizer = tokenizer
         self._template = template
-        self._executor = executor
+        self._workers = workers
+        self._shared: dict[int, asyncio.Task[Encoded]] = {}
+        self._waiters: dict[asyncio.Task[Encoded], int] = {}
         self._bos_token = read_special_tokens(config).get("bos_token", "")
         self._bos_id = tokenizer.token_to_id(self._bos_token) if self._bos_token else None
         self._add_bos: bool | None = config.get("add_bos_token")
 
     @classmethod
-    def from_directory(cls, directory: Path, executor: ThreadPoolExecutor) -> PromptTokenizer:
+    def from_directory(cls, directory: Path, workers: FairWorkers) -> PromptTokenizer:
         """Read tokenizer.json, its configuration and the chat template of a model directory."""
         config = read_tokenizer_config(directory)
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        return cls(tokenizer, config, load_chat_template(directory, config), executor)
+        return cls(tokenizer, config, load_chat_template(directory, config), workers)
 
-    async def encode(self, prompt: Prompt) -> Encoded:
+    async def encode(
+        self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT.name, max_bytes: int | None = None
+    ) -> Encoded:
         """Return the prompt's token ids.
 
+        Args:
+            prompt: Whatever a request brings.
+            tenant: Who waits for it; long prompts of many tenants take turns.
+            max_bytes: Refuses text longer than this before any of it is tokenised.
+
         Raises:
-            InvalidParameterError: For text that is no Unicode, a model without chat template, or a template's refusal.
+            InvalidParameterError: For a model without chat template, or a template's refusal.
+            ContextLengthError: If the prompt is longer than `max_bytes`, as sent or after the chat template.
+            SaturatedError: If too many long prompts wait already.
         """
         if isinstance(prompt, TokenPrompt):
             return Encoded(prompt.ids)
-        if _num_chars(prompt) <= INLINE_MAX_CHARS:
-            return self.encode_now(prompt)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self.encode_now, prompt)
+        num_bytes = prompt_bytes(prompt)
+        check_bytes(num_bytes, max_bytes)
+        is_short = isinstance(prompt, TextPrompt) or len(prompt.messages) <= INLINE_MAX_MESSAGES
+        if is_short and num_bytes <= INLINE_MAX_CHARS:
+            return self.encode_now(prompt, max_bytes=max_bytes)
+        return await self._encode_away(prompt, tenant, num_bytes, max_bytes)
 
-    def encode_now(self, prompt: TextPrompt | ChatPrompt) -> Encoded:
+    async def _encode_away(
+        self, prompt: TextPrompt | ChatPrompt, tenant: str, num_bytes: int, max_bytes: int | None
+    ) -> Encoded:
+        """Encode in a thread; the choices of one request, which share their prompt, share its encoding."""
+        task = self._shared.get(id(prompt))
+        if task is None:
+            work = functools.partial(self.encode_now, prompt, max_bytes=max_bytes)
+            task = asyncio.create_task(self._workers.run(work, tenant=tenant, num_bytes=num_bytes), name="encode")
+            self._shared[id(prompt)] = task  # the task keeps the prompt, and with it the key, alive
+            task.add_done_callback(lambda _: self._shared.pop(id(prompt), None))
+            self._waiters[task] = 0
+            task.add_done_callback(self._waiters.pop)
+        self._waiters[task] += 1
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task in self._waiters:
+                self._waiters[task] -= 1
+                if not self._waiters[task]:
+                    task.cancel()
+            raise
+
+    def encode_now(self, prompt: TextPrompt | ChatPrompt, *, max_bytes: int | None = None) -> Encoded:
         """Return the prompt's token ids, computed in the calling thread."""
         if isinstance(prompt, TextPrompt):
             return Encoded(self._encode_text(prompt.text, add_special_tokens=prompt.add_special_tokens))
@@ -89,17 +129,23 @@ class PromptTokenizer:
                 field="messages",
             )
         rendered = self._template.render(prompt)
+        # What a template repeats, or writes around every message, no count of what was sent can know.
+        check_bytes(num_bytes_of(rendered), max_bytes)
         # A template writes the special tokens itself, BOS included if the model wants one.
         return Encoded(self._encode_text(rendered, add_special_tokens=False), rendered)
 
-    async def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        """Return the text of all ids at once; bytes that are no UTF-8 become U+FFFD."""
-        loop = asyncio.get_running_loop()
+    async def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool, tenant: str = DEFAULT_TENANT.name
+    ) -> str:
+        """Return the text of all ids at once; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            SaturatedError: If too many long outputs and prompts wait already.
+        """
+        work = functools.partial(self.decode_now, token_ids, skip_special_tokens=skip_special_tokens)
         if len(token_ids) <= INLINE_MAX_CHARS:
-            return self.decode_now(token_ids, skip_special_tokens=skip_special_tokens)
-        return await loop.run_in_executor(
-            self._executor, lambda: self.decode_now(token_ids, skip_special_tokens=skip_special_tokens)
-        )
+            return work()
+        return await self._workers.run(work, tenant=tenant, num_bytes=4 * len(token_ids))
 
     def decode_now(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Return the text of all ids at once, computed in the calling thread."""
@@ -117,9 +163,3 @@ class PromptTokenizer:
             elif not self._add_bos and starts_with_bos:
                 ids = ids[1:]
         return tuple(ids)
-
-
-def _num_chars(prompt: TextPrompt | ChatPrompt) -> int:
-    if isinstance(prompt, TextPrompt):
-        return len(prompt.text)
-    return sum(len(message.content) for message in prompt.messages) + len(str(prompt.template_kwargs))

@@ -20,7 +20,7 @@ from loraplex_gateway import template_variables
 from loraplex_gateway.types import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from loraplex_gateway.types import Prompt
 
@@ -152,6 +152,23 @@ def check_token_ids(request: GenerationRequest, prompt_ids: Sequence[int], vocab
     if not prompt_ids:
         found.append(("prompt", "the prompt is empty: it has no token; send at least one"))
     _raise_if_any(found)
+
+
+def check_drawable(request: GenerationRequest, eos_token_ids: Collection[int], vocab_size: int) -> None:
+    """Refuse a request of which every token is banned.
+
+    Raises:
+        InvalidParameterError: Naming the allowed ids.
+    """
+    stopping = request.stopping
+    if request_limits.leaves_nothing(
+        allowed_token_ids=request.sampling.allowed_token_ids,
+        banned_token_ids=[*stopping.stop_token_ids, *(() if stopping.ignore_eos else eos_token_ids)],
+        min_new_tokens=stopping.min_new_tokens or 0,
+        vocab_size=vocab_size,
+    ):
+        field = "sampling.allowed_token_ids"
+        raise InvalidParameterError(f"{field}: {request_limits.NOTHING_LEFT}", field=field)
 
 
 def check_length(num_prompt_tokens: int, max_new_tokens: int | None, max_model_len: int) -> None:

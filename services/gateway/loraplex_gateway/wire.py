@@ -10,6 +10,7 @@ from loraplex_common.errors import InvalidParameterError, NotSupportedError
 
 from loraplex_gateway import template_variables, types
 from loraplex_gateway.engine_wire import from_duration, to_duration
+from loraplex_gateway.prompt_size import check_num_messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -82,6 +83,7 @@ def prompt(
 
 
 def _chat(chat: gateway_pb2.ChatMessages) -> types.ChatPrompt:
+    check_num_messages(len(chat.messages))
     messages = tuple(
         types.ChatMessage(role=turn.role, content=turn.content, name=_optional(turn, "name")) for turn in chat.messages
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +12,7 @@ from loraplex_adapter_store.bases import KnownBases
 from loraplex_common.base_model import BaseModelError
 from loraplex_engine.building import read_base_model
 from loraplex_engine.config import EngineConfig
+from loraplex_gateway.fair_workers import FairWorkers
 from loraplex_gateway.models import load_served_model
 from support.base_models import TinyBase, write_base_model
 
@@ -35,8 +35,7 @@ def bad_model(tmp_path: Path, changes: dict[str, Any]) -> Path:
 
 
 def in_gateway(directory: Path) -> object:
-    with ThreadPoolExecutor(1) as executor:
-        return load_served_model(directory, executor)
+    return load_served_model(directory, FairWorkers())
 
 
 @pytest.mark.parametrize("kind", BAD)

@@ -107,3 +107,21 @@ async def test_a_loop_that_hangs_fails_its_health_check(port: int, monkeypatch: 
 async def test_a_taken_port_is_refused(port: int, registry: CollectorRegistry) -> None:
     with pytest.raises(OSError, match="in use"):
         await MetricsServer(Exposition(registry), port=port).start()
+
+
+async def test_connections_that_only_wait_keep_no_scraper_out(
+    monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry
+) -> None:
+    monkeypatch.setattr(metrics_http, "MAX_CONNECTIONS", 4)
+    server = MetricsServer(Exposition(registry))
+    port = await server.start()
+    idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(30)]
+
+    status, _, _ = await asyncio.to_thread(get, port, "/healthz")
+
+    assert status == 200
+    async with asyncio.timeout(5):
+        assert await idle[0][0].read() == b""  # long before its own 10 s
+    for _, writer in idle:
+        writer.close()
+    await server.stop()

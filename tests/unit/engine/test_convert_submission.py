@@ -173,3 +173,28 @@ def test_a_greedy_request_needs_no_seed() -> None:
     wire = make_submit(sampling=gateway_pb2.SamplingParams(temperature=0.0))
 
     assert submission(wire).sampling.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("draw", "stop", "is_taken"),
+    [
+        ({"allowed_token_ids": [7]}, {"min_new_tokens": 2}, False),
+        ({"allowed_token_ids": [7, 9]}, {"min_new_tokens": 2, "stop_token_ids": [9]}, False),
+        ({"allowed_token_ids": [7, 8]}, {"min_new_tokens": 2}, True),
+        ({"allowed_token_ids": [7]}, {"min_new_tokens": 2, "ignore_eos": True}, True),
+        ({"allowed_token_ids": [7]}, {}, True),
+        ({}, {"min_new_tokens": 2}, True),
+    ],
+)
+def test_a_request_that_bans_every_token_is_refused_by_name(
+    draw: dict[str, object], stop: dict[str, object], is_taken: bool
+) -> None:
+    submit = make_submit(sampling=sampling(**draw), stopping=stopping(**stop))
+    limits = RequestLimits(vocab_size=100, max_model_len=32, eos_token_ids=(7,))
+
+    if is_taken:
+        convert.submission(submit, session_id=9, limits=limits, now_s=1000.0)
+        return
+    with pytest.raises(InvalidParameterError, match="no token can be drawn") as caught:
+        convert.submission(submit, session_id=9, limits=limits, now_s=1000.0)
+    assert caught.value.field == "sampling.allowed_token_ids"

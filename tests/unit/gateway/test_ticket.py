@@ -121,3 +121,15 @@ async def test_cancelling_wakes_the_reader() -> None:
 
     with pytest.raises(LocalCancelError):
         await reading
+
+
+async def test_a_reader_that_waits_is_not_slow_however_much_comes_at_once() -> None:
+    ticket, overflowed = make(limit=3)
+    reading = asyncio.create_task(ticket.next())
+    await asyncio.sleep(0)
+
+    for sequence in range(50):  # the loop has been frozen; now everything comes before the reader has its turn
+        ticket.push_token(sequence, 5)
+
+    assert len((await reading).token_ids) == 50
+    assert overflowed == []

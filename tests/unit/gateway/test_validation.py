@@ -7,7 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import ContextLengthError, InvalidParameterError, to_status
+from loraplex_common.request_limits import MAX_MESSAGES
+from loraplex_gateway import wire
 from loraplex_gateway.types import (
     ChatMessage,
     ChatPrompt,
@@ -172,3 +175,11 @@ def test_probabilities_of_a_prompt_must_fit_one_message() -> None:
         check_prompt_logprobs(5_000, 20)
 
     assert caught.value.field == "response_options.prompt_logprobs"
+
+
+def test_a_conversation_of_too_many_turns_is_refused_before_it_is_looked_at() -> None:
+    turn = gateway_pb2.ChatMessage(role="u")
+    chat = gateway_pb2.ChatMessages(messages=[turn] * (MAX_MESSAGES + 1))
+
+    with pytest.raises(InvalidParameterError, match="16385 entries; at most 16384"):
+        wire.prompt(gateway_pb2.GenerateRequest(messages=chat))

@@ -175,7 +175,7 @@ class ChatMessages(_message.Message):
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """Turns, oldest first; at least one."""
+        """Turns, oldest first; at least one, at most 16384."""
 
     @_builtins.property
     def chat_template_kwargs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:

@@ -12,6 +12,25 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 WAIT_S: Final = 30.0
+NO_ROOM: Final = "other imports hold all memory for imports"
+
+
+class Arrival:
+    """What one upload holds: as much as has come of it."""
+
+    def __init__(self, budget: ImportBudget) -> None:
+        self.num_bytes = 0
+        self.wants_bytes = 0
+        self.is_given_up = False
+        self._budget = budget
+
+    async def take(self, num_bytes: int) -> None:
+        """Hold more, once there is room.
+
+        Raises:
+            SaturatedError: If there is none within `WAIT_S`, or uploads wait for each other and this is the last of them.
+        """
+        await self._budget.grow(self, num_bytes)
 
 
 class ImportBudget:
@@ -29,6 +48,8 @@ class ImportBudget:
         self._free_places = max_running
         self._max_pending = max_pending
         self._pending = 0
+        self._num_fixed = 0
+        self._arrivals: list[Arrival] = []  # in the order in which they began
         self._changed = asyncio.Condition()
 
     def check_pending(self) -> None:
@@ -67,14 +88,61 @@ class ImportBudget:
             async with asyncio.timeout(WAIT_S), self._changed:
                 await self._changed.wait_for(lambda: self._free_bytes >= num_bytes)
                 self._free_bytes -= num_bytes
+                self._num_fixed += 1
         except TimeoutError:
-            raise SaturatedError("other imports hold all memory for imports", retry_after_s=5.0) from None
+            raise SaturatedError(NO_ROOM, retry_after_s=5.0) from None
         try:
             yield
         finally:
             async with self._changed:
+                self._num_fixed -= 1
                 self._free_bytes += num_bytes
                 self._changed.notify_all()
+
+    @asynccontextmanager
+    async def arrival(self, num_bytes: int) -> AsyncIterator[Arrival]:
+        """Let an upload in, which takes its room as its bytes arrive: what has only been announced holds nothing.
+
+        Raises:
+            SaturatedError: If it can never fit.
+        """
+        if num_bytes > self._max_bytes:
+            raise SaturatedError(f"{num_bytes} bytes exceed what imports may hold at once, {self._max_bytes} bytes")
+        arrival = Arrival(self)
+        self._arrivals.append(arrival)
+        try:
+            yield arrival
+        finally:
+            async with self._changed:
+                self._arrivals.remove(arrival)
+                self._free_bytes += arrival.num_bytes
+                self._changed.notify_all()
+
+    async def grow(self, arrival: Arrival, num_bytes: int) -> None:
+        """See `Arrival.take`."""
+        async with self._changed:
+            arrival.wants_bytes = num_bytes
+            try:
+                self._break_deadlock()
+                async with asyncio.timeout(WAIT_S):
+                    await self._changed.wait_for(lambda: arrival.is_given_up or self._free_bytes >= num_bytes)
+            except TimeoutError:
+                raise SaturatedError(NO_ROOM, retry_after_s=5.0) from None
+            finally:
+                arrival.wants_bytes = 0
+            if arrival.is_given_up:
+                raise SaturatedError(NO_ROOM, retry_after_s=5.0)
+            self._free_bytes -= num_bytes
+            arrival.num_bytes += num_bytes
+
+    def _break_deadlock(self) -> None:
+        """Give up the last upload if all that hold room wait for more, so that none would ever end."""
+        holding = [arrival for arrival in self._arrivals if arrival.num_bytes and not arrival.is_given_up]
+        if self._num_fixed or not holding:
+            return
+        if all(arrival.wants_bytes > self._free_bytes for arrival in holding):
+            holding[-1].is_given_up = True
+            self._changed.notify_all()
 
     def check_integrity(self) -> None:
         """Raise `RuntimeError` if something is still held although no import runs."""

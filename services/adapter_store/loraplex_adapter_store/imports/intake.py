@@ -99,8 +99,8 @@ class Intake:
             return await self._repeated(target.asked.repeated(answer))
         self._catalog.check_name(target.name)
         num_bytes = check_announced(files, self._max_adapter_bytes)
-        async with self._importer.budget.room(num_bytes):
-            return await self._importer.import_files(await receive(files, parts), target)
+        async with self._importer.budget.arrival(num_bytes) as arrival:
+            return await self._importer.import_files(await receive(files, parts, arrival.take), target)
 
     def _fetcher(self, source: str | HubSource, credential: str) -> tuple[str, Fetch]:
         if isinstance(source, str):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import re
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -28,9 +29,12 @@ from loraplex_adapter_store.checkpoint.bounds import MAX_PART_BYTES
 from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 IDLE_S: Final = 60.0
+# An upload that brings less than this in a window holds its bytes against all others for nothing.
+WINDOW_S: Final = 30.0
+MIN_WINDOW_BYTES: Final = 256 * 1024
 LINGER_S: Final = 1.0
 LINGER_BYTES: Final = 16 * 1024 * 1024
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -72,14 +76,23 @@ def check_announced(files: tuple[AnnouncedFile, ...], max_adapter_bytes: int) ->
     return sum(check_size(file.name, file.num_bytes, max_adapter_bytes) for file in files)
 
 
-async def receive(files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes]) -> CheckpointFiles:
+async def receive(
+    files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes], take: Callable[[int], Awaitable[None]]
+) -> CheckpointFiles:
     """Collect the announced files from the parts of a stream.
+
+    Args:
+        files: What the header announces.
+        parts: The stream.
+        take: Waits for memory for as many bytes more.
 
     Raises:
         AdapterCorruptUploadError: If the stream ends early, goes on for too long, or a sha256 is wrong.
         InvalidParameterError: If a part is too large.
-        DeadlineError: If the client sends nothing for `IDLE_S`.
+        DeadlineError: If the client sends nothing for `IDLE_S`, or less than `MIN_WINDOW_BYTES` in a window.
+        SaturatedError: If there is no memory for what comes.
     """
+    parts = _in_time(parts)
     contents: dict[str, bytearray] = {}
     rest = memoryview(b"")
     for file in files:
@@ -87,6 +100,7 @@ async def receive(files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes])
         while len(data) < file.num_bytes:
             if not rest:
                 rest = memoryview(await _next_part(parts, file, len(data)))
+                await take(len(rest))
             taken = rest[: file.num_bytes - len(data)]
             data += taken
             digest.update(taken)
@@ -97,6 +111,23 @@ async def receive(files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes])
     if rest or await _has_more(parts):
         raise AdapterCorruptUploadError("more bytes than announced")
     return from_contents(contents, "upload")
+
+
+async def _in_time(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the parts as long as enough of them come; the time that they wait here for their reader does not count."""
+    num_bytes, spent_s = 0, 0.0
+    while True:
+        began = time.monotonic()
+        try:
+            part = await anext(parts)
+        except StopAsyncIteration:
+            return
+        num_bytes, spent_s = num_bytes + len(part), spent_s + time.monotonic() - began
+        if spent_s >= WINDOW_S:
+            if num_bytes < MIN_WINDOW_BYTES:
+                raise DeadlineError(f"the upload is too slow: {num_bytes} bytes in {spent_s:.0f} s")
+            num_bytes, spent_s = 0, 0.0
+        yield part
 
 
 async def linger(parts: AsyncIterator[bytes]) -> None:

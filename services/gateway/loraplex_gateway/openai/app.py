@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from loraplex_common.auth import Authenticator
-from loraplex_common.errors import InvalidParameterError, LoraplexError
+from loraplex_common.errors import LoraplexError
 from loraplex_common.exposition import Exposition
 from loraplex_common.interceptors import internal_error
 from loraplex_common.version import package_version
@@ -19,9 +21,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from loraplex_gateway.core import GatewayCore
+from loraplex_gateway.fair_workers import FairWorkers
 from loraplex_gateway.listing import ModelListing
 from loraplex_gateway.models import ModelCatalog
 from loraplex_gateway.openai import convert, fields
+from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.choices import generate_choices
 from loraplex_gateway.openai.errors import BodyNames, error_response
 from loraplex_gateway.openai.render import Renderer, model_object
@@ -36,7 +40,9 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.openai.convert import Plan
 
-MAX_BODY_BYTES: Final = 4 * 1024 * 1024  # as a gRPC message
+MODELS_AT_A_TIME: Final = 256
+# A millisecond or two of reading JSON.
+INLINE_MAX_BODY_BYTES: Final = 32 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +54,8 @@ class HttpContext:
     listing: ModelListing
     authenticator: Authenticator
     exposition: Exposition
+    bodies: BodyReader
+    workers: FairWorkers
     slow_client_s: float
     is_ready: Callable[[], bool]
 
@@ -78,9 +86,12 @@ class _Routes:
 
     async def models(self, request: Request) -> Response:
         """List base models and adapters."""
-        cards = self._context.listing.all(self._tenant(request).name)
-        data = [model_object(card, self._started_at) for card in cards]
-        return JSONResponse({"object": "list", "data": data})
+        data: list[dict[str, Any]] = []
+        for card in self._context.listing.all(self._tenant(request).name):
+            data.append(model_object(card, self._started_at))
+            if len(data) % MODELS_AT_A_TIME == 0:
+                await asyncio.sleep(0)  # streams go on meanwhile
+        return Response(msgspec.json.encode({"object": "list", "data": data}), media_type="application/json")
 
     async def model(self, request: Request) -> Response:
         """Describe one base model or adapter."""
@@ -93,17 +104,17 @@ class _Routes:
 
     async def completions(self, request: Request) -> ASGIApp:
         """Continue text."""
-        tenant = self._tenant(request)
-        body = convert.decode(await _body(request), CompletionBody)
-        return self._generate(
-            convert.completion_plan(body, self._context.catalog, origin=origin_of(request.scope)), tenant
+        catalog, origin = self._context.catalog, origin_of(request.scope)
+        return await self._planned(
+            request, lambda data: convert.completion_plan(convert.decode(data, CompletionBody), catalog, origin=origin)
         )
 
     async def chat_completions(self, request: Request) -> ASGIApp:
         """Continue a conversation."""
-        tenant = self._tenant(request)
-        body = convert.decode(await _body(request), ChatBody)
-        return self._generate(convert.chat_plan(body, self._context.catalog, origin=origin_of(request.scope)), tenant)
+        catalog, origin = self._context.catalog, origin_of(request.scope)
+        return await self._planned(
+            request, lambda data: convert.chat_plan(convert.decode(data, ChatBody), catalog, origin=origin)
+        )
 
     async def metrics(self, request: Request) -> Response:
         """Show the metrics."""
@@ -121,6 +132,14 @@ class _Routes:
         """Say which build this is, as vLLM does."""
         return JSONResponse({"version": package_version()})
 
+    async def _planned(self, request: Request, plan: Callable[[bytes], Plan]) -> ASGIApp:
+        context, tenant = self._context, self._tenant(request)
+        async with context.bodies.read(request, tenant=tenant.name) as data:
+            if len(data) <= INLINE_MAX_BODY_BYTES:
+                return self._generate(plan(data), tenant)
+            work = functools.partial(plan, data)
+            return self._generate(await context.workers.run(work, tenant=tenant.name, num_bytes=len(data)), tenant)
+
     def _generate(self, plan: Plan, tenant: Tenant) -> ASGIApp:
         context = self._context
         events = generate_choices(context.core, plan.requests, tenant=tenant.name)
@@ -129,17 +148,6 @@ class _Routes:
 
     def _tenant(self, request: Request) -> Tenant:
         return self._context.authenticator.authenticate(request.headers.get("authorization"))
-
-
-async def _body(request: Request) -> bytes:
-    chunks: list[bytes] = []
-    num_bytes = 0
-    async for chunk in request.stream():
-        num_bytes += len(chunk)
-        if num_bytes > MAX_BODY_BYTES:
-            raise InvalidParameterError(f"the body is longer than {MAX_BODY_BYTES} bytes", field="body")
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

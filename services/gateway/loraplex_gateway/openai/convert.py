@@ -13,6 +13,7 @@ from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.body import decode as decode
 from loraplex_gateway.openai.errors import BodyNames
 from loraplex_gateway.openai.schema import ChatBody, StreamOptions
+from loraplex_gateway.prompt_size import check_num_messages
 from loraplex_gateway.types import (
     ChatMessage,
     ChatPrompt,
@@ -89,6 +90,7 @@ def chat_plan(body: ChatBody, catalog: ModelCatalog, *, origin: Origin) -> Plan:
             field="max_tokens",
         )
     request = _request(body, catalog, origin=origin, max_tokens=max_tokens, logprobs=logprobs)
+    check_num_messages(len(body.messages))
     prompt = ChatPrompt(
         messages=tuple(_message(n, turn) for n, turn in enumerate(body.messages)),
         add_generation_prompt=body.add_generation_prompt,
@@ -200,6 +202,10 @@ def _prompts(prompt: str | list[Any], *, add_special_tokens: bool) -> list[Promp
         raise InvalidParameterError("the prompt is empty", field="prompt")
     if _are_token_ids(prompt):
         return [TokenPrompt(ids=tuple(prompt))]
+    if len(prompt) > MAX_CHOICES:
+        raise InvalidParameterError(
+            f"prompt is a list of {len(prompt)} prompts; at most {MAX_CHOICES} are taken", field="prompt"
+        )
     result: list[Prompt] = []
     for n, item in enumerate(prompt):
         if isinstance(item, str):

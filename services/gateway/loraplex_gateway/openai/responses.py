@@ -11,6 +11,7 @@ from loraplex_common.errors import CancelledRequestError, LoraplexError, SlowCon
 from loraplex_common.interceptors import internal_error
 
 from loraplex_gateway.openai.errors import error_object, error_response
+from loraplex_gateway.stall import StallGuard
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -44,6 +45,7 @@ class GenerationResponse:
         self._renderer = renderer
         self._slow_client_s = slow_client_s
         self._has_headers = False
+        self._guard: StallGuard | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; a client that disconnects ends it."""
@@ -59,6 +61,13 @@ class GenerationResponse:
             work.result()
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._guard = StallGuard(self._slow_client_s)
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._guard.close()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with aclosing(self._events):
                 await (self._stream(send) if self._plan.is_stream else self._whole(send))
@@ -95,11 +104,16 @@ class GenerationResponse:
         await send({"type": "http.response.start", "status": 200, "headers": all_headers})
 
     async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        guard = self._guard
+        assert guard is not None  # `_respond` has made it
+        guard.writing()
         try:
-            async with asyncio.timeout(self._slow_client_s):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError:
-            raise SlowConsumerError(f"the client has not read its stream for {self._slow_client_s:g} s") from None
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+        except asyncio.CancelledError:
+            if guard.has_fired:
+                raise guard.error() from None
+            raise
+        guard.written()
 
 
 def _sse(body: dict[str, Any]) -> bytes:

@@ -6,15 +6,22 @@ import asyncio
 import socket
 import ssl
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
+
+from loraplex_gateway.openai.connections import Connections
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
     from starlette.types import ASGIApp
+
+MAX_HEADER_BYTES: Final = 64 * 1024
+KEEP_ALIVE_S: Final = 5
+# Also what asyncio accepts at one go, and how often it logs at one go if it cannot.
+BACKLOG: Final = 256
 
 
 class _Server(uvicorn.Server):
@@ -34,6 +41,10 @@ class HttpServer:
         tls_key: Its private key, PEM.
         tls_client_ca: Authority that must have signed clients' certificates, PEM. Tenants come from API keys here:
             a certificate only lets its owner in.
+        max_connections: As many may be open; see `Connections`.
+
+    Attributes:
+        connections: Those that are.
     """
 
     def __init__(
@@ -45,7 +56,9 @@ class HttpServer:
         tls_cert: Path | None,
         tls_key: Path | None,
         tls_client_ca: Path | None,
+        max_connections: int,
     ) -> None:
+        self.connections = Connections(max_connections)
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -54,6 +67,10 @@ class HttpServer:
             server_header=False,
             lifespan="off",
             ws="none",
+            http=self.connections.protocol(),
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=BACKLOG,
             ssl_certfile=tls_cert,
             ssl_keyfile=str(tls_key) if tls_key else None,
             ssl_ca_certs=str(tls_client_ca) if tls_client_ca else None,
@@ -77,7 +94,7 @@ class HttpServer:
         self._socket = socket.socket(family, kind, protocol)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(address)
-        self._socket.listen(2048)
+        self._socket.listen(BACKLOG)
         bound: Any = self._socket.getsockname()
         return int(bound[1])
 

@@ -1,0 +1,122 @@
+"""Reads request bodies: as much memory as has arrived, no longer than a body that keeps coming takes."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import DeadlineError, InvalidParameterError, LoraplexError, SaturatedError
+from starlette.requests import ClientDisconnect
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.requests import Request
+
+MIB: Final = 1024 * 1024
+MAX_BODY_BYTES: Final = 4 * MIB  # as a gRPC message
+# Every body may have these: the number of connections bounds them. What is beyond them comes out of one budget.
+FREE_BYTES: Final = 64 * 1024
+BUDGET_BYTES: Final = 64 * MIB
+# A body has this long, and longer by what has come of it.
+GRACE_S: Final = 10.0
+MIN_BYTES_PER_S: Final = 32 * 1024
+RETRY_S: Final = 1.0
+LINGER_S: Final = 1.0
+LINGER_BYTES: Final = 16 * MIB
+
+
+class BodyReader:
+    """Reads bodies, with one budget for all of them, of which no tenant gets more than half.
+
+    Args:
+        budget_bytes: What large bodies may hold at once.
+        grace_s: How long a body may take, besides a second for every `MIN_BYTES_PER_S` that have come.
+    """
+
+    def __init__(self, *, budget_bytes: int = BUDGET_BYTES, grace_s: float = GRACE_S) -> None:
+        self._budget_bytes = budget_bytes
+        self._held: dict[str, int] = {}  # by tenant
+        self._grace_s = grace_s
+
+    @asynccontextmanager
+    async def read(self, request: Request, *, tenant: str) -> AsyncIterator[bytes]:
+        """Hold a whole body.
+
+        Raises:
+            InvalidParameterError: If it is too long, by what it announces or by what comes.
+            DeadlineError: If it comes too slowly.
+            SaturatedError: If too many bytes of other bodies are here; it may be sent again.
+        """
+        body = bytearray()
+        num_charged = 0
+        try:
+            _check_length(request.headers.get("content-length", ""))
+            async for chunk in self._chunks(request):
+                body += chunk
+                wanted = max(0, len(body) - FREE_BYTES)
+                self._charge(tenant, wanted - num_charged)
+                num_charged = wanted
+        except LoraplexError:
+            await _linger(request)
+            raise
+        else:
+            yield bytes(body)
+        finally:
+            self._charge(tenant, -num_charged)
+
+    def check_integrity(self) -> None:
+        """Raise `RuntimeError` if something is held although no body is."""
+        if self._held:
+            raise RuntimeError(f"bodies hold {self._held} bytes")
+
+    async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
+        num_bytes, began_at = 0, asyncio.get_running_loop().time()
+        stream = request.stream()
+        while True:
+            deadline = began_at + self._grace_s + num_bytes / MIN_BYTES_PER_S
+            try:
+                async with asyncio.timeout_at(deadline):
+                    chunk = await anext(stream)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise DeadlineError(
+                    f"the body came too slowly: {num_bytes} bytes in "
+                    f"{asyncio.get_running_loop().time() - began_at:.0f} s"
+                ) from None
+            num_bytes += len(chunk)
+            if num_bytes > MAX_BODY_BYTES:
+                raise InvalidParameterError(f"the body is longer than {MAX_BODY_BYTES} bytes", field="body")
+            yield chunk
+
+    def _charge(self, tenant: str, num_bytes: int) -> None:
+        held = self._held.get(tenant, 0) + num_bytes
+        others = sum(self._held.values()) - self._held.get(tenant, 0)
+        if num_bytes > 0 and (held > self._budget_bytes // 2 or held + others > self._budget_bytes):
+            raise SaturatedError(
+                "too many large request bodies arrive at once; send this one again",
+                retry_after_s=RETRY_S,
+                drop_reason="rejected-saturated",
+            )
+        if held:
+            self._held[tenant] = held
+        else:
+            self._held.pop(tenant, None)
+
+
+async def _linger(request: Request) -> None:
+    """Read on for a moment, keeping nothing: a client in the middle of a write would see a reset instead of the reason."""
+    num_bytes = 0
+    with suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(LINGER_S):
+            async for chunk in request.stream():
+                num_bytes += len(chunk)
+                if num_bytes > LINGER_BYTES:
+                    return
+
+
+def _check_length(announced: str) -> None:
+    if announced.isdecimal() and int(announced[:16]) > MAX_BODY_BYTES:
+        raise InvalidParameterError(f"the body is longer than {MAX_BODY_BYTES} bytes", field="body")

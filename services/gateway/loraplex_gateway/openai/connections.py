@@ -1,0 +1,108 @@
+"""HTTP connections: a bounded number, and none that only waits holds a place that somebody needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+# From the connection, or from the first byte of a further request, until its header is whole.
+HEADER_S: Final = 10.0
+
+
+class Connections:
+    """Every open connection, the one that has been quiet longest first.
+
+    Args:
+        max_connections: With as many open, a new one takes the place of the longest quiet one; with none quiet it is closed.
+        header_s: How long a request's header may take.
+    """
+
+    def __init__(self, max_connections: int, *, header_s: float = HEADER_S) -> None:
+        self.header_s = header_s
+        self._max_connections = max_connections
+        self._open: dict[BoundedProtocol, None] = {}
+
+    @property
+    def num_open(self) -> int:
+        """Connections that are open."""
+        return len(self._open)
+
+    def protocol(self) -> Callable[..., BoundedProtocol]:
+        """Return what uvicorn makes a connection's protocol with."""
+        connections = self
+
+        class Protocol(BoundedProtocol):
+            book = connections
+
+        return Protocol
+
+    def opened(self, protocol: BoundedProtocol) -> None:
+        """Enter a new connection, at the cost of another one or of itself."""
+        if len(self._open) >= self._max_connections:
+            quiet = next((known for known in self._open if not known.is_busy), protocol)
+            self._open.pop(quiet, None)
+            quiet.transport.abort()
+            if quiet is protocol:
+                return
+        self._open[protocol] = None
+
+    def heard(self, protocol: BoundedProtocol) -> None:
+        """Note that a connection has said something."""
+        if protocol in self._open:
+            del self._open[protocol]
+            self._open[protocol] = None  # behind all others
+
+    def closed(self, protocol: BoundedProtocol) -> None:
+        """Forget a connection."""
+        self._open.pop(protocol, None)
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 with a deadline for headers, kept in the book of `Connections`."""
+
+    book: Connections
+    _header_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is being served; one whose header is not whole yet is none."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock of the first header."""
+        super().connection_made(transport)
+        self.book.opened(self)
+        self._time_header()
+
+    def data_received(self, data: bytes) -> None:
+        """Take data in; a header that has begun must end in time."""
+        self.book.heard(self)
+        super().data_received(data)
+        self._time_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self.book.closed(self)
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _time_header(self) -> None:
+        if self.is_busy or self.transport.is_closing():
+            self._stop_timer()
+        elif self._header_timer is None:
+            self._header_timer = self.loop.call_later(self.book.header_s, self._on_header_late)
+
+    def _on_header_late(self) -> None:
+        self._header_timer = None
+        if not self.is_busy and not self.transport.is_closing():
+            self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
