@@ -15,9 +15,10 @@ import tempfile
 import time
 from importlib import util
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import redis.asyncio
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -25,6 +26,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from loraplex_common.child_process import owned_command
 from loraplex_common.log_files import RotatingLog
+from loraplex_common.tasks import heard_cancellation
 
 START_TIMEOUT_S: Final = 30.0  # loading a large AOF takes its time
 STOP_TIMEOUT_S: Final = 10.0
@@ -36,6 +38,25 @@ class ValkeyError(RuntimeError):
     """The embedded server cannot run; the message has the remedy or the end of its log."""
 
 
+class _Pipeline(Pipeline):
+    """Does not swallow the cancellation of who waits for it."""
+
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        with heard_cancellation():
+            return await super().execute(raise_on_error)
+
+
+class _Client(redis.asyncio.Redis):
+    """Does not swallow the cancellation of who waits for it: redis-py sends through Python 3.11's `wait_for`, which does."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        with heard_cancellation():
+            return await super().execute_command(*args, **options)
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> _Pipeline:
+        return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
 def connect(url: str, *, socket_timeout_s: float = 10.0) -> redis.asyncio.Redis:
     """Return a client that answers in bytes; it connects on first use and the caller closes it (``aclose``).
 
@@ -45,7 +66,7 @@ def connect(url: str, *, socket_timeout_s: float = 10.0) -> redis.asyncio.Redis:
         url: ``redis://host:port/db``, ``rediss://...`` or ``unix:///path``.
         socket_timeout_s: Limit for one answer; blocking commands must ask for less.
     """
-    return redis.asyncio.Redis.from_url(
+    return _Client.from_url(
         url,
         socket_timeout=socket_timeout_s,
         socket_connect_timeout=2.0,
