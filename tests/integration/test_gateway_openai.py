@@ -229,6 +229,15 @@ async def test_a_bad_request_gets_openais_error(valkey_url: str) -> None:
         rig.check_idle()
 
 
+async def test_one_bad_prompt_among_several_refuses_the_call_at_once(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client:
+        for prompt, stream in itertools.product((["", "x"], ["x", ""], [[], [1]]), (False, True)):
+            async with asyncio.timeout(5):
+                with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
+                    await client.completions.create(model="tiny", prompt=prompt, stream=stream)
+        rig.check_idle()
+
+
 NOT_SERVED: list[dict[str, Any]] = [
     {"tools": [{"type": "function", "function": {"name": "f"}}]},
     {"response_format": {"type": "json_object"}},

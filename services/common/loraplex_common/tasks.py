@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from loraplex_common.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterator
 
 _log = get_logger()
 
@@ -37,6 +38,22 @@ def deliver_cancellation() -> None:
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
+@contextmanager
+def heard_cancellation() -> Iterator[None]:
+    """Deliver a cancellation that arrives inside the block and that the block swallows; see `deliver_cancellation`.
+
+    A cancellation from before the block is left alone, so that a cancelled task's clean-up may use such blocks too.
+
+    Raises:
+        asyncio.CancelledError: If so.
+    """
+    task = asyncio.current_task()
+    num_before = 0 if task is None else task.cancelling()
+    yield
+    if task is not None and task.cancelling() > num_before:
         raise asyncio.CancelledError
 
 

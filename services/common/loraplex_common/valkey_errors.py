@@ -26,6 +26,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from loraplex_common.errors import LoraplexError, SaturatedError, StoreUnavailableError
+from loraplex_common.tasks import heard_cancellation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,7 +114,10 @@ def _first_word(error: Exception, text: str) -> str:
 
 
 class TranslatingClient(redis.asyncio.Redis):
-    """`redis.asyncio.Redis` whose commands raise errors of the contract, and nothing of the library's."""
+    """`redis.asyncio.Redis` whose commands raise errors of the contract, and nothing of the library's.
+
+    Nor does it swallow the cancellation of who waits for it: the library sends through Python 3.11's `wait_for`, which does.
+    """
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Run one command.
@@ -121,7 +125,7 @@ class TranslatingClient(redis.asyncio.Redis):
         Raises:
             LoraplexError: As `translated`.
         """
-        with translated():
+        with translated(), heard_cancellation():
             return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> _TranslatingPipeline:
@@ -131,6 +135,6 @@ class TranslatingClient(redis.asyncio.Redis):
 
 class _TranslatingPipeline(redis.asyncio.client.Pipeline):
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        with translated():
+        with translated(), heard_cancellation():
             found: list[Any] = await super().execute(raise_on_error)
             return found
