@@ -248,6 +248,14 @@ async def test_a_fifo_is_no_weights_file(client: StoreClient, tmp_path: Path) ->
         await client.import_dir("a", folder)
 
 
+@pytest.mark.parametrize(
+    "uri", ["file://[x/root", "file://\u2100/root", "file:///ROOT/" + "a" * 300, "file:///ROOT/%00"]
+)
+async def test_an_address_that_is_none_is_refused(client: StoreClient, tmp_path: Path, uri: str) -> None:
+    with refused(InvalidParameterError, "no URI|cannot be read|no absolute path"):
+        await client.import_uri("a", uri.replace("/ROOT", str(tmp_path / "root")))
+
+
 @pytest.mark.parametrize("name", ["", "../a", "a/b/c", "a b", "-a", "a" * 200, "a:b", "\u00e4"])
 async def test_a_malformed_name_is_refused(client: StoreClient, name: str) -> None:
     with refused(InvalidParameterError, "no adapter name"):

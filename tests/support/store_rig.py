@@ -91,7 +91,11 @@ class StoreClient:
 
     async def import_dir(self, name: str, directory: Path, **fields: Any) -> pb.ImportAdapterResult:
         """Import from a directory and wait."""
-        request = pb.ImportAdapterRequest(name=name, uri=directory.as_uri(), **fields)
+        return await self.import_uri(name, directory.as_uri(), **fields)
+
+    async def import_uri(self, name: str, uri: str, **fields: Any) -> pb.ImportAdapterResult:
+        """Import from ``file:///dir`` and wait."""
+        request = pb.ImportAdapterRequest(name=name, uri=uri, **fields)
         with translated():
             return await self.wait(await self.stub.ImportAdapter(request))
 

@@ -87,9 +87,9 @@ _MAGIC: Final = (
     (b"PK\x03\x04", f"a pickle; {_PICKLED}"),
     (b"\x80\x02}", f"a pickle; {_PICKLED}"),
     (b"\x1f\x8b", "an archive; unpack it and import the folder inside"),
-    (b"<!DOCTYPE html", "a web page, as a download without access brings; fetch the file again"),
-    (b"<html", "a web page, as a download without access brings; fetch the file again"),
 )
+_PAGES: Final = (b"<!doctype html", b"<html", b"<?xml")  # in any case, behind a byte order mark or blank lines
+_BLANK: Final = b"\xef\xbb\xbf \t\r\n"
 
 
 def check_present(names: Iterable[str]) -> list[str]:
@@ -134,7 +134,9 @@ def diagnose(names: Collection[str]) -> LoraplexError:
 
 def explain_content(data: bytes | bytearray | memoryview) -> str | None:
     """Return what a file is, if its first bytes are not those of what it should be."""
-    start = bytes(data[:64])
+    start = bytes(data[:256])
+    if start.lstrip(_BLANK).lower().startswith(_PAGES):
+        return "a web page, as a download without access brings; fetch the file again"
     return next((text for magic, text in _MAGIC if start.startswith(magic)), None)
 
 

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 _PART: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _NAME: Final = re.compile(rf"{_PART}(/{_PART})?", re.ASCII)  # hub ids work as they are
 _LABEL: Final = re.compile(_PART, re.ASCII)
+_PART_RULE: Final = "1 to 128 letters, digits, '.', '_', '-', the first a letter or a digit"
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 MIN_REVISION_DIGITS: Final = 8
 _REVISION: Final = re.compile(rf"[0-9a-f]{{{MIN_REVISION_DIGITS},64}}", re.ASCII)
 MAX_CANDIDATES: Final = 5
+MAX_SHOWN: Final = 160  # characters of a name that is refused
 DEFAULT_LABEL: Final = "latest"
 
 
@@ -69,7 +71,7 @@ def check_adapter_name(name: str, *, field: str = "name") -> str:
     """
     if _NAME.fullmatch(name) is None or ".." in name:
         raise InvalidParameterError(
-            f"{name[:200]!r} is no adapter name: letters, digits, '.', '_', '-', at most one '/', no '..'", field=field
+            f"{name[:MAX_SHOWN]!r} is no adapter name: {_PART_RULE}; no '..'; as many again behind one '/'", field=field
         )
     return name
 
@@ -81,7 +83,7 @@ def check_label(label: str, *, field: str = "label") -> str:
         InvalidParameterError: If it is not.
     """
     if _LABEL.fullmatch(label) is None:
-        raise InvalidParameterError(f"{label[:200]!r} is no label: letters, digits, '.', '_', '-'", field=field)
+        raise InvalidParameterError(f"{label[:MAX_SHOWN]!r} is no label: {_PART_RULE}", field=field)
     return label
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import AdapterForbiddenError, AdapterNotFoundError, StoreUnavailableError
-from loraplex_common.ids import AdapterRef, find_revision
+from loraplex_common.ids import MAX_CANDIDATES, AdapterRef, find_revision
 
 from loraplex_gateway.close_names import NameOrder
 
@@ -144,6 +144,12 @@ class NameTable:
             return AdapterNotFoundError(f"no adapter is named {ref.name!r}{hint}", metadata=metadata)
         if ref.revision is not None:
             return AdapterNotFoundError(f"adapter {ref.name!r} has no revision {ref.revision}", metadata=metadata)
+        if not entry.labels and entry.base_fingerprints:
+            staged = ", ".join(f"{ref.name}@{digest[:12]}" for digest in [*entry.base_fingerprints][:MAX_CANDIDATES])
+            return AdapterNotFoundError(
+                f"adapter {ref.name!r} is staged and has no label yet: ask for {staged}, or set a label",
+                metadata=metadata,
+            )
         labels = ", ".join(sorted(entry.labels)) or "none: nothing has been imported"
         return AdapterNotFoundError(
             f"adapter {ref.name!r} has no label {ref.label!r}; its labels are {labels}", metadata=metadata

@@ -76,3 +76,12 @@ def test_any_value_of_a_key_is_read_as_peft_does_or_refused_by_name(key: str, we
             assert to_status(found).message  # whatever it quotes can travel
         elif key not in SCALES:
             assert found == revision, kind
+
+
+@pytest.mark.parametrize("key", ["kasa_config", "velora_config", "monteclora_config", "arrow_config", "use_bdlora"])
+def test_a_variants_empty_config_is_that_variant(key: str, weights: bytes) -> None:
+    """PEFT fills it with the variant's defaults: KaSA's, for one, compute something else."""
+    found = outcome(FIELDS | {key: {}}, weights)
+
+    assert isinstance(found, AdapterIncompatibleError)
+    assert key in found.message

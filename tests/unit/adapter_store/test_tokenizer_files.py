@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -186,12 +187,29 @@ def test_a_tokenizer_saved_again_by_transformers_is_accepted(tmp_path: Path) -> 
         ("vocab.json", b"3", AdapterCorruptUploadError),
         ("chat_template.jinja", b"{% for", AdapterCorruptUploadError),
         ("chat_template.jinja", b"{{ " + b"(" * 5000 + b"1" + b")" * 5000 + b" }}", AdapterCorruptUploadError),
+        ("chat_template.jinja", b"{{ " + b"9" * 5000 + b" }}", AdapterCorruptUploadError),
         ("chat_template.jinja", b"x" * 300_000, AdapterCorruptUploadError),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_by_name(name: str, data: bytes, error: type[Exception]) -> None:
     with pytest.raises(error, match=name):
         check_tokenizer_files({name: data}, tiny_base_dir())
+
+
+EXPRESSIONS = ("'x' * 10**9", "'x'|center(10**9)", "'%999999999d' % 1", "[0] * 10**8")
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_no_constant_of_an_adapters_template_is_computed(expression: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(AdapterIncompatibleError, match="chat template differs"):
+            check_tokenizer_files({"chat_template.jinja": f"{{{{ {expression} }}}}".encode()}, tiny_base_dir())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 100 * 1024 * 1024
 
 
 def test_the_base_models_files_are_read_anew_when_they_change(tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def test_what_trainers_leave_beside_an_adapter_is_not_read() -> None:
         (b"GGUF\x03", "GGUF"),
         (b"PK\x03\x04", "pickled"),
         (b"<!DOCTYPE html><html>", "web page"),
+        (b"\xef\xbb\xbf\n<!doctype html>\n<html lang=en>", "web page"),
+        (b"<HTML>", "web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
     ],
 )
 def test_a_file_of_another_kind_is_known_by_its_first_bytes(data: bytes, match: str) -> None:

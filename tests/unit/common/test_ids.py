@@ -55,6 +55,10 @@ def test_names_labels_and_digests_are_checked() -> None:
     assert not is_digest(DIGEST + "\n")
     with pytest.raises(InvalidParameterError):
         check_label("a/b")
+    with pytest.raises(InvalidParameterError, match="1 to 128"):
+        check_label("a" * 129)
+    with pytest.raises(InvalidParameterError, match="1 to 128"):
+        check_adapter_name("a" * 129)
 
 
 def test_request_ids_are_fresh_uuids() -> None:

@@ -54,6 +54,14 @@ async def test_digits_that_several_revisions_of_a_name_begin_with_are_refused_wi
         await resolve(names, f"poet@{OLD[:12]}")
 
 
+async def test_a_staged_adapter_that_no_label_points_at_is_asked_for_by_its_revision() -> None:
+    names = table(AdapterEntry(name="poet", labels={}, base_fingerprints={OLD: "f"}))
+
+    with pytest.raises(AdapterNotFoundError, match=f"staged.*poet@{OLD[:12]}"):
+        await resolve(names, "poet")
+    assert await resolve(names, f"poet@{OLD[:12]}") == OLD
+
+
 async def test_an_unknown_name_is_refused_with_close_matches() -> None:
     with pytest.raises(AdapterNotFoundError, match="did you mean poet"):
         await resolve(table(), "peot")

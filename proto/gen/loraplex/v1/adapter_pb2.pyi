@@ -99,7 +99,7 @@ class Adapter(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     LATEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name, `[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?`."""
+    """Name, `[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?`, without `..`."""
     state: Global___Adapter.State.ValueType
     """Output only. Lifecycle state."""
     description: _builtins.str
@@ -159,7 +159,7 @@ class Alias(_message.Message):
     name: _builtins.str
     """Name of the adapter."""
     label: _builtins.str
-    """Label, `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`."""
+    """Label, `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`."""
     revision: _builtins.str
     """Revision digest the label points at, 64 lower-case hex digits."""
     def __init__(

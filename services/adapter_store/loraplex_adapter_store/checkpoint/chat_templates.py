@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from loraplex_common.errors import AdapterCorruptUploadError
 
@@ -43,7 +43,7 @@ class Template:
 
     Attributes:
         program: Its tree, comparable.
-        variables: Names it reads from outside, e.g. ``bos_token``.
+        variables: Names it reads, e.g. ``bos_token``; those it gave a value itself among them.
     """
 
     program: Any
@@ -71,8 +71,10 @@ def read_template(source: str, *, file: str) -> Template:
         )
     try:
         tree = _environment().parse(source)
-        return Template(_program(tree), frozenset(meta.find_undeclared_variables(tree)))
-    except jinja2.TemplateError as error:
+        # Not meta.find_undeclared_variables: it compiles, and the compiler computes constants, such as 'x' * 10**10.
+        names = frozenset(node.name for node in tree.find_all(nodes.Name) if node.ctx == "load")
+        return Template(_program(tree), names)
+    except (jinja2.TemplateError, ValueError) as error:  # ValueError: a number of more digits than Python reads
         raise AdapterCorruptUploadError(f"{file}: its chat template is no Jinja: {str(error)[:200]}") from error
     except RecursionError as error:
         raise AdapterCorruptUploadError(f"{file}: its chat template is nested too deeply") from error

@@ -117,7 +117,7 @@ def _refuse_unserved(fields: dict[str, Any]) -> None:
     if peft_type != "LORA":
         raise AdapterIncompatibleError(f"{FILE}: peft_type {_shown(peft_type)} is not served, only LORA")
     for name, why in _REFUSED.items():
-        if fields.get(name):
+        if not _is_off(fields.get(name)):
             raise AdapterIncompatibleError(f"{FILE}: {name} = {_shown(fields[name])}: {why}")
     for name in ("bias", "task_type"):
         if not isinstance(fields.get(name), str | None):
@@ -139,6 +139,11 @@ def _refuse_unserved(fields: dict[str, Any]) -> None:
             raise AdapterIncompatibleError(
                 f"{FILE}: unknown setting {name[:100]} = {_shown(value)}: it may change what the adapter computes"
             )
+
+
+def _is_off(value: Any) -> bool:
+    # An empty object is not off: PEFT makes a variant's config of it, with that variant's defaults.
+    return value is None or value is False or value == []
 
 
 def _shown(value: Any) -> str:

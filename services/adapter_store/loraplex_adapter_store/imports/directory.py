@@ -41,7 +41,10 @@ class ImportRoots:
         Raises:
             InvalidParameterError: If it is no such URI or lies outside all roots; nothing is said about what is there.
         """
-        parts = urlsplit(uri)
+        try:
+            parts = urlsplit(uri)
+        except ValueError as error:  # e.g. a host that is no address
+            raise InvalidParameterError(f"{uri[:200]!r} is no URI: {error}", field="uri") from error
         path = unquote(parts.path)
         if parts.scheme != "file" or parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
             raise InvalidParameterError(f"{uri[:200]!r} is not of the form file:///dir", field="uri")
@@ -70,7 +73,7 @@ class ImportRoots:
                 names = check_present(_listed(directory))
             for name in names:
                 contents[name] = self._read_file(root, Path(root, *parts, name), max_adapter_bytes)
-        except (NotADirectoryError, FileNotFoundError, PermissionError) as error:
+        except OSError as error:
             raise InvalidParameterError(f"{uri[:200]!r} cannot be read: {error.strerror}", field="uri") from error
         return from_contents(contents, "dir:" + ("/".join(parts) or root.name))
 
