@@ -25,6 +25,19 @@ def reader_of(directory: Path, layout: WeightLayout | None = None) -> WeightRead
     return WeightReader(directory, dtype=torch.float32, device=CPU, layout=layout)
 
 
+def test_what_was_read_stays_whatever_becomes_of_the_file(tmp_path: Path) -> None:
+    reader = reader_of(write_base_model(tmp_path))
+    read = [reader.read(O_PROJ, (64, 64)), reader.read_stacked([(Q_PROJ, (64, 64))])]
+    before = [weight.clone() for weight in read]
+    reader.close()
+    path = tmp_path / "model.safetensors"
+
+    with path.open("r+b") as file:  # as cp and rsync --inplace do
+        file.write(bytes(path.stat().st_size))
+
+    assert all(torch.equal(weight, as_it_was) for weight, as_it_was in zip(read, before, strict=True))
+
+
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_ranks_hold_parts_that_make_up_the_weight(tmp_path: Path, num_shards: int) -> None:
     write_base_model(tmp_path, TinyBase(num_shards=num_shards))
