@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 MAX_INT32: Final = 2**31 - 1
 MAX_WAIT_S: Final = 7 * 86400.0
@@ -51,3 +51,19 @@ MAX_ENTRIES: Final[Mapping[str, int]] = {
     "stop_strings": 16,
     "stop_token_ids": 64,
 }
+
+
+def nothing_to_draw(allowed: Collection[int], stops: Collection[int], min_new_tokens: int) -> str | None:
+    """Return why no first token can be drawn, None if one can: below `min_new_tokens` what ends the output is forbidden.
+
+    Args:
+        allowed: Token ids that alone can be drawn; none means all.
+        stops: Stop ids, and the model's end-of-text ids where they count.
+        min_new_tokens: Tokens before which those cannot be drawn.
+    """
+    if not allowed or not min_new_tokens or not set(allowed) <= set(stops):
+        return None
+    return (
+        "each of allowed_token_ids ends the output, and min_new_tokens forbids that for the first token; allow another "
+        "token, or set min_new_tokens to 0"
+    )

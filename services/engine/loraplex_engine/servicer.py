@@ -77,7 +77,11 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._config = config
         self._metrics = metrics
         base = identity.base_model
-        self._limits = RequestLimits(vocab_size=base.vocab_size, max_model_len=base.max_model_len)
+        self._limits = RequestLimits(
+            vocab_size=base.vocab_size,
+            max_model_len=base.max_model_len,
+            eos_token_ids=engine.params.eos_token_ids,
+        )
         self._is_closing = asyncio.Event()
         self._sessions: set[GatewaySession] = set()
 

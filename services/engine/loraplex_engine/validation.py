@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.ids import is_digest
-from loraplex_common.request_limits import MAX_ENTRIES, MAX_INT32, MAX_PROMPT_LOGPROBS, RANGES
+from loraplex_common.request_limits import MAX_ENTRIES, MAX_INT32, MAX_PROMPT_LOGPROBS, RANGES, nothing_to_draw
 
 from loraplex_engine.messages import SamplingParams, StoppingParams
 
@@ -35,10 +35,12 @@ class RequestLimits:
 
     Attributes:
         max_model_len: Prompt and output together, in tokens.
+        eos_token_ids: End-of-text ids.
     """
 
     vocab_size: int
     max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
 
 
 def require(condition: bool, field: str, message: str) -> None:
@@ -140,7 +142,8 @@ def check_stopping(submit: engine_pb2.Submit, limits: RequestLimits) -> Stopping
     """Return where the output ends.
 
     Raises:
-        InvalidParameterError: If a value is out of its range, or stop strings are given, which the engine cannot see.
+        InvalidParameterError: If a value is out of its range, if no first token can be drawn, or if stop strings are given,
+            which the engine cannot see.
     """
     wire, num_resumed = submit.stopping, len(submit.resumed_token_ids)
     require(
@@ -162,10 +165,14 @@ def check_stopping(submit: engine_pb2.Submit, limits: RequestLimits) -> Stopping
         "stopping.min_new_tokens",
         f"{wire.min_new_tokens} exceeds max_new_tokens {ceiling}",
     )
+    stop_token_ids = _check_token_set(wire.stop_token_ids, "stopping.stop_token_ids", limits.vocab_size)
+    stops = (*stop_token_ids, *(() if wire.ignore_eos else limits.eos_token_ids))
+    reason = nothing_to_draw(submit.sampling.allowed_token_ids, stops, wire.min_new_tokens)
+    require(reason is None, "stopping.min_new_tokens", str(reason))
     return StoppingParams(
         max_new_tokens=max_new_tokens,
         min_new_tokens=wire.min_new_tokens,
-        stop_token_ids=_check_token_set(wire.stop_token_ids, "stopping.stop_token_ids", limits.vocab_size),
+        stop_token_ids=stop_token_ids,
         ignore_eos=wire.ignore_eos,
     )
 

@@ -154,6 +154,22 @@ def check_token_ids(request: GenerationRequest, prompt_ids: Sequence[int], vocab
     _raise_if_any(found)
 
 
+def check_first_token(request: GenerationRequest, stop_token_ids: frozenset[int]) -> None:
+    """Refuse a request that forbids every token itself.
+
+    Args:
+        request: The request.
+        stop_token_ids: What ends its output, end-of-text ids included if they count.
+
+    Raises:
+        InvalidParameterError: If so.
+    """
+    least = request.stopping.min_new_tokens or 0
+    reason = request_limits.nothing_to_draw(request.sampling.allowed_token_ids, stop_token_ids, least)
+    if reason is not None:
+        raise InvalidParameterError(f"stopping.min_new_tokens: {reason}", field="stopping.min_new_tokens")
+
+
 def check_length(num_prompt_tokens: int, max_new_tokens: int | None, max_model_len: int) -> None:
     """Refuse a request for more tokens than a sequence can have; without a limit of its own it must leave room for one.
 

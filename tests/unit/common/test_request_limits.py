@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.errors import InvalidParameterError
-from loraplex_common.request_limits import MAX_ENTRIES, MAX_WAIT_S, RANGES
+from loraplex_common.request_limits import MAX_ENTRIES, MAX_WAIT_S, RANGES, nothing_to_draw
 from loraplex_engine import validation as engine
 from loraplex_gateway import validation as gateway
 from loraplex_gateway.types import GenerationRequest, ResponseOptions, Sampling, Stopping, TokenPrompt
@@ -100,3 +100,34 @@ def test_top_p_of_zero_keeps_the_likeliest_token() -> None:
     submit = engine_pb2.Submit(prompt_token_ids=[1], sampling=gateway_pb2.SamplingParams(seed=1, top_p=0.0))
 
     assert 0 < engine.check_sampling(submit, LIMITS).top_p < 1e-30
+
+
+def test_a_request_can_forbid_every_first_token() -> None:
+    assert nothing_to_draw((5, 6), (4, 5, 6), 1) is not None
+
+    assert nothing_to_draw((5, 6), (4, 5, 6), 0) is None
+    assert nothing_to_draw((5, 7), (4, 5, 6), 1) is None
+    assert nothing_to_draw((), (4, 5, 6), 1) is None
+
+
+@pytest.mark.parametrize(("ignore_eos", "is_refused"), [(False, True), (True, False)])
+def test_an_engine_refuses_it_where_end_of_text_counts(ignore_eos: bool, is_refused: bool) -> None:
+    submit = engine_pb2.Submit(
+        prompt_token_ids=[1],
+        sampling=gateway_pb2.SamplingParams(allowed_token_ids=[5, 9]),
+        stopping=gateway_pb2.StoppingParams(stop_token_ids=[9], min_new_tokens=1, ignore_eos=ignore_eos),
+    )
+    limits = engine.RequestLimits(vocab_size=2000, max_model_len=512, eos_token_ids=(5,))
+
+    assert takes("min_new_tokens", lambda: engine.check_stopping(submit, limits)) is not is_refused
+
+
+def test_so_does_a_gateway() -> None:
+    request = GenerationRequest(
+        prompt=TokenPrompt(ids=(1,)),
+        sampling=Sampling(allowed_token_ids=(5, 9)),
+        stopping=Stopping(min_new_tokens=1),
+    )
+
+    assert not takes("min_new_tokens", lambda: gateway.check_first_token(request, frozenset({5, 9})))
+    assert takes("min_new_tokens", lambda: gateway.check_first_token(request, frozenset({9})))
