@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import time
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -80,6 +81,29 @@ async def test_another_engine_continues_what_a_dead_one_began(valkey_url: str) -
         indices = [response.chunk.index for response in responses if response.HasField("chunk")]
         assert indices == sorted(set(indices))
         assert responses[-1].finished.usage.output_tokens == 20
+        rig.check_idle()
+
+
+@pytest.mark.parametrize("tokens_per_message", [1, 7], ids=["later", "with the start"])
+async def test_no_token_is_lost_when_an_engine_gives_up_a_request_with_it(
+    valkey_url: str, tokens_per_message: int
+) -> None:
+    request = text_request(
+        stopping=gateway_pb2.StoppingParams(max_new_tokens=20), response_options=gateway_pb2.ResponseOptions(logprobs=1)
+    )
+    async with running_gateway(valkey_url, num_engines=2) as rig:
+        for engine in rig.engines:
+            engine.gives_up_at, engine.tokens_per_message = {7: DrainingError("draining")}, tokens_per_message
+
+        responses = await rest(rig.stub.Generate(request))
+
+        original, resumed = (submit for engine in rig.engines for submit in engine.submits)
+        assert max(len(original.resumed_token_ids), len(resumed.resumed_token_ids)) == 7
+        chunks = [response.chunk for response in responses if response.HasField("chunk")]
+        assert tokens_of(responses) == list(letters(original))
+        assert [entry.chosen.token_id for chunk in chunks for entry in chunk.logprobs] == tokens_of(responses)
+        assert [chunk.index for chunk in chunks] == list(accumulate((len(c.token_ids) for c in chunks[:-1]), initial=0))
+        assert [r.WhichOneof("event") for r in responses].count("started") == 1
         rig.check_idle()
 
 

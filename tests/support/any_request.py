@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from google.protobuf.duration_pb2 import Duration
 from loraplex.v1 import engine_pb2, gateway_pb2
-from loraplex_common.errors import DeadlineError, LoraplexError, QueueTimeoutError
+from loraplex_common.errors import DeadlineError, InvalidParameterError, LoraplexError, QueueTimeoutError
 
 if TYPE_CHECKING:
     import random
@@ -129,7 +129,7 @@ def _may_fail(request: AnyRequest, error: LoraplexError) -> bool:
     return (
         (isinstance(error, DeadlineError) and submit.HasField("time_left"))
         or (isinstance(error, QueueTimeoutError) and submit.HasField("queue_timeout"))
-        or (is_impossible and "not finite" in error.message)
+        or (is_impossible and isinstance(error, InvalidParameterError))
     )
 
 

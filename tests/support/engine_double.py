@@ -52,6 +52,7 @@ class EngineDouble:
         loading_first: Report a load in progress before every start.
         poison: A request of so many prompt tokens ends the session that carries it, before any token.
         reports: Say something on idle sessions too, as engines do.
+        gives_up_at: Position -> the error with which a request ends there, in the message of the token before it.
         finish: Reason of the end after the reply's last token; a reply that ends in a stop token says so.
     """
 
@@ -67,6 +68,7 @@ class EngineDouble:
     loading_first: bool = False
     poison: int | None = None
     reports: bool = False
+    gives_up_at: dict[int, LoraplexError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.engine_id = f"engine-{uuid.uuid4().hex[:8]}"
@@ -197,7 +199,10 @@ class EngineDouble:
         outputs.clear()
         for slot, request in list(running.items()):
             self._advance(message, slot, request)
-            if request.position >= len(request.tokens):
+            if error := self.gives_up_at.get(request.position):
+                message.outputs.append(engine_pb2.Output(slot=slot, error=to_status(error)))
+                del running[slot]
+            elif request.position >= len(request.tokens):
                 message.outputs.append(_end(slot, self.finish, self.stop_token_id))
                 del running[slot]
         self.notify() if message.token_ids or message.outputs else None

@@ -15,7 +15,7 @@ from loraplex_common.base_names import folder_name, hub_id_of
 from loraplex_common.config_values import BaseModelError as BaseModelError
 from loraplex_common.decoder_config import ModelConfig, model_config
 from loraplex_common.directories import model_directory_problem
-from loraplex_common.weight_digests import weight_digests
+from loraplex_common.weight_digests import FileState, weight_digests
 from loraplex_common.weight_files import Weights, find_weights
 
 if TYPE_CHECKING:
@@ -155,6 +155,20 @@ def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[
         max_position_embeddings=shape.max_position_embeddings,
         config=checked.config,
     )
+
+
+def state_of_files(directory: Path) -> tuple[FileState, ...]:
+    """Return what the file system says of the files that a fingerprint covers.
+
+    Whoever finds the same before the fingerprint is computed and after the model has been loaded has loaded what the
+    fingerprint says.
+
+    Raises:
+        BaseModelError: As `check_base_model`.
+    """
+    shards = check_base_model(directory).weights.shards()
+    files = (directory / "config.json", directory / "tokenizer.json", *shards)
+    return tuple(FileState.of(path, path.stat()) for path in files)
 
 
 def check_distinct_names(infos: Iterable[BaseModelInfo]) -> None:

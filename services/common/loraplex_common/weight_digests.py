@@ -64,7 +64,7 @@ def weight_digests(files: Sequence[Path]) -> dict[Path, str]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _State:
+class FileState:
     """What the file system says of a file; another state means that its bytes may differ."""
 
     path: str
@@ -74,7 +74,8 @@ class _State:
     ctime_ns: int
 
     @classmethod
-    def of(cls, path: Path, status: os.stat_result) -> _State:
+    def of(cls, path: Path, status: os.stat_result) -> FileState:
+        """Return the state of a file that was asked for its status."""
         return cls(
             path=str(path),
             inode=status.st_ino,
@@ -90,7 +91,7 @@ class _Entry:
     def __init__(self, file: Any) -> None:
         self._file = file
 
-    def read(self, state: _State) -> str | None:
+    def read(self, state: FileState) -> str | None:
         """Return the digest of a file in this state, if it is the one kept."""
         self._file.seek(0)
         try:
@@ -100,7 +101,7 @@ class _Entry:
             return None
         return digest if kept == asdict(state) and _SHA256.fullmatch(str(digest)) else None
 
-    def write(self, state: _State, digest: str) -> None:
+    def write(self, state: FileState, digest: str) -> None:
         """Keep a digest. Nobody sees it half written: the lock is ours, and what a crash leaves is no JSON."""
         self._file.seek(0)
         self._file.truncate()
@@ -150,7 +151,7 @@ class WeightDigests:
             return {file: future.result() for file, future in running.items()}
 
     def _digest(self, path: Path) -> str:
-        state = _State.of(path, path.stat())
+        state = FileState.of(path, path.stat())
         if state.size < self._min_kept_bytes:
             return self._hash(path)[1]
         with self._entry(path) as entry:
@@ -202,16 +203,16 @@ class WeightDigests:
             else:
                 return
 
-    def _hash(self, path: Path) -> tuple[_State, str]:
+    def _hash(self, path: Path) -> tuple[FileState, str]:
         digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
         with path.open("rb", buffering=0) as file:
-            before = _State.of(path, os.fstat(file.fileno()))
+            before = FileState.of(path, os.fstat(file.fileno()))
             while num_bytes := file.readinto(buffer):
                 digest.update(buffer[:num_bytes])  # lets other threads run meanwhile
                 self._count(num_bytes)
                 if self._stop.is_set():
                     raise BaseModelError("stopped while hashing the weights")
-            if _State.of(path, os.fstat(file.fileno())) != before:
+            if FileState.of(path, os.fstat(file.fileno())) != before:
                 raise BaseModelError(f"{path}: changed while it was read; start again once it is whole")
         return before, digest.hexdigest()
 

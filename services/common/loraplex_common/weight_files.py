@@ -73,10 +73,11 @@ def find_weights(directory: Path) -> Weights:
     """Return the tensors that are a model's weights, checked to be in a type that is served.
 
     As transformers chooses: ``model.safetensors``; without it the files that the index names; without both every
-    ``*.safetensors``.
+    ``*.safetensors``, as long as no two bring the same tensor.
 
     Raises:
-        BaseModelError: If there are none, a file is missing or unreadable, or weights are quantised.
+        BaseModelError: If there are none, a file is missing or unreadable, nothing says which of two files a tensor is to
+            come from, or weights are quantised.
     """
     weight_map: dict[str, str] = {}
     if (directory / SINGLE_FILE).is_file():
@@ -93,6 +94,11 @@ def find_weights(directory: Path) -> Weights:
     for path in paths:
         for name, (dtype, shape) in read_safetensors_index(path).items():
             _check_dtype(path, name, dtype)
+            if name in files and name not in weight_map:
+                raise BaseModelError(
+                    f"{directory}: {files[name].name} and {path.name} both hold {name}, and no {INDEX_FILE} says which "
+                    "counts; fetch the index, or remove the file that does not belong to the model"
+                )
             if weight_map.get(name, path.name) == path.name:
                 files[name], shapes[name] = path, shape
     if absent := sorted(set(weight_map) - set(files)):

@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Final
 
 import torch
-from loraplex_common.base_model import BaseModelInfo, load_base_model
+from loraplex_common.base_model import BaseModelError, BaseModelInfo, load_base_model, state_of_files
 from loraplex_common.end_of_text import read_eos_token_ids
 from loraplex_common.rank_limits import CUDA_MAX_RANK
 from loraplex_common.weight_files import find_weights
@@ -20,6 +20,8 @@ from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from loraplex_common.weight_digests import FileState
 
     from loraplex_engine.engine import RunnerFactory
     from loraplex_engine.step import ModelRunner
@@ -49,13 +51,14 @@ def resolve_dtype(config: EngineConfig, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def read_base_model(config: EngineConfig) -> BaseModelInfo:
-    """Read the base model's facts.
+def read_base_model(config: EngineConfig) -> tuple[BaseModelInfo, tuple[FileState, ...]]:
+    """Read the base model's facts, and the state of its files before they were read.
 
     Raises:
         BaseModelError: If the directory is no model we can serve.
     """
-    return load_base_model(config.model, name=config.served_model_name, aliases=config.model_alias)
+    files = state_of_files(config.model)
+    return load_base_model(config.model, name=config.served_model_name, aliases=config.model_alias), files
 
 
 def engine_params(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> EngineParams:
@@ -146,11 +149,32 @@ def max_rank(config: EngineConfig, device: torch.device) -> int:
     return CUDA_MAX_RANK if resolve_backend(config, device) == "cuda" else 0
 
 
-def runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:
-    """Return what makes the compute backend once the engine knows its sizes."""
-    if resolve_backend(config, device) == "cuda":
-        return _cuda_runner_factory(config, info, device)
+def runner_factory(
+    config: EngineConfig, info: BaseModelInfo, device: torch.device, *, files: tuple[FileState, ...]
+) -> RunnerFactory:
+    """Return what makes the compute backend once the engine knows its sizes.
 
+    Args:
+        config: What to serve.
+        info: Facts of the model.
+        device: Where to compute.
+        files: State of the model's files before `info` was read: what makes the backend raises `BaseModelError` if they
+            have another one once the weights are loaded, for these may not be those that the fingerprint names.
+    """
+    is_cuda = resolve_backend(config, device) == "cuda"
+    make = (_cuda_runner_factory if is_cuda else _torch_runner_factory)(config, info, device)
+
+    def make_checked(params: EngineParams) -> ModelRunner:
+        runner = make(params)
+        if state_of_files(config.model) != files:
+            runner.close()
+            raise BaseModelError(f"{config.model}: changed while it was loaded; start again once it is whole")
+        return runner
+
+    return make_checked
+
+
+def _torch_runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:
     def make(params: EngineParams) -> ModelRunner:
         return TorchRunner(
             RunnerConfig(

@@ -63,7 +63,7 @@ class EngineService:
         self._config = config
         self._loop = asyncio.get_running_loop()
         self._crashed: asyncio.Future[None] = self._loop.create_future()
-        self._info = building.read_base_model(config)
+        self._info, files = building.read_base_model(config)
         device = building.resolve_device(config)
         params = building.engine_params(config, self._info, device)
         self.engine_id = f"{uuid.uuid4().hex}"
@@ -75,7 +75,7 @@ class EngineService:
         self._client: AdapterClient | None = None
         self.engine = Engine(
             params,
-            building.runner_factory(config, self._info, device),
+            building.runner_factory(config, self._info, device, files=files),
             on_store_event=lambda event: self._call_soon(self._on_store_event, event),
             on_crash=lambda cause: self._call_soon(self._on_crash, cause),
         )

@@ -124,8 +124,6 @@ class EngineRelay:
                 # Closed here and now: the abort on the engine hangs on the generator's `finally`.
                 async with aclosing(self._run_on(session)) as updates:
                     async for update in updates:
-                        if isinstance(update.end, LoraplexError):
-                            raise update.end
                         yield session.engine_id, update
                 if attempt > 0 and self._has_started:
                     self._metrics.resumes.labels("ok").inc()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loraplex_gateway.engine_wire import EngineFinish
 from loraplex_gateway.output import OutputAssembler
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started, Timings, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from loraplex_gateway.engine_wire import EngineFinish
     from loraplex_gateway.preparation import Prepared
     from loraplex_gateway.ticket import EngineUpdate
     from loraplex_gateway.types import Event
@@ -71,7 +71,7 @@ class RequestRun:
         chunk = self._push(update) if update.token_ids else None
         if self._output.matched_stop is not None:
             return [*events, *_present(chunk), self.finished(FinishReason.STOP)]
-        if not isinstance(update.end, EngineFinish):
+        if update.end is None:
             return [*events, *_present(chunk)]
         last = self._output.finish(stop_token_id=update.end.stop_token_id)
         return [*events, *_present(_merged(chunk, last)), self._end(update.end)]

@@ -41,13 +41,13 @@ class LocalCancelError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineUpdate:
-    """All news since the last update; `logprobs` is parallel to `token_ids` where asked for."""
+    """All news since the last update; `logprobs` is parallel to `token_ids` where asked for. `end` is a normal one."""
 
     token_ids: Sequence[int] = ()
     logprobs: Sequence[gateway_pb2.PositionLogprobs] = ()
     started: EngineStart | None = None
     loading: AdapterLoading | None = None
-    end: EngineFinish | LoraplexError | None = None
+    end: EngineFinish | None = None
 
 
 class Ticket:
@@ -72,7 +72,7 @@ class Ticket:
         self._logprobs: list[gateway_pb2.PositionLogprobs] = []
         self._started: EngineStart | None = None
         self._loading: AdapterLoading | None = None
-        self._end: EngineFinish | LoraplexError | None = None
+        self._end: EngineFinish | None = None
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._is_called = (
@@ -80,7 +80,7 @@ class Ticket:
         )
 
     def push_token(self, sequence: int, token_id: int) -> None:
-        """Add one plain token; a request that has failed here takes no more."""
+        """Add one plain token; a request that has failed takes no more."""
         if self._failure is not None:
             return
         if sequence != self._expected:
@@ -104,7 +104,7 @@ class Ticket:
         loading: AdapterLoading | None,
         end: EngineFinish | LoraplexError | None,
     ) -> None:
-        """Add news that is more than a plain token; a request that has failed here takes no more."""
+        """Add news that is more than a plain token; a request that has failed takes no more."""
         if self._failure is not None:
             return
         if token_ids and sequence > self._expected:
@@ -116,15 +116,18 @@ class Ticket:
         self._expected += max(0, len(token_ids) - repeated)
         self._started = started or self._started
         self._loading = loading or self._loading
-        if end is not None:
-            self._end, self.is_ended = end, True
+        if isinstance(end, LoraplexError):
+            self.fail(end)
+        elif end is not None:
+            self._end = end
+        self.is_ended = self.is_ended or end is not None
         if len(self._tokens) > self._max_buffered_tokens and not self._is_reading:
             self._overflow()
         else:
             self._wake()
 
     def fail(self, error: Exception) -> None:
-        """End the request from this side; what has been received before is still read first."""
+        """End the request with an error; what has been received before is still read first."""
         if self._failure is None and not self.is_ended:
             self._failure = error
             self._wake()
@@ -140,6 +143,7 @@ class Ticket:
             EngineLostError: If the session broke.
             LocalCancelError: If the request was cancelled by its id.
             SlowConsumerError: If the buffer overflowed.
+            LoraplexError: What the engine ended the request with.
         """
         while not self._has_news():
             if self._failure is not None:

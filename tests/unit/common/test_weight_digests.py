@@ -15,7 +15,7 @@ from loraplex_common.weight_digests import WeightDigests
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loraplex_common.weight_digests import _State
+    from loraplex_common.weight_digests import FileState
 
 CONTENT = bytes(range(256)) * 100
 
@@ -27,7 +27,7 @@ class Counting(WeightDigests):
         super().__init__(folder, min_kept_bytes=min_kept_bytes, settled_s=settled_s)
         self.num_hashed = 0
 
-    def _hash(self, path: Path) -> tuple[_State, str]:
+    def _hash(self, path: Path) -> tuple[FileState, str]:
         self.num_hashed += 1
         return super()._hash(path)
 

@@ -49,6 +49,18 @@ def test_the_index_decides_which_shard_a_tensor_comes_from(sharded: Path) -> Non
     assert weights.shards() == (first, second)
 
 
+def test_without_an_index_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("*.safetensors"))
+    (sharded / INDEX).unlink()
+    assert find_weights(sharded).shards() == (first, second)
+    save_file(load_file(second), sharded / "model-old.safetensors")
+
+    with pytest.raises(
+        BaseModelError, match=rf"{second.name} and model-old.safetensors both hold .*no {INDEX} says which"
+    ):
+        find_weights(sharded)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

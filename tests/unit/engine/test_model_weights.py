@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from loraplex_common.base_model import BaseModelError
+from loraplex_engine import building
+from loraplex_engine.config import EngineConfig
 from loraplex_engine.model.weights import Split, WeightLayout, WeightReader
 from support.base_models import TinyBase, write_base_model
 from support.oracle import make_rig
@@ -23,6 +25,32 @@ Q_PROJ, O_PROJ = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_
 
 def reader_of(directory: Path, layout: WeightLayout | None = None) -> WeightReader:
     return WeightReader(directory, dtype=torch.float32, device=CPU, layout=layout)
+
+
+def test_what_was_read_stays_whatever_becomes_of_the_file(tmp_path: Path) -> None:
+    reader = reader_of(write_base_model(tmp_path))
+    read = [reader.read(O_PROJ, (64, 64)), reader.read_stacked([(Q_PROJ, (64, 64))])]
+    before = [weight.clone() for weight in read]
+    path = tmp_path / "model.safetensors"
+
+    with path.open("r+b") as file:  # as cp and rsync --inplace do
+        file.write(bytes(path.stat().st_size))
+
+    assert all(torch.equal(weight, as_it_was) for weight, as_it_was in zip(read, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_that_changes_between_its_fingerprint_and_its_loading_is_not_served(tmp_path: Path, name: str) -> None:
+    config = EngineConfig(model=write_base_model(tmp_path), device="cpu", pool_bytes=2**20, arena_bytes=2**20)
+    info, files = building.read_base_model(config)
+    params = building.engine_params(config, info, CPU)
+    make = building.runner_factory(config, info, CPU, files=files)
+    make(params).close()
+
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes())
+
+    with pytest.raises(BaseModelError, match="changed while it was loaded"):
+        make(params)
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from loraplex_common.errors import SlowConsumerError
+from loraplex_common.errors import DrainingError, SlowConsumerError
 from loraplex_gateway.engine_wire import EngineFinish
 from loraplex_gateway.ticket import MAX_UPDATE_TOKENS, EngineLostError, LocalCancelError, Ticket
 from loraplex_gateway.types import FinishReason, Timings
@@ -71,6 +71,18 @@ async def test_what_came_before_a_failure_is_read_first() -> None:
 
     assert list((await ticket.next()).token_ids) == [5]
     with pytest.raises(EngineLostError):
+        await ticket.next()
+
+
+async def test_what_came_with_an_engines_error_is_read_before_the_error() -> None:
+    ticket, _ = make()
+    ticket.push_token(0, 5)
+    output(ticket, sequence=1, token_ids=(6,), end=DrainingError("draining"))
+
+    update = await ticket.next()
+
+    assert (list(update.token_ids), update.end, ticket.is_ended) == ([5, 6], None, True)
+    with pytest.raises(DrainingError):
         await ticket.next()
 
 

@@ -104,6 +104,8 @@ class WeightReader:
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return this rank's part of a weight in the compute dtype, on the device.
 
+        It is a copy: whoever writes to the file of a running engine changes nothing of what it computes.
+
         Args:
             name: As in the files.
             shape: Full shape that config.json implies.
@@ -111,6 +113,15 @@ class WeightReader:
         Raises:
             BaseModelError: If it is missing or of another shape.
         """
+        return self._mapped(name, shape).to(device=self._device, dtype=self._dtype, copy=True)
+
+    def read_stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
+        """Return several weights stacked along their outputs, as a fused projection wants them; a copy, too."""
+        mapped = [self._mapped(name, shape) for name, shape in parts]
+        return torch.cat([part.to(device=self._device, dtype=self._dtype) for part in mapped])
+
+    def _mapped(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return this rank's part of a weight as safetensors gives it: memory that is the file's."""
         if name not in self._files:
             raise BaseModelError(f"{self._directory}: weight {name} is missing")
         file = self._files[name]
@@ -121,11 +132,7 @@ class WeightReader:
             raise BaseModelError(f"{file}: {name} has shape {stored.get_shape()}, config.json implies {list(shape)}")
         self._unread.discard(name)
         part: Tensor = stored[self._layout.local(name, shape)]
-        return part.to(device=self._device, dtype=self._dtype)
-
-    def read_stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
-        """Return several weights stacked along their outputs, as a fused projection wants them."""
-        return torch.cat([self.read(name, shape) for name, shape in parts])
+        return part
 
     def close(self) -> None:
         """Close the files.
