@@ -250,7 +250,7 @@ class GatewayApp:
                 audience=Audience(config.metrics_key, self._authenticator),
                 vllm_labels={"engine": FLEET_LABEL},
             ),
-            bodies=BodyReader(),
+            bodies=BodyReader(on_large_gone=self.workers.give_memory_back),
             workers=self.workers,
             slow_client_s=config.slow_client_s,
             is_ready=lambda: self.is_ready,

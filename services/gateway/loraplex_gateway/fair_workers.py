@@ -25,6 +25,7 @@ RETRY_S: Final = 2.0
 # After work of this size memory goes back to the system: a tokenizer takes 200 times its text, and the C library keeps what
 # is freed in the arenas of the threads that took it.
 TRIM_BYTES: Final = 256 * 1024
+TRIM_AFTER_S: Final = 0.5
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -113,6 +114,7 @@ class FairWorkers:
             raise ValueError(f"{num_threads} threads cannot keep small work apart from large")
         self._num_threads = num_threads
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="preparation")
+        self._trim_timer: asyncio.TimerHandle | None = None
         self._small, self._large = _Lane(max_bytes, max_tenant_bytes), _Lane(max_bytes, max_tenant_bytes)
 
     async def run(self, call: Callable[[], T], *, tenant: str, num_bytes: int) -> T:
@@ -139,14 +141,25 @@ class FairWorkers:
             raise
         return result
 
+    def give_memory_back(self) -> None:
+        """Have the C library return what is free to the system, a moment from now: something large has just been dropped."""
+        if self._trim_timer is None:
+            self._trim_timer = asyncio.get_running_loop().call_later(TRIM_AFTER_S, self._trim)
+
     def close(self) -> None:
         """Start nothing more; what runs is left to end by itself."""
+        if self._trim_timer is not None:
+            self._trim_timer.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def check_integrity(self) -> None:
         """Raise `RuntimeError` if anything is held although nothing waits or runs."""
         if not (self._small.is_idle and self._large.is_idle):
             raise RuntimeError("preparation still holds work")
+
+    def _trim(self) -> None:
+        self._trim_timer = None
+        self._executor.submit(_give_memory_back)
 
     def _start_waiting(self) -> None:
         while (lane := self._next_lane()) is not None:
@@ -178,8 +191,8 @@ class FairWorkers:
             work.done.cancel()
             return
         self._start_waiting()
-        if work.num_bytes > TRIM_BYTES and not work.lane.by_tenant:
-            self._executor.submit(_give_memory_back)
+        if work.num_bytes > TRIM_BYTES:
+            self.give_memory_back()
         if work.done.done():
             return
         if (error := future.exception()) is not None:

@@ -154,8 +154,9 @@ class PromptTokenizer:
     def _encode_text(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         has_bos = bool(self._bos_token) and text.startswith(self._bos_token)
         add_special_tokens = add_special_tokens and not has_bos
-        # encode_batch releases the interpreter lock, encode does not.
-        ids: list[int] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        # The batch call releases the interpreter lock, encode does not; the fast one leaves out what costs most of the
+        # memory and of the time under the lock, each token's place in the text.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         if add_special_tokens and self._bos_id is not None and self._add_bos is not None:
             starts_with_bos = ids[:1] == [self._bos_id]
             if self._add_bos and not starts_with_bos:

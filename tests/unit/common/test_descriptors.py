@@ -7,13 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from loraplex_common import descriptors
 from loraplex_common.descriptors import RESERVED, connections_per_port
 
 
 @pytest.mark.parametrize(("limit", "wanted", "most"), [(1024, 8192, (1024 - RESERVED) // 2), (10**6, 8192, 8192)])
 def test_ports_share_what_is_not_reserved(monkeypatch: pytest.MonkeyPatch, limit: int, wanted: int, most: int) -> None:
-    monkeypatch.setattr(descriptors.resource, "getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
 
     assert connections_per_port(wanted, num_ports=2) == most
 

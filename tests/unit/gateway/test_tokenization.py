@@ -11,7 +11,7 @@ import pytest
 from loraplex_common.errors import ContextLengthError, InvalidParameterError
 from loraplex_gateway.chat_template import ChatTemplate
 from loraplex_gateway.fair_workers import FairWorkers
-from loraplex_gateway.tokenization import INLINE_MAX_CHARS, PromptTokenizer
+from loraplex_gateway.tokenization import INLINE_MAX_CHARS, Encoded, PromptTokenizer
 from loraplex_gateway.types import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 from support.tokenizers_for_tests import byte_level_tokenizer
 from tokenizers import Tokenizer
@@ -161,28 +161,31 @@ async def test_a_template_that_repeats_what_was_sent_is_not_tokenised(workers: F
         await repeating.encode(prompt, max_bytes=100_000)
 
 
-async def test_a_long_role_is_tokenised_away_from_the_event_loop(
-    workers: FairWorkers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer, threads = make(workers, "{{ messages[0].role }}"), list[int]()
-    encode = tokenizer.encode_now
-    monkeypatch.setattr(
-        tokenizer, "encode_now", lambda *args, **kw: (threads.append(threading.get_ident()), encode(*args, **kw))[1]
-    )
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The thread of each encoding, as they happen."""
+    seen: list[int] = []
+    encode = PromptTokenizer.encode_now
 
-    await tokenizer.encode(ROLE)
+    def noted(self: PromptTokenizer, *args: Any, **keywords: Any) -> Encoded:
+        seen.append(threading.get_ident())
+        return encode(self, *args, **keywords)
 
-    assert threads
+    monkeypatch.setattr(PromptTokenizer, "encode_now", noted)
+    return seen
+
+
+async def test_a_long_role_is_tokenised_away_from_the_event_loop(workers: FairWorkers, threads: list[int]) -> None:
+    await make(workers, "{{ messages[0].role }}").encode(ROLE)
+
+    assert len(threads) == 1
     assert threads[0] != threading.get_ident()
 
 
-async def test_choices_of_one_prompt_are_encoded_once(workers: FairWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, calls = make(workers), list[int]()
-    encode = tokenizer.encode_now
-    monkeypatch.setattr(tokenizer, "encode_now", lambda *args, **kw: (calls.append(1), encode(*args, **kw))[1])
-    prompt = TextPrompt(text="hello world " * INLINE_MAX_CHARS)
+async def test_choices_of_one_prompt_are_encoded_once(workers: FairWorkers, threads: list[int]) -> None:
+    tokenizer, prompt = make(workers), TextPrompt(text="hello world " * INLINE_MAX_CHARS)
 
     results = await asyncio.gather(*[tokenizer.encode(prompt) for _ in range(20)])
 
-    assert len(calls) == 1
+    assert len(threads) == 1
     assert all(result == results[0] for result in results)

@@ -10,7 +10,7 @@ from loraplex_common.errors import DeadlineError, InvalidParameterError, Loraple
 from starlette.requests import ClientDisconnect
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from starlette.requests import Request
 
@@ -33,9 +33,17 @@ class BodyReader:
     Args:
         budget_bytes: What large bodies may hold at once.
         grace_s: How long a body may take, besides a second for every `MIN_BYTES_PER_S` that have come.
+        on_large_gone: Called whenever a body is dropped that took from the budget.
     """
 
-    def __init__(self, *, budget_bytes: int = BUDGET_BYTES, grace_s: float = GRACE_S) -> None:
+    def __init__(
+        self,
+        *,
+        budget_bytes: int = BUDGET_BYTES,
+        grace_s: float = GRACE_S,
+        on_large_gone: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_large_gone = on_large_gone
         self._budget_bytes = budget_bytes
         self._held: dict[str, int] = {}  # by tenant
         self._grace_s = grace_s
@@ -65,6 +73,8 @@ class BodyReader:
             yield bytes(body)
         finally:
             self._charge(tenant, -num_charged)
+            if num_charged:
+                self._on_large_gone()
 
     def check_integrity(self) -> None:
         """Raise `RuntimeError` if something is held although no body is."""

@@ -8,7 +8,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
 
 # From the connection, or from the first byte of a further request, until its header is whole.
 HEADER_S: Final = 10.0
@@ -32,8 +31,8 @@ class Connections:
         """Connections that are open."""
         return len(self._open)
 
-    def protocol(self) -> Callable[..., BoundedProtocol]:
-        """Return what uvicorn makes a connection's protocol with."""
+    def protocol(self) -> type[BoundedProtocol]:
+        """Return the class of these connections' protocols, of which uvicorn makes one each."""
         connections = self
 
         class Protocol(BoundedProtocol):
