@@ -215,6 +215,11 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], type[openai.APIStatusError], str | N
     ({"prompt": [["a"]]}, openai.BadRequestError, "prompt[0]"),
     ({"max_tokens": "many"}, openai.BadRequestError, "max_tokens"),
     ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias"),
+    (
+        {"extra_body": {"allowed_token_ids": [9], "stop_token_ids": [9], "min_tokens": 2}},
+        openai.BadRequestError,
+        "allowed_token_ids",
+    ),
 ]
 
 

@@ -86,6 +86,7 @@ class Preparer:
         validation.check_length(len(prompt_ids), max_new_tokens, max_model_len)
         validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
         job = self._job(request, model, adapter, prompt_ids, tenant)
+        validation.check_drawable(request, job.stop_token_ids)
         limit_s = self._max_stream_s if time_left_s is None else min(time_left_s, self._max_stream_s)
         queue_timeout_s = request.queue_timeout_s
         job = replace(

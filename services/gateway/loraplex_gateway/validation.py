@@ -21,6 +21,7 @@ from loraplex_gateway.types import ChatPrompt, GenerationRequest, TextPrompt, To
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
     from loraplex_gateway.types import Prompt
 
@@ -253,6 +254,19 @@ def _unicode(field: str, text: str) -> Iterator[Violation]:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         yield field, f"no valid Unicode at character {error.start}: lone surrogates cannot be encoded as UTF-8"
+
+
+def check_drawable(request: GenerationRequest, stop_token_ids: AbstractSet[int]) -> None:
+    """Refuse a request that leaves no token to draw: all it allows would end (`stop_token_ids`) what must not end yet.
+
+    Raises:
+        InvalidParameterError: If so.
+    """
+    allowed, low = request.sampling.allowed_token_ids, request.stopping.min_new_tokens
+    if allowed and low and stop_token_ids.issuperset(allowed):
+        field = "sampling.allowed_token_ids"
+        text = f"{field} has only tokens that end the output, which stopping.min_new_tokens {low} bars; allow another"
+        _raise_if_any([(field, text)])
 
 
 def _first_outside(ids: Sequence[int], vocab_size: int) -> int | None:
