@@ -109,7 +109,8 @@ def _is_harmless(value: Any, field: Field, body: dict[str, Any]) -> bool:
     harmless = field.harmless
     if field.same_as:
         other = body.get(field.same_as)
-        harmless = (1 if other is None else other,)
+        other = field.default if other is None else other
+        harmless = () if other is None else (other,)
     # To Python true is 1; to JSON it is not.
     return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in harmless)
 
