@@ -214,6 +214,12 @@ def test_unknown_fields_are_named_all_at_once_with_what_they_may_mean() -> None:
     assert "did you mean max_tokens?" in caught.value.message
 
 
+@pytest.mark.parametrize(("field", "known"), [("load_policy", "fail_fast"), ("priority", "batch, normal, high")])
+def test_a_word_that_is_not_known_is_told_those_that_are(field: str, known: str) -> None:
+    with pytest.raises(InvalidParameterError, match=f"{field}: Invalid enum value 'x'; .*{known}"):
+        chat(**{field: "x"})
+
+
 @pytest.mark.parametrize("missing", ["model", "messages"])
 @pytest.mark.parametrize("how", ["absent", "null"])
 def test_a_field_that_must_be_there_is_named(missing: str, how: str) -> None:

@@ -132,6 +132,11 @@ class _Routes:
 
 
 async def _body(request: Request) -> bytes:
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise InvalidParameterError(
+            f"Content-Encoding {encoding[:64]} is not served; send the body as it is", field="body"
+        )
     chunks: list[bytes] = []
     num_bytes = 0
     async for chunk in request.stream():

@@ -155,7 +155,9 @@ def _convert(members: dict[str, Any], body: type[Body]) -> Body:
         what, _, path = str(error).rstrip("`").partition(" - at `$.")
         missing = _MISSING.fullmatch(what)
         field = f"{path}.{missing[1]}".lstrip(".") if missing else path
-        text = f"{field} is missing{_REMEDIES.get(field, '')}" if missing else f"{field}: {what}"
+        known = BODIES[body].fields.get(field)
+        values = f"; {known.note}" if known and what.startswith("Invalid enum value") else ""
+        text = f"{field} is missing{_REMEDIES.get(field, '')}" if missing else f"{field}: {what}{values}"
         raise InvalidParameterError(text.replace("`", ""), field=field) from error
 
 
