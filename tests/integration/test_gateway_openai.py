@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import itertools
 import json
 from contextlib import asynccontextmanager
@@ -215,6 +216,11 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], type[openai.APIStatusError], str | N
     ({"prompt": [["a"]]}, openai.BadRequestError, "prompt[0]"),
     ({"max_tokens": "many"}, openai.BadRequestError, "max_tokens"),
     ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias"),
+    (
+        {"extra_body": {"allowed_token_ids": [9], "stop_token_ids": [9], "min_tokens": 2}},
+        openai.BadRequestError,
+        "allowed_token_ids",
+    ),
 ]
 
 
@@ -266,6 +272,16 @@ async def test_a_broken_body_is_a_bad_request(valkey_url: str) -> None:
 
             assert response.status_code == 400, body[:50]
             assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_compressed_body_is_refused_by_its_encoding(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, httpx.AsyncClient() as http:
+        response = await http.post(
+            f"{rig.http}/v1/completions", content=gzip.compress(b"{}"), headers={"content-encoding": "gzip"}
+        )
+
+        assert response.status_code == 400
+        assert "Content-Encoding gzip is not served" in response.json()["error"]["message"]
 
 
 async def test_parts_of_text_are_joined(valkey_url: str) -> None:

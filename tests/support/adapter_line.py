@@ -165,10 +165,10 @@ def make_line(model: Path, target: str, store: ScriptedStore, *, wait_s: float) 
             feed.append(event)
             lines[0].client.changed(event)
 
-    info, device = building.read_base_model(config), building.resolve_device(config)
+    (info, files), device = building.read_base_model(config), building.resolve_device(config)
     engine = Engine(
         building.engine_params(config, info, device),
-        building.runner_factory(config, info, device),
+        building.runner_factory(config, info, device, files=files),
         on_store_event=hand_over,
         on_crash=lambda cause: None,
     )

@@ -140,6 +140,25 @@ def test_best_of_may_repeat_n() -> None:
             completion(**other)
 
 
+def test_a_completion_may_repeat_max_tokens_under_the_name_of_chat() -> None:
+    assert completion(max_tokens=5, max_completion_tokens=5).max_tokens == 5
+    for other in ({"max_completion_tokens": 1}, {"max_completion_tokens": 6, "max_tokens": 5}):
+        with pytest.raises(InvalidParameterError, match="max_completion_tokens is not supported: it is chat's name"):
+            completion(**other)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"type": "text"},  # lm-evaluation-harness
+        {"cache_control": {"type": "ephemeral"}},
+        {"provider_specific_fields": {"refusal": None}},  # LiteLLM
+    ],
+)
+def test_what_clients_add_to_every_message_passes(extra: dict[str, Any]) -> None:
+    assert chat(messages=[{"role": "user", "content": "x", **extra}]).messages[0].content == "x"
+
+
 def test_true_is_not_one() -> None:
     with pytest.raises(InvalidParameterError, match="length_penalty is not supported"):
         chat(length_penalty=True)
@@ -193,6 +212,12 @@ def test_unknown_fields_are_named_all_at_once_with_what_they_may_mean() -> None:
     assert [field for field, _ in caught.value.violations] == ["temprature", "max_token", "frobnicate"]
     assert "did you mean temperature?" in caught.value.message
     assert "did you mean max_tokens?" in caught.value.message
+
+
+@pytest.mark.parametrize(("field", "known"), [("load_policy", "fail_fast"), ("priority", "batch, normal, high")])
+def test_a_word_that_is_not_known_is_told_those_that_are(field: str, known: str) -> None:
+    with pytest.raises(InvalidParameterError, match=f"{field}: Invalid enum value 'x'; .*{known}"):
+        chat(**{field: "x"})
 
 
 @pytest.mark.parametrize("missing", ["model", "messages"])

@@ -21,7 +21,13 @@ from loraplex_gateway.types import (
     TextPrompt,
     TokenPrompt,
 )
-from loraplex_gateway.validation import check_length, check_prompt_logprobs, check_request, check_token_ids
+from loraplex_gateway.validation import (
+    check_drawable,
+    check_length,
+    check_prompt_logprobs,
+    check_request,
+    check_token_ids,
+)
 
 REQUEST = GenerationRequest(prompt=TextPrompt(text="hi"))
 
@@ -128,6 +134,17 @@ def test_token_ids_beyond_the_vocabulary_are_named() -> None:
         "stopping.stop_token_ids",
     ]
     assert "400" in caught.value.message
+
+
+def test_a_request_that_leaves_no_token_to_draw_is_refused() -> None:
+    request = replace(REQUEST, sampling=Sampling(allowed_token_ids=(2, 7)), stopping=Stopping(min_new_tokens=4))
+
+    check_drawable(request, {2}, 384)
+    check_drawable(replace(request, stopping=Stopping(min_new_tokens=0)), {2, 7}, 384)
+    check_drawable(replace(request, stopping=Stopping(min_new_tokens=4, ignore_eos=True)), {2, 7}, 384)
+    check_drawable(replace(request, sampling=Sampling()), {2, 7}, 384)
+    with pytest.raises(InvalidParameterError, match="allowed_token_ids"):
+        check_drawable(request, {2, 7, 9}, 384)
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:

@@ -109,7 +109,8 @@ def _is_harmless(value: Any, field: Field, body: dict[str, Any]) -> bool:
     harmless = field.harmless
     if field.same_as:
         other = body.get(field.same_as)
-        harmless = (1 if other is None else other,)
+        other = field.default if other is None else other
+        harmless = () if other is None else (other,)
     # To Python true is 1; to JSON it is not.
     return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in harmless)
 
@@ -154,7 +155,9 @@ def _convert(members: dict[str, Any], body: type[Body]) -> Body:
         what, _, path = str(error).rstrip("`").partition(" - at `$.")
         missing = _MISSING.fullmatch(what)
         field = f"{path}.{missing[1]}".lstrip(".") if missing else path
-        text = f"{field} is missing{_REMEDIES.get(field, '')}" if missing else f"{field}: {what}"
+        known = BODIES[body].fields.get(field)
+        values = f"; {known.note}" if known and what.startswith("Invalid enum value") else ""
+        text = f"{field} is missing{_REMEDIES.get(field, '')}" if missing else f"{field}: {what}{values}"
         raise InvalidParameterError(text.replace("`", ""), field=field) from error
 
 

@@ -53,13 +53,14 @@ class BodyReader:
         """Hold a whole body.
 
         Raises:
-            InvalidParameterError: If it is too long, by what it announces or by what comes.
+            InvalidParameterError: If it is encoded, or too long, by what it announces or by what comes.
             DeadlineError: If it comes too slowly.
             SaturatedError: If too many bytes of other bodies are here; it may be sent again.
         """
         body = bytearray()
         num_charged = 0
         try:
+            _check_encoding(request.headers.get("content-encoding", "identity"))
             _check_length(request.headers.get("content-length", ""))
             async for chunk in self._chunks(request):
                 body += chunk
@@ -125,6 +126,13 @@ async def _linger(request: Request) -> None:
                 num_bytes += len(chunk)
                 if num_bytes > LINGER_BYTES:
                     return
+
+
+def _check_encoding(encoding: str) -> None:
+    if encoding.lower() != "identity":
+        raise InvalidParameterError(
+            f"Content-Encoding {encoding[:64]} is not served; send the body as it is", field="body"
+        )
 
 
 def _check_length(announced: str) -> None:

@@ -28,7 +28,8 @@ class Field:
         name: Its key.
         note: What it does, why ignoring it does no harm, or why it is refused and what to do instead.
         harmless: Values of a refused field that ask for nothing, and so pass.
-        same_as: Name of another field whose value (1 if absent) is harmless too.
+        same_as: Name of another field whose value is harmless too.
+        default: What the other field is if absent; None if it then has no value.
         core: Names under which the gateway's other parts report errors of this field.
     """
 
@@ -37,6 +38,7 @@ class Field:
     note: str
     harmless: tuple[Any, ...] = ()
     same_as: str = ""
+    default: int | None = None
     core: tuple[str, ...] = ()
 
 
@@ -104,6 +106,9 @@ MESSAGE: Final = _table(
     *_refused("refusal", "write it into content", ""),
     *_refused("reasoning reasoning_content", "write it into content as the model's template has it", ""),
     *_refused("annotations", "write them into content", []),
+    *_refused("type", NO_MEDIA, "text"),
+    *_ignored("cache_control", "prefixes are cached by themselves"),
+    *_ignored("provider_specific_fields", "LiteLLM's notes on an answer; nothing depends on them"),
     *_refused("audio", NO_MEDIA),
 )
 
@@ -173,7 +178,8 @@ COMPLETION: Final = _table(
     _served("max_tokens", "16 if absent; together with the prompt at most max_model_len", "stopping.max_new_tokens"),
     _served("logprobs", "0 to 20", "response_options.logprobs"),
     _served("add_special_tokens", "vLLM's; whether text prompts begin with BOS"),
-    Field("best_of", Rule.REFUSED, "only n choices are drawn; leave it out", same_as="n"),
+    Field("best_of", Rule.REFUSED, "only n choices are drawn; leave it out", same_as="n", default=1),
+    Field("max_completion_tokens", Rule.REFUSED, "it is chat's name; send max_tokens", same_as="max_tokens"),
     *_refused("echo", "the prompt's text is not repeated; put it in front of the completion yourself", False),
     *_refused("suffix", "the models served here do not fill in the middle; put all into prompt", ""),
     *_refused("prompt_embeds", "send text or token ids as prompt"),
