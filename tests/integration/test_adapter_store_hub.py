@@ -110,6 +110,26 @@ async def test_what_is_wrong_with_a_hub_source_is_said(server: EmbeddedValkey) -
         assert await client.names() == []
 
 
+class OtherServer(HubDouble):
+    """Answers 200 and what it is given, as a proxy's login page does."""
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__("org/adapter", COMMIT, {})
+        self.body = body
+
+    def answer(self, path: str, authorization: str | None) -> tuple[int, dict[str, str], bytes]:
+        return 200, {"Content-Type": "application/json"}, self.body
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>", b"[]", b"null", b"{}", b'{"id": "a", "siblings": [{"rfilename": 5}]}', b"[" * 100_000]
+)
+async def test_an_answer_that_is_no_hubs_is_unavailable(server: EmbeddedValkey, body: bytes) -> None:
+    async with store_with_hub(server, OtherServer(body)) as client:
+        with refused(StoreUnavailableError, "not a hub's"):
+            await import_from(client)
+
+
 async def test_a_hub_that_cannot_be_reached_is_unavailable(server: EmbeddedValkey) -> None:
     config = store_config(fresh_database(server), hf_endpoint="http://127.0.0.1:1")
     async with running_rig(config) as (_, client):

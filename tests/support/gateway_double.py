@@ -169,7 +169,10 @@ class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer, operations
             files[file.name], data = data[: file.num_bytes], data[file.num_bytes :]
         self.uploads[header.name] = files
         return adapter_store_pb2.UploadAdapterResponse(
-            adapter=self._put(header.name), revision=revision(), warnings=self.warnings
+            adapter=self._put(header.name),
+            revision=revision(),
+            already_existed=files in [kept for name, kept in self.uploads.items() if name != header.name],
+            warnings=self.warnings,
         )
 
     def ImportAdapter(

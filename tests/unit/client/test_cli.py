@@ -153,6 +153,14 @@ def test_a_directory_is_imported_listed_shown_and_deleted(loraplex: Runner, dire
     assert "ADAPTER_NOT_FOUND" in gone.err
 
 
+def test_a_new_name_for_known_weights_is_imported_not_unchanged(loraplex: Runner, directory: Path) -> None:
+    loraplex("adapters", "import", "json", str(directory))
+
+    again = loraplex("adapters", "import", "twin", str(directory))
+
+    assert again.out.startswith(f"imported twin@{DIGEST[:12]} (weights known): rank 8")
+
+
 def test_what_is_odd_about_an_imported_adapter_is_printed(
     loraplex: Runner, store: StoreDouble, directory: Path
 ) -> None:

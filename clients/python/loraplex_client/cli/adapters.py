@@ -205,10 +205,11 @@ def _directory(source: str) -> Path:
 
 
 def _print_import(name: str, result: ImportResult) -> None:
-    state = "unchanged" if result.already_existed else "imported"
+    # Not "unchanged": the store may know the weights from another name, or the label may have moved back to them.
+    known = " (weights known)" if result.already_existed else ""
     revision = result.revision
     stdout.print(
-        f"{state} {name}@{revision.digest[:12]}: rank {revision.max_rank}, {', '.join(revision.target_modules)}, "
+        f"imported {name}@{revision.digest[:12]}{known}: rank {revision.max_rank}, {', '.join(revision.target_modules)}, "
         f"{format_size(revision.canonical_bytes)}",
         soft_wrap=True,
     )

@@ -106,13 +106,8 @@ class Hub:
 
     def _read(self, source: HubSource, token: str | None, max_adapter_bytes: int) -> CheckpointFiles:
         api = huggingface_hub.HfApi(endpoint=self._endpoint, token=token or False)
-        info = api.model_info(source.repo, revision=source.revision, files_metadata=True, timeout=TIMEOUT_S)
+        sizes = _sizes(api, source, max_adapter_bytes + 1)
         prefix = f"{source.subfolder}/" if source.subfolder else ""
-        sizes = {
-            sibling.rfilename.removeprefix(prefix): max_adapter_bytes + 1 if sibling.size is None else sibling.size
-            for sibling in info.siblings or ()
-            if sibling.rfilename.startswith(prefix)
-        }
         names = check_present(sizes)
         for name in names:
             check_size(name, sizes[name], max_adapter_bytes)
@@ -128,6 +123,23 @@ class Hub:
                 max_workers=2,
             )
             return from_contents(_read_all(Path(str(folder), source.subfolder), names, max_adapter_bytes), str(source))
+
+
+def _sizes(api: huggingface_hub.HfApi, source: HubSource, unknown: int) -> dict[str, int]:
+    """Return the files of the source's folder and their sizes; ``unknown`` where the hub tells none."""
+    prefix = f"{source.subfolder}/" if source.subfolder else ""
+    try:
+        info = api.model_info(source.repo, revision=source.revision, files_metadata=True, timeout=TIMEOUT_S)
+        return {
+            sibling.rfilename.removeprefix(prefix): unknown if sibling.size is None else int(sibling.size)
+            for sibling in info.siblings or ()
+            if sibling.rfilename.startswith(prefix)
+        }
+    except HFValidationError:
+        raise
+    # The library reads the answer without a look at its form; a proxy's page or another server's JSON ends like this.
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise StoreUnavailableError(f"{source}: the hub's answer is not a hub's", retry_after_s=10.0) from error
 
 
 def _read_all(folder: Path, names: list[str], max_adapter_bytes: int) -> dict[str, bytes]:
