@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_adapter_store.repository import garbage
+from loraplex_adapter_store.repository.engines import HINTS_TTL_S, EngineHoldings
 from loraplex_common.errors import SaturatedError, StoreUnavailableError
+from loraplex_common.registry import hints_key
 from loraplex_common.valkey import connect
 from support.adapters import Recipe
 from support.store_rig import StoreClient, refused, running_rig, store_config
@@ -78,4 +80,27 @@ async def test_a_store_whose_valkey_takes_no_writes_goes_on_and_collects_later(
             await client.upload_recipe("new", Recipe(seed=3))
             assert await client.names() == ["kept", "new"]
             serving.cancel()
+        await valkey.aclose()
+
+
+async def test_hints_for_an_engine_that_died_leave_valkey(valkey_url: str) -> None:
+    valkey = connect(valkey_url)
+
+    await EngineHoldings(valkey).hint("dead", "evict", "ab" * 32)
+
+    assert 0 < await valkey.ttl(hints_key("dead")) <= HINTS_TTL_S
+    await valkey.aclose()
+
+
+async def test_what_an_engine_holds_is_known_while_valkey_is_full(tmp_path: Path) -> None:
+    with running_server(tmp_path) as server:
+        valkey = connect(server.url)
+        await valkey.config_set("maxmemory", 1)
+        holdings = EngineHoldings(valkey)
+
+        await holdings.publish("e1", {"ab" * 32: 2})
+        assert await holdings.leases() == {"ab" * 32: 2}
+
+        await holdings.publish("e1", {})
+        assert await holdings.leases() == {}
         await valkey.aclose()

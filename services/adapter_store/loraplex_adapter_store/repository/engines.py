@@ -17,6 +17,7 @@ ATTACHED: Final = "loraplex:store:attached"
 TTL_S: Final = 30
 RENEW_S: Final = 10.0
 HINTS_KEPT: Final = 1000
+HINTS_TTL_S: Final = 600
 
 
 class EngineHoldings:
@@ -65,4 +66,7 @@ class EngineHoldings:
             "wanted_in_ms": wanted_in_ms,
         }
         with keys.translated():
-            await self._client.xadd(hints_key(engine_id), fields, maxlen=HINTS_KEPT, approximate=True)
+            async with self._client.pipeline(transaction=False) as pipeline:
+                pipeline.xadd(hints_key(engine_id), fields, maxlen=HINTS_KEPT, approximate=True)
+                pipeline.expire(hints_key(engine_id), HINTS_TTL_S)  # else hints for engines that died stay for ever
+                await pipeline.execute()
