@@ -52,6 +52,11 @@ def claim_key(tenant: str, request_id: str) -> str:
     return f"loraplex:claim:{tenant}:{request_id}"
 
 
+def gateway_key(gateway_id: str) -> str:
+    """String key that exists while a gateway lives: claims of a gateway without one are void."""
+    return f"loraplex:gateway:{gateway_id}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRecord:
     """How gateways find an engine and know what it serves.

@@ -1,14 +1,19 @@
-"""Who runs which request: at most one gateway each (tenant, request_id), claimed in Valkey under a lease."""
+"""Who runs which request: at most one gateway each (tenant, request_id), claimed in Valkey under a lease.
+
+A claim is as good as the gateway that holds it: each gateway says every second that it lives, and what a gateway claims that
+has not for `LIVE_S` is free for others at once, whatever the lease says.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import LoraplexError, RequestRunningError
 from loraplex_common.housekeeping import Trouble
-from loraplex_common.registry import claim_key
+from loraplex_common.registry import claim_key, gateway_key
 from loraplex_common.tasks import deliver_cancellation
 
 if TYPE_CHECKING:
@@ -18,12 +23,21 @@ if TYPE_CHECKING:
 
 LEASE_S: Final = 30.0
 RENEW_S: Final = 10.0
+LIVE_S: Final = 4.0
+BEAT_S: Final = 1.0
 # A claim is a safety net against duplicates: no request waits longer for it than this.
 TIMEOUT_S: Final = 0.5
 # After a failure Valkey is left alone so long, so that an outage does not cost every request its timeout.
 PAUSE_S: Final = 2.0
 
 _RELEASE: Final = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) else return 0 end"
+# Take or renew what nobody holds, or what we or (if given) a gateway that is gone holds; return who holds it then.
+_TAKE: Final = """
+local holder = redis.call('get', KEYS[1])
+if holder and holder ~= ARGV[1] and holder ~= ARGV[3] then return holder end
+redis.call('set', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return ARGV[1]
+"""
 
 
 class RunningRequest:
@@ -58,6 +72,8 @@ class RequestClaims:
         self._valkey = valkey
         self._gateway_id = gateway_id.encode()
         self._running: dict[tuple[str, str], RunningRequest] = {}
+        self._live_key = gateway_key(gateway_id)
+        self._beat_at = -math.inf
         self._paused_until = 0.0
         self._releases: set[asyncio.Task[Any]] = set()
         self._trouble = Trouble()
@@ -72,8 +88,13 @@ class RequestClaims:
         return self._running.get((tenant, request_id))
 
     async def owner(self, tenant: str, request_id: str) -> str | None:
-        """Return the gateway that claims a request, if Valkey knows one."""
-        value = await self._ask(lambda valkey: valkey.get(claim_key(tenant, request_id)))
+        """Return the gateway that claims a request and lives, if Valkey knows one."""
+
+        async def ask(valkey: Redis) -> Any:
+            holder = await valkey.get(claim_key(tenant, request_id))
+            return holder if isinstance(holder, bytes) and await _is_alive(valkey, holder) else None
+
+        value = await self._ask(ask)
         return value.decode() if isinstance(value, bytes) else None
 
     @asynccontextmanager
@@ -96,24 +117,33 @@ class RequestClaims:
             self._release_soon(tenant, request_id)
 
     async def run(self) -> None:
-        """Renew the leases for ever."""
+        """Say for ever that this gateway lives, and renew the leases."""
+        clock = asyncio.get_running_loop().time
+        renewed_at = clock()
         while True:
-            await asyncio.sleep(RENEW_S)
-            await self._renew()
+            await self._ask(self._beat, is_beat=True)
+            if clock() - renewed_at >= RENEW_S:
+                renewed_at = clock()
+                await self._renew()
             deliver_cancellation()
+            await asyncio.sleep(BEAT_S)
 
     async def close(self) -> None:
-        """Wait for the releases that are on their way."""
+        """Wait for the releases that are on their way, and say that this gateway is gone."""
         if self._releases:
             await asyncio.wait(set(self._releases), timeout=TIMEOUT_S)
+        await self._ask(lambda valkey: valkey.delete(self._live_key))
 
     async def _claim(self, tenant: str, request_id: str) -> None:
-        name, lease_ms = claim_key(tenant, request_id), int(LEASE_S * 1000)
+        name = claim_key(tenant, request_id)
 
         async def take(valkey: Redis) -> Any:
-            if await valkey.set(name, self._gateway_id, nx=True, px=lease_ms):
-                return self._gateway_id
-            return await valkey.get(name)
+            if asyncio.get_running_loop().time() - self._beat_at > LIVE_S / 2:
+                await self._beat(valkey)  # a claim of a gateway that nobody knows to live is void
+            holder = await self._take(valkey, name)
+            if holder == self._gateway_id or await _is_alive(valkey, holder):
+                return holder
+            return await self._take(valkey, name, instead_of=holder)
 
         holder = await self._ask(take)
         # Our own value without a local request: this command ran twice, or we restarted under the same id.
@@ -126,7 +156,7 @@ class RequestClaims:
         async def renew(valkey: Redis) -> Any:
             async with valkey.pipeline(transaction=False) as pipeline:
                 for tenant, request_id in held:
-                    pipeline.set(claim_key(tenant, request_id), self._gateway_id, px=int(LEASE_S * 1000))
+                    self._take(pipeline, claim_key(tenant, request_id))
                 return await pipeline.execute()
 
         if held:
@@ -134,6 +164,14 @@ class RequestClaims:
         for tenant, request_id in set(held) - set(self._running):
             # It ended while it was renewed: the release may have come first.
             self._release_soon(tenant, request_id)
+
+    def _take(self, valkey: Any, name: str, *, instead_of: bytes = b"") -> Any:
+        """Send `_TAKE`; returns an awaitable, or what a pipeline returns."""
+        return valkey.eval(_TAKE, 1, name, self._gateway_id, int(LEASE_S * 1000), instead_of)
+
+    async def _beat(self, valkey: Redis) -> None:
+        await valkey.set(self._live_key, b"1", px=int(LIVE_S * 1000))
+        self._beat_at = asyncio.get_running_loop().time()
 
     def _release_soon(self, tenant: str, request_id: str) -> None:
         name = claim_key(tenant, request_id)
@@ -143,10 +181,12 @@ class RequestClaims:
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
-    async def _ask(self, command: Callable[[Redis], Awaitable[Any]], *, timeout_s: float = TIMEOUT_S) -> Any:
-        """Return a command's result, or None if Valkey is absent or down."""
+    async def _ask(
+        self, command: Callable[[Redis], Awaitable[Any]], *, timeout_s: float = TIMEOUT_S, is_beat: bool = False
+    ) -> Any:
+        """Return a command's result, or None if Valkey is absent or down; a heartbeat is sent all the same."""
         loop = asyncio.get_running_loop()
-        if self._valkey is None or loop.time() < self._paused_until:
+        if self._valkey is None or (loop.time() < self._paused_until and not is_beat):
             return None
         try:
             async with asyncio.timeout(timeout_s):
@@ -157,6 +197,10 @@ class RequestClaims:
             return None
         self._trouble.over("claims are written again")
         return answer
+
+
+async def _is_alive(valkey: Redis, gateway_id: bytes) -> bool:
+    return bool(await valkey.exists(gateway_key(gateway_id.decode())))
 
 
 def _already_running(request_id: str) -> RequestRunningError:
