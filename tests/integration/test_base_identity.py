@@ -20,7 +20,6 @@ from loraplex_common.errors import (
     StreamInterruptedError,
 )
 from loraplex_common.rpc_errors import error_from_rpc
-from loraplex_gateway import relay
 from support.adapters import Recipe, adapter_files, write_adapter
 from support.base_models import TinyBase, write_base_model
 from support.engine_double import EngineDouble
@@ -89,13 +88,10 @@ async def failure_of(call: Any) -> LoraplexError:
 
 
 @pytest.mark.parametrize("is_listed", [True, False], ids=["registered", "at the same address"])
-async def test_a_stream_never_goes_on_with_other_weights(
-    valkey_url: str, monkeypatch: pytest.MonkeyPatch, is_listed: bool
-) -> None:
-    monkeypatch.setattr(relay, "FAILOVER_WAIT_S", 1.0)
+async def test_a_stream_never_goes_on_with_other_weights(valkey_url: str, is_listed: bool) -> None:
     served = load_base_model(model_directory())
     other = EngineDouble(base=replace(served, fingerprint="11" * 32), reply=letters)
-    async with running_gateway(valkey_url) as rig:
+    async with running_gateway(valkey_url, failover_wait_s=1.0) as rig:
         rig.engine.hold_at = 3
         call = rig.stub.Generate(text_request())
         responses: list[Any] = [await call.read()]

@@ -10,7 +10,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +51,7 @@ class EngineDouble:
         resident: Digests said to be on the device.
         loading_first: Report a load in progress before every start.
         poison: A request of so many prompt tokens ends the session that carries it, before any token.
+        is_silent: Say nothing any more and keep the connection, as a process does that is stopped.
         finish: Reason of the end after the reply's last token; a reply that ends in a stop token says so.
     """
 
@@ -66,6 +66,7 @@ class EngineDouble:
     max_model_len: int = 512
     loading_first: bool = False
     poison: int | None = None
+    is_silent: bool = False
 
     def __post_init__(self) -> None:
         self.engine_id = f"engine-{uuid.uuid4().hex[:8]}"
@@ -150,6 +151,8 @@ class EngineDouble:
                 step += 1
                 if any(len(r.submit.prompt_token_ids) == self.poison for r in running.values()):
                     raise RuntimeError("this request ends sessions")
+                while self.is_silent:
+                    await self._changed.wait()
                 message = self._step(step, running, outputs)
                 if message is not None:
                     yield message
@@ -157,9 +160,12 @@ class EngineDouble:
                 elif reader.done():
                     return
                 else:
-                    with suppress(TimeoutError):
+                    try:
                         async with asyncio.timeout(0.5):
                             await changed.wait()
+                    except TimeoutError:
+                        if not self.is_silent:
+                            yield self._message(step, running, residency=False)
         finally:
             reader.cancel()
 

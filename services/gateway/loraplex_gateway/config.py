@@ -26,6 +26,8 @@ class GatewayConfig:
         max_concurrent_requests: Most requests on engines at once.
         max_queued_requests: Most requests waiting here beyond them.
         max_stream_s: Deadline of requests that come without one, and the longest that any may ask for.
+        engine_silence_s: An engine without a message for so long is lost, whatever its connection; its streams move.
+        failover_wait_s: How long a request that has lost its engine waits for one that was lost, drains or is dialled.
         max_buffered_tokens: Unread output of one client at which its request is ended.
         slow_client_s: Longest time that one write to a client may wait.
         drain_settle_s: Between NOT_SERVING and refusing new calls, for balancers to notice.
@@ -53,6 +55,8 @@ class GatewayConfig:
     max_concurrent_requests: int = setting(2048, help="most requests on engines at once")
     max_queued_requests: int = setting(2048, help="most requests waiting here beyond them")
     max_stream_s: float = setting(3600.0, help="longest deadline of a request")
+    engine_silence_s: float = setting(5.0, help="time without a message after which an engine is lost")
+    failover_wait_s: float = setting(60.0, help="how long a lost engine is expected back by requests it had")
     max_buffered_tokens: int = setting(4096, help="unread tokens of one client at which its request is ended")
     slow_client_s: float = setting(30.0, help="longest time that one write to a client may wait")
     log_level: str = setting("info", help="debug, info, warning or error")
@@ -70,9 +74,10 @@ class GatewayConfig:
         for name in ("port", "http_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
-        for name in ("max_concurrent_requests", "max_stream_s", "max_buffered_tokens", "slow_client_s"):
+        counts = ("max_concurrent_requests", "max_buffered_tokens")
+        for name in (*counts, "max_stream_s", "engine_silence_s", "slow_client_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("max_queued_requests", "drain_settle_s", "drain_grace_s"):
+        for name in ("max_queued_requests", "failover_wait_s", "drain_settle_s", "drain_grace_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")
