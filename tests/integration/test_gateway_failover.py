@@ -102,6 +102,21 @@ async def test_a_request_that_two_engines_fell_silent_with_is_not_sent_to_a_thir
             engine.notify()
 
 
+async def test_an_engine_that_is_quiet_gets_nothing_new_while_there_are_others(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, num_engines=2, engine_silence_s=3.0) as rig:
+        quiet, other = rig.engines
+        quiet.is_silent, other.extra_load = True, 50  # by its load the quiet one would be chosen
+        other.notify()
+        await asyncio.sleep(2.3)  # more than half of what it may be silent for
+
+        for _ in range(3):
+            await rig.stub.GenerateOnce(Once(request=text_request()), timeout=10)
+
+        assert (len(quiet.submits), len(other.submits)) == (0, 3)
+        quiet.is_silent = False
+        quiet.notify()
+
+
 async def test_a_held_engine_that_reports_its_load_is_not_silent(valkey_url: str) -> None:
     async with running_gateway(valkey_url, engine_silence_s=1.5) as rig:
         rig.engine.hold_at = 2

@@ -128,6 +128,8 @@ class EnginePool:
             and session.engine_id not in excluded
             and session.record.max_model_len > num_tokens
         }
+        # One that is about to be taken for lost gets nothing new while there are others.
+        sessions = {each: session for each, session in sessions.items() if not session.is_quiet} or sessions
         candidates = [
             Candidate(engine_id=engine_id, load=session.load, is_warm=session.is_warm(adapter_digest))
             for engine_id, session in sessions.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +16,7 @@ from loraplex_common.log import get_logger
 
 from loraplex_gateway import engine_wire
 from loraplex_gateway.session_state import TRANSITIONS, SessionState
-from loraplex_gateway.silence import MAX_MISSED, SILENCE_S, wait_for_silence
+from loraplex_gateway.silence import MAX_MISSED, QUIET_SHARE, SILENCE_S, wait_for_silence
 from loraplex_gateway.ticket import EngineLostError, Ticket
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class EngineSession:
         self._on_change = on_change
         self._least_silence_s = self._silence_s = silence_s
         self._num_messages = 0
+        self._heard_at = time.monotonic()
         self._load = engine_pb2.LoadReport()
         self._in_flight_at_report = 0
         self._tickets: dict[int, Ticket] = {}
@@ -90,6 +92,11 @@ class EngineSession:
     def is_candidate(self) -> bool:
         """Whether new requests may go here."""
         return self.state is SessionState.OPEN and not self.record.is_draining and not self._load.draining
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing has been heard for a while, though not for so long that the engine is lost."""
+        return time.monotonic() - self._heard_at > self._silence_s * QUIET_SHARE
 
     @property
     def load(self) -> int:
@@ -199,6 +206,7 @@ class EngineSession:
         try:
             async for message in call:
                 self._num_messages += 1
+                self._heard_at = time.monotonic()
                 self._receive(message)
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {error.details()}"
