@@ -20,6 +20,7 @@ from loraplex_common.errors import (
     StreamInterruptedError,
 )
 from loraplex_common.rpc_errors import error_from_rpc
+from loraplex_gateway import relay
 from support.adapters import Recipe, adapter_files, write_adapter
 from support.base_models import TinyBase, write_base_model
 from support.engine_double import EngineDouble
@@ -109,6 +110,26 @@ async def test_a_stream_never_goes_on_with_other_weights(valkey_url: str, is_lis
         assert isinstance(await failure_of(call), StreamInterruptedError)
         assert other.submits == []
         await other.unregister(rig.valkey)
+        await other.kill()
+
+
+async def test_an_engine_of_another_base_at_a_dead_ones_address_answers_no_request(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "FIRST_WAIT_S", 0.3)
+    served = load_base_model(model_directory())
+    other = EngineDouble(base=replace(served, fingerprint="11" * 32), reply=letters)
+    async with running_gateway(valkey_url) as rig:
+        await rig.stub.GenerateOnce(gateway_pb2.GenerateOnceRequest(request=text_request()), timeout=10)
+        await rig.engine.kill()
+        await other.start(rig.engine.port)
+        await other.wait_for(lambda: other.num_sessions > 0)
+
+        for _ in range(3):
+            error = await failure_of(rig.stub.Generate(text_request(), timeout=10))
+            assert isinstance(error, NoEngineError)
+
+        assert other.submits == []
         await other.kill()
 
 
