@@ -89,13 +89,10 @@ async def failure_of(call: Any) -> LoraplexError:
 
 
 @pytest.mark.parametrize("is_listed", [True, False], ids=["registered", "at the same address"])
-async def test_a_stream_never_goes_on_with_other_weights(
-    valkey_url: str, monkeypatch: pytest.MonkeyPatch, is_listed: bool
-) -> None:
-    monkeypatch.setattr(relay, "FAILOVER_WAIT_S", 1.0)
+async def test_a_stream_never_goes_on_with_other_weights(valkey_url: str, is_listed: bool) -> None:
     served = load_base_model(model_directory())
     other = EngineDouble(base=replace(served, fingerprint="11" * 32), reply=letters)
-    async with running_gateway(valkey_url) as rig:
+    async with running_gateway(valkey_url, failover_wait_s=1.0) as rig:
         rig.engine.hold_at = 3
         call = rig.stub.Generate(text_request())
         responses: list[Any] = [await call.read()]
@@ -113,6 +110,26 @@ async def test_a_stream_never_goes_on_with_other_weights(
         assert isinstance(await failure_of(call), StreamInterruptedError)
         assert other.submits == []
         await other.unregister(rig.valkey)
+        await other.kill()
+
+
+async def test_an_engine_of_another_base_at_a_dead_ones_address_answers_no_request(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "FIRST_WAIT_S", 0.3)
+    served = load_base_model(model_directory())
+    other = EngineDouble(base=replace(served, fingerprint="11" * 32), reply=letters)
+    async with running_gateway(valkey_url) as rig:
+        await rig.stub.GenerateOnce(gateway_pb2.GenerateOnceRequest(request=text_request()), timeout=10)
+        await rig.engine.kill()
+        await other.start(rig.engine.port)
+        await other.wait_for(lambda: other.num_sessions > 0)
+
+        for _ in range(3):
+            error = await failure_of(rig.stub.Generate(text_request(), timeout=10))
+            assert isinstance(error, NoEngineError)
+
+        assert other.submits == []
         await other.kill()
 
 

@@ -50,7 +50,7 @@ async def test_an_engine_that_hangs_cannot_hold_a_request_beyond_the_longest_dea
 async def test_a_complete_output_is_no_failure_however_many_engines_were_lost(
     valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "MAX_ENGINES", 1)
+    monkeypatch.setattr(relay, "MAX_FRUITLESS_LOSSES", 0)
     async with running_gateway(valkey_url, reply=lambda submit: [*letters(submit), 99]) as rig:
         rig.engine.hold_at = 8  # all of max_new_tokens is out, the end is not
         rig.engine.reply = letters

@@ -23,7 +23,6 @@ from loraplex_common.errors import (
 )
 from loraplex_common.rpc_errors import error_from_rpc
 from loraplex_common.valkey import EmbeddedValkey
-from loraplex_gateway import relay
 from support.gateway_rig import DIGEST, Rig, letters, running_gateway, text_request
 from support.waiting import eventually
 
@@ -107,11 +106,8 @@ async def test_no_token_is_lost_when_an_engine_gives_up_a_request_with_it(
         rig.check_idle()
 
 
-async def test_without_another_engine_the_stream_is_interrupted(
-    valkey_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(relay, "FAILOVER_WAIT_S", 0.3)
-    async with running_gateway(valkey_url) as rig:
+async def test_without_another_engine_the_stream_is_interrupted(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, failover_wait_s=0.3) as rig:
         rig.engine.hold_at = 3
         call = rig.stub.Generate(text_request())
         await call.read()

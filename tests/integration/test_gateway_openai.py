@@ -312,9 +312,8 @@ async def _read_stream(client: Any, *, stream: bool) -> None:
         pass
 
 
-async def test_an_error_after_the_stream_began_is_an_event(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraplex_gateway.relay.FAILOVER_WAIT_S", 0.2)
-    async with running_gateway(valkey_url) as rig, httpx.AsyncClient() as http:
+async def test_an_error_after_the_stream_began_is_an_event(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, failover_wait_s=0.2) as rig, httpx.AsyncClient() as http:
         rig.engine.hold_at = 2
         body = {"model": "tiny", "prompt": "x", "max_tokens": 9, "stream": True}
         events: list[str] = []

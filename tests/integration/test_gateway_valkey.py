@@ -35,22 +35,20 @@ async def forget(rig: Rig) -> None:
 async def test_an_engine_whose_session_is_open_serves_on_after_its_lease_and_a_silent_one_does_not(
     valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(liveness, "PROOF_S", 0.6)
+    monkeypatch.setattr(liveness, "PROOF_S", 2.0)
     async with running_gateway(valkey_url) as rig:
-        rig.engine.reports = True
         await forget(rig)
         deadline = time.monotonic() + 3 * registry_watcher.POLL_S
         while time.monotonic() < deadline:
             response = await rig.stub.GenerateOnce(Once(request=text_request()))
             assert response.finished.usage.output_tokens == 8
 
-        rig.engine.reports = False
+        rig.engine.is_silent = True
         await eventually(lambda: not rig.app.pool.sessions)
 
 
 async def test_an_engine_is_gone_once_its_lease_and_its_session_are(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig:
-        rig.engine.reports = True
         await forget(rig)
         await asyncio.sleep(2 * registry_watcher.POLL_S)
         assert rig.app.pool.has_candidate
@@ -62,7 +60,7 @@ async def test_an_engine_is_gone_once_its_lease_and_its_session_are(valkey_url: 
 
 async def test_a_gateway_that_starts_while_no_lease_can_be_renewed_finds_the_engines_that_live(tmp_path: Path) -> None:
     base = load_base_model(model_directory())
-    living, dead = (EngineDouble(base=base, reply=letters, reports=True) for _ in range(2))
+    living, dead = (EngineDouble(base=base, reply=letters) for _ in range(2))
     with running_server(tmp_path) as server:
         client = connect(server.url)
         for engine in (living, dead):

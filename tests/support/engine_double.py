@@ -51,8 +51,8 @@ class EngineDouble:
         resident: Digests said to be on the device.
         loading_first: Report a load in progress before every start.
         poison: A request of so many prompt tokens ends the session that carries it, before any token.
-        reports: Say something on idle sessions too, as engines do.
         gives_up_at: Position -> the error with which a request ends there, in the message of the token before it.
+        is_silent: Say nothing any more and keep the connection, as a process does that is stopped.
         finish: Reason of the end after the reply's last token; a reply that ends in a stop token says so.
     """
 
@@ -67,8 +67,8 @@ class EngineDouble:
     max_model_len: int = 512
     loading_first: bool = False
     poison: int | None = None
-    reports: bool = False
     gives_up_at: dict[int, LoraplexError] = field(default_factory=dict)
+    is_silent: bool = False
 
     def __post_init__(self) -> None:
         self.engine_id = f"engine-{uuid.uuid4().hex[:8]}"
@@ -153,6 +153,8 @@ class EngineDouble:
                 step += 1
                 if any(len(r.submit.prompt_token_ids) == self.poison for r in running.values()):
                     raise RuntimeError("this request ends sessions")
+                while self.is_silent:
+                    await self._changed.wait()
                 message = self._step(step, running, outputs)
                 if message is not None:
                     yield message
@@ -161,10 +163,10 @@ class EngineDouble:
                     return
                 else:
                     try:
-                        async with asyncio.timeout(0.1 if self.reports else 0.5):
+                        async with asyncio.timeout(0.5):
                             await changed.wait()
                     except TimeoutError:
-                        if self.reports:
+                        if not self.is_silent:
                             yield self._message(step, running, residency=False)
         finally:
             reader.cancel()

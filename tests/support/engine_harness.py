@@ -267,7 +267,7 @@ def fake_params(**fields: int) -> EngineParams:
 
 @contextmanager
 def fake_engine(
-    *, depth: int = 1, loads_at_once: bool = True, **fields: int
+    *, depth: int = 1, loads_at_once: bool = True, step_patience_s: float | None = None, **fields: int
 ) -> Iterator[tuple[EngineHarness, FakeRunner]]:
     """Run an engine on a `FakeRunner`."""
     runners = []
@@ -285,7 +285,8 @@ def fake_engine(
         )
         return runners[0]
 
-    with running_engine(fake_params(**fields), make) as harness:
+    params = replace(fake_params(**fields), step_patience_s=step_patience_s)
+    with running_engine(params, make) as harness:
         yield harness, runners[0]
 
 

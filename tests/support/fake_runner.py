@@ -7,6 +7,7 @@ may be in several rows, but then all of them only read it, and all have the adap
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -138,6 +139,8 @@ class FakeRunner:
         self.incompatible: dict[str, LoraplexError] = {}
         self.unbindable: dict[str, LoraplexError] = {}
         self.raise_on_launch: Exception | None = None
+        self.gate = threading.Event()
+        self.gate.set()
         self.num_tokens = 0
         self.is_closed = False
 
@@ -189,6 +192,7 @@ class FakeRunner:
     # --- steps ---
 
     def launch(self, plan: StepPlan) -> FakeStep:
+        self.gate.wait()
         if self.raise_on_launch is not None:
             raise self.raise_on_launch
         require(plan.step_id == self._next_step, f"step {plan.step_id} follows {self._next_step - 1}")

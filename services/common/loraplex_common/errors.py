@@ -212,6 +212,12 @@ class RequestLostError(LoraplexError):
     code, reason, http_status = grpc.StatusCode.INTERNAL, "REQUEST_LOST", 500
 
 
+class EngineHungError(LoraplexError):
+    """The engine's device or step loop does not get on; its process ends."""
+
+    code, reason, http_status, is_retryable = grpc.StatusCode.UNAVAILABLE, "ENGINE_HUNG", 503, True
+
+
 class SlowConsumerError(LoraplexError):
     """The client or gateway did not read its stream."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_common import descriptors, lifecycle, log, settings
 from loraplex_common.base_model import BaseModelError
+from loraplex_common.errors import EngineHungError
 from loraplex_common.ports import require_free
 
 from loraplex_engine.config import ConfigError, EngineConfig
@@ -22,7 +23,7 @@ async def serve(config: EngineConfig) -> None:
     # Weights on a CPU in huge pages where the kernel lets programs ask: a decode step reads all of them, and misses in
     # the TLB cost up to a tenth of it. Torch reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from loraplex_engine.service import EngineService  # torch takes seconds; --help and bad flags should not
+    from loraplex_engine.service import EXIT_HUNG, EngineService  # torch takes seconds; --help should not
 
     stop = lifecycle.stop_on_signals()
     service = EngineService(config)
@@ -32,6 +33,9 @@ async def serve(config: EngineConfig) -> None:
         lifecycle.announce_ready("engine", grpc=f"{host}:{port}", metrics=f"{host}:{metrics_port}")
         await service.run_until(stop)
         await service.drain()
+    except EngineHungError:
+        await service.close()
+        os._exit(EXIT_HUNG)  # a thread that hangs would keep the interpreter from its end
     finally:
         await service.close()
 

@@ -96,6 +96,7 @@ def engine_params(config: EngineConfig, info: BaseModelInfo, device: torch.devic
         policy=scheduling_policy(config),
         max_backlog_bytes=config.outbox_max_bytes,
         max_backlog_s=config.outbox_max_age_s,
+        step_patience_s=config.step_patience_s or None,
     )
 
 

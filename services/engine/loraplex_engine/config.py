@@ -51,6 +51,8 @@ class EngineConfig:
         residency_events: How many residency changes WatchAdapters can go back.
         outbox_max_bytes: Unread output of one session at which it is aborted.
         outbox_max_age_s: Age of unread output at which its session is aborted.
+        step_patience_s: A step that takes longer than this, and than five times what it should, hangs: the engine ends.
+            0 never takes one for hung.
         prefix_cache: Whether requests share computed blocks of equal adapter, tokens and salt.
         warm_adapters: Whether likely adapters are loaded before anybody asks, into room that nobody needs.
         half_life_s: After which a use of a prefix or an adapter counts half in the worth of its pages.
@@ -95,6 +97,7 @@ class EngineConfig:
     residency_events: int = setting(1024, help="residency changes that WatchAdapters can go back")
     outbox_max_bytes: int = size(8 * MIB, help="unread output of a session at which it is aborted")
     outbox_max_age_s: float = setting(5.0, help="age of unread output at which its session is aborted")
+    step_patience_s: float = setting(5.0, help="least time after which a step hangs and the engine ends, 0 for never")
     prefix_cache: bool = setting(True, help="share computed blocks among requests")
     warm_adapters: bool = setting(True, help="load likely adapters before anybody asks, into idle room")
     half_life_s: float = setting(60.0, help="after which a use of a prefix or an adapter counts half")
@@ -115,7 +118,7 @@ class EngineConfig:
             _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, not {value}")
         for name in ("port", "metrics_port"):
             _require(0 <= getattr(self, name) <= 65535, f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
-        for name in ("store_wait_s", "session_grace_s", "drain_settle_s", "drain_grace_s"):
+        for name in ("store_wait_s", "session_grace_s", "step_patience_s", "drain_settle_s", "drain_grace_s"):
             _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
         _require(self.load_report_s > 0, "--load-report-s must be positive")
         self._check_policy()

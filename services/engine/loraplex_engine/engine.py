@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from loraplex_common.adapter_image import AdapterSpec, Geometry
 
@@ -28,12 +28,14 @@ from loraplex_engine.page_pool import PagePool
 from loraplex_engine.pinning import PinsHostMemory
 from loraplex_engine.scheduler import Scheduler
 from loraplex_engine.step import ModelRunner
+from loraplex_engine.step_times import StepTimes
 
 if TYPE_CHECKING:
     from loraplex_engine.loop_totals import LoopTotals
     from loraplex_engine.residency import AdapterStatus
     from loraplex_engine.warm_order import WarmCounts
 
+STEP_PATIENCE_S: Final = 5.0
 T = TypeVar("T")
 
 
@@ -55,6 +57,7 @@ class EngineParams:
         policy: How requests and pages are chosen.
         max_backlog_bytes: Unread output at which a session is given up.
         max_backlog_s: Age of unread output at which a session is given up.
+        step_patience_s: The least time after which a step that does not end hangs; None never takes one for hung.
     """
 
     geometry: Geometry
@@ -70,6 +73,7 @@ class EngineParams:
     policy: SchedulingPolicy = field(default_factory=SchedulingPolicy)
     max_backlog_bytes: int = MAX_BACKLOG_BYTES
     max_backlog_s: float = MAX_BACKLOG_S
+    step_patience_s: float | None = STEP_PATIENCE_S
 
     @property
     def num_pages(self) -> int:
@@ -106,7 +110,8 @@ class Engine:
         runner_factory: Makes the compute backend; called once, in the constructor.
         on_store_event: Gets `WantImage` and `ResidencyChanged`, on the loop's thread, in order; must be quick
             (``asyncio_loop.call_soon_threadsafe(queue.put_nowait, event)``).
-        on_crash: Called once, on the loop's thread, if the step loop dies; the engine then refuses everything.
+        on_crash: Called once, on a thread of the engine, if the step loop dies, or hangs (EngineHungError); the engine
+            then refuses everything.
 
     Attributes:
         params: Sizes and limits.
@@ -156,11 +161,12 @@ class Engine:
                 arena=self.arena,
                 runner=runner,
                 report=self._report,
+                times=StepTimes(self._scheduler.costs, params.geometry, backend=runner.backend),
             )
         except BaseException:
             self.arena.close()
             raise
-        self._loop = EngineLoop(parts, on_crash=on_crash, clock=clock)
+        self._loop = EngineLoop(parts, on_crash=on_crash, patience_s=params.step_patience_s, clock=clock)
         self._loop.start()
 
     def post(self, command: Command) -> None:
@@ -291,9 +297,12 @@ class Engine:
         return self._loop.is_alive
 
     def close(self) -> None:
-        """End all requests with DrainingError, stop the loop, free device and arena. Not from the loop's thread."""
-        self._loop.stop()
-        self.arena.close()
+        """End all requests with DrainingError, stop the loop, free device and arena. Not from the loop's thread.
+
+        A loop that hangs keeps both: only the end of the process takes them from it.
+        """
+        if self._loop.stop():
+            self.arena.close()
 
     def _call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function on the loop's thread between two steps."""

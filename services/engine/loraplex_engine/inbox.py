@@ -43,10 +43,10 @@ class Sessions:
         if outbox is not None:
             outbox.close(error)
 
-    def close_all(self) -> None:
+    def close_all(self, error: LoraplexError | None = None) -> None:
         """End every outbox; they stay known, so that late submissions can still be told."""
         for outbox in list(self._outboxes.values()):
-            outbox.close()
+            outbox.close(error)
 
     def put(self, session_id: int, outputs: StepOutputs) -> bool:
         """Send to a session; False if it was given up for its backlog."""
@@ -79,6 +79,11 @@ class Inbox:
     def is_open(self) -> bool:
         """True while the loop reads it."""
         return self._refusal is None
+
+    @property
+    def has_commands(self) -> bool:
+        """Whether something waits for the loop to take it."""
+        return bool(self._commands)
 
     def post(self, command: Command) -> None:
         """Add a command and wake the loop."""

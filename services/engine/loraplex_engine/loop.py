@@ -2,7 +2,8 @@
 
 It sleeps only when there is nothing to compute, and is woken by commands, finished loads and deadlines; it never waits
 for a peer. What goes wrong with one request ends that one (`faults`). If the loop itself dies, every open request ends
-with INTERNAL, later ones are refused, and ``on_crash`` is told.
+with INTERNAL, later ones are refused, and ``on_crash`` is told. If it hangs, which another thread notices
+(`step_watchdog`), sessions end with ENGINE_HUNG instead, so that gateways move their requests, and ``on_crash`` is told.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import DrainingError, InvalidParameterError, LoraplexError
+from loraplex_common.errors import DrainingError, EngineHungError, InvalidParameterError, LoraplexError
 
 from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.adapter_loading import AdapterLoading
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
+from loraplex_engine.drains import Drain, Drains
 from loraplex_engine.inbox import Inbox, Sessions
 from loraplex_engine.load_report import LoadReport
+from loraplex_engine.loop_calls import failing_into, run_call
 from loraplex_engine.loop_totals import LoopTotals
 from loraplex_engine.messages import (
     Abort,
@@ -37,6 +40,8 @@ from loraplex_engine.messages import (
 from loraplex_engine.request_book import SlotInUseError
 from loraplex_engine.scheduler import Scheduler
 from loraplex_engine.step import NO_ADAPTER, ModelRunner, StepHandle, StepPlan
+from loraplex_engine.step_times import StepTimes
+from loraplex_engine.step_watchdog import Pulse, StepWatchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,12 +59,10 @@ class LoopParts:
     arena: HostArena
     runner: ModelRunner
     report: LoadReport
+    times: StepTimes
 
 
-@dataclass(frozen=True, slots=True)
-class _Drain:
-    deadline_s: float
-    future: Future[int]
+JOIN_S: Final = 0.1
 
 
 class EngineLoop:
@@ -67,7 +70,8 @@ class EngineLoop:
 
     Args:
         parts: What it drives.
-        on_crash: Called once, on the loop's thread, with what killed it.
+        on_crash: Called once, with what killed it; on the loop's thread, or on the watchdog's if it hangs.
+        patience_s: The least time after which a step that does not end hangs; None never takes one for hung.
         clock: Seconds, monotonic.
 
     Attributes:
@@ -75,7 +79,12 @@ class EngineLoop:
     """
 
     def __init__(
-        self, parts: LoopParts, *, on_crash: Callable[[BaseException], None], clock: Callable[[], float]
+        self,
+        parts: LoopParts,
+        *,
+        on_crash: Callable[[BaseException], None],
+        patience_s: float | None,
+        clock: Callable[[], float],
     ) -> None:
         self._parts = parts
         self._on_crash = on_crash
@@ -91,10 +100,15 @@ class EngineLoop:
             runner=parts.runner,
             wake=self._inbox.wake,
         )
-        self._drains: list[_Drain] = []
+        self._drains = Drains()
         self._num_ended_by_drain = 0
         self.totals = LoopTotals()
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
+        self._is_hung = False
+        self._pulse = Pulse()
+        self._watchdog = StepWatchdog(
+            self._pulse, has_work=lambda: self._inbox.has_commands, patience_s=patience_s, on_hang=self._give_up
+        )
 
     # --- any thread ---
 
@@ -106,6 +120,7 @@ class EngineLoop:
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+        self._watchdog.start()
 
     def post(self, command: Command) -> None:
         """Add a command to the inbox; after the loop's end it is answered at once."""
@@ -118,21 +133,28 @@ class EngineLoop:
     def drain(self, timeout_s: float) -> Future[int]:
         """Refuse new requests, let the open ones finish for that long, then end them; resolves to how many."""
         future: Future[int] = Future()
-        drain = _Drain(self._clock() + timeout_s, future)
+        drain = Drain(self._clock() + timeout_s, future)
 
         def begin() -> None:
             self._parts.scheduler.start_draining()
-            self._drains.append(drain)
+            self._drains.add(drain)
 
-        self.post(Call(begin, _follow(future)))
+        self.post(Call(begin, failing_into(future)))
         return future
 
-    def stop(self) -> None:
-        """End all requests with DrainingError and the thread with them; returns when it is over."""
+    def stop(self) -> bool:
+        """End all requests with DrainingError and the thread with them; returns when it is over.
+
+        Returns:
+            False if the thread hangs: it may still use all that it was given.
+        """
         self._is_stopping = True
         self._inbox.wake()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            while self._thread.is_alive() and not self._is_hung:
+                self._thread.join(JOIN_S)
+        self._watchdog.stop()
+        return not self._is_hung or not self._thread.is_alive()
 
     # --- the loop's thread ---
 
@@ -142,10 +164,14 @@ class EngineLoop:
                 self._turn()
             self._finish()
         except BaseException as error:
-            self._crash(error)
+            if not self._is_hung:
+                self._crash(error)
+        finally:
+            self._pulse.sleeps()
 
     def _turn(self) -> None:
         parts = self._parts
+        self._pulse.works()
         self._take_commands()
         self._loading.take_finished()
         self._advance_drains()
@@ -167,6 +193,8 @@ class EngineLoop:
 
     def _launch(self, plan: StepPlan) -> None:
         began_s = time.perf_counter()
+        self._parts.times.launched(plan)
+        self._pulse.works(self._parts.times.expected_s)
         self._steps.append(self._parts.runner.launch(plan))
         totals = self.totals
         totals.launch_s += time.perf_counter() - began_s
@@ -175,14 +203,18 @@ class EngineLoop:
 
     def _complete(self, step: StepHandle) -> None:
         began_s = time.perf_counter()
+        self._pulse.works(self._parts.times.expected_s)
         result = step.wait()
+        self._parts.times.completed()
+        self._pulse.works()
         waited_s = time.perf_counter()
         self._parts.scheduler.update(result)
         self.totals.wait_s += waited_s - began_s
         self.totals.update_s += time.perf_counter() - waited_s
 
     def _sleep(self) -> None:
-        until_s = min(self._parts.scheduler.next_deadline_s, *(drain.deadline_s for drain in self._drains), math.inf)
+        until_s = min(self._parts.scheduler.next_deadline_s, self._drains.next_deadline_s)
+        self._pulse.sleeps()
         self._inbox.wait(None if until_s == math.inf else max(0.0, until_s - self._clock()))
 
     def _take_commands(self) -> None:
@@ -206,7 +238,7 @@ class EngineLoop:
             case DropAdapter(digest):
                 self._parts.cache.drop(digest)
             case Call():
-                _call(command)
+                run_call(command)
 
     def _submit(self, command: Submit) -> None:
         try:
@@ -224,16 +256,13 @@ class EngineLoop:
                 self._close_session(session_id, None)  # given up for its backlog
 
     def _advance_drains(self) -> None:
-        if self._drains and min(drain.deadline_s for drain in self._drains) <= self._clock():
+        if self._drains.next_deadline_s <= self._clock():
             error = DrainingError("this engine is shutting down", drop_reason="rejected-shutting-down")
             self._num_ended_by_drain += self._parts.scheduler.end_all(error)
 
     def _resolve_drains(self) -> None:
         if self._drains and self._parts.scheduler.num_open == 0:
-            for drain in self._drains:
-                if drain.future.set_running_or_notify_cancel():
-                    drain.future.set_result(self._num_ended_by_drain)
-            self._drains.clear()
+            self._drains.resolve(self._num_ended_by_drain)
 
     # --- the end ---
 
@@ -248,6 +277,15 @@ class EngineLoop:
         self._resolve_drains()
         self._shut(error)
         self._parts.runner.close()
+
+    def _give_up(self, trouble: str) -> None:
+        """End every session from the watchdog's thread: the loop's own hangs, and gateways send requests elsewhere."""
+        error = EngineHungError(f"{trouble}; this engine ends")
+        self._is_hung = self._is_stopping = True
+        self._on_crash(error)  # first: what follows takes locks that the loop's thread may hold
+        self._inbox.shut(error)
+        self._drains.fail(error)
+        self._sessions.close_all(error)
 
     def _crash(self, error: BaseException) -> None:
         """Tell every client and whoever runs the engine; trust no accounts any more."""
@@ -267,33 +305,5 @@ class EngineLoop:
         """Answer what is in the inbox and refuse what comes later."""
         self._inbox.shut(error)
         self._parts.grants.cancel()
-        for drain in self._drains:
-            if drain.future.set_running_or_notify_cancel():
-                drain.future.set_exception(error)
-        self._drains.clear()
+        self._drains.fail(error)
         self._sessions.close_all()
-
-
-def _call(call: Call) -> None:
-    """Run a function for another thread; what it raises is the caller's affair."""
-    if not call.future.set_running_or_notify_cancel():
-        return
-    try:
-        result = call.function()
-    except Exception as error:
-        call.future.set_exception(error)
-    else:
-        call.future.set_result(result)
-
-
-def _follow(future: Future[int]) -> Future[object]:
-    """Return a future whose failure is passed on to ``future``; its success is not."""
-    first: Future[object] = Future()
-
-    def pass_on(done: Future[object]) -> None:
-        error = done.exception()
-        if error is not None and not future.done():
-            future.set_exception(error)
-
-    first.add_done_callback(pass_on)
-    return first

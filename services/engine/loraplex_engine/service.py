@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import os
+import threading
 import time
 import uuid
 from typing import TYPE_CHECKING, TypeVar
@@ -12,7 +14,7 @@ import loraplex_common.valkey
 from loraplex.v1 import adapter_pb2, engine_pb2_grpc
 from loraplex_common.adapter_names import AdapterNames
 from loraplex_common.alias_feed import AliasFeed
-from loraplex_common.errors import StoreUnavailableError
+from loraplex_common.errors import EngineHungError, StoreUnavailableError
 from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
 
 SERVICE_NAME = "loraplex.v1.EngineService"
 STOP_GRACE_S = 1.0
+EXIT_HUNG = 70
+"""Exit status of an engine whose step loop hangs (EX_SOFTWARE): start it again."""
+GOODBYE_S = 3.0
+"""For everything that an engine still has to say once its step loop hangs."""
 
 _Argument = TypeVar("_Argument")
 
@@ -77,7 +83,7 @@ class EngineService:
             params,
             building.runner_factory(config, self._info, device, files=files),
             on_store_event=lambda event: self._call_soon(self._on_store_event, event),
-            on_crash=lambda cause: self._call_soon(self._on_crash, cause),
+            on_crash=self._on_crash,
         )
         registry.register(EngineCollector(self.engine, self._feed, self._residency_metrics, self._names))
         self._servicer = EngineServicer(
@@ -120,6 +126,7 @@ class EngineService:
         Raises:
             BackgroundTaskError: If a background task ends.
             RuntimeError: If the step loop dies.
+            EngineHungError: If it hangs.
         """
         serving = asyncio.create_task(self._supervisor.run_until(stop), name="serving")
         await asyncio.wait([serving, self._crashed], return_when=asyncio.FIRST_COMPLETED)
@@ -178,10 +185,27 @@ class EngineService:
         self.engine.post(ImageRefused(event.digest, error))
 
     def _on_crash(self, cause: BaseException) -> None:
-        if not self._crashed.done():
-            error = RuntimeError("the step loop died")
-            error.__cause__ = cause
-            self._crashed.set_exception(error)
+        """Hear of the step loop's end, on a thread of the engine."""
+        if isinstance(cause, EngineHungError):
+            _log.critical("the step loop hangs; the engine ends", cause=cause.message)
+            # Whatever hangs may hold what saying goodbye needs.
+            last_resort = threading.Timer(GOODBYE_S, os._exit, [EXIT_HUNG])
+            last_resort.daemon = True
+            last_resort.start()
+        self._call_soon(self._fail, cause)
+
+    def _fail(self, cause: BaseException) -> None:
+        """Have `run_until` raise."""
+        if self._crashed.done():
+            return
+        self._grpc.set_ready(False)
+        if isinstance(cause, EngineHungError):
+            self._servicer.close_streams(cause)
+            self._crashed.set_exception(cause)
+            return
+        error = RuntimeError("the step loop died")
+        error.__cause__ = cause
+        self._crashed.set_exception(error)
 
     def _base_model(self) -> adapter_pb2.BaseModel:
         return adapter_pb2.BaseModel(

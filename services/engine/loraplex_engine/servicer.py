@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     import grpc
     from google.protobuf.duration_pb2 import Duration
+    from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.config import EngineConfig
     from loraplex_engine.engine import Engine
@@ -85,11 +86,15 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._is_closing = asyncio.Event()
         self._sessions: set[GatewaySession] = set()
 
-    def close_streams(self) -> None:
-        """End watches and sessions, and refuse new ones; what sessions have pending still goes out."""
+    def close_streams(self, error: LoraplexError | None = None) -> None:
+        """End watches and sessions, and refuse new ones; what sessions have pending still goes out.
+
+        Args:
+            error: What sessions end with; `DrainingError` if None.
+        """
         self._is_closing.set()
         for session in self._sessions:
-            session.close(_draining())
+            session.close(error or _draining())
 
     async def Session(
         self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: grpc.aio.ServicerContext[Any, Any]
@@ -112,6 +117,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
                 response = await anext(responses)
                 response.welcome.engine_id = self._identity.engine_id
                 response.welcome.base_fingerprint = self._identity.base_model.fingerprint
+                response.welcome.max_silence.FromNanoseconds(round(self._config.load_report_s * 1e9))
                 yield response
                 async for response in responses:
                     yield response

@@ -81,7 +81,13 @@ class GatewayApp:
         self.names = NameTable()
         self._adapter_names = AdapterNames()
         self.catalog = self._load_models()
-        self.pool = EnginePool(self.catalog, gateway_id=self.gateway_id, max_buffered_tokens=config.max_buffered_tokens)
+        self.pool = EnginePool(
+            self.catalog,
+            gateway_id=self.gateway_id,
+            max_buffered_tokens=config.max_buffered_tokens,
+            silence_s=config.engine_silence_s,
+            failover_wait_s=config.failover_wait_s,
+        )
         self._registry = RegistryWatcher(self._valkey, self.pool)
         self.admission = AdmissionController(
             max_concurrent=config.max_concurrent_requests,

@@ -28,6 +28,8 @@ class GatewayConfig:
         max_stream_s: Deadline of requests that come without one, and the longest that any may ask for.
         max_connections: Most connections at once, of gRPC and of HTTP each; fewer where descriptors are short.
         max_prompt_bytes_per_token: Text of more bytes than this x the longest sequence is refused before it is tokenised.
+        engine_silence_s: An engine without a message for so long is lost, whatever its connection; its streams move.
+        failover_wait_s: How long a request that has lost its engine waits for one that was lost, drains or is dialled.
         max_buffered_tokens: Unread output of one client at which its request is ended.
         slow_client_s: Longest time that one write to a client may wait.
         drain_settle_s: Between NOT_SERVING and refusing new calls, for balancers to notice.
@@ -59,6 +61,8 @@ class GatewayConfig:
     max_prompt_bytes_per_token: int = setting(
         16, help="a prompt's bytes are at most this x the longest sequence's tokens; longer text is not tokenised"
     )
+    engine_silence_s: float = setting(5.0, help="time without a message after which an engine is lost")
+    failover_wait_s: float = setting(60.0, help="how long a lost engine is expected back by requests it had")
     max_buffered_tokens: int = setting(4096, help="unread tokens of one client at which its request is ended")
     slow_client_s: float = setting(30.0, help="longest time that one write to a client may wait")
     log_level: str = setting("info", help="debug, info, warning or error")
@@ -76,10 +80,16 @@ class GatewayConfig:
         for name in ("port", "http_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
-        positive = ("max_concurrent_requests", "max_stream_s", "max_buffered_tokens", "slow_client_s")
+        positive = (
+            "max_concurrent_requests",
+            "max_stream_s",
+            "max_buffered_tokens",
+            "slow_client_s",
+            "engine_silence_s",
+        )
         for name in (*positive, "max_prompt_bytes_per_token", "max_connections"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("max_queued_requests", "drain_settle_s", "drain_grace_s"):
+        for name in ("max_queued_requests", "failover_wait_s", "drain_settle_s", "drain_grace_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")

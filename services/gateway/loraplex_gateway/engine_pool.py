@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
+from loraplex_gateway.absences import Absences
 from loraplex_gateway.engine_session import EngineSession
 from loraplex_gateway.routing import Candidate, choose
 from loraplex_gateway.session_state import SessionState
+from loraplex_gateway.silence import SILENCE_S
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from loraplex_common.registry import EngineRecord
 
@@ -32,12 +35,26 @@ class EnginePool:
         catalog: Base models; engines of others are left alone.
         gateway_id: Said in every hello.
         max_buffered_tokens: Bound of each request's buffer.
+        silence_s: As of `EngineSession`.
+        failover_wait_s: How long an engine that does not take requests is expected to come (back).
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, catalog: ModelCatalog, *, gateway_id: str, max_buffered_tokens: int) -> None:
+    def __init__(
+        self,
+        catalog: ModelCatalog,
+        *,
+        gateway_id: str,
+        max_buffered_tokens: int,
+        silence_s: float = SILENCE_S,
+        failover_wait_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._catalog = catalog
         self._gateway_id = gateway_id
         self._max_buffered_tokens = max_buffered_tokens
+        self._silence_s = silence_s
+        self._absences = Absences(failover_wait_s, clock)
         self._sessions: dict[str, EngineSession] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -74,6 +91,10 @@ class EnginePool:
             session.state is SessionState.CONNECTING and session.engine_id in self._listed
             for session in self._of_model(fingerprint)
         )
+
+    def expected_until(self, fingerprint: str) -> float:
+        """Return until when an engine of this base model that takes no requests now may do so."""
+        return self._absences.expected_until(fingerprint)
 
     def num_resident(self, digest: str) -> int:
         """Return on how many engines' devices an adapter is."""
@@ -115,6 +136,8 @@ class EnginePool:
             and session.engine_id not in excluded
             and session.record.max_model_len > num_tokens
         }
+        # One that is about to be taken for lost gets nothing new while there are others.
+        sessions = {each: session for each, session in sessions.items() if not session.is_quiet} or sessions
         candidates = [
             Candidate(engine_id=engine_id, load=session.load, is_warm=session.is_warm(adapter_digest))
             for engine_id, session in sessions.items()
@@ -163,6 +186,7 @@ class EnginePool:
             token_bytes=model.tokenizer.table.token_bytes,
             max_buffered_tokens=self._max_buffered_tokens,
             on_change=self._notify,
+            silence_s=self._silence_s,
         )
         self._sessions[record.engine_id] = session
         task = asyncio.create_task(session.run(), name=f"session-{record.engine_id}")
@@ -183,6 +207,10 @@ class EnginePool:
             self._failure.set_exception(error)
 
     def _notify(self) -> None:
+        self._absences.update(
+            {engine_id: self._is_candidate(session) for engine_id, session in self._sessions.items()},
+            {engine_id: session.record.base_fingerprint for engine_id, session in self._sessions.items()},
+        )
         # Everybody who waits holds the old event; whoever comes later waits for the next change.
         self._changed.set()
         self._changed = asyncio.Event()

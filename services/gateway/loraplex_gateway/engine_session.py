@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from loraplex_common.log import get_logger
 from loraplex_gateway import engine_wire
 from loraplex_gateway.liveness import Liveness
 from loraplex_gateway.session_state import TRANSITIONS, SessionState
+from loraplex_gateway.silence import MAX_MISSED, QUIET_SHARE, SILENCE_S, wait_for_silence
 from loraplex_gateway.ticket import EngineLostError, Ticket
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class EngineSession:
         gateway_id: Said in the hello.
         token_bytes: Bytes of one token of the engine's model, for log-probabilities.
         max_buffered_tokens: Bound of each request's buffer.
+        silence_s: Without any message for so long, an engine is lost, connection or not; longer where it promises less.
         on_change: Called whenever the engine becomes or ceases to be a candidate.
     """
 
@@ -52,6 +55,7 @@ class EngineSession:
         token_bytes: Callable[[int], bytes],
         max_buffered_tokens: int,
         on_change: Callable[[], None],
+        silence_s: float = SILENCE_S,
     ) -> None:
         self.record = record
         self.resident: set[str] = set()
@@ -60,6 +64,9 @@ class EngineSession:
         self._token_bytes = token_bytes
         self._max_buffered_tokens = max_buffered_tokens
         self._on_change = on_change
+        self._least_silence_s = self._silence_s = silence_s
+        self._num_messages = 0
+        self._heard_at = time.monotonic()
         self._load = engine_pb2.LoadReport()
         self._in_flight_at_report = 0
         self._liveness = Liveness(time.monotonic)
@@ -92,6 +99,11 @@ class EngineSession:
     def is_proven(self) -> bool:
         """Whether the engine shows on this session that it lives, whatever the registry says."""
         return self.state is SessionState.OPEN and self._liveness.is_proven
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing has been heard for a while, though not for so long that the engine is lost."""
+        return time.monotonic() - self._heard_at > self._silence_s * QUIET_SHARE
 
     @property
     def load(self) -> int:
@@ -181,27 +193,45 @@ class EngineSession:
             )
 
     async def _connect_once(self) -> str:
-        """Run one connection to its end and return why it ended."""
+        """Run one connection to its end and return why it ended; what arrives on it later is never read."""
         async with open_channel(self.record.target) as channel:
             call = engine_pb2_grpc.EngineServiceStub(channel).Session()
             writer = asyncio.create_task(self._write(call), name=f"session-writer-{self.engine_id}")
+            reader = asyncio.create_task(self._read(call), name=f"session-reader-{self.engine_id}")
+            listener = asyncio.create_task(self._listen(), name=f"session-listener-{self.engine_id}")
             try:
-                async for message in call:
-                    self._receive(message)
-                return "the engine closed the stream"
-            except grpc.aio.AioRpcError as error:
-                return f"{error.code().name}: {error.details()}"
-            except engine_wire.WrongEngineError as error:
-                _log.warning("another engine is where one was", engine_id=self.engine_id, cause=str(error))
-                return str(error)
-            except ValueError as error:
-                # What it says cannot be trusted any more, whichever request it is about.
-                _log.error("an engine broke the protocol", engine_id=self.engine_id, exc_info=error)
-                return f"the engine broke the protocol: {error}"
+                await asyncio.wait({reader, listener}, return_when=asyncio.FIRST_COMPLETED)
+                return reader.result() if reader.done() else listener.result()
             finally:
-                writer.cancel()
-                await asyncio.gather(writer, return_exceptions=True)
+                for task in (writer, reader, listener):
+                    task.cancel()
+                await asyncio.gather(writer, reader, listener, return_exceptions=True)
                 call.cancel()
+
+    async def _read(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> str:
+        """Take in all that the engine says; return why it says no more."""
+        try:
+            async for message in call:
+                self._num_messages += 1
+                self._heard_at = time.monotonic()
+                self._receive(message)
+        except grpc.aio.AioRpcError as error:
+            return f"{error.code().name}: {error.details()}"
+        except engine_wire.WrongEngineError as error:
+            _log.warning("another engine is where one was", engine_id=self.engine_id, cause=str(error))
+            return str(error)
+        except ValueError as error:
+            # What it says cannot be trusted any more, whichever request it is about.
+            _log.error("an engine broke the protocol", engine_id=self.engine_id, exc_info=error)
+            return f"the engine broke the protocol: {error}"
+        return "the engine closed the stream"
+
+    async def _listen(self) -> str:
+        """Return once an engine that has answered is silent: stopped, or hung as a whole, it keeps its connection."""
+        silent_s = await wait_for_silence(
+            lambda: self._num_messages, lambda: self._silence_s if self.state is SessionState.OPEN else math.inf
+        )
+        return f"the engine has said nothing for {silent_s:.1f} s"
 
     async def _write(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         """Send everything that has gathered; while a write is pending the next batch grows."""
@@ -235,6 +265,8 @@ class EngineSession:
     def _receive(self, message: engine_pb2.SessionResponse) -> None:
         if self.state is SessionState.CONNECTING:
             engine_wire.check_welcome(message.welcome, self.record)
+            promised_s = engine_wire.from_duration(message.welcome.max_silence)
+            self._silence_s = max(self._least_silence_s, MAX_MISSED * promised_s)
         self._liveness.hear(message, has_work=bool(self._tickets))
         if message.HasField("residency"):
             self._update_residency(message.residency)

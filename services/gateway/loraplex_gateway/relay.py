@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, suppress
+import math
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -13,13 +14,15 @@ from loraplex_common.errors import (
     EngineOomError,
     LoraplexError,
     NoEngineError,
+    QueueTimeoutError,
     RequestLostError,
     StreamInterruptedError,
 )
 from loraplex_common.log import get_logger
+from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_gateway.engine_wire import EngineFinish, Submission
-from loraplex_gateway.ticket import EngineLostError, EngineUpdate
+from loraplex_gateway.ticket import EngineLostError, EngineUpdate, LocalCancelError
 from loraplex_gateway.types import FinishReason, Timings
 
 if TYPE_CHECKING:
@@ -32,15 +35,17 @@ if TYPE_CHECKING:
     from loraplex_gateway.prefetch import PrefetchHints
     from loraplex_gateway.ticket import Ticket
 
-MAX_ENGINES: Final = 4
+MAX_REFUSALS: Final = 4
+"""Engines that may refuse a request between two of its tokens, each for reasons of its own."""
 MAX_FRUITLESS_LOSSES: Final = 2
-"""Sessions that may be lost with a request before it has given a token there.
+"""Sessions in a row that may be lost with a request before it has given a token there.
 
 Seen from here, a request that ends its engine's session and one that is unlucky look alike. What tells them apart is
 progress: who gets tokens survives engine after engine, as before; who has twice gone down with a session without any is
 not sent a third time, as every attempt interrupts all others' streams there.
 """
-FAILOVER_WAIT_S: Final = 5.0
+FIRST_WAIT_S: Final = 5.0
+"""For an engine that is being dialled, of a request that no engine has had yet; the others wait as the pool says."""
 # After the deadline, for the engine's own verdict to arrive.
 ENGINE_DEADLINE_SLACK_S: Final = 2.0
 # What an engine refuses that another may take.
@@ -103,6 +108,7 @@ class EngineRelay:
         self._has_started = False
         self._excluded: frozenset[str] = frozenset()
         self._num_fruitless_losses = 0
+        self._num_refusals = 0
 
     async def updates(self) -> AsyncGenerator[tuple[str, EngineUpdate], None]:
         """Yield (engine id, news); the last update has a normal end.
@@ -117,29 +123,29 @@ class EngineRelay:
             LocalCancelError: If it was cancelled by its id.
         """
         failure: Exception | None = None
-        for attempt in range(MAX_ENGINES):
-            session = await self._choose(is_failover=attempt > 0, cause=failure)
+        while True:
+            session = await self._choose(failure)
+            if session is None:
+                yield "", EngineUpdate(end=_finish(FinishReason.TIME_LIMIT))
+                return
             num_tokens = len(self._tokens)
             try:
                 # Closed here and now: the abort on the engine hangs on the generator's `finally`.
                 async with aclosing(self._run_on(session)) as updates:
                     async for update in updates:
                         yield session.engine_id, update
-                if attempt > 0 and self._has_started:
+                if failure is not None and self._has_started:
                     self._metrics.resumes.labels("ok").inc()
                 return
-            except EngineLostError as error:
+            except (EngineLostError, *ELSEWHERE) as error:
                 failure = error
-                self._num_fruitless_losses += error.had_request and len(self._tokens) == num_tokens
-            except ELSEWHERE as error:
-                failure = error
-                self._excluded |= {session.engine_id}
+            self._count(failure, session.engine_id, has_progressed=len(self._tokens) > num_tokens)
             if (finish := self._finish_already_reached()) is not None:
                 yield session.engine_id, EngineUpdate(end=finish)
                 return
             if self._num_fruitless_losses >= MAX_FRUITLESS_LOSSES:
                 raise self._lost(failure)
-            if attempt + 1 == MAX_ENGINES:
+            if self._num_refusals >= MAX_REFUSALS:
                 raise self._give_up(failure)
             self._note_retry(session.engine_id, failure)
 
@@ -173,10 +179,21 @@ class EngineRelay:
         error = DeadlineError("the deadline passed and the engine did not end the request")
         return asyncio.get_running_loop().call_later(delay_s, ticket.fail, error)
 
-    async def _choose(self, *, is_failover: bool, cause: Exception | None) -> EngineSession:
-        """Return an engine, waiting a few seconds for one if some other has just been lost or is being dialled."""
+    def _count(self, failure: Exception, engine_id: str, *, has_progressed: bool) -> None:
+        """Take in that an engine did not bring the request to its end; a new token clears the account."""
+        if has_progressed:
+            self._num_fruitless_losses = self._num_refusals = 0
+            self._excluded = frozenset()
+        if not isinstance(failure, EngineLostError):
+            self._num_refusals += 1
+            self._excluded |= {engine_id}
+        elif not has_progressed:
+            self._num_fruitless_losses += failure.had_request
+
+    async def _choose(self, cause: Exception | None) -> EngineSession | None:
+        """Return an engine, waiting for one while some is expected; None once the request's time limit has passed."""
         job = self._job
-        give_up_at = self._clock() + FAILOVER_WAIT_S
+        first_until = self._clock() + FIRST_WAIT_S
         while True:
             changed = self._pool.changed
             session = self._pool.choose(
@@ -188,13 +205,34 @@ class EngineRelay:
             )
             if session is not None:
                 return session
-            is_worth_waiting = is_failover or self._pool.is_expected(job.fingerprint)
-            left_s = min(give_up_at, job.deadline or give_up_at) - self._clock()
-            if not is_worth_waiting or left_s <= 0:
+            until = self._pool.expected_until(job.fingerprint)
+            if cause is None:
+                until = first_until if self._pool.is_expected(job.fingerprint) else -math.inf
+            now = self._clock()
+            if job.time_limit_at is not None and job.time_limit_at <= min(now, job.deadline or now):
+                return None
+            limits = (job.deadline, job.time_limit_at, None if self._has_started else job.queue_deadline)
+            left_s = min(until, *(limit for limit in limits if limit is not None)) - now
+            if left_s <= 0:
                 raise self._give_up(cause)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
-                    await changed.wait()
+            await self._wait(changed, left_s)
+
+    async def _wait(self, changed: asyncio.Event, timeout_s: float) -> None:
+        """Wait for a change among the engines, a while at most.
+
+        Raises:
+            LocalCancelError: If the request is cancelled by its id meanwhile.
+        """
+        cancelled = asyncio.Event()
+        self._running.on_cancel(cancelled.set)
+        waits = [asyncio.create_task(event.wait()) for event in (changed, cancelled)]
+        try:
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._running.on_cancel(None)
+            await cancel_and_wait(*waits)
+        if cancelled.is_set():
+            raise LocalCancelError
 
     def _note_retry(self, lost_engine_id: str, cause: Exception) -> None:
         self._metrics.retries.inc()
@@ -230,9 +268,9 @@ class EngineRelay:
             return None
         stopping = self._job.submission.stopping
         if self._tokens[-1] in self._job.stop_token_ids and len(self._tokens) > (stopping.min_new_tokens or 0):
-            return EngineFinish(reason=FinishReason.STOP, stop_token_id=self._tokens[-1], timings=Timings())
+            return _finish(FinishReason.STOP, stop_token_id=self._tokens[-1])
         if len(self._tokens) >= self._job.max_new_tokens:
-            return EngineFinish(reason=FinishReason.LENGTH, stop_token_id=None, timings=Timings())
+            return _finish(FinishReason.LENGTH)
         return None
 
     def _lost(self, cause: Exception) -> LoraplexError:
@@ -247,6 +285,13 @@ class EngineRelay:
     def _give_up(self, cause: Exception | None) -> LoraplexError:
         if self._job.deadline is not None and self._clock() >= self._job.deadline:
             return DeadlineError("the deadline passed before an engine took the request")
+        queue_deadline = None if self._has_started else self._job.queue_deadline
+        if queue_deadline is not None and self._clock() >= queue_deadline:
+            return QueueTimeoutError(
+                "queue_timeout passed before an engine took the request",
+                retry_after_s=1.0,
+                drop_reason="rejected-ttl-expired",
+            )
         if self._has_started:
             self._metrics.resumes.labels("failed").inc()
             return StreamInterruptedError(
@@ -260,3 +305,8 @@ class EngineRelay:
             retry_after_s=1.0,
             drop_reason="rejected-no-endpoints",
         )
+
+
+def _finish(reason: FinishReason, *, stop_token_id: int | None = None) -> EngineFinish:
+    """Return an end that no engine has said; times are measured here."""
+    return EngineFinish(reason=reason, stop_token_id=stop_token_id, timings=Timings())

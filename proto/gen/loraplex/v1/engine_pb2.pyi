@@ -232,19 +232,25 @@ class SessionResponse(_message.Message):
 
         ENGINE_ID_FIELD_NUMBER: _builtins.int
         BASE_FINGERPRINT_FIELD_NUMBER: _builtins.int
+        MAX_SILENCE_FIELD_NUMBER: _builtins.int
         engine_id: _builtins.str
         """The engine."""
         base_fingerprint: _builtins.str
         """Fingerprint of its base model."""
+        @_builtins.property
+        def max_silence(self) -> _duration_pb2.Duration:
+            """A message is sent at least this often, so that a peer knows from when on silence is a fault. Unset: not promised."""
+
         def __init__(
             self,
             *,
             engine_id: _builtins.str = ...,
             base_fingerprint: _builtins.str = ...,
+            max_silence: _duration_pb2.Duration | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["max_silence", b"max_silence"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["base_fingerprint", b"base_fingerprint", "engine_id", b"engine_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["base_fingerprint", b"base_fingerprint", "engine_id", b"engine_id", "max_silence", b"max_silence"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
