@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from loraplex_common.answer_by import given_up_in_time
 from loraplex_common.errors import SaturatedError, StoreUnavailableError
 from loraplex_common.tasks import deliver_cancellation
 from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, RedisError
@@ -98,11 +99,13 @@ def translated() -> Iterator[None]:
     the same moment as its result (fixed in 3.12), and a loop over Valkey would then never end.
 
     Raises:
-        StoreUnavailableError: If Valkey cannot be reached or is loading; RetryInfo says one second.
+        StoreUnavailableError: If Valkey cannot be reached or is loading, or is silent until the call that runs here must be
+            answered; RetryInfo says one second.
         SaturatedError: If it is full.
     """
     try:
-        yield
+        with given_up_in_time(_silent):
+            yield
     except OutOfMemoryError as error:
         raise SaturatedError(
             "Valkey is full: delete adapters or raise its maxmemory",
@@ -121,3 +124,11 @@ def translated() -> Iterator[None]:
         raise
     finally:
         deliver_cancellation()
+
+
+def _silent() -> StoreUnavailableError:
+    return StoreUnavailableError(
+        "the adapter store's Valkey has not answered in time; the change may or may not be made: repeat the call with the "
+        "same request_id",
+        retry_after_s=1.0,
+    )
