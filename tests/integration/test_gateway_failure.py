@@ -23,6 +23,7 @@ from loraplex_common.errors import (
 )
 from loraplex_common.rpc_errors import error_from_rpc
 from loraplex_common.valkey import EmbeddedValkey
+from loraplex_gateway import liveness
 from support.gateway_rig import DIGEST, Rig, letters, running_gateway, text_request
 from support.waiting import eventually
 
@@ -357,9 +358,13 @@ async def test_streams_and_new_requests_survive_the_loss_of_valkey(tmp_path: Pat
             rig.check_idle()
 
 
-async def test_an_engine_whose_lease_ran_out_gets_nothing_new(valkey_url: str) -> None:
+async def test_a_silent_engine_whose_lease_ran_out_gets_nothing_new(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "PROOF_S", 2.0)
     async with running_gateway(valkey_url, num_engines=2) as rig:
         expired = rig.engines[0]
+        expired.is_silent = True
         await rig.valkey.zadd("loraplex:engines", {expired.engine_id: time.time() - 1})
         await eventually(lambda: len(rig.app.pool.sessions) == 1)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import grpc
 from grpc_status import rpc_status
 
+from loraplex_common.answer_by import answering_within
 from loraplex_common.auth import Authenticator, Tenant, acting_as
 from loraplex_common.errors import AdapterLoadingError, DrainingError, InvalidParameterError, LoraplexError, to_status
 from loraplex_common.log import get_logger
@@ -79,7 +80,8 @@ class _Call:
         try:
             if self._method.startswith(OPEN_SERVICES):
                 return await run()
-            with self._server.in_flight(), acting_as(self._server.tenant(self._authorization, context)):
+            tenant = self._server.tenant(self._authorization, context)
+            with self._server.in_flight(), acting_as(tenant), answering_within(context.time_remaining()):
                 return await run()
         except asyncio.CancelledError:
             remaining_s: float | None = context.time_remaining()
@@ -232,13 +234,20 @@ def internal_error(method: str, error: Exception) -> LoraplexError:
     return LoraplexError(f"internal error {error_id}: see the server's log", metadata={"error_id": error_id})
 
 
-def trailers(error: LoraplexError) -> tuple[tuple[str, str], ...]:
-    """Return the trailing metadata that goes with an error besides its status."""
+def trailers(error: LoraplexError, remaining_s: float | None = None) -> tuple[tuple[str, str], ...]:
+    """Return the trailing metadata that goes with an error besides its status.
+
+    Args:
+        error: The error.
+        remaining_s: What is left of the call's time; None for all.
+    """
     result: list[tuple[str, str]] = []
     if error.drop_reason is not None:
         result.append((DROP_REASON_KEY, error.drop_reason))
-    if isinstance(error, AdapterLoadingError):
-        # FAIL_FAST: the caller decides whether to come back (RetryInfo says when); its channel must not wait for it.
+    is_too_late = remaining_s is not None and error.retry_after_s is not None and error.retry_after_s >= remaining_s
+    if isinstance(error, AdapterLoadingError) or is_too_late:
+        # FAIL_FAST: the caller decides whether to come back (RetryInfo says when); its channel must not wait for it. Nor
+        # for a retry after the deadline: the caller would learn of nothing but that.
         result.append((PUSHBACK_KEY, DO_NOT_RETRY))
     elif error.retry_after_s is not None:
         result.append((PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1000)))))
@@ -248,5 +257,9 @@ def trailers(error: LoraplexError) -> tuple[tuple[str, str], ...]:
 async def abort(context: Context, error: LoraplexError) -> None:
     """End a call with an error's rich status; never returns."""
     status = rpc_status.to_status(to_status(error))
-    metadata = (*(context.trailing_metadata() or ()), *status.trailing_metadata, *trailers(error))
+    metadata = (
+        *(context.trailing_metadata() or ()),
+        *status.trailing_metadata,
+        *trailers(error, context.time_remaining()),
+    )
     await context.abort(status.code, status.details, metadata)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 from google.longrunning import operations_pb2
 from google.protobuf.message import Message
+from loraplex_common.answer_by import answering_within
 from loraplex_common.errors import (
     CancelledRequestError,
     InvalidParameterError,
@@ -89,7 +90,8 @@ class LongRunning:
                 return await self.get(operation_id)
             await self._client.zadd(keys.OPERATIONS, {operation_id: time.time()})
         self._running[operation_id] = running
-        running.task = asyncio.create_task(self._run(operation_id, running, work), name=f"operation {operation_id}")
+        with answering_within(None):  # the operation goes on after this call
+            running.task = asyncio.create_task(self._run(operation_id, running, work), name=f"operation {operation_id}")
         return _copy(running.operation)
 
     async def get(self, operation_id: str) -> operations_pb2.Operation:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from loraplex_common import valkey_errors
+from loraplex_common.answer_by import given_up_in_time
+from loraplex_common.errors import StoreUnavailableError
 from loraplex_common.tasks import deliver_cancellation
 
 if TYPE_CHECKING:
@@ -95,11 +97,20 @@ def translated() -> Iterator[None]:
     the same moment as its result (fixed in 3.12), and a loop over Valkey would then never end.
 
     Raises:
-        StoreUnavailableError: If Valkey cannot be reached or refuses.
+        StoreUnavailableError: If Valkey cannot be reached or refuses, or is silent until the call that runs here must be
+            answered; RetryInfo says one second.
         SaturatedError: If it is full.
     """
     try:
-        with valkey_errors.translated():
+        with valkey_errors.translated(), given_up_in_time(_silent):
             yield
     finally:
         deliver_cancellation()
+
+
+def _silent() -> StoreUnavailableError:
+    return StoreUnavailableError(
+        "the adapter store's Valkey has not answered in time; the change may or may not be made: repeat the call with the "
+        "same request_id",
+        retry_after_s=1.0,
+    )
