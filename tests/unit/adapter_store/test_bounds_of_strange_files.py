@@ -68,6 +68,7 @@ def read(**changes: Any) -> Checkpoint:
 def test_a_pattern_takes_its_share_at_most_and_is_refused_by_its_setting(pattern: str, setting: str) -> None:
     kind: Any = {"layers_pattern": "layer", "rank_pattern": "suffix"}.get(setting, "whole")
     matcher = PatternMatcher(budget_s=0.5)
+    earlier_bytes = children_peak_bytes()  # of other tests in this process
     began = time.monotonic()
     try:
         answers = matcher.ask([Question(setting=setting, kind=kind, patterns=(pattern,), keys=(KEY,))])
@@ -77,7 +78,7 @@ def test_a_pattern_takes_its_share_at_most_and_is_refused_by_its_setting(pattern
         assert answers == [[None]] or "no regular expression" in str(answers)
 
     assert time.monotonic() - began < 5.0
-    assert children_peak_bytes() < 700 * MIB
+    assert children_peak_bytes() < max(700 * MIB, earlier_bytes + 1)
 
 
 def test_a_long_list_of_names_costs_time_by_its_length_only() -> None:
