@@ -136,8 +136,10 @@ async def test_a_key_that_nobody_knows_is_openais_invalid_api_key(valkey_url: st
 
 async def test_a_model_that_does_not_exist_is_answered_with_http_means(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig, counting_client(rig) as (client, _):
-        with pytest.raises(openai.NotFoundError, match="loraplex adapters list"):
+        with pytest.raises(openai.NotFoundError, match="GET /v1/models shows"):
             await client.models.retrieve("frobnicate")
+        with pytest.raises(openai.NotFoundError, match="GET /v1/models shows"):
+            await client.chat.completions.create(model="frobnicate", messages=USER)
         with pytest.raises(openai.BadRequestError) as caught:
             await client.models.retrieve("a b")
 

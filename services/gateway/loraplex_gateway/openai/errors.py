@@ -30,6 +30,8 @@ CODES: Final = {
     "QUEUE_TTL": "rate_limit_exceeded",
     "SLO_UNREACHABLE": "rate_limit_exceeded",
 }
+# What other callers do to see the names that there are -> what HTTP's do.
+HTTP_MEANS: Final = {"`loraplex adapters list`": "GET /v1/models"}
 _DOTTED: Final = re.compile(r"\b(?:sampling|stopping|response_options)\.\w+")
 
 
@@ -59,6 +61,8 @@ class BodyNames:
         """Return a message in the body's words; `core` is the field that it is about, if it begins with it."""
         if core is not None and text.startswith(f"{core} "):
             text = self.field(core) + text.removeprefix(core)
+        for elsewhere, here in HTTP_MEANS.items():
+            text = text.replace(elsewhere, here)
         return _DOTTED.sub(lambda match: self.field(match[0]), text)
 
 
