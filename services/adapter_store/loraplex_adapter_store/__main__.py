@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from loraplex_common.auth import KeysFileError
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.descriptors import raise_limit
+from loraplex_common.keys_file import KeysFileError
 from loraplex_common.lifecycle import announce_ready, stop_on_signals
 from loraplex_common.log import configure, get_logger
 from loraplex_common.ports import require_free

@@ -24,7 +24,7 @@ from loraplex_adapter_store.repository.catalog import Position
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Iterable
 
-    from loraplex_common.auth import Tenant
+    from loraplex_common.auth import Principal
 
     from loraplex_adapter_store.repository.catalog import Catalog
 
@@ -84,7 +84,7 @@ class AliasTable:
         view = self._views.get(name)
         return private(name) if view is not None and view.record.allowed_tenants else name
 
-    def revisions(self, tenant: Tenant) -> list[str]:
+    def revisions(self, tenant: Principal) -> list[str]:
         """Return the digests of all revisions that a tenant may see."""
         records = (view.record for view in self._views.values())
         visible = (record for record in records if record.is_visible_to(tenant.name, is_admin=tenant.is_admin))

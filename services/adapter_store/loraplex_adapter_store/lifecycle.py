@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.auth import Tenant
+from loraplex_common.auth import Principal
 from loraplex_common.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
@@ -40,7 +40,7 @@ class Caller:
         content: Digest of all that is asked for but the request_id.
     """
 
-    tenant: Tenant
+    tenant: Principal
     request_id: str = ""
     content: str = ""
 

@@ -8,7 +8,7 @@ from loraplex_common.errors import AdapterNotFoundError
 from loraplex_common.ids import check_revision, find_revision, is_digest
 
 if TYPE_CHECKING:
-    from loraplex_common.auth import Tenant
+    from loraplex_common.auth import Principal
 
     from loraplex_adapter_store.aliases import AliasTable
     from loraplex_adapter_store.repository.catalog import Catalog
@@ -21,7 +21,7 @@ class RevisionFinder:
         self._catalog = catalog
         self._aliases = aliases
 
-    async def find(self, text: str, tenant: Tenant, *, field: str, name: str = "") -> str:
+    async def find(self, text: str, tenant: Principal, *, field: str, name: str = "") -> str:
         """Return the digest; a whole one is taken as it is.
 
         Raises:

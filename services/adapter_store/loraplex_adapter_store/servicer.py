@@ -13,7 +13,7 @@ import crc32c
 import grpc
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex.v1 import adapter_store_pb2_grpc
-from loraplex_common.auth import current_tenant, require_admin
+from loraplex_common.auth import current_principal, require_admin
 from loraplex_common.errors import AdapterCorruptError, AdapterNotFoundError, InvalidParameterError, LoraplexError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, check_adapter_name, check_label
 
@@ -78,7 +78,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         """Describe one adapter."""
         ref = AdapterRef.parse(request.name, field="name")
-        record, wanted, latest = await self._parts.lifecycle.get(ref, Caller(current_tenant()))
+        record, wanted, latest = await self._parts.lifecycle.get(ref, Caller(current_principal()))
         return pb.GetAdapterResponse(
             adapter=wire.adapter(record, latest), revision=wire.revision(wanted) if wanted is not None else None
         )
@@ -92,7 +92,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             after=paging.decode(request.page_token),
             prefix=request.name_prefix,
             show_deleted=request.show_deleted,
-            caller=Caller(current_tenant()),
+            caller=Caller(current_principal()),
         )
         latest = await self._parts.lifecycle.latest_of(records)
         return pb.AdapterStoreServiceListAdaptersResponse(
@@ -126,7 +126,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         size, offset = paging.page_size(request.page_size), paging.decode_offset(request.page_token)
         name = check_adapter_name(request.name)
         revisions, has_more = await self._parts.lifecycle.revisions(
-            name, page_size=size, offset=offset, caller=Caller(current_tenant())
+            name, page_size=size, offset=offset, caller=Caller(current_principal())
         )
         return pb.ListAdapterRevisionsResponse(
             revisions=[wire.revision(revision) for revision in revisions],
@@ -256,7 +256,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                     yield wire.to_engine(message)
 
     async def _revision(self, text: str, field: str, name: str = "") -> str:
-        return await self._revisions.find(text, current_tenant(), field=field, name=name)
+        return await self._revisions.find(text, current_principal(), field=field, name=name)
 
     async def _adapter(self, record: AdapterRecord) -> Any:
         latest = await self._parts.lifecycle.latest_of([record])
@@ -267,7 +267,7 @@ def _admin(request: _Mutation) -> Caller:
     """Return who asks for a change, and a digest of what: the request as it is but for its request_id."""
     require_admin()
     if not request.request_id:
-        return Caller(current_tenant())
+        return Caller(current_principal())
     try:
         uuid.UUID(request.request_id)
     except ValueError:
@@ -276,7 +276,7 @@ def _admin(request: _Mutation) -> Caller:
     asked.ClearField("request_id")
     name = asked.DESCRIPTOR.full_name
     content = hashlib.sha256(name.encode() + b"\0" + asked.SerializeToString(deterministic=True)).hexdigest()
-    return Caller(current_tenant(), request.request_id, content)
+    return Caller(current_principal(), request.request_id, content)
 
 
 def _target(request: pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header, caller: Caller) -> ImportTarget:

@@ -1,8 +1,11 @@
-"""Who calls: API keys and client certificates become a tenant; nothing a request says about itself does."""
+"""Who calls: a key or a client certificate becomes a principal; nothing a request says about itself does."""
 
 from __future__ import annotations
 
+import enum
 import hashlib
+import re
+import time
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,61 +14,127 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import AdapterForbiddenError, UnauthenticatedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    from loraplex_common.keys_file import KeysFile
+
 SCHEME: Final = "bearer "
-CERTIFICATE_PREFIX: Final = "cn="
+HIGHEST_PRIORITY: Final = 3
+"""`loraplex.v1.Priority` of the highest class."""
+NORMAL_PRIORITY: Final = 2
+HASH_PREFIX: Final = "sha256:"
+CERTIFICATE_PREFIXES: Final = ("cn=", "san=")
+_HASH: Final = re.compile(r"[0-9a-fA-F]{64}")
+CHECK_EVERY_S: Final = 1.0
+"""How old an answer about credentials may be after the keys file has changed."""
+
+
+class Role(enum.StrEnum):
+    """What a principal is; `rights` says what each may call."""
+
+    TENANT = "tenant"
+    ADMIN = "admin"
+    GATEWAY = "gateway"
+    ENGINE = "engine"
+    METRICS = "metrics"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tenant:
+class Principal:
     """A caller after authentication.
 
     Attributes:
-        name: What quotas, fairness and adapter permissions are counted under.
-        is_admin: May manage adapters of every tenant.
+        name: What quotas, fairness and adapter permissions are counted under; of a tenant, its name.
+        role: What it may call.
+        group: Tenants of one group share cached prefixes; empty means that it shares with nobody but itself.
+        highest_priority: Highest class (`loraplex.v1.Priority`) that its requests may ask for.
     """
 
     name: str
-    is_admin: bool = False
+    role: Role = Role.TENANT
+    group: str = ""
+    highest_priority: int = NORMAL_PRIORITY
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether it may manage and use every tenant's adapters."""
+        return self.role is Role.ADMIN
+
+    @property
+    def sharing_group(self) -> str:
+        """Whose cached prefixes it shares; a group and a tenant of the same name are two."""
+        return f"group:{self.group}" if self.group else f"tenant:{self.name}"
 
 
-DEFAULT_TENANT: Final = Tenant(name="default", is_admin=True)
+ANYBODY: Final = Principal(name="default", role=Role.ADMIN, highest_priority=HIGHEST_PRIORITY)
 """Everybody, where no credentials are configured."""
 
-_current: ContextVar[Tenant] = ContextVar("loraplex_tenant", default=DEFAULT_TENANT)
+_current: ContextVar[Principal] = ContextVar("loraplex_principal", default=ANYBODY)
 
 
-class KeysFileError(ValueError):
-    """The API keys file cannot be used; the message names file and line."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Certificate:
+    """Names in a client certificate that TLS has verified.
+
+    Attributes:
+        common_name: Of its subject; empty if it has none.
+        alternative_names: DNS names and URIs, such as a SPIFFE id.
+    """
+
+    common_name: str = ""
+    alternative_names: tuple[str, ...] = ()
 
 
-def current_tenant() -> Tenant:
-    """Return the tenant of the call being handled."""
+def current_principal() -> Principal:
+    """Return who makes the call being handled."""
     return _current.get()
 
 
-def require_admin() -> Tenant:
-    """Return the current tenant if it is an administrator.
+def require_admin() -> Principal:
+    """Return the current principal if it is an administrator.
 
     Raises:
         AdapterForbiddenError: If it is not.
     """
-    tenant = current_tenant()
-    if not tenant.is_admin:
-        raise AdapterForbiddenError(f"tenant {tenant.name!r} may not do this: its API key has no admin right")
-    return tenant
+    principal = current_principal()
+    if not principal.is_admin:
+        raise AdapterForbiddenError(f"{principal.role} {principal.name!r} may not do this: it takes the role admin")
+    return principal
 
 
 @contextmanager
-def acting_as(tenant: Tenant) -> Iterator[None]:
-    """Make ``tenant`` the current one within the block (and the tasks started in it)."""
-    token = _current.set(tenant)
+def acting_as(principal: Principal) -> Iterator[None]:
+    """Make ``principal`` the current one within the block (and the tasks started in it)."""
+    token = _current.set(principal)
     try:
         yield
     finally:
         _current.reset(token)
+
+
+def lookup_key(key: str) -> bytes:
+    """Return what a key of a keys file is found by.
+
+    Secrets are found by their hash: how long a lookup takes tells nothing about how much of a guess is right. Names of
+    certificates are no secrets, and no hash equals them.
+
+    Args:
+        key: A secret, ``sha256:HEX`` of one, or ``cn=NAME`` or ``san=NAME`` of a certificate.
+
+    Raises:
+        ValueError: If it is malformed; the message does not quote it.
+    """
+    if key.startswith(HASH_PREFIX):
+        digest = key.removeprefix(HASH_PREFIX)
+        if not _HASH.fullmatch(digest):
+            raise ValueError("sha256: must be followed by 64 hexadecimal digits")
+        return bytes.fromhex(digest)
+    if key.startswith(CERTIFICATE_PREFIXES):
+        if not key.partition("=")[2]:
+            raise ValueError("cn= and san= must be followed by a name")
+        return key.encode()
+    return _digest(key)
 
 
 def _digest(secret: str) -> bytes:
@@ -73,72 +142,87 @@ def _digest(secret: str) -> bytes:
 
 
 class Authenticator:
-    """Maps credentials to tenants.
+    """Maps credentials to principals.
 
     Args:
-        keys: API key, or ``cn=NAME`` for a client certificate with that common name, to tenant. Empty: everybody is
-            let in, as ``default`` or under the common name of a verified certificate.
+        principals: Key as in a keys file (see `lookup_key`) -> who that is. Empty: everybody is let in, as ``default`` or
+            under the common name of a verified certificate.
+        file: Where they come from instead; read again when it changes.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, keys: Mapping[str, Tenant] | None = None) -> None:
-        # Looked up by hash: how long a lookup takes tells nothing about how much of a guessed key is right.
-        self._tenants = {_digest(key): tenant for key, tenant in (keys or {}).items()}
+    def __init__(
+        self,
+        principals: Mapping[str, Principal] | None = None,
+        *,
+        file: KeysFile | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        given = principals or {}
+        self._principals = {lookup_key(key): who for key, who in given.items()} if file is None else file.read()
+        self._file = file
+        self._clock = clock
+        self._check_at = clock() + CHECK_EVERY_S
 
     @classmethod
     def from_file(cls, path: Path | None) -> Authenticator:
-        """Read ``KEY TENANT [admin]`` lines; ``#`` starts a comment, ``None`` means no keys.
+        """Read a keys file, see `keys_file`; ``None`` means no keys.
 
         Raises:
-            KeysFileError: If the file is missing, empty, or a line is malformed or repeats a key.
+            KeysFileError: If it cannot be used.
         """
-        if path is None:
-            return cls()
-        try:
-            lines = path.read_text().splitlines()
-        except OSError as error:
-            raise KeysFileError(f"{path}: {error.strerror}") from error
-        keys: dict[str, Tenant] = {}
-        for number, line in enumerate(lines, start=1):
-            words = line.partition("#")[0].split()
-            if not words:
-                continue
-            if len(words) not in (2, 3) or words[2:] not in ([], ["admin"]):
-                raise KeysFileError(f"{path}:{number}: expected 'KEY TENANT [admin]'")
-            if words[0] in keys:
-                raise KeysFileError(f"{path}:{number}: this key appears twice")
-            keys[words[0]] = Tenant(name=words[1], is_admin=len(words) == 3)
-        if not keys:
-            # An empty file would let everybody in, which is hardly what whoever configured it meant.
-            raise KeysFileError(f"{path}: holds no keys")
-        return cls(keys)
+        from loraplex_common.keys_file import KeysFile
+
+        return cls() if path is None else cls(file=KeysFile(path))
 
     @property
     def is_open(self) -> bool:
         """True if no credentials are configured and everybody is let in."""
-        return not self._tenants
+        return not self._principals
 
-    def authenticate(self, authorization: str | None, *, common_name: str | None = None) -> Tenant:
-        """Return the tenant of a call.
+    def authenticate(self, authorization: str | None, *, certificate: Certificate | None = None) -> Principal:
+        """Return who makes a call: by its key if it brings one, else by its certificate.
 
         Args:
             authorization: Value of the ``authorization`` metadata or header: ``Bearer KEY``.
-            common_name: Common name of the client certificate, if TLS verified one.
+            certificate: The client's, if TLS verified one.
 
         Raises:
             UnauthenticatedError: If keys are configured and the call brings none of them.
         """
+        self.refresh()
         if self.is_open:
-            return Tenant(name=common_name, is_admin=True) if common_name else DEFAULT_TENANT
-        tenant: Tenant | None = None
+            name = certificate.common_name if certificate is not None else ""
+            if not name:
+                return ANYBODY
+            return Principal(name=name, role=Role.ADMIN, highest_priority=HIGHEST_PRIORITY)
+        principal: Principal | None = None
         if authorization is not None:
             if authorization[: len(SCHEME)].lower() != SCHEME:
                 raise UnauthenticatedError("authorization must be 'Bearer KEY'")
-            key = authorization[len(SCHEME) :].strip()
-            if not key.startswith(CERTIFICATE_PREFIX):  # a certificate's name is no secret
-                tenant = self._tenants.get(_digest(key))
-        elif common_name is not None:
-            tenant = self._tenants.get(_digest(CERTIFICATE_PREFIX + common_name))
-        if tenant is None:
+            principal = self._principals.get(_digest(authorization[len(SCHEME) :].strip()))
+        elif certificate is not None:
+            principal = self._by_certificate(certificate)
+        if principal is None:
             what = "unknown API key" if authorization else "no API key: send metadata 'authorization: Bearer KEY'"
             raise UnauthenticatedError(what)
-        return tenant
+        return principal
+
+    def refresh(self) -> None:
+        """Take in what the keys file says now, if it has changed; looks at most every `CHECK_EVERY_S`.
+
+        A file that cannot be used is logged, and what was known before stays good.
+        """
+        if self._file is None or self._clock() < self._check_at:
+            return
+        self._check_at = self._clock() + CHECK_EVERY_S
+        changed = self._file.read_if_changed()
+        if changed is not None:
+            self._principals = changed
+
+    def _by_certificate(self, certificate: Certificate) -> Principal | None:
+        names = [f"san={name}" for name in certificate.alternative_names]
+        if certificate.common_name:
+            names.append(f"cn={certificate.common_name}")
+        found = (self._principals.get(name.encode()) for name in names)
+        return next((principal for principal in found if principal is not None), None)

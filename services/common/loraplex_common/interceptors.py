@@ -13,7 +13,7 @@ import grpc
 from grpc_status import rpc_status
 
 from loraplex_common.answer_by import answering_within
-from loraplex_common.auth import Authenticator, Tenant, acting_as
+from loraplex_common.auth import Authenticator, Certificate, Principal, acting_as
 from loraplex_common.errors import AdapterLoadingError, DrainingError, InvalidParameterError, LoraplexError, to_status
 from loraplex_common.log import get_logger
 from loraplex_common.unknown_fields import refuse_unknown_fields
@@ -80,8 +80,8 @@ class _Call:
         try:
             if self._method.startswith(OPEN_SERVICES):
                 return await run()
-            tenant = self._server.tenant(self._authorization, context)
-            with self._server.in_flight(), acting_as(tenant), answering_within(context.time_remaining()):
+            principal = self._server.principal(self._authorization, context)
+            with self._server.in_flight(), acting_as(principal), answering_within(context.time_remaining()):
                 return await run()
         except asyncio.CancelledError:
             remaining_s: float | None = context.time_remaining()
@@ -149,14 +149,13 @@ class LoraplexInterceptor(grpc.aio.ServerInterceptor):
             if self._num_running == 0:
                 self._idle.set()
 
-    def tenant(self, authorization: str | None, context: Context) -> Tenant:
+    def principal(self, authorization: str | None, context: Context) -> Principal:
         """Return who calls.
 
         Raises:
             UnauthenticatedError: If the credentials are missing or unknown.
         """
-        names = list(context.auth_context().get("x509_common_name", ()))
-        return self._authenticator.authenticate(authorization, common_name=names[0].decode() if names else None)
+        return self._authenticator.authenticate(authorization, certificate=_certificate(context))
 
     async def intercept_service(
         self,
@@ -170,6 +169,19 @@ class LoraplexInterceptor(grpc.aio.ServerInterceptor):
         metadata = handler_call_details.invocation_metadata or ()
         authorization = next((str(value) for key, value in metadata if key == "authorization"), None)
         return _wrap(handler, _Call(handler_call_details.method, authorization, self))
+
+
+def _certificate(context: Context) -> Certificate | None:
+    """Return the names in the client's certificate; None if it has shown none."""
+    properties = context.auth_context()
+    common_names = properties.get("x509_common_name", ())
+    alternative_names = properties.get("x509_subject_alternative_name", ())
+    if not common_names and not alternative_names:
+        return None
+    return Certificate(
+        common_name=next((name.decode() for name in common_names), ""),
+        alternative_names=tuple(name.decode(errors="replace") for name in alternative_names),
+    )
 
 
 def _wrap(handler: Handler, call: _Call) -> Handler:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.auth import DEFAULT_TENANT
+from loraplex_common.auth import ANYBODY
 from loraplex_common.exposition import OTHER, private
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -133,7 +133,7 @@ class GatewayMetrics:
 
     def count_tokens(self, tenant: str, *, num_input: int, num_output: int, num_cached: int) -> None:
         """Count the tokens of a request that ended."""
-        label = tenant if tenant == DEFAULT_TENANT.name else self._tenant_label(private(tenant))
+        label = tenant if tenant == ANYBODY.name else self._tenant_label(private(tenant))
         for kind, count in (("input", num_input), ("output", num_output), ("cached", num_cached)):
             self.tokens.labels(label, kind).inc(count)
         weighted = num_input + OUTPUT_WEIGHT * num_output

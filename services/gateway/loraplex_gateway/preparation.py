@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.auth import DEFAULT_TENANT
+from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import AdapterIncompatibleError
 
 from loraplex_gateway import validation
@@ -196,6 +196,6 @@ def _drawable(sampling: Sampling) -> Sampling:
 
 def _fairness_key(model: ServedModel, adapter: ResolvedAdapter | None, tenant: str) -> str:
     """Return whose share a request counts against: its tenant's; where nobody has credentials, its adapter's."""
-    if tenant != DEFAULT_TENANT.name:
+    if tenant != ANYBODY.name:
         return tenant
     return adapter.name if adapter else model.name

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
-from loraplex_common.auth import current_tenant
+from loraplex_common.auth import current_principal
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway import validation, wire
@@ -52,7 +52,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         """Stream the continuation of one prompt."""
         events = self._core.generate(
             wire.generation_request(request, **_trace(context)),
-            tenant=current_tenant().name,
+            tenant=current_principal().name,
             time_left_s=context.time_remaining(),
         )
         guard = StallGuard(self._slow_client_s)
@@ -76,7 +76,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         message.ClearField("resume")
         events = self._core.generate(
             wire.generation_request(message, **_trace(context)),
-            tenant=current_tenant().name,
+            tenant=current_principal().name,
             time_left_s=context.time_remaining(),
         )
         response = gateway_pb2.GenerateOnceResponse()
@@ -122,7 +122,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         token_ids = list(request.token_ids)
         _check_ids(token_ids, model)
         text = await model.tokenizer.decode(
-            token_ids, skip_special_tokens=request.skip_special_tokens, tenant=current_tenant().name
+            token_ids, skip_special_tokens=request.skip_special_tokens, tenant=current_principal().name
         )
         return gateway_pb2.DetokenizeResponse(text=text)
 
@@ -132,7 +132,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         """End a running request of the caller's tenant."""
         if not request.request_id:
             raise InvalidParameterError("request_id is empty", field="request_id")
-        was_running = await self._core.cancel(current_tenant().name, request.request_id)
+        was_running = await self._core.cancel(current_principal().name, request.request_id)
         return gateway_pb2.CancelRequestResponse(was_running=was_running)
 
     async def ListModels(
@@ -140,7 +140,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> gateway_pb2.ListModelsResponse:
         """Return a page of base models and adapters."""
         cards, token = self._listing.page(
-            current_tenant().name, page_size=request.page_size, page_token=request.page_token
+            current_principal().name, page_size=request.page_size, page_token=request.page_token
         )
         return gateway_pb2.ListModelsResponse(models=[wire.model_card(card) for card in cards], next_page_token=token)
 
@@ -148,7 +148,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self, request: gateway_pb2.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> gateway_pb2.GetModelResponse:
         """Return one base model or adapter."""
-        card = await self._listing.get(request.name, current_tenant().name)
+        card = await self._listing.get(request.name, current_principal().name)
         return gateway_pb2.GetModelResponse(model=wire.model_card(card))
 
     async def _encode(self, model_name: str, prompt: Prompt | None) -> Encoded:
@@ -157,7 +157,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             raise InvalidParameterError("no prompt: set exactly one of text and messages", field="prompt")
         if isinstance(prompt, ChatPrompt):
             validation.check_prompt(prompt)
-        return await self._core.encode(model, prompt, tenant=current_tenant().name)
+        return await self._core.encode(model, prompt, tenant=current_principal().name)
 
 
 def _check_ids(token_ids: list[int], model: ServedModel) -> None:

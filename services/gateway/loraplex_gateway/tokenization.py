@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_common.auth import DEFAULT_TENANT
+from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.tokenizer_config import read_special_tokens, read_tokenizer_config
 from tokenizers import Tokenizer
@@ -72,9 +72,7 @@ class PromptTokenizer:
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         return cls(tokenizer, config, load_chat_template(directory, config), workers)
 
-    async def encode(
-        self, prompt: Prompt, *, tenant: str = DEFAULT_TENANT.name, max_bytes: int | None = None
-    ) -> Encoded:
+    async def encode(self, prompt: Prompt, *, tenant: str = ANYBODY.name, max_bytes: int | None = None) -> Encoded:
         """Return the prompt's token ids.
 
         Args:
@@ -134,9 +132,7 @@ class PromptTokenizer:
         # A template writes the special tokens itself, BOS included if the model wants one.
         return Encoded(self._encode_text(rendered, add_special_tokens=False), rendered)
 
-    async def decode(
-        self, token_ids: list[int], *, skip_special_tokens: bool, tenant: str = DEFAULT_TENANT.name
-    ) -> str:
+    async def decode(self, token_ids: list[int], *, skip_special_tokens: bool, tenant: str = ANYBODY.name) -> str:
         """Return the text of all ids at once; bytes that are no UTF-8 become U+FFFD.
 
         Raises:

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_common.auth import (
-    DEFAULT_TENANT,
+    ANYBODY,
     Authenticator,
-    KeysFileError,
-    Tenant,
+    Certificate,
+    Principal,
+    Role,
     acting_as,
-    current_tenant,
+    current_principal,
     require_admin,
 )
 from loraplex_common.errors import AdapterForbiddenError, UnauthenticatedError
+from loraplex_common.keys_file import KeysFileError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,15 +34,15 @@ def test_a_keys_file_maps_keys_to_tenants(tmp_path: Path) -> None:
 
     authenticator = Authenticator.from_file(path)
 
-    assert authenticator.authenticate("Bearer k1") == Tenant(name="acme")
-    assert authenticator.authenticate("bearer k2") == Tenant(name="ops", is_admin=True)
+    assert authenticator.authenticate("Bearer k1") == Principal(name="acme")
+    assert authenticator.authenticate("bearer k2") == Principal(name="ops", role=Role.ADMIN, highest_priority=3)
     assert not authenticator.is_open
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("k1\n", r"keys:1: expected 'KEY TENANT \[admin\]'"),
+        ("k1\n", r"keys:1: expected 'KEY NAME \[tenant\|admin"),
         ("k1 acme\nk2 ops root\n", r"keys:2: expected"),
         ("k1 acme\nk1 ops\n", r"keys:2: this key appears twice"),
         ("# nothing\n", "holds no keys"),
@@ -68,50 +70,50 @@ def test_a_missing_keys_file_is_refused(tmp_path: Path) -> None:
 )
 def test_anything_but_a_known_key_is_refused(header: str | None) -> None:
     with pytest.raises(UnauthenticatedError):
-        Authenticator({"k1": Tenant(name="acme")}).authenticate(header)
+        Authenticator({"k1": Principal(name="acme")}).authenticate(header)
 
 
 def test_a_certificate_is_a_credential_only_through_its_own_entry() -> None:
-    authenticator = Authenticator({"cn=node-1": Tenant(name="acme")})
+    authenticator = Authenticator({"cn=node-1": Principal(name="acme")})
 
-    assert authenticator.authenticate(None, common_name="node-1") == Tenant(name="acme")
+    assert authenticator.authenticate(None, certificate=Certificate(common_name="node-1")) == Principal(name="acme")
     with pytest.raises(UnauthenticatedError):
-        authenticator.authenticate(None, common_name="node-2")
+        authenticator.authenticate(None, certificate=Certificate(common_name="node-2"))
     with pytest.raises(UnauthenticatedError):
         authenticator.authenticate("Bearer cn=node-1")  # a name everybody can know
 
 
 def test_a_wrong_key_is_not_excused_by_a_known_certificate() -> None:
-    authenticator = Authenticator({"cn=node-1": Tenant(name="acme")})
+    authenticator = Authenticator({"cn=node-1": Principal(name="acme")})
 
     with pytest.raises(UnauthenticatedError):
-        authenticator.authenticate("Bearer wrong", common_name="node-1")
+        authenticator.authenticate("Bearer wrong", certificate=Certificate(common_name="node-1"))
 
 
 def test_without_keys_everybody_is_let_in() -> None:
     authenticator = Authenticator.from_file(None)
 
     assert authenticator.is_open
-    assert authenticator.authenticate(None) == DEFAULT_TENANT
-    assert authenticator.authenticate(None, common_name="node-1").name == "node-1"
+    assert authenticator.authenticate(None) == ANYBODY
+    assert authenticator.authenticate(None, certificate=Certificate(common_name="node-1")).name == "node-1"
 
 
 def test_the_tenant_is_per_task_and_ends_with_its_block() -> None:
     async def who(name: str) -> str:
-        with acting_as(Tenant(name=name)):
+        with acting_as(Principal(name=name)):
             await asyncio.sleep(0)
-            return current_tenant().name
+            return current_principal().name
 
     async def main() -> tuple[str, str]:
         first, second = await asyncio.gather(who("a"), who("b"))
         return first, second
 
     assert asyncio.run(main()) == ("a", "b")
-    assert current_tenant() == DEFAULT_TENANT
+    assert current_principal() == ANYBODY
 
 
 def test_only_admins_pass_require_admin() -> None:
-    with acting_as(Tenant(name="acme")), pytest.raises(AdapterForbiddenError, match="acme"):
+    with acting_as(Principal(name="acme")), pytest.raises(AdapterForbiddenError, match="acme"):
         require_admin()
-    with acting_as(Tenant(name="ops", is_admin=True)):
+    with acting_as(Principal(name="ops", role=Role.ADMIN)):
         assert require_admin().name == "ops"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from loraplex_common.auth import Authenticator, Tenant
+from loraplex_common.auth import Authenticator, Principal, Role
 from loraplex_common.errors import UnauthenticatedError
 from loraplex_common.exposition import Audience, Exposition, new_registry, private
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -95,7 +95,7 @@ def test_without_a_credential_private_values_count_as_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "audience", [Audience("key"), Audience(None, Authenticator({"key": Tenant(name="ops", is_admin=True)}))]
+    "audience", [Audience("key"), Audience(None, Authenticator({"key": Principal(name="ops", role=Role.ADMIN)}))]
 )
 def test_with_a_credential_private_values_are_shown(audience: Audience) -> None:
     exposition = Exposition(make_private_registry(), audience=audience)
@@ -116,7 +116,7 @@ def test_a_wrong_credential_is_refused(authorization: str) -> None:
 
 
 def test_a_key_without_admin_right_sees_what_everybody_sees() -> None:
-    audience = Audience(None, Authenticator({"key": Tenant(name="a")}))
+    audience = Audience(None, Authenticator({"key": Principal(name="a")}))
 
     page = Exposition(make_private_registry(), audience=audience).render(authorization="Bearer key")
 

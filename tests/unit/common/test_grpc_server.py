@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex_common import errors
-from loraplex_common.auth import Authenticator, Tenant, current_tenant
+from loraplex_common.auth import Authenticator, Principal, Role, current_principal
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.rpc_metrics import RpcMetrics
@@ -82,18 +82,18 @@ async def test_two_servers_on_one_port_are_refused(target: str, echo: Echo) -> N
     await second.server.stop(None)
 
 
-KEYS = {"key-a": Tenant(name="acme"), "key-root": Tenant(name="ops", is_admin=True)}
+KEYS = {"key-a": Principal(name="acme"), "key-root": Principal(name="ops", role=Role.ADMIN)}
 
 
 async def tell_tenant(_text: str, _context: Context) -> str:
-    tenant = current_tenant()
+    tenant = current_principal()
     return f"{tenant.name} {tenant.is_admin}"
 
 
 async def tell_tenants(_text: str, _context: Context) -> AsyncIterator[str]:
-    yield current_tenant().name
+    yield current_principal().name
     await asyncio.sleep(0)
-    yield current_tenant().name
+    yield current_principal().name
 
 
 @pytest.mark.parametrize(("key", "expected"), [("key-a", "acme False"), ("key-root", "ops True")])

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
-from loraplex_common.auth import Authenticator, Tenant, current_tenant
+from loraplex_common.auth import Authenticator, Principal, current_principal
 from loraplex_common.errors import UnauthenticatedError
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
@@ -49,7 +49,7 @@ def certificates(tmp_path: Path) -> Certificates:
 
 async def start(config: ServerConfig, authenticator: Authenticator | None = None) -> tuple[GrpcServer, str]:
     async def who(_request: bytes, _context: Any) -> bytes:
-        return current_tenant().name.encode()
+        return current_principal().name.encode()
 
     server = GrpcServer(config, authenticator=authenticator)
     handlers: dict[str, Any] = {"Who": grpc.unary_unary_rpc_method_handler(who)}
@@ -65,7 +65,7 @@ async def ask(target: str, **options: Any) -> str:
 
 async def test_a_tls_server_is_verified_and_keys_work_over_it(certificates: Certificates) -> None:
     cert, key = certificates.issue("server")
-    server, target = await start(ServerConfig(tls_cert=cert, tls_key=key), Authenticator({"k": Tenant(name="acme")}))
+    server, target = await start(ServerConfig(tls_cert=cert, tls_key=key), Authenticator({"k": Principal(name="acme")}))
 
     assert await ask(target, tls_ca=certificates.ca, api_key="k") == "acme"
     with pytest.raises(grpc.aio.AioRpcError):
@@ -77,7 +77,7 @@ async def test_a_client_certificate_names_the_tenant(certificates: Certificates)
     cert, key = certificates.issue("server")
     node_cert, node_key = certificates.issue("node-1")
     config = ServerConfig(tls_cert=cert, tls_key=key, tls_client_ca=certificates.ca)
-    server, target = await start(config, Authenticator({"cn=node-1": Tenant(name="acme")}))
+    server, target = await start(config, Authenticator({"cn=node-1": Principal(name="acme")}))
     node = {"tls_ca": certificates.ca, "tls_cert": node_cert, "tls_key": node_key}
     stranger_cert, stranger_key = certificates.issue("stranger")
 

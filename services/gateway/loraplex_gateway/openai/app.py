@@ -34,7 +34,7 @@ from loraplex_gateway.openai.schema import ChatBody, CompletionBody
 from loraplex_gateway.openai.tracing import TraceIds, origin_of
 
 if TYPE_CHECKING:
-    from loraplex_common.auth import Tenant
+    from loraplex_common.auth import Principal
     from starlette.requests import Request
     from starlette.types import ASGIApp
 
@@ -140,13 +140,13 @@ class _Routes:
             work = functools.partial(plan, data)
             return self._generate(await context.workers.run(work, tenant=tenant.name, num_bytes=len(data)), tenant)
 
-    def _generate(self, plan: Plan, tenant: Tenant) -> ASGIApp:
+    def _generate(self, plan: Plan, tenant: Principal) -> ASGIApp:
         context = self._context
         events = generate_choices(context.core, plan.requests, tenant=tenant.name)
         renderer = Renderer(plan, request_id=plan.requests[0].request_id)
         return GenerationResponse(plan, events, renderer, slow_client_s=context.slow_client_s)
 
-    def _tenant(self, request: Request) -> Tenant:
+    def _tenant(self, request: Request) -> Principal:
         return self._context.authenticator.authenticate(request.headers.get("authorization"))
 
 
