@@ -11,8 +11,8 @@ from loraplex_common.errors import StreamInterruptedError
 
 from loraplex_client import _requests, _responses
 from loraplex_client._aio_adapters import AsyncAdapters
-from loraplex_client._connection import DEFAULT_TARGET, Connection, store_beside
 from loraplex_client._errors import loraplex_error, translated
+from loraplex_client._servers import Credentials, Servers
 from loraplex_client.events import Completion, Event, Finished
 
 if TYPE_CHECKING:
@@ -85,11 +85,17 @@ class AsyncClient:
     failures are `loraplex_common.errors.LoraplexError`.
 
     Args:
-        target: The gateway, ``host:port``.
-        store_target: The adapter store; by default the gateway's host, port 8510.
+        target: The gateway, ``host:port``; by default the profile's, else 127.0.0.1:8500.
+        store_target: The adapter store; by default the profile's, else the gateway's host, port 8510.
         tls_ca: Certificates to trust, PEM; turns TLS on.
         tls_cert: Client certificate, PEM, for mutual TLS; together with ``tls_key``.
         api_key: Sent with every call.
+        profile: File that says where the servers are and what to prove oneself with, where the arguments above do not:
+            ``admin/profile.json`` of ``loraplex credentials make``. Without one, that of a ``loraplex serve`` of the same
+            user at ``target`` is used.
+
+    Raises:
+        ProfileError: If a profile cannot be used.
 
     Attributes:
         adapters: Import, list, alias, delete adapters.
@@ -97,27 +103,27 @@ class AsyncClient:
 
     def __init__(
         self,
-        target: str = DEFAULT_TARGET,
+        target: str | None = None,
         *,
         store_target: str | None = None,
         tls_ca: Path | None = None,
         tls_cert: Path | None = None,
         tls_key: Path | None = None,
         api_key: str | None = None,
+        profile: Path | None = None,
     ) -> None:
-        connection = Connection(target=target, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, api_key=api_key)
-        store = Connection(
-            target=store_target or store_beside(target),
-            tls_ca=tls_ca,
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-            api_key=api_key,
+        servers = Servers(
+            target,
+            store_target,
+            credentials=Credentials(api_key=api_key, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key),
+            profile=profile,
         )
-        self._target = target
+        connection = servers.gateway
+        self._target = connection.target
         self._metadata = connection.metadata
         self._channel = connection.open_aio()
         self._stub: gateway_pb2_grpc.GatewayServiceAsyncStub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
-        self.adapters = AsyncAdapters(store)
+        self.adapters = AsyncAdapters(servers.store)
 
     def generate(self, **options: Unpack[GenerateOptions]) -> AsyncGenerateStream:
         """Start a generation and return its events; see `GenerateOptions` for the arguments.

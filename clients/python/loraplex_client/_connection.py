@@ -23,6 +23,7 @@ class Connection:
         target: ``host:port`` or any gRPC name.
         tls_ca: Certificates to trust, PEM; turns TLS on.
         tls_cert: Client certificate, PEM, for mutual TLS; together with ``tls_key``.
+        tls_name: Name that has to stand in the server's certificate instead of the host dialled.
         api_key: Sent as ``authorization: Bearer KEY`` with every call.
     """
 
@@ -30,6 +31,7 @@ class Connection:
     tls_ca: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    tls_name: str | None = None
     api_key: str | None = None
 
     def __post_init__(self) -> None:

@@ -4,13 +4,16 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
 import sys
+import warnings
 
 import typer
 from loraplex_common.errors import LoraplexError
 
-from loraplex_client.cli import adapters, generate, load, model, plan, serve, status
+from loraplex_client._profiles import ProfileError, StaleProfileWarning
+from loraplex_client.cli import adapters, credentials, generate, load, model, plan, serve, status
 from loraplex_client.cli.global_options import local, remote, root
 from loraplex_client.cli.wording import as_flags
+from loraplex_client.credentials.errors import CredentialsError
 from loraplex_client.demo.errors import DemoModelError
 from loraplex_client.plan import PlanError
 from loraplex_client.serve import PortError, ServeError
@@ -26,6 +29,7 @@ app.command()(local(serve.serve))
 app.command()(remote(generate.generate))
 app.command()(remote(generate.chat))
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(credentials.app, name="credentials")
 app.command()(remote(status.status))
 app.command()(local(plan.plan))
 app.command()(remote(load.load))
@@ -41,10 +45,13 @@ def _root(context: typer.Context) -> None:
 def main() -> None:
     """Run the command line; interrupts and closed pipes are typer's business."""
     try:
-        app(prog_name="loraplex")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", StaleProfileWarning)
+            warnings.showwarning = _note
+            app(prog_name="loraplex")
     except LoraplexError as error:
         _fail(f"{error.reason}: {as_flags(error.message)}")
-    except (DemoModelError, PlanError, PortError, ServeError) as error:
+    except (CredentialsError, DemoModelError, PlanError, PortError, ProfileError, ServeError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("loraplex"):
@@ -52,6 +59,10 @@ def main() -> None:
         _fail(f"{error.name} is not installed; pip install 'loraplex[demo]' has everything")
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _note(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"note: {message}", file=sys.stderr)
 
 
 def _fail(message: str) -> None:

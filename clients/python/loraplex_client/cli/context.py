@@ -1,6 +1,7 @@
 """What all commands share: where the servers are, who we are, how progress is shown."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,49 +13,81 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loraplex_client._client import Client
-from loraplex_client._connection import DEFAULT_TARGET
+from loraplex_client._servers import Credentials, Servers, read_key
 
 PIPE_WIDTH: Final = 400
 # Tables in a pipe are for programs: nothing is cut to fit a screen.
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 stderr = Console(stderr=True, highlight=False)
 
-Target = Annotated[str, typer.Option(envvar="LORAPLEX_TARGET", help="The gateway's gRPC address.", metavar="HOST:PORT")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        envvar="LORAPLEX_TARGET",
+        help="The gateway's gRPC address (default: the profile's, else 127.0.0.1:8500).",
+        metavar="HOST:PORT",
+    ),
+]
 StoreTarget = Annotated[
     str | None,
     typer.Option(
         envvar="LORAPLEX_STORE_TARGET",
-        help="The adapter store's gRPC address (default: the gateway's host, port 8510).",
+        help="The adapter store's gRPC address (default: the profile's, else the gateway's host, port 8510).",
         metavar="HOST:PORT",
     ),
 ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Credentials:
+class Identity:
     """Options given before the command or after it; after it counts."""
 
-    api_key: str | None = None
+    profile: Path | None = None
+    api_key_file: Path | None = None
     tls_ca: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
 
 
-def credentials_of(context: typer.Context) -> Credentials:
-    """Return who we are, once all options are read.
+def identity_of(context: typer.Context) -> tuple[Credentials, Path | None]:
+    """Return what we prove ourselves with, and the profile's file, once all options are read.
 
     Raises:
-        BadParameter: If a part of a client certificate is missing.
+        BadParameter: If a part of a client certificate is missing, or the environment names two API keys.
+        ProfileError: If the API key's file cannot be used.
     """
-    found: Credentials = context.obj
-    if (found.tls_cert is None) != (found.tls_key is None) or (found.tls_cert is not None and found.tls_ca is None):
-        raise typer.BadParameter("--tls-cert needs --tls-key and --tls-ca")
-    return found
+    found: Identity = context.obj
+    if (found.tls_cert is None) != (found.tls_key is None):
+        raise typer.BadParameter("--tls-cert and --tls-key belong together: give both or neither")
+    credentials = Credentials(
+        api_key=_api_key(found.api_key_file), tls_ca=found.tls_ca, tls_cert=found.tls_cert, tls_key=found.tls_key
+    )
+    return credentials, found.profile
 
 
-def connect(context: typer.Context, target: str = DEFAULT_TARGET, store_target: str | None = None) -> Client:
-    """Open a client with the credentials given."""
-    credentials = credentials_of(context)
+def _api_key(file: Path | None) -> str | None:
+    """Return the API key of the option, else of the environment: a key on a command line shows in every process list."""
+    if file is not None:
+        return read_key(file)
+    key, name = os.environ.get("LORAPLEX_API_KEY"), os.environ.get("LORAPLEX_API_KEY_FILE")
+    if key and name:
+        raise typer.BadParameter("LORAPLEX_API_KEY and LORAPLEX_API_KEY_FILE are both set: which of the two counts?")
+    return read_key(Path(name).expanduser()) if name else key or None
+
+
+def servers_of(context: typer.Context, target: str | None = None, store_target: str | None = None) -> Servers:
+    """Return which servers are called with what."""
+    credentials, profile = identity_of(context)
+    try:
+        return Servers(target, store_target, credentials=credentials, profile=profile)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).replace("tls_", "--tls-")) from error
+
+
+def connect(context: typer.Context, target: str | None = None, store_target: str | None = None) -> Client:
+    """Open a client with the credentials given; commands without an option for the gateway go by the environment."""
+    target = target or os.environ.get("LORAPLEX_TARGET") or None
+    credentials, profile = identity_of(context)
     try:
         return Client(
             target,
@@ -63,7 +96,10 @@ def connect(context: typer.Context, target: str = DEFAULT_TARGET, store_target: 
             tls_ca=credentials.tls_ca,
             tls_cert=credentials.tls_cert,
             tls_key=credentials.tls_key,
+            profile=profile,
         )
+    except ValueError as error:
+        raise typer.BadParameter(str(error).replace("tls_", "--tls-")) from error
     except OSError as error:
         raise typer.BadParameter(f"{error.filename}: {error.strerror}") from error
 

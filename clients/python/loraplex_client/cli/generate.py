@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from loraplex_client._client import Client, GenerateStream
-from loraplex_client._connection import DEFAULT_TARGET
 from loraplex_client._requests import ChatMessage, GenerateOptions
 from loraplex_client.cli.context import Target, connect, stderr
 from loraplex_client.events import Finished
@@ -39,7 +38,7 @@ def generate(
     stop: Stop = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")] = False,
     stats: Stats = False,
-    target: Target = DEFAULT_TARGET,
+    target: Target = None,
 ) -> None:
     """Continue a text, as it is: no chat template."""
     options = GenerateOptions(
@@ -75,7 +74,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     stop: Stop = None,
     stats: Stats = False,
-    target: Target = DEFAULT_TARGET,
+    target: Target = None,
 ) -> None:
     """Talk to the model through its chat template."""
     messages: list[ChatMessage] = [{"role": "system", "content": system}] if system else []

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 import typer
 from loraplex_common.version import package_version
 
-from loraplex_client.cli.context import Credentials
+from loraplex_client.cli.context import Identity
 
 
 def _print_version(is_asked: bool) -> None:
@@ -26,12 +26,13 @@ VERSION: Final = {
     ]
 }
 CREDENTIALS: Final = {
-    "api_key": (str, "API key sent with every call."),
+    "profile": (Path, "Client profile: where the servers are and what to prove oneself with."),
+    "api_key_file": (Path, "File with the API key sent with every call (or LORAPLEX_API_KEY, LORAPLEX_API_KEY_FILE)."),
     "tls_ca": (Path, "Certificates to trust, PEM; turns TLS on."),
     "tls_cert": (Path, "Client certificate, PEM, for mutual TLS."),
     "tls_key": (Path, "Key of the client certificate, PEM."),
 }
-"""Name -> type, help. The environment (``LORAPLEX_API_KEY``, ...) counts before the command only: after it, it would beat
+"""Name -> type, help. The environment (``LORAPLEX_TLS_CA``, ...) counts before the command only: after it, it would beat
 what was given before."""
 
 Command = Callable[..., None]
@@ -56,7 +57,7 @@ def _with_credentials(command: Command, *, reads_environment: bool) -> Command:
     options = {
         name: Annotated[
             kind | None,
-            typer.Option(help=text, envvar=f"LORAPLEX_{name.upper()}" if reads_environment else None),
+            typer.Option(help=text, envvar=_variable(name) if reads_environment else None, metavar="FILE"),
         ]
         for name, (kind, text) in CREDENTIALS.items()
     }
@@ -64,10 +65,15 @@ def _with_credentials(command: Command, *, reads_environment: bool) -> Command:
     @functools.wraps(command)
     def with_credentials(context: typer.Context, **arguments: Any) -> None:
         given = {name: value for name in options if (value := arguments.pop(name)) is not None}
-        context.obj = replace(context.obj or Credentials(), **given)
+        context.obj = replace(context.obj or Identity(), **given)
         command(context, **arguments)
 
     return _extended(with_credentials, options | VERSION)
+
+
+def _variable(name: str) -> str | None:
+    """Return the variable of an option; `context` reads those of the API key, of which there are two."""
+    return None if name == "api_key_file" else f"LORAPLEX_{name.upper()}"
 
 
 def _extended(command: Command, options: dict[str, Any]) -> Command:

@@ -10,8 +10,7 @@ import typer
 from rich.table import Table
 
 from loraplex_client._aio_client import AsyncClient
-from loraplex_client._connection import DEFAULT_TARGET
-from loraplex_client.cli.context import Target, credentials_of, stderr, stdout
+from loraplex_client.cli.context import Target, identity_of, stderr, stdout
 from loraplex_client.cli.generate import ModelName
 from loraplex_client.load import DEFAULT_TIMEOUT_S, DEFAULT_VOCAB_SIZE, LoadResult, LoadTest
 from loraplex_client.plan import Demand, make_trace, read_lengths, read_popularity
@@ -49,7 +48,7 @@ def load(
     seed: Annotated[int, typer.Option(help="Of arrivals and prompts; prompts of another seed are not cached.")] = 0,
     model: ModelName = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    target: Target = DEFAULT_TARGET,
+    target: Target = None,
 ) -> None:
     """Send a load to a gateway at its times, however slow the answers are, and say what came back.
 
@@ -79,13 +78,14 @@ def load(
         )
 
     async def run() -> LoadResult:
-        credentials = credentials_of(context)
+        credentials, profile = identity_of(context)
         client = AsyncClient(
             target,
             api_key=credentials.api_key,
             tls_ca=credentials.tls_ca,
             tls_cert=credentials.tls_cert,
             tls_key=credentials.tls_key,
+            profile=profile,
         )
         try:
             names = adapter or [served.name for served in await client.list_models() if served.is_adapter]

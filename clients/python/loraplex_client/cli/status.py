@@ -8,15 +8,15 @@ from loraplex_common.errors import AdapterForbiddenError, LoraplexError
 from loraplex_common.sizes import format_size
 from rich.table import Table
 
-from loraplex_client._connection import DEFAULT_TARGET, Connection
 from loraplex_client._engines import EngineStatus, HeldAdapter, engine_status, fleet_status
-from loraplex_client.cli.context import Credentials, StoreTarget, Target, connect, credentials_of, stderr, stdout
+from loraplex_client._servers import Servers
+from loraplex_client.cli.context import StoreTarget, Target, connect, servers_of, stderr, stdout
 from loraplex_client.resources import Model
 
 
 def status(
     context: typer.Context,
-    target: Target = DEFAULT_TARGET,
+    target: Target = None,
     store_target: StoreTarget = None,
     engine_target: Annotated[
         list[str] | None,
@@ -32,12 +32,12 @@ def status(
     ] = None,
 ) -> None:
     """Show models, engines with their load, and where each adapter is. Fails if a part does not answer."""
-    credentials = credentials_of(context)
+    servers = servers_of(context, target, store_target)
     problems: list[str] = []
     if engine_target or redis_url is not None:
-        engines = _ask_engines(_targets(engine_target or [], redis_url, problems), credentials, problems)
+        engines = _ask_engines(_targets(engine_target or [], redis_url, problems), servers, problems)
     else:
-        engines = _ask_gateway(target, credentials, problems)
+        engines = _ask_gateway(servers, problems)
     stdout.print(_engine_table(engines))
     with connect(context, target, store_target) as client:
         try:
@@ -53,13 +53,13 @@ def status(
         raise typer.Exit(1)
 
 
-def _ask_gateway(target: str, credentials: Credentials, problems: list[str]) -> list[EngineStatus]:
+def _ask_gateway(servers: Servers, problems: list[str]) -> list[EngineStatus]:
     """Return the engines that a gateway sends requests to; adds to ``problems`` what does not answer.
 
     That a tenant may not see them is no problem of the deployment's: it is said, and that is all.
     """
     try:
-        engines, silent = fleet_status(_connection(target, credentials))
+        engines, silent = fleet_status(servers.gateway)
     except AdapterForbiddenError as error:
         stderr.print(f"note: engines are not shown: {error.message}", soft_wrap=True)
         return []
@@ -86,25 +86,15 @@ def _targets(engine_targets: list[str], redis_url: str | None, problems: list[st
     return [*engine_targets, *registered]
 
 
-def _ask_engines(targets: list[str], credentials: Credentials, problems: list[str]) -> list[EngineStatus]:
+def _ask_engines(targets: list[str], servers: Servers, problems: list[str]) -> list[EngineStatus]:
     """Return what engines say of themselves; adds to ``problems`` what is wrong with those that do not."""
     engines: list[EngineStatus] = []
     for target in targets:
         try:
-            engines.append(engine_status(_connection(target, credentials)))
+            engines.append(engine_status(servers.engine(target)))
         except LoraplexError as error:
             problems.append(f"engine: {error.message}")
     return engines
-
-
-def _connection(target: str, credentials: Credentials) -> Connection:
-    return Connection(
-        target=target,
-        api_key=credentials.api_key,
-        tls_ca=credentials.tls_ca,
-        tls_cert=credentials.tls_cert,
-        tls_key=credentials.tls_key,
-    )
 
 
 def _engine_table(engines: list[EngineStatus]) -> Table:

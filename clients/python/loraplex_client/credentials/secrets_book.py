@@ -1,0 +1,92 @@
+"""API keys and Valkey's passwords: each lies with its holder; those who check it have its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import TYPE_CHECKING, Final
+
+from loraplex_client.credentials.parties import HEALTH_CHECKER, VALKEY, Party
+from loraplex_client.credentials.private_files import write_private
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+API_KEY: Final = "api-key"
+KEYS_FILE: Final = "api-keys"
+VALKEY_PASSWORD: Final = "valkey-password"
+VALKEY_USERS: Final = "users.acl"
+KEY_PREFIX: Final = "lpx_"
+"""Makes a key that lies where it should not recognisable for scanners of secrets."""
+
+
+class SecretsBook:
+    """The secrets below a folder of credentials.
+
+    Args:
+        path: The folder.
+        parties: Who takes part.
+        pause: Called between writing what lets callers in and what they call with.
+    """
+
+    def __init__(self, path: Path, parties: tuple[Party, ...], *, pause: Callable[[], None] = lambda: None) -> None:
+        self._path = path
+        self._pause = pause
+        self._callers = tuple(party for party in parties if party.role is not None)
+        self._servers = tuple(party for party in parties if party.admits)
+        self._users = tuple(party for party in parties if party.valkey_rights)
+        self._has_valkey = VALKEY in parties
+
+    def files(self) -> list[Path]:
+        """Return every file that there has to be."""
+        return [
+            *(self._path / party.folder / API_KEY for party in self._callers),
+            *(self._path / party.folder / KEYS_FILE for party in self._servers),
+            *(self._path / party.folder / VALKEY_PASSWORD for party in self._users if self._has_valkey),
+            *([self._path / VALKEY.folder / VALKEY_USERS] if self._has_valkey else []),
+        ]
+
+    def write(self, *, renews: bool, drops_old: bool) -> None:
+        """Write all files: first what lets callers in, then what they call with.
+
+        Args:
+            renews: Whether secrets are drawn anew; else those that are there stay.
+            drops_old: Whether only the present ones are good afterwards; else those before are, too.
+        """
+        drawn: dict[Path, str] = {}
+        good: dict[Path, list[str]] = {}
+        for file in self._secret_files():
+            old = [_sha256(file.read_text().strip())] if file.exists() else []
+            drawn[file] = KEY_PREFIX + secrets.token_urlsafe(32) if renews else file.read_text().strip()
+            good[file] = list(dict.fromkeys([_sha256(drawn[file]), *([] if drops_old else old)]))
+        for server in self._servers:
+            write_private(self._path / server.folder / KEYS_FILE, self._keys_file(server, good))
+        if self._has_valkey:
+            write_private(self._path / VALKEY.folder / VALKEY_USERS, self._valkey_users(good))
+        if renews:
+            self._pause()
+            for file, secret in drawn.items():
+                write_private(file, secret + "\n")
+
+    def _secret_files(self) -> list[Path]:
+        return [file for file in self.files() if file.name in (API_KEY, VALKEY_PASSWORD)]
+
+    def _keys_file(self, server: Party, good: dict[Path, list[str]]) -> str:
+        lines = [f"# Who may call {server.folder}, by the hash of the key. Made by `loraplex credentials make`."]
+        for party in self._callers:
+            if party.role in server.admits:
+                hashes = good[self._path / party.folder / API_KEY]
+                lines += [f"sha256:{digest} {party.folder} {party.role}" for digest in hashes]
+        return "\n".join(lines) + "\n"
+
+    def _valkey_users(self, good: dict[Path, list[str]]) -> str:
+        lines = [HEALTH_CHECKER]
+        for party in self._users:
+            passwords = " ".join(f"#{digest}" for digest in good[self._path / party.folder / VALKEY_PASSWORD])
+            lines.append(f"user {party.folder} reset on {passwords} {party.valkey_rights}")
+        return "\n".join(lines) + "\n"
+
+
+def _sha256(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
