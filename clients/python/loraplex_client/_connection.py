@@ -52,11 +52,14 @@ class Connection:
             self.tls_key.read_bytes() if self.tls_key else None,
             self.tls_cert.read_bytes() if self.tls_cert else None,
         )
-        return grpc.secure_channel(self.target, credentials, options=CHANNEL_OPTIONS)
+        named = () if self.tls_name is None else (("grpc.ssl_target_name_override", self.tls_name),)
+        return grpc.secure_channel(self.target, credentials, options=(*CHANNEL_OPTIONS, *named))
 
     def open_aio(self) -> grpc.aio.Channel:
         """Open an asyncio channel; the caller closes it. Credentials go with the calls, see `metadata`."""
-        return open_channel(self.target, tls_ca=self.tls_ca, tls_cert=self.tls_cert, tls_key=self.tls_key)
+        return open_channel(
+            self.target, tls_ca=self.tls_ca, tls_cert=self.tls_cert, tls_key=self.tls_key, tls_name=self.tls_name
+        )
 
 
 def store_beside(target: str) -> str:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_client.serve import ServeConfig, ServeError, Stack
+from loraplex_client.serve import ServeConfig, ServeError, Stack, ValkeyAccess
 from loraplex_client.serve import stack as stack_module
 from loraplex_client.serve.child import ChildError, ServiceChild, ServiceSpec
+from loraplex_client.serve.config import Wiring
+from loraplex_client.serve.identity import ServeIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -38,13 +40,13 @@ def toy(*arguments: str, name: str = "toy") -> ServiceSpec:
 class ToyConfig(ServeConfig):
     """A stack of toys; ``engine_args`` go to the engine."""
 
-    def store(self, redis_url: str) -> ServiceSpec:
+    def store(self, wiring: Wiring) -> ServiceSpec:
         return toy(name="adapter_store")
 
-    def engine(self, redis_url: str, store_target: str) -> ServiceSpec:
+    def engine(self, wiring: Wiring, store_target: str) -> ServiceSpec:
         return toy(*self.engine_args, name="engine")
 
-    def gateway(self, redis_url: str, store_target: str) -> ServiceSpec:
+    def gateway(self, wiring: Wiring, store_target: str) -> ServiceSpec:
         return toy(name="gateway")
 
 
@@ -87,15 +89,24 @@ def accepts(address: str) -> bool:
     return True
 
 
-def test_the_metrics_key_reaches_every_service_and_no_command_line(tmp_path: Path) -> None:
-    config = ServeConfig(model=tmp_path, data_dir=tmp_path, metrics_key="secret", base_args=("--enable-reflection",))
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
-    specs = [config.store("redis://x"), config.engine("redis://x", "s:1"), config.gateway("redis://x", "s:1")]
 
-    keys = {name: value for spec in specs for name, value in spec.environment.items() if "KEY" in name}
+def test_secrets_reach_every_service_and_no_command_line(tmp_path: Path) -> None:
+    config = ServeConfig(model=tmp_path, data_dir=tmp_path, metrics_key="hush-hush", base_args=("--enable-reflection",))
+    valkey = ValkeyAccess(url="rediss://:hush-hush@v:6379", tls_ca=tmp_path / "ca")
+    wiring = Wiring(valkey=valkey, identity=ServeIdentity(tmp_path))
+
+    specs = [config.store(wiring), config.engine(wiring, "s:1"), config.gateway(wiring, "s:1")]
+
+    given = {name: value for spec in specs for name, value in spec.environment.items() if name != "HF_HUB_OFFLINE"}
     services = ("ADAPTER_STORE", "ENGINE", "GATEWAY")
-    assert keys == {f"LORAPLEX_{service}_METRICS_KEY": "secret" for service in services}
-    assert all("--enable-reflection" in spec.arguments and "secret" not in spec.arguments for spec in specs)
+    values = {"METRICS_KEY": "hush-hush", "REDIS_URL": valkey.url, "REDIS_TLS_CA": str(tmp_path / "ca")}
+    assert given == {f"LORAPLEX_{service}_{name}": text for service in services for name, text in values.items()}
+    assert all("--enable-reflection" in spec.arguments for spec in specs)
+    assert not any("hush-hush" in word for spec in specs for word in spec.arguments)
 
 
 async def test_a_child_is_ready_when_it_says_so(tmp_path: Path) -> None:
@@ -129,7 +140,9 @@ async def test_a_part_that_is_killed_runs_again_on_the_same_port(
     tmp_path: Path, pids: Callable[[], list[int]], victim: str
 ) -> None:
     reports: list[str] = []
-    stack = Stack(ToyConfig(model=tmp_path, data_dir=tmp_path / "data", redis_url="redis://unused"), reports.append)
+    stack = Stack(
+        ToyConfig(model=tmp_path, data_dir=tmp_path / "data", valkey=ValkeyAccess(url="redis://unused")), reports.append
+    )
     await stack.start()
     address = {"adapter_store": stack.store, "engine": stack.engine, "gateway": stack.grpc}[victim]
     running = asyncio.create_task(stack.run())
@@ -146,7 +159,9 @@ async def test_a_part_that_is_killed_runs_again_on_the_same_port(
 
 
 async def test_a_part_that_fails_to_start_ends_the_rest(tmp_path: Path, pids: Callable[[], list[int]]) -> None:
-    config = ToyConfig(model=tmp_path, data_dir=tmp_path / "data", redis_url="redis://unused", engine_args=("--fail",))
+    config = ToyConfig(
+        model=tmp_path, data_dir=tmp_path / "data", valkey=ValkeyAccess(url="redis://unused"), engine_args=("--fail",)
+    )
 
     with pytest.raises(ServeError, match="engine ended with exit code 3"):
         await Stack(config, lambda line: None).start()
@@ -159,7 +174,9 @@ async def test_a_part_that_dies_again_and_again_ends_the_rest(
 ) -> None:
     monkeypatch.setattr(stack_module, "FIRST_BACKOFF_S", 0.001)
     reports: list[str] = []
-    stack = Stack(ToyConfig(model=tmp_path, data_dir=tmp_path / "data", redis_url="redis://unused"), reports.append)
+    stack = Stack(
+        ToyConfig(model=tmp_path, data_dir=tmp_path / "data", valkey=ValkeyAccess(url="redis://unused")), reports.append
+    )
     await stack.start()
     engine = next(child for child in stack._children if child.name == "engine")
 
@@ -180,6 +197,7 @@ async def test_a_part_that_dies_again_and_again_ends_the_rest(
 
 @pytest.mark.integration
 async def test_the_embedded_valkey_survives_a_kill_with_its_data(tmp_path: Path, pids: Callable[[], list[int]]) -> None:
+    from loraplex_common.secret import Secret
     from loraplex_common.valkey import connect
 
     reports: list[str] = []
@@ -187,7 +205,9 @@ async def test_the_embedded_valkey_survives_a_kill_with_its_data(tmp_path: Path,
     await stack.start()
     running = asyncio.create_task(stack.run())
     valkey = stack._children[0]
-    client = connect(valkey.url)  # type: ignore[union-attr]
+    access = valkey.access  # type: ignore[union-attr]
+    assert access.password_file is not None
+    client = connect(access.url, password=Secret(access.password_file.read_text().strip()))
     await client.set("kept", "yes")
     await client.waitaof(1, 0, 5000)
 

@@ -2,26 +2,30 @@
 
 import asyncio
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final
 
 import grpc
 import typer
-from loraplex_common import log
-from loraplex_common.base_model import BaseModelError, load_base_model
-from loraplex_common.directories import adapter_directory_problem, model_directory_problem
 from loraplex_common.errors import LoraplexError
 
 from loraplex_client._aio_client import AsyncClient
 from loraplex_client.cli.context import progress_bars, stderr
 from loraplex_client.cli.model import ensure_with_progress
+from loraplex_client.cli.serve_options import (
+    absolute,
+    check_base,
+    check_directories,
+    demo_adapters,
+    flags,
+    metrics_key,
+    valkey,
+)
 from loraplex_client.demo import SMOLLM2_HUB_ID
 from loraplex_client.resources import ImportProgress
 from loraplex_client.serve import (
     DEFAULT_BASE_PORT,
     ServeConfig,
-    ServeError,
     Stack,
     assign_ports,
     default_data_dir,
@@ -33,6 +37,7 @@ PROBE_PAUSE_S: Final = 0.2
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[Path | None, typer.Option(help="Base model in Hugging Face layout.", metavar="DIR")] = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Fetch a small base model, import the five adapters of examples/demo.")
@@ -63,6 +68,13 @@ def serve(
         str | None,
         typer.Option(help="Use this Valkey or Redis instead of an embedded one.", envvar="LORAPLEX_REDIS_URL"),
     ] = None,
+    redis_password_file: Annotated[
+        Path | None, typer.Option(help="Its password.", metavar="FILE", envvar="LORAPLEX_REDIS_PASSWORD_FILE")
+    ] = None,
+    redis_tls_ca: Annotated[
+        Path | None,
+        typer.Option(help="Trust its certificate by this, PEM.", metavar="FILE", envvar="LORAPLEX_REDIS_TLS_CA"),
+    ] = None,
     import_root: Annotated[
         list[Path] | None, typer.Option(help="Folder below which the store may import; may be given again.")
     ] = None,
@@ -77,10 +89,12 @@ def serve(
     api_keys_file: Annotated[Path | None, typer.Option(help="Ask clients for one of these API keys.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="The gateway's certificate, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
-    metrics_key: Annotated[
-        str | None,
+    metrics_key_file: Annotated[
+        Path | None,
         typer.Option(
-            help="Show scrapers that send this key restricted adapters and tenants.", envvar="LORAPLEX_METRICS_KEY"
+            help="Show scrapers that send the key in this file restricted adapters and tenants (or LORAPLEX_METRICS_KEY).",
+            envvar="LORAPLEX_METRICS_KEY_FILE",
+            metavar="FILE",
         ),
     ] = None,
     enable_reflection: Annotated[
@@ -104,10 +118,10 @@ def serve(
         },
     )
     require_free_ports(host, ports)
-    _check_directories(model, import_root or [])
-    adapters = _demo_adapters(demo_dir) if demo else {}
+    check_directories(model, import_root or [])
+    adapters = demo_adapters(demo_dir) if demo else {}
     base = ensure_with_progress() if model is None else model
-    _check_base(base, log_level)
+    check_base(base, log_level)
     aliases = [*(model_alias or ()), *([SMOLLM2_HUB_ID] if demo else ())]
     engine_options = {
         "--pool-bytes": pool_bytes,
@@ -123,67 +137,23 @@ def serve(
     config = ServeConfig(
         model=base.resolve(),
         data_dir=(data_dir or default_data_dir()).resolve(),
-        redis_url=redis_url,
+        valkey=valkey(context, redis_url, redis_password_file, redis_tls_ca),
         host=host,
         **ports,
         import_roots=tuple(root.resolve() for root in import_root or ()),
         drain_grace_s=drain_grace_s,
         log_level=log_level,
-        metrics_key=metrics_key,
+        metrics_key=metrics_key(metrics_key_file),
+        metrics_key_file=absolute(metrics_key_file),
+        user_keys=absolute(api_keys_file),
         base_args=(
-            *_flags({"--served-model-name": served_model_name}, ("--model-alias", aliases)),
+            *flags({"--served-model-name": served_model_name}, ("--model-alias", aliases)),
             *(("--enable-reflection",) if enable_reflection else ()),
         ),
-        engine_args=_flags(engine_options),
-        gateway_args=_flags(gateway_options),
+        engine_args=flags(engine_options),
+        gateway_args=flags(gateway_options),
     )
     asyncio.run(_serve(config, adapters, is_public=api_keys_file is None and tls_cert is None))
-
-
-def _check_base(base: Path, log_level: str) -> None:
-    """Refuse a base model that no service would serve before any is started; hash its weights, once for all of them.
-
-    Raises:
-        ServeError: If it cannot be served.
-    """
-    try:
-        log.configure("serve", log_level)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--log-level") from error
-    try:
-        load_base_model(base)
-    except BaseModelError as error:
-        raise ServeError(str(error)) from error
-
-
-def _check_directories(model: Path | None, import_roots: list[Path]) -> None:
-    """Refuse what is not there before anything is fetched."""
-    if model is not None and (problem := model_directory_problem(model)):
-        raise typer.BadParameter(problem, param_hint="--model")
-    for root in import_roots:
-        if problem := adapter_directory_problem(root):
-            raise typer.BadParameter(problem, param_hint="--import-root")
-
-
-def _flags(options: Mapping[str, object], *repeated: tuple[str, list[str] | tuple[str, ...]]) -> tuple[str, ...]:
-    """Return the options that were given as words of a command line."""
-    words = [word for flag, value in options.items() if value is not None for word in (flag, str(value))]
-    return (*words, *(word for flag, values in repeated for value in values for word in (flag, value)))
-
-
-def _demo_adapters(demo_dir: Path | None) -> dict[str, Path]:
-    """Return the demo's adapters by name.
-
-    Raises:
-        ServeError: If they are nowhere.
-    """
-    checkout = Path(__file__).resolve().parents[4]
-    places = [demo_dir] if demo_dir else [checkout / "examples" / "demo", Path.cwd() / "examples" / "demo"]
-    for place in places:
-        found = {config.parent.name: config.parent for config in sorted(place.glob("adapters/*/adapter_config.json"))}
-        if found:
-            return found
-    raise ServeError(f"no adapters below {' or '.join(map(str, places))}: give --demo-dir, or run it from a checkout")
 
 
 async def _serve(config: ServeConfig, adapters: dict[str, Path], *, is_public: bool) -> None:
@@ -236,7 +206,7 @@ async def _prepare(stack: Stack, adapters: dict[str, Path], *, is_public: bool) 
 
     A gateway that asks for credentials is not asked for a token: we have none.
     """
-    async with AsyncClient(stack.grpc, store_target=stack.store) as client:
+    async with AsyncClient(stack.grpc, store_target=stack.store, profile=stack.profile) as client:
         if adapters:
             with progress_bars() as update:
                 for name, directory in adapters.items():

@@ -1,6 +1,6 @@
 """Runs all parts of loraplex on this machine as child processes."""
 
-from loraplex_client.serve.config import ServeConfig, default_data_dir
+from loraplex_client.serve.config import ServeConfig, ValkeyAccess, default_data_dir
 from loraplex_client.serve.ports import DEFAULT_BASE_PORT, PortError, assign_ports, require_free_ports
 from loraplex_client.serve.stack import ServeError, Stack
 
@@ -10,6 +10,7 @@ __all__ = [
     "ServeConfig",
     "ServeError",
     "Stack",
+    "ValkeyAccess",
     "assign_ports",
     "default_data_dir",
     "require_free_ports",

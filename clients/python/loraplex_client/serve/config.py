@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraplex_client.serve.child import ServiceSpec
+from loraplex_client.serve.identity import ServeIdentity
 
 
 def default_data_dir() -> Path:
@@ -16,13 +17,36 @@ def default_data_dir() -> Path:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ValkeyAccess:
+    """Where Valkey is and what it asks for.
+
+    Attributes:
+        url: May hold a password, if it comes from the environment.
+        password_file: Holds it instead.
+        tls_ca: Authorities to trust, PEM, for a ``rediss://`` URL.
+    """
+
+    url: str
+    password_file: Path | None = None
+    tls_ca: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wiring:
+    """What connects the parts of one run."""
+
+    valkey: ValkeyAccess
+    identity: ServeIdentity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """One machine's stack.
 
     Attributes:
         model: Base model in Hugging Face layout.
         data_dir: Keeps the embedded Valkey's data and everyone's logs.
-        redis_url: Valkey or Redis to use; None starts an embedded one.
+        valkey: Valkey or Redis to use; None starts an embedded one.
         host: Address the gateway listens on; engine and store stay on the loopback.
         grpc_port: The gateway's gRPC port. 0 picks a free one, as for every port.
         http_port: The gateway's OpenAI-compatible port.
@@ -32,7 +56,10 @@ class ServeConfig:
         engine_metrics_port: The engine's HTTP port of /metrics.
         import_roots: Folders below which the store imports directories.
         drain_grace_s: How long running requests may go on after Ctrl-C, in seconds.
-        metrics_key: Shows scrapers that send it what is private; handed on in the environment, which no process list shows.
+        metrics_key: Shows scrapers that send it what is private.
+        metrics_key_file: Holds that key instead; read again when it changes.
+        user_keys: Keys file of those who may call the gateway.
+        certificate_lifetime_s: Of the parts' certificates towards each other, in seconds; renewed well before.
         base_args: Arguments that all services get, such as the base model's name.
         engine_args: Further arguments of the engine.
         gateway_args: Further arguments of the gateway.
@@ -41,7 +68,7 @@ class ServeConfig:
 
     model: Path
     data_dir: Path
-    redis_url: str | None = None
+    valkey: ValkeyAccess | None = None
     host: str = "127.0.0.1"
     grpc_port: int = 8500
     http_port: int = 8501
@@ -53,52 +80,70 @@ class ServeConfig:
     drain_grace_s: float = 10.0
     log_level: str = "info"
     metrics_key: str | None = None
+    metrics_key_file: Path | None = None
+    user_keys: Path | None = None
+    certificate_lifetime_s: float = 30 * 86400.0
     base_args: tuple[str, ...] = ()
     engine_args: tuple[str, ...] = ()
     gateway_args: tuple[str, ...] = ()
     store_args: tuple[str, ...] = field(default=())
 
-    def store(self, redis_url: str) -> ServiceSpec:
+    def store(self, wiring: Wiring) -> ServiceSpec:
         """Return how to run the adapter store."""
         roots = (word for root in self.import_roots for word in ("--import-root", str(root)))
         return ServiceSpec(
             name="adapter_store",
             module="loraplex_adapter_store",
-            arguments=(*self._shared(redis_url), *roots, *self.store_args),
+            arguments=(*self._shared(), *roots, *wiring.identity.store_flags(), *self.store_args),
             ports={"grpc": ("--port", self.store_port), "metrics": ("--metrics-port", self.store_metrics_port)},
-            environment=self._secrets("adapter_store"),
+            environment=self._environment("adapter_store", wiring),
         )
 
-    def engine(self, redis_url: str, store_target: str) -> ServiceSpec:
+    def engine(self, wiring: Wiring, store_target: str) -> ServiceSpec:
         """Return how to run the engine."""
         return ServiceSpec(
             name="engine",
             module="loraplex_engine",
-            arguments=(*self._shared(redis_url), "--store-target", store_target, *self.engine_args),
+            arguments=(
+                *self._shared(),
+                *("--store-target", store_target),
+                *wiring.identity.engine_flags(),
+                *self.engine_args,
+            ),
             ports={"grpc": ("--port", self.engine_port), "metrics": ("--metrics-port", self.engine_metrics_port)},
-            environment={"HF_HUB_OFFLINE": "1", **self._secrets("engine")},  # only the store reaches out
+            environment={"HF_HUB_OFFLINE": "1", **self._environment("engine", wiring)},  # only the store reaches out
         )
 
-    def gateway(self, redis_url: str, store_target: str) -> ServiceSpec:
+    def gateway(self, wiring: Wiring, store_target: str) -> ServiceSpec:
         """Return how to run the gateway."""
         return ServiceSpec(
             name="gateway",
             module="loraplex_gateway",
             arguments=(
-                *self._shared(redis_url),
+                *self._shared(),
                 *("--store-target", store_target, "--host", self.host),
+                *wiring.identity.gateway_flags(),
                 *self.gateway_args,
             ),
             ports={"grpc": ("--port", self.grpc_port), "http": ("--http-port", self.http_port)},
-            environment=self._secrets("gateway"),
+            environment=self._environment("gateway", wiring),
         )
 
-    def _secrets(self, service: str) -> dict[str, str]:
-        return {} if self.metrics_key is None else {f"LORAPLEX_{service.upper()}_METRICS_KEY": self.metrics_key}
+    def _environment(self, service: str, wiring: Wiring) -> dict[str, str]:
+        """Return what may hold a secret: other users do not see a process's environment, but its command line."""
+        values = {
+            "REDIS_URL": wiring.valkey.url,
+            "REDIS_PASSWORD_FILE": wiring.valkey.password_file,
+            "REDIS_TLS_CA": wiring.valkey.tls_ca,
+            "METRICS_KEY": self.metrics_key,
+            "METRICS_KEY_FILE": self.metrics_key_file,
+        }
+        prefix = f"LORAPLEX_{service.upper()}_"
+        return {prefix + name: str(value) for name, value in values.items() if value is not None}
 
-    def _shared(self, redis_url: str) -> tuple[str, ...]:
+    def _shared(self) -> tuple[str, ...]:
         return (
-            *("--model", str(self.model), "--redis-url", redis_url),
+            *("--model", str(self.model)),
             *("--log-level", self.log_level, "--drain-grace-s", str(self.drain_grace_s)),
             *self.base_args,
         )

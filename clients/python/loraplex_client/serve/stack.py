@@ -13,8 +13,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from loraplex_client.serve.child import ChildError, ServiceChild
+from loraplex_client.serve.config import ValkeyAccess, Wiring
+from loraplex_client.serve.identity import ServeIdentity
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from loraplex_client.serve.config import ServeConfig
     from loraplex_client.serve.valkey_child import ValkeyChild
 
@@ -44,10 +48,13 @@ class Stack:
         http: Address of its OpenAI-compatible port, once started.
         store: Address of the adapter store, once started.
         engine: Address of the engine, once started.
+        profile: Client profile of this user for all of them, once started.
     """
 
     def __init__(self, config: ServeConfig, report: Report) -> None:
         self.grpc = self.http = self.store = self.engine = ""
+        self.profile: Path | None = None
+        self._identity: ServeIdentity | None = None
         self._config = config
         self._report = report
         self._children: list[Child] = []
@@ -73,7 +80,9 @@ class Stack:
         Raises:
             ServeError: If a part dies too often.
         """
+        assert self._identity is not None, "started"
         self._supervisors = [asyncio.create_task(self._supervise(child)) for child in self._children]
+        self._supervisors.append(asyncio.create_task(self._identity.keep_fresh(self._report)))
         try:
             await asyncio.gather(*self._supervisors)
         except ChildError as error:
@@ -86,6 +95,8 @@ class Stack:
         await self._end_supervision()
         for child in reversed(self._children):
             await child.stop(self._config.drain_grace_s + KILL_MARGIN_S)
+        if self._identity is not None:
+            self._identity.close()
 
     def kill(self) -> None:
         """End all parts at once."""
@@ -99,18 +110,15 @@ class Stack:
             log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ChildError(f"{log_dir}: {error.strerror}") from error
-        redis_url = config.redis_url
-        if redis_url is None:
-            from loraplex_client.serve.valkey_child import ValkeyChild  # needs redis: the serve extra
-
-            valkey = ValkeyChild(config.data_dir / "valkey")
-            await self._start(valkey)
-            redis_url = valkey.url
-        store = ServiceChild(config.store(redis_url), log_dir)
+        self._identity = ServeIdentity(
+            config.data_dir, user_keys=config.user_keys, lifetime_s=config.certificate_lifetime_s
+        )
+        wiring = Wiring(valkey=config.valkey or await self._start_valkey(), identity=self._identity)
+        store = ServiceChild(config.store(wiring), log_dir)
         await self._start(store)
         self.store = store.addresses["grpc"]
-        engine = ServiceChild(config.engine(redis_url, self.store), log_dir)
-        gateway = ServiceChild(config.gateway(redis_url, self.store), log_dir)
+        engine = ServiceChild(config.engine(wiring, self.store), log_dir)
+        gateway = ServiceChild(config.gateway(wiring, self.store), log_dir)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._start(engine))
@@ -119,6 +127,14 @@ class Stack:
             raise failures.exceptions[0] from None
         self.engine = engine.addresses["grpc"]
         self.grpc, self.http = gateway.addresses["grpc"], gateway.addresses["http"]
+        self.profile = self._identity.leave_profile(gateway=self.grpc, store=self.store, engine=self.engine)
+
+    async def _start_valkey(self) -> ValkeyAccess:
+        from loraplex_client.serve.valkey_child import ValkeyChild  # needs redis: the serve extra
+
+        valkey = ValkeyChild(self._config.data_dir / "valkey")
+        await self._start(valkey)
+        return valkey.access
 
     async def _start(self, child: Child) -> None:
         self._children.append(child)

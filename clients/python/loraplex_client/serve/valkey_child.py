@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.valkey import EmbeddedValkey, ValkeyError
 
 from loraplex_client.serve.child import LOG_TAIL_LINES, ChildError
+from loraplex_client.serve.config import ValkeyAccess
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +25,7 @@ class ValkeyChild:
             self._server = EmbeddedValkey(data_dir)
         except OSError as error:
             raise ChildError(f"{data_dir}: {error.strerror}") from error
-        self.url = self._server.url
+        self.access = ValkeyAccess(url=self._server.address, password_file=self._server.password_path)
 
     async def start(self) -> None:
         """Start the server and return once it answers, its data loaded.

@@ -1,0 +1,209 @@
+"""What the parts of one ``loraplex serve`` prove themselves with: made for the run, renewed while it lasts, gone with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.auth import CERTIFICATE_PREFIXES, Role
+from loraplex_common.keys_file import KeysFile, KeysFileError
+
+from loraplex_client._profiles import Profile, ServerProfile, profile_path, profile_text
+from loraplex_client.credentials.errors import CredentialsError
+from loraplex_client.credentials.folder import CA_BUNDLE, CERTIFICATE, KEY, CredentialsFolder, Plan
+from loraplex_client.credentials.parties import ADAPTER_STORE, ADMIN, ENGINE, GATEWAY
+from loraplex_client.credentials.private_files import FILE_MODE, make_private_folder, write_private
+from loraplex_client.credentials.secrets_book import API_KEY, KEYS_FILE
+from loraplex_client.serve.child import ChildError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from loraplex_common.auth import Principal
+
+    from loraplex_client.credentials.parties import Party
+
+LIFETIME_S: Final = 30 * 86400.0
+LOOK_S: Final = 1.0
+"""How old the store's knowledge of the user's keys may be."""
+MAX_LOOK_S: Final = 60.0
+"""Longest time between two looks at the certificates: this machine may have slept through their end."""
+PARTIES: Final = (GATEWAY, ENGINE, ADAPTER_STORE, ADMIN)
+
+
+class ServeIdentity:
+    """The credentials of one run, below the data folder, where only this user gets at them.
+
+    Args:
+        data_dir: Of the stack; runs that share it have a folder each.
+        user_keys: Keys file of the gateway's users, who are known at the store by the same keys.
+        lifetime_s: Of certificates, in seconds; they are renewed after two thirds of it.
+
+    Raises:
+        ChildError: If files cannot be written or the keys file cannot be used.
+    """
+
+    def __init__(self, data_dir: Path, *, user_keys: Path | None = None, lifetime_s: float = LIFETIME_S) -> None:
+        self._plan = Plan(
+            lifetime=datetime.timedelta(seconds=lifetime_s), renews_within=datetime.timedelta(seconds=lifetime_s / 3)
+        )
+        self._user_keys = None if user_keys is None else KeysFile(user_keys)
+        self._look_s = min(MAX_LOOK_S, lifetime_s / 10)
+        self._profile: Path | None = None
+        try:
+            self.path, self._lock = _claim_folder(data_dir / "credentials")
+            self._folder = CredentialsFolder(self.path, PARTIES)
+            self._folder.make(self._plan)
+            self._own_keys = (self.path / ADAPTER_STORE.folder / KEYS_FILE).read_text()
+            if self._user_keys is not None:
+                self._write_store_keys(self._user_keys.read())
+        except OSError as error:
+            raise ChildError(f"{error.filename}: {error.strerror}") from error
+        except KeysFileError as error:
+            self.close()
+            raise ChildError(str(error)) from error
+
+    def store_flags(self) -> tuple[str, ...]:
+        """Return what the adapter store is started with."""
+        return self._server_flags(ADAPTER_STORE)
+
+    def engine_flags(self) -> tuple[str, ...]:
+        """Return what the engine is started with."""
+        return (*self._server_flags(ENGINE), *self._peer_flags(ENGINE), "--store-tls-name", ADAPTER_STORE.tls_name)
+
+    def gateway_flags(self) -> tuple[str, ...]:
+        """Return what the gateway is started with; who may call it is for the user to say."""
+        names = ("--engine-tls-name", ENGINE.tls_name, "--store-tls-name", ADAPTER_STORE.tls_name)
+        return (*self._peer_flags(GATEWAY), *names)
+
+    def leave_profile(self, *, gateway: str, store: str, engine: str) -> Path:
+        """Leave a profile for the command line and the clients of this user; return its file.
+
+        Raises:
+            ChildError: If it cannot be written.
+        """
+        own = self.path / ADMIN.folder
+        files = {"tls_ca": own / CA_BUNDLE, "tls_cert": own / CERTIFICATE, "tls_key": own / KEY}
+        key = own / API_KEY
+        profile = Profile(
+            gateway=ServerProfile(target=gateway),
+            store=ServerProfile(target=store, tls_name=ADAPTER_STORE.tls_name, api_key_file=key, **files),
+            engine=ServerProfile(target=engine, tls_name=ENGINE.tls_name, api_key_file=key, **files),
+            lock=self.path / "lock",
+        )
+        path = profile_path(gateway)
+        try:
+            make_private_folder(path.parent)
+            write_private(path, profile_text(profile))
+        except OSError as error:
+            raise ChildError(f"{error.filename}: {error.strerror}") from error
+        self._profile = path
+        return path
+
+    async def keep_fresh(self, report: Callable[[str], None]) -> None:
+        """Renew certificates before they end and hand on changes of the user's keys, until cancelled.
+
+        Args:
+            report: Told once in a row what is in the way; it is tried again until it goes.
+        """
+        trouble = ""
+        renew_at = 0.0
+        while True:
+            await asyncio.sleep(min(LOOK_S, self._look_s))
+            try:
+                if time.monotonic() >= renew_at:
+                    await asyncio.to_thread(self._folder.make, self._plan)
+                    renew_at = time.monotonic() + self._look_s
+                changed = None if self._user_keys is None else self._user_keys.read_if_changed()
+                if changed is not None:
+                    self._write_store_keys(changed)
+            except (OSError, CredentialsError) as error:
+                if str(error) != trouble:
+                    report(f"credentials cannot be renewed: {error}")
+                trouble = str(error)
+            else:
+                trouble = ""
+
+    def close(self) -> None:
+        """Remove the profile and the credentials; they are good for nothing any more."""
+        if self._profile is not None and f'"{self.path}/lock"' in _text(self._profile):
+            self._profile.unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # closed before
+            os.close(self._lock)
+
+    def _server_flags(self, party: Party) -> tuple[str, ...]:
+        own = self.path / party.folder
+        return (
+            *("--api-keys-file", str(own / KEYS_FILE), "--tls-client-ca", str(own / CA_BUNDLE)),
+            *("--tls-cert", str(own / CERTIFICATE), "--tls-key", str(own / KEY)),
+        )
+
+    def _peer_flags(self, party: Party) -> tuple[str, ...]:
+        own = self.path / party.folder
+        return (
+            *("--peer-tls-ca", str(own / CA_BUNDLE), "--peer-tls-cert", str(own / CERTIFICATE)),
+            *("--peer-tls-key", str(own / KEY), "--peer-api-key-file", str(own / API_KEY)),
+        )
+
+    def _write_store_keys(self, users: Mapping[bytes, Principal]) -> None:
+        """Let the store know the gateway's users. Their certificates are of no authority that it trusts."""
+        lines = [
+            f"sha256:{key.hex()} {user.name} {user.role}\n"
+            for key, user in users.items()
+            if user.role in (Role.TENANT, Role.ADMIN) and not key.startswith(_PREFIXES)
+        ]
+        write_private(self.path / ADAPTER_STORE.folder / KEYS_FILE, self._own_keys + "".join(lines))
+
+
+_PREFIXES: Final = tuple(prefix.encode() for prefix in CERTIFICATE_PREFIXES)
+
+
+def _claim_folder(parent: Path) -> tuple[Path, int]:
+    """Make a folder whose lock this process holds for as long as it lives; remove those of runs that were killed.
+
+    Returns:
+        The folder and the descriptor of its lock.
+    """
+    make_private_folder(parent)
+    with _locked(parent / ".lock"):  # nobody takes a folder for a dead run's before its lock is held
+        for other in parent.iterdir():
+            if other.is_dir():
+                _remove_if_dead(other)
+        folder = Path(tempfile.mkdtemp(prefix="run-", dir=parent))
+        descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return folder, descriptor
+
+
+def _remove_if_dead(folder: Path) -> None:
+    try:
+        with _locked(folder / "lock", fcntl.LOCK_NB):
+            shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass  # its owner runs
+
+
+@contextlib.contextmanager
+def _locked(path: Path, options: int = 0) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | options)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
