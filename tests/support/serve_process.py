@@ -28,9 +28,11 @@ class ServeProcess:
         http: Its OpenAI-compatible port's address.
         engine: The engine's gRPC address.
         store: The adapter store's address.
+        data_dir: What it keeps.
     """
 
     def __init__(self, data_dir: Path, *arguments: str) -> None:
+        self.data_dir = data_dir
         self._stderr_path = data_dir.with_suffix(".err")
         command = ("-m", "loraplex_client", "serve")
         with self._stderr_path.open("wb") as stderr:
