@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 from loraplex_client import Client, Finished, Started
+from loraplex_client._servers import Servers
 from loraplex_common.errors import LoraplexError
-from loraplex_common.grpc_channel import open_channel
 from support import reflected
 from support.adapters import Recipe, write_adapter
 from support.base_models import TinyBase, write_base_model
@@ -40,7 +40,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[ServeProcess]:
-    flags = ("--model", str(base), "--enable-reflection", "--metrics-key", "k", *SMALL)
+    key = tmp_path_factory.mktemp("metrics") / "key"
+    key.write_text("k\n")
+    flags = ("--model", str(base), "--enable-reflection", "--metrics-key-file", str(key), *SMALL)
     process = ServeProcess(tmp_path_factory.mktemp("serve") / "data", *flags)
     yield process
     process.close()
@@ -85,12 +87,18 @@ def knows(client: Client, name: str) -> bool:
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 async def test_every_service_can_be_called_from_what_reflection_says_of_it(stack: ServeProcess, version: str) -> None:
+    servers = Servers(stack.grpc)
+    connections = {
+        stack.grpc: servers.gateway,
+        stack.store: servers.store,
+        stack.engine: servers.engine(stack.engine),
+    }
     for target, *services in (
         (stack.grpc, "loraplex.v1.GatewayService"),
         (stack.engine, "loraplex.v1.EngineService"),
         (stack.store, "loraplex.v1.AdapterStoreService", "google.longrunning.Operations"),
     ):
-        async with open_channel(target) as channel:
+        async with connections[target].open_aio() as channel:
             assert set(services) <= await reflected.list_services(channel, version)
             for service in services:
                 files = await reflected.files_of(channel, version, service)

@@ -127,7 +127,7 @@ def _grpcurl_problem(arguments: list[str]) -> str | None:
 def _unknown_flag(program: str, arguments: list[str]) -> str | None:
     path: list[str] = []
     for word in arguments:
-        if not re.fullmatch(r"[a-z][a-z-]*", word) or (path and path != ["adapters"]):
+        if not re.fullmatch(r"[a-z][a-z-]*", word) or (path and path not in (["adapters"], ["credentials"])):
             break
         path.append(word)
     shown = _help(program, *path)

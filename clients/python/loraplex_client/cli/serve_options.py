@@ -3,13 +3,13 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import typer
 from loraplex_common import log
 from loraplex_common.base_model import BaseModelError, load_base_model
 from loraplex_common.directories import adapter_directory_problem, model_directory_problem
 
+from loraplex_client.cli.registered import refuse_password_in_view
 from loraplex_client.serve import ServeError, ValkeyAccess
 
 
@@ -37,12 +37,7 @@ def valkey(
         if password_file or tls_ca:
             raise typer.BadParameter("--redis-password-file and --redis-tls-ca go with a --redis-url")
         return None
-    source = context.get_parameter_source("redis_url")
-    if source is not None and source.name == "COMMANDLINE" and urlsplit(url).password is not None:
-        raise typer.BadParameter(
-            "a command line is for everybody to read: give the password with --redis-password-file",
-            param_hint="--redis-url",
-        )
+    refuse_password_in_view(context, url)
     return ValkeyAccess(url=url, password_file=absolute(password_file), tls_ca=absolute(tls_ca))
 
 

@@ -1,6 +1,7 @@
 """``loraplex status``: engines, their load, what they hold."""
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +12,9 @@ from rich.table import Table
 from loraplex_client._engines import EngineStatus, HeldAdapter, engine_status, fleet_status
 from loraplex_client._servers import Servers
 from loraplex_client.cli.context import StoreTarget, Target, connect, servers_of, stderr, stdout
+from loraplex_client.cli.registered import refuse_password_in_view, registered_engines
 from loraplex_client.resources import Model
+from loraplex_client.valkey_access import ValkeyAccess
 
 
 def status(
@@ -30,12 +33,29 @@ def status(
         str | None,
         typer.Option(envvar="LORAPLEX_REDIS_URL", help="Ask all engines in this Valkey's registry themselves."),
     ] = None,
+    redis_password_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="LORAPLEX_REDIS_PASSWORD_FILE", help="Its password for the user in the URL.", metavar="FILE"
+        ),
+    ] = None,
+    redis_tls_ca: Annotated[
+        Path | None,
+        typer.Option(envvar="LORAPLEX_REDIS_TLS_CA", help="Trust its certificate by this, PEM.", metavar="FILE"),
+    ] = None,
 ) -> None:
     """Show models, engines with their load, and where each adapter is. Fails if a part does not answer."""
+    refuse_password_in_view(context, redis_url)
     servers = servers_of(context, target, store_target)
     problems: list[str] = []
     if engine_target or redis_url is not None:
-        engines = _ask_engines(_targets(engine_target or [], redis_url, problems), servers, problems)
+        targets = list(engine_target or ())
+        if redis_url is not None:
+            access = ValkeyAccess(url=redis_url, password_file=redis_password_file, tls_ca=redis_tls_ca)
+            targets += _registered(access, servers, problems)
+            if not targets and not problems:
+                problems.append("no engine is registered")
+        engines = _ask_engines(targets, servers, problems)
     else:
         engines = _ask_gateway(servers, problems)
     stdout.print(_engine_table(engines))
@@ -72,18 +92,13 @@ def _ask_gateway(servers: Servers, problems: list[str]) -> list[EngineStatus]:
     return engines
 
 
-def _targets(engine_targets: list[str], redis_url: str | None, problems: list[str]) -> list[str]:
-    """Return the addresses of the engines to ask; adds to ``problems`` why some are not known."""
-    if redis_url is None:
-        return engine_targets
+def _registered(access: ValkeyAccess, servers: Servers, problems: list[str]) -> list[str]:
+    """Return the addresses of the engines in a registry; adds to ``problems`` why they are not known."""
     try:
-        registered = asyncio.run(_registered_engines(redis_url))
+        return asyncio.run(registered_engines(access, servers.engine("")))
     except ConnectionError as error:
         problems.append(f"valkey: {error}")
-        return engine_targets
-    if not registered and not engine_targets:
-        problems.append("no engine is registered")
-    return [*engine_targets, *registered]
+        return []
 
 
 def _ask_engines(targets: list[str], servers: Servers, problems: list[str]) -> list[EngineStatus]:
@@ -139,22 +154,3 @@ def _residency(held: list[HeldAdapter]) -> str:
         pages = on_device[0].num_pages
         return f"device on {len(on_device)}, {pages} pages, {leases} leases"
     return f"arena on {len(held)}" if held else "store"
-
-
-async def _registered_engines(redis_url: str) -> list[str]:
-    """Return the targets of all engines whose lease is good.
-
-    Raises:
-        ConnectionError: If Valkey does not answer.
-    """
-    from loraplex_common.errors import LoraplexError
-    from loraplex_common.registry import RegistryReader
-    from loraplex_common.valkey import connect as connect_valkey
-
-    client = connect_valkey(redis_url)
-    try:
-        return [record.target for record in (await RegistryReader(client).read()).values()]
-    except LoraplexError as error:
-        raise ConnectionError(str(error)) from error
-    finally:
-        await client.aclose()

@@ -64,7 +64,7 @@ ADAPTER_STORE: Final = Party(
 )
 VALKEY: Final = Party(folder="valkey", tls_name=f"valkey.{DOMAIN}", is_client=False)
 ADMIN: Final = Party(
-    folder="admin", role=Role.ADMIN, valkey_rights="resetchannels %R~loraplex:* +@read +@connection +info"
+    folder="admin", role=Role.ADMIN, valkey_rights="resetchannels %R~loraplex:engine* +@read +@connection +info"
 )
 METRICS: Final = Party(folder="metrics", role=Role.METRICS, has_certificate=False)
 TENANT: Final = Party(folder="tenant", role=Role.TENANT, has_certificate=False)

@@ -8,27 +8,13 @@ from pathlib import Path
 
 from loraplex_client.serve.child import ServiceSpec
 from loraplex_client.serve.identity import ServeIdentity
+from loraplex_client.valkey_access import ValkeyAccess
 
 
 def default_data_dir() -> Path:
     """Return where imported adapters are kept: ``$XDG_DATA_HOME/loraplex``, else ``~/.local/share/loraplex``."""
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(base).expanduser() / "loraplex"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ValkeyAccess:
-    """Where Valkey is and what it asks for.
-
-    Attributes:
-        url: May hold a password, if it comes from the environment.
-        password_file: Holds it instead.
-        tls_ca: Authorities to trust, PEM, for a ``rediss://`` URL.
-    """
-
-    url: str
-    password_file: Path | None = None
-    tls_ca: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

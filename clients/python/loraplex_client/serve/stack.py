@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from loraplex_client.serve.child import ChildError, ServiceChild
-from loraplex_client.serve.config import ValkeyAccess, Wiring
+from loraplex_client.serve.config import Wiring
 from loraplex_client.serve.identity import ServeIdentity
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from loraplex_client.serve.config import ServeConfig
     from loraplex_client.serve.valkey_child import ValkeyChild
+    from loraplex_client.valkey_access import ValkeyAccess
 
 Child: TypeAlias = "ServiceChild | ValkeyChild"
 Report = Callable[[str], None]

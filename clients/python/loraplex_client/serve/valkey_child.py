@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.valkey import EmbeddedValkey, ValkeyError
 
 from loraplex_client.serve.child import LOG_TAIL_LINES, ChildError
-from loraplex_client.serve.config import ValkeyAccess
+from loraplex_client.valkey_access import ValkeyAccess
 
 if TYPE_CHECKING:
     from pathlib import Path

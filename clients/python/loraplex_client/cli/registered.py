@@ -1,0 +1,56 @@
+"""Valkey on the command line: where it is, what it asks for, and the engines in its registry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import typer
+
+if TYPE_CHECKING:
+    from loraplex_client._connection import Connection
+    from loraplex_client.valkey_access import ValkeyAccess
+
+
+def refuse_password_in_view(context: typer.Context, url: str | None) -> None:
+    """Refuse a password in a ``--redis-url`` of the command line; the environment may have one.
+
+    Raises:
+        BadParameter: If there is one.
+    """
+    source = context.get_parameter_source("redis_url")
+    if url is not None and source is not None and source.name == "COMMANDLINE" and urlsplit(url).password is not None:
+        raise typer.BadParameter(
+            "a command line is for everybody to read: give the password with --redis-password-file",
+            param_hint="--redis-url",
+        )
+
+
+async def registered_engines(access: ValkeyAccess, identity: Connection) -> list[str]:
+    """Return the targets of all engines whose lease is good.
+
+    Args:
+        access: Which Valkey.
+        identity: Whose client certificate is shown, if it has one.
+
+    Raises:
+        ConnectionError: If Valkey does not answer, or a file cannot be used.
+    """
+    from loraplex_common.errors import LoraplexError
+    from loraplex_common.registry import RegistryReader
+    from loraplex_common.secret import Secret
+    from loraplex_common.tls_files import TlsFiles
+    from loraplex_common.valkey import connect
+
+    tls = TlsFiles(cert=identity.tls_cert, key=identity.tls_key, ca=access.tls_ca or identity.tls_ca)
+    try:
+        password = Secret.from_file(access.password_file) if access.password_file else None
+        client = connect(access.url, password=password, tls=tls)
+    except (OSError, ValueError) as error:
+        raise ConnectionError(str(error)) from error
+    try:
+        return [record.target for record in (await RegistryReader(client).read()).values()]
+    except LoraplexError as error:
+        raise ConnectionError(str(error)) from error
+    finally:
+        await client.aclose()
