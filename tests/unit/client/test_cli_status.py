@@ -105,3 +105,11 @@ def test_a_listed_label_of_another_revision_is_shown_with_it(
     store.adapters["json"].aliases.append(adapter_pb2.Alias(name="json", label="canary", revision="f" * 64))
 
     assert "canary@ffffffffffff, latest" in loraplex("adapters", "list").out
+
+
+def test_a_password_in_the_url_of_valkey_is_refused_on_a_command_line(loraplex: Runner) -> None:
+    result = loraplex("status", "--redis-url", "redis://:hush@127.0.0.1:1")
+
+    assert result.code == 2
+    assert "--redis-password-file" in result.err
+    assert "hush" not in result.err

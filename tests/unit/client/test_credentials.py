@@ -6,6 +6,7 @@ import datetime
 import re
 import shutil
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -256,3 +257,22 @@ def test_the_command_makes_shows_and_refuses(loraplex: Runner, tmp_path: Path) -
     assert "gpu-1" in shown.out
     secrets = [file.read_text().strip() for name in ("api-key", "valkey-password") for file in tmp_path.rglob(name)]
     assert not any(secret in result.out + result.err for secret in secrets for result in (first, again, other, shown))
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("credentials", "--help"), ("serve", "--help")])
+def test_the_command_line_works_without_the_library_that_signs(arguments: tuple[str, ...]) -> None:
+    without = "import sys; sys.modules['cryptography'] = None; from loraplex_client.cli import main; main()"
+
+    done = subprocess.run([sys.executable, "-c", without, *arguments], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_making_without_that_library_names_what_to_install(tmp_path: Path) -> None:
+    without = "import sys; sys.modules['cryptography'] = None; from loraplex_client.cli import main; main()"
+    command = [sys.executable, "-c", without, "credentials", "make", str(tmp_path / "made")]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "cryptography is not installed; pip install" in done.stderr

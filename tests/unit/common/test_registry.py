@@ -14,7 +14,9 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_adapter_store.repository.engines import EngineHoldings
-from loraplex_client.cli.status import _registered_engines
+from loraplex_client._connection import Connection
+from loraplex_client.cli.registered import registered_engines
+from loraplex_client.valkey_access import ValkeyAccess
 from loraplex_common.registry import (
     ENGINES_KEY,
     EngineRecord,
@@ -129,7 +131,7 @@ async def test_every_reader_passes_over_engines_whose_lease_ran_out_and_records_
         await client.zadd(ENGINES_KEY, {engine_id: time.time() + good_for_s})
 
     found = {record.engine_id for record in await EngineHoldings(client).registered()}
-    targets = set(await _registered_engines(valkey_url))
+    targets = set(await registered_engines(ValkeyAccess(url=valkey_url), Connection(target="")))
     await client.aclose()
 
     expected = {"e-2": other.target} | ({"e-1": GOOD.target} if score_s > 0 else {})

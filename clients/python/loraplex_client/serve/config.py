@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from loraplex_client.serve.child import ServiceSpec
-from loraplex_client.serve.identity import ServeIdentity
 from loraplex_client.valkey_access import ValkeyAccess
 
 
@@ -17,12 +17,25 @@ def default_data_dir() -> Path:
     return Path(base).expanduser() / "loraplex"
 
 
+class PartFlags(Protocol):
+    """What each part is started with to prove itself; see `ServeIdentity`, which needs the extra ``credentials``."""
+
+    def store_flags(self) -> tuple[str, ...]:
+        """Return the adapter store's."""
+
+    def engine_flags(self) -> tuple[str, ...]:
+        """Return the engine's."""
+
+    def gateway_flags(self) -> tuple[str, ...]:
+        """Return the gateway's."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wiring:
     """What connects the parts of one run."""
 
     valkey: ValkeyAccess
-    identity: ServeIdentity
+    identity: PartFlags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

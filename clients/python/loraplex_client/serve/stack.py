@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from loraplex_client.serve.child import ChildError, ServiceChild
 from loraplex_client.serve.config import Wiring
-from loraplex_client.serve.identity import ServeIdentity
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from loraplex_client.serve.config import ServeConfig
+    from loraplex_client.serve.identity import ServeIdentity
     from loraplex_client.serve.valkey_child import ValkeyChild
     from loraplex_client.valkey_access import ValkeyAccess
 
@@ -105,6 +105,8 @@ class Stack:
             child.kill()
 
     async def _start_all(self) -> None:
+        from loraplex_client.serve.identity import ServeIdentity  # needs cryptography: the serve extra
+
         config = self._config
         log_dir = config.data_dir / "logs"
         try:
