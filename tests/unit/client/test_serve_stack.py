@@ -87,15 +87,17 @@ def accepts(address: str) -> bool:
     return True
 
 
-def test_the_metrics_key_reaches_every_service_and_no_command_line(tmp_path: Path) -> None:
+def test_secrets_reach_every_service_and_no_command_line(tmp_path: Path) -> None:
     config = ServeConfig(model=tmp_path, data_dir=tmp_path, metrics_key="secret", base_args=("--enable-reflection",))
 
     specs = [config.store("redis://x"), config.engine("redis://x", "s:1"), config.gateway("redis://x", "s:1")]
 
-    keys = {name: value for spec in specs for name, value in spec.environment.items() if "KEY" in name}
-    services = ("ADAPTER_STORE", "ENGINE", "GATEWAY")
-    assert keys == {f"LORAPLEX_{service}_METRICS_KEY": "secret" for service in services}
-    assert all("--enable-reflection" in spec.arguments and "secret" not in spec.arguments for spec in specs)
+    keys = {name: value for spec in specs for name, value in spec.environment.items() if "LORAPLEX" in name}
+    services, secrets = ("ADAPTER_STORE", "ENGINE", "GATEWAY"), {"METRICS_KEY": "secret", "REDIS_URL": "redis://x"}
+    assert keys == {f"LORAPLEX_{each}_{name}": text for each in services for name, text in secrets.items()}
+    assert all(
+        "--enable-reflection" in spec.arguments and not {"secret", "redis://x"} & set(spec.arguments) for spec in specs
+    )
 
 
 async def test_a_child_is_ready_when_it_says_so(tmp_path: Path) -> None:

@@ -64,9 +64,9 @@ class ServeConfig:
         return ServiceSpec(
             name="adapter_store",
             module="loraplex_adapter_store",
-            arguments=(*self._shared(redis_url), *roots, *self.store_args),
+            arguments=(*self._shared(), *roots, *self.store_args),
             ports={"grpc": ("--port", self.store_port), "metrics": ("--metrics-port", self.store_metrics_port)},
-            environment=self._secrets("adapter_store"),
+            environment=self._secrets("adapter_store", redis_url),
         )
 
     def engine(self, redis_url: str, store_target: str) -> ServiceSpec:
@@ -74,9 +74,9 @@ class ServeConfig:
         return ServiceSpec(
             name="engine",
             module="loraplex_engine",
-            arguments=(*self._shared(redis_url), "--store-target", store_target, *self.engine_args),
+            arguments=(*self._shared(), "--store-target", store_target, *self.engine_args),
             ports={"grpc": ("--port", self.engine_port), "metrics": ("--metrics-port", self.engine_metrics_port)},
-            environment={"HF_HUB_OFFLINE": "1", **self._secrets("engine")},  # only the store reaches out
+            environment={"HF_HUB_OFFLINE": "1", **self._secrets("engine", redis_url)},  # only the store reaches out
         )
 
     def gateway(self, redis_url: str, store_target: str) -> ServiceSpec:
@@ -85,20 +85,21 @@ class ServeConfig:
             name="gateway",
             module="loraplex_gateway",
             arguments=(
-                *self._shared(redis_url),
+                *self._shared(),
                 *("--store-target", store_target, "--host", self.host),
                 *self.gateway_args,
             ),
             ports={"grpc": ("--port", self.grpc_port), "http": ("--http-port", self.http_port)},
-            environment=self._secrets("gateway"),
+            environment=self._secrets("gateway", redis_url),
         )
 
-    def _secrets(self, service: str) -> dict[str, str]:
-        return {} if self.metrics_key is None else {f"LORAPLEX_{service.upper()}_METRICS_KEY": self.metrics_key}
+    def _secrets(self, service: str, redis_url: str) -> dict[str, str]:
+        secrets = {"REDIS_URL": redis_url, "METRICS_KEY": self.metrics_key}
+        return {f"LORAPLEX_{service.upper()}_{name}": text for name, text in secrets.items() if text is not None}
 
-    def _shared(self, redis_url: str) -> tuple[str, ...]:
+    def _shared(self) -> tuple[str, ...]:
         return (
-            *("--model", str(self.model), "--redis-url", redis_url),
+            *("--model", str(self.model)),
             *("--log-level", self.log_level, "--drain-grace-s", str(self.drain_grace_s)),
             *self.base_args,
         )
