@@ -12,6 +12,7 @@ from loraplex_common.errors import StreamInterruptedError
 from loraplex_client import _requests, _responses
 from loraplex_client._aio_adapters import AsyncAdapters
 from loraplex_client._connection import DEFAULT_TARGET, Connection, store_beside
+from loraplex_client._engine_operations import AsyncEngines
 from loraplex_client._errors import loraplex_error, translated
 from loraplex_client.events import Completion, Event, Finished
 
@@ -118,6 +119,7 @@ class AsyncClient:
         self._channel = connection.open_aio()
         self._stub: gateway_pb2_grpc.GatewayServiceAsyncStub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
         self.adapters = AsyncAdapters(store)
+        self.engines = AsyncEngines(connection)
 
     def generate(self, **options: Unpack[GenerateOptions]) -> AsyncGenerateStream:
         """Start a generation and return its events; see `GenerateOptions` for the arguments.

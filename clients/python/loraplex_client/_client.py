@@ -12,6 +12,7 @@ from loraplex_common.errors import StreamInterruptedError
 from loraplex_client import _requests, _responses
 from loraplex_client._adapters import Adapters
 from loraplex_client._connection import DEFAULT_TARGET, Connection, store_beside
+from loraplex_client._engine_operations import Engines
 from loraplex_client._errors import loraplex_error, translated
 from loraplex_client.events import Completion, Event, Finished
 
@@ -91,6 +92,7 @@ class Client:
 
     Attributes:
         adapters: Import, list, alias, delete adapters.
+        engines: Drain and undrain engines.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Client:
         self._channel = connection.open()
         self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
         self.adapters = Adapters(store)
+        self.engines = Engines(connection)
 
     def generate(self, **options: Unpack[GenerateOptions]) -> GenerateStream:
         """Start a generation and return its events; see `GenerateOptions` for the arguments.
