@@ -13,7 +13,6 @@ from loraplex.v1 import adapter_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import (
-    AdapterForbiddenError,
     AdapterIncompatibleError,
     AdapterInUseError,
     AdapterNotFoundError,
@@ -21,6 +20,7 @@ from loraplex_common.errors import (
     ConflictError,
     InvalidParameterError,
     LoraplexError,
+    RoleForbiddenError,
     SequenceGapError,
     UnauthenticatedError,
 )
@@ -433,9 +433,9 @@ async def test_keys_decide_who_may_what(redis_url: str, tmp_path: Path) -> None:
             with refused(AdapterNotFoundError, "private does not exist"):
                 await bob.get("private")
             assert await bob.names() == []
-            with refused(AdapterForbiddenError, "admin"):
+            with refused(RoleForbiddenError, "it takes the role admin"):
                 await alice.upload_recipe("mine")
-            with refused(AdapterForbiddenError, "admin"):
+            with refused(RoleForbiddenError, "it takes the role admin"):
                 await delete(alice, "private")
         async with open_channel(target) as anybody:
             with refused(UnauthenticatedError, "API key"):

@@ -12,6 +12,7 @@ from loraplex.v1 import adapter_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_common.alias_feed import AdapterEntry, AliasFeed
 from loraplex_common.errors import LoraplexError, SequenceGapError
+from loraplex_common.peers import PeerChannel, Peers
 from support.adapters import Recipe
 from support.store_rig import StoreClient, refused, running_rig, store_config, translated
 from support.valkey import running_server
@@ -71,8 +72,9 @@ def restore(server: EmbeddedValkey, data_dir: Path, backup: Path) -> None:
 async def test_moves_after_valkey_came_back_with_an_earlier_state_are_served(tmp_path: Path, pause_s: float) -> None:
     data_dir, backup, table = tmp_path / "valkey", tmp_path / "backup", Table()
     with running_server(data_dir) as server:
-        async with running_rig(store_config(server.url, gc_grace_s=600.0)) as (_, client):
-            feed = asyncio.create_task(AliasFeed(client.channel, [table]).run())
+        async with running_rig(store_config(server.url, gc_grace_s=600.0)) as (store, client):
+            channel = PeerChannel(Peers(), f"127.0.0.1:{store.grpc_port}")
+            feed = asyncio.create_task(AliasFeed(channel, [table]).run())
             first, second = [(await client.upload_recipe("a", Recipe(seed=n))).revision.revision for n in (1, 2)]
             await move(client, first)
             back_up(server, data_dir, backup)

@@ -22,6 +22,7 @@ from loraplex_common.errors import (
     StreamInterruptedError,
 )
 from loraplex_common.rpc_errors import error_from_rpc
+from loraplex_common.secret import Secret
 from loraplex_common.valkey import EmbeddedValkey
 from loraplex_gateway import liveness
 from support.gateway_rig import DIGEST, Rig, letters, running_gateway, text_request
@@ -328,7 +329,7 @@ async def test_the_store_may_go_away_and_come_back(valkey_url: str) -> None:
 
 
 async def test_the_store_is_shown_the_gateways_key(valkey_url: str) -> None:
-    async with running_gateway(valkey_url, store_api_key="k3y") as rig:
+    async with running_gateway(valkey_url, peer_api_key=Secret("k3y")) as rig:
         assert rig.store.authorizations == {"Bearer k3y"}
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+from loraplex_common.secret import Secret
 from prometheus_client.parser import text_string_to_metric_families
 from support import routers
 from support.gateway_rig import DIGEST, OTHER_DIGEST, Rig, running_gateway, text_request
@@ -64,7 +65,7 @@ async def test_an_adapter_that_requests_wait_for_is_listed_as_waiting(valkey_url
 
 
 async def test_restricted_adapters_are_named_only_to_those_with_the_metrics_key(valkey_url: str) -> None:
-    async with running_gateway(valkey_url, resident_on={0: {DIGEST}}, metrics_key="k") as rig:
+    async with running_gateway(valkey_url, resident_on={0: {DIGEST}}, metrics_key=Secret("k")) as rig:
         everybody = await read(rig)
         insider = await read(rig, Authorization="Bearer k")
         async with httpx.AsyncClient(base_url=rig.http) as client:

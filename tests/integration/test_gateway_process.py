@@ -39,9 +39,18 @@ def test_a_process_says_where_it_listens_and_ends_well(valkey_url: str, tmp_path
     assert valkey_url not in process.log_path.read_text()
 
 
-def test_a_missing_model_is_said_in_one_line(valkey_url: str, tmp_path: Path) -> None:
+def test_a_missing_model_is_said_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loraplex_gateway"]
-    command += ["--model", str(tmp_path / "nowhere"), "--redis-url", valkey_url, "--port", "0", "--http-port", "0"]
+    command += [
+        "--model",
+        str(tmp_path / "nowhere"),
+        "--redis-url",
+        "redis://127.0.0.1:1",
+        "--port",
+        "0",
+        "--http-port",
+        "0",
+    ]
 
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from loraplex_client import AsyncClient
 from loraplex_client.credentials.certificates import read_certificate
-from loraplex_client.serve import ServeConfig, Stack
+from loraplex_client.serve import ServeConfig, Stack, assign_ports
 from support.adapters import Recipe, write_adapter
 from support.base_models import TinyBase, write_base_model
 from support.serve_process import SMALL
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 LIFETIME_S = 20.0
 DEADLINE_S = 120.0
-PORTS = ("grpc_port", "http_port", "store_port", "store_metrics_port", "engine_port", "engine_metrics_port")
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -33,7 +32,7 @@ async def test_a_stack_outlives_its_certificates(tmp_path: Path, monkeypatch: py
         certificate_lifetime_s=LIFETIME_S,
         engine_args=SMALL[:-2],
         drain_grace_s=1.0,
-        **dict.fromkeys(PORTS, 0),
+        **assign_ports(0, {}),
     )
     reports: list[str] = []
     stack = Stack(config, reports.append)

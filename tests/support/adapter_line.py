@@ -10,6 +10,7 @@ import crc32c
 import numpy as np
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, image_sha256, pack
+from loraplex_common.grpc_channel import open_channel
 from loraplex_engine import building
 from loraplex_engine.adapter_client import AdapterClient, Attachment
 from loraplex_engine.config import EngineConfig
@@ -174,7 +175,7 @@ def make_line(model: Path, target: str, store: ScriptedStore, *, wait_s: float) 
     )
     base = adapter_pb2.BaseModel(name=info.name, fingerprint=info.fingerprint)
     attachment = Attachment(engine_id="e1", base_model=base, max_image_pages=building.max_image_pages(engine.params))
-    client = AdapterClient(target, engine, feed, attachment, wait_s=wait_s)
+    client = AdapterClient(lambda: open_channel(target), engine, feed, attachment, wait_s=wait_s)
     lines.append(Line(engine, feed, store, engine.open_session(), client))
     return lines[0]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from google.protobuf.wrappers_pb2 import StringValue
+from loraplex_common.auth import Role
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.rpc_errors import error_from_rpc
 
@@ -107,7 +108,8 @@ async def running(
     echo: Echo, config: ServerConfig | None = None, **options: Any
 ) -> AsyncIterator[tuple[GrpcServer, str]]:
     """Run a server of the service on a free port; give out the server and its address."""
-    server = GrpcServer(config or ServerConfig(), **options)
+    rights = {f"/{SERVICE}/{name}": frozenset(Role) for name in ("Once", "Stream", "Join", "Chat")}
+    server = GrpcServer(config or ServerConfig(), rights=rights, **options)
     server.server.add_generic_rpc_handlers([echo.handlers()])
     server.add_service_name(SERVICE)
     port = await server.start()

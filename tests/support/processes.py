@@ -35,7 +35,8 @@ class ServiceProcess:
         number = len(list(log_dir.glob(f"{module}-*.log")))
         self.log_path = log_dir / f"{module}-{number}.log"
         self.addresses: dict[str, str] = {}
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        arguments, secrets = _without_secrets(module, arguments)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | secrets
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, stderr=log, env=environment
@@ -106,3 +107,14 @@ class ServiceProcess:
         for line in self._process.stdout:
             self._lines.put(line.decode().rstrip("\n"))
         self._lines.put("")  # it has ended
+
+
+def _without_secrets(module: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Move the URL of Valkey into the environment: that of a test's own has the password, which no command line takes."""
+    words = list(arguments)
+    if "--redis-url" not in words:
+        return words, {}
+    at = words.index("--redis-url")
+    url = words[at + 1]
+    del words[at : at + 2]
+    return words, {f"{module.upper()}_REDIS_URL": url}

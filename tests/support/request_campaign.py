@@ -24,6 +24,7 @@ from loraplex_common.base_model import load_base_model
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_engine.config import EngineConfig
+from loraplex_engine.draining import Draining
 from loraplex_engine.metrics import RequestMetrics
 from loraplex_engine.residency_feed import ResidencyFeed
 from loraplex_engine.servicer import EngineIdentity, EngineServicer
@@ -160,6 +161,7 @@ async def serving(harness: EngineHarness) -> AsyncIterator[EngineSessionClient]:
     servicer = EngineServicer(
         harness.engine,
         ResidencyFeed(16),
+        Draining(harness.engine),
         identity=EngineIdentity(engine_id="e", base_model=base, version="0"),
         config=EngineConfig(model=Path()),
         metrics=RequestMetrics(registry),

@@ -43,7 +43,7 @@ class Caller:
             try:
                 next(call, None)
             except grpc.RpcError as error:
-                code: grpc.StatusCode = error.code()  # type: ignore[attr-defined]
+                code: grpc.StatusCode = error.code()
                 return code
             finally:
                 call.cancel()

@@ -26,3 +26,15 @@ async def eventually(condition: Callable[[], Any], *, timeout_s: float = 20.0, w
         if time.monotonic() > deadline:
             raise AssertionError(f"{what or inspect.getsource(condition).strip()} is still {result!r}")
         await asyncio.sleep(0.01)
+
+
+def eventually_sync(condition: Callable[[], bool], *, timeout_s: float = 20.0, what: str) -> None:
+    """Evaluate a condition every 50 ms until it is true.
+
+    Raises:
+        AssertionError: If it is still false after ``timeout_s``.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"still not: {what}"
+        time.sleep(0.05)

@@ -11,6 +11,7 @@ from loraplex_common.errors import StreamInterruptedError
 
 from loraplex_client import _requests, _responses
 from loraplex_client._aio_adapters import AsyncAdapters
+from loraplex_client._engine_operations import AsyncEngines
 from loraplex_client._errors import loraplex_error, translated
 from loraplex_client._servers import Credentials, Servers
 from loraplex_client.events import Completion, Event, Finished
@@ -124,6 +125,7 @@ class AsyncClient:
         self._channel = connection.open_aio()
         self._stub: gateway_pb2_grpc.GatewayServiceAsyncStub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
         self.adapters = AsyncAdapters(servers.store)
+        self.engines = AsyncEngines(servers.engine)
 
     def generate(self, **options: Unpack[GenerateOptions]) -> AsyncGenerateStream:
         """Start a generation and return its events; see `GenerateOptions` for the arguments.

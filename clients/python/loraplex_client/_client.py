@@ -11,6 +11,7 @@ from loraplex_common.errors import StreamInterruptedError
 
 from loraplex_client import _requests, _responses
 from loraplex_client._adapters import Adapters
+from loraplex_client._engine_operations import Engines
 from loraplex_client._errors import loraplex_error, translated
 from loraplex_client._servers import Credentials, Servers
 from loraplex_client.events import Completion, Event, Finished
@@ -97,6 +98,7 @@ class Client:
 
     Attributes:
         adapters: Import, list, alias, delete adapters.
+        engines: Drain and undrain engines.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Client:
         self._channel = connection.open()
         self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
         self.adapters = Adapters(servers.store)
+        self.engines = Engines(servers.engine)
 
     def generate(self, **options: Unpack[GenerateOptions]) -> GenerateStream:
         """Start a generation and return its events; see `GenerateOptions` for the arguments.

@@ -6,19 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loraplex_common.settings import setting, size
+from loraplex_common.secret import Secret
+from loraplex_common.service_settings import ServiceSettings, require_identity, valkey_url
+from loraplex_common.settings import secret, setting, size
 
 MIB: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoreConfig:
+class StoreConfig(ServiceSettings):
     """Keeps adapters and feeds engines."""
 
     model: tuple[Path, ...] = setting(help="base model directory in Hugging Face layout; repeat for several")
     served_model_name: str | None = setting(None, help="name of the first base model (default: its directory's)")
     model_alias: tuple[str, ...] = setting((), help="further name of the first base model, e.g. its hub id; repeatable")
-    redis_url: str = setting(help="Valkey or Redis, e.g. redis://127.0.0.1:6379/0 or unix:///path", is_secret=True)
+    redis_url: str = valkey_url(help="Valkey or Redis, e.g. redis://127.0.0.1:6379/0 or unix:///path")
     import_root: tuple[Path, ...] = setting((), help="directory below which file: imports are allowed; repeatable")
     image_cache_bytes: int = size(1024 * MIB, help="host memory for page images")
     max_adapter_bytes: int = size(2048 * MIB, help="largest adapter_model.safetensors accepted")
@@ -27,15 +29,10 @@ class StoreConfig:
     host: str = setting("127.0.0.1", help="address to listen on")
     port: int = setting(8510, help="gRPC port; 0 picks a free one")
     metrics_port: int = setting(8511, help="HTTP port of /metrics and /healthz; 0 picks a free one")
-    metrics_key: str | None = setting(
-        None, help="API key that lets a scraper see restricted adapters", is_secret=True, metavar="KEY"
-    )
+    metrics_key: Secret | None = secret(help="the key that lets a scraper see restricted adapters")
+    allow_anonymous: bool = setting(False, help="listen on a network without --api-keys-file")
     hf_endpoint: str | None = setting(None, help="URL of the Hugging Face hub (default: the public one)")
     credentials_file: Path | None = setting(None, help="file of NAME TOKEN lines for private hub repositories")
-    api_keys_file: Path | None = setting(None, help="file of KEY TENANT [admin] lines; without it everybody is admin")
-    tls_cert: Path | None = setting(None, help="server certificate, PEM; with --tls-key turns TLS on")
-    tls_key: Path | None = setting(None, help="its key, PEM")
-    tls_client_ca: Path | None = setting(None, help="CA of client certificates, PEM; turns mutual TLS on")
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     gc_grace_s: float = setting(60.0, help="seconds that a revision without a name is kept, for requests under way")
     gc_interval_s: float = setting(5.0, help="seconds between looks for such revisions")
@@ -47,6 +44,8 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("at least one --model is needed")
+        self.check_identity(self.redis_url)
+        require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
         for name in ("image_cache_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")

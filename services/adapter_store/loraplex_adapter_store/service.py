@@ -14,11 +14,10 @@ from google.longrunning import operations_pb2_grpc
 from loraplex.v1 import adapter_store_pb2_grpc
 from loraplex_common.auth import Authenticator
 from loraplex_common.exposition import Audience, Exposition, new_registry
-from loraplex_common.grpc_server import GrpcServer, ServerConfig
+from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
-from loraplex_common.valkey import connect
 
 from loraplex_adapter_store import wire
 from loraplex_adapter_store.aliases import AliasTable
@@ -84,6 +83,7 @@ class _Core:
     holdings: EngineHoldings
     metrics: StoreMetrics
     executor: ThreadPoolExecutor
+    authenticator: Authenticator
 
 
 @asynccontextmanager
@@ -119,6 +119,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         metrics_port = await _serve_metrics(core, stack)
         supervisor = await stack.enter_async_context(Supervisor())
         supervisor.spawn(aliases.run(), name="name table")
+        supervisor.spawn(core.authenticator.follow(), name="credentials")
         supervisor.spawn(collector.run(), name="garbage collector")
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
@@ -134,7 +135,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
 
 
 def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Core:
-    client = connect(config.redis_url)
+    client = config.connect_valkey(config.redis_url)
     stack.push_async_callback(client.aclose)
     executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
     stack.callback(executor.shutdown, cancel_futures=True)
@@ -146,6 +147,7 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
         holdings=EngineHoldings(client),
         metrics=StoreMetrics(new_registry("adapter_store")),
         executor=executor,
+        authenticator=Authenticator.from_file(config.api_keys_file),
     )
 
 
@@ -186,16 +188,8 @@ def _intake(core: _Core, importer: Importer, operations: LongRunning) -> Intake:
 
 def _server(core: _Core, parts: StoreParts, operations: LongRunning) -> GrpcServer:
     config = core.config
-    listen = ServerConfig(
-        host=config.host,
-        port=config.port,
-        tls_cert=config.tls_cert,
-        tls_key=config.tls_key,
-        tls_client_ca=config.tls_client_ca,
-        enable_reflection=config.enable_reflection,
-    )
-    authenticator = Authenticator.from_file(config.api_keys_file)
-    server = GrpcServer(listen, authenticator=authenticator, metrics=RpcMetrics(core.metrics.registry))
+    listen = config.listen_config(config.host, config.port, enable_reflection=config.enable_reflection)
+    server = GrpcServer(listen, authenticator=core.authenticator, metrics=RpcMetrics(core.metrics.registry))
     adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(AdapterStoreServicer(parts), server.server)
     operations_pb2_grpc.add_OperationsServicer_to_server(OperationsServicer(operations), server.server)
     server.add_service_name(SERVICE)
@@ -205,7 +199,7 @@ def _server(core: _Core, parts: StoreParts, operations: LongRunning) -> GrpcServ
 
 async def _serve_metrics(core: _Core, stack: AsyncExitStack) -> int:
     config = core.config
-    audience = Audience(config.metrics_key, Authenticator.from_file(config.api_keys_file))
+    audience = Audience(config.metrics_key, core.authenticator)
     exposition = Exposition(core.metrics.registry, audience=audience)
     metrics_server = MetricsServer(exposition, config.host, config.metrics_port)
     port = await metrics_server.start()

@@ -13,7 +13,7 @@ import crc32c
 import grpc
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex.v1 import adapter_store_pb2_grpc
-from loraplex_common.auth import current_principal, require_admin
+from loraplex_common.auth import current_principal
 from loraplex_common.errors import AdapterCorruptError, AdapterNotFoundError, InvalidParameterError, LoraplexError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, check_adapter_name, check_label
 
@@ -69,7 +69,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def CreateAdapter(self, request: pb.CreateAdapterRequest, context: Context) -> pb.CreateAdapterResponse:
         """Reserve a name."""
-        caller = _admin(request)
+        caller = _caller(request)
         name = check_adapter_name(request.adapter.name, field="adapter.name")
         tenants = tuple(request.adapter.allowed_tenants)
         record = await self._parts.lifecycle.create(name, request.adapter.description, tenants, caller)
@@ -102,7 +102,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:
         """Change the fields named in the mask."""
-        caller = _admin(request)
+        caller = _caller(request)
         change = AdapterRecord(
             name=check_adapter_name(request.adapter.name, field="adapter.name"),
             description=request.adapter.description,
@@ -114,7 +114,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Delete a name softly."""
-        caller = _admin(request)
+        caller = _caller(request)
         name = check_adapter_name(request.name)
         record = await self._parts.lifecycle.delete(name, request.etag, caller, force=request.force)
         return pb.DeleteAdapterResponse(adapter=await self._adapter(record))
@@ -135,7 +135,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         """Move a label atomically."""
-        caller = _admin(request)
+        caller = _caller(request)
         name = check_adapter_name(request.alias.name, field="alias.name")
         label = check_label(request.alias.label, field="alias.label")
         given, expected = request.alias.revision, None
@@ -147,7 +147,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def ImportAdapter(self, request: pb.ImportAdapterRequest, context: Context) -> operations_pb2.Operation:
         """Start an import from a directory or the hub."""
-        target = _target(request, _admin(request))
+        target = _target(request, _caller(request))
         source: str | HubSource
         match request.WhichOneof("source"):
             case "uri":
@@ -163,11 +163,10 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> pb.UploadAdapterResponse:
         """Import the files in the stream."""
-        require_admin()
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidParameterError("the first message must be a header", field="header")
-        target = _target(first.header, _admin(first.header))
+        target = _target(first.header, _caller(first.header))
         files = tuple(
             AnnouncedFile(name=file.name, num_bytes=file.num_bytes, sha256=file.sha256) for file in first.header.files
         )
@@ -197,7 +196,6 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self, request: pb.AdapterStoreServiceEvictAdapterRequest, context: Context
     ) -> pb.AdapterStoreServiceEvictAdapterResponse:
         """Take a hint that an adapter will not be wanted."""
-        require_admin()
         await self._parts.hints.evict(request.engine_id, await self._revision(request.revision, "revision"))
         return pb.AdapterStoreServiceEvictAdapterResponse()
 
@@ -205,7 +203,6 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self, request: pb.WatchAliasesRequest, context: Context
     ) -> AsyncIterator[pb.WatchAliasesResponse]:
         """Stream the name table and its changes; for gateways, so it shows every tenant's adapters."""
-        require_admin()
         async with aclosing(self._parts.aliases.watch(request.start_sequence, request.start_history_id)) as updates:
             async for update in updates:
                 yield wire.alias_update(update)
@@ -214,7 +211,6 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self, request: pb.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
         """Stream the canonical form from an offset; it is a safetensors file."""
-        require_admin()
         digest = await self._revision(request.revision, "revision")
         manifest = await self._parts.blobs.manifest(digest)
         if manifest is None:
@@ -242,10 +238,10 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self, request_iterator: AsyncIterator[pb.AttachEngineRequest], context: Context
     ) -> AsyncIterator[pb.AttachEngineResponse]:
         """Serve one engine while its stream is open."""
-        require_admin()
         hello = await read_hello(request_iterator, wire.hello)
         messages = (wire.from_engine(message) async for message in request_iterator)
-        async with aclosing(run_session(self._parts.attached, hello, messages)) as outgoing:
+        session = run_session(self._parts.attached, hello, messages, owner=current_principal().name)
+        async with aclosing(session) as outgoing:
             async for message in outgoing:
                 if isinstance(message, EngineSession):
                     welcome = pb.AttachEngineResponse.Welcome(
@@ -263,9 +259,8 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         return wire.adapter(record, latest.get(wire.latest_of(record) or ""))
 
 
-def _admin(request: _Mutation) -> Caller:
+def _caller(request: _Mutation) -> Caller:
     """Return who asks for a change, and a digest of what: the request as it is but for its request_id."""
-    require_admin()
     if not request.request_id:
         return Caller(current_principal())
     try:

@@ -6,15 +6,18 @@ import asyncio
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from loraplex_common.log import get_logger
+from loraplex_common.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from loraplex_common.peers import PeerChannel
 
 FIRST_BACKOFF_S: Final = 0.2
 MAX_BACKOFF_S: Final = 5.0
@@ -64,8 +67,8 @@ class AliasFeed:
         tables: What is kept up to date; they stay as they are while the store is away.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, tables: Sequence[AliasTable]) -> None:
-        self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
+    def __init__(self, channel: PeerChannel, tables: Sequence[AliasTable]) -> None:
+        self._channel = channel
         self._tables = tables
         self._backoff_s = FIRST_BACKOFF_S
         self._is_away = False
@@ -84,9 +87,19 @@ class AliasFeed:
             self._backoff_s = min(self._backoff_s * 2, MAX_BACKOFF_S)
 
     async def _follow(self) -> None:
+        async with self._channel.use() as channel:
+            stub: adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub
+            stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
+            call = stub.WatchAliases(adapter_store_pb2.WatchAliasesRequest(start_sequence=0), wait_for_ready=True)
+            try:
+                await self._take_in(call)
+            finally:
+                call.cancel()
+
+    async def _take_in(self, call: grpc.aio.UnaryStreamCall[Any, adapter_store_pb2.WatchAliasesResponse]) -> None:
         staged: list[AdapterEntry] | None = None
-        request = adapter_store_pb2.WatchAliasesRequest(start_sequence=0)
-        async for response in self._stub.WatchAliases(request, wait_for_ready=True):
+        response: Any = await self._first_word(call)
+        while response is not None and response is not grpc.aio.EOF:
             self._backoff_s, self._is_away = FIRST_BACKOFF_S, False
             entries = [_entry(entry) for entry in response.entries]
             if response.snapshot_start:
@@ -103,6 +116,17 @@ class AliasFeed:
                     _log.info("received the name table", num_adapters=len(staged), sequence=response.sequence)
                     staged = None
             self._history_id, self._sequence = response.history_id, response.sequence
+            response = await call.read()
+
+    async def _first_word(self, call: grpc.aio.UnaryStreamCall[Any, Any]) -> Any:
+        """Return the first message; None if new credentials come first: a connection refused for the old ones never comes."""
+        reading = asyncio.create_task(call.read(), name="alias-feed-first-word")
+        outdated = asyncio.create_task(self._channel.outdated(), name="alias-feed-credentials")
+        try:
+            await asyncio.wait({reading, outdated}, return_when=asyncio.FIRST_COMPLETED)
+            return reading.result() if reading.done() else None
+        finally:
+            await cancel_and_wait(*(task for task in (reading, outdated) if not task.done()))
 
     def _compare(self, response: adapter_store_pb2.WatchAliasesResponse) -> None:
         """Say so if what comes is an earlier state than the one known; within a history only replicas lag, by moments."""

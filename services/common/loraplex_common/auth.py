@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import hashlib
 import re
@@ -11,7 +12,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import AdapterForbiddenError, UnauthenticatedError
+from loraplex_common.admissions import Admission, Admissions
+from loraplex_common.errors import UnauthenticatedError
+from loraplex_common.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +31,8 @@ CERTIFICATE_PREFIXES: Final = ("cn=", "san=")
 _HASH: Final = re.compile(r"[0-9a-fA-F]{64}")
 CHECK_EVERY_S: Final = 1.0
 """How old an answer about credentials may be after the keys file has changed."""
+
+_log = get_logger()
 
 
 class Role(enum.StrEnum):
@@ -91,18 +96,6 @@ def current_principal() -> Principal:
     return _current.get()
 
 
-def require_admin() -> Principal:
-    """Return the current principal if it is an administrator.
-
-    Raises:
-        AdapterForbiddenError: If it is not.
-    """
-    principal = current_principal()
-    if not principal.is_admin:
-        raise AdapterForbiddenError(f"{principal.role} {principal.name!r} may not do this: it takes the role admin")
-    return principal
-
-
 @contextmanager
 def acting_as(principal: Principal) -> Iterator[None]:
     """Make ``principal`` the current one within the block (and the tasks started in it)."""
@@ -163,6 +156,7 @@ class Authenticator:
         self._file = file
         self._clock = clock
         self._check_at = clock() + CHECK_EVERY_S
+        self._admissions = Admissions(lambda: self._principals, clock)
 
     @classmethod
     def from_file(cls, path: Path | None) -> Authenticator:
@@ -180,8 +174,17 @@ class Authenticator:
         """True if no credentials are configured and everybody is let in."""
         return not self._principals
 
+    @property
+    def num_running(self) -> int:
+        """How many calls run that a credential has let in."""
+        return self._admissions.num_running
+
     def authenticate(self, authorization: str | None, *, certificate: Certificate | None = None) -> Principal:
-        """Return who makes a call: by its key if it brings one, else by its certificate.
+        """Return who makes a call, as `admit`."""
+        return self.admit(authorization, certificate=certificate).principal
+
+    def admit(self, authorization: str | None, *, certificate: Certificate | None = None) -> Admission:
+        """Let a call in: by its key if it brings one, else by its certificate.
 
         Args:
             authorization: Value of the ``authorization`` metadata or header: ``Bearer KEY``.
@@ -193,25 +196,25 @@ class Authenticator:
         self.refresh()
         if self.is_open:
             name = certificate.common_name if certificate is not None else ""
-            if not name:
-                return ANYBODY
-            return Principal(name=name, role=Role.ADMIN, highest_priority=HIGHEST_PRIORITY)
-        principal: Principal | None = None
+            who = Principal(name=name, role=Role.ADMIN, highest_priority=HIGHEST_PRIORITY) if name else ANYBODY
+            return Admission(who, None, self._admissions)
+        credential: bytes | None = None
         if authorization is not None:
             if authorization[: len(SCHEME)].lower() != SCHEME:
                 raise UnauthenticatedError("authorization must be 'Bearer KEY'")
-            principal = self._principals.get(_digest(authorization[len(SCHEME) :].strip()))
+            credential = _digest(authorization[len(SCHEME) :].strip())
         elif certificate is not None:
-            principal = self._by_certificate(certificate)
-        if principal is None:
+            credential = self._line_of(certificate)
+        if credential is None or credential not in self._principals:
             what = "unknown API key" if authorization else "no API key: send metadata 'authorization: Bearer KEY'"
             raise UnauthenticatedError(what)
-        return principal
+        return Admission(self._principals[credential], credential, self._admissions)
 
     def refresh(self) -> None:
         """Take in what the keys file says now, if it has changed; looks at most every `CHECK_EVERY_S`.
 
-        A file that cannot be used is logged, and what was known before stays good.
+        A file that cannot be used is logged, and what was known before stays good. Calls whose credential is gone are
+        ended, see `Admission.running`.
         """
         if self._file is None or self._clock() < self._check_at:
             return
@@ -219,10 +222,21 @@ class Authenticator:
         changed = self._file.read_if_changed()
         if changed is not None:
             self._principals = changed
+        if changed is None and not self._admissions.has_lapsed:
+            return
+        num_lapsed = self._admissions.end_lapsed()
+        if changed is not None and num_lapsed:
+            _log.info("ending calls whose credential is gone", num_calls=num_lapsed)
 
-    def _by_certificate(self, certificate: Certificate) -> Principal | None:
-        names = [f"san={name}" for name in certificate.alternative_names]
+    async def follow(self) -> None:
+        """Refresh for ever, also while nobody calls: calls that run must not outlive their right."""
+        while True:
+            await asyncio.sleep(CHECK_EVERY_S)
+            self.refresh()
+
+    def _line_of(self, certificate: Certificate) -> bytes | None:
+        """Return the first of a certificate's names that the keys file has."""
+        names = [f"san={name}".encode() for name in certificate.alternative_names]
         if certificate.common_name:
-            names.append(f"cn={certificate.common_name}")
-        found = (self._principals.get(name.encode()) for name in names)
-        return next((principal for principal in found if principal is not None), None)
+            names.append(f"cn={certificate.common_name}".encode())
+        return next((name for name in names if name in self._principals), None)

@@ -134,6 +134,12 @@ class AdapterForbiddenError(LoraplexError):
     code, reason, http_status = grpc.StatusCode.PERMISSION_DENIED, "ADAPTER_FORBIDDEN", 403
 
 
+class RoleForbiddenError(LoraplexError):
+    """The caller's role may not make this call, or not for another's resource; metadata names role, RPC and roles needed."""
+
+    code, reason, http_status = grpc.StatusCode.PERMISSION_DENIED, "ROLE_FORBIDDEN", 403
+
+
 class ConflictError(LoraplexError):
     """Stale etag, generation or expected revision: read again."""
 

@@ -24,12 +24,15 @@ from prometheus_client.registry import Collector
 
 from loraplex_common.auth import SCHEME, Authenticator
 from loraplex_common.errors import UnauthenticatedError
+from loraplex_common.rights import METRICS_READERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from prometheus_client.core import Metric
     from prometheus_client.samples import Sample
+
+    from loraplex_common.secret import Secret
 
 VLLM_PREFIX: Final = "vllm:"
 OTHER: Final = "other"
@@ -63,10 +66,10 @@ class Audience:
 
     Args:
         key: Credential for scrapers; None if there is none.
-        authenticator: API keys of the service; administrators' are good for metrics, too.
+        authenticator: API keys of the service; those of administrators and of the role metrics are good, too.
     """
 
-    def __init__(self, key: str | None = None, authenticator: Authenticator | None = None) -> None:
+    def __init__(self, key: Secret | None = None, authenticator: Authenticator | None = None) -> None:
         self._key = key
         self._authenticator = authenticator or Authenticator()
 
@@ -78,10 +81,10 @@ class Audience:
         """
         if authorization is None:
             return False
-        if self._key is not None and _is_bearer_of(self._key, authorization):
+        if self._key is not None and _is_bearer_of(self._key.reveal(), authorization):
             return True
         if not self._authenticator.is_open:
-            return self._authenticator.authenticate(authorization).is_admin
+            return self._authenticator.authenticate(authorization).role in METRICS_READERS
         if self._key is not None:
             raise UnauthenticatedError("authorization must be 'Bearer KEY' with the metrics key, or be left out")
         return False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import ssl
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
 from loraplex_common.grpc_server import MAX_MESSAGE_BYTES
+from loraplex_common.secret import Secret
+from loraplex_common.tls_files import TlsFiles
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -55,22 +58,22 @@ CHANNEL_OPTIONS: Final = (
 )
 
 
-def _authorized(details: grpc.aio.ClientCallDetails, authorization: str) -> grpc.aio.ClientCallDetails:
+def _authorized(details: grpc.aio.ClientCallDetails, key: Secret) -> grpc.aio.ClientCallDetails:
     metadata = grpc.aio.Metadata(*(details.metadata or ()))
-    metadata["authorization"] = authorization
+    metadata["authorization"] = f"Bearer {key.reveal()}"
     return grpc.aio.ClientCallDetails(
         details.method, details.timeout, metadata, details.credentials, details.wait_for_ready
     )
 
 
 class _Authorization:
-    """Holds the header that its four subclasses add; grpc.aio wants one class per shape of call."""
+    """Holds the key that its four subclasses send; grpc.aio wants one class per shape of call."""
 
-    def __init__(self, authorization: str) -> None:
-        self._authorization = authorization
+    def __init__(self, key: Secret) -> None:
+        self._key = key
 
     async def _call(self, continuation: Callable[..., Awaitable[Any]], details: Any, request: Any) -> Any:
-        return await continuation(_authorized(details, self._authorization), request)
+        return await continuation(_authorized(details, self._key), request)
 
 
 class _UnaryUnary(_Authorization, grpc.aio.UnaryUnaryClientInterceptor):
@@ -99,7 +102,8 @@ def open_channel(
     tls_ca: Path | None = None,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
-    api_key: str | None = None,
+    tls_name: str | None = None,
+    api_key: str | Secret | None = None,
 ) -> grpc.aio.Channel:
     """Open a channel; the caller closes it.
 
@@ -108,20 +112,31 @@ def open_channel(
         tls_ca: Certificates to trust, PEM; turns TLS on.
         tls_cert: Client certificate, PEM, for mutual TLS.
         tls_key: Its private key, PEM.
-        api_key: Sent as ``authorization: Bearer KEY`` with every call.
+        tls_name: What the server's certificate must be for, instead of the host in ``target``.
+        api_key: Sent as ``authorization: Bearer KEY`` with every call, as it is then.
 
     Raises:
         ValueError: If ``tls_cert`` and ``tls_key`` do not come together, or without ``tls_ca``.
+        OSError: If a file cannot be used.
     """
     if (tls_cert is None) != (tls_key is None) or (tls_cert is not None and tls_ca is None):
         raise ValueError("a client certificate needs tls_cert, tls_key and tls_ca")
+    credentials: grpc.ChannelCredentials | None = None
+    if tls_ca is not None:
+        files = TlsFiles(cert=tls_cert, key=tls_key, ca=tls_ca)
+        credentials = files.contents(ssl.Purpose.SERVER_AUTH).channel_credentials()
+    key = Secret(api_key) if isinstance(api_key, str) else api_key
+    return make_channel(target, credentials, tls_name=tls_name, key=key)
+
+
+def make_channel(
+    target: str, credentials: grpc.ChannelCredentials | None, *, tls_name: str | None, key: Secret | None
+) -> grpc.aio.Channel:
+    """Open a channel; the caller closes it. None of ``credentials`` means plain text; otherwise as `open_channel`."""
     interceptors: list[grpc.aio.ClientInterceptor] = []
-    if api_key is not None:
-        header = f"Bearer {api_key}"
-        interceptors = [_UnaryUnary(header), _UnaryStream(header), _StreamUnary(header), _StreamStream(header)]
-    if tls_ca is None:
+    if key is not None:
+        interceptors = [_UnaryUnary(key), _UnaryStream(key), _StreamUnary(key), _StreamStream(key)]
+    if credentials is None:
         return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS, interceptors=interceptors)
-    credentials = grpc.ssl_channel_credentials(
-        tls_ca.read_bytes(), tls_key.read_bytes() if tls_key else None, tls_cert.read_bytes() if tls_cert else None
-    )
-    return grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS, interceptors=interceptors)
+    named = () if tls_name is None else (("grpc.ssl_target_name_override", tls_name),)
+    return grpc.aio.secure_channel(target, credentials, options=(*CHANNEL_OPTIONS, *named), interceptors=interceptors)

@@ -15,9 +15,13 @@ from loraplex_common.descriptors import connections_per_port
 from loraplex_common.health import HealthServicer
 from loraplex_common.interceptors import LoraplexInterceptor
 from loraplex_common.reflection import enable_reflection
+from loraplex_common.rights import RIGHTS
+from loraplex_common.tls_files import TlsFiles, server_credentials
 
 if TYPE_CHECKING:
-    from loraplex_common.auth import Authenticator
+    from collections.abc import Mapping
+
+    from loraplex_common.auth import Authenticator, Role
     from loraplex_common.rpc_metrics import RpcMetrics
 
 MAX_CONNECTIONS: Final = 8192
@@ -80,18 +84,27 @@ class ServerConfig:
             raise ValueError("tls_client_ca needs tls_cert and tls_key")
 
     def credentials(self) -> grpc.ServerCredentials | None:
-        """Return TLS credentials, or None for plain text."""
-        if self.tls_cert is None or self.tls_key is None:
+        """Return TLS credentials, or None for plain text. New connections are shown what the files hold by then.
+
+        Raises:
+            OSError: If the files cannot be used.
+        """
+        if self.tls_cert is None:
             return None
-        client_ca = self.tls_client_ca.read_bytes() if self.tls_client_ca else None
-        pair = (self.tls_key.read_bytes(), self.tls_cert.read_bytes())
-        return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
+        return server_credentials(TlsFiles(cert=self.tls_cert, key=self.tls_key, ca=self.tls_client_ca))
 
 
 class GrpcServer:
-    """A gRPC server with health, reflection, the error table, authentication and RPC metrics.
+    """A gRPC server with health, reflection, the error table, authentication, rights and RPC metrics.
 
-    Create it inside a running event loop, add servicers to ``server``, `start`, `set_ready`, and finally `drain`.
+    Create it inside a running event loop, add servicers to ``server``, `start`, `set_ready`, and finally `drain`. Whoever
+    runs it also runs `Authenticator.follow`, so that calls end with the right to make them.
+
+    Args:
+        config: Where it listens and how.
+        authenticator: Who is let in; None for everybody.
+        metrics: Told of calls.
+        rights: Which role may make which call.
 
     Attributes:
         server: For ``add_XxxServicer_to_server(servicer, grpc_server.server)``.
@@ -99,18 +112,27 @@ class GrpcServer:
     """
 
     def __init__(
-        self, config: ServerConfig, *, authenticator: Authenticator | None = None, metrics: RpcMetrics | None = None
+        self,
+        config: ServerConfig,
+        *,
+        authenticator: Authenticator | None = None,
+        metrics: RpcMetrics | None = None,
+        rights: Mapping[str, frozenset[Role]] = RIGHTS,
     ) -> None:
         self._config = config
         self._names: list[str] = []
         self._is_draining = False
+        self._credentials: grpc.ServerCredentials | None = None
         options = list(_OPTIONS)
         if config.max_concurrent_streams is not None:
             options.append(("grpc.max_concurrent_streams", config.max_concurrent_streams))
         max_connections = config.max_connections or connections_per_port(MAX_CONNECTIONS, num_ports=2)
         options.append(("grpc.max_allowed_incoming_connections", max_connections))
         self._calls = LoraplexInterceptor(
-            authenticator=authenticator, metrics=metrics, refuses_unknown_fields=config.refuses_unknown_fields
+            authenticator=authenticator,
+            metrics=metrics,
+            refuses_unknown_fields=config.refuses_unknown_fields,
+            rights=rights,
         )
         self.server = grpc.aio.server(interceptors=[self._calls], options=options)
         self.health = HealthServicer()
@@ -129,7 +151,8 @@ class GrpcServer:
         if self._config.enable_reflection:
             enable_reflection(self.server, self._names)
         address = f"{self._config.host}:{self._config.port}"
-        credentials = self._config.credentials()
+        # Kept: the library asks it for certificates as long as it listens.
+        credentials = self._credentials = self._config.credentials()
         try:
             if credentials is None:
                 port = self.server.add_insecure_port(address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from contextlib import aclosing, contextmanager
@@ -13,14 +14,17 @@ import grpc
 from grpc_status import rpc_status
 
 from loraplex_common.answer_by import answering_within
-from loraplex_common.auth import Authenticator, Certificate, Principal, acting_as
+from loraplex_common.auth import Authenticator, Certificate, acting_as
 from loraplex_common.errors import AdapterLoadingError, DrainingError, InvalidParameterError, LoraplexError, to_status
 from loraplex_common.log import get_logger
+from loraplex_common.rights import OPEN_SERVICES, RIGHTS, require_right
 from loraplex_common.unknown_fields import refuse_unknown_fields
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 
+    from loraplex_common.admissions import Admission
+    from loraplex_common.auth import Role
     from loraplex_common.rpc_metrics import RpcMetrics
 
 DROP_REASON_KEY: Final = "loraplex-drop-reason"
@@ -28,8 +32,8 @@ PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"  # proposal A6: the server's say 
 DO_NOT_RETRY: Final = "-1"
 # A client whose deadline passes hangs up at once: the server's copy of the deadline, set on arrival, is still to come.
 DEADLINE_MARGIN_S: Final = 0.05
-# Probes and tools come without credentials; both services tell nothing about tenants.
-OPEN_SERVICES: Final = ("/grpc.health.v1.", "/grpc.reflection.")
+# A status waits behind what the client has not read yet; one that reads nothing gets no status.
+LAST_WORD_S: Final = 2.0
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs only
@@ -54,6 +58,8 @@ class _Call:
         self._method = method
         self._authorization = authorization
         self._server = server
+        self._admission: Admission | None = None
+        self._status = ""
         self._is_strict = server.refuses_unknown_fields and not method.startswith(OPEN_SERVICES)
 
     def checked(self, request: Any) -> Any:
@@ -71,51 +77,81 @@ class _Call:
             yield self.checked(request)
 
     async def guard(self, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
-        """Run a handler as its tenant; turn what it raises into a status; record the outcome."""
+        """Run a handler as its caller; turn what it raises into a status; record the outcome."""
         metrics, label = self._server.metrics, self._method.lstrip("/")
         started = time.perf_counter()
-        status = grpc.StatusCode.OK.name
+        self._status = grpc.StatusCode.OK.name
         if metrics is not None:
             metrics.started(label)
         try:
             if self._method.startswith(OPEN_SERVICES):
                 return await run()
-            principal = self._server.principal(self._authorization, context)
-            with self._server.in_flight(), acting_as(principal), answering_within(context.time_remaining()):
-                return await run()
+            return await self._as_caller(context, run)
         except asyncio.CancelledError:
-            remaining_s: float | None = context.time_remaining()
-            is_late = remaining_s is not None and remaining_s <= DEADLINE_MARGIN_S
-            status = (grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED).name
+            await self._cancelled(context)
             raise
         except grpc.aio.AbortError:
-            status = _status_name(context)
+            self._status = _status_name(context)
             raise
         except LoraplexError as error:
-            status = error.code.name
-            await abort(context, error)
+            failure = self._admission.error() if self._admission is not None and self._admission.has_lapsed else error
+            self._status = failure.code.name
+            await abort(context, failure)
         except Exception as error:
             if context.done():  # writing to a client that went away
-                status = grpc.StatusCode.CANCELLED.name
+                self._status = grpc.StatusCode.CANCELLED.name
                 raise asyncio.CancelledError from error
-            status = grpc.StatusCode.INTERNAL.name
+            self._status = grpc.StatusCode.INTERNAL.name
             await abort(context, internal_error(self._method, error))
         finally:
             if metrics is not None:
-                metrics.finished(label, status, time.perf_counter() - started)
+                metrics.finished(label, self._status, time.perf_counter() - started)
+
+    async def _as_caller(self, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
+        self._admission = admission = self._server.admit(self._method, self._authorization, context)
+        task = asyncio.current_task()
+        assert task is not None
+        with (
+            self._server.in_flight(),
+            admission.running(task.cancel),
+            acting_as(admission.principal),
+            answering_within(context.time_remaining()),
+        ):
+            return await run()
+
+    async def _cancelled(self, context: Context) -> None:
+        """Say why a call was cancelled, if it was by us; returns if there is nobody to say it to."""
+        if self._admission is None or not self._admission.has_lapsed or context.done():
+            remaining_s: float | None = context.time_remaining()
+            is_late = remaining_s is not None and remaining_s <= DEADLINE_MARGIN_S
+            self._status = (grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED).name
+            return
+        error = self._admission.error()
+        self._status = error.code.name
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(abort(context, error), LAST_WORD_S)
 
 
 class LoraplexInterceptor(grpc.aio.ServerInterceptor):
-    """Authenticates calls, maps exceptions to rich statuses, records metrics, knows how many calls run.
+    """Authenticates and authorises calls, maps exceptions to rich statuses, records metrics, knows how many calls run.
 
-    Attributes:
+    Args:
+        authenticator: Who is let in; None for everybody.
+        metrics: Told of calls.
         refuses_unknown_fields: Whether requests with fields that our protos do not have are refused.
+        rights: Which role may make which call.
     """
 
     def __init__(
-        self, *, authenticator: Authenticator | None, metrics: RpcMetrics | None, refuses_unknown_fields: bool = False
+        self,
+        *,
+        authenticator: Authenticator | None,
+        metrics: RpcMetrics | None,
+        refuses_unknown_fields: bool = False,
+        rights: Mapping[str, frozenset[Role]] = RIGHTS,
     ) -> None:
         self._authenticator = authenticator or Authenticator()
+        self._rights = rights
         self.metrics = metrics
         self.refuses_unknown_fields = refuses_unknown_fields
         self._is_refusing = False
@@ -149,13 +185,16 @@ class LoraplexInterceptor(grpc.aio.ServerInterceptor):
             if self._num_running == 0:
                 self._idle.set()
 
-    def principal(self, authorization: str | None, context: Context) -> Principal:
-        """Return who calls.
+    def admit(self, method: str, authorization: str | None, context: Context) -> Admission:
+        """Return who calls, if it may make this call.
 
         Raises:
             UnauthenticatedError: If the credentials are missing or unknown.
+            RoleForbiddenError: If its role does not have this right.
         """
-        return self._authenticator.authenticate(authorization, certificate=_certificate(context))
+        admission = self._authenticator.admit(authorization, certificate=_certificate(context))
+        require_right(admission, method, self._rights)
+        return admission
 
     async def intercept_service(
         self,

@@ -2,6 +2,9 @@
 
 A field is a flag: ``max_num_seqs: int = setting(256, help="...")`` is ``--max-num-seqs`` and, for the engine,
 ``LORAPLEX_ENGINE_MAX_NUM_SEQS``. A flag beats the variable, the variable beats the default.
+
+Command lines are for everybody on the machine to read, so no flag takes a secret: ``metrics_key: Secret | None =
+secret(help="...")`` is ``--metrics-key-file``, ``LORAPLEX_ENGINE_METRICS_KEY_FILE`` or ``LORAPLEX_ENGINE_METRICS_KEY``.
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ import typing
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, Union
 
+from loraplex_common.secret import Secret
 from loraplex_common.sizes import parse_size
 from loraplex_common.version import package_version
 
 if typing.TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-HIDDEN: Final = "********"
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
 
@@ -36,7 +39,8 @@ def setting(
     *,
     help: str,
     parse: Callable[[str], Any] | None = None,
-    is_secret: bool = False,
+    parse_flag: Callable[[str], Any] | None = None,
+    show: Callable[[Any], Any] | None = None,
     metavar: str | None = None,
 ) -> Any:
     """Declare a field of a configuration dataclass.
@@ -45,12 +49,17 @@ def setting(
         default: Value if nobody says otherwise; without one the setting is required.
         help: One line for ``--help``.
         parse: Turns text into the value; by default chosen by the field's type. See `size`.
-        is_secret: Never printed.
+        parse_flag: The same on the command line, where less may be said; by default ``parse``.
+        show: Turns the value into what may be logged; by default all of it.
         metavar: Placeholder in ``--help``.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "parse": parse, "is_secret": is_secret, "metavar": metavar}
-    )
+    metadata = {"help": help, "parse": parse, "parse_flag": parse_flag, "show": show, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def secret(*, help: str) -> Any:
+    """Declare a field that holds a `Secret`, or None: a flag and a variable for a file, a variable for the value."""
+    return dataclasses.field(default=None, metadata={"help": help, "is_secret": True})
 
 
 def size(default: Any = dataclasses.MISSING, *, help: str) -> Any:
@@ -96,7 +105,9 @@ def load(
     try:
         for name, field in fields.items():
             variable = prefix + name.upper()
-            if name in given:
+            if _is_secret(field):
+                values[name] = _read_secret(name, given, environment, variable)
+            elif name in given:
                 values[name] = tuple(given[name]) if _is_list(hints[name]) else given[name]
             elif (text := environment.get(variable)) is not None:
                 values[name] = _from_text(text, field, hints[name], variable)
@@ -107,18 +118,40 @@ def load(
         parser.error(str(error))
 
 
+def _is_secret(field: dataclasses.Field[Any]) -> bool:
+    return bool(field.metadata.get("is_secret", False))
+
+
+def _read_secret(name: str, given: Mapping[str, Any], environment: Mapping[str, str], variable: str) -> Secret | None:
+    """Return a secret from the first place that has it: the flag, the variable with a file, the variable itself."""
+    path, text = given.get(f"{name}_file"), environment.get(variable)
+    source = f"--{name.replace('_', '-')}-file"
+    if path is None and (named := environment.get(f"{variable}_FILE")) is not None:
+        if text is not None:
+            raise SettingsError(f"{variable} and {variable}_FILE are both set: give one")
+        path, source = Path(named).expanduser(), f"{variable}_FILE"
+    if path is None:
+        return Secret(text) if text else None
+    try:
+        return Secret.from_file(path)
+    except OSError as error:
+        raise SettingsError(f"{source}: {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"{source}: {error}") from error
+
+
 def describe(config: Any) -> dict[str, Any]:
     """Return the resolved configuration for the log, secrets hidden."""
     result: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        is_hidden = field.metadata.get("is_secret", False) and value is not None
-        result[field.name] = HIDDEN if is_hidden else _plain(value)
+        show = field.metadata.get("show")
+        result[field.name] = _plain(value) if show is None or value is None else show(value)
     return result
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
+    if isinstance(value, Path | Secret):
         return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
@@ -180,7 +213,10 @@ def _from_text(text: str, field: dataclasses.Field[Any], hint: Any, variable: st
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Field[Any], hint: Any) -> None:
-    flag, convert = f"--{name.replace('_', '-')}", _converter(field, hint)
+    if _is_secret(field):
+        _add_secret_flag(parser, name, field)
+        return
+    flag, convert = f"--{name.replace('_', '-')}", field.metadata.get("parse_flag") or _converter(field, hint)
     default = "" if field.default in (dataclasses.MISSING, None, ()) else f" (default: {field.default})"
     text = (field.metadata.get("help", "") + default).replace("%", "%%")
     if _item_type(hint) is bool:
@@ -198,3 +234,10 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Fie
     action = "append" if _is_list(hint) else "store"
     metavar = field.metadata.get("metavar") or choices
     parser.add_argument(flag, action=action, type=parse, default=None, help=text, metavar=metavar)
+
+
+def _add_secret_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Field[Any]) -> None:
+    text = f"file with {field.metadata['help']}; read again when it changes".replace("%", "%%")
+    parser.add_argument(
+        f"--{name.replace('_', '-')}-file", type=lambda raw: Path(raw).expanduser(), help=text, metavar="FILE"
+    )

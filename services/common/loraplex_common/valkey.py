@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import platform
+import secrets
 import shutil
 import signal
 import socket
@@ -17,14 +18,12 @@ from importlib import util
 from pathlib import Path
 from typing import Final
 
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
-
 from loraplex_common.child_process import owned_command
 from loraplex_common.log_files import RotatingLog
+from loraplex_common.valkey_client import connect
 from loraplex_common.valkey_errors import TranslatingClient
+
+__all__ = ["EmbeddedValkey", "TranslatingClient", "ValkeyError", "connect", "server_binary"]
 
 START_TIMEOUT_S: Final = 30.0  # loading a large AOF takes its time
 STOP_TIMEOUT_S: Final = 10.0
@@ -34,27 +33,6 @@ MAX_SOCKET_PATH: Final = 100  # sockaddr_un holds 108 bytes
 
 class ValkeyError(RuntimeError):
     """The embedded server cannot run; the message has the remedy or the end of its log."""
-
-
-def connect(url: str, *, socket_timeout_s: float = 10.0) -> TranslatingClient:
-    """Return a client that answers in bytes; it connects on first use and the caller closes it (``aclose``).
-
-    Lost connections are retried three times within about a second; a command may therefore run twice. What fails then
-    is a `LoraplexError`, see `valkey_errors`.
-
-    Args:
-        url: ``redis://host:port/db``, ``rediss://...`` or ``unix:///path``.
-        socket_timeout_s: Limit for one answer; blocking commands must ask for less.
-    """
-    # No health checks: Valkey refuses PING while its disk is full, and reads must go on then.
-    client: TranslatingClient = TranslatingClient.from_url(  # type: ignore[assignment]  # it is of the class it is asked of
-        url,
-        socket_timeout=socket_timeout_s,
-        socket_connect_timeout=2.0,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=3),
-        retry_on_error=[RedisConnectionError, RedisTimeoutError],
-    )
-    return client
 
 
 def server_binary() -> Path:
@@ -78,8 +56,8 @@ def server_binary() -> Path:
 class EmbeddedValkey:
     """A Valkey server on a unix socket, owned by this process, whose data outlives it in a directory.
 
-    Appends to an AOF (fsync every second; `WAITAOF` waits for it), never evicts, writes its log beside the data. It
-    is ended with its owner, also when that is killed. `start` belongs on a thread that lives as long as the server
+    Appends to an AOF (fsync every second; `WAITAOF` waits for it), never evicts, writes its log beside the data. It asks
+    for a random password, which no command line shows. It is ended with its owner, also when that is killed. `start` belongs on a thread that lives as long as the server
     should (the main thread): Linux ties the child's life to the thread.
 
     Args:
@@ -87,7 +65,9 @@ class EmbeddedValkey:
         max_memory_bytes: Writes are refused beyond it; by default half of the machine's memory.
 
     Attributes:
-        url: For `connect`; the same after a restart.
+        address: Where it is, for command lines; ``password_path`` goes with it. The same after a restart.
+        password_path: File with the password, which only this user can read.
+        url: Address and password, for `connect` and for the environment of services; no command line takes it.
         log_path: What the server prints.
     """
 
@@ -103,7 +83,11 @@ class EmbeddedValkey:
             self._socket_dir = tempfile.TemporaryDirectory(prefix="loraplex-")
             socket_path = Path(self._socket_dir.name) / "valkey.sock"
         self._socket_path = socket_path
-        self.url = f"unix://{socket_path}"
+        # Hexadecimal: it stands in a URL and in the server's configuration as it is.
+        self._password = secrets.token_hex(32)
+        self.password_path = self._data_dir / "password"
+        self.address = f"unix://{socket_path}"
+        self.url = f"unix://:{self._password}@{socket_path}"
         self.log_path = self._data_dir / "valkey.log"
         self._log = RotatingLog(self.log_path)
 
@@ -128,15 +112,17 @@ class EmbeddedValkey:
         self._release()
         self._lock()
         self._socket_path.unlink(missing_ok=True)
-        command = owned_command(self._command(server_binary()))
+        # All of its configuration on stdin: a command line is for everybody to read.
+        command = owned_command([str(server_binary()), "-"])
         assert self._lock_fd is not None
+        self._write_password()
         log = self._log.pipe()
         try:
             # The child shares the lock: until both are gone nobody else starts on this data.
             # In a process group of its own, so that Ctrl-C in a terminal reaches the services first and their Valkey last.
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 pass_fds=[self._lock_fd],
@@ -146,6 +132,7 @@ class EmbeddedValkey:
         finally:
             os.close(log)
         try:
+            self._configure(self._process)
             self._wait_until_ready(self._process)
         except BaseException:
             self.kill()
@@ -191,20 +178,33 @@ class EmbeddedValkey:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _command(self, binary: Path) -> list[str]:
+    def _write_password(self) -> None:
+        """Write the password where only this user reads it, over whatever an earlier server left."""
+        self.password_path.unlink(missing_ok=True)
+        descriptor = os.open(self.password_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"{self._password}\n")
+
+    def _configure(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # one that has ended says why in its log
+            process.stdin.write(self._configuration().encode())
+
+    def _configuration(self) -> str:
         options = {
             "port": "0",
-            "unixsocket": str(self._socket_path),
+            "unixsocket": _quoted(self._socket_path),
             "unixsocketperm": "700",
-            "dir": str(self._data_dir),
+            "requirepass": self._password,
+            "dir": _quoted(self._data_dir),
             "appendonly": "yes",
             "appendfsync": "everysec",
-            "save": "",
+            "save": '""',
             "maxmemory": str(self._max_memory_bytes),
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
         }
-        return [str(binary), *(word for name, value in options.items() for word in (f"--{name}", value))]
+        return "".join(f"{name} {value}\n" for name, value in options.items())
 
     def _lock(self) -> None:
         descriptor = os.open(self._data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -249,11 +249,25 @@ class EmbeddedValkey:
             client.settimeout(1.0)
             try:
                 client.connect(str(self._socket_path))
-                client.sendall(b"PING\r\n")
+                client.sendall(f"AUTH {self._password}\r\nPING\r\n".encode())
+                answer = b""
+                while answer.count(b"\r\n") < 2 and (data := client.recv(256)):
+                    answer += data
                 # "-LOADING ..." while it reads its data, "-MISCONF ..." once it has but its disk is full.
-                return client.recv(64).startswith((b"+PONG", b"-MISCONF"))
+                return answer.partition(b"\r\n")[2].startswith((b"+PONG", b"-MISCONF"))
             except OSError:
                 return False
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as Valkey's configuration takes it, whatever is in it."""
+    return (
+        '"'
+        + "".join(
+            f"\\x{byte:02x}" if byte < 33 or byte > 126 or byte in b'"\\' else chr(byte) for byte in os.fsencode(path)
+        )
+        + '"'
+    )
 
 
 def _total_memory_bytes() -> int:

@@ -46,8 +46,8 @@ _REMEDIES: Final = {
     "BUSY": "Valkey is busy with a script",
     "CLUSTERDOWN": "Valkey's cluster is down",
     "TRYAGAIN": "Valkey's cluster is moving its slots",
-    "NOAUTH": "Valkey wants a password: give it in --redis-url",
-    "WRONGPASS": "Valkey refuses user or password of --redis-url",
+    "NOAUTH": "Valkey wants a password: give it with --redis-password-file",
+    "WRONGPASS": "Valkey refuses user or password: see --redis-password-file and the user in --redis-url",
     "NOPERM": "Valkey's user of --redis-url may not do this",
 }
 # The library cuts the word off where it has a class.
@@ -101,6 +101,8 @@ def _error(error: RedisError | OSError) -> LoraplexError:
 
 def _first_word(error: Exception, text: str) -> str:
     """Return what kind of answer an error is, or nothing if there was no answer."""
+    if isinstance(error.__cause__, AuthenticationError):
+        error = error.__cause__  # the library has retried to connect
     for cls, word in _WORDS.items():
         if isinstance(error, cls):
             return word

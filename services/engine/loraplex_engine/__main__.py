@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from loraplex_common import descriptors, lifecycle, log, settings
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.errors import EngineHungError
+from loraplex_common.keys_file import KeysFileError
 from loraplex_common.ports import require_free
 
 from loraplex_engine.config import ConfigError, EngineConfig
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         require_free(config.host, {"--port": config.port, "--metrics-port": config.metrics_port})
         asyncio.run(serve(config))
-    except (BaseModelError, ConfigError, OSError) as error:
+    except (BaseModelError, ConfigError, KeysFileError, OSError) as error:
         sys.exit(f"loraplex-engine: {error}")
 
 

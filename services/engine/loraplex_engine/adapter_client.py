@@ -22,7 +22,6 @@ from loraplex_common.errors import (
     from_status,
     to_status,
 )
-from loraplex_common.grpc_channel import open_channel
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
@@ -32,7 +31,7 @@ from loraplex_engine.image_transfer import ImageOffer, ImageTransfers, TransferC
 from loraplex_engine.messages import DropAdapter, ImageRefused, ResidencyChanged, ResidencyState, WantImage
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from loraplex_engine.engine import Engine
     from loraplex_engine.residency_feed import ResidencyFeed
@@ -69,7 +68,7 @@ class AdapterClient:
     """Client of ``AttachEngine``; `run` it as a task. Lives on the asyncio loop.
 
     Args:
-        target: Address of the store.
+        dial: Opens a channel to the store.
         engine: Whose arena is filled.
         feed: Its residency events.
         attachment: What the hello says.
@@ -77,9 +76,15 @@ class AdapterClient:
     """
 
     def __init__(
-        self, target: str, engine: Engine, feed: ResidencyFeed, attachment: Attachment, *, wait_s: float
+        self,
+        dial: Callable[[], grpc.aio.Channel],
+        engine: Engine,
+        feed: ResidencyFeed,
+        attachment: Attachment,
+        *,
+        wait_s: float,
     ) -> None:
-        self._target = target
+        self._dial = dial
         self._engine = engine
         self._feed = feed
         self._attachment = attachment
@@ -117,8 +122,8 @@ class AdapterClient:
         backoff_s = FIRST_BACKOFF_S
         try:
             while True:
-                # A new channel each time: an old one would wait out gRPC's own, longer, backoff.
-                async with open_channel(self._target) as channel:
+                # A new channel each time: an old one would wait out gRPC's own, longer, backoff, with the credentials of then.
+                async with self._dial() as channel:
                     was_welcomed = await self._attach_once(adapter_store_pb2_grpc.AdapterStoreServiceStub(channel))
                 if was_welcomed:
                     backoff_s = FIRST_BACKOFF_S

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from loraplex_common.log import LogFormat
-from loraplex_common.settings import setting, size
+from loraplex_common.secret import Secret
+from loraplex_common.service_settings import ServiceSettings, require_identity, valkey_url
+from loraplex_common.settings import secret, setting, size
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -22,7 +24,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
+class EngineConfig(ServiceSettings):
     """Serve one base model and any number of LoRA adapters of it on one device.
 
     Attributes:
@@ -35,7 +37,10 @@ class EngineConfig:
         port: gRPC port; 0 picks a free one.
         advertise: ``host`` or ``host:port`` under which gateways reach this engine; None means what is bound.
         metrics_port: HTTP port of /metrics; 0 picks a free one.
-        metrics_key: Shows scrapers that send it the names of restricted adapters.
+        metrics_key: Shows scrapers that send it the names of restricted adapters, as do the API keys of the roles admin
+            and metrics.
+        store_tls_name: What the adapter store's certificate must be for; None means its host.
+        allow_anonymous: Listens beyond this machine although it asks nobody who they are.
         max_model_len: Longest sequence in tokens; None means what the model was trained for.
         max_num_seqs: Most sequences of one step; None means 64 on a CPU and 256 on a GPU.
         max_num_batched_tokens: Most tokens of one step; None means 1024 on a CPU and 8192 on a GPU.
@@ -68,15 +73,17 @@ class EngineConfig:
     model: Path = setting(help="base model in Hugging Face layout", metavar="DIR")
     served_model_name: str | None = setting(None, help="name clients use (default: the directory's name)")
     model_alias: tuple[str, ...] = setting((), help="further name under which adapters may name the base")
-    redis_url: str | None = setting(None, help="Valkey or Redis to register in", is_secret=True)
+    redis_url: str | None = valkey_url(None, help="Valkey or Redis to register in")
     store_target: str | None = setting(None, help="adapter store", metavar="HOST:PORT")
     host: str = setting("127.0.0.1", help="address to listen on")
     port: int = setting(8520, help="gRPC port, 0 picks a free one")
     advertise: str | None = setting(None, help="address for gateways (default: what is bound)", metavar="HOST[:PORT]")
     metrics_port: int = setting(8521, help="HTTP port of /metrics, 0 picks a free one")
-    metrics_key: str | None = setting(
-        None, help="API key that lets a scraper see restricted adapters", is_secret=True, metavar="KEY"
+    metrics_key: Secret | None = secret(help="the key that lets a scraper see restricted adapters")
+    store_tls_name: str | None = setting(
+        None, help="name in the adapter store's certificate (default: its host)", metavar="NAME"
     )
+    allow_anonymous: bool = setting(False, help="listen on a network without --api-keys-file")
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_model_len: int | None = setting(None, help="longest sequence in tokens (default: the model's own limit)")
     max_num_seqs: int | None = setting(None, help="most sequences of one step (default: 64 on a CPU, 256 on a GPU)")
@@ -121,6 +128,7 @@ class EngineConfig:
         for name in ("store_wait_s", "session_grace_s", "step_patience_s", "drain_settle_s", "drain_grace_s"):
             _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
         _require(self.load_report_s > 0, "--load-report-s must be positive")
+        self._check_callers()
         self._check_policy()
         _require(self.dtype in get_args(DtypeName), f"--dtype {self.dtype!r} is not one of {get_args(DtypeName)}")
         _require(self.device in get_args(DeviceName), f"--device {self.device!r} is not one of {get_args(DeviceName)}")
@@ -128,6 +136,13 @@ class EngineConfig:
             self.backend in get_args(BackendName), f"--backend {self.backend!r} is not one of {get_args(BackendName)}"
         )
         _require(self.backend != "cuda" or self.device != "cpu", "--backend cuda needs --device cuda or auto")
+
+    def _check_callers(self) -> None:
+        try:
+            self.check_identity(self.redis_url)
+            require_identity(self.host, self.api_keys_file, allow_anonymous=self.allow_anonymous)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def _check_policy(self) -> None:
         for name in ("half_life_s", "promote_after_s"):

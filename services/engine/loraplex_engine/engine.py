@@ -287,6 +287,10 @@ class Engine:
         """
         return self._loop.drain(timeout_s)
 
+    def undrain(self) -> Future[object]:
+        """Take requests again; drains under way end with ConflictError. The future resolves once it is so."""
+        return self._loop.undrain()
+
     def check_integrity(self) -> Future[None]:
         """Recount pages, leases, slots and requests; the future raises RuntimeError if something is lost."""
         return self._call(self._check_integrity)

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import DrainingError, EngineHungError, InvalidParameterError, LoraplexError
+from loraplex_common.errors import ConflictError, DrainingError, EngineHungError, InvalidParameterError, LoraplexError
 
 from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.adapter_loading import AdapterLoading
@@ -142,6 +142,12 @@ class EngineLoop:
         self.post(Call(begin, failing_into(future)))
         return future
 
+    def undrain(self) -> Future[object]:
+        """Take requests again; drains under way end with ConflictError. Resolves once it is so."""
+        future: Future[object] = Future()
+        self.post(Call(self._stop_draining, future))
+        return future
+
     def stop(self) -> bool:
         """End all requests with DrainingError and the thread with them; returns when it is over.
 
@@ -259,6 +265,11 @@ class EngineLoop:
         if self._drains.next_deadline_s <= self._clock():
             error = DrainingError("this engine is shutting down", drop_reason="rejected-shutting-down")
             self._num_ended_by_drain += self._parts.scheduler.end_all(error)
+
+    def _stop_draining(self) -> None:
+        self._parts.scheduler.stop_draining()
+        self._drains.fail(ConflictError("Undrain has ended this drain: the engine takes requests again"))
+        self._num_ended_by_drain = 0
 
     def _resolve_drains(self) -> None:
         if self._drains and self._parts.scheduler.num_open == 0:

@@ -78,9 +78,11 @@ class Registration:
                 return False
             return await self._attempt(self._write)
 
-    async def announce_draining(self) -> None:
-        """Tell gateways to send no new requests."""
-        self._record = dataclasses.replace(self._record, is_draining=True)
+    async def announce(self, *, is_draining: bool) -> None:
+        """Tell gateways whether to send new requests."""
+        if is_draining == self._record.is_draining:
+            return
+        self._record = dataclasses.replace(self._record, is_draining=is_draining)
         await self.renew()
 
     async def withdraw(self) -> None:

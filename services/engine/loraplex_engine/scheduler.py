@@ -207,6 +207,10 @@ class Scheduler:
         """Refuse new requests from now on."""
         self._is_draining = True
 
+    def stop_draining(self) -> None:
+        """Take new requests again."""
+        self._is_draining = False
+
     # --- adapters ---
 
     def image_arrived(self, spec: AdapterSpec, arena_slots: tuple[int, ...]) -> None:

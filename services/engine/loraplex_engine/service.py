@@ -10,16 +10,16 @@ import time
 import uuid
 from typing import TYPE_CHECKING, TypeVar
 
-import loraplex_common.valkey
 from loraplex.v1 import adapter_pb2, engine_pb2_grpc
 from loraplex_common.adapter_names import AdapterNames
 from loraplex_common.alias_feed import AliasFeed
+from loraplex_common.auth import Authenticator
 from loraplex_common.errors import EngineHungError, StoreUnavailableError
 from loraplex_common.exposition import Audience, Exposition, new_registry
-from loraplex_common.grpc_channel import open_channel
-from loraplex_common.grpc_server import GrpcServer, ServerConfig
+from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.log import get_logger
 from loraplex_common.metrics_http import MetricsServer
+from loraplex_common.peers import PeerChannel
 from loraplex_common.registry import EngineRecord
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
@@ -27,6 +27,7 @@ from loraplex_common.vllm_metrics import ENGINE_LABEL
 
 from loraplex_engine import building
 from loraplex_engine.adapter_client import AdapterClient, Attachment
+from loraplex_engine.draining import Draining
 from loraplex_engine.engine import Engine
 from loraplex_engine.engine_collector import EngineCollector
 from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
@@ -39,6 +40,8 @@ from loraplex_engine.servicer import EngineIdentity, EngineServicer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import grpc
 
     from loraplex_engine.config import EngineConfig
 
@@ -86,19 +89,27 @@ class EngineService:
             on_crash=self._on_crash,
         )
         registry.register(EngineCollector(self.engine, self._feed, self._residency_metrics, self._names))
+        self._draining = Draining(self.engine)
         self._servicer = EngineServicer(
-            self.engine, self._feed, identity=self._identity(), config=config, metrics=RequestMetrics(registry)
+            self.engine,
+            self._feed,
+            self._draining,
+            identity=self._identity(),
+            config=config,
+            metrics=RequestMetrics(registry),
         )
-        listen = ServerConfig(host=config.host, port=config.port, enable_reflection=config.enable_reflection)
-        self._grpc = GrpcServer(listen, metrics=RpcMetrics(registry))
+        self._authenticator = Authenticator.from_file(config.api_keys_file)
+        self._peers = config.peers()
+        listen = config.listen_config(config.host, config.port, enable_reflection=config.enable_reflection)
+        self._grpc = GrpcServer(listen, authenticator=self._authenticator, metrics=RpcMetrics(registry))
         exposition = Exposition(
             registry,
-            audience=Audience(config.metrics_key),
+            audience=Audience(config.metrics_key, self._authenticator),
             vllm_labels={"model_name": self._info.name, "engine": ENGINE_LABEL},
         )
         self._metrics_http = MetricsServer(exposition, config.host, config.metrics_port)
         self._supervisor = Supervisor()
-        self._valkey = loraplex_common.valkey.connect(config.redis_url) if config.redis_url else None
+        self._valkey = config.connect_valkey(config.redis_url) if config.redis_url else None
         self._registration: Registration | None = None
 
     async def start(self) -> tuple[int, int]:
@@ -107,9 +118,10 @@ class EngineService:
         self._grpc.add_service_name(SERVICE_NAME)
         port = await self._grpc.start()
         metrics_port = await self._metrics_http.start()
+        self._supervisor.spawn(self._authenticator.follow(), name="credentials")
         if self._config.store_target is not None:
             self._client = AdapterClient(
-                self._config.store_target, self.engine, self._feed, self._attachment(), wait_s=self._config.store_wait_s
+                self._dial_store, self.engine, self._feed, self._attachment(), wait_s=self._config.store_wait_s
             )
             self._supervisor.spawn(self._client.run(), name="adapter-client")
             self._supervisor.spawn(self._follow_names(self._config.store_target), name="alias-feed")
@@ -117,6 +129,7 @@ class EngineService:
         if self._valkey is not None:
             self._registration = Registration(self._valkey, self._record(port))
             await self._registration.renew()
+            self._draining.registration = self._registration
             self._supervisor.spawn(self._registration.run(), name="registration")
         return port, metrics_port
 
@@ -137,8 +150,7 @@ class EngineService:
 
     async def drain(self) -> None:
         """Go out of service: no new requests, running ones get their grace, every stream gets its end."""
-        if self._registration is not None:
-            await self._registration.announce_draining()
+        await self._draining.begin_shutdown()
         self._grpc.set_ready(False)
         await asyncio.sleep(self._config.drain_settle_s)
         num_ended = await asyncio.wrap_future(self.engine.drain(self._config.drain_grace_s))
@@ -159,8 +171,15 @@ class EngineService:
 
     async def _follow_names(self, store_target: str) -> None:
         """Keep the names of adapters for the metrics; nothing else here knows names."""
-        async with open_channel(store_target) as channel:
+        channel = PeerChannel(self._peers, store_target, tls_name=self._config.store_tls_name)
+        try:
             await AliasFeed(channel, [self._names]).run()
+        finally:
+            await channel.close()
+
+    def _dial_store(self) -> grpc.aio.Channel:
+        assert self._config.store_target is not None
+        return self._peers.open(self._config.store_target, tls_name=self._config.store_tls_name)
 
     def _call_soon(self, function: Callable[[_Argument], None], argument: _Argument) -> None:
         """Hand something from the step loop's thread to this one; nobody is left to hear it once the loop is closed."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.config import EngineConfig
+    from loraplex_engine.draining import Draining
     from loraplex_engine.engine import Engine
     from loraplex_engine.metrics import RequestMetrics
     from loraplex_engine.residency import AdapterStatus
@@ -58,6 +59,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     Args:
         engine: The engine.
         feed: History of its residency.
+        draining: Takes it out of service and back.
         identity: What it is.
         config: Limits of sessions.
         metrics: Told of requests.
@@ -67,6 +69,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self,
         engine: Engine,
         feed: ResidencyFeed,
+        draining: Draining,
         *,
         identity: EngineIdentity,
         config: EngineConfig,
@@ -74,6 +77,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     ) -> None:
         self._engine = engine
         self._feed = feed
+        self._draining = draining
         self._identity = identity
         self._config = config
         self._metrics = metrics
@@ -214,8 +218,13 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         timeout_s = _seconds(request.deadline) if request.HasField("deadline") else DEFAULT_DRAIN_S
         if timeout_s < 0:
             raise InvalidParameterError(f"deadline {timeout_s:g} s is negative", field="deadline")
-        num_ended = await asyncio.wrap_future(self._engine.drain(timeout_s))
-        return engine_pb2.DrainResponse(num_ended=num_ended)
+        return engine_pb2.DrainResponse(num_ended=await self._draining.drain(timeout_s))
+
+    async def Undrain(
+        self, request: engine_pb2.UndrainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> engine_pb2.UndrainResponse:
+        """Take requests again."""
+        return engine_pb2.UndrainResponse(was_draining=await self._draining.undrain())
 
     async def _pause(self, seconds: float) -> None:
         try:

@@ -8,17 +8,18 @@ import uuid
 from typing import TYPE_CHECKING, Final
 
 from loraplex.v1 import fleet_pb2_grpc, gateway_pb2_grpc
-from loraplex_common import valkey
 from loraplex_common.adapter_names import AdapterNames
 from loraplex_common.alias_feed import AliasFeed
 from loraplex_common.auth import Authenticator
 from loraplex_common.descriptors import connections_per_port
 from loraplex_common.exposition import Audience, Exposition, new_registry
-from loraplex_common.grpc_channel import open_channel
-from loraplex_common.grpc_server import GrpcServer, ServerConfig
+from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.log import get_logger
+from loraplex_common.peers import PeerChannel
 from loraplex_common.rpc_metrics import RpcMetrics
+from loraplex_common.service_settings import is_loopback
 from loraplex_common.tasks import Supervisor
+from loraplex_common.tls_files import TlsFiles
 from loraplex_common.vllm_metrics import FLEET_LABEL
 
 from loraplex_gateway.admission import AdmissionController
@@ -75,7 +76,8 @@ class GatewayApp:
         self._metrics_registry = new_registry("gateway")
         self._authenticator = Authenticator.from_file(config.api_keys_file)
         self.workers = FairWorkers()
-        self._valkey = valkey.connect(config.redis_url)
+        self._valkey = config.connect_valkey(config.redis_url)
+        self._peers = config.peers()
         self._store = self._open_store()
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
         self.names = NameTable()
@@ -87,6 +89,7 @@ class GatewayApp:
             max_buffered_tokens=config.max_buffered_tokens,
             silence_s=config.engine_silence_s,
             failover_wait_s=config.failover_wait_s,
+            dial=self._dial_engine,
         )
         self._registry = RegistryWatcher(self._valkey, self.pool)
         self.admission = AdmissionController(
@@ -121,6 +124,9 @@ class GatewayApp:
         self.http_port = await self.http.start()
         self._supervisor.spawn(self.http.run(), name="http-server")
         self._supervisor.spawn(self.claims.run(), name="claims")
+        self._supervisor.spawn(self._authenticator.follow(), name="credentials")
+        if self._authenticator.is_open and not is_loopback(self.config.host):
+            _log.warning("everybody who reaches this gateway may use it: --api-keys-file says who may")
         if self._store is not None:
             feed = AliasFeed(self._store, [self.names, self._adapter_names])
             self._supervisor.spawn(feed.run(), name="alias-feed")
@@ -185,11 +191,14 @@ class GatewayApp:
             self._grpc.set_ready(self.is_ready)
             await changed.wait()
 
-    def _open_store(self) -> grpc.aio.Channel | None:
+    def _open_store(self) -> PeerChannel | None:
         config = self.config
         if not config.store_target:
             return None
-        return open_channel(config.store_target, tls_ca=config.store_tls_ca, api_key=config.store_api_key)
+        return PeerChannel(self._peers, config.store_target, tls_name=config.store_tls_name)
+
+    def _dial_engine(self, target: str) -> grpc.aio.Channel:
+        return self._peers.open(target, tls_name=self.config.engine_tls_name)
 
     def _load_models(self) -> ModelCatalog:
         config = self.config
@@ -223,12 +232,9 @@ class GatewayApp:
     def _make_grpc(self) -> GrpcServer:
         config = self.config
         server = GrpcServer(
-            ServerConfig(
-                host=config.host,
-                port=config.port,
-                tls_cert=config.tls_cert,
-                tls_key=config.tls_key,
-                tls_client_ca=config.tls_client_ca,
+            config.listen_config(
+                config.host,
+                config.port,
                 enable_reflection=config.enable_reflection,
                 max_connections=self._max_connections,
                 max_concurrent_streams=MAX_STREAMS,
@@ -240,7 +246,7 @@ class GatewayApp:
         servicer = GatewayServicer(self.core, self.catalog, self._listing, slow_client_s=config.slow_client_s)
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, server.server)
         server.add_service_name("loraplex.v1.GatewayService")
-        fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self.pool), server.server)
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self.pool, self._dial_engine), server.server)
         server.add_service_name("loraplex.v1.FleetService")
         return server
 
@@ -266,7 +272,5 @@ class GatewayApp:
             host=config.host,
             port=config.http_port,
             max_connections=self._max_connections,
-            tls_cert=config.tls_cert,
-            tls_key=config.tls_key,
-            tls_client_ca=config.tls_client_ca,
+            tls=TlsFiles(cert=config.tls_cert, key=config.tls_key, ca=config.tls_client_ca),
         )

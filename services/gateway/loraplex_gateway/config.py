@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_common.log import LogFormat
-from loraplex_common.settings import setting
+from loraplex_common.secret import Secret
+from loraplex_common.service_settings import ServiceSettings, valkey_url
+from loraplex_common.settings import secret, setting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GatewayConfig:
+class GatewayConfig(ServiceSettings):
     """Serve text generation over gRPC and OpenAI-compatible HTTP.
 
     Attributes:
@@ -19,10 +21,10 @@ class GatewayConfig:
         model_alias: Other names of the first model, e.g. its hub id.
         redis_url: Valkey or Redis with the engine registry and the request claims.
         store_target: ``host:port`` of the adapter store; None serves base models alone.
-        store_api_key: Sent to an adapter store that asks for keys; it needs the admin right to see every tenant's names.
-        store_tls_ca: Authority of the adapter store's certificate; turns TLS towards it on.
-        api_keys_file: ``KEY TENANT [admin]`` lines; None lets everybody in as tenant ``default``.
-        metrics_key: Shows scrapers that send it restricted adapters and tenants; an administrator's API key does, too.
+        engine_tls_name: What engines' certificates must be for; None means the host that each is dialled at.
+        store_tls_name: What the adapter store's certificate must be for; None means its host.
+        metrics_key: Shows scrapers that send it restricted adapters and tenants, as do the API keys of the roles admin
+            and metrics.
         max_concurrent_requests: Most requests on engines at once.
         max_queued_requests: Most requests waiting here beyond them.
         max_stream_s: Deadline of requests that come without one, and the longest that any may ask for.
@@ -39,20 +41,18 @@ class GatewayConfig:
     model: tuple[Path, ...] = setting(help="base model in Hugging Face layout (repeat for several)", metavar="DIR")
     served_model_name: str | None = setting(None, help="name of the first model (default: its directory's name)")
     model_alias: tuple[str, ...] = setting((), help="further name of the first model (repeat for several)")
-    redis_url: str = setting(help="Valkey or Redis with the engine registry", is_secret=True)
+    redis_url: str = valkey_url(help="Valkey or Redis with the engine registry")
     store_target: str | None = setting(None, help="adapter store", metavar="HOST:PORT")
-    store_api_key: str | None = setting(None, help="API key for the adapter store", is_secret=True)
-    store_tls_ca: Path | None = setting(None, help="trust the adapter store's certificate by this, PEM", metavar="FILE")
+    engine_tls_name: str | None = setting(
+        None, help="name in engines' certificates (default: the host dialled)", metavar="NAME"
+    )
+    store_tls_name: str | None = setting(
+        None, help="name in the adapter store's certificate (default: its host)", metavar="NAME"
+    )
     host: str = setting("127.0.0.1", help="address to listen on")
     port: int = setting(8500, help="gRPC port, 0 picks a free one")
     http_port: int = setting(8501, help="port of the OpenAI-compatible API and /metrics, 0 picks a free one")
-    api_keys_file: Path | None = setting(None, help="'KEY TENANT [admin]' lines", metavar="FILE")
-    tls_cert: Path | None = setting(None, help="server certificate chain, PEM", metavar="FILE")
-    tls_key: Path | None = setting(None, help="its private key, PEM", metavar="FILE")
-    tls_client_ca: Path | None = setting(None, help="require client certificates of this authority", metavar="FILE")
-    metrics_key: str | None = setting(
-        None, help="API key that lets a scraper see restricted adapters and tenants", is_secret=True, metavar="KEY"
-    )
+    metrics_key: Secret | None = secret(help="the key that lets a scraper see restricted adapters and tenants")
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_concurrent_requests: int = setting(2048, help="most requests on engines at once")
     max_queued_requests: int = setting(2048, help="most requests waiting here beyond them")
@@ -73,10 +73,7 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("--model is required: the gateway tokenises")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("--tls-cert and --tls-key belong together: give both or neither")
-        if self.tls_client_ca is not None and self.tls_cert is None:
-            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        self.check_identity(self.redis_url)
         for name in ("port", "http_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is no port")

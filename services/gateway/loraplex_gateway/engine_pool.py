@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from loraplex_common.grpc_channel import open_channel
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
@@ -18,6 +19,7 @@ from loraplex_gateway.silence import SILENCE_S
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import grpc
     from loraplex_common.registry import EngineRecord
 
     from loraplex_gateway.models import ModelCatalog
@@ -38,6 +40,7 @@ class EnginePool:
         silence_s: As of `EngineSession`.
         failover_wait_s: How long an engine that does not take requests is expected to come (back).
         clock: Monotonic seconds.
+        dial: Opens a channel to an engine's address; anew for each session, with the credentials of then.
     """
 
     def __init__(
@@ -49,7 +52,9 @@ class EnginePool:
         silence_s: float = SILENCE_S,
         failover_wait_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
+        dial: Callable[[str], grpc.aio.Channel] = open_channel,
     ) -> None:
+        self._dial = dial
         self._catalog = catalog
         self._gateway_id = gateway_id
         self._max_buffered_tokens = max_buffered_tokens
@@ -187,6 +192,7 @@ class EnginePool:
             max_buffered_tokens=self._max_buffered_tokens,
             on_change=self._notify,
             silence_s=self._silence_s,
+            dial=self._dial,
         )
         self._sessions[record.engine_id] = session
         task = asyncio.create_task(session.run(), name=f"session-{record.engine_id}")

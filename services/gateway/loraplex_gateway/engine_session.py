@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 MAX_BATCH_BYTES: Final = 1024 * 1024
 FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
+# Codes of an engine that answers, and will answer the same again until somebody mends the credentials.
+REFUSALS: Final = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 
 _log = get_logger()
 
@@ -45,6 +47,7 @@ class EngineSession:
         max_buffered_tokens: Bound of each request's buffer.
         silence_s: Without any message for so long, an engine is lost, connection or not; longer where it promises less.
         on_change: Called whenever the engine becomes or ceases to be a candidate.
+        dial: Opens a channel to an engine's address.
     """
 
     def __init__(
@@ -56,7 +59,10 @@ class EngineSession:
         max_buffered_tokens: int,
         on_change: Callable[[], None],
         silence_s: float = SILENCE_S,
+        dial: Callable[[str], grpc.aio.Channel] = open_channel,
     ) -> None:
+        self._dial = dial
+        self._refusal = ""
         self.record = record
         self.resident: set[str] = set()
         self.state = SessionState.CONNECTING
@@ -173,6 +179,9 @@ class EngineSession:
                 if was_open:
                     backoff_s = FIRST_BACKOFF_S
                     _log.warning("lost the session with an engine", engine_id=self.engine_id, cause=cause)
+                elif cause != self._refusal and cause.startswith(REFUSALS):
+                    _log.error("an engine does not let this gateway in", engine_id=self.engine_id, cause=cause)
+                self._refusal = cause
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
         finally:
@@ -194,7 +203,7 @@ class EngineSession:
 
     async def _connect_once(self) -> str:
         """Run one connection to its end and return why it ended; what arrives on it later is never read."""
-        async with open_channel(self.record.target) as channel:
+        async with self._dial(self.record.target) as channel:
             call = engine_pb2_grpc.EngineServiceStub(channel).Session()
             writer = asyncio.create_task(self._write(call), name=f"session-writer-{self.engine_id}")
             reader = asyncio.create_task(self._read(call), name=f"session-reader-{self.engine_id}")

@@ -12,6 +12,8 @@ from loraplex_common.log import get_logger
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from loraplex_common.peers import PeerChannel
+
 # Long enough to spare the store a burst's repetitions, short enough to repeat a hint that was lost.
 REPEAT_AFTER_S: Final = 2.0
 MAX_OUTSTANDING: Final = 64
@@ -28,8 +30,8 @@ class PrefetchHints:
         clock: Monotonic seconds.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, *, clock: Callable[[], float]) -> None:
-        self._stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
+    def __init__(self, channel: PeerChannel, *, clock: Callable[[], float]) -> None:
+        self._channel = channel
         self._clock = clock
         self._sent_at: dict[tuple[str, str], float] = {}
         self._outstanding: set[asyncio.Task[None]] = set()
@@ -57,6 +59,9 @@ class PrefetchHints:
     async def _send(self, digest: str, engine_id: str) -> None:
         request = adapter_store_pb2.PrefetchAdapterRequest(revision=digest, engine_id=engine_id)
         try:
-            await self._stub.PrefetchAdapter(request, timeout=RPC_TIMEOUT_S)
+            async with self._channel.use() as channel:
+                stub: adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub
+                stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
+                await stub.PrefetchAdapter(request, timeout=RPC_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             _log.debug("prefetch hint lost", digest=digest, engine_id=engine_id, cause=error.details())

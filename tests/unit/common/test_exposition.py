@@ -6,6 +6,7 @@ import pytest
 from loraplex_common.auth import Authenticator, Principal, Role
 from loraplex_common.errors import UnauthenticatedError
 from loraplex_common.exposition import Audience, Exposition, new_registry, private
+from loraplex_common.secret import Secret
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -85,7 +86,7 @@ def make_private_registry() -> CollectorRegistry:
 
 
 def test_without_a_credential_private_values_count_as_others() -> None:
-    text = Exposition(make_private_registry(), audience=Audience("key")).render().body.decode()
+    text = Exposition(make_private_registry(), audience=Audience(Secret("key"))).render().body.decode()
 
     assert 'requests_total{adapter="open"} 1.0' in text
     assert 'requests_total{adapter="other"} 6.0' in text
@@ -95,7 +96,8 @@ def test_without_a_credential_private_values_count_as_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "audience", [Audience("key"), Audience(None, Authenticator({"key": Principal(name="ops", role=Role.ADMIN)}))]
+    "audience",
+    [Audience(Secret("key")), Audience(None, Authenticator({"key": Principal(name="ops", role=Role.ADMIN)}))],
 )
 def test_with_a_credential_private_values_are_shown(audience: Audience) -> None:
     exposition = Exposition(make_private_registry(), audience=audience)
@@ -109,7 +111,7 @@ def test_with_a_credential_private_values_are_shown(audience: Audience) -> None:
 
 @pytest.mark.parametrize("authorization", ["Bearer wrong", "key", "Basic a2V5", "Bearer"])
 def test_a_wrong_credential_is_refused(authorization: str) -> None:
-    exposition = Exposition(make_private_registry(), audience=Audience("key"))
+    exposition = Exposition(make_private_registry(), audience=Audience(Secret("key")))
 
     with pytest.raises(UnauthenticatedError):
         exposition.render(authorization=authorization)

@@ -12,6 +12,7 @@ import pytest
 from loraplex_common import metrics_http
 from loraplex_common.exposition import Audience, Exposition, private
 from loraplex_common.metrics_http import MetricsServer
+from loraplex_common.secret import Secret
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
 
@@ -61,7 +62,7 @@ async def test_private_values_are_for_those_with_the_key_and_a_wrong_key_is_refu
     registry: CollectorRegistry,
 ) -> None:
     Counter("calls", "Calls.", ["tenant"], registry=registry).labels(private("acme")).inc()
-    server = MetricsServer(Exposition(registry, audience=Audience("key")))
+    server = MetricsServer(Exposition(registry, audience=Audience(Secret("key"))))
     port = await server.start()
 
     answers = [

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from loraplex_common.settings import HIDDEN, describe, load, setting, size
+from loraplex_common.secret import Secret
+from loraplex_common.settings import describe, load, secret, setting, size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +17,7 @@ class Config:
 
     model: Path = setting(help="model directory")
     model_alias: tuple[str, ...] = setting((), help="further names")
-    redis_url: str | None = setting(None, help="where Valkey is", is_secret=True)
+    metrics_key: Secret | None = secret(help="the key of scrapers")
     port: int = setting(8520, help="100 % of the time")
     pool_bytes: int | None = size(None, help="pool")
     dtype: Literal["auto", "float32"] = setting("auto", help="compute dtype")
@@ -97,9 +98,45 @@ def test_help_lists_every_flag_and_the_variables(capsys: pytest.CaptureFixture[s
     assert "100 % of the time (default: 8520)" in text
 
 
-def test_the_printed_configuration_hides_secrets() -> None:
-    config = read("--model", "/m", "--redis-url", "redis://user:password@host")
+def test_no_flag_takes_a_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("--model", "/m", "--metrics-key", "hunter2")
 
-    assert describe(config)["redis_url"] == HIDDEN
-    assert describe(config)["model"] == "/m"
-    assert describe(read("--model", "/m"))["redis_url"] is None
+    assert "--metrics-key-file FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["flag", "variable", "variable of the value"])
+def test_a_secret_comes_from_a_file_or_from_the_environment(tmp_path: Path, where: str) -> None:
+    file = tmp_path / "key"
+    file.write_text("hunter2\n")
+    flags = ("--metrics-key-file", str(file)) if where == "flag" else ()
+    environ = {"variable": {"METRICS_KEY_FILE": str(file)}, "variable of the value": {"METRICS_KEY": "hunter2"}}
+
+    config = read("--model", "/m", *flags, **{f"LORAPLEX_ENGINE_{k}": v for k, v in environ.get(where, {}).items()})
+
+    assert config.metrics_key is not None
+    assert config.metrics_key.reveal() == "hunter2"
+    assert "hunter2" not in str(describe(config)) + repr(config)
+    assert describe(read("--model", "/m"))["metrics_key"] is None
+
+
+@pytest.mark.parametrize("text", ["", "one\ntwo\n"])
+def test_a_file_without_just_one_secret_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    file = tmp_path / "key"
+    file.write_text(text)
+
+    with pytest.raises(SystemExit):
+        read("--model", "/m", "--metrics-key-file", str(file))
+
+    assert f"--metrics-key-file: {file}: it must hold one line" in capsys.readouterr().err
+
+
+def test_a_secret_and_a_file_with_it_are_not_both_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = {"LORAPLEX_ENGINE_METRICS_KEY": "a", "LORAPLEX_ENGINE_METRICS_KEY_FILE": str(tmp_path / "key")}
+
+    with pytest.raises(SystemExit):
+        read("--model", "/m", **both)
+
+    assert "are both set" in capsys.readouterr().err

@@ -94,4 +94,4 @@ def test_the_librarys_errors_are_known_in_one_place() -> None:
         if "redis.exceptions" in path.read_text()
     }
 
-    assert users == {"valkey.py", "valkey_errors.py"}
+    assert users == {"valkey_client.py", "valkey_errors.py"}

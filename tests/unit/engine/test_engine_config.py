@@ -17,7 +17,7 @@ def load(*argv: str, environ: dict[str, str] | None = None) -> EngineConfig:
 def test_flags_that_users_of_other_engines_know_are_understood() -> None:
     config = load(
         *("--max-model-len", "2048", "--max-num-seqs", "8", "--max-num-batched-tokens", "256", "--dtype", "float32"),
-        *("--pool-bytes", "512MiB", "--arena-bytes", "2GiB", "--host", "0.0.0.0", "--port", "0"),
+        *("--pool-bytes", "512MiB", "--arena-bytes", "2GiB", "--host", "0.0.0.0", "--allow-anonymous", "--port", "0"),
     )
 
     assert config.model == Path("/models/base")
@@ -83,10 +83,35 @@ def test_the_policy_flags_become_the_schedulers_policy() -> None:
     )
 
 
-def test_the_redis_url_is_never_printed() -> None:
-    config = load("--redis-url", "redis://:secret@host:6379/0")
+def test_a_password_in_the_redis_url_is_taken_from_the_environment_alone_and_never_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        load("--redis-url", "redis://:hunter2@host:6379/0")
+    said = capsys.readouterr().err
+    monkeypatch.setenv("LORAPLEX_ENGINE_REDIS_URL", "redis://me:hunter2@host:6379/0")
 
-    assert "secret" not in str(settings.describe(config))
+    config = settings.load(EngineConfig, service="engine", argv=["--model", "m"])
+
+    assert "--redis-password-file" in said
+    assert config.redis_url == "redis://me:hunter2@host:6379/0"
+    assert settings.describe(config)["redis_url"] == "redis://me:********@host:6379/0"
+    assert "hunter2" not in said
+
+
+@pytest.mark.parametrize(
+    ("host", "flags"), [("127.0.0.1", ()), ("::1", ()), ("localhost", ()), ("0.0.0.0", ("--allow-anonymous",))]
+)
+def test_an_engine_that_asks_nobody_listens_on_the_loopback_unless_somebody_means_it(
+    host: str, flags: tuple[str, ...]
+) -> None:
+    assert load("--host", host, *flags).host == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "engine-1"])
+def test_an_engine_that_asks_nobody_does_not_listen_on_a_network(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"--api-keys-file, or, .* --allow-anonymous"):
+        EngineConfig(model=Path(), host=host)
 
 
 def test_a_step_on_a_gpu_is_larger_unless_somebody_says_otherwise() -> None:

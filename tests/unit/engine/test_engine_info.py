@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 from loraplex.v1 import adapter_pb2, engine_pb2
 from loraplex_engine.config import EngineConfig
+from loraplex_engine.draining import Draining
 from loraplex_engine.metrics import RequestMetrics
 from loraplex_engine.residency_feed import ResidencyFeed
 from loraplex_engine.servicer import EngineIdentity, EngineServicer
@@ -24,6 +25,7 @@ async def test_the_backend_is_the_runners_own_word(monkeypatch: pytest.MonkeyPat
         servicer = EngineServicer(
             harness.engine,
             ResidencyFeed(1),
+            Draining(harness.engine),
             identity=EngineIdentity(engine_id="e", base_model=adapter_pb2.BaseModel(name="b"), version="1"),
             config=EngineConfig(model=Path()),
             metrics=RequestMetrics(CollectorRegistry()),

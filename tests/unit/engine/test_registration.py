@@ -82,7 +82,7 @@ async def test_draining_is_announced_at_once_and_withdrawing_removes_the_record(
     registration = Registration(client, RECORD)
     await registration.renew()
 
-    await registration.announce_draining()
+    await registration.announce(is_draining=True)
     draining = await read(client)
     await registration.withdraw()
     was_renewed = await registration.renew()

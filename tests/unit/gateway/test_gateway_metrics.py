@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from loraplex_common.exposition import OTHER, Audience, Exposition
+from loraplex_common.secret import Secret
 from loraplex_gateway.metrics import JAIN_WINDOW_S, GatewayMetrics, LabelCap, ServiceShares
 from prometheus_client import CollectorRegistry
 
@@ -36,7 +37,7 @@ def test_the_names_are_those_of_the_contract() -> None:
     metrics.requests.labels("m", "a", "OK").inc()
     metrics.count_tokens("t", num_input=3, num_output=4, num_cached=1)
 
-    exposition = Exposition(registry, audience=Audience("key"))
+    exposition = Exposition(registry, audience=Audience(Secret("key")))
     text = exposition.render(authorization="Bearer key").body.decode()
 
     assert 'loraplex_gateway_requests_total{adapter="a",code="OK",model="m"} 1.0' in text

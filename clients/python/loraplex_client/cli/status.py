@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from loraplex_common.errors import AdapterForbiddenError, LoraplexError
+from loraplex_common.errors import AdapterForbiddenError, LoraplexError, RoleForbiddenError
 from loraplex_common.sizes import format_size
 from rich.table import Table
 
@@ -80,7 +80,7 @@ def _ask_gateway(servers: Servers, problems: list[str]) -> list[EngineStatus]:
     """
     try:
         engines, silent = fleet_status(servers.gateway)
-    except AdapterForbiddenError as error:
+    except (AdapterForbiddenError, RoleForbiddenError) as error:
         stderr.print(f"note: engines are not shown: {error.message}", soft_wrap=True)
         return []
     except LoraplexError as error:

@@ -80,6 +80,11 @@ class EngineServiceStub:
                 request_serializer=loraplex_dot_v1_dot_engine__pb2.DrainRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_engine__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/loraplex.v1.EngineService/Undrain',
+                request_serializer=loraplex_dot_v1_dot_engine__pb2.UndrainRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_engine__pb2.UndrainResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServiceServicer:
@@ -149,6 +154,14 @@ class EngineServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Undrain(self, request, context):
+        """Undrain takes requests again after a Drain, whether that is under way, which then ends with ABORTED, or over. What was
+        ended stays ended. On an engine that takes requests nothing happens; one whose process ends answers UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -196,6 +209,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=loraplex_dot_v1_dot_engine__pb2.DrainRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_engine__pb2.DrainResponse.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=loraplex_dot_v1_dot_engine__pb2.UndrainRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_engine__pb2.UndrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -442,6 +460,33 @@ class EngineService:
             '/loraplex.v1.EngineService/Drain',
             loraplex_dot_v1_dot_engine__pb2.DrainRequest.SerializeToString,
             loraplex_dot_v1_dot_engine__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.EngineService/Undrain',
+            loraplex_dot_v1_dot_engine__pb2.UndrainRequest.SerializeToString,
+            loraplex_dot_v1_dot_engine__pb2.UndrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,10 @@ class EngineServiceStub:
     """EvictAdapter frees an adapter's pages once its last lease is returned."""
     Drain: _grpc.UnaryUnaryMultiCallable[_engine_pb2.DrainRequest, _engine_pb2.DrainResponse]
     """Drain stops admission, lets running requests finish until the deadline, then ends them."""
+    Undrain: _grpc.UnaryUnaryMultiCallable[_engine_pb2.UndrainRequest, _engine_pb2.UndrainResponse]
+    """Undrain takes requests again after a Drain, whether that is under way, which then ends with ABORTED, or over. What was
+    ended stays ended. On an engine that takes requests nothing happens; one whose process ends answers UNAVAILABLE.
+    """
 
 @_typing.type_check_only
 class EngineServiceAsyncStub(EngineServiceStub):
@@ -75,6 +79,10 @@ class EngineServiceAsyncStub(EngineServiceStub):
     """EvictAdapter frees an adapter's pages once its last lease is returned."""
     Drain: _aio.UnaryUnaryMultiCallable[_engine_pb2.DrainRequest, _engine_pb2.DrainResponse]  # type: ignore[assignment]
     """Drain stops admission, lets running requests finish until the deadline, then ends them."""
+    Undrain: _aio.UnaryUnaryMultiCallable[_engine_pb2.UndrainRequest, _engine_pb2.UndrainResponse]  # type: ignore[assignment]
+    """Undrain takes requests again after a Drain, whether that is under way, which then ends with ABORTED, or over. What was
+    ended stays ended. On an engine that takes requests nothing happens; one whose process ends answers UNAVAILABLE.
+    """
 
 class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
     """EngineService runs requests of one base model on one GPU or tensor-parallel group."""
@@ -150,5 +158,15 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.DrainResponse, _abc.Awaitable[_engine_pb2.DrainResponse]]:
         """Drain stops admission, lets running requests finish until the deadline, then ends them."""
+
+    @_abc_1.abstractmethod
+    def Undrain(
+        self,
+        request: _engine_pb2.UndrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.UndrainResponse, _abc.Awaitable[_engine_pb2.UndrainResponse]]:
+        """Undrain takes requests again after a Drain, whether that is under way, which then ends with ABORTED, or over. What was
+        ended stays ended. On an engine that takes requests nothing happens; one whose process ends answers UNAVAILABLE.
+        """
 
 def add_EngineServiceServicer_to_server(servicer: EngineServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -7,7 +7,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import LoraplexError
+from loraplex_common.errors import LoraplexError, RoleForbiddenError
 from loraplex_common.ids import is_digest
 from loraplex_common.log import get_logger
 from loraplex_common.rank_limits import EngineLimits
@@ -50,16 +50,33 @@ class AttachedEngines:
         self._metrics = metrics
         self._executor = executor
         self._sessions: dict[str, EngineSession] = {}
+        self._owners: dict[str, str] = {}  # of the same engines: who attached them
 
     def __contains__(self, engine_id: str) -> bool:
         return engine_id in self._sessions
 
     @asynccontextmanager
-    async def attach(self, hello: Hello) -> AsyncIterator[EngineSession]:
-        """Run a session while its stream is open. A second stream of the same engine ends the first."""
+    async def attach(self, hello: Hello, owner: str) -> AsyncIterator[EngineSession]:
+        """Run a session while its stream is open. A second stream of the same engine ends the first.
+
+        Args:
+            hello: What the engine says of itself.
+            owner: Name of the principal that attaches it: an engine id is its own for as long as the session lasts.
+
+        Raises:
+            RoleForbiddenError: If another principal has attached an engine of this id.
+        """
+        older = self._sessions.get(hello.engine_id)
+        if older is not None and self._owners[hello.engine_id] != owner:
+            _log.warning("an engine id that is another's was refused", engine=hello.engine_id, principal=owner)
+            raise RoleForbiddenError(
+                f"engine {hello.engine_id} is attached by another principal: an engine speaks for itself alone",
+                metadata={"engine_id": hello.engine_id},
+            )
         session = EngineSession(hello, self._images, self._metrics, self._executor)
-        if (older := self._sessions.get(hello.engine_id)) is not None:
+        if older is not None:
             older.end()
+        self._owners[hello.engine_id] = owner
         self._sessions[hello.engine_id] = session
         self._metrics.engines.set(len(self._sessions))
         tasks = [
@@ -130,6 +147,7 @@ class AttachedEngines:
         await session.close()
         if self._sessions.get(engine_id) is session:
             del self._sessions[engine_id]
+            del self._owners[engine_id]
             try:
                 await self._holdings.withdraw(engine_id)
             except LoraplexError as error:

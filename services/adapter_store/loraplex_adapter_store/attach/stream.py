@@ -36,14 +36,15 @@ async def read_hello(messages: AsyncIterator[Wire], convert: Callable[[Wire], He
 
 
 async def run_session(
-    attached: AttachedEngines, hello: Hello, messages: AsyncIterator[FromEngine]
+    attached: AttachedEngines, hello: Hello, messages: AsyncIterator[FromEngine], *, owner: str
 ) -> AsyncGenerator[EngineSession | ToEngine, None]:
     """Yield the session, then everything that is to be sent to the engine, until the engine says no more.
 
     Raises:
         InvalidParameterError: If the engine breaks the protocol.
+        RoleForbiddenError: If the engine is attached by another principal than ``owner``.
     """
-    async with attached.attach(hello) as session:
+    async with attached.attach(hello, owner) as session:
         reader = asyncio.create_task(_read(session, messages), name=f"read {hello.engine_id}")
         try:
             yield session

@@ -14,6 +14,7 @@ from loraplex_common.auth import Authenticator
 from loraplex_common.errors import LoraplexError
 from loraplex_common.exposition import Exposition
 from loraplex_common.interceptors import internal_error
+from loraplex_common.rights import GATEWAY, require_right
 from loraplex_common.version import package_version
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -34,7 +35,7 @@ from loraplex_gateway.openai.schema import ChatBody, CompletionBody
 from loraplex_gateway.openai.tracing import TraceIds, origin_of
 
 if TYPE_CHECKING:
-    from loraplex_common.auth import Principal
+    from loraplex_common.admissions import Admission
     from starlette.requests import Request
     from starlette.types import ASGIApp
 
@@ -87,7 +88,7 @@ class _Routes:
     async def models(self, request: Request) -> Response:
         """List base models and adapters."""
         data: list[dict[str, Any]] = []
-        for card in self._context.listing.all(self._tenant(request).name):
+        for card in self._context.listing.all(self._admit(request, "ListModels").principal.name):
             data.append(model_object(card, self._started_at))
             if len(data) % MODELS_AT_A_TIME == 0:
                 await asyncio.sleep(0)  # streams go on meanwhile
@@ -95,7 +96,7 @@ class _Routes:
 
     async def model(self, request: Request) -> Response:
         """Describe one base model or adapter."""
-        tenant = self._tenant(request)
+        tenant = self._admit(request, "GetModel").principal
         try:
             card = await self._context.listing.get(request.path_params["name"], tenant.name)
         except LoraplexError as error:
@@ -133,21 +134,25 @@ class _Routes:
         return JSONResponse({"version": package_version()})
 
     async def _planned(self, request: Request, plan: Callable[[bytes], Plan]) -> ASGIApp:
-        context, tenant = self._context, self._tenant(request)
-        async with context.bodies.read(request, tenant=tenant.name) as data:
+        context, admission = self._context, self._admit(request, "Generate")
+        tenant = admission.principal.name
+        async with context.bodies.read(request, tenant=tenant) as data:
             if len(data) <= INLINE_MAX_BODY_BYTES:
-                return self._generate(plan(data), tenant)
+                return self._generate(plan(data), admission)
             work = functools.partial(plan, data)
-            return self._generate(await context.workers.run(work, tenant=tenant.name, num_bytes=len(data)), tenant)
+            return self._generate(await context.workers.run(work, tenant=tenant, num_bytes=len(data)), admission)
 
-    def _generate(self, plan: Plan, tenant: Principal) -> ASGIApp:
+    def _generate(self, plan: Plan, admission: Admission) -> ASGIApp:
         context = self._context
-        events = generate_choices(context.core, plan.requests, tenant=tenant.name)
+        events = generate_choices(context.core, plan.requests, tenant=admission.principal.name)
         renderer = Renderer(plan, request_id=plan.requests[0].request_id)
-        return GenerationResponse(plan, events, renderer, slow_client_s=context.slow_client_s)
+        return GenerationResponse(plan, events, renderer, admission=admission, slow_client_s=context.slow_client_s)
 
-    def _tenant(self, request: Request) -> Principal:
-        return self._context.authenticator.authenticate(request.headers.get("authorization"))
+    def _admit(self, request: Request, rpc: str) -> Admission:
+        """Return who calls, if it may make the call of `GatewayService` that a route stands for."""
+        admission = self._context.authenticator.admit(request.headers.get("authorization"))
+        require_right(admission, GATEWAY + rpc)
+        return admission
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -16,6 +16,7 @@ from loraplex_gateway.stall import StallGuard
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from loraplex_common.admissions import Admission
     from starlette.types import Receive, Scope, Send
 
     from loraplex_gateway.openai.convert import Plan
@@ -36,10 +37,14 @@ class GenerationResponse:
         plan: What was asked for.
         events: What the core yields for it.
         renderer: Builds the objects.
+        admission: Who asks; the answer ends with the right to ask.
         slow_client_s: Longest time that one write may wait.
     """
 
-    def __init__(self, plan: Plan, events: Events, renderer: Renderer, *, slow_client_s: float) -> None:
+    def __init__(
+        self, plan: Plan, events: Events, renderer: Renderer, *, admission: Admission, slow_client_s: float
+    ) -> None:
+        self._admission = admission
         self._plan = plan
         self._events = events
         self._renderer = renderer
@@ -48,11 +53,16 @@ class GenerationResponse:
         self._guard: StallGuard | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; a client that disconnects ends it."""
+        """Answer; a client that disconnects ends it.
+
+        Raises:
+            UnauthenticatedError: If the credential was taken away before there was anything to say.
+        """
         work = asyncio.create_task(self._respond(scope, receive, send), name="http-generation")
         watch = asyncio.create_task(_disconnected(receive), name="http-disconnect")
         try:
-            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            with self._admission.running(work.cancel):
+                await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (work, watch):
                 task.cancel()
@@ -71,14 +81,21 @@ class GenerationResponse:
         try:
             async with aclosing(self._events):
                 await (self._stream(send) if self._plan.is_stream else self._whole(send))
+        except asyncio.CancelledError:
+            if not self._admission.has_lapsed:
+                raise
+            await self._fail(self._admission.error(), scope, receive, send)
         except (SlowConsumerError, CancelledRequestError):
             raise asyncio.CancelledError from None  # nobody reads an answer
         except Exception as error:
             failure = error if isinstance(error, LoraplexError) else internal_error("http", error)
-            if self._has_headers:
-                await self._write(send, _sse(error_object(failure, self._plan.names)) + DONE, more=False)
-            else:
-                await error_response(failure, self._plan.names)(scope, receive, send)
+            await self._fail(failure, scope, receive, send)
+
+    async def _fail(self, failure: LoraplexError, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._has_headers:
+            await self._write(send, _sse(error_object(failure, self._plan.names)) + DONE, more=False)
+        else:
+            await error_response(failure, self._plan.names)(scope, receive, send)
 
     async def _whole(self, send: Send) -> None:
         seen: list[list[Event]] = [[] for _ in self._plan.requests]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
+from loraplex_common.tls_files import RotatingServerContext
 
 from loraplex_gateway.openai.connections import Connections
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
+    from loraplex_common.tls_files import TlsFiles
     from starlette.types import ASGIApp
 
 MAX_HEADER_BYTES: Final = 64 * 1024
@@ -37,10 +37,8 @@ class HttpServer:
         app: The application.
         host: Address to listen on.
         port: 0 picks a free one.
-        tls_cert: Server certificate chain, PEM; with `tls_key` turns TLS on.
-        tls_key: Its private key, PEM.
-        tls_client_ca: Authority that must have signed clients' certificates, PEM. Tenants come from API keys here:
-            a certificate only lets its owner in.
+        tls: With a certificate, turns TLS on; new connections are shown what the files hold by then. With an authority,
+            clients must show a certificate that it has signed.
         max_connections: As many may be open; see `Connections`.
 
     Attributes:
@@ -53,9 +51,7 @@ class HttpServer:
         *,
         host: str,
         port: int,
-        tls_cert: Path | None,
-        tls_key: Path | None,
-        tls_client_ca: Path | None,
+        tls: TlsFiles,
         max_connections: int,
     ) -> None:
         self.connections = Connections(max_connections)
@@ -71,11 +67,10 @@ class HttpServer:
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_keep_alive=KEEP_ALIVE_S,
             backlog=BACKLOG,
-            ssl_certfile=tls_cert,
-            ssl_keyfile=str(tls_key) if tls_key else None,
-            ssl_ca_certs=str(tls_client_ca) if tls_client_ca else None,
-            ssl_cert_reqs=ssl.CERT_REQUIRED if tls_client_ca else ssl.CERT_NONE,
         )
+        if tls.cert is not None:
+            config.load()
+            config.ssl = RotatingServerContext(tls).context
         self._server = _Server(config)
         self._address = (host, port)
         self._socket: socket.socket | None = None

@@ -1,0 +1,139 @@
+"""How one service reaches the others: what it trusts, what it shows, and what changes while connections are open."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.grpc_channel import make_channel
+from loraplex_common.secret import Secret
+from loraplex_common.tls_files import TlsFiles, watch_tls
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import grpc
+
+    from loraplex_common.tls_files import WatchedTls
+
+LOOK_S: Final = 1.0
+"""How often whoever waits for a connection looks whether another would have better credentials."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerIdentity:
+    """What a service trusts and shows towards engines, stores and Valkey.
+
+    Attributes:
+        tls_ca: Authorities of their certificates, PEM; turns TLS on. None is plain text.
+        tls_cert: Client certificate, PEM.
+        tls_key: Its private key, PEM.
+        api_key: Sent as ``authorization: Bearer KEY`` with every call; None sends none.
+    """
+
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    api_key: Secret | None = None
+
+
+class Peers:
+    """Opens channels with an identity whose files are read again when they change.
+
+    Args:
+        identity: Trusted and shown; nothing by default.
+
+    Raises:
+        OSError: If a file cannot be used.
+    """
+
+    def __init__(self, identity: PeerIdentity | None = None) -> None:
+        self._identity = identity or PeerIdentity()
+        self._tls: WatchedTls | None = None
+        if self._identity.tls_ca is not None:
+            files = TlsFiles(cert=self._identity.tls_cert, key=self._identity.tls_key, ca=self._identity.tls_ca)
+            self._tls = watch_tls(files, ssl.Purpose.SERVER_AUTH, clock=time.monotonic)
+
+    @property
+    def version(self) -> int:
+        """Rises whenever a new connection would show or trust something else. The key does not count: calls carry it."""
+        return 0 if self._tls is None else self._tls.version
+
+    def open(self, target: str, *, tls_name: str | None = None) -> grpc.aio.Channel:
+        """Open a channel with the identity as it is now; the caller closes it.
+
+        Args:
+            target: ``host:port`` or any gRPC name.
+            tls_name: What the server's certificate must be for, instead of the host in ``target``.
+        """
+        credentials = None if self._tls is None else self._tls.value().channel_credentials()
+        return make_channel(target, credentials, tls_name=tls_name, key=self._identity.api_key)
+
+
+class PeerChannel:
+    """A channel to one peer for as long as the service runs: another one once the identity has changed.
+
+    Calls under way end on the channel that they began on.
+
+    Args:
+        peers: Opens it.
+        target: ``host:port`` or any gRPC name.
+        tls_name: What the server's certificate must be for, instead of the host in ``target``.
+    """
+
+    def __init__(self, peers: Peers, target: str, *, tls_name: str | None = None) -> None:
+        self._peers = peers
+        self._target = target
+        self._tls_name = tls_name
+        self._version = peers.version
+        self._channel = peers.open(target, tls_name=tls_name)
+        self._num_users: dict[grpc.aio.Channel, int] = {self._channel: 0}
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the next user gets another channel."""
+        return self._peers.version != self._version
+
+    @asynccontextmanager
+    async def use(self) -> AsyncIterator[grpc.aio.Channel]:
+        """Give out the channel for the block; it stays open as long as the block runs."""
+        await self._renew()
+        channel = self._channel
+        self._num_users[channel] += 1
+        try:
+            yield channel
+        finally:
+            if channel in self._num_users:  # else `close` has been before
+                self._num_users[channel] -= 1
+                await self._close_unused()
+
+    async def outdated(self) -> None:
+        """Return once the next user would get another channel; for those who wait for a connection."""
+        while not self.is_outdated:  # noqa: ASYNC110 -- files have no event to wait for
+            await asyncio.sleep(LOOK_S)
+
+    async def close(self) -> None:
+        """Close every channel; calls that run are cancelled."""
+        channels, self._num_users = list(self._num_users), {}
+        for channel in channels:
+            await channel.close()
+
+    async def _renew(self) -> None:
+        if not self.is_outdated:
+            return
+        self._version = self._peers.version
+        self._channel = self._peers.open(self._target, tls_name=self._tls_name)
+        self._num_users[self._channel] = 0
+        await self._close_unused()
+
+    async def _close_unused(self) -> None:
+        unused = [channel for channel, num in self._num_users.items() if num == 0 and channel is not self._channel]
+        for channel in unused:
+            del self._num_users[channel]
+        for channel in unused:
+            await channel.close()

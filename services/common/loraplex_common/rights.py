@@ -1,0 +1,105 @@
+"""Which role may make which call: the one table of all servers, gRPC and HTTP.
+
+Every server asks it before a handler runs, so a handler only has to care for whose resources it shows. Where no keys are
+configured there are no roles, and everybody may do everything.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.auth import Role
+from loraplex_common.errors import RoleForbiddenError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from loraplex_common.admissions import Admission
+
+OPEN_SERVICES: Final = ("/grpc.health.v1.", "/grpc.reflection.")
+"""Probes and tools come without credentials; both services tell nothing about tenants."""
+METRICS_READERS: Final = frozenset({Role.ADMIN, Role.METRICS})
+"""Who is shown tenants and restricted adapters in /metrics."""
+
+_USERS: Final = frozenset({Role.TENANT, Role.ADMIN})
+_ADMIN: Final = frozenset({Role.ADMIN})
+_GATEWAY: Final = frozenset({Role.GATEWAY})
+_ENGINE: Final = frozenset({Role.ENGINE})
+_WATCHERS: Final = frozenset({Role.ADMIN, Role.GATEWAY})
+
+GATEWAY: Final = "/loraplex.v1.GatewayService/"
+_FLEET: Final = "/loraplex.v1.FleetService/"
+_ENGINES: Final = "/loraplex.v1.EngineService/"
+_STORE: Final = "/loraplex.v1.AdapterStoreService/"
+_OPERATIONS: Final = "/google.longrunning.Operations/"
+
+RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
+    {
+        GATEWAY + "Generate": _USERS,
+        GATEWAY + "GenerateOnce": _USERS,
+        GATEWAY + "Tokenize": _USERS,
+        GATEWAY + "Detokenize": _USERS,
+        GATEWAY + "CountTokens": _USERS,
+        GATEWAY + "CancelRequest": _USERS,
+        GATEWAY + "ListModels": _USERS,
+        GATEWAY + "GetModel": _USERS,
+        _FLEET + "ListEngines": _ADMIN,
+        # Raw tokens under any adapter and for any tenant: what a gateway checks before, an engine does not.
+        _ENGINES + "Session": _GATEWAY,
+        _ENGINES + "GetEngineInfo": _WATCHERS,
+        _ENGINES + "WatchLoad": _WATCHERS,
+        _ENGINES + "ListAdapters": _WATCHERS,
+        _ENGINES + "WatchAdapters": _WATCHERS,
+        _ENGINES + "PinAdapter": _ADMIN,
+        _ENGINES + "UnpinAdapter": _ADMIN,
+        _ENGINES + "EvictAdapter": _ADMIN,
+        _ENGINES + "Drain": _ADMIN,
+        _ENGINES + "Undrain": _ADMIN,
+        # Tenants see their own names and everybody's: the store filters.
+        _STORE + "GetAdapter": _USERS,
+        _STORE + "ListAdapters": _USERS,
+        _STORE + "ListAdapterRevisions": _USERS,
+        _STORE + "CreateAdapter": _ADMIN,
+        _STORE + "UpdateAdapter": _ADMIN,
+        _STORE + "DeleteAdapter": _ADMIN,
+        _STORE + "SetAlias": _ADMIN,
+        _STORE + "ImportAdapter": _ADMIN,
+        _STORE + "UploadAdapter": _ADMIN,
+        _STORE + "DownloadAdapter": _ADMIN,
+        _STORE + "PrefetchAdapter": _WATCHERS,
+        _STORE + "EvictAdapter": _WATCHERS,
+        _STORE + "WatchAliases": frozenset({Role.ADMIN, Role.GATEWAY, Role.ENGINE}),
+        _STORE + "AttachEngine": _ENGINE,
+        _OPERATIONS + "ListOperations": _ADMIN,
+        _OPERATIONS + "GetOperation": _ADMIN,
+        _OPERATIONS + "DeleteOperation": _ADMIN,
+        _OPERATIONS + "CancelOperation": _ADMIN,
+        _OPERATIONS + "WaitOperation": _ADMIN,
+    }
+)
+"""Full method name -> the roles that may call it. What is not here, nobody may."""
+
+
+def require_right(admission: Admission, method: str, rights: Mapping[str, frozenset[Role]] = RIGHTS) -> None:
+    """Return if a caller may make a call.
+
+    Args:
+        admission: Who calls.
+        method: ``/package.Service/Method``; of HTTP, the method that the route stands for.
+        rights: The table.
+
+    Raises:
+        RoleForbiddenError: If not; its metadata has ``role``, ``rpc`` and ``roles_needed``, separated by commas.
+    """
+    if admission.is_open:
+        return
+    role, needed = admission.principal.role, rights.get(method, frozenset())
+    if role in needed:
+        return
+    names, rpc = sorted(needed), method.lstrip("/")
+    takes = f"it takes the role {' or '.join(names)}" if names else "no role has this right"
+    raise RoleForbiddenError(
+        f"{role} {admission.principal.name!r} may not call {rpc}: {takes}",
+        metadata={"role": role.value, "rpc": rpc, "roles_needed": ",".join(names)},
+    )

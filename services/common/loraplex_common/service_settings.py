@@ -1,0 +1,164 @@
+"""Settings that all services share: who may call them, and who they are towards each other and towards Valkey."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from loraplex_common.grpc_server import ServerConfig
+from loraplex_common.peers import PeerIdentity, Peers
+from loraplex_common.secret import HIDDEN, Secret
+from loraplex_common.settings import secret, setting
+from loraplex_common.tls_files import TlsFiles
+
+if TYPE_CHECKING:
+    from loraplex_common.valkey import TranslatingClient
+
+TLS_SCHEME: Final = "rediss"
+
+
+def valkey_url(*default: str | None, help: str) -> Any:
+    """Declare a field with the URL of Valkey. A password in it may stand in the environment, never in a command line."""
+    return setting(*default, help=help, parse_flag=without_password, show=hide_password, metavar="URL")
+
+
+def without_password(url: str) -> str:
+    """Return a URL that shows no secret.
+
+    Raises:
+        ValueError: If it has a password, which is not quoted.
+    """
+    parts = urlsplit(url)
+    if parts.password is not None or "password=" in parts.query:
+        raise ValueError("a command line is for everybody to read: give the password with --redis-password-file")
+    return url
+
+
+def hide_password(url: str) -> str:
+    """Return a URL as it may be logged."""
+    password = urlsplit(url).password
+    hidden = url if not password else url.replace(f":{password}@", f":{HIDDEN}@", 1)
+    before, mark, _ = hidden.partition("password=")
+    return before + mark + (HIDDEN if mark else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceSettings:
+    """Settings of every service.
+
+    Attributes:
+        redis_password: Of the user that the URL names, or of the default one.
+        redis_tls_ca: Authorities of Valkey's certificate, for a ``rediss://`` URL; the system's if None.
+        api_keys_file: Who may call, see `keys_file`; None lets everybody do everything.
+        tls_cert: Server certificate chain; turns TLS on.
+        tls_key: Its private key.
+        tls_client_ca: Authorities that clients' certificates must be signed by; turns mutual TLS on.
+        peer_tls_ca: Authorities of engines' and stores' certificates; turns TLS towards them on.
+        peer_tls_cert: Client certificate towards engines, stores and Valkey.
+        peer_tls_key: Its private key.
+        peer_api_key: Key towards engines and stores.
+    """
+
+    redis_password: Secret | None = secret(help="the password for Valkey")
+    redis_tls_ca: Path | None = setting(None, help="trust Valkey's certificate by this, PEM", metavar="FILE")
+    api_keys_file: Path | None = setting(
+        None, help="who may call: KEY NAME [ROLE] lines; without it everybody may do everything", metavar="FILE"
+    )
+    tls_cert: Path | None = setting(None, help="server certificate chain, PEM; turns TLS on", metavar="FILE")
+    tls_key: Path | None = setting(None, help="its private key, PEM", metavar="FILE")
+    tls_client_ca: Path | None = setting(
+        None, help="require client certificates of this authority, PEM", metavar="FILE"
+    )
+    peer_tls_ca: Path | None = setting(
+        None, help="trust engines and adapter stores by this, PEM; turns TLS towards them on", metavar="FILE"
+    )
+    peer_tls_cert: Path | None = setting(
+        None, help="client certificate towards engines, adapter stores and Valkey, PEM", metavar="FILE"
+    )
+    peer_tls_key: Path | None = setting(None, help="its private key, PEM", metavar="FILE")
+    peer_api_key: Secret | None = secret(help="the key to send to engines and adapter stores")
+
+    def check_identity(self, redis_url: str | None) -> None:
+        """Check what belongs together.
+
+        Raises:
+            ValueError: If half of it is missing.
+        """
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together: give both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        if (self.peer_tls_cert is None) != (self.peer_tls_key is None):
+            raise ValueError("--peer-tls-cert and --peer-tls-key belong together: give both or neither")
+        has_valkey_tls = redis_url is not None and urlsplit(redis_url).scheme == TLS_SCHEME
+        if self.redis_tls_ca is not None and not has_valkey_tls:
+            raise ValueError("--redis-tls-ca needs a --redis-url that begins with rediss://")
+        if self.peer_tls_cert is not None and self.peer_tls_ca is None and not has_valkey_tls:
+            raise ValueError("--peer-tls-cert needs --peer-tls-ca: without it nothing speaks TLS")
+
+    def listen_config(self, host: str, port: int, **options: Any) -> ServerConfig:
+        """Return how the gRPC server listens; ``options`` are further fields of `ServerConfig`."""
+        return ServerConfig(
+            host=host,
+            port=port,
+            tls_cert=self.tls_cert,
+            tls_key=self.tls_key,
+            tls_client_ca=self.tls_client_ca,
+            **options,
+        )
+
+    def peers(self) -> Peers:
+        """Return what opens channels to engines and stores.
+
+        Raises:
+            OSError: If a file cannot be used.
+        """
+        is_on = self.peer_tls_ca is not None
+        return Peers(
+            PeerIdentity(
+                tls_ca=self.peer_tls_ca,
+                tls_cert=self.peer_tls_cert if is_on else None,
+                tls_key=self.peer_tls_key if is_on else None,
+                api_key=self.peer_api_key,
+            )
+        )
+
+    def connect_valkey(self, url: str) -> TranslatingClient:
+        """Return a client of Valkey; the caller closes it.
+
+        Raises:
+            OSError: If a file cannot be used.
+        """
+        from loraplex_common.valkey import connect  # what speaks to no Valkey need not have its library
+
+        files = TlsFiles(cert=self.peer_tls_cert, key=self.peer_tls_key, ca=self.redis_tls_ca)
+        return connect(url, password=self.redis_password, tls=files)
+
+
+def require_identity(host: str, api_keys_file: Path | None, *, allow_anonymous: bool) -> None:
+    """Check that a service which may do what it likes with all adapters is not open to a network.
+
+    Args:
+        host: Where it listens.
+        api_keys_file: Who may call; None for everybody.
+        allow_anonymous: Whether somebody said that this is meant.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if api_keys_file is None and not allow_anonymous and not is_loopback(host):
+        raise ValueError(
+            f"--host {host} is open to a network: say who may call with --api-keys-file, or, if a mesh or a network "
+            f"policy takes care of that, --allow-anonymous"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address; of names only ``localhost`` is known to be one."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

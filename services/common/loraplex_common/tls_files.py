@@ -1,0 +1,163 @@
+"""Certificates, keys and authorities as files that are rotated while we run."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+
+from loraplex_common.watched_files import WatchedFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TlsFiles:
+    """One side's PEM files.
+
+    Attributes:
+        cert: Certificate chain.
+        key: Its private key, without a passphrase.
+        ca: Authorities that the other side's certificates must be signed by.
+    """
+
+    cert: Path | None = None
+    key: Path | None = None
+    ca: Path | None = None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that there are."""
+        return tuple(path for path in (self.cert, self.key, self.ca) if path is not None)
+
+    def context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
+        """Return an SSL context over the files as they are; making it proves that they fit together.
+
+        Raises:
+            OSError: If a file cannot be read, or OpenSSL cannot use it; the message names files.
+        """
+        context = ssl.create_default_context(purpose, cafile=self.ca if purpose is ssl.Purpose.SERVER_AUTH else None)
+        try:
+            if self.cert is not None:
+                # A passphrase that nobody knows: OpenSSL would ask for one on the terminal.
+                context.load_cert_chain(self.cert, self.key, password=lambda: "")
+            if self.ca is not None and purpose is ssl.Purpose.CLIENT_AUTH:
+                context.load_verify_locations(cafile=self.ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+                _forbid_resumption(context)
+        except OSError as error:
+            names = ", ".join(map(str, self.paths))
+            raise OSError(f"TLS files {names} cannot be used together: {error.strerror or error}") from error
+        return context
+
+    def contents(self, purpose: ssl.Purpose) -> TlsContents:
+        """Return the files' bytes, checked as by `context`.
+
+        Raises:
+            OSError: As `context`.
+        """
+        self.context(purpose)
+        cert, key, ca = (None if path is None else path.read_bytes() for path in (self.cert, self.key, self.ca))
+        return TlsContents(cert=cert, key=key, ca=ca)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TlsContents:
+    """What `TlsFiles` hold, PEM."""
+
+    cert: bytes | None
+    key: bytes | None
+    ca: bytes | None
+
+    def server_configuration(self) -> grpc.ServerCertificateConfiguration:
+        """Return what a gRPC server shows and asks for."""
+        assert self.key is not None
+        assert self.cert is not None
+        return grpc.ssl_server_certificate_configuration([(self.key, self.cert)], self.ca)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """Return what a gRPC client shows and trusts."""
+        return grpc.ssl_channel_credentials(self.ca, self.key, self.cert)
+
+
+def watch_tls(files: TlsFiles, purpose: ssl.Purpose, *, clock: Callable[[], float] = time.monotonic) -> WatchedTls:
+    """Return the files' contents, read again when they change.
+
+    Args:
+        files: The files.
+        purpose: Whom they authenticate: ``CLIENT_AUTH`` for servers, ``SERVER_AUTH`` for clients.
+        clock: Monotonic seconds.
+
+    Raises:
+        OSError: If they cannot be used.
+    """
+    return WatchedFiles(files.paths, lambda: files.contents(purpose), what=_names(files.paths), clock=clock)
+
+
+def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
+    """Return credentials of a gRPC server that shows every new connection what the files hold then.
+
+    Raises:
+        OSError: If they cannot be used now.
+    """
+    watched = watch_tls(files, ssl.Purpose.CLIENT_AUTH)
+    shown = watched.value()
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal shown
+        now = watched.value()
+        if now is shown:
+            return None
+        shown = now
+        return now.server_configuration()
+
+    return grpc.dynamic_ssl_server_credentials(
+        shown.server_configuration(),
+        fetch,  # type: ignore[arg-type]  # None means "as before", which the stubs do not know
+        require_client_authentication=files.ca is not None,
+    )
+
+
+class RotatingServerContext:
+    """An SSL context of an asyncio server that shows every new connection what the files hold then.
+
+    Args:
+        files: The files.
+
+    Attributes:
+        context: For the server.
+
+    Raises:
+        OSError: If they cannot be used now.
+    """
+
+    def __init__(self, files: TlsFiles) -> None:
+        make = ssl.Purpose.CLIENT_AUTH
+        self._watched = WatchedFiles(
+            files.paths, lambda: files.context(make), what=_names(files.paths), clock=time.monotonic
+        )
+        self.context = files.context(make)
+        # Called for each handshake, with or without a server name: certificate and authorities are those of the context
+        # that is set here.
+        self.context.sni_callback = self._switch
+
+    def _switch(self, connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> None:
+        connection.context = self._watched.value()
+
+
+def _forbid_resumption(context: ssl.SSLContext) -> None:
+    """Make every connection prove its certificate: a resumed session would not, and an authority may be gone by then."""
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
+
+
+WatchedTls = WatchedFiles[TlsContents]
