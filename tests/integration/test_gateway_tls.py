@@ -97,3 +97,18 @@ async def test_an_authority_taken_away_lets_in_no_new_http_connection(valkey_url
         assert await version(url, trusting(new, after)) == 200
         with pytest.raises(httpx.TransportError):
             await version(url, resumed)
+
+
+@pytest.mark.parametrize(
+    ("host", "has_keys", "warns"), [("0.0.0.0", False, True), ("0.0.0.0", True, False), ("127.0.0.1", False, False)]
+)
+async def test_a_public_gateway_that_asks_nobody_says_so(
+    valkey_url: str, tmp_path: Path, host: str, has_keys: bool, warns: bool
+) -> None:
+    (tmp_path / "keys").write_text("k acme")
+    with capture_logs() as logs:
+        async with running_gateway(valkey_url, host=host, api_keys_file=tmp_path / "keys" if has_keys else None):
+            pass
+
+    said = [log for log in logs if "everybody who reaches this gateway" in log["event"]]
+    assert bool(said) is warns

@@ -175,6 +175,12 @@ class Authenticator:
         return not self._principals
 
     @property
+    def names_certificates(self) -> bool:
+        """Whether some are let in by a certificate."""
+        prefixes = tuple(prefix.encode() for prefix in CERTIFICATE_PREFIXES)
+        return any(credential.startswith(prefixes) for credential in self._principals)
+
+    @property
     def num_running(self) -> int:
         """How many calls run that a credential has let in."""
         return self._admissions.num_running
@@ -206,8 +212,7 @@ class Authenticator:
         elif certificate is not None:
             credential = self._line_of(certificate)
         if credential is None or credential not in self._principals:
-            what = "unknown API key" if authorization else "no API key: send metadata 'authorization: Bearer KEY'"
-            raise UnauthenticatedError(what)
+            raise UnauthenticatedError(_unknown(authorization, certificate))
         return Admission(self._principals[credential], credential, self._admissions)
 
     def refresh(self) -> None:
@@ -240,3 +245,13 @@ class Authenticator:
         if certificate.common_name:
             names.append(f"cn={certificate.common_name}".encode())
         return next((name for name in names if name in self._principals), None)
+
+
+def _unknown(authorization: str | None, certificate: Certificate | None) -> str:
+    if authorization is not None:
+        return "unknown API key"
+    if certificate is None:
+        return "no API key: send metadata 'authorization: Bearer KEY'"
+    names = [f"san={name}" for name in certificate.alternative_names]
+    names += [f"cn={certificate.common_name}"] if certificate.common_name else []
+    return f"no API key, and no line of the keys file names the client certificate: {', '.join(names)[:200]}"

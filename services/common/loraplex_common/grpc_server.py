@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2_grpc
 from loraplex_common.descriptors import connections_per_port
 from loraplex_common.health import HealthServicer
 from loraplex_common.interceptors import LoraplexInterceptor
+from loraplex_common.log import get_logger
 from loraplex_common.reflection import enable_reflection
 from loraplex_common.rights import RIGHTS
 from loraplex_common.tls_files import TlsFiles, server_credentials
@@ -30,6 +31,8 @@ MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 GOODBYE_S: Final = 0.1
 LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
+
+_log = get_logger()
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -120,6 +123,7 @@ class GrpcServer:
         rights: Mapping[str, frozenset[Role]] = RIGHTS,
     ) -> None:
         self._config = config
+        self._authenticator = authenticator
         self._names: list[str] = []
         self._is_draining = False
         self._credentials: grpc.ServerCredentials | None = None
@@ -151,6 +155,12 @@ class GrpcServer:
         if self._config.enable_reflection:
             enable_reflection(self.server, self._names)
         address = f"{self._config.host}:{self._config.port}"
+        if (
+            self._authenticator is not None
+            and self._authenticator.names_certificates
+            and not self._config.tls_client_ca
+        ):
+            _log.info("callers need keys here: without --tls-client-ca no certificate in the keys file is asked for")
         # Kept: the library asks it for certificates as long as it listens.
         credentials = self._credentials = self._config.credentials()
         try:

@@ -7,7 +7,6 @@ import contextlib
 import time
 import uuid
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import grpc
@@ -15,9 +14,10 @@ from grpc_status import rpc_status
 
 from loraplex_common.answer_by import answering_within
 from loraplex_common.auth import Authenticator, Certificate, acting_as
-from loraplex_common.errors import AdapterLoadingError, DrainingError, InvalidParameterError, LoraplexError, to_status
+from loraplex_common.errors import AdapterLoadingError, DrainingError, LoraplexError, to_status
 from loraplex_common.log import get_logger
 from loraplex_common.rights import OPEN_SERVICES, RIGHTS, require_right
+from loraplex_common.undecodable import Undecodable, tolerant
 from loraplex_common.unknown_fields import refuse_unknown_fields
 
 if TYPE_CHECKING:
@@ -41,16 +41,6 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs o
 _log = get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class _Undecodable:
-    """Stands for a request that could not be parsed until the handler can answer for it."""
-
-    cause: str
-
-    def error(self) -> InvalidParameterError:
-        return InvalidParameterError(f"the request is not a valid message: {self.cause}")
-
-
 class _Call:
     """One call: wraps a handler's behaviour for its four shapes."""
 
@@ -66,7 +56,7 @@ class _Call:
         """Return the request, or for a stream an iterator over it, refusing what cannot be read or would be dropped."""
         if hasattr(request, "__aiter__"):
             return self._checked_stream(request)
-        if isinstance(request, _Undecodable):
+        if isinstance(request, Undecodable):
             raise request.error()
         if self._is_strict:
             refuse_unknown_fields(request)
@@ -251,24 +241,10 @@ def _wrap(handler: Handler, call: _Call) -> Handler:
     make, behaviour = makers[bool(handler.request_streaming), bool(handler.response_streaming)]
     wrapped: Handler = make(
         behaviour,
-        request_deserializer=_tolerant(handler.request_deserializer),
+        request_deserializer=tolerant(handler.request_deserializer),
         response_serializer=handler.response_serializer,
     )
     return wrapped
-
-
-def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """Make a deserializer return `_Undecodable` instead of raising where nobody could answer the client."""
-    if deserialize is None:
-        return None
-
-    def decode(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except Exception as error:  # whatever the parser of foreign bytes raises
-            return _Undecodable(str(error) or type(error).__name__)
-
-    return decode
 
 
 def _status_name(context: Context) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex.v1 import adapter_pb2, engine_pb2, fleet_pb2, gateway_pb2
-from loraplex_common.errors import AdapterForbiddenError, DrainingError, to_status
+from loraplex_common.errors import AdapterForbiddenError, DrainingError, LoraplexError, RoleForbiddenError, to_status
 from support.gateway_double import DIGEST
 
 if TYPE_CHECKING:
@@ -72,8 +72,11 @@ def test_an_engine_that_does_not_answer_the_gateway_is_named(loraplex: Runner, f
     assert "engine-1" in result.out
 
 
-def test_a_tenant_sees_its_models_and_why_not_the_engines(loraplex: Runner, fleet: FleetDouble) -> None:
-    fleet.failure = AdapterForbiddenError("its API key has no admin right")
+@pytest.mark.parametrize("refusal", [AdapterForbiddenError, RoleForbiddenError])
+def test_a_tenant_sees_its_models_and_why_not_the_engines(
+    loraplex: Runner, fleet: FleetDouble, refusal: type[LoraplexError]
+) -> None:
+    fleet.failure = refusal("its API key has no admin right")
 
     result = loraplex("status")
 

@@ -87,7 +87,9 @@ async def test_a_client_certificate_names_the_tenant(authority: TestAuthority) -
     with pytest.raises(grpc.aio.AioRpcError) as without:
         await ask(target, tls_ca=authority.ca)
 
-    assert isinstance(error_from_rpc(unknown.value), UnauthenticatedError)
+    refusal = error_from_rpc(unknown.value)
+    assert isinstance(refusal, UnauthenticatedError)
+    assert "cn=stranger" in refusal.message
     assert without.value.code() is grpc.StatusCode.UNAVAILABLE  # refused in the handshake
     await server.drain(settle_s=0, grace_s=0)
 
