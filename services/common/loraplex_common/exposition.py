@@ -22,7 +22,7 @@ from prometheus_client import (
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from loraplex_common.auth import SCHEME, Authenticator
+from loraplex_common.auth import SCHEME, Authenticator, Role
 from loraplex_common.errors import UnauthenticatedError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Audience:
 
     Args:
         key: Credential for scrapers; None if there is none.
-        authenticator: API keys of the service; administrators' are good for metrics, too.
+        authenticator: API keys of the service; those of the roles metrics and admin are good for metrics, too.
     """
 
     def __init__(self, key: str | None = None, authenticator: Authenticator | None = None) -> None:
@@ -81,7 +81,7 @@ class Audience:
         if self._key is not None and _is_bearer_of(self._key, authorization):
             return True
         if not self._authenticator.is_open:
-            return self._authenticator.authenticate(authorization).is_admin
+            return self._authenticator.authenticate(authorization).role in (Role.METRICS, Role.ADMIN)
         if self._key is not None:
             raise UnauthenticatedError("authorization must be 'Bearer KEY' with the metrics key, or be left out")
         return False

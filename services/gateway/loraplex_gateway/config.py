@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex_common.keys_file import SYNTAX
 from loraplex_common.log import LogFormat
 from loraplex_common.settings import setting
 
@@ -21,7 +22,8 @@ class GatewayConfig:
         store_target: ``host:port`` of the adapter store; None serves base models alone.
         store_api_key: Sent to an adapter store that asks for keys; it needs the admin right to see every tenant's names.
         store_tls_ca: Authority of the adapter store's certificate; turns TLS towards it on.
-        api_keys_file: ``KEY TENANT [admin]`` lines; None lets everybody in as tenant ``default``.
+        api_keys_file: Who is let in, see `loraplex_common.keys_file`; None lets everybody in as tenant ``default``.
+        metrics_port: Port of /metrics, for scrapers: it shows what no client needs to know.
         metrics_key: Shows scrapers that send it restricted adapters and tenants; an administrator's API key does, too.
         max_concurrent_requests: Most requests on engines at once.
         max_queued_requests: Most requests waiting here beyond them.
@@ -45,8 +47,9 @@ class GatewayConfig:
     store_tls_ca: Path | None = setting(None, help="trust the adapter store's certificate by this, PEM", metavar="FILE")
     host: str = setting("127.0.0.1", help="address to listen on")
     port: int = setting(8500, help="gRPC port, 0 picks a free one")
-    http_port: int = setting(8501, help="port of the OpenAI-compatible API and /metrics, 0 picks a free one")
-    api_keys_file: Path | None = setting(None, help="'KEY TENANT [admin]' lines", metavar="FILE")
+    http_port: int = setting(8501, help="port of the OpenAI-compatible API, 0 picks a free one")
+    metrics_port: int = setting(8502, help="HTTP port of /metrics, 0 picks a free one")
+    api_keys_file: Path | None = setting(None, help=f"lines {SYNTAX!r}", metavar="FILE")
     tls_cert: Path | None = setting(None, help="server certificate chain, PEM", metavar="FILE")
     tls_key: Path | None = setting(None, help="its private key, PEM", metavar="FILE")
     tls_client_ca: Path | None = setting(None, help="require client certificates of this authority", metavar="FILE")
@@ -77,7 +80,7 @@ class GatewayConfig:
             raise ValueError("--tls-cert and --tls-key belong together: give both or neither")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
-        for name in ("port", "http_port"):
+        for name in ("port", "http_port", "metrics_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
         positive = (

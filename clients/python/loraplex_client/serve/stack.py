@@ -42,12 +42,13 @@ class Stack:
     Attributes:
         grpc: Address of the gateway, once started.
         http: Address of its OpenAI-compatible port, once started.
+        metrics: Address of its /metrics, once started.
         store: Address of the adapter store, once started.
         engine: Address of the engine, once started.
     """
 
     def __init__(self, config: ServeConfig, report: Report) -> None:
-        self.grpc = self.http = self.store = self.engine = ""
+        self.grpc = self.http = self.metrics = self.store = self.engine = ""
         self._config = config
         self._report = report
         self._children: list[Child] = []
@@ -119,6 +120,7 @@ class Stack:
             raise failures.exceptions[0] from None
         self.engine = engine.addresses["grpc"]
         self.grpc, self.http = gateway.addresses["grpc"], gateway.addresses["http"]
+        self.metrics = gateway.addresses["metrics"]
 
     async def _start(self, child: Child) -> None:
         self._children.append(child)

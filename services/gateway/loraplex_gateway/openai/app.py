@@ -1,4 +1,4 @@
-"""The routes of the HTTP port: OpenAI's API, /metrics, /health, /version."""
+"""The routes of the HTTP port: OpenAI's API, /health, /version."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from loraplex_common.auth import Authenticator
 from loraplex_common.errors import LoraplexError
-from loraplex_common.exposition import Exposition
 from loraplex_common.interceptors import internal_error
 from loraplex_common.version import package_version
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from loraplex_gateway.core import GatewayCore
@@ -53,7 +52,7 @@ class HttpContext:
     catalog: ModelCatalog
     listing: ModelListing
     authenticator: Authenticator
-    exposition: Exposition
+    metrics_address: Callable[[], str]
     bodies: BodyReader
     workers: FairWorkers
     slow_client_s: float
@@ -117,10 +116,9 @@ class _Routes:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Show the metrics."""
-        accept = ",".join(request.headers.getlist("accept"))
-        page = self._context.exposition.render(accept=accept, authorization=request.headers.get("authorization"))
-        return Response(page.body, media_type=None, headers={"content-type": page.content_type})
+        """Say where they went: who may reach this port need not learn how the service fares."""
+        text = f"metrics are not served here: GET /metrics on {self._context.metrics_address()} (--metrics-port)\n"
+        return PlainTextResponse(text, 404)
 
     async def health(self, request: Request) -> Response:
         """Say whether requests can be served."""
