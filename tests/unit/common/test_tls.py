@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,11 @@ from loraplex_common.errors import UnauthenticatedError
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.rpc_errors import error_from_rpc
+from support.certificates import Certificates
 
 pytestmark = pytest.mark.skipif(
     shutil.which("openssl") is None, reason="needs the openssl command to make certificates"
 )
-
-
-class Certificates:
-    """A certificate authority in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.ca = folder / "ca.pem"
-        key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        self._openssl("req", "-x509", *key, "-subj", "/CN=test-ca", "-days", "2", "-keyout", "ca.key", "-out", "ca.pem")
-
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """Return (certificate, key) for a common name, valid for localhost."""
-        key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-        self._openssl("req", *key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
-        (self._folder / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "san")
-        self._openssl("x509", "-req", "-in", f"{name}.csr", *signing, "-out", f"{name}.pem")
-        return self._folder / f"{name}.pem", self._folder / f"{name}.key"
-
-    def _openssl(self, *arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=self._folder, check=True, capture_output=True, timeout=60)
 
 
 @pytest.fixture

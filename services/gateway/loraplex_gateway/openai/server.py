@@ -39,8 +39,7 @@ class HttpServer:
         port: 0 picks a free one.
         tls_cert: Server certificate chain, PEM; with `tls_key` turns TLS on.
         tls_key: Its private key, PEM.
-        tls_client_ca: Authority that must have signed clients' certificates, PEM. Tenants come from API keys here:
-            a certificate only lets its owner in.
+        tls_client_ca: Authority that must have signed clients' certificates, PEM; see `connections.certificate_of`.
         max_connections: As many may be open; see `Connections`.
 
     Attributes:
