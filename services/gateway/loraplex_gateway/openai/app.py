@@ -1,4 +1,4 @@
-"""The routes of the HTTP port: OpenAI's API, /health, /version."""
+"""The routes of the HTTP port: OpenAI's API, /health, /version. All but health ask for credentials, if there are any."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from loraplex_common.auth import Authenticator
-from loraplex_common.errors import LoraplexError
+from loraplex_common.auth import Authenticator, Role
+from loraplex_common.errors import AdapterForbiddenError, LoraplexError
 from loraplex_common.interceptors import internal_error
 from loraplex_common.version import package_version
 from starlette.applications import Starlette
@@ -26,6 +26,7 @@ from loraplex_gateway.models import ModelCatalog
 from loraplex_gateway.openai import convert, fields
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.choices import generate_choices
+from loraplex_gateway.openai.connections import certificate_of
 from loraplex_gateway.openai.errors import BodyNames, error_response
 from loraplex_gateway.openai.render import Renderer, model_object
 from loraplex_gateway.openai.responses import GenerationResponse
@@ -86,7 +87,7 @@ class _Routes:
     async def models(self, request: Request) -> Response:
         """List base models and adapters."""
         data: list[dict[str, Any]] = []
-        for card in self._context.listing.all(self._tenant(request).name):
+        for card in self._context.listing.all(self._caller(request)):
             data.append(model_object(card, self._started_at))
             if len(data) % MODELS_AT_A_TIME == 0:
                 await asyncio.sleep(0)  # streams go on meanwhile
@@ -94,25 +95,26 @@ class _Routes:
 
     async def model(self, request: Request) -> Response:
         """Describe one base model or adapter."""
-        tenant = self._tenant(request)
+        caller = self._caller(request)
         try:
-            card = await self._context.listing.get(request.path_params["name"], tenant.name)
+            card = await self._context.listing.get(request.path_params["name"], caller)
         except LoraplexError as error:
             return error_response(error, BodyNames(fields.MODEL_PATH))
         return JSONResponse(model_object(card, self._started_at))
 
     async def completions(self, request: Request) -> ASGIApp:
         """Continue text."""
-        catalog, origin = self._context.catalog, origin_of(request.scope)
+        origin = origin_of(request.scope)
         return await self._planned(
-            request, lambda data: convert.completion_plan(convert.decode(data, CompletionBody), catalog, origin=origin)
+            request,
+            lambda data, is_base: convert.completion_plan(convert.decode(data, CompletionBody), is_base, origin=origin),
         )
 
     async def chat_completions(self, request: Request) -> ASGIApp:
         """Continue a conversation."""
-        catalog, origin = self._context.catalog, origin_of(request.scope)
+        origin = origin_of(request.scope)
         return await self._planned(
-            request, lambda data: convert.chat_plan(convert.decode(data, ChatBody), catalog, origin=origin)
+            request, lambda data, is_base: convert.chat_plan(convert.decode(data, ChatBody), is_base, origin=origin)
         )
 
     async def metrics(self, request: Request) -> Response:
@@ -128,24 +130,36 @@ class _Routes:
 
     async def version(self, request: Request) -> Response:
         """Say which build this is, as vLLM does."""
+        self._caller(request)
         return JSONResponse({"version": package_version()})
 
-    async def _planned(self, request: Request, plan: Callable[[bytes], Plan]) -> ASGIApp:
-        context, tenant = self._context, self._tenant(request)
-        async with context.bodies.read(request, tenant=tenant.name) as data:
-            if len(data) <= INLINE_MAX_BODY_BYTES:
-                return self._generate(plan(data), tenant)
-            work = functools.partial(plan, data)
-            return self._generate(await context.workers.run(work, tenant=tenant.name, num_bytes=len(data)), tenant)
+    async def _planned(self, request: Request, plan: Callable[[bytes, convert.IsBase], Plan]) -> ASGIApp:
+        context, caller = self._context, self._caller(request)
 
-    def _generate(self, plan: Plan, tenant: Principal) -> ASGIApp:
+        def is_base(name: str) -> bool:
+            return context.catalog.find(name, caller) is not None
+
+        async with context.bodies.read(request, tenant=caller.name) as data:
+            if len(data) <= INLINE_MAX_BODY_BYTES:
+                return self._generate(plan(data, is_base), caller)
+            work = functools.partial(plan, data, is_base)
+            return self._generate(await context.workers.run(work, tenant=caller.name, num_bytes=len(data)), caller)
+
+    def _generate(self, plan: Plan, caller: Principal) -> ASGIApp:
         context = self._context
-        events = generate_choices(context.core, plan.requests, tenant=tenant.name)
+        events = generate_choices(context.core, plan.requests, caller=caller)
         renderer = Renderer(plan, request_id=plan.requests[0].request_id)
         return GenerationResponse(plan, events, renderer, slow_client_s=context.slow_client_s)
 
-    def _tenant(self, request: Request) -> Principal:
-        return self._context.authenticator.authenticate(request.headers.get("authorization"))
+    def _caller(self, request: Request) -> Principal:
+        """Return who makes a request: by its key, else by the certificate of its connection, as over gRPC."""
+        authorization, certificate = request.headers.get("authorization"), certificate_of(request.scope)
+        caller = self._context.authenticator.authenticate(authorization, certificate=certificate)
+        if not caller.generates:
+            raise AdapterForbiddenError(
+                f"{caller.role} {caller.name!r} may not do this: it takes the role {Role.TENANT} or {Role.ADMIN}"
+            )
+        return caller
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
