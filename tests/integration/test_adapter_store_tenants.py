@@ -33,12 +33,12 @@ async def test_a_restricted_adapter_is_to_others_as_one_that_does_not_exist(
             bob, told = StoreClient(channel=channel), []
             for name in ("private", "prixxte"):
                 for call in (
-                    lambda name=name: bob.stub.GetAdapter(pb.GetAdapterRequest(name=f"{name}{suffix}")),
-                    lambda name=name: bob.stub.ListAdapterRevisions(pb.ListAdapterRevisionsRequest(name=name)),
-                    lambda name=name: bob.stub.DeleteAdapter(pb.DeleteAdapterRequest(name=name)),
+                    bob.stub.GetAdapter(pb.GetAdapterRequest(name=f"{name}{suffix}")),
+                    bob.stub.ListAdapterRevisions(pb.ListAdapterRevisionsRequest(name=name)),
+                    bob.stub.DeleteAdapter(pb.DeleteAdapterRequest(name=name)),
                 ):
                     with pytest.raises(grpc.aio.AioRpcError) as caught:
-                        await call()
+                        await call
                     error = error_from_rpc(caught.value)
                     told.append((error.reason, error.message.replace(name, "NAME"), error.metadata, error.violations))
             hinted = pb.PrefetchAdapterRequest(revision=digest[:8])

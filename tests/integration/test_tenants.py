@@ -165,8 +165,9 @@ async def test_ids_of_two_tenants_that_read_alike_with_their_names_run_side_by_s
         first = rig.stub.Generate(text_request(request_id="prod:77"), metadata=as_("team"))
         second = other.stub.Generate(text_request(request_id="77"), metadata=as_("prod"))
 
-        assert (await first.read()).HasField("started")
-        assert (await second.read()).HasField("started")
+        for call in (first, second):
+            response: Any = await call.read()
+            assert response.HasField("started")
 
         for engine in (*rig.engines, *other.engines):
             engine.release()
