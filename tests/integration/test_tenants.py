@@ -235,7 +235,7 @@ async def test_every_route_but_health_asks_who_calls(rig: Rig, method: str, path
 
     assert {(answer.status_code, answer.headers.get("www-authenticate")) for answer in answers} == {(401, "Bearer")}
     assert {answer.status_code for answer in others} == {403}
-    assert all("it takes the role tenant or admin" in answer.json()["error"]["message"] for answer in others)
+    assert all("it takes the role admin or tenant" in answer.json()["error"]["message"] for answer in others)
 
 
 def test_these_are_all_routes_but_health_and_the_sign_to_the_metrics() -> None:

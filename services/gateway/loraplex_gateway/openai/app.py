@@ -157,7 +157,7 @@ class _Routes:
         caller = self._context.authenticator.authenticate(authorization, certificate=certificate)
         if not caller.generates:
             raise AdapterForbiddenError(
-                f"{caller.role} {caller.name!r} may not do this: it takes the role {Role.TENANT} or {Role.ADMIN}"
+                f"{caller.role} {caller.name!r} may not do this: it takes the role {Role.ADMIN} or {Role.TENANT}"
             )
         return caller
 
