@@ -175,9 +175,8 @@ async def run(model_dir: Path) -> list[Rival]:
 
     workload = make_workload()
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as data_dir:
-        free = dict.fromkeys(
-            ("grpc_port", "http_port", "store_port", "store_metrics_port", "engine_port", "engine_metrics_port"), 0
-        )
+        ports = ("grpc_port", "http_port", "metrics_port", "store_port", "store_metrics_port", "engine_port")
+        free = dict.fromkeys((*ports, "engine_metrics_port"), 0)
         config = ServeConfig(
             model=model_dir,
             data_dir=Path(data_dir),

@@ -44,7 +44,7 @@ async def test_two_fine_tunes_behind_one_gateway_answer_for_themselves(tmp_path:
         write_base_model(tmp_path / name / name, TinyBase(seed=seed))
         (tmp_path / name / "tiny").symlink_to(name)  # where `running_engine` looks
     models = [word for name in ("first", "second") for word in ("--model", str(tmp_path / name / name))]
-    ports = ("--port", "0", "--http-port", "0", "--redis-url", valkey_url)
+    ports = ("--port", "0", "--http-port", "0", "--metrics-port", "0", "--redis-url", valkey_url)
     with (
         running_engine(tmp_path / "first", "--redis-url", valkey_url) as first,
         running_engine(tmp_path / "second", "--redis-url", valkey_url) as second,

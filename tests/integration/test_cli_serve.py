@@ -107,7 +107,7 @@ async def test_every_service_can_be_called_from_what_reflection_says_of_it(stack
 
 def test_serve_hands_its_metrics_key_to_the_gateway(stack: ServeProcess) -> None:
     def status(authorization: str) -> int:
-        return httpx.get(f"http://{stack.http}/metrics", headers={"Authorization": authorization}).status_code
+        return httpx.get(f"http://{stack.metrics}/metrics", headers={"Authorization": authorization}).status_code
 
     assert [status("Bearer k"), status("Bearer guess")] == [200, 401]
 

@@ -50,7 +50,13 @@ class Reader:
 
     def __init__(self, folder: Path, stack: ServeProcess) -> None:
         self._folder = folder
-        self._addresses = {8500: stack.grpc, 8501: stack.http, 8510: stack.store, 8520: stack.engine}
+        self._addresses = {
+            8500: stack.grpc,
+            8501: stack.http,
+            8502: stack.metrics,
+            8510: stack.store,
+            8520: stack.engine,
+        }
         self._environment = {
             **os.environ,
             "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",

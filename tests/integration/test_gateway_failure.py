@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from loraplex.v1 import gateway_pb2
+from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import (
     AdapterLoadingError,
     DrainingError,
@@ -323,7 +324,7 @@ async def test_the_store_may_go_away_and_come_back(valkey_url: str) -> None:
 
         rig.store.put("newcomer", {"latest": "99" * 32}, fingerprint=rig.engine.base.fingerprint)
         await rig.store.start(port)
-        await eventually(lambda: any(entry.name == "newcomer" for entry in rig.app.names.visible_to("default")))
+        await eventually(lambda: any(entry.name == "newcomer" for entry in rig.app.names.visible_to(ANYBODY)))
         new = await rig.stub.GenerateOnce(Once(request=text_request(adapter="newcomer")))
         assert new.started.adapter_revision == "99" * 32
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 from loraplex.v1 import gateway_pb2
+from loraplex_common.auth import ANYBODY
 from loraplex_common.base_model import load_base_model
+from loraplex_gateway.callers import cache_salt
 from support.base_models import TinyBase, write_base_model
 from support.gateway_rig import DIGEST, OTHER_DIGEST, letters, model_directory, running_gateway, text_request
 from support.waiting import eventually
@@ -93,7 +95,8 @@ async def test_everything_a_client_can_ask_for_reaches_the_engine(valkey_url: st
         assert (list(submit.stopping.stop_token_ids), submit.stopping.ignore_eos) == ([9], True)
         assert submit.priority == gateway_pb2.PRIORITY_HIGH
         assert submit.load_policy == gateway_pb2.LOAD_POLICY_FAIL_FAST
-        assert (submit.cache_salt, submit.adapter_scale, submit.fairness_key) == ("salt", 0.5, "poet")
+        assert (submit.cache_salt, submit.adapter_scale) == (cache_salt(ANYBODY, "salt"), 0.5)
+        assert submit.fairness_key == "poet"
         assert submit.traceparent.startswith("00-0af7")
         assert 28 < submit.time_left.ToMilliseconds() / 1000 < 30.5  # gRPC rounds timeouts up on the wire
         assert 4 < submit.queue_timeout.ToMilliseconds() / 1000 <= 5

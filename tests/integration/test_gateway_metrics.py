@@ -18,8 +18,8 @@ pytestmark = pytest.mark.integration
 
 
 async def read(rig: Rig, **headers: str) -> str:
-    async with httpx.AsyncClient(base_url=rig.http) as client:
-        answer = await client.get("/metrics", headers=headers)
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(rig.metrics, headers=headers)
     assert answer.status_code == 200
     return answer.text
 
@@ -68,8 +68,8 @@ async def test_restricted_adapters_are_named_only_to_those_with_the_metrics_key(
     async with running_gateway(valkey_url, resident_on={0: {DIGEST}}, metrics_key=Secret("k")) as rig:
         everybody = await read(rig)
         insider = await read(rig, Authorization="Bearer k")
-        async with httpx.AsyncClient(base_url=rig.http) as client:
-            guess = await client.get("/metrics", headers={"Authorization": "Bearer guess"})
+        async with httpx.AsyncClient() as client:
+            guess = await client.get(rig.metrics, headers={"Authorization": "Bearer guess"})
 
     assert routers.llm_d(everybody).active == {"poet"}
     assert routers.llm_d(insider).active == {"poet", "secret"}
@@ -77,19 +77,24 @@ async def test_restricted_adapters_are_named_only_to_those_with_the_metrics_key(
     assert guess.status_code == 401
 
 
-async def test_tenants_and_what_they_use_are_shown_only_to_administrators(valkey_url: str, tmp_path: Path) -> None:
+async def test_tenants_and_what_they_use_are_shown_only_to_administrators_and_scrapers(
+    valkey_url: str, tmp_path: Path
+) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("key-vip vip\nkey-ops ops admin\n")
+    keys.write_text("key-vip vip\nkey-ops ops admin\nkey-scraper prometheus metrics\n")
     options = {"api_key": "key-vip"}
     async with running_gateway(valkey_url, api_keys_file=keys, channel_options=options) as rig:
         async for _ in rig.stub.Generate(text_request(adapter="secret")):
             pass
         everybody = await read(rig)
-        insider = await read(rig, Authorization="Bearer key-ops")
+        tenant_itself = await read(rig, Authorization="Bearer key-vip")
+        insiders = [await read(rig, Authorization=f"Bearer {key}") for key in ("key-ops", "key-scraper")]
 
-    assert "vip" not in everybody
-    assert "secret" not in everybody
-    for text, adapter, tenant in ((everybody, "other", "other"), (insider, "secret", "vip")):
+    for text in (everybody, tenant_itself):
+        assert "vip" not in text
+        assert "secret" not in text
+    shown = [(everybody, "other", "other"), *((text, "secret", "vip") for text in insiders)]
+    for text, adapter, tenant in shown:
         ((labels, count),) = samples(text, "loraplex_gateway_requests_total")
         assert (labels["adapter"], count) == (adapter, 1)
         tokens = {labels["kind"]: labels["tenant"] for labels, _ in samples(text, "loraplex_gateway_tokens_total")}
@@ -112,3 +117,13 @@ async def test_the_choices_of_a_call_are_counted_once_and_a_refused_call_is_none
     assert generated == 12
     ((_, gaps),) = samples(text, "vllm:inter_token_latency_seconds_count")
     assert gaps == 9
+
+
+async def test_the_public_port_shows_no_metrics_and_says_where_they_are(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, httpx.AsyncClient() as client:
+        answer = await client.get(f"{rig.http}/metrics")
+
+        assert answer.status_code == 404
+        assert f"port {rig.app.metrics_port} (--metrics-port)" in answer.text
+        assert "loraplex_" not in answer.text
+        assert "loraplex_gateway_requests_total" in await read(rig)

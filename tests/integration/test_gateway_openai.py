@@ -204,7 +204,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], type[openai.APIStatusError], str | N
     ({"model": "stranger"}, openai.UnprocessableEntityError, None),
     ({"model": ""}, openai.BadRequestError, "model"),
     ({"model": "no name"}, openai.BadRequestError, "model"),
-    ({"model": "secret"}, openai.PermissionDeniedError, None),
+    ({"model": "secret"}, openai.NotFoundError, None),
     ({"echo": True}, openai.BadRequestError, "echo"),
     ({"suffix": "x"}, openai.BadRequestError, "suffix"),
     ({"best_of": 3}, openai.BadRequestError, "best_of"),
@@ -355,7 +355,7 @@ async def test_api_keys_hold_on_http_too(valkey_url: str, tmp_path: Path) -> Non
 async def test_metrics_and_health(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig, client_of(rig) as client, httpx.AsyncClient() as http:
         await client.completions.create(model="poet", prompt="x", max_tokens=3)
-        metrics = (await http.get(f"{rig.http}/metrics")).text
+        metrics = (await http.get(rig.metrics)).text
         health = await http.get(f"{rig.http}/health")
 
         assert 'loraplex_gateway_requests_total{adapter="poet",code="OK",model="tiny"} 1.0' in metrics

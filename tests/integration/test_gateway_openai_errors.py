@@ -36,7 +36,7 @@ async def counting_client(rig: Rig) -> AsyncIterator[tuple[Any, list[int]]]:
 REFUSALS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"model": "nobody"}, 404, "model_not_found", None),
     ({"model": "stranger"}, 422, "ADAPTER_INCOMPATIBLE", None),
-    ({"model": "secret"}, 403, "ADAPTER_FORBIDDEN", None),
+    ({"model": "secret"}, 404, "model_not_found", None),
     ({"model": "a b"}, 400, "invalid_value", "model"),
     ({"model": "m" * 600}, 400, "invalid_value", "model"),
     ({"messages": [{"role": "user", "content": "x" * 4000}]}, 400, "context_length_exceeded", "messages"),

@@ -21,16 +21,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.integration
+FREE_PORTS = ("--port", "0", "--http-port", "0", "--metrics-port", "0")
 
 
 def test_a_process_says_where_it_listens_and_ends_well(valkey_url: str, tmp_path: Path) -> None:
-    arguments = ["--model", str(model_directory()), "--redis-url", valkey_url, "--port", "0", "--http-port", "0"]
-    process = ServiceProcess("loraplex_gateway", [*arguments, "--drain-settle-s", "0"], log_dir=tmp_path)
+    arguments = ["--model", str(model_directory()), "--redis-url", valkey_url, "--drain-settle-s", "0"]
+    process = ServiceProcess("loraplex_gateway", [*arguments, *FREE_PORTS], log_dir=tmp_path)
     try:
         process.wait_ready()
 
         assert {"grpc", "metrics", "http"} <= set(process.addresses)
-        assert process.addresses["http"] == process.addresses["metrics"]
+        assert process.addresses["http"] != process.addresses["metrics"]
         assert "loraplex_gateway_requests_total" in httpx.get(f"http://{process.addresses['metrics']}/metrics").text
         assert httpx.get(f"http://{process.addresses['http']}/health").status_code == 503
     finally:
@@ -41,16 +42,7 @@ def test_a_process_says_where_it_listens_and_ends_well(valkey_url: str, tmp_path
 
 def test_a_missing_model_is_said_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loraplex_gateway"]
-    command += [
-        "--model",
-        str(tmp_path / "nowhere"),
-        "--redis-url",
-        "redis://127.0.0.1:1",
-        "--port",
-        "0",
-        "--http-port",
-        "0",
-    ]
+    command += ["--model", str(tmp_path / "nowhere"), "--redis-url", "redis://127.0.0.1:1", *FREE_PORTS]
 
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
@@ -64,6 +56,7 @@ def test_a_missing_model_is_said_in_one_line(tmp_path: Path) -> None:
     [
         ({"model": ()}, "--model"),
         ({"port": 70000}, "--port"),
+        ({"metrics_port": 70000}, "--metrics-port"),
         ({"max_concurrent_requests": 0}, "--max-concurrent-requests"),
         ({"drain_grace_s": -1.0}, "--drain-grace-s"),
     ],

@@ -61,7 +61,7 @@ def services(stack: Stack) -> dict[str, ServiceProcess]:
 
 
 def address(service: ServiceProcess) -> str:
-    return service.addresses.get("metrics") or service.addresses["http"]
+    return service.addresses["metrics"]
 
 
 def read(service: ServiceProcess, **headers: str) -> str:

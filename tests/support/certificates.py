@@ -49,12 +49,17 @@ class TestAuthority:
         self.ca = folder / f"{name}.pem"
         write(self.ca, _pem(self._certificate))
 
-    def issue(self, name: str, *, uris: Sequence[str] = (), stem: str | None = None) -> Issued:
-        """Issue a certificate for a common name, valid at the loopback; under ``stem`` over whatever is there."""
+    def issue(
+        self, name: str, *, uris: Sequence[str] = (), names: Sequence[x509.GeneralName] = (), stem: str | None = None
+    ) -> Issued:
+        """Issue a certificate for a common name, valid at the loopback; under ``stem`` over whatever is there.
+
+        With ``names`` it is valid for them alone.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         hosts = [x509.DNSName("localhost"), x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        names = x509.SubjectAlternativeName([*hosts, *map(x509.UniformResourceIdentifier, uris)])
-        certificate = self._sign(_subject(name), key, [(names, False)])
+        alternatives = x509.SubjectAlternativeName(names or [*hosts, *map(x509.UniformResourceIdentifier, uris)])
+        certificate = self._sign(_subject(name), key, [(alternatives, False)])
         issued = Issued(self._folder / f"{stem or name}.pem", self._folder / f"{stem or name}.key")
         write(issued.cert, _pem(certificate))
         write(issued.key, _key_pem(key))

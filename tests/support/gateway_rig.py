@@ -67,6 +67,11 @@ class Rig:
         return f"http://127.0.0.1:{self.app.http_port}"
 
     @property
+    def metrics(self) -> str:
+        """URL of /metrics."""
+        return f"http://127.0.0.1:{self.app.metrics_port}/metrics"
+
+    @property
     def engine(self) -> EngineDouble:
         """The first engine."""
         return self.engines[0]
@@ -87,6 +92,7 @@ def make_config(valkey_url: str, **overrides: Any) -> GatewayConfig:
         "redis_url": valkey_url,
         "port": 0,
         "http_port": 0,
+        "metrics_port": 0,
         "drain_settle_s": 0.0,
         "drain_grace_s": 5.0,
     }

@@ -28,7 +28,7 @@ class ServiceProcess:
         log_dir: Gets ``MODULE-N.log`` with what the process writes to stderr.
 
     Attributes:
-        addresses: ``grpc``, ``metrics`` and maybe ``http`` -> ``host:port``.
+        addresses: ``grpc``, ``metrics`` and of a gateway ``http`` -> ``host:port``.
     """
 
     def __init__(self, module: str, arguments: Sequence[str], *, log_dir: Path) -> None:

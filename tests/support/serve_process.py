@@ -26,6 +26,7 @@ class ServeProcess:
     Attributes:
         grpc: The gateway's address.
         http: Its OpenAI-compatible port's address.
+        metrics: Its /metrics' address.
         engine: The engine's gRPC address.
         store: The adapter store's address.
         data_dir: What it keeps.
@@ -47,6 +48,7 @@ class ServeProcess:
         self._reader.start()
         head = self._wait_ready()
         self.grpc, self.http = head["grpc"], head["http"]
+        self.metrics = self._wait_line(r"curl http://(\S+)/metrics")
         self.store, self.engine = self._wait_line(r"adapter store: (\S+   engine: \S+)").split("   engine: ")
 
     @property

@@ -109,7 +109,16 @@ class Stack:
                     return
 
     def _start_gateway(self) -> None:
-        flags = ("--http-port", "0", "--store-target", self.store.grpc, "--redis-url", self.valkey.url)
+        flags = (
+            "--http-port",
+            "0",
+            "--metrics-port",
+            "0",
+            "--store-target",
+            self.store.grpc,
+            "--redis-url",
+            self.valkey.url,
+        )
         self.gateway = self._spawn(
             "loraplex_gateway", (*FREE_PORTS, *flags, "--drain-settle-s", "0", *self.flags.gateway)
         )
@@ -151,8 +160,7 @@ def running_stack(directory: Path, model: Path, import_root: Path, flags: StackF
 
 def read_metrics(process: ServiceProcess) -> dict[str, float]:
     """Return every sample of a service's /metrics; labels of a name are summed up."""
-    address = process.addresses.get("metrics") or process.addresses["http"]
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as page:
+    with urllib.request.urlopen(f"http://{process.addresses['metrics']}/metrics", timeout=10) as page:
         text = page.read().decode()
     totals: dict[str, float] = {}
     for family in text_string_to_metric_families(text):

@@ -60,11 +60,11 @@ class GenerateOptions(PromptOptions, total=False):
         logprobs: Probabilities of the drawn token and this many likeliest ones.
         prompt_logprobs: As ``logprobs``, for the prompt.
         skip_special_tokens: Whether special tokens are left out of the text. Default true.
-        priority: ``batch``, ``normal`` (default) or ``high``.
+        priority: ``batch``, ``normal`` (default) or ``high``, at most what the API key allows.
         queue_timeout_s: Longest wait for a place in a batch, in seconds.
         time_limit_s: Longest time from admission, in seconds; then the stream ends normally with partial text.
-        cache_salt: Requests share cached prefixes only under equal salts.
-        affinity_key: Requests with equal keys prefer the same engine.
+        cache_salt: A tenant's requests share cached prefixes only under equal salts; two tenants' do not.
+        affinity_key: A tenant's requests with equal keys prefer the same engine.
         load_policy: ``wait`` (default) or ``fail_fast`` when the adapter is not resident.
         progress_events: Whether Accepted, Queued and AdapterLoading are sent; ends retries earlier.
         request_id: UUID4; drawn by the client if left out.

@@ -93,11 +93,11 @@ class Lifecycle:
             if not names:
                 break
             after = names[-1]
+            tenant, is_admin = caller.tenant.name, caller.tenant.is_admin
             found += [
-                record
+                record.as_shown_to(tenant, is_admin=is_admin)
                 for record in await self._catalog.get_many(names)
-                if (show_deleted or not record.is_deleted)
-                and record.is_visible_to(caller.tenant.name, is_admin=caller.tenant.is_admin)
+                if (show_deleted or not record.is_deleted) and record.is_visible_to(tenant, is_admin=is_admin)
             ]
         page = found[:page_size]
         return page, page[-1].name if len(found) > page_size else ""
@@ -180,14 +180,10 @@ class Lifecycle:
             ) from None
 
     async def _visible(self, name: str, caller: Caller) -> AdapterRecord:
-        record = await self._catalog.get(name)
-        if (
-            record is None
-            or record.is_deleted
-            or not record.is_visible_to(caller.tenant.name, is_admin=caller.tenant.is_admin)
-        ):
+        record, tenant, is_admin = await self._catalog.get(name), caller.tenant.name, caller.tenant.is_admin
+        if record is None or record.is_deleted or not record.is_visible_to(tenant, is_admin=is_admin):
             raise AdapterNotFoundError(f"adapter {name} does not exist")
-        return record
+        return record.as_shown_to(tenant, is_admin=is_admin)
 
     async def _change(self, kind: str, name: str, apply: Change, caller: Caller) -> AdapterRecord:
         asked = Answer(kind, name, content=caller.content)

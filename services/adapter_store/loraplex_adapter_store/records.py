@@ -86,6 +86,12 @@ class AdapterRecord:
         """Return whether a tenant may use and see the adapter."""
         return is_admin or not self.allowed_tenants or tenant in self.allowed_tenants
 
+    def as_shown_to(self, tenant: str, *, is_admin: bool) -> AdapterRecord:
+        """Return the record as a tenant that may use the adapter sees it: who else may is not for it to know."""
+        if is_admin or not self.allowed_tenants:
+            return self
+        return dataclasses.replace(self, allowed_tenants=(tenant,))
+
     def resolve(self, ref: AdapterRef) -> str | None:
         """Return the revision that a reference means; None for an adapter that has none yet.
 

@@ -17,6 +17,7 @@ from loraplex_common.tasks import cancel_and_wait
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from loraplex_common.auth import Principal
     from loraplex_common.peers import PeerChannel
 
 FIRST_BACKOFF_S: Final = 0.2
@@ -42,9 +43,9 @@ class AdapterEntry:
     allowed_tenants: frozenset[str] = frozenset()
     is_deleted: bool = False
 
-    def allows(self, tenant: str) -> bool:
-        """Whether a tenant may use the adapter."""
-        return not self.allowed_tenants or tenant in self.allowed_tenants
+    def allows(self, caller: Principal) -> bool:
+        """Whether a caller may use the adapter, and know of it."""
+        return not self.allowed_tenants or caller.name in self.allowed_tenants or caller.uses_all_adapters
 
 
 class AliasTable(Protocol):

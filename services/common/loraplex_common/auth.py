@@ -9,7 +9,7 @@ import re
 import time
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.admissions import Admission, Admissions
@@ -54,12 +54,14 @@ class Principal:
         role: What it may call.
         group: Tenants of one group share cached prefixes; empty means that it shares with nobody but itself.
         highest_priority: Highest class (`loraplex.v1.Priority`) that its requests may ask for.
+        is_listed: Whether a keys file says so; where there is none everybody is let in with every right.
     """
 
     name: str
     role: Role = Role.TENANT
     group: str = ""
     highest_priority: int = NORMAL_PRIORITY
+    is_listed: bool = True
 
     @property
     def is_admin(self) -> bool:
@@ -67,12 +69,17 @@ class Principal:
         return self.role is Role.ADMIN
 
     @property
+    def uses_all_adapters(self) -> bool:
+        """Whether it may use adapters that are restricted to others: an administrator may whom somebody has named one."""
+        return self.is_admin and self.is_listed
+
+    @property
     def sharing_group(self) -> str:
         """Whose cached prefixes it shares; a group and a tenant of the same name are two."""
         return f"group:{self.group}" if self.group else f"tenant:{self.name}"
 
 
-ANYBODY: Final = Principal(name="default", role=Role.ADMIN, highest_priority=HIGHEST_PRIORITY)
+ANYBODY: Final = Principal(name="default", role=Role.ADMIN, highest_priority=HIGHEST_PRIORITY, is_listed=False)
 """Everybody, where no credentials are configured."""
 
 _current: ContextVar[Principal] = ContextVar("loraplex_principal", default=ANYBODY)
@@ -84,7 +91,7 @@ class Certificate:
 
     Attributes:
         common_name: Of its subject; empty if it has none.
-        alternative_names: DNS names and URIs, such as a SPIFFE id.
+        alternative_names: DNS names, addresses and URIs, such as a SPIFFE id.
     """
 
     common_name: str = ""
@@ -202,8 +209,7 @@ class Authenticator:
         self.refresh()
         if self.is_open:
             name = certificate.common_name if certificate is not None else ""
-            who = Principal(name=name, role=Role.ADMIN, highest_priority=HIGHEST_PRIORITY) if name else ANYBODY
-            return Admission(who, None, self._admissions)
+            return Admission(replace(ANYBODY, name=name) if name else ANYBODY, None, self._admissions)
         credential: bytes | None = None
         if authorization is not None:
             if authorization[: len(SCHEME)].lower() != SCHEME:

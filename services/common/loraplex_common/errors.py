@@ -129,7 +129,7 @@ class UnauthenticatedError(LoraplexError):
 
 
 class AdapterForbiddenError(LoraplexError):
-    """The tenant may not use this adapter."""
+    """The caller's role may not do this. An adapter that it may not use is `AdapterNotFoundError`: names are secrets."""
 
     code, reason, http_status = grpc.StatusCode.PERMISSION_DENIED, "ADAPTER_FORBIDDEN", 403
 
@@ -138,6 +138,12 @@ class RoleForbiddenError(LoraplexError):
     """The caller's role may not make this call, or not for another's resource; metadata names role, RPC and roles needed."""
 
     code, reason, http_status = grpc.StatusCode.PERMISSION_DENIED, "ROLE_FORBIDDEN", 403
+
+
+class PriorityForbiddenError(LoraplexError):
+    """The request asks for a class of service above what its caller's credential allows."""
+
+    code, reason, http_status = grpc.StatusCode.PERMISSION_DENIED, "PRIORITY_FORBIDDEN", 403
 
 
 class ConflictError(LoraplexError):

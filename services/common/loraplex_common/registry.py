@@ -48,8 +48,11 @@ def hints_key(engine_id: str) -> str:
 
 
 def claim_key(tenant: str, request_id: str) -> str:
-    """String key that claims (tenant, request_id) for one gateway while the request runs."""
-    return f"loraplex:claim:{tenant}:{request_id}"
+    """String key that claims (tenant, request_id) for one gateway while the request runs.
+
+    Both may contain colons: the tenant's length says where it ends, so that no two pairs have one key.
+    """
+    return f"loraplex:claim:{len(tenant)}:{tenant}:{request_id}"
 
 
 def gateway_key(gateway_id: str) -> str:

@@ -23,8 +23,8 @@ async def serve(config: GatewayConfig) -> None:
     app = GatewayApp(config)
     try:
         await app.start()
-        http = f"{config.host}:{app.http_port}"
-        announce_ready("gateway", grpc=f"{config.host}:{app.grpc_port}", metrics=http, http=http)
+        ports = {"grpc": app.grpc_port, "http": app.http_port, "metrics": app.metrics_port}
+        announce_ready("gateway", **{kind: f"{config.host}:{port}" for kind, port in ports.items()})
         await app.run_until(stop)
         await app.drain()
     finally:
@@ -38,7 +38,8 @@ def main() -> None:
     raise_limit()
     log.get_logger().info("starting", **settings.describe(config))
     try:
-        require_free(config.host, {"--port": config.port, "--http-port": config.http_port})
+        ports = {"--port": config.port, "--http-port": config.http_port, "--metrics-port": config.metrics_port}
+        require_free(config.host, ports)
         asyncio.run(serve(config))
     except (BaseModelError, ChatTemplateError, KeysFileError, OSError) as error:
         sys.exit(f"loraplex-gateway: {error}")

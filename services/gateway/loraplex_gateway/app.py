@@ -15,6 +15,7 @@ from loraplex_common.descriptors import connections_per_port
 from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.log import get_logger
+from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.peers import PeerChannel
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.service_settings import is_loopback
@@ -63,6 +64,7 @@ class GatewayApp:
     Attributes:
         grpc_port: Bound gRPC port, once started.
         http_port: Bound HTTP port, once started.
+        metrics_port: Bound port of /metrics, once started.
         http: The HTTP server.
         workers: Prepare prompts away from the event loop.
     """
@@ -71,6 +73,7 @@ class GatewayApp:
         self.config = config
         self.grpc_port = 0
         self.http_port = 0
+        self.metrics_port = 0
         self.gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
         self._max_connections = connections_per_port(config.max_connections, num_ports=2)
         self._metrics_registry = new_registry("gateway")
@@ -106,6 +109,7 @@ class GatewayApp:
         self._listing = ModelListing(self.catalog, self.names, self.pool)
         self._grpc = self._make_grpc()
         self.http = self._make_http()
+        self._metrics_server = self._make_metrics_server()
         self._supervisor = Supervisor()
         self._is_draining = False
 
@@ -115,13 +119,14 @@ class GatewayApp:
         return self.pool.has_candidate and not self._is_draining
 
     async def start(self) -> None:
-        """Listen on both ports, then look for engines and names; returns once that has been tried.
+        """Listen on all ports, then look for engines and names; returns once that has been tried.
 
         Raises:
             OSError: If an address cannot be bound.
         """
         self.grpc_port = await self._grpc.start()
         self.http_port = await self.http.start()
+        self.metrics_port = await self._metrics_server.start()
         self._supervisor.spawn(self.http.run(), name="http-server")
         self._supervisor.spawn(self.claims.run(), name="claims")
         self._supervisor.spawn(self._authenticator.follow(), name="credentials")
@@ -159,6 +164,7 @@ class GatewayApp:
         """Release everything; safe after a failed start."""
         await self.http.stop(grace_s=0.0)
         await self._grpc.server.stop(None)
+        await self._metrics_server.stop()
         await self._supervisor.close()
         await self.pool.close()
         if self._hints is not None:
@@ -257,11 +263,7 @@ class GatewayApp:
             catalog=self.catalog,
             listing=self._listing,
             authenticator=self._authenticator,
-            exposition=Exposition(
-                self._metrics_registry,
-                audience=Audience(config.metrics_key, self._authenticator),
-                vllm_labels={"engine": FLEET_LABEL},
-            ),
+            metrics_address=lambda: f"port {self.metrics_port}",
             bodies=BodyReader(on_large_gone=self.workers.give_memory_back),
             workers=self.workers,
             slow_client_s=config.slow_client_s,
@@ -274,3 +276,11 @@ class GatewayApp:
             max_connections=self._max_connections,
             tls=TlsFiles(cert=config.tls_cert, key=config.tls_key, ca=config.tls_client_ca),
         )
+
+    def _make_metrics_server(self) -> MetricsServer:
+        exposition = Exposition(
+            self._metrics_registry,
+            audience=Audience(self.config.metrics_key, self._authenticator),
+            vllm_labels={"engine": FLEET_LABEL},
+        )
+        return MetricsServer(exposition, self.config.host, self.config.metrics_port)

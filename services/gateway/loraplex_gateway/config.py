@@ -23,6 +23,7 @@ class GatewayConfig(ServiceSettings):
         store_target: ``host:port`` of the adapter store; None serves base models alone.
         engine_tls_name: What engines' certificates must be for; None means the host that each is dialled at.
         store_tls_name: What the adapter store's certificate must be for; None means its host.
+        metrics_port: Port of /metrics, for scrapers: it shows what no client needs to know.
         metrics_key: Shows scrapers that send it restricted adapters and tenants, as do the API keys of the roles admin
             and metrics.
         max_concurrent_requests: Most requests on engines at once.
@@ -51,7 +52,8 @@ class GatewayConfig(ServiceSettings):
     )
     host: str = setting("127.0.0.1", help="address to listen on")
     port: int = setting(8500, help="gRPC port, 0 picks a free one")
-    http_port: int = setting(8501, help="port of the OpenAI-compatible API and /metrics, 0 picks a free one")
+    http_port: int = setting(8501, help="port of the OpenAI-compatible API, 0 picks a free one")
+    metrics_port: int = setting(8502, help="HTTP port of /metrics, 0 picks a free one")
     metrics_key: Secret | None = secret(help="the key that lets a scraper see restricted adapters and tenants")
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_concurrent_requests: int = setting(2048, help="most requests on engines at once")
@@ -74,7 +76,7 @@ class GatewayConfig(ServiceSettings):
         if not self.model:
             raise ValueError("--model is required: the gateway tokenises")
         self.check_identity(self.redis_url)
-        for name in ("port", "http_port"):
+        for name in ("port", "http_port", "metrics_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
         positive = (

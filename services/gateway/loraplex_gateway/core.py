@@ -22,6 +22,8 @@ from loraplex_gateway.types import Accepted, Queued
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    from loraplex_common.auth import Principal
+
     from loraplex_gateway.admission import AdmissionController, Place
     from loraplex_gateway.claims import RequestClaims, RunningRequest
     from loraplex_gateway.engine_pool import EnginePool
@@ -68,7 +70,7 @@ class GatewayCore:
         self._clock = clock
 
     async def generate(
-        self, request: GenerationRequest, *, tenant: str, time_left_s: float | None
+        self, request: GenerationRequest, *, caller: Principal, time_left_s: float | None
     ) -> AsyncGenerator[Event, None]:
         """Yield a request's events, the last of them `Finished`.
 
@@ -76,7 +78,7 @@ class GatewayCore:
 
         Args:
             request: What to generate.
-            tenant: Who asks.
+            caller: Who asks.
             time_left_s: Until the caller's deadline; None for no deadline.
 
         Raises:
@@ -84,17 +86,17 @@ class GatewayCore:
         """
         request = replace(request, request_id=request.request_id or new_request_id())
         record = RequestRecord(
-            request, tenant=tenant, metrics=self._metrics, clock=self._clock, time_left_s=time_left_s
+            request, tenant=caller.name, metrics=self._metrics, clock=self._clock, time_left_s=time_left_s
         )
         failure: LoraplexError | None = None
         try:
             self._admission.check_room()
-            prepared = await self._preparer.prepare(request, tenant=tenant, time_left_s=time_left_s)
+            prepared = await self._preparer.prepare(request, caller=caller, time_left_s=time_left_s)
             record.model = prepared.model.name
             if prepared.adapter is not None:
                 record.adapter, record.is_restricted = prepared.adapter.name, prepared.adapter.is_restricted
             run = RequestRun(prepared, self._clock)
-            async with aclosing(self._admit_and_run(run, tenant)) as events:
+            async with aclosing(self._admit_and_run(run, caller.name)) as events:
                 async for event in events:
                     record.see(event, num_tokens=run.num_tokens)
                     yield event
@@ -132,7 +134,7 @@ class GatewayCore:
 
     async def _admit_and_run(self, run: RequestRun, tenant: str) -> AsyncGenerator[Event, None]:
         request = run.prepared.request
-        place = self._admission.enter(request.priority)
+        place = self._admission.enter(run.prepared.job.submission.priority)
         try:
             async with self._claims.hold(tenant, request.request_id) as running:
                 if request.progress_events:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from loraplex_common.alias_feed import AdapterEntry
+    from loraplex_common.auth import Principal
 
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.models import ModelCatalog, ServedModel
@@ -41,18 +42,18 @@ class ModelListing:
         self._names = names
         self._pool = pool
 
-    def all(self, tenant: str, *, after: str = "") -> Iterator[ModelCard]:
-        """Yield base models, then the adapters the tenant may use by name; those behind a page's last key if given."""
+    def all(self, caller: Principal, *, after: str = "") -> Iterator[ModelCard]:
+        """Yield base models, then the adapters the caller may use by name; those behind a page's last key if given."""
         for n, model in enumerate(self._catalog.models):
             if _base_key(n) > after:
                 yield self._base(model)
         last_name = after.removeprefix(ADAPTER_KEY) if after.startswith(ADAPTER_KEY) else ""
-        for entry in self._names.visible_to(tenant, after=last_name):
+        for entry in self._names.visible_to(caller, after=last_name):
             card = self._adapter(entry, entry.labels.get(DEFAULT_LABEL))
             if card is not None:
                 yield card
 
-    def page(self, tenant: str, *, page_size: int, page_token: str) -> tuple[list[ModelCard], str]:
+    def page(self, caller: Principal, *, page_size: int, page_token: str) -> tuple[list[ModelCard], str]:
         """Return one page and the next page's token, empty on the last.
 
         Raises:
@@ -62,7 +63,7 @@ class ModelListing:
             raise InvalidParameterError(f"page_size is {page_size}; it must not be negative", field="page_size")
         size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
         # A token is the last key seen, not an offset: pages stay right while adapters come and go.
-        cards = list(itertools.islice(self.all(tenant, after=_decode_token(page_token)), size + 1))
+        cards = list(itertools.islice(self.all(caller, after=_decode_token(page_token)), size + 1))
         if len(cards) <= size:
             return cards, ""
         return cards[:size], base64.urlsafe_b64encode(self._key(cards[size - 1]).encode()).decode()
@@ -73,18 +74,18 @@ class ModelListing:
             return ADAPTER_KEY + card.name
         return _base_key([model.name for model in self._catalog.models].index(card.name))
 
-    async def get(self, name: str, tenant: str) -> ModelCard:
+    async def get(self, name: str, caller: Principal) -> ModelCard:
         """Return one base model or adapter revision.
 
         Raises:
             AdapterNotFoundError: And the other refusals of `NameTable.resolve`.
             ModelNotFoundError: If the adapter's base model is not served here.
         """
-        model = self._catalog.find(name)
+        model = self._catalog.find(name, caller)
         if model is not None:
             return self._base(model)
-        resolved = await self._names.resolve(name, tenant=tenant, patience_s=NAME_PATIENCE_S)
-        entry = self._names.entry(resolved.name)
+        resolved = await self._names.resolve(name, caller=caller, patience_s=NAME_PATIENCE_S)
+        entry = self._names.entry(resolved.name, caller)
         assert entry is not None  # it has just been resolved
         card = self._adapter(entry, resolved.digest)
         if card is None:

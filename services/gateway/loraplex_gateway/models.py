@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from loraplex_common.auth import Principal
+
     from loraplex_gateway.fair_workers import FairWorkers
     from loraplex_gateway.names import NameTable
 
@@ -85,16 +87,20 @@ class ModelCatalog:
         """The models in the order of their flags."""
         return self._models
 
-    def find(self, name: str) -> ServedModel | None:
+    def find(self, name: str, caller: Principal) -> ServedModel | None:
         """Return the base model that a name means where it may mean an adapter as well; None if it means none.
 
-        The one place that decides between the two.
+        The one place that decides between the two. An adapter that the caller may not use is none to it.
 
         Raises:
             InvalidParameterError: If it is the name of both: the base never answers where the adapter may be meant.
         """
         model = self._by_name.get(name)
-        if model is not None and self._adapters is not None and (entry := self._adapters.entry(name)) is not None:
+        if (
+            model is not None
+            and self._adapters is not None
+            and (entry := self._adapters.entry(name, caller)) is not None
+        ):
             example = next((f"{name}:{label}" for label in sorted(entry.labels)), f"{name}@REVISION")
             raise InvalidParameterError(
                 f"{name!r} is a base model and an adapter: write {example} for the adapter, another name of the base "

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraplex_common.errors import AdapterForbiddenError, AdapterNotFoundError, StoreUnavailableError
+from loraplex_common.errors import AdapterNotFoundError, StoreUnavailableError
 from loraplex_common.ids import MAX_CANDIDATES, AdapterRef, find_revision
 
 from loraplex_gateway.close_names import NameOrder
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from loraplex_common.alias_feed import AdapterEntry
+    from loraplex_common.auth import Principal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,51 +69,49 @@ class NameTable:
                 self._order.add(entry.name)
         self._notify()
 
-    def visible_to(self, tenant: str, *, after: str = "") -> Iterator[AdapterEntry]:
-        """Yield the adapters with a revision that a tenant may use, by name, those behind a name if one is given."""
+    def visible_to(self, caller: Principal, *, after: str = "") -> Iterator[AdapterEntry]:
+        """Yield the adapters with a revision that a caller may use, by name, those behind a name if one is given."""
         for name in self._order.after(after):
-            if self._is_visible(name, tenant):
+            if self._is_listed(name, caller):
                 yield self._entries[name]
 
-    def entry(self, name: str) -> AdapterEntry | None:
-        """Return what is known of a name, whoever may use it."""
-        return self._entries.get(name)
+    def entry(self, name: str, caller: Principal) -> AdapterEntry | None:
+        """Return what is known of a name; None if there is none that the caller may use."""
+        entry = self._entries.get(name)
+        return entry if entry is not None and entry.allows(caller) else None
 
-    async def resolve(self, text: str, *, tenant: str, patience_s: float) -> ResolvedAdapter:
+    async def resolve(self, text: str, *, caller: Principal, patience_s: float) -> ResolvedAdapter:
         """Return the revision that a reference points at now.
+
+        Whoever may not use an adapter is answered, and waits, as if it were not there: names of others are no news.
 
         Args:
             text: ``name``, ``name:label`` or ``name@revision``; of a revision the first 8 digits do.
-            tenant: Who asks.
+            caller: Who asks.
             patience_s: How long an unknown name may take to appear: an import that its caller has just seen
                 acknowledged may still be on its way here.
 
         Raises:
             InvalidParameterError: If the reference is malformed, or several revisions begin as it says.
-            AdapterForbiddenError: If the tenant may not use the adapter.
-            AdapterNotFoundError: If there is no such name, label or revision; the message has close matches.
+            AdapterNotFoundError: If there is no such name, label or revision for the caller; the message has close matches.
             StoreUnavailableError: If no table has been received yet, so that nothing can be said.
         """
         ref = AdapterRef.parse(text)
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + patience_s
-        while (resolved := self._find(ref, tenant)) is None:
+        while (resolved := self._find(ref, caller)) is None:
             changed = self._changed
             try:
                 async with asyncio.timeout_at(give_up_at):
                     await changed.wait()
             except TimeoutError:
-                raise self._not_found(ref, tenant) from None
+                raise self._not_found(ref, caller) from None
         return resolved
 
-    def _find(self, ref: AdapterRef, tenant: str) -> ResolvedAdapter | None:
-        entry = self._entries.get(ref.name)
+    def _find(self, ref: AdapterRef, caller: Principal) -> ResolvedAdapter | None:
+        entry = self.entry(ref.name, caller)
         if entry is None:
             return None
-        if not entry.allows(tenant):
-            raise AdapterForbiddenError(
-                f"tenant {tenant!r} may not use adapter {ref.name!r}", metadata={"adapter": ref.name}
-            )
         if ref.revision is not None:
             digest = find_revision(ref.revision, entry.base_fingerprints, field="adapter")
         else:
@@ -126,22 +125,23 @@ class NameTable:
             is_restricted=bool(entry.allowed_tenants),
         )
 
-    def _not_found(self, ref: AdapterRef, tenant: str) -> Exception:
+    def _not_found(self, ref: AdapterRef, caller: Principal) -> Exception:
         if not self._is_synced:
             return StoreUnavailableError(
                 f"adapter {str(ref)!r} cannot be looked up: the adapter store has not been reached yet",
                 retry_after_s=1.0,
             )
         metadata = {"adapter": str(ref)}
-        entry = self._entries.get(ref.name)
+        entry = self.entry(ref.name, caller)
         if entry is None:
-            close = self._order.like(ref.name, is_visible=lambda known: self._is_visible(known, tenant))
+            close = self._order.like(ref.name, is_visible=lambda known: self._is_listed(known, caller))
             hint = (
                 f"; did you mean {', '.join(close)}?"
                 if close
                 else "; `loraplex adapters list` shows those that there are"
             )
-            return AdapterNotFoundError(f"no adapter is named {ref.name!r}{hint}", metadata=metadata)
+            text = f"no adapter is named {ref.name!r} among those that {caller.name!r} may use{hint}"
+            return AdapterNotFoundError(text, metadata=metadata)
         if ref.revision is not None:
             return AdapterNotFoundError(f"adapter {ref.name!r} has no revision {ref.revision}", metadata=metadata)
         if not entry.labels and entry.base_fingerprints:
@@ -155,9 +155,9 @@ class NameTable:
             f"adapter {ref.name!r} has no label {ref.label!r}; its labels are {labels}", metadata=metadata
         )
 
-    def _is_visible(self, name: str, tenant: str) -> bool:
+    def _is_listed(self, name: str, caller: Principal) -> bool:
         entry = self._entries[name]
-        return bool(entry.labels) and entry.allows(tenant)
+        return bool(entry.labels) and entry.allows(caller)
 
     def _notify(self) -> None:
         # Everybody who waits holds the old event; whoever comes later waits for the next change.

@@ -10,6 +10,7 @@ from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import AdapterIncompatibleError
 
 from loraplex_gateway import validation
+from loraplex_gateway.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.engine_wire import Submission
 from loraplex_gateway.models import ServedModel
 from loraplex_gateway.names import ResolvedAdapter
@@ -18,6 +19,8 @@ from loraplex_gateway.types import GenerationRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from loraplex_common.auth import Principal
 
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.models import ModelCatalog
@@ -79,11 +82,12 @@ class Preparer:
         self._limits = limits
         self._clock = clock
 
-    async def prepare(self, request: GenerationRequest, *, tenant: str, time_left_s: float | None) -> Prepared:
+    async def prepare(self, request: GenerationRequest, *, caller: Principal, time_left_s: float | None) -> Prepared:
         """Return what is to be submitted.
 
         Raises:
             InvalidParameterError: With one violation per bad field.
+            PriorityForbiddenError: If the caller may not ask for its class.
             ContextLengthError: If prompt and output are longer than a sequence can be.
             AdapterNotFoundError: And the other refusals of `NameTable.resolve`.
             ModelNotFoundError: If there is no such base model.
@@ -91,16 +95,17 @@ class Preparer:
         """
         arrived_at = self._clock()
         validation.check_request(request)
-        model, adapter = await self._select(request, tenant)
+        granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
+        model, adapter = await self._select(request, caller)
         assert request.prompt is not None  # check_request
-        prompt_ids = (await self.encode(model, request.prompt, tenant=tenant)).ids
+        prompt_ids = (await self.encode(model, request.prompt, tenant=caller.name)).ids
         max_model_len, max_new_tokens = self._max_model_len(model), request.stopping.max_new_tokens
         # The length first: it costs nothing, a look at each of a million ids does.
         validation.check_length(len(prompt_ids), max_new_tokens, max_model_len)
         validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
         validation.check_drawable(request, model.defaults.eos_token_ids, model.info.vocab_size)
         validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
-        job = self._job(request, model, adapter, prompt_ids, tenant)
+        job = self._job(request, model, adapter, prompt_ids, caller)
         limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
         queue_timeout_s = request.queue_timeout_s
         job = replace(
@@ -124,10 +129,12 @@ class Preparer:
     def _max_model_len(self, model: ServedModel) -> int:
         return self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
 
-    async def _select(self, request: GenerationRequest, tenant: str) -> tuple[ServedModel, ResolvedAdapter | None]:
+    async def _select(
+        self, request: GenerationRequest, caller: Principal
+    ) -> tuple[ServedModel, ResolvedAdapter | None]:
         if not request.adapter:
             return self._catalog.select(request.model), None
-        adapter = await self._names.resolve(request.adapter, tenant=tenant, patience_s=NAME_PATIENCE_S)
+        adapter = await self._names.resolve(request.adapter, caller=caller, patience_s=NAME_PATIENCE_S)
         model = self._catalog.by_fingerprint(adapter.base_fingerprint)
         wanted = self._catalog.select(request.model) if request.model else model
         # Compared by what they are: one model may be served under two names.
@@ -154,7 +161,7 @@ class Preparer:
         model: ServedModel,
         adapter: ResolvedAdapter | None,
         prompt_ids: tuple[int, ...],
-        tenant: str,
+        caller: Principal,
     ) -> Job:
         sampling = _drawable(model.defaults.fill(request.sampling))
         if sampling.seed is None:
@@ -167,9 +174,9 @@ class Preparer:
             stopping=request.stopping,
             adapter_digest=adapter.digest if adapter else "",
             adapter_scale=request.adapter_scale,
-            fairness_key=_fairness_key(model, adapter, tenant),
-            priority=request.priority,
-            cache_salt=request.cache_salt,
+            fairness_key=_fairness_key(model, adapter, caller),
+            priority=granted_priority(request.priority, caller),
+            cache_salt=cache_salt(caller, request.cache_salt),
             traceparent=request.traceparent,
             fail_fast=request.fail_fast,
             logprobs=request.options.logprobs,
@@ -178,7 +185,7 @@ class Preparer:
         return Job(
             submission=submission,
             fingerprint=model.fingerprint,
-            affinity_key=request.affinity_key,
+            affinity_key=affinity_key(caller, request.affinity_key),
             stop_token_ids=eos_ids | frozenset(request.stopping.stop_token_ids),
             max_new_tokens=0,
             deadline=None,
@@ -194,8 +201,8 @@ def _drawable(sampling: Sampling) -> Sampling:
     return replace(sampling, top_p=1.0, temperature=0.0)
 
 
-def _fairness_key(model: ServedModel, adapter: ResolvedAdapter | None, tenant: str) -> str:
+def _fairness_key(model: ServedModel, adapter: ResolvedAdapter | None, caller: Principal) -> str:
     """Return whose share a request counts against: its tenant's; where nobody has credentials, its adapter's."""
-    if tenant != ANYBODY.name:
-        return tenant
+    if caller != ANYBODY:
+        return caller.name
     return adapter.name if adapter else model.name

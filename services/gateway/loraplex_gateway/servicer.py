@@ -52,7 +52,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         """Stream the continuation of one prompt."""
         events = self._core.generate(
             wire.generation_request(request, **_trace(context)),
-            tenant=current_principal().name,
+            caller=current_principal(),
             time_left_s=context.time_remaining(),
         )
         guard = StallGuard(self._slow_client_s)
@@ -76,7 +76,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         message.ClearField("resume")
         events = self._core.generate(
             wire.generation_request(message, **_trace(context)),
-            tenant=current_principal().name,
+            caller=current_principal(),
             time_left_s=context.time_remaining(),
         )
         response = gateway_pb2.GenerateOnceResponse()
@@ -140,7 +140,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> gateway_pb2.ListModelsResponse:
         """Return a page of base models and adapters."""
         cards, token = self._listing.page(
-            current_principal().name, page_size=request.page_size, page_token=request.page_token
+            current_principal(), page_size=request.page_size, page_token=request.page_token
         )
         return gateway_pb2.ListModelsResponse(models=[wire.model_card(card) for card in cards], next_page_token=token)
 
@@ -148,7 +148,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self, request: gateway_pb2.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> gateway_pb2.GetModelResponse:
         """Return one base model or adapter."""
-        card = await self._listing.get(request.name, current_principal().name)
+        card = await self._listing.get(request.name, current_principal())
         return gateway_pb2.GetModelResponse(model=wire.model_card(card))
 
     async def _encode(self, model_name: str, prompt: Prompt | None) -> Encoded:

@@ -114,6 +114,7 @@ class GenerationRequest:
         trace_id: What the caller's logs call what this request is part of; not unique, only logged.
         model: Base model's name; empty where there is only one.
         adapter: ``name``, ``name:label`` or ``name@revision``; empty for the base model.
+        priority: Class of service; None for the caller's usual one.
         queue_timeout_s: Longest wait for a place in a batch.
         time_limit_s: Longest time from admission; then the output is cut.
         fail_fast: Refuse with ADAPTER_LOADING rather than wait for the adapter.
@@ -128,7 +129,7 @@ class GenerationRequest:
     sampling: Sampling = Sampling()
     stopping: Stopping = Stopping()
     options: ResponseOptions = ResponseOptions()
-    priority: Priority = Priority.NORMAL
+    priority: Priority | None = None
     queue_timeout_s: float | None = None
     time_limit_s: float | None = None
     cache_salt: str = ""

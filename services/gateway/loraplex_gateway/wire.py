@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 _PRIORITIES = {
-    gateway_pb2.PRIORITY_UNSPECIFIED: types.Priority.NORMAL,
+    gateway_pb2.PRIORITY_UNSPECIFIED: None,
     **{priority.value: priority for priority in types.Priority},
 }
 _LOAD_POLICIES = (

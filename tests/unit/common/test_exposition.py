@@ -97,7 +97,11 @@ def test_without_a_credential_private_values_count_as_others() -> None:
 
 @pytest.mark.parametrize(
     "audience",
-    [Audience(Secret("key")), Audience(None, Authenticator({"key": Principal(name="ops", role=Role.ADMIN)}))],
+    [
+        Audience(Secret("key")),
+        Audience(None, Authenticator({"key": Principal(name="ops", role=Role.ADMIN)})),
+        Audience(None, Authenticator({"key": Principal(name="prometheus", role=Role.METRICS)})),
+    ],
 )
 def test_with_a_credential_private_values_are_shown(audience: Audience) -> None:
     exposition = Exposition(make_private_registry(), audience=audience)

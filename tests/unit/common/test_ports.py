@@ -52,6 +52,7 @@ def test_a_host_that_does_not_exist_is_no_traceback() -> None:
     [
         ("loraplex_gateway", "--port"),
         ("loraplex_gateway", "--http-port"),
+        ("loraplex_gateway", "--metrics-port"),
         ("loraplex_engine", "--port"),
         ("loraplex_engine", "--metrics-port"),
         ("loraplex_adapter_store", "--port"),
@@ -59,9 +60,8 @@ def test_a_host_that_does_not_exist_is_no_traceback() -> None:
     ],
 )
 def test_a_service_names_its_taken_port_before_it_reads_a_model(module: str, flag: str, taken: int) -> None:
-    others = [
-        word for port in ("--port", "--http-port" if "gateway" in module else "--metrics-port") for word in (port, "0")
-    ]
+    ports = ("--port", "--metrics-port", *(("--http-port",) if "gateway" in module else ()))
+    others = [word for port in ports for word in (port, "0")]
     arguments = ["--model", "/nowhere", "--redis-url", "redis://127.0.0.1:1", *others, flag, str(taken)]
 
     done = subprocess.run(

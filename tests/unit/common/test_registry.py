@@ -150,6 +150,15 @@ def test_the_registry_is_read_in_one_place_and_written_in_one() -> None:
     assert users == {"registry.py", "registration.py"}
 
 
+NAMES = st.text(st.sampled_from("ab:1"), min_size=1, max_size=8)
+
+
+@given(one=st.tuples(NAMES, NAMES), other=st.tuples(NAMES, NAMES))
+def test_no_two_claims_have_one_key(one: tuple[str, str], other: tuple[str, str]) -> None:
+    assert claim_key("team", "prod:77") != claim_key("team:prod", "77")
+    assert (claim_key(*one) == claim_key(*other)) == (one == other)
+
+
 def test_keys_are_distinct_and_prefixed() -> None:
     keys = {engine_key("x"), hints_key("x"), claim_key("tenant", "x")}
 

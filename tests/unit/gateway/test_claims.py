@@ -29,6 +29,20 @@ async def test_a_renewal_leaves_no_claim_of_a_request_that_ends_meanwhile(valkey
         await client.aclose()
 
 
+async def test_two_tenants_claims_never_collide(valkey_url: str) -> None:
+    client = valkey.connect(valkey_url)
+    one, other = RequestClaims(client, "one"), RequestClaims(client, "other")
+    beating = [asyncio.create_task(claims.run()) for claims in (one, other)]
+    try:
+        async with one.hold("team", "prod:77"), other.hold("team:prod", "77"):
+            assert await other.owner("team", "prod:77") == "one"
+            assert await one.owner("team:prod", "77") == "other"
+    finally:
+        await cancel_and_wait(*beating)
+        await asyncio.gather(one.close(), other.close())
+        await client.aclose()
+
+
 async def test_the_claims_of_a_gateway_that_is_gone_are_free_within_seconds(valkey_url: str) -> None:
     client = valkey.connect(valkey_url)
     lost, other = RequestClaims(client, "lost"), RequestClaims(client, "other")

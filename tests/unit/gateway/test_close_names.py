@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_common.alias_feed import AdapterEntry
+from loraplex_common.auth import Principal
 from loraplex_gateway.close_names import NameOrder
 from loraplex_gateway.names import NameTable
 
@@ -66,13 +67,13 @@ def test_a_page_looks_at_no_more_names_than_it_has() -> None:
     seen: list[str] = []
 
     class Watched(AdapterEntry):
-        def allows(self, tenant: str) -> bool:
+        def allows(self, caller: Principal) -> bool:
             seen.append(self.name)
             return True
 
     names = NameTable()
     names.replace_all(Watched(name=name, labels={"latest": "a"}) for name in MANY)
-    page = names.visible_to("me", after=sorted(MANY)[9_999])
+    page = names.visible_to(Principal(name="me"), after=sorted(MANY)[9_999])
 
     assert [next(page).name for _ in range(10)] == sorted(MANY)[10_000:10_010]
     assert len(seen) == 10

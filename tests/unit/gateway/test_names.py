@@ -6,15 +6,18 @@ import asyncio
 
 import pytest
 from loraplex_common.alias_feed import AdapterEntry
+from loraplex_common.auth import ANYBODY, Principal, Role
 from loraplex_common.errors import (
-    AdapterForbiddenError,
     AdapterNotFoundError,
     InvalidParameterError,
+    LoraplexError,
     StoreUnavailableError,
 )
 from loraplex_gateway.names import NameTable
 
 OLD, NEW = "a" * 64, "b" * 64
+ME, VIP = Principal(name="me"), Principal(name="vip")
+OPS = Principal(name="ops", role=Role.ADMIN)
 
 
 def entry(name: str = "poet", *, allowed: frozenset[str] = frozenset(), deleted: bool = False) -> AdapterEntry:
@@ -34,8 +37,14 @@ def table(*entries: AdapterEntry) -> NameTable:
     return names
 
 
-async def resolve(names: NameTable, text: str, tenant: str = "me", patience_s: float = 0.0) -> str:
-    return (await names.resolve(text, tenant=tenant, patience_s=patience_s)).digest
+async def resolve(names: NameTable, text: str, caller: Principal = ME, patience_s: float = 0.0) -> str:
+    return (await names.resolve(text, caller=caller, patience_s=patience_s)).digest
+
+
+async def refused(names: NameTable, text: str, caller: Principal = ME) -> tuple[type[Exception], str, dict[str, str]]:
+    with pytest.raises(LoraplexError) as caught:
+        await resolve(names, text, caller)
+    return type(caught.value), caught.value.message, caught.value.metadata
 
 
 @pytest.mark.parametrize(
@@ -87,12 +96,53 @@ async def test_a_malformed_reference_is_refused(text: str) -> None:
         await resolve(table(), text)
 
 
-async def test_only_allowed_tenants_may_use_an_adapter() -> None:
+@pytest.mark.parametrize("caller", [VIP, OPS], ids=lambda caller: caller.name)
+async def test_allowed_tenants_and_administrators_may_use_an_adapter(caller: Principal) -> None:
     names = table(entry(allowed=frozenset({"vip"})))
 
-    assert await resolve(names, "poet", tenant="vip") == NEW
-    with pytest.raises(AdapterForbiddenError):
-        await resolve(names, "poet", tenant="me")
+    assert await resolve(names, "poet", caller) == NEW
+    assert [known.name for known in names.visible_to(caller)] == ["poet"]
+
+
+@pytest.mark.parametrize("caller", [ME, ANYBODY], ids=lambda caller: caller.name)
+@pytest.mark.parametrize("suffix", ["", ":prod", ":nope", f"@{OLD}", "@" + "c" * 64, f"@{OLD[:8]}"])
+async def test_to_all_others_an_adapter_is_as_one_that_does_not_exist(caller: Principal, suffix: str) -> None:
+    """The last reference is one that two revisions of the hidden name begin with."""
+    twin = OLD[:12] + "0" * 52
+    hidden = AdapterEntry(
+        name="poet",
+        labels={"latest": NEW, "prod": OLD},
+        base_fingerprints={OLD: "f", twin: "f", NEW: "f"},
+        allowed_tenants=frozenset({"vip"}),
+    )
+
+    refusal = await refused(table(hidden, entry("bard")), f"poet{suffix}", caller)
+
+    assert refusal == await refused(table(entry("bard")), f"poet{suffix}", caller)
+    assert refusal[0] is AdapterNotFoundError
+
+
+async def test_a_hidden_name_is_waited_for_as_long_as_an_unknown_one() -> None:
+    names = table(entry(allowed=frozenset({"vip"})))
+    waiting = asyncio.create_task(resolve(names, "poet", patience_s=20.0))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+
+    names.update([entry(allowed=frozenset({"vip", "me"}))])
+
+    assert await waiting == NEW
+
+
+async def test_a_revision_is_found_under_no_name_but_its_own() -> None:
+    hidden = AdapterEntry(
+        name="secret", labels={"latest": OLD}, base_fingerprints={OLD: "f"}, allowed_tenants=frozenset({"vip"})
+    )
+    open_one = AdapterEntry(name="poet", labels={"latest": NEW}, base_fingerprints={NEW: "f"})
+    names = table(hidden, open_one)
+
+    for reference in (f"poet@{OLD}", f"poet@{OLD[:8]}", f"secret@{OLD}"):
+        assert (await refused(names, reference))[0] is AdapterNotFoundError
+    assert await resolve(names, f"secret@{OLD}", VIP) == OLD
 
 
 async def test_a_deleted_name_is_gone() -> None:

@@ -55,6 +55,7 @@ def serve(
     ] = DEFAULT_BASE_PORT,
     port: Annotated[int | None, typer.Option(help="gRPC port (default: the base port).")] = None,
     http_port: Annotated[int | None, typer.Option(help="OpenAI-compatible HTTP port (default: base + 1).")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="The gateway's /metrics port (base + 2).")] = None,
     store_port: Annotated[int | None, typer.Option(help="The adapter store's gRPC port (base + 10).")] = None,
     store_metrics_port: Annotated[
         int | None, typer.Option(help="The adapter store's /metrics port (base + 11).")
@@ -111,6 +112,7 @@ def serve(
         {
             "grpc_port": port,
             "http_port": http_port,
+            "metrics_port": metrics_port,
             "store_port": store_port,
             "store_metrics_port": store_metrics_port,
             "engine_port": engine_port,
@@ -242,6 +244,7 @@ def _announce(stack: Stack, config: ServeConfig, adapters: dict[str, Path]) -> N
     print(f"ready: grpc={stack.grpc} http={stack.http}", flush=True)
     print(f"  loraplex chat{target}{flag} --temperature 0 '{prompt}'")
     print(f"  curl http://{stack.http}/v1/models")
+    print(f"  curl http://{stack.metrics}/metrics")
     print(f"  loraplex status{target}")
     print(f"  loraplex adapters list{store}")
     print(

@@ -49,6 +49,7 @@ class ServeConfig:
         host: Address the gateway listens on; engine and store stay on the loopback.
         grpc_port: The gateway's gRPC port. 0 picks a free one, as for every port.
         http_port: The gateway's OpenAI-compatible port.
+        metrics_port: The gateway's HTTP port of /metrics.
         store_port: The adapter store's gRPC port.
         engine_port: The engine's gRPC port.
         store_metrics_port: The adapter store's HTTP port of /metrics.
@@ -71,6 +72,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     grpc_port: int = 8500
     http_port: int = 8501
+    metrics_port: int = 8502
     store_port: int = 8510
     store_metrics_port: int = 8511
     engine_port: int = 8520
@@ -124,7 +126,11 @@ class ServeConfig:
                 *wiring.identity.gateway_flags(),
                 *self.gateway_args,
             ),
-            ports={"grpc": ("--port", self.grpc_port), "http": ("--http-port", self.http_port)},
+            ports={
+                "grpc": ("--port", self.grpc_port),
+                "http": ("--http-port", self.http_port),
+                "metrics": ("--metrics-port", self.metrics_port),
+            },
             environment=self._environment("gateway", wiring),
         )
 

@@ -30,6 +30,7 @@ class Ports(TypedDict):
 
     grpc_port: int
     http_port: int
+    metrics_port: int
     store_port: int
     store_metrics_port: int
     engine_port: int
@@ -58,6 +59,7 @@ class StackPort:
 STACK_PORTS: Final = (
     StackPort("grpc_port", "--port", 0, "the gateway's gRPC", is_public=True),
     StackPort("http_port", "--http-port", 1, "the gateway's HTTP", is_public=True),
+    StackPort("metrics_port", "--metrics-port", 2, "the gateway's /metrics", is_public=True),
     StackPort("store_port", "--store-port", 10, "the adapter store's gRPC"),
     StackPort("store_metrics_port", "--store-metrics-port", 11, "the adapter store's /metrics"),
     StackPort("engine_port", "--engine-port", 20, "the engine's gRPC"),

@@ -47,13 +47,14 @@ class Stack:
     Attributes:
         grpc: Address of the gateway, once started.
         http: Address of its OpenAI-compatible port, once started.
+        metrics: Address of its /metrics, once started.
         store: Address of the adapter store, once started.
         engine: Address of the engine, once started.
         profile: Client profile of this user for all of them, once started.
     """
 
     def __init__(self, config: ServeConfig, report: Report) -> None:
-        self.grpc = self.http = self.store = self.engine = ""
+        self.grpc = self.http = self.metrics = self.store = self.engine = ""
         self.profile: Path | None = None
         self._identity: ServeIdentity | None = None
         self._config = config
@@ -130,6 +131,7 @@ class Stack:
             raise failures.exceptions[0] from None
         self.engine = engine.addresses["grpc"]
         self.grpc, self.http = gateway.addresses["grpc"], gateway.addresses["http"]
+        self.metrics = gateway.addresses["metrics"]
         self.profile = self._identity.leave_profile(gateway=self.grpc, store=self.store, engine=self.engine)
 
     async def _start_valkey(self) -> ValkeyAccess:

@@ -28,7 +28,7 @@ class _Priority:
 class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
-    """Not set: normal."""
+    """Not set: normal, or the caller's highest class if that is lower."""
     PRIORITY_BATCH: _Priority.ValueType  # 1
     """Served when nothing else waits."""
     PRIORITY_NORMAL: _Priority.ValueType  # 2
@@ -40,7 +40,7 @@ class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
     """Priority orders requests; a higher class goes first, fairness applies within a class."""
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
-"""Not set: normal."""
+"""Not set: normal, or the caller's highest class if that is lower."""
 PRIORITY_BATCH: Priority.ValueType  # 1
 """Served when nothing else waits."""
 PRIORITY_NORMAL: Priority.ValueType  # 2
@@ -526,11 +526,11 @@ class GenerateRequest(_message.Message):
     text: _builtins.str
     """Text, tokenised with the model's special tokens."""
     priority: Global___Priority.ValueType
-    """Class of service. Default normal."""
+    """Class of service, at most the caller's highest. Default normal, or the caller's highest if that is lower."""
     cache_salt: _builtins.str
-    """Requests share cached prefixes only under equal salts."""
+    """Requests share cached prefixes only under equal salts, and only with the caller's tenant or sharing group."""
     affinity_key: _builtins.str
-    """Requests with equal keys prefer the same engine."""
+    """Requests of a tenant with equal keys prefer the same engine."""
     load_policy: Global___LoadPolicy.ValueType
     """What to do when the adapter is not resident. Default wait."""
     progress_events: _builtins.bool

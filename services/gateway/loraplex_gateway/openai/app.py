@@ -1,4 +1,4 @@
-"""The routes of the HTTP port: OpenAI's API, /metrics, /health, /version."""
+"""The routes of the HTTP port: OpenAI's API, /health, /version. All but health ask for credentials, if there are any."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from loraplex_common.auth import Authenticator
 from loraplex_common.errors import LoraplexError
-from loraplex_common.exposition import Exposition
 from loraplex_common.interceptors import internal_error
 from loraplex_common.rights import GATEWAY, require_right
 from loraplex_common.version import package_version
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from loraplex_gateway.core import GatewayCore
@@ -28,6 +27,7 @@ from loraplex_gateway.models import ModelCatalog
 from loraplex_gateway.openai import convert, fields
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.choices import generate_choices
+from loraplex_gateway.openai.connections import certificate_of
 from loraplex_gateway.openai.errors import BodyNames, error_response
 from loraplex_gateway.openai.render import Renderer, model_object
 from loraplex_gateway.openai.responses import GenerationResponse
@@ -54,7 +54,7 @@ class HttpContext:
     catalog: ModelCatalog
     listing: ModelListing
     authenticator: Authenticator
-    exposition: Exposition
+    metrics_address: Callable[[], str]
     bodies: BodyReader
     workers: FairWorkers
     slow_client_s: float
@@ -88,7 +88,7 @@ class _Routes:
     async def models(self, request: Request) -> Response:
         """List base models and adapters."""
         data: list[dict[str, Any]] = []
-        for card in self._context.listing.all(self._admit(request, "ListModels").principal.name):
+        for card in self._context.listing.all(self._admit(request, "ListModels").principal):
             data.append(model_object(card, self._started_at))
             if len(data) % MODELS_AT_A_TIME == 0:
                 await asyncio.sleep(0)  # streams go on meanwhile
@@ -96,32 +96,32 @@ class _Routes:
 
     async def model(self, request: Request) -> Response:
         """Describe one base model or adapter."""
-        tenant = self._admit(request, "GetModel").principal
+        caller = self._admit(request, "GetModel").principal
         try:
-            card = await self._context.listing.get(request.path_params["name"], tenant.name)
+            card = await self._context.listing.get(request.path_params["name"], caller)
         except LoraplexError as error:
             return error_response(error, BodyNames(fields.MODEL_PATH))
         return JSONResponse(model_object(card, self._started_at))
 
     async def completions(self, request: Request) -> ASGIApp:
         """Continue text."""
-        catalog, origin = self._context.catalog, origin_of(request.scope)
+        origin = origin_of(request.scope)
         return await self._planned(
-            request, lambda data: convert.completion_plan(convert.decode(data, CompletionBody), catalog, origin=origin)
+            request,
+            lambda data, is_base: convert.completion_plan(convert.decode(data, CompletionBody), is_base, origin=origin),
         )
 
     async def chat_completions(self, request: Request) -> ASGIApp:
         """Continue a conversation."""
-        catalog, origin = self._context.catalog, origin_of(request.scope)
+        origin = origin_of(request.scope)
         return await self._planned(
-            request, lambda data: convert.chat_plan(convert.decode(data, ChatBody), catalog, origin=origin)
+            request, lambda data, is_base: convert.chat_plan(convert.decode(data, ChatBody), is_base, origin=origin)
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Show the metrics."""
-        accept = ",".join(request.headers.getlist("accept"))
-        page = self._context.exposition.render(accept=accept, authorization=request.headers.get("authorization"))
-        return Response(page.body, media_type=None, headers={"content-type": page.content_type})
+        """Say where they went: who may reach this port need not learn how the service fares."""
+        text = f"metrics are not served here: GET /metrics on {self._context.metrics_address()} (--metrics-port)\n"
+        return PlainTextResponse(text, 404)
 
     async def health(self, request: Request) -> Response:
         """Say whether requests can be served."""
@@ -131,26 +131,33 @@ class _Routes:
 
     async def version(self, request: Request) -> Response:
         """Say which build this is, as vLLM does."""
+        self._admit(request, "ListModels")
         return JSONResponse({"version": package_version()})
 
-    async def _planned(self, request: Request, plan: Callable[[bytes], Plan]) -> ASGIApp:
+    async def _planned(self, request: Request, plan: Callable[[bytes, convert.IsBase], Plan]) -> ASGIApp:
         context, admission = self._context, self._admit(request, "Generate")
-        tenant = admission.principal.name
-        async with context.bodies.read(request, tenant=tenant) as data:
+        caller = admission.principal
+
+        def is_base(name: str) -> bool:
+            return context.catalog.find(name, caller) is not None
+
+        async with context.bodies.read(request, tenant=caller.name) as data:
             if len(data) <= INLINE_MAX_BODY_BYTES:
-                return self._generate(plan(data), admission)
-            work = functools.partial(plan, data)
-            return self._generate(await context.workers.run(work, tenant=tenant, num_bytes=len(data)), admission)
+                return self._generate(plan(data, is_base), admission)
+            work = functools.partial(plan, data, is_base)
+            prepared = await context.workers.run(work, tenant=caller.name, num_bytes=len(data))
+            return self._generate(prepared, admission)
 
     def _generate(self, plan: Plan, admission: Admission) -> ASGIApp:
         context = self._context
-        events = generate_choices(context.core, plan.requests, tenant=admission.principal.name)
+        events = generate_choices(context.core, plan.requests, caller=admission.principal)
         renderer = Renderer(plan, request_id=plan.requests[0].request_id)
         return GenerationResponse(plan, events, renderer, admission=admission, slow_client_s=context.slow_client_s)
 
     def _admit(self, request: Request, rpc: str) -> Admission:
-        """Return who calls, if it may make the call of `GatewayService` that a route stands for."""
-        admission = self._context.authenticator.admit(request.headers.get("authorization"))
+        """Return who calls, by key or certificate as over gRPC, if it may make the call that a route stands for."""
+        authorization, certificate = request.headers.get("authorization"), certificate_of(request.scope)
+        admission = self._context.authenticator.admit(authorization, certificate=certificate)
         require_right(admission, GATEWAY + rpc)
         return admission
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
+    from loraplex_common.auth import Principal
+
     from loraplex_gateway.core import GatewayCore
     from loraplex_gateway.types import Event, GenerationRequest
 
 
 async def generate_choices(
-    core: GatewayCore, requests: Sequence[GenerationRequest], *, tenant: str
+    core: GatewayCore, requests: Sequence[GenerationRequest], *, caller: Principal
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """Yield (choice, event) until every choice has finished; the first failure ends them all.
 
@@ -23,7 +25,7 @@ async def generate_choices(
         LoraplexError: What a choice was refused or failed with.
     """
     if len(requests) == 1:
-        async with aclosing(core.generate(requests[0], tenant=tenant, time_left_s=None)) as events:
+        async with aclosing(core.generate(requests[0], caller=caller, time_left_s=None)) as events:
             async for event in events:
                 yield 0, event
         return
@@ -32,7 +34,7 @@ async def generate_choices(
     # One place per choice: a reader that lags holds every choice back, and the core's buffers fill instead.
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(maxsize=len(requests))
     tasks = [
-        asyncio.create_task(_run(core, choice, request, tenant, queue), name=f"choice-{choice}")
+        asyncio.create_task(_run(core, choice, request, caller, queue), name=f"choice-{choice}")
         for choice, request in enumerate(requests)
     ]
     try:
@@ -46,9 +48,13 @@ async def generate_choices(
 
 
 async def _run(
-    core: GatewayCore, choice: int, request: GenerationRequest, tenant: str, queue: asyncio.Queue[tuple[int, Event]]
+    core: GatewayCore,
+    choice: int,
+    request: GenerationRequest,
+    caller: Principal,
+    queue: asyncio.Queue[tuple[int, Event]],
 ) -> None:
-    async with aclosing(core.generate(request, tenant=tenant, time_left_s=None)) as events:
+    async with aclosing(core.generate(request, caller=caller, time_left_s=None)) as events:
         async for event in events:
             await queue.put((choice, event))
 

@@ -1,16 +1,25 @@
-"""HTTP connections: a bounded number, and none that only waits holds a place that somebody needs."""
+"""HTTP connections: a bounded number, none that only waits holds a place that somebody needs, and whose each of them is."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import ipaddress
+from typing import TYPE_CHECKING, Any, Final
 
+from loraplex_common.auth import Certificate
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Mapping
+
+    from starlette.types import Scope
 
 # From the connection, or from the first byte of a further request, until its header is whole.
 HEADER_S: Final = 10.0
+_STATE: Final = "loraplex_certificate"  # of a request's scope
+# The kinds of alternative names that gRPC tells of.
+_ADDRESS: Final = "IP Address"
+_NAMES: Final = ("DNS", "URI", "email", _ADDRESS)
 
 
 class Connections:
@@ -75,6 +84,9 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock of the first header."""
         super().connection_made(transport)
+        certificate = _certificate(transport.get_extra_info("peercert"))
+        if certificate is not None:
+            self.app_state = {**self.app_state, _STATE: certificate}
         self.book.opened(self)
         self._time_header()
 
@@ -105,3 +117,28 @@ class BoundedProtocol(H11Protocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+
+def certificate_of(scope: Scope) -> Certificate | None:
+    """Return the names in the certificate that a request's client has shown; None if TLS verified none."""
+    certificate = scope.get("state", {}).get(_STATE)
+    return certificate if isinstance(certificate, Certificate) else None
+
+
+def _certificate(peer: Mapping[str, Any] | None) -> Certificate | None:
+    """Return the names in what `ssl.SSLSocket.getpeercert` says, as gRPC has them."""
+    if not peer:
+        return None
+    subject = (pair for relative_name in peer.get("subject", ()) for pair in relative_name)
+    common_name = next((value for key, value in subject if key == "commonName"), "")
+    alternatives = [(kind, name) for kind, name in peer.get("subjectAltName", ()) if kind in _NAMES]
+    names = tuple(_shortened(name) if kind == _ADDRESS else name for kind, name in alternatives)
+    return Certificate(common_name=common_name, alternative_names=names)
+
+
+def _shortened(address: str) -> str:
+    """Return an address as it is written everywhere else; OpenSSL has ``2001:DB8:0:0:0:0:0:7``."""
+    try:
+        return str(ipaddress.ip_address(address.strip()))
+    except ValueError:
+        return address  # of no known length: OpenSSL says so in words, which are nobody's name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,11 +29,12 @@ from loraplex_gateway.types import (
 from loraplex_gateway.validation import REQUEST_ID_RULE, is_request_id
 
 if TYPE_CHECKING:
-    from loraplex_gateway.models import ModelCatalog
     from loraplex_gateway.openai.schema import ChatTurn, CommonBody, CompletionBody, ContentPart
     from loraplex_gateway.openai.tracing import Origin
     from loraplex_gateway.types import Prompt
 
+IsBase = Callable[[str], bool]
+"""Whether a name is a base model's, to the caller, for whom the others are adapters'; refuses a name of both."""
 MAX_CHOICES: Final = 128
 SEEDS: Final = range(-(2**63), 2**64)
 _TOKEN_ID: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
@@ -62,19 +64,19 @@ class Plan:
     return_token_ids: bool
 
 
-def completion_plan(body: CompletionBody, catalog: ModelCatalog, *, origin: Origin) -> Plan:
+def completion_plan(body: CompletionBody, is_base: IsBase, *, origin: Origin) -> Plan:
     """Return what a completion asks for.
 
     Raises:
         InvalidParameterError: For what is not served.
     """
-    request = _request(body, catalog, origin=origin, max_tokens=body.max_tokens, logprobs=body.logprobs)
+    request = _request(body, is_base, origin=origin, max_tokens=body.max_tokens, logprobs=body.logprobs)
     prompts = _prompts(body.prompt, add_special_tokens=body.add_special_tokens)
     names = BodyNames(fields.COMPLETION, body)
     return _plan(body, [replace(request, prompt=prompt) for prompt in prompts], names=names, logprobs=body.logprobs)
 
 
-def chat_plan(body: ChatBody, catalog: ModelCatalog, *, origin: Origin) -> Plan:
+def chat_plan(body: ChatBody, is_base: IsBase, *, origin: Origin) -> Plan:
     """Return what a chat completion asks for.
 
     Raises:
@@ -89,7 +91,7 @@ def chat_plan(body: ChatBody, catalog: ModelCatalog, *, origin: Origin) -> Plan:
             f"max_tokens is {body.max_tokens} and max_completion_tokens {max_tokens}; send one of them",
             field="max_tokens",
         )
-    request = _request(body, catalog, origin=origin, max_tokens=max_tokens, logprobs=logprobs)
+    request = _request(body, is_base, origin=origin, max_tokens=max_tokens, logprobs=logprobs)
     check_num_messages(len(body.messages))
     prompt = ChatPrompt(
         messages=tuple(_message(n, turn) for n, turn in enumerate(body.messages)),
@@ -102,20 +104,20 @@ def chat_plan(body: ChatBody, catalog: ModelCatalog, *, origin: Origin) -> Plan:
 
 
 def _request(
-    body: CommonBody, catalog: ModelCatalog, *, origin: Origin, max_tokens: int | None, logprobs: int | None
+    body: CommonBody, is_base: IsBase, *, origin: Origin, max_tokens: int | None, logprobs: int | None
 ) -> GenerationRequest:
     """Return the request without its prompt. `model` names a base model or an adapter."""
     if not body.model:
         raise InvalidParameterError(f"model is empty: {fields.WHICH_MODEL}", field="model")
-    is_base = catalog.find(body.model) is not None
+    means_base = is_base(body.model)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return GenerationRequest(
         prompt=None,
         request_id=_own_id(body) or origin.request_id,
         trace_id=origin.trace_id,
         traceparent=origin.traceparent,
-        model=body.model if is_base else "",
-        adapter="" if is_base else body.model,
+        model=body.model if means_base else "",
+        adapter="" if means_base else body.model,
         sampling=_sampling(body),
         stopping=Stopping(
             max_new_tokens=max_tokens,
@@ -243,12 +245,13 @@ def _part(field: str, part: ContentPart) -> str:
     return part.text
 
 
-def _priority(given: int | str | None) -> Priority:
-    """Return the class of service; vLLM's numbers say "sooner" by being lower."""
+def _priority(given: int | str | None) -> Priority | None:
+    """Return the class of service, None if none is given; vLLM's numbers say "sooner" by being lower."""
+    if given is None:
+        return None
     if isinstance(given, str):
         return Priority[given.upper()]
-    number = given or 0
-    return Priority.HIGH if number < 0 else Priority.BATCH if number > 0 else Priority.NORMAL
+    return Priority.HIGH if given < 0 else Priority.BATCH if given > 0 else Priority.NORMAL
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:

@@ -38,7 +38,7 @@ class HttpServer:
         host: Address to listen on.
         port: 0 picks a free one.
         tls: With a certificate, turns TLS on; new connections are shown what the files hold by then. With an authority,
-            clients must show a certificate that it has signed.
+            clients must show a certificate that it has signed; see `connections.certificate_of`.
         max_connections: As many may be open; see `Connections`.
 
     Attributes:
