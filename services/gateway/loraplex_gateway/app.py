@@ -37,6 +37,8 @@ from loraplex_gateway.openai.server import HttpServer
 from loraplex_gateway.prefetch import PrefetchHints
 from loraplex_gateway.preparation import Preparer, RequestLimits
 from loraplex_gateway.registry_watcher import RegistryWatcher
+from loraplex_gateway.resume import Resumption
+from loraplex_gateway.resume_keys import ResumeKeyFile, ResumeKeys
 from loraplex_gateway.servicer import GatewayServicer
 from loraplex_gateway.servicer_fleet import FleetServicer
 
@@ -95,6 +97,8 @@ class GatewayApp:
             clock=time.monotonic,
         )
         self.claims = RequestClaims(self._valkey, self.gateway_id)
+        key_file = None if config.resume_key_file is None else ResumeKeyFile(config.resume_key_file)
+        self._resume_keys = ResumeKeys(file=key_file, valkey=self._valkey)
         self.metrics = GatewayMetrics(self._metrics_registry)
         self.metrics.watch_queue(self.admission.waiting_by_priority)
         fleet = FleetCollector(self.catalog, self.pool, self._adapter_names, self.metrics.vllm.num_waiting)
@@ -121,6 +125,7 @@ class GatewayApp:
         self.http_port = await self.http.start()
         self._supervisor.spawn(self.http.run(), name="http-server")
         self._supervisor.spawn(self.claims.run(), name="claims")
+        self._supervisor.spawn(self._resume_keys.run(), name="resume-keys")
         if self._store is not None:
             feed = AliasFeed(self._store, [self.names, self._adapter_names])
             self._supervisor.spawn(feed.run(), name="alias-feed")
@@ -170,6 +175,7 @@ class GatewayApp:
 
     async def _first_sync(self) -> None:
         """Wait for the registry, for a session with every engine it lists, and for the names."""
+        await self._resume_keys.agree()
         await self._registry.poll_once()
         while self.pool.is_dialling:
             await self.pool.changed.wait()
@@ -215,6 +221,7 @@ class GatewayApp:
             self.admission,
             self.claims,
             self.pool,
+            resumption=Resumption(self._resume_keys, window_s=self.config.resume_window_s),
             hints=self._hints,
             metrics=self.metrics,
             clock=time.monotonic,
