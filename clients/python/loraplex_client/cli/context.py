@@ -19,7 +19,12 @@ PIPE_WIDTH: Final = 400
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 stderr = Console(stderr=True, highlight=False)
 
-Target = Annotated[str, typer.Option(envvar="LORAPLEX_TARGET", help="The gateway's gRPC address.", metavar="HOST:PORT")]
+Target = Annotated[
+    str,
+    typer.Option(
+        envvar="LORAPLEX_TARGET", help="The gateway's gRPC address; several with commas.", metavar="HOST:PORT"
+    ),
+]
 StoreTarget = Annotated[
     str | None,
     typer.Option(

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from loraplex_client._connection import DEFAULT_TARGET, Connection
 from loraplex_client._engines import EngineStatus, HeldAdapter, engine_status, fleet_status
+from loraplex_client._gateways import split_targets
 from loraplex_client.cli.context import Credentials, StoreTarget, Target, connect, credentials_of, stderr, stdout
 from loraplex_client.resources import Model
 
@@ -58,13 +59,16 @@ def _ask_gateway(target: str, credentials: Credentials, problems: list[str]) -> 
 
     That a tenant may not see them is no problem of the deployment's: it is said, and that is all.
     """
-    try:
-        engines, silent = fleet_status(_connection(target, credentials))
-    except AdapterForbiddenError as error:
-        stderr.print(f"note: engines are not shown: {error.message}", soft_wrap=True)
-        return []
-    except LoraplexError as error:
-        problems.append(f"gateway: {error.message}")
+    for gateway in split_targets(target):
+        try:
+            engines, silent = fleet_status(_connection(gateway, credentials))
+            break
+        except AdapterForbiddenError as error:
+            stderr.print(f"note: engines are not shown: {error.message}", soft_wrap=True)
+            return []
+        except LoraplexError as error:
+            problems.append(f"gateway: {error.message}")
+    else:
         return []
     problems += [f"engine {engine}: {error.message}, says the gateway" for engine, error in silent.items()]
     if not engines and not silent:
