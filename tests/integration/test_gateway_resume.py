@@ -149,9 +149,9 @@ async def test_a_stream_goes_on_through_another_gateway_exactly_where_it_was(val
         finished = responses[-1].finished
         assert finished.finish_reason == gateway_pb2.FINISH_REASON_LENGTH
         assert (finished.usage.output_tokens, finished.usage.prompt_tokens) == (NUM_TOKENS, got.started.prompt_tokens)
-        for rig in (one, two):
-            await eventually(lambda rig=rig: rig.app.claims.num_running == 0)
-            rig.check_idle()
+        await eventually(lambda: one.app.claims.num_running == two.app.claims.num_running == 0)
+        one.check_idle()
+        two.check_idle()
 
 
 async def test_a_moved_label_changes_nothing_and_a_lost_right_or_revision_is_refused(valkey_url: str) -> None:

@@ -84,7 +84,7 @@ class Client:
             timeout_s=options.get("timeout"),
             resumes=resumes is None or resumes,
             owns_id=not options.get("request_id"),
-            num_gateways=len(self._gateways),
+            has_choice=len(self._gateways) > 1,
         )
         return GenerateStream(self._gateways, progress, self._metadata)
 

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 PATIENCE_S: Final = 60.0
 """How long a stream that has begun is tried again without a new token."""
-OWN_CLAIM_S: Final = 10.0
-"""How long our own first attempt may stand in the way of the second: a gateway that died held the request's id."""
+FIRST_PATIENCE_S: Final = 10.0
+"""How long a stream that has not begun is tried again: gateways may be away together for a moment, and one that died holds the
+request's id for some seconds.
+"""
 FIRST_PAUSE_S: Final = 0.05
 MAX_PAUSE_S: Final = 2.0
 # What gRPC and proxies say of a connection that was cut.
@@ -45,7 +47,7 @@ class StreamProgress:
         timeout_s: Deadline of the whole stream, from now.
         resumes: Whether to go on after a break.
         owns_id: Whether the request's id was drawn here: whoever runs under it is this stream.
-        num_gateways: As many may be asked for a stream that has not begun.
+        has_choice: Whether there are other gateways for a stream that has not begun.
         clock: Monotonic seconds.
 
     Attributes:
@@ -59,15 +61,14 @@ class StreamProgress:
         timeout_s: float | None,
         resumes: bool,
         owns_id: bool,
-        num_gateways: int,
+        has_choice: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_resumes = 0
         self._request = request
-        self._resumes, self._owns_id = resumes, owns_id
+        self._resumes, self._owns_id, self._has_choice = resumes, owns_id, has_choice
         self._clock = clock
         self._deadline = None if timeout_s is None else clock() + timeout_s
-        self._num_first_tries_left = num_gateways - 1
         self._has_started = False
         self._has_started_now = False  # in the present attempt
         self._next_sequence = 0
@@ -127,7 +128,7 @@ class StreamProgress:
             raise error
         now = self._clock()
         if self._give_up_at is None:
-            self._give_up_at = now + (PATIENCE_S if self._resume_token else OWN_CLAIM_S)
+            self._give_up_at = now + (PATIENCE_S if self._resume_token else FIRST_PATIENCE_S)
         give_up_at = self._give_up_at if self._deadline is None else min(self._give_up_at, self._deadline)
         pause_s = max(self._pause_s * random.uniform(0.2, 1.0), error.retry_after_s or 0.0)
         self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
@@ -165,10 +166,8 @@ class StreamProgress:
             if not self._request.response_options.HasField("prompt_logprobs"):
                 self._resume_token = error.metadata.get("resume_token", "")
             return True
-        if not can_help_elsewhere(error) or self._num_first_tries_left <= 0:
-            return False
-        self._num_first_tries_left -= 1
-        return True
+        # Cancelled, but not by us: a server that went away before it could say so.
+        return self._has_choice and (can_help_elsewhere(error) or isinstance(error, CancelledRequestError))
 
 
 def is_interruption(error: LoraplexError) -> bool:

@@ -18,7 +18,7 @@ from loraplex_common.grpc_channel import open_channel
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.log import get_logger
 from loraplex_common.rpc_metrics import RpcMetrics
-from loraplex_common.tasks import Supervisor
+from loraplex_common.tasks import Supervisor, cancel_and_wait
 from loraplex_common.vllm_metrics import FLEET_LABEL
 
 from loraplex_gateway.admission import AdmissionController
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 MAX_STREAMS: Final = 16_384
 # How long `start` waits for the first look at engines and names, so that "ready" means ready where all is well.
 FIRST_SYNC_S: Final = 5.0
+
+# How long before the end of the grace streams are told to go on elsewhere, so that it reaches their clients.
+HAND_OVER_S: Final = 1.0
 
 _log = get_logger()
 
@@ -147,12 +150,19 @@ class GatewayApp:
         await self._supervisor.run_until(stop)
 
     async def drain(self) -> None:
-        """Go out of service without failing a stream: not ready, settle, refuse new requests, wait for running ones."""
+        """Go out of service without failing a stream: not ready, settle, refuse new requests, wait for running ones.
+
+        Streams that are left at the end of the grace are told so, with what their clients need to go on elsewhere.
+        """
         config = self.config
         self._is_draining = True
-        await asyncio.gather(
-            self._grpc.drain(settle_s=config.drain_settle_s, grace_s=config.drain_grace_s), self._drain_http()
-        )
+        hand_over = asyncio.create_task(self._hand_over(), name="hand-over")
+        try:
+            await asyncio.gather(
+                self._grpc.drain(settle_s=config.drain_settle_s, grace_s=config.drain_grace_s), self._drain_http()
+            )
+        finally:
+            await cancel_and_wait(hand_over)
 
     async def close(self) -> None:
         """Release everything; safe after a failed start."""
@@ -167,6 +177,12 @@ class GatewayApp:
             await self._store.close()
         await self._valkey.aclose()
         self.workers.close()
+
+    async def _hand_over(self) -> None:
+        config = self.config
+        before_end_s = min(HAND_OVER_S, config.drain_grace_s / 2)
+        await asyncio.sleep(config.drain_settle_s + config.drain_grace_s - before_end_s)
+        self.claims.hand_over()
 
     async def _drain_http(self) -> None:
         await asyncio.sleep(self.config.drain_settle_s)

@@ -11,7 +11,7 @@ import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_common.errors import LoraplexError, RequestRunningError
+from loraplex_common.errors import DrainingError, LoraplexError, RequestRunningError
 from loraplex_common.housekeeping import Trouble
 from loraplex_common.registry import claim_key, gateway_key
 from loraplex_common.tasks import deliver_cancellation
@@ -44,13 +44,14 @@ class RunningRequest:
     """A request of this gateway that can be cancelled by its id.
 
     Attributes:
-        is_replaced: Whether another call goes on with it.
+        failure: What it ends with instead of CANCELLED, once it is cancelled.
         is_claimed: Whether its claim is known to have been in Valkey.
         find_resume_token: Returns its stream's token; empty as long as there is none.
     """
 
     def __init__(self) -> None:
-        self.is_cancelled = self.is_replaced = self.is_claimed = False
+        self.is_cancelled = self.is_claimed = False
+        self.failure: LoraplexError | None = None
         self.find_resume_token: Callable[[], str] = str
         self._on_cancel: Callable[[], None] | None = None
 
@@ -60,9 +61,9 @@ class RunningRequest:
         if self._on_cancel is not None:
             self._on_cancel()
 
-    def replace(self) -> None:
-        """End the request because another call goes on with it."""
-        self.is_replaced = True
+    def fail(self, error: LoraplexError) -> None:
+        """End the request with an error, wherever it is."""
+        self.failure = error
         self.cancel()
 
     def on_cancel(self, callback: Callable[[], None] | None) -> None:
@@ -127,7 +128,7 @@ class RequestClaims:
             raise _already_running(request_id, before.find_resume_token())
         running = self._running[key] = RunningRequest()
         if before is not None:
-            before.replace()
+            before.fail(_replaced(request_id))
         try:
             running.is_claimed = await self._claim(tenant, request_id, takes_over=takes_over)
             yield running
@@ -149,6 +150,11 @@ class RequestClaims:
                 await self._renew()
             deliver_cancellation()
             await asyncio.sleep(BEAT_S)
+
+    def hand_over(self) -> None:
+        """End all requests of this gateway, which goes away; each is told how its client can go on with it."""
+        for running in tuple(self._running.values()):
+            running.fail(_draining(running.find_resume_token()))
 
     async def close(self) -> None:
         """Wait for the releases that are on their way, and say that this gateway is gone."""
@@ -186,11 +192,11 @@ class RequestClaims:
                 return await pipeline.execute()
 
         holders = await self._ask(renew, timeout_s=RENEW_S / 2) if held else None
-        for running, holder in zip(held.values(), holders or (), strict=False):
+        for (key, running), holder in zip(held.items(), holders or (), strict=False):
             if holder == self._gateway_id:
                 running.is_claimed = True
             elif running.is_claimed:
-                running.replace()  # whose claim is on its way may yet take over
+                running.fail(_replaced(key[1]))  # whose claim is on its way may yet take over
         for tenant, request_id in set(held) - set(self._running):
             # It ended while it was renewed: the release may have come first.
             self._release_soon(tenant, request_id)
@@ -237,4 +243,19 @@ def _already_running(request_id: str, resume_token: str = "") -> RequestRunningE
     return RequestRunningError(
         f"request {request_id} is still running; resume it, wait for its end or use another request_id",
         metadata={"request_id": request_id} | ({"resume_token": resume_token} if resume_token else {}),
+    )
+
+
+def _replaced(request_id: str) -> RequestRunningError:
+    return RequestRunningError(
+        f"another call has resumed request {request_id} and goes on with it", metadata={"request_id": request_id}
+    )
+
+
+def _draining(resume_token: str) -> DrainingError:
+    remedy = "resume the stream through another" if resume_token else "send the request to another"
+    return DrainingError(
+        f"this gateway goes away; {remedy}",
+        metadata={"resume_token": resume_token} if resume_token else {},
+        drop_reason="rejected-shutting-down",
     )

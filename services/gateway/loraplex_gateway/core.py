@@ -16,7 +16,6 @@ from loraplex_common.errors import (
     LoraplexError,
     NotSupportedError,
     QueueTimeoutError,
-    RequestRunningError,
     ResumeInvalidError,
     StreamInterruptedError,
 )
@@ -181,8 +180,8 @@ class GatewayCore:
                         async for event in events:
                             yield event
                 except LocalCancelError:
-                    if running.is_replaced:
-                        raise _replaced(request.request_id) from None
+                    if running.failure is not None:
+                        raise running.failure from None
                     for event in run.cancelled():
                         yield event
                 except StreamInterruptedError as error:
@@ -267,9 +266,3 @@ class GatewayCore:
                     yield event
                 if run.is_finished:
                     return
-
-
-def _replaced(request_id: str) -> RequestRunningError:
-    return RequestRunningError(
-        f"another call has resumed request {request_id} and goes on with it", metadata={"request_id": request_id}
-    )
