@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import pytest
 from loraplex.v1 import gateway_pb2
 from loraplex_client import AsyncClient, Client, Finished, Started
-from loraplex_client._gateways import DOWN_S, Gateways, can_help_elsewhere, split_targets
-from loraplex_client._resume import PATIENCE_S, StreamProgress, is_interruption
+from loraplex_client._resume import PATIENCE_S, StreamProgress
 from loraplex_common.errors import (
     AdapterForbiddenError,
-    AdapterLoadingError,
     DrainingError,
     LoraplexError,
-    NoEngineError,
     RemoteError,
     RequestLostError,
     RequestRunningError,
@@ -27,45 +24,11 @@ from loraplex_common.errors import (
     SlowConsumerError,
     StreamInterruptedError,
 )
-from support.gateway_double import GatewayDouble, chunk, finished, serving, started
+from support.gateway_double import GatewayDouble, chunk, serving, started
+from support.telling_gateway import WORDS, Story, token
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-WORDS = ("Never", " was", " a", " st\u00f6ry", " of", " more", " woe")
-
-
-def token(n: int) -> str:
-    return f"token-{n}"
-
-
-class Story(GatewayDouble):
-    """A gateway that tells `WORDS`, a token each, and breaks off as it is told to.
-
-    Attributes:
-        breaks: What each call does after so many words of its own: raises, or returns without an end. None: goes on.
-    """
-
-    def __init__(self, *breaks: tuple[int, LoraplexError | None], has_token: bool = True) -> None:
-        super().__init__()
-        self.breaks = list(breaks)
-        self.script = self.tell
-        self.has_token = has_token
-
-    def tell(self, request: gateway_pb2.GenerateRequest) -> Iterator[gateway_pb2.GenerateResponse]:
-        num_words, error = self.breaks.pop(0) if self.breaks else (len(WORDS), None)
-        start = started()
-        start.started.resume_token = token(len(self.requests)) if self.has_token else ""
-        first = len(request.resume.token_ids)
-        sequence = request.resume.last_sequence + 1 if first else 0
-        if num_words >= 0:
-            yield start
-        for n in range(first, min(first + num_words, len(WORDS))):
-            yield chunk(sequence + n - first, WORDS[n], n, index=n)
-        if error is not None:
-            raise error
-        if first + num_words >= len(WORDS):
-            yield finished(len(WORDS))
+    from collections.abc import Callable, Iterator
 
 
 def read(client: Client, **options: Any) -> tuple[str, list[type], int]:
@@ -289,6 +252,42 @@ def test_another_gateway_takes_over_what_one_began_and_what_one_cannot_take(is_a
     assert [len(gateway.requests) for gateway in (one, two)] == [1, 1]
 
 
+@pytest.mark.parametrize("form", ["ipv4:{},{}", "{},{}"], ids=["one-name-of-two-addresses", "two-targets"])
+def test_a_stream_goes_on_at_another_address_when_its_server_stops(form: str) -> None:
+    stopped = threading.Event()
+    gateways = [Story(), Story()]
+
+    def holding(gateway: Story) -> Callable[[gateway_pb2.GenerateRequest], Iterator[gateway_pb2.GenerateResponse]]:
+        def script(request: gateway_pb2.GenerateRequest) -> Iterator[gateway_pb2.GenerateResponse]:
+            for response in gateway.tell(request):
+                yield response
+                if response.chunk.sequence == 2 and not stopped.is_set():
+                    stopped.wait(20)
+                    return
+
+        return script
+
+    for gateway in gateways:
+        gateway.script = holding(gateway)
+    with contextlib.ExitStack() as client_lives, contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        servers = [first, second]
+        targets = [server.enter_context(serving(gateway)) for server, gateway in zip(servers, gateways, strict=True)]
+        client = client_lives.enter_context(Client(form.format(*targets)))
+        stream = client.generate(prompt="once", timeout=30)
+        text = "".join(next(stream).text for _ in range(4))
+        used = 0 if gateways[0].requests else 1
+
+        killer = threading.Thread(target=servers[used].close)  # waits for the handler, which waits for us
+        killer.start()
+        rest = "".join(event.text for event in stream)
+        stopped.set()
+        killer.join()
+
+        assert text + rest == "".join(WORDS)
+        assert stream.num_resumes == 1
+        assert len(gateways[1 - used].requests) == 1
+
+
 def test_a_gateway_that_is_gone_is_passed_over_before_a_stream_begins() -> None:
     gateway = Story()
     with serving(GatewayDouble()) as gone:
@@ -311,56 +310,3 @@ def test_our_own_first_attempt_is_gone_on_with_where_it_still_runs() -> None:
         gateway.breaks = [(-1, running)]
         with pytest.raises(RequestRunningError):  # somebody else's, for all we know
             list(client.generate(prompt="once", request_id="given"))
-
-
-@pytest.mark.parametrize(
-    ("code", "is_cut"),
-    [("UNAVAILABLE", True), ("UNKNOWN", True), ("INTERNAL", True), ("ABORTED", False), ("PERMISSION_DENIED", False)],
-)
-def test_statuses_without_a_reason_of_ours_are_cuts_where_they_say_so(code: str, is_cut: bool) -> None:
-    bare = RemoteError("cut", code=grpc.StatusCode[code], reason=code, http_status=500)
-    said = RemoteError("said", code=grpc.StatusCode[code], reason="SOMETHING", http_status=500)
-
-    assert is_interruption(bare) is is_cut
-    assert is_interruption(said) is (code == "UNAVAILABLE")
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (DrainingError("x"), True),
-        (NoEngineError("x"), True),
-        (AdapterLoadingError("x"), False),
-        (SaturatedError("x"), False),
-        (RemoteError("x", code=grpc.StatusCode.UNAVAILABLE, reason="UNAVAILABLE", http_status=503), True),
-    ],
-)
-def test_what_may_be_served_elsewhere(error: LoraplexError, expected: bool) -> None:
-    assert can_help_elsewhere(error) is expected
-
-
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [
-        ("a:1", ("a:1",)),
-        ("a:1, b:2,", ("a:1", "b:2")),
-        (["a:1", "b:2,c:3"], ("a:1", "b:2", "c:3")),
-        ("ipv4:1.2.3.4:1,5.6.7.8:2", ("ipv4:1.2.3.4:1,5.6.7.8:2",)),
-    ],
-)
-def test_targets_are_given_in_any_way(target: str | list[str], expected: tuple[str, ...]) -> None:
-    assert split_targets(target) == expected
-    with pytest.raises(ValueError, match="no gateway"):
-        split_targets(" ,")
-
-
-def test_gateways_take_turns_and_one_that_is_down_comes_last_for_a_while() -> None:
-    now = [100.0]
-    gateways = Gateways(("a", "b", "c"), ("A", "B", "C"), clock=lambda: now[0])
-    assert [gateways.pick().target for _ in range(4)] == ["a", "b", "c", "a"]
-
-    down = gateways.pick()
-    assert gateways.after(down, DrainingError("going")).target == "c"
-    assert "b" not in [gateways.pick().target for _ in range(6)]
-    now[0] += DOWN_S + 1
-    assert "b" in [gateways.pick().target for _ in range(3)]
