@@ -73,6 +73,10 @@ bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machin
 campaign: $(VENV)/.dev-installed ## Random requests of every kind against one engine: CAMPAIGN_ARGS="--requests 100000 --seed 1"
 	@PYTHONPATH=tests $(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 
+.PHONY: kill-gateways
+kill-gateways: $(VENV)/.dev-installed ## Kill gateways under streams of every kind: KILL_ARGS="--rounds 100 --seed 1 --gently"
+	@PYTHONPATH=tests $(BIN)/python -m support.gateway_kills $(KILL_ARGS)
+
 .PHONY: clean
 clean: ## Remove caches and build output; the virtual environment stays
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .cache

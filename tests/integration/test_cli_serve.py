@@ -89,7 +89,7 @@ def knows(client: Client, name: str) -> bool:
 async def test_every_service_can_be_called_from_what_reflection_says_of_it(stack: ServeProcess, version: str) -> None:
     servers = Servers(stack.grpc)
     connections = {
-        stack.grpc: servers.gateway,
+        stack.grpc: servers.gateways[0],
         stack.store: servers.store,
         stack.engine: servers.engine(stack.engine),
     }

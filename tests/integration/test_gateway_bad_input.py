@@ -186,14 +186,6 @@ async def test_a_request_id_claimed_by_another_gateway_is_running(valkey_url: st
         assert one.app.gateway_id in (caught.value.details() or "")
 
 
-async def test_resume_says_that_it_is_not_built(valkey_url: str) -> None:
-    async with running_gateway(valkey_url) as rig:
-        error = await refused(rig, text_request(resume=gateway_pb2.Resume(resume_token="x")))
-
-        assert isinstance(error, NotSupportedError)
-        assert "not built" in error.message
-
-
 async def test_keys_decide_who_is_let_in_and_as_whom(valkey_url: str, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("key-vip vip\nkey-other other\n")

@@ -34,9 +34,11 @@ def started(seed: int = 7) -> gateway_pb2.GenerateResponse:
     )
 
 
-def chunk(sequence: int, text: str, *token_ids: int) -> gateway_pb2.GenerateResponse:
+def chunk(sequence: int, text: str, *token_ids: int, index: int | None = None) -> gateway_pb2.GenerateResponse:
+    """Return a chunk; `index` is its sequence if the chunks before it have a token each."""
+    index = sequence if index is None else index
     return gateway_pb2.GenerateResponse(
-        chunk=gateway_pb2.Chunk(sequence=sequence, index=sequence, text=text, token_ids=token_ids)
+        chunk=gateway_pb2.Chunk(sequence=sequence, index=index, text=text, token_ids=token_ids)
     )
 
 

@@ -59,7 +59,7 @@ class Stack:
         self.store = self._spawn_store(FREE_PORTS)
         self.store.wait_ready()
         with ThreadPoolExecutor() as pool:
-            engine, gateway = pool.submit(self.start_engine), pool.submit(self._start_gateway)
+            engine, gateway = pool.submit(self.start_engine), pool.submit(self._start_first_gateway)
             engine.result()
             gateway.result()
         self._wait_for_engine()
@@ -108,21 +108,15 @@ class Stack:
                 else:
                     return
 
-    def _start_gateway(self) -> None:
-        flags = (
-            "--http-port",
-            "0",
-            "--metrics-port",
-            "0",
-            "--store-target",
-            self.store.grpc,
-            "--redis-url",
-            self.valkey.url,
-        )
-        self.gateway = self._spawn(
-            "loraplex_gateway", (*FREE_PORTS, *flags, "--drain-settle-s", "0", *self.flags.gateway)
-        )
-        self.gateway.wait_ready()
+    def start_gateway(self, *, port: str = "0") -> ServiceProcess:
+        """Start one more gateway and wait until it is ready; whoever does ends it."""
+        ports = ("--port", port, "--http-port", "0", "--metrics-port", "0")
+        flags = ("--store-target", self.store.grpc, "--redis-url", self.valkey.url)
+        gateway = self._spawn("loraplex_gateway", (*ports, *flags, "--drain-settle-s", "0", *self.flags.gateway))
+        return gateway.wait_ready()
+
+    def _start_first_gateway(self) -> None:
+        self.gateway = self.start_gateway()
 
     def _spawn_store(self, port: Sequence[str]) -> ServiceProcess:
         flags = ("--metrics-port", "0", "--import-root", str(self.import_root), "--redis-url", self.valkey.url)

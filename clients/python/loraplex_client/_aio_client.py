@@ -2,92 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Unpack
 
-import grpc
 from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
-from loraplex_common.errors import StreamInterruptedError
+from loraplex_common.errors import LoraplexError
 
 from loraplex_client import _requests, _responses
 from loraplex_client._aio_adapters import AsyncAdapters
+from loraplex_client._aio_stream import AsyncGenerateStream
 from loraplex_client._engine_operations import AsyncEngines
-from loraplex_client._errors import loraplex_error, translated
+from loraplex_client._errors import translated
+from loraplex_client._gateways import Gateways, can_help_elsewhere
+from loraplex_client._resume import StreamProgress
 from loraplex_client._servers import Credentials, Servers
-from loraplex_client.events import Completion, Event, Finished
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from pathlib import Path
 
     from loraplex_client._requests import ChatMessage, GenerateOptions
+    from loraplex_client.events import Completion
     from loraplex_client.resources import Model
 
-
-class AsyncGenerateStream(AsyncIterator[Event]):
-    """The events of one generation, in order; the last is `Finished`.
-
-    Leaving it early (``aclose``, the end of an ``async with`` block, cancelling the task that reads it, or dropping
-    it) cancels the request, which frees all that the engine holds for it.
-
-    Attributes:
-        request_id: The request's id, for `AsyncClient.cancel`.
-    """
-
-    def __init__(
-        self,
-        call: grpc.aio.UnaryStreamCall[gateway_pb2.GenerateRequest, gateway_pb2.GenerateResponse],
-        request_id: str,
-        target: str,
-    ) -> None:
-        self.request_id = request_id
-        self._call = call
-        self._target = target
-        self._is_over = False
-
-    async def __anext__(self) -> Event:
-        """Return the next event.
-
-        Raises:
-            LoraplexError: If the request failed.
-        """
-        while not self._is_over:
-            try:
-                response = await self._call.read()
-            except grpc.RpcError as error:
-                self._is_over = True
-                raise loraplex_error(error, self._target) from error
-            if isinstance(response, gateway_pb2.GenerateResponse):
-                event = _responses.event(response)
-            else:  # the end-of-stream mark
-                self._is_over = True
-                raise StreamInterruptedError("the stream ended without a final event")
-            if isinstance(event, Finished):
-                self._is_over = True
-            if event is not None:
-                return event
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
-        """Cancel the request if it still runs."""
-        self._is_over = True
-        self._call.cancel()
-
-    async def __aenter__(self) -> AsyncGenerateStream:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
+T = TypeVar("T")
+_Stub: TypeAlias = "gateway_pb2_grpc.GatewayServiceAsyncStub"
 
 
 class AsyncClient:
     """Generates text through a gateway and manages adapters in a store; asyncio, on one event loop.
 
-    Calls that find no server are retried by gRPC itself (UNAVAILABLE only, until a stream's first message). All
-    failures are `loraplex_common.errors.LoraplexError`.
+    Calls that find no server are retried by gRPC itself (UNAVAILABLE only, until a stream's first message), then by the
+    next gateway. A stream that has begun goes on through another connection or gateway when its own is lost. All failures
+    are `loraplex_common.errors.LoraplexError`.
 
     Args:
-        target: The gateway, ``host:port``; by default the profile's, else 127.0.0.1:8500.
-        store_target: The adapter store; by default the profile's, else the gateway's host, port 8510.
+        target: The gateway, ``host:port``; or several, in a sequence or separated by commas: calls take turns. By default
+            the profile's, else 127.0.0.1:8500.
+        store_target: The adapter store; by default the profile's, else the (first) gateway's host, port 8510.
         tls_ca: Certificates to trust, PEM; turns TLS on.
         tls_cert: Client certificate, PEM, for mutual TLS; together with ``tls_key``.
         api_key: Sent with every call.
@@ -104,7 +55,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        target: str | None = None,
+        target: str | Sequence[str] | None = None,
         *,
         store_target: str | None = None,
         tls_ca: Path | None = None,
@@ -119,11 +70,10 @@ class AsyncClient:
             credentials=Credentials(api_key=api_key, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key),
             profile=profile,
         )
-        connection = servers.gateway
-        self._target = connection.target
-        self._metadata = connection.metadata
-        self._channel = connection.open_aio()
-        self._stub: gateway_pb2_grpc.GatewayServiceAsyncStub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+        self._metadata = servers.gateways[0].metadata
+        self._channels = [gateway.open_aio() for gateway in servers.gateways]
+        stubs: list[_Stub] = [gateway_pb2_grpc.GatewayServiceStub(channel) for channel in self._channels]
+        self._gateways = Gateways([gateway.target for gateway in servers.gateways], stubs)
         self.adapters = AsyncAdapters(servers.store)
         self.engines = AsyncEngines(servers.engine)
 
@@ -138,17 +88,23 @@ class AsyncClient:
         Raises:
             InvalidParameterError: If there is not exactly one prompt, or a value does not fit its type.
         """
-        request = _requests.generate_request(options)
-        call = self._stub.Generate(request, timeout=options.get("timeout"), metadata=self._metadata)
-        return AsyncGenerateStream(call, request.request_id, self._target)
+        request, resumes = _requests.generate_request(options), options.get("resume")
+        progress = StreamProgress(
+            request,
+            timeout_s=options.get("timeout"),
+            resumes=resumes is None or resumes,
+            owns_id=not options.get("request_id"),
+            has_choice=len(self._gateways) > 1,
+        )
+        return AsyncGenerateStream(self._gateways, progress, self._metadata)
 
     async def generate_once(self, **options: Unpack[GenerateOptions]) -> Completion:
         """Return the whole result of a generation; arguments as `generate`."""
         request = gateway_pb2.GenerateOnceRequest(request=_requests.generate_request(options))
-        with translated(self._target):
-            return _responses.completion(
-                await self._stub.GenerateOnce(request, timeout=options.get("timeout"), metadata=self._metadata)
-            )
+        timeout = options.get("timeout")
+        return _responses.completion(
+            await self._call(lambda stub: stub.GenerateOnce(request, timeout=timeout, metadata=self._metadata))
+        )
 
     async def tokenize(
         self,
@@ -184,24 +140,22 @@ class AsyncClient:
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
         )
-        with translated(self._target):
-            return tuple((await self._stub.Tokenize(request, metadata=self._metadata)).token_ids)
+        response = await self._call(lambda stub: stub.Tokenize(request, metadata=self._metadata))
+        return tuple(response.token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = False) -> str:
         """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
         request = gateway_pb2.DetokenizeRequest(
             model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
         )
-        with translated(self._target):
-            return (await self._stub.Detokenize(request, metadata=self._metadata)).text
+        return (await self._call(lambda stub: stub.Detokenize(request, metadata=self._metadata))).text
 
     async def list_models(self) -> list[Model]:
         """Return the base models, then the adapters the caller may use."""
         models: list[Model] = []
         request = gateway_pb2.ListModelsRequest()
         while True:
-            with translated(self._target):
-                page = await self._stub.ListModels(request, metadata=self._metadata)
+            page = await self._call(lambda stub: stub.ListModels(request, metadata=self._metadata))
             models.extend(_responses.model(card) for card in page.models)
             if not page.next_page_token:
                 return models
@@ -210,13 +164,28 @@ class AsyncClient:
     async def cancel(self, request_id: str) -> bool:
         """End a running request whose stream was lost; False if there was none."""
         request = gateway_pb2.CancelRequestRequest(request_id=request_id)
-        with translated(self._target):
-            return (await self._stub.CancelRequest(request, metadata=self._metadata)).was_running
+        response = await self._call(lambda stub: stub.CancelRequest(request, metadata=self._metadata))
+        return response.was_running
 
     async def close(self) -> None:
         """Cancel what runs and close the connections."""
+        self._gateways.is_closed = True
         await self.adapters.close()
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
+
+    async def _call(self, call: Callable[[_Stub], Awaitable[T]]) -> T:
+        """Return what a gateway answers, the next one if the first cannot."""
+        gateway = self._gateways.pick()
+        for num_left in reversed(range(len(self._gateways))):
+            try:
+                with translated(gateway.target):
+                    return await call(gateway.stub)
+            except LoraplexError as error:
+                if not num_left or not can_help_elsewhere(error):
+                    raise
+                gateway = self._gateways.after(gateway, error)
+        raise AssertionError  # there is a gateway
 
     async def __aenter__(self) -> AsyncClient:
         return self

@@ -2,90 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Unpack
 
-import grpc
 from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
-from loraplex_common.errors import StreamInterruptedError
+from loraplex_common.errors import LoraplexError
 
 from loraplex_client import _requests, _responses
 from loraplex_client._adapters import Adapters
 from loraplex_client._engine_operations import Engines
-from loraplex_client._errors import loraplex_error, translated
+from loraplex_client._errors import translated
+from loraplex_client._gateways import Gateways, can_help_elsewhere
+from loraplex_client._resume import StreamProgress
 from loraplex_client._servers import Credentials, Servers
-from loraplex_client.events import Completion, Event, Finished
+from loraplex_client._stream import GenerateStream
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from loraplex_client._requests import ChatMessage, GenerateOptions
+    from loraplex_client.events import Completion
     from loraplex_client.resources import Model
 
-
-class GenerateStream(Iterator[Event]):
-    """The events of one generation, in order; the last is `Finished`.
-
-    Leaving it early (``close``, the end of a ``with`` block, or dropping it) cancels the request, which frees all that
-    the engine holds for it.
-
-    Attributes:
-        request_id: The request's id, for `Client.cancel`.
-    """
-
-    def __init__(self, call: grpc._CallIterator[gateway_pb2.GenerateResponse], request_id: str, target: str) -> None:
-        self.request_id = request_id
-        self._call = call
-        self._target = target
-        self._is_over = False
-
-    def __next__(self) -> Event:
-        """Return the next event.
-
-        Raises:
-            LoraplexError: If the request failed.
-        """
-        while not self._is_over:
-            try:
-                event = _responses.event(next(self._call))
-            except StopIteration:
-                self._is_over = True
-                raise StreamInterruptedError("the stream ended without a final event") from None
-            except grpc.RpcError as error:
-                if self._is_over:  # closed by another thread while this one waited
-                    break
-                self._is_over = True
-                raise loraplex_error(error, self._target) from error
-            if isinstance(event, Finished):
-                self._is_over = True
-            if event is not None:
-                return event
-        raise StopIteration
-
-    def close(self) -> None:
-        """Cancel the request if it still runs."""
-        self._is_over = True
-        self._call.cancel()
-
-    def __enter__(self) -> GenerateStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self._call.cancel()
+T = TypeVar("T")
+_Stub: TypeAlias = "gateway_pb2_grpc.GatewayServiceStub"
 
 
 class Client:
     """Generates text through a gateway and manages adapters in a store; blocking, safe to share between threads.
 
-    Calls that find no server are retried by gRPC itself (UNAVAILABLE only, until a stream's first message). All
-    failures are `loraplex_common.errors.LoraplexError`.
+    Calls that find no server are retried by gRPC itself (UNAVAILABLE only, until a stream's first message), then by the
+    next gateway. A stream that has begun goes on through another connection or gateway when its own is lost. All failures
+    are `loraplex_common.errors.LoraplexError`.
 
     Args:
-        target: The gateway, ``host:port``; by default the profile's, else 127.0.0.1:8500.
-        store_target: The adapter store; by default the profile's, else the gateway's host, port 8510.
+        target: The gateway, ``host:port``; or several, in a sequence or separated by commas: calls take turns. By default
+            the profile's, else 127.0.0.1:8500.
+        store_target: The adapter store; by default the profile's, else the (first) gateway's host, port 8510.
         tls_ca: Certificates to trust, PEM; turns TLS on.
         tls_cert: Client certificate, PEM, for mutual TLS; together with ``tls_key``.
         api_key: Sent with every call.
@@ -103,7 +56,7 @@ class Client:
 
     def __init__(
         self,
-        target: str | None = None,
+        target: str | Sequence[str] | None = None,
         *,
         store_target: str | None = None,
         tls_ca: Path | None = None,
@@ -118,11 +71,10 @@ class Client:
             credentials=Credentials(api_key=api_key, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key),
             profile=profile,
         )
-        connection = servers.gateway
-        self._target = connection.target
-        self._metadata = connection.metadata
-        self._channel = connection.open()
-        self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+        self._metadata = servers.gateways[0].metadata
+        self._channels = [gateway.open() for gateway in servers.gateways]
+        stubs: list[_Stub] = [gateway_pb2_grpc.GatewayServiceStub(channel) for channel in self._channels]
+        self._gateways = Gateways([gateway.target for gateway in servers.gateways], stubs)
         self.adapters = Adapters(servers.store)
         self.engines = Engines(servers.engine)
 
@@ -137,17 +89,23 @@ class Client:
         Raises:
             InvalidParameterError: If there is not exactly one prompt, or a value does not fit its type.
         """
-        request = _requests.generate_request(options)
-        call = self._stub.Generate(request, timeout=options.get("timeout"), metadata=self._metadata)
-        return GenerateStream(call, request.request_id, self._target)
+        request, resumes = _requests.generate_request(options), options.get("resume")
+        progress = StreamProgress(
+            request,
+            timeout_s=options.get("timeout"),
+            resumes=resumes is None or resumes,
+            owns_id=not options.get("request_id"),
+            has_choice=len(self._gateways) > 1,
+        )
+        return GenerateStream(self._gateways, progress, self._metadata)
 
     def generate_once(self, **options: Unpack[GenerateOptions]) -> Completion:
         """Return the whole result of a generation; arguments as `generate`."""
         request = gateway_pb2.GenerateOnceRequest(request=_requests.generate_request(options))
-        with translated(self._target):
-            return _responses.completion(
-                self._stub.GenerateOnce(request, timeout=options.get("timeout"), metadata=self._metadata)
-            )
+        timeout = options.get("timeout")
+        return _responses.completion(
+            self._call(lambda stub: stub.GenerateOnce(request, timeout=timeout, metadata=self._metadata))
+        )
 
     def tokenize(
         self,
@@ -183,24 +141,21 @@ class Client:
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
         )
-        with translated(self._target):
-            return tuple(self._stub.Tokenize(request, metadata=self._metadata).token_ids)
+        return tuple(self._call(lambda stub: stub.Tokenize(request, metadata=self._metadata)).token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = False) -> str:
         """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
         request = gateway_pb2.DetokenizeRequest(
             model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
         )
-        with translated(self._target):
-            return self._stub.Detokenize(request, metadata=self._metadata).text
+        return self._call(lambda stub: stub.Detokenize(request, metadata=self._metadata)).text
 
     def list_models(self) -> list[Model]:
         """Return the base models, then the adapters the caller may use."""
         models: list[Model] = []
         request = gateway_pb2.ListModelsRequest()
         while True:
-            with translated(self._target):
-                page = self._stub.ListModels(request, metadata=self._metadata)
+            page = self._call(lambda stub: stub.ListModels(request, metadata=self._metadata))
             models.extend(_responses.model(card) for card in page.models)
             if not page.next_page_token:
                 return models
@@ -209,13 +164,27 @@ class Client:
     def cancel(self, request_id: str) -> bool:
         """End a running request whose stream was lost; False if there was none."""
         request = gateway_pb2.CancelRequestRequest(request_id=request_id)
-        with translated(self._target):
-            return self._stub.CancelRequest(request, metadata=self._metadata).was_running
+        return self._call(lambda stub: stub.CancelRequest(request, metadata=self._metadata)).was_running
 
     def close(self) -> None:
         """Cancel what runs and close the connections."""
+        self._gateways.is_closed = True
         self.adapters.close()
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
+
+    def _call(self, call: Callable[[_Stub], T]) -> T:
+        """Return what a gateway answers, the next one if the first cannot."""
+        gateway = self._gateways.pick()
+        for num_left in reversed(range(len(self._gateways))):
+            try:
+                with translated(gateway.target):
+                    return call(gateway.stub)
+            except LoraplexError as error:
+                if not num_left or not can_help_elsewhere(error):
+                    raise
+                gateway = self._gateways.after(gateway, error)
+        raise AssertionError  # there is a gateway
 
     def __enter__(self) -> Client:
         return self

@@ -69,6 +69,7 @@ class GenerateOptions(PromptOptions, total=False):
         progress_events: Whether Accepted, Queued and AdapterLoading are sent; ends retries earlier.
         request_id: UUID4; drawn by the client if left out.
         timeout: Deadline of the whole call, in seconds.
+        resume: Whether a stream whose connection or gateway is lost goes on through the next one. Default true.
     """
 
     adapter: str | None
@@ -103,6 +104,7 @@ class GenerateOptions(PromptOptions, total=False):
     progress_events: bool | None
     request_id: str | None
     timeout: float | None
+    resume: bool | None
 
 
 # Options that are a field of the same name: option -> submessage ("" means the request itself).
@@ -128,7 +130,7 @@ _CHAT_FLAGS: Final = ("add_generation_prompt", "continue_final_message", "chat_t
 
 
 def generate_request(options: GenerateOptions) -> gateway_pb2.GenerateRequest:
-    """Build the request of one generation; ``timeout`` belongs to the call, not to the message.
+    """Build the request of one generation; ``timeout`` and ``resume`` belong to the call, not to the message.
 
     Raises:
         InvalidParameterError: If there is not exactly one prompt, or a value does not fit its field.
@@ -138,7 +140,8 @@ def generate_request(options: GenerateOptions) -> gateway_pb2.GenerateRequest:
     if unknown:  # whatever its value: what is misspelt must not look as if it were set
         raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    given.pop("timeout", None)
+    for of_the_call in ("timeout", "resume"):
+        given.pop(of_the_call, None)
     request = gateway_pb2.GenerateRequest(request_id=given.pop("request_id", "") or str(uuid.uuid4()))
     _set_prompt(request, given)
     for name, value in given.items():

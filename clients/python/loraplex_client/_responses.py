@@ -30,6 +30,10 @@ TIERS: Final = {
 }
 
 
+class UnknownFinishError(StreamInterruptedError):
+    """The gateway ended a stream for a reason that this version does not know."""
+
+
 def seconds(duration: Duration) -> float:
     """Return a protobuf Duration in seconds."""
     return duration.ToNanoseconds() / 1e9
@@ -105,7 +109,7 @@ def _started(started: gateway_pb2.Started) -> events.Started:
 
 def _finished(finished: gateway_pb2.Finished) -> events.Finished:
     if finished.finish_reason not in FINISH_REASONS:
-        raise StreamInterruptedError(f"the gateway ended the stream for an unknown reason ({finished.finish_reason})")
+        raise UnknownFinishError(f"the gateway ended the stream for an unknown reason ({finished.finish_reason})")
     matched, usage, timings = finished.WhichOneof("matched_stop"), finished.usage, finished.timings
     return events.Finished(
         finish_reason=FINISH_REASONS[finished.finish_reason],

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraplex_client._connection import DEFAULT_TARGET, Connection, store_beside
+from loraplex_client._gateways import split_targets
 from loraplex_client._profiles import ProfileError, ServerProfile, found_profile, read_profile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,22 +34,24 @@ class Servers:
     """The servers of one deployment.
 
     Args:
-        target: The gateway; by default the profile's, else the local one.
-        store_target: The adapter store; by default the profile's, else beside the gateway.
+        target: The gateway, or several, in a sequence or separated by commas; by default the profile's, else the local
+            one.
+        store_target: The adapter store; by default the profile's, else beside the (first) gateway.
         credentials: Count before those of a profile.
         profile: A profile's file; without one, that of a ``loraplex serve`` that runs at the address is used.
 
     Attributes:
-        gateway: How to reach the gateway.
+        gateways: How to reach each gateway.
         store: How to reach the adapter store.
 
     Raises:
         ProfileError: If a profile, or a key that it names, cannot be used.
+        ValueError: If no gateway is named.
     """
 
     def __init__(
         self,
-        target: str | None = None,
+        target: str | Sequence[str] | None = None,
         store_target: str | None = None,
         *,
         credentials: Credentials | None = None,
@@ -52,15 +59,19 @@ class Servers:
     ) -> None:
         self._credentials = credentials or Credentials()
         self._profile = read_profile(profile) if profile is not None else None
+        named = split_targets(target) if target is not None else ()
         near = self._profile
         if near is None:
-            near = found_profile("gateway", target or DEFAULT_TARGET)
+            near = found_profile("gateway", named[0] if named else DEFAULT_TARGET)
         known = near.gateway if near is not None else ServerProfile()
-        gateway_target = target or known.target or DEFAULT_TARGET
-        self.gateway = self._connection(gateway_target, known)
+        first, *others = named or (known.target or DEFAULT_TARGET,)
+        self.gateways = (
+            self._connection(first, known),
+            *(self._connection(other, self._known("gateway", other)) for other in others),
+        )
         if store_target is None:
             known = near.store if near is not None else ServerProfile()
-            self.store = self._connection(known.target or store_beside(gateway_target), known)
+            self.store = self._connection(known.target or store_beside(first), known)
         else:
             self.store = self._connection(store_target, self._known("store", store_target))
 

@@ -38,6 +38,7 @@ class LoadResult:
     Attributes:
         measured: Times, tokens and ends of the requests.
         errors: Reason of `LoraplexError` -> requests that failed with it.
+        num_resumes: How often streams went on after their connection or gateway was lost.
         lag_s: float64 ``[n]``; how long after its due time the tester sent each request, nan where it did not. Waits include
             it: a large one says that the tester, not the deployment, is too slow.
     """
@@ -45,6 +46,7 @@ class LoadResult:
     measured: Measured
     errors: Counter[str]
     lag_s: NDArray[np.float64]
+    num_resumes: int = 0
 
 
 class LoadTest:
@@ -94,6 +96,7 @@ class LoadTest:
         self._num_tokens = np.zeros(count, dtype=np.int64)
         self._is_finished = np.zeros(count, dtype=np.bool_)
         self._errors: Counter[str] = Counter()
+        self._num_resumes = 0
         self._failures: list[str] = []
 
     async def run(self, *, limit_s: float | None = None) -> LoadResult:
@@ -130,7 +133,12 @@ class LoadTest:
             wall_s=wall_s,
             failures=self._failures,
         )
-        return LoadResult(measured=measured, errors=self._errors, lag_s=self._sent_s - self._due_s)
+        return LoadResult(
+            measured=measured,
+            errors=self._errors,
+            lag_s=self._sent_s - self._due_s,
+            num_resumes=self._num_resumes,
+        )
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._begin_s
@@ -174,6 +182,7 @@ class LoadTest:
                     self._first_s[index] = self._last_s[index]
                 tokens += event.token_ids
                 self._num_tokens[index] = len(tokens)
+        self._num_resumes += stream.num_resumes
         self._is_finished[index] = len(tokens) == request.output_tokens
         return tokens
 

@@ -218,6 +218,12 @@ class StreamInterruptedError(LoraplexError):
     code, reason, http_status, is_retryable = grpc.StatusCode.ABORTED, "STREAM_INTERRUPTED", 500, True
 
 
+class ResumeInvalidError(LoraplexError):
+    """A resume token is forged, foreign or too old, or what comes with it does not fit; `metadata` says the cause."""
+
+    code, reason, http_status = grpc.StatusCode.INVALID_ARGUMENT, "RESUME_INVALID", 400
+
+
 class RequestLostError(LoraplexError):
     """Engines were lost whenever this request was sent, before it gave a token."""
 

@@ -15,6 +15,7 @@ from loraplex_common.ports import require_free
 from loraplex_gateway.app import GatewayApp
 from loraplex_gateway.chat_template import ChatTemplateError
 from loraplex_gateway.config import GatewayConfig
+from loraplex_gateway.resume_keys import ResumeKeyError
 
 
 async def serve(config: GatewayConfig) -> None:
@@ -41,7 +42,7 @@ def main() -> None:
         ports = {"--port": config.port, "--http-port": config.http_port, "--metrics-port": config.metrics_port}
         require_free(config.host, ports)
         asyncio.run(serve(config))
-    except (BaseModelError, ChatTemplateError, KeysFileError, OSError) as error:
+    except (BaseModelError, ChatTemplateError, KeysFileError, ResumeKeyError, OSError) as error:
         sys.exit(f"loraplex-gateway: {error}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.log import get_logger
@@ -62,12 +63,19 @@ class RequestRecord:
         self._started: Started | None = None
         self._finished: Finished | None = None
         self._num_tokens = 0
+        self._num_resumed: int | None = None
+
+    def resumes(self, request_id: str, *, num_tokens: int) -> None:
+        """Note that this goes on with a stream that gave so many tokens: they and the prompt were counted there."""
+        self._request = replace(self._request, request_id=request_id)
+        self._num_tokens = self._num_resumed = num_tokens
 
     def see(self, event: Event, *, num_tokens: int) -> None:
         """Take note of an event; `num_tokens` is the output's length after it, whatever the chunk carries."""
         if isinstance(event, Started):
             self._started = event
-            self._metrics.vllm.of(self.model).started(event.prompt_tokens, event.cached_tokens)
+            if self._num_resumed is None:
+                self._metrics.vllm.of(self.model).started(event.prompt_tokens, event.cached_tokens)
         elif isinstance(event, Chunk):
             self._see_tokens(num_tokens)
         elif isinstance(event, Finished):
@@ -102,6 +110,7 @@ class RequestRecord:
             prompt_tokens=started.prompt_tokens if started else 0,
             cached_tokens=started.cached_tokens if started else 0,
             output_tokens=self._num_tokens,
+            resumed_tokens=self._num_resumed,
             queue_s=round(finished.timings.queue_s, 4) if finished else None,
             ttft_s=round(self._first_token_at - self._arrived_at, 4) if self._first_token_at is not None else None,
             duration_s=round(duration_s, 4),
@@ -113,8 +122,11 @@ class RequestRecord:
         meter = self._metrics.vllm.of(self.model)
         if self._first_token_at is None:
             self._first_token_at = now
-            self._metrics.ttft.observe(now - self._arrived_at)
-            meter.first_tokens(num_new, now - self._arrived_at)
+            if self._num_resumed:  # the first token was another stream's
+                meter.further_tokens(num_new, (now - self._arrived_at) / max(num_new, 1))
+            else:
+                self._metrics.ttft.observe(now - self._arrived_at)
+                meter.first_tokens(num_new, now - self._arrived_at)
         elif num_new > 0:
             gap_s = (now - self._last_token_at) / num_new
             self._metrics.itl.observe(gap_s)
@@ -130,11 +142,12 @@ class RequestRecord:
             self._count_for_vllm(code)
         if code != "OK" or reason == FinishReason.CANCELLED.name:
             metrics.aborts.labels(reason).inc()
+        is_first = started is not None and self._num_resumed is None
         metrics.count_tokens(
             self._tenant,
-            num_input=started.prompt_tokens if started else 0,
-            num_output=self._num_tokens,
-            num_cached=started.cached_tokens if started else 0,
+            num_input=started.prompt_tokens if started is not None and is_first else 0,
+            num_output=self._num_tokens - (self._num_resumed or 0),
+            num_cached=started.cached_tokens if started is not None and is_first else 0,
         )
 
     def _count_for_vllm(self, code: str) -> None:

@@ -19,7 +19,7 @@ from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.peers import PeerChannel
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.service_settings import is_loopback
-from loraplex_common.tasks import Supervisor
+from loraplex_common.tasks import Supervisor, cancel_and_wait
 from loraplex_common.tls_files import TlsFiles
 from loraplex_common.vllm_metrics import FLEET_LABEL
 
@@ -39,6 +39,8 @@ from loraplex_gateway.openai.server import HttpServer
 from loraplex_gateway.prefetch import PrefetchHints
 from loraplex_gateway.preparation import Preparer, RequestLimits
 from loraplex_gateway.registry_watcher import RegistryWatcher
+from loraplex_gateway.resume import Resumption
+from loraplex_gateway.resume_keys import ResumeKeyFile, ResumeKeys
 from loraplex_gateway.servicer import GatewayServicer
 from loraplex_gateway.servicer_fleet import FleetServicer
 
@@ -51,6 +53,9 @@ if TYPE_CHECKING:
 MAX_STREAMS: Final = 16_384
 # How long `start` waits for the first look at engines and names, so that "ready" means ready where all is well.
 FIRST_SYNC_S: Final = 5.0
+
+# How long before the end of the grace streams are told to go on elsewhere, so that it reaches their clients.
+HAND_OVER_S: Final = 1.0
 
 _log = get_logger()
 
@@ -101,6 +106,8 @@ class GatewayApp:
             clock=time.monotonic,
         )
         self.claims = RequestClaims(self._valkey, self.gateway_id)
+        key_file = None if config.resume_key_file is None else ResumeKeyFile(config.resume_key_file)
+        self._resume_keys = ResumeKeys(file=key_file, valkey=self._valkey)
         self.metrics = GatewayMetrics(self._metrics_registry)
         self.metrics.watch_queue(self.admission.waiting_by_priority)
         fleet = FleetCollector(self.catalog, self.pool, self._adapter_names, self.metrics.vllm.num_waiting)
@@ -129,6 +136,7 @@ class GatewayApp:
         self.metrics_port = await self._metrics_server.start()
         self._supervisor.spawn(self.http.run(), name="http-server")
         self._supervisor.spawn(self.claims.run(), name="claims")
+        self._supervisor.spawn(self._resume_keys.run(), name="resume-keys")
         self._supervisor.spawn(self._authenticator.follow(), name="credentials")
         if self._authenticator.is_open and not is_loopback(self.config.host):
             _log.warning("everybody who reaches this gateway may use it: --api-keys-file says who may")
@@ -153,12 +161,19 @@ class GatewayApp:
         await self._supervisor.run_until(stop)
 
     async def drain(self) -> None:
-        """Go out of service without failing a stream: not ready, settle, refuse new requests, wait for running ones."""
+        """Go out of service without failing a stream: not ready, settle, refuse new requests, wait for running ones.
+
+        Streams that are left at the end of the grace are told so, with what their clients need to go on elsewhere.
+        """
         config = self.config
         self._is_draining = True
-        await asyncio.gather(
-            self._grpc.drain(settle_s=config.drain_settle_s, grace_s=config.drain_grace_s), self._drain_http()
-        )
+        hand_over = asyncio.create_task(self._hand_over(), name="hand-over")
+        try:
+            await asyncio.gather(
+                self._grpc.drain(settle_s=config.drain_settle_s, grace_s=config.drain_grace_s), self._drain_http()
+            )
+        finally:
+            await cancel_and_wait(hand_over)
 
     async def close(self) -> None:
         """Release everything; safe after a failed start."""
@@ -175,6 +190,12 @@ class GatewayApp:
         await self._valkey.aclose()
         self.workers.close()
 
+    async def _hand_over(self) -> None:
+        config = self.config
+        before_end_s = min(HAND_OVER_S, config.drain_grace_s / 2)
+        await asyncio.sleep(config.drain_settle_s + config.drain_grace_s - before_end_s)
+        self.claims.hand_over()
+
     async def _drain_http(self) -> None:
         await asyncio.sleep(self.config.drain_settle_s)
         self.admission.drain()
@@ -182,6 +203,7 @@ class GatewayApp:
 
     async def _first_sync(self) -> None:
         """Wait for the registry, for a session with every engine it lists, and for the names."""
+        await self._resume_keys.agree()
         await self._registry.poll_once()
         while self.pool.is_dialling:
             await self.pool.changed.wait()
@@ -230,6 +252,7 @@ class GatewayApp:
             self.admission,
             self.claims,
             self.pool,
+            resumption=Resumption(self._resume_keys, window_s=self.config.resume_window_s),
             hints=self._hints,
             metrics=self.metrics,
             clock=time.monotonic,

@@ -11,7 +11,7 @@ import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_common.errors import LoraplexError, RequestRunningError
+from loraplex_common.errors import DrainingError, LoraplexError, RequestRunningError
 from loraplex_common.housekeeping import Trouble
 from loraplex_common.registry import claim_key, gateway_key
 from loraplex_common.tasks import deliver_cancellation
@@ -41,10 +41,18 @@ return ARGV[1]
 
 
 class RunningRequest:
-    """A request of this gateway that can be cancelled by its id."""
+    """A request of this gateway that can be cancelled by its id.
+
+    Attributes:
+        failure: What it ends with instead of CANCELLED, once it is cancelled.
+        is_claimed: Whether its claim is known to have been in Valkey.
+        find_resume_token: Returns its stream's token; empty as long as there is none.
+    """
 
     def __init__(self) -> None:
-        self.is_cancelled = False
+        self.is_cancelled = self.is_claimed = False
+        self.failure: LoraplexError | None = None
+        self.find_resume_token: Callable[[], str] = str
         self._on_cancel: Callable[[], None] | None = None
 
     def cancel(self) -> None:
@@ -52,6 +60,11 @@ class RunningRequest:
         self.is_cancelled = True
         if self._on_cancel is not None:
             self._on_cancel()
+
+    def fail(self, error: LoraplexError) -> None:
+        """End the request with an error, wherever it is."""
+        self.failure = error
+        self.cancel()
 
     def on_cancel(self, callback: Callable[[], None] | None) -> None:
         """Say how to wake up whoever the request waits for at the moment."""
@@ -98,23 +111,33 @@ class RequestClaims:
         return value.decode() if isinstance(value, bytes) else None
 
     @asynccontextmanager
-    async def hold(self, tenant: str, request_id: str) -> AsyncIterator[RunningRequest]:
+    async def hold(self, tenant: str, request_id: str, *, takes_over: bool = False) -> AsyncIterator[RunningRequest]:
         """Claim a request for as long as the block runs.
 
+        Args:
+            tenant: Whose request.
+            request_id: Its id.
+            takes_over: End a request of this id that runs here, and have one that runs elsewhere end itself.
+
         Raises:
-            RequestRunningError: If a request of this id is running here or on another gateway.
+            RequestRunningError: If a request of this id is running here or on another gateway, and is not taken over.
         """
         key = (tenant, request_id)
-        if key in self._running:
-            raise _already_running(request_id)
+        before = self._running.get(key)
+        if before is not None and not takes_over:
+            raise _already_running(request_id, before.find_resume_token())
         running = self._running[key] = RunningRequest()
+        if before is not None:
+            before.fail(_replaced(request_id))
         try:
-            await self._claim(tenant, request_id)
+            running.is_claimed = await self._claim(tenant, request_id, takes_over=takes_over)
             yield running
         finally:
-            # Also when the claim itself was cut off half-way: the script removes nobody else's claim.
-            del self._running[key]
-            self._release_soon(tenant, request_id)
+            # Also when the claim itself was cut off half-way: the script removes nobody else's claim. Who took over here
+            # holds it in this gateway's name.
+            if self._running.get(key) is running:
+                del self._running[key]
+                self._release_soon(tenant, request_id)
 
     async def run(self) -> None:
         """Say for ever that this gateway lives, and renew the leases."""
@@ -128,16 +151,24 @@ class RequestClaims:
             deliver_cancellation()
             await asyncio.sleep(BEAT_S)
 
+    def hand_over(self) -> None:
+        """End all requests of this gateway, which goes away; each is told how its client can go on with it."""
+        for running in tuple(self._running.values()):
+            running.fail(_draining(running.find_resume_token()))
+
     async def close(self) -> None:
         """Wait for the releases that are on their way, and say that this gateway is gone."""
         if self._releases:
             await asyncio.wait(set(self._releases), timeout=TIMEOUT_S)
         await self._ask(lambda valkey: valkey.delete(self._live_key))
 
-    async def _claim(self, tenant: str, request_id: str) -> None:
+    async def _claim(self, tenant: str, request_id: str, *, takes_over: bool) -> bool:
+        """Claim a request; return whether Valkey knows."""
         name = claim_key(tenant, request_id)
 
         async def take(valkey: Redis) -> Any:
+            if takes_over:
+                await valkey.set(name, self._gateway_id, px=int(LEASE_S * 1000))
             if asyncio.get_running_loop().time() - self._beat_at > LIVE_S / 2:
                 await self._beat(valkey)  # a claim of a gateway that nobody knows to live is void
             holder = await self._take(valkey, name)
@@ -149,9 +180,10 @@ class RequestClaims:
         # Our own value without a local request: this command ran twice, or we restarted under the same id.
         if holder is not None and holder != self._gateway_id:
             raise _already_running(request_id)
+        return holder is not None
 
     async def _renew(self) -> None:
-        held = tuple(self._running)
+        held = dict(self._running)
 
         async def renew(valkey: Redis) -> Any:
             async with valkey.pipeline(transaction=False) as pipeline:
@@ -159,8 +191,12 @@ class RequestClaims:
                     self._take(pipeline, claim_key(tenant, request_id))
                 return await pipeline.execute()
 
-        if held:
-            await self._ask(renew, timeout_s=RENEW_S / 2)
+        holders = await self._ask(renew, timeout_s=RENEW_S / 2) if held else None
+        for (key, running), holder in zip(held.items(), holders or (), strict=False):
+            if holder == self._gateway_id:
+                running.is_claimed = True
+            elif running.is_claimed:
+                running.fail(_replaced(key[1]))  # whose claim is on its way may yet take over
         for tenant, request_id in set(held) - set(self._running):
             # It ended while it was renewed: the release may have come first.
             self._release_soon(tenant, request_id)
@@ -203,8 +239,23 @@ async def _is_alive(valkey: Redis, gateway_id: bytes) -> bool:
     return bool(await valkey.exists(gateway_key(gateway_id.decode())))
 
 
-def _already_running(request_id: str) -> RequestRunningError:
+def _already_running(request_id: str, resume_token: str = "") -> RequestRunningError:
     return RequestRunningError(
-        f"request {request_id} is still running; wait for its end or use another request_id",
-        metadata={"request_id": request_id},
+        f"request {request_id} is still running; resume it, wait for its end or use another request_id",
+        metadata={"request_id": request_id} | ({"resume_token": resume_token} if resume_token else {}),
+    )
+
+
+def _replaced(request_id: str) -> RequestRunningError:
+    return RequestRunningError(
+        f"another call has resumed request {request_id} and goes on with it", metadata={"request_id": request_id}
+    )
+
+
+def _draining(resume_token: str) -> DrainingError:
+    remedy = "resume the stream through another" if resume_token else "send the request to another"
+    return DrainingError(
+        f"this gateway goes away; {remedy}",
+        metadata={"resume_token": resume_token} if resume_token else {},
+        drop_reason="rejected-shutting-down",
     )

@@ -31,6 +31,9 @@ class GatewayConfig(ServiceSettings):
         max_stream_s: Deadline of requests that come without one, and the longest that any may ask for.
         max_connections: Most connections at once, of gRPC and of HTTP each; fewer where descriptors are short.
         max_prompt_bytes_per_token: Text of more bytes than this x the longest sequence is refused before it is tokenised.
+        resume_key_file: Keys of at least 32 characters, one a line, that seal resume tokens: the first seals, all of them open.
+            Read again when it changes. None: the gateways agree on a key in Valkey.
+        resume_window_s: How long after its start a client may resume a broken stream; 0 turns that off.
         engine_silence_s: An engine without a message for so long is lost, whatever its connection; its streams move.
         failover_wait_s: How long a request that has lost its engine waits for one that was lost, drains or is dialled.
         max_buffered_tokens: Unread output of one client at which its request is ended.
@@ -63,6 +66,12 @@ class GatewayConfig(ServiceSettings):
     max_prompt_bytes_per_token: int = setting(
         16, help="a prompt's bytes are at most this x the longest sequence's tokens; longer text is not tokenised"
     )
+    resume_key_file: Path | None = setting(
+        None, help="keys that seal resume tokens, one a line (default: agreed on in Valkey)", metavar="FILE"
+    )
+    resume_window_s: float = setting(
+        3600.0, help="how long after its start a broken stream may be resumed, 0 for never"
+    )
     engine_silence_s: float = setting(5.0, help="time without a message after which an engine is lost")
     failover_wait_s: float = setting(60.0, help="how long a lost engine is expected back by requests it had")
     max_buffered_tokens: int = setting(4096, help="unread tokens of one client at which its request is ended")
@@ -89,6 +98,6 @@ class GatewayConfig(ServiceSettings):
         for name in (*positive, "max_prompt_bytes_per_token", "max_connections"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("max_queued_requests", "failover_wait_s", "drain_settle_s", "drain_grace_s"):
+        for name in ("max_queued_requests", "resume_window_s", "failover_wait_s", "drain_settle_s", "drain_grace_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")

@@ -8,9 +8,17 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import DeadlineError, LoraplexError, NotSupportedError, QueueTimeoutError
+from loraplex_common.errors import (
+    DeadlineError,
+    LoraplexError,
+    NotSupportedError,
+    QueueTimeoutError,
+    ResumeInvalidError,
+    StreamInterruptedError,
+)
 from loraplex_common.ids import new_request_id
 
 from loraplex_gateway.access_log import RequestRecord
@@ -30,7 +38,8 @@ if TYPE_CHECKING:
     from loraplex_gateway.metrics import GatewayMetrics
     from loraplex_gateway.models import ServedModel
     from loraplex_gateway.prefetch import PrefetchHints
-    from loraplex_gateway.preparation import Preparer
+    from loraplex_gateway.preparation import Prepared, Preparer
+    from loraplex_gateway.resume import Resumption
     from loraplex_gateway.tokenization import Encoded
     from loraplex_gateway.types import Event, GenerationRequest, Prompt
 
@@ -45,6 +54,7 @@ class GatewayCore:
         admission: Limits what runs and waits.
         claims: Keeps request ids unique.
         pool: The engines.
+        resumption: Gives out resume tokens and takes them back.
         hints: Prefetch hints; None without an adapter store.
         metrics: Where requests are counted.
         clock: Monotonic seconds.
@@ -57,6 +67,7 @@ class GatewayCore:
         claims: RequestClaims,
         pool: EnginePool,
         *,
+        resumption: Resumption,
         hints: PrefetchHints | None,
         metrics: GatewayMetrics,
         clock: Callable[[], float],
@@ -65,6 +76,7 @@ class GatewayCore:
         self._admission = admission
         self._claims = claims
         self._pool = pool
+        self._resumption = resumption
         self._hints = hints
         self._metrics = metrics
         self._clock = clock
@@ -84,18 +96,19 @@ class GatewayCore:
         Raises:
             LoraplexError: If the request is refused or fails.
         """
-        request = replace(request, request_id=request.request_id or new_request_id())
+        if request.resume is None:  # else the token knows it
+            request = replace(request, request_id=request.request_id or new_request_id())
         record = RequestRecord(
             request, tenant=caller.name, metrics=self._metrics, clock=self._clock, time_left_s=time_left_s
         )
         failure: LoraplexError | None = None
         try:
             self._admission.check_room()
-            prepared = await self._preparer.prepare(request, caller=caller, time_left_s=time_left_s)
+            prepared = await self._prepare(request, caller=caller, time_left_s=time_left_s, record=record)
             record.model = prepared.model.name
             if prepared.adapter is not None:
                 record.adapter, record.is_restricted = prepared.adapter.name, prepared.adapter.is_restricted
-            run = RequestRun(prepared, self._clock)
+            run = RequestRun(prepared, self._clock, token=partial(self._resumption.token, tenant=caller.name))
             async with aclosing(self._admit_and_run(run, caller.name)) as events:
                 async for event in events:
                     record.see(event, num_tokens=run.num_tokens)
@@ -132,11 +145,31 @@ class GatewayCore:
             )
         return False
 
+    async def _prepare(
+        self, request: GenerationRequest, *, caller: Principal, time_left_s: float | None, record: RequestRecord
+    ) -> Prepared:
+        """Return what is to be submitted, be it the rest of a stream that a client resumes."""
+        resume = request.resume
+        if resume is None:
+            return await self._preparer.prepare(request, caller=caller, time_left_s=time_left_s)
+        try:
+            # First what costs nothing: a forged token has nobody's prompt tokenised.
+            point = self._resumption.open(request, resume, tenant=caller.name)
+            record.resumes(point.request_id, num_tokens=len(resume.token_ids))
+            pinned = self._resumption.pinned(request, point)
+            prepared = await self._preparer.prepare(pinned, caller=caller, time_left_s=time_left_s)
+            return self._resumption.continued(prepared, resume, point)
+        except ResumeInvalidError:
+            self._metrics.client_resumes.labels("refused").inc()
+            raise
+
     async def _admit_and_run(self, run: RequestRun, tenant: str) -> AsyncGenerator[Event, None]:
         request = run.prepared.request
         place = self._admission.enter(run.prepared.job.submission.priority)
+        takes_over = request.resume is not None
         try:
-            async with self._claims.hold(tenant, request.request_id) as running:
+            async with self._claims.hold(tenant, request.request_id, takes_over=takes_over) as running:
+                running.find_resume_token = lambda: run.resume_token
                 if request.progress_events:
                     yield Accepted(request_id=request.request_id)
                 if not place.is_admitted:
@@ -149,8 +182,14 @@ class GatewayCore:
                         async for event in events:
                             yield event
                 except LocalCancelError:
+                    if running.failure is not None:
+                        raise running.failure from None
                     for event in run.cancelled():
                         yield event
+                except StreamInterruptedError as error:
+                    if run.resume_token:
+                        error.metadata["resume_token"] = run.resume_token
+                    raise
         finally:
             place.leave()
 
@@ -208,6 +247,13 @@ class GatewayCore:
         )
 
     async def _stream(self, run: RequestRun, running: RunningRequest) -> AsyncGenerator[Event, None]:
+        if run.prepared.request.resume is not None:
+            last = await run.replay(run.prepared.request.resume)
+            self._metrics.client_resumes.labels("ended" if last else "continued").inc()
+            for event in last:
+                yield event
+            if last:
+                return
         relay = EngineRelay(
             run.prepared.job,
             pool=self._pool,

@@ -117,6 +117,9 @@ class GatewayMetrics:
         )
         self.retries = counter("retries_total", "Submissions repeated on another engine.")
         self.resumes = counter("resumes_total", "Streams whose engine was lost after output began.", ("outcome",))
+        self.client_resumes = counter(
+            "client_resumes_total", "Broken streams that a client resumed here.", ("outcome",)
+        )
         self.aborts = counter("aborts_total", "Requests that ended in an error or by cancellation.", ("reason",))
         jains_index = Gauge(prefix + "jains_index", "Fairness among tenants, last minutes.", registry=registry)
         jains_index.set_function(self.shares.jains_index)

@@ -31,6 +31,8 @@ class OutputAssembler:
 
     Attributes:
         num_tokens: Output tokens so far, up to the one that completed a stop string.
+        num_text_bytes: UTF-8 of the text of the tokens that were replayed. Like the text it depends on the tokens alone, not
+            on how they came.
         matched_stop: The stop string that ended the output, if one did.
     """
 
@@ -43,7 +45,7 @@ class OutputAssembler:
         stop_token_ids: frozenset[int],
         prompt_ids: Sequence[int] | None = None,
     ) -> None:
-        self.num_tokens = 0
+        self.num_tokens = self.num_text_bytes = 0
         self.matched_stop: str | None = None
         self._table = table
         self._options = options
@@ -79,6 +81,16 @@ class OutputAssembler:
                 break
         self.num_tokens += num_taken
         return self._chunk(index, token_ids[:num_taken], "".join(pieces), logprobs[:num_taken], offsets)
+
+    def replay(self, token_ids: Sequence[int]) -> None:
+        """Add tokens whose chunks the client has already."""
+        chunk = self.push(token_ids, ())
+        if chunk is not None:
+            self.num_text_bytes += len(chunk.text.encode())
+
+    def go_on(self, *, next_sequence: int) -> None:
+        """Number chunks from here on."""
+        self._next_chunk = next_sequence
 
     def finish(self, *, stop_token_id: int | None) -> Chunk | None:
         """End the output; return the last chunk if text was held.

@@ -26,7 +26,7 @@ from loraplex_gateway.ticket import EngineLostError, EngineUpdate, LocalCancelEr
 from loraplex_gateway.types import FinishReason, Timings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     from loraplex_gateway.claims import RunningRequest
     from loraplex_gateway.engine_pool import EnginePool
@@ -65,6 +65,7 @@ class Job:
         deadline: When the caller's deadline passes (monotonic), less a margin.
         queue_deadline: When queue_timeout passes.
         time_limit_at: When the output is cut.
+        resumed_ids: What the client has of the output, if it resumes a stream that had started.
     """
 
     submission: Submission
@@ -75,6 +76,7 @@ class Job:
     deadline: float | None
     queue_deadline: float | None
     time_limit_at: float | None
+    resumed_ids: tuple[int, ...] | None = None
 
 
 class EngineRelay:
@@ -104,8 +106,8 @@ class EngineRelay:
         self._hints = hints
         self._metrics = metrics
         self._clock = clock
-        self._tokens: list[int] = []
-        self._has_started = False
+        self._tokens: list[int] = list(job.resumed_ids or ())
+        self._has_started = job.resumed_ids is not None
         self._excluded: frozenset[str] = frozenset()
         self._num_fruitless_losses = 0
         self._num_refusals = 0
@@ -126,7 +128,7 @@ class EngineRelay:
         while True:
             session = await self._choose(failure)
             if session is None:
-                yield "", EngineUpdate(end=_finish(FinishReason.TIME_LIMIT))
+                yield "", EngineUpdate(end=unsaid_finish(FinishReason.TIME_LIMIT))
                 return
             num_tokens = len(self._tokens)
             try:
@@ -140,7 +142,7 @@ class EngineRelay:
             except (EngineLostError, *ELSEWHERE) as error:
                 failure = error
             self._count(failure, session.engine_id, has_progressed=len(self._tokens) > num_tokens)
-            if (finish := self._finish_already_reached()) is not None:
+            if (finish := finish_reached(self._job, self._tokens)) is not None:
                 yield session.engine_id, EngineUpdate(end=finish)
                 return
             if self._num_fruitless_losses >= MAX_FRUITLESS_LOSSES:
@@ -154,7 +156,12 @@ class EngineRelay:
         if self._hints is not None and digest and digest not in session.resident:
             self._hints.hint(digest, session.engine_id)
         ticket = session.submit(self._submission(session.record.max_model_len))
-        self._running.on_cancel(ticket.cancel)
+
+        def cancel() -> None:
+            ticket.cancel()
+            session.release(ticket)  # now: whoever reads the ticket may hang in a write to a client that is gone
+
+        self._running.on_cancel(cancel)
         overdue = self._watch_deadline(ticket)
         try:
             while True:
@@ -207,7 +214,8 @@ class EngineRelay:
                 return session
             until = self._pool.expected_until(job.fingerprint)
             if cause is None:
-                until = first_until if self._pool.is_expected(job.fingerprint) else -math.inf
+                first = first_until if self._pool.is_expected(job.fingerprint) else -math.inf
+                until = max(until, first) if self._has_started else first
             now = self._clock()
             if job.time_limit_at is not None and job.time_limit_at <= min(now, job.deadline or now):
                 return None
@@ -256,22 +264,12 @@ class EngineRelay:
             job.submission,
             resumed_ids=tuple(self._tokens),
             prompt_logprobs=None if self._has_started else job.submission.prompt_logprobs,
+            fail_fast=job.submission.fail_fast and not self._has_started,
             stopping=replace(job.submission.stopping, max_new_tokens=min(job.max_new_tokens, room)),
             time_left_s=left_s(job.deadline),
             queue_timeout_s=None if self._has_started else left_s(job.queue_deadline),
             time_limit_s=left_s(job.time_limit_at),
         )
-
-    def _finish_already_reached(self) -> EngineFinish | None:
-        """Return the end if the lost engine had emitted the last token but not said so."""
-        if not self._tokens:
-            return None
-        stopping = self._job.submission.stopping
-        if self._tokens[-1] in self._job.stop_token_ids and len(self._tokens) > (stopping.min_new_tokens or 0):
-            return _finish(FinishReason.STOP, stop_token_id=self._tokens[-1])
-        if len(self._tokens) >= self._job.max_new_tokens:
-            return _finish(FinishReason.LENGTH)
-        return None
 
     def _lost(self, cause: Exception) -> LoraplexError:
         if self._has_started:
@@ -307,6 +305,15 @@ class EngineRelay:
         )
 
 
-def _finish(reason: FinishReason, *, stop_token_id: int | None = None) -> EngineFinish:
+def finish_reached(job: Job, tokens: Sequence[int]) -> EngineFinish | None:
+    """Return the end if an engine that is lost had emitted the last token but not said so."""
+    if not tokens:
+        return None
+    if tokens[-1] in job.stop_token_ids and len(tokens) > (job.submission.stopping.min_new_tokens or 0):
+        return unsaid_finish(FinishReason.STOP, stop_token_id=tokens[-1])
+    return unsaid_finish(FinishReason.LENGTH) if len(tokens) >= job.max_new_tokens else None
+
+
+def unsaid_finish(reason: FinishReason, *, stop_token_id: int | None = None) -> EngineFinish:
     """Return an end that no engine has said; times are measured here."""
     return EngineFinish(reason=reason, stop_token_id=stop_token_id, timings=Timings())

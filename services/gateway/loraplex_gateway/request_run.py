@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from loraplex_common.errors import ResumeInvalidError
+
+from loraplex_gateway.engine_wire import EngineStart
 from loraplex_gateway.output import OutputAssembler
+from loraplex_gateway.relay import finish_reached, unsaid_finish
+from loraplex_gateway.ticket import EngineUpdate
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started, Timings, Usage
 
 if TYPE_CHECKING:
@@ -13,8 +19,12 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.engine_wire import EngineFinish
     from loraplex_gateway.preparation import Prepared
-    from loraplex_gateway.ticket import EngineUpdate
-    from loraplex_gateway.types import Event
+    from loraplex_gateway.types import Event, Resume
+
+# A few milliseconds of the event loop at most.
+REPLAY_TOKENS: Final = 128
+NEVER_STARTED: Final = EngineStart(cached_tokens=0, queue_s=0.0, adapter_load_s=0.0, prompt_logprobs=())
+"""For an output that had ended: no engine hears of it again."""
 
 
 class RequestRun:
@@ -23,13 +33,19 @@ class RequestRun:
     Args:
         prepared: The request.
         clock: Monotonic seconds.
+        token: Makes the stream's resume token when it starts.
 
     Attributes:
         is_finished: True once `Finished` has been made.
+        resume_token: Empty until the stream starts, or if it cannot be resumed.
     """
 
-    def __init__(self, prepared: Prepared, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, prepared: Prepared, clock: Callable[[], float], *, token: Callable[[Prepared], str] = lambda _: ""
+    ) -> None:
         self.prepared = prepared
+        self.resume_token = ""
+        self._token = token
         self.arrived_at = clock()
         self.is_finished = False
         self._clock = clock
@@ -57,7 +73,7 @@ class RequestRun:
         """Start the clock of time_limit."""
         self._admitted_at = self._clock()
         limit_s = self.prepared.request.time_limit_s
-        if limit_s is not None:
+        if limit_s is not None and self.prepared.job.resumed_ids is None:
             job = replace(self.prepared.job, time_limit_at=self._admitted_at + limit_s)
             self.prepared = replace(self.prepared, job=job)
 
@@ -73,8 +89,47 @@ class RequestRun:
             return [*events, *_present(chunk), self.finished(FinishReason.STOP)]
         if update.end is None:
             return [*events, *_present(chunk)]
+        # A chunk of its own: a client that has these tokens may or may not have what was held back until the end.
         last = self._output.finish(stop_token_id=update.end.stop_token_id)
-        return [*events, *_present(_merged(chunk, last)), self._end(update.end)]
+        return [*events, *_present(chunk), *_present(last), self._end(update.end)]
+
+    async def replay(self, resume: Resume) -> list[Event]:
+        """Go through what the client has of the output; return its end if there is nothing more to come.
+
+        Raises:
+            ResumeInvalidError: If the client's text is not that of its tokens, or goes on behind a stop string.
+        """
+        ids, output = resume.token_ids, self._output
+        for at in range(0, len(ids), REPLAY_TOKENS):
+            output.replay(ids[at : at + REPLAY_TOKENS])
+            await asyncio.sleep(0)
+        if output.num_tokens != len(ids):
+            raise _not_its_own("token_ids", f"resume.token_ids goes on behind stop string {output.matched_stop!r}")
+        output.go_on(next_sequence=resume.last_sequence + 1 if ids else 0)
+        has_last = resume.num_text_bytes not in (None, output.num_text_bytes)
+        reached = finish_reached(self.prepared.job, ids)
+        if output.matched_stop is not None and not has_last:
+            reached = unsaid_finish(FinishReason.STOP)
+        if has_last:
+            return self._end_after_last_chunk(resume, reached)
+        if reached is None:
+            return []
+        return self.events("", EngineUpdate(started=NEVER_STARTED, end=reached))
+
+    def _end_after_last_chunk(self, resume: Resume, reached: EngineFinish | None) -> list[Event]:
+        """Return the end of an output whose client has all text, also that which was held back to the end.
+
+        If the tokens do not tell why it ended, it was its time, or its owner.
+        """
+        limit_s = self.prepared.request.time_limit_s
+        end = reached or unsaid_finish(FinishReason.TIME_LIMIT if limit_s is not None else FinishReason.CANCELLED)
+        shown = self._output.num_text_bytes
+        last = None if self._output.matched_stop is not None else self._output.finish(stop_token_id=end.stop_token_id)
+        if last is None or shown + len(last.text.encode()) != resume.num_text_bytes:
+            raise _not_its_own(
+                "text", f"the text of resume.token_ids has {shown} bytes, the client has {resume.num_text_bytes}"
+            )
+        return [self._start("", EngineUpdate(started=NEVER_STARTED)), self._end(end)]
 
     def cancelled(self) -> list[Event]:
         """Return the last events of a request that its owner ended: text held back so far, then the end."""
@@ -109,12 +164,14 @@ class RequestRun:
             self._queue_s += started.queue_s
             self._adapter_load_s = started.adapter_load_s
         submission = self.prepared.job.submission
+        self.resume_token = self._token(self.prepared)
         return Started(
             prompt_tokens=len(submission.prompt_ids),
             cached_tokens=self._cached_tokens,
             engine_id=engine_id,
             adapter_revision=submission.adapter_digest,
             seed=submission.sampling.seed or 0,
+            resume_token=self.resume_token,
             prompt_logprobs=started.prompt_logprobs if started is not None else (),
         )
 
@@ -152,8 +209,5 @@ def _present(chunk: Chunk | None) -> tuple[Chunk, ...]:
     return () if chunk is None else (chunk,)
 
 
-def _merged(first: Chunk | None, second: Chunk | None) -> Chunk | None:
-    """Return one chunk of two that are sent at once."""
-    if first is None or second is None:
-        return first or second
-    return replace(first, text=first.text + second.text)
+def _not_its_own(cause: str, message: str) -> ResumeInvalidError:
+    return ResumeInvalidError(f"{message}; send the request without resume", metadata={"cause": cause})

@@ -51,7 +51,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """Stream the continuation of one prompt."""
         events = self._core.generate(
-            wire.generation_request(request, **_trace(context)),
+            wire.generation_request(request, is_stream=True, **_trace(context)),
             caller=current_principal(),
             time_left_s=context.time_remaining(),
         )
@@ -73,9 +73,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         """Return the whole continuation at once."""
         message = request.request
         message.progress_events = False
-        message.ClearField("resume")
         events = self._core.generate(
-            wire.generation_request(message, **_trace(context)),
+            wire.generation_request(message, is_stream=False, **_trace(context)),
             caller=current_principal(),
             time_left_s=context.time_remaining(),
         )

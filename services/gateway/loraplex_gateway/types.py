@@ -106,6 +106,23 @@ class ResponseOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Resume:
+    """What a client has of a stream that broke.
+
+    Attributes:
+        token: From its `Started`.
+        last_sequence: Of its last chunk; counts for nothing without tokens.
+        token_ids: Of all its chunks.
+        num_text_bytes: UTF-8 of all their text; None: what the tokens give.
+    """
+
+    token: str
+    last_sequence: int
+    token_ids: tuple[int, ...]
+    num_text_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
     """One request as the client put it.
 
@@ -120,6 +137,8 @@ class GenerationRequest:
         fail_fast: Refuse with ADAPTER_LOADING rather than wait for the adapter.
         progress_events: Send Accepted, Queued and AdapterLoading.
         num_choices: Choices of the call, counted with the first of them; 0 for the others.
+        is_resumable: Whether its stream is one that a client can resume.
+        resume: The stream that it goes on with; None starts one.
     """
 
     prompt: Prompt | None
@@ -140,6 +159,8 @@ class GenerationRequest:
     trace_id: str = ""
     traceparent: str = ""
     num_choices: int = 1
+    is_resumable: bool = False
+    resume: Resume | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +224,7 @@ class Started:
     engine_id: str
     adapter_revision: str
     seed: int
+    resume_token: str = ""
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
 

@@ -6,7 +6,7 @@ from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
 from loraplex.v1 import adapter_pb2, gateway_pb2
-from loraplex_common.errors import InvalidParameterError, NotSupportedError
+from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway import template_variables, types
 from loraplex_gateway.engine_wire import from_duration, to_duration
@@ -29,18 +29,15 @@ _LOAD_POLICIES = (
 
 
 def generation_request(
-    message: gateway_pb2.GenerateRequest, *, traceparent: str = "", trace_id: str = ""
+    message: gateway_pb2.GenerateRequest, *, is_stream: bool, traceparent: str = "", trace_id: str = ""
 ) -> types.GenerationRequest:
     """Convert a request.
 
     Raises:
-        NotSupportedError: For `resume`, which is not built.
-        InvalidParameterError: For an enum value that this build does not know.
+        InvalidParameterError: For an enum value that this build does not know, or `resume` where there is no stream.
     """
-    if message.HasField("resume"):
-        raise NotSupportedError(
-            "resume is not built yet: no gateway keeps a finished or broken stream's output; send the request again"
-        )
+    if message.HasField("resume") and not is_stream:
+        raise InvalidParameterError("resume continues a stream: send it to Generate", field="resume")
     if message.priority not in _PRIORITIES:
         raise InvalidParameterError(f"priority {message.priority} is unknown", field="priority")
     if message.load_policy not in _LOAD_POLICIES:
@@ -63,6 +60,8 @@ def generation_request(
         adapter_scale=_optional(message, "adapter_scale"),
         traceparent=traceparent,
         trace_id=trace_id,
+        is_resumable=is_stream,
+        resume=_resume(message.resume) if message.HasField("resume") else None,
     )
 
 
@@ -97,6 +96,15 @@ def _chat(chat: gateway_pb2.ChatMessages) -> types.ChatPrompt:
 
 def _optional(message: Message, field: str, *, default: Any = None) -> Any:
     return getattr(message, field) if message.HasField(field) else default
+
+
+def _resume(message: gateway_pb2.Resume) -> types.Resume:
+    return types.Resume(
+        token=message.resume_token,
+        last_sequence=message.last_sequence,
+        token_ids=tuple(message.token_ids),
+        num_text_bytes=_optional(message, "num_text_bytes"),
+    )
 
 
 def _sampling(message: gateway_pb2.SamplingParams) -> types.Sampling:
@@ -187,12 +195,13 @@ def _(event: types.Finished) -> gateway_pb2.GenerateResponse:
 
 
 def started(event: types.Started) -> gateway_pb2.Started:
-    """Convert the start. No resume token is given out while resuming is not built."""
+    """Convert the start."""
     return gateway_pb2.Started(
         prompt_tokens=event.prompt_tokens,
         cached_tokens=event.cached_tokens,
         engine_id=event.engine_id,
         adapter_revision=event.adapter_revision,
+        resume_token=event.resume_token,
         seed=event.seed,
         prompt_logprobs=positions(event.prompt_logprobs),
     )

@@ -27,7 +27,7 @@ def answer(request: gateway_pb2.GenerateRequest) -> Iterator[gateway_pb2.Generat
     count = request.stopping.max_new_tokens
     yield started()
     for sequence, first in enumerate(range(0, count, 2)):
-        yield chunk(sequence, "x", *range(100 + first, 100 + min(first + 2, count)))
+        yield chunk(sequence, "x", *range(100 + first, 100 + min(first + 2, count)), index=first)
     yield finished(count)
 
 

@@ -80,7 +80,7 @@ def test_the_store_of_a_running_serve_is_called_with_what_it_left(tmp_path: Path
     with running(profile(tmp_path)):
         servers = Servers(target)
 
-    assert (servers.gateway.target, servers.gateway.tls_ca, servers.gateway.api_key) == (target, None, None)
+    assert (servers.gateways[0].target, servers.gateways[0].tls_ca, servers.gateways[0].api_key) == (target, None, None)
     assert (servers.store.target, servers.store.tls_name) == (STORE, "the-store")
     assert servers.store.tls_ca == tmp_path / "ca"
     assert (servers.store.tls_cert, servers.store.tls_key) == (tmp_path / "crt", tmp_path / "tls")
@@ -135,8 +135,8 @@ def test_a_profile_that_is_named_brings_its_own_targets(tmp_path: Path) -> None:
 
     servers, moved = Servers(profile=named), Servers("g:2", "s:2", profile=named)
 
-    assert (servers.gateway.target, servers.store.target) == ("g:1", "s:1")
-    assert (moved.gateway.target, moved.store.target) == ("g:2", "s:2")
+    assert (servers.gateways[0].target, servers.store.target) == ("g:1", "s:1")
+    assert (moved.gateways[0].target, moved.store.target) == ("g:2", "s:2")
     assert [each.store.tls_ca for each in (servers, moved)] == [tmp_path / "admin" / "ca.crt"] * 2
     assert servers.store.api_key == "k"
 

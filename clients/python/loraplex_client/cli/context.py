@@ -24,7 +24,7 @@ Target = Annotated[
     str | None,
     typer.Option(
         envvar="LORAPLEX_TARGET",
-        help="The gateway's gRPC address (default: the profile's, else 127.0.0.1:8500).",
+        help="The gateway's gRPC address, several with commas (default: the profile's, else 127.0.0.1:8500).",
         metavar="HOST:PORT",
     ),
 ]

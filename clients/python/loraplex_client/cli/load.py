@@ -128,6 +128,7 @@ def _figures(result: LoadResult, slo_ttft_s: float) -> dict[str, Any]:
         "finished": int(measured.is_finished.sum()),
         "adapters": measured.trace.num_adapters,
         "wall_s": measured.wall_s,
+        "resumes": result.num_resumes,
         "errors": dict(result.errors.most_common()),
         **{name: None if math.isnan(value) else value for name, value in numbers.items()},
     }
@@ -151,6 +152,8 @@ def _print(figures: dict[str, Any], slo_ttft_s: float, result: LoadResult) -> No
     for reason, count in figures["errors"].items():
         first = next(text for text in result.measured.failures if f": {reason}: " in text)
         stderr.print(f"{count} x {reason}, the first: {first}", soft_wrap=True)
+    if result.num_resumes:
+        stderr.print(f"note: streams went on {result.num_resumes} times after their connection or gateway was lost")
     if (figures["lag_p99_s"] or 0.0) > NOTABLE_LAG_S:
         stderr.print(
             f"note: this machine sent requests up to {figures['lag_p99_s']:.3f} s late (p99); waits include that",

@@ -78,13 +78,16 @@ def _ask_gateway(servers: Servers, problems: list[str]) -> list[EngineStatus]:
 
     That a tenant may not see them is no problem of the deployment's: it is said, and that is all.
     """
-    try:
-        engines, silent = fleet_status(servers.gateway)
-    except (AdapterForbiddenError, RoleForbiddenError) as error:
-        stderr.print(f"note: engines are not shown: {error.message}", soft_wrap=True)
-        return []
-    except LoraplexError as error:
-        problems.append(f"gateway: {error.message}")
+    for gateway in servers.gateways:
+        try:
+            engines, silent = fleet_status(gateway)
+            break
+        except (AdapterForbiddenError, RoleForbiddenError) as error:
+            stderr.print(f"note: engines are not shown: {error.message}", soft_wrap=True)
+            return []
+        except LoraplexError as error:
+            problems.append(f"gateway: {error.message}")
+    else:
         return []
     problems += [f"engine {engine}: {error.message}, says the gateway" for engine, error in silent.items()]
     if not engines and not silent:

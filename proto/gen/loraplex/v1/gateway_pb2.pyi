@@ -420,7 +420,7 @@ class ResponseOptions(_message.Message):
     text: _builtins.bool
     """Whether chunks carry text. Default true."""
     token_ids: _builtins.bool
-    """Whether chunks carry token ids. Default true."""
+    """Whether chunks carry token ids. Default true. Without them a stream cannot be resumed: its resume_token is empty."""
     logprobs: _builtins.int
     """Log-probabilities of the drawn token and of this many likeliest ones, 0 to 20. Default: none at all."""
     prompt_logprobs: _builtins.int
@@ -465,27 +465,44 @@ Global___ResponseOptions: _TypeAlias = ResponseOptions  # noqa: Y015
 
 @_typing.final
 class Resume(_message.Message):
-    """Resume names a stream to be continued."""
+    """Resume continues a stream that broke, through any gateway: the request is sent again as it was, with this in it. The new
+    stream begins with a Started of its own and goes on behind what the client has: no token and no text comes twice.
+    RESUME_INVALID says what does not fit. A request id whose stream still runs is taken over; that stream ends.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    NUM_TEXT_BYTES_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
-    """Token from Started."""
+    """Token from the last Started."""
     last_sequence: _builtins.int
-    """Last sequence the client has seen."""
+    """Last sequence the client has seen; not looked at as long as it has no tokens."""
+    num_text_bytes: _builtins.int
+    """Bytes of UTF-8 of all the text the client has. Text that was held back comes in a last chunk without tokens: only this
+    tells whether the client has that chunk. Unset: it does not.
+    """
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All output token ids the client has, of all its streams of this request, in order."""
+
     def __init__(
         self,
         *,
         resume_token: _builtins.str = ...,
         last_sequence: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        num_text_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_text_bytes", b"_num_text_bytes", "num_text_bytes", b"num_text_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_sequence", b"last_sequence", "resume_token", b"resume_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_text_bytes", b"_num_text_bytes", "last_sequence", b"last_sequence", "num_text_bytes", b"num_text_bytes", "resume_token", b"resume_token", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__num_text_bytes: _TypeAlias = _typing.Literal["num_text_bytes"]  # noqa: Y015
+    _WhichOneofArgType__num_text_bytes: _TypeAlias = _typing.Literal["_num_text_bytes", b"_num_text_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_text_bytes) -> _WhichOneofReturnType__num_text_bytes | None: ...
 
 Global___Resume: _TypeAlias = Resume  # noqa: Y015
 
@@ -567,7 +584,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def resume(self) -> Global___Resume:
-        """Continue a broken stream instead of starting one."""
+        """Continue a broken stream instead of starting one. Streams only: GenerateOnce refuses it."""
 
     def __init__(
         self,
@@ -764,16 +781,16 @@ class Started(_message.Message):
     cached_tokens: _builtins.int
     """Of these, taken from a cached prefix."""
     engine_id: _builtins.str
-    """Which engine."""
+    """Which engine; empty where a resumed stream had ended already."""
     adapter_revision: _builtins.str
     """Digest of the adapter's weights in use; empty for the base model."""
     resume_token: _builtins.str
-    """For Resume."""
+    """For Resume; empty if the stream cannot be resumed: chunks carry no token ids, or this gateway does not serve it."""
     seed: _builtins.int
     """Seed in use."""
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionLogprobs]:
-        """Probabilities of the prompt's tokens after the first, if asked for."""
+        """Probabilities of the prompt's tokens after the first, if asked for; not sent again when a stream is resumed."""
 
     def __init__(
         self,
@@ -806,7 +823,7 @@ class Chunk(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Rises by one with each chunk of a stream."""
+    """Rises by one with each chunk, from 0; a resumed stream goes on behind last_sequence."""
     index: _builtins.int
     """Position in the output of this chunk's first token."""
     text: _builtins.str
@@ -840,7 +857,7 @@ Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
-    """Usage counts tokens."""
+    """Usage counts tokens; those of the whole output, also at the end of a resumed stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -870,7 +887,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """Timings says where the time went."""
+    """Timings says where the time went; for a resumed stream since it was resumed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1019,7 +1036,7 @@ class GenerateOnceRequest(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request(self) -> Global___GenerateRequest:
-        """The request; progress_events and resume are ignored."""
+        """The request; progress_events is ignored, resume is refused."""
 
     def __init__(
         self,

@@ -1,0 +1,195 @@
+"""Streams that clients resume: nothing is kept here, the client brings the token and what it has of the output.
+
+A token names what a stream was asked for, so that any gateway can go on with it as after an engine's loss: same revision,
+same seed, same position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from loraplex_common.errors import NotSupportedError, ResumeInvalidError
+from loraplex_common.ids import AdapterRef
+
+from loraplex_gateway.resume_token import ResumePoint, seal, unseal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_gateway.preparation import Prepared
+    from loraplex_gateway.resume_keys import ResumeKeys
+    from loraplex_gateway.types import GenerationRequest, Resume
+
+_encoder: Final = msgspec.msgpack.Encoder()  # over a long prompt twice as fast as array or struct
+
+START_AGAIN: Final = "send the request without resume to start it again"
+
+
+class Resumption:
+    """Gives out resume tokens and takes them back.
+
+    Args:
+        keys: What seals them.
+        window_s: How long a token is good; 0 turns resuming off.
+        wall_clock: Unix seconds.
+        clock: Monotonic seconds, as in `Job`.
+    """
+
+    def __init__(
+        self,
+        keys: ResumeKeys,
+        *,
+        window_s: float,
+        wall_clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keys = keys
+        self._window_s = window_s
+        self._wall_clock = wall_clock
+        self._clock = clock
+
+    def token(self, prepared: Prepared, *, tenant: str) -> str:
+        """Return the token of a stream that starts; empty if it cannot be resumed."""
+        request, job = prepared.request, prepared.job
+        if not (request.is_resumable and request.options.token_ids and self._window_s > 0):
+            return ""
+        now, submission = self._wall_clock(), job.submission
+        limit_began_s = 0.0  # from now
+        if job.time_limit_at is not None and request.time_limit_s is not None:
+            limit_began_s = job.time_limit_at - request.time_limit_s - self._clock()
+        point = ResumePoint(
+            request_id=submission.request_id,
+            tenant=tenant,
+            fingerprint=job.fingerprint,
+            adapter=prepared.adapter.name if prepared.adapter else "",
+            revision=submission.adapter_digest,
+            seed=submission.sampling.seed or 0,
+            max_new_tokens=job.max_new_tokens,
+            request_digest=request_digest(prepared),
+            admitted_at=now + limit_began_s,
+            issued_at=now,
+        )
+        return seal(point, self._keys.sealing)
+
+    def open(self, request: GenerationRequest, resume: Resume, *, tenant: str) -> ResumePoint:
+        """Return what the token of a request says; all that can be refused without its prompt is refused here.
+
+        Raises:
+            NotSupportedError: If this gateway resumes no streams.
+            ResumeInvalidError: If the token is forged, another tenant's, too old or of another request.
+        """
+        if self._window_s <= 0:
+            raise NotSupportedError(f"this gateway resumes no streams (--resume-window-s 0); {START_AGAIN}")
+        point = unseal(resume.token, self._keys.opening)
+        if point.tenant != tenant:
+            raise _invalid("tenant", "the resume token was given to another tenant", "resume with that tenant's key")
+        age_s = self._wall_clock() - point.issued_at
+        if age_s > self._window_s:
+            raise _invalid(
+                "expired",
+                f"the resume token is {age_s:.0f} s old; this gateway takes it for {self._window_s:g} s "
+                "(--resume-window-s)",
+            )
+        self._check_same(request, resume, point)
+        return point
+
+    def pinned(self, request: GenerationRequest, point: ResumePoint) -> GenerationRequest:
+        """Return the request with what was left open when it started: id, seed, and the revision behind a label."""
+        adapter = f"{point.adapter}@{point.revision}" if point.adapter else ""
+        sampling = replace(request.sampling, seed=point.seed)
+        return replace(request, request_id=point.request_id, adapter=adapter, sampling=sampling)
+
+    def continued(self, prepared: Prepared, resume: Resume, point: ResumePoint) -> Prepared:
+        """Return a prepared request that goes on behind what its client has.
+
+        Raises:
+            ResumeInvalidError: If it is not the request that the token was given for, or its output cannot be its own.
+        """
+        if prepared.job.fingerprint != point.fingerprint or request_digest(prepared) != point.request_digest:
+            raise _changed("the request, or how this gateway's model reads it")
+        self._check_tokens(prepared, resume, point)
+        time_limit_s, time_limit_at = prepared.request.time_limit_s, None
+        if time_limit_s is not None:
+            time_limit_at = self._clock() + point.admitted_at + time_limit_s - self._wall_clock()
+        job = replace(
+            prepared.job,
+            resumed_ids=resume.token_ids,
+            max_new_tokens=point.max_new_tokens,
+            queue_deadline=None,  # it had its place
+            time_limit_at=time_limit_at,
+        )
+        return replace(prepared, job=job)
+
+    def _check_same(self, request: GenerationRequest, resume: Resume, point: ResumePoint) -> None:
+        if request.request_id not in ("", point.request_id):
+            raise _changed("request_id")
+        if (AdapterRef.parse(request.adapter).name if request.adapter else "") != point.adapter:
+            raise _changed("adapter")
+        if request.sampling.seed not in (None, point.seed):
+            raise _changed("sampling.seed")
+        num_tokens = len(resume.token_ids)
+        if num_tokens > point.max_new_tokens:
+            raise _invalid(
+                "token_ids", f"resume.token_ids holds {num_tokens} ids of an output of at most {point.max_new_tokens}"
+            )
+        if num_tokens and resume.last_sequence > num_tokens:  # a chunk has a token, but for the last
+            raise _invalid(
+                "last_sequence", f"resume.last_sequence {resume.last_sequence} is beyond {num_tokens} tokens' chunks"
+            )
+
+    def _check_tokens(self, prepared: Prepared, resume: Resume, point: ResumePoint) -> None:
+        vocab_size = prepared.model.info.vocab_size
+        if resume.token_ids and max(resume.token_ids) >= vocab_size:
+            raise _invalid(
+                "token_ids",
+                f"resume.token_ids holds {max(resume.token_ids)}; token ids of this model are 0 to {vocab_size - 1}",
+            )
+        ends, least = prepared.job.stop_token_ids, prepared.request.stopping.min_new_tokens or 0
+        if not ends.isdisjoint(resume.token_ids[least:-1]):
+            raise _invalid("token_ids", "resume.token_ids goes on behind a token that ends the output")
+
+
+def request_digest(prepared: Prepared) -> bytes:
+    """Return the SHA-256 of all of a request that decides its tokens and text, the model's defaults included.
+
+    Only what differs from our defaults counts, so that gateways of neighbouring versions agree.
+    """
+    job, request = prepared.job, prepared.request
+    submission = job.submission
+    sampling = replace(submission.sampling, seed=None, logit_bias=dict(sorted(submission.sampling.logit_bias.items())))
+    parts = (
+        submission.adapter_scale,
+        _said(sampling),
+        _said(request.stopping),
+        sorted(job.stop_token_ids),
+        _said(request.options),
+    )
+    digest = hashlib.sha256(repr(parts).encode("utf-8", errors="surrogatepass"))
+    digest.update(_encoder.encode(submission.prompt_ids))
+    return digest.digest()
+
+
+def _said(values: Any) -> list[tuple[str, Any]]:
+    """Return the fields of a dataclass that are not as they are by default."""
+    found = []
+    for field in dataclasses.fields(values):
+        make = field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
+        if (value := getattr(values, field.name)) != default:
+            found.append((field.name, value))
+    return found
+
+
+def _changed(what: str) -> ResumeInvalidError:
+    return _invalid(
+        "changed", f"{what} is not what the resume token was given for", f"send the same request, or {START_AGAIN}"
+    )
+
+
+def _invalid(cause: str, message: str, remedy: str = START_AGAIN) -> ResumeInvalidError:
+    return ResumeInvalidError(f"{message}; {remedy}", metadata={"cause": cause})
