@@ -36,6 +36,9 @@ class StoreConfig:
     tls_cert: Path | None = setting(None, help="server certificate, PEM; with --tls-key turns TLS on")
     tls_key: Path | None = setting(None, help="its key, PEM")
     tls_client_ca: Path | None = setting(None, help="CA of client certificates, PEM; turns mutual TLS on")
+    max_connection_age_s: float = setting(
+        1800.0, help="time after which a connection takes no further calls, so that clients dial anew; 0 for never"
+    )
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     gc_grace_s: float = setting(60.0, help="seconds that a revision without a name is kept, for requests under way")
     gc_interval_s: float = setting(5.0, help="seconds between looks for such revisions")
@@ -50,6 +53,8 @@ class StoreConfig:
         for name in ("image_cache_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        if self.max_connection_age_s < 0:
+            raise ValueError("--max-connection-age-s must not be negative")
         for root in self.import_root:
             if not root.is_dir():
                 raise ValueError(f"--import-root {root} is no directory")

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 NUM_THREADS: Final = 4
+MAX_STREAMS: Final = 1024  # calls at once per connection; a gateway's watch, hints and look-ups are far fewer
 SERVICE: Final = "loraplex.v1.AdapterStoreService"
 OPERATIONS_SERVICE: Final = "google.longrunning.Operations"
 
@@ -193,6 +194,8 @@ def _server(core: _Core, parts: StoreParts, operations: LongRunning) -> GrpcServ
         tls_key=config.tls_key,
         tls_client_ca=config.tls_client_ca,
         enable_reflection=config.enable_reflection,
+        max_concurrent_streams=MAX_STREAMS,
+        max_connection_age_s=config.max_connection_age_s,
     )
     authenticator = Authenticator.from_file(config.api_keys_file)
     server = GrpcServer(listen, authenticator=authenticator, metrics=RpcMetrics(core.metrics.registry))

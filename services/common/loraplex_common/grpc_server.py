@@ -24,6 +24,7 @@ MAX_CONNECTIONS: Final = 8192
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 # With any grace at all gRPC parts from idle connections in friendship (GOAWAY with NO_ERROR) before it cuts the others.
 GOODBYE_S: Final = 0.1
+FOR_EVER_MS: Final = 2**31 - 1
 LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
 
@@ -59,6 +60,8 @@ class ServerConfig:
         tls_client_ca: Certificates that clients' certificates must be signed by, PEM; turns mutual TLS on.
         max_connections: Connections at once; if unset as many as descriptors allow.
         max_concurrent_streams: Calls at once per connection; unlimited if unset.
+        max_connection_age_s: Time, give or take a tenth, after which a connection takes no further calls; those under way
+            go on for as long as they take. Clients dial again by themselves and find servers that are new. 0 for never.
         refuses_unknown_fields: Whether requests with fields that our protos do not have are refused. For clients'
             requests; between our own services a newer peer's field is left unread.
     """
@@ -71,6 +74,7 @@ class ServerConfig:
     enable_reflection: bool = False
     max_connections: int | None = None
     max_concurrent_streams: int | None = None
+    max_connection_age_s: float = 0.0
     refuses_unknown_fields: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +82,19 @@ class ServerConfig:
             raise ValueError("tls_cert and tls_key belong together: give both or neither")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        if self.max_connection_age_s < 0:
+            raise ValueError(f"max_connection_age_s must not be negative, not {self.max_connection_age_s}")
+
+    def options(self) -> list[tuple[str, int]]:
+        """Return gRPC's options for what is configured here."""
+        max_connections = self.max_connections or connections_per_port(MAX_CONNECTIONS, num_ports=2)
+        options = [("grpc.max_allowed_incoming_connections", max_connections)]
+        if self.max_concurrent_streams is not None:
+            options.append(("grpc.max_concurrent_streams", self.max_concurrent_streams))
+        if self.max_connection_age_s:
+            age_ms = min(round(1000 * self.max_connection_age_s), FOR_EVER_MS)
+            options += [("grpc.max_connection_age_ms", age_ms), ("grpc.max_connection_age_grace_ms", FOR_EVER_MS)]
+        return options
 
     def credentials(self) -> grpc.ServerCredentials | None:
         """Return TLS credentials, or None for plain text."""
@@ -104,15 +121,10 @@ class GrpcServer:
         self._config = config
         self._names: list[str] = []
         self._is_draining = False
-        options = list(_OPTIONS)
-        if config.max_concurrent_streams is not None:
-            options.append(("grpc.max_concurrent_streams", config.max_concurrent_streams))
-        max_connections = config.max_connections or connections_per_port(MAX_CONNECTIONS, num_ports=2)
-        options.append(("grpc.max_allowed_incoming_connections", max_connections))
         self._calls = LoraplexInterceptor(
             authenticator=authenticator, metrics=metrics, refuses_unknown_fields=config.refuses_unknown_fields
         )
-        self.server = grpc.aio.server(interceptors=[self._calls], options=options)
+        self.server = grpc.aio.server(interceptors=[self._calls], options=[*_OPTIONS, *config.options()])
         self.health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
 

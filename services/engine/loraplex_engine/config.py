@@ -36,6 +36,7 @@ class EngineConfig:
         advertise: ``host`` or ``host:port`` under which gateways reach this engine; None means what is bound.
         metrics_port: HTTP port of /metrics; 0 picks a free one.
         metrics_key: Shows scrapers that send it the names of restricted adapters.
+        max_connection_age_s: Time after which a connection takes no further calls; sessions under way go on. 0 for never.
         max_model_len: Longest sequence in tokens; None means what the model was trained for.
         max_num_seqs: Most sequences of one step; None means 64 on a CPU and 256 on a GPU.
         max_num_batched_tokens: Most tokens of one step; None means 1024 on a CPU and 8192 on a GPU.
@@ -76,6 +77,9 @@ class EngineConfig:
     metrics_port: int = setting(8521, help="HTTP port of /metrics, 0 picks a free one")
     metrics_key: str | None = setting(
         None, help="API key that lets a scraper see restricted adapters", is_secret=True, metavar="KEY"
+    )
+    max_connection_age_s: float = setting(
+        1800.0, help="time after which a connection takes no further calls, so that peers dial anew; 0 for never"
     )
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_model_len: int | None = setting(None, help="longest sequence in tokens (default: the model's own limit)")
@@ -118,7 +122,7 @@ class EngineConfig:
             _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, not {value}")
         for name in ("port", "metrics_port"):
             _require(0 <= getattr(self, name) <= 65535, f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
-        for name in ("store_wait_s", "session_grace_s", "step_patience_s", "drain_settle_s", "drain_grace_s"):
+        for name in ("store_wait_s", "session_grace_s", "step_patience_s", "drain_settle_s", "drain_grace_s", "max_connection_age_s"):
             _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
         _require(self.load_report_s > 0, "--load-report-s must be positive")
         self._check_policy()

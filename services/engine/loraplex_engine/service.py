@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from loraplex_engine.config import EngineConfig
 
 SERVICE_NAME = "loraplex.v1.EngineService"
+MAX_STREAMS = 256  # calls at once per connection; a gateway has one session on it
 STOP_GRACE_S = 1.0
 EXIT_HUNG = 70
 """Exit status of an engine whose step loop hangs (EX_SOFTWARE): start it again."""
@@ -89,7 +90,13 @@ class EngineService:
         self._servicer = EngineServicer(
             self.engine, self._feed, identity=self._identity(), config=config, metrics=RequestMetrics(registry)
         )
-        listen = ServerConfig(host=config.host, port=config.port, enable_reflection=config.enable_reflection)
+        listen = ServerConfig(
+            host=config.host,
+            port=config.port,
+            enable_reflection=config.enable_reflection,
+            max_concurrent_streams=MAX_STREAMS,
+            max_connection_age_s=config.max_connection_age_s,
+        )
         self._grpc = GrpcServer(listen, metrics=RpcMetrics(registry))
         exposition = Exposition(
             registry,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from typing import TYPE_CHECKING, Final
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -11,6 +13,9 @@ if TYPE_CHECKING:
 
 # From the connection, or from the first byte of a further request, until its header is whole.
 HEADER_S: Final = 10.0
+# Of the age after which a connection ends, more or less: so that not all of those that began together end together.
+JITTER: Final = 0.1
+_CLOSE: Final = (b"connection", b"close")
 
 
 class Connections:
@@ -19,10 +24,12 @@ class Connections:
     Args:
         max_connections: With as many open, a new one takes the place of the longest quiet one; with none quiet it is closed.
         header_s: How long a request's header may take.
+        max_age_s: A request that comes later on its connection is the last there; 0 for never.
     """
 
-    def __init__(self, max_connections: int, *, header_s: float = HEADER_S) -> None:
+    def __init__(self, max_connections: int, *, header_s: float = HEADER_S, max_age_s: float = 0.0) -> None:
         self.header_s = header_s
+        self._max_age_s = max_age_s
         self._max_connections = max_connections
         self._open: dict[BoundedProtocol, None] = {}
 
@@ -30,6 +37,10 @@ class Connections:
     def num_open(self) -> int:
         """Connections that are open."""
         return len(self._open)
+
+    def age_s(self) -> float:
+        """Return how old a new connection may become."""
+        return self._max_age_s * random.uniform(1 - JITTER, 1 + JITTER) if self._max_age_s else math.inf
 
     def protocol(self) -> type[BoundedProtocol]:
         """Return the class of these connections' protocols, of which uvicorn makes one each."""
@@ -66,6 +77,7 @@ class BoundedProtocol(H11Protocol):
 
     book: Connections
     _header_timer: asyncio.TimerHandle | None = None
+    _old_at_s = math.inf
 
     @property
     def is_busy(self) -> bool:
@@ -76,12 +88,15 @@ class BoundedProtocol(H11Protocol):
         """Start the clock of the first header."""
         super().connection_made(transport)
         self.book.opened(self)
+        self._old_at_s = self.loop.time() + self.book.age_s()
         self._time_header()
 
     def data_received(self, data: bytes) -> None:
         """Take data in; a header that has begun must end in time."""
         self.book.heard(self)
         super().data_received(data)
+        if self.is_busy and self.loop.time() > self._old_at_s:
+            self._part()
         self._time_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -89,6 +104,12 @@ class BoundedProtocol(H11Protocol):
         self.book.closed(self)
         self._stop_timer()
         super().connection_lost(exc)
+
+    def _part(self) -> None:
+        """Say in the answer that it is the last here, and end then: no request crosses the end on its way."""
+        self._old_at_s = math.inf
+        self.cycle.keep_alive = False
+        self.scope["headers"].append(_CLOSE)  # uvicorn answers a request that asks for the end with the same header
 
     def _time_header(self) -> None:
         if self.is_busy or self.transport.is_closing():

@@ -42,6 +42,7 @@ class HttpServer:
         tls_client_ca: Authority that must have signed clients' certificates, PEM. Tenants come from API keys here:
             a certificate only lets its owner in.
         max_connections: As many may be open; see `Connections`.
+        max_connection_age_s: A request that comes later on a connection is its last; 0 for never.
 
     Attributes:
         connections: Those that are.
@@ -57,8 +58,9 @@ class HttpServer:
         tls_key: Path | None,
         tls_client_ca: Path | None,
         max_connections: int,
+        max_connection_age_s: float = 0.0,
     ) -> None:
-        self.connections = Connections(max_connections)
+        self.connections = Connections(max_connections, max_age_s=max_connection_age_s)
         config = uvicorn.Config(
             app,
             log_config=None,
