@@ -138,7 +138,8 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
     client = connect(config.redis_url)
     stack.push_async_callback(client.aclose)
     executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
-    stack.callback(executor.shutdown, cancel_futures=True)
+    # From a thread: what it waits for may wait for this event loop.
+    stack.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
     return _Core(
         config=config,
         client=client,
@@ -166,7 +167,6 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
         told=aliases.wait_for,
         engines=attached.limits,
         executor=core.executor,
-        max_adapter_bytes=config.max_adapter_bytes,
     )
 
 

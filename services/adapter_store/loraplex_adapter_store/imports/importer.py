@@ -101,14 +101,20 @@ class ImportOutcome:
 
 @dataclass(slots=True)
 class _SharedCheck:
-    """A source being fetched and checked, and the imports that wait for it."""
+    """A source being fetched and checked, and the imports that use it.
 
-    task: asyncio.Task[tuple[CanonicalForm, str]]
-    num_waiting: int = 0
+    Attributes:
+        is_unused: Set once the last import is done with it; it holds its room until then.
+    """
+
+    task: asyncio.Task[None]
+    checked: asyncio.Future[tuple[CanonicalForm, str]]
+    is_unused: asyncio.Event
+    num_users: int = 0
 
 
-Fetch = Callable[[], CheckpointFiles]
-"""Reads a checkpoint; blocks, so it runs in a thread."""
+Fetch = Callable[[Callable[[int], None]], CheckpointFiles]
+"""Reads a checkpoint; blocks, so it runs in a thread. What it is given waits for memory for as many bytes more."""
 
 
 class Importer:
@@ -117,7 +123,6 @@ class Importer:
     Args:
         told: An import ends once it has waited for this.
         engines: Tells what the engines known can take.
-        max_adapter_bytes: Room reserved for a source whose size is not known yet.
     """
 
     def __init__(
@@ -131,7 +136,6 @@ class Importer:
         told: Told,
         engines: Callable[[], tuple[EngineLimits, ...]],
         executor: Executor,
-        max_adapter_bytes: int,
     ) -> None:
         self._bases = bases
         self._catalog = catalog
@@ -141,7 +145,6 @@ class Importer:
         self._told = told
         self._engines = engines
         self._executor = executor
-        self._max_adapter_bytes = max_adapter_bytes
         self._running: dict[tuple[str, str], _SharedCheck] = {}
 
     @property
@@ -161,7 +164,7 @@ class Importer:
         Raises:
             LoraplexError: Whatever is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
-        async with self._budget.place(), self._budget.room(self._max_adapter_bytes):
+        async with self._budget.place():
             return await self._measured(self._import_from(source, fetch, target, progress))
 
     async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
@@ -188,22 +191,45 @@ class Importer:
         key = (source, target.base_model)
         shared = self._running.get(key)
         if shared is None:
-            work = self._fetch_and_check(fetch, target.base_model, progress)
-            shared = self._running[key] = _SharedCheck(asyncio.create_task(work, name=f"fetch {source}"))
-        shared.num_waiting += 1
+            shared = self._running[key] = self._begin(fetch, target.base_model, progress, what=f"fetch {source}")
+        shared.num_users += 1
         try:
-            form, origin = await asyncio.shield(shared.task)
+            try:
+                form, origin = await asyncio.shield(shared.checked)
+            finally:
+                if self._running.get(key) is shared and (shared.checked.done() or shared.num_users == 1):
+                    del self._running[key]
+            return await self._store(form, origin, target, progress)
         finally:
-            shared.num_waiting -= 1
-            if not shared.num_waiting:  # it is done, or nobody wants it any more
-                shared.task.cancel()
-            if self._running.get(key) is shared and (shared.task.done() or not shared.num_waiting):
-                del self._running[key]
-        return await self._store(form, origin, target, progress)
+            shared.num_users -= 1
+            if not shared.num_users:  # nobody wants it any more
+                shared.is_unused.set()
+                if not shared.checked.done():
+                    shared.task.cancel()
+                await asyncio.wait([shared.task])
 
-    async def _fetch_and_check(self, fetch: Fetch, base_model: str, progress: Progress) -> tuple[CanonicalForm, str]:
+    def _begin(self, fetch: Fetch, base_model: str, progress: Progress, *, what: str) -> _SharedCheck:
+        checked: asyncio.Future[tuple[CanonicalForm, str]] = asyncio.get_running_loop().create_future()
+        is_unused = asyncio.Event()
+
+        async def work() -> None:
+            async with self._budget.arrival() as arrival:
+                try:
+                    checked.set_result(await self._fetch_and_check(fetch, arrival.taker(), base_model, progress))
+                except asyncio.CancelledError:
+                    checked.cancel()
+                    raise
+                except Exception as error:  # whoever waits for it gets it
+                    checked.set_exception(error)
+                await is_unused.wait()
+
+        return _SharedCheck(asyncio.create_task(work(), name=what), checked, is_unused)
+
+    async def _fetch_and_check(
+        self, fetch: Fetch, take: Callable[[int], None], base_model: str, progress: Progress
+    ) -> tuple[CanonicalForm, str]:
         progress.advance(Stage.FETCHING)
-        files = await asyncio.get_running_loop().run_in_executor(self._executor, fetch)
+        files = await asyncio.get_running_loop().run_in_executor(self._executor, fetch, take)
         progress.advance(Stage.VALIDATING, bytes_done=len(files.weights), bytes_total=len(files.weights))
         return await self._check(files, base_model), files.source
 
