@@ -14,10 +14,13 @@ from grpc_health.v1 import health_pb2_grpc
 from loraplex_common.descriptors import connections_per_port
 from loraplex_common.health import HealthServicer
 from loraplex_common.interceptors import LoraplexInterceptor
+from loraplex_common.quiet_connections import QuietConnections
 from loraplex_common.reflection import enable_reflection
+from loraplex_common.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Authenticator
+    from loraplex_common.request_arrival import RequestArrivals
     from loraplex_common.rpc_metrics import RpcMetrics
 
 MAX_CONNECTIONS: Final = 8192
@@ -85,10 +88,14 @@ class ServerConfig:
         if self.max_connection_age_s < 0:
             raise ValueError(f"max_connection_age_s must not be negative, not {self.max_connection_age_s}")
 
+    @property
+    def most_connections(self) -> int:
+        """How many connections there may be at once."""
+        return self.max_connections or connections_per_port(MAX_CONNECTIONS, num_ports=2)
+
     def options(self) -> list[tuple[str, int]]:
         """Return gRPC's options for what is configured here."""
-        max_connections = self.max_connections or connections_per_port(MAX_CONNECTIONS, num_ports=2)
-        options = [("grpc.max_allowed_incoming_connections", max_connections)]
+        options = [("grpc.max_allowed_incoming_connections", self.most_connections)]
         if self.max_concurrent_streams is not None:
             options.append(("grpc.max_concurrent_streams", self.max_concurrent_streams))
         if self.max_connection_age_s:
@@ -116,13 +123,22 @@ class GrpcServer:
     """
 
     def __init__(
-        self, config: ServerConfig, *, authenticator: Authenticator | None = None, metrics: RpcMetrics | None = None
+        self,
+        config: ServerConfig,
+        *,
+        authenticator: Authenticator | None = None,
+        metrics: RpcMetrics | None = None,
+        arrivals: RequestArrivals | None = None,
     ) -> None:
         self._config = config
         self._names: list[str] = []
         self._is_draining = False
+        self._keeping: asyncio.Task[None] | None = None
         self._calls = LoraplexInterceptor(
-            authenticator=authenticator, metrics=metrics, refuses_unknown_fields=config.refuses_unknown_fields
+            authenticator=authenticator,
+            metrics=metrics,
+            arrivals=arrivals,
+            refuses_unknown_fields=config.refuses_unknown_fields,
         )
         self.server = grpc.aio.server(interceptors=[self._calls], options=[*_OPTIONS, *config.options()])
         self.health = HealthServicer()
@@ -152,6 +168,8 @@ class GrpcServer:
         self.set_ready(False)
         self.health.set(LIVENESS, is_serving=True)
         await self.server.start()
+        keeper = QuietConnections(port, self._config.most_connections, is_busy=self._calls.is_busy)
+        self._keeping = asyncio.create_task(keeper.run(), name=f"connections of port {port}")
         return port
 
     def set_ready(self, ready: bool) -> None:
@@ -172,4 +190,10 @@ class GrpcServer:
         self._calls.refuse_new_calls()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._calls.wait_until_idle(), grace_s)
-        await self.server.stop(GOODBYE_S)
+        await self.stop(GOODBYE_S)
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """End every call after ``grace_s`` seconds and close all connections; safe to call twice."""
+        if self._keeping is not None:
+            await cancel_and_wait(self._keeping)
+        await self.server.stop(grace_s)

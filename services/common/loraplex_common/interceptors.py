@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -13,9 +14,10 @@ import grpc
 from grpc_status import rpc_status
 
 from loraplex_common.answer_by import answering_within
-from loraplex_common.auth import Authenticator, Certificate, Principal, acting_as
+from loraplex_common.auth import Authenticator, Certificate, Principal, acting_as, current_principal
 from loraplex_common.errors import AdapterLoadingError, DrainingError, InvalidParameterError, LoraplexError, to_status
 from loraplex_common.log import get_logger
+from loraplex_common.request_arrival import RequestArrivals
 from loraplex_common.unknown_fields import refuse_unknown_fields
 
 if TYPE_CHECKING:
@@ -66,6 +68,12 @@ class _Call:
             refuse_unknown_fields(request)
         return request
 
+    async def received(self, requests: AsyncIterator[Any], *, is_stream: bool) -> Any:
+        """Return what the handler takes: its one request once that has come, or for a stream an iterator."""
+        if is_stream:
+            return self.checked(requests)
+        return self.checked(await self._server.arrivals.receive(requests, tenant=current_principal().name))
+
     async def _checked_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
             yield self.checked(request)
@@ -81,7 +89,11 @@ class _Call:
             if self._method.startswith(OPEN_SERVICES):
                 return await run()
             principal = self._server.principal(self._authorization, context)
-            with self._server.in_flight(), acting_as(principal), answering_within(context.time_remaining()):
+            with (
+                self._server.in_flight(context.peer()),
+                acting_as(principal),
+                answering_within(context.time_remaining()),
+            ):
                 return await run()
         except asyncio.CancelledError:
             remaining_s: float | None = context.time_remaining()
@@ -110,16 +122,24 @@ class LoraplexInterceptor(grpc.aio.ServerInterceptor):
 
     Attributes:
         refuses_unknown_fields: Whether requests with fields that our protos do not have are refused.
+        arrivals: Requests that are on their way.
     """
 
     def __init__(
-        self, *, authenticator: Authenticator | None, metrics: RpcMetrics | None, refuses_unknown_fields: bool = False
+        self,
+        *,
+        authenticator: Authenticator | None,
+        metrics: RpcMetrics | None,
+        arrivals: RequestArrivals | None = None,
+        refuses_unknown_fields: bool = False,
     ) -> None:
         self._authenticator = authenticator or Authenticator()
         self.metrics = metrics
         self.refuses_unknown_fields = refuses_unknown_fields
+        self.arrivals = arrivals or RequestArrivals()
         self._is_refusing = False
         self._num_running = 0
+        self._running: Counter[str] = Counter()  # by the peer's address
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -131,9 +151,13 @@ class LoraplexInterceptor(grpc.aio.ServerInterceptor):
         """Wait until no call runs; health watches, which never end, do not count."""
         await self._idle.wait()
 
+    def is_busy(self, peer: str) -> bool:
+        """Return whether a peer, as gRPC names it, has a call that runs; health watches, which never end, do not count."""
+        return peer in self._running
+
     @contextmanager
-    def in_flight(self) -> Iterator[None]:
-        """Count a call while it runs.
+    def in_flight(self, peer: str) -> Iterator[None]:
+        """Count a peer's call while it runs.
 
         Raises:
             DrainingError: If new calls are refused.
@@ -141,11 +165,15 @@ class LoraplexInterceptor(grpc.aio.ServerInterceptor):
         if self._is_refusing:
             raise DrainingError("this server is shutting down: try another", drop_reason="rejected-shutting-down")
         self._num_running += 1
+        self._running[peer] += 1
         self._idle.clear()
         try:
             yield
         finally:
             self._num_running -= 1
+            self._running[peer] -= 1
+            if not self._running[peer]:
+                del self._running[peer]
             if self._num_running == 0:
                 self._idle.set()
 
@@ -187,29 +215,30 @@ def _certificate(context: Context) -> Certificate | None:
 def _wrap(handler: Handler, call: _Call) -> Handler:
     """Return a handler of the same shape whose behaviour goes through ``call``."""
     inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    is_stream = bool(handler.request_streaming)
 
-    async def respond_once(request: Any, context: Context) -> Any:
+    async def respond_once(requests: Any, context: Context) -> Any:
         async def run() -> Any:
-            return await inner(call.checked(request), context)
+            return await inner(await call.received(requests, is_stream=is_stream), context)
 
         return await call.guard(context, run)
 
-    async def respond_with_stream(request: Any, context: Context) -> None:
+    async def respond_with_stream(requests: Any, context: Context) -> None:
         async def run() -> None:
+            request = await call.received(requests, is_stream=is_stream)
             # Closed here and now, not by the garbage collector: leases and pages hang on the generator's `finally`.
-            async with aclosing(inner(call.checked(request), context)) as messages:
+            async with aclosing(inner(request, context)) as messages:
                 async for message in messages:
                     await context.write(message)
 
         await call.guard(context, run)
 
-    makers: dict[tuple[bool, bool], Any] = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, respond_once),
-        (False, True): (grpc.unary_stream_rpc_method_handler, respond_with_stream),
-        (True, False): (grpc.stream_unary_rpc_method_handler, respond_once),
-        (True, True): (grpc.stream_stream_rpc_method_handler, respond_with_stream),
-    }
-    make, behaviour = makers[bool(handler.request_streaming), bool(handler.response_streaming)]
+    # On the wire one request and a stream of one are the same; see `request_arrival` for why all are streams here.
+    make, behaviour = (
+        (grpc.stream_stream_rpc_method_handler, respond_with_stream)
+        if handler.response_streaming
+        else (grpc.stream_unary_rpc_method_handler, respond_once)
+    )
     wrapped: Handler = make(
         behaviour,
         request_deserializer=_tolerant(handler.request_deserializer),

@@ -122,7 +122,14 @@ class EngineConfig:
             _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, not {value}")
         for name in ("port", "metrics_port"):
             _require(0 <= getattr(self, name) <= 65535, f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
-        for name in ("store_wait_s", "session_grace_s", "step_patience_s", "drain_settle_s", "drain_grace_s", "max_connection_age_s"):
+        for name in (
+            "store_wait_s",
+            "session_grace_s",
+            "step_patience_s",
+            "drain_settle_s",
+            "drain_grace_s",
+            "max_connection_age_s",
+        ):
             _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
         _require(self.load_report_s > 0, "--load-report-s must be positive")
         self._check_policy()

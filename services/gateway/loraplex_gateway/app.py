@@ -152,7 +152,7 @@ class GatewayApp:
     async def close(self) -> None:
         """Release everything; safe after a failed start."""
         await self.http.stop(grace_s=0.0)
-        await self._grpc.server.stop(None)
+        await self._grpc.stop()
         await self._supervisor.close()
         await self.pool.close()
         if self._hints is not None:

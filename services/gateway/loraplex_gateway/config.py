@@ -94,6 +94,12 @@ class GatewayConfig:
         for name in (*positive, "max_prompt_bytes_per_token", "max_connections"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("max_queued_requests", "failover_wait_s", "max_connection_age_s", "drain_settle_s", "drain_grace_s"):
+        for name in (
+            "max_queued_requests",
+            "failover_wait_s",
+            "max_connection_age_s",
+            "drain_settle_s",
+            "drain_grace_s",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")

@@ -109,7 +109,8 @@ class BoundedProtocol(H11Protocol):
         """Say in the answer that it is the last here, and end then: no request crosses the end on its way."""
         self._old_at_s = math.inf
         self.cycle.keep_alive = False
-        self.scope["headers"].append(_CLOSE)  # uvicorn answers a request that asks for the end with the same header
+        # uvicorn answers a request that asks for the end with the same header.
+        self.scope["headers"] = [*self.scope["headers"], _CLOSE]
 
     def _time_header(self) -> None:
         if self.is_busy or self.transport.is_closing():
