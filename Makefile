@@ -73,6 +73,10 @@ bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machin
 campaign: $(VENV)/.dev-installed ## Random requests of every kind against one engine: CAMPAIGN_ARGS="--requests 100000 --seed 1"
 	@PYTHONPATH=tests $(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 
+.PHONY: soak
+soak: $(VENV)/.dev-installed ## Random faults against a whole fleet, every answer checked: SOAK_ARGS="--minutes 30 --seed 1"
+	@PYTHONPATH=tests $(BIN)/python -m support.soak --results benchmarks/results $(SOAK_ARGS)
+
 .PHONY: clean
 clean: ## Remove caches and build output; the virtual environment stays
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .cache
