@@ -48,6 +48,9 @@ _OPTIONS: Final = (
     # themselves.
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.server_handshake_timeout_ms", 10_000),
+    # Guessing a link's bandwidth, gRPC lets every stream send megabytes that nobody has asked for. What is being read is
+    # asked for by its length all the same.
+    ("grpc.http2.bdp_probe", 0),
     # Two servers on one port must be an error, not a coin toss per connection.
     ("grpc.so_reuseport", 0),
 )

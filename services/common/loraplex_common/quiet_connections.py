@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LOOK_S: Final = 0.5
+# Where many descriptors turned out to be others, the next look may wait: it costs a system call or four for each.
+CALM_S: Final = 5.0
 # Shares of the most connections: from the first on as many are ended as it takes to come down to the second.
 FULL: Final = 0.9
 ROOMY: Final = 0.8
@@ -47,16 +49,19 @@ class QuietConnections:
         """Look again and again, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_S)
-            if len(os.listdir(_IN_DIRECTORY)) >= FULL * self._max_connections:
-                await asyncio.to_thread(self.make_room)
+            if len(os.listdir(_IN_DIRECTORY)) < FULL * self._max_connections:
+                continue
+            if not await asyncio.to_thread(self.make_room):
+                await asyncio.sleep(CALM_S - LOOK_S)
 
-    def make_room(self) -> int:
-        """End quiet connections if there are almost too many; return how many. Blocks for some 10 us for each descriptor."""
+    def make_room(self) -> bool:
+        """End quiet connections if there are almost too many; return whether there were. Takes some 10 us a descriptor."""
         quiet = [(_silence_ms(connection), connection) for connection in self._connections()]
         num_open = len(quiet)
         num_ended = 0
         quiet.sort(key=lambda known: known[0], reverse=True)
-        for _, connection in quiet if num_open >= FULL * self._max_connections else []:
+        is_full = num_open >= FULL * self._max_connections
+        for _, connection in quiet if is_full else []:
             if num_open - num_ended <= ROOMY * self._max_connections:
                 break
             num_ended += self._end(connection)
@@ -66,7 +71,7 @@ class QuietConnections:
             _log.warning(
                 "connections that were quiet gave way", port=self._port, num_open=num_open, num_ended=num_ended
             )
-        return num_ended
+        return is_full
 
     def _end(self, connection: socket.socket) -> bool:
         try:
