@@ -171,7 +171,7 @@ class GrpcServer:
         self.set_ready(False)
         self.health.set(LIVENESS, is_serving=True)
         await self.server.start()
-        keeper = QuietConnections(port, self._config.most_connections, is_busy=self._calls.is_busy)
+        keeper = QuietConnections(port, self._config.most_connections, is_busy=self._calls.running.has_any_of)
         self._keeping = asyncio.create_task(keeper.run(), name=f"connections of port {port}")
         return port
 
@@ -190,9 +190,9 @@ class GrpcServer:
         self._is_draining = True
         self.set_ready(False)
         await asyncio.sleep(settle_s)
-        self._calls.refuse_new_calls()
+        self._calls.running.refuse_new()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._calls.wait_until_idle(), grace_s)
+            await asyncio.wait_for(self._calls.running.wait_until_idle(), grace_s)
         await self.stop(GOODBYE_S)
 
     async def stop(self, grace_s: float | None = None) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import Counter
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -15,13 +14,14 @@ from grpc_status import rpc_status
 
 from loraplex_common.answer_by import answering_within
 from loraplex_common.auth import Authenticator, Certificate, Principal, acting_as, current_principal
-from loraplex_common.errors import AdapterLoadingError, DrainingError, InvalidParameterError, LoraplexError, to_status
+from loraplex_common.errors import AdapterLoadingError, InvalidParameterError, LoraplexError, to_status
 from loraplex_common.log import get_logger
 from loraplex_common.request_arrival import RequestArrivals
+from loraplex_common.running_calls import RunningCalls
 from loraplex_common.unknown_fields import refuse_unknown_fields
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from loraplex_common.rpc_metrics import RpcMetrics
 
@@ -90,7 +90,7 @@ class _Call:
                 return await run()
             principal = self._server.principal(self._authorization, context)
             with (
-                self._server.in_flight(context.peer()),
+                self._server.running.count(context.peer()),
                 acting_as(principal),
                 answering_within(context.time_remaining()),
             ):
@@ -118,11 +118,12 @@ class _Call:
 
 
 class LoraplexInterceptor(grpc.aio.ServerInterceptor):
-    """Authenticates calls, maps exceptions to rich statuses, records metrics, knows how many calls run.
+    """Authenticates calls, maps exceptions to rich statuses, records metrics.
 
     Attributes:
         refuses_unknown_fields: Whether requests with fields that our protos do not have are refused.
         arrivals: Requests that are on their way.
+        running: Calls whose callers have been recognised.
     """
 
     def __init__(
@@ -137,45 +138,7 @@ class LoraplexInterceptor(grpc.aio.ServerInterceptor):
         self.metrics = metrics
         self.refuses_unknown_fields = refuses_unknown_fields
         self.arrivals = arrivals or RequestArrivals()
-        self._is_refusing = False
-        self._num_running = 0
-        self._running: Counter[str] = Counter()  # by the peer's address
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def refuse_new_calls(self) -> None:
-        """Answer DRAINING to every further call; running ones go on."""
-        self._is_refusing = True
-
-    async def wait_until_idle(self) -> None:
-        """Wait until no call runs; health watches, which never end, do not count."""
-        await self._idle.wait()
-
-    def is_busy(self, peer: str) -> bool:
-        """Return whether a peer, as gRPC names it, has a call that runs; health watches, which never end, do not count."""
-        return peer in self._running
-
-    @contextmanager
-    def in_flight(self, peer: str) -> Iterator[None]:
-        """Count a peer's call while it runs.
-
-        Raises:
-            DrainingError: If new calls are refused.
-        """
-        if self._is_refusing:
-            raise DrainingError("this server is shutting down: try another", drop_reason="rejected-shutting-down")
-        self._num_running += 1
-        self._running[peer] += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_running -= 1
-            self._running[peer] -= 1
-            if not self._running[peer]:
-                del self._running[peer]
-            if self._num_running == 0:
-                self._idle.set()
+        self.running = RunningCalls()
 
     def principal(self, authorization: str | None, context: Context) -> Principal:
         """Return who calls.

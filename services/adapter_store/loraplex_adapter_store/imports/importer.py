@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import AdapterIncompatibleError, LoraplexError, StoreUnavailableError
@@ -20,6 +22,7 @@ from loraplex_adapter_store.checkpoint.peft_config import parse_peft_config
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_adapter_store.checkpoint.tokenizer_check import check_strange_tokenizer
 from loraplex_adapter_store.imports.files import CheckpointFiles
+from loraplex_adapter_store.imports.shared_work import SharedWork
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
 from loraplex_adapter_store.repository.catalog import Catalog, RevisionGoneError, Told
 
@@ -99,20 +102,6 @@ class ImportOutcome:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
-class _SharedCheck:
-    """A source being fetched and checked, and the imports that use it.
-
-    Attributes:
-        is_unused: Set once the last import is done with it; it holds its room until then.
-    """
-
-    task: asyncio.Task[None]
-    checked: asyncio.Future[tuple[CanonicalForm, str]]
-    is_unused: asyncio.Event
-    num_users: int = 0
-
-
 Fetch = Callable[[Callable[[int], None]], CheckpointFiles]
 """Reads a checkpoint; blocks, so it runs in a thread. What it is given waits for memory for as many bytes more."""
 
@@ -145,7 +134,7 @@ class Importer:
         self._told = told
         self._engines = engines
         self._executor = executor
-        self._running: dict[tuple[str, str], _SharedCheck] = {}
+        self._shared: SharedWork[tuple[CanonicalForm, str]] = SharedWork()
 
     @property
     def budget(self) -> ImportBudget:
@@ -188,42 +177,17 @@ class Importer:
         return outcome
 
     async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
-        key = (source, target.base_model)
-        shared = self._running.get(key)
-        if shared is None:
-            shared = self._running[key] = self._begin(fetch, target.base_model, progress, what=f"fetch {source}")
-        shared.num_users += 1
-        try:
-            try:
-                form, origin = await asyncio.shield(shared.checked)
-            finally:
-                if self._running.get(key) is shared and (shared.checked.done() or shared.num_users == 1):
-                    del self._running[key]
+        work = partial(self._checked, fetch, target.base_model, progress)
+        async with self._shared.use((source, target.base_model), work, name=f"fetch {source}") as (form, origin):
             return await self._store(form, origin, target, progress)
-        finally:
-            shared.num_users -= 1
-            if not shared.num_users:  # nobody wants it any more
-                shared.is_unused.set()
-                if not shared.checked.done():
-                    shared.task.cancel()
-                await asyncio.wait([shared.task])
 
-    def _begin(self, fetch: Fetch, base_model: str, progress: Progress, *, what: str) -> _SharedCheck:
-        checked: asyncio.Future[tuple[CanonicalForm, str]] = asyncio.get_running_loop().create_future()
-        is_unused = asyncio.Event()
-
-        async def work() -> None:
-            async with self._budget.arrival() as arrival:
-                try:
-                    checked.set_result(await self._fetch_and_check(fetch, arrival.taker(), base_model, progress))
-                except asyncio.CancelledError:
-                    checked.cancel()
-                    raise
-                except Exception as error:  # whoever waits for it gets it
-                    checked.set_exception(error)
-                await is_unused.wait()
-
-        return _SharedCheck(asyncio.create_task(work(), name=what), checked, is_unused)
+    @asynccontextmanager
+    async def _checked(
+        self, fetch: Fetch, base_model: str, progress: Progress
+    ) -> AsyncIterator[tuple[CanonicalForm, str]]:
+        """Fetch and check a source, and hold its room."""
+        async with self._budget.arrival() as arrival:
+            yield await self._fetch_and_check(fetch, arrival.taker(), base_model, progress)
 
     async def _fetch_and_check(
         self, fetch: Fetch, take: Callable[[int], None], base_model: str, progress: Progress
