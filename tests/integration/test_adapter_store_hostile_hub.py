@@ -11,6 +11,9 @@ import pytest
 from google.longrunning import operations_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_adapter_store.imports import pace
+from loraplex_adapter_store.imports.directory import ImportRoots
+from loraplex_adapter_store.imports.download import MIN_STEP_BYTES
+from loraplex_adapter_store.imports.hub import MAX_DOWNLOADS
 from loraplex_common.errors import AdapterCorruptUploadError, DeadlineError, StoreUnavailableError
 from support.adapters import Recipe, adapter_files
 from support.hub_double import HubDouble, running_hub
@@ -20,6 +23,7 @@ from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
     from loraplex_adapter_store.service import RunningStore
     from loraplex_common.valkey import EmbeddedValkey
@@ -186,24 +190,35 @@ async def test_a_connection_that_breaks_is_made_again_and_only_the_rest_is_fetch
 
 
 async def test_downloads_that_trickle_hold_what_has_come_and_keep_nobody_out(server: EmbeddedValkey) -> None:
-    began = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def stall() -> Iterator[bytes]:
-        loop.call_soon_threadsafe(began.set)
-        yield from trickle()
-
-    with running_hub(HostileHub(**{WEIGHTS.replace(".", "__"): stall})) as hub:
+    num_slow = MAX_DOWNLOADS + 2
+    with running_hub(HostileHub(**{WEIGHTS.replace(".", "__"): trickle})) as hub:
         async with store_with(server, hub) as (store, client):
-            source = pb.HuggingFaceSource(repo="org/adapter", revision=COMMIT)
-            slow = await client.stub.ImportAdapter(pb.ImportAdapterRequest(name="slow", hf=source))
-            async with asyncio.timeout(20):
-                await began.wait()
-                await eventually(lambda: store.importer.budget.held_bytes > 0)
+            budget = store.importer.budget
+            for number in range(num_slow):
+                source = pb.HuggingFaceSource(repo="org/adapter", revision=COMMIT)
+                request = pb.ImportAdapterRequest(name=f"slow{number}", hf=source, base_model=f"tiny{number}")
+                await client.stub.ImportAdapter(request)
+            await eventually(lambda: sum(path.endswith(WEIGHTS) for path in hub.requests) >= MAX_DOWNLOADS)
+            await eventually(lambda: budget.held_bytes > 0)
 
-                assert store.importer.budget.held_bytes <= MAX_BYTES, "the limit is not reserved"
+            assert budget.held_bytes <= MAX_DOWNLOADS * 2 * MIN_STEP_BYTES, "not the largest adapter of each"
+            async with asyncio.timeout(20):
                 for number in range(3):
                     await client.upload_recipe(f"fast{number}", Recipe(seed=number))
 
-            await client.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=slow.name))
-            await eventually(lambda: store.importer.budget.held_bytes == 0)
+            operations = await client.operations.ListOperations(operations_pb2.ListOperationsRequest())
+            for operation in operations.operations:
+                await client.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=operation.name))
+            await eventually(lambda: budget.held_bytes == 0)
+
+
+def test_a_directory_takes_the_room_of_its_files(tmp_path: Path) -> None:
+    sizes = {}
+    for name, data in adapter_files(tiny_base_dir()).items():
+        (tmp_path / name).write_bytes(data)
+        sizes[name] = len(data)
+    taken: list[int] = []
+
+    ImportRoots((tmp_path,)).read(tmp_path.as_uri(), 64 * MIB, taken.append)
+
+    assert sorted(taken) == sorted(sizes.values())

@@ -101,6 +101,8 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
         importer = _importer(core, bases, aliases, attached)
+        hub = Hub(config.hf_endpoint)
+        stack.push_async_callback(hub.close)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
         collector = GarbageCollector(
@@ -109,7 +111,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         parts = StoreParts(
             store_id=f"store-{uuid.uuid4().hex[:12]}",
             lifecycle=Lifecycle(core.catalog, partial(_all_leases, attached, core.holdings), aliases.wait_for),
-            intake=_intake(core, importer, operations),
+            intake=_intake(core, importer, operations, hub),
             aliases=aliases,
             attached=attached,
             hints=hints,
@@ -170,14 +172,14 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
     )
 
 
-def _intake(core: _Core, importer: Importer, operations: LongRunning) -> Intake:
+def _intake(core: _Core, importer: Importer, operations: LongRunning, hub: Hub) -> Intake:
     config = core.config
     return Intake(
         importer,
         operations,
         core.catalog,
         ImportRoots(config.import_root),
-        Hub(config.hf_endpoint),
+        hub,
         Credentials.from_file(config.credentials_file),
         max_adapter_bytes=config.max_adapter_bytes,
         describe=wire.import_metadata,

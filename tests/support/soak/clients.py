@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import time
 from contextlib import aclosing
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 from loraplex_client import AsyncClient, Started
+from loraplex_client._requests import GenerateOptions
 from loraplex_common.errors import LoraplexError
 from support.soak.book import Book, Outcome, Stream
 from support.soak.expectations import is_expected_of_generation
@@ -28,8 +28,9 @@ OVERTIME_S: Final = 5.0
 BASE: Final = "tiny"
 HTTP_SHARE: Final = 0.3
 PAUSE_S: Final = 0.3
-# A client that resumes loses nothing with a killed gateway; one that cannot has its losses counted apart.
-CLIENTS_RESUME: Final = "resume" in inspect.signature(AsyncClient.__init__).parameters
+# A client that resumes its streams through any gateway loses nothing with a killed one. Over HTTP, and with a client library
+# that knows no resuming, what is lost with a killed gateway is counted apart.
+CLIENTS_RESUME: Final = "resume" in GenerateOptions.__annotations__
 
 
 class WrongAnswerError(Exception):
@@ -53,7 +54,7 @@ class Asker:
         self._catalogue = catalogue
         self._book = book
         self._rng = rng
-        self._grpc = {part.name: AsyncClient(part.grpc) for part in fleet.gateways}
+        self._grpc = {part.name: self._client(part) for part in fleet.gateways}
         self._http = httpx2.AsyncClient(timeout=DEADLINE_S)
 
     async def run(self, over: asyncio.Event) -> None:
@@ -88,6 +89,11 @@ class Asker:
             self._fail(stream, question, error.reason, str(error))
         assert stream.outcome is not None
         return stream.outcome
+
+    def _client(self, gateway: Part) -> AsyncClient:
+        """Return a client of a gateway, and if it can go on elsewhere, of the others."""
+        others = [part for part in self._fleet.gateways if part is not gateway and CLIENTS_RESUME]
+        return AsyncClient(",".join(part.grpc for part in (gateway, *others)))
 
     def _adapter(self) -> str:
         kind = self._rng.random()
@@ -124,7 +130,8 @@ class Asker:
         disturbers = self._book.disturbers(stream.began_s, time.monotonic())
         told = f"{reason} to {question} over {stream.face} after {stream.num_tokens} tokens; {sorted(disturbers)}: {message}"
         if stream.num_tokens:
-            is_with_gateway = not CLIENTS_RESUME and self._book.lost_its_gateway(stream)
+            cannot_resume = stream.face == "http" or not CLIENTS_RESUME
+            is_with_gateway = cannot_resume and self._book.lost_its_gateway(stream)
             is_with_gateway = is_with_gateway and is_expected_of_generation(reason, disturbers)
             self._book.close(stream, Outcome.LOST_WITH_GATEWAY if is_with_gateway else Outcome.LOST, reason)
             if not is_with_gateway:

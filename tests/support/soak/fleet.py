@@ -47,7 +47,8 @@ class Part:
     Attributes:
         spawn: Starts a process that listens on the ports given, 0 for free ones.
         born_s: When the present process was ready, in monotonic seconds.
-        gone: Which number of process this is.
+        generation: Which number of process this is.
+        is_leaving: Whether it has been asked, or made, to end.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Part:
     process: ServiceProcess = field(init=False)
     born_s: float = 0.0
     generation: int = 0
+    is_leaving: bool = False
 
     @property
     def grpc(self) -> str:
@@ -84,10 +86,12 @@ class Part:
 
     async def kill(self) -> None:
         """End the process at once."""
+        self.is_leaving = True
         await asyncio.to_thread(self.process.kill)
 
     async def stop(self) -> int:
         """Ask the process to end, and return its status."""
+        self.is_leaving = True
         return await asyncio.to_thread(self.process.stop)
 
     def _start(self) -> None:
@@ -106,6 +110,7 @@ class Part:
         self.ports = tuple(addresses.get(kind, ":0").rpartition(":")[2] for kind in ("grpc", "http"))
         self.born_s = time.monotonic()
         self.generation += 1
+        self.is_leaving = False
 
 
 class Fleet:

@@ -91,7 +91,8 @@ class MemoryWatch:
         while not over.is_set():
             now = time.monotonic()
             for part in self._fleet.parts:
-                if (held := held_by(part.process.pid)) is not None and part.born_s:
+                is_steady = part.process.is_running and not part.is_leaving and part.born_s
+                if is_steady and (held := held_by(part.process.pid)) is not None:
                     life = self.lives.setdefault((part.name, part.generation), Life(part.name))
                     life.samples.append((now - part.born_s, *held))
             await asyncio.sleep(SAMPLE_S)

@@ -21,7 +21,7 @@ class Report:
     Attributes:
         outcomes: How many requests ended how.
         refusals: Reason of refused requests -> how many.
-        num_in_doubt: Streams that ended with a killed gateway, of clients that cannot resume.
+        clients_resume: Whether clients over gRPC resume streams; those over HTTP cannot.
         faults: Kind -> how often, streams in flight, lost, longest gap and recovery.
         processes: Growth of every process that lived for long enough.
         errors: What must not happen and did, the first of them in words.

@@ -72,6 +72,20 @@ class ImportBudget:
             raise SaturatedError(f"{self._pending} imports are waiting already", retry_after_s=5.0)
 
     @asynccontextmanager
+    async def fetching(self) -> AsyncIterator[None]:
+        """Count an import as waiting while its checkpoint comes; however slowly it does, it takes no place from others.
+
+        Raises:
+            SaturatedError: If too many wait.
+        """
+        self.check_pending()
+        self._pending += 1
+        try:
+            yield
+        finally:
+            self._pending -= 1
+
+    @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
         """Hold a place among the running imports, once there is one."""
         self.check_pending()

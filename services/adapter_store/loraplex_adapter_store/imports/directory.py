@@ -6,6 +6,7 @@ component for a link in between gains nothing.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from contextlib import contextmanager
@@ -57,6 +58,10 @@ class ImportRoots:
         raise InvalidParameterError(
             f"{uri[:200]!r} is not below an import root of this store (--import-root)", field="uri"
         )
+
+    async def fetch(self, uri: str, max_adapter_bytes: int, take: Callable[[int], None]) -> CheckpointFiles:
+        """Call `read` in a thread."""
+        return await asyncio.to_thread(self.read, uri, max_adapter_bytes, take)
 
     def read(self, uri: str, max_adapter_bytes: int, take: Callable[[int], None]) -> CheckpointFiles:
         """Read the checkpoint in a directory; blocks.

@@ -24,7 +24,9 @@ READ_TIMEOUT_S: Final = 30.0
 MAX_REDIRECTS: Final = 5
 MAX_ERROR_BYTES: Final = 64 * 1024
 ATTEMPTS: Final = 3
-TAKE_BYTES: Final = 1024 * 1024
+# Room is taken in steps, as each costs a turn of the event loop: small ones first, lest who trickles hold a large one.
+MIN_STEP_BYTES: Final = 64 * 1024
+MAX_STEP_BYTES: Final = 1024 * 1024
 _DROPPED: Final = (httpx2.ReadError, httpx2.RemoteProtocolError)
 
 
@@ -88,7 +90,8 @@ class Download:
         if num_bytes > self._limit:
             raise self._too_long(num_bytes)
         while num_bytes > self._taken:
-            step = min(max(TAKE_BYTES, num_bytes - self._taken), self._limit - self._taken)
+            step = max(num_bytes - self._taken, min(len(self._data), MAX_STEP_BYTES), MIN_STEP_BYTES)
+            step = min(step, self._limit - self._taken)
             self._take(step)
             self._taken += step
         self._data += chunk

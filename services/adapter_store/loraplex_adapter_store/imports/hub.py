@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
@@ -33,6 +35,8 @@ from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, fr
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MAX_DOWNLOADS: Final = 8
+"""At once; others wait."""
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _FOLDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*", re.ASCII)
 
@@ -72,6 +76,20 @@ class Hub:
 
     def __init__(self, endpoint: str | None) -> None:
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+        # Their own: downloads may take hours, and what checks checkpoints must not wait for them.
+        self._threads = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="download")
+
+    async def fetch(
+        self, source: HubSource, token: str | None, max_adapter_bytes: int, take: Callable[[int], None]
+    ) -> CheckpointFiles:
+        """Call `read` in a thread, once there is one."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self.read, source, token, max_adapter_bytes, take
+        )
+
+    async def close(self) -> None:
+        """Start no further downloads and wait for those that run, which end as soon as they ask for room."""
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     def read(
         self, source: HubSource, token: str | None, max_adapter_bytes: int, take: Callable[[int], None]

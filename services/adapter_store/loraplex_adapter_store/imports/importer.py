@@ -102,8 +102,8 @@ class ImportOutcome:
     warnings: tuple[str, ...] = ()
 
 
-Fetch = Callable[[Callable[[int], None]], CheckpointFiles]
-"""Reads a checkpoint; blocks, so it runs in a thread. What it is given waits for memory for as many bytes more."""
+Fetch = Callable[[Callable[[int], None]], Awaitable[CheckpointFiles]]
+"""Reads a checkpoint in a thread; what it is given waits there for memory for as many bytes more."""
 
 
 class Importer:
@@ -153,8 +153,7 @@ class Importer:
         Raises:
             LoraplexError: Whatever is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
-        async with self._budget.place():
-            return await self._measured(self._import_from(source, fetch, target, progress))
+        return await self._measured(self._import_from(source, fetch, target, progress))
 
     async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
         """Import what has been uploaded; the caller holds room for it.
@@ -185,17 +184,15 @@ class Importer:
     async def _checked(
         self, fetch: Fetch, base_model: str, progress: Progress
     ) -> AsyncIterator[tuple[CanonicalForm, str]]:
-        """Fetch and check a source, and hold its room."""
+        """Fetch and check a source; hold its room, and a place from the check on."""
         async with self._budget.arrival() as arrival:
-            yield await self._fetch_and_check(fetch, arrival.taker(), base_model, progress)
-
-    async def _fetch_and_check(
-        self, fetch: Fetch, take: Callable[[int], None], base_model: str, progress: Progress
-    ) -> tuple[CanonicalForm, str]:
-        progress.advance(Stage.FETCHING)
-        files = await asyncio.get_running_loop().run_in_executor(self._executor, fetch, take)
-        progress.advance(Stage.VALIDATING, bytes_done=len(files.weights), bytes_total=len(files.weights))
-        return await self._check(files, base_model), files.source
+            async with self._budget.fetching():
+                progress.advance(Stage.FETCHING)
+                files = await fetch(arrival.taker())
+            async with self._budget.place():
+                num_bytes = len(files.weights)
+                progress.advance(Stage.VALIDATING, bytes_done=num_bytes, bytes_total=num_bytes)
+                yield await self._check(files, base_model), files.source
 
     async def _import_files(self, files: CheckpointFiles, target: ImportTarget, progress: Progress) -> ImportOutcome:
         form = await self._check(files, target.base_model)
