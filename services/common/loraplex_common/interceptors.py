@@ -68,11 +68,11 @@ class _Call:
             refuse_unknown_fields(request)
         return request
 
-    async def received(self, requests: AsyncIterator[Any], *, is_stream: bool) -> Any:
+    async def received(self, requests: AsyncIterator[Any], context: Context, *, is_stream: bool) -> Any:
         """Return what the handler takes: its one request once that has come, or for a stream an iterator."""
         if is_stream:
             return self.checked(requests)
-        return self.checked(await self._server.arrivals.receive(requests, tenant=current_principal().name))
+        return self.checked(await self._server.arrivals.receive(context.read, tenant=current_principal().name))
 
     async def _checked_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
@@ -182,13 +182,13 @@ def _wrap(handler: Handler, call: _Call) -> Handler:
 
     async def respond_once(requests: Any, context: Context) -> Any:
         async def run() -> Any:
-            return await inner(await call.received(requests, is_stream=is_stream), context)
+            return await inner(await call.received(requests, context, is_stream=is_stream), context)
 
         return await call.guard(context, run)
 
     async def respond_with_stream(requests: Any, context: Context) -> None:
         async def run() -> None:
-            request = await call.received(requests, is_stream=is_stream)
+            request = await call.received(requests, context, is_stream=is_stream)
             # Closed here and now, not by the garbage collector: leases and pages hang on the generator's `finally`.
             async with aclosing(inner(request, context)) as messages:
                 async for message in messages:
@@ -266,4 +266,11 @@ async def abort(context: Context, error: LoraplexError) -> None:
         *status.trailing_metadata,
         *trailers(error, context.time_remaining()),
     )
-    await context.abort(status.code, status.details, metadata)
+    # gRPC keeps what it raises here with the call, whose frames keep the call. With them the request would stay, megabytes
+    # perhaps, until the garbage collector looks at everything once.
+    error.__traceback__ = None
+    try:
+        await context.abort(status.code, status.details, metadata)
+    except grpc.aio.AbortError as aborted:
+        aborted.__context__ = None
+        raise

@@ -11,10 +11,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import grpc
+
 from loraplex_common.errors import DeadlineError, InvalidParameterError, SaturatedError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Awaitable, Callable
 
 # Each may hold a whole message, 4 MiB: 256 MiB together. Messages that are sent in one go take a moment each.
 MAX_AT_ONCE: Final = 64
@@ -56,8 +58,8 @@ class RequestArrivals:
         """Whether a further call has to wait."""
         return self._places.locked()
 
-    async def receive(self, requests: AsyncIterator[Any], *, tenant: str) -> Any:
-        """Return the message of a call.
+    async def receive(self, read: Callable[[], Awaitable[Any]], *, tenant: str) -> Any:
+        """Return the message of a call, which ``read`` gives, or `grpc.aio.EOF`.
 
         Raises:
             InvalidParameterError: If the call ends without one.
@@ -72,19 +74,17 @@ class RequestArrivals:
         finally:
             self._num_waiting -= 1
         try:
-            return await self._receive(requests, tenant)
+            return await self._receive(read, tenant)
         finally:
             self._places.release()
 
-    async def _receive(self, requests: AsyncIterator[Any], tenant: str) -> Any:
+    async def _receive(self, read: Callable[[], Awaitable[Any]], tenant: str) -> Any:
         limit = asyncio.timeout(self._longest_s)
         arrival = _Arrival(tenant, asyncio.get_running_loop().time(), limit)
         self._arriving[arrival] = None
         try:
             async with limit:
-                return await anext(requests)
-        except StopAsyncIteration:
-            raise InvalidParameterError("the call ended without a request") from None
+                message = await read()
         except TimeoutError:
             if arrival.is_given_up:
                 raise SaturatedError(
@@ -95,6 +95,9 @@ class RequestArrivals:
             raise DeadlineError(f"the request did not come within {self._longest_s:.0f} s") from None
         finally:
             del self._arriving[arrival]
+        if message is grpc.aio.EOF:
+            raise InvalidParameterError("the call ended without a request")
+        return message
 
     def _plan_relief(self) -> None:
         if self._relief is None:

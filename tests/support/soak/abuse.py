@@ -115,6 +115,8 @@ class Abuse:
         request = gateway_pb2.GenerateRequest(text="a " * (LARGE_BYTES // 2))
         wanted = (400, "CONTEXT_LENGTH_EXCEEDED")
         async with httpx2.AsyncClient(timeout=DEADLINE_S) as http, open_channel(gateway.grpc) as channel:
+            # Connecting has 200 ms a time, which four megabytes being encoded here could take.
+            await asyncio.wait_for(channel.channel_ready(), DEADLINE_S)
             stub = gateway_pb2_grpc.GatewayServiceStub(channel)
             posts = [self._expect(gateway, wanted, self._post(http, gateway, body)) for _ in range(NUM_LARGE)]
             calls = [
