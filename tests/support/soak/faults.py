@@ -87,10 +87,12 @@ class Faults:
         """Have an engine's step never end: the process must, and is started again."""
         assert engine.hang_file is not None
         engine.hang_file.touch()
+        engine.is_leaving = True
         try:
             await eventually(lambda: not engine.process.is_running, timeout_s=HANG_ENDS_S)
         except AssertionError:  # no step was due: it had no work to hang with
             self._book.counts["hangs without work"] += 1
+            engine.is_leaving = False
             return
         finally:
             engine.hang_file.unlink()
@@ -100,6 +102,7 @@ class Faults:
 
     async def drain(self, engine: Part) -> None:
         """Drain an engine for good, and replace it."""
+        engine.is_leaving = True
         request = engine_pb2.DrainRequest()
         request.deadline.FromSeconds(2)
         async with open_channel(engine.grpc) as channel:
