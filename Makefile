@@ -77,6 +77,10 @@ campaign: $(VENV)/.dev-installed ## Random requests of every kind against one en
 kill-gateways: $(VENV)/.dev-installed ## Kill gateways under streams of every kind: KILL_ARGS="--rounds 100 --seed 1 --gently"
 	@PYTHONPATH=tests $(BIN)/python -m support.gateway_kills $(KILL_ARGS)
 
+.PHONY: soak
+soak: $(VENV)/.dev-installed ## Random faults against a whole fleet, every answer checked: SOAK_ARGS="--minutes 30 --seed 1"
+	@PYTHONPATH=tests $(BIN)/python -m support.soak --results benchmarks/results $(SOAK_ARGS)
+
 .PHONY: clean
 clean: ## Remove caches and build output; the virtual environment stays
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .cache

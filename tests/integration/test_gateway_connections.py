@@ -60,6 +60,23 @@ async def test_a_header_that_does_not_end_is_waited_for_only_so_long(valkey_url:
                 assert await reader.read() == b""
 
 
+async def test_an_old_connection_ends_after_an_answer_that_says_so(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, max_connection_age_s=0.5) as rig:
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.app.http_port)
+        has_ended = [False]
+        async with asyncio.timeout(20):
+            while not has_ended[-1]:
+                writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+                await reader.readexactly(length)
+                has_ended.append(b"connection: close" in head)
+                await asyncio.sleep(0.05)
+            assert await reader.read() == b""
+        assert len(has_ended) > 3, "a young connection goes on"
+        writer.close()
+
+
 async def test_a_large_body_is_answered_and_leaves_nothing_held(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig:
         big = json.dumps({"model": MODEL_NAME, "prompt": "a" * 4_000_000, "max_tokens": 2}).encode()

@@ -15,6 +15,7 @@ from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import (
     AdapterLoadingError,
     DrainingError,
+    EngineHungError,
     EngineOomError,
     NoEngineError,
     QueueTimeoutError,
@@ -139,7 +140,7 @@ async def test_an_engine_that_registers_in_time_takes_over(valkey_url: str) -> N
 
 
 async def test_a_request_that_an_engine_cannot_take_goes_elsewhere(valkey_url: str) -> None:
-    for refusal in (DrainingError("draining"), EngineOomError("no memory")):
+    for refusal in (DrainingError("draining"), EngineOomError("no memory"), EngineHungError("its step hangs")):
         async with running_gateway(valkey_url, num_engines=2) as rig:
             rig.engines[0].refuse = refusal
             for _ in range(4):

@@ -21,6 +21,7 @@ class HubDouble:
         files: Path -> content.
         token: If set, requests must bring it.
         requests: Paths asked for, in order.
+        num_sent: Bytes of bodies that clients have taken.
     """
 
     def __init__(self, repo: str, commit: str, files: dict[str, bytes], token: str | None = None) -> None:
@@ -30,6 +31,11 @@ class HubDouble:
         self.token = token
         self.requests: list[str] = []
         self.url = ""
+        self.num_sent = 0
+
+    def parts(self, path: str) -> Iterator[bytes] | None:
+        """Return what is sent of a path in chunks, its length not announced; None for what `answer` says."""
+        return None
 
     def answer(self, path: str, authorization: str | None) -> tuple[int, dict[str, str], bytes]:
         """Return status, headers and body of a GET."""
@@ -59,6 +65,12 @@ class HubDouble:
         return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
 
 
+def _ranged(wanted: str | None, status: int, body: bytes) -> tuple[int, bytes]:
+    if wanted is None or status != 200:
+        return status, body
+    return 206, body[int(wanted.removeprefix("bytes=").rstrip("-")) :]
+
+
 @contextmanager
 def running_hub(hub: HubDouble) -> Iterator[HubDouble]:
     """Serve a hub inside the block."""
@@ -75,13 +87,22 @@ def running_hub(hub: HubDouble) -> Iterator[HubDouble]:
         def _reply(self, *, with_body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             status, headers, body = hub.answer(path, self.headers.get("Authorization"))
+            parts = hub.parts(path)
+            status, body = _ranged(self.headers.get("Range"), status, body)
+            length = {"Transfer-Encoding": "chunked"} if parts else {"Content-Length": str(len(body))}
             self.send_response(status)
-            for name, value in headers.items():
+            for name, value in (length | headers).items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if with_body:
-                self.wfile.write(body)
+            self.close_connection = "Content-Length" in headers  # one that may be a lie
+            try:
+                for part in (parts or [body]) if with_body else ():
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if parts else part)
+                    hub.num_sent += len(part)
+                if parts and with_body:
+                    self.wfile.write(b"0\r\n\r\n")
+            except ConnectionError:  # the client's doing, or ours
+                self.close_connection = True
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""

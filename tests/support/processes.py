@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 READY_TIMEOUT_S = 60.0
@@ -26,20 +26,26 @@ class ServiceProcess:
         module: E.g. ``loraplex_engine``.
         arguments: Command line.
         log_dir: Gets ``MODULE-N.log`` with what the process writes to stderr.
+        environment: Variables besides ours.
 
     Attributes:
         addresses: ``grpc``, ``metrics`` and of a gateway ``http`` -> ``host:port``.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], *, log_dir: Path) -> None:
+    def __init__(
+        self, module: str, arguments: Sequence[str], *, log_dir: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         number = len(list(log_dir.glob(f"{module}-*.log")))
         self.log_path = log_dir / f"{module}-{number}.log"
         self.addresses: dict[str, str] = {}
         arguments, secrets = _without_secrets(module, arguments)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | secrets
+        variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | secrets | dict(environment or {})
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, stderr=log, env=environment
+                [sys.executable, "-m", module, *arguments],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=os.environ | variables,
             )
         self._lines: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read, name=f"stdout-{module}", daemon=True)

@@ -33,6 +33,9 @@ class StoreConfig(ServiceSettings):
     allow_anonymous: bool = setting(False, help="listen on a network without --api-keys-file")
     hf_endpoint: str | None = setting(None, help="URL of the Hugging Face hub (default: the public one)")
     credentials_file: Path | None = setting(None, help="file of NAME TOKEN lines for private hub repositories")
+    max_connection_age_s: float = setting(
+        1800.0, help="time after which a connection takes no further calls, so that clients dial anew; 0 for never"
+    )
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     gc_grace_s: float = setting(60.0, help="seconds that a revision without a name is kept, for requests under way")
     gc_interval_s: float = setting(5.0, help="seconds between looks for such revisions")
@@ -49,6 +52,8 @@ class StoreConfig(ServiceSettings):
         for name in ("image_cache_bytes", "max_adapter_bytes", "max_concurrent_imports", "max_pending_imports"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        if self.max_connection_age_s < 0:
+            raise ValueError("--max-connection-age-s must not be negative")
         for root in self.import_root:
             if not root.is_dir():
                 raise ValueError(f"--import-root {root} is no directory")

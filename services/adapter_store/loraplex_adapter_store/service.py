@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 NUM_THREADS: Final = 4
+MAX_STREAMS: Final = 1024  # calls at once per connection; a gateway's watch, hints and look-ups are far fewer
 SERVICE: Final = "loraplex.v1.AdapterStoreService"
 OPERATIONS_SERVICE: Final = "google.longrunning.Operations"
 
@@ -100,6 +101,8 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         hints = Hints(attached, core.holdings, core.catalog, images)
         core.metrics.registry.register(ReplicaFactorCollector(attached.held, aliases.label_of))
         importer = _importer(core, bases, aliases, attached)
+        hub = Hub(config.hf_endpoint)
+        stack.push_async_callback(hub.close)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
         collector = GarbageCollector(
@@ -108,7 +111,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         parts = StoreParts(
             store_id=f"store-{uuid.uuid4().hex[:12]}",
             lifecycle=Lifecycle(core.catalog, partial(_all_leases, attached, core.holdings), aliases.wait_for),
-            intake=_intake(core, importer, operations),
+            intake=_intake(core, importer, operations, hub),
             aliases=aliases,
             attached=attached,
             hints=hints,
@@ -138,7 +141,8 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
     client = config.connect_valkey(config.redis_url)
     stack.push_async_callback(client.aclose)
     executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
-    stack.callback(executor.shutdown, cancel_futures=True)
+    # From a thread: what it waits for may wait for this event loop.
+    stack.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
     return _Core(
         config=config,
         client=client,
@@ -167,18 +171,17 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
         told=aliases.wait_for,
         engines=attached.limits,
         executor=core.executor,
-        max_adapter_bytes=config.max_adapter_bytes,
     )
 
 
-def _intake(core: _Core, importer: Importer, operations: LongRunning) -> Intake:
+def _intake(core: _Core, importer: Importer, operations: LongRunning, hub: Hub) -> Intake:
     config = core.config
     return Intake(
         importer,
         operations,
         core.catalog,
         ImportRoots(config.import_root),
-        Hub(config.hf_endpoint),
+        hub,
         Credentials.from_file(config.credentials_file),
         max_adapter_bytes=config.max_adapter_bytes,
         describe=wire.import_metadata,
@@ -188,7 +191,13 @@ def _intake(core: _Core, importer: Importer, operations: LongRunning) -> Intake:
 
 def _server(core: _Core, parts: StoreParts, operations: LongRunning) -> GrpcServer:
     config = core.config
-    listen = config.listen_config(config.host, config.port, enable_reflection=config.enable_reflection)
+    listen = config.listen_config(
+        config.host,
+        config.port,
+        enable_reflection=config.enable_reflection,
+        max_concurrent_streams=MAX_STREAMS,
+        max_connection_age_s=config.max_connection_age_s,
+    )
     server = GrpcServer(listen, authenticator=core.authenticator, metrics=RpcMetrics(core.metrics.registry))
     adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(AdapterStoreServicer(parts), server.server)
     operations_pb2_grpc.add_OperationsServicer_to_server(OperationsServicer(operations), server.server)

@@ -15,20 +15,24 @@ from loraplex_common.descriptors import connections_per_port
 from loraplex_common.health import HealthServicer
 from loraplex_common.interceptors import LoraplexInterceptor
 from loraplex_common.log import get_logger
+from loraplex_common.quiet_connections import QuietConnections
 from loraplex_common.reflection import enable_reflection
 from loraplex_common.rights import RIGHTS
+from loraplex_common.tasks import cancel_and_wait
 from loraplex_common.tls_files import TlsFiles, server_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from loraplex_common.auth import Authenticator, Role
+    from loraplex_common.request_arrival import RequestArrivals
     from loraplex_common.rpc_metrics import RpcMetrics
 
 MAX_CONNECTIONS: Final = 8192
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 # With any grace at all gRPC parts from idle connections in friendship (GOAWAY with NO_ERROR) before it cuts the others.
 GOODBYE_S: Final = 0.1
+FOR_EVER_MS: Final = 2**31 - 1
 LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
 
@@ -51,6 +55,9 @@ _OPTIONS: Final = (
     # themselves.
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.server_handshake_timeout_ms", 10_000),
+    # Guessing a link's bandwidth, gRPC lets every stream send megabytes that nobody has asked for. What is being read is
+    # asked for by its length all the same.
+    ("grpc.http2.bdp_probe", 0),
     # Two servers on one port must be an error, not a coin toss per connection.
     ("grpc.so_reuseport", 0),
 )
@@ -66,6 +73,8 @@ class ServerConfig:
         tls_client_ca: Certificates that clients' certificates must be signed by, PEM; turns mutual TLS on.
         max_connections: Connections at once; if unset as many as descriptors allow.
         max_concurrent_streams: Calls at once per connection; unlimited if unset.
+        max_connection_age_s: Time, give or take a tenth, after which a connection takes no further calls; those under way
+            go on for as long as they take. Clients dial again by themselves and find servers that are new. 0 for never.
         refuses_unknown_fields: Whether requests with fields that our protos do not have are refused. For clients'
             requests; between our own services a newer peer's field is left unread.
     """
@@ -78,6 +87,7 @@ class ServerConfig:
     enable_reflection: bool = False
     max_connections: int | None = None
     max_concurrent_streams: int | None = None
+    max_connection_age_s: float = 0.0
     refuses_unknown_fields: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +95,23 @@ class ServerConfig:
             raise ValueError("tls_cert and tls_key belong together: give both or neither")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        if self.max_connection_age_s < 0:
+            raise ValueError(f"max_connection_age_s must not be negative, not {self.max_connection_age_s}")
+
+    @property
+    def most_connections(self) -> int:
+        """How many connections there may be at once."""
+        return self.max_connections or connections_per_port(MAX_CONNECTIONS, num_ports=2)
+
+    def options(self) -> list[tuple[str, int]]:
+        """Return gRPC's options for what is configured here."""
+        options = [("grpc.max_allowed_incoming_connections", self.most_connections)]
+        if self.max_concurrent_streams is not None:
+            options.append(("grpc.max_concurrent_streams", self.max_concurrent_streams))
+        if self.max_connection_age_s:
+            age_ms = min(round(1000 * self.max_connection_age_s), FOR_EVER_MS)
+            options += [("grpc.max_connection_age_ms", age_ms), ("grpc.max_connection_age_grace_ms", FOR_EVER_MS)]
+        return options
 
     def credentials(self) -> grpc.ServerCredentials | None:
         """Return TLS credentials, or None for plain text. New connections are shown what the files hold by then.
@@ -121,24 +148,22 @@ class GrpcServer:
         authenticator: Authenticator | None = None,
         metrics: RpcMetrics | None = None,
         rights: Mapping[str, frozenset[Role]] = RIGHTS,
+        arrivals: RequestArrivals | None = None,
     ) -> None:
         self._config = config
         self._authenticator = authenticator
         self._names: list[str] = []
         self._is_draining = False
         self._credentials: grpc.ServerCredentials | None = None
-        options = list(_OPTIONS)
-        if config.max_concurrent_streams is not None:
-            options.append(("grpc.max_concurrent_streams", config.max_concurrent_streams))
-        max_connections = config.max_connections or connections_per_port(MAX_CONNECTIONS, num_ports=2)
-        options.append(("grpc.max_allowed_incoming_connections", max_connections))
+        self._keeping: asyncio.Task[None] | None = None
         self._calls = LoraplexInterceptor(
             authenticator=authenticator,
             metrics=metrics,
+            arrivals=arrivals,
             refuses_unknown_fields=config.refuses_unknown_fields,
             rights=rights,
         )
-        self.server = grpc.aio.server(interceptors=[self._calls], options=options)
+        self.server = grpc.aio.server(interceptors=[self._calls], options=[*_OPTIONS, *config.options()])
         self.health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
 
@@ -173,6 +198,8 @@ class GrpcServer:
         self.set_ready(False)
         self.health.set(LIVENESS, is_serving=True)
         await self.server.start()
+        keeper = QuietConnections(port, self._config.most_connections, is_busy=self._calls.running.has_any_of)
+        self._keeping = asyncio.create_task(keeper.run(), name=f"connections of port {port}")
         return port
 
     def set_ready(self, ready: bool) -> None:
@@ -190,7 +217,13 @@ class GrpcServer:
         self._is_draining = True
         self.set_ready(False)
         await asyncio.sleep(settle_s)
-        self._calls.refuse_new_calls()
+        self._calls.running.refuse_new()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._calls.wait_until_idle(), grace_s)
-        await self.server.stop(GOODBYE_S)
+            await asyncio.wait_for(self._calls.running.wait_until_idle(), grace_s)
+        await self.stop(GOODBYE_S)
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """End every call after ``grace_s`` seconds and close all connections; safe to call twice."""
+        if self._keeping is not None:
+            await cancel_and_wait(self._keeping)
+        await self.server.stop(grace_s)

@@ -6,22 +6,24 @@ import asyncio
 import contextlib
 import time
 import uuid
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import grpc
 from grpc_status import rpc_status
 
 from loraplex_common.answer_by import answering_within
-from loraplex_common.auth import Authenticator, Certificate, acting_as
-from loraplex_common.errors import AdapterLoadingError, DrainingError, LoraplexError, to_status
+from loraplex_common.auth import Authenticator, Certificate, acting_as, current_principal
+from loraplex_common.errors import AdapterLoadingError, LoraplexError, to_status
 from loraplex_common.log import get_logger
+from loraplex_common.request_arrival import RequestArrivals
 from loraplex_common.rights import OPEN_SERVICES, RIGHTS, require_right
+from loraplex_common.running_calls import RunningCalls
 from loraplex_common.undecodable import Undecodable, tolerant
 from loraplex_common.unknown_fields import refuse_unknown_fields
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from loraplex_common.admissions import Admission
     from loraplex_common.auth import Role
@@ -61,6 +63,12 @@ class _Call:
         if self._is_strict:
             refuse_unknown_fields(request)
         return request
+
+    async def received(self, requests: AsyncIterator[Any], context: Context, *, is_stream: bool) -> Any:
+        """Return what the handler takes: its one request once that has come, or for a stream an iterator."""
+        if is_stream:
+            return self.checked(requests)
+        return self.checked(await self._server.arrivals.receive(context.read, tenant=current_principal().name))
 
     async def _checked_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
@@ -102,7 +110,7 @@ class _Call:
         task = asyncio.current_task()
         assert task is not None
         with (
-            self._server.in_flight(),
+            self._server.running.count(context.peer()),
             admission.running(task.cancel),
             acting_as(admission.principal),
             answering_within(context.time_remaining()),
@@ -123,12 +131,14 @@ class _Call:
 
 
 class LoraplexInterceptor(grpc.aio.ServerInterceptor):
-    """Authenticates and authorises calls, maps exceptions to rich statuses, records metrics, knows how many calls run.
+    """Authenticates and authorises calls, maps exceptions to rich statuses, records metrics.
 
     Args:
         authenticator: Who is let in; None for everybody.
         metrics: Told of calls.
         refuses_unknown_fields: Whether requests with fields that our protos do not have are refused.
+        arrivals: Requests that are on their way.
+        running: Calls whose callers have been recognised.
         rights: Which role may make which call.
     """
 
@@ -137,6 +147,7 @@ class LoraplexInterceptor(grpc.aio.ServerInterceptor):
         *,
         authenticator: Authenticator | None,
         metrics: RpcMetrics | None,
+        arrivals: RequestArrivals | None = None,
         refuses_unknown_fields: bool = False,
         rights: Mapping[str, frozenset[Role]] = RIGHTS,
     ) -> None:
@@ -144,36 +155,8 @@ class LoraplexInterceptor(grpc.aio.ServerInterceptor):
         self._rights = rights
         self.metrics = metrics
         self.refuses_unknown_fields = refuses_unknown_fields
-        self._is_refusing = False
-        self._num_running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def refuse_new_calls(self) -> None:
-        """Answer DRAINING to every further call; running ones go on."""
-        self._is_refusing = True
-
-    async def wait_until_idle(self) -> None:
-        """Wait until no call runs; health watches, which never end, do not count."""
-        await self._idle.wait()
-
-    @contextmanager
-    def in_flight(self) -> Iterator[None]:
-        """Count a call while it runs.
-
-        Raises:
-            DrainingError: If new calls are refused.
-        """
-        if self._is_refusing:
-            raise DrainingError("this server is shutting down: try another", drop_reason="rejected-shutting-down")
-        self._num_running += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_running -= 1
-            if self._num_running == 0:
-                self._idle.set()
+        self.arrivals = arrivals or RequestArrivals()
+        self.running = RunningCalls()
 
     def admit(self, method: str, authorization: str | None, context: Context) -> Admission:
         """Return who calls, if it may make this call.
@@ -216,29 +199,30 @@ def _certificate(context: Context) -> Certificate | None:
 def _wrap(handler: Handler, call: _Call) -> Handler:
     """Return a handler of the same shape whose behaviour goes through ``call``."""
     inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    is_stream = bool(handler.request_streaming)
 
-    async def respond_once(request: Any, context: Context) -> Any:
+    async def respond_once(requests: Any, context: Context) -> Any:
         async def run() -> Any:
-            return await inner(call.checked(request), context)
+            return await inner(await call.received(requests, context, is_stream=is_stream), context)
 
         return await call.guard(context, run)
 
-    async def respond_with_stream(request: Any, context: Context) -> None:
+    async def respond_with_stream(requests: Any, context: Context) -> None:
         async def run() -> None:
+            request = await call.received(requests, context, is_stream=is_stream)
             # Closed here and now, not by the garbage collector: leases and pages hang on the generator's `finally`.
-            async with aclosing(inner(call.checked(request), context)) as messages:
+            async with aclosing(inner(request, context)) as messages:
                 async for message in messages:
                     await context.write(message)
 
         await call.guard(context, run)
 
-    makers: dict[tuple[bool, bool], Any] = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, respond_once),
-        (False, True): (grpc.unary_stream_rpc_method_handler, respond_with_stream),
-        (True, False): (grpc.stream_unary_rpc_method_handler, respond_once),
-        (True, True): (grpc.stream_stream_rpc_method_handler, respond_with_stream),
-    }
-    make, behaviour = makers[bool(handler.request_streaming), bool(handler.response_streaming)]
+    # On the wire one request and a stream of one are the same; see `request_arrival` for why all are streams here.
+    make, behaviour = (
+        (grpc.stream_stream_rpc_method_handler, respond_with_stream)
+        if handler.response_streaming
+        else (grpc.stream_unary_rpc_method_handler, respond_once)
+    )
     wrapped: Handler = make(
         behaviour,
         request_deserializer=tolerant(handler.request_deserializer),
@@ -289,4 +273,11 @@ async def abort(context: Context, error: LoraplexError) -> None:
         *status.trailing_metadata,
         *trailers(error, context.time_remaining()),
     )
-    await context.abort(status.code, status.details, metadata)
+    # gRPC keeps what it raises here with the call, whose frames keep the call. With them the request would stay, megabytes
+    # perhaps, until the garbage collector looks at everything once.
+    error.__traceback__ = None
+    try:
+        await context.abort(status.code, status.details, metadata)
+    except grpc.aio.AbortError as aborted:
+        aborted.__context__ = None
+        raise

@@ -41,6 +41,7 @@ class EngineConfig(ServiceSettings):
             and metrics.
         store_tls_name: What the adapter store's certificate must be for; None means its host.
         allow_anonymous: Listens beyond this machine although it asks nobody who they are.
+        max_connection_age_s: Time after which a connection takes no further calls; sessions under way go on. 0 for never.
         max_model_len: Longest sequence in tokens; None means what the model was trained for.
         max_num_seqs: Most sequences of one step; None means 64 on a CPU and 256 on a GPU.
         max_num_batched_tokens: Most tokens of one step; None means 1024 on a CPU and 8192 on a GPU.
@@ -84,6 +85,9 @@ class EngineConfig(ServiceSettings):
         None, help="name in the adapter store's certificate (default: its host)", metavar="NAME"
     )
     allow_anonymous: bool = setting(False, help="listen on a network without --api-keys-file")
+    max_connection_age_s: float = setting(
+        1800.0, help="time after which a connection takes no further calls, so that peers dial anew; 0 for never"
+    )
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_model_len: int | None = setting(None, help="longest sequence in tokens (default: the model's own limit)")
     max_num_seqs: int | None = setting(None, help="most sequences of one step (default: 64 on a CPU, 256 on a GPU)")
@@ -125,7 +129,14 @@ class EngineConfig(ServiceSettings):
             _require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, not {value}")
         for name in ("port", "metrics_port"):
             _require(0 <= getattr(self, name) <= 65535, f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
-        for name in ("store_wait_s", "session_grace_s", "step_patience_s", "drain_settle_s", "drain_grace_s"):
+        for name in (
+            "store_wait_s",
+            "session_grace_s",
+            "step_patience_s",
+            "drain_settle_s",
+            "drain_grace_s",
+            "max_connection_age_s",
+        ):
             _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
         _require(self.load_report_s > 0, "--load-report-s must be positive")
         self._check_callers()

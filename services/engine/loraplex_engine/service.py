@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from loraplex_engine.config import EngineConfig
 
 SERVICE_NAME = "loraplex.v1.EngineService"
+MAX_STREAMS = 256  # calls at once per connection; a gateway has one session on it
 STOP_GRACE_S = 1.0
 EXIT_HUNG = 70
 """Exit status of an engine whose step loop hangs (EX_SOFTWARE): start it again."""
@@ -100,7 +101,13 @@ class EngineService:
         )
         self._authenticator = Authenticator.from_file(config.api_keys_file)
         self._peers = config.peers()
-        listen = config.listen_config(config.host, config.port, enable_reflection=config.enable_reflection)
+        listen = config.listen_config(
+            config.host,
+            config.port,
+            enable_reflection=config.enable_reflection,
+            max_concurrent_streams=MAX_STREAMS,
+            max_connection_age_s=config.max_connection_age_s,
+        )
         self._grpc = GrpcServer(listen, authenticator=self._authenticator, metrics=RpcMetrics(registry))
         exposition = Exposition(
             registry,

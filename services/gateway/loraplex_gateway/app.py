@@ -178,7 +178,7 @@ class GatewayApp:
     async def close(self) -> None:
         """Release everything; safe after a failed start."""
         await self.http.stop(grace_s=0.0)
-        await self._grpc.server.stop(None)
+        await self._grpc.stop()
         await self._metrics_server.stop()
         await self._supervisor.close()
         await self.pool.close()
@@ -267,6 +267,7 @@ class GatewayApp:
                 enable_reflection=config.enable_reflection,
                 max_connections=self._max_connections,
                 max_concurrent_streams=MAX_STREAMS,
+                max_connection_age_s=config.max_connection_age_s,
                 refuses_unknown_fields=True,
             ),
             authenticator=self._authenticator,
@@ -297,6 +298,7 @@ class GatewayApp:
             host=config.host,
             port=config.http_port,
             max_connections=self._max_connections,
+            max_connection_age_s=config.max_connection_age_s,
             tls=TlsFiles(cert=config.tls_cert, key=config.tls_key, ca=config.tls_client_ca),
         )
 

@@ -30,6 +30,7 @@ class GatewayConfig(ServiceSettings):
         max_queued_requests: Most requests waiting here beyond them.
         max_stream_s: Deadline of requests that come without one, and the longest that any may ask for.
         max_connections: Most connections at once, of gRPC and of HTTP each; fewer where descriptors are short.
+        max_connection_age_s: Time after which a connection takes no further requests; those under way end undisturbed.
         max_prompt_bytes_per_token: Text of more bytes than this x the longest sequence is refused before it is tokenised.
         resume_key_file: Keys of at least 32 characters, one a line, that seal resume tokens: the first seals, all of them open.
             Read again when it changes. None: the gateways agree on a key in Valkey.
@@ -63,6 +64,9 @@ class GatewayConfig(ServiceSettings):
     max_queued_requests: int = setting(2048, help="most requests waiting here beyond them")
     max_stream_s: float = setting(3600.0, help="longest deadline of a request")
     max_connections: int = setting(8192, help="most connections at once, of gRPC and of HTTP each")
+    max_connection_age_s: float = setting(
+        1800.0, help="time after which a connection takes no further requests, so that clients dial anew; 0 for never"
+    )
     max_prompt_bytes_per_token: int = setting(
         16, help="a prompt's bytes are at most this x the longest sequence's tokens; longer text is not tokenised"
     )
@@ -98,6 +102,13 @@ class GatewayConfig(ServiceSettings):
         for name in (*positive, "max_prompt_bytes_per_token", "max_connections"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("max_queued_requests", "resume_window_s", "failover_wait_s", "drain_settle_s", "drain_grace_s"):
+        for name in (
+            "max_queued_requests",
+            "resume_window_s",
+            "failover_wait_s",
+            "max_connection_age_s",
+            "drain_settle_s",
+            "drain_grace_s",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")

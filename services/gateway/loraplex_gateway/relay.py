@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import (
     DeadlineError,
     DrainingError,
+    EngineHungError,
     EngineOomError,
     LoraplexError,
     NoEngineError,
@@ -49,7 +50,7 @@ FIRST_WAIT_S: Final = 5.0
 # After the deadline, for the engine's own verdict to arrive.
 ENGINE_DEADLINE_SLACK_S: Final = 2.0
 # What an engine refuses that another may take.
-ELSEWHERE: Final = (DrainingError, NoEngineError, EngineOomError)
+ELSEWHERE: Final = (DrainingError, NoEngineError, EngineOomError, EngineHungError)
 
 _log = get_logger()
 

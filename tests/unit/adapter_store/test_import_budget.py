@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_adapter_store.imports import uploads
+from loraplex_adapter_store.imports import pace
 from loraplex_adapter_store.imports.budget import ImportBudget
 from loraplex_adapter_store.imports.uploads import AnnouncedFile, receive
 from loraplex_common.errors import DeadlineError, SaturatedError
@@ -32,8 +32,6 @@ async def test_uploads_that_trickle_block_nobody() -> None:
 
         async with asyncio.timeout(5), budget.arrival(900) as arrival:
             await arrival.take(900)
-        async with asyncio.timeout(5), budget.room(900):
-            pass
     budget.check_integrity()
 
 
@@ -46,7 +44,8 @@ async def test_an_upload_that_can_never_fit_is_refused_before_it_comes() -> None
 async def test_bytes_that_come_wait_for_room() -> None:
     budget = make()
     async with budget.arrival(MAX) as waiting:
-        async with budget.room(600):
+        async with budget.arrival() as holding:
+            await holding.take(600)
             taking = asyncio.create_task(waiting.take(500))
             await asyncio.sleep(0)
             assert waiting.num_bytes == 0
@@ -71,7 +70,7 @@ async def test_of_uploads_that_wait_for_each_other_the_last_gives_way() -> None:
 
 
 async def test_an_upload_that_hardly_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "WINDOW_S", 0.05)
+    monkeypatch.setattr(pace, "WINDOW_S", 0.05)
 
     async def parts() -> AsyncIterator[bytes]:
         while True:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -10,7 +14,8 @@ from loraplex_common import errors
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from structlog.testing import capture_logs
-from support.echo_service import SERVICE, Context, Echo, EchoClient, collect, failure, raising, texts
+from support.echo_service import SERVICE, Context, Echo, EchoClient, collect, failure, raising, running, texts
+from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -156,3 +161,46 @@ async def test_channels_retry_only_what_is_unavailable(
 
     assert num_attempts == expected
     await server.drain(settle_s=0, grace_s=0)
+
+
+class Held:
+    """Stands for a request of megabytes."""
+
+
+async def test_what_a_failed_call_held_is_free_without_the_garbage_collector() -> None:
+    held: list[weakref.ref[Held]] = []
+
+    async def fail(_text: str, _context: Context) -> str:
+        request = Held()
+        held.append(weakref.ref(request))
+        raise errors.ContextLengthError("too long")
+
+    echo = Echo()
+    echo.unary = fail
+    gc.disable()
+    try:
+        async with running(echo) as (_, target), open_channel(target) as channel:
+            await failure(EchoClient(channel).once("x"))
+            await eventually(lambda: held[0]() is None, what="gone")
+    finally:
+        gc.enable()
+
+
+async def test_the_message_of_a_served_call_is_free_without_the_garbage_collector() -> None:
+    num_bytes, num_calls = 2 * 2**20, 24
+    async with running(Echo()) as (_, target), open_channel(target) as channel:
+        client, text = EchoClient(channel), "x" * num_bytes
+        await client.once(text)
+        gc.collect()
+        gc.disable()
+        try:
+            before = resident_bytes()
+            for _ in range(num_calls):
+                await client.once(text)
+            assert resident_bytes() - before < num_bytes * num_calls / 2
+        finally:
+            gc.enable()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -42,6 +42,10 @@ MAX_SECTION_CHARS: Final = 64 * 1024
 MAX_TEMPLATE_CHARS: Final = 256 * 1024
 """A chat template."""
 
+MAX_LISTING_BYTES: Final = 16 * _MIB
+"""A hub's list of a repository's files."""
+MAX_LISTING_VALUES: Final = 1_000_000
+
 MAX_PART_BYTES: Final = 2 * _MIB
 """One message of an upload."""
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import SaturatedError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 WAIT_S: Final = 30.0
 NO_ROOM: Final = "other imports hold all memory for imports"
 
 
 class Arrival:
-    """What one upload holds: as much as has come of it."""
+    """What one checkpoint holds on its way in: as much as has come of it."""
 
     def __init__(self, budget: ImportBudget) -> None:
         self.num_bytes = 0
@@ -28,9 +28,19 @@ class Arrival:
         """Hold more, once there is room.
 
         Raises:
-            SaturatedError: If there is none within `WAIT_S`, or uploads wait for each other and this is the last of them.
+            SaturatedError: If there is none within `WAIT_S`, too many wait for some, or arrivals wait for each other and this
+                is the last of them.
         """
         await self._budget.grow(self, num_bytes)
+
+    def taker(self) -> Callable[[int], None]:
+        """Return a `take` for threads, which blocks; for as long as this event loop runs."""
+        loop = asyncio.get_running_loop()
+
+        def take(num_bytes: int) -> None:
+            asyncio.run_coroutine_threadsafe(self.take(num_bytes), loop).result()
+
+        return take
 
 
 class ImportBudget:
@@ -48,14 +58,32 @@ class ImportBudget:
         self._free_places = max_running
         self._max_pending = max_pending
         self._pending = 0
-        self._num_fixed = 0
         self._arrivals: list[Arrival] = []  # in the order in which they began
         self._changed = asyncio.Condition()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of checkpoints in memory."""
+        return self._max_bytes - self._free_bytes
 
     def check_pending(self) -> None:
         """Raise `SaturatedError` if one more import would wait too long a line."""
         if self._pending >= self._max_pending:
             raise SaturatedError(f"{self._pending} imports are waiting already", retry_after_s=5.0)
+
+    @asynccontextmanager
+    async def fetching(self) -> AsyncIterator[None]:
+        """Count an import as waiting while its checkpoint comes; however slowly it does, it takes no place from others.
+
+        Raises:
+            SaturatedError: If too many wait.
+        """
+        self.check_pending()
+        self._pending += 1
+        try:
+            yield
+        finally:
+            self._pending -= 1
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
@@ -76,32 +104,11 @@ class ImportBudget:
                 self._changed.notify_all()
 
     @asynccontextmanager
-    async def room(self, num_bytes: int) -> AsyncIterator[None]:
-        """Hold room for a checkpoint in memory, once there is some.
+    async def arrival(self, num_bytes: int = 0) -> AsyncIterator[Arrival]:
+        """Let a checkpoint in, which takes its room as its bytes arrive: what has only been announced holds nothing.
 
-        Raises:
-            SaturatedError: If it never fits, or not within `WAIT_S`.
-        """
-        if num_bytes > self._max_bytes:
-            raise SaturatedError(f"{num_bytes} bytes exceed what imports may hold at once, {self._max_bytes} bytes")
-        try:
-            async with asyncio.timeout(WAIT_S), self._changed:
-                await self._changed.wait_for(lambda: self._free_bytes >= num_bytes)
-                self._free_bytes -= num_bytes
-                self._num_fixed += 1
-        except TimeoutError:
-            raise SaturatedError(NO_ROOM, retry_after_s=5.0) from None
-        try:
-            yield
-        finally:
-            async with self._changed:
-                self._num_fixed -= 1
-                self._free_bytes += num_bytes
-                self._changed.notify_all()
-
-    @asynccontextmanager
-    async def arrival(self, num_bytes: int) -> AsyncIterator[Arrival]:
-        """Let an upload in, which takes its room as its bytes arrive: what has only been announced holds nothing.
+        Args:
+            num_bytes: Announced, if known.
 
         Raises:
             SaturatedError: If it can never fit.
@@ -114,6 +121,7 @@ class ImportBudget:
             yield arrival
         finally:
             async with self._changed:
+                arrival.is_given_up = True  # a thread may still ask for more
                 self._arrivals.remove(arrival)
                 self._free_bytes += arrival.num_bytes
                 self._changed.notify_all()
@@ -121,6 +129,8 @@ class ImportBudget:
     async def grow(self, arrival: Arrival, num_bytes: int) -> None:
         """See `Arrival.take`."""
         async with self._changed:
+            if sum(other.wants_bytes > 0 for other in self._arrivals) >= self._max_pending:
+                raise SaturatedError(NO_ROOM, retry_after_s=5.0)  # each that waits holds a part that has no room yet
             arrival.wants_bytes = num_bytes
             try:
                 self._break_deadlock()
@@ -136,9 +146,9 @@ class ImportBudget:
             arrival.num_bytes += num_bytes
 
     def _break_deadlock(self) -> None:
-        """Give up the last upload if all that hold room wait for more, so that none would ever end."""
+        """Give up the last arrival if all that hold room wait for more, so that none would ever end."""
         holding = [arrival for arrival in self._arrivals if arrival.num_bytes and not arrival.is_given_up]
-        if self._num_fixed or not holding:
+        if not holding:
             return
         if all(arrival.wants_bytes > self._free_bytes for arrival in holding):
             holding[-1].is_given_up = True

@@ -6,6 +6,7 @@ component for a link in between gains nothing.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from loraplex_common.errors import AdapterCorruptUploadError, InvalidParameterEr
 from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO must not block us
@@ -58,13 +59,23 @@ class ImportRoots:
             f"{uri[:200]!r} is not below an import root of this store (--import-root)", field="uri"
         )
 
-    def read(self, uri: str, max_adapter_bytes: int) -> CheckpointFiles:
+    async def fetch(self, uri: str, max_adapter_bytes: int, take: Callable[[int], None]) -> CheckpointFiles:
+        """Call `read` in a thread."""
+        return await asyncio.to_thread(self.read, uri, max_adapter_bytes, take)
+
+    def read(self, uri: str, max_adapter_bytes: int, take: Callable[[int], None]) -> CheckpointFiles:
         """Read the checkpoint in a directory; blocks.
+
+        Args:
+            uri: Where.
+            max_adapter_bytes: Most bytes of the weights.
+            take: Waits for memory for as many bytes more; asked before each file is read.
 
         Raises:
             InvalidParameterError: If the directory is outside the roots or cannot be opened.
             AdapterCorruptUploadError: If a file is missing, too large or no regular file.
             AdapterIncompatibleError: If the folder is something else than a PEFT adapter.
+            SaturatedError: If there is no memory for it.
         """
         root, parts = self.locate(uri)
         contents: dict[str, bytes] = {}
@@ -72,12 +83,12 @@ class ImportRoots:
             with _open_below(root, parts, _DIRECTORY_FLAGS) as directory:
                 names = check_present(_listed(directory))
             for name in names:
-                contents[name] = self._read_file(root, Path(root, *parts, name), max_adapter_bytes)
+                contents[name] = self._read_file(root, Path(root, *parts, name), max_adapter_bytes, take)
         except OSError as error:
             raise InvalidParameterError(f"{uri[:200]!r} cannot be read: {error.strerror}", field="uri") from error
         return from_contents(contents, "dir:" + ("/".join(parts) or root.name))
 
-    def _read_file(self, root: Path, path: Path, max_adapter_bytes: int) -> bytes:
+    def _read_file(self, root: Path, path: Path, max_adapter_bytes: int, take: Callable[[int], None]) -> bytes:
         resolved = Path(os.path.realpath(path))  # hub caches link files to their blobs; inside the root that is fine
         if not resolved.is_relative_to(root):
             raise InvalidParameterError(f"{path.name} is a link that leaves the import root", field="uri")
@@ -87,6 +98,7 @@ class ImportRoots:
                 if not stat.S_ISREG(status.st_mode):
                     raise AdapterCorruptUploadError(f"{path.name} is no regular file")
                 size = check_size(path.name, status.st_size, max_adapter_bytes)
+                take(size)
                 with os.fdopen(os.dup(descriptor), "rb") as file:
                     data = file.read(size + 1)
         except OSError as error:

@@ -1,15 +1,16 @@
-"""Import from the Hugging Face hub, pinned to a commit: only the files of the allow-list, into a quarantine directory."""
+"""Import from the Hugging Face hub, pinned to a commit: only the files of the allow-list, straight into memory."""
 
 from __future__ import annotations
 
+import asyncio
 import re
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 import httpx2
-import huggingface_hub
+from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -27,13 +28,17 @@ from loraplex_common.errors import (
 )
 from loraplex_common.ids import check_adapter_name
 
-from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents
+from loraplex_adapter_store.checkpoint.bounds import MAX_LISTING_BYTES, MAX_LISTING_VALUES, parse_json
+from loraplex_adapter_store.imports.download import Download
+from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents, limit_of
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_DOWNLOADS: Final = 8
+"""At once; others wait."""
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _FOLDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*", re.ASCII)
-TIMEOUT_S: Final = 30.0
-# What a lost connection raises: the hub library moved from httpx to httpx2 and names neither in its interface.
-_TransportError: Final[type[Exception]] = next(cls for cls in HfHubHTTPError.__mro__ if cls.__name__ == "HTTPError")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,25 +72,47 @@ class Hub:
 
     Args:
         endpoint: URL of the hub; None for the public one.
-        scratch: Where quarantine directories are made; None for the system's place.
     """
 
-    def __init__(self, endpoint: str | None, scratch: Path | None = None) -> None:
-        self._endpoint = endpoint
-        self._scratch = scratch
+    def __init__(self, endpoint: str | None) -> None:
+        self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+        # Their own: downloads may take hours, and what checks checkpoints must not wait for them.
+        self._threads = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="download")
 
-    def read(self, source: HubSource, token: str | None, max_adapter_bytes: int) -> CheckpointFiles:
-        """Download a checkpoint; blocks. Nothing of it stays on disk.
+    async def fetch(
+        self, source: HubSource, token: str | None, max_adapter_bytes: int, take: Callable[[int], None]
+    ) -> CheckpointFiles:
+        """Call `read` in a thread, once there is one."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self.read, source, token, max_adapter_bytes, take
+        )
+
+    async def close(self) -> None:
+        """Start no further downloads and wait for those that run, which end as soon as they ask for room."""
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+
+    def read(
+        self, source: HubSource, token: str | None, max_adapter_bytes: int, take: Callable[[int], None]
+    ) -> CheckpointFiles:
+        """Download a checkpoint; blocks.
+
+        Args:
+            source: What.
+            token: Credential, if any.
+            max_adapter_bytes: Most bytes of the weights; cut off there, whatever the hub announced.
+            take: Waits for memory for as many bytes more.
 
         Raises:
             AdapterNotFoundError: If repository or commit do not exist, or are not visible with the credential.
             AdapterForbiddenError: If the repository is gated.
             AdapterCorruptUploadError: If a file is missing or too large.
             AdapterIncompatibleError: If the folder is something else than a PEFT adapter.
+            DeadlineError: If the hub sends too slowly.
+            SaturatedError: If there is no memory for what comes.
             StoreUnavailableError: If the hub cannot be reached.
         """
         try:
-            return self._read(source, token, max_adapter_bytes)
+            return self._read(source, token, max_adapter_bytes, take)
         except GatedRepoError as error:
             raise AdapterForbiddenError(f"{source}: the repository is gated; name a credential with access") from error
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -99,55 +126,50 @@ class Hub:
             if status in (401, 403):
                 raise AdapterForbiddenError(f"{source}: the hub answered {status} to this credential") from error
             raise StoreUnavailableError(f"{source}: the hub answered {status}", retry_after_s=10.0) from error
-        except (httpx2.HTTPError, OSError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
             raise StoreUnavailableError(
                 f"{source}: cannot be downloaded: {type(error).__name__}", retry_after_s=10.0
             ) from error
 
-    def _read(self, source: HubSource, token: str | None, max_adapter_bytes: int) -> CheckpointFiles:
-        api = huggingface_hub.HfApi(endpoint=self._endpoint, token=token or False)
-        sizes = _sizes(api, source, max_adapter_bytes + 1)
-        prefix = f"{source.subfolder}/" if source.subfolder else ""
+    def _read(
+        self, source: HubSource, token: str | None, max_adapter_bytes: int, take: Callable[[int], None]
+    ) -> CheckpointFiles:
+        sizes = self._listed(source, token)
         names = check_present(sizes)
         for name in names:
-            check_size(name, sizes[name], max_adapter_bytes)
-        with tempfile.TemporaryDirectory(prefix="loraplex-import-", dir=self._scratch) as quarantine:
-            folder = huggingface_hub.snapshot_download(
-                source.repo,
-                revision=source.revision,
-                allow_patterns=[prefix + name for name in names],
-                local_dir=quarantine,
-                endpoint=self._endpoint,
-                token=token or False,
-                etag_timeout=TIMEOUT_S,
-                max_workers=2,
+            check_size(name, sizes[name] or 0, max_adapter_bytes)
+        contents: dict[str, bytes | bytearray] = {}
+        for name in names:
+            url = hf_hub_url(
+                source.repo, name, subfolder=source.subfolder, revision=source.revision, endpoint=self._endpoint
             )
-            return from_contents(_read_all(Path(str(folder), source.subfolder), names, max_adapter_bytes), str(source))
+            limit = limit_of(name, max_adapter_bytes)
+            contents[name] = Download(url, token, limit=limit, take=take, what=f"{source}: {name}").read()
+        return from_contents(contents, str(source))
+
+    def _listed(self, source: HubSource, token: str | None) -> dict[str, int | None]:
+        """Return the files of the source's folder and their sizes; None where the hub tells none."""
+        url = f"{self._endpoint}/api/models/{source.repo}/revision/{quote(source.revision, safe='')}?blobs=true"
+        # It is dropped again before anything else is read, so it takes none of the imports' room.
+        data = Download(
+            url, token, limit=MAX_LISTING_BYTES, take=_take_none, what=f"{source}: its list of files"
+        ).read()
+        try:
+            listing = parse_json(bytes(data), what="the list of files", max_values=MAX_LISTING_VALUES)
+            return _sizes(listing, f"{source.subfolder}/" if source.subfolder else "")
+        # A proxy's page or another server's JSON ends like this.
+        except (AdapterCorruptUploadError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise StoreUnavailableError(f"{source}: the hub's answer is not a hub's", retry_after_s=10.0) from error
 
 
-def _sizes(api: huggingface_hub.HfApi, source: HubSource, unknown: int) -> dict[str, int]:
-    """Return the files of the source's folder and their sizes; ``unknown`` where the hub tells none."""
-    prefix = f"{source.subfolder}/" if source.subfolder else ""
-    try:
-        info = api.model_info(source.repo, revision=source.revision, files_metadata=True, timeout=TIMEOUT_S)
-        return {
-            sibling.rfilename.removeprefix(prefix): unknown if sibling.size is None else int(sibling.size)
-            for sibling in info.siblings or ()
-            if sibling.rfilename.startswith(prefix)
-        }
-    except HFValidationError:
-        raise
-    # The library reads the answer without a look at its form; a proxy's page or another server's JSON ends like this.
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise StoreUnavailableError(f"{source}: the hub's answer is not a hub's", retry_after_s=10.0) from error
+def _sizes(listing: Any, prefix: str) -> dict[str, int | None]:
+    sizes: dict[str, int | None] = {}
+    for sibling in listing["siblings"]:
+        name, size = sibling["rfilename"], sibling.get("size")
+        if name.startswith(prefix):
+            sizes[name.removeprefix(prefix)] = None if size is None else int(size)
+    return sizes
 
 
-def _read_all(folder: Path, names: list[str], max_adapter_bytes: int) -> dict[str, bytes]:
-    contents: dict[str, bytes] = {}
-    for name in names:
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise AdapterCorruptUploadError(f"{name} is missing from the download")
-        check_size(name, path.stat().st_size, max_adapter_bytes)
-        contents[name] = path.read_bytes()
-    return contents
+def _take_none(_num_bytes: int) -> None:
+    """Take no room."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import AdapterIncompatibleError, LoraplexError, StoreUnavailableError
@@ -20,6 +22,7 @@ from loraplex_adapter_store.checkpoint.peft_config import parse_peft_config
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_adapter_store.checkpoint.tokenizer_check import check_strange_tokenizer
 from loraplex_adapter_store.imports.files import CheckpointFiles
+from loraplex_adapter_store.imports.shared_work import SharedWork
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
 from loraplex_adapter_store.repository.catalog import Catalog, RevisionGoneError, Told
 
@@ -99,16 +102,8 @@ class ImportOutcome:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
-class _SharedCheck:
-    """A source being fetched and checked, and the imports that wait for it."""
-
-    task: asyncio.Task[tuple[CanonicalForm, str]]
-    num_waiting: int = 0
-
-
-Fetch = Callable[[], CheckpointFiles]
-"""Reads a checkpoint; blocks, so it runs in a thread."""
+Fetch = Callable[[Callable[[int], None]], Awaitable[CheckpointFiles]]
+"""Reads a checkpoint in a thread; what it is given waits there for memory for as many bytes more."""
 
 
 class Importer:
@@ -117,7 +112,6 @@ class Importer:
     Args:
         told: An import ends once it has waited for this.
         engines: Tells what the engines known can take.
-        max_adapter_bytes: Room reserved for a source whose size is not known yet.
     """
 
     def __init__(
@@ -131,7 +125,6 @@ class Importer:
         told: Told,
         engines: Callable[[], tuple[EngineLimits, ...]],
         executor: Executor,
-        max_adapter_bytes: int,
     ) -> None:
         self._bases = bases
         self._catalog = catalog
@@ -141,8 +134,7 @@ class Importer:
         self._told = told
         self._engines = engines
         self._executor = executor
-        self._max_adapter_bytes = max_adapter_bytes
-        self._running: dict[tuple[str, str], _SharedCheck] = {}
+        self._shared: SharedWork[tuple[CanonicalForm, str]] = SharedWork()
 
     @property
     def budget(self) -> ImportBudget:
@@ -161,8 +153,7 @@ class Importer:
         Raises:
             LoraplexError: Whatever is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
-        async with self._budget.place(), self._budget.room(self._max_adapter_bytes):
-            return await self._measured(self._import_from(source, fetch, target, progress))
+        return await self._measured(self._import_from(source, fetch, target, progress))
 
     async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
         """Import what has been uploaded; the caller holds room for it.
@@ -185,27 +176,23 @@ class Importer:
         return outcome
 
     async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
-        key = (source, target.base_model)
-        shared = self._running.get(key)
-        if shared is None:
-            work = self._fetch_and_check(fetch, target.base_model, progress)
-            shared = self._running[key] = _SharedCheck(asyncio.create_task(work, name=f"fetch {source}"))
-        shared.num_waiting += 1
-        try:
-            form, origin = await asyncio.shield(shared.task)
-        finally:
-            shared.num_waiting -= 1
-            if not shared.num_waiting:  # it is done, or nobody wants it any more
-                shared.task.cancel()
-            if self._running.get(key) is shared and (shared.task.done() or not shared.num_waiting):
-                del self._running[key]
-        return await self._store(form, origin, target, progress)
+        work = partial(self._checked, fetch, target.base_model, progress)
+        async with self._shared.use((source, target.base_model), work, name=f"fetch {source}") as (form, origin):
+            return await self._store(form, origin, target, progress)
 
-    async def _fetch_and_check(self, fetch: Fetch, base_model: str, progress: Progress) -> tuple[CanonicalForm, str]:
-        progress.advance(Stage.FETCHING)
-        files = await asyncio.get_running_loop().run_in_executor(self._executor, fetch)
-        progress.advance(Stage.VALIDATING, bytes_done=len(files.weights), bytes_total=len(files.weights))
-        return await self._check(files, base_model), files.source
+    @asynccontextmanager
+    async def _checked(
+        self, fetch: Fetch, base_model: str, progress: Progress
+    ) -> AsyncIterator[tuple[CanonicalForm, str]]:
+        """Fetch and check a source; hold its room, and a place from the check on."""
+        async with self._budget.arrival() as arrival:
+            async with self._budget.fetching():
+                progress.advance(Stage.FETCHING)
+                files = await fetch(arrival.taker())
+            async with self._budget.place():
+                num_bytes = len(files.weights)
+                progress.advance(Stage.VALIDATING, bytes_done=num_bytes, bytes_total=num_bytes)
+                yield await self._check(files, base_model), files.source
 
     async def _import_files(self, files: CheckpointFiles, target: ImportTarget, progress: Progress) -> ImportOutcome:
         form = await self._check(files, target.base_model)

@@ -107,11 +107,11 @@ class Intake:
             if credential:
                 raise InvalidParameterError("a directory needs no credential", field="credential_ref")
             self._roots.locate(source)  # refuse at once what can be refused at once
-            return source, partial(self._roots.read, source, self._max_adapter_bytes)
+            return source, partial(self._roots.fetch, source, self._max_adapter_bytes)
         source.check()
         token = self._credentials.get(credential)
         # Not shared between credentials: one may see what the other may not.
-        return f"{source}#{credential}", partial(self._hub.read, source, token, self._max_adapter_bytes)
+        return f"{source}#{credential}", partial(self._hub.fetch, source, token, self._max_adapter_bytes)
 
     async def _repeated(self, answer: Answer) -> ImportOutcome:
         record = await self._catalog.get(answer.name)

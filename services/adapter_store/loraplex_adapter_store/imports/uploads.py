@@ -27,14 +27,12 @@ from loraplex_common.errors import (
 
 from loraplex_adapter_store.checkpoint.bounds import MAX_PART_BYTES
 from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents
+from loraplex_adapter_store.imports.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
 IDLE_S: Final = 60.0
-# An upload that brings less than this in a window holds its bytes against all others for nothing.
-WINDOW_S: Final = 30.0
-MIN_WINDOW_BYTES: Final = 256 * 1024
 LINGER_S: Final = 1.0
 LINGER_BYTES: Final = 16 * 1024 * 1024
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -89,7 +87,7 @@ async def receive(
     Raises:
         AdapterCorruptUploadError: If the stream ends early, goes on for too long, or a sha256 is wrong.
         InvalidParameterError: If a part is too large.
-        DeadlineError: If the client sends nothing for `IDLE_S`, or less than `MIN_WINDOW_BYTES` in a window.
+        DeadlineError: If the client sends nothing for `IDLE_S`, or less than `Pace` asks for.
         SaturatedError: If there is no memory for what comes.
     """
     parts = _in_time(parts)
@@ -115,18 +113,14 @@ async def receive(
 
 async def _in_time(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yield the parts as long as enough of them come; the time that they wait here for their reader does not count."""
-    num_bytes, spent_s = 0, 0.0
+    pace = Pace("the upload")
     while True:
-        began = time.monotonic()
+        began_s = time.monotonic()
         try:
             part = await anext(parts)
         except StopAsyncIteration:
             return
-        num_bytes, spent_s = num_bytes + len(part), spent_s + time.monotonic() - began
-        if spent_s >= WINDOW_S:
-            if num_bytes < MIN_WINDOW_BYTES:
-                raise DeadlineError(f"the upload is too slow: {num_bytes} bytes in {spent_s:.0f} s")
-            num_bytes, spent_s = 0, 0.0
+        pace.came(len(part), time.monotonic() - began_s)
         yield part
 
 

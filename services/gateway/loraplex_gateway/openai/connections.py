@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import math
+import random
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.auth import Certificate
@@ -20,6 +22,9 @@ _STATE: Final = "loraplex_certificate"  # of a request's scope
 # The kinds of alternative names that gRPC tells of.
 _ADDRESS: Final = "IP Address"
 _NAMES: Final = ("DNS", "URI", "email", _ADDRESS)
+# Of the age after which a connection ends, more or less: so that not all of those that began together end together.
+JITTER: Final = 0.1
+_CLOSE: Final = (b"connection", b"close")
 
 
 class Connections:
@@ -28,10 +33,12 @@ class Connections:
     Args:
         max_connections: With as many open, a new one takes the place of the longest quiet one; with none quiet it is closed.
         header_s: How long a request's header may take.
+        max_age_s: A request that comes later on its connection is the last there; 0 for never.
     """
 
-    def __init__(self, max_connections: int, *, header_s: float = HEADER_S) -> None:
+    def __init__(self, max_connections: int, *, header_s: float = HEADER_S, max_age_s: float = 0.0) -> None:
         self.header_s = header_s
+        self._max_age_s = max_age_s
         self._max_connections = max_connections
         self._open: dict[BoundedProtocol, None] = {}
 
@@ -39,6 +46,10 @@ class Connections:
     def num_open(self) -> int:
         """Connections that are open."""
         return len(self._open)
+
+    def age_s(self) -> float:
+        """Return how old a new connection may become."""
+        return self._max_age_s * random.uniform(1 - JITTER, 1 + JITTER) if self._max_age_s else math.inf
 
     def protocol(self) -> type[BoundedProtocol]:
         """Return the class of these connections' protocols, of which uvicorn makes one each."""
@@ -75,6 +86,7 @@ class BoundedProtocol(H11Protocol):
 
     book: Connections
     _header_timer: asyncio.TimerHandle | None = None
+    _old_at_s = math.inf
 
     @property
     def is_busy(self) -> bool:
@@ -88,12 +100,15 @@ class BoundedProtocol(H11Protocol):
         if certificate is not None:
             self.app_state = {**self.app_state, _STATE: certificate}
         self.book.opened(self)
+        self._old_at_s = self.loop.time() + self.book.age_s()
         self._time_header()
 
     def data_received(self, data: bytes) -> None:
         """Take data in; a header that has begun must end in time."""
         self.book.heard(self)
         super().data_received(data)
+        if self.is_busy and self.loop.time() > self._old_at_s:
+            self._part()
         self._time_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -101,6 +116,13 @@ class BoundedProtocol(H11Protocol):
         self.book.closed(self)
         self._stop_timer()
         super().connection_lost(exc)
+
+    def _part(self) -> None:
+        """Say in the answer that it is the last here, and end then: no request crosses the end on its way."""
+        self._old_at_s = math.inf
+        self.cycle.keep_alive = False
+        # uvicorn answers a request that asks for the end with the same header.
+        self.scope["headers"] = [*self.scope["headers"], _CLOSE]
 
     def _time_header(self) -> None:
         if self.is_busy or self.transport.is_closing():

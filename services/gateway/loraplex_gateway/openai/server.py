@@ -40,6 +40,7 @@ class HttpServer:
         tls: With a certificate, turns TLS on; new connections are shown what the files hold by then. With an authority,
             clients must show a certificate that it has signed; see `connections.certificate_of`.
         max_connections: As many may be open; see `Connections`.
+        max_connection_age_s: A request that comes later on a connection is its last; 0 for never.
 
     Attributes:
         connections: Those that are.
@@ -53,8 +54,9 @@ class HttpServer:
         port: int,
         tls: TlsFiles,
         max_connections: int,
+        max_connection_age_s: float = 0.0,
     ) -> None:
-        self.connections = Connections(max_connections)
+        self.connections = Connections(max_connections, max_age_s=max_connection_age_s)
         config = uvicorn.Config(
             app,
             log_config=None,

@@ -1,0 +1,36 @@
+"""What comes too slowly holds its room against all others for nothing."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from loraplex_common.errors import DeadlineError
+
+WINDOW_S: Final = 30.0
+MIN_WINDOW_BYTES: Final = 256 * 1024
+
+
+class Pace:
+    """Counts what comes.
+
+    Args:
+        what: What comes, for the error.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._num_bytes = 0
+        self._spent_s = 0.0
+
+    def came(self, num_bytes: int, waited_s: float) -> None:
+        """Note bytes and how long they were waited for.
+
+        Raises:
+            DeadlineError: If less than `MIN_WINDOW_BYTES` have come in `WINDOW_S`.
+        """
+        self._num_bytes, self._spent_s = self._num_bytes + num_bytes, self._spent_s + waited_s
+        if self._spent_s < WINDOW_S:
+            return
+        if self._num_bytes < MIN_WINDOW_BYTES:
+            raise DeadlineError(f"{self._what} is too slow: {self._num_bytes} bytes in {self._spent_s:.0f} s")
+        self._num_bytes, self._spent_s = 0, 0.0

@@ -1,0 +1,111 @@
+"""What processes hold over their lives: resident memory and descriptors, and the slopes of both."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from support.soak.fleet import Fleet
+
+SAMPLE_S: Final = 1.0
+WARM_UP_S: Final = 60.0
+MIN_LIFE_S: Final = 60.0  # after the warm-up; shorter lives say nothing
+MAX_SLOPE_MIB_PER_MIN: Final = 0.5
+# Growth in all below which a slope says nothing. A process that has seen each kind of request once keeps what the largest
+# took; watched for longer than a few rounds of faults, it has seen them all in the beginning.
+SHORT_MIN: Final = 8.0
+NOISE_SHORT_MIB: Final = 160.0
+NOISE_MIB: Final = 4.0
+NOISE_DESCRIPTORS: Final = 24.0
+_PAGE_MIB: Final = os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How one process grew after its warm-up, by least squares.
+
+    Attributes:
+        minutes: How long it was watched.
+        last_mib: Resident memory in the end.
+    """
+
+    name: str
+    minutes: float
+    mib_per_min: float
+    descriptors_per_min: float
+    last_mib: float
+    last_descriptors: int
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it neither leaks memory nor descriptors."""
+        memory, descriptors = self.mib_per_min * self.minutes, self.descriptors_per_min * self.minutes
+        noise = NOISE_SHORT_MIB if self.minutes < SHORT_MIN else NOISE_MIB
+        return memory < max(MAX_SLOPE_MIB_PER_MIN * self.minutes, noise) and descriptors < NOISE_DESCRIPTORS
+
+
+@dataclass
+class Life:
+    """Samples of one process: seconds since it was ready, MiB, descriptors."""
+
+    name: str
+    samples: list[tuple[float, float, int]] = field(default_factory=list)
+
+    def slope(self) -> Slope | None:
+        """Return how it grew; None if it did not live for long enough."""
+        late = np.array([sample for sample in self.samples if sample[0] >= WARM_UP_S])
+        if len(late) < 2 or late[-1, 0] - late[0, 0] < MIN_LIFE_S:
+            return None
+        minutes = (late[:, 0] - late[0, 0]) / 60
+        (memory, _), (descriptors, _) = np.polyfit(minutes, late[:, 1], 1), np.polyfit(minutes, late[:, 2], 1)
+        return Slope(
+            self.name,
+            round(float(minutes[-1]), 2),
+            round(float(memory), 3),
+            round(float(descriptors), 3),
+            round(float(late[-1, 1]), 1),
+            int(late[-1, 2]),
+        )
+
+
+class MemoryWatch:
+    """Samples every process of a fleet.
+
+    Attributes:
+        lives: By process id and number of the process.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self.lives: dict[tuple[str, int], Life] = {}
+
+    async def run(self, over: asyncio.Event) -> None:
+        """Sample until it is over."""
+        while not over.is_set():
+            now = time.monotonic()
+            for part in self._fleet.parts:
+                is_steady = part.process.is_running and not part.is_leaving and part.born_s
+                if is_steady and (held := held_by(part.process.pid)) is not None:
+                    life = self.lives.setdefault((part.name, part.generation), Life(part.name))
+                    life.samples.append((now - part.born_s, *held))
+            await asyncio.sleep(SAMPLE_S)
+
+    def slopes(self) -> list[Slope]:
+        """Return how processes grew that lived for long enough."""
+        return [slope for life in self.lives.values() if (slope := life.slope()) is not None]
+
+
+def held_by(pid: int) -> tuple[float, int] | None:
+    """Return MiB and descriptors that a process holds; None if it has ended."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * _PAGE_MIB, len(os.listdir(f"/proc/{pid}/fd"))
+    except (OSError, IndexError):
+        return None
