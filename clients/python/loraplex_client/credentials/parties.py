@@ -61,7 +61,11 @@ ADAPTER_STORE: Final = Party(
     admits=(Role.GATEWAY, Role.ENGINE, Role.ADMIN, Role.METRICS),
     valkey_rights=f"resetchannels ~loraplex:* ~a:* {_COMMANDS}",
 )
-VALKEY: Final = Party(folder="valkey", tls_name=f"valkey.{DOMAIN}")
+VALKEY: Final = Party(
+    folder="valkey",
+    tls_name=f"valkey.{DOMAIN}",
+    valkey_rights="allkeys allchannels +@all",  # who operates it: ACL LOAD, CONFIG, SHUTDOWN
+)
 ADMIN: Final = Party(
     folder="admin", role=Role.ADMIN, valkey_rights="resetchannels %R~loraplex:engine* +@read +@connection +info"
 )
