@@ -107,7 +107,8 @@ def _first_word(error: Exception, text: str) -> str:
         if isinstance(error, cls):
             return word
     if isinstance(error, AuthenticationError):
-        return "NOAUTH" if "required" in text else "WRONGPASS"
+        # The library opens with HELLO, which a server that asks for a password answers in words of its own.
+        return "NOAUTH" if "required" in text or "already authenticated" in text else "WRONGPASS"
     if isinstance(error, RedisConnectionError | RedisTimeoutError | OSError):
         return ""
     # A pipeline wraps what was answered: Command # 1 (SET a b) of pipeline caused error: ('MISCONF ...',)

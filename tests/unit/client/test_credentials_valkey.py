@@ -80,6 +80,7 @@ ALLOWED: list[tuple[str, tuple[str | bytes, ...]]] = [
     ("adapter_store", ("XADD", "loraplex:hints:e", "*", "kind", "prefetch")),
     ("adapter_store", ("INFO", "server")),
     ("admin", ("ZRANGE", ENGINES_KEY, "0", "-1")),
+    ("valkey", ("ACL", "LOAD")),
 ]
 REFUSED: list[tuple[str, tuple[str, ...]]] = [
     ("engine", ("SET", CATALOG, "mine")),

@@ -90,7 +90,7 @@ async def test_a_changed_password_file_counts_from_the_next_connection_on(
         url = server.address.replace("unix://", "unix://app@")
         async with closing(connect(url, password=Secret.from_file(file))) as client:
             assert await client.ping()
-            await admin.acl_setuser("app", passwords=["-first", "+second"])
+            await admin.acl_setuser("app", enabled=True, passwords=["-first", "+second"])
             await admin.execute_command("CLIENT", "KILL", "USER", "app")
             with pytest.raises(ValkeyRefusedError, match="refuses user or password"):
                 await client.ping()

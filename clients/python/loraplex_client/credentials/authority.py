@@ -27,15 +27,13 @@ class CertificateRequest:
     Attributes:
         common_name: Of the subject.
         hosts: DNS names and IP addresses at which the holder is reached; none for one that only calls.
-        is_server: Whether it may answer with it.
-        is_client: Whether it may call with it.
+        is_server: Whether it may answer with it, too, and not only call.
         lifetime: From now.
     """
 
     common_name: str
     hosts: tuple[str, ...] = ()
     is_server: bool = True
-    is_client: bool = True
     lifetime: datetime.timedelta
 
 
@@ -101,10 +99,7 @@ class Authority:
         """Sign a certificate for a new key; it ends with the authority's own at the latest."""
         key = ec.generate_private_key(ec.SECP256R1())
         lifetime = min(request.lifetime, self.ends - datetime.datetime.now(datetime.UTC))
-        uses = [
-            *([ExtendedKeyUsageOID.SERVER_AUTH] if request.is_server else []),
-            *([ExtendedKeyUsageOID.CLIENT_AUTH] if request.is_client else []),
-        ]
+        uses = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if request.is_server else [])]
         issuer = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         builder = (
             _builder(_name(request.common_name), self._certificate.subject, key.public_key(), lifetime)

@@ -142,7 +142,6 @@ class CredentialsFolder:
                     common_name=party.folder,
                     hosts=self._hosts(party, plan),
                     is_server=bool(party.tls_name),
-                    is_client=party.is_client,
                     lifetime=plan.lifetime,
                 )
             )

@@ -18,8 +18,8 @@ class Party:
     Attributes:
         folder: Name of its folder.
         role: Role of its API key; None for one that calls no service of ours.
-        tls_name: Name that its certificate holds besides its hosts; empty for one that only calls.
-        is_client: Whether its certificate is good for calling.
+        tls_name: Name that its certificate holds besides its hosts; empty for one that only calls. All certificates are good
+            for calling: Valkey's replicas and health checks do, too.
         has_certificate: Whether it has one at all; callers of the gateway's public ports need none.
         admits: Roles whose API keys are in its keys file; empty for one that has no keys file.
         valkey_rights: Rules of its user in Valkey; empty for one that has none.
@@ -28,7 +28,6 @@ class Party:
     folder: str
     role: Role | None = None
     tls_name: str = ""
-    is_client: bool = True
     has_certificate: bool = True
     admits: tuple[Role, ...] = ()
     valkey_rights: str = ""
@@ -62,7 +61,11 @@ ADAPTER_STORE: Final = Party(
     admits=(Role.GATEWAY, Role.ENGINE, Role.ADMIN, Role.METRICS),
     valkey_rights=f"resetchannels ~loraplex:* ~a:* {_COMMANDS}",
 )
-VALKEY: Final = Party(folder="valkey", tls_name=f"valkey.{DOMAIN}", is_client=False)
+VALKEY: Final = Party(
+    folder="valkey",
+    tls_name=f"valkey.{DOMAIN}",
+    valkey_rights="allkeys allchannels +@all",  # who operates it: ACL LOAD, CONFIG, SHUTDOWN
+)
 ADMIN: Final = Party(
     folder="admin", role=Role.ADMIN, valkey_rights="resetchannels %R~loraplex:engine* +@read +@connection +info"
 )
