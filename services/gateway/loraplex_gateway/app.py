@@ -17,6 +17,7 @@ from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.log import get_logger
+from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 from loraplex_common.vllm_metrics import FLEET_LABEL
@@ -36,6 +37,7 @@ from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.server import HttpServer
 from loraplex_gateway.prefetch import PrefetchHints
 from loraplex_gateway.preparation import Preparer, RequestLimits
+from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.registry_watcher import RegistryWatcher
 from loraplex_gateway.servicer import GatewayServicer
 from loraplex_gateway.servicer_fleet import FleetServicer
@@ -99,6 +101,12 @@ class GatewayApp:
         self.metrics.watch_queue(self.admission.waiting_by_priority)
         fleet = FleetCollector(self.catalog, self.pool, self._adapter_names, self.metrics.vllm.num_waiting)
         self._metrics_registry.register(fleet)
+        self.quotas = TenantQuotas.over(
+            QuotasFile(config.quotas_file) if config.quotas_file is not None else None,
+            lambda: valkey.connect(config.redis_url),
+            self.gateway_id,
+            self.metrics.count_quota_refusal,
+        )
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
         self._grpc = self._make_grpc()
@@ -121,6 +129,7 @@ class GatewayApp:
         self.http_port = await self.http.start()
         self._supervisor.spawn(self.http.run(), name="http-server")
         self._supervisor.spawn(self.claims.run(), name="claims")
+        self._supervisor.spawn(self.quotas.run(), name="quotas")
         if self._store is not None:
             feed = AliasFeed(self._store, [self.names, self._adapter_names])
             self._supervisor.spawn(feed.run(), name="alias-feed")
@@ -157,6 +166,7 @@ class GatewayApp:
         await self.pool.close()
         if self._hints is not None:
             await self._hints.close()
+        await self.quotas.close()
         await self.claims.close()
         if self._store is not None:
             await self._store.close()
@@ -237,7 +247,9 @@ class GatewayApp:
             authenticator=self._authenticator,
             metrics=RpcMetrics(self._metrics_registry),
         )
-        servicer = GatewayServicer(self.core, self.catalog, self._listing, slow_client_s=config.slow_client_s)
+        servicer = GatewayServicer(
+            self.core, self.quotas, self.catalog, self._listing, slow_client_s=config.slow_client_s
+        )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, server.server)
         server.add_service_name("loraplex.v1.GatewayService")
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self.pool), server.server)
@@ -248,6 +260,7 @@ class GatewayApp:
         config = self.config
         context = HttpContext(
             core=self.core,
+            quotas=self.quotas,
             catalog=self.catalog,
             listing=self._listing,
             authenticator=self._authenticator,

@@ -22,6 +22,7 @@ class GatewayConfig:
         store_api_key: Sent to an adapter store that asks for keys; it needs the admin right to see every tenant's names.
         store_tls_ca: Authority of the adapter store's certificate; turns TLS towards it on.
         api_keys_file: ``KEY TENANT [admin]`` lines; None lets everybody in as tenant ``default``.
+        quotas_file: What tenants may use, see `loraplex_common.quotas_file`; None limits nobody.
         metrics_key: Shows scrapers that send it restricted adapters and tenants; an administrator's API key does, too.
         max_concurrent_requests: Most requests on engines at once.
         max_queued_requests: Most requests waiting here beyond them.
@@ -47,6 +48,7 @@ class GatewayConfig:
     port: int = setting(8500, help="gRPC port, 0 picks a free one")
     http_port: int = setting(8501, help="port of the OpenAI-compatible API and /metrics, 0 picks a free one")
     api_keys_file: Path | None = setting(None, help="'KEY TENANT [admin]' lines", metavar="FILE")
+    quotas_file: Path | None = setting(None, help="limits of tenants, TOML; see docs/quotas.md", metavar="FILE")
     tls_cert: Path | None = setting(None, help="server certificate chain, PEM", metavar="FILE")
     tls_key: Path | None = setting(None, help="its private key, PEM", metavar="FILE")
     tls_client_ca: Path | None = setting(None, help="require client certificates of this authority", metavar="FILE")

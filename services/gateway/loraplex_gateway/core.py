@@ -1,6 +1,6 @@
 """The one way a request takes, whichever face it came in by.
 
-prepare -> admit -> claim -> route and submit (`relay`) -> detokenise and stop (`output`) -> events.
+prepare -> reserve (`quotas`) -> admit -> claim -> route and submit (`relay`) -> detokenise and stop (`output`) -> events.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.models import ServedModel
     from loraplex_gateway.prefetch import PrefetchHints
     from loraplex_gateway.preparation import Preparer
+    from loraplex_gateway.quotas.calls import QuotaCall
     from loraplex_gateway.tokenization import Encoded
     from loraplex_gateway.types import Event, GenerationRequest, Prompt
 
@@ -68,7 +69,7 @@ class GatewayCore:
         self._clock = clock
 
     async def generate(
-        self, request: GenerationRequest, *, tenant: str, time_left_s: float | None
+        self, request: GenerationRequest, *, tenant: str, time_left_s: float | None, quota: QuotaCall
     ) -> AsyncGenerator[Event, None]:
         """Yield a request's events, the last of them `Finished`.
 
@@ -78,6 +79,7 @@ class GatewayCore:
             request: What to generate.
             tenant: Who asks.
             time_left_s: Until the caller's deadline; None for no deadline.
+            quota: The call that this request is one of.
 
         Raises:
             LoraplexError: If the request is refused or fails.
@@ -86,17 +88,23 @@ class GatewayCore:
         record = RequestRecord(
             request, tenant=tenant, metrics=self._metrics, clock=self._clock, time_left_s=time_left_s
         )
+        share = quota.share()
+        run: RequestRun | None = None
         failure: LoraplexError | None = None
         try:
             self._admission.check_room()
+            share.check()
             prepared = await self._preparer.prepare(request, tenant=tenant, time_left_s=time_left_s)
             record.model = prepared.model.name
             if prepared.adapter is not None:
                 record.adapter, record.is_restricted = prepared.adapter.name, prepared.adapter.is_restricted
+            await share.reserve(len(prepared.job.submission.prompt_ids), prepared.job.max_new_tokens)
             run = RequestRun(prepared, self._clock)
             async with aclosing(self._admit_and_run(run, tenant)) as events:
                 async for event in events:
                     record.see(event, num_tokens=run.num_tokens)
+                    if run.is_finished:
+                        share.settle(*run.used_tokens)  # before the caller knows, who may send the next one at once
                     yield event
         except LoraplexError as error:
             failure = error
@@ -105,6 +113,7 @@ class GatewayCore:
             failure = LoraplexError("unexpected error")  # logged, with its traceback, where it becomes a status
             raise
         finally:
+            share.settle(*(run.used_tokens if run is not None else (0, 0)))
             record.end(failure)
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:

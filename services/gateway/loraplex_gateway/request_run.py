@@ -53,6 +53,13 @@ class RequestRun:
         """Output tokens so far."""
         return self._output.num_tokens
 
+    @property
+    def used_tokens(self) -> tuple[int, int]:
+        """Tokens of prompt and output that an engine has worked on; cached ones are of the prompt."""
+        if self._started_at is None:
+            return 0, 0
+        return len(self.prepared.job.submission.prompt_ids), self.num_tokens
+
     def admitted(self) -> None:
         """Start the clock of time_limit."""
         self._admitted_at = self._clock()

@@ -32,6 +32,7 @@ from loraplex_gateway.openai.render import Renderer, model_object
 from loraplex_gateway.openai.responses import GenerationResponse
 from loraplex_gateway.openai.schema import ChatBody, CompletionBody
 from loraplex_gateway.openai.tracing import TraceIds, origin_of
+from loraplex_gateway.quotas.calls import TenantQuotas
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Principal
@@ -50,6 +51,7 @@ class HttpContext:
     """What the routes call."""
 
     core: GatewayCore
+    quotas: TenantQuotas
     catalog: ModelCatalog
     listing: ModelListing
     authenticator: Authenticator
@@ -142,9 +144,10 @@ class _Routes:
 
     def _generate(self, plan: Plan, tenant: Principal) -> ASGIApp:
         context = self._context
-        events = generate_choices(context.core, plan.requests, tenant=tenant.name)
+        quota = context.quotas.call(tenant.name, len(plan.requests))
+        events = generate_choices(context.core, plan.requests, tenant=tenant.name, quota=quota)
         renderer = Renderer(plan, request_id=plan.requests[0].request_id)
-        return GenerationResponse(plan, events, renderer, slow_client_s=context.slow_client_s)
+        return GenerationResponse(plan, events, renderer, quota=quota, slow_client_s=context.slow_client_s)
 
     def _tenant(self, request: Request) -> Principal:
         return self._context.authenticator.authenticate(request.headers.get("authorization"))

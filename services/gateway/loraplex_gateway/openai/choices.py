@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
     from loraplex_gateway.core import GatewayCore
+    from loraplex_gateway.quotas.calls import QuotaCall
     from loraplex_gateway.types import Event, GenerationRequest
 
 
 async def generate_choices(
-    core: GatewayCore, requests: Sequence[GenerationRequest], *, tenant: str
+    core: GatewayCore, requests: Sequence[GenerationRequest], *, tenant: str, quota: QuotaCall
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """Yield (choice, event) until every choice has finished; the first failure ends them all.
 
@@ -23,7 +24,7 @@ async def generate_choices(
         LoraplexError: What a choice was refused or failed with.
     """
     if len(requests) == 1:
-        async with aclosing(core.generate(requests[0], tenant=tenant, time_left_s=None)) as events:
+        async with aclosing(core.generate(requests[0], tenant=tenant, time_left_s=None, quota=quota)) as events:
             async for event in events:
                 yield 0, event
         return
@@ -32,7 +33,7 @@ async def generate_choices(
     # One place per choice: a reader that lags holds every choice back, and the core's buffers fill instead.
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(maxsize=len(requests))
     tasks = [
-        asyncio.create_task(_run(core, choice, request, tenant, queue), name=f"choice-{choice}")
+        asyncio.create_task(_run(core, choice, request, tenant, quota, queue), name=f"choice-{choice}")
         for choice, request in enumerate(requests)
     ]
     try:
@@ -46,9 +47,14 @@ async def generate_choices(
 
 
 async def _run(
-    core: GatewayCore, choice: int, request: GenerationRequest, tenant: str, queue: asyncio.Queue[tuple[int, Event]]
+    core: GatewayCore,
+    choice: int,
+    request: GenerationRequest,
+    tenant: str,
+    quota: QuotaCall,
+    queue: asyncio.Queue[tuple[int, Event]],
 ) -> None:
-    async with aclosing(core.generate(request, tenant=tenant, time_left_s=None)) as events:
+    async with aclosing(core.generate(request, tenant=tenant, time_left_s=None, quota=quota)) as events:
         async for event in events:
             await queue.put((choice, event))
 
