@@ -33,6 +33,7 @@ class StoreConfig:
     hf_endpoint: str | None = setting(None, help="URL of the Hugging Face hub (default: the public one)")
     credentials_file: Path | None = setting(None, help="file of NAME TOKEN lines for private hub repositories")
     api_keys_file: Path | None = setting(None, help="file of KEY TENANT [admin] lines; without it everybody is admin")
+    quotas_file: Path | None = setting(None, help="limits of tenants, TOML; see docs/quotas.md", metavar="FILE")
     tls_cert: Path | None = setting(None, help="server certificate, PEM; with --tls-key turns TLS on")
     tls_key: Path | None = setting(None, help="its key, PEM")
     tls_client_ca: Path | None = setting(None, help="CA of client certificates, PEM; turns mutual TLS on")
