@@ -11,6 +11,7 @@ from loraplex_common.keys_file import KeysFileError
 from loraplex_common.lifecycle import announce_ready, stop_on_signals
 from loraplex_common.log import configure, get_logger
 from loraplex_common.ports import require_free
+from loraplex_common.quotas_file import QuotasFileError
 from loraplex_common.settings import describe, load
 
 from loraplex_adapter_store.config import StoreConfig
@@ -38,7 +39,7 @@ def main() -> None:
     try:
         require_free(config.host, {"--port": config.port, "--metrics-port": config.metrics_port})
         asyncio.run(run(config))
-    except (BaseModelError, KeysFileError, CredentialsFileError, OSError) as error:
+    except (BaseModelError, KeysFileError, CredentialsFileError, QuotasFileError, OSError) as error:
         print(f"loraplex-adapter-store: {error}", file=sys.stderr)
         sys.exit(2)
 

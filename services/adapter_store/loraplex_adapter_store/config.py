@@ -33,6 +33,7 @@ class StoreConfig(ServiceSettings):
     allow_anonymous: bool = setting(False, help="listen on a network without --api-keys-file")
     hf_endpoint: str | None = setting(None, help="URL of the Hugging Face hub (default: the public one)")
     credentials_file: Path | None = setting(None, help="file of NAME TOKEN lines for private hub repositories")
+    quotas_file: Path | None = setting(None, help="limits of tenants, TOML; see docs/quotas.md", metavar="FILE")
     max_connection_age_s: float = setting(
         1800.0, help="time after which a connection takes no further calls, so that clients dial anew; 0 for never"
     )

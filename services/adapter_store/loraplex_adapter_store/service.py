@@ -16,6 +16,7 @@ from loraplex_common.auth import Authenticator
 from loraplex_common.exposition import Audience, Exposition, new_registry
 from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.metrics_http import MetricsServer
+from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 
@@ -41,6 +42,7 @@ from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.garbage import GarbageCollector
+from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
 from loraplex_adapter_store.servicer import AdapterStoreServicer, StoreParts
 
 if TYPE_CHECKING:
@@ -146,13 +148,22 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
     return _Core(
         config=config,
         client=client,
-        catalog=Catalog(client, gc_grace_s=config.gc_grace_s, check_name=bases.check_adapter_name),
+        catalog=Catalog(
+            client, gc_grace_s=config.gc_grace_s, check_name=bases.check_adapter_name, limit_of=_limit_of(config)
+        ),
         blobs=Blobs(client),
         holdings=EngineHoldings(client),
         metrics=StoreMetrics(new_registry("adapter_store")),
         executor=executor,
         authenticator=Authenticator.from_file(config.api_keys_file),
     )
+
+
+def _limit_of(config: StoreConfig) -> LimitOf:
+    if config.quotas_file is None:
+        return unlimited
+    file = QuotasFile(config.quotas_file)
+    return lambda tenant: file.current().of(tenant).max_adapter_bytes
 
 
 def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: AttachedEngines) -> Importer:

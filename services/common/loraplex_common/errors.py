@@ -13,6 +13,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from loraplex_common.http_status import http_status
+from loraplex_common.quota_failure import ExceededLimit, from_failure, to_failure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -165,9 +166,22 @@ class RequestRunningError(LoraplexError):
 
 
 class TenantQuotaError(LoraplexError):
-    """The tenant has used up its quota."""
+    """The tenant has used up its quota.
+
+    Without `retry_after_s` no retry helps: the quota allows nothing, or never so much at once.
+
+    Args:
+        message: As for every error.
+        exceeded: Each limit that is in the way, and what of it is used; sent as `QuotaFailure`.
+        keywords: As for every error.
+    """
 
     code, reason, http_status, is_retryable = grpc.StatusCode.RESOURCE_EXHAUSTED, "TENANT_QUOTA", 429, True
+
+    def __init__(self, message: str, *, exceeded: Sequence[ExceededLimit] = (), **keywords: Any) -> None:
+        super().__init__(message, **keywords)
+        self.exceeded = tuple(exceeded)
+        self.is_retryable = self.retry_after_s is not None  # type: ignore[misc]
 
 
 class SaturatedError(LoraplexError):
@@ -308,6 +322,8 @@ def to_status(error: LoraplexError) -> status_pb2.Status:
             for field, text in error.violations[:MAX_VIOLATIONS]
         ]
         details.append(error_details_pb2.BadRequest(field_violations=violations))
+    if isinstance(error, TenantQuotaError) and error.exceeded:
+        details.append(to_failure(error.exceeded))
     status = status_pb2.Status(code=error.code.value[0], message=_clip(error.message, MAX_MESSAGE_BYTES))
     for detail in details:
         packed = any_pb2.Any()
@@ -319,6 +335,7 @@ def to_status(error: LoraplexError) -> status_pb2.Status:
 def from_status(status: status_pb2.Status) -> LoraplexError:
     """Rebuild the error that `to_status` encoded; an unknown reason becomes a `RemoteError` with the same code."""
     info, retry, bad = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
+    quota = error_details_pb2.QuotaFailure()
     retry_after_s: float | None = None
     violations: list[tuple[str, str]] = []
     for detail in status.details:
@@ -330,6 +347,8 @@ def from_status(status: status_pb2.Status) -> LoraplexError:
         elif detail.Is(bad.DESCRIPTOR):
             detail.Unpack(bad)
             violations = [(violation.field, violation.description) for violation in bad.field_violations]
+        elif detail.Is(quota.DESCRIPTOR):
+            detail.Unpack(quota)
     code = next((c for c in grpc.StatusCode if c.value[0] == status.code), grpc.StatusCode.UNKNOWN)
     keywords: dict[str, Any] = {
         "retry_after_s": retry_after_s,
@@ -339,6 +358,8 @@ def from_status(status: status_pb2.Status) -> LoraplexError:
     classes: list[type[LoraplexError]] = [LoraplexError, *_subclasses(LoraplexError)]
     for cls in classes:
         if cls is not RemoteError and cls.reason == info.reason and cls.code == code:
+            if cls is TenantQuotaError:
+                keywords["exceeded"] = from_failure(quota)
             return cls(status.message, **keywords)
     reason = info.reason or code.name
     return RemoteError(status.message, code=code, reason=reason, http_status=http_status(code), **keywords)

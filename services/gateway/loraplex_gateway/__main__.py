@@ -11,6 +11,7 @@ from loraplex_common.descriptors import raise_limit
 from loraplex_common.keys_file import KeysFileError
 from loraplex_common.lifecycle import announce_ready, stop_on_signals
 from loraplex_common.ports import require_free
+from loraplex_common.quotas_file import QuotasFileError
 
 from loraplex_gateway.app import GatewayApp
 from loraplex_gateway.chat_template import ChatTemplateError
@@ -42,7 +43,7 @@ def main() -> None:
         ports = {"--port": config.port, "--http-port": config.http_port, "--metrics-port": config.metrics_port}
         require_free(config.host, ports)
         asyncio.run(serve(config))
-    except (BaseModelError, ChatTemplateError, KeysFileError, ResumeKeyError, OSError) as error:
+    except (BaseModelError, ChatTemplateError, KeysFileError, QuotasFileError, ResumeKeyError, OSError) as error:
         sys.exit(f"loraplex-gateway: {error}")
 
 

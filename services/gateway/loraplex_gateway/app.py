@@ -17,6 +17,7 @@ from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.log import get_logger
 from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.peers import PeerChannel
+from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.service_settings import is_loopback
 from loraplex_common.tasks import Supervisor, cancel_and_wait
@@ -38,6 +39,7 @@ from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.server import HttpServer
 from loraplex_gateway.prefetch import PrefetchHints
 from loraplex_gateway.preparation import Preparer, RequestLimits
+from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.registry_watcher import RegistryWatcher
 from loraplex_gateway.resume import Resumption
 from loraplex_gateway.resume_keys import ResumeKeyFile, ResumeKeys
@@ -112,6 +114,12 @@ class GatewayApp:
         self.metrics.watch_queue(self.admission.waiting_by_priority)
         fleet = FleetCollector(self.catalog, self.pool, self._adapter_names, self.metrics.vllm.num_waiting)
         self._metrics_registry.register(fleet)
+        self.quotas = TenantQuotas.over(
+            QuotasFile(config.quotas_file) if config.quotas_file is not None else None,
+            lambda: config.connect_valkey(config.redis_url),
+            self.gateway_id,
+            self.metrics.count_quota_refusal,
+        )
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
         self._grpc = self._make_grpc()
@@ -136,6 +144,7 @@ class GatewayApp:
         self.metrics_port = await self._metrics_server.start()
         self._supervisor.spawn(self.http.run(), name="http-server")
         self._supervisor.spawn(self.claims.run(), name="claims")
+        self._supervisor.spawn(self.quotas.run(), name="quotas")
         self._supervisor.spawn(self._resume_keys.run(), name="resume-keys")
         self._supervisor.spawn(self._authenticator.follow(), name="credentials")
         if self._authenticator.is_open and not is_loopback(self.config.host):
@@ -184,6 +193,7 @@ class GatewayApp:
         await self.pool.close()
         if self._hints is not None:
             await self._hints.close()
+        await self.quotas.close()
         await self.claims.close()
         if self._store is not None:
             await self._store.close()
@@ -273,7 +283,9 @@ class GatewayApp:
             authenticator=self._authenticator,
             metrics=RpcMetrics(self._metrics_registry),
         )
-        servicer = GatewayServicer(self.core, self.catalog, self._listing, slow_client_s=config.slow_client_s)
+        servicer = GatewayServicer(
+            self.core, self.quotas, self.catalog, self._listing, slow_client_s=config.slow_client_s
+        )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, server.server)
         server.add_service_name("loraplex.v1.GatewayService")
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self.pool, self._dial_engine), server.server)
@@ -284,6 +296,7 @@ class GatewayApp:
         config = self.config
         context = HttpContext(
             core=self.core,
+            quotas=self.quotas,
             catalog=self.catalog,
             listing=self._listing,
             authenticator=self._authenticator,

@@ -23,6 +23,7 @@ class GatewayConfig(ServiceSettings):
         store_target: ``host:port`` of the adapter store; None serves base models alone.
         engine_tls_name: What engines' certificates must be for; None means the host that each is dialled at.
         store_tls_name: What the adapter store's certificate must be for; None means its host.
+        quotas_file: What tenants may use, see `loraplex_common.quotas_file`; None limits nobody.
         metrics_port: Port of /metrics, for scrapers: it shows what no client needs to know.
         metrics_key: Shows scrapers that send it restricted adapters and tenants, as do the API keys of the roles admin
             and metrics.
@@ -59,6 +60,7 @@ class GatewayConfig(ServiceSettings):
     http_port: int = setting(8501, help="port of the OpenAI-compatible API, 0 picks a free one")
     metrics_port: int = setting(8502, help="HTTP port of /metrics, 0 picks a free one")
     metrics_key: Secret | None = secret(help="the key that lets a scraper see restricted adapters and tenants")
+    quotas_file: Path | None = setting(None, help="limits of tenants, TOML; see docs/quotas.md", metavar="FILE")
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_concurrent_requests: int = setting(2048, help="most requests on engines at once")
     max_queued_requests: int = setting(2048, help="most requests waiting here beyond them")

@@ -1,6 +1,6 @@
 """The one way a request takes, whichever face it came in by.
 
-prepare -> admit -> claim -> route and submit (`relay`) -> detokenise and stop (`output`) -> events.
+prepare -> reserve (`quotas`) -> admit -> claim -> route and submit (`relay`) -> detokenise and stop (`output`) -> events.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.models import ServedModel
     from loraplex_gateway.prefetch import PrefetchHints
     from loraplex_gateway.preparation import Prepared, Preparer
+    from loraplex_gateway.quotas.calls import QuotaCall
     from loraplex_gateway.resume import Resumption
     from loraplex_gateway.tokenization import Encoded
     from loraplex_gateway.types import Event, GenerationRequest, Prompt
@@ -82,7 +83,7 @@ class GatewayCore:
         self._clock = clock
 
     async def generate(
-        self, request: GenerationRequest, *, caller: Principal, time_left_s: float | None
+        self, request: GenerationRequest, *, caller: Principal, time_left_s: float | None, quota: QuotaCall
     ) -> AsyncGenerator[Event, None]:
         """Yield a request's events, the last of them `Finished`.
 
@@ -92,6 +93,7 @@ class GatewayCore:
             request: What to generate.
             caller: Who asks.
             time_left_s: Until the caller's deadline; None for no deadline.
+            quota: The call that this request is one of.
 
         Raises:
             LoraplexError: If the request is refused or fails.
@@ -101,17 +103,23 @@ class GatewayCore:
         record = RequestRecord(
             request, tenant=caller.name, metrics=self._metrics, clock=self._clock, time_left_s=time_left_s
         )
+        share = quota.share()
+        run: RequestRun | None = None
         failure: LoraplexError | None = None
         try:
             self._admission.check_room()
+            share.check()
             prepared = await self._prepare(request, caller=caller, time_left_s=time_left_s, record=record)
             record.model = prepared.model.name
             if prepared.adapter is not None:
                 record.adapter, record.is_restricted = prepared.adapter.name, prepared.adapter.is_restricted
+            await share.reserve(*prepared.job.expected_tokens)
             run = RequestRun(prepared, self._clock, token=partial(self._resumption.token, tenant=caller.name))
             async with aclosing(self._admit_and_run(run, caller.name)) as events:
                 async for event in events:
                     record.see(event, num_tokens=run.num_tokens)
+                    if run.is_finished:
+                        share.settle(*run.used_tokens)  # before the caller knows, who may send the next one at once
                     yield event
         except LoraplexError as error:
             failure = error
@@ -120,6 +128,7 @@ class GatewayCore:
             failure = LoraplexError("unexpected error")  # logged, with its traceback, where it becomes a status
             raise
         finally:
+            share.settle(*(run.used_tokens if run is not None else (0, 0)))
             record.end(failure)
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:

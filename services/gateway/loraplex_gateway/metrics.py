@@ -121,6 +121,9 @@ class GatewayMetrics:
             "client_resumes_total", "Broken streams that a client resumed here.", ("outcome",)
         )
         self.aborts = counter("aborts_total", "Requests that ended in an error or by cancellation.", ("reason",))
+        self.quota_refusals = counter(
+            "quota_refusals_total", "Calls refused because of a tenant's quota.", ("tenant", "limit")
+        )
         jains_index = Gauge(prefix + "jains_index", "Fairness among tenants, last minutes.", registry=registry)
         jains_index.set_function(self.shares.jains_index)
 
@@ -136,9 +139,16 @@ class GatewayMetrics:
 
     def count_tokens(self, tenant: str, *, num_input: int, num_output: int, num_cached: int) -> None:
         """Count the tokens of a request that ended."""
-        label = tenant if tenant == ANYBODY.name else self._tenant_label(private(tenant))
+        label = self._tenant(tenant)
         for kind, count in (("input", num_input), ("output", num_output), ("cached", num_cached)):
             self.tokens.labels(label, kind).inc(count)
         weighted = num_input + OUTPUT_WEIGHT * num_output
         self.fairness.labels(label).inc(weighted)
         self.shares.add(label, weighted)
+
+    def count_quota_refusal(self, tenant: str, limit: str) -> None:
+        """Count a call that a limit (key of the quotas file) refused."""
+        self.quota_refusals.labels(self._tenant(tenant), limit).inc()
+
+    def _tenant(self, name: str) -> str:
+        return name if name == ANYBODY.name else self._tenant_label(private(name))

@@ -79,6 +79,16 @@ class Job:
     time_limit_at: float | None
     resumed_ids: tuple[int, ...] | None = None
 
+    @property
+    def expected_tokens(self) -> tuple[int, int]:
+        """Tokens that count against the tenant's quota: of the prompt, and of the output at most.
+
+        What a resumed stream has had of both counted when the stream began.
+        """
+        if self.resumed_ids is None:
+            return len(self.submission.prompt_ids), self.max_new_tokens
+        return 0, max(0, self.max_new_tokens - len(self.resumed_ids))
+
 
 class EngineRelay:
     """Submits a job and yields what engines say about it until its end.

@@ -69,6 +69,14 @@ class RequestRun:
         """Output tokens so far."""
         return self._output.num_tokens
 
+    @property
+    def used_tokens(self) -> tuple[int, int]:
+        """Tokens of prompt and output that an engine has worked on, cached ones included; of a resumed stream the rest."""
+        if self._started_at is None:
+            return 0, 0
+        job = self.prepared.job
+        return job.expected_tokens[0], self.num_tokens - len(job.resumed_ids or ())
+
     def admitted(self) -> None:
         """Start the clock of time_limit."""
         self._admitted_at = self._clock()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.core import GatewayCore
     from loraplex_gateway.listing import ModelListing
     from loraplex_gateway.models import ModelCatalog, ServedModel
+    from loraplex_gateway.quotas.calls import QuotaCall, TenantQuotas
     from loraplex_gateway.tokenization import Encoded
     from loraplex_gateway.types import Prompt
 
@@ -33,16 +34,24 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
 
     Args:
         core: Generates.
+        quotas: What tenants may use.
         catalog: Base models, for the tokenizer calls.
         listing: Lists models and adapters.
         slow_client_s: Longest time that one write to a client may wait.
     """
 
     def __init__(
-        self, core: GatewayCore, catalog: ModelCatalog, listing: ModelListing, *, slow_client_s: float
+        self,
+        core: GatewayCore,
+        quotas: TenantQuotas,
+        catalog: ModelCatalog,
+        listing: ModelListing,
+        *,
+        slow_client_s: float,
     ) -> None:
         self._slow_client_s = slow_client_s
         self._core = core
+        self._quotas = quotas
         self._catalog = catalog
         self._listing = listing
 
@@ -50,10 +59,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self, request: gateway_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """Stream the continuation of one prompt."""
+        quota = self._quotas.call(current_principal().name)
         events = self._core.generate(
             wire.generation_request(request, is_stream=True, **_trace(context)),
             caller=current_principal(),
             time_left_s=context.time_remaining(),
+            quota=quota,
         )
         guard = StallGuard(self._slow_client_s)
         try:
@@ -63,6 +74,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 guard.written()
         finally:
             guard.close()
+            _tell_quota(context, quota)
             if guard.has_fired:
                 await events.athrow(guard.error())
             await events.aclose()
@@ -73,23 +85,28 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         """Return the whole continuation at once."""
         message = request.request
         message.progress_events = False
+        quota = self._quotas.call(current_principal().name)
         events = self._core.generate(
             wire.generation_request(message, is_stream=False, **_trace(context)),
             caller=current_principal(),
             time_left_s=context.time_remaining(),
+            quota=quota,
         )
         response = gateway_pb2.GenerateOnceResponse()
         text: list[str] = []
-        async with aclosing(events):
-            async for event in events:
-                if isinstance(event, Started):
-                    response.started.CopyFrom(wire.started(event))
-                elif isinstance(event, Chunk):
-                    text.append(event.text)
-                    response.token_ids.extend(event.token_ids)
-                    response.logprobs.extend(wire.positions(event.logprobs))
-                elif isinstance(event, Finished):
-                    response.finished.CopyFrom(wire.finished(event))
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, Started):
+                        response.started.CopyFrom(wire.started(event))
+                    elif isinstance(event, Chunk):
+                        text.append(event.text)
+                        response.token_ids.extend(event.token_ids)
+                        response.logprobs.extend(wire.positions(event.logprobs))
+                    elif isinstance(event, Finished):
+                        response.finished.CopyFrom(wire.finished(event))
+        finally:
+            _tell_quota(context, quota)
         response.text = "".join(text)
         return response
 
@@ -165,6 +182,12 @@ def _check_ids(token_ids: list[int], model: ServedModel) -> None:
         raise InvalidParameterError(
             f"token_ids holds {max(token_ids)}; token ids of this model are 0 to {vocab_size - 1}", field="token_ids"
         )
+
+
+def _tell_quota(context: grpc.aio.ServicerContext[Any, Any], quota: QuotaCall) -> None:
+    """Send what the tenant has left with the call's end, whatever that is."""
+    if headers := quota.headers:
+        context.set_trailing_metadata((*(context.trailing_metadata() or ()), *headers))
 
 
 def _trace(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:

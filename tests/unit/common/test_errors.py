@@ -10,6 +10,7 @@ import pytest
 from google.rpc import error_details_pb2
 from loraplex_common import errors
 from loraplex_common.errors import LoraplexError, RemoteError, from_status, to_status
+from loraplex_common.quota_failure import ExceededLimit
 
 DOCS = Path(__file__).parents[3] / "docs" / "errors.md"
 
@@ -31,6 +32,21 @@ def test_every_error_survives_the_wire(cls: type[LoraplexError]) -> None:
     assert (result.code, result.reason, result.http_status) == (cls.code, cls.reason, cls.http_status)
     assert (result.message, result.retry_after_s, result.metadata) == ("what is wrong", 1.5, {"engine": "e-1"})
     assert (result.field, result.violations) == ("adapter", (("adapter", "what is wrong"),))
+
+
+def test_limits_of_a_quota_survive_the_wire_and_a_refusal_without_a_time_is_final() -> None:
+    limit = ExceededLimit(tenant="acme", limit="tokens_per_minute", value=100, description="100 a minute; 3 are left")
+    later = errors.TenantQuotaError("over its quota", exceeded=[limit], retry_after_s=2.5)
+    never = errors.TenantQuotaError("over its quota", exceeded=[limit, limit])
+
+    for error in (later, never):
+        status = to_status(error)
+        result = from_status(status)
+        assert isinstance(result, errors.TenantQuotaError)
+        assert (result.exceeded, result.retry_after_s) == (error.exceeded, error.retry_after_s)
+        assert "google.rpc.QuotaFailure" in [detail.TypeName() for detail in status.details]
+    assert later.is_retryable
+    assert not never.is_retryable
 
 
 def test_no_two_errors_share_code_and_reason() -> None:

@@ -88,6 +88,7 @@ def serve(
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences of one step.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of one step.")] = None,
     api_keys_file: Annotated[Path | None, typer.Option(help="Ask clients for one of these API keys.")] = None,
+    quotas_file: Annotated[Path | None, typer.Option(help="Limits of tenants, TOML; see docs/quotas.md.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="The gateway's certificate, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
     metrics_key_file: Annotated[
@@ -135,7 +136,8 @@ def serve(
         "--max-num-seqs": max_num_seqs,
         "--max-num-batched-tokens": max_num_batched_tokens,
     }
-    gateway_options = {"--api-keys-file": api_keys_file, "--tls-cert": tls_cert, "--tls-key": tls_key}
+    quota_options = {"--quotas-file": quotas_file}
+    gateway_options = {"--api-keys-file": api_keys_file, "--tls-cert": tls_cert, "--tls-key": tls_key, **quota_options}
     config = ServeConfig(
         model=base.resolve(),
         data_dir=(data_dir or default_data_dir()).resolve(),
@@ -154,6 +156,7 @@ def serve(
         ),
         engine_args=flags(engine_options),
         gateway_args=flags(gateway_options),
+        store_args=flags(quota_options),
     )
     asyncio.run(_serve(config, adapters, is_public=api_keys_file is None and tls_cert is None))
 

@@ -241,12 +241,17 @@ class Importer:
         known = await self._catalog.get_revisions([form.revision])
         exists = bool(known) and await self._blobs.is_complete(form.revision)
         revision = known[0] if known else _describe(form, target.name, source)
-        if not exists:
-            await self._blobs.put(form)
         now = time.time()
+
+        def apply(old: AdapterRecord) -> AdapterRecord:
+            return old.with_import(form.revision, target.label, now, is_staged=target.is_staged)
+
+        if not exists:
+            await self._catalog.check_room(target.name, apply, revision)
+            await self._blobs.put(form)
         record = await self._catalog.change(
             target.name,
-            lambda old: old.with_import(form.revision, target.label, now, is_staged=target.is_staged),
+            apply,
             revision=None if exists else revision,
             request_id=target.request_id,
             answer=replace(target.asked, revision=form.revision, warnings=form.warnings),

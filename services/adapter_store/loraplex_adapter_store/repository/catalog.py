@@ -18,6 +18,7 @@ from loraplex_common.valkey_errors import ValkeyRefusedError
 
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Answer, Revision
 from loraplex_adapter_store.repository import keys, scripts
+from loraplex_adapter_store.repository.tenant_bytes import TOTAL, LimitOf, TenantShares, unlimited
 
 _log = get_logger()
 CHANGES_KEPT: Final = 10_000
@@ -25,6 +26,7 @@ REQUEST_TTL_S: Final = 24 * 3600
 FSYNC_TIMEOUT_S: Final = 5.0
 MAX_ATTEMPTS: Final = 20
 RESERVATION_S: Final = 600.0
+MAX_COUNTED_AT_ONCE: Final = 500
 
 Change = Callable[[AdapterRecord], AdapterRecord]
 """From a record (version 0 if the name is new) to the record after the change; raises what refuses it."""
@@ -58,12 +60,21 @@ class Catalog:
     Args:
         gc_grace_s: How long a revision that nothing refers to is kept, for requests that were resolved just before.
         check_name: Refuses names that no adapter may have here, whichever way it comes; one that has it can be deleted.
+        limit_of: How many bytes of adapters a tenant may have.
     """
 
-    def __init__(self, client: keys.Client, *, gc_grace_s: float, check_name: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        client: keys.Client,
+        *,
+        gc_grace_s: float,
+        check_name: Callable[[str], None],
+        limit_of: LimitOf = unlimited,
+    ) -> None:
         self._client = client
         self._gc_grace_s = gc_grace_s
         self.check_name = check_name
+        self._limit_of = limit_of
         self._has_aof = True
 
     async def get(self, name: str) -> AdapterRecord | None:
@@ -156,6 +167,7 @@ class Catalog:
             RevisionGoneError: If a revision that the new record refers to does not exist.
             ConflictError: If others are always faster.
             AlreadyExistsError: If another call has taken the request_id meanwhile.
+            TenantQuotaError: If a tenant may not have so many bytes of adapters; nothing has changed then.
             StoreUnavailableError: If Valkey cannot be reached, or does not confirm that it wrote the change to disk.
         """
         for attempt in range(MAX_ATTEMPTS):
@@ -163,9 +175,13 @@ class Catalog:
             new = apply(old)
             if not new.is_deleted:
                 self.check_name(name)
-            status, detail = await self._commit(old, new, revision, request_id, answer.to_json())
+            shares = await self._shares(old, new, revision)
+            status, detail = await self._commit(old, new, revision, request_id, answer.to_json(), shares)
             if status == b"ok":
                 return new
+            if status == b"quota":
+                number, others, before = (int(word) for word in detail.split())
+                raise shares.refusal(name, number, others, before)
             if status == b"duplicate":  # the same call ran twice at once, and the other one was faster
                 answer.repeated(detail)
                 return await self.get(name) or new
@@ -174,8 +190,64 @@ class Catalog:
             await asyncio.sleep(0.002 * attempt)
         raise ConflictError(f"adapter {name} is being changed by many at once: try again", retry_after_s=1.0)
 
+    async def check_room(self, name: str, apply: Change, revision: Revision) -> None:
+        """Refuse before its blob is written what `change` would refuse for its bytes, as far as can be said already.
+
+        Raises:
+            TenantQuotaError: If so.
+        """
+        old = await self.get(name) or AdapterRecord(name=name)
+        shares = await self._shares(old, apply(old), revision)
+        for number, limit in enumerate(shares.limits):
+            if limit is None:
+                continue
+            with keys.translated():
+                total, own = await self._client.hmget(shares.keys[number], TOTAL, name)
+            before = int(own or 0)
+            others = int(total or 0) - before
+            if before < shares.num_bytes[number] and others + shares.num_bytes[number] > limit:
+                raise shares.refusal(name, number, others, before)
+
+    async def _shares(self, old: AdapterRecord, new: AdapterRecord, revision: Revision | None) -> TenantShares:
+        if not (old.allowed_tenants or new.allowed_tenants):
+            return TenantShares((), (), ())
+        revisions = await self.get_revisions(new.revisions)
+        shares = TenantShares.of(old, new, [*revisions, *([revision] if revision else [])], self._limit_of)
+        if any(limit is not None for limit in shares.limits):
+            await self._count_what_is_not_counted()
+        return shares
+
+    async def _count_what_is_not_counted(self) -> None:
+        """Count what was written before bytes were counted with every change; once in the life of a catalog."""
+        with keys.translated():
+            if await self._client.exists(keys.COUNTED):
+                return
+        after = ""
+        while names := await self.list_names(after=after, prefix="", count=MAX_COUNTED_AT_ONCE):
+            after = names[-1]
+            for record in await self.get_many(names):
+                if record.allowed_tenants and record.revisions:
+                    await self._count(record)
+        with keys.translated():
+            await self._client.set(keys.COUNTED, "1")
+        _log.info("the bytes of tenants' adapters were counted")
+
+    async def _count(self, record: AdapterRecord) -> None:
+        """Count one adapter; one that has changed meanwhile was counted by who changed it."""
+        revisions = await self.get_revisions(record.revisions)
+        shares = TenantShares.of(AdapterRecord(name=record.name), record, revisions, unlimited)
+        names = [keys.adapter(record.name), *shares.keys]
+        with keys.translated():
+            await self._client.eval(scripts.COUNT, len(names), *names, record.version, record.name, shares.num_bytes[0])
+
     async def _commit(
-        self, old: AdapterRecord, new: AdapterRecord, revision: Revision | None, request_id: str, answer: str
+        self,
+        old: AdapterRecord,
+        new: AdapterRecord,
+        revision: Revision | None,
+        request_id: str,
+        answer: str,
+        shares: TenantShares,
     ) -> tuple[bytes, bytes]:
         added = [digest for digest in new.revisions if digest not in old.revisions]
         if revision is not None and revision.revision not in added:
@@ -191,10 +263,11 @@ class Catalog:
         ]
         names += [key for digest in added for key in (keys.revision(digest), keys.references(digest))]
         names += [keys.references(digest) for digest in removed]
+        names += shares.keys
         due = round((time.time() + self._gc_grace_s) * 1000)
         values: list[Any] = [old.version, new.version, new.to_json(), new.name, due, CHANGES_KEPT]
         values += [answer if request_id else "", REQUEST_TTL_S * 1000, len(added), len(removed), *added, *removed]
-        values.append(revision.to_json() if revision else "")
+        values += [revision.to_json() if revision else "", *shares.words]
         with keys.translated():
             async with self._client.client() as connection:  # WAITAOF is about this connection's writes
                 script = scripts.REMOVE if new.is_deleted else scripts.COMMIT

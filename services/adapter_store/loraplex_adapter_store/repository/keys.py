@@ -26,6 +26,8 @@ CHANGES: Final = _PREFIX + "changes"
 """Capped stream: entry ``{sequence}-0`` has the field ``name`` of the changed adapter."""
 GARBAGE: Final = _PREFIX + "garbage"
 """Sorted set of revisions that may have no reference, scored by the time (unix ms) they may be collected."""
+COUNTED: Final = _PREFIX + "counted"
+"""String that exists once the bytes of all tenants have been counted, see `tenant_bytes`."""
 OPERATIONS: Final = "loraplex:store:{operations}:index"
 """Sorted set of operation ids by creation time."""
 
@@ -47,6 +49,11 @@ def revision(digest: str) -> str:
 def references(digest: str) -> str:
     """Set of names that have this revision."""
     return f"{_PREFIX}references:{digest}"
+
+
+def tenant_bytes(tenant: str) -> str:
+    """Hash of a tenant's adapters: name -> canonical bytes, and their sum, see `tenant_bytes`."""
+    return f"{_PREFIX}bytes:{tenant}"
 
 
 def collecting(digest: str) -> str:

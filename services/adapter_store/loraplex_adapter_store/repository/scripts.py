@@ -9,9 +9,10 @@ from loraplex_common.valkey_errors import ALLOWED_WHEN_FULL
 COMMIT: Final = """
 -- Replaces one adapter's record if nobody else changed it since it was read.
 -- KEYS: adapter, index, sequence, changes, garbage, request, then (revision, references) per added revision,
---       then references per removed revision.
+--       then references per removed revision, then bytes per tenant that the adapter concerns.
 -- ARGV: expected version, new version, record, name, due (ms), changes kept, request answer, request ttl (ms),
---       number added, number removed, digests added..., digests removed..., new revision's record or ''
+--       number added, number removed, digests added..., digests removed..., new revision's record or '',
+--       then the adapter's bytes and the limit (or -1) per tenant
 if ARGV[7] ~= '' and redis.call('EXISTS', KEYS[6]) == 1 then
   return {'duplicate', redis.call('GET', KEYS[6])}
 end
@@ -21,6 +22,26 @@ local added, removed = tonumber(ARGV[9]), tonumber(ARGV[10])
 local record = ARGV[11 + added + removed]
 for i = 1, added do
   if record == '' and redis.call('EXISTS', KEYS[5 + 2 * i]) == 0 then return {'missing', ARGV[10 + i]} end
+end
+local shares = 11 + added + removed
+local tenants = (#ARGV - shares) / 2
+local function share(i) return KEYS[6 + 2 * added + removed + i], tonumber(ARGV[shares + 2 * i - 1]) end
+for i = 1, tenants do
+  local key, size = share(i)
+  local limit, before = tonumber(ARGV[shares + 2 * i]), tonumber(redis.call('HGET', key, ARGV[4]) or '0')
+  local others = tonumber(redis.call('HGET', key, '') or '0') - before
+  -- What does not grow is never refused: a lowered limit takes nothing away.
+  if limit >= 0 and size > before and others + size > limit then
+    return {'quota', string.format('%d %d %d', i - 1, others, before)}
+  end
+end
+for i = 1, tenants do
+  local key, size = share(i)
+  local before = tonumber(redis.call('HGET', key, ARGV[4]) or '0')
+  if size > 0 then redis.call('HSET', key, ARGV[4], ARGV[shares + 2 * i - 1])
+  else redis.call('HDEL', key, ARGV[4]) end
+  if size ~= before then redis.call('HINCRBY', key, '', string.format('%d', size - before)) end
+  if redis.call('HLEN', key) == 1 then redis.call('DEL', key) end
 end
 for i = 1, added do
   if record ~= '' then redis.call('SETNX', KEYS[5 + 2 * i], record) end
@@ -38,6 +59,18 @@ local sequence = redis.call('INCR', KEYS[3])
 redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[6], sequence .. '-0', 'name', ARGV[4])
 if ARGV[7] ~= '' then redis.call('SET', KEYS[6], ARGV[7], 'PX', ARGV[8]) end
 return {'ok', tostring(sequence)}
+"""
+
+COUNT: Final = """
+-- Counts an adapter's bytes for its tenants, as `COMMIT` does with every change, unless it has changed meanwhile.
+-- KEYS: adapter, then bytes per tenant.  ARGV: version, name, bytes
+if (redis.call('HGET', KEYS[1], 'version') or '0') ~= ARGV[1] then return 0 end
+for i = 2, #KEYS do
+  local before = tonumber(redis.call('HGET', KEYS[i], ARGV[2]) or '0')
+  redis.call('HSET', KEYS[i], ARGV[2], ARGV[3])
+  redis.call('HINCRBY', KEYS[i], '', string.format('%d', tonumber(ARGV[3]) - before))
+end
+return 1
 """
 
 RESERVE: Final = """

@@ -33,6 +33,7 @@ from loraplex_gateway.openai.render import Renderer, model_object
 from loraplex_gateway.openai.responses import GenerationResponse
 from loraplex_gateway.openai.schema import ChatBody, CompletionBody
 from loraplex_gateway.openai.tracing import TraceIds, origin_of
+from loraplex_gateway.quotas.calls import TenantQuotas
 
 if TYPE_CHECKING:
     from loraplex_common.admissions import Admission
@@ -51,6 +52,7 @@ class HttpContext:
     """What the routes call."""
 
     core: GatewayCore
+    quotas: TenantQuotas
     catalog: ModelCatalog
     listing: ModelListing
     authenticator: Authenticator
@@ -150,9 +152,12 @@ class _Routes:
 
     def _generate(self, plan: Plan, admission: Admission) -> ASGIApp:
         context = self._context
-        events = generate_choices(context.core, plan.requests, caller=admission.principal)
+        quota = context.quotas.call(admission.principal.name, len(plan.requests))
+        events = generate_choices(context.core, plan.requests, caller=admission.principal, quota=quota)
         renderer = Renderer(plan, request_id=plan.requests[0].request_id)
-        return GenerationResponse(plan, events, renderer, admission=admission, slow_client_s=context.slow_client_s)
+        return GenerationResponse(
+            plan, events, renderer, admission=admission, quota=quota, slow_client_s=context.slow_client_s
+        )
 
     def _admit(self, request: Request, rpc: str) -> Admission:
         """Return who calls, by key or certificate as over gRPC, if it may make the call that a route stands for."""

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.core import GatewayCore
+    from loraplex_gateway.quotas.calls import QuotaCall
     from loraplex_gateway.types import Event, GenerationRequest
 
 
 async def generate_choices(
-    core: GatewayCore, requests: Sequence[GenerationRequest], *, caller: Principal
+    core: GatewayCore, requests: Sequence[GenerationRequest], *, caller: Principal, quota: QuotaCall
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """Yield (choice, event) until every choice has finished; the first failure ends them all.
 
@@ -25,7 +26,7 @@ async def generate_choices(
         LoraplexError: What a choice was refused or failed with.
     """
     if len(requests) == 1:
-        async with aclosing(core.generate(requests[0], caller=caller, time_left_s=None)) as events:
+        async with aclosing(core.generate(requests[0], caller=caller, time_left_s=None, quota=quota)) as events:
             async for event in events:
                 yield 0, event
         return
@@ -34,7 +35,7 @@ async def generate_choices(
     # One place per choice: a reader that lags holds every choice back, and the core's buffers fill instead.
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(maxsize=len(requests))
     tasks = [
-        asyncio.create_task(_run(core, choice, request, caller, queue), name=f"choice-{choice}")
+        asyncio.create_task(_run(core, choice, request, caller, quota, queue), name=f"choice-{choice}")
         for choice, request in enumerate(requests)
     ]
     try:
@@ -52,9 +53,10 @@ async def _run(
     choice: int,
     request: GenerationRequest,
     caller: Principal,
+    quota: QuotaCall,
     queue: asyncio.Queue[tuple[int, Event]],
 ) -> None:
-    async with aclosing(core.generate(request, caller=caller, time_left_s=None)) as events:
+    async with aclosing(core.generate(request, caller=caller, time_left_s=None, quota=quota)) as events:
         async for event in events:
             await queue.put((choice, event))
 

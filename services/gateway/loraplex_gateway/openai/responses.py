@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.openai.convert import Plan
     from loraplex_gateway.openai.render import Renderer
+    from loraplex_gateway.quotas.calls import QuotaCall
     from loraplex_gateway.types import Event
 
     Events = AsyncGenerator[tuple[int, Event], None]
@@ -38,16 +39,25 @@ class GenerationResponse:
         events: What the core yields for it.
         renderer: Builds the objects.
         admission: Who asks; the answer ends with the right to ask.
+        quota: What the tenant may use, for the headers.
         slow_client_s: Longest time that one write may wait.
     """
 
     def __init__(
-        self, plan: Plan, events: Events, renderer: Renderer, *, admission: Admission, slow_client_s: float
+        self,
+        plan: Plan,
+        events: Events,
+        renderer: Renderer,
+        *,
+        admission: Admission,
+        quota: QuotaCall,
+        slow_client_s: float,
     ) -> None:
         self._admission = admission
         self._plan = plan
         self._events = events
         self._renderer = renderer
+        self._quota = quota
         self._slow_client_s = slow_client_s
         self._has_headers = False
         self._guard: StallGuard | None = None
@@ -95,7 +105,9 @@ class GenerationResponse:
         if self._has_headers:
             await self._write(send, _sse(error_object(failure, self._plan.names)) + DONE, more=False)
         else:
-            await error_response(failure, self._plan.names)(scope, receive, send)
+            response = error_response(failure, self._plan.names)
+            response.headers.update(dict(self._quota.headers))
+            await response(scope, receive, send)
 
     async def _whole(self, send: Send) -> None:
         seen: list[list[Event]] = [[] for _ in self._plan.requests]
@@ -117,7 +129,8 @@ class GenerationResponse:
 
     async def _start(self, send: Send, content_type: bytes, *headers: tuple[bytes, bytes]) -> None:
         self._has_headers = True
-        all_headers = [(b"content-type", content_type), *headers]
+        quota = [(name.encode(), value.encode()) for name, value in self._quota.headers]
+        all_headers = [(b"content-type", content_type), *headers, *quota]
         await send({"type": "http.response.start", "status": 200, "headers": all_headers})
 
     async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
