@@ -265,6 +265,11 @@ class _EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             yield response
 
 
+def servicer_of(engine: EngineDouble) -> engine_pb2_grpc.EngineServiceServicer:
+    """Return what a server of one's own can add, for a double behind TLS and keys."""
+    return _EngineServicer(engine)  # type: ignore[abstract]  # it serves sessions alone
+
+
 class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     """The two calls of an adapter store that a gateway makes."""
 

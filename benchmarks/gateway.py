@@ -1,0 +1,267 @@
+"""What a gateway costs on its own, and what identity and quotas add: engines are doubles, so nothing is computed.
+
+Usage: ``python benchmarks/gateway.py [--streams 256] [--tokens 400] [--clients 4] [--rounds 3] [--out FILE]``
+
+Every part is a process of its own: Valkey, engine doubles that give each running request a token per step as fast as
+they are read, one gateway, and clients. Three modes are run in turn, `rounds` times: *open* (nobody is asked who they
+are), *mtls* (mutual TLS and keys on every hop, API keys for clients) and *mtls+quotas* (besides, every limit of a quota
+on a tenant that never reaches it). Per mode: tokens per second of all streams together, and the time from a request to
+its first token while few requests run. The exit code is 0 if, by the medians, *mtls+quotas* has at least 0.95 of the
+throughput of *open* and at most 1 ms more to the first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests")]
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MODES = ("open", "mtls", "mtls+quotas")
+LEAST_THROUGHPUT = 0.95
+MOST_ADDED_MS = 1.0
+NUM_ENGINES = 2
+FIRST_TOKEN_STREAMS = 8
+FIRST_TOKEN_REQUESTS = 40
+QUOTAS = """[default]
+requests_per_minute = 100000000
+tokens_per_minute = 100000000000
+max_concurrent_requests = 100000
+"""
+
+
+@dataclass
+class Times:
+    """What the clients of one run saw.
+
+    Attributes:
+        num_tokens: Tokens of all streams.
+        wall_s: From the first request to the last token, by the clock of the client that took longest.
+        first_token_ms: From each request to its first token, with few requests under way.
+    """
+
+    num_tokens: int = 0
+    wall_s: float = 0.0
+    first_token_ms: list[float] = field(default_factory=list)
+
+
+# --- the parts, each in a process of its own ---
+
+
+async def run_engine(arguments: argparse.Namespace) -> None:
+    """Be an engine without a model until killed."""
+    from loraplex.v1 import engine_pb2_grpc
+    from loraplex_common import valkey
+    from loraplex_common.auth import Authenticator
+    from loraplex_common.base_model import load_base_model
+    from loraplex_common.grpc_server import GrpcServer, ServerConfig
+    from support.engine_double import EngineDouble, servicer_of
+    from support.gateway_rig import letters
+
+    double = EngineDouble(base=load_base_model(Path(arguments.model)), reply=letters, max_model_len=100_000)
+    config, authenticator = ServerConfig(), Authenticator()
+    if arguments.credentials:
+        own = arguments.credentials / "engine"
+        config = ServerConfig(tls_cert=own / "tls.crt", tls_key=own / "tls.key", tls_client_ca=own / "ca.crt")
+        authenticator = Authenticator.from_file(own / "api-keys")
+    server = GrpcServer(config, authenticator=authenticator)
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer_of(double), server.server)
+    double.port = await server.start()
+    client = valkey.connect(os.environ["LORAPLEX_GATEWAY_REDIS_URL"])
+    while True:
+        await double.register(client)
+        await asyncio.sleep(10)
+
+
+async def run_client(arguments: argparse.Namespace) -> None:
+    """Run streams against the gateway and print what they saw as JSON."""
+    from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
+    from loraplex_common.grpc_channel import open_channel
+
+    own = arguments.credentials / "tenant" if arguments.credentials else None
+    channel = open_channel(
+        arguments.target,
+        tls_ca=own / "ca.crt" if own else None,
+        api_key=(own / "api-key").read_text().strip() if own else None,
+    )
+    stub = gateway_pb2_grpc.GatewayServiceStub(channel)
+
+    async def stream(num_tokens: int) -> tuple[int, float]:
+        stopping = gateway_pb2.StoppingParams(max_new_tokens=num_tokens, ignore_eos=True)
+        request = gateway_pb2.GenerateRequest(text="The quick brown fox", stopping=stopping)
+        started, first_s, count = time.perf_counter(), 0.0, 0
+        async for response in stub.Generate(request, timeout=600):
+            if response.WhichOneof("event") == "chunk":
+                first_s = first_s or time.perf_counter() - started
+                count += len(response.chunk.token_ids)
+        assert count == num_tokens, f"{count} tokens came of {num_tokens}"
+        return count, first_s
+
+    await stream(4)
+    times = Times()
+    if arguments.first_token:
+        for _ in range(FIRST_TOKEN_REQUESTS):
+            firsts = await asyncio.gather(*[stream(4) for _ in range(FIRST_TOKEN_STREAMS)])
+            times.first_token_ms += [1000 * first_s for _, first_s in firsts]
+    else:
+        started = time.perf_counter()
+        counts = await asyncio.gather(*[stream(arguments.tokens) for _ in range(arguments.streams)])
+        times.wall_s, times.num_tokens = time.perf_counter() - started, sum(count for count, _ in counts)
+    await channel.close()
+    print(json.dumps(asdict(times)))
+
+
+# --- one mode ---
+
+
+class Part:
+    """A child process, ended with its owner's block.
+
+    Attributes:
+        addresses: Kind of port -> address, of a service that says when it is ready.
+    """
+
+    def __init__(self, *command: str, awaits_ready: bool = False) -> None:
+        self._process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+        self.addresses: dict[str, str] = {}
+        if awaits_ready:
+            assert self._process.stdout is not None
+            ready = next((line for line in self._process.stdout if line.startswith("ready: ")), None)
+            if ready is None:
+                raise SystemExit(f"{' '.join(command[:3])} ended before it was ready")
+            self.addresses = dict(word.split("=", 1) for word in ready.split()[1:])
+
+    def output(self) -> str:
+        """Return what it prints until its end."""
+        text, _ = self._process.communicate()
+        if self._process.returncode:
+            raise SystemExit(f"a client ended with {self._process.returncode}")
+        return text
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def running_gateway(mode: str, folder: Path) -> Iterator[list[str]]:
+    """Run a gateway and its engines; yields what clients need to be told."""
+    from loraplex_common.valkey import EmbeddedValkey
+    from support.gateway_rig import model_directory
+
+    with contextlib.ExitStack() as stack:
+        valkey = stack.enter_context(EmbeddedValkey(folder / "valkey"))
+        os.environ["LORAPLEX_GATEWAY_REDIS_URL"] = valkey.url  # it has the password, so no command line shows it
+        where = ["--model", str(model_directory())]
+        credentials, asks = credentials_of(mode, folder)
+        for _ in range(NUM_ENGINES):
+            stack.callback(Part(__file__, "engine", *where, *credentials).close)
+        ports = ("--port", "0", "--http-port", "0", "--metrics-port", "0", "--log-level", "warning")
+        gateway = Part("-m", "loraplex_gateway", *where, *ports, *asks, awaits_ready=True)
+        stack.callback(gateway.close)
+        yield ["--target", gateway.addresses["grpc"], *credentials]
+
+
+def credentials_of(mode: str, folder: Path) -> tuple[list[str], list[str]]:
+    """Return what engines and clients are told of credentials, and what the gateway is."""
+    if mode == "open":
+        return [], []
+    made = folder / "credentials"
+    if not made.exists():
+        command = [sys.executable, "-m", "loraplex_client", "credentials", "make", str(made)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    own = made / "gateway"
+    files = {
+        "--tls-cert": own / "tls.crt",
+        "--tls-key": own / "tls.key",
+        "--api-keys-file": own / "api-keys",
+        "--peer-tls-ca": own / "ca.crt",
+        "--peer-tls-cert": own / "tls.crt",
+        "--peer-tls-key": own / "tls.key",
+        "--peer-api-key-file": own / "api-key",
+    }
+    if mode == "mtls+quotas":
+        files["--quotas-file"] = folder / "quotas.toml"
+        files["--quotas-file"].write_text(QUOTAS)
+    return ["--credentials", str(made)], [word for flag, path in files.items() for word in (flag, str(path))]
+
+
+def measure(mode: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Return a mode's tokens per second and its median time to the first token, in milliseconds."""
+    with running_gateway(mode, folder) as told:
+        share = ["--streams", str(arguments.streams // arguments.clients), "--tokens", str(arguments.tokens)]
+        first = Part(__file__, "client", *told, *share, "--first-token").output()
+        clients = [Part(__file__, "client", *told, *share) for _ in range(arguments.clients)]
+        times = [Times(**json.loads(client.output())) for client in clients]
+    return {
+        "tokens_per_s": sum(each.num_tokens for each in times) / max(each.wall_s for each in times),
+        "first_token_ms": statistics.median(Times(**json.loads(first)).first_token_ms),
+    }
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Run all modes in turn and print a line each; return the exit code."""
+    runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
+    with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as name:
+        for _ in range(arguments.rounds):
+            for mode in MODES:
+                runs[mode].append(measure(mode, Path(name), arguments))
+                print(
+                    f"{mode:<12} " + "  ".join(f"{key} {value:,.2f}" for key, value in runs[mode][-1].items()),
+                    flush=True,
+                )
+    medians = {
+        mode: {key: statistics.median(run[key] for run in each) for key in each[0]} for mode, each in runs.items()
+    }
+    share = medians["mtls+quotas"]["tokens_per_s"] / medians["open"]["tokens_per_s"]
+    added_ms = medians["mtls+quotas"]["first_token_ms"] - medians["open"]["first_token_ms"]
+    is_good = share >= LEAST_THROUGHPUT and added_ms <= MOST_ADDED_MS
+    print(
+        f"throughput with all on {share:.3f} of open, first token {added_ms:+.2f} ms: {'good' if is_good else 'TOO SLOW'}"
+    )
+    if arguments.out:
+        what = {"streams": arguments.streams, "tokens": arguments.tokens, "clients": arguments.clients}
+        result = {"commit": arguments.commit, "cores": os.cpu_count(), **what, "medians": medians, "runs": runs}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if is_good else 1
+
+
+def main() -> int:
+    """Parse, run, return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "part", nargs="?", choices=["compare", "engine", "client"], default="compare", help=argparse.SUPPRESS
+    )
+    for name, default in (("--streams", 256), ("--tokens", 400), ("--clients", 4), ("--rounds", 3)):
+        parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--out", type=Path, help="file of the results, JSON")
+    parser.add_argument("--commit", default="", help="written into the results")
+    for name in ("--target", "--model"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--credentials", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--first-token", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part == "compare":
+        return compare(arguments)
+    asyncio.run(run_engine(arguments) if arguments.part == "engine" else run_client(arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
