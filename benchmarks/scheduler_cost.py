@@ -25,7 +25,7 @@ from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.arena import HostArena
 from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
 from loraplex_engine.messages import SamplingParams, StoppingParams, Submission
-from loraplex_engine.page_pool import PagePool
+from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.scheduler import Scheduler
 from loraplex_engine.step import StepPlan, StepResult
 

@@ -19,10 +19,10 @@ import numpy as np
 
 from loraplex_engine.adapter_register import AdapterRegister
 from loraplex_engine.adapter_table import TableIndices
-from loraplex_engine.appraisal import EXPECTED_COST
 from loraplex_engine.arrival_rates import DEFAULT_HALF_LIFE_S
 from loraplex_engine.messages import ResidencyState, StoreEvent, WantImage
-from loraplex_engine.page_pool import PageOwner, PagePool
+from loraplex_engine.pages.page_pool import PageOwner, PagePool
+from loraplex_engine.pages.page_worth import EXPECTED_COST
 from loraplex_engine.recipes import Recipes
 from loraplex_engine.residency import NEVER, Adapter, AdapterLoad, Room
 from loraplex_engine.warm_order import WarmResult
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from loraplex_common.adapter_image import AdapterSpec
 
-    from loraplex_engine.appraisal import Appraisal
     from loraplex_engine.arena import HostArena
+    from loraplex_engine.pages.page_worth import Appraisal
 
 
 class AdapterCache(AdapterRegister):

@@ -11,7 +11,7 @@ from loraplex_engine.messages import ResidencyState
 
 if TYPE_CHECKING:
     from loraplex_engine.adapter_cache import AdapterCache
-    from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.residency import AdapterStatus
 
 MAX_PINNED_SHARE: Final = 0.5

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from loraplex_engine.appraisal import Appraisal
     from loraplex_engine.messages import StoreEvent
-    from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.pages.page_pool import PagePool
+    from loraplex_engine.pages.page_worth import Appraisal
 
 
 class AdapterRegister:

@@ -20,7 +20,7 @@ from loraplex_engine.adapter_bringing import AdapterBringing, Outcome, Reservati
 from loraplex_engine.eviction_rule import EvictionRule
 from loraplex_engine.growth import OutputLengths, peak_growth
 from loraplex_engine.messages import ResidencyState
-from loraplex_engine.page_pool import PageOwner, PagePool
+from loraplex_engine.pages.page_pool import PageOwner, PagePool
 from loraplex_engine.request import Request, RequestState
 from loraplex_engine.residency import Room
 from loraplex_engine.step import NO_ADAPTER
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from loraplex_engine.economy import RoomMaker
     from loraplex_engine.hopelessness import Hopelessness
     from loraplex_engine.limits import SchedulerLimits
-    from loraplex_engine.page_pool import Pages
+    from loraplex_engine.pages.page_pool import Pages
     from loraplex_engine.prefix_sharing import PrefixSharing
     from loraplex_engine.request_book import RequestBook
     from loraplex_engine.running_batch import RunningBatch

@@ -8,7 +8,7 @@ import numpy as np
 
 from loraplex_engine.eviction_rule import EvictionRule
 from loraplex_engine.messages import ResidencyState
-from loraplex_engine.page_pool import PageOwner, PagePool
+from loraplex_engine.pages.page_pool import PageOwner, PagePool
 from loraplex_engine.residency import Room
 
 if TYPE_CHECKING:

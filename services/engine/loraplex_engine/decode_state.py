@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from loraplex_engine.step import NO_ADAPTER, SamplingArrays
 
 if TYPE_CHECKING:
-    from loraplex_engine.page_pool import Pages
+    from loraplex_engine.pages.page_pool import Pages
     from loraplex_engine.request import Request
 
 NO_PAGE: Final = -1

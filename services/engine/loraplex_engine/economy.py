@@ -12,17 +12,17 @@ import math
 from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol
 
-from loraplex_engine.appraisal import EXPECTED_COST
+from loraplex_engine.pages.page_worth import EXPECTED_COST
 from loraplex_engine.residency import Adapter, Room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from loraplex_engine.adapter_cache import AdapterCache
-    from loraplex_engine.appraisal import Appraisal
     from loraplex_engine.cost_model import StepCosts
-    from loraplex_engine.page_pool import PagePool
-    from loraplex_engine.prefix_cache import PrefixCache
+    from loraplex_engine.pages.page_pool import PagePool
+    from loraplex_engine.pages.page_worth import Appraisal
+    from loraplex_engine.pages.prefix_cache import PrefixCache
 
 
 class RoomMaker(Protocol):

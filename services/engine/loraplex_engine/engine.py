@@ -16,7 +16,6 @@ from loraplex_common.adapter_image import AdapterSpec, Geometry
 from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.adapter_checks import check_adapter
 from loraplex_engine.adapter_operations import AdapterOperations
-from loraplex_engine.appraisal import appraisal_of
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.limits import SchedulerCounters, SchedulerLimits, SchedulingPolicy
@@ -24,7 +23,8 @@ from loraplex_engine.load_report import LoadReport
 from loraplex_engine.loop import EngineLoop, LoopParts
 from loraplex_engine.messages import Call, Command, LoadSnapshot, StoreEvent
 from loraplex_engine.outbox import MAX_BACKLOG_BYTES, MAX_BACKLOG_S, SessionOutbox
-from loraplex_engine.page_pool import PagePool
+from loraplex_engine.pages.page_pool import PagePool
+from loraplex_engine.pages.page_worth import appraisal_of
 from loraplex_engine.pinning import PinsHostMemory
 from loraplex_engine.scheduler import Scheduler
 from loraplex_engine.step import ModelRunner

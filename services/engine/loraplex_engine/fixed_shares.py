@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_engine.adapter_cache import AdapterCache
-    from loraplex_engine.page_pool import PagePool
-    from loraplex_engine.prefix_cache import PrefixCache
+    from loraplex_engine.pages.page_pool import PagePool
+    from loraplex_engine.pages.prefix_cache import PrefixCache
 
 
 class KvShare:

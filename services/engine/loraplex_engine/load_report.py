@@ -10,7 +10,7 @@ from loraplex_engine.messages import LoadSnapshot
 
 if TYPE_CHECKING:
     from loraplex_engine.adapter_cache import AdapterCache
-    from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.scheduler import Scheduler
 
 RATE_WINDOW_S: Final = 5.0

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraplex_engine.block_keys import BlockKeys
-from loraplex_engine.page_pool import NO_PAGES
+from loraplex_engine.pages.block_keys import BlockKeys
+from loraplex_engine.pages.page_pool import NO_PAGES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loraplex_engine.decode_state import DecodeState
-    from loraplex_engine.page_pool import Pages
-    from loraplex_engine.prefix_cache import PrefixCache
+    from loraplex_engine.pages.page_pool import Pages
+    from loraplex_engine.pages.prefix_cache import PrefixCache
     from loraplex_engine.request import Request
 
 

@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex_engine.block_keys import BlockKeys
 from loraplex_engine.messages import Priority, Submission
+from loraplex_engine.pages.block_keys import BlockKeys
 
 
 class RequestState(enum.Enum):

@@ -12,7 +12,7 @@ from loraplex_common.adapter_image import AdapterSpec
 from numpy.typing import NDArray
 
 from loraplex_engine.messages import ResidencyState
-from loraplex_engine.page_pool import Pages
+from loraplex_engine.pages.page_pool import Pages
 
 _STATE = ResidencyState
 TRANSITIONS: Final = {

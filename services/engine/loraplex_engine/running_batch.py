@@ -15,7 +15,7 @@ from loraplex_engine.step import FROM_DEVICE, SlotSetup, StepPlan
 
 if TYPE_CHECKING:
     from loraplex_engine.decode_state import DecodeState
-    from loraplex_engine.page_pool import PagePool, Pages
+    from loraplex_engine.pages.page_pool import PagePool, Pages
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 

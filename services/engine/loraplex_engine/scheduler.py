@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.adapter_cache import AdapterCache
     from loraplex_engine.decode_state import Rows
-    from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.running_batch import LaunchedStep
     from loraplex_engine.steady_decode import Draw
     from loraplex_engine.step import StepPlan, StepResult

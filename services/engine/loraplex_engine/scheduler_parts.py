@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from loraplex_engine.adapter_bringing import AdapterBringing, Reservation
 from loraplex_engine.admission import Admission
-from loraplex_engine.appraisal import appraisal_of
 from loraplex_engine.cost_model import StepCosts
 from loraplex_engine.decode_growth import DecodeGrowth
 from loraplex_engine.decode_state import DecodeState
@@ -18,7 +17,8 @@ from loraplex_engine.growth import OutputLengths
 from loraplex_engine.hopelessness import Hopelessness
 from loraplex_engine.limits import SchedulerCounters, SchedulerLimits
 from loraplex_engine.outputs import OutputCollector
-from loraplex_engine.prefix_cache import PrefixCache
+from loraplex_engine.pages.page_worth import appraisal_of
+from loraplex_engine.pages.prefix_cache import PrefixCache
 from loraplex_engine.prefix_sharing import PrefixSharing
 from loraplex_engine.request_book import RequestBook
 from loraplex_engine.result_reader import ResultReader
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_engine.adapter_cache import AdapterCache
-    from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.pages.page_pool import PagePool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

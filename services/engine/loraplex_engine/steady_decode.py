@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraplex_engine.messages import FinishReason
-from loraplex_engine.page_pool import PageOwner
+from loraplex_engine.pages.page_pool import PageOwner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loraplex_engine.decode_state import Rows
     from loraplex_engine.economy import RoomMaker
     from loraplex_engine.limits import SchedulerCounters
-    from loraplex_engine.page_pool import PagePool
+    from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.request_book import RequestBook
     from loraplex_engine.running_batch import RunningBatch
     from loraplex_engine.waiting_queue import WaitingQueue

@@ -9,7 +9,7 @@ from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.messages import ResidencyState
-from loraplex_engine.page_pool import PagePool
+from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.request import Request, make_request
 from loraplex_engine.residency import PATIENCE_S
 from loraplex_engine.waiting_queue import WaitingQueue

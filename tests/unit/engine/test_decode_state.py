@@ -12,7 +12,7 @@ from loraplex_engine.step import NO_ADAPTER
 from support.scheduler_rig import make_submission
 
 if TYPE_CHECKING:
-    from loraplex_engine.page_pool import Pages
+    from loraplex_engine.pages.page_pool import Pages
     from numpy.typing import NDArray
 
 

@@ -15,15 +15,15 @@ from loraplex_engine.arrival_rates import ArrivalRates
 from loraplex_engine.cost_model import StepCosts
 from loraplex_engine.economy import PageEconomy
 from loraplex_engine.messages import ResidencyState
-from loraplex_engine.page_pool import PageOwner, PagePool
-from loraplex_engine.prefix_cache import PrefixCache
+from loraplex_engine.pages.page_pool import PageOwner, PagePool
+from loraplex_engine.pages.prefix_cache import PrefixCache
 from loraplex_engine.residency import Adapter, Room
 from support.fake_runner import fake_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from loraplex_engine.page_pool import Pages
+    from loraplex_engine.pages.page_pool import Pages
 
 BLOCK = 4
 HALF_LIFE_S = 60.0

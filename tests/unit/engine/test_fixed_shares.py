@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_engine.appraisal import EXPECTED_COST, appraisal_of
 from loraplex_engine.limits import Eviction, SchedulingPolicy
+from loraplex_engine.pages.page_worth import EXPECTED_COST, appraisal_of
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.fleet import Fleet
 from loraplex_engine.simulation.outcomes import End

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loraplex_engine.adapter_cache import AdapterCache
-from loraplex_engine.appraisal import appraisal_of
 from loraplex_engine.arena import HostArena
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.messages import (
@@ -21,7 +20,8 @@ from loraplex_engine.messages import (
     StoreEvent,
     WantImage,
 )
-from loraplex_engine.page_pool import PagePool
+from loraplex_engine.pages.page_pool import PagePool
+from loraplex_engine.pages.page_worth import appraisal_of
 from loraplex_engine.scheduler import Scheduler
 from loraplex_engine.simulation.copies import (
     CopyStream,

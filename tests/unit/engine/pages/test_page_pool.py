@@ -9,10 +9,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from loraplex_engine.page_pool import PageOwner, PagePool
+from loraplex_engine.pages.page_pool import PageOwner, PagePool
 
 if TYPE_CHECKING:
-    from loraplex_engine.page_pool import Pages
+    from loraplex_engine.pages.page_pool import Pages
 
 
 def test_pages_are_distinct_and_counted_by_owner() -> None:

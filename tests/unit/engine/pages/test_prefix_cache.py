@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from loraplex_engine.page_pool import PageOwner, PagePool, Pages
-from loraplex_engine.prefix_cache import PrefixCache
+from loraplex_engine.pages.page_pool import PageOwner, PagePool, Pages
+from loraplex_engine.pages.prefix_cache import PrefixCache
 
 HALF_LIFE_S = 10.0
 

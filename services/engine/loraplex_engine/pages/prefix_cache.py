@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraplex_engine.appraisal import EXPECTED_COST
-from loraplex_engine.cold_blocks import ColdBlocks
-from loraplex_engine.page_pool import NO_PAGES
+from loraplex_engine.pages.cold_blocks import ColdBlocks
+from loraplex_engine.pages.page_pool import NO_PAGES
+from loraplex_engine.pages.page_worth import EXPECTED_COST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loraplex_engine.appraisal import Appraisal
-    from loraplex_engine.page_pool import PagePool, Pages
+    from loraplex_engine.pages.page_pool import PagePool, Pages
+    from loraplex_engine.pages.page_worth import Appraisal
 
 
 class PrefixCache:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loraplex_engine.page_pool import NO_PAGES
+from loraplex_engine.pages.page_pool import NO_PAGES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loraplex_engine.appraisal import Appraisal
-    from loraplex_engine.page_pool import PagePool, Pages
+    from loraplex_engine.pages.page_pool import PagePool, Pages
+    from loraplex_engine.pages.page_worth import Appraisal
 
 _DEPTH_STEP: Final = 1e-9
 """What a block's position takes off its worth, in octaves: orders equals, and far above a float's resolution."""

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_engine.block_keys import KEY_BYTES, BlockKeys
+from loraplex_engine.pages.block_keys import KEY_BYTES, BlockKeys
 
 tokens = st.lists(st.integers(0, 3), max_size=12)
 digests = st.sampled_from([None, "a", "ab", "b"])
