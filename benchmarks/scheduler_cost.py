@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, ModuleSpec
-from loraplex_engine.adapter_cache import AdapterCache
-from loraplex_engine.arena import HostArena
+from loraplex_engine.adapters.arena import HostArena
+from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
 from loraplex_engine.messages import SamplingParams, StoppingParams, Submission
 from loraplex_engine.pages.page_pool import PagePool

@@ -12,7 +12,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
-from loraplex_engine.arena import HostArena
+from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.cuda.decode_lora import MAX_ROWS_BESIDE
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.step import SlotSetup

@@ -12,13 +12,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from loraplex_engine.adapters.adapter import Room
 from loraplex_engine.eviction_rule import EvictionRule
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.request import Request
-from loraplex_engine.residency import Room
 
 if TYPE_CHECKING:
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.economy import RoomMaker
     from loraplex_engine.request_book import RequestBook
     from loraplex_engine.running_batch import RunningBatch

@@ -27,7 +27,7 @@ from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_engine import convert
-from loraplex_engine.arena import HEADER_BYTES
+from loraplex_engine.adapters.arena import HEADER_BYTES
 from loraplex_engine.image_transfer import ImageOffer, ImageTransfers, TransferCallbacks
 from loraplex_engine.messages import DropAdapter, ImageRefused, ResidencyChanged, ResidencyState, WantImage
 

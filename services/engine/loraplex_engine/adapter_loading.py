@@ -14,8 +14,8 @@ from loraplex_engine.adapter_checks import check_adapter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loraplex_engine.adapter_cache import AdapterCache
-    from loraplex_engine.arena import HostArena
+    from loraplex_engine.adapters.arena import HostArena
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.messages import ImageArrived
     from loraplex_engine.scheduler import Scheduler
     from loraplex_engine.step import LoadHandle, ModelRunner

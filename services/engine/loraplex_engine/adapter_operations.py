@@ -10,9 +10,9 @@ from loraplex_common.errors import AdapterInUseError, AdapterNotFoundError, Conf
 from loraplex_engine.messages import ResidencyState
 
 if TYPE_CHECKING:
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.adapter import AdapterStatus
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.pages.page_pool import PagePool
-    from loraplex_engine.residency import AdapterStatus
 
 MAX_PINNED_SHARE: Final = 0.5
 """Of the pool's pages, and of the runner's table; the rest stays for sequences and other adapters."""

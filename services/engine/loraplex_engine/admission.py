@@ -17,16 +17,16 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from loraplex_engine.adapter_bringing import AdapterBringing, Outcome, Reservation
+from loraplex_engine.adapters.adapter import Room
 from loraplex_engine.eviction_rule import EvictionRule
 from loraplex_engine.growth import OutputLengths, peak_growth
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PageOwner, PagePool
 from loraplex_engine.request import Request, RequestState
-from loraplex_engine.residency import Room
 from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.economy import RoomMaker
     from loraplex_engine.hopelessness import Hopelessness
     from loraplex_engine.limits import SchedulerLimits

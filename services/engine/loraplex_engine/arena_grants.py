@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from loraplex_engine.messages import ResidencyState
 
 if TYPE_CHECKING:
-    from loraplex_engine.adapter_cache import AdapterCache
-    from loraplex_engine.arena import HostArena
+    from loraplex_engine.adapters.arena import HostArena
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.waiting_queue import WaitingQueue
 
 Granted = tuple[int, ...] | None

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loraplex_engine.adapters.adapter import Room
 from loraplex_engine.eviction_rule import EvictionRule
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PageOwner, PagePool
-from loraplex_engine.residency import Room
 
 if TYPE_CHECKING:
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.admission import Admission
     from loraplex_engine.decode_state import Rows
     from loraplex_engine.economy import RoomMaker

@@ -12,13 +12,13 @@ import math
 from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol
 
+from loraplex_engine.adapters.adapter import Adapter, Room
 from loraplex_engine.pages.page_worth import EXPECTED_COST
-from loraplex_engine.residency import Adapter, Room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.cost_model import StepCosts
     from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.pages.page_worth import Appraisal

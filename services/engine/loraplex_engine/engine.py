@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from loraplex_common.adapter_image import AdapterSpec, Geometry
 
-from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.adapter_checks import check_adapter
 from loraplex_engine.adapter_operations import AdapterOperations
-from loraplex_engine.arena import HostArena
+from loraplex_engine.adapters.arena import HostArena
+from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.limits import SchedulerCounters, SchedulerLimits, SchedulingPolicy
 from loraplex_engine.load_report import LoadReport
@@ -31,9 +31,9 @@ from loraplex_engine.step import ModelRunner
 from loraplex_engine.step_times import StepTimes
 
 if TYPE_CHECKING:
+    from loraplex_engine.adapters.adapter import AdapterStatus
+    from loraplex_engine.adapters.warm_order import WarmCounts
     from loraplex_engine.loop_totals import LoopTotals
-    from loraplex_engine.residency import AdapterStatus
-    from loraplex_engine.warm_order import WarmCounts
 
 STEP_PATIENCE_S: Final = 5.0
 T = TypeVar("T")

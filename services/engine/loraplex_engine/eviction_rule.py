@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
-    from loraplex_engine.residency import Adapter
+    from loraplex_engine.adapters.adapter import Adapter
     from loraplex_engine.waiting_queue import WaitingQueue
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from loraplex_engine.residency import Adapter, Room
+from loraplex_engine.adapters.adapter import Adapter, Room
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.pages.prefix_cache import PrefixCache
 

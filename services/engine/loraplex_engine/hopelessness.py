@@ -15,7 +15,7 @@ from loraplex_engine.messages import ResidencyState
 from loraplex_engine.request import Request, RequestState
 
 if TYPE_CHECKING:
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.cost_model import StepCosts
     from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.prefix_sharing import PrefixSharing

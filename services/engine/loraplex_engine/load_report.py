@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_engine.messages import LoadSnapshot
 
 if TYPE_CHECKING:
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.scheduler import Scheduler
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import DrainingError, EngineHungError, InvalidParameterError, LoraplexError
 
-from loraplex_engine.adapter_cache import AdapterCache
 from loraplex_engine.adapter_loading import AdapterLoading
-from loraplex_engine.arena import HostArena
+from loraplex_engine.adapters.arena import HostArena
+from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.drains import Drain, Drains
 from loraplex_engine.inbox import Inbox, Sessions

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.errors import LoraplexError
 
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.growth import OutputLengths
     from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.messages import Submission

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.adapter_image import AdapterSpec
 
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.decode_state import Rows
     from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.running_batch import LaunchedStep

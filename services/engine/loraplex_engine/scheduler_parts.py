@@ -31,7 +31,7 @@ from loraplex_engine.warming import Warming
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.pages.page_pool import PagePool
 
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from google.protobuf.duration_pb2 import Duration
     from loraplex_common.errors import LoraplexError
 
+    from loraplex_engine.adapters.adapter import AdapterStatus
     from loraplex_engine.config import EngineConfig
     from loraplex_engine.engine import Engine
     from loraplex_engine.metrics import RequestMetrics
-    from loraplex_engine.residency import AdapterStatus
     from loraplex_engine.residency_feed import ResidencyFeed
 
 DEFAULT_PAGE_SIZE: Final = 100

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from loraplex_common.errors import RequestTooLargeError
 
 if TYPE_CHECKING:
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.request import Request
     from loraplex_engine.request_book import RequestBook

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from loraplex_engine.adapters.adapter import Room
 from loraplex_engine.eviction_rule import EvictionRule
-from loraplex_engine.residency import Room
 
 if TYPE_CHECKING:
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.economy import RoomMaker
     from loraplex_engine.running_batch import RunningBatch
     from loraplex_engine.waiting_queue import WaitingQueue

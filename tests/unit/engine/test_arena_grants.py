@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from concurrent.futures import Future
 
-from loraplex_engine.adapter_cache import AdapterCache
-from loraplex_engine.arena import HostArena
+from loraplex_engine.adapters.adapter import PATIENCE_S
+from loraplex_engine.adapters.arena import HostArena
+from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.request import Request, make_request
-from loraplex_engine.residency import PATIENCE_S
 from loraplex_engine.waiting_queue import WaitingQueue
 from support.fake_runner import fake_spec
 from support.scheduler_rig import make_submission

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from loraplex_engine.copy_costs import CopyCosts
+from loraplex_engine.adapters.copy_costs import CopyCosts
 from loraplex_engine.cost_model import StepCosts
 
 

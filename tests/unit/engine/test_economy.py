@@ -9,15 +9,15 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from loraplex_engine.adapter_cache import AdapterCache
-from loraplex_engine.arena import HostArena
-from loraplex_engine.arrival_rates import ArrivalRates
+from loraplex_engine.adapters.adapter import Adapter, Room
+from loraplex_engine.adapters.arena import HostArena
+from loraplex_engine.adapters.arrival_rates import ArrivalRates
+from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.cost_model import StepCosts
 from loraplex_engine.economy import PageEconomy
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PageOwner, PagePool
 from loraplex_engine.pages.prefix_cache import PrefixCache
-from loraplex_engine.residency import Adapter, Room
 from support.fake_runner import fake_spec
 
 if TYPE_CHECKING:

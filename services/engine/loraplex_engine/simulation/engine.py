@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loraplex_engine.adapter_cache import AdapterCache
-from loraplex_engine.arena import HostArena
+from loraplex_engine.adapters.arena import HostArena
+from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.messages import (
     ResidencyState,

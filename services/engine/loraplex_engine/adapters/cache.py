@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraplex_engine.adapter_register import AdapterRegister
-from loraplex_engine.adapter_table import TableIndices
-from loraplex_engine.arrival_rates import DEFAULT_HALF_LIFE_S
+from loraplex_engine.adapters.adapter import NEVER, Adapter, AdapterLoad, Room
+from loraplex_engine.adapters.arrival_rates import DEFAULT_HALF_LIFE_S
+from loraplex_engine.adapters.eviction_order import TableIndices
+from loraplex_engine.adapters.ranking import AdapterRegister
+from loraplex_engine.adapters.shared_modules import Recipes
+from loraplex_engine.adapters.warm_order import WarmResult
 from loraplex_engine.messages import ResidencyState, StoreEvent, WantImage
 from loraplex_engine.pages.page_pool import PageOwner, PagePool
 from loraplex_engine.pages.page_worth import EXPECTED_COST
-from loraplex_engine.recipes import Recipes
-from loraplex_engine.residency import NEVER, Adapter, AdapterLoad, Room
-from loraplex_engine.warm_order import WarmResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_common.adapter_image import AdapterSpec
 
-    from loraplex_engine.arena import HostArena
+    from loraplex_engine.adapters.arena import HostArena
     from loraplex_engine.pages.page_worth import Appraisal
 
 

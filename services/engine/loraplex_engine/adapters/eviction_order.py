@@ -7,7 +7,7 @@ import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
-from loraplex_engine.residency import NEVER, Adapter
+from loraplex_engine.adapters.adapter import NEVER, Adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

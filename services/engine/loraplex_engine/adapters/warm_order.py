@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loraplex_engine.messages import ResidencyState
 
 if TYPE_CHECKING:
-    from loraplex_engine.residency import Adapter
+    from loraplex_engine.adapters.adapter import Adapter
 
 
 class WarmResult(enum.Enum):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_engine import arena as arena_module
-from loraplex_engine.arena import HEADER_BYTES, HostArena
+from loraplex_engine.adapters import arena as arena_module
+from loraplex_engine.adapters.arena import HEADER_BYTES, HostArena
 
 
 def test_another_process_finds_nonce_and_slots_through_the_file() -> None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_common.errors import AdapterInUseError, AdapterNotFoundError, ConflictError, SaturatedError
+from loraplex_engine.adapters.adapter import TRANSITIONS, Adapter, Room
 from loraplex_engine.messages import ResidencyState, WantImage
-from loraplex_engine.residency import TRANSITIONS, Adapter, Room
 from support.adapter_cache_bench import AdapterCacheBench, anyone
 
 if TYPE_CHECKING:

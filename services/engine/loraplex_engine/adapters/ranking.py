@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from loraplex_engine.adapter_table import EvictionOrder
-from loraplex_engine.arrival_rates import ArrivalRates
-from loraplex_engine.copy_costs import CopyCosts
+from loraplex_engine.adapters.adapter import Adapter, AdapterStatus
+from loraplex_engine.adapters.arrival_rates import ArrivalRates
+from loraplex_engine.adapters.copy_costs import CopyCosts
+from loraplex_engine.adapters.eviction_order import EvictionOrder
+from loraplex_engine.adapters.warm_order import WarmCounts, WarmOrder, WarmResult
 from loraplex_engine.messages import ResidencyChanged, ResidencyState
-from loraplex_engine.residency import Adapter, AdapterStatus
-from loraplex_engine.warm_order import WarmCounts, WarmOrder, WarmResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

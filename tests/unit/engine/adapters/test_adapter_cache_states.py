@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from loraplex_common.errors import AdapterInUseError, AdapterNotFoundError, LoraplexError, SaturatedError
+from loraplex_engine.adapters.adapter import Room
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PageOwner
-from loraplex_engine.residency import Room
 from support.adapter_cache_bench import AdapterCacheBench, anyone
 
 
