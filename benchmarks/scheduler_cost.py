@@ -26,7 +26,7 @@ from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
 from loraplex_engine.messages import SamplingParams, StoppingParams, Submission
 from loraplex_engine.pages.page_pool import PagePool
-from loraplex_engine.scheduler import Scheduler
+from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.step import StepPlan, StepResult
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from loraplex_engine.messages import (
     WantImage,
 )
 from loraplex_engine.pages.page_pool import PagePool
-from loraplex_engine.scheduler import Scheduler
+from loraplex_engine.scheduler.scheduler import Scheduler
 from numpy.typing import NDArray
 from support.fake_runner import FakeRunner, draw, fake_image, fake_spec
 

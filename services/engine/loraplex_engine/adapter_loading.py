@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loraplex_engine.adapters.arena import HostArena
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.messages import ImageArrived
-    from loraplex_engine.scheduler import Scheduler
+    from loraplex_engine.scheduler.scheduler import Scheduler
     from loraplex_engine.step import LoadHandle, ModelRunner
 
 

@@ -18,7 +18,7 @@ from loraplex_engine.messages import ResidencyState
 if TYPE_CHECKING:
     from loraplex_engine.adapters.arena import HostArena
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.waiting_queue import WaitingQueue
+    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 
 Granted = tuple[int, ...] | None
 

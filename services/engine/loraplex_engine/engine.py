@@ -26,7 +26,7 @@ from loraplex_engine.outbox import MAX_BACKLOG_BYTES, MAX_BACKLOG_S, SessionOutb
 from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.pages.page_worth import appraisal_of
 from loraplex_engine.pinning import PinsHostMemory
-from loraplex_engine.scheduler import Scheduler
+from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.step import ModelRunner
 from loraplex_engine.step_times import StepTimes
 

@@ -13,7 +13,7 @@ from loraplex_common.errors import LoraplexError
 from loraplex_common.log import get_logger
 
 if TYPE_CHECKING:
-    from loraplex_engine.request import Request
+    from loraplex_engine.scheduler.request import Request
 
 _log = get_logger()
 

@@ -11,7 +11,7 @@ from loraplex_engine.messages import LoadSnapshot
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.pages.page_pool import PagePool
-    from loraplex_engine.scheduler import Scheduler
+    from loraplex_engine.scheduler.scheduler import Scheduler
 
 RATE_WINDOW_S: Final = 5.0
 

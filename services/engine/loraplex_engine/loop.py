@@ -37,8 +37,8 @@ from loraplex_engine.messages import (
     ImageRefused,
     Submit,
 )
-from loraplex_engine.request_book import SlotInUseError
-from loraplex_engine.scheduler import Scheduler
+from loraplex_engine.scheduler.request_book import SlotInUseError
+from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.step import NO_ADAPTER, ModelRunner, StepHandle, StepPlan
 from loraplex_engine.step_times import StepTimes
 from loraplex_engine.step_watchdog import Pulse, StepWatchdog

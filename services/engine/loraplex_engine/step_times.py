@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
     from numpy.typing import NDArray
 
-    from loraplex_engine.cost_model import StepCosts
+    from loraplex_engine.scheduler.step_costs import StepCosts
     from loraplex_engine.step import StepPlan
 
 SLOW_FLOPS: Final = {"cuda": 10e12}

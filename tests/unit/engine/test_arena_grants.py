@@ -11,8 +11,8 @@ from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PagePool
-from loraplex_engine.request import Request, make_request
-from loraplex_engine.waiting_queue import WaitingQueue
+from loraplex_engine.scheduler.request import Request, make_request
+from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 from support.fake_runner import fake_spec
 from support.scheduler_rig import make_submission
 

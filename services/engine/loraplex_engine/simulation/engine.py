@@ -22,7 +22,7 @@ from loraplex_engine.messages import (
 )
 from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.pages.page_worth import appraisal_of
-from loraplex_engine.scheduler import Scheduler
+from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.simulation.copies import (
     CopyStream,
     SimulatedStore,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from loraplex_engine.decode_state import Rows
+    from loraplex_engine.scheduler.decode_state import Rows
     from loraplex_engine.simulation.adapters import Adapters
     from loraplex_engine.simulation.setup import EngineSetup
     from loraplex_engine.simulation.trace import TraceArrays

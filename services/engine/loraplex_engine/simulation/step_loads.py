@@ -13,8 +13,8 @@ from loraplex_engine.step import NO_ADAPTER, count_runs
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loraplex_engine.decode_state import Rows
-    from loraplex_engine.running_batch import RunningBatch
+    from loraplex_engine.scheduler.decode_state import Rows
+    from loraplex_engine.scheduler.running_batch import RunningBatch
     from loraplex_engine.simulation.adapters import Adapters
     from loraplex_engine.step import StepPlan
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from loraplex_engine.adapters.adapter import Adapter
-    from loraplex_engine.waiting_queue import WaitingQueue
+    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 
 
 class EvictionRule:

@@ -5,28 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraplex_engine.adapter_bringing import AdapterBringing, Reservation
-from loraplex_engine.admission import Admission
-from loraplex_engine.cost_model import StepCosts
-from loraplex_engine.decode_growth import DecodeGrowth
-from loraplex_engine.decode_state import DecodeState
-from loraplex_engine.economy import PageEconomy, RoomMaker
-from loraplex_engine.fair_shares import FairShares
-from loraplex_engine.fixed_shares import AdapterShare, KvShare
-from loraplex_engine.growth import OutputLengths
-from loraplex_engine.hopelessness import Hopelessness
 from loraplex_engine.limits import SchedulerCounters, SchedulerLimits
-from loraplex_engine.outputs import OutputCollector
 from loraplex_engine.pages.page_worth import appraisal_of
 from loraplex_engine.pages.prefix_cache import PrefixCache
-from loraplex_engine.prefix_sharing import PrefixSharing
-from loraplex_engine.request_book import RequestBook
-from loraplex_engine.result_reader import ResultReader
-from loraplex_engine.running_batch import RunningBatch
-from loraplex_engine.size_check import SizeCheck
-from loraplex_engine.steady_decode import SteadyDecode
-from loraplex_engine.waiting_queue import WaitingQueue
-from loraplex_engine.warming import Warming
+from loraplex_engine.scheduler.adapter_fetching import AdapterBringing, Reservation
+from loraplex_engine.scheduler.admission import Admission
+from loraplex_engine.scheduler.decode_growth import DecodeGrowth
+from loraplex_engine.scheduler.decode_state import DecodeState
+from loraplex_engine.scheduler.eviction import PageEconomy, RoomMaker
+from loraplex_engine.scheduler.expected_lengths import OutputLengths
+from loraplex_engine.scheduler.fair_shares import FairShares
+from loraplex_engine.scheduler.first_token_deadlines import Hopelessness
+from loraplex_engine.scheduler.fixed_shares import AdapterShare, KvShare
+from loraplex_engine.scheduler.outputs import OutputCollector
+from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
+from loraplex_engine.scheduler.request_book import RequestBook
+from loraplex_engine.scheduler.result_reader import ResultReader
+from loraplex_engine.scheduler.running_batch import RunningBatch
+from loraplex_engine.scheduler.size_check import SizeCheck
+from loraplex_engine.scheduler.steady_decode import SteadyDecode
+from loraplex_engine.scheduler.step_costs import StepCosts
+from loraplex_engine.scheduler.waiting_queue import WaitingQueue
+from loraplex_engine.scheduler.warming import Warming
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loraplex_engine.adapters.adapter import Room
-from loraplex_engine.eviction_rule import EvictionRule
 from loraplex_engine.messages import ResidencyState
-from loraplex_engine.request import Request
+from loraplex_engine.scheduler.eviction_rule import EvictionRule
+from loraplex_engine.scheduler.request import Request
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.economy import RoomMaker
-    from loraplex_engine.request_book import RequestBook
-    from loraplex_engine.running_batch import RunningBatch
-    from loraplex_engine.size_check import SizeCheck
-    from loraplex_engine.waiting_queue import WaitingQueue
+    from loraplex_engine.scheduler.eviction import RoomMaker
+    from loraplex_engine.scheduler.request_book import RequestBook
+    from loraplex_engine.scheduler.running_batch import RunningBatch
+    from loraplex_engine.scheduler.size_check import SizeCheck
+    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 
 CLAIMS_AHEAD: Final = 8
 """Adapters kept or loaded for those next in order, beyond the free places in the batch."""

@@ -9,9 +9,9 @@ import numpy as np
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.pages.page_pool import PagePool
-    from loraplex_engine.request_book import RequestBook
-    from loraplex_engine.running_batch import RunningBatch
-    from loraplex_engine.waiting_queue import WaitingQueue
+    from loraplex_engine.scheduler.request_book import RequestBook
+    from loraplex_engine.scheduler.running_batch import RunningBatch
+    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 
 
 def check_requests(

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from loraplex_engine.admission import Admission
-    from loraplex_engine.cost_model import StepCosts
-    from loraplex_engine.decode_growth import DecodeGrowth
-    from loraplex_engine.decode_state import Rows
-    from loraplex_engine.economy import RoomMaker
     from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.pages.page_pool import PagePool
-    from loraplex_engine.request_book import RequestBook
-    from loraplex_engine.running_batch import RunningBatch
-    from loraplex_engine.waiting_queue import WaitingQueue
-    from loraplex_engine.warming import Warming
+    from loraplex_engine.scheduler.admission import Admission
+    from loraplex_engine.scheduler.decode_growth import DecodeGrowth
+    from loraplex_engine.scheduler.decode_state import Rows
+    from loraplex_engine.scheduler.eviction import RoomMaker
+    from loraplex_engine.scheduler.request_book import RequestBook
+    from loraplex_engine.scheduler.running_batch import RunningBatch
+    from loraplex_engine.scheduler.step_costs import StepCosts
+    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
+    from loraplex_engine.scheduler.warming import Warming
 
     Draw = Callable[[Rows, NDArray[np.int32], int], NDArray[np.int32]]
     """(slots, first positions in their sequences, how many) -> token ids, int32 ``[len(slots), how many]``."""

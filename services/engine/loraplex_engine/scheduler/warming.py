@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from loraplex_engine.adapters.adapter import Room
-from loraplex_engine.eviction_rule import EvictionRule
+from loraplex_engine.scheduler.eviction_rule import EvictionRule
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.economy import RoomMaker
-    from loraplex_engine.running_batch import RunningBatch
-    from loraplex_engine.waiting_queue import WaitingQueue
+    from loraplex_engine.scheduler.eviction import RoomMaker
+    from loraplex_engine.scheduler.running_batch import RunningBatch
+    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 
 MARGIN_OCTAVES: Final = 1.0
 """What gives way for a warmed adapter is worth less than half of it, so two of about equal worth do not take turns."""

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex_engine.decode_state import Rows
 from loraplex_engine.faults import RequestFaultError
-from loraplex_engine.request import Request
+from loraplex_engine.scheduler.decode_state import Rows
+from loraplex_engine.scheduler.request import Request
 from loraplex_engine.step import FROM_DEVICE, SlotSetup, StepPlan
 
 if TYPE_CHECKING:
-    from loraplex_engine.decode_state import DecodeState
     from loraplex_engine.pages.page_pool import PagePool, Pages
+    from loraplex_engine.scheduler.decode_state import DecodeState
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 

@@ -13,11 +13,11 @@ from loraplex_engine.adapters.adapter import Adapter, Room
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.adapters.arrival_rates import ArrivalRates
 from loraplex_engine.adapters.cache import AdapterCache
-from loraplex_engine.cost_model import StepCosts
-from loraplex_engine.economy import PageEconomy
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PageOwner, PagePool
 from loraplex_engine.pages.prefix_cache import PrefixCache
+from loraplex_engine.scheduler.eviction import PageEconomy
+from loraplex_engine.scheduler.step_costs import StepCosts
 from support.fake_runner import fake_spec
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from loraplex_engine.pages.page_pool import NO_PAGES
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loraplex_engine.decode_state import DecodeState
     from loraplex_engine.pages.page_pool import Pages
     from loraplex_engine.pages.prefix_cache import PrefixCache
-    from loraplex_engine.request import Request
+    from loraplex_engine.scheduler.decode_state import DecodeState
+    from loraplex_engine.scheduler.request import Request
 
 
 class PrefixSharing:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from loraplex_engine.decode_state import NO_PAGE, DecodeState
 from loraplex_engine.messages import SamplingParams
-from loraplex_engine.request import Request, make_request
+from loraplex_engine.scheduler.decode_state import NO_PAGE, DecodeState
+from loraplex_engine.scheduler.request import Request, make_request
 from loraplex_engine.step import NO_ADAPTER
 from support.scheduler_rig import make_submission
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import DeadlineError, LoraplexError, SloUnreachableError
 
 from loraplex_engine.messages import ResidencyState
-from loraplex_engine.request import Request, RequestState
+from loraplex_engine.scheduler.request import Request, RequestState
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.cost_model import StepCosts
     from loraplex_engine.limits import SchedulerCounters
-    from loraplex_engine.prefix_sharing import PrefixSharing
-    from loraplex_engine.request_book import RequestBook
-    from loraplex_engine.running_batch import RunningBatch
-    from loraplex_engine.waiting_queue import WaitingQueue
+    from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
+    from loraplex_engine.scheduler.request_book import RequestBook
+    from loraplex_engine.scheduler.running_batch import RunningBatch
+    from loraplex_engine.scheduler.step_costs import StepCosts
+    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 
 _MIN_RETRY_S: Final = 0.1
 _MAX_RETRY_S: Final = 60.0

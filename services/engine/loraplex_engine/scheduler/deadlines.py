@@ -6,7 +6,7 @@ import enum
 import heapq
 import math
 
-from loraplex_engine.request import Request, RequestState
+from loraplex_engine.scheduler.request import Request, RequestState
 
 
 class Limit(enum.Enum):

@@ -16,26 +16,26 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from loraplex_engine.adapter_bringing import AdapterBringing, Outcome, Reservation
 from loraplex_engine.adapters.adapter import Room
-from loraplex_engine.eviction_rule import EvictionRule
-from loraplex_engine.growth import OutputLengths, peak_growth
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PageOwner, PagePool
-from loraplex_engine.request import Request, RequestState
+from loraplex_engine.scheduler.adapter_fetching import AdapterBringing, Outcome, Reservation
+from loraplex_engine.scheduler.eviction_rule import EvictionRule
+from loraplex_engine.scheduler.expected_lengths import OutputLengths, peak_growth
+from loraplex_engine.scheduler.request import Request, RequestState
 from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.economy import RoomMaker
-    from loraplex_engine.hopelessness import Hopelessness
     from loraplex_engine.limits import SchedulerLimits
     from loraplex_engine.pages.page_pool import Pages
-    from loraplex_engine.prefix_sharing import PrefixSharing
-    from loraplex_engine.request_book import RequestBook
-    from loraplex_engine.running_batch import RunningBatch
-    from loraplex_engine.size_check import SizeCheck
-    from loraplex_engine.waiting_queue import WaitingQueue
+    from loraplex_engine.scheduler.eviction import RoomMaker
+    from loraplex_engine.scheduler.first_token_deadlines import Hopelessness
+    from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
+    from loraplex_engine.scheduler.request_book import RequestBook
+    from loraplex_engine.scheduler.running_batch import RunningBatch
+    from loraplex_engine.scheduler.size_check import SizeCheck
+    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 
 MAX_LOOKAHEAD: Final = 16
 """Misfits that one pass looks behind; bounds the cost of a pass when thousands wait."""

@@ -9,8 +9,8 @@ from loraplex_common.errors import RequestTooLargeError
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.pages.page_pool import PagePool
-    from loraplex_engine.request import Request
-    from loraplex_engine.request_book import RequestBook
+    from loraplex_engine.scheduler.request import Request
+    from loraplex_engine.scheduler.request_book import RequestBook
 
 
 class SizeCheck:

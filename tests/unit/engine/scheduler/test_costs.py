@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from loraplex_engine.adapters.copy_costs import CopyCosts
-from loraplex_engine.cost_model import StepCosts
+from loraplex_engine.scheduler.step_costs import StepCosts
 
 
 def test_steps_teach_what_decoding_and_prefill_cost() -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_engine.cost_model import StepCosts
+from loraplex_engine.scheduler.step_costs import StepCosts
 from loraplex_engine.step import StepPlan, StepResult
 from support.scheduler_rig import Rig, make_submission
 
 if TYPE_CHECKING:
-    from loraplex_engine.decode_state import Rows
-    from loraplex_engine.scheduler import Scheduler
+    from loraplex_engine.scheduler.decode_state import Rows
+    from loraplex_engine.scheduler.scheduler import Scheduler
     from numpy.typing import NDArray
 
 STEP_S = 0.01

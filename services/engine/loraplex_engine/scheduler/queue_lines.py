@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from loraplex_engine.request import Request
+    from loraplex_engine.scheduler.request import Request
 
 
 class Line:

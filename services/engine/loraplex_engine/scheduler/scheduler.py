@@ -20,13 +20,13 @@ from loraplex_common.errors import (
     QueueTimeoutError,
 )
 
-from loraplex_engine.deadlines import Deadlines, Limit
 from loraplex_engine.faults import RequestFaultError, internal_error
-from loraplex_engine.integrity import check_requests
 from loraplex_engine.limits import QueuePolicy, SchedulerLimits
 from loraplex_engine.messages import FinishReason, ResidencyState, StepOutputs, Submission
-from loraplex_engine.request import Request, RequestState, make_request
-from loraplex_engine.scheduler_parts import build_parts
+from loraplex_engine.scheduler.deadlines import Deadlines, Limit
+from loraplex_engine.scheduler.integrity import check_requests
+from loraplex_engine.scheduler.parts import build_parts
+from loraplex_engine.scheduler.request import Request, RequestState, make_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec
 
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.decode_state import Rows
     from loraplex_engine.pages.page_pool import PagePool
-    from loraplex_engine.running_batch import LaunchedStep
-    from loraplex_engine.steady_decode import Draw
+    from loraplex_engine.scheduler.decode_state import Rows
+    from loraplex_engine.scheduler.running_batch import LaunchedStep
+    from loraplex_engine.scheduler.steady_decode import Draw
     from loraplex_engine.step import StepPlan, StepResult
 
 FORETOLD_WEIGHT: Final = 0.5

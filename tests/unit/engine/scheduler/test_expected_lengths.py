@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_engine.decode_state import DecodeState
-from loraplex_engine.growth import FIRST_GUESS, OutputLengths, peak_growth
+from loraplex_engine.scheduler.decode_state import DecodeState
+from loraplex_engine.scheduler.expected_lengths import FIRST_GUESS, OutputLengths, peak_growth
 
 BLOCK = 4
 

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraplex_engine.adapters.adapter import Room
-from loraplex_engine.eviction_rule import EvictionRule
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PageOwner, PagePool
+from loraplex_engine.scheduler.eviction_rule import EvictionRule
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.admission import Admission
-    from loraplex_engine.decode_state import Rows
-    from loraplex_engine.economy import RoomMaker
-    from loraplex_engine.request import Request
-    from loraplex_engine.request_book import RequestBook
-    from loraplex_engine.running_batch import RunningBatch
+    from loraplex_engine.scheduler.admission import Admission
+    from loraplex_engine.scheduler.decode_state import Rows
+    from loraplex_engine.scheduler.eviction import RoomMaker
+    from loraplex_engine.scheduler.request import Request
+    from loraplex_engine.scheduler.request_book import RequestBook
+    from loraplex_engine.scheduler.running_batch import RunningBatch
 
 
 class DecodeGrowth:

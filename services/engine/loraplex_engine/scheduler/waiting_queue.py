@@ -15,11 +15,11 @@ import heapq
 import math
 from typing import TYPE_CHECKING, Final
 
-from loraplex_engine.fair_shares import FairShares
 from loraplex_engine.limits import QueuePolicy
 from loraplex_engine.messages import Priority
-from loraplex_engine.queue_lines import Line
-from loraplex_engine.request import Request, RequestState
+from loraplex_engine.scheduler.fair_shares import FairShares
+from loraplex_engine.scheduler.queue_lines import Line
+from loraplex_engine.scheduler.request import Request, RequestState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

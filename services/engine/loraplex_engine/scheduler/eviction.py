@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.cost_model import StepCosts
     from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.pages.page_worth import Appraisal
     from loraplex_engine.pages.prefix_cache import PrefixCache
+    from loraplex_engine.scheduler.step_costs import StepCosts
 
 
 class RoomMaker(Protocol):

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from loraplex_engine.fair_shares import FairShares
 from loraplex_engine.limits import QueuePolicy
 from loraplex_engine.messages import Priority
-from loraplex_engine.request import Request, RequestState, make_request
-from loraplex_engine.waiting_queue import WaitingQueue
+from loraplex_engine.scheduler.fair_shares import FairShares
+from loraplex_engine.scheduler.request import Request, RequestState, make_request
+from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 from support.scheduler_rig import make_submission
 
 PROMOTE_AFTER_S = 30.0

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_engine.messages import Priority, ResidencyState, WantImage
-from loraplex_engine.warming import Warming
+from loraplex_engine.scheduler.warming import Warming
 from support.scheduler_rig import Rig, make_submission, solo
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 if TYPE_CHECKING:
-    from loraplex_engine.decode_state import DecodeState, Rows
+    from loraplex_engine.scheduler.decode_state import DecodeState, Rows
 
 _DECAY: Final = 0.995  # per request: the last few hundred count
 _BUCKETS_PER_OCTAVE: Final = 4

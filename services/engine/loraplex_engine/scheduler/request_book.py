@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_engine.faults import internal_error
 from loraplex_engine.messages import Ended, FinishReason, Loading, Started
-from loraplex_engine.request import Request, RequestState
+from loraplex_engine.scheduler.request import Request, RequestState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.growth import OutputLengths
     from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.messages import Submission
-    from loraplex_engine.outputs import OutputCollector
-    from loraplex_engine.prefix_sharing import PrefixSharing
-    from loraplex_engine.running_batch import RunningBatch
-    from loraplex_engine.waiting_queue import WaitingQueue
+    from loraplex_engine.scheduler.expected_lengths import OutputLengths
+    from loraplex_engine.scheduler.outputs import OutputCollector
+    from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
+    from loraplex_engine.scheduler.running_batch import RunningBatch
+    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 
 
 class SlotInUseError(ValueError):

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraplex_engine.messages import FinishReason, PromptLogprobs, TokenWithLogprobs
-from loraplex_engine.request import RequestState
+from loraplex_engine.scheduler.request import RequestState
 
 if TYPE_CHECKING:
-    from loraplex_engine.fair_shares import FairShares
     from loraplex_engine.limits import SchedulerCounters
-    from loraplex_engine.outputs import OutputCollector
-    from loraplex_engine.prefix_sharing import PrefixSharing
-    from loraplex_engine.request import Request
-    from loraplex_engine.request_book import RequestBook
-    from loraplex_engine.running_batch import Chunk, LaunchedStep, RunningBatch
+    from loraplex_engine.scheduler.fair_shares import FairShares
+    from loraplex_engine.scheduler.outputs import OutputCollector
+    from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
+    from loraplex_engine.scheduler.request import Request
+    from loraplex_engine.scheduler.request_book import RequestBook
+    from loraplex_engine.scheduler.running_batch import Chunk, LaunchedStep, RunningBatch
     from loraplex_engine.step import StepResult, TokenLogprobs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_engine.fair_shares import OUTPUT_WEIGHT, FairShares
+from loraplex_engine.scheduler.fair_shares import OUTPUT_WEIGHT, FairShares
 
 
 def backlog(shares: FairShares, key: str) -> int:

@@ -15,7 +15,7 @@ from loraplex_engine.step import NO_ADAPTER, SamplingArrays
 
 if TYPE_CHECKING:
     from loraplex_engine.pages.page_pool import Pages
-    from loraplex_engine.request import Request
+    from loraplex_engine.scheduler.request import Request
 
 NO_PAGE: Final = -1
 _NO_TOKEN: Final = -1
