@@ -13,7 +13,9 @@ from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, image_sha256,
 from loraplex_engine import building
 from loraplex_engine.adapter_client import AdapterClient, Attachment
 from loraplex_engine.config import EngineConfig
-from loraplex_engine.engine import Engine
+from loraplex_engine.loop.engine import Engine
+from loraplex_engine.loop.outbox import SessionOutbox
+from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import (
     CloseSession,
     Ended,
@@ -24,8 +26,6 @@ from loraplex_engine.messages import (
     Submit,
     WantImage,
 )
-from loraplex_engine.outbox import SessionOutbox
-from loraplex_engine.residency_feed import ResidencyFeed
 from support.waiting import eventually
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ import numpy as np
 from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, Tensors, pack
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterNotFoundError
-from loraplex_engine.engine import Engine, EngineParams, RunnerFactory
 from loraplex_engine.limits import SchedulingPolicy
+from loraplex_engine.loop.engine import Engine, EngineParams, RunnerFactory
+from loraplex_engine.loop.outbox import SessionOutbox
 from loraplex_engine.messages import (
     CloseSession,
     Ended,
@@ -34,7 +35,6 @@ from loraplex_engine.messages import (
     TokenWithLogprobs,
     WantImage,
 )
-from loraplex_engine.outbox import SessionOutbox
 from loraplex_engine.step import TokenLogprobs
 from numpy.typing import NDArray
 from support.adapters import Recipe, adapter_tensors, module_name

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec
 from loraplex_common.errors import AdapterNotFoundError, LoraplexError
-from loraplex_engine.adapter_operations import AdapterOperations
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.adapters.cache import AdapterCache
-from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
+from loraplex_engine.loop.adapter_operations import AdapterOperations
+from loraplex_engine.loop.arena_grants import ArenaGrants
 from loraplex_engine.messages import (
     Ended,
     FinishReason,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from loraplex_engine.engine import Engine, EngineParams
 from loraplex_engine.limits import SchedulingPolicy
+from loraplex_engine.loop.engine import Engine, EngineParams
 from loraplex_engine.messages import ImageArrived, ResidencyState
 from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
 

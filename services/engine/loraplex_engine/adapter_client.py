@@ -34,8 +34,8 @@ from loraplex_engine.messages import DropAdapter, ImageRefused, ResidencyChanged
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from loraplex_engine.engine import Engine
-    from loraplex_engine.residency_feed import ResidencyFeed
+    from loraplex_engine.loop.engine import Engine
+    from loraplex_engine.loop.residency_feed import ResidencyFeed
 
 FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0

@@ -12,8 +12,8 @@ from loraplex_common.rank_limits import CUDA_MAX_RANK
 from loraplex_common.weight_files import find_weights
 
 from loraplex_engine.config import MIB, ConfigError, EngineConfig
-from loraplex_engine.engine import EngineParams
 from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
+from loraplex_engine.loop.engine import EngineParams
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
 from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.weight_digests import FileState
 
-    from loraplex_engine.engine import RunnerFactory
+    from loraplex_engine.loop.engine import RunnerFactory
     from loraplex_engine.step import ModelRunner
 
 CPU_POOL_BYTES: Final = 1024 * MIB

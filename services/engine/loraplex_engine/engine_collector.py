@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from loraplex_common.adapter_names import AdapterNames
 
-    from loraplex_engine.engine import Engine
-    from loraplex_engine.loop_totals import LoopTotals
-    from loraplex_engine.residency_feed import ResidencyFeed
+    from loraplex_engine.loop.engine import Engine
+    from loraplex_engine.loop.residency_feed import ResidencyFeed
+    from loraplex_engine.loop.totals import LoopTotals
     from loraplex_engine.residency_metrics import ResidencyMetrics
 
 MAX_ADAPTER_LABELS: Final = 1000

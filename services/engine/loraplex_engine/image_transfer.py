@@ -25,7 +25,7 @@ from loraplex_engine.messages import ImageArrived, ImageRefused
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from loraplex_engine.engine import Engine
+    from loraplex_engine.loop.engine import Engine
 
 QUARANTINE_S: Final = 5.0
 """How long slots of a broken stream stay unused: a store that shares our memory may still be writing a page."""

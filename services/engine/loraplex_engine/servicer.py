@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from loraplex_engine.adapters.adapter import AdapterStatus
     from loraplex_engine.config import EngineConfig
-    from loraplex_engine.engine import Engine
+    from loraplex_engine.loop.engine import Engine
+    from loraplex_engine.loop.residency_feed import ResidencyFeed
     from loraplex_engine.metrics import RequestMetrics
-    from loraplex_engine.residency_feed import ResidencyFeed
 
 DEFAULT_PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000

@@ -25,9 +25,9 @@ from loraplex_engine.output_encoder import OutputEncoder
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    from loraplex_engine.engine import Engine
+    from loraplex_engine.loop.engine import Engine
+    from loraplex_engine.loop.residency_feed import ResidencyFeed
     from loraplex_engine.metrics import RequestMetrics
-    from loraplex_engine.residency_feed import ResidencyFeed
     from loraplex_engine.validation import RequestLimits
 
 SUBMITS_PER_TURN: Final = 32

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from loraplex_common.errors import RequestTooLargeError
 from loraplex_engine.histogram import ArrayHistogram
-from loraplex_engine.loop_totals import LoopTotals
+from loraplex_engine.loop.totals import LoopTotals
 from loraplex_engine.messages import (
     Ended,
     FinishReason,

@@ -14,7 +14,7 @@ import numpy as np
 
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.adapters.cache import AdapterCache
-from loraplex_engine.arena_grants import ArenaGrants
+from loraplex_engine.loop.arena_grants import ArenaGrants
 from loraplex_engine.messages import (
     ResidencyState,
     StoreEvent,

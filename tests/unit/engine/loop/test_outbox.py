@@ -8,8 +8,8 @@ import threading
 import numpy as np
 import pytest
 from loraplex_common.errors import InvalidParameterError, SlowConsumerError
+from loraplex_engine.loop.outbox import SessionOutbox
 from loraplex_engine.messages import Ended, FinishReason, PromptLogprobs, SessionEvent, StepOutputs
-from loraplex_engine.outbox import SessionOutbox
 from loraplex_engine.step import TokenLogprobs
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from loraplex_common.errors import EngineHungError
+from loraplex_engine.loop.step_times import StepTimes
+from loraplex_engine.loop.step_watchdog import LOOK_S, Pulse, StepWatchdog
 from loraplex_engine.scheduler.step_costs import StepCosts
-from loraplex_engine.step_times import StepTimes
-from loraplex_engine.step_watchdog import LOOK_S, Pulse, StepWatchdog
 from support.engine_harness import FAKE_GEOMETRY, WAIT_S, fake_engine
 
 if TYPE_CHECKING:

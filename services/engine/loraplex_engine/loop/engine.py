@@ -14,26 +14,26 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 from loraplex_common.adapter_image import AdapterSpec, Geometry
 
 from loraplex_engine.adapter_checks import check_adapter
-from loraplex_engine.adapter_operations import AdapterOperations
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.adapters.cache import AdapterCache
-from loraplex_engine.arena_grants import ArenaGrants
 from loraplex_engine.limits import SchedulerCounters, SchedulerLimits, SchedulingPolicy
-from loraplex_engine.load_report import LoadReport
-from loraplex_engine.loop import EngineLoop, LoopParts
+from loraplex_engine.loop.adapter_operations import AdapterOperations
+from loraplex_engine.loop.arena_grants import ArenaGrants
+from loraplex_engine.loop.load_report import LoadReport
+from loraplex_engine.loop.outbox import MAX_BACKLOG_BYTES, MAX_BACKLOG_S, SessionOutbox
+from loraplex_engine.loop.step_loop import EngineLoop, LoopParts
+from loraplex_engine.loop.step_times import StepTimes
 from loraplex_engine.messages import Call, Command, LoadSnapshot, StoreEvent
-from loraplex_engine.outbox import MAX_BACKLOG_BYTES, MAX_BACKLOG_S, SessionOutbox
 from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.pages.page_worth import appraisal_of
 from loraplex_engine.pinning import PinsHostMemory
 from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.step import ModelRunner
-from loraplex_engine.step_times import StepTimes
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.adapter import AdapterStatus
     from loraplex_engine.adapters.warm_order import WarmCounts
-    from loraplex_engine.loop_totals import LoopTotals
+    from loraplex_engine.loop.totals import LoopTotals
 
 STEP_PATIENCE_S: Final = 5.0
 T = TypeVar("T")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.errors import LoraplexError
 
-    from loraplex_engine.outbox import SessionOutbox
+    from loraplex_engine.loop.outbox import SessionOutbox
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from loraplex_engine.adapters.adapter import PATIENCE_S
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.adapters.cache import AdapterCache
-from loraplex_engine.arena_grants import ArenaGrants
+from loraplex_engine.loop.arena_grants import ArenaGrants
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.scheduler.request import Request, make_request

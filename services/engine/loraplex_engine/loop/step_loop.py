@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import DrainingError, EngineHungError, InvalidParameterError, LoraplexError
 
-from loraplex_engine.adapter_loading import AdapterLoading
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.adapters.cache import AdapterCache
-from loraplex_engine.arena_grants import ArenaGrants
-from loraplex_engine.drains import Drain, Drains
-from loraplex_engine.inbox import Inbox, Sessions
-from loraplex_engine.load_report import LoadReport
-from loraplex_engine.loop_calls import failing_into, run_call
-from loraplex_engine.loop_totals import LoopTotals
+from loraplex_engine.loop.adapter_loading import AdapterLoading
+from loraplex_engine.loop.arena_grants import ArenaGrants
+from loraplex_engine.loop.calls import failing_into, run_call
+from loraplex_engine.loop.drains import Drain, Drains
+from loraplex_engine.loop.inbox import Inbox, Sessions
+from loraplex_engine.loop.load_report import LoadReport
+from loraplex_engine.loop.step_times import StepTimes
+from loraplex_engine.loop.step_watchdog import Pulse, StepWatchdog
+from loraplex_engine.loop.totals import LoopTotals
 from loraplex_engine.messages import (
     Abort,
     Call,
@@ -40,13 +42,11 @@ from loraplex_engine.messages import (
 from loraplex_engine.scheduler.request_book import SlotInUseError
 from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.step import NO_ADAPTER, ModelRunner, StepHandle, StepPlan
-from loraplex_engine.step_times import StepTimes
-from loraplex_engine.step_watchdog import Pulse, StepWatchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loraplex_engine.outbox import SessionOutbox
+    from loraplex_engine.loop.outbox import SessionOutbox
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 from loraplex_common.errors import SequenceGapError
+from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import ResidencyChanged, ResidencyState
-from loraplex_engine.residency_feed import ResidencyFeed
 
 RESIDENT, DRAINING = ResidencyState.RESIDENT, ResidencyState.DRAINING
 IN_ARENA, ABSENT, WANTED = ResidencyState.IN_ARENA, ResidencyState.ABSENT, ResidencyState.WANTED
