@@ -27,14 +27,14 @@ from loraplex_common.vllm_metrics import ENGINE_LABEL
 
 from loraplex_engine import building
 from loraplex_engine.adapter_client import AdapterClient, Attachment
-from loraplex_engine.engine_collector import EngineCollector
 from loraplex_engine.loop.engine import Engine
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
-from loraplex_engine.metrics import RequestMetrics
-from loraplex_engine.prefetch_metrics import PrefetchMetrics
+from loraplex_engine.metrics.collector import EngineCollector
+from loraplex_engine.metrics.prefetch import PrefetchMetrics
+from loraplex_engine.metrics.requests import RequestMetrics
+from loraplex_engine.metrics.residency import ResidencyMetrics
 from loraplex_engine.registration import Registration
-from loraplex_engine.residency_metrics import ResidencyMetrics
 from loraplex_engine.servicer import EngineIdentity, EngineServicer
 
 if TYPE_CHECKING:

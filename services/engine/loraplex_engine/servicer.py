@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from loraplex_engine.config import EngineConfig
     from loraplex_engine.loop.engine import Engine
     from loraplex_engine.loop.residency_feed import ResidencyFeed
-    from loraplex_engine.metrics import RequestMetrics
+    from loraplex_engine.metrics.requests import RequestMetrics
 
 DEFAULT_PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000

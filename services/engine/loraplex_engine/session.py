@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.loop.engine import Engine
     from loraplex_engine.loop.residency_feed import ResidencyFeed
-    from loraplex_engine.metrics import RequestMetrics
+    from loraplex_engine.metrics.requests import RequestMetrics
     from loraplex_engine.validation import RequestLimits
 
 SUBMITS_PER_TURN: Final = 32

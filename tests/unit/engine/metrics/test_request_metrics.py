@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from loraplex_common.errors import RequestTooLargeError
-from loraplex_engine.histogram import ArrayHistogram
 from loraplex_engine.loop.totals import LoopTotals
 from loraplex_engine.messages import (
     Ended,
@@ -14,9 +13,10 @@ from loraplex_engine.messages import (
     Started,
     StepOutputs,
 )
-from loraplex_engine.metrics import RequestMetrics
-from loraplex_engine.prefetch_metrics import PrefetchMetrics
-from loraplex_engine.residency_metrics import ResidencyMetrics
+from loraplex_engine.metrics.histogram import ArrayHistogram
+from loraplex_engine.metrics.prefetch import PrefetchMetrics
+from loraplex_engine.metrics.requests import RequestMetrics
+from loraplex_engine.metrics.residency import ResidencyMetrics
 from prometheus_client import CollectorRegistry, generate_latest
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loraplex_engine.loop.engine import Engine
     from loraplex_engine.loop.residency_feed import ResidencyFeed
     from loraplex_engine.loop.totals import LoopTotals
-    from loraplex_engine.residency_metrics import ResidencyMetrics
+    from loraplex_engine.metrics.residency import ResidencyMetrics
 
 MAX_ADAPTER_LABELS: Final = 1000
 _ON_DEVICE: Final = (ResidencyState.RESIDENT, ResidencyState.DRAINING)

@@ -13,8 +13,8 @@ import numpy as np
 from loraplex_common.vllm_metrics import FINISHED_REASONS, FINISHED_SPECS, ITL, TPOT, TTFT, FinishedRequest
 from prometheus_client import Counter
 
-from loraplex_engine.histogram import ArrayHistogram
 from loraplex_engine.messages import Ended, Started, StepOutputs, TokenWithLogprobs
+from loraplex_engine.metrics.histogram import ArrayHistogram
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
