@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from loraplex_engine import convert
+from loraplex_engine.rpc import wire as convert
 from support.any_request import MAX_MODEL_LEN
 from support.base_models import write_base_model
 from support.engine_harness import torch_engine

@@ -11,7 +11,6 @@ import numpy as np
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, image_sha256, pack
 from loraplex_engine import building
-from loraplex_engine.adapter_client import AdapterClient, Attachment
 from loraplex_engine.config import EngineConfig
 from loraplex_engine.loop.engine import Engine
 from loraplex_engine.loop.outbox import SessionOutbox
@@ -26,6 +25,7 @@ from loraplex_engine.messages import (
     Submit,
     WantImage,
 )
+from loraplex_engine.rpc.store_client import AdapterClient, Attachment
 from support.waiting import eventually
 
 if TYPE_CHECKING:

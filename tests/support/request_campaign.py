@@ -26,7 +26,7 @@ from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_engine.config import EngineConfig
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.metrics.requests import RequestMetrics
-from loraplex_engine.servicer import EngineIdentity, EngineServicer
+from loraplex_engine.rpc.servicer import EngineIdentity, EngineServicer
 from prometheus_client import CollectorRegistry
 from support.adapters import Recipe
 from support.any_request import (

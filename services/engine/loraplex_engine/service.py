@@ -26,7 +26,6 @@ from loraplex_common.tasks import Supervisor
 from loraplex_common.vllm_metrics import ENGINE_LABEL
 
 from loraplex_engine import building
-from loraplex_engine.adapter_client import AdapterClient, Attachment
 from loraplex_engine.loop.engine import Engine
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
@@ -34,8 +33,9 @@ from loraplex_engine.metrics.collector import EngineCollector
 from loraplex_engine.metrics.prefetch import PrefetchMetrics
 from loraplex_engine.metrics.requests import RequestMetrics
 from loraplex_engine.metrics.residency import ResidencyMetrics
-from loraplex_engine.registration import Registration
-from loraplex_engine.servicer import EngineIdentity, EngineServicer
+from loraplex_engine.rpc.registration import Registration
+from loraplex_engine.rpc.servicer import EngineIdentity, EngineServicer
+from loraplex_engine.rpc.store_client import AdapterClient, Attachment
 
 if TYPE_CHECKING:
     from collections.abc import Callable

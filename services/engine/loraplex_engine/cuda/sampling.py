@@ -23,7 +23,7 @@ from loraplex_kernels.sample import (
 )
 
 from loraplex_engine.philox import upload
-from loraplex_engine.validation import MAX_BIASED_TOKENS, MAX_LOGPROBS, MAX_STOP_TOKENS
+from loraplex_engine.rpc.validation import MAX_BIASED_TOKENS, MAX_LOGPROBS, MAX_STOP_TOKENS
 
 if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary

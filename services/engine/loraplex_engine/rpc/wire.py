@@ -20,7 +20,7 @@ from loraplex_engine.messages import (
     Submission,
     TokenWithLogprobs,
 )
-from loraplex_engine.validation import (
+from loraplex_engine.rpc.validation import (
     MAX_REQUEST_ID_BYTES,
     RequestLimits,
     check_digest,

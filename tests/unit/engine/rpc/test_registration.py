@@ -14,7 +14,7 @@ from loraplex_common.registry import (
     engine_key,
 )
 from loraplex_common.valkey import EmbeddedValkey, connect
-from loraplex_engine.registration import Registration
+from loraplex_engine.rpc.registration import Registration
 from support.waiting import eventually
 
 if TYPE_CHECKING:

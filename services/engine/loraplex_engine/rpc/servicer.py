@@ -11,10 +11,10 @@ from loraplex.v1 import adapter_pb2, engine_pb2, engine_pb2_grpc
 from loraplex_common.adapter_image import PROJECTIONS
 from loraplex_common.errors import DrainingError, InvalidParameterError
 
-from loraplex_engine import convert
 from loraplex_engine.messages import ResidencyChanged, ResidencyState
-from loraplex_engine.session import GatewaySession
-from loraplex_engine.validation import RequestLimits, check_digest
+from loraplex_engine.rpc import wire as convert
+from loraplex_engine.rpc.session import GatewaySession
+from loraplex_engine.rpc.validation import RequestLimits, check_digest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

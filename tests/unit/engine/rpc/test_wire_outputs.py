@@ -5,7 +5,6 @@ import pytest
 from google.rpc import code_pb2
 from loraplex.v1 import adapter_pb2, engine_pb2, gateway_pb2
 from loraplex_common.errors import RequestTooLargeError, from_status
-from loraplex_engine import convert
 from loraplex_engine.messages import (
     Ended,
     FinishReason,
@@ -18,7 +17,8 @@ from loraplex_engine.messages import (
     StepOutputs,
     TokenWithLogprobs,
 )
-from loraplex_engine.output_encoder import MAX_MESSAGE_BYTES, OutputEncoder
+from loraplex_engine.rpc import wire as convert
+from loraplex_engine.rpc.output_encoder import MAX_MESSAGE_BYTES, OutputEncoder
 from loraplex_engine.step import TokenLogprobs
 
 

@@ -10,7 +10,7 @@ from loraplex.v1 import adapter_pb2, engine_pb2
 from loraplex_engine.config import EngineConfig
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.metrics.requests import RequestMetrics
-from loraplex_engine.servicer import EngineIdentity, EngineServicer
+from loraplex_engine.rpc.servicer import EngineIdentity, EngineServicer
 from loraplex_engine.torch_runner import TorchRunner
 from prometheus_client import CollectorRegistry
 from support.engine_harness import fake_engine

@@ -17,10 +17,10 @@ from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
-from loraplex_engine import convert
 from loraplex_engine.faults import internal_error
 from loraplex_engine.messages import Abort, CloseSession, Ended, StepOutputs, Submit
-from loraplex_engine.output_encoder import OutputEncoder
+from loraplex_engine.rpc import wire as convert
+from loraplex_engine.rpc.output_encoder import OutputEncoder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from loraplex_engine.loop.engine import Engine
     from loraplex_engine.loop.residency_feed import ResidencyFeed
     from loraplex_engine.metrics.requests import RequestMetrics
-    from loraplex_engine.validation import RequestLimits
+    from loraplex_engine.rpc.validation import RequestLimits
 
 SUBMITS_PER_TURN: Final = 32
 STALL_CHECKS: Final = 10

@@ -26,10 +26,10 @@ from loraplex_common.grpc_channel import open_channel
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
-from loraplex_engine import convert
 from loraplex_engine.adapters.arena import HEADER_BYTES
-from loraplex_engine.image_transfer import ImageOffer, ImageTransfers, TransferCallbacks
 from loraplex_engine.messages import DropAdapter, ImageRefused, ResidencyChanged, ResidencyState, WantImage
+from loraplex_engine.rpc import wire as convert
+from loraplex_engine.rpc.image_transfer import ImageOffer, ImageTransfers, TransferCallbacks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from loraplex.v1 import engine_pb2
 
-from loraplex_engine import convert
 from loraplex_engine.faults import internal_error
 from loraplex_engine.messages import (
     Ended,
@@ -18,6 +17,7 @@ from loraplex_engine.messages import (
     StepOutputs,
     TokenWithLogprobs,
 )
+from loraplex_engine.rpc import wire as convert
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
