@@ -17,7 +17,7 @@ from loraplex_engine.messages import (
     StepOutputs,
     TokenWithLogprobs,
 )
-from loraplex_engine.rpc import wire as convert
+from loraplex_engine.rpc import wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -116,16 +116,16 @@ class OutputEncoder:
         match event:
             case Started():
                 if event.session_slot not in self._wants_prompt_logprobs:
-                    return [convert.started(event, [])]
+                    return [wire.started(event, [])]
                 self._held[event.session_slot] = (event, [])
             case PromptLogprobs():
                 self._held[event.session_slot][1].extend(event.entries)
             case Loading():
-                return [convert.loading(event)]
+                return [wire.loading(event)]
             case TokenWithLogprobs():
-                return [convert.token(event)]
+                return [wire.token(event)]
             case Ended():
-                return [convert.ended(event)]
+                return [wire.ended(event)]
         return []
 
     def _release(self, slot: int) -> list[engine_pb2.Output]:
@@ -134,7 +134,7 @@ class OutputEncoder:
             return []
         started, entries = self._held.pop(slot)
         try:
-            return [convert.started(started, entries)]
+            return [wire.started(started, entries)]
         except Exception as error:
             return self._fail(started, error)
 
@@ -143,7 +143,7 @@ class OutputEncoder:
         failure = internal_error(doing, error, slot=slot, kind=type(event).__name__)
         self._held.pop(slot, None)
         if isinstance(event, Ended):
-            return [convert.ended(Ended(session_slot=slot, error=failure))]
+            return [wire.ended(Ended(session_slot=slot, error=failure))]
         self._failed[slot] = failure
         self._abort(slot)
         return []

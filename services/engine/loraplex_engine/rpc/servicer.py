@@ -12,7 +12,7 @@ from loraplex_common.adapter_image import PROJECTIONS
 from loraplex_common.errors import DrainingError, InvalidParameterError
 
 from loraplex_engine.messages import ResidencyChanged, ResidencyState
-from loraplex_engine.rpc import wire as convert
+from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.session import GatewaySession
 from loraplex_engine.rpc.validation import RequestLimits, check_digest
 
@@ -132,7 +132,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         return engine_pb2.GetEngineInfoResponse(
             engine_id=self._identity.engine_id,
             base_model=self._identity.base_model,
-            geometry=convert.geometry(params.geometry),
+            geometry=wire.geometry(params.geometry),
             target_modules=PROJECTIONS,
             num_pages=params.num_pages,
             block_tokens=params.block_tokens,
@@ -155,7 +155,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             load = self._engine.snapshot()
             if load.sequence != last:
                 last = load.sequence
-                yield engine_pb2.WatchLoadResponse(load=convert.load_report(load))
+                yield engine_pb2.WatchLoadResponse(load=wire.load_report(load))
             await self._pause(max(interval_s, MIN_LOAD_INTERVAL_S))
 
     async def ListAdapters(
@@ -252,13 +252,13 @@ def _is_held(status: AdapterStatus) -> bool:
 def _resident_adapter(status: AdapterStatus) -> engine_pb2.ResidentAdapter:
     return engine_pb2.ResidentAdapter(
         digest=status.digest,
-        tier=convert.tier(status.state),
-        state=convert.resident_state(status.state),
+        tier=wire.tier(status.state),
+        state=wire.resident_state(status.state),
         num_pages=status.num_pages,
         pinned=status.is_pinned,
         num_leases=status.num_leases,
         generation=status.generation,
-        idle=convert.duration(status.idle_s),
+        idle=wire.duration(status.idle_s),
         max_rank=status.max_rank,
     )
 
@@ -266,8 +266,8 @@ def _resident_adapter(status: AdapterStatus) -> engine_pb2.ResidentAdapter:
 def _changed_adapter(event: ResidencyChanged) -> engine_pb2.ResidentAdapter:
     return engine_pb2.ResidentAdapter(
         digest=event.digest,
-        tier=convert.tier(event.state),
-        state=convert.resident_state(event.state),
+        tier=wire.tier(event.state),
+        state=wire.resident_state(event.state),
         num_pages=event.num_pages,
         pinned=event.is_pinned,
         num_leases=event.num_leases,

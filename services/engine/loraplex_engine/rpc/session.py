@@ -19,7 +19,7 @@ from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_engine.faults import internal_error
 from loraplex_engine.messages import Abort, CloseSession, Ended, StepOutputs, Submit
-from loraplex_engine.rpc import wire as convert
+from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.output_encoder import OutputEncoder
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class GatewaySession:
         return message
 
     def _add_state(self, message: engine_pb2.SessionResponse) -> None:
-        message.load.CopyFrom(convert.load_report(self._engine.snapshot()))
+        message.load.CopyFrom(wire.load_report(self._engine.snapshot()))
         if self._told_version != self._feed.resident_version:
             now = self._feed.resident
             message.residency.snapshot = self._told_version is None
@@ -186,9 +186,7 @@ class GatewaySession:
             raise InvalidParameterError(f"slot {submit.slot} is in use by a running request", field="submits.slot")
         now_s = time.monotonic()
         try:
-            submission = convert.submission(
-                submit, session_id=self._outbox.session_id, limits=self._limits, now_s=now_s
-            )
+            submission = wire.submission(submit, session_id=self._outbox.session_id, limits=self._limits, now_s=now_s)
         except LoraplexError as error:
             self._refuse(submit.slot, error)
             return

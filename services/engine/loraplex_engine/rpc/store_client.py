@@ -28,7 +28,7 @@ from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_engine.adapters.arena import HEADER_BYTES
 from loraplex_engine.messages import DropAdapter, ImageRefused, ResidencyChanged, ResidencyState, WantImage
-from loraplex_engine.rpc import wire as convert
+from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.image_transfer import ImageOffer, ImageTransfers, TransferCallbacks
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class AdapterClient:
         return _Request.Hello(
             engine_id=self._attachment.engine_id,
             base_model=self._attachment.base_model,
-            geometry=convert.geometry(self._engine.params.geometry),
+            geometry=wire.geometry(self._engine.params.geometry),
             arenas=[
                 _Request.Arena(
                     num_slots=arena.num_slots,
@@ -277,14 +277,14 @@ def _offer(offer: _Response.Offer) -> ImageOffer:
 def _want(event: WantImage) -> _Request:
     want = _Request.Want(digest=event.digest)
     if event.deadline_s is not None:
-        want.time_left.CopyFrom(convert.duration(max(0.0, event.deadline_s - time.monotonic())))
+        want.time_left.CopyFrom(wire.duration(max(0.0, event.deadline_s - time.monotonic())))
     return _Request(want=want)
 
 
 def _held(event: ResidencyChanged) -> _Request.Held:
     return _Request.Held(
         digest=event.digest,
-        tier=convert.tier(event.state),
+        tier=wire.tier(event.state),
         generation=event.generation,
         num_leases=event.num_leases,
     )

@@ -17,7 +17,7 @@ from loraplex_engine.messages import (
     StepOutputs,
     TokenWithLogprobs,
 )
-from loraplex_engine.rpc import wire as convert
+from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.output_encoder import MAX_MESSAGE_BYTES, OutputEncoder
 from loraplex_engine.step import TokenLogprobs
 
@@ -73,13 +73,13 @@ def test_events_become_outputs_in_order() -> None:
 
 @pytest.mark.parametrize("reason", list(FinishReason))
 def test_every_finish_reason_has_a_name_on_the_wire(reason: FinishReason) -> None:
-    wire = convert.ended(Ended(session_slot=0, finish_reason=reason)).finish.finish_reason
+    message = wire.ended(Ended(session_slot=0, finish_reason=reason)).finish.finish_reason
 
-    assert gateway_pb2.FinishReason.Name(wire) == f"FINISH_REASON_{reason.name}"
+    assert gateway_pb2.FinishReason.Name(message) == f"FINISH_REASON_{reason.name}"
 
 
 def test_a_failure_is_a_rich_status() -> None:
-    output = convert.ended(Ended(session_slot=3, error=RequestTooLargeError("9 pages > 8", metadata={"pages": "9"})))
+    output = wire.ended(Ended(session_slot=3, error=RequestTooLargeError("9 pages > 8", metadata={"pages": "9"})))
 
     assert output.error.code == code_pb2.FAILED_PRECONDITION
     error = from_status(output.error)
@@ -88,7 +88,7 @@ def test_a_failure_is_a_rich_status() -> None:
 
 def test_an_end_without_reason_or_error_is_a_bug() -> None:
     with pytest.raises(ValueError, match="neither"):
-        convert.ended(Ended(session_slot=3))
+        wire.ended(Ended(session_slot=3))
 
 
 @pytest.mark.parametrize("last", ["plain token", "token with logprobs", "end"])
@@ -214,7 +214,7 @@ def test_outputs_beyond_a_mebibyte_are_split() -> None:
 @pytest.mark.parametrize("state", list(ResidencyState))
 def test_a_tier_is_said_only_of_a_copy_that_this_engine_has(state: ResidencyState) -> None:
     is_here = state not in (ResidencyState.ABSENT, ResidencyState.WANTED)
-    loading = convert.loading(Loading(session_slot=1, state=state, bytes_done=0, bytes_total=0))
+    loading = wire.loading(Loading(session_slot=1, state=state, bytes_done=0, bytes_total=0))
 
     assert (loading.loading.tier != adapter_pb2.TIER_UNSPECIFIED) == is_here
     assert loading.loading.tier != adapter_pb2.TIER_STORE
@@ -224,14 +224,14 @@ def test_a_tier_is_said_only_of_a_copy_that_this_engine_has(state: ResidencyStat
 def test_every_state_of_residency_has_a_tier(state: ResidencyState) -> None:
     on_device = state in (ResidencyState.RESIDENT, ResidencyState.DRAINING)
 
-    assert (convert.tier(state) == adapter_pb2.TIER_DEVICE) == on_device
-    assert convert.resident_state(state) in engine_pb2.ResidentAdapter.State.values()
+    assert (wire.tier(state) == adapter_pb2.TIER_DEVICE) == on_device
+    assert wire.resident_state(state) in engine_pb2.ResidentAdapter.State.values()
 
 
 def test_the_load_report_says_what_the_snapshot_says() -> None:
     names = [field.name for field in engine_pb2.LoadReport.DESCRIPTOR.fields]
     values = {name: index + 1 for index, name in enumerate(names)} | {"draining": True}
 
-    report = convert.load_report(LoadSnapshot(**values))  # type: ignore[arg-type]
+    report = wire.load_report(LoadSnapshot(**values))  # type: ignore[arg-type]
 
     assert {name: getattr(report, name) for name in names} == values

@@ -7,7 +7,7 @@ import pytest
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.errors import DeadlineError, InvalidParameterError
 from loraplex_engine.messages import Priority, SamplingParams, StoppingParams, Submission
-from loraplex_engine.rpc import wire as convert
+from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.validation import RequestLimits
 
 LIMITS = RequestLimits(vocab_size=100, max_model_len=32)
@@ -25,7 +25,7 @@ def make_submit(**fields: object) -> engine_pb2.Submit:
 
 
 def submission(submit: engine_pb2.Submit) -> Submission:
-    return convert.submission(submit, session_id=9, limits=LIMITS, now_s=1000.0)
+    return wire.submission(submit, session_id=9, limits=LIMITS, now_s=1000.0)
 
 
 def sampling(**fields: object) -> gateway_pb2.SamplingParams:
@@ -46,7 +46,7 @@ def test_unset_fields_take_their_stated_defaults() -> None:
 
 
 def test_every_field_arrives() -> None:
-    wire = make_submit(
+    message = make_submit(
         resumed_token_ids=[4, 5],
         sampling=sampling(
             **{"temperature": 0.5, "top_k": 10, "top_p": 0.25, "min_p": 0.125, "seed": 2**64 - 1},
@@ -56,9 +56,9 @@ def test_every_field_arrives() -> None:
         stopping=stopping(max_new_tokens=5, min_new_tokens=3, stop_token_ids=[9], ignore_eos=True),
         adapter_digest=DIGEST,
         adapter_scale=0.5,
-        time_left=convert.duration(10),
-        queue_timeout=convert.duration(2),
-        time_limit=convert.duration(3),
+        time_left=wire.duration(10),
+        queue_timeout=wire.duration(2),
+        time_limit=wire.duration(3),
         fairness_key="tenant",
         priority=gateway_pb2.PRIORITY_HIGH,
         cache_salt="salt",
@@ -67,7 +67,7 @@ def test_every_field_arrives() -> None:
         prompt_logprobs=0,
     )
 
-    result = submission(wire)
+    result = submission(message)
 
     assert (result.session_id, result.session_slot, result.request_id) == (9, 3, "r-1")
     np.testing.assert_array_equal(result.prompt_token_ids, np.array([1, 2, 3], dtype=np.int32))
@@ -117,8 +117,8 @@ def test_top_k_of_minus_one_keeps_all_tokens() -> None:
         ({"adapter_scale": -0.5}, "adapter_scale"),
         ({"adapter_scale": math.inf}, "adapter_scale"),
         ({"adapter_scale": 100.5}, "adapter_scale"),
-        ({"queue_timeout": convert.duration(-1)}, "queue_timeout"),
-        ({"time_limit": convert.duration(-1)}, "time_limit"),
+        ({"queue_timeout": wire.duration(-1)}, "queue_timeout"),
+        ({"time_limit": wire.duration(-1)}, "time_limit"),
         ({"logprobs": 21}, "logprobs"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"sampling": gateway_pb2.SamplingParams()}, "sampling.seed"),
@@ -158,21 +158,21 @@ def test_a_value_out_of_its_range_is_refused_by_the_name_of_its_field(fields: di
 
 def test_prompt_probabilities_that_would_not_fit_a_message_are_refused_with_the_arithmetic() -> None:
     limits = RequestLimits(vocab_size=100, max_model_len=10_000)
-    wire = make_submit(prompt_token_ids=[1] * 5000, prompt_logprobs=20)
+    message = make_submit(prompt_token_ids=[1] * 5000, prompt_logprobs=20)
 
     with pytest.raises(InvalidParameterError, match="5000 prompt tokens x 21 entries = 105000"):
-        convert.submission(wire, session_id=1, limits=limits, now_s=0.0)
+        wire.submission(message, session_id=1, limits=limits, now_s=0.0)
 
 
 def test_a_deadline_that_has_passed_ends_the_request_at_once() -> None:
     with pytest.raises(DeadlineError):
-        submission(make_submit(time_left=convert.duration(0)))
+        submission(make_submit(time_left=wire.duration(0)))
 
 
 def test_a_greedy_request_needs_no_seed() -> None:
-    wire = make_submit(sampling=gateway_pb2.SamplingParams(temperature=0.0))
+    message = make_submit(sampling=gateway_pb2.SamplingParams(temperature=0.0))
 
-    assert submission(wire).sampling.seed == 0
+    assert submission(message).sampling.seed == 0
 
 
 @pytest.mark.parametrize(
@@ -193,8 +193,8 @@ def test_a_request_that_bans_every_token_is_refused_by_name(
     limits = RequestLimits(vocab_size=100, max_model_len=32, eos_token_ids=(7,))
 
     if is_taken:
-        convert.submission(submit, session_id=9, limits=limits, now_s=1000.0)
+        wire.submission(submit, session_id=9, limits=limits, now_s=1000.0)
         return
     with pytest.raises(InvalidParameterError, match="no token can be drawn") as caught:
-        convert.submission(submit, session_id=9, limits=limits, now_s=1000.0)
+        wire.submission(submit, session_id=9, limits=limits, now_s=1000.0)
     assert caught.value.field == "sampling.allowed_token_ids"
