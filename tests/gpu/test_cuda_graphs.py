@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
-from loraplex_engine.cuda.decode_lora import MAX_ROWS_BESIDE
-from loraplex_engine.cuda.graphs import VARIANTS
+from loraplex_engine.runners.cuda.decode_lora import MAX_ROWS_BESIDE
+from loraplex_engine.runners.cuda.graphs import VARIANTS
 from support.cuda_rig import add_sequences, make_cuda_runner, make_rig
 
 if TYPE_CHECKING:

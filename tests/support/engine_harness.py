@@ -327,7 +327,7 @@ def torch_engine(
 ) -> Iterator[EngineHarness]:
     """Run an engine on the torch backend in fp32 on the CPU; a small ``block_tokens`` makes small pages."""
     from loraplex_engine.pool_geometry import choose_pool_geometry
-    from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
+    from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 
     info = load_base_model(model_dir)
     pool = choose_pool_geometry(info, dtype="float32")

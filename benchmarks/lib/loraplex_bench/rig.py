@@ -12,7 +12,7 @@ import torch
 from loraplex_engine.limits import SchedulingPolicy
 from loraplex_engine.loop.engine import Engine, EngineParams
 from loraplex_engine.messages import ImageArrived, ResidencyState
-from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 
 from loraplex_bench.shapes import AdapterFamily, Shape
 
@@ -103,8 +103,8 @@ def make_runner(setup: EngineSetup, params: EngineParams, weights: WeightSource 
                 num_threads=1,
             )
         )
-    from loraplex_engine.cuda.runner import CudaRunner  # needs cuda-python
-    from loraplex_engine.cuda.runner_config import CudaRunnerConfig
+    from loraplex_engine.runners.cuda.runner import CudaRunner  # needs cuda-python
+    from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
 
     assert weights is not None
     config = CudaRunnerConfig(

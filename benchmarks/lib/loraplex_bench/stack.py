@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import layout
 from loraplex_common.decoder_config import model_config
-from loraplex_engine.cuda.decode_lora import DecodeLora
-from loraplex_engine.cuda.decoder import CudaDecoder, DecoderLimits, PagedAttention
-from loraplex_engine.cuda.lora_paths import BasePath, dense_into
-from loraplex_engine.cuda.step_input import InputLayout, InputWriter, StepShape
 from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.runners.cuda.decode_lora import DecodeLora
+from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits, PagedAttention
+from loraplex_engine.runners.cuda.lora_paths import BasePath, dense_into
+from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape
 from loraplex_kernels.rms_norm import RmsNorm
 from loraplex_kernels.tables import AdapterTables
 
@@ -25,9 +25,9 @@ from loraplex_bench.rig import VALUE_STD
 from loraplex_bench.steps import StepSize, make_plan
 
 if TYPE_CHECKING:
-    from loraplex_engine.cuda.lora_paths import LayerPath
-    from loraplex_engine.cuda.step_input import StepInputs
     from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
+    from loraplex_engine.runners.cuda.step_input import StepInputs
     from loraplex_kernels.module import KernelLibrary
     from numpy.typing import NDArray
 

@@ -16,7 +16,7 @@ from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
 from loraplex_engine.loop.engine import EngineParams
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
-from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner
+from loraplex_engine.runners.torch.runner import DTYPES, RunnerConfig, TorchRunner
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -194,8 +194,8 @@ def _torch_runner_factory(config: EngineConfig, info: BaseModelInfo, device: tor
 
 
 def _cuda_runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:
-    from loraplex_engine.cuda.runner import CudaRunner  # needs cuda-python
-    from loraplex_engine.cuda.runner_config import CudaRunnerConfig
+    from loraplex_engine.runners.cuda.runner import CudaRunner  # needs cuda-python
+    from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
 
     def make(params: EngineParams) -> ModelRunner:
         dtype = params.geometry.dtype

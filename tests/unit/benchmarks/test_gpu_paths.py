@@ -21,7 +21,7 @@ from loraplex_bench.rig import EngineSetup, Rig
 from loraplex_bench.shapes import AdapterFamily, Shape
 from loraplex_client.workload import burst
 from loraplex_common.base_model import load_base_model
-from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 from support.base_models import TinyBase, write_base_model
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS
+from loraplex_engine.runners.cuda.runner_config import MIN_DECODE_RUNS
 from loraplex_engine.simulation.calibration import CalibrationError, MeasuredStep, Prior, errors, fit
 from loraplex_engine.simulation.devices import DEVICES, H100, H100_PRIORS, H100_RESULTS
 from loraplex_engine.simulation.measured import measured_step, measured_steps

@@ -20,10 +20,10 @@ from loraplex_engine.model.weights import BLOCKS
 if TYPE_CHECKING:
     from loraplex_common.decoder_config import ModelConfig
 
-    from loraplex_engine.attention_step import AttentionStep
-    from loraplex_engine.attention_torch import PagedPool
-    from loraplex_engine.lora_torch import LoraStep
     from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.runners.torch.attention import PagedPool
+    from loraplex_engine.runners.torch.attention_plan import AttentionStep
+    from loraplex_engine.runners.torch.lora import LoraStep
 
 QKV, O, GATE_UP, DOWN = (OP_INDEX[op] for op in ("qkv", "o", "gate_up", "down"))  # noqa: E741
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS
+from loraplex_engine.runners.cuda.runner_config import MIN_DECODE_RUNS
 from loraplex_engine.simulation.calibration import CalibrationError, MeasuredStep
 from loraplex_engine.simulation.shapes import ALL_TARGETS, ATTENTION_TARGETS, ModelShape, base_model
 from loraplex_engine.simulation.step_cost import StepLoad

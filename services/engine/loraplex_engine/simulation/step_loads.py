@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS
+from loraplex_engine.runners.cuda.runner_config import MIN_DECODE_RUNS
 from loraplex_engine.simulation.step_cost import StepLoad
 from loraplex_engine.step import NO_ADAPTER, count_runs
 

@@ -11,7 +11,7 @@ from loraplex_engine.config import EngineConfig
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.metrics.requests import RequestMetrics
 from loraplex_engine.rpc.servicer import EngineIdentity, EngineServicer
-from loraplex_engine.torch_runner import TorchRunner
+from loraplex_engine.runners.torch.runner import TorchRunner
 from prometheus_client import CollectorRegistry
 from support.engine_harness import fake_engine
 from support.fake_runner import FakeRunner
@@ -37,6 +37,6 @@ async def test_the_backend_is_the_runners_own_word(monkeypatch: pytest.MonkeyPat
 def test_each_runner_names_its_backend() -> None:
     assert TorchRunner.backend == "torch"
     pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
-    from loraplex_engine.cuda.runner import CudaRunner
+    from loraplex_engine.runners.cuda.runner import CudaRunner
 
     assert CudaRunner.backend == "cuda"

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_engine.sampled import Sampled
-from loraplex_engine.slot_faults import SlotFaults, blaming
+from loraplex_engine.runners.sampled import Sampled
+from loraplex_engine.runners.slot_faults import SlotFaults, blaming
 from loraplex_engine.step import StepPlan, StepResult, TokenLogprobs, not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from loraplex_engine.lora_torch import AdapterTable
+    from loraplex_engine.runners.torch.lora import AdapterTable
 
 
 class TorchStepHandle:

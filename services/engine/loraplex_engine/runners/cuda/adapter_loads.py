@@ -16,7 +16,7 @@ from cuda.bindings import runtime
 from loraplex_common.errors import AdapterIncompatibleError, SaturatedError
 from loraplex_kernels.tables import TableFullError
 
-from loraplex_engine.cuda.host_memory import PinnedArena, check
+from loraplex_engine.runners.cuda.host_memory import PinnedArena, check
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from loraplex_engine.slot_faults import blaming
+from loraplex_engine.runners.slot_faults import blaming
 from loraplex_engine.step import StepResult, TokenLogprobs, not_finite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.slot_faults import SlotFaults
+    from loraplex_engine.runners.slot_faults import SlotFaults
     from loraplex_engine.step import StepPlan
 
 

@@ -44,7 +44,7 @@ def test_a_gpu_without_cuda_python_names_the_remedy(monkeypatch: pytest.MonkeyPa
 
 def test_a_rank_our_kernels_cannot_take_names_module_and_remedy() -> None:
     pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
-    from loraplex_engine.cuda.runner import CudaRunner
+    from loraplex_engine.runners.cuda.runner import CudaRunner
 
     runner = object.__new__(CudaRunner)  # the check needs no device
     modules = tuple(

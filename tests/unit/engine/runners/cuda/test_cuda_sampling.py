@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loraplex_engine.cuda.sampling import SlotRows, make_bitmap, make_edits, pack_counts
-from loraplex_engine.cuda.step_handle import read_report
+from loraplex_engine.runners.cuda.sampling import SlotRows, make_bitmap, make_edits, pack_counts
+from loraplex_engine.runners.cuda.step_handle import read_report
 from loraplex_engine.step import SlotSetup
 from loraplex_kernels.sample import EDIT_NOT_ALLOWED, EDIT_STOP, IN_PROMPT, MOST_COUNTED
 

@@ -16,9 +16,9 @@ import torch
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
 
-from loraplex_engine.cuda.graphs import VARIANTS, variant_of
-from loraplex_engine.cuda.lora_paths import BasePath, BesideLoraPath, Fork, Grids, InLineLoraPath
-from loraplex_engine.cuda.token_lora import max_decode_items
+from loraplex_engine.runners.cuda.graphs import VARIANTS, variant_of
+from loraplex_engine.runners.cuda.lora_paths import BasePath, BesideLoraPath, Fork, Grids, InLineLoraPath
+from loraplex_engine.runners.cuda.token_lora import max_decode_items
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.cuda.lora_paths import LayerPath
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
 
 MAX_ROWS_BESIDE: Final = 32
 DELTA_OPS: Final = frozenset({"qkv", "gate_up"})

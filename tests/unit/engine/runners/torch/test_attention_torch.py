@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_engine.attention_step import AttentionStep, DecodeGroup, _cut_into_groups
-from loraplex_engine.attention_torch import PagedPool
 from loraplex_engine.pool_geometry import PoolGeometry
+from loraplex_engine.runners.torch.attention import PagedPool
+from loraplex_engine.runners.torch.attention_plan import AttentionStep, DecodeGroup, _cut_into_groups
 from loraplex_engine.step import StepPlan
 from support.plans import Draw, sampling_arrays
 

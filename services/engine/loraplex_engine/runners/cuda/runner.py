@@ -16,32 +16,32 @@ from loraplex_kernels.attention_prefill import make_tiles
 from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
 from loraplex_kernels.tables import AdapterTables, RankLimitError, check_ranks
 
-from loraplex_engine.cuda.adapter_loads import AdapterLoads
-from loraplex_engine.cuda.decode_lora import DecodeLora
-from loraplex_engine.cuda.decoder import CudaDecoder, DecoderLimits
-from loraplex_engine.cuda.graphs import VARIANTS, DecodeGraphs, bucket_sizes
-from loraplex_engine.cuda.host_memory import PinnedRing
-from loraplex_engine.cuda.lora_paths import AddedLoraPath, BasePath
-from loraplex_engine.cuda.runner_config import CudaRunnerConfig, tile_capacity
-from loraplex_engine.cuda.sampling import DeviceSampler
-from loraplex_engine.cuda.step_handle import CudaStepHandle, ResultBuffers
-from loraplex_engine.cuda.step_input import TILE_INTS, InputLayout, InputWriter, StepShape, is_pure_decode
-from loraplex_engine.cuda.token_lora import make_token_lora
-from loraplex_engine.likeliest import likeliest_tokens
 from loraplex_engine.model.llama import LlamaModel
-from loraplex_engine.prompt_logprobs import PromptLogprobTracker
-from loraplex_engine.slot_faults import blaming
-from loraplex_engine.torch_runner import DTYPES
+from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
+from loraplex_engine.runners.cuda.decode_lora import DecodeLora
+from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits
+from loraplex_engine.runners.cuda.graphs import VARIANTS, DecodeGraphs, bucket_sizes
+from loraplex_engine.runners.cuda.host_memory import PinnedRing
+from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
+from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig, tile_capacity
+from loraplex_engine.runners.cuda.sampling import DeviceSampler
+from loraplex_engine.runners.cuda.step_handle import CudaStepHandle, ResultBuffers
+from loraplex_engine.runners.cuda.step_input import TILE_INTS, InputLayout, InputWriter, StepShape, is_pure_decode
+from loraplex_engine.runners.cuda.token_lora import make_token_lora
+from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
+from loraplex_engine.runners.slot_faults import blaming
+from loraplex_engine.runners.top_tokens import likeliest_tokens
+from loraplex_engine.runners.torch.runner import DTYPES
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.cuda.adapter_loads import CudaLoadHandle
-    from loraplex_engine.cuda.host_memory import PinnedArena
     from loraplex_engine.model.weights import WeightSource
-    from loraplex_engine.slot_faults import SlotFaults
+    from loraplex_engine.runners.cuda.adapter_loads import CudaLoadHandle
+    from loraplex_engine.runners.cuda.host_memory import PinnedArena
+    from loraplex_engine.runners.slot_faults import SlotFaults
     from loraplex_engine.step import StepPlan, TokenLogprobs
 
 STAGING_BUFFERS: Final = 4  # steps in flight, and some

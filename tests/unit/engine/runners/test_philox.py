@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from loraplex_engine.philox import Noise, gumbel, philox4x32
+from loraplex_engine.runners.philox import Noise, gumbel, philox4x32
 
 CPU = torch.device("cpu")
 # kat_vectors of Random123: counter, key, result.

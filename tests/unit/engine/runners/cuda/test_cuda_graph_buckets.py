@@ -11,11 +11,11 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_common.adapter_image import OPS, PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, layout
 from loraplex_common.base_model import BaseModelInfo
-from loraplex_engine.cuda.graphs import VARIANTS, bucket_sizes, variant_of
-from loraplex_engine.cuda.lora_paths import EXPAND_CTAS_PER_SM, SHRINK_CTAS_PER_SM
-from loraplex_engine.cuda.runner_config import CudaRunnerConfig, tile_capacity
-from loraplex_engine.cuda.token_lora import max_decode_items, max_prefill_items
 from loraplex_engine.pool_geometry import PoolGeometry
+from loraplex_engine.runners.cuda.graphs import VARIANTS, bucket_sizes, variant_of
+from loraplex_engine.runners.cuda.lora_paths import EXPAND_CTAS_PER_SM, SHRINK_CTAS_PER_SM
+from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig, tile_capacity
+from loraplex_engine.runners.cuda.token_lora import max_decode_items, max_prefill_items
 from loraplex_kernels.compiler import SOURCES
 from loraplex_kernels.items import ItemBuilder, op_shapes
 from loraplex_kernels.lora_prefill import make_segments, plan_op

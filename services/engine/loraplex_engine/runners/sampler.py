@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_engine.likeliest import likeliest, likeliest_tokens
-from loraplex_engine.philox import Noise, gumbel, upload
-from loraplex_engine.sampled import LogprobRows, Sampled, top_logprobs
-from loraplex_engine.slot_faults import blaming, together_or_apart
+from loraplex_engine.runners.philox import Noise, gumbel, upload
+from loraplex_engine.runners.sampled import LogprobRows, Sampled, top_logprobs
+from loraplex_engine.runners.slot_faults import blaming, together_or_apart
+from loraplex_engine.runners.top_tokens import likeliest, likeliest_tokens
 from loraplex_engine.step import SlotSetup
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loraplex_engine.slot_faults import SlotFaults
+    from loraplex_engine.runners.slot_faults import SlotFaults
     from loraplex_engine.step import SamplingArrays
 
 NUCLEUS_CANDIDATES: Final = 1024  # sorted first for top_p; the whole vocabulary only if they don't hold its mass

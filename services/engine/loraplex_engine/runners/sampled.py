@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraplex_engine.likeliest import likeliest
-from loraplex_engine.slot_faults import SlotFaults
+from loraplex_engine.runners.slot_faults import SlotFaults
+from loraplex_engine.runners.top_tokens import likeliest
 from loraplex_engine.step import TokenLogprobs
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.cuda.lora_paths import TokenLora
+    from loraplex_engine.runners.cuda.lora_paths import TokenLora
     from loraplex_engine.step import StepPlan
 
 

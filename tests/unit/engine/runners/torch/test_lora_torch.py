@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from loraplex_common.adapter_image import OPS, AdapterSpec, Geometry, ModuleSpec, pack
-from loraplex_engine.lora_torch import AdapterTable, LoraStep, Segment
+from loraplex_engine.runners.torch.lora import AdapterTable, LoraStep, Segment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

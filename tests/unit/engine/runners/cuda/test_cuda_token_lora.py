@@ -16,7 +16,7 @@ from kernels.host_kernels import COMPILER, HostLibrary
 from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry, relative_error
 from kernels.recording_kernels import RecordingLibrary
 from loraplex_common.adapter_image import OPS
-from loraplex_engine.cuda.token_lora import make_token_lora
+from loraplex_engine.runners.cuda.token_lora import make_token_lora
 from loraplex_engine.step import NO_ADAPTER, StepPlan
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.tables import MAX_RANK, AdapterTables

@@ -17,23 +17,23 @@ from loraplex_common.base_model import BaseModelInfo
 from loraplex_common.decoder_config import model_config
 from torch import Tensor
 
-from loraplex_engine.attention_step import AttentionStep
-from loraplex_engine.attention_torch import PagedPool
-from loraplex_engine.lora_torch import AdapterTable, LoraStep, Segment
 from loraplex_engine.model.llama import Activations, LlamaModel
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import PoolGeometry
-from loraplex_engine.prompt_logprobs import PromptLogprobTracker
-from loraplex_engine.sampler import Sampler
-from loraplex_engine.slot_faults import blaming
+from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
+from loraplex_engine.runners.sampler import Sampler
+from loraplex_engine.runners.slot_faults import blaming
+from loraplex_engine.runners.torch.attention import PagedPool
+from loraplex_engine.runners.torch.attention_plan import AttentionStep
+from loraplex_engine.runners.torch.handles import StepOutput, TorchLoadHandle, TorchStepHandle
+from loraplex_engine.runners.torch.lora import AdapterTable, LoraStep, Segment
 from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, StepPlan
-from loraplex_engine.torch_handles import StepOutput, TorchLoadHandle, TorchStepHandle
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
 
-    from loraplex_engine.slot_faults import SlotFaults
+    from loraplex_engine.runners.slot_faults import SlotFaults
 
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}

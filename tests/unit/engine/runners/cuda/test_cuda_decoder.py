@@ -15,18 +15,18 @@ from kernels.kernel_cases import relative_error
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_common.decoder_config import model_config
-from loraplex_engine.cuda import decoder
-from loraplex_engine.cuda.decode_lora import DecodeLora
-from loraplex_engine.cuda.decoder import CudaDecoder, DecoderLimits
-from loraplex_engine.cuda.lora_paths import AddedLoraPath, BasePath
-from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS
-from loraplex_engine.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
-from loraplex_engine.cuda.token_lora import make_token_lora
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.runners.cuda import decoder
+from loraplex_engine.runners.cuda.decode_lora import DecodeLora
+from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits
+from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
+from loraplex_engine.runners.cuda.runner_config import MIN_DECODE_RUNS
+from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
+from loraplex_engine.runners.cuda.token_lora import make_token_lora
+from loraplex_engine.runners.torch.runner import DTYPES, RunnerConfig, TorchRunner
 from loraplex_engine.step import NO_ADAPTER, StepResult
-from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner
 from loraplex_kernels.attention_scalar import AttentionScalar
 from loraplex_kernels.tables import AdapterTables
 from support.adapters import Recipe
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loraplex_common.adapter_image import AdapterSpec
-    from loraplex_engine.cuda.lora_paths import LayerPath
-    from loraplex_engine.cuda.step_input import StepInputs
     from loraplex_engine.pool_geometry import PoolGeometry
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
+    from loraplex_engine.runners.cuda.step_input import StepInputs
     from loraplex_engine.step import StepPlan
     from loraplex_kernels.paged_kv import KvLayout
     from numpy.typing import NDArray

@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loraplex_engine.attention_torch import PagedPool
+    from loraplex_engine.runners.torch.attention import PagedPool
     from loraplex_engine.step import StepPlan
 
 MAX_PADDING: Final = 0.25  # of a group's blocks that may be gathered in vain

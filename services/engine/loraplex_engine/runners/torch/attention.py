@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.attention_step import AttentionStep, DecodeGroup, PrefillRow, WindowStep
     from loraplex_engine.pool_geometry import PoolGeometry
+    from loraplex_engine.runners.torch.attention_plan import AttentionStep, DecodeGroup, PrefillRow, WindowStep
 
 # Gathered keys and values per layer and group. On a CPU they should still be in a core's L2 (1 to 2 MiB) when they are
 # multiplied: 16 rows of 112 tokens take 0.64 ms a layer in groups of 0.5 MiB and 0.93 ms in groups of 1.4 MiB.

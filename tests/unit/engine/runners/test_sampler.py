@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loraplex_engine.likeliest import likeliest, likeliest_tokens
-from loraplex_engine.sampler import Sampler
+from loraplex_engine.runners.sampler import Sampler
+from loraplex_engine.runners.top_tokens import likeliest, likeliest_tokens
 from loraplex_engine.step import SlotSetup
 from support.plans import Draw, sampling_arrays
 

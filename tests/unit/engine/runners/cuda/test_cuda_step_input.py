@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from loraplex_engine.cuda.step_input import InputLayout, InputWriter, StepInputs, StepShape, is_pure_decode
+from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepInputs, StepShape, is_pure_decode
 from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, StepPlan
 from support.plans import Draw, sampling_arrays
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from loraplex_kernels.silu_mul import SiluMul
     from torch import Tensor
 
-    from loraplex_engine.cuda.step_input import StepInputs
     from loraplex_engine.model.layers import Dense
     from loraplex_engine.model.llama import DecoderLayer
+    from loraplex_engine.runners.cuda.step_input import StepInputs
 
 SHRINK_CTAS_PER_SM: Final = 3  # what fits at 80 registers x 256 threads
 EXPAND_CTAS_PER_SM: Final = 6  # kCtasPerSm: at 80 registers x 128 threads

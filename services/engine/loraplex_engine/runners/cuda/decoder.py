@@ -20,17 +20,17 @@ from loraplex_kernels.rms_norm import RmsNorm
 from loraplex_kernels.rope_kv import RopeKv
 from loraplex_kernels.silu_mul import SiluMul
 
-from loraplex_engine.cuda.lora_paths import dense_into
+from loraplex_engine.runners.cuda.lora_paths import dense_into
 
 if TYPE_CHECKING:
     from loraplex_common.decoder_config import ModelConfig
     from loraplex_kernels.module import KernelLibrary
     from torch import Tensor
 
-    from loraplex_engine.cuda.lora_paths import LayerPath
-    from loraplex_engine.cuda.step_input import StepInputs
     from loraplex_engine.model.llama import LlamaModel
     from loraplex_engine.pool_geometry import PoolGeometry
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
+    from loraplex_engine.runners.cuda.step_input import StepInputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

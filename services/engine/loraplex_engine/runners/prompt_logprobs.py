@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_engine.sampled import top_logprobs
-from loraplex_engine.slot_faults import blaming
+from loraplex_engine.runners.sampled import top_logprobs
+from loraplex_engine.runners.slot_faults import blaming
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loraplex_engine.model.llama import LlamaModel
-    from loraplex_engine.slot_faults import SlotFaults
+    from loraplex_engine.runners.slot_faults import SlotFaults
     from loraplex_engine.step import SlotSetup, StepPlan, TokenLogprobs
 
 CHUNK_POSITIONS: Final = 64  # positions whose logits are held at once: 64 x 128k tokens are 32 MiB in fp32
