@@ -25,7 +25,7 @@ from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 from loraplex_common.vllm_metrics import ENGINE_LABEL
 
-from loraplex_engine import building
+from loraplex_engine import build
 from loraplex_engine.loop.engine import Engine
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
@@ -69,9 +69,9 @@ class EngineService:
         self._config = config
         self._loop = asyncio.get_running_loop()
         self._crashed: asyncio.Future[None] = self._loop.create_future()
-        self._info, files = building.read_base_model(config)
-        device = building.resolve_device(config)
-        params = building.engine_params(config, self._info, device)
+        self._info, files = build.read_base_model(config)
+        device = build.resolve_device(config)
+        params = build.engine_params(config, self._info, device)
         self.engine_id = f"{uuid.uuid4().hex}"
         registry = new_registry("engine")
         self._names = AdapterNames()
@@ -81,7 +81,7 @@ class EngineService:
         self._client: AdapterClient | None = None
         self.engine = Engine(
             params,
-            building.runner_factory(config, self._info, device, files=files),
+            build.runner_factory(config, self._info, device, files=files),
             on_store_event=lambda event: self._call_soon(self._on_store_event, event),
             on_crash=self._on_crash,
         )
@@ -227,8 +227,8 @@ class EngineService:
         return Attachment(
             engine_id=self.engine_id,
             base_model=self._base_model(),
-            max_image_pages=building.max_image_pages(self.engine.params),
-            max_rank=building.max_rank(self._config, building.resolve_device(self._config)),
+            max_image_pages=build.max_image_pages(self.engine.params),
+            max_rank=build.max_rank(self._config, build.resolve_device(self._config)),
         )
 
     def _record(self, port: int) -> EngineRecord:
@@ -244,7 +244,7 @@ class EngineService:
             num_pages=params.num_pages,
             block_tokens=params.block_tokens,
             page_bytes=params.geometry.page_bytes,
-            max_image_pages=building.max_image_pages(params),
+            max_image_pages=build.max_image_pages(params),
             version=importlib.metadata.version("loraplex"),
         )
 

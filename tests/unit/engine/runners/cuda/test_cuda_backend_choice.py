@@ -9,7 +9,7 @@ import torch
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_engine.adapter_checks import ChecksAdapters, check_adapter
-from loraplex_engine.building import max_rank, resolve_backend
+from loraplex_engine.build import max_rank, resolve_backend
 from loraplex_engine.config import BackendName, ConfigError, DeviceName, EngineConfig
 
 

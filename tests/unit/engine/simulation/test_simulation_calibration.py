@@ -22,7 +22,7 @@ from loraplex_engine.simulation.shapes import (
 )
 from loraplex_engine.simulation.step_cost import StepCost, StepRates
 
-RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[4] / "benchmarks" / "results"
 CASES = [
     f"{shape}/{targets} r16/{kind}"
     for shape in ("llama2-7b", "llama3-8b")

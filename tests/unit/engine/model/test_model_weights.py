@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from loraplex_common.base_model import BaseModelError
-from loraplex_engine import building
+from loraplex_engine import build
 from loraplex_engine.config import EngineConfig
 from loraplex_engine.model.weights import Split, WeightLayout, WeightReader
 from support.base_models import TinyBase, write_base_model
@@ -42,9 +42,9 @@ def test_what_was_read_stays_whatever_becomes_of_the_file(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_model_that_changes_between_its_fingerprint_and_its_loading_is_not_served(tmp_path: Path, name: str) -> None:
     config = EngineConfig(model=write_base_model(tmp_path), device="cpu", pool_bytes=2**20, arena_bytes=2**20)
-    info, files = building.read_base_model(config)
-    params = building.engine_params(config, info, CPU)
-    make = building.runner_factory(config, info, CPU, files=files)
+    info, files = build.read_base_model(config)
+    params = build.engine_params(config, info, CPU)
+    make = build.runner_factory(config, info, CPU, files=files)
     make(params).close()
 
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes())
