@@ -24,8 +24,9 @@ from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, ModuleSpec
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
-from loraplex_engine.messages import SamplingParams, StoppingParams, Submission
+from loraplex_engine.messages import Submission
 from loraplex_engine.pages.page_pool import PagePool
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.step import StepPlan, StepResult
 

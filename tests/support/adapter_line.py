@@ -15,17 +15,9 @@ from loraplex_engine.config import EngineConfig
 from loraplex_engine.loop.engine import Engine
 from loraplex_engine.loop.outbox import SessionOutbox
 from loraplex_engine.loop.residency_feed import ResidencyFeed
-from loraplex_engine.messages import (
-    CloseSession,
-    Ended,
-    ResidencyChanged,
-    SamplingParams,
-    StoppingParams,
-    Submission,
-    Submit,
-    WantImage,
-)
+from loraplex_engine.messages import CloseSession, Ended, ResidencyChanged, Submission, Submit, WantImage
 from loraplex_engine.rpc.store_client import AdapterClient, Attachment
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from support.waiting import eventually
 
 if TYPE_CHECKING:

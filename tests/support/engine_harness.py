@@ -25,16 +25,15 @@ from loraplex_engine.messages import (
     ImageArrived,
     ImageRefused,
     Loading,
-    SamplingParams,
     Started,
     StepOutputs,
-    StoppingParams,
     StoreEvent,
     Submission,
     Submit,
     TokenWithLogprobs,
     WantImage,
 )
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from loraplex_engine.step import TokenLogprobs
 from numpy.typing import NDArray
 from support.adapters import Recipe, adapter_tensors, module_name

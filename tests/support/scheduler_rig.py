@@ -22,16 +22,15 @@ from loraplex_engine.messages import (
     PromptLogprobs,
     ResidencyChanged,
     ResidencyState,
-    SamplingParams,
     Started,
     StepOutputs,
-    StoppingParams,
     StoreEvent,
     Submission,
     TokenWithLogprobs,
     WantImage,
 )
 from loraplex_engine.pages.page_pool import PagePool
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from loraplex_engine.scheduler.scheduler import Scheduler
 from numpy.typing import NDArray
 from support.fake_runner import FakeRunner, draw, fake_image, fake_spec

@@ -17,6 +17,7 @@ from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 from loraplex_bench.shapes import AdapterFamily, Shape
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from loraplex_engine.messages import StoreEvent
@@ -200,14 +201,12 @@ class Rig:
         runner = make_runner(self.setup, params, weights)
         graphs = getattr(runner, "graphs", None)
         self.capture_s = graphs.capture_s if graphs is not None else 0.0
-        pin = getattr(runner, "pin_host_memory", None)
-        if pin is not None:
-            runner.pin_host_memory = lambda arena: self._pin(pin, arena)  # type: ignore[attr-defined]
+        pin = runner.pin_host_memory
+        runner.pin_host_memory = lambda arena: self._pin(pin, arena)  # type: ignore[method-assign]
         return runner
 
-    def _pin(self, pin: object, arena: NDArray[np.uint8]) -> object:
+    def _pin(self, pin: Callable[[NDArray[np.uint8]], object], arena: NDArray[np.uint8]) -> object:
         """Keep hold of the pinning, to wait for its end before anything is measured."""
-        assert callable(pin)
         began_s = time.perf_counter()
         touch(arena)
         self._touch_s = time.perf_counter() - began_s

@@ -14,9 +14,9 @@ from loraplex_common.weight_files import find_weights
 from loraplex_engine.config import MIB, ConfigError, EngineConfig
 from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
 from loraplex_engine.loop.engine import EngineParams
-from loraplex_engine.model.weights import WeightReader
+from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
-from loraplex_engine.runners.torch.runner import DTYPES, RunnerConfig, TorchRunner
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 
 if TYPE_CHECKING:
     from pathlib import Path

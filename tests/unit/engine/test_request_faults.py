@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from loraplex_common.errors import LoraplexError
-from loraplex_engine.messages import SamplingParams, Submission
+from loraplex_engine.messages import Submission
 from loraplex_engine.runners import sampled, sampler
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.runners.top_tokens import likeliest
+from loraplex_engine.sampling_params import SamplingParams
 from loraplex_engine.scheduler import scheduler
 from loraplex_engine.scheduler.adapter_fetching import AdapterBringing
 from loraplex_engine.scheduler.admission import Admission

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 from loraplex_common.errors import LoraplexError
 
-from loraplex_engine.adapter_checks import check_adapter
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -44,7 +42,7 @@ class AdapterLoading:
     def image_arrived(self, image: ImageArrived) -> None:
         """Take over an image in the arena, unless the runner cannot compute its adapter."""
         try:
-            check_adapter(self._runner, image.spec)
+            self._runner.check_adapter(image.spec)
         except LoraplexError as error:
             self._arena.free(image.arena_slots)
             self._scheduler.image_refused(image.spec.digest, error)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from loraplex_common.adapter_image import AdapterSpec, Geometry
 
-from loraplex_engine.adapter_checks import check_adapter
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.limits import SchedulerCounters, SchedulerLimits, SchedulingPolicy
@@ -26,7 +25,6 @@ from loraplex_engine.loop.step_times import StepTimes
 from loraplex_engine.messages import Call, Command, LoadSnapshot, StoreEvent
 from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.pages.page_worth import appraisal_of
-from loraplex_engine.pinning import PinsHostMemory
 from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.step import ModelRunner
 
@@ -152,8 +150,7 @@ class Engine:
             self._grants = ArenaGrants(cache=self._cache, arena=self.arena, queue=self._scheduler.queue)
             self._report = LoadReport(scheduler=self._scheduler, pool=self._pool, cache=self._cache, now_s=clock())
             runner = self._runner = runner_factory(params)
-            if isinstance(runner, PinsHostMemory):
-                runner.pin_host_memory(self.arena.view)
+            runner.pin_host_memory(self.arena.view)
             parts = LoopParts(
                 scheduler=self._scheduler,
                 cache=self._cache,
@@ -273,7 +270,7 @@ class Engine:
         Raises:
             AdapterIncompatibleError: If it cannot; the message names module, rank and remedy.
         """
-        check_adapter(self._runner, spec)
+        self._runner.check_adapter(spec)
 
     def return_slots(self, slots: tuple[int, ...]) -> None:
         """Give granted slots back unused: the transfer failed."""

@@ -21,7 +21,7 @@ from loraplex_common.request_limits import (
     leaves_nothing,
 )
 
-from loraplex_engine.messages import SamplingParams, StoppingParams
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from loraplex.v1 import engine_pb2, gateway_pb2
     from numpy.typing import NDArray
 
-MAX_LOGPROBS: Final = int(RANGES["logprobs"].high)
-MAX_BIASED_TOKENS: Final = max(MAX_ENTRIES["logit_bias"], MAX_ENTRIES["allowed_token_ids"])
-MAX_STOP_TOKENS: Final = MAX_ENTRIES["stop_token_ids"]
 MAX_REQUEST_ID_BYTES: Final = 256
 SMALLEST: Final = float(np.finfo(np.float32).tiny)
 

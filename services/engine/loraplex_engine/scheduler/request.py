@@ -124,6 +124,18 @@ class Request:
         self.state = state
 
 
+class RequestFaultError(Exception):
+    """Something went wrong with one request, whose effects are undone; the cause is what did.
+
+    Attributes:
+        request: The one that it went wrong with.
+    """
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(f"request {request.submission.request_id}")
+        self.request = request
+
+
 def make_request(
     submission: Submission, *, number: int, now_s: float, max_model_len: int, ttft_slo_s: float | None = None
 ) -> Request:

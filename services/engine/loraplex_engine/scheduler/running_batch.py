@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex_engine.faults import RequestFaultError
 from loraplex_engine.scheduler.decode_state import Rows
-from loraplex_engine.scheduler.request import Request
+from loraplex_engine.scheduler.request import Request, RequestFaultError
 from loraplex_engine.step import FROM_DEVICE, SlotSetup, StepPlan
 
 if TYPE_CHECKING:

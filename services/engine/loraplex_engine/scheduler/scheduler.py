@@ -20,13 +20,13 @@ from loraplex_common.errors import (
     QueueTimeoutError,
 )
 
-from loraplex_engine.faults import RequestFaultError, internal_error
+from loraplex_engine.faults import internal_error
 from loraplex_engine.limits import QueuePolicy, SchedulerLimits
 from loraplex_engine.messages import FinishReason, ResidencyState, StepOutputs, Submission
 from loraplex_engine.scheduler.deadlines import Deadlines, Limit
 from loraplex_engine.scheduler.integrity import check_requests
 from loraplex_engine.scheduler.parts import build_parts
-from loraplex_engine.scheduler.request import Request, RequestState, make_request
+from loraplex_engine.scheduler.request import Request, RequestFaultError, RequestState, make_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable

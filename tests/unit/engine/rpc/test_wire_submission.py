@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.errors import DeadlineError, InvalidParameterError
-from loraplex_engine.messages import Priority, SamplingParams, StoppingParams, Submission
+from loraplex_engine.messages import Priority, Submission
 from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.validation import RequestLimits
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 
 LIMITS = RequestLimits(vocab_size=100, max_model_len=32)
 DIGEST = "ab" * 32

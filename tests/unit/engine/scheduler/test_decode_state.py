@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from loraplex_engine.messages import SamplingParams
+from loraplex_engine.sampling_params import SamplingParams
 from loraplex_engine.scheduler.decode_state import NO_PAGE, DecodeState
 from loraplex_engine.scheduler.request import Request, make_request
 from loraplex_engine.step import NO_ADAPTER

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from loraplex_engine.messages import FinishReason, SamplingParams
+from loraplex_engine.messages import FinishReason
+from loraplex_engine.sampling_params import SamplingParams
 from support.scheduler_rig import Client, Rig, make_submission, solo
 
 LONG = [10 + index % 7 for index in range(16)]  # four blocks of four

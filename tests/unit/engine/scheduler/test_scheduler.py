@@ -7,7 +7,8 @@ from loraplex_common.errors import (
     InvalidParameterError,
     RequestTooLargeError,
 )
-from loraplex_engine.messages import FinishReason, Priority, SamplingParams
+from loraplex_engine.messages import FinishReason, Priority
+from loraplex_engine.sampling_params import SamplingParams
 from support.scheduler_rig import EOS, Rig, make_submission, solo
 
 

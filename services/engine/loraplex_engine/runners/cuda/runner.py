@@ -17,6 +17,7 @@ from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_la
 from loraplex_kernels.tables import AdapterTables, RankLimitError, check_ranks
 
 from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.model.weights import DTYPES
 from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
 from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits
@@ -31,7 +32,6 @@ from loraplex_engine.runners.cuda.token_lora import make_token_lora
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.runners.slot_faults import blaming
 from loraplex_engine.runners.top_tokens import likeliest_tokens
-from loraplex_engine.runners.torch.runner import DTYPES
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
@@ -172,7 +172,7 @@ class CudaRunner:
         return self._pool
 
     def pin_host_memory(self, arena: NDArray[np.uint8]) -> PinnedArena:
-        """Pin the memory that adapter images will come from, in the background; see `PinsHostMemory`."""
+        """Pin the memory that adapter images will come from, in the background; see `ModelRunner`."""
         return self._loads.pin(arena)
 
     def launch(self, plan: StepPlan) -> CudaStepHandle:
@@ -315,7 +315,7 @@ class CudaRunner:
         return self._loads.load(index, spec, pages, source, self._stream)
 
     def check_adapter(self, spec: AdapterSpec) -> None:
-        """Refuse an adapter that our kernels cannot compute; see `ChecksAdapters`."""
+        """Refuse an adapter that our kernels cannot compute; see `ModelRunner`."""
         try:
             check_ranks(spec)
         except RankLimitError as error:

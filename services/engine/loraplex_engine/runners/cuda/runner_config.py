@@ -9,13 +9,12 @@ from loraplex_common.adapter_image import OPS, TILE_BYTES
 from loraplex_common.base_model import BaseModelInfo
 
 from loraplex_engine.pool_geometry import PoolGeometry
+from loraplex_engine.step import MIN_DECODE_RUNS
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
 
 HEAD_DIMS: Final = (64, 128)  # what the attention kernels are written for
-MIN_DECODE_RUNS: Final = 64
-"""Runs of decode rows from which on the decode kernels' launches cost less than a segment for each (benchmarks/NOTES.md)."""
 PROJECTIONS_PER_LAYER: Final = sum(len(slices) for slices in OPS.values())
 
 

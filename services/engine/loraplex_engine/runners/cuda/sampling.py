@@ -22,8 +22,8 @@ from loraplex_kernels.sample import (
     Sample,
 )
 
-from loraplex_engine.rpc.validation import MAX_BIASED_TOKENS, MAX_LOGPROBS, MAX_STOP_TOKENS
 from loraplex_engine.runners.philox import upload
+from loraplex_engine.sampling_params import MAX_BIASED_TOKENS, MAX_LOGPROBS, MAX_STOP_TOKENS
 
 if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary

@@ -13,7 +13,7 @@ from loraplex_kernels.lora_prefill import TILE_TOKENS, LoraPrefill
 from loraplex_kernels.prefill_cut import WAVE
 from loraplex_kernels.tables import MAX_RANK
 
-from loraplex_engine.step import NO_ADAPTER, count_runs
+from loraplex_engine.step import NO_ADAPTER, count_runs, takes_decode_kernels
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
@@ -157,7 +157,8 @@ class SplitLora:
     def prepare(self, plan: StepPlan) -> None:
         """Build the step's items, of the parts that have any."""
         decoding = plan.adapters[: plan.num_decode_rows]
-        has_groups = 0 < count_runs(decoding) >= self._min_decode_runs  # as many segments, unless a run is long
+        num_runs = count_runs(decoding)  # as many segments, unless a run is long
+        has_groups = takes_decode_kernels(num_runs, has_prefill=True, min_runs=self._min_decode_runs)
         first_row = plan.num_decode_rows if has_groups else 0
         has_segments = bool((plan.adapters[first_row:] >= 0).any())
         if has_groups:

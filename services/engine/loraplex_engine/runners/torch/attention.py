@@ -1,34 +1,81 @@
 """Paged attention over the unified pool, in torch.
 
-KV pages lie in-page as ``[layer][K|V][kv_head][token][dim]`` (design.md section 4), so the pool is also a table of
+KV pages lie in-page as ``[layer][K|V][kv_head][token][dim]``, so the pool is also a table of
 *rows*, one per (page, layer, K or V, kv_head), each ``block_tokens * head_dim`` values in one piece. Gathering the rows
 a batch needs, in the order (K|V, sequence, kv_head, block), gives contiguous keys and values with one index_select.
 
 Decode rows are attended in groups of similar context length; the queries that share a KV head form the query dimension
 of one batched product. Prefill rows are attended one by one.
 
-Legend: T = tokens of the step, B = blocks gathered per sequence.
+Legend: T = tokens of the step, G = queries per KV head, B = blocks gathered per sequence.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from loraplex_engine.pool_geometry import PoolGeometry
-    from loraplex_engine.runners.torch.attention_plan import AttentionStep, DecodeGroup, PrefillRow, WindowStep
 
 # Gathered keys and values per layer and group. On a CPU they should still be in a core's L2 (1 to 2 MiB) when they are
 # multiplied: 16 rows of 112 tokens take 0.64 ms a layer in groups of 0.5 MiB and 0.93 ms in groups of 1.4 MiB.
 MAX_GROUP_BYTES: Final = {"cpu": 768 * 1024, "cuda": 64 * 1024 * 1024}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeGroup:
+    """Decode rows that are attended together, with room for what they gather.
+
+    Attributes:
+        tokens: Their tokens in the step: a slice if they follow each other, else int64 ``[n]``.
+        rows: int64 ``[2 * n * kv_heads * B]``; rows of the pool to gather, of layer 0.
+        layer_rows: Like ``rows``; overwritten by each layer with its own.
+        gathered: ``[2 * n * kv_heads * B, block_tokens * head_dim]``; overwritten by each layer.
+        keys_t: ``[n * kv_heads, head_dim, B * block_tokens]``, a view of ``gathered``.
+        values: ``[n * kv_heads, B * block_tokens, head_dim]``, a view of ``gathered``.
+        mask: ``[n * kv_heads, G, B * block_tokens]``; 0 where attended, else -inf.
+    """
+
+    num_sequences: int
+    tokens: slice | Tensor
+    rows: Tensor
+    layer_rows: Tensor
+    gathered: Tensor
+    keys_t: Tensor
+    values: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillRow:
+    """One prefill chunk.
+
+    Attributes:
+        tokens: Its tokens in the step.
+        rows: int64 ``[2 * kv_heads * B]``; rows of the pool to gather, of layer 0; None if the chunk sees only itself.
+        mask: Boolean ``[chunk, keys]``; None for plain causal attention.
+    """
+
+    tokens: slice
+    rows: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowStep:
+    """What layers of one window size attend to in a step."""
+
+    decode: list[DecodeGroup]
+    prefill: list[PrefillRow]
 
 
 class PagedPool:
@@ -78,9 +125,9 @@ class PagedPool:
             self._scratch = self._rows.new_empty((num_rows, self._rows.shape[1]))
         return self._scratch[:num_rows]
 
-    def write(self, layer: int, step: AttentionStep, keys_values: Tensor) -> None:
-        """Write a step's keys and values of one layer, ``[T, 2 * kv_heads, head_dim]``."""
-        index = step.write_index + layer * self._heads_per_layer * self.geometry.block_tokens
+    def write(self, layer: int, write_index: Tensor, keys_values: Tensor) -> None:
+        """Write a step's keys and values of one layer, ``[T, 2 * kv_heads, head_dim]``, to `AttentionStep.write_index`."""
+        index = write_index + layer * self._heads_per_layer * self.geometry.block_tokens
         self._tokens.index_copy_(0, index, keys_values.reshape(-1, self.geometry.head_dim))
 
     def attend(self, layer: int, step: WindowStep, heads: Tensor, out: Tensor) -> None:

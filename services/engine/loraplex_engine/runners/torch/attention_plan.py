@@ -5,12 +5,13 @@ Legend: T = tokens of the step, G = queries per KV head, B = blocks gathered per
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from loraplex_engine.runners.torch.attention import DecodeGroup, PrefillRow, WindowStep
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,53 +20,6 @@ if TYPE_CHECKING:
     from loraplex_engine.step import StepPlan
 
 MAX_PADDING: Final = 0.25  # of a group's blocks that may be gathered in vain
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeGroup:
-    """Decode rows that are attended together, with room for what they gather.
-
-    Attributes:
-        tokens: Their tokens in the step: a slice if they follow each other, else int64 ``[n]``.
-        rows: int64 ``[2 * n * kv_heads * B]``; rows of the pool to gather, of layer 0.
-        layer_rows: Like ``rows``; overwritten by each layer with its own.
-        gathered: ``[2 * n * kv_heads * B, block_tokens * head_dim]``; overwritten by each layer.
-        keys_t: ``[n * kv_heads, head_dim, B * block_tokens]``, a view of ``gathered``.
-        values: ``[n * kv_heads, B * block_tokens, head_dim]``, a view of ``gathered``.
-        mask: ``[n * kv_heads, G, B * block_tokens]``; 0 where attended, else -inf.
-    """
-
-    num_sequences: int
-    tokens: slice | Tensor
-    rows: Tensor
-    layer_rows: Tensor
-    gathered: Tensor
-    keys_t: Tensor
-    values: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrefillRow:
-    """One prefill chunk.
-
-    Attributes:
-        tokens: Its tokens in the step.
-        rows: int64 ``[2 * kv_heads * B]``; rows of the pool to gather, of layer 0; None if the chunk sees only itself.
-        mask: Boolean ``[chunk, keys]``; None for plain causal attention.
-    """
-
-    tokens: slice
-    rows: Tensor | None
-    mask: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowStep:
-    """What layers of one window size attend to in a step."""
-
-    decode: list[DecodeGroup]
-    prefill: list[PrefillRow]
 
 
 class AttentionStep:

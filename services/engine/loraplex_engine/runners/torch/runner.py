@@ -17,14 +17,15 @@ from loraplex_common.base_model import BaseModelInfo
 from loraplex_common.decoder_config import model_config
 from torch import Tensor
 
-from loraplex_engine.model.llama import Activations, LlamaModel
-from loraplex_engine.model.weights import WeightReader
+from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.runners.slot_faults import blaming
 from loraplex_engine.runners.torch.attention import PagedPool
 from loraplex_engine.runners.torch.attention_plan import AttentionStep
+from loraplex_engine.runners.torch.forward import Activations, LlamaForward
 from loraplex_engine.runners.torch.handles import StepOutput, TorchLoadHandle, TorchStepHandle
 from loraplex_engine.runners.torch.lora import AdapterTable, LoraStep, Segment
 from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, StepPlan
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from loraplex_engine.runners.slot_faults import SlotFaults
 
 
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KEPT_BUFFERS: Final = 4  # step sizes whose activation buffers are kept; batches shrink and grow by a few rows
 MAX_KEPT_TOKENS: Final = 256  # of such a step: the buffers of large prefills go back to the allocator
 
@@ -87,6 +87,7 @@ class TorchRunner:
         model = model_config(config.info.config)
         reader = WeightReader(config.model_dir, dtype=self._dtype, device=self._device)
         self._model = LlamaModel(model, reader, max_model_len=config.max_model_len, device=self._device)
+        self._forward = LlamaForward(self._model)
         reader.close()
         pages = torch.zeros((config.num_pages, page_bytes), dtype=torch.uint8, device=self._device)
         self._pool = PagedPool(pages, config.geometry, model.num_heads, self._dtype)
@@ -130,7 +131,7 @@ class TorchRunner:
         attention.clear_new_pages()
         token_ids = self._input_tokens(plan, order)
         lora = self._lora_step(plan, order, tables)
-        hidden = self._model.forward(token_ids, self._activations(len(token_ids)), self._pool, attention, lora)
+        hidden = self._forward.compute(token_ids, self._activations(len(token_ids)), self._pool, attention, lora)
         token_ends = np.empty(len(order), dtype=np.int64)  # by row of the plan
         token_ends[order] = np.cumsum(plan.num_tokens[order])
         prompt_logprobs = self._prompt_logprobs.update(plan, token_ends, token_ids, hidden, self._sampler, faults)
@@ -204,6 +205,12 @@ class TorchRunner:
         self._buffers[num_tokens] = buffers  # last in the dict is last used
         return buffers
 
+    def check_adapter(self, spec: AdapterSpec) -> None:
+        """Return: torch computes every adapter that an image can hold."""
+
+    def pin_host_memory(self, arena: NDArray[np.uint8]) -> object:
+        """Leave the arena as it is: copies here are plain."""
+
     def load_adapter(
         self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
     ) -> TorchLoadHandle:
@@ -253,4 +260,4 @@ class TorchRunner:
         self._copier.shutdown()
         self._adapters.clear()
         self._buffers.clear()
-        del self._model, self._pool
+        del self._forward, self._model, self._pool

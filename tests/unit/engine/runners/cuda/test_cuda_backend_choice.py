@@ -8,7 +8,6 @@ import pytest
 import torch
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
 from loraplex_common.errors import AdapterIncompatibleError
-from loraplex_engine.adapter_checks import ChecksAdapters, check_adapter
 from loraplex_engine.build import max_rank, resolve_backend
 from loraplex_engine.config import BackendName, ConfigError, DeviceName, EngineConfig
 
@@ -51,10 +50,9 @@ def test_a_rank_our_kernels_cannot_take_names_module_and_remedy() -> None:
         ModuleSpec(3, name, rank, 1.0) for name, rank in (("q_proj", 256), ("k_proj", 256), ("v_proj", 257))
     )
 
-    assert isinstance(runner, ChecksAdapters)
-    check_adapter(runner, AdapterSpec("a" * 64, modules[:2]))
+    runner.check_adapter(AdapterSpec("a" * 64, modules[:2]))
     with pytest.raises(AdapterIncompatibleError, match=r"layer 3: rank 257 \(v_proj\) .*--backend torch"):
-        check_adapter(runner, AdapterSpec("a" * 64, modules))
+        runner.check_adapter(AdapterSpec("a" * 64, modules))
 
 
 def test_contradicting_flags_are_refused() -> None:

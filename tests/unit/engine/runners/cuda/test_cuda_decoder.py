@@ -16,17 +16,16 @@ from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_common.decoder_config import model_config
 from loraplex_engine.model.llama import LlamaModel
-from loraplex_engine.model.weights import WeightReader
+from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda import decoder
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
 from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
-from loraplex_engine.runners.cuda.runner_config import MIN_DECODE_RUNS
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
-from loraplex_engine.runners.torch.runner import DTYPES, RunnerConfig, TorchRunner
-from loraplex_engine.step import NO_ADAPTER, StepResult
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.step import MIN_DECODE_RUNS, NO_ADAPTER, StepResult
 from loraplex_kernels.attention_scalar import AttentionScalar
 from loraplex_kernels.tables import AdapterTables
 from support.adapters import Recipe
@@ -124,6 +123,12 @@ class HostRunner:
         self.variants: list[int] = []
         self.logits = torch.zeros(0)
         self.num_binds = 0
+
+    def check_adapter(self, spec: AdapterSpec) -> None:
+        pass
+
+    def pin_host_memory(self, arena: NDArray[np.uint8]) -> None:
+        pass
 
     def load_adapter(self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]) -> Done:
         self.pool[torch.from_numpy(pages.astype(np.int64))] = torch.from_numpy(source)

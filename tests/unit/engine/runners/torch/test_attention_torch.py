@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_engine.pool_geometry import PoolGeometry
-from loraplex_engine.runners.torch.attention import PagedPool
-from loraplex_engine.runners.torch.attention_plan import AttentionStep, DecodeGroup, _cut_into_groups
+from loraplex_engine.runners.torch.attention import DecodeGroup, PagedPool
+from loraplex_engine.runners.torch.attention_plan import AttentionStep, _cut_into_groups
 from loraplex_engine.step import StepPlan
 from support.plans import Draw, sampling_arrays
 
@@ -90,7 +90,7 @@ def run(
     mixed = torch.cat([heads[row] for row in order])
     out = torch.empty((len(mixed), HEADS * DIM))
 
-    pool.write(layer, step, mixed[:, HEADS:])
+    pool.write(layer, step.write_index, mixed[:, HEADS:])
     pool.attend(layer, step.windows[window], mixed, out)
 
     truth = [
