@@ -102,4 +102,4 @@ class SchedulerCounters:
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     num_looked_up_tokens: int = 0
-    num_hopeless: int = 0
+    num_early_aborts: int = 0

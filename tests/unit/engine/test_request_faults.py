@@ -16,10 +16,10 @@ from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.runners.top_tokens import likeliest
 from loraplex_engine.sampling_params import SamplingParams
 from loraplex_engine.scheduler import scheduler
-from loraplex_engine.scheduler.adapter_fetching import AdapterBringing
+from loraplex_engine.scheduler.adapter_fetching import AdapterFetching
 from loraplex_engine.scheduler.admission import Admission
 from loraplex_engine.scheduler.decode_state import DecodeState
-from loraplex_engine.scheduler.first_token_deadlines import Hopelessness
+from loraplex_engine.scheduler.first_token_deadlines import FirstTokenDeadlines
 from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
 from loraplex_engine.scheduler.request import Request
 from loraplex_engine.scheduler.result_reader import ResultReader
@@ -39,8 +39,8 @@ POISON_TOP = 7
 PLACES = [
     (scheduler, "make_request"),
     (SizeCheck, "refuse_if_too_large"),
-    (AdapterBringing, "bring"),
-    (Hopelessness, "end_if_hopeless"),
+    (AdapterFetching, "fetch"),
+    (FirstTokenDeadlines, "end_if_unreachable"),
     (PrefixSharing, "find"),
     (Admission, "_stop_ids_of"),
     (DecodeState, "_set_sampling"),

@@ -88,7 +88,7 @@ class Adapter:
         wanted_by_s: The earliest moment by which the store was told that it is needed.
         may_warm: It may be loaded before anybody asks; not after an operator took it off the device.
         is_warmed: It was loaded before anybody asked, and nobody has since.
-        worth: What a page of it is worth to keep, in octaves; see `economy`.
+        worth: What a page of it is worth to keep, in octaves; see `scheduler.eviction`.
     """
 
     digest: str

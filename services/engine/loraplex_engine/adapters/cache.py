@@ -4,7 +4,7 @@ Accounting only: loads and unloads are handed to the step loop, which has the ru
 step loop's thread. Three resources are behind it: pages of the pool (shared with KV), indices of the runner's adapter
 table, and slots of the host arena (see `arena_grants`).
 
-An adapter without leases and pins is *idle*; idle adapters give way by worth (`economy`), those asked for least and
+An adapter without leases and pins is *idle*; idle adapters give way by worth (`scheduler.eviction`), those asked for least and
 cheapest to bring back first. The image stays in the arena if it is there. A *claim* is a waiting request's hold on an
 adapter that was brought for it: it outranks other waiting requests, not running ones.
 """
@@ -21,7 +21,7 @@ from loraplex_engine.adapters.adapter import NEVER, Adapter, AdapterLoad, Room
 from loraplex_engine.adapters.arrival_rates import DEFAULT_HALF_LIFE_S
 from loraplex_engine.adapters.eviction_order import TableIndices
 from loraplex_engine.adapters.ranking import AdapterRegister
-from loraplex_engine.adapters.shared_modules import Recipes
+from loraplex_engine.adapters.shared_modules import SharedModules
 from loraplex_engine.adapters.warm_order import WarmResult
 from loraplex_engine.messages import ResidencyState, StoreEvent, WantImage
 from loraplex_engine.pages.page_pool import PageOwner, PagePool
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec
 
     from loraplex_engine.adapters.arena import HostArena
-    from loraplex_engine.pages.page_worth import Appraisal
+    from loraplex_engine.pages.page_worth import PageWorth
 
 
 class AdapterCache(AdapterRegister):
@@ -46,7 +46,7 @@ class AdapterCache(AdapterRegister):
         emit: Sink of `WantImage` and `ResidencyChanged`.
         clock: Seconds, monotonic.
         half_life_s: After which an arrival counts half in an adapter's worth.
-        appraisal: What an adapter is worth.
+        page_worth: What an adapter is worth.
 
     Attributes:
         max_resident: Size of the runner's adapter table.
@@ -63,12 +63,12 @@ class AdapterCache(AdapterRegister):
         emit: Callable[[StoreEvent], None],
         clock: Callable[[], float],
         half_life_s: float = DEFAULT_HALF_LIFE_S,
-        appraisal: Appraisal = EXPECTED_COST,
+        page_worth: PageWorth = EXPECTED_COST,
     ) -> None:
-        super().__init__(pool=pool, emit=emit, clock=clock, half_life_s=half_life_s, appraisal=appraisal)
+        super().__init__(pool=pool, emit=emit, clock=clock, half_life_s=half_life_s, page_worth=page_worth)
         self._arena = arena
         self._indices = TableIndices(max_resident)
-        self._recipes = Recipes()
+        self._modules = SharedModules()
         self._loads: list[AdapterLoad] = []
         self._generations = itertools.count(1)
         self.max_resident = max_resident
@@ -145,7 +145,7 @@ class AdapterCache(AdapterRegister):
         if adapter.arena_slots or adapter.is_discarded:
             self._arena.free(arena_slots)
             return
-        adapter.spec, adapter.num_pages, adapter.arena_slots = self._recipes.share(spec), len(arena_slots), arena_slots
+        adapter.spec, adapter.num_pages, adapter.arena_slots = self._modules.share(spec), len(arena_slots), arena_slots
         adapter.max_rank, adapter.last_used_s = spec.max_rank, self._clock()
         if adapter.state in (ResidencyState.ABSENT, ResidencyState.WANTED):
             if adapter.wanted_since_s:

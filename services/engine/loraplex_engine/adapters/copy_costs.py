@@ -1,4 +1,4 @@
-"""What bringing an adapter takes on this machine, measured while they come."""
+"""What fetching and copying an adapter takes on this machine, measured while adapters come."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CopyCosts:
         self.fetch_s += (_WEIGHT if self._has_fetch else 1.0) * (took_s - self.fetch_s)
         self._has_fetch = True
 
-    def bring_s_per_page(self, num_pages: int, *, is_in_arena: bool) -> float:
-        """Return what one page of an adapter of ``num_pages`` costs to bring to the device."""
+    def return_s_per_page(self, num_pages: int, *, is_in_arena: bool) -> float:
+        """Return what one page of an adapter of ``num_pages`` costs to have on the device again."""
         fetch_s = 0.0 if is_in_arena else self.fetch_s / max(1, num_pages)
         return max(_LEAST_S, self.copy_s_per_page + fetch_s)

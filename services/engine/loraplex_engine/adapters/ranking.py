@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.messages import StoreEvent
     from loraplex_engine.pages.page_pool import PagePool
-    from loraplex_engine.pages.page_worth import Appraisal
+    from loraplex_engine.pages.page_worth import PageWorth
 
 
 class AdapterRegister:
@@ -29,7 +29,7 @@ class AdapterRegister:
 
     Attributes:
         rates: How often each adapter was asked for lately, known here or not.
-        costs: What bringing adapters takes, measured.
+        costs: What fetching and copying adapters takes, measured.
         warm: What became of adapters that were loaded before anybody asked.
         sequence: Of the latest `ResidencyChanged`.
         num_resident: Adapters that can be leased.
@@ -44,12 +44,12 @@ class AdapterRegister:
         emit: Callable[[StoreEvent], None],
         clock: Callable[[], float],
         half_life_s: float,
-        appraisal: Appraisal,
+        page_worth: PageWorth,
     ) -> None:
         self._pool = pool
         self._emit = emit
         self._clock = clock
-        self._appraisal = appraisal
+        self._page_worth = page_worth
         self._adapters: dict[str, Adapter] = {}
         self._idle = EvictionOrder(lambda adapter: adapter.is_idle)
         self._images = EvictionOrder(_has_idle_image)
@@ -230,9 +230,9 @@ class AdapterRegister:
     # --- for AdapterCache ---
 
     def _place(self, adapter: Adapter) -> None:
-        """Appraise an adapter and put it where it belongs in the orders."""
-        cost_s = self.costs.bring_s_per_page(adapter.num_pages, is_in_arena=bool(adapter.arena_slots))
-        adapter.worth = self._appraisal.of_adapter(
+        """Say what an adapter is worth and put it where it belongs in the orders."""
+        cost_s = self.costs.return_s_per_page(adapter.num_pages, is_in_arena=bool(adapter.arena_slots))
+        adapter.worth = self._page_worth.of_adapter(
             octaves=self.rates.octaves(adapter.digest), cost_s=cost_s, used=adapter.last_used_s / self.rates.half_life_s
         )
         self._idle.place(adapter)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
 
-MAX_RECIPES: Final = 256
+MAX_LISTS: Final = 256
 
 
-class Recipes:
+class SharedModules:
     """The module lists seen last; a 7B model's has 224 entries, far more than all else that is known of an adapter."""
 
     def __init__(self) -> None:
@@ -22,6 +22,6 @@ class Recipes:
         """Return an equal spec whose modules are shared with all others that have equal ones."""
         known = self._modules.setdefault(spec.modules, spec.modules)
         self._modules.move_to_end(known)
-        if len(self._modules) > MAX_RECIPES:
+        if len(self._modules) > MAX_LISTS:
             self._modules.popitem(last=False)
         return spec if known is spec.modules else dataclasses.replace(spec, modules=known)

@@ -1,6 +1,6 @@
 """What the steps in flight should take, for whoever has to tell a long step from one that hangs.
 
-Measured costs where there are any (`cost_model`), told on the safe side: every token is taken to cost what one of a prompt
+Measured costs where there are any (`step_costs`), told on the safe side: every token is taken to cost what one of a prompt
 does, and more the longer its sequence is. Before that, what a slow device would need for the model's products.
 """
 

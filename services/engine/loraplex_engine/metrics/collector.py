@@ -89,7 +89,11 @@ class EngineCollector(Collector):
             ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", counters.num_looked_up_tokens),
             ("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", counters.num_cached_tokens),
             ("loraplex_engine_evicted_blocks", "Cached blocks that gave way.", self._engine.num_evicted_blocks),
-            ("loraplex_engine_early_aborts", "Requests ended as hopeless before their time.", counters.num_hopeless),
+            (
+                "loraplex_engine_early_aborts",
+                "Requests ended as hopeless before their time.",
+                counters.num_early_aborts,
+            ),
         ):
             yield CounterMetricFamily(name, text, value=value)
         page_bytes = self._engine.params.geometry.page_bytes

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loraplex_engine.pages.page_pool import PagePool, Pages
-    from loraplex_engine.pages.page_worth import Appraisal
+    from loraplex_engine.pages.page_worth import PageWorth
 
 _DEPTH_STEP: Final = 1e-9
 """What a block's position takes off its worth, in octaves: orders equals, and far above a float's resolution."""
@@ -38,13 +38,13 @@ class ColdBlocks:
     Args:
         pool: Whose pages.
         half_life_s: After which a use counts half.
-        appraisal: What a block is worth.
+        page_worth: What a block is worth.
     """
 
-    def __init__(self, pool: PagePool, *, half_life_s: float, appraisal: Appraisal) -> None:
+    def __init__(self, pool: PagePool, *, half_life_s: float, page_worth: PageWorth) -> None:
         self._pool = pool
         self._half_life_s = half_life_s
-        self._appraisal = appraisal
+        self._page_worth = page_worth
         self._worth = np.full(pool.num_pages, -math.inf)  # in octaves, without `_DEPTH_STEP`
         self._depths = np.zeros(pool.num_pages, dtype=np.int32)
         self._candidates = NO_PAGES  # cached pages when they were sorted, least worth first
@@ -65,7 +65,7 @@ class ColdBlocks:
         if self._pool.is_cached(pages).any():  # it computed the same blocks once more, and has no hold on these
             self._is_sorted = False
         moment = now_s / self._half_life_s
-        self._worth[pages] = self._appraisal.of_blocks(self._worth[pages], moment)
+        self._worth[pages] = self._page_worth.of_blocks(self._worth[pages], moment)
         self._sure_up_to = min(self._sure_up_to, moment - _DEPTH_STEP * _MAX_DEPTH)
 
     def worth_of(self, pages: Pages) -> NDArray[np.float64]:

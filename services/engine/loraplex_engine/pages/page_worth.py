@@ -1,6 +1,6 @@
 """What a page is worth: how adapters and cached blocks are compared when something has to give way.
 
-`ExpectedCost` is how the engine does it (`economy`). `Recency` is the least-recently-used rule of other systems, kept so
+`ExpectedCost` is how the engine does it (`scheduler.eviction`). `Recency` is the least-recently-used rule of other systems, kept so
 that benchmarks compare the two inside the same engine.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _LEAST_S: Final = 1e-12
 
 
-class Appraisal(Protocol):
+class PageWorth(Protocol):
     """Worth in octaves; moments are times in half-lives."""
 
     def of_adapter(self, *, octaves: float, cost_s: float, used: float) -> float:
@@ -78,9 +78,9 @@ class Recency:
 
 
 EXPECTED_COST: Final = ExpectedCost()
-_APPRAISALS: Final[dict[Eviction, Appraisal]] = {Eviction.EXPECTED_COST: EXPECTED_COST, Eviction.RECENCY: Recency()}
+_PAGE_WORTHS: Final[dict[Eviction, PageWorth]] = {Eviction.EXPECTED_COST: EXPECTED_COST, Eviction.RECENCY: Recency()}
 
 
-def appraisal_of(eviction: Eviction) -> Appraisal:
+def page_worth_of(eviction: Eviction) -> PageWorth:
     """Return the rule that a policy names."""
-    return _APPRAISALS[eviction]
+    return _PAGE_WORTHS[eviction]

@@ -2,7 +2,7 @@
 
 Accounting only; copies nothing. A block is *published* once its tokens are known and computed, by whoever computed it
 first. Sequences that hold a page keep it from eviction; when the last one leaves, the page stays as long as its room is
-not worth more to others (`economy`, `cold_blocks`).
+not worth more to others (`scheduler.eviction`, `cold_blocks`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loraplex_engine.pages.page_pool import PagePool, Pages
-    from loraplex_engine.pages.page_worth import Appraisal
+    from loraplex_engine.pages.page_worth import PageWorth
 
 
 class PrefixCache:
@@ -29,17 +29,17 @@ class PrefixCache:
     Args:
         pool: Whose pages hold the blocks.
         half_life_s: After which a use counts half.
-        appraisal: What a block is worth.
+        page_worth: What a block is worth.
 
     Attributes:
         num_evicted: Blocks that gave way so far.
     """
 
-    def __init__(self, pool: PagePool, *, half_life_s: float, appraisal: Appraisal = EXPECTED_COST) -> None:
+    def __init__(self, pool: PagePool, *, half_life_s: float, page_worth: PageWorth = EXPECTED_COST) -> None:
         self._pool = pool
         self._pages: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
-        self._cold = ColdBlocks(pool, half_life_s=half_life_s, appraisal=appraisal)
+        self._cold = ColdBlocks(pool, half_life_s=half_life_s, page_worth=page_worth)
         self.num_evicted = 0
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Brings the adapters of waiting requests to the device, those of the next ones first.
+"""Fetches the adapters of waiting requests to the device, those of the next ones first.
 
 The queue is the prediction of what will be needed: an adapter is asked of the store when its first request arrives, and
 copied to the device when that request is near its turn. Those next in order *claim* their adapters, so that no load for
@@ -19,7 +19,7 @@ from loraplex_engine.scheduler.request import Request
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.scheduler.eviction import RoomMaker
+    from loraplex_engine.scheduler.eviction import PageSource
     from loraplex_engine.scheduler.request_book import RequestBook
     from loraplex_engine.scheduler.running_batch import RunningBatch
     from loraplex_engine.scheduler.size_check import SizeCheck
@@ -47,11 +47,11 @@ class Reservation:
     request: Request | None = None
 
 
-class AdapterBringing:
+class AdapterFetching:
     """Claims and loads.
 
     Args:
-        economy: Makes room.
+        eviction: Makes room.
         sizes: Refuses what can never fit, once its adapter's size is known.
         reservation: Shared with `Admission`.
     """
@@ -62,7 +62,7 @@ class AdapterBringing:
         queue: WaitingQueue,
         batch: RunningBatch,
         cache: AdapterCache,
-        economy: RoomMaker,
+        eviction: PageSource,
         sizes: SizeCheck,
         book: RequestBook,
         reservation: Reservation,
@@ -70,7 +70,7 @@ class AdapterBringing:
         self._queue = queue
         self._batch = batch
         self._cache = cache
-        self._economy = economy
+        self._eviction = eviction
         self._sizes = sizes
         self._book = book
         self._reservation = reservation
@@ -97,8 +97,8 @@ class AdapterBringing:
         num_free = self._batch.state.num_free
         return self._cache.num_loading - num_free if num_free else self._cache.num_claimed
 
-    def bring(self, request: Request, digest: str, now_s: float) -> Outcome:
-        """Bring a request's adapter a state nearer to residency, and park the request if that takes time."""
+    def fetch(self, request: Request, digest: str, now_s: float) -> Outcome:
+        """Move a request's adapter a state nearer to residency, and park the request if that takes time."""
         state = self._cache.state_of(digest)
         if state is ResidencyState.RESIDENT:
             return Outcome.NO_PLACE
@@ -124,7 +124,7 @@ class AdapterBringing:
         if not self.claim(request):
             return Outcome.NO_PLACE
         rule = EvictionRule({digest}, spares_claimed=request is not self._reservation.request)
-        room = self._economy.make_room(num_pages, rule)
+        room = self._eviction.make_room(num_pages, rule)
         if room is Room.NOW:
             deadline_s = math.inf if request.objective_s is None else request.objective_s
             room = self._cache.load(digest, rule, deadline_s=deadline_s)
@@ -136,7 +136,7 @@ class AdapterBringing:
 
     def _leaves_headroom(self, num_pages: int) -> bool:
         """Tell whether each running request could still get one more block, so that none is preempted at once."""
-        left = self._economy.num_obtainable - num_pages
+        left = self._eviction.num_obtainable - num_pages
         return len(self._batch) == 0 or self._reservation.request is not None or left >= len(self._batch)
 
     def load_pinned(self) -> None:
@@ -148,8 +148,8 @@ class AdapterBringing:
     def load_unattended(self, digest: str) -> None:
         """Load an adapter that nobody waits with (pinned, or asked for with FAIL_FAST), if idle room allows."""
         num_pages = self._cache.num_pages_of(digest) or 0
-        has_room = self._economy.num_obtainable - num_pages >= len(self._batch)
+        has_room = self._eviction.num_obtainable - num_pages >= len(self._batch)
         if self._reservation.request is None and has_room:
             rule = EvictionRule({digest}, spares_claimed=True, queue=self._queue)
-            if self._economy.make_room(num_pages, rule) is Room.NOW:
+            if self._eviction.make_room(num_pages, rule) is Room.NOW:
                 self._cache.load(digest, rule)

@@ -5,8 +5,8 @@ others. Who is passed over for lack of pages for longer than a bound, or while n
 them: nobody is admitted and no adapter loaded until it fits, so the running requests' pages flow to it and it cannot
 starve.
 
-A request is admitted when its blocks, its adapter and the growth expected of all that run fit (`growth`). Pages come
-from the free list, from cached blocks and from idle adapters (`economy`); a running request is never preempted for a
+A request is admitted when its blocks, its adapter and the growth expected of all that run fit (`expected_lengths`). Pages come
+from the free list, from cached blocks and from idle adapters (`scheduler.eviction`); a running request is never preempted for a
 waiting one. Those next in order *claim* their adapters: no load evicts these again, and of places only those that go to
 requests further ahead. A load only promises progress, a place is progress, so claims cannot block each other.
 """
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Final
 from loraplex_engine.adapters.adapter import Room
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PageOwner, PagePool
-from loraplex_engine.scheduler.adapter_fetching import AdapterBringing, Outcome, Reservation
+from loraplex_engine.scheduler.adapter_fetching import AdapterFetching, Outcome, Reservation
 from loraplex_engine.scheduler.eviction_rule import EvictionRule
-from loraplex_engine.scheduler.expected_lengths import OutputLengths, peak_growth
+from loraplex_engine.scheduler.expected_lengths import ExpectedLengths, peak_growth
 from loraplex_engine.scheduler.request import Request, RequestState
 from loraplex_engine.step import NO_ADAPTER
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.limits import SchedulerLimits
     from loraplex_engine.pages.page_pool import Pages
-    from loraplex_engine.scheduler.eviction import RoomMaker
-    from loraplex_engine.scheduler.first_token_deadlines import Hopelessness
+    from loraplex_engine.scheduler.eviction import PageSource
+    from loraplex_engine.scheduler.first_token_deadlines import FirstTokenDeadlines
     from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
     from loraplex_engine.scheduler.request_book import RequestBook
     from loraplex_engine.scheduler.running_batch import RunningBatch
@@ -46,12 +46,12 @@ class Admission:
 
     Args:
         sharing: Finds blocks that others computed.
-        economy: Makes room.
-        bringing: Brings adapters.
+        eviction: Makes room.
+        fetching: Brings adapters.
         reservation: For whom pages are kept.
         lengths: What requests drew lately.
         sizes: Refuses what can never fit.
-        hopelessness: Ends whom a place would not help any more.
+        first_tokens: Ends whom a place would not help any more.
         book: Told of each request that got its slot.
     """
 
@@ -64,12 +64,12 @@ class Admission:
         pool: PagePool,
         cache: AdapterCache,
         sharing: PrefixSharing,
-        economy: RoomMaker,
-        bringing: AdapterBringing,
+        eviction: PageSource,
+        fetching: AdapterFetching,
         reservation: Reservation,
-        lengths: OutputLengths,
+        lengths: ExpectedLengths,
         sizes: SizeCheck,
-        hopelessness: Hopelessness,
+        first_tokens: FirstTokenDeadlines,
         book: RequestBook,
     ) -> None:
         self._limits = limits
@@ -78,12 +78,12 @@ class Admission:
         self._pool = pool
         self._cache = cache
         self._sharing = sharing
-        self._economy = economy
-        self._bringing = bringing
+        self._eviction = eviction
+        self._fetching = fetching
         self._reservation = reservation
         self._lengths = lengths
         self._sizes = sizes
-        self._hopelessness = hopelessness
+        self._first_tokens = first_tokens
         self._book = book
         self._spared: set[str] = set()  # adapters claimed by requests that this pass has passed over
         self._seen: tuple[int, int, int, bool] | None = None  # what held at the last pass
@@ -118,11 +118,11 @@ class Admission:
         """Start to bring a new request's adapter from the store, if it has any and the arena lacks it."""
         digest = request.adapter_digest
         if digest is not None and self._cache.state_of(digest) is not ResidencyState.IN_ARENA:
-            self._bringing.bring(request, digest, now_s)
+            self._fetching.fetch(request, digest, now_s)
 
     def admit(self, now_s: float) -> None:
         """Admit whoever fits, and start the loads of adapters that the next ones need."""
-        self._bringing.load_pinned()
+        self._fetching.load_pinned()
         self._queue.promote(now_s)
         if self._reservation.request is not None and self._serve_reserving(self._reservation.request, now_s):
             return
@@ -136,7 +136,7 @@ class Admission:
 
     def _has_changed(self, now_s: float) -> bool:
         """Tell whether a pass could find anything that the last one did not."""
-        more_room = self._economy.num_obtainable > self._obtainable_seen
+        more_room = self._eviction.num_obtainable > self._obtainable_seen
         return more_room or now_s >= self._look_again_s or self._seen != self._signature
 
     @property
@@ -145,7 +145,7 @@ class Admission:
 
     def _remember(self) -> None:
         self._seen = self._signature
-        self._obtainable_seen = self._economy.num_obtainable
+        self._obtainable_seen = self._eviction.num_obtainable
 
     @property
     def _has_budget(self) -> bool:
@@ -205,11 +205,11 @@ class Admission:
     def _look_at(self, request: Request, now_s: float) -> Outcome:
         digest = request.adapter_digest
         if digest is not None and self._cache.state_of(digest) is not ResidencyState.RESIDENT:
-            return self._bringing.bring(request, digest, now_s)
+            return self._fetching.fetch(request, digest, now_s)
         if not self._batch.state.num_free or not self._has_budget:
-            self._bringing.claim(request)
+            self._fetching.claim(request)
             return Outcome.NO_PLACE
-        if self._sizes.refuse_if_too_large(request) or self._hopelessness.end_if_hopeless(request, now_s):
+        if self._sizes.refuse_if_too_large(request) or self._first_tokens.end_if_unreachable(request, now_s):
             return Outcome.GONE
         return self._seat(request)
 
@@ -243,7 +243,7 @@ class Admission:
             spared.add(request.adapter_digest)
         room = Room.NO
         if self._fits(request, num_pages, len(found), spared):
-            room = self._economy.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
+            room = self._eviction.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
         if room is not Room.NOW:
             return Outcome.SOON if room is Room.SOON else Outcome.NO_PAGES
         digest, stop_ids = request.adapter_digest, self._stop_ids_of(request)
@@ -262,7 +262,7 @@ class Admission:
         """Tell whether a request's pages and the growth expected of all that run can be had; alone it always fits."""
         if len(self._batch) == 0:
             return True
-        left = self._economy.num_obtainable_but(spared) - num_pages
+        left = self._eviction.num_obtainable_but(spared) - num_pages
         if left >= (len(self._batch) + 1) * self._longest_blocks:
             return True  # however much they draw
         if left < len(self._batch):

@@ -15,7 +15,7 @@ class Limit(enum.Enum):
     DEADLINE = "deadline"
     QUEUE_DEADLINE = "queue_deadline"
     TIME_LIMIT = "time_limit"
-    HOPELESS = "hopeless"  # its first token cannot come in time any more, as estimated when it was noted
+    FIRST_TOKEN = "first_token"  # its first token cannot come in time any more, as estimated when it was noted
 
 
 class Deadlines:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.scheduler.admission import Admission
     from loraplex_engine.scheduler.decode_state import Rows
-    from loraplex_engine.scheduler.eviction import RoomMaker
+    from loraplex_engine.scheduler.eviction import PageSource
     from loraplex_engine.scheduler.request import Request
     from loraplex_engine.scheduler.request_book import RequestBook
     from loraplex_engine.scheduler.running_batch import RunningBatch
@@ -30,14 +30,14 @@ class DecodeGrowth:
         batch: RunningBatch,
         pool: PagePool,
         cache: AdapterCache,
-        economy: RoomMaker,
+        eviction: PageSource,
         admission: Admission,
         book: RequestBook,
     ) -> None:
         self._batch = batch
         self._pool = pool
         self._cache = cache
-        self._economy = economy
+        self._eviction = eviction
         self._admission = admission
         self._book = book
 
@@ -49,14 +49,14 @@ class DecodeGrowth:
         """
         state = self._batch.state
         growing = rows[state.needs_block(rows)]
-        while len(growing) > self._economy.num_free:
+        while len(growing) > self._eviction.num_free:
             room = self._make_room(len(growing))
             if room is Room.NO:
                 self._book.preempt(self._victim())
                 rows = state.rows_to_decode(self._batch.rows)
                 growing = rows[state.needs_block(rows)]
             elif room is Room.SOON:
-                growing, stalled = np.split(growing, [self._economy.num_free])
+                growing, stalled = np.split(growing, [self._eviction.num_free])
                 rows = rows[~np.isin(rows, stalled)]
         if len(growing):
             state.append_blocks(growing, self._pool.allocate(len(growing), PageOwner.KV))
@@ -72,12 +72,12 @@ class DecodeGrowth:
         own = self._admission.reserving_digest
         spared = set() if own is None else {own}
         spare = EvictionRule(spared, spares_claimed=True)
-        room = self._economy.make_room(num_pages + self.watermark, spare)
+        room = self._eviction.make_room(num_pages + self.watermark, spare)
         if room is Room.NO:
-            room = self._economy.make_room(num_pages, spare)
+            room = self._eviction.make_room(num_pages, spare)
         if room is Room.NO:
-            room = self._economy.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
-        return Room.NOW if num_pages <= self._economy.num_free else room
+            room = self._eviction.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
+        return Room.NOW if num_pages <= self._eviction.num_free else room
 
     def _victim(self) -> Request:
         """Return the request admitted last, sparing those whose adapter drains: it might not come again for them."""

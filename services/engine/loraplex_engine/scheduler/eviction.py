@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.pages.page_pool import PagePool
-    from loraplex_engine.pages.page_worth import Appraisal
+    from loraplex_engine.pages.page_worth import PageWorth
     from loraplex_engine.pages.prefix_cache import PrefixCache
     from loraplex_engine.scheduler.step_costs import StepCosts
 
 
-class RoomMaker(Protocol):
-    """Who sees to free pages for one purpose: `PageEconomy`, or a side of a pool that is cut in two (`fixed_shares`)."""
+class PageSource(Protocol):
+    """Who sees to free pages for one purpose: `PageEviction`, or a side of a pool that is cut in two (`fixed_shares`)."""
 
     @property
     def num_free(self) -> int:
@@ -51,7 +51,7 @@ class RoomMaker(Protocol):
         ...
 
 
-class PageEconomy:
+class PageEviction:
     """Makes room in the pool.
 
     Args:
@@ -60,7 +60,7 @@ class PageEconomy:
         prefix: Blocks, of which cached ones can be evicted.
         costs: Measured costs of steps.
         block_tokens: Tokens of a block.
-        appraisal: What a page is worth.
+        page_worth: What a page is worth.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class PageEconomy:
         prefix: PrefixCache,
         costs: StepCosts,
         block_tokens: int,
-        appraisal: Appraisal = EXPECTED_COST,
+        page_worth: PageWorth = EXPECTED_COST,
     ) -> None:
         self._pool = pool
         self._cache = cache
         self._prefix = prefix
         self._costs = costs
         self._block_tokens = block_tokens
-        self._appraisal = appraisal
+        self._page_worth = page_worth
 
     @property
     def num_free(self) -> int:
@@ -159,7 +159,7 @@ class PageEconomy:
     @property
     def _block_cost(self) -> float:
         """What the seconds to recompute a block add to its worth, in octaves."""
-        return self._appraisal.block_cost(self._block_tokens * self._costs.prefill_s_per_token)
+        return self._page_worth.block_cost(self._block_tokens * self._costs.prefill_s_per_token)
 
 
 def _enough(num_pages: int, adapters: Iterator[Adapter]) -> list[Adapter] | None:

@@ -22,7 +22,7 @@ FIRST_GUESS: Final = 256
 """Tokens expected of a request without a limit of its own, before anything was learnt."""
 
 
-class OutputLengths:
+class ExpectedLengths:
     """A decayed histogram of output lengths, in steps of a quarter octave.
 
     Args:

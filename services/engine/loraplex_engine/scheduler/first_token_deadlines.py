@@ -2,7 +2,7 @@
 
 The estimate is the least a request has to wait if it were next: the copy of its adapter, the prefill admitted before it,
 and its own. It comes from measured costs only; nobody is ended on a guess. A request is looked at again at the moment
-from which on the estimate as it is now says it is hopeless, so a waiting request costs nothing in between.
+from which on the estimate as it is now says that it cannot be met, so a waiting request costs nothing in between.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MIN_RETRY_S: Final = 0.1
 _MAX_RETRY_S: Final = 60.0
 
 
-class Hopelessness:
+class FirstTokenDeadlines:
     """Compares the time to a first token with what a request can wait.
 
     Args:
@@ -68,18 +68,18 @@ class Hopelessness:
         num_tokens = self._batch.num_prefill_tokens + request.num_known_tokens - num_cached
         return wait_s + self._costs.prefill_s(num_tokens)
 
-    def hopeless_from_s(self, request: Request) -> float | None:
-        """Return the moment from which on a waiting request is hopeless, as estimated now; None if it can wait for ever."""
+    def unreachable_from_s(self, request: Request) -> float | None:
+        """Return the moment from which on a waiting request misses its objective, as estimated now; None if it has none."""
         if request.objective_s is None or request.first_token_s is not None:
             return None
         return request.objective_s - self.estimate_s(request)
 
-    def end_if_hopeless(self, request: Request, now_s: float) -> bool:
+    def end_if_unreachable(self, request: Request, now_s: float) -> bool:
         """End a waiting request that cannot have its first token in time; True if it did."""
-        hopeless_s = self.hopeless_from_s(request)
-        if request.state is not RequestState.WAITING or hopeless_s is None or now_s <= hopeless_s:
+        unreachable_s = self.unreachable_from_s(request)
+        if request.state is not RequestState.WAITING or unreachable_s is None or now_s <= unreachable_s:
             return False
-        self._counters.num_hopeless += 1
+        self._counters.num_early_aborts += 1
         self._book.fail(request, self._error(request, now_s))
         return True
 

@@ -1,8 +1,8 @@
 """A pool cut in two for good, a share for KV and the rest for adapters: what other systems do.
 
-Two views with the interface of `PageEconomy`, one for whoever needs pages of KV and one for whoever loads adapters. Neither
+Two views with the interface of `PageEviction`, one for whoever needs pages of KV and one for whoever loads adapters. Neither
 side takes from the other; inside a side, what is worth least gives way. Here so that benchmarks compare fixed shares with
-the one economy inside the same engine.
+the one market inside the same engine.
 """
 
 from __future__ import annotations

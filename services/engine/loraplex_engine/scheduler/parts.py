@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplex_engine.limits import SchedulerCounters, SchedulerLimits
-from loraplex_engine.pages.page_worth import appraisal_of
+from loraplex_engine.pages.page_worth import page_worth_of
 from loraplex_engine.pages.prefix_cache import PrefixCache
-from loraplex_engine.scheduler.adapter_fetching import AdapterBringing, Reservation
+from loraplex_engine.scheduler.adapter_fetching import AdapterFetching, Reservation
 from loraplex_engine.scheduler.admission import Admission
 from loraplex_engine.scheduler.decode_growth import DecodeGrowth
 from loraplex_engine.scheduler.decode_state import DecodeState
-from loraplex_engine.scheduler.eviction import PageEconomy, RoomMaker
-from loraplex_engine.scheduler.expected_lengths import OutputLengths
+from loraplex_engine.scheduler.eviction import PageEviction, PageSource
+from loraplex_engine.scheduler.expected_lengths import ExpectedLengths
 from loraplex_engine.scheduler.fair_shares import FairShares
-from loraplex_engine.scheduler.first_token_deadlines import Hopelessness
+from loraplex_engine.scheduler.first_token_deadlines import FirstTokenDeadlines
 from loraplex_engine.scheduler.fixed_shares import AdapterShare, KvShare
 from loraplex_engine.scheduler.outputs import OutputCollector
 from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
@@ -48,8 +48,8 @@ class SchedulerParts:
     book: RequestBook
     reader: ResultReader
     sizes: SizeCheck
-    hopelessness: Hopelessness
-    bringing: AdapterBringing
+    first_tokens: FirstTokenDeadlines
+    fetching: AdapterFetching
     admission: Admission
     growth: DecodeGrowth
     warming: Warming
@@ -62,7 +62,7 @@ def build_parts(
     """Make a scheduler's parts over one pool; arguments as of `Scheduler`."""
     policy, block_tokens = limits.policy, limits.block_tokens
     counters, costs, collector = SchedulerCounters(), StepCosts(), OutputCollector()
-    lengths, reservation = OutputLengths(policy.growth_quantile), Reservation()
+    lengths, reservation = ExpectedLengths(policy.growth_quantile), Reservation()
     queue = WaitingQueue(
         FairShares(max_running_per_key=policy.max_running_per_key),
         policy=policy.queue_policy,
@@ -71,7 +71,7 @@ def build_parts(
     )
     state = DecodeState(max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len, block_tokens=block_tokens)
     batch = RunningBatch(state=state, pool=pool)
-    prefix = PrefixCache(pool, half_life_s=policy.half_life_s, appraisal=appraisal_of(policy.eviction))
+    prefix = PrefixCache(pool, half_life_s=policy.half_life_s, page_worth=page_worth_of(policy.eviction))
     sharing = PrefixSharing(prefix=prefix, state=state, is_enabled=policy.enable_prefix_cache)
     for_kv, for_adapters = _room_makers(limits, pool=pool, cache=cache, prefix=prefix, costs=costs)
     book = RequestBook(
@@ -86,11 +86,11 @@ def build_parts(
         clock=clock,
     )
     sizes = SizeCheck(pool=pool, cache=cache, book=book, block_tokens=block_tokens)
-    hopelessness = Hopelessness(
+    first_tokens = FirstTokenDeadlines(
         costs=costs, cache=cache, batch=batch, queue=queue, sharing=sharing, book=book, counters=counters
     )
-    bringing = AdapterBringing(
-        queue=queue, batch=batch, cache=cache, economy=for_adapters, sizes=sizes, book=book, reservation=reservation
+    fetching = AdapterFetching(
+        queue=queue, batch=batch, cache=cache, eviction=for_adapters, sizes=sizes, book=book, reservation=reservation
     )
     admission = Admission(
         limits=limits,
@@ -99,16 +99,16 @@ def build_parts(
         pool=pool,
         cache=cache,
         sharing=sharing,
-        economy=for_kv,
-        bringing=bringing,
+        eviction=for_kv,
+        fetching=fetching,
         reservation=reservation,
         lengths=lengths,
         sizes=sizes,
-        hopelessness=hopelessness,
+        first_tokens=first_tokens,
         book=book,
     )
-    growth = DecodeGrowth(batch=batch, pool=pool, cache=cache, economy=for_kv, admission=admission, book=book)
-    warming = Warming(cache=cache, economy=for_adapters, batch=batch, queue=queue, is_enabled=policy.enable_warming)
+    growth = DecodeGrowth(batch=batch, pool=pool, cache=cache, eviction=for_kv, admission=admission, book=book)
+    warming = Warming(cache=cache, eviction=for_adapters, batch=batch, queue=queue, is_enabled=policy.enable_warming)
     return SchedulerParts(
         counters=counters,
         costs=costs,
@@ -121,15 +121,15 @@ def build_parts(
             batch=batch, book=book, sharing=sharing, shares=queue.shares, collector=collector, counters=counters
         ),
         sizes=sizes,
-        hopelessness=hopelessness,
-        bringing=bringing,
+        first_tokens=first_tokens,
+        fetching=fetching,
         admission=admission,
         growth=growth,
         warming=warming,
         steady=SteadyDecode(
             batch=batch,
             pool=pool,
-            economy=for_kv,
+            eviction=for_kv,
             growth=growth,
             queue=queue,
             admission=admission,
@@ -143,19 +143,19 @@ def build_parts(
 
 def _room_makers(
     limits: SchedulerLimits, *, pool: PagePool, cache: AdapterCache, prefix: PrefixCache, costs: StepCosts
-) -> tuple[RoomMaker, RoomMaker]:
+) -> tuple[PageSource, PageSource]:
     """Return who makes room for KV and who for adapters: one economy for both, unless the policy cuts the pool."""
     policy = limits.policy
     if policy.kv_share is None:
-        economy = PageEconomy(
+        eviction = PageEviction(
             pool=pool,
             cache=cache,
             prefix=prefix,
             costs=costs,
             block_tokens=limits.block_tokens,
-            appraisal=appraisal_of(policy.eviction),
+            page_worth=page_worth_of(policy.eviction),
         )
-        return economy, economy
+        return eviction, eviction
     num_kv = round(pool.num_pages * policy.kv_share)
     for_adapters = AdapterShare(num_pages=pool.num_pages - num_kv, pool=pool, cache=cache)
     return KvShare(num_pages=num_kv, pool=pool, prefix=prefix), for_adapters

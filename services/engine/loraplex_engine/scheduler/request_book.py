@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.messages import Submission
-    from loraplex_engine.scheduler.expected_lengths import OutputLengths
+    from loraplex_engine.scheduler.expected_lengths import ExpectedLengths
     from loraplex_engine.scheduler.outputs import OutputCollector
     from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
     from loraplex_engine.scheduler.running_batch import RunningBatch
@@ -48,7 +48,7 @@ class RequestBook:
         batch: RunningBatch,
         cache: AdapterCache,
         sharing: PrefixSharing,
-        lengths: OutputLengths,
+        lengths: ExpectedLengths,
         collector: OutputCollector,
         counters: SchedulerCounters,
         page_bytes: int,

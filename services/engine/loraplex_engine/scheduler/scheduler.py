@@ -90,8 +90,8 @@ class Scheduler:
         self._book = parts.book
         self._reader = parts.reader
         self._sizes = parts.sizes
-        self._hopelessness = parts.hopelessness
-        self._bringing = parts.bringing
+        self._first_tokens = parts.first_tokens
+        self._fetching = parts.fetching
         self._admission = parts.admission
         self._growth = parts.growth
         self._warming = parts.warming
@@ -150,7 +150,7 @@ class Scheduler:
             self._book.finish(request, FinishReason.LENGTH)
         elif not self._sizes.refuse_if_too_large(request):
             self._deadlines.add(request)
-            self._note_hopelessness(request)
+            self._watch_first_token(request)
             self._arrive(request, now_s)
 
     def _prompt_too_long(self, request: Request) -> LoraplexError:
@@ -173,7 +173,7 @@ class Scheduler:
             )
             self._book.fail(request, error)
             if self._cache.state_of(digest) is ResidencyState.IN_ARENA:
-                self._bringing.load_unattended(digest)
+                self._fetching.load_unattended(digest)
         else:
             self._book.report_loading(request, digest)
 
@@ -222,7 +222,7 @@ class Scheduler:
                 if not self._sizes.refuse_if_too_large(request):
                     self._book.report_loading(request, spec.digest)
         if was_wanted and not waiting and self._cache.state_of(spec.digest) is ResidencyState.IN_ARENA:
-            self._bringing.load_unattended(spec.digest)
+            self._fetching.load_unattended(spec.digest)
 
     def image_refused(self, digest: str, error: LoraplexError) -> None:
         """End all requests that wait for an image that the store cannot supply."""
@@ -323,9 +323,9 @@ class Scheduler:
     def _pass_limit(self, limit: Limit, request: Request, now_s: float) -> None:
         if limit is Limit.DEADLINE:
             self._book.fail(request, DeadlineError("the client's deadline passed"))
-        elif limit is Limit.HOPELESS:
-            if not self._hopelessness.end_if_hopeless(request, now_s) and request.state is RequestState.WAITING:
-                self._note_hopelessness(request)
+        elif limit is Limit.FIRST_TOKEN:
+            if not self._first_tokens.end_if_unreachable(request, now_s) and request.state is RequestState.WAITING:
+                self._watch_first_token(request)
         elif limit is Limit.TIME_LIMIT:
             self._book.finish(request, FinishReason.TIME_LIMIT)
         elif request.admitted_s is None:
@@ -336,11 +336,11 @@ class Scheduler:
             )
             self._book.fail(request, error)
 
-    def _note_hopelessness(self, request: Request) -> None:
-        """Look at a request again when it may have become hopeless."""
-        hopeless_s = self._hopelessness.hopeless_from_s(request)
-        if hopeless_s is not None:
-            self._deadlines.note(hopeless_s, Limit.HOPELESS, request)
+    def _watch_first_token(self, request: Request) -> None:
+        """Look at a request again at the moment from which it misses its objective."""
+        unreachable_s = self._first_tokens.unreachable_from_s(request)
+        if unreachable_s is not None:
+            self._deadlines.note(unreachable_s, Limit.FIRST_TOKEN, request)
 
     def check_integrity(self) -> None:
         """Recount pages, leases and requests.

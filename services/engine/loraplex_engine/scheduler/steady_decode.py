@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loraplex_engine.scheduler.admission import Admission
     from loraplex_engine.scheduler.decode_growth import DecodeGrowth
     from loraplex_engine.scheduler.decode_state import Rows
-    from loraplex_engine.scheduler.eviction import RoomMaker
+    from loraplex_engine.scheduler.eviction import PageSource
     from loraplex_engine.scheduler.request_book import RequestBook
     from loraplex_engine.scheduler.running_batch import RunningBatch
     from loraplex_engine.scheduler.step_costs import StepCosts
@@ -43,7 +43,7 @@ class SteadyDecode:
         *,
         batch: RunningBatch,
         pool: PagePool,
-        economy: RoomMaker,
+        eviction: PageSource,
         growth: DecodeGrowth,
         queue: WaitingQueue,
         admission: Admission,
@@ -54,7 +54,7 @@ class SteadyDecode:
     ) -> None:
         self._batch = batch
         self._pool = pool
-        self._economy = economy
+        self._eviction = eviction
         self._growth = growth
         self._queue = queue
         self._admission = admission
@@ -76,11 +76,11 @@ class SteadyDecode:
         steps = int((state.max_outputs.take(rows) - state.next_position.take(rows)).min())
         room = self._room(rows)
         needed = int(self._missing(room, steps).sum())
-        free = self._economy.num_free
+        free = self._eviction.num_free
         if needed <= free:
             return steps
         # rows that lack pages make room for a few more (`DecodeGrowth`): so many must be to be had without an adapter
-        quiet = self._economy.num_quiet(needed + self._growth.watermark)
+        quiet = self._eviction.num_quiet(needed + self._growth.watermark)
         return self._steps_within(room, steps, max(free, quiet - self._growth.watermark))[0]
 
     def _steps_within(self, room: NDArray[np.int32], most: int, num_pages: int) -> tuple[int, NDArray[np.int32]]:
@@ -125,7 +125,7 @@ class SteadyDecode:
         state, rows = self._batch.state, self._batch.rows
         left = num_steps
         while left:
-            count, missing = self._steps_within(self._room(rows), left, self._economy.num_free)
+            count, missing = self._steps_within(self._room(rows), left, self._eviction.num_free)
             if count == 0:  # blocks give way at the very step that lacks pages
                 if len(self._growth.grow(rows)) != len(rows):
                     raise RuntimeError("a steady step lacks pages")

@@ -14,7 +14,7 @@ from loraplex_engine.scheduler.eviction_rule import EvictionRule
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.scheduler.eviction import RoomMaker
+    from loraplex_engine.scheduler.eviction import PageSource
     from loraplex_engine.scheduler.running_batch import RunningBatch
     from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 
@@ -33,13 +33,13 @@ class Warming:
         self,
         *,
         cache: AdapterCache,
-        economy: RoomMaker,
+        eviction: PageSource,
         batch: RunningBatch,
         queue: WaitingQueue,
         is_enabled: bool,
     ) -> None:
         self._cache = cache
-        self._economy = economy
+        self._eviction = eviction
         self._batch = batch
         self._queue = queue
         self._is_enabled = is_enabled
@@ -63,10 +63,10 @@ class Warming:
         best = self._cache.most_warmable
         if best is None or self._queue.is_awaited(best.digest):
             return
-        if self._economy.num_obtainable - best.num_pages < len(self._batch):
+        if self._eviction.num_obtainable - best.num_pages < len(self._batch):
             return
         rule = EvictionRule({best.digest}, spares_claimed=True, queue=self._queue)
-        if self._economy.make_room(best.num_pages, rule, up_to=best.worth - MARGIN_OCTAVES) is Room.NOW:
+        if self._eviction.make_room(best.num_pages, rule, up_to=best.worth - MARGIN_OCTAVES) is Room.NOW:
             self._cache.load(best.digest, _nobody, is_warming=True)
 
 

@@ -21,7 +21,7 @@ from loraplex_engine.messages import (
     WantImage,
 )
 from loraplex_engine.pages.page_pool import PagePool
-from loraplex_engine.pages.page_worth import appraisal_of
+from loraplex_engine.pages.page_worth import page_worth_of
 from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.simulation.copies import (
     CopyStream,
@@ -106,7 +106,7 @@ class SimulatedEngine:
             emit=self._on_store_event,
             clock=self.clock,
             half_life_s=setup.policy.half_life_s,
-            appraisal=appraisal_of(setup.policy.eviction),
+            page_worth=page_worth_of(setup.policy.eviction),
         )
         self.scheduler = Scheduler(
             limits=setup.limits, pool=self.pool, cache=self.cache, page_bytes=page_bytes, clock=self.clock

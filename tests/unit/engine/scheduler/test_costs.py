@@ -60,5 +60,5 @@ def test_an_adapter_that_left_the_arena_costs_a_fetch_more() -> None:
     costs.copied(1, began_s=0.0, done_s=0.001)
     costs.fetched(0.2)
 
-    assert costs.bring_s_per_page(10, is_in_arena=True) == pytest.approx(0.001)
-    assert costs.bring_s_per_page(10, is_in_arena=False) == pytest.approx(0.021)
+    assert costs.return_s_per_page(10, is_in_arena=True) == pytest.approx(0.001)
+    assert costs.return_s_per_page(10, is_in_arena=False) == pytest.approx(0.021)

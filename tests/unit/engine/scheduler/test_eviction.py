@@ -16,7 +16,7 @@ from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PageOwner, PagePool
 from loraplex_engine.pages.prefix_cache import PrefixCache
-from loraplex_engine.scheduler.eviction import PageEconomy
+from loraplex_engine.scheduler.eviction import PageEviction
 from loraplex_engine.scheduler.step_costs import StepCosts
 from support.fake_runner import fake_spec
 
@@ -50,7 +50,7 @@ class Bench:
         )
         self.prefix = PrefixCache(self.pool, half_life_s=HALF_LIFE_S)
         self.costs = StepCosts()
-        self.economy = PageEconomy(
+        self.eviction = PageEviction(
             pool=self.pool, cache=self.cache, prefix=self.prefix, costs=self.costs, block_tokens=BLOCK
         )
 
@@ -103,7 +103,7 @@ def test_of_equal_demand_the_cheaper_to_bring_back_goes(bench: Bench, block_s: f
     bench.add_adapter("adapter")
     bench.add_prefix("prefix")
 
-    assert bench.economy.make_room(7, anyone) is Room.NOW
+    assert bench.eviction.make_room(7, anyone) is Room.NOW
 
     assert bench.has_adapter("adapter") == (goes != "adapter")
     assert bench.has_prefix("prefix") == (goes != "prefix")
@@ -115,7 +115,7 @@ def test_of_equal_cost_the_less_asked_for_goes(bench: Bench, uses: int, arrivals
     bench.add_adapter("adapter", arrivals=arrivals)
     bench.add_prefix("prefix", uses=uses)
 
-    bench.economy.make_room(7, anyone)
+    bench.eviction.make_room(7, anyone)
 
     assert bench.has_adapter("adapter") == (goes != "adapter")
     assert bench.has_prefix("prefix") == (goes != "prefix")
@@ -127,7 +127,7 @@ def test_demand_that_has_faded_counts_for_less_than_new_demand(bench: Bench) -> 
     bench.now_s += 5 * HALF_LIFE_S
     bench.add_adapter("new", arrivals=1)
 
-    bench.economy.make_room(7, anyone)
+    bench.eviction.make_room(7, anyone)
 
     assert not bench.has_adapter("once-hot")
     assert bench.has_adapter("new")
@@ -142,7 +142,7 @@ def test_an_adapter_that_left_the_arena_is_worth_more(bench: Bench) -> None:
     bench.add_adapter("in-arena", arrivals=2)
     bench.cache.costs.copy_s_per_page = 0.001
 
-    bench.economy.make_room(7, anyone)
+    bench.eviction.make_room(7, anyone)
 
     assert bench.has_adapter("far")
     assert not bench.has_adapter("in-arena")
@@ -153,7 +153,7 @@ def test_nothing_is_evicted_in_vain(bench: Bench) -> None:
     bench.cache.lease("leased")
     bench.add_prefix("prefix")
 
-    assert bench.economy.make_room(5, anyone) is Room.NO
+    assert bench.eviction.make_room(5, anyone) is Room.NO
 
     assert bench.has_prefix("prefix")
 
@@ -164,8 +164,8 @@ def test_leased_and_pinned_adapters_never_go(bench: Bench) -> None:
     bench.cache.lease("leased")
     bench.cache.set_pinned("pinned", True)
 
-    assert bench.economy.make_room(4, anyone) is Room.NOW
-    assert bench.economy.make_room(5, anyone) is Room.NO
+    assert bench.eviction.make_room(4, anyone) is Room.NOW
+    assert bench.eviction.make_room(5, anyone) is Room.NO
 
 
 def test_with_a_bound_only_what_is_worth_less_goes(bench: Bench) -> None:
@@ -174,9 +174,9 @@ def test_with_a_bound_only_what_is_worth_less_goes(bench: Bench) -> None:
     bench.add_prefix("cold")
     bound = bench.cache.rates.octaves("hot") + np.log2(0.01) - 1
 
-    assert bench.economy.make_room(8, anyone, up_to=bound) is Room.NO
+    assert bench.eviction.make_room(8, anyone, up_to=bound) is Room.NO
     assert bench.has_prefix("cold")
-    assert bench.economy.make_room(7, anyone, up_to=bound) is Room.NOW
+    assert bench.eviction.make_room(7, anyone, up_to=bound) is Room.NOW
 
     assert bench.has_adapter("hot")
     assert not bench.has_prefix("cold")
@@ -195,7 +195,7 @@ def test_arrival_rates_decay_and_are_bounded() -> None:
     assert rates.octaves("steady") > rates.octaves("once-999")
 
 
-class EconomyMachine(RuleBasedStateMachine):
+class EvictionMachine(RuleBasedStateMachine):
     """Adapters and prefixes come, are used and give way; whoever goes is worth no more than whoever stays."""
 
     @initialize(num_pages=st.integers(4, 12), block_s=st.floats(1e-4, 1e-1), page_s=st.floats(1e-4, 1e-1))
@@ -217,7 +217,7 @@ class EconomyMachine(RuleBasedStateMachine):
             cache.image_arrived(fake_spec(digest), slots)
         if cache.state_of(digest) is ResidencyState.IN_ARENA:
             pages = cache.num_pages_of(digest) or 0
-            if bench.economy.make_room(pages, anyone) is Room.NOW:
+            if bench.eviction.make_room(pages, anyone) is Room.NOW:
                 measured_s = cache.costs.copy_s_per_page
                 assert cache.load(digest, anyone) is Room.NOW
                 cache.load_finished(digest)
@@ -225,7 +225,7 @@ class EconomyMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from("pqrst"))
     def use_prefix(self, name: str) -> None:
-        if self.bench.has_prefix(name) or self.bench.economy.make_room(1, anyone) is Room.NOW:
+        if self.bench.has_prefix(name) or self.bench.eviction.make_room(1, anyone) is Room.NOW:
             self.bench.add_prefix(name)
 
     @rule(digest=digests)
@@ -248,7 +248,7 @@ class EconomyMachine(RuleBasedStateMachine):
         bench = self.bench
         before = self._worths()
         free = bench.pool.num_free
-        room = bench.economy.make_room(num_pages, anyone)
+        room = bench.eviction.make_room(num_pages, anyone)
         gone = {name: worth for name, worth in before.items() if name not in self._worths()}
         if room is Room.NO:
             assert not gone
@@ -295,7 +295,7 @@ class EconomyMachine(RuleBasedStateMachine):
             self.bench.arena.close()
 
 
-EconomyMachine.TestCase.settings = settings(
+EvictionMachine.TestCase.settings = settings(
     max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestEconomyMachine = EconomyMachine.TestCase
+TestEvictionMachine = EvictionMachine.TestCase

@@ -9,20 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_engine.scheduler.decode_state import DecodeState
-from loraplex_engine.scheduler.expected_lengths import FIRST_GUESS, OutputLengths, peak_growth
+from loraplex_engine.scheduler.expected_lengths import FIRST_GUESS, ExpectedLengths, peak_growth
 
 BLOCK = 4
 
 
 def test_before_anything_was_learnt_a_request_is_expected_to_draw_what_it_may() -> None:
-    lengths = OutputLengths(0.9)
+    lengths = ExpectedLengths(0.9)
 
     assert lengths.of(70, is_open_ended=False) == 70
     assert lengths.of(10_000, is_open_ended=True) == FIRST_GUESS
 
 
 def test_the_expectation_is_the_quantile_of_recent_outputs_within_a_quarter_octave() -> None:
-    lengths = OutputLengths(0.9)
+    lengths = ExpectedLengths(0.9)
     rng = np.random.default_rng(0)
     drawn = rng.integers(1, 1000, size=2000)
     for length in drawn.tolist():
@@ -34,7 +34,7 @@ def test_the_expectation_is_the_quantile_of_recent_outputs_within_a_quarter_octa
 
 
 def test_the_expectation_follows_a_change() -> None:
-    lengths = OutputLengths(0.9)
+    lengths = ExpectedLengths(0.9)
     for _ in range(1000):
         lengths.observe(16)
     assert lengths.expected == pytest.approx(16)
@@ -46,7 +46,7 @@ def test_the_expectation_follows_a_change() -> None:
 
 @pytest.mark.parametrize(("quantile", "expected"), [(0.0, 0.0), (1.0, math.inf)])
 def test_the_ends_of_the_scale_do_not_learn(quantile: float, expected: float) -> None:
-    lengths = OutputLengths(quantile)
+    lengths = ExpectedLengths(quantile)
     for _ in range(50):
         lengths.observe(7)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_engine.limits import Eviction, SchedulingPolicy
-from loraplex_engine.pages.page_worth import EXPECTED_COST, appraisal_of
+from loraplex_engine.pages.page_worth import EXPECTED_COST, page_worth_of
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.fleet import Fleet
 from loraplex_engine.simulation.outcomes import End
@@ -53,7 +53,7 @@ def test_neither_side_of_a_cut_pool_takes_from_the_other(
 
 
 def test_by_recency_the_last_use_alone_counts() -> None:
-    recency = appraisal_of(Eviction.RECENCY)
+    recency = page_worth_of(Eviction.RECENCY)
 
     often, late = (
         recency.of_adapter(octaves=octaves, cost_s=1.0, used=used) for octaves, used in ((10.0, 1.0), (1.0, 2.0))
