@@ -259,7 +259,7 @@ class Rig:
     @property
     def wanted(self) -> list[str]:
         """Digests that are WANTED now."""
-        return [s.digest for s in self.cache.statuses() if s.state is ResidencyState.WANTED]
+        return [s.digest for s in self.cache.states.statuses() if s.state is ResidencyState.WANTED]
 
     @property
     def num_wants(self) -> int:
@@ -301,9 +301,9 @@ class Rig:
             self.cache.load_finished(digest)
         plan = self.scheduler.schedule()
         self.grants.serve()
-        for index in self.cache.take_unloads():
+        for index in self.cache.loads.take_unloads():
             self.runner.unload_adapter(index)
-        for load in self.cache.take_loads():
+        for load in self.cache.loads.take_loads():
             source = self.arena.pages(load.arena_slots)
             self.loads[load.digest] = self.runner.load_adapter(load.index, load.spec, load.pages, source)
         if plan is not None:
@@ -331,7 +331,7 @@ class Rig:
         """Check every account."""
         self.scheduler.check_integrity()
         self.arena.check_integrity()
-        held = sum(status.num_pages for status in self.cache.statuses() if status.is_in_arena)
+        held = sum(status.num_pages for status in self.cache.states.statuses() if status.is_in_arena)
         assert held + self.arena.num_free + self._num_granted() == self.arena.num_slots
 
     def _num_granted(self) -> int:
@@ -343,6 +343,6 @@ class Rig:
         assert self.scheduler.num_open == 0
         assert all(client.end is not None for client in self.all_clients)
         assert not self.steps
-        resident = sum(s.num_pages for s in self.cache.statuses() if s.state is ResidencyState.RESIDENT)
+        resident = sum(s.num_pages for s in self.cache.states.statuses() if s.state is ResidencyState.RESIDENT)
         assert self.pool.num_free + self.pool.num_cached + resident == self.pool.num_pages
-        assert all(status.num_leases == 0 for status in self.cache.statuses())
+        assert all(status.num_leases == 0 for status in self.cache.states.statuses())

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
+
+DEFAULT_HALF_LIFE_S: Final = 60.0
+DEFAULT_PROMOTE_AFTER_S: Final = 30.0
+DEFAULT_GROWTH_QUANTILE: Final = 0.9
 
 
 class QueuePolicy(enum.Enum):
@@ -47,12 +52,12 @@ class SchedulingPolicy:
 
     enable_prefix_cache: bool = True
     enable_warming: bool = True
-    half_life_s: float = 60.0
-    growth_quantile: float = 0.9
+    half_life_s: float = DEFAULT_HALF_LIFE_S
+    growth_quantile: float = DEFAULT_GROWTH_QUANTILE
     queue_policy: QueuePolicy = QueuePolicy.FCFS
     ttft_slo_s: float | None = None
     max_running_per_key: int | None = None
-    promote_after_s: float = 30.0
+    promote_after_s: float = DEFAULT_PROMOTE_AFTER_S
     eviction: Eviction = Eviction.EXPECTED_COST
     kv_share: float | None = None
 

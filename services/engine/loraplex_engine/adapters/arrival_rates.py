@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
-DEFAULT_HALF_LIFE_S: Final = 60.0
+from loraplex_engine.limits import DEFAULT_HALF_LIFE_S
+
 MAX_KNOWN: Final = 1 << 17
 _FORGOTTEN_AFTER: Final = 12.0  # half-lives: 1/4096 of a request
 

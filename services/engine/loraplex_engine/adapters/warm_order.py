@@ -31,10 +31,17 @@ class WarmCounts:
     num_late_pages: int = 0
     num_wasted_pages: int = 0
 
-    def count(self, result: WarmResult, num_pages: int) -> None:
-        """Count one adapter."""
-        name = f"num_{result.value}_pages"
-        setattr(self, name, getattr(self, name) + num_pages)
+    def settle(self, adapter: Adapter, result: WarmResult) -> None:
+        """Count what became of an adapter that was loaded before anybody asked; once."""
+        if not adapter.is_warmed:
+            return
+        adapter.is_warmed = False
+        if result is WarmResult.USEFUL:
+            self.num_useful_pages += adapter.num_pages
+        elif result is WarmResult.LATE:
+            self.num_late_pages += adapter.num_pages
+        else:
+            self.num_wasted_pages += adapter.num_pages
 
 
 class WarmOrder:

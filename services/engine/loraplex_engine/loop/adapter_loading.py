@@ -51,9 +51,9 @@ class AdapterLoading:
 
     def start(self) -> None:
         """Have the runner unbind what left and load what was decided on."""
-        for index in self._cache.take_unloads():
+        for index in self._cache.loads.take_unloads():
             self._runner.unload_adapter(index)
-        for load in self._cache.take_loads():
+        for load in self._cache.loads.take_loads():
             source = self._arena.pages(load.arena_slots)
             try:
                 handle = self._runner.load_adapter(load.index, load.spec, load.pages, source)

@@ -34,10 +34,12 @@ class AdapterOperations:
         """
         adapter = self._held(digest)
         if not adapter.is_pinned:
-            self._check_share(digest, "pages", adapter.num_pages, self._cache.num_pinned_pages, self._pool.num_pages)
-            self._check_share(digest, "places", 1, self._cache.num_pinned, self._cache.max_resident)
-        self._cache.set_pinned(digest, True)
-        return self._cache.status(digest)
+            self._check_share(
+                digest, "pages", adapter.num_pages, self._cache.states.num_pinned_pages, self._pool.num_pages
+            )
+            self._check_share(digest, "places", 1, self._cache.states.num_pinned, self._cache.loads.max_resident)
+        self._cache.states.set_pinned(digest, True)
+        return self._cache.states.status(digest)
 
     @staticmethod
     def _check_share(digest: str, what: str, needed: int, pinned: int, total: int) -> None:
@@ -55,8 +57,8 @@ class AdapterOperations:
             AdapterNotFoundError: If the engine does not hold it.
         """
         self._held(digest)
-        self._cache.set_pinned(digest, False)
-        return self._cache.status(digest)
+        self._cache.states.set_pinned(digest, False)
+        return self._cache.states.status(digest)
 
     def evict(self, digest: str, require_generation: int | None = None) -> AdapterStatus:
         """Let an adapter go from the device, at once or when its last lease is returned; the arena keeps its copy.
@@ -72,10 +74,10 @@ class AdapterOperations:
         if adapter.is_pinned:
             raise AdapterInUseError(f"adapter {digest} is pinned: unpin it first")
         self._cache.drain(digest)
-        return self._cache.status(digest)
+        return self._cache.states.status(digest)
 
     def _held(self, digest: str) -> AdapterStatus:
-        status = self._cache.status(digest)
+        status = self._cache.states.status(digest)
         if status.state in (ResidencyState.ABSENT, ResidencyState.WANTED, ResidencyState.DRAINING):
             raise AdapterNotFoundError(f"this engine does not hold adapter {digest}")
         return status

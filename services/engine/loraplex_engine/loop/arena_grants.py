@@ -51,18 +51,18 @@ class ArenaGrants:
     def ask(self, digest: str, num_pages: int, *, is_wanted: bool, future: Future[Granted]) -> None:
         """Resolve ``future`` to slots now or later, or to None if there is no room or no use for the image."""
         if is_wanted and num_pages <= self._arena.num_slots:
-            demand = _Demand(self._cache.due_s(digest), next(self._numbers), digest, num_pages, future)
+            demand = _Demand(self._cache.states.due_s(digest), next(self._numbers), digest, num_pages, future)
             heapq.heappush(self._demands, demand)
             if self._demands[0] is demand:
                 self._full_at = None  # what found no room was another
             self.serve()
         elif future.set_running_or_notify_cancel():
-            has_image = self._cache.status(digest).is_in_arena
+            has_image = self._cache.states.status(digest).is_in_arena
             future.set_result(None if has_image else self._arena.allocate(num_pages))
 
     def serve(self) -> None:
         """Grant what there is room for by now."""
-        if self._num_hastened != self._cache.num_hastened:
+        if self._num_hastened != self._cache.states.num_hastened:
             self._reorder()
         while self._demands:
             demand = self._demands[0]
@@ -79,8 +79,8 @@ class ArenaGrants:
 
     def _reorder(self) -> None:
         """Some deadline was moved forward, which is rare: whoever asks later is mostly due later."""
-        self._num_hastened = self._cache.num_hastened
-        self._demands = [replace(demand, due_s=self._cache.due_s(demand.digest)) for demand in self._demands]
+        self._num_hastened = self._cache.states.num_hastened
+        self._demands = [replace(demand, due_s=self._cache.states.due_s(demand.digest)) for demand in self._demands]
         heapq.heapify(self._demands)
         self._full_at = None
 
@@ -93,7 +93,7 @@ class ArenaGrants:
         return has_room
 
     def _now(self) -> tuple[int, int, int]:
-        return self._cache.sequence, self._queue.version, self._arena.num_free
+        return self._cache.states.sequence, self._queue.version, self._arena.num_free
 
     def cancel(self) -> None:
         """Resolve all demands to None: the engine ends."""

@@ -213,7 +213,7 @@ class Engine:
     @property
     def measured_costs(self) -> dict[str, float]:
         """Seconds that things take, as measured lately: what -> seconds."""
-        steps, copies = self._scheduler.costs, self._cache.costs
+        steps, copies = self._scheduler.costs, self._cache.ranking.costs
         return {
             "decode_step": steps.decode_step_s,
             "prefill_token": steps.prefill_s_per_token,
@@ -231,7 +231,7 @@ class Engine:
 
         From asyncio: ``await asyncio.wrap_future(engine.list_adapters())``. All futures of this class are alike.
         """
-        return self._call(self._cache.statuses)
+        return self._call(self._cache.states.statuses)
 
     def pin(self, digest: str) -> Future[AdapterStatus]:
         """Keep an adapter in the pool whatever the pressure; it is loaded if it is only in the arena.

@@ -63,9 +63,9 @@ class LoadReport:
             pages_free=pool.num_free + pool.num_retiring + pool.num_cached,
             pages_cached=pool.num_cached,
             pages_kv=pool.num_kv,
-            pages_adapter=cache.num_idle_pages,
-            pages_pinned=cache.num_held_pages,
-            adapters_resident=cache.num_resident,
+            pages_adapter=cache.ranking.num_idle_pages,
+            pages_pinned=pool.num_adapter - cache.ranking.num_idle_pages,
+            adapters_resident=cache.states.num_resident,
             tokens_per_s=tokens_per_s,
             draining=scheduler.is_draining,
         )

@@ -80,10 +80,10 @@ class AdapterFetching:
         digest = request.adapter_digest
         if digest is None or request.has_claim:
             return True
-        is_new = not self._cache.num_claims_of(digest)
+        is_new = not self._cache.states.num_claims_of(digest)
         if is_new and self._num_ahead >= CLAIMS_AHEAD and request is not self._reservation.request:
             return False
-        self._cache.claim(digest)
+        self._cache.states.claim(digest)
         request.has_claim = True
         return True
 
@@ -95,7 +95,7 @@ class AdapterFetching:
         however many claims those have that were first before.
         """
         num_free = self._batch.state.num_free
-        return self._cache.num_loading - num_free if num_free else self._cache.num_claimed
+        return self._cache.states.num_loading - num_free if num_free else self._cache.states.num_claimed
 
     def fetch(self, request: Request, digest: str, now_s: float) -> Outcome:
         """Move a request's adapter a state nearer to residency, and park the request if that takes time."""
@@ -103,7 +103,7 @@ class AdapterFetching:
         if state is ResidencyState.RESIDENT:
             return Outcome.NO_PLACE
         if state is ResidencyState.ABSENT:
-            self._cache.want(digest, request.objective_s)
+            self._cache.states.want(digest, request.objective_s)
         elif state is ResidencyState.IN_ARENA:
             if self._sizes.refuse_if_too_large(request):
                 return Outcome.GONE
@@ -118,7 +118,7 @@ class AdapterFetching:
 
     def _load(self, request: Request, digest: str) -> Outcome | None:
         """Start to load an adapter for a request; None if it is on its way."""
-        num_pages = self._cache.num_pages_of(digest) or 0
+        num_pages = self._cache.states.num_pages_of(digest) or 0
         if not self._leaves_headroom(num_pages):
             return Outcome.NO_PAGES
         if not self.claim(request):
@@ -141,13 +141,13 @@ class AdapterFetching:
 
     def load_pinned(self) -> None:
         """Start the loads of pinned adapters that are not on the device, as far as idle room allows."""
-        if self._cache.num_pinned:
-            for digest in self._cache.pins_to_load:
+        if self._cache.states.num_pinned:
+            for digest in self._cache.states.pins_to_load:
                 self.load_unattended(digest)
 
     def load_unattended(self, digest: str) -> None:
         """Load an adapter that nobody waits with (pinned, or asked for with FAIL_FAST), if idle room allows."""
-        num_pages = self._cache.num_pages_of(digest) or 0
+        num_pages = self._cache.states.num_pages_of(digest) or 0
         has_room = self._eviction.num_obtainable - num_pages >= len(self._batch)
         if self._reservation.request is None and has_room:
             rule = EvictionRule({digest}, spares_claimed=True, queue=self._queue)

@@ -110,7 +110,7 @@ class Admission:
 
     def is_settled(self, now_s: float) -> bool:
         """Tell whether `admit` would change nothing now, and until something happens."""
-        if self._reservation.request is not None or (self._cache.num_pinned and self._cache.pins_to_load):
+        if self._reservation.request is not None or (self._cache.states.num_pinned and self._cache.states.pins_to_load):
             return False
         return not len(self._queue) or not (self._has_changed(now_s) or now_s >= self._queue.next_promotion_s)
 
@@ -141,7 +141,7 @@ class Admission:
 
     @property
     def _signature(self) -> tuple[int, int, int, bool]:
-        return (self._queue.version, self._cache.sequence, self._batch.version, self._has_budget)
+        return (self._queue.version, self._cache.states.sequence, self._batch.version, self._has_budget)
 
     def _remember(self) -> None:
         self._seen = self._signature
@@ -176,7 +176,7 @@ class Admission:
     @property
     def _is_idle(self) -> bool:
         """True if nothing under way could ever make room: whoever is first gets all of it, whatever others claim."""
-        return len(self._batch) == 0 and self._cache.num_loading == 0
+        return len(self._batch) == 0 and self._cache.states.num_loading == 0
 
     def _is_overdue(self, request: Request, now_s: float) -> bool:
         if request.misfit_since_s is None:

@@ -88,21 +88,21 @@ class PageEviction:
     @property
     def num_obtainable(self) -> int:
         """Pages free now or soon, or to be had by evicting blocks and adapters that nobody claims."""
-        return self._num_without_adapters + self._cache.num_unclaimed_idle_pages
+        return self._num_without_adapters + self._cache.ranking.num_unclaimed_idle_pages
 
     def num_quiet(self, most: int) -> int:
         """Return how many pages are free, or cached blocks that go before any idle adapter, up to ``most``."""
         free = self._pool.num_free
         if free >= most or not self._pool.num_cached:
             return min(free, most)
-        first = self._cache.least_idle
+        first = self._cache.ranking.least_idle
         bound = math.inf if first is None else first.worth - self._block_cost
         return free + self._prefix.num_worth(bound, most - free)
 
     def num_obtainable_but(self, spared: set[str]) -> int:
         """Return the pages free now or soon, or to be had by evicting blocks and all adapters but some."""
-        kept = sum(self._cache.num_idle_pages_of(digest) for digest in spared)
-        return self._num_without_adapters + self._cache.num_idle_pages - kept
+        kept = sum(self._cache.ranking.num_idle_pages_of(digest) for digest in spared)
+        return self._num_without_adapters + self._cache.ranking.num_idle_pages - kept
 
     @property
     def _num_without_adapters(self) -> int:
@@ -124,12 +124,12 @@ class PageEviction:
         return Room.NOW if num_pages <= self._pool.num_free else Room.SOON
 
     def _evict(self, missing: int, may_evict: Callable[[Adapter], bool], up_to: float) -> bool:
-        if missing > self._pool.num_cached + self._cache.num_idle_pages:
+        if missing > self._pool.num_cached + self._cache.ranking.num_idle_pages:
             return False
         rest = self._num_beyond_blocks(missing, up_to)
         if rest > 0 and not self._has_idle(up_to):
             return False
-        with self._cache.idle_in_order() as idle:
+        with self._cache.ranking.idle_in_order() as idle:
             adapters = filter(may_evict, takewhile(lambda adapter: adapter.worth <= up_to, idle))  # by rising worth
             chosen = _enough(rest, adapters)
             if chosen is None:
@@ -153,7 +153,7 @@ class PageEviction:
 
     def _has_idle(self, up_to: float) -> bool:
         """Tell whether any idle adapter is worth that little."""
-        first = self._cache.least_idle
+        first = self._cache.ranking.least_idle
         return first is not None and first.worth <= up_to
 
     @property

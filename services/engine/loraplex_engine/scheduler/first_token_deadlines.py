@@ -62,8 +62,8 @@ class FirstTokenDeadlines:
         wait_s = 0.0
         digest = request.adapter_digest
         if digest is not None and self._cache.state_of(digest) is not ResidencyState.RESIDENT:
-            num_pages = self._cache.num_pages_of(digest) or 0
-            wait_s = num_pages * self._cache.costs.copy_s_per_page
+            num_pages = self._cache.states.num_pages_of(digest) or 0
+            wait_s = num_pages * self._cache.ranking.costs.copy_s_per_page
         num_cached = len(self._sharing.find(request)) * self._batch.state.block_tokens
         num_tokens = self._batch.num_prefill_tokens + request.num_known_tokens - num_cached
         return wait_s + self._costs.prefill_s(num_tokens)

@@ -88,7 +88,7 @@ class AdapterShare:
     def make_room(self, num_pages: int, may_evict: Callable[[Adapter], bool], *, up_to: float = math.inf) -> Room:
         """Free pages by evicting idle adapters, those worth least first; none is evicted in vain."""
         missing = self._pool.num_adapter + num_pages - self._num_pages
-        with self._cache.idle_in_order() as idle:
+        with self._cache.ranking.idle_in_order() as idle:
             chosen: list[Adapter] = []
             for adapter in idle:
                 if missing <= 0 or adapter.worth > up_to:  # by rising worth

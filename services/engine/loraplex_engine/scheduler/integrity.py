@@ -33,11 +33,11 @@ def check_requests(
     if len(waiting) != len(queue):
         raise RuntimeError(f"{len(waiting)} requests are in the queue's lines, {len(queue)} are accounted")
     leases = sum(request.adapter_digest is not None for request in running)
-    if not leases == cache.num_leases == sum(status.num_leases for status in cache.statuses()):
+    if not leases == cache.num_leases == sum(status.num_leases for status in cache.states.statuses()):
         raise RuntimeError(f"{leases} running requests have adapters, the cache counts other leases")
     claims = sum(request.has_claim for request in waiting)
-    if claims != cache.num_claims or any(request.has_claim for request in running):
-        raise RuntimeError(f"{claims} waiting requests claim adapters, the cache counts {cache.num_claims}")
+    if claims != cache.states.num_claims or any(request.has_claim for request in running):
+        raise RuntimeError(f"{claims} waiting requests claim adapters, the cache counts {cache.states.num_claims}")
     queue.shares.check_integrity(
         waiting=[request.share for request in waiting],
         eligible=[request.share for request in waiting if not request.is_parked],

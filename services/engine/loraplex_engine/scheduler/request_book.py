@@ -96,7 +96,7 @@ class RequestBook:
 
     def report_loading(self, request: Request, digest: str) -> None:
         """Tell how far a waiting request's adapter has come."""
-        status = self._cache.status(digest)
+        status = self._cache.states.status(digest)
         total = status.num_pages * self._page_bytes
         event = Loading(
             session_slot=request.submission.session_slot,
@@ -134,7 +134,7 @@ class RequestBook:
     def unclaim(self, request: Request) -> None:
         """Take back a waiting request's claim on its adapter, if it has one."""
         if request.has_claim and request.adapter_digest is not None:
-            self._cache.unclaim(request.adapter_digest)
+            self._cache.states.unclaim(request.adapter_digest)
             request.has_claim = False
 
     def _vacate(self, request: Request) -> None:

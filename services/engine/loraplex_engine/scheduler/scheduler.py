@@ -163,13 +163,13 @@ class Scheduler:
     def _arrive(self, request: Request, now_s: float) -> None:
         digest = request.adapter_digest
         if digest is not None:
-            self._cache.count_arrival(digest)
+            self._cache.states.count_arrival(digest)
         self._admission.arrive(request, now_s)
         if digest is None or request.state is RequestState.ENDED or self._is_resident(digest):
             return
         if request.submission.fail_fast:
             error = AdapterLoadingError(
-                f"adapter {digest} is being loaded", retry_after_s=max(0.05, self._cache.load_estimate_s)
+                f"adapter {digest} is being loaded", retry_after_s=max(0.05, self._cache.ranking.costs.resident_s)
             )
             self._book.fail(request, error)
             if self._cache.state_of(digest) is ResidencyState.IN_ARENA:
@@ -214,7 +214,7 @@ class Scheduler:
         state = self._cache.state_of(spec.digest)
         was_wanted = state is ResidencyState.WANTED
         if state is ResidencyState.ABSENT:  # it was foretold: by a hint, or by its use elsewhere
-            self._cache.count_arrival(spec.digest, FORETOLD_WEIGHT)
+            self._cache.states.count_arrival(spec.digest, FORETOLD_WEIGHT)
         self._cache.image_arrived(spec, arena_slots)
         waiting = self.queue.of_adapter(spec.digest)
         for request in waiting:
@@ -228,7 +228,7 @@ class Scheduler:
         """End all requests that wait for an image that the store cannot supply."""
         if self._cache.state_of(digest) is not ResidencyState.WANTED:
             return
-        self._cache.image_refused(digest)
+        self._cache.states.image_refused(digest)
         for request in self.queue.of_adapter(digest):
             self._book.fail(request, error)
 
@@ -252,7 +252,7 @@ class Scheduler:
         """
         now_s = self._clock()
         self._pass_deadlines(now_s)
-        for digest in self._cache.take_changed():
+        for digest in self._cache.states.take_changed():
             self.queue.unpark(digest, now_s)
         rows = self._growth.grow(self.batch.state.rows_to_decode(self.batch.rows))
         self._admission.admit(now_s)

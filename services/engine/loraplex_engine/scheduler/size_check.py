@@ -29,9 +29,9 @@ class SizeCheck:
     def refuse_if_too_large(self, request: Request) -> bool:
         """End a request that cannot fit even alone; an open-ended one is cut to what fits instead."""
         digest = request.adapter_digest
-        adapter_pages = (self._cache.num_pages_of(digest) or 0) if digest else 0
-        pinned = self._cache.num_pinned_pages
-        if digest is not None and self._cache.is_pinned(digest):
+        adapter_pages = (self._cache.states.num_pages_of(digest) or 0) if digest else 0
+        pinned = self._cache.states.num_pinned_pages
+        if digest is not None and self._cache.states.is_pinned(digest):
             pinned -= adapter_pages
         room = self._pool.num_pages - adapter_pages - pinned
         if request.submission.stopping.max_new_tokens is None:

@@ -15,7 +15,7 @@ import heapq
 import math
 from typing import TYPE_CHECKING, Final
 
-from loraplex_engine.limits import QueuePolicy
+from loraplex_engine.limits import DEFAULT_PROMOTE_AFTER_S, QueuePolicy
 from loraplex_engine.messages import Priority
 from loraplex_engine.scheduler.fair_shares import FairShares
 from loraplex_engine.scheduler.queue_lines import Line
@@ -24,7 +24,6 @@ from loraplex_engine.scheduler.request import Request, RequestState
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DEFAULT_PROMOTE_AFTER_S: Final = 30.0
 OVERLOAD_SHARE: Final = 0.5
 """Of the objective: with an older request waiting, a line is overloaded."""
 _LEVELS: Final = tuple(sorted((int(priority) for priority in Priority), reverse=True))

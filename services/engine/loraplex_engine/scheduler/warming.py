@@ -48,19 +48,19 @@ class Warming:
     @property
     def _signature(self) -> tuple[int, int, int, int]:
         cache = self._cache
-        return (cache.sequence, cache.warmable_version, self._batch.version, self._queue.version)
+        return (cache.states.sequence, cache.ranking.warmable_version, self._batch.version, self._queue.version)
 
     @property
     def is_settled(self) -> bool:
         """True if `warm` would do nothing until something happens."""
-        return not self._is_enabled or self._cache.num_loading > 0 or self._seen == self._signature
+        return not self._is_enabled or self._cache.states.num_loading > 0 or self._seen == self._signature
 
     def warm(self) -> None:
         """Start one load if it is worth it; costs nothing while nothing changes."""
         if self.is_settled:
             return
         self._seen = self._signature
-        best = self._cache.most_warmable
+        best = self._cache.ranking.most_warmable
         if best is None or self._queue.is_awaited(best.digest):
             return
         if self._eviction.num_obtainable - best.num_pages < len(self._batch):

@@ -213,8 +213,8 @@ class SimulatedEngine:
         self._wants.clear()
         self.grants.serve()
         self.store.begin_granted(self.now_s)
-        self.cache.take_unloads()
-        for load in self.cache.take_loads():
+        self.cache.loads.take_unloads()
+        for load in self.cache.loads.take_loads():
             self._loads.bind(load.index, self._adapters.index_of(load.digest))
             self.copies.start(load.digest, len(load.pages) * self._page_bytes, self.now_s)
 

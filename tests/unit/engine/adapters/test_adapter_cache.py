@@ -25,7 +25,7 @@ def bench() -> Iterator[AdapterCacheBench]:
 
 
 def test_an_adapter_goes_from_wanted_to_resident(bench: AdapterCacheBench) -> None:
-    bench.cache.want("a", 5.0)
+    bench.cache.states.want("a", 5.0)
     bench.make_resident("a", 3)
 
     assert WantImage("a", 5.0) in bench.events
@@ -72,7 +72,7 @@ def test_the_least_recently_used_goes_first_and_none_in_vain(bench: AdapterCache
     bench.cache.release("a", last_step=-1)
 
     assert bench.cache.reclaim(100, anyone) is Room.NO
-    assert bench.cache.num_resident == 3
+    assert bench.cache.states.num_resident == 3
     assert bench.cache.reclaim(4, anyone) is Room.NOW
 
     assert bench.cache.state_of("b") is ResidencyState.IN_ARENA
@@ -85,12 +85,12 @@ def test_pages_of_an_adapter_that_a_step_reads_come_soon(bench: AdapterCacheBenc
     bench.cache.release("a", last_step=3)
 
     assert bench.cache.reclaim(8, anyone) is Room.SOON
-    assert bench.cache.take_unloads() == []
+    assert bench.cache.loads.take_unloads() == []
     bench.pool.complete(3)
     bench.cache.complete(3)
 
     assert bench.cache.reclaim(8, anyone) is Room.NOW
-    assert bench.cache.take_unloads() == [index]
+    assert bench.cache.loads.take_unloads() == [index]
 
 
 def test_a_full_table_evicts_for_its_index(bench: AdapterCacheBench) -> None:
@@ -107,12 +107,12 @@ def test_a_full_table_evicts_for_its_index(bench: AdapterCacheBench) -> None:
 
 def test_an_evicted_adapter_comes_back_from_the_arena_as_a_new_generation(bench: AdapterCacheBench) -> None:
     bench.make_resident("a")
-    first = bench.cache.status("a").generation
+    first = bench.cache.states.status("a").generation
 
     bench.operations.evict("a")
     assert bench.cache.load("a", anyone) is Room.NOW
 
-    assert bench.cache.status("a").generation > first
+    assert bench.cache.states.status("a").generation > first
     assert not any(isinstance(event, WantImage) for event in bench.events)
 
 
@@ -147,7 +147,7 @@ def test_dropping_an_adapter_that_is_being_loaded_waits_for_the_load(bench: Adap
 @pytest.mark.parametrize("is_dropped", [False, True])
 def test_a_refused_load_gives_back_pages_index_and_image(bench: AdapterCacheBench, is_dropped: bool) -> None:
     bench.put_in_arena("a", 3)
-    bench.cache.set_pinned("a", True)
+    bench.cache.states.set_pinned("a", True)
     bench.cache.load("a", anyone)
     if is_dropped:
         bench.cache.drop("a")
@@ -155,8 +155,8 @@ def test_a_refused_load_gives_back_pages_index_and_image(bench: AdapterCacheBenc
     bench.cache.load_refused("a")
 
     assert bench.cache.state_of("a") is ResidencyState.ABSENT
-    assert (bench.pool.num_free, bench.arena.num_free, bench.cache.num_pinned) == (8, 32, 0)
-    assert not bench.cache.take_unloads(), "an index that was never bound is not unbound"
+    assert (bench.pool.num_free, bench.arena.num_free, bench.cache.states.num_pinned) == (8, 32, 0)
+    assert not bench.cache.loads.take_unloads(), "an index that was never bound is not unbound"
     bench.make_resident("a")
 
 
@@ -166,7 +166,7 @@ def test_dropping_frees_device_and_arena_even_of_a_pinned_adapter(bench: Adapter
 
     bench.cache.drop("a")
 
-    assert bench.cache.statuses() == []
+    assert bench.cache.states.statuses() == []
     assert bench.arena.num_free == 32
 
 
@@ -181,7 +181,7 @@ def test_a_second_copy_of_an_image_is_freed(bench: AdapterCacheBench) -> None:
 def test_a_resident_adapter_gets_its_copy_in_the_arena_back(bench: AdapterCacheBench) -> None:
     bench.make_resident("a", 2)
     bench.cache.evict_images(32, anyone)
-    assert not bench.cache.status("a").is_in_arena
+    assert not bench.cache.states.status("a").is_in_arena
 
     bench.put_in_arena("a", 2)
     bench.operations.evict("a")
@@ -195,12 +195,12 @@ def test_an_adapter_that_was_gone_altogether_gives_way_like_any_other(bench: Ada
     bench.operations.evict("a")
     assert bench.cache.state_of("a") is ResidencyState.ABSENT
     bench.make_resident("a", 2)
-    generation = bench.cache.status("a").generation
+    generation = bench.cache.states.status("a").generation
 
     assert bench.cache.reclaim(8, anyone) is Room.NOW
 
-    assert bench.cache.status("a").state is ResidencyState.IN_ARENA
-    assert bench.cache.status("a").generation == generation
+    assert bench.cache.states.status("a").state is ResidencyState.IN_ARENA
+    assert bench.cache.states.status("a").generation == generation
 
 
 def test_pins_are_limited_and_spare_from_eviction(bench: AdapterCacheBench) -> None:
@@ -229,7 +229,7 @@ def test_pins_leave_places_in_the_table() -> None:
 
 
 def test_what_is_not_held_cannot_be_operated_on(bench: AdapterCacheBench) -> None:
-    bench.cache.want("a", None)
+    bench.cache.states.want("a", None)
 
     for operation in (bench.operations.pin, bench.operations.unpin, bench.operations.evict):
         with pytest.raises(AdapterNotFoundError):
@@ -244,21 +244,21 @@ def test_evicting_another_generation_is_a_conflict(bench: AdapterCacheBench) -> 
 
 
 def test_a_refusal_makes_a_wanted_adapter_absent_and_nothing_else(bench: AdapterCacheBench) -> None:
-    bench.cache.want("a", None)
+    bench.cache.states.want("a", None)
     bench.make_resident("b")
 
-    bench.cache.image_refused("a")
-    bench.cache.image_refused("b")
-    bench.cache.image_refused("c")
+    bench.cache.states.image_refused("a")
+    bench.cache.states.image_refused("b")
+    bench.cache.states.image_refused("c")
 
-    assert [status.digest for status in bench.cache.statuses()] == ["b"]
+    assert [status.digest for status in bench.cache.states.statuses()] == ["b"]
 
 
 def test_the_load_estimate_follows_what_loads_take(bench: AdapterCacheBench) -> None:
-    before = bench.cache.load_estimate_s
-    bench.cache.want("a", None)
+    before = bench.cache.ranking.costs.resident_s
+    bench.cache.states.want("a", None)
     bench.now_s += 20
 
     bench.make_resident("a")
 
-    assert bench.cache.load_estimate_s > before
+    assert bench.cache.ranking.costs.resident_s > before

@@ -27,11 +27,11 @@ class AdapterCacheMachine(RuleBasedStateMachine):
     @rule(digest=digests)
     def want(self, digest: str) -> None:
         if self.bench.cache.state_of(digest) is ResidencyState.ABSENT:
-            self.bench.cache.want(digest, None)
+            self.bench.cache.states.want(digest, None)
 
     @rule(digest=digests, num_pages=st.integers(1, 3))
     def arrive(self, digest: str, num_pages: int) -> None:
-        known = self.bench.cache.num_pages_of(digest)  # an image's size is its digest's
+        known = self.bench.cache.states.num_pages_of(digest)  # an image's size is its digest's
         self.bench.put_in_arena(digest, known or num_pages)
 
     @rule(digest=digests)
@@ -60,9 +60,8 @@ class AdapterCacheMachine(RuleBasedStateMachine):
     @rule(digest=digests, operation=st.sampled_from(["evict", "pin", "unpin", "drop", "image_refused"]))
     def operate(self, digest: str, operation: str) -> None:
         try:
-            getattr(self.bench.operations if operation in ("evict", "pin", "unpin") else self.bench.cache, operation)(
-                digest
-            )
+            owners = {"drop": self.bench.cache, "image_refused": self.bench.cache.states}
+            getattr(owners.get(operation, self.bench.operations), operation)(digest)
         except LoraplexError as error:
             assert isinstance(error, AdapterNotFoundError | AdapterInUseError | SaturatedError)  # noqa: PT017
 
@@ -104,7 +103,7 @@ class AdapterCacheMachine(RuleBasedStateMachine):
         self.bench.cache.check_integrity()
         self.bench.arena.check_integrity()
         for digest in set(self.leases):
-            status = self.bench.cache.status(digest)
+            status = self.bench.cache.states.status(digest)
             assert status.num_leases == self.leases.count(digest)
             assert status.state in (ResidencyState.RESIDENT, ResidencyState.DRAINING)
 
@@ -117,9 +116,9 @@ class AdapterCacheMachine(RuleBasedStateMachine):
             self.bench.cache.release(digest, self.step)
         for digest in "abcd":
             self.bench.cache.drop(digest)
-            self.bench.cache.image_refused(digest)
+            self.bench.cache.states.image_refused(digest)
         self.complete_step()
-        assert self.bench.cache.statuses() == []
+        assert self.bench.cache.states.statuses() == []
         assert self.bench.pool.num_free == self.bench.pool.num_pages
         assert self.bench.arena.num_free == self.bench.arena.num_slots
         self.bench.arena.close()

@@ -35,7 +35,7 @@ class Bench:
     ) -> Future[tuple[int, ...] | None]:
         self.now_s += 1
         if is_wanted and self.cache.state_of(digest) is ResidencyState.ABSENT:
-            self.cache.want(digest, deadline_s)
+            self.cache.states.want(digest, deadline_s)
         future: Future[tuple[int, ...] | None] = Future()
         self.grants.ask(digest, num_pages, is_wanted=is_wanted, future=future)
         return future
@@ -91,7 +91,7 @@ def test_an_image_being_loaded_is_locked_and_a_resident_one_only_loses_its_copy(
     bench.grants.serve()
     assert future.result(0) is not None
     assert bench.cache.state_of("a") is ResidencyState.RESIDENT
-    assert not bench.cache.status("a").is_in_arena
+    assert not bench.cache.states.status("a").is_in_arena
     bench.arena.close()
 
 

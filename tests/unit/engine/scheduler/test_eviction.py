@@ -57,11 +57,11 @@ class Bench:
     def make_costs(self, *, block_s: float, page_s: float) -> None:
         """Measure what a block's tokens and an adapter's page cost."""
         self.costs.prefill_s_per_token = block_s / BLOCK
-        self.cache.costs.copy_s_per_page = page_s
+        self.cache.ranking.costs.copy_s_per_page = page_s
 
     def add_adapter(self, digest: str, num_pages: int = 1, arrivals: int = 1) -> None:
         for _ in range(arrivals):
-            self.cache.count_arrival(digest)
+            self.cache.states.count_arrival(digest)
         slots = self.arena.allocate(num_pages)
         assert slots is not None
         self.cache.image_arrived(fake_spec(digest), slots)
@@ -135,12 +135,12 @@ def test_demand_that_has_faded_counts_for_less_than_new_demand(bench: Bench) -> 
 
 def test_an_adapter_that_left_the_arena_is_worth_more(bench: Bench) -> None:
     bench.make_costs(block_s=0.01, page_s=0.001)
-    bench.cache.costs.fetch_s = 1.0
+    bench.cache.ranking.costs.fetch_s = 1.0
     bench.add_adapter("far", arrivals=1)
     bench.cache.evict_images(64, anyone)
-    assert not bench.cache.status("far").is_in_arena
+    assert not bench.cache.states.status("far").is_in_arena
     bench.add_adapter("in-arena", arrivals=2)
-    bench.cache.costs.copy_s_per_page = 0.001
+    bench.cache.ranking.costs.copy_s_per_page = 0.001
 
     bench.eviction.make_room(7, anyone)
 
@@ -162,7 +162,7 @@ def test_leased_and_pinned_adapters_never_go(bench: Bench) -> None:
     bench.add_adapter("leased", num_pages=2)
     bench.add_adapter("pinned", num_pages=2)
     bench.cache.lease("leased")
-    bench.cache.set_pinned("pinned", True)
+    bench.cache.states.set_pinned("pinned", True)
 
     assert bench.eviction.make_room(4, anyone) is Room.NOW
     assert bench.eviction.make_room(5, anyone) is Room.NO
@@ -172,7 +172,7 @@ def test_with_a_bound_only_what_is_worth_less_goes(bench: Bench) -> None:
     bench.make_costs(block_s=0.01, page_s=0.01)
     bench.add_adapter("hot", arrivals=16)
     bench.add_prefix("cold")
-    bound = bench.cache.rates.octaves("hot") + np.log2(0.01) - 1
+    bound = bench.cache.ranking.rates.octaves("hot") + np.log2(0.01) - 1
 
     assert bench.eviction.make_room(8, anyone, up_to=bound) is Room.NO
     assert bench.has_prefix("cold")
@@ -210,18 +210,18 @@ class EvictionMachine(RuleBasedStateMachine):
     @rule(digest=digests, num_pages=st.integers(1, 3))
     def bring(self, digest: str, num_pages: int) -> None:
         cache, bench = self.bench.cache, self.bench
-        cache.count_arrival(digest)
+        cache.states.count_arrival(digest)
         if cache.state_of(digest) is ResidencyState.ABSENT:
             slots = bench.arena.allocate(num_pages)
             assert slots is not None
             cache.image_arrived(fake_spec(digest), slots)
         if cache.state_of(digest) is ResidencyState.IN_ARENA:
-            pages = cache.num_pages_of(digest) or 0
+            pages = cache.states.num_pages_of(digest) or 0
             if bench.eviction.make_room(pages, anyone) is Room.NOW:
-                measured_s = cache.costs.copy_s_per_page
+                measured_s = cache.ranking.costs.copy_s_per_page
                 assert cache.load(digest, anyone) is Room.NOW
                 cache.load_finished(digest)
-                cache.costs.copy_s_per_page = measured_s  # the bench's clock teaches nothing
+                cache.ranking.costs.copy_s_per_page = measured_s  # the bench's clock teaches nothing
 
     @rule(name=st.sampled_from("pqrst"))
     def use_prefix(self, name: str) -> None:
@@ -277,7 +277,9 @@ class EvictionMachine(RuleBasedStateMachine):
         }
         for digest in "abcd":
             if bench.has_adapter(digest) and digest not in self.leases:
-                worths[digest] = bench.cache.rates.octaves(digest) + float(np.log2(bench.cache.costs.copy_s_per_page))
+                worths[digest] = bench.cache.ranking.rates.octaves(digest) + float(
+                    np.log2(bench.cache.ranking.costs.copy_s_per_page)
+                )
         return worths
 
     @invariant()

@@ -37,7 +37,7 @@ def test_loads_are_handed_over_the_most_urgent_first() -> None:
 
     rig.scheduler.schedule()
 
-    assert [load.digest for load in rig.cache.take_loads()] == ["first", "soon", "late", "never"]
+    assert [load.digest for load in rig.cache.loads.take_loads()] == ["first", "soon", "late", "never"]
 
 
 def test_adapters_of_the_next_in_order_are_loaded_while_the_batch_is_full_but_not_of_the_whole_queue() -> None:
@@ -50,7 +50,7 @@ def test_adapters_of_the_next_in_order_are_loaded_while_the_batch_is_full_but_no
     for _ in range(5):
         rig.turn()
 
-    resident = [s.digest for s in rig.cache.statuses() if s.state is ResidencyState.RESIDENT]
+    resident = [s.digest for s in rig.cache.states.statuses() if s.state is ResidencyState.RESIDENT]
     assert "adapter-1" in resident
     assert 4 <= len(resident) <= 12
     rig.run()
@@ -64,7 +64,7 @@ def test_idle_room_keeps_likely_adapters_warm_and_gives_them_up_to_sequences_at_
         rig.deliver("a", 4)
         rig.run()
     rig.operations.evict("a")
-    rig.cache.count_arrival("a")
+    rig.cache.states.count_arrival("a")
     rig.run()
     assert rig.cache.state_of("a") is ResidencyState.RESIDENT  # nobody asked, but it is likely and there is room
 
@@ -155,7 +155,7 @@ def test_adapters_of_one_recipe_share_what_is_known_of_their_modules() -> None:
     for digest in "abc":
         rig.deliver(digest, 1, is_wanted=False)
     rig.turn()
-    (first, *others) = [adapter.spec.modules for adapter in rig.cache._adapters.values() if adapter.spec]
+    (first, *others) = [adapter.spec.modules for adapter in rig.cache.states.all if adapter.spec]
 
     assert all(modules is first for modules in others)
 

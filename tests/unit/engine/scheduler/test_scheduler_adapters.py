@@ -111,7 +111,7 @@ def test_a_request_whose_adapter_was_deleted_is_preempted_last() -> None:
     rig.run()
     assert plain.tokens == solo(plain.submission, 13)
     assert adapted.tokens == solo(adapted.submission, 13)
-    assert rig.cache.statuses() == []
+    assert rig.cache.states.statuses() == []
 
 
 def test_a_request_too_large_beside_its_adapter_is_refused_when_the_image_arrives() -> None:

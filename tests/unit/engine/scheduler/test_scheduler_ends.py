@@ -71,7 +71,7 @@ def test_an_aborted_request_frees_pages_and_lease_within_a_step(depth: int) -> N
 
     assert client.finish_reason is FinishReason.CANCELLED
     assert rig.pool.num_kv == 0
-    assert rig.cache.status("a").num_leases == 0
+    assert rig.cache.states.status("a").num_leases == 0
     rig.run()
     assert rig.pool.num_free + rig.pool.num_cached == rig.pool.num_pages - 1
 
