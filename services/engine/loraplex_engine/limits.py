@@ -24,13 +24,6 @@ class QueuePolicy(enum.Enum):
     )
 
 
-class Eviction(enum.Enum):
-    """What gives way first when pages are short."""
-
-    EXPECTED_COST = "expected-cost"  # what costs least to be without: rate of use times seconds to bring back
-    RECENCY = "recency"  # what was used least recently
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulingPolicy:
     """How requests and pages are chosen; docs/scheduling.md explains.
@@ -45,9 +38,6 @@ class SchedulingPolicy:
         ttft_slo_s: Objective for the time to the first token; what the policies beyond FCFS go by.
         max_running_per_key: Most requests of one fairness key that run at once; None for no limit.
         promote_after_s: Waiting time after which a request rises a class of service.
-        eviction: What gives way first.
-        kv_share: Cut the pool for good: this share of its pages for KV, the rest for adapters. None, the engine's own way,
-            lets both take what they need.
     """
 
     enable_prefix_cache: bool = True
@@ -58,14 +48,10 @@ class SchedulingPolicy:
     ttft_slo_s: float | None = None
     max_running_per_key: int | None = None
     promote_after_s: float = DEFAULT_PROMOTE_AFTER_S
-    eviction: Eviction = Eviction.EXPECTED_COST
-    kv_share: float | None = None
 
     def __post_init__(self) -> None:
         if self.queue_policy is not QueuePolicy.FCFS and self.ttft_slo_s is None:
             raise ValueError(f"policy {self.queue_policy.value} needs ttft_slo_s")
-        if self.kv_share is not None and not 0 < self.kv_share <= 1:
-            raise ValueError(f"kv_share {self.kv_share} is not in 0..1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,6 @@ from loraplex_engine.loop.step_loop import EngineLoop, LoopParts
 from loraplex_engine.loop.step_times import StepTimes
 from loraplex_engine.messages import Call, Command, LoadSnapshot, StoreEvent
 from loraplex_engine.pages.page_pool import PagePool
-from loraplex_engine.pages.page_worth import page_worth_of
 from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.step import ModelRunner
 
@@ -137,7 +136,6 @@ class Engine:
                 emit=on_store_event,
                 clock=clock,
                 half_life_s=params.policy.half_life_s,
-                page_worth=page_worth_of(params.policy.eviction),
             )
             self._operations = AdapterOperations(cache=self._cache, pool=self._pool)
             self._scheduler = Scheduler(

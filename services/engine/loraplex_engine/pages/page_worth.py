@@ -1,7 +1,6 @@
 """What a page is worth: how adapters and cached blocks are compared when something has to give way.
 
-`ExpectedCost` is how the engine does it (`scheduler.eviction`). `Recency` is the least-recently-used rule of other systems, kept so
-that benchmarks compare the two inside the same engine.
+`ExpectedCost` is how the engine does it (`scheduler.eviction`); benchmarks put other systems' rules in its place.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import math
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
-
-from loraplex_engine.limits import Eviction
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,28 +56,4 @@ class ExpectedCost:
         return math.log2(max(_LEAST_S, cost_s))
 
 
-class Recency:
-    """The moment of the last use, whatever it costs to bring back."""
-
-    def of_adapter(self, *, octaves: float, cost_s: float, used: float) -> float:
-        """Return the moment of the last use."""
-        del octaves, cost_s
-        return used
-
-    def of_blocks(self, worth: NDArray[np.float64], moment: float) -> NDArray[np.float64]:
-        """Return the moment."""
-        return np.full_like(worth, moment)
-
-    def block_cost(self, cost_s: float) -> float:
-        """Return nothing."""
-        del cost_s
-        return 0.0
-
-
 EXPECTED_COST: Final = ExpectedCost()
-_PAGE_WORTHS: Final[dict[Eviction, PageWorth]] = {Eviction.EXPECTED_COST: EXPECTED_COST, Eviction.RECENCY: Recency()}
-
-
-def page_worth_of(eviction: Eviction) -> PageWorth:
-    """Return the rule that a policy names."""
-    return _PAGE_WORTHS[eviction]

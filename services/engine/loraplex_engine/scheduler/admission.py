@@ -1,14 +1,13 @@
-"""Who gets the next place in a batch, and whose adapter is loaded for it.
+"""Which request gets the next place in the batch, and whose adapter is loaded for it.
 
-In the queue's order, passing over those that wait for their adapter or for more room than there is: no misfit blocks the
-others. Who is passed over for lack of pages for longer than a bound, or while nothing runs that could free any, *reserves*
-them: nobody is admitted and no adapter loaded until it fits, so the running requests' pages flow to it and it cannot
-starve.
+Requests are looked at in the queue's order. One that waits for its adapter or for more room than there is is passed over,
+so it blocks no other. A request passed over for lack of pages for longer than a bound, or while nothing runs that could
+free any, *reserves* them: no other is admitted and no adapter loaded until it fits, so the running requests' pages flow to
+it and it cannot starve.
 
-A request is admitted when its blocks, its adapter and the growth expected of all that run fit (`expected_lengths`). Pages come
-from the free list, from cached blocks and from idle adapters (`scheduler.eviction`); a running request is never preempted for a
-waiting one. Those next in order *claim* their adapters: no load evicts these again, and of places only those that go to
-requests further ahead. A load only promises progress, a place is progress, so claims cannot block each other.
+What a place takes is `placement`'s; which adapters are fetched, and for which requests, `adapter_fetching`'s. Requests next
+in order *claim* their adapters: no load evicts these again, and of places only those that go to requests further ahead. A
+load only promises progress, a place is progress, so claims cannot block each other.
 """
 
 from __future__ import annotations
@@ -16,26 +15,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from loraplex_engine.adapters.adapter import Room
 from loraplex_engine.messages import ResidencyState
-from loraplex_engine.pages.page_pool import PageOwner, PagePool
-from loraplex_engine.scheduler.adapter_fetching import AdapterFetching, Outcome, Reservation
-from loraplex_engine.scheduler.eviction_rule import EvictionRule
-from loraplex_engine.scheduler.expected_lengths import ExpectedLengths, peak_growth
+from loraplex_engine.scheduler.placement import Outcome, Placement
 from loraplex_engine.scheduler.request import Request, RequestState
-from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.limits import SchedulerLimits
-    from loraplex_engine.pages.page_pool import Pages
-    from loraplex_engine.scheduler.eviction import PageSource
-    from loraplex_engine.scheduler.first_token_deadlines import FirstTokenDeadlines
-    from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
+    from loraplex_engine.scheduler.adapter_fetching import AdapterFetching
+    from loraplex_engine.scheduler.feasibility import Feasibility
     from loraplex_engine.scheduler.request_book import RequestBook
-    from loraplex_engine.scheduler.running_batch import RunningBatch
-    from loraplex_engine.scheduler.size_check import SizeCheck
-    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
 
 MAX_LOOKAHEAD: Final = 16
 """Misfits that one pass looks behind; bounds the cost of a pass when thousands wait."""
@@ -45,88 +34,75 @@ class Admission:
     """Moves requests from the queue to the batch.
 
     Args:
-        sharing: Finds blocks that others computed.
-        eviction: Makes room.
-        fetching: Brings adapters.
-        reservation: For whom pages are kept.
-        lengths: What requests drew lately.
-        sizes: Refuses what can never fit.
-        first_tokens: Ends whom a place would not help any more.
-        book: Told of each request that got its slot.
+        limits: Tokens of one step, and how long a request may be passed over.
+        book: Queue and batch.
+        cache: Adapters.
+        fetching: Fetches adapters.
+        placement: Gives a request its place.
+        feasibility: Ends requests that a place would not help.
     """
 
     def __init__(
         self,
         *,
         limits: SchedulerLimits,
-        queue: WaitingQueue,
-        batch: RunningBatch,
-        pool: PagePool,
-        cache: AdapterCache,
-        sharing: PrefixSharing,
-        eviction: PageSource,
-        fetching: AdapterFetching,
-        reservation: Reservation,
-        lengths: ExpectedLengths,
-        sizes: SizeCheck,
-        first_tokens: FirstTokenDeadlines,
         book: RequestBook,
+        cache: AdapterCache,
+        fetching: AdapterFetching,
+        placement: Placement,
+        feasibility: Feasibility,
     ) -> None:
         self._limits = limits
-        self._queue = queue
-        self._batch = batch
-        self._pool = pool
-        self._cache = cache
-        self._sharing = sharing
-        self._eviction = eviction
-        self._fetching = fetching
-        self._reservation = reservation
-        self._lengths = lengths
-        self._sizes = sizes
-        self._first_tokens = first_tokens
         self._book = book
+        self._queue = book.queue
+        self._batch = book.batch
+        self._cache = cache
+        self._fetching = fetching
+        self._placement = placement
+        self._feasibility = feasibility
+        self._reserving: Request | None = None  # the request that all pages are kept for
         self._spared: set[str] = set()  # adapters claimed by requests that this pass has passed over
         self._seen: tuple[int, int, int, bool] | None = None  # what held at the last pass
         self._obtainable_seen = 0
         self._look_again_s = math.inf
-        self._longest_blocks = 1 + -(-limits.max_model_len // limits.block_tokens)  # `peak_growth` rounds up by halves
 
     @property
     def reserving_digest(self) -> str | None:
         """Adapter of the request that pages are reserved for: not to be evicted for others' growth."""
-        return self._reservation.request.adapter_digest if self._reservation.request else None
+        return self._reserving.adapter_digest if self._reserving else None
 
     @property
     def is_reserving(self) -> bool:
         """True while pages are kept for one request."""
-        return self._reservation.request is not None
+        return self._reserving is not None
 
     @property
     def next_look_s(self) -> float:
-        """When somebody who waits must be looked at although nothing has changed; infinity if nobody does."""
+        """When a waiting request must be looked at although nothing has changed; infinity if none must."""
         if not len(self._queue):
             return math.inf
         return min(self._look_again_s, self._queue.next_promotion_s)
 
-    def is_settled(self, now_s: float) -> bool:
-        """Tell whether `admit` would change nothing now, and until something happens."""
-        if self._reservation.request is not None or (self._cache.states.num_pinned and self._cache.states.pins_to_load):
-            return False
-        return not len(self._queue) or not (self._has_changed(now_s) or now_s >= self._queue.next_promotion_s)
-
     def arrive(self, request: Request, now_s: float) -> None:
-        """Start to bring a new request's adapter from the store, if it has any and the arena lacks it."""
+        """Start to fetch a new request's adapter from the store, if it has any and the arena lacks it."""
         digest = request.adapter_digest
         if digest is not None and self._cache.state_of(digest) is not ResidencyState.IN_ARENA:
-            self._fetching.fetch(request, digest, now_s)
+            self._fetch(request, digest, now_s)
+
+    def load_unattended(self, digest: str) -> None:
+        """Load an adapter that no request waits with (pinned, or asked for with FAIL_FAST), if idle room allows."""
+        if self._reserving is None:
+            self._fetching.load_unattended(digest)
 
     def admit(self, now_s: float) -> None:
-        """Admit whoever fits, and start the loads of adapters that the next ones need."""
-        self._fetching.load_pinned()
+        """Admit the requests that fit, and start the loads of adapters that the next ones need."""
+        if self._cache.states.num_pinned:
+            for digest in self._cache.states.pins_to_load:
+                self.load_unattended(digest)
         self._queue.promote(now_s)
-        if self._reservation.request is not None and self._serve_reserving(self._reservation.request, now_s):
+        if self._reserving is not None and self._serve_reserving(self._reserving, now_s):
             return
-        if not len(self._queue) or not self._has_changed(now_s):
+        if not len(self._queue) or not self.has_changed(now_s):
             return
         try:
             self._pass(now_s)
@@ -134,9 +110,9 @@ class Admission:
             self._queue.restore()
         self._remember()
 
-    def _has_changed(self, now_s: float) -> bool:
+    def has_changed(self, now_s: float) -> bool:
         """Tell whether a pass could find anything that the last one did not."""
-        more_room = self._eviction.num_obtainable > self._obtainable_seen
+        more_room = self._placement.num_obtainable > self._obtainable_seen
         return more_room or now_s >= self._look_again_s or self._seen != self._signature
 
     @property
@@ -145,7 +121,7 @@ class Admission:
 
     def _remember(self) -> None:
         self._seen = self._signature
-        self._obtainable_seen = self._eviction.num_obtainable
+        self._obtainable_seen = self._placement.num_obtainable
 
     @property
     def _has_budget(self) -> bool:
@@ -165,7 +141,7 @@ class Admission:
                 return
             if outcome is Outcome.NO_PAGES:
                 if self._is_overdue(request, now_s) or self._is_idle:
-                    self._reservation.request = request
+                    self._reserving = request
                     self._serve_reserving(request, now_s)
                     return
                 self._look_again_s = min(self._look_again_s, now_s + self._limits.max_pass_over_s)
@@ -175,7 +151,7 @@ class Admission:
 
     @property
     def _is_idle(self) -> bool:
-        """True if nothing under way could ever make room: whoever is first gets all of it, whatever others claim."""
+        """True if nothing under way could ever make room: the first request gets all of it, whatever others claim."""
         return len(self._batch) == 0 and self._cache.states.num_loading == 0
 
     def _is_overdue(self, request: Request, now_s: float) -> bool:
@@ -193,7 +169,7 @@ class Admission:
             # what the store has yet to send, pages cannot help
             is_waiting = self._cache.state_of(digest) is not ResidencyState.WANTED
         if not is_waiting:
-            self._reservation.request = None
+            self._reserving = None
         return is_waiting
 
     def _consider(self, request: Request, now_s: float) -> Outcome:
@@ -205,85 +181,13 @@ class Admission:
     def _look_at(self, request: Request, now_s: float) -> Outcome:
         digest = request.adapter_digest
         if digest is not None and self._cache.state_of(digest) is not ResidencyState.RESIDENT:
-            return self._fetching.fetch(request, digest, now_s)
+            return self._fetch(request, digest, now_s)
         if not self._batch.state.num_free or not self._has_budget:
-            self._fetching.claim(request)
+            self._fetching.claim(request, is_reserving=request is self._reserving)
             return Outcome.NO_PLACE
-        if self._sizes.refuse_if_too_large(request) or self._first_tokens.end_if_unreachable(request, now_s):
+        if self._feasibility.refuse_if_too_large(request) or self._feasibility.end_if_unreachable(request, now_s):
             return Outcome.GONE
-        return self._seat(request)
+        return self._placement.seat(request, set() if request is self._reserving else set(self._spared))
 
-    # --- places ---
-
-    def _seat(self, request: Request) -> Outcome:
-        found = self._sharing.find(request)
-        self._pool.share(found)  # held first, lest making room evicts them
-        try:
-            outcome = self._make_place(request, found)
-        except BaseException:
-            self._pool.release(found, -1)
-            raise
-        if outcome is not Outcome.GONE:
-            self._pool.release(found, -1)
-            return outcome
-        self._book.unclaim(request)
-        self._queue.remove(request)
-        request.move_to(RequestState.RUNNING)
-        request.misfit_since_s = None
-        self._queue.shares.run(request.share)
-        self._book.start(request)
-        return Outcome.GONE
-
-    def _make_place(self, request: Request, found: Pages) -> Outcome:
-        """Give a request slot, pages and lease if they can be had (GONE), behind the pages it found; if it raises, none."""
-        num_tokens = min(request.num_known_tokens + 1, request.max_kv_tokens)
-        num_pages = -(-num_tokens // self._limits.block_tokens) - len(found)
-        spared = set() if request is self._reservation.request else set(self._spared)
-        if request.adapter_digest is not None:
-            spared.add(request.adapter_digest)
-        room = Room.NO
-        if self._fits(request, num_pages, len(found), spared):
-            room = self._eviction.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
-        if room is not Room.NOW:
-            return Outcome.SOON if room is Room.SOON else Outcome.NO_PAGES
-        digest, stop_ids = request.adapter_digest, self._stop_ids_of(request)
-        new = self._pool.allocate(num_pages, PageOwner.KV)
-        adapter = NO_ADAPTER if digest is None else self._cache.lease(digest)
-        try:
-            self._batch.seat(request, adapter=adapter, found=found, new=new, stop_ids=stop_ids)
-        except BaseException:
-            self._pool.release(new, -1)
-            if digest is not None:
-                self._cache.release(digest, self._book.last_launched)
-            raise
-        return Outcome.GONE
-
-    def _fits(self, request: Request, num_pages: int, num_found: int, spared: set[str]) -> bool:
-        """Tell whether a request's pages and the growth expected of all that run can be had; alone it always fits."""
-        if len(self._batch) == 0:
-            return True
-        left = self._eviction.num_obtainable_but(spared) - num_pages
-        if left >= (len(self._batch) + 1) * self._longest_blocks:
-            return True  # however much they draw
-        if left < len(self._batch):
-            return False
-        growth = peak_growth(
-            self._batch.state,
-            self._batch.rows,
-            expected=self._lengths.expected,
-            num_known=request.num_known_tokens,
-            num_more=self._num_more(request),
-            num_blocks=num_pages + num_found,
-        )
-        return growth <= left
-
-    def _num_more(self, request: Request) -> float:
-        """Return how many tokens a request is expected to draw from now on."""
-        is_open_ended = request.submission.stopping.max_new_tokens is None
-        expected = self._lengths.of(request.max_outputs, is_open_ended=is_open_ended)
-        num_drawn = len(request.output_token_ids)
-        return min(request.max_outputs - num_drawn, max(0.0, expected - num_drawn))
-
-    def _stop_ids_of(self, request: Request) -> tuple[int, ...]:
-        stopping = request.submission.stopping
-        return stopping.stop_token_ids + (() if stopping.ignore_eos else self._limits.eos_token_ids)
+    def _fetch(self, request: Request, digest: str, now_s: float) -> Outcome:
+        return self._fetching.fetch(request, digest, now_s, reserving=self._reserving)

@@ -18,28 +18,20 @@ if TYPE_CHECKING:
     from loraplex_engine.scheduler.eviction import PageSource
     from loraplex_engine.scheduler.request import Request
     from loraplex_engine.scheduler.request_book import RequestBook
-    from loraplex_engine.scheduler.running_batch import RunningBatch
 
 
 class DecodeGrowth:
     """Grows the running rows, and preempts the requests admitted last where nothing else gives way."""
 
     def __init__(
-        self,
-        *,
-        batch: RunningBatch,
-        pool: PagePool,
-        cache: AdapterCache,
-        eviction: PageSource,
-        admission: Admission,
-        book: RequestBook,
+        self, *, book: RequestBook, pool: PagePool, cache: AdapterCache, source: PageSource, admission: Admission
     ) -> None:
-        self._batch = batch
+        self._book = book
+        self._batch = book.batch
         self._pool = pool
         self._cache = cache
-        self._eviction = eviction
+        self._source = source
         self._admission = admission
-        self._book = book
 
     def grow(self, rows: Rows) -> Rows:
         """Give rows at the end of their last block another page; returns the rows that can run now.
@@ -49,14 +41,14 @@ class DecodeGrowth:
         """
         state = self._batch.state
         growing = rows[state.needs_block(rows)]
-        while len(growing) > self._eviction.num_free:
+        while len(growing) > self._source.num_free:
             room = self._make_room(len(growing))
             if room is Room.NO:
                 self._book.preempt(self._victim())
                 rows = state.rows_to_decode(self._batch.rows)
                 growing = rows[state.needs_block(rows)]
             elif room is Room.SOON:
-                growing, stalled = np.split(growing, [self._eviction.num_free])
+                growing, stalled = np.split(growing, [self._source.num_free])
                 rows = rows[~np.isin(rows, stalled)]
         if len(growing):
             state.append_blocks(growing, self._pool.allocate(len(growing), PageOwner.KV))
@@ -72,12 +64,12 @@ class DecodeGrowth:
         own = self._admission.reserving_digest
         spared = set() if own is None else {own}
         spare = EvictionRule(spared, spares_claimed=True)
-        room = self._eviction.make_room(num_pages + self.watermark, spare)
+        room = self._source.make_room(num_pages + self.watermark, spare)
         if room is Room.NO:
-            room = self._eviction.make_room(num_pages, spare)
+            room = self._source.make_room(num_pages, spare)
         if room is Room.NO:
-            room = self._eviction.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
-        return Room.NOW if num_pages <= self._eviction.num_free else room
+            room = self._source.make_room(num_pages, EvictionRule(spared, spares_claimed=False))
+        return Room.NOW if num_pages <= self._source.num_free else room
 
     def _victim(self) -> Request:
         """Return the request admitted last, sparing those whose adapter drains: it might not come again for them."""

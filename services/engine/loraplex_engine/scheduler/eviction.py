@@ -9,24 +9,23 @@ fetch from the store if the arena lost it). All in octaves (log2), in which deca
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol
 
 from loraplex_engine.adapters.adapter import Adapter, Room
-from loraplex_engine.pages.page_worth import EXPECTED_COST
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.pages.page_pool import PagePool
-    from loraplex_engine.pages.page_worth import PageWorth
     from loraplex_engine.pages.prefix_cache import PrefixCache
     from loraplex_engine.scheduler.step_costs import StepCosts
 
 
 class PageSource(Protocol):
-    """Who sees to free pages for one purpose: `PageEviction`, or a side of a pool that is cut in two (`fixed_shares`)."""
+    """Where pages for one purpose come from: `PageEviction`, or one side of a pool that is cut in two."""
 
     @property
     def num_free(self) -> int:
@@ -36,10 +35,6 @@ class PageSource(Protocol):
     @property
     def num_obtainable(self) -> int:
         """Pages free now or soon, or to be had by evicting what nobody claims."""
-        ...
-
-    def num_quiet(self, most: int) -> int:
-        """Return how many pages are free or to be had before any adapter has to go, up to ``most``."""
         ...
 
     def num_obtainable_but(self, spared: set[str]) -> int:
@@ -60,7 +55,6 @@ class PageEviction:
         prefix: Blocks, of which cached ones can be evicted.
         costs: Measured costs of steps.
         block_tokens: Tokens of a block.
-        page_worth: What a page is worth.
     """
 
     def __init__(
@@ -71,14 +65,13 @@ class PageEviction:
         prefix: PrefixCache,
         costs: StepCosts,
         block_tokens: int,
-        page_worth: PageWorth = EXPECTED_COST,
     ) -> None:
         self._pool = pool
         self._cache = cache
         self._prefix = prefix
         self._costs = costs
         self._block_tokens = block_tokens
-        self._page_worth = page_worth
+        self._page_worth = cache.ranking.page_worth
 
     @property
     def num_free(self) -> int:
@@ -89,15 +82,6 @@ class PageEviction:
     def num_obtainable(self) -> int:
         """Pages free now or soon, or to be had by evicting blocks and adapters that nobody claims."""
         return self._num_without_adapters + self._cache.ranking.num_unclaimed_idle_pages
-
-    def num_quiet(self, most: int) -> int:
-        """Return how many pages are free, or cached blocks that go before any idle adapter, up to ``most``."""
-        free = self._pool.num_free
-        if free >= most or not self._pool.num_cached:
-            return min(free, most)
-        first = self._cache.ranking.least_idle
-        bound = math.inf if first is None else first.worth - self._block_cost
-        return free + self._prefix.num_worth(bound, most - free)
 
     def num_obtainable_but(self, spared: set[str]) -> int:
         """Return the pages free now or soon, or to be had by evicting blocks and all adapters but some."""
@@ -120,7 +104,7 @@ class PageEviction:
         if missing > 0 and not self._evict(missing, may_evict, up_to):
             return Room.NO
         if num_pages > self._pool.num_free:  # rather than wait for steps in flight, let go of more cached blocks
-            self._prefix.evict(num_pages - self._pool.num_free, up_to - self._block_cost)
+            self._prefix.evict(num_pages - self._pool.num_free, up_to - self.block_cost)
         return Room.NOW if num_pages <= self._pool.num_free else Room.SOON
 
     def _evict(self, missing: int, may_evict: Callable[[Adapter], bool], up_to: float) -> bool:
@@ -137,7 +121,7 @@ class PageEviction:
             while missing > 0:
                 adapter = chosen.pop(0) if chosen else next(adapters, None)
                 bound = up_to if adapter is None else min(up_to, adapter.worth)
-                missing -= self._prefix.evict(missing, bound - self._block_cost)
+                missing -= self._prefix.evict(missing, bound - self.block_cost)
                 if missing > 0:
                     if adapter is None:
                         raise RuntimeError(f"{missing} pages that were to be evicted are not there")
@@ -149,7 +133,7 @@ class PageEviction:
         """Return how many of ``missing`` pages have to come from adapters; cached blocks have the others."""
         if up_to == math.inf:
             return missing - self._pool.num_cached
-        return missing - self._prefix.num_worth(up_to - self._block_cost, missing)
+        return missing - self._prefix.num_worth(up_to - self.block_cost, missing)
 
     def _has_idle(self, up_to: float) -> bool:
         """Tell whether any idle adapter is worth that little."""
@@ -157,9 +141,21 @@ class PageEviction:
         return first is not None and first.worth <= up_to
 
     @property
-    def _block_cost(self) -> float:
+    def block_cost(self) -> float:
         """What the seconds to recompute a block add to its worth, in octaves."""
         return self._page_worth.block_cost(self._block_tokens * self._costs.prefill_s_per_token)
+
+
+PageSources = Callable[["PagePool", "AdapterCache", "PrefixCache", "StepCosts", int], tuple[PageSource, PageSource]]
+"""Makes, of a pool, what is over it, measured costs and tokens per block, the sources for KV and for adapters."""
+
+
+def one_market(
+    pool: PagePool, cache: AdapterCache, prefix: PrefixCache, costs: StepCosts, block_tokens: int
+) -> tuple[PageSource, PageSource]:
+    """Return one source for both kinds of page, as `PageSources` says."""
+    source = PageEviction(pool=pool, cache=cache, prefix=prefix, costs=costs, block_tokens=block_tokens)
+    return source, source
 
 
 def _enough(num_pages: int, adapters: Iterator[Adapter]) -> list[Adapter] | None:

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from loraplex_engine.faults import internal_error
+from loraplex_engine.limits import SchedulerCounters
 from loraplex_engine.messages import Ended, FinishReason, Loading, Started
+from loraplex_engine.scheduler.outputs import OutputCollector
 from loraplex_engine.scheduler.request import Request, RequestState
 
 if TYPE_CHECKING:
@@ -15,10 +17,8 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.messages import Submission
     from loraplex_engine.scheduler.expected_lengths import ExpectedLengths
-    from loraplex_engine.scheduler.outputs import OutputCollector
     from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
     from loraplex_engine.scheduler.running_batch import RunningBatch
     from loraplex_engine.scheduler.waiting_queue import WaitingQueue
@@ -32,12 +32,18 @@ class RequestBook:
     """Moves requests between queue, batch and end, with all they hold, and tells their sessions.
 
     Args:
-        sharing: Keeps the blocks of who leaves.
+        queue: Waiting requests.
+        batch: Running requests.
+        sharing: Keeps the blocks of requests that leave.
         lengths: Learns what requests draw.
-        collector: Gets the events.
-        page_bytes: Of the pool; for progress in bytes.
+        page_bytes: Size of a pool page, for progress in bytes.
 
     Attributes:
+        queue: Waiting requests.
+        batch: Running requests.
+        lengths: What requests drew lately.
+        outputs: News that has yet to be sent.
+        counters: What happened so far.
         last_launched: The last step launched; pages and leases given up now are in use until it is done.
     """
 
@@ -49,18 +55,16 @@ class RequestBook:
         cache: AdapterCache,
         sharing: PrefixSharing,
         lengths: ExpectedLengths,
-        collector: OutputCollector,
-        counters: SchedulerCounters,
         page_bytes: int,
         clock: Callable[[], float],
     ) -> None:
-        self._queue = queue
-        self._batch = batch
+        self.queue = queue
+        self.batch = batch
+        self.lengths = lengths
+        self.outputs = OutputCollector()
+        self.counters = SchedulerCounters()
         self._cache = cache
         self._sharing = sharing
-        self._lengths = lengths
-        self._collector = collector
-        self._counters = counters
         self._page_bytes = page_bytes
         self._clock = clock
         self._requests: dict[tuple[int, int], Request] = {}
@@ -92,7 +96,7 @@ class RequestBook:
         if request.key in self._requests:
             raise SlotInUseError(f"session {request.key[0]} has an open request {request.key[1]} already")
         self._requests[request.key] = request
-        self._queue.add(request)
+        self.queue.add(request)
 
     def report_loading(self, request: Request, digest: str) -> None:
         """Tell how far a waiting request's adapter has come."""
@@ -104,32 +108,32 @@ class RequestBook:
             bytes_done=total if status.is_in_arena else 0,
             bytes_total=total,
         )
-        self._collector.event(request.submission.session_id, event)
+        self.outputs.event(request.submission.session_id, event)
 
     def start(self, request: Request) -> None:
         """Tell that a request has got its place, unless it only came back to it."""
-        self._counters.num_looked_up_tokens += request.num_known_tokens
-        self._counters.num_cached_tokens += request.num_cached
+        self.counters.num_looked_up_tokens += request.num_known_tokens
+        self.counters.num_cached_tokens += request.num_cached
         if request.admitted_s is not None:
             return
         request.admitted_s = self._clock()
-        self._counters.num_prompt_tokens += request.num_prompt_tokens
-        self._queue.shares.charge(request.share, request.num_known_tokens - request.num_cached)
+        self.counters.num_prompt_tokens += request.num_prompt_tokens
+        self.queue.shares.charge(request.share, request.num_known_tokens - request.num_cached)
         event = Started(
             session_slot=request.submission.session_slot,
             cached_tokens=min(request.num_cached, request.num_prompt_tokens),
             queue_s=request.admitted_s - request.arrived_s,
             adapter_load_s=request.adapter_load_s,
         )
-        self._collector.event(request.submission.session_id, event)
+        self.outputs.event(request.submission.session_id, event)
 
     def preempt(self, request: Request) -> None:
         """Take a running request's place away; it computes its tokens anew when it is admitted again."""
-        request.output_token_ids = self._batch.state.outputs(request.slot)
+        request.output_token_ids = self.batch.state.outputs(request.slot)
         self._vacate(request)
         request.move_to(RequestState.WAITING)
-        self._queue.add(request)
-        self._counters.num_preemptions += 1
+        self.queue.add(request)
+        self.counters.num_preemptions += 1
 
     def unclaim(self, request: Request) -> None:
         """Take back a waiting request's claim on its adapter, if it has one."""
@@ -140,9 +144,9 @@ class RequestBook:
     def _vacate(self, request: Request) -> None:
         """Take slot, pages and lease away; full blocks stay in the prefix cache."""
         self._sharing.leave(request, self._clock())
-        self._batch.unseat(request, self.last_launched)
-        self._queue.shares.cease_to_run(request.share)
-        self._queue.uncap(request.share)
+        self.batch.unseat(request, self.last_launched)
+        self.queue.shares.cease_to_run(request.share)
+        self.queue.uncap(request.share)
         if request.adapter_digest is not None:
             self._cache.release(request.adapter_digest, self.last_launched)
 
@@ -167,7 +171,7 @@ class RequestBook:
 
     def refuse(self, submission: Submission, error: LoraplexError) -> None:
         """Answer a submission of which no request could be made."""
-        self._collector.event(submission.session_id, Ended(session_slot=submission.session_slot, error=error))
+        self.outputs.event(submission.session_id, Ended(session_slot=submission.session_slot, error=error))
 
     def fail(self, request: Request, error: LoraplexError) -> None:
         """End a request with an error."""
@@ -187,12 +191,12 @@ class RequestBook:
     ) -> None:
         """Take slot, pages, lease and place in the queue away, whatever it has, and send the one `Ended`."""
         if request.state is RequestState.RUNNING:
-            self._lengths.observe(int(self._batch.state.num_outputs[request.slot]))
+            self.lengths.observe(int(self.batch.state.num_outputs[request.slot]))
             self._vacate(request)
         else:
-            self._queue.remove(request)
+            self.queue.remove(request)
             self.unclaim(request)
-        self._queue.shares.leave(request.share)
+        self.queue.shares.leave(request.share)
         request.move_to(RequestState.ENDED)
         del self._requests[request.key]
         now_s = self._clock()
@@ -208,4 +212,4 @@ class RequestBook:
             prefill_s=first_token_s - admitted_s,
             decode_s=now_s - first_token_s,
         )
-        self._collector.event(request.submission.session_id, event)
+        self.outputs.event(request.submission.session_id, event)

@@ -10,13 +10,10 @@ from loraplex_engine.messages import FinishReason, PromptLogprobs, TokenWithLogp
 from loraplex_engine.scheduler.request import RequestState
 
 if TYPE_CHECKING:
-    from loraplex_engine.limits import SchedulerCounters
-    from loraplex_engine.scheduler.fair_shares import FairShares
-    from loraplex_engine.scheduler.outputs import OutputCollector
     from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
     from loraplex_engine.scheduler.request import Request
     from loraplex_engine.scheduler.request_book import RequestBook
-    from loraplex_engine.scheduler.running_batch import Chunk, LaunchedStep, RunningBatch
+    from loraplex_engine.scheduler.running_batch import Chunk, LaunchedStep
     from loraplex_engine.step import StepResult, TokenLogprobs
 
 
@@ -26,22 +23,13 @@ class ResultReader:
     Rows whose occupant has changed since the launch are speculative tokens of requests that are over: dropped.
     """
 
-    def __init__(
-        self,
-        *,
-        batch: RunningBatch,
-        book: RequestBook,
-        sharing: PrefixSharing,
-        shares: FairShares,
-        collector: OutputCollector,
-        counters: SchedulerCounters,
-    ) -> None:
-        self._batch = batch
-        self._sharing = sharing
-        self._shares = shares
+    def __init__(self, *, book: RequestBook, sharing: PrefixSharing) -> None:
         self._book = book
-        self._collector = collector
-        self._counters = counters
+        self._batch = book.batch
+        self._sharing = sharing
+        self._shares = book.queue.shares
+        self._outputs = book.outputs
+        self._counters = book.counters
 
     def read(self, step: LaunchedStep, result: StepResult, now_s: float) -> None:
         """Take a result in.
@@ -91,7 +79,7 @@ class ResultReader:
         self._shares.charge_outputs(state.shares.take(rows))
         is_plain = ~state.wants_logprobs.take(rows)
         plain = rows[is_plain]
-        self._collector.tokens(
+        self._outputs.tokens(
             state.sessions.take(plain), state.session_slots.take(plain), positions[is_plain], token_ids[is_plain]
         )
         over = [(index, self._batch.at(int(rows[index]))) for index in is_over.nonzero()[0].tolist()]
@@ -104,7 +92,7 @@ class ResultReader:
                     token_id=int(token_ids[index]),
                     logprobs=result.logprobs[int(indices[index])],
                 )
-                self._collector.event(request.submission.session_id, event)
+                self._outputs.event(request.submission.session_id, event)
         for index, request in over:
             if request.state is RequestState.ENDED:
                 continue  # its probabilities could not be read
@@ -129,4 +117,4 @@ class ResultReader:
         if news:
             event = PromptLogprobs(session_slot=request.submission.session_slot, first=unsent, entries=news)
             request.num_prompt_logprobs += len(news)
-            self._collector.event(request.submission.session_id, event)
+            self._outputs.event(request.submission.session_id, event)

@@ -11,37 +11,46 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import (
-    AdapterLoadingError,
-    DeadlineError,
-    DrainingError,
-    InvalidParameterError,
-    LoraplexError,
-    QueueTimeoutError,
-)
-
 from loraplex_engine.faults import internal_error
-from loraplex_engine.limits import QueuePolicy, SchedulerLimits
-from loraplex_engine.messages import FinishReason, ResidencyState, StepOutputs, Submission
-from loraplex_engine.scheduler.deadlines import Deadlines, Limit
+from loraplex_engine.messages import FinishReason, ResidencyState
+from loraplex_engine.pages.prefix_cache import PrefixCache
+from loraplex_engine.scheduler.adapter_fetching import AdapterFetching
+from loraplex_engine.scheduler.admission import Admission
+from loraplex_engine.scheduler.deadlines import TimeLimits
+from loraplex_engine.scheduler.decode_growth import DecodeGrowth
+from loraplex_engine.scheduler.decode_state import DecodeState
+from loraplex_engine.scheduler.eviction import PageSources, one_market
+from loraplex_engine.scheduler.expected_lengths import ExpectedLengths
+from loraplex_engine.scheduler.fair_shares import FairShares
+from loraplex_engine.scheduler.feasibility import Feasibility
+from loraplex_engine.scheduler.intake import RequestIntake
 from loraplex_engine.scheduler.integrity import check_requests
-from loraplex_engine.scheduler.parts import build_parts
-from loraplex_engine.scheduler.request import Request, RequestFaultError, RequestState, make_request
+from loraplex_engine.scheduler.placement import Placement
+from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
+from loraplex_engine.scheduler.request import RequestFaultError
+from loraplex_engine.scheduler.request_book import RequestBook
+from loraplex_engine.scheduler.result_reader import ResultReader
+from loraplex_engine.scheduler.running_batch import RunningBatch
+from loraplex_engine.scheduler.step_costs import StepCosts
+from loraplex_engine.scheduler.waiting_queue import WaitingQueue
+from loraplex_engine.scheduler.warming import Warming
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.adapters.cache import AdapterCache
+    from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
+    from loraplex_engine.messages import StepOutputs, Submission
     from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.scheduler.decode_state import Rows
     from loraplex_engine.scheduler.running_batch import LaunchedStep
-    from loraplex_engine.scheduler.steady_decode import Draw
     from loraplex_engine.step import StepPlan, StepResult
 
 FORETOLD_WEIGHT: Final = 0.5
-"""Of a request: what an image that nobody asked for says about requests to come."""
+"""Weight of an image that no request asked for in the estimate of how often requests will."""
 
 
 class Scheduler:
@@ -51,15 +60,22 @@ class Scheduler:
         limits: Sizes.
         pool: Pages.
         cache: Adapters, over the same pool.
-        page_bytes: Of the pool; for progress in bytes.
+        page_bytes: Size of a pool page, for progress in bytes.
         clock: Seconds, monotonic.
+        page_sources: Where pages come from when they are short: one market for KV and adapters, unless a benchmark
+            compares another rule.
 
     Attributes:
-        counters: What happened so far.
-        costs: What steps take, measured.
         queue: Waiting requests.
         batch: Running requests.
         prefix: Blocks that requests share.
+        book: All open requests, and their news.
+        costs: What steps take, measured.
+        counters: What happened so far.
+        kv_source: Where the pages of sequences come from.
+        admission: Decides which request runs next.
+        growth: Gives running requests their next page.
+        warming: Loads likely adapters ahead.
     """
 
     def __init__(
@@ -70,49 +86,64 @@ class Scheduler:
         cache: AdapterCache,
         page_bytes: int,
         clock: Callable[[], float],
+        page_sources: PageSources = one_market,
     ) -> None:
-        self._limits = limits
-        self._pool = pool
-        self._cache = cache
-        self._clock = clock
-        self._deadlines = Deadlines()
+        self._limits, policy = limits, limits.policy
+        self._pool, self._cache, self._clock = pool, cache, clock
+        self.queue = _make_queue(policy)
+        self.batch = RunningBatch(state=_make_state(limits), pool=pool)
+        self.prefix = PrefixCache(pool, half_life_s=policy.half_life_s, page_worth=cache.ranking.page_worth)
+        self.costs = StepCosts()
+        sharing = PrefixSharing(prefix=self.prefix, state=self.batch.state, is_enabled=policy.enable_prefix_cache)
+        lengths = ExpectedLengths(policy.growth_quantile)
+        self.book = book = RequestBook(
+            queue=self.queue,
+            batch=self.batch,
+            cache=cache,
+            sharing=sharing,
+            lengths=lengths,
+            page_bytes=page_bytes,
+            clock=clock,
+        )
+        self.counters = book.counters
+        self.kv_source, source = page_sources(pool, cache, self.prefix, self.costs, limits.block_tokens)
+        feasibility = Feasibility(book=book, pool=pool, cache=cache, sharing=sharing, costs=self.costs)
+        self._fetching = AdapterFetching(book=book, cache=cache, source=source, feasibility=feasibility)
+        placement = Placement(limits=limits, book=book, pool=pool, cache=cache, source=self.kv_source, sharing=sharing)
+        self.admission = admission = Admission(
+            limits=limits, book=book, cache=cache, fetching=self._fetching, placement=placement, feasibility=feasibility
+        )
+        self.growth = DecodeGrowth(book=book, pool=pool, cache=cache, source=self.kv_source, admission=admission)
+        self.warming = Warming(book=book, cache=cache, source=source, is_enabled=policy.enable_warming)
+        self._time_limits = time_limits = TimeLimits(book=book, feasibility=feasibility)
+        self._intake = RequestIntake(
+            limits=limits, book=book, cache=cache, feasibility=feasibility, time_limits=time_limits, admission=admission
+        )
+        self._reader = ResultReader(book=book, sharing=sharing)
         self._in_flight: deque[LaunchedStep] = deque()
-        self._num_submitted = 0
         self._next_step = 0
-        self._is_draining = False
-        parts = build_parts(limits=limits, pool=pool, cache=cache, page_bytes=page_bytes, clock=clock)
-        self.counters = parts.counters
-        self.costs = parts.costs
-        self.queue = parts.queue
-        self.batch = parts.batch
-        self.prefix = parts.prefix
-        self._collector = parts.collector
-        self._book = parts.book
-        self._reader = parts.reader
-        self._sizes = parts.sizes
-        self._first_tokens = parts.first_tokens
-        self._fetching = parts.fetching
-        self._admission = parts.admission
-        self._growth = parts.growth
-        self._warming = parts.warming
-        self._steady = parts.steady
 
     # --- requests ---
 
     @property
     def num_open(self) -> int:
         """Requests that have not ended."""
-        return len(self._book)
+        return len(self.book)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans handed out whose results have not come yet."""
+        return len(self._in_flight)
 
     @property
     def is_draining(self) -> bool:
         """True once new requests are refused."""
-        return self._is_draining
+        return self._intake.is_draining
 
     @property
     def next_deadline_s(self) -> float:
         """When a limit of some request passes next; infinity if none has any."""
-        return min(self._deadlines.next_s, self._admission.next_look_s)
+        return min(self._time_limits.next_s, self.admission.next_look_s)
 
     def submit(self, submission: Submission) -> None:
         """Take a request; it ends in exactly one `Ended`.
@@ -120,109 +151,47 @@ class Scheduler:
         Raises:
             SlotInUseError: If the session has an open request of this number.
         """
-        now_s = self._clock()
-        policy = self._limits.policy
-        try:
-            request = make_request(
-                submission,
-                number=self._num_submitted,
-                now_s=now_s,
-                max_model_len=self._limits.max_model_len,
-                ttft_slo_s=None if policy.queue_policy is QueuePolicy.FCFS else policy.ttft_slo_s,
-            )
-        except Exception as error:  # nothing holds anything of it yet
-            doing = "while it was taken in"
-            self._book.refuse(submission, internal_error(doing, error, request_id=submission.request_id))
-            return
-        self._book.open(request)
-        self._num_submitted += 1
-        with self._book.answering_for(request, "while it was taken in"):
-            self._take_in(request, now_s)
-
-    def _take_in(self, request: Request, now_s: float) -> None:
-        if self._is_draining:
-            self._book.fail(
-                request, DrainingError("this engine is shutting down", drop_reason="rejected-shutting-down")
-            )
-        elif request.num_prompt_tokens >= self._limits.max_model_len:
-            self._book.fail(request, self._prompt_too_long(request))
-        elif len(request.output_token_ids) >= request.max_outputs:
-            self._book.finish(request, FinishReason.LENGTH)
-        elif not self._sizes.refuse_if_too_large(request):
-            self._deadlines.add(request)
-            self._watch_first_token(request)
-            self._arrive(request, now_s)
-
-    def _prompt_too_long(self, request: Request) -> LoraplexError:
-        return InvalidParameterError(
-            f"the prompt has {request.num_prompt_tokens} tokens; with at least one output token that exceeds the "
-            f"longest sequence of {self._limits.max_model_len}",
-            field="prompt",
-        )
-
-    def _arrive(self, request: Request, now_s: float) -> None:
-        digest = request.adapter_digest
-        if digest is not None:
-            self._cache.states.count_arrival(digest)
-        self._admission.arrive(request, now_s)
-        if digest is None or request.state is RequestState.ENDED or self._is_resident(digest):
-            return
-        if request.submission.fail_fast:
-            error = AdapterLoadingError(
-                f"adapter {digest} is being loaded", retry_after_s=max(0.05, self._cache.ranking.costs.resident_s)
-            )
-            self._book.fail(request, error)
-            if self._cache.state_of(digest) is ResidencyState.IN_ARENA:
-                self._fetching.load_unattended(digest)
-        else:
-            self._book.report_loading(request, digest)
-
-    def _is_resident(self, digest: str) -> bool:
-        return self._cache.state_of(digest) is ResidencyState.RESIDENT
+        self._intake.submit(submission, self._clock())
 
     def abort(self, session_id: int, session_slot: int) -> None:
         """End a request with CANCELLED; one that has ended already is let be."""
-        request = self._book.find(session_id, session_slot)
+        request = self.book.find(session_id, session_slot)
         if request is not None:
-            self._book.finish(request, FinishReason.CANCELLED)
+            self.book.finish(request, FinishReason.CANCELLED)
 
     def close_session(self, session_id: int) -> None:
         """End all requests of a session; nothing is sent to it any more."""
-        for request in [r for r in self._book.requests if r.submission.session_id == session_id]:
-            self._book.finish(request, FinishReason.CANCELLED)
-        self._collector.forget(session_id)
+        for request in [r for r in self.book.requests if r.submission.session_id == session_id]:
+            self.book.finish(request, FinishReason.CANCELLED)
+        self.book.outputs.forget(session_id)
 
     def end_all(self, error: LoraplexError) -> int:
         """End all open requests with an error; returns how many."""
-        requests = self._book.requests
+        requests = self.book.requests
         for request in requests:
-            self._book.fail(request, error)
+            self.book.fail(request, error)
         return len(requests)
 
     def open_keys(self) -> list[tuple[int, int]]:
         """Return session and session slot of every request that has not ended."""
-        return self._book.keys
+        return self.book.keys
 
     def start_draining(self) -> None:
         """Refuse new requests from now on."""
-        self._is_draining = True
+        self._intake.is_draining = True
 
     # --- adapters ---
 
     def image_arrived(self, spec: AdapterSpec, arena_slots: tuple[int, ...]) -> None:
-        """Take over an image in the arena and bring it on for those who wait."""
+        """Take over an image in the arena, and load it if its requests are gone already but wanted it."""
         state = self._cache.state_of(spec.digest)
         was_wanted = state is ResidencyState.WANTED
         if state is ResidencyState.ABSENT:  # it was foretold: by a hint, or by its use elsewhere
             self._cache.states.count_arrival(spec.digest, FORETOLD_WEIGHT)
         self._cache.image_arrived(spec, arena_slots)
-        waiting = self.queue.of_adapter(spec.digest)
-        for request in waiting:
-            with self._book.answering_for(request, "when its adapter arrived"):
-                if not self._sizes.refuse_if_too_large(request):
-                    self._book.report_loading(request, spec.digest)
-        if was_wanted and not waiting and self._cache.state_of(spec.digest) is ResidencyState.IN_ARENA:
-            self._fetching.load_unattended(spec.digest)
+        is_awaited = self._fetching.image_arrived(spec.digest)
+        if was_wanted and not is_awaited and self._cache.state_of(spec.digest) is ResidencyState.IN_ARENA:
+            self.admission.load_unattended(spec.digest)
 
     def image_refused(self, digest: str, error: LoraplexError) -> None:
         """End all requests that wait for an image that the store cannot supply."""
@@ -230,13 +199,13 @@ class Scheduler:
             return
         self._cache.states.image_refused(digest)
         for request in self.queue.of_adapter(digest):
-            self._book.fail(request, error)
+            self.book.fail(request, error)
 
     def load_refused(self, digest: str, error: LoraplexError) -> None:
         """End all requests that wait for an adapter that the runner cannot take."""
         self._cache.load_refused(digest)
         for request in self.queue.of_adapter(digest):
-            self._book.fail(request, error)
+            self.book.fail(request, error)
 
     # --- steps ---
 
@@ -245,19 +214,19 @@ class Scheduler:
         return self.plan(self.decide())
 
     def decide(self) -> Rows:
-        """Make the decisions before a step: who ends, grows, gives way, is admitted, and what is loaded.
+        """Make the decisions before a step: which requests end, grow, are preempted or admitted, and what is loaded.
 
         Returns:
-            The rows that draw another token; `plan` makes the step of them, or `skip` takes it with those after it.
+            The rows that draw another token; `plan` makes the step of them.
         """
         now_s = self._clock()
-        self._pass_deadlines(now_s)
+        self._time_limits.end_overdue(now_s)
         for digest in self._cache.states.take_changed():
             self.queue.unpark(digest, now_s)
-        rows = self._growth.grow(self.batch.state.rows_to_decode(self.batch.rows))
-        self._admission.admit(now_s)
-        if not self._admission.is_reserving:
-            self._warming.warm()
+        rows = self.growth.grow(self.batch.state.rows_to_decode(self.batch.rows))
+        self.admission.admit(now_s)
+        if not self.admission.is_reserving:
+            self.warming.warm()
         return rows
 
     def plan(self, rows: Rows) -> StepPlan | None:
@@ -268,7 +237,7 @@ class Scheduler:
             # It is still in prefill, so not among the rows that decode.
             error = fault.__cause__ or fault
             request_id = fault.request.submission.request_id
-            self._book.fail(
+            self.book.fail(
                 fault.request, internal_error("while its next step was planned", error, request_id=request_id)
             )
             return self.plan(rows)
@@ -276,7 +245,7 @@ class Scheduler:
             return None
         plan, launched = planned
         self._in_flight.append(launched)
-        self._book.last_launched = self._next_step
+        self.book.last_launched = self._next_step
         self._next_step += 1
         return plan
 
@@ -295,52 +264,7 @@ class Scheduler:
 
     def take_outputs(self) -> dict[int, StepOutputs]:
         """Return and forget all news: session -> outputs."""
-        return self._collector.take(max(0, self._next_step - 1))
-
-    # --- many steps at once ---
-
-    @property
-    def horizon(self) -> int:
-        """Decode steps from now on that are alike if nothing arrives, the last one ending a request; 0 if none are."""
-        return 0 if self._in_flight else self._steady.horizon(self._clock())
-
-    def skip(self, num_steps: int, draw: Draw, *, growth_s: float = 0.0) -> None:
-        """Take up to `horizon` decode steps as launched and done, each ``growth_s`` longer than the one before it.
-
-        For simulators: the clock stands at the end of the last of them, and `next_deadline_s` has not passed.
-        """
-        self._steady.take(num_steps, draw, self._clock(), growth_s)
-
-    # --- ends ---
-
-    def _pass_deadlines(self, now_s: float) -> None:
-        for limit, request in self._deadlines.pop_passed(now_s):
-            if request.state is RequestState.ENDED:
-                continue  # an earlier limit of this very turn
-            with self._book.answering_for(request, "when a limit of its time passed"):
-                self._pass_limit(limit, request, now_s)
-
-    def _pass_limit(self, limit: Limit, request: Request, now_s: float) -> None:
-        if limit is Limit.DEADLINE:
-            self._book.fail(request, DeadlineError("the client's deadline passed"))
-        elif limit is Limit.FIRST_TOKEN:
-            if not self._first_tokens.end_if_unreachable(request, now_s) and request.state is RequestState.WAITING:
-                self._watch_first_token(request)
-        elif limit is Limit.TIME_LIMIT:
-            self._book.finish(request, FinishReason.TIME_LIMIT)
-        elif request.admitted_s is None:
-            error = QueueTimeoutError(
-                f"no place in a batch within {now_s - request.arrived_s:.3f} s",
-                retry_after_s=1.0,
-                drop_reason="rejected-ttl-expired",
-            )
-            self._book.fail(request, error)
-
-    def _watch_first_token(self, request: Request) -> None:
-        """Look at a request again at the moment from which it misses its objective."""
-        unreachable_s = self._first_tokens.unreachable_from_s(request)
-        if unreachable_s is not None:
-            self._deadlines.note(unreachable_s, Limit.FIRST_TOKEN, request)
+        return self.book.outputs.take(max(0, self._next_step - 1))
 
     def check_integrity(self) -> None:
         """Recount pages, leases and requests.
@@ -351,4 +275,19 @@ class Scheduler:
         self._pool.check_integrity()
         self._cache.check_integrity()
         self.prefix.check_integrity()
-        check_requests(pool=self._pool, cache=self._cache, batch=self.batch, queue=self.queue, book=self._book)
+        check_requests(pool=self._pool, cache=self._cache, batch=self.batch, queue=self.queue, book=self.book)
+
+
+def _make_queue(policy: SchedulingPolicy) -> WaitingQueue:
+    return WaitingQueue(
+        FairShares(max_running_per_key=policy.max_running_per_key),
+        policy=policy.queue_policy,
+        ttft_slo_s=policy.ttft_slo_s,
+        promote_after_s=policy.promote_after_s,
+    )
+
+
+def _make_state(limits: SchedulerLimits) -> DecodeState:
+    return DecodeState(
+        max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len, block_tokens=limits.block_tokens
+    )

@@ -15,8 +15,7 @@ from loraplex_engine.scheduler.eviction_rule import EvictionRule
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.scheduler.eviction import PageSource
-    from loraplex_engine.scheduler.running_batch import RunningBatch
-    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
+    from loraplex_engine.scheduler.request_book import RequestBook
 
 MARGIN_OCTAVES: Final = 1.0
 """What gives way for a warmed adapter is worth less than half of it, so two of about equal worth do not take turns."""
@@ -29,19 +28,11 @@ class Warming:
         is_enabled: False loads nothing.
     """
 
-    def __init__(
-        self,
-        *,
-        cache: AdapterCache,
-        eviction: PageSource,
-        batch: RunningBatch,
-        queue: WaitingQueue,
-        is_enabled: bool,
-    ) -> None:
+    def __init__(self, *, book: RequestBook, cache: AdapterCache, source: PageSource, is_enabled: bool) -> None:
+        self._batch = book.batch
+        self._queue = book.queue
         self._cache = cache
-        self._eviction = eviction
-        self._batch = batch
-        self._queue = queue
+        self._source = source
         self._is_enabled = is_enabled
         self._seen: tuple[int, int, int, int] | None = None
 
@@ -63,10 +54,10 @@ class Warming:
         best = self._cache.ranking.most_warmable
         if best is None or self._queue.is_awaited(best.digest):
             return
-        if self._eviction.num_obtainable - best.num_pages < len(self._batch):
+        if self._source.num_obtainable - best.num_pages < len(self._batch):
             return
         rule = EvictionRule({best.digest}, spares_claimed=True, queue=self._queue)
-        if self._eviction.make_room(best.num_pages, rule, up_to=best.worth - MARGIN_OCTAVES) is Room.NOW:
+        if self._source.make_room(best.num_pages, rule, up_to=best.worth - MARGIN_OCTAVES) is Room.NOW:
             self._cache.load(best.digest, _nobody, is_warming=True)
 
 

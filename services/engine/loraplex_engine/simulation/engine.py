@@ -21,7 +21,6 @@ from loraplex_engine.messages import (
     WantImage,
 )
 from loraplex_engine.pages.page_pool import PagePool
-from loraplex_engine.pages.page_worth import page_worth_of
 from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.simulation.copies import (
     CopyStream,
@@ -29,6 +28,7 @@ from loraplex_engine.simulation.copies import (
 )
 from loraplex_engine.simulation.outcomes import Outcomes
 from loraplex_engine.simulation.requests import SESSION, TraceRequests
+from loraplex_engine.simulation.steady_decode import SteadyDecode
 from loraplex_engine.simulation.step_cost import Stretch
 from loraplex_engine.simulation.step_loads import StepLoads
 from loraplex_engine.step import StepResult
@@ -106,11 +106,17 @@ class SimulatedEngine:
             emit=self._on_store_event,
             clock=self.clock,
             half_life_s=setup.policy.half_life_s,
-            page_worth=page_worth_of(setup.policy.eviction),
+            page_worth=setup.page_worth,
         )
         self.scheduler = Scheduler(
-            limits=setup.limits, pool=self.pool, cache=self.cache, page_bytes=page_bytes, clock=self.clock
+            limits=setup.limits,
+            pool=self.pool,
+            cache=self.cache,
+            page_bytes=page_bytes,
+            clock=self.clock,
+            page_sources=setup.page_sources,
         )
+        self._steady = SteadyDecode(self.scheduler, pool=self.pool, cache=self.cache, clock=self.clock)
         grants = ArenaGrants(cache=self.cache, arena=self.arena, queue=self.scheduler.queue)
         self.grants = grants
         self.copies = CopyStream(setup.copy)
@@ -250,7 +256,7 @@ class SimulatedEngine:
         span_s = self._next_event_s - self.now_s
         if not self.setup.jumps or self._inbox or span_s <= 0:
             return None
-        most = self.scheduler.horizon
+        most = self._steady.horizon
         if most <= 0:
             return None
         load = self._loads.of_decode(self.scheduler.batch)
@@ -260,7 +266,7 @@ class SimulatedEngine:
     def _take(self, stretch: Stretch) -> None:
         self.longest_step_s = max(self.longest_step_s, stretch.longest_s)
         self._pass(stretch.total_s)
-        self.scheduler.skip(stretch.num_steps, self._draw, growth_s=stretch.growth_s)
+        self._steady.skip(stretch.num_steps, self._draw, growth_s=stretch.growth_s)
         self._take_ends()
 
     def _settle(self, at_s: float) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
+from loraplex_engine.pages.page_worth import EXPECTED_COST, PageWorth
+from loraplex_engine.scheduler.eviction import PageSources, one_market
 from loraplex_engine.simulation.copies import PINNED_COPY, SHARED_MEMORY_STORE, Link
 from loraplex_engine.simulation.step_cost import StepCost
 
@@ -20,6 +22,8 @@ class EngineSetup:
         cost: Seconds of a step.
         copy: From the arena to the pool.
         store: From the adapter store to the arena.
+        page_worth: What a page is worth.
+        page_sources: Where pages for KV and for adapters come from.
         fill_arena: Begin with as many images in the arena as it holds, lowest index first.
         jumps: Take steady decode steps at once; the outcome is the same, sooner.
     """
@@ -35,6 +39,8 @@ class EngineSetup:
     max_pass_over_s: float = 2.0
     max_resident_adapters: int = 4096
     policy: SchedulingPolicy = DEFAULT_POLICY
+    page_worth: PageWorth = EXPECTED_COST
+    page_sources: PageSources = one_market
     fill_arena: bool = True
     jumps: bool = True
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_engine.scheduler.step_costs import StepCosts
+from loraplex_engine.simulation.steady_decode import SteadyDecode, observe_steady
 from loraplex_engine.step import StepPlan, StepResult
 from support.scheduler_rig import Rig, make_submission
 
@@ -36,6 +37,10 @@ def step(rig: Rig, decided: Rows | None = None) -> None:
     if plan is not None:
         rig.scheduler.update(result_of(plan))
     rig.scheduler.take_outputs()
+
+
+def steady_of(rig: Rig) -> SteadyDecode:
+    return SteadyDecode(rig.scheduler, pool=rig.pool, cache=rig.cache, clock=rig.clock)
 
 
 def make_rig(lengths: list[tuple[int, int]], num_waiting: int, num_pages: int, late_key: str = "late") -> Rig:
@@ -79,11 +84,11 @@ def test_a_jump_ends_where_single_steps_end(
         if jumping.scheduler.num_open == 0:
             break
         decided = jumping.scheduler.decide() if decides else None
-        horizon = jumping.scheduler.horizon
+        horizon = steady_of(jumping).horizon
         count = max(1, int(share * horizon)) if horizon else 0
         if count:
             jumping.now_s += count * STEP_S
-            jumping.scheduler.skip(count, draw)
+            steady_of(jumping).skip(count, draw)
             for _ in range(count):
                 step(stepping)
         else:
@@ -98,38 +103,38 @@ def test_the_horizon_is_the_steps_until_the_first_request_ends() -> None:
     rig = make_rig([(4, 20), (4, 12)], num_waiting=3, num_pages=64, late_key="")
     step(rig)
 
-    assert rig.scheduler.horizon == 11  # of 12 outputs one came with the prefill
+    assert steady_of(rig).horizon == 11  # of 12 outputs one came with the prefill
 
     rig.now_s += 11 * STEP_S
-    rig.scheduler.skip(11, draw)
+    steady_of(rig).skip(11, draw)
     assert len(rig.scheduler.batch) == 1
-    assert rig.scheduler.horizon == 0  # somebody waits and now there is a place
+    assert steady_of(rig).horizon == 0  # somebody waits and now there is a place
     step(rig)
     assert len(rig.scheduler.batch) == 2
 
 
 def test_there_is_no_horizon_while_something_is_to_be_decided() -> None:
     rig = make_rig([(40, 20), (4, 12)], num_waiting=0, num_pages=64)
-    assert rig.scheduler.horizon == 0  # nobody runs
+    assert steady_of(rig).horizon == 0  # nobody runs
 
     plan = rig.scheduler.schedule()
     assert plan is not None
-    assert rig.scheduler.horizon == 0  # a step is in flight
+    assert steady_of(rig).horizon == 0  # a step is in flight
 
     rig.scheduler.update(result_of(plan))
-    assert rig.scheduler.horizon > 0
+    assert steady_of(rig).horizon > 0
     rig.scheduler.submit(make_submission(slot=9))
-    assert rig.scheduler.horizon == 0  # an arrival has not been looked at
+    assert steady_of(rig).horizon == 0  # an arrival has not been looked at
 
 
 def test_the_horizon_ends_before_pages_run_out() -> None:
     rig = make_rig([(4, 100), (4, 100)], num_waiting=0, num_pages=30)
     step(rig)
 
-    horizon = rig.scheduler.horizon
+    horizon = steady_of(rig).horizon
     assert 0 < horizon < 99
     rig.now_s += horizon * STEP_S
-    rig.scheduler.skip(horizon, draw)
+    steady_of(rig).skip(horizon, draw)
     rig.check_integrity()
     assert rig.scheduler.counters.num_preemptions == 0
 
@@ -138,7 +143,7 @@ def test_costs_learn_from_jumps() -> None:
     rig = make_rig([(4, 200)], num_waiting=0, num_pages=64)
     step(rig)
     rig.now_s += 50 * 0.02
-    rig.scheduler.skip(50, draw)
+    steady_of(rig).skip(50, draw)
 
     assert rig.scheduler.costs.decode_step_s == pytest.approx(0.02, rel=1e-3)
 
@@ -156,7 +161,7 @@ def test_costs_learn_the_same_from_a_jump_as_from_its_steps(
         begun_s, now_s = now_s, now_s + first_s + growth_s * index
         one_by_one.observe(launched_s=begun_s, done_s=now_s, num_prefill_tokens=0)
 
-    at_once.observe_steady(done_s=now_s, num_steps=num_steps, growth_s=growth_s)
+    observe_steady(at_once, done_s=now_s, num_steps=num_steps, growth_s=growth_s)
 
     assert at_once.decode_step_s == pytest.approx(one_by_one.decode_step_s)
     assert at_once.longest_step_s == pytest.approx(one_by_one.longest_step_s)
