@@ -74,7 +74,7 @@ class DecodeStack:
         limits = DecoderLimits(max_tokens=max_rows, max_rows=max_rows, max_context=MAX_CONTEXT)
         self.decoder = _StackDecoder(self.model, library, self.kv_pool, shape.pool, limits, num_slots=max_rows)
         self.decoder.skip_attention()
-        self.base = BasePath(self.decoder.rope, self.decoder.silu_mul)
+        self.base = BasePath(self.decoder.followers)
         self._norm = RmsNorm(library, shape.info.hidden_size, self.model.config.rms_norm_eps)
         self._inputs: dict[int, tuple[torch.Tensor, StepInputs]] = {}
 
@@ -161,9 +161,7 @@ class StackAdapters:
             library,
             self.tables,
             self.pool,
-            geometry,
-            rope=stack.decoder.rope,
-            silu_mul=stack.decoder.silu_mul,
+            followers=stack.decoder.followers,
             max_rows=stack.max_rows,
             num_sms=num_sms,
         )

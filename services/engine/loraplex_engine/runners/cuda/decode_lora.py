@@ -22,16 +22,13 @@ from loraplex_engine.runners.cuda.token_lora import max_decode_items
 
 if TYPE_CHECKING:
     import numpy as np
-    from loraplex_common.adapter_image import Geometry
     from loraplex_kernels.items import OpShape
     from loraplex_kernels.module import KernelLibrary
-    from loraplex_kernels.rope_kv import RopeKv
-    from loraplex_kernels.silu_mul import SiluMul
     from loraplex_kernels.tables import AdapterTables
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loraplex_engine.runners.cuda.lora_paths import LayerPath
+    from loraplex_engine.runners.cuda.lora_paths import Followers, LayerPath
 
 MAX_ROWS_BESIDE: Final = 32
 DELTA_OPS: Final = frozenset({"qkv", "gate_up"})
@@ -43,10 +40,9 @@ class DecodeLora:
 
     Args:
         library: Kernels.
-        tables: The resident adapters.
+        tables: The resident adapters, and the geometry of their images.
         pool: uint8 ``[pages, page_bytes]``.
-        geometry: Of adapter images.
-        rope: The kernel that finishes qkv; ``silu_mul`` likewise gate_up.
+        followers: The kernels that finish qkv and gate_up.
         max_rows: The largest bucket.
         num_sms: Multiprocessors of the device.
         max_rows_beside: Steps of up to so many rows take `BesideLoraPath`.
@@ -57,16 +53,14 @@ class DecodeLora:
         library: KernelLibrary,
         tables: AdapterTables,
         pool: Tensor,
-        geometry: Geometry,
         *,
-        rope: RopeKv,
-        silu_mul: SiluMul,
+        followers: Followers,
         max_rows: int,
         num_sms: int,
         max_rows_beside: int = MAX_ROWS_BESIDE,
     ) -> None:
         self._tables = tables
-        self._rope, self._silu_mul = rope, silu_mul
+        self._followers = followers
         self._num_sms, self._max_rows_beside = num_sms, max_rows_beside
         self._fork = Fork(library.device)
 
@@ -74,7 +68,7 @@ class DecodeLora:
             items = max_decode_items(shapes, rows)
             return LoraDecode(library, tables, pool, shapes, max_rows=rows, max_items=items)
 
-        rows_beside, shapes = max(1, min(max_rows, max_rows_beside)), op_shapes(geometry, complete=DELTA_OPS)
+        rows_beside, shapes = max(1, min(max_rows, max_rows_beside)), op_shapes(tables.geometry, complete=DELTA_OPS)
         self.beside = kernels(rows_beside, shapes)
         self.in_line = kernels(max_rows, shapes)
         widest = max(shape.slice_begin[-1] for shape in shapes if shape.complete)
@@ -91,14 +85,13 @@ class DecodeLora:
         """Return how a graph of that many rows and that variant goes through the projections."""
         ops = VARIANTS[variant]
         if not ops:
-            return BasePath(self._rope, self._silu_mul)
+            return BasePath(self._followers)
         lora, grids = self._kernels_of(bucket), Grids.of(bucket, self._num_sms)
         hidden = self._hidden[lora]
         if lora is self.in_line:
-            return InLineLoraPath(self._rope, self._silu_mul, lora, hidden, grids, ops=ops)
+            return InLineLoraPath(self._followers, lora, hidden, grids, ops=ops)
         return BesideLoraPath(
-            self._rope,
-            self._silu_mul,
+            self._followers,
             lora,
             hidden,
             grids,

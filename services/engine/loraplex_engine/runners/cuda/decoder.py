@@ -20,7 +20,7 @@ from loraplex_kernels.rms_norm import RmsNorm
 from loraplex_kernels.rope_kv import RopeKv
 from loraplex_kernels.silu_mul import SiluMul
 
-from loraplex_engine.runners.cuda.lora_paths import dense_into
+from loraplex_engine.runners.cuda.lora_paths import Followers, dense_into
 
 if TYPE_CHECKING:
     from loraplex_common.decoder_config import ModelConfig
@@ -113,7 +113,7 @@ class CudaDecoder:
         limits: Largest step.
 
     Attributes:
-        rope: The kernel that finishes qkv, which LoRA paths launch with a delta; ``silu_mul`` likewise for gate_up.
+        followers: The kernels that finish qkv and gate_up; LoRA paths launch them with a delta.
         last_sampled: int32 ``[slots + 1]``; what decode rows feed on; the last entry is padding's.
     """
 
@@ -143,8 +143,10 @@ class CudaDecoder:
         self.work = Workspace(config, limits, dtype=library.dtype, device=library.device)
         self.last_sampled = torch.zeros(num_slots + 1, dtype=torch.int32, device=library.device)
         rotary = model.rope.reshape(model.rope.shape[0], -1).contiguous()
-        self.rope = RopeKv(library, layouts[config.windows[0]], pool, rotary, norm_eps=config.rms_norm_eps)
-        self.silu_mul = SiluMul(library, config.intermediate_size)
+        self.followers = Followers(
+            RopeKv(library, layouts[config.windows[0]], pool, rotary, norm_eps=config.rms_norm_eps),
+            SiluMul(library, config.intermediate_size),
+        )
         self._embedding = Embedding(library, config.hidden_size)
         self._norm = RmsNorm(library, config.hidden_size, config.rms_norm_eps)
         attention = {window: PagedAttention(library, layout, limits) for window, layout in layouts.items()}

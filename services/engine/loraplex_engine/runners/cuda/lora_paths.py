@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
+from loraplex_kernels.rope_kv import RopeKv
+from loraplex_kernels.silu_mul import SiluMul
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_kernels.lora_decode import LoraDecode
-    from loraplex_kernels.rope_kv import RopeKv
-    from loraplex_kernels.silu_mul import SiluMul
     from torch import Tensor
 
     from loraplex_engine.model.layers import Dense
@@ -75,11 +75,19 @@ class LayerPath(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Followers:
+    """The pointwise kernels behind products: ``rope`` finishes qkv, ``silu_mul`` gate_up; both can add a delta."""
+
+    rope: RopeKv
+    silu_mul: SiluMul
+
+
 class BasePath:
     """No row has an adapter."""
 
-    def __init__(self, rope: RopeKv, silu_mul: SiluMul) -> None:
-        self._rope, self._silu_mul = rope, silu_mul
+    def __init__(self, followers: Followers) -> None:
+        self._rope, self._silu_mul = followers.rope, followers.silu_mul
 
     def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
@@ -149,7 +157,7 @@ class _DecodeLoraPath(BasePath):
     Padding rows are in no item, so nothing is computed for them; they keep whatever was there, or accumulate onto it.
 
     Args:
-        rope: For layers whose qkv has no LoRA in this path; ``silu_mul`` likewise for gate_up.
+        followers: For layers whose qkv or gate_up has no LoRA in this path.
         lora: The kernels, with the step's items.
         hidden: Scratch from ``lora.new_scratch``; an op's is used up before the next op's shrink begins.
         grids: CTAs.
@@ -157,9 +165,9 @@ class _DecodeLoraPath(BasePath):
     """
 
     def __init__(
-        self, rope: RopeKv, silu_mul: SiluMul, lora: LoraDecode, hidden: Tensor, grids: Grids, *, ops: frozenset[str]
+        self, followers: Followers, lora: LoraDecode, hidden: Tensor, grids: Grids, *, ops: frozenset[str]
     ) -> None:
-        super().__init__(rope, silu_mul)
+        super().__init__(followers)
         self._lora, self._hidden, self._grids, self._ops = lora, hidden, grids, ops
 
     def _write_delta(self, layer: int, op: str, x: Tensor, delta: Tensor, step: StepInputs) -> None:
@@ -184,8 +192,7 @@ class BesideLoraPath(_DecodeLoraPath):
 
     def __init__(
         self,
-        rope: RopeKv,
-        silu_mul: SiluMul,
+        followers: Followers,
         lora: LoraDecode,
         hidden: Tensor,
         grids: Grids,
@@ -194,7 +201,7 @@ class BesideLoraPath(_DecodeLoraPath):
         delta: Tensor,
         fork: Fork,
     ) -> None:
-        super().__init__(rope, silu_mul, lora, hidden, grids, ops=ops)
+        super().__init__(followers, lora, hidden, grids, ops=ops)
         self._delta, self._fork = delta, fork
 
     def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
@@ -265,8 +272,8 @@ class TokenLora(Protocol):
 class AddedLoraPath(BasePath):
     """Steps with prefill chunks: LoRA is added to each product before its follower."""
 
-    def __init__(self, rope: RopeKv, silu_mul: SiluMul, lora: TokenLora) -> None:
-        super().__init__(rope, silu_mul)
+    def __init__(self, followers: Followers, lora: TokenLora) -> None:
+        super().__init__(followers)
         self._lora = lora
 
     def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:

@@ -6,13 +6,12 @@ whose probabilities are asked for is in the step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from loraplex_common.decoder_config import model_config
 from loraplex_common.errors import AdapterIncompatibleError
-from loraplex_kernels.attention_prefill import make_tiles
 from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
 from loraplex_kernels.tables import AdapterTables, RankLimitError, check_ranks
 
@@ -22,12 +21,12 @@ from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
 from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits
 from loraplex_engine.runners.cuda.graphs import VARIANTS, DecodeGraphs, bucket_sizes
-from loraplex_engine.runners.cuda.host_memory import PinnedRing
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
 from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig, tile_capacity
 from loraplex_engine.runners.cuda.sampling import DeviceSampler
+from loraplex_engine.runners.cuda.step_buffers import StepBuffers
 from loraplex_engine.runners.cuda.step_handle import CudaStepHandle, ResultBuffers
-from loraplex_engine.runners.cuda.step_input import TILE_INTS, InputLayout, InputWriter, StepShape, is_pure_decode
+from loraplex_engine.runners.cuda.step_input import is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.runners.slot_faults import blaming
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from loraplex_engine.runners.cuda.host_memory import PinnedArena
     from loraplex_engine.runners.slot_faults import SlotFaults
     from loraplex_engine.step import StepPlan, TokenLogprobs
-
-STAGING_BUFFERS: Final = 4  # steps in flight, and some
 
 
 class CudaRunner:
@@ -64,7 +61,6 @@ class CudaRunner:
     def __init__(self, config: CudaRunnerConfig, weights: WeightSource) -> None:
         self._config = config
         self._device = device = torch.device("cuda", config.device)
-        self._dtype = DTYPES[config.geometry.dtype]
         page_bytes = config.geometry.page_bytes
         self.geometry: Geometry = config.info.geometry(dtype=config.geometry.dtype, page_bytes=page_bytes)
         torch.cuda.set_device(device)
@@ -73,10 +69,7 @@ class CudaRunner:
         )
         weights.close()
         self._pool = torch.zeros((config.num_pages, page_bytes), dtype=torch.uint8, device=device)
-        dependent = config.dependent_launch
-        if dependent is None:
-            dependent = has_dependent_launch(config.arch or device_arch(device))
-        self._library = KernelLibrary(device, self._dtype, arch=config.arch, dependent=dependent, jitter=config.jitter)
+        self._library = _make_library(config, device)
         sizes = bucket_sizes(config.max_num_seqs)
         self._limits = DecoderLimits(
             max_tokens=max(config.max_num_batched_tokens, sizes[-1]),
@@ -86,15 +79,8 @@ class CudaRunner:
         self._decoder = CudaDecoder(
             self._model, self._library, self._pool, config.geometry, self._limits, num_slots=config.max_num_seqs
         )
-        self._tables = AdapterTables(
-            self.geometry,
-            max_adapters=config.max_resident_adapters,
-            tile_capacity=tile_capacity(
-                self.geometry, num_pages=config.num_pages, max_adapters=config.max_resident_adapters
-            ),
-            device=device,
-        )
-        self._base_path = BasePath(self._decoder.rope, self._decoder.silu_mul)
+        self._tables = _make_tables(config, self.geometry, device)
+        self._base_path = BasePath(self._decoder.followers)
         self._num_variants = 1
         if config.max_resident_adapters:
             self._make_lora_paths()
@@ -106,7 +92,9 @@ class CudaRunner:
         )
         self._prompt_logprobs = PromptLogprobTracker(self._model)
         self._loads = AdapterLoads(self._pool, self._tables)
-        self._make_buffers(sizes)
+        self._buffers = StepBuffers(config, self._limits, sizes, device)
+        self._drawn = torch.zeros(2 * sizes[-1], dtype=torch.int32, device=device)
+        self._results = ResultBuffers()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
         with torch.inference_mode():
@@ -114,14 +102,11 @@ class CudaRunner:
 
     def _make_lora_paths(self) -> None:
         config, limits = self._config, self._limits
-        rope, silu_mul = self._decoder.rope, self._decoder.silu_mul
         self._decode_lora = DecodeLora(
             self._library,
             self._tables,
             self._pool,
-            self.geometry,
-            rope=rope,
-            silu_mul=silu_mul,
+            followers=self._decoder.followers,
             max_rows=limits.max_rows,
             num_sms=torch.cuda.get_device_properties(self._device).multi_processor_count,
         )
@@ -135,31 +120,8 @@ class CudaRunner:
             max_tokens=limits.max_tokens,
             min_decode_runs=config.min_decode_runs,
         )
-        self._added_path = AddedLoraPath(rope, silu_mul, self._token_lora)
+        self._added_path = AddedLoraPath(self._decoder.followers, self._token_lora)
         self._num_binds = 0
-
-    def _make_buffers(self, sizes: tuple[int, ...]) -> None:
-        config = self._config
-        width = config.geometry.num_blocks(config.max_model_len) + 1
-        self._layouts = {
-            size: InputLayout(StepShape(num_tokens=size, num_rows=size, width=width, num_samples=size))
-            for size in sizes
-        }
-        tokens, group = self._limits.max_tokens, config.info.num_heads // config.info.num_kv_heads
-        largest_mixed = StepShape(
-            num_tokens=tokens,
-            num_rows=config.max_num_seqs,
-            width=width,
-            num_samples=config.max_num_seqs,
-            num_tiles=tokens * group // 64 + config.max_num_seqs,
-        )
-        num_ints = max(InputLayout(largest_mixed).size, self._layouts[sizes[-1]].size)
-        self._inputs = torch.zeros(num_ints, dtype=torch.int32, device=self._device)
-        self._steps = {size: layout.views(self._inputs) for size, layout in self._layouts.items()}
-        self._staging = PinnedRing(num_ints, STAGING_BUFFERS)
-        self._writer = InputWriter(block_tokens=config.geometry.block_tokens, pad_slot=config.max_num_seqs)
-        self._drawn = torch.zeros(2 * sizes[-1], dtype=torch.int32, device=self._device)
-        self._results = ResultBuffers()
 
     @property
     def pipeline_depth(self) -> int:
@@ -184,10 +146,7 @@ class CudaRunner:
 
     def _launch_decode(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
         bucket, count = self.graphs.bucket(len(plan.slots)), len(plan.slots)
-        buffer = self._staging.take()
-        used = self._writer.write_decode(self._layouts[bucket], buffer.array, plan)
-        self._inputs[:used].copy_(buffer.tensor[:used], non_blocking=True)
-        buffer.event.record()
+        self._buffers.send_decode(plan, bucket)
         variant = self._decode_lora.prepare(plan.adapters, bucket, self._num_binds) if self._num_variants > 1 else 0
         self.graphs.replay(bucket, variant)
         if self._is_greedy(plan):
@@ -195,21 +154,7 @@ class CudaRunner:
         return self._handle(plan, count, faults, report=self._sample(plan, self._decoder.work.logits[:count]))
 
     def _launch_mixed(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
-        tiles = self._attention_tiles(plan)
-        layout = InputLayout(
-            StepShape(
-                num_tokens=len(plan.token_ids),
-                num_rows=len(plan.slots),
-                width=plan.block_tables.shape[1],
-                num_samples=len(plan.sample_rows),
-                num_tiles=len(tiles),
-            )
-        )
-        buffer = self._staging.take()
-        used = self._writer.write_mixed(layout, buffer.array, plan, tiles)
-        self._inputs[:used].copy_(buffer.tensor[:used], non_blocking=True)
-        buffer.event.record()
-        step, path = layout.views(self._inputs), self._base_path
+        step, path = self._buffers.send_mixed(plan), self._base_path
         if (plan.adapters >= 0).any():
             self._token_lora.prepare(plan)
             path = self._added_path
@@ -233,19 +178,10 @@ class CudaRunner:
 
     def _run_decode(self, bucket: int, variant: int) -> None:
         """Launch what a graph holds."""
-        step = self._steps[bucket]
+        step = self._buffers.of_bucket(bucket)
         path = self._decode_lora.path(bucket, variant) if variant else self._base_path
         rest = self._decoder.forward(step, path, num_decode=bucket)
         self._draw_greedily(self._decoder.logits(step, rest), step.sample_slots)
-
-    def _attention_tiles(self, plan: StepPlan) -> NDArray[np.int32]:
-        if self._dtype == torch.float32:
-            return np.zeros((0, TILE_INTS), dtype=np.int32)
-        first, info = plan.num_decode_rows, self._config.info
-        rows = np.arange(first, len(plan.slots), dtype=np.int32)
-        return make_tiles(
-            rows, plan.starts[first:], plan.num_tokens[first:], first, info.num_heads // info.num_kv_heads
-        )
 
     def _take_over_slots(self, plan: StepPlan) -> SlotFaults:
         """Replace what is kept of slots whose sequence begins in this step; returns those that could not be set up."""
@@ -335,5 +271,19 @@ class CudaRunner:
         del self._base_path
         if self._config.max_resident_adapters:
             del self._added_path, self._token_lora, self._decode_lora
-        del self._prompt_logprobs, self._sampler, self._loads, self._inputs, self._steps
+        del self._prompt_logprobs, self._sampler, self._loads, self._buffers
         torch.cuda.empty_cache()
+
+
+def _make_library(config: CudaRunnerConfig, device: torch.device) -> KernelLibrary:
+    dependent = config.dependent_launch
+    if dependent is None:
+        dependent = has_dependent_launch(config.arch or device_arch(device))
+    dtype = DTYPES[config.geometry.dtype]
+    return KernelLibrary(device, dtype, arch=config.arch, dependent=dependent, jitter=config.jitter)
+
+
+def _make_tables(config: CudaRunnerConfig, geometry: Geometry, device: torch.device) -> AdapterTables:
+    max_adapters = config.max_resident_adapters
+    capacity = tile_capacity(geometry, num_pages=config.num_pages, max_adapters=max_adapters)
+    return AdapterTables(geometry, max_adapters=max_adapters, tile_capacity=capacity, device=device)

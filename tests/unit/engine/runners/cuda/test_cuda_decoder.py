@@ -94,9 +94,7 @@ class HostRunner:
             library,
             self.tables,
             self.pool,
-            self.geometry,
-            rope=self.decoder.rope,
-            silu_mul=self.decoder.silu_mul,
+            followers=self.decoder.followers,
             max_rows=BUCKET,
             num_sms=2,
             max_rows_beside=max_rows_beside,
@@ -110,8 +108,8 @@ class HostRunner:
             max_tokens=64,
             min_decode_runs=min_decode_runs,
         )
-        self.base = BasePath(self.decoder.rope, self.decoder.silu_mul)
-        self.added = AddedLoraPath(self.decoder.rope, self.decoder.silu_mul, self.token_lora)
+        self.base = BasePath(self.decoder.followers)
+        self.added = AddedLoraPath(self.decoder.followers, self.token_lora)
         library.track(
             self.pool,
             self.tables.tiles,
