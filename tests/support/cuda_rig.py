@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
-from loraplex_engine.loop.engine import EngineParams
+from loraplex_engine.limits import EngineParams
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda.runner import CudaRunner

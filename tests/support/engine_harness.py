@@ -16,8 +16,8 @@ import numpy as np
 from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, Tensors, pack
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterNotFoundError
-from loraplex_engine.limits import SchedulingPolicy
-from loraplex_engine.loop.engine import Engine, EngineParams, RunnerFactory
+from loraplex_engine.limits import EngineParams, SchedulingPolicy
+from loraplex_engine.loop.engine import Engine, RunnerFactory
 from loraplex_engine.loop.outbox import SessionOutbox
 from loraplex_engine.messages import (
     CloseSession,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from loraplex_engine.limits import SchedulingPolicy
-from loraplex_engine.loop.engine import Engine, EngineParams
+from loraplex_engine.limits import GPU_STEP, EngineParams, SchedulingPolicy
+from loraplex_engine.loop.engine import Engine
 from loraplex_engine.messages import ImageArrived, ResidencyState
 from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 
@@ -52,8 +52,8 @@ class EngineSetup:
     family: AdapterFamily
     num_adapters: int
     pool_bytes: int
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = GPU_STEP[0]
+    max_num_batched_tokens: int = GPU_STEP[1]
     max_model_len: int = 1280
     max_resident_adapters: int = 256
     dependent_launch: bool | None = None

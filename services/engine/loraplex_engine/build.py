@@ -12,8 +12,7 @@ from loraplex_common.rank_limits import CUDA_MAX_RANK
 from loraplex_common.weight_files import find_weights
 
 from loraplex_engine.config import MIB, ConfigError, EngineConfig
-from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
-from loraplex_engine.loop.engine import EngineParams
+from loraplex_engine.limits import CPU_STEP, GPU_STEP, EngineParams, QueuePolicy, SchedulingPolicy
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
 from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from loraplex_engine.step import ModelRunner
 
 CPU_POOL_BYTES: Final = 1024 * MIB
-STEP_SIZES: Final = {"cpu": (64, 1024), "cuda": (256, 8192)}
+STEP_SIZES: Final = {"cpu": CPU_STEP, "cuda": GPU_STEP}
 """Default sequences and tokens of one step by device."""
 MIN_POOL_PAGES: Final = 2  # one for an adapter, one for a sequence
 

@@ -27,7 +27,7 @@ from support.base_models import TinyBase, write_base_model
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from loraplex_engine.loop.engine import EngineParams
+    from loraplex_engine.limits import EngineParams
     from numpy.typing import NDArray
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "profile_step.py"

@@ -8,19 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeVar, cast
-
-from loraplex_common.adapter_image import AdapterSpec, Geometry
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.adapters.cache import AdapterCache
-from loraplex_engine.limits import SchedulerCounters, SchedulerLimits, SchedulingPolicy
+from loraplex_engine.limits import EngineParams
 from loraplex_engine.loop.adapter_operations import AdapterOperations
 from loraplex_engine.loop.arena_grants import ArenaGrants
 from loraplex_engine.loop.load_report import LoadReport
-from loraplex_engine.loop.outbox import MAX_BACKLOG_BYTES, MAX_BACKLOG_S, SessionOutbox
-from loraplex_engine.loop.step_loop import EngineLoop, LoopParts
+from loraplex_engine.loop.outbox import SessionOutbox
+from loraplex_engine.loop.parts import LoopParts
+from loraplex_engine.loop.step_loop import EngineLoop
 from loraplex_engine.loop.step_times import StepTimes
 from loraplex_engine.messages import Call, Command, LoadSnapshot, StoreEvent
 from loraplex_engine.pages.page_pool import PagePool
@@ -28,72 +26,14 @@ from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.step import ModelRunner
 
 if TYPE_CHECKING:
+    from loraplex_common.adapter_image import AdapterSpec
+
     from loraplex_engine.adapters.adapter import AdapterStatus
     from loraplex_engine.adapters.warm_order import WarmCounts
+    from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.loop.totals import LoopTotals
 
-STEP_PATIENCE_S: Final = 5.0
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineParams:
-    """What an engine is built from, besides its runner.
-
-    Attributes:
-        geometry: Of the base model on this device; what adapter images depend on.
-        block_tokens: Tokens of one sequence in one KV page.
-        pool_bytes: Device memory of the page pool; rounded down to whole pages.
-        arena_bytes: Host memory of the arena; rounded down to whole pages.
-        eos_token_ids: The model's end-of-text ids.
-        max_model_len: Longest sequence, prompt and output together, in tokens.
-        max_num_seqs: Most sequences of one step.
-        max_num_batched_tokens: Most tokens of one step.
-        max_pass_over_s: How long others may go first while a request waits for pages.
-        max_resident_adapters: Size of the runner's adapter table.
-        policy: How requests and pages are chosen.
-        max_backlog_bytes: Unread output at which a session is given up.
-        max_backlog_s: Age of unread output at which a session is given up.
-        step_patience_s: The least time after which a step that does not end hangs; None never takes one for hung.
-    """
-
-    geometry: Geometry
-    block_tokens: int
-    pool_bytes: int
-    arena_bytes: int
-    eos_token_ids: tuple[int, ...]
-    max_model_len: int
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
-    max_pass_over_s: float = 2.0
-    max_resident_adapters: int = 4096
-    policy: SchedulingPolicy = field(default_factory=SchedulingPolicy)
-    max_backlog_bytes: int = MAX_BACKLOG_BYTES
-    max_backlog_s: float = MAX_BACKLOG_S
-    step_patience_s: float | None = STEP_PATIENCE_S
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of the pool."""
-        return self.pool_bytes // self.geometry.page_bytes
-
-    @property
-    def num_arena_slots(self) -> int:
-        """Slots of the arena."""
-        return self.arena_bytes // self.geometry.page_bytes
-
-    @property
-    def scheduler_limits(self) -> SchedulerLimits:
-        """The scheduler's share."""
-        return SchedulerLimits(
-            block_tokens=self.block_tokens,
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_pass_over_s=self.max_pass_over_s,
-            eos_token_ids=self.eos_token_ids,
-            policy=self.policy,
-        )
 
 
 RunnerFactory = Callable[[EngineParams], ModelRunner]
@@ -139,7 +79,7 @@ class Engine:
             )
             self._operations = AdapterOperations(cache=self._cache, pool=self._pool)
             self._scheduler = Scheduler(
-                limits=params.scheduler_limits,
+                limits=params,
                 pool=self._pool,
                 cache=self._cache,
                 page_bytes=params.geometry.page_bytes,

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from loraplex_common.errors import LoraplexError, SlowConsumerError
 
+from loraplex_engine.limits import MAX_BACKLOG_BYTES, MAX_BACKLOG_S
 from loraplex_engine.messages import PromptLogprobs, SessionEvent, StepOutputs, TokenWithLogprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
-MAX_BACKLOG_S: Final = 5.0
 _TOKEN_BYTES: Final = 12  # three int32
 _EVENT_BYTES: Final = 64  # about what a small event takes on the wire
 _LOGPROB_BYTES: Final = 8

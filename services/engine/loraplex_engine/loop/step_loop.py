@@ -13,20 +13,14 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import DrainingError, EngineHungError, InvalidParameterError, LoraplexError
 
-from loraplex_engine.adapters.arena import HostArena
-from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.loop.adapter_loading import AdapterLoading
-from loraplex_engine.loop.arena_grants import ArenaGrants
 from loraplex_engine.loop.calls import failing_into, run_call
 from loraplex_engine.loop.drains import Drain, Drains
 from loraplex_engine.loop.inbox import Inbox, Sessions
-from loraplex_engine.loop.load_report import LoadReport
-from loraplex_engine.loop.step_times import StepTimes
 from loraplex_engine.loop.step_watchdog import Pulse, StepWatchdog
 from loraplex_engine.loop.totals import LoopTotals
 from loraplex_engine.messages import (
@@ -40,26 +34,13 @@ from loraplex_engine.messages import (
     Submit,
 )
 from loraplex_engine.scheduler.request_book import SlotInUseError
-from loraplex_engine.scheduler.scheduler import Scheduler
-from loraplex_engine.step import NO_ADAPTER, ModelRunner, StepHandle, StepPlan
+from loraplex_engine.step import NO_ADAPTER, StepHandle, StepPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_engine.loop.outbox import SessionOutbox
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopParts:
-    """What the loop drives; all of it belongs to the loop's thread once it runs, the arena's allocator excepted."""
-
-    scheduler: Scheduler
-    cache: AdapterCache
-    grants: ArenaGrants
-    arena: HostArena
-    runner: ModelRunner
-    report: LoadReport
-    times: StepTimes
+    from loraplex_engine.loop.parts import LoopParts
 
 
 JOIN_S: Final = 0.1
