@@ -3,8 +3,7 @@
 Accounting only: loads and unloads are handed to the step loop, which has the runner carry them out. Belongs to the step
 loop's thread. Three resources are behind it: pages of the pool (shared with KV), indices of the runner's adapter table, and
 slots of the host arena. An adapter without leases and pins is *idle*; idle adapters give way by worth (`ranking`), and the
-image stays in the arena if it is there. A *claim* is a waiting request's hold on an adapter that was fetched for it: it
-outranks other waiting requests, not running ones.
+image stays in the arena if it is there. A *claim*, a waiting request's, outranks other waiting requests, not running ones.
 """
 
 from __future__ import annotations
