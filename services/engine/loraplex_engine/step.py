@@ -40,7 +40,7 @@ class SamplingArrays:
         repetition_penalty: fp32; 1 is off. Over prompt and output.
         presence_penalty: fp32; 0 is off. Over output only.
         frequency_penalty: fp32; 0 is off. Over output only.
-        seed: uint64; with ``position`` the only source of randomness (Philox counter, design.md section 5).
+        seed: uint64; with ``position`` the only source of randomness (a Philox counter).
         position: int32; index in the request's output of the token to be drawn, resumed tokens included.
         num_logprobs: int32; -1 none, 0 the drawn token only, k the k likeliest as well.
         ban_stops: bool; end-of-text and stop ids cannot be drawn yet (min_new_tokens).

@@ -1,7 +1,7 @@
 """The accounts of the unified page pool: which page is free, whose it is, and when it may be reused.
 
 Only page ids live here; the memory is the runner's. A page whose owner lets go while steps that read it are still on
-the device is *retiring*: it becomes free when the last such step is done (design.md section 5, "Overlapped").
+the device is *retiring*: it becomes free when the last such step is done.
 
 A KV page may be held by several sequences at once, each of which only reads it: such a page is *published*, its block is
 full and an entry of the prefix cache names it. Published pages that no sequence holds are *cached*: nobody needs them

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loraplex_engine.step import TokenLogprobs
 
 MAX_MESSAGE_BYTES: Final = 1024 * 1024
-"""Outputs larger than this are split over several messages (design.md section 5)."""
+"""Outputs larger than this are split over several messages."""
 
 _BEFORE_TOKENS: Final = (Started, Loading, PromptLogprobs)
 

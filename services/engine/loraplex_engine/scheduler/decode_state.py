@@ -1,4 +1,4 @@
-"""Everything that changes with every token, as struct of arrays over slots (design.md section 5).
+"""Everything that changes with every token, as struct of arrays over slots.
 
 A steady decode step touches these arrays with a few vector operations and no `Request` at all. A slot is one row; an
 occupant keeps its row until it ends or is preempted, and `occupancy` tells its results from a predecessor's.
