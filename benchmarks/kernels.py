@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from loraplex_common.adapter_image import OPS
-from loraplex_engine.cuda import lora_paths
+from loraplex_engine.runners.cuda import lora_paths
 from loraplex_kernels import reference
 from loraplex_kernels.attention_decode import AttentionDecode
 from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles

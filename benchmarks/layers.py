@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from loraplex_engine.cuda.random_weights import RandomWeights
+from loraplex_bench.random_weights import RandomWeights
 from loraplex_kernels.module import KernelLibrary
 
 HERE = Path(__file__).resolve().parent

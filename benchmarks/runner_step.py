@@ -24,8 +24,8 @@ from loraplex_adapter_store.checkpoint.reader import read_checkpoint  # noqa: E4
 from loraplex_common.adapter_image import pack  # noqa: E402
 from loraplex_common.base_model import BaseModelInfo, load_base_model  # noqa: E402
 from loraplex_engine.pool_geometry import choose_pool_geometry  # noqa: E402
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner  # noqa: E402
 from loraplex_engine.step import NO_ADAPTER  # noqa: E402
-from loraplex_engine.torch_runner import RunnerConfig, TorchRunner  # noqa: E402
 from support.plans import Harness  # noqa: E402
 
 ADAPTERS = ("json", "devil", "kjv", "upper", "sentiment")

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from loraplex_engine.cuda.sampling import DeviceSampler
-from loraplex_engine.sampler import Sampler
+from loraplex_engine.runners.cuda.sampling import DeviceSampler
+from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.step import SamplingArrays, SlotSetup
 from loraplex_kernels.module import KernelLibrary
 from loraplex_kernels.sample import ROW_INTS

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, ModuleSpec
-from loraplex_engine.adapter_cache import AdapterCache
-from loraplex_engine.arena import HostArena
+from loraplex_engine.adapters.arena import HostArena
+from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
-from loraplex_engine.messages import SamplingParams, StoppingParams, Submission
-from loraplex_engine.page_pool import PagePool
-from loraplex_engine.scheduler import Scheduler
+from loraplex_engine.messages import Submission
+from loraplex_engine.pages.page_pool import PagePool
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
+from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.step import StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -83,11 +84,11 @@ def know_adapters(bench: Bench, count: int) -> float:
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     for number in range(count):
-        bench.cache.count_arrival(digest_of(number))
+        bench.cache.states.count_arrival(digest_of(number))
         slots = bench.arena.allocate(1)
         assert slots is not None
         bench.cache.image_arrived(make_spec(number), slots)
-    bench.cache.take_changed()
+    bench.cache.states.take_changed()
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return (after - before) / max(1, count)
@@ -143,8 +144,8 @@ def result_of(plan: StepPlan) -> StepResult:
 
 def move_adapters(bench: Bench) -> None:
     """Have all loads done at once."""
-    bench.cache.take_unloads()
-    for load in bench.cache.take_loads():
+    bench.cache.loads.take_unloads()
+    for load in bench.cache.loads.take_loads():
         bench.cache.load_finished(load.digest)
 
 

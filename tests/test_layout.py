@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +84,37 @@ def test_generated_code_is_current() -> None:
 def test_there_is_no_conftest_in_the_root() -> None:
     # pytest would put the root on the import path, and with it the folder kernels/ (see above).
     assert not (ROOT / "conftest.py").exists()
+
+
+# --- the engine can be read: small files, few things to hand to a constructor ---
+
+ENGINE = PACKAGES["loraplex_engine"]
+MOST_LINES = 300
+MEDIAN_ARGUMENTS, MOST_ARGUMENTS = 3, 7
+
+
+def constructor_arguments(path: Path) -> dict[str, int]:
+    """Return, by class, how many arguments the written constructors of a file take."""
+    counts = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            for function in node.body:
+                if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+                    arguments = function.args
+                    count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs) - 1
+                    counts[f"{path.relative_to(ENGINE)}:{node.name}"] = count
+    return counts
+
+
+def test_no_file_of_the_engine_is_longer_than_contributing_says() -> None:
+    lines = {str(path.relative_to(ENGINE)): len(path.read_text().splitlines()) for path in ENGINE.rglob("*.py")}
+
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_constructors_of_the_engine_take_few_arguments() -> None:
+    counts = {name: count for path in ENGINE.rglob("*.py") for name, count in constructor_arguments(path).items()}
+
+    assert {name: count for name, count in counts.items() if count > MOST_ARGUMENTS} == {}
+    assert statistics.median(counts.values()) <= MEDIAN_ARGUMENTS
+    assert counts["scheduler/admission.py:Admission"] <= 6

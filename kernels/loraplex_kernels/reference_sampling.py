@@ -17,7 +17,7 @@ MASK = np.uint64(0xFFFFFFFF)
 
 
 def philox_words(count: int, seed: int, position: int) -> NDArray[np.uint64]:
-    """Return the word of each of ``count`` tokens; Philox4x32-10 as `loraplex_engine.philox` defines it."""
+    """Return the word of each of ``count`` tokens; Philox4x32-10 as `loraplex_engine.runners.philox` defines it."""
     zero = np.zeros(-(-count // 4), np.uint64)
     c = [np.arange(len(zero), dtype=np.uint64), zero + np.uint64(position), zero, zero]
     key = [np.uint64(seed) & MASK, np.uint64(seed) >> np.uint64(32)]

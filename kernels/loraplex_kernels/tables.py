@@ -166,6 +166,7 @@ class AdapterTables:
     """Entries and tiles of up to ``max_adapters`` adapters.
 
     Attributes:
+        geometry: Of adapter images.
         entries: uint8 ``[max_adapters, layers, 4, 96]`` on the device.
         tiles: int64 ``[tile_capacity]`` on the device; byte offsets in the pool.
         max_ranks: int32 ``[max_adapters, 4, 3]`` on the host; largest rank of each slice over the layers.
@@ -174,7 +175,7 @@ class AdapterTables:
 
     def __init__(self, geometry: Geometry, *, max_adapters: int, tile_capacity: int, device: torch.device) -> None:
         shape = (max_adapters, geometry.num_layers, NUM_OPS, ENTRY_DTYPE.itemsize)
-        self._geometry = geometry
+        self.geometry = geometry
         self._allocator = RangeAllocator(tile_capacity)
         self._ranges: dict[int, tuple[int, int]] = {}
         self._pinned = device.type == "cuda"
@@ -188,7 +189,7 @@ class AdapterTables:
     @property
     def entry_stride(self) -> int:
         """Entries from one adapter to the next."""
-        return self._geometry.num_layers * NUM_OPS
+        return self.geometry.num_layers * NUM_OPS
 
     def entry_address(self, layer: int, op: str) -> int:
         """Return the device address of adapter 0's entry for a layer and op."""
@@ -204,7 +205,7 @@ class AdapterTables:
         """
         if index in self._ranges:
             raise RuntimeError(f"index {index} is bound already")
-        entries, offsets = make_entries(self._geometry, spec, pages)
+        entries, offsets = make_entries(self.geometry, spec, pages)
         start = self._allocator.allocate(len(offsets))
         entries["a_first"] += start
         entries["b_first"] += start

@@ -25,8 +25,8 @@ from support.plans import Draw, Harness, Sequence_
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loraplex_engine.cuda.runner import CudaRunner
-    from loraplex_engine.torch_runner import TorchRunner
+    from loraplex_engine.runners.cuda.runner import CudaRunner
+    from loraplex_engine.runners.torch.runner import TorchRunner
 
 __all__ = ["smollm2_dir_if_there"]
 pytestmark = [

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
-from loraplex_engine.cuda.decode_lora import MAX_ROWS_BESIDE
-from loraplex_engine.cuda.graphs import VARIANTS
+from loraplex_engine.runners.cuda.decode_lora import MAX_ROWS_BESIDE
+from loraplex_engine.runners.cuda.graphs import VARIANTS
 from support.cuda_rig import add_sequences, make_cuda_runner, make_rig
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ def test_a_graph_computes_the_same_bits_beside_a_copy_and_behind_a_prefill(
     rig.harness.generate(sequences, 3)
     fed = runner._decoder.last_sampled.clone()
     rig.harness.step(sequences)
-    inputs, bucket = runner._inputs.clone(), runner.graphs.bucket(rows)
+    inputs, bucket = runner._buffers.inputs.clone(), runner.graphs.bucket(rows)
     copied = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
     received, side = torch.empty_like(copied, device="cuda"), torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def logits(disturb: Callable[[], object]) -> torch.Tensor:
         disturb()
         with torch.inference_mode(), torch.cuda.stream(runner._stream):
-            runner._inputs.copy_(inputs)
+            runner._buffers.inputs.copy_(inputs)
             runner._decoder.last_sampled.copy_(fed)
             runner.graphs.replay(bucket, len(VARIANTS) - 1)
             found = runner._decoder.work.logits[:rows].clone()

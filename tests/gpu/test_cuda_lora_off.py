@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_common.base_model import load_base_model
-from loraplex_engine.cuda.graphs import VARIANTS
-from loraplex_engine.cuda.runner import CudaRunner
-from loraplex_engine.cuda.runner_config import CudaRunnerConfig
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.runners.cuda.graphs import VARIANTS
+from loraplex_engine.runners.cuda.runner import CudaRunner
+from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
 from support.base_models import write_base_model
 from support.cuda_rig import BASES
 from support.plans import Harness

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from loraplex_engine.cuda.runner import CudaRunner
+    from loraplex_engine.runners.cuda.runner import CudaRunner
     from loraplex_engine.step import StepPlan
     from support.plans import Sequence_
 

@@ -12,9 +12,9 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
-from loraplex_engine.arena import HostArena
-from loraplex_engine.cuda.decode_lora import MAX_ROWS_BESIDE
+from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.runners.cuda.decode_lora import MAX_ROWS_BESIDE
 from loraplex_engine.step import SlotSetup
 from support.cuda_rig import (
     BASES,
@@ -33,8 +33,8 @@ from support.plans import Draw, Harness, Sequence_
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loraplex_engine.cuda.runner import CudaRunner
     from loraplex_engine.pool_geometry import PoolGeometry
+    from loraplex_engine.runners.cuda.runner import CudaRunner
     from loraplex_engine.step import StepHandle, StepPlan
 
 pytestmark = [

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from loraplex_engine import convert
+from loraplex_engine.rpc import wire
 from support.any_request import MAX_MODEL_LEN
 from support.base_models import write_base_model
 from support.engine_harness import torch_engine
@@ -45,14 +45,14 @@ async def test_so_they_are_with_two_steps_in_flight(tmp_path: Path) -> None:
 async def test_news_that_cannot_be_sent_ends_its_request_and_no_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = convert.position_logprobs
+    encode = wire.position_logprobs
 
     def broken(entry: TokenLogprobs) -> gateway_pb2.PositionLogprobs:
         if len(entry.token_ids) == 1 + POISON_TOP:
             raise ValueError("a bug")
         return encode(entry)
 
-    monkeypatch.setattr(convert, "position_logprobs", broken)
+    monkeypatch.setattr(wire, "position_logprobs", broken)
     with torch_engine(write_base_model(tmp_path / "tiny", BASE), max_model_len=MAX_MODEL_LEN) as harness:
         async with serving(harness) as client:
             alone = await client.finish(await client.submit(0, [5, 6], 20))
@@ -71,14 +71,14 @@ async def test_news_that_cannot_be_sent_ends_its_request_and_no_session(
 
 
 async def test_a_submission_that_cannot_be_read_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = convert.submission
+    read = wire.submission
 
     def broken(submit: engine_pb2.Submit, **fields: Any) -> Submission:
         if submit.request_id == "poison":
             raise OverflowError("a bug")
         return read(submit, **fields)
 
-    monkeypatch.setattr(convert, "submission", broken)
+    monkeypatch.setattr(wire, "submission", broken)
     with torch_engine(write_base_model(tmp_path / "tiny", BASE), max_model_len=MAX_MODEL_LEN) as harness:
         async with serving(harness) as client:
             error = await client.fail(await client.submit(1, [5], 4, request_id="poison"))

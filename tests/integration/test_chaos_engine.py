@@ -19,7 +19,7 @@ from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterNotFoundError, LoraplexError
 from loraplex_engine.messages import FinishReason, Priority, ResidencyState
 from loraplex_engine.pool_geometry import choose_pool_geometry
-from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 from support.adapters import Recipe
 from support.base_models import TinyBase, write_base_model
 from support.engine_harness import recipe_adapter

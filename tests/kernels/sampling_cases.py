@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from loraplex_engine.cuda.sampling import DeviceSampler, make_edits, pack_counts
-from loraplex_engine.cuda.step_handle import read_report
+from loraplex_engine.runners.cuda.sampling import DeviceSampler, make_edits, pack_counts
+from loraplex_engine.runners.cuda.step_handle import read_report
 from loraplex_engine.step import SlotSetup, TokenLogprobs
 from loraplex_kernels import reference_sampling
 from numpy.typing import NDArray
 from support.plans import Draw, sampling_arrays
 
 if TYPE_CHECKING:
-    from loraplex_engine.sampler import Sampler
+    from loraplex_engine.runners.sampler import Sampler
     from loraplex_kernels.sample import Sample
 
 KINDS = ("peaked", "wide", "flat", "tied", "equal")

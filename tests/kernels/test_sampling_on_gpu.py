@@ -21,7 +21,7 @@ from kernels.sampling_cases import (
     make_logits,
     probabilities_of,
 )
-from loraplex_engine.sampler import Sampler
+from loraplex_engine.runners.sampler import Sampler
 from loraplex_kernels.module import KernelLibrary, device_arch
 from support.plans import Draw, sampling_arrays
 

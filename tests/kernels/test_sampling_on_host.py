@@ -22,13 +22,13 @@ from kernels.sampling_cases import (
     make_edge_batch,
     make_logits,
 )
-from loraplex_engine.sampler import Sampler
+from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.step import SlotSetup
 from loraplex_kernels.sample import Sample
 from support.plans import Draw
 
 if TYPE_CHECKING:
-    from loraplex_engine.cuda.sampling import DeviceSampler
+    from loraplex_engine.runners.cuda.sampling import DeviceSampler
 
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 CPU = torch.device("cpu")

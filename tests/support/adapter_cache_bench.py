@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from loraplex_engine.adapter_cache import AdapterCache
-from loraplex_engine.adapter_operations import AdapterOperations
-from loraplex_engine.arena import HostArena
+from loraplex_engine.adapters.adapter import Adapter, Room
+from loraplex_engine.adapters.arena import HostArena
+from loraplex_engine.adapters.cache import AdapterCache
+from loraplex_engine.loop.adapter_operations import AdapterOperations
 from loraplex_engine.messages import ResidencyChanged, ResidencyState, StoreEvent
-from loraplex_engine.page_pool import PagePool
-from loraplex_engine.residency import Adapter, Room
+from loraplex_engine.pages.page_pool import PagePool
 from support.fake_runner import fake_spec
 
 

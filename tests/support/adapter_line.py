@@ -11,22 +11,14 @@ import numpy as np
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, image_sha256, pack
 from loraplex_common.grpc_channel import open_channel
-from loraplex_engine import building
-from loraplex_engine.adapter_client import AdapterClient, Attachment
+from loraplex_engine import build
 from loraplex_engine.config import EngineConfig
-from loraplex_engine.engine import Engine
-from loraplex_engine.messages import (
-    CloseSession,
-    Ended,
-    ResidencyChanged,
-    SamplingParams,
-    StoppingParams,
-    Submission,
-    Submit,
-    WantImage,
-)
-from loraplex_engine.outbox import SessionOutbox
-from loraplex_engine.residency_feed import ResidencyFeed
+from loraplex_engine.loop.engine import Engine
+from loraplex_engine.loop.outbox import SessionOutbox
+from loraplex_engine.loop.residency_feed import ResidencyFeed
+from loraplex_engine.messages import CloseSession, Ended, ResidencyChanged, Submission, Submit, WantImage
+from loraplex_engine.rpc.store_client import AdapterClient, Attachment
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -166,15 +158,15 @@ def make_line(model: Path, target: str, store: ScriptedStore, *, wait_s: float) 
             feed.append(event)
             lines[0].client.changed(event)
 
-    (info, files), device = building.read_base_model(config), building.resolve_device(config)
+    (info, files), device = build.read_base_model(config), build.resolve_device(config)
     engine = Engine(
-        building.engine_params(config, info, device),
-        building.runner_factory(config, info, device, files=files),
+        build.engine_params(config, info, device),
+        build.runner_factory(config, info, device, files=files),
         on_store_event=hand_over,
         on_crash=lambda cause: None,
     )
     base = adapter_pb2.BaseModel(name=info.name, fingerprint=info.fingerprint)
-    attachment = Attachment(engine_id="e1", base_model=base, max_image_pages=building.max_image_pages(engine.params))
+    attachment = Attachment(engine_id="e1", base_model=base, max_image_pages=build.max_image_pages(engine.params))
     client = AdapterClient(lambda: open_channel(target), engine, feed, attachment, wait_s=wait_s)
     lines.append(Line(engine, feed, store, engine.open_session(), client))
     return lines[0]

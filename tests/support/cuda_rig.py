@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
-from loraplex_engine.cuda.runner import CudaRunner
-from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS, CudaRunnerConfig
-from loraplex_engine.engine import EngineParams
-from loraplex_engine.model.weights import WeightReader
+from loraplex_engine.limits import EngineParams
+from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
-from loraplex_engine.torch_runner import DTYPES, RunnerConfig, TorchRunner
+from loraplex_engine.runners.cuda.runner import CudaRunner
+from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.step import MIN_DECODE_RUNS
 from support.adapters import Recipe
 from support.base_models import TinyBase
 from support.engine_harness import recipe_adapter, running_engine

@@ -16,25 +16,24 @@ import numpy as np
 from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, Tensors, pack
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterNotFoundError
-from loraplex_engine.engine import Engine, EngineParams, RunnerFactory
-from loraplex_engine.limits import SchedulingPolicy
+from loraplex_engine.limits import EngineParams, SchedulingPolicy
+from loraplex_engine.loop.engine import Engine, RunnerFactory
+from loraplex_engine.loop.outbox import SessionOutbox
 from loraplex_engine.messages import (
     CloseSession,
     Ended,
     ImageArrived,
     ImageRefused,
     Loading,
-    SamplingParams,
     Started,
     StepOutputs,
-    StoppingParams,
     StoreEvent,
     Submission,
     Submit,
     TokenWithLogprobs,
     WantImage,
 )
-from loraplex_engine.outbox import SessionOutbox
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from loraplex_engine.step import TokenLogprobs
 from numpy.typing import NDArray
 from support.adapters import Recipe, adapter_tensors, module_name
@@ -327,7 +326,7 @@ def torch_engine(
 ) -> Iterator[EngineHarness]:
     """Run an engine on the torch backend in fp32 on the CPU; a small ``block_tokens`` makes small pages."""
     from loraplex_engine.pool_geometry import choose_pool_geometry
-    from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
+    from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 
     info = load_base_model(model_dir)
     pool = choose_pool_geometry(info, dtype="float32")

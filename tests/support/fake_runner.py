@@ -154,6 +154,9 @@ class FakeRunner:
         if spec.digest in self.incompatible:
             raise self.incompatible[spec.digest]
 
+    def pin_host_memory(self, arena: NDArray[np.uint8]) -> None:
+        pass
+
     def load_adapter(
         self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
     ) -> FakeAdapter:

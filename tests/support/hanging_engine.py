@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loraplex_engine.__main__ import main
-from loraplex_engine.torch_runner import TorchRunner
+from loraplex_engine.runners.torch.runner import TorchRunner
 
 if TYPE_CHECKING:
+    from loraplex_engine.runners.torch.handles import TorchStepHandle
     from loraplex_engine.step import StepPlan
-    from loraplex_engine.torch_handles import TorchStepHandle
 
 LOOK_S: Final = 0.02
 

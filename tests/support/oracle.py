@@ -17,7 +17,7 @@ from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.pool_geometry import choose_pool_geometry
-from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 from peft import PeftModel
 from support.plans import Harness
 from transformers import AutoModelForCausalLM

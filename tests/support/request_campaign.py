@@ -24,10 +24,10 @@ from loraplex_common.base_model import load_base_model
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_engine.config import EngineConfig
-from loraplex_engine.draining import Draining
-from loraplex_engine.metrics import RequestMetrics
-from loraplex_engine.residency_feed import ResidencyFeed
-from loraplex_engine.servicer import EngineIdentity, EngineServicer
+from loraplex_engine.loop.residency_feed import ResidencyFeed
+from loraplex_engine.metrics.requests import RequestMetrics
+from loraplex_engine.rpc.draining import Draining
+from loraplex_engine.rpc.servicer import EngineIdentity, EngineServicer
 from prometheus_client import CollectorRegistry
 from support.adapters import Recipe
 from support.any_request import (

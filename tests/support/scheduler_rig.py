@@ -11,28 +11,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec
 from loraplex_common.errors import AdapterNotFoundError, LoraplexError
-from loraplex_engine.adapter_cache import AdapterCache
-from loraplex_engine.adapter_operations import AdapterOperations
-from loraplex_engine.arena import HostArena
-from loraplex_engine.arena_grants import ArenaGrants
+from loraplex_engine.adapters.arena import HostArena
+from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
+from loraplex_engine.loop.adapter_operations import AdapterOperations
+from loraplex_engine.loop.arena_grants import ArenaGrants
 from loraplex_engine.messages import (
     Ended,
     FinishReason,
     PromptLogprobs,
     ResidencyChanged,
     ResidencyState,
-    SamplingParams,
     Started,
     StepOutputs,
-    StoppingParams,
     StoreEvent,
     Submission,
     TokenWithLogprobs,
     WantImage,
 )
-from loraplex_engine.page_pool import PagePool
-from loraplex_engine.scheduler import Scheduler
+from loraplex_engine.pages.page_pool import PagePool
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
+from loraplex_engine.scheduler.scheduler import Scheduler
 from numpy.typing import NDArray
 from support.fake_runner import FakeRunner, draw, fake_image, fake_spec
 
@@ -260,7 +259,7 @@ class Rig:
     @property
     def wanted(self) -> list[str]:
         """Digests that are WANTED now."""
-        return [s.digest for s in self.cache.statuses() if s.state is ResidencyState.WANTED]
+        return [s.digest for s in self.cache.states.statuses() if s.state is ResidencyState.WANTED]
 
     @property
     def num_wants(self) -> int:
@@ -302,9 +301,9 @@ class Rig:
             self.cache.load_finished(digest)
         plan = self.scheduler.schedule()
         self.grants.serve()
-        for index in self.cache.take_unloads():
+        for index in self.cache.loads.take_unloads():
             self.runner.unload_adapter(index)
-        for load in self.cache.take_loads():
+        for load in self.cache.loads.take_loads():
             source = self.arena.pages(load.arena_slots)
             self.loads[load.digest] = self.runner.load_adapter(load.index, load.spec, load.pages, source)
         if plan is not None:
@@ -332,7 +331,7 @@ class Rig:
         """Check every account."""
         self.scheduler.check_integrity()
         self.arena.check_integrity()
-        held = sum(status.num_pages for status in self.cache.statuses() if status.is_in_arena)
+        held = sum(status.num_pages for status in self.cache.states.statuses() if status.is_in_arena)
         assert held + self.arena.num_free + self._num_granted() == self.arena.num_slots
 
     def _num_granted(self) -> int:
@@ -344,6 +343,6 @@ class Rig:
         assert self.scheduler.num_open == 0
         assert all(client.end is not None for client in self.all_clients)
         assert not self.steps
-        resident = sum(s.num_pages for s in self.cache.statuses() if s.state is ResidencyState.RESIDENT)
+        resident = sum(s.num_pages for s in self.cache.states.statuses() if s.state is ResidencyState.RESIDENT)
         assert self.pool.num_free + self.pool.num_cached + resident == self.pool.num_pages
-        assert all(status.num_leases == 0 for status in self.cache.statuses())
+        assert all(status.num_leases == 0 for status in self.cache.states.statuses())

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_client.workload import SloraParams
-from loraplex_engine.building import STEP_SIZES
-from loraplex_engine.engine import EngineParams
+from loraplex_engine.build import STEP_SIZES
+from loraplex_engine.limits import EngineParams
 
 from loraplex_bench.bursts import BurstSize, run_bursts, run_registered
 from loraplex_bench.context import Bench

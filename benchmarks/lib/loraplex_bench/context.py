@@ -46,7 +46,7 @@ class Bench:
         if shape.model_dir is not None:
             return None
         if shape.name not in self._weights:
-            from loraplex_engine.cuda.random_weights import RandomWeights
+            from loraplex_bench.random_weights import RandomWeights
 
             self.release()
             source = RandomWeights(dtype=torch.bfloat16, device=torch.device("cuda", 0))

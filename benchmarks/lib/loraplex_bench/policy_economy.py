@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from loraplex_client.charts import Axis, Series, line_chart
 from loraplex_client.workload import ConversationShape, Trace, conversations, merge, zipf_adapters
-from loraplex_engine.limits import SchedulingPolicy
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.shapes import ALL_TARGETS
 
+from loraplex_bench.fixed_shares import FixedShares
 from loraplex_bench.policy_figures import Figure
 from loraplex_bench.policy_runs import LLAMA_8B, h100_setup, replay
 
@@ -81,7 +81,9 @@ TRACES: Final = {"many adapters": many_adapters, "long contexts": long_contexts,
 def throughput(trace: Trace, kv_share: float | None) -> float:
     """Return output tokens per second under one split, or under the economy."""
     adapters = Adapters(LLAMA_8B, NUM_ADAPTERS, (16,), ALL_TARGETS)
-    setup = replace(h100_setup(pool_gib=POOL_GIB), max_model_len=MAX_LEN, policy=SchedulingPolicy(kv_share=kv_share))
+    setup = replace(h100_setup(pool_gib=POOL_GIB), max_model_len=MAX_LEN)
+    if kv_share is not None:
+        setup = replace(setup, page_sources=FixedShares(kv_share))
     return replay(setup, adapters, trace).summary.output_tokens_per_s
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from loraplex_client.workload import Trace
-from loraplex_engine.fair_shares import OUTPUT_WEIGHT, PROMPT_WEIGHT
+from loraplex_engine.scheduler.fair_shares import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from loraplex_engine.simulation.adapters import Adapters
 
 from loraplex_bench.policy_figures import Figure

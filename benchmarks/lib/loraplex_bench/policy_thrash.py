@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_client.charts import Axis, Series, line_chart
 from loraplex_client.workload import SloraParams, slora_trace
-from loraplex_engine.limits import Eviction, SchedulingPolicy
+from loraplex_engine.limits import SchedulingPolicy
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.shapes import ALL_TARGETS
 
+from loraplex_bench.fixed_shares import RECENCY, FixedShares
 from loraplex_bench.policy_figures import Figure
 from loraplex_bench.policy_runs import LLAMA_8B, h100_setup, replay
 
@@ -57,12 +58,12 @@ def setups() -> dict[str, EngineSetup]:
     adapter_pages = FITTING * LLAMA_8B.adapter(16, ALL_TARGETS).num_pages
     pool_bytes = (kv_pages + adapter_pages) * LLAMA_8B.pool.page_bytes
     ours = replace(h100_setup(), pool_bytes=pool_bytes, max_num_seqs=NUM_SEQS)
-    lru = SchedulingPolicy(eviction=Eviction.RECENCY, enable_warming=False)
+    lru = replace(ours, policy=SchedulingPolicy(enable_warming=False), page_worth=RECENCY)
     kv_share = kv_pages / (kv_pages + adapter_pages)
     return {
         "loraplex": ours,
-        "LRU": replace(ours, policy=lru),
-        f"{FITTING} fixed slots": replace(ours, policy=replace(lru, kv_share=kv_share), max_resident_adapters=FITTING),
+        "LRU": lru,
+        f"{FITTING} fixed slots": replace(lru, page_sources=FixedShares(kv_share), max_resident_adapters=FITTING),
     }
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from loraplex_client.workload import Measured, Trace, prompt_ids
-from loraplex_engine.messages import Abort, Ended, SamplingParams, StoppingParams, Submission, Submit
+from loraplex_engine.messages import Abort, Ended, Submission, Submit
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 
 if TYPE_CHECKING:
     from loraplex_engine.messages import StepOutputs

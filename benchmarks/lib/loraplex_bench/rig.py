@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from loraplex_engine.engine import Engine, EngineParams
-from loraplex_engine.limits import SchedulingPolicy
+from loraplex_engine.limits import GPU_STEP, EngineParams, SchedulingPolicy
+from loraplex_engine.loop.engine import Engine
 from loraplex_engine.messages import ImageArrived, ResidencyState
-from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 
 from loraplex_bench.shapes import AdapterFamily, Shape
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from loraplex_engine.messages import StoreEvent
@@ -51,8 +52,8 @@ class EngineSetup:
     family: AdapterFamily
     num_adapters: int
     pool_bytes: int
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = GPU_STEP[0]
+    max_num_batched_tokens: int = GPU_STEP[1]
     max_model_len: int = 1280
     max_resident_adapters: int = 256
     dependent_launch: bool | None = None
@@ -103,8 +104,8 @@ def make_runner(setup: EngineSetup, params: EngineParams, weights: WeightSource 
                 num_threads=1,
             )
         )
-    from loraplex_engine.cuda.runner import CudaRunner  # needs cuda-python
-    from loraplex_engine.cuda.runner_config import CudaRunnerConfig
+    from loraplex_engine.runners.cuda.runner import CudaRunner  # needs cuda-python
+    from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
 
     assert weights is not None
     config = CudaRunnerConfig(
@@ -200,14 +201,12 @@ class Rig:
         runner = make_runner(self.setup, params, weights)
         graphs = getattr(runner, "graphs", None)
         self.capture_s = graphs.capture_s if graphs is not None else 0.0
-        pin = getattr(runner, "pin_host_memory", None)
-        if pin is not None:
-            runner.pin_host_memory = lambda arena: self._pin(pin, arena)  # type: ignore[attr-defined]
+        pin = runner.pin_host_memory
+        runner.pin_host_memory = lambda arena: self._pin(pin, arena)  # type: ignore[method-assign]
         return runner
 
-    def _pin(self, pin: object, arena: NDArray[np.uint8]) -> object:
+    def _pin(self, pin: Callable[[NDArray[np.uint8]], object], arena: NDArray[np.uint8]) -> object:
         """Keep hold of the pinning, to wait for its end before anything is measured."""
-        assert callable(pin)
         began_s = time.perf_counter()
         touch(arena)
         self._touch_s = time.perf_counter() - began_s

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import layout
 from loraplex_common.decoder_config import model_config
-from loraplex_engine.cuda.decode_lora import DecodeLora
-from loraplex_engine.cuda.decoder import CudaDecoder, DecoderLimits, PagedAttention
-from loraplex_engine.cuda.lora_paths import BasePath, dense_into
-from loraplex_engine.cuda.step_input import InputLayout, InputWriter, StepShape
 from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.runners.cuda.decode_lora import DecodeLora
+from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits, PagedAttention
+from loraplex_engine.runners.cuda.lora_paths import BasePath, dense_into
+from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape
 from loraplex_kernels.rms_norm import RmsNorm
 from loraplex_kernels.tables import AdapterTables
 
@@ -25,9 +25,9 @@ from loraplex_bench.rig import VALUE_STD
 from loraplex_bench.steps import StepSize, make_plan
 
 if TYPE_CHECKING:
-    from loraplex_engine.cuda.lora_paths import LayerPath
-    from loraplex_engine.cuda.step_input import StepInputs
     from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
+    from loraplex_engine.runners.cuda.step_input import StepInputs
     from loraplex_kernels.module import KernelLibrary
     from numpy.typing import NDArray
 
@@ -74,7 +74,7 @@ class DecodeStack:
         limits = DecoderLimits(max_tokens=max_rows, max_rows=max_rows, max_context=MAX_CONTEXT)
         self.decoder = _StackDecoder(self.model, library, self.kv_pool, shape.pool, limits, num_slots=max_rows)
         self.decoder.skip_attention()
-        self.base = BasePath(self.decoder.rope, self.decoder.silu_mul)
+        self.base = BasePath(self.decoder.followers)
         self._norm = RmsNorm(library, shape.info.hidden_size, self.model.config.rms_norm_eps)
         self._inputs: dict[int, tuple[torch.Tensor, StepInputs]] = {}
 
@@ -161,9 +161,7 @@ class StackAdapters:
             library,
             self.tables,
             self.pool,
-            geometry,
-            rope=stack.decoder.rope,
-            silu_mul=stack.decoder.silu_mul,
+            followers=stack.decoder.followers,
             max_rows=stack.max_rows,
             num_sms=num_sms,
         )

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from loraplex_engine.cuda.random_weights import RandomWeights
-from loraplex_engine.cuda.runner import CudaRunner
-from loraplex_engine.cuda.runner_config import CudaRunnerConfig
+from loraplex_engine.runners.cuda.runner import CudaRunner
+from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
 from loraplex_engine.step import NO_ADAPTER, StepPlan
 
 from loraplex_bench.kernel_table import StepProfile, read_trace, summarise
+from loraplex_bench.random_weights import RandomWeights
 from loraplex_bench.rig import VALUE_STD
 from loraplex_bench.steps import StepSize, make_plan
 

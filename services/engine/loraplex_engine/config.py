@@ -11,6 +11,15 @@ from loraplex_common.secret import Secret
 from loraplex_common.service_settings import ServiceSettings, require_identity, valkey_url
 from loraplex_common.settings import secret, setting, size
 
+from loraplex_engine.limits import (
+    DEFAULT_GROWTH_QUANTILE,
+    DEFAULT_HALF_LIFE_S,
+    DEFAULT_PROMOTE_AFTER_S,
+    MAX_BACKLOG_BYTES,
+    MAX_BACKLOG_S,
+    STEP_PATIENCE_S,
+)
+
 DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "torch", "cuda"]
@@ -106,17 +115,23 @@ class EngineConfig(ServiceSettings):
     session_grace_s: float = setting(2.0, help="how long requests of a lost session go on")
     load_report_s: float = setting(1.0, help="longest silence on a session")
     residency_events: int = setting(1024, help="residency changes that WatchAdapters can go back")
-    outbox_max_bytes: int = size(8 * MIB, help="unread output of a session at which it is aborted")
-    outbox_max_age_s: float = setting(5.0, help="age of unread output at which its session is aborted")
-    step_patience_s: float = setting(5.0, help="least time after which a step hangs and the engine ends, 0 for never")
+    outbox_max_bytes: int = size(MAX_BACKLOG_BYTES, help="unread output of a session at which it is aborted")
+    outbox_max_age_s: float = setting(MAX_BACKLOG_S, help="age of unread output at which its session is aborted")
+    step_patience_s: float = setting(
+        STEP_PATIENCE_S, help="least time after which a step hangs and the engine ends, 0 for never"
+    )
     prefix_cache: bool = setting(True, help="share computed blocks among requests")
     warm_adapters: bool = setting(True, help="load likely adapters before anybody asks, into idle room")
-    half_life_s: float = setting(60.0, help="after which a use of a prefix or an adapter counts half")
-    growth_quantile: float = setting(0.9, help="of recent output lengths that admission reckons with, 0 to 1")
+    half_life_s: float = setting(DEFAULT_HALF_LIFE_S, help="after which a use of a prefix or an adapter counts half")
+    growth_quantile: float = setting(
+        DEFAULT_GROWTH_QUANTILE, help="of recent output lengths that admission reckons with, 0 to 1"
+    )
     queue_policy: QueuePolicyName = setting("fcfs", help="fcfs, slo-abort or newest-first")
     ttft_slo_s: float | None = setting(None, help="objective for the time to the first token (default: none)")
     max_running_per_key: int | None = setting(None, help="most requests of one fairness key at once (default: any)")
-    promote_after_s: float = setting(30.0, help="waiting time after which a request rises a class of service")
+    promote_after_s: float = setting(
+        DEFAULT_PROMOTE_AFTER_S, help="waiting time after which a request rises a class of service"
+    )
     drain_settle_s: float = setting(0.5, help="pause between NOT_SERVING and refusing connections")
     drain_grace_s: float = setting(30.0, help="how long running requests may go on once the engine drains")
 

@@ -7,27 +7,11 @@ news), an exception is that request's. Only what cannot be laid to one of them e
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING
 
 from loraplex_common.errors import LoraplexError
 from loraplex_common.log import get_logger
 
-if TYPE_CHECKING:
-    from loraplex_engine.request import Request
-
 _log = get_logger()
-
-
-class RequestFaultError(Exception):
-    """Something went wrong with one request, whose effects are undone; the cause is what did.
-
-    Attributes:
-        request: Whose it is.
-    """
-
-    def __init__(self, request: Request) -> None:
-        super().__init__(f"request {request.submission.request_id}")
-        self.request = request
 
 
 def internal_error(doing: str, error: BaseException, **facts: object) -> LoraplexError:

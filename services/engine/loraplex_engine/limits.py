@@ -1,9 +1,25 @@
-"""What bounds the scheduler, and what it counts."""
+"""What bounds an engine and its scheduler, the defaults of all of it, and what is counted."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
+
+from loraplex_common.adapter_image import Geometry
+
+CPU_STEP: Final = (64, 1024)
+"""Default sequences and tokens of one step where torch computes on a CPU."""
+GPU_STEP: Final = (256, 8192)
+"""The same on a GPU."""
+MAX_PASS_OVER_S: Final = 2.0
+MAX_RESIDENT_ADAPTERS: Final = 4096
+MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
+MAX_BACKLOG_S: Final = 5.0
+STEP_PATIENCE_S: Final = 5.0
+DEFAULT_HALF_LIFE_S: Final = 60.0
+DEFAULT_PROMOTE_AFTER_S: Final = 30.0
+DEFAULT_GROWTH_QUANTILE: Final = 0.9
 
 
 class QueuePolicy(enum.Enum):
@@ -17,13 +33,6 @@ class QueuePolicy(enum.Enum):
     NEWEST_FIRST = (
         "newest-first"  # as slo-abort, and the newest goes first while older ones wait for half the objective
     )
-
-
-class Eviction(enum.Enum):
-    """What gives way first when pages are short."""
-
-    EXPECTED_COST = "expected-cost"  # what costs least to be without: rate of use times seconds to bring back
-    RECENCY = "recency"  # what was used least recently
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,27 +49,20 @@ class SchedulingPolicy:
         ttft_slo_s: Objective for the time to the first token; what the policies beyond FCFS go by.
         max_running_per_key: Most requests of one fairness key that run at once; None for no limit.
         promote_after_s: Waiting time after which a request rises a class of service.
-        eviction: What gives way first.
-        kv_share: Cut the pool for good: this share of its pages for KV, the rest for adapters. None, the engine's own way,
-            lets both take what they need.
     """
 
     enable_prefix_cache: bool = True
     enable_warming: bool = True
-    half_life_s: float = 60.0
-    growth_quantile: float = 0.9
+    half_life_s: float = DEFAULT_HALF_LIFE_S
+    growth_quantile: float = DEFAULT_GROWTH_QUANTILE
     queue_policy: QueuePolicy = QueuePolicy.FCFS
     ttft_slo_s: float | None = None
     max_running_per_key: int | None = None
-    promote_after_s: float = 30.0
-    eviction: Eviction = Eviction.EXPECTED_COST
-    kv_share: float | None = None
+    promote_after_s: float = DEFAULT_PROMOTE_AFTER_S
 
     def __post_init__(self) -> None:
         if self.queue_policy is not QueuePolicy.FCFS and self.ttft_slo_s is None:
             raise ValueError(f"policy {self.queue_policy.value} needs ttft_slo_s")
-        if self.kv_share is not None and not 0 < self.kv_share <= 1:
-            raise ValueError(f"kv_share {self.kv_share} is not in 0..1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,10 +80,10 @@ class SchedulerLimits:
 
     block_tokens: int
     max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_pass_over_s: float
-    eos_token_ids: tuple[int, ...]
+    max_num_seqs: int = CPU_STEP[0]
+    max_num_batched_tokens: int = CPU_STEP[1]
+    max_pass_over_s: float = MAX_PASS_OVER_S
+    eos_token_ids: tuple[int, ...] = ()
     policy: SchedulingPolicy = SchedulingPolicy()
 
     def __post_init__(self) -> None:
@@ -90,6 +92,39 @@ class SchedulerLimits:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
                 "each running sequence takes a token of every step"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineParams(SchedulerLimits):
+    """What an engine is built from, besides its runner: the scheduler's limits, and memory.
+
+    Attributes:
+        geometry: Of the base model on this device; what adapter images depend on.
+        pool_bytes: Device memory of the page pool; rounded down to whole pages.
+        arena_bytes: Host memory of the arena; rounded down to whole pages.
+        max_resident_adapters: Size of the runner's adapter table.
+        max_backlog_bytes: Unread output at which a session is given up.
+        max_backlog_s: Age of unread output at which a session is given up.
+        step_patience_s: The least time after which a step that does not end hangs; None never takes one for hung.
+    """
+
+    geometry: Geometry
+    pool_bytes: int
+    arena_bytes: int
+    max_resident_adapters: int = MAX_RESIDENT_ADAPTERS
+    max_backlog_bytes: int = MAX_BACKLOG_BYTES
+    max_backlog_s: float = MAX_BACKLOG_S
+    step_patience_s: float | None = STEP_PATIENCE_S
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        return self.pool_bytes // self.geometry.page_bytes
+
+    @property
+    def num_arena_slots(self) -> int:
+        """Slots of the arena."""
+        return self.arena_bytes // self.geometry.page_bytes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,4 +137,4 @@ class SchedulerCounters:
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     num_looked_up_tokens: int = 0
-    num_hopeless: int = 0
+    num_early_aborts: int = 0

@@ -9,13 +9,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec
 from loraplex_common.errors import LoraplexError
 from numpy.typing import NDArray
 
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from loraplex_engine.step import TokenLogprobs
 
 
@@ -34,45 +35,6 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
     TIME_LIMIT = "time_limit"
     CANCELLED = "cancelled"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How a request draws; ranges as in gateway.proto, validated by the servicer."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    allowed_token_ids: tuple[int, ...] = ()
-    num_logprobs: int = -1
-    prompt_logprobs: int = -1
-
-    @property
-    def uses_penalties(self) -> bool:
-        """True if the tokens so far change the next draw."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoppingParams:
-    """Where a request's output ends.
-
-    Attributes:
-        max_new_tokens: Over resumed and new tokens together; None means what max_model_len leaves.
-        stop_token_ids: Besides the model's end-of-text ids.
-        ignore_eos: End-of-text ids (not stop_token_ids) are ordinary tokens.
-    """
-
-    max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,7 +243,7 @@ class LoadSnapshot:
 
 
 class ResidencyState(enum.Enum):
-    """Where an adapter stands on this engine; transitions in adapter_cache.TRANSITIONS."""
+    """Where an adapter stands on this engine; transitions in adapters.adapter.TRANSITIONS."""
 
     ABSENT = "absent"
     WANTED = "wanted"

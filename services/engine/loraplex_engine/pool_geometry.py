@@ -1,4 +1,4 @@
-"""How large a page of the unified pool is, and where a token's keys and values lie in it (design.md section 4)."""
+"""How large a page of the unified pool is, and where a token's keys and values lie in it."""
 
 from __future__ import annotations
 

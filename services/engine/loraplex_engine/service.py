@@ -25,18 +25,18 @@ from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 from loraplex_common.vllm_metrics import ENGINE_LABEL
 
-from loraplex_engine import building
-from loraplex_engine.adapter_client import AdapterClient, Attachment
-from loraplex_engine.draining import Draining
-from loraplex_engine.engine import Engine
-from loraplex_engine.engine_collector import EngineCollector
+from loraplex_engine import build
+from loraplex_engine.loop.engine import Engine
+from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
-from loraplex_engine.metrics import RequestMetrics
-from loraplex_engine.prefetch_metrics import PrefetchMetrics
-from loraplex_engine.registration import Registration
-from loraplex_engine.residency_feed import ResidencyFeed
-from loraplex_engine.residency_metrics import ResidencyMetrics
-from loraplex_engine.servicer import EngineIdentity, EngineServicer
+from loraplex_engine.metrics.collector import EngineCollector
+from loraplex_engine.metrics.prefetch import PrefetchMetrics
+from loraplex_engine.metrics.requests import RequestMetrics
+from loraplex_engine.metrics.residency import ResidencyMetrics
+from loraplex_engine.rpc.draining import Draining
+from loraplex_engine.rpc.registration import Registration
+from loraplex_engine.rpc.servicer import EngineIdentity, EngineServicer
+from loraplex_engine.rpc.store_client import AdapterClient, Attachment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,9 +73,9 @@ class EngineService:
         self._config = config
         self._loop = asyncio.get_running_loop()
         self._crashed: asyncio.Future[None] = self._loop.create_future()
-        self._info, files = building.read_base_model(config)
-        device = building.resolve_device(config)
-        params = building.engine_params(config, self._info, device)
+        self._info, files = build.read_base_model(config)
+        device = build.resolve_device(config)
+        params = build.engine_params(config, self._info, device)
         self.engine_id = f"{uuid.uuid4().hex}"
         registry = new_registry("engine")
         self._names = AdapterNames()
@@ -85,7 +85,7 @@ class EngineService:
         self._client: AdapterClient | None = None
         self.engine = Engine(
             params,
-            building.runner_factory(config, self._info, device, files=files),
+            build.runner_factory(config, self._info, device, files=files),
             on_store_event=lambda event: self._call_soon(self._on_store_event, event),
             on_crash=self._on_crash,
         )
@@ -253,8 +253,8 @@ class EngineService:
         return Attachment(
             engine_id=self.engine_id,
             base_model=self._base_model(),
-            max_image_pages=building.max_image_pages(self.engine.params),
-            max_rank=building.max_rank(self._config, building.resolve_device(self._config)),
+            max_image_pages=build.max_image_pages(self.engine.params),
+            max_rank=build.max_rank(self._config, build.resolve_device(self._config)),
         )
 
     def _record(self, port: int) -> EngineRecord:
@@ -270,7 +270,7 @@ class EngineService:
             num_pages=params.num_pages,
             block_tokens=params.block_tokens,
             page_bytes=params.geometry.page_bytes,
-            max_image_pages=building.max_image_pages(params),
+            max_image_pages=build.max_image_pages(params),
             version=importlib.metadata.version("loraplex"),
         )
 

@@ -40,7 +40,7 @@ class SamplingArrays:
         repetition_penalty: fp32; 1 is off. Over prompt and output.
         presence_penalty: fp32; 0 is off. Over output only.
         frequency_penalty: fp32; 0 is off. Over output only.
-        seed: uint64; with ``position`` the only source of randomness (Philox counter, design.md section 5).
+        seed: uint64; with ``position`` the only source of randomness (a Philox counter).
         position: int32; index in the request's output of the token to be drawn, resumed tokens included.
         num_logprobs: int32; -1 none, 0 the drawn token only, k the k likeliest as well.
         ban_stops: bool; end-of-text and stop ids cannot be drawn yet (min_new_tokens).
@@ -132,6 +132,10 @@ class StepPlan:
         return begun
 
 
+MIN_DECODE_RUNS: Final = 64
+"""Runs of decode rows from which on the decode kernels' launches cost less than a segment for each (benchmarks/NOTES.md)."""
+
+
 def count_runs(adapters: NDArray[np.int32]) -> int:
     """Return how many runs of one adapter rows make, those without adapter left out.
 
@@ -139,6 +143,17 @@ def count_runs(adapters: NDArray[np.int32]) -> int:
         adapters: int32 ``[N]``; adapter of each row, `NO_ADAPTER` for none.
     """
     return int(np.count_nonzero(np.diff(adapters[adapters != NO_ADAPTER], prepend=np.int32(-2))))
+
+
+def takes_decode_kernels(num_runs: int, *, has_prefill: bool, min_runs: int = MIN_DECODE_RUNS) -> bool:
+    """Tell whether a step's decode rows go through the decode kernels of LoRA, not as segments of the prefill kernel.
+
+    Args:
+        num_runs: As `count_runs` counts them.
+        has_prefill: Whether the step has prefill chunks; without any, decode rows always do.
+        min_runs: From so many runs on they do beside chunks.
+    """
+    return num_runs >= max(1, min_runs if has_prefill else 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,6 +248,21 @@ class ModelRunner(Protocol):
         """Start a step. Plans execute in the order of launches.
 
         What raises for one row is among the result's ``failed_slots``; what is raised here ends the step loop.
+        """
+        ...
+
+    def check_adapter(self, spec: AdapterSpec) -> None:
+        """Return if the runner can compute an adapter; from any thread.
+
+        Raises:
+            AdapterIncompatibleError: If it cannot; the message names module, rank and remedy.
+        """
+        ...
+
+    def pin_host_memory(self, arena: NDArray[np.uint8]) -> object:
+        """Start to pin memory that images will come from, ``[num_slots, page_bytes]``, if copies are faster from it.
+
+        The memory stays mapped until `close`.
         """
         ...
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraplex_engine.__main__ import main
-from loraplex_engine.torch_runner import TorchRunner
+from loraplex_engine.runners.torch.runner import TorchRunner
 from support.hanging_engine import hang_while_there_is
 
 if TYPE_CHECKING:
+    from loraplex_engine.runners.torch.handles import TorchStepHandle
     from loraplex_engine.step import StepPlan
-    from loraplex_engine.torch_handles import TorchStepHandle
 
 
 def pace(step_s: float) -> None:

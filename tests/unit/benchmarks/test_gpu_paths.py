@@ -21,13 +21,13 @@ from loraplex_bench.rig import EngineSetup, Rig
 from loraplex_bench.shapes import AdapterFamily, Shape
 from loraplex_client.workload import burst
 from loraplex_common.base_model import load_base_model
-from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 from support.base_models import TinyBase, write_base_model
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from loraplex_engine.engine import EngineParams
+    from loraplex_engine.limits import EngineParams
     from numpy.typing import NDArray
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "profile_step.py"

@@ -11,8 +11,8 @@ from loraplex_bench.kernel_table import DeviceEvent, markdown, read_trace, rows,
 from loraplex_bench.steps import StepSize, make_plan
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 from loraplex_engine.step import NO_ADAPTER
-from loraplex_engine.torch_runner import RunnerConfig, TorchRunner
 from support.base_models import TinyBase, write_base_model
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from loraplex_adapter_store.bases import KnownBases
 from loraplex_common.base_model import BaseModelError
-from loraplex_engine.building import read_base_model
+from loraplex_engine.build import read_base_model
 from loraplex_engine.config import EngineConfig
 from loraplex_gateway.fair_workers import FairWorkers
 from loraplex_gateway.models import load_served_model

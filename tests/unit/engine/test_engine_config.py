@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from loraplex_common import settings
-from loraplex_engine.building import scheduling_policy, step_sizes
+from loraplex_engine.build import scheduling_policy, step_sizes
 from loraplex_engine.config import ConfigError, EngineConfig
 from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
 

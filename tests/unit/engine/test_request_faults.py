@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import torch
 from loraplex_common.errors import LoraplexError
-from loraplex_engine import sampled, sampler, scheduler
-from loraplex_engine.adapter_bringing import AdapterBringing
-from loraplex_engine.admission import Admission
-from loraplex_engine.decode_state import DecodeState
-from loraplex_engine.hopelessness import Hopelessness
-from loraplex_engine.likeliest import likeliest
-from loraplex_engine.messages import SamplingParams, Submission
-from loraplex_engine.prefix_sharing import PrefixSharing
-from loraplex_engine.prompt_logprobs import PromptLogprobTracker
-from loraplex_engine.request import Request
-from loraplex_engine.result_reader import ResultReader
-from loraplex_engine.running_batch import Chunk, RunningBatch
-from loraplex_engine.sampler import Sampler
-from loraplex_engine.size_check import SizeCheck
+from loraplex_engine.messages import Submission
+from loraplex_engine.runners import sampled, sampler
+from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
+from loraplex_engine.runners.sampler import Sampler
+from loraplex_engine.runners.top_tokens import likeliest
+from loraplex_engine.sampling_params import SamplingParams
+from loraplex_engine.scheduler import intake
+from loraplex_engine.scheduler.adapter_fetching import AdapterFetching
+from loraplex_engine.scheduler.decode_state import DecodeState
+from loraplex_engine.scheduler.feasibility import Feasibility
+from loraplex_engine.scheduler.placement import Placement
+from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
+from loraplex_engine.scheduler.request import Request
+from loraplex_engine.scheduler.result_reader import ResultReader
+from loraplex_engine.scheduler.running_batch import Chunk, RunningBatch
 from support.base_models import write_base_model
 from support.engine_harness import torch_engine
 from support.plans import Draw, sampling_arrays
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
 POISON = "poison"
 POISON_TOP = 7
 PLACES = [
-    (scheduler, "make_request"),
-    (SizeCheck, "refuse_if_too_large"),
-    (AdapterBringing, "bring"),
-    (Hopelessness, "end_if_hopeless"),
+    (intake, "make_request"),
+    (Feasibility, "refuse_if_too_large"),
+    (AdapterFetching, "fetch"),
+    (Feasibility, "end_if_unreachable"),
     (PrefixSharing, "find"),
-    (Admission, "_stop_ids_of"),
+    (Placement, "_stop_ids_of"),
     (DecodeState, "_set_sampling"),
     (RunningBatch, "_tokens_of"),
     (PrefixSharing, "publish"),

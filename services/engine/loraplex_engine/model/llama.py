@@ -1,6 +1,6 @@
-"""The decoder of the Llama family: Llama 2/3, Mistral, Qwen2/2.5, Qwen3, told apart by `ModelConfig` alone.
+"""The weights of the Llama family: Llama 2/3, Mistral, Qwen2/2.5, Qwen3, told apart by `ModelConfig` alone.
 
-Legend: T = tokens of the step, S = rows that sample.
+Legend: S = rows that sample.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from loraplex_common.adapter_image import OP_INDEX, OPS
+from loraplex_common.adapter_image import OPS
 from torch import Tensor
 
 from loraplex_engine.model.layers import Dense, RmsNorm, new_activation
@@ -20,12 +19,7 @@ from loraplex_engine.model.weights import BLOCKS
 if TYPE_CHECKING:
     from loraplex_common.decoder_config import ModelConfig
 
-    from loraplex_engine.attention_step import AttentionStep
-    from loraplex_engine.attention_torch import PagedPool
-    from loraplex_engine.lora_torch import LoraStep
     from loraplex_engine.model.weights import WeightSource
-
-QKV, O, GATE_UP, DOWN = (OP_INDEX[op] for op in ("qkv", "o", "gate_up", "down"))  # noqa: E741
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,34 +36,8 @@ class DecoderLayer:
     down: Dense
 
 
-class Activations:
-    """Buffers of a step of T tokens, shared by all layers and kept for the next step of as many tokens.
-
-    Attributes:
-        hidden: The residual stream, ``[T, hidden]``.
-        x: Normed input of qkv and gate_up, ``[T, hidden]``; ``qkv``, ``attended``, ``hidden_out`` and ``gate_up`` are the
-            outputs in the order of the layer. ``heads`` is qkv after RoPE, token-major ``[T, heads, head_dim]``.
-    """
-
-    def __init__(self, config: ModelConfig, num_tokens: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        def buffer(num_features: int) -> Tensor:
-            return new_activation(num_tokens, num_features, dtype=dtype, device=device)
-
-        num_heads = config.num_heads + 2 * config.num_kv_heads
-        self.num_tokens = num_tokens
-        self.hidden = buffer(config.hidden_size)
-        self.x = buffer(config.hidden_size)
-        self.qkv = buffer(num_heads * config.head_dim)
-        self.qkv_heads = torch.unflatten(self.qkv, 1, (num_heads, config.head_dim))
-        self.heads = torch.empty((num_tokens, num_heads, config.head_dim), dtype=dtype, device=device)
-        self.attended = buffer(config.num_heads * config.head_dim)
-        self.hidden_out = buffer(config.hidden_size)
-        self.gate_up = buffer(2 * config.intermediate_size)
-        self.gate, self.up = self.gate_up.chunk(2, dim=1)
-
-
 class LlamaModel:
-    """A decoder with its weights; computes steps over a pool it does not own."""
+    """A decoder's weights, and its logits; each backend computes the layers in its own way."""
 
     def __init__(self, config: ModelConfig, reader: WeightSource, *, max_model_len: int, device: torch.device) -> None:
         self.config = config
@@ -82,7 +50,7 @@ class LlamaModel:
 
     @property
     def layers(self) -> list[DecoderLayer]:
-        """Weights of the layers, for backends that compute the same decoder otherwise."""
+        """Weights of the layers."""
         return self._layers
 
     @property
@@ -105,36 +73,6 @@ class LlamaModel:
         """RoPE table, fp32 ``[positions, 2, head_dim / 2]``: cosines, then sines."""
         return self._rope
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        buffers: Activations,
-        pool: PagedPool,
-        attention: AttentionStep,
-        lora: LoraStep | None,
-    ) -> Tensor:
-        """Compute a step's hidden states, ``[T, hidden]``; its keys and values are written to the pool."""
-        hidden = buffers.hidden
-        hidden.copy_(self._embedding.index_select(0, token_ids))
-        rope = self._rope.index_select(0, attention.positions).to(self._dtype)
-        cos, sin = rope[:, None, 0], rope[:, None, 1]
-        cos = torch.cat((cos, cos), dim=-1)
-        for index, layer in enumerate(self._layers):
-            layer.input_norm.into(hidden, buffers.x)
-            self._project(index, QKV, layer.qkv, buffers.x, buffers.qkv, lora)
-            self._rotate(layer, buffers, cos, sin)
-            pool.write(index, attention, buffers.heads[:, self.config.num_heads :])
-            window = attention.windows[self.config.windows[index]]
-            pool.attend(index, window, buffers.heads, buffers.attended)
-            self._project(index, O, layer.o, buffers.attended, buffers.hidden_out, lora)
-            hidden.add_(buffers.hidden_out)
-            layer.post_norm.into(hidden, buffers.x)
-            self._project(index, GATE_UP, layer.gate_up, buffers.x, buffers.gate_up, lora)
-            F.silu(buffers.gate, inplace=True).mul_(buffers.up)
-            self._project(index, DOWN, layer.down, buffers.gate, buffers.hidden_out, lora)
-            hidden.add_(buffers.hidden_out)
-        return hidden
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states ``[S, hidden]``: ``[S, vocab]`` in the compute dtype, in either memory order."""
         rows = new_activation(hidden.shape[0], hidden.shape[1], dtype=self._dtype, device=self._device)
@@ -144,27 +82,6 @@ class LlamaModel:
         out = new_activation(hidden.shape[0], self.config.vocab_size, dtype=self._dtype, device=self._device)
         self._lm_head.into(x, out)
         return out
-
-    @staticmethod
-    def _project(layer: int, op: int, dense: Dense, x: Tensor, out: Tensor, lora: LoraStep | None) -> None:
-        dense.into(x, out)
-        if lora is not None:
-            lora.apply(layer, op, x, out)
-
-    def _rotate(self, layer: DecoderLayer, buffers: Activations, cos: Tensor, sin: Tensor) -> None:
-        """Fill ``buffers.heads`` from ``buffers.qkv``: RoPE on queries and keys, values as they are."""
-        config = self.config
-        num_rotated, half = config.num_heads + config.num_kv_heads, config.head_dim // 2
-        heads = buffers.heads
-        heads.copy_(buffers.qkv_heads)
-        rotated = heads[:, :num_rotated]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            rotated[:, : config.num_heads] = layer.q_norm(rotated[:, : config.num_heads])
-            rotated[:, config.num_heads :] = layer.k_norm(rotated[:, config.num_heads :])
-        plain = rotated.clone()
-        rotated.mul_(cos)
-        rotated[..., :half].addcmul_(plain[..., half:], sin, value=-1)
-        rotated[..., half:].addcmul_(plain[..., :half], sin)
 
 
 def _read_embeddings(config: ModelConfig, reader: WeightSource) -> tuple[Tensor, Dense]:

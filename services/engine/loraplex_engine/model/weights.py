@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BLOCKS: Final = {
     name: "mlp" if op in ("gate_up", "down") else "self_attn" for op, names in OPS.items() for name in names
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from loraplex_engine.arena_grants import ArenaGrants
+    from loraplex_engine.loop.arena_grants import ArenaGrants
     from loraplex_engine.simulation.adapters import Adapters
 
 

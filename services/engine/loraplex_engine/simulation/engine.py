@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loraplex_engine.adapter_cache import AdapterCache
-from loraplex_engine.appraisal import appraisal_of
-from loraplex_engine.arena import HostArena
-from loraplex_engine.arena_grants import ArenaGrants
+from loraplex_engine.adapters.arena import HostArena
+from loraplex_engine.adapters.cache import AdapterCache
+from loraplex_engine.loop.arena_grants import ArenaGrants
 from loraplex_engine.messages import (
     ResidencyState,
     StoreEvent,
     WantImage,
 )
-from loraplex_engine.page_pool import PagePool
-from loraplex_engine.scheduler import Scheduler
+from loraplex_engine.pages.page_pool import PagePool
+from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.simulation.copies import (
     CopyStream,
     SimulatedStore,
 )
 from loraplex_engine.simulation.outcomes import Outcomes
 from loraplex_engine.simulation.requests import SESSION, TraceRequests
+from loraplex_engine.simulation.steady_decode import SteadyDecode
 from loraplex_engine.simulation.step_cost import Stretch
 from loraplex_engine.simulation.step_loads import StepLoads
 from loraplex_engine.step import StepResult
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from loraplex_engine.decode_state import Rows
+    from loraplex_engine.scheduler.decode_state import Rows
     from loraplex_engine.simulation.adapters import Adapters
     from loraplex_engine.simulation.setup import EngineSetup
     from loraplex_engine.simulation.trace import TraceArrays
@@ -106,11 +106,17 @@ class SimulatedEngine:
             emit=self._on_store_event,
             clock=self.clock,
             half_life_s=setup.policy.half_life_s,
-            appraisal=appraisal_of(setup.policy.eviction),
+            page_worth=setup.page_worth,
         )
         self.scheduler = Scheduler(
-            limits=setup.limits, pool=self.pool, cache=self.cache, page_bytes=page_bytes, clock=self.clock
+            limits=setup.limits,
+            pool=self.pool,
+            cache=self.cache,
+            page_bytes=page_bytes,
+            clock=self.clock,
+            page_sources=setup.page_sources,
         )
+        self._steady = SteadyDecode(self.scheduler, pool=self.pool, cache=self.cache, clock=self.clock)
         grants = ArenaGrants(cache=self.cache, arena=self.arena, queue=self.scheduler.queue)
         self.grants = grants
         self.copies = CopyStream(setup.copy)
@@ -213,8 +219,8 @@ class SimulatedEngine:
         self._wants.clear()
         self.grants.serve()
         self.store.begin_granted(self.now_s)
-        self.cache.take_unloads()
-        for load in self.cache.take_loads():
+        self.cache.loads.take_unloads()
+        for load in self.cache.loads.take_loads():
             self._loads.bind(load.index, self._adapters.index_of(load.digest))
             self.copies.start(load.digest, len(load.pages) * self._page_bytes, self.now_s)
 
@@ -250,7 +256,7 @@ class SimulatedEngine:
         span_s = self._next_event_s - self.now_s
         if not self.setup.jumps or self._inbox or span_s <= 0:
             return None
-        most = self.scheduler.horizon
+        most = self._steady.horizon
         if most <= 0:
             return None
         load = self._loads.of_decode(self.scheduler.batch)
@@ -260,7 +266,7 @@ class SimulatedEngine:
     def _take(self, stretch: Stretch) -> None:
         self.longest_step_s = max(self.longest_step_s, stretch.longest_s)
         self._pass(stretch.total_s)
-        self.scheduler.skip(stretch.num_steps, self._draw, growth_s=stretch.growth_s)
+        self._steady.skip(stretch.num_steps, self._draw, growth_s=stretch.growth_s)
         self._take_ends()
 
     def _settle(self, at_s: float) -> None:

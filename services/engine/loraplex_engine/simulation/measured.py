@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS
 from loraplex_engine.simulation.calibration import CalibrationError, MeasuredStep
 from loraplex_engine.simulation.shapes import ALL_TARGETS, ATTENTION_TARGETS, ModelShape, base_model
 from loraplex_engine.simulation.step_cost import StepLoad
+from loraplex_engine.step import takes_decode_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -70,7 +70,7 @@ def measured_step(case: str, seconds: float) -> MeasuredStep:
     sizes = [shape.adapter(ranks[index % len(ranks)], TARGETS[named["targets"]]) for index in range(num_adapters)]
     weights = [size.weight_bytes for size in sizes]
     num_runs = rows if num_adapters > 1 else min(rows, num_adapters)  # rows go round the adapters
-    has_groups = num_runs >= (MIN_DECODE_RUNS if prompts else 1)
+    has_groups = takes_decode_kernels(num_runs, has_prefill=prompts > 0)
     is_split = has_groups and prompts > 0
     of_prompts = (
         [weights[row % num_adapters] for row in range(rows, rows + min(prompts, num_adapters))] if is_split else []

@@ -6,15 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loraplex_engine.messages import (
-    Ended,
-    FinishReason,
-    ResidencyState,
-    SamplingParams,
-    SessionEvent,
-    StoppingParams,
-    Submission,
-)
+from loraplex_engine.messages import Ended, FinishReason, ResidencyState, SessionEvent, Submission
+from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from loraplex_engine.simulation.outcomes import End, Found, Outcomes
 from loraplex_engine.simulation.trace import NO_ADAPTER, TokenStreams
 
@@ -23,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from loraplex_engine.adapter_cache import AdapterCache
+    from loraplex_engine.adapters.cache import AdapterCache
     from loraplex_engine.simulation.adapters import Adapters
     from loraplex_engine.simulation.trace import TraceArrays
 

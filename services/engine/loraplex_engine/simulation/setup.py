@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
+from loraplex_engine.limits import (
+    GPU_STEP,
+    MAX_PASS_OVER_S,
+    MAX_RESIDENT_ADAPTERS,
+    SchedulerLimits,
+    SchedulingPolicy,
+)
+from loraplex_engine.pages.page_worth import EXPECTED_COST, PageWorth
+from loraplex_engine.scheduler.eviction import PageSources, one_market
 from loraplex_engine.simulation.copies import PINNED_COPY, SHARED_MEMORY_STORE, Link
 from loraplex_engine.simulation.step_cost import StepCost
 
@@ -20,6 +28,8 @@ class EngineSetup:
         cost: Seconds of a step.
         copy: From the arena to the pool.
         store: From the adapter store to the arena.
+        page_worth: What a page is worth.
+        page_sources: Where pages for KV and for adapters come from.
         fill_arena: Begin with as many images in the arena as it holds, lowest index first.
         jumps: Take steady decode steps at once; the outcome is the same, sooner.
     """
@@ -30,11 +40,13 @@ class EngineSetup:
     copy: Link = PINNED_COPY
     store: Link = SHARED_MEMORY_STORE
     max_model_len: int = 2048
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    max_pass_over_s: float = 2.0
-    max_resident_adapters: int = 4096
+    max_num_seqs: int = GPU_STEP[0]
+    max_num_batched_tokens: int = GPU_STEP[1]
+    max_pass_over_s: float = MAX_PASS_OVER_S
+    max_resident_adapters: int = MAX_RESIDENT_ADAPTERS
     policy: SchedulingPolicy = DEFAULT_POLICY
+    page_worth: PageWorth = EXPECTED_COST
+    page_sources: PageSources = one_market
     fill_arena: bool = True
     jumps: bool = True
 

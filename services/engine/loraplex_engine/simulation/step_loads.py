@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraplex_engine.cuda.runner_config import MIN_DECODE_RUNS
 from loraplex_engine.simulation.step_cost import StepLoad
-from loraplex_engine.step import NO_ADAPTER, count_runs
+from loraplex_engine.step import NO_ADAPTER, count_runs, takes_decode_kernels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loraplex_engine.decode_state import Rows
-    from loraplex_engine.running_batch import RunningBatch
+    from loraplex_engine.scheduler.decode_state import Rows
+    from loraplex_engine.scheduler.running_batch import RunningBatch
     from loraplex_engine.simulation.adapters import Adapters
     from loraplex_engine.step import StepPlan
 
@@ -40,7 +39,7 @@ class StepLoads:
         chunks = list(zip(plan.num_tokens[decoding:].tolist(), plan.starts[decoding:].tolist(), strict=True))
         adapters, prompts = plan.adapters[:decoding], plan.adapters[decoding:]
         num_runs = count_runs(adapters)
-        has_groups = num_runs >= (MIN_DECODE_RUNS if chunks else 1)
+        has_groups = takes_decode_kernels(num_runs, has_prefill=bool(chunks))
         is_split = has_groups and bool(chunks)
         has_segments = bool((prompts != NO_ADAPTER).any()) or (num_runs > 0 and not has_groups)
         return StepLoad(

@@ -1,0 +1,226 @@
+"""From the configuration to an engine: what the model, the device and the flags together come to."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Final
+
+import torch
+from loraplex_common.base_model import BaseModelError, BaseModelInfo, load_base_model, state_of_files
+from loraplex_common.end_of_text import read_eos_token_ids
+from loraplex_common.rank_limits import CUDA_MAX_RANK
+from loraplex_common.weight_files import find_weights
+
+from loraplex_engine.config import MIB, ConfigError, EngineConfig
+from loraplex_engine.limits import CPU_STEP, GPU_STEP, EngineParams, QueuePolicy, SchedulingPolicy
+from loraplex_engine.model.weights import DTYPES, WeightReader
+from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loraplex_common.weight_digests import FileState
+
+    from loraplex_engine.loop.engine import RunnerFactory
+    from loraplex_engine.step import ModelRunner
+
+CPU_POOL_BYTES: Final = 1024 * MIB
+STEP_SIZES: Final = {"cpu": CPU_STEP, "cuda": GPU_STEP}
+"""Default sequences and tokens of one step by device."""
+MIN_POOL_PAGES: Final = 2  # one for an adapter, one for a sequence
+
+
+def resolve_device(config: EngineConfig) -> torch.device:
+    """Return where to compute.
+
+    Raises:
+        ConfigError: If a GPU is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here")
+    has_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if has_gpu else "cpu")
+
+
+def resolve_dtype(config: EngineConfig, device: torch.device) -> str:
+    """Return the compute type's name."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def read_base_model(config: EngineConfig) -> tuple[BaseModelInfo, tuple[FileState, ...]]:
+    """Read the base model's facts, and the state of its files before they were read.
+
+    Raises:
+        BaseModelError: If the directory is no model we can serve.
+    """
+    files = state_of_files(config.model)
+    return load_base_model(config.model, name=config.served_model_name, aliases=config.model_alias), files
+
+
+def engine_params(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> EngineParams:
+    """Return the sizes of the engine.
+
+    Raises:
+        ConfigError: If a size does not work out; the message names the flag.
+    """
+    dtype = resolve_dtype(config, device)
+    pool = choose_pool_geometry(info, dtype=dtype)
+    pool_bytes = config.pool_bytes or _default_pool_bytes(config.model, device)
+    max_model_len = config.max_model_len or info.max_position_embeddings
+    for flag, size in (
+        ("--pool-bytes", pool_bytes // pool.page_bytes),
+        ("--arena-bytes", config.arena_bytes // pool.page_bytes),
+    ):
+        if size < MIN_POOL_PAGES:
+            raise ConfigError(
+                f"{flag} is {size} pages of {pool.page_bytes} bytes; at least {MIN_POOL_PAGES} are needed"
+            )
+    if max_model_len > info.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} exceeds the {info.max_position_embeddings} the model was trained for"
+        )
+    max_num_seqs, max_num_batched_tokens = step_sizes(config, device)
+    return EngineParams(
+        geometry=info.geometry(dtype=dtype, page_bytes=pool.page_bytes),
+        block_tokens=pool.block_tokens,
+        pool_bytes=pool_bytes,
+        arena_bytes=config.arena_bytes,
+        eos_token_ids=read_eos_token_ids(config.model, info.vocab_size),
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        policy=scheduling_policy(config),
+        max_backlog_bytes=config.outbox_max_bytes,
+        max_backlog_s=config.outbox_max_age_s,
+        step_patience_s=config.step_patience_s or None,
+    )
+
+
+def step_sizes(config: EngineConfig, device: torch.device) -> tuple[int, int]:
+    """Return the most sequences and the most tokens of one step.
+
+    Raises:
+        ConfigError: If the tokens do not do for the sequences.
+    """
+    seqs, tokens = STEP_SIZES[device.type]
+    seqs, tokens = config.max_num_seqs or seqs, config.max_num_batched_tokens or tokens
+    if tokens < seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {seqs}: each running sequence takes one token "
+            "of every step"
+        )
+    return seqs, tokens
+
+
+def scheduling_policy(config: EngineConfig) -> SchedulingPolicy:
+    """Return how requests and pages are chosen."""
+    return SchedulingPolicy(
+        enable_prefix_cache=config.prefix_cache,
+        enable_warming=config.warm_adapters,
+        half_life_s=config.half_life_s,
+        growth_quantile=config.growth_quantile,
+        queue_policy=QueuePolicy(config.queue_policy),
+        ttft_slo_s=config.ttft_slo_s,
+        max_running_per_key=config.max_running_per_key,
+        promote_after_s=config.promote_after_s,
+    )
+
+
+def resolve_backend(config: EngineConfig, device: torch.device) -> str:
+    """Return ``torch`` or ``cuda``.
+
+    Raises:
+        ConfigError: If our kernels are asked for and there is no GPU, or they cannot be compiled here.
+    """
+    if config.backend == "torch" or (config.backend == "auto" and device.type == "cpu"):
+        return "torch"
+    if device.type == "cpu":
+        raise ConfigError("--backend cuda: torch sees no GPU here")
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        raise ConfigError("--backend cuda needs cuda-python: pip install 'loraplex[cuda]', or use --backend torch")
+    return "cuda"
+
+
+def max_rank(config: EngineConfig, device: torch.device) -> int:
+    """Return the largest rank of one projection that the backend's kernels take; 0 if only the tiles limit it."""
+    return CUDA_MAX_RANK if resolve_backend(config, device) == "cuda" else 0
+
+
+def runner_factory(
+    config: EngineConfig, info: BaseModelInfo, device: torch.device, *, files: tuple[FileState, ...]
+) -> RunnerFactory:
+    """Return what makes the compute backend once the engine knows its sizes.
+
+    Args:
+        config: What to serve.
+        info: Facts of the model.
+        device: Where to compute.
+        files: State of the model's files before `info` was read: what makes the backend raises `BaseModelError` if they
+            have another one once the weights are loaded, for these may not be those that the fingerprint names.
+    """
+    is_cuda = resolve_backend(config, device) == "cuda"
+    make = (_cuda_runner_factory if is_cuda else _torch_runner_factory)(config, info, device)
+
+    def make_checked(params: EngineParams) -> ModelRunner:
+        runner = make(params)
+        if state_of_files(config.model) != files:
+            runner.close()
+            raise BaseModelError(f"{config.model}: changed while it was loaded; start again once it is whole")
+        return runner
+
+    return make_checked
+
+
+def _torch_runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:
+    def make(params: EngineParams) -> ModelRunner:
+        return TorchRunner(
+            RunnerConfig(
+                model_dir=config.model,
+                info=info,
+                geometry=choose_pool_geometry(info, dtype=params.geometry.dtype),
+                num_pages=params.num_pages,
+                max_num_seqs=params.max_num_seqs,
+                max_model_len=params.max_model_len,
+                device=device.type,
+                num_threads=config.num_threads,
+            )
+        )
+
+    return make
+
+
+def _cuda_runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:
+    from loraplex_engine.runners.cuda.runner import CudaRunner  # needs cuda-python
+    from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
+
+    def make(params: EngineParams) -> ModelRunner:
+        dtype = params.geometry.dtype
+        sizes = CudaRunnerConfig(
+            info=info,
+            geometry=choose_pool_geometry(info, dtype=dtype),
+            num_pages=params.num_pages,
+            max_num_seqs=params.max_num_seqs,
+            max_model_len=params.max_model_len,
+            max_num_batched_tokens=params.max_num_batched_tokens,
+            max_resident_adapters=params.max_resident_adapters,
+            device=device.index or 0,
+        )
+        return CudaRunner(sizes, WeightReader(config.model, dtype=DTYPES[dtype], device=device))
+
+    return make
+
+
+def max_image_pages(params: EngineParams) -> int:
+    """Return the largest adapter image that can ever be used: it needs the arena, and a page for a sequence beside it."""
+    return min(params.num_pages - 1, params.num_arena_slots)
+
+
+def _default_pool_bytes(model: Path, device: torch.device) -> int:
+    if device.type == "cpu":
+        return CPU_POOL_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    weights = sum(file.stat().st_size for file in find_weights(model).shards())
+    return int((free - weights) * GPU_POOL_SHARE)

@@ -1,0 +1,70 @@
+"""Images on their way from the arena to the device, as the step loop sees them; on its thread.
+
+An adapter that the runner cannot take ends the requests that wait for it, with the reason, and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraplex_common.errors import LoraplexError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_engine.adapters.arena import HostArena
+    from loraplex_engine.adapters.cache import AdapterCache
+    from loraplex_engine.messages import ImageArrived
+    from loraplex_engine.scheduler.scheduler import Scheduler
+    from loraplex_engine.step import LoadHandle, ModelRunner
+
+
+class AdapterLoading:
+    """Hands images to the runner and notes which are done.
+
+    Args:
+        wake: Called from any thread when a load ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: AdapterCache,
+        scheduler: Scheduler,
+        arena: HostArena,
+        runner: ModelRunner,
+        wake: Callable[[], None],
+    ) -> None:
+        self._cache, self._scheduler, self._arena, self._runner = cache, scheduler, arena, runner
+        self._wake = wake
+        self._handles: dict[str, LoadHandle] = {}
+
+    def image_arrived(self, image: ImageArrived) -> None:
+        """Take over an image in the arena, unless the runner cannot compute its adapter."""
+        try:
+            self._runner.check_adapter(image.spec)
+        except LoraplexError as error:
+            self._arena.free(image.arena_slots)
+            self._scheduler.image_refused(image.spec.digest, error)
+        else:
+            self._scheduler.image_arrived(image.spec, image.arena_slots)
+
+    def start(self) -> None:
+        """Have the runner unbind what left and load what was decided on."""
+        for index in self._cache.loads.take_unloads():
+            self._runner.unload_adapter(index)
+        for load in self._cache.loads.take_loads():
+            source = self._arena.pages(load.arena_slots)
+            try:
+                handle = self._runner.load_adapter(load.index, load.spec, load.pages, source)
+            except LoraplexError as error:
+                self._scheduler.load_refused(load.digest, error)
+                continue
+            self._handles[load.digest] = handle
+            handle.add_done_callback(self._wake)
+
+    def take_finished(self) -> None:
+        """Note which loads are done."""
+        for digest in [digest for digest, handle in self._handles.items() if handle.is_done()]:
+            del self._handles[digest]
+            self._cache.load_finished(digest)

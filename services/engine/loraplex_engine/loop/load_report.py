@@ -1,0 +1,75 @@
+"""The engine's load, as readers on other threads see it between two steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from loraplex_engine.messages import LoadSnapshot
+
+if TYPE_CHECKING:
+    from loraplex_engine.adapters.cache import AdapterCache
+    from loraplex_engine.pages.page_pool import PagePool
+    from loraplex_engine.scheduler.scheduler import Scheduler
+
+RATE_WINDOW_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """One immutable reading; readers take the reference, so they need no lock."""
+
+    snapshot: LoadSnapshot
+    at_s: float
+
+
+class LoadReport:
+    """Published by the step loop after each turn, read from anywhere.
+
+    ``tokens_per_s`` is an exponential average over `RATE_WINDOW_S`, and fades while nothing is published.
+    """
+
+    def __init__(self, *, scheduler: Scheduler, pool: PagePool, cache: AdapterCache, now_s: float) -> None:
+        self._scheduler = scheduler
+        self._pool = pool
+        self._cache = cache
+        self._num_tokens = 0
+        self._published = _Published(self._measure(sequence=1, tokens_per_s=0.0), now_s)
+
+    def publish(self, now_s: float) -> None:
+        """Replace the reading; the sequence rises if anything but the token rate changed."""
+        before = self._published
+        drawn = self._scheduler.counters.num_output_tokens
+        rate = _faded(before, now_s) + (drawn - self._num_tokens) / RATE_WINDOW_S
+        self._num_tokens = drawn
+        snapshot = self._measure(sequence=before.snapshot.sequence, tokens_per_s=before.snapshot.tokens_per_s)
+        sequence = before.snapshot.sequence + (snapshot != before.snapshot)
+        self._published = _Published(replace(snapshot, sequence=sequence, tokens_per_s=rate), now_s)
+
+    def read(self, now_s: float) -> LoadSnapshot:
+        """Return the latest reading."""
+        published = self._published
+        return replace(published.snapshot, tokens_per_s=_faded(published, now_s))
+
+    def _measure(self, *, sequence: int, tokens_per_s: float) -> LoadSnapshot:
+        scheduler, pool, cache = self._scheduler, self._pool, self._cache
+        return LoadSnapshot(
+            sequence=sequence,
+            running=len(scheduler.batch),
+            waiting=len(scheduler.queue),
+            queued_uncached_tokens=scheduler.queue.num_tokens + scheduler.batch.num_prefill_tokens,
+            pages_total=pool.num_pages,
+            pages_free=pool.num_free + pool.num_retiring + pool.num_cached,
+            pages_cached=pool.num_cached,
+            pages_kv=pool.num_kv,
+            pages_adapter=cache.ranking.num_idle_pages,
+            pages_pinned=pool.num_adapter - cache.ranking.num_idle_pages,
+            adapters_resident=cache.states.num_resident,
+            tokens_per_s=tokens_per_s,
+            draining=scheduler.is_draining,
+        )
+
+
+def _faded(published: _Published, now_s: float) -> float:
+    return published.snapshot.tokens_per_s * math.exp(-max(0.0, now_s - published.at_s) / RATE_WINDOW_S)

@@ -1,0 +1,64 @@
+"""What the steps in flight should take, for whoever has to tell a long step from one that hangs.
+
+Measured costs where there are any (`step_costs`), told on the safe side: every token is taken to cost what one of a prompt
+does, and more the longer its sequence is. Before that, what a slow device would need for the model's products.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import numpy as np
+    from loraplex_common.adapter_image import Geometry
+    from numpy.typing import NDArray
+
+    from loraplex_engine.scheduler.step_costs import StepCosts
+    from loraplex_engine.step import StepPlan
+
+SLOW_FLOPS: Final = {"cuda": 10e12}
+"""Operations per second, by backend, that even a first step reaches."""
+SLOWEST_FLOPS: Final = 10e9
+"""Of every other backend: one busy core."""
+
+
+class StepTimes:
+    """Expects what steps in flight take.
+
+    Args:
+        costs: Measured.
+        geometry: Of the model: how much there is to compute for a token.
+        backend: What computes.
+    """
+
+    def __init__(self, costs: StepCosts, geometry: Geometry, *, backend: str) -> None:
+        self._costs = costs
+        self._hidden_size = geometry.hidden_size
+        self._slow_token_s = 2 * _num_weights(geometry) / SLOW_FLOPS.get(backend, SLOWEST_FLOPS)
+        self._in_flight: deque[float] = deque()
+        self.expected_s = 0.0
+
+    def launched(self, plan: StepPlan) -> None:
+        """Note that a step was handed to the runner."""
+        self._in_flight.append(self.of(plan.starts, plan.num_tokens))
+        self.expected_s = sum(self._in_flight)
+
+    def completed(self) -> None:
+        """Note that the oldest of them is over."""
+        self._in_flight.popleft()
+        self.expected_s = sum(self._in_flight)
+
+    def of(self, starts: NDArray[np.int32], num_tokens: NDArray[np.int32]) -> float:
+        """Return the seconds that a step should take; arguments as in `StepPlan`."""
+        costs = self._costs
+        token_s = costs.prefill_s_per_token if costs.is_measured else self._slow_token_s
+        # Attention's share of a token's cost grows with the tokens before it.
+        contexts = 1.0 + (starts + num_tokens) / (2 * self._hidden_size)
+        return costs.decode_step_s + token_s * float((num_tokens * contexts).sum())
+
+
+def _num_weights(geometry: Geometry) -> int:
+    """Return the weights of the decoder's layers."""
+    heads = (2 * geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
+    return geometry.num_layers * geometry.hidden_size * (heads + 3 * geometry.intermediate_size)

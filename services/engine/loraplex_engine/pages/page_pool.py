@@ -1,0 +1,271 @@
+"""The accounts of the unified page pool: which page is free, whose it is, and when it may be reused.
+
+Only page ids live here; the memory is the runner's. A page whose owner lets go while steps that read it are still on
+the device is *retiring*: it becomes free when the last such step is done.
+
+A KV page may be held by several sequences at once, each of which only reads it: such a page is *published*, its block is
+full and an entry of the prefix cache names it. Published pages that no sequence holds are *cached*: nobody needs them
+now, and they are evicted when somebody does.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pages = NDArray[np.intp]
+"""Page ids as numpy indexes with them; int32 costs a conversion each time."""
+NO_PAGES: Final[Pages] = np.empty(0, dtype=np.intp)
+
+
+class PageOwner(enum.IntEnum):
+    """What a page is used for."""
+
+    FREE = 0
+    KV = 1
+    ADAPTER = 2
+    RETIRING = 3
+    CACHED = 4
+
+
+# As plain integers: numpy asks an IntEnum for array interfaces each time, at microseconds.
+_FREE, _KV, _ADAPTER, _RETIRING, _CACHED = (int(owner) for owner in PageOwner)
+_HOLDERS: Final = (_KV, _ADAPTER)
+
+
+class PagePool:
+    """Hands out page ids from one free list, for KV blocks and adapters alike.
+
+    Invariant: free + retiring + kv + cached + adapter = total; `check_integrity` recounts it.
+
+    Attributes:
+        num_revived: Cached pages that sequences took up again so far.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages <= 0:
+            raise ValueError(f"num_pages {num_pages} is not positive")
+        self._owners = np.full(num_pages, _FREE, dtype=np.int8)
+        self._free = np.arange(num_pages - 1, -1, -1)  # a stack; the valid part is [0, num_free)
+        self._num_free = num_pages
+        self._num_held = [0] * len(PageOwner)  # by owner: KV, ADAPTER and CACHED
+        self._num_sequences = np.zeros(num_pages, dtype=np.int32)  # that hold a KV page
+        self._is_published = np.zeros(num_pages, dtype=np.bool_)
+        self._last_steps = np.full(num_pages, -1, dtype=np.int64)  # of CACHED pages: last step that may read them
+        self._retiring: deque[tuple[int, Pages]] = deque()  # by rising step id
+        self._num_retiring = 0
+        self._completed_step = -1
+        self.num_revived = 0
+
+    @property
+    def num_pages(self) -> int:
+        """All pages."""
+        return len(self._owners)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that can be allocated now."""
+        return self._num_free
+
+    @property
+    def num_retiring(self) -> int:
+        """Pages that become free when steps in flight are done."""
+        return self._num_retiring
+
+    @property
+    def num_kv(self) -> int:
+        """Pages of sequences."""
+        return self._num_held[_KV]
+
+    @property
+    def num_adapter(self) -> int:
+        """Pages of adapters."""
+        return self._num_held[_ADAPTER]
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that hold a block which no sequence holds now; to be had by `evict`."""
+        return self._num_held[_CACHED]
+
+    @property
+    def cached_pages(self) -> Pages:
+        """All CACHED pages, rising."""
+        return np.flatnonzero(self._owners == _CACHED)
+
+    @property
+    def published_pages(self) -> Pages:
+        """All published pages, held or cached, rising."""
+        return np.flatnonzero(self._is_published)
+
+    def is_cached(self, pages: Pages) -> NDArray[np.bool_]:
+        """Tell per page whether it is CACHED now."""
+        cached: NDArray[np.bool_] = self._owners[pages] == _CACHED
+        return cached
+
+    def allocate(self, count: int, owner: PageOwner) -> Pages:
+        """Take ``count`` free pages.
+
+        Returns:
+            Page ids, ``[count]``.
+
+        Raises:
+            RuntimeError: If fewer are free: the caller asks `num_free` first.
+        """
+        if count > self._num_free:
+            raise RuntimeError(f"{count} pages asked for, {self._num_free} free")
+        self._num_free -= count
+        pages = self._free[self._num_free : self._num_free + count].copy()
+        self._owners[pages] = int(owner)
+        self._num_held[owner] += count
+        self._num_sequences[pages] = owner is PageOwner.KV
+        self._last_steps[pages] = -1
+        return pages
+
+    # --- shared KV pages ---
+
+    def publish(self, pages: Pages) -> None:
+        """Note that the prefix cache names KV pages: they are kept when no sequence holds them.
+
+        Raises:
+            RuntimeError: If a page is not held by a sequence, or is published already.
+        """
+        if (self._owners[pages] != _KV).any() or self._is_published[pages].any():
+            raise RuntimeError(f"pages {pages.tolist()} are not all unpublished pages of sequences")
+        self._is_published[pages] = True
+
+    def share(self, pages: Pages) -> None:
+        """Give one more sequence a hold on published pages; each page at most once in ``pages``.
+
+        Raises:
+            RuntimeError: If a page is not published.
+        """
+        if len(pages) == 0:
+            return
+        if not self._is_published[pages].all():
+            raise RuntimeError(f"pages {pages.tolist()} are not all published")
+        num_revived = int(np.count_nonzero(self._owners[pages] == _CACHED))
+        self._owners[pages] = _KV
+        self._num_sequences[pages] += 1
+        self._num_held[_CACHED] -= num_revived
+        self._num_held[_KV] += num_revived
+        self.num_revived += num_revived
+
+    def release(self, pages: Pages, last_step: int) -> None:
+        """Take one sequence's hold away; who was the last leaves published pages cached and retires the others.
+
+        Raises:
+            RuntimeError: If a page is not held by a sequence.
+        """
+        if len(pages) == 0:
+            return
+        if (self._owners[pages] != _KV).any():
+            raise RuntimeError(f"pages {pages.tolist()} are not all held by sequences")
+        self._num_sequences[pages] -= 1
+        left = pages[self._num_sequences[pages] == 0]
+        is_published = self._is_published[left]
+        kept = left[is_published]
+        self._owners[kept] = _CACHED
+        self._last_steps[kept] = np.maximum(self._last_steps[kept], last_step)
+        self._num_held[_KV] -= len(kept)
+        self._num_held[_CACHED] += len(kept)
+        self._retire(left[~is_published], _KV, last_step)
+
+    def evict(self, pages: Pages) -> None:
+        """Give cached pages up; they are free at once, or when the last step that may read them is done.
+
+        Raises:
+            RuntimeError: If a page is not CACHED.
+        """
+        if (self._owners[pages] != _CACHED).any():
+            raise RuntimeError(f"pages {pages.tolist()} are not all cached")
+        self._is_published[pages] = False
+        self._num_held[_CACHED] -= len(pages)
+        last_steps = self._last_steps[pages]
+        last_step = int(last_steps.max(initial=-1))
+        if last_step <= self._completed_step:
+            self._release(pages)
+            return
+        is_done = last_steps <= self._completed_step
+        self._release(pages[is_done])
+        self._put_off(pages[~is_done], last_step)
+
+    # --- the way back ---
+
+    def retire(self, pages: Pages, last_step: int) -> None:
+        """Give pages back; they are free once step ``last_step``, the last that may read or write them, is done.
+
+        Raises:
+            RuntimeError: If a page is not held, or is shared or published, or pages of both kinds are mixed.
+        """
+        if len(pages) == 0:
+            return
+        owner = int(self._owners[pages[0]])
+        if owner not in _HOLDERS or (self._owners[pages] != owner).any():
+            raise RuntimeError(f"pages {pages.tolist()} are {self._owners[pages].tolist()}, not all held by one owner")
+        if self._is_published[pages].any() or (self._num_sequences[pages] > 1).any():
+            raise RuntimeError(f"pages {pages.tolist()} are not all one sequence's own")
+        self._retire(pages, owner, last_step)
+
+    def _retire(self, pages: Pages, owner: int, last_step: int) -> None:
+        if len(pages) == 0:
+            return
+        self._num_held[owner] -= len(pages)
+        self._num_sequences[pages] = 0
+        if last_step <= self._completed_step:
+            self._release(pages)
+        else:
+            self._put_off(pages, last_step)
+
+    def _put_off(self, pages: Pages, last_step: int) -> None:
+        if self._retiring and self._retiring[-1][0] > last_step:
+            last_step = self._retiring[-1][0]  # a little later than needed keeps the queue in order
+        self._owners[pages] = _RETIRING
+        self._num_retiring += len(pages)
+        self._retiring.append((last_step, pages))
+
+    def complete(self, step_id: int) -> None:
+        """Note that the device is done with all steps up to ``step_id``."""
+        self._completed_step = max(self._completed_step, step_id)
+        while self._retiring and self._retiring[0][0] <= self._completed_step:
+            pages = self._retiring.popleft()[1]
+            self._num_retiring -= len(pages)
+            self._release(pages)
+
+    def _release(self, pages: Pages) -> None:
+        self._owners[pages] = _FREE
+        self._free[self._num_free : self._num_free + len(pages)] = pages
+        self._num_free += len(pages)
+
+    def check_integrity(self) -> None:
+        """Recount everything.
+
+        Raises:
+            RuntimeError: If a page is lost, counted twice or listed as free while it is held.
+        """
+        counts = np.bincount(self._owners, minlength=len(PageOwner)).tolist()
+        expected = [self._num_free, self.num_kv, self.num_adapter, self._num_retiring, self.num_cached]
+        if counts != expected or sum(expected) != self.num_pages:
+            raise RuntimeError(
+                f"free, kv, adapter, retiring, cached are {counts}, accounted {expected} of {self.num_pages}"
+            )
+        is_kv, is_cached = self._owners == _KV, self._owners == _CACHED
+        if not np.array_equal(self._num_sequences > 0, is_kv):
+            raise RuntimeError("pages are held by sequences and not KV, or the other way round")
+        if (self._is_published & ~(is_kv | is_cached)).any() or (is_cached & ~self._is_published).any():
+            raise RuntimeError("a published page is neither KV nor cached, or a cached one is not published")
+        free = np.sort(self._free[: self._num_free])
+        if not np.array_equal(free, np.flatnonzero(self._owners == _FREE)):
+            raise RuntimeError("the free list and the pages' owners disagree")
+
+    def check_holds(self, held: NDArray[np.int32]) -> None:
+        """Compare the sequences' holds with ``held``, all pages of all sequences one after the other.
+
+        Raises:
+            RuntimeError: If a page is held by more or fewer sequences than accounted.
+        """
+        if not np.array_equal(np.bincount(held, minlength=self.num_pages), self._num_sequences):
+            raise RuntimeError(f"sequences hold {len(held)} pages, the pool accounts {self._num_sequences.sum()} holds")

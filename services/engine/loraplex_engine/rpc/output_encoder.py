@@ -1,0 +1,149 @@
+"""Turns what steps did for one session into the session's messages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from loraplex.v1 import engine_pb2
+
+from loraplex_engine.faults import internal_error
+from loraplex_engine.messages import (
+    Ended,
+    Loading,
+    PromptLogprobs,
+    SessionEvent,
+    Started,
+    StepOutputs,
+    TokenWithLogprobs,
+)
+from loraplex_engine.rpc import wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from loraplex_common.errors import LoraplexError
+
+    from loraplex_engine.step import TokenLogprobs
+
+MAX_MESSAGE_BYTES: Final = 1024 * 1024
+"""Outputs larger than this are split over several messages."""
+
+_BEFORE_TOKENS: Final = (Started, Loading, PromptLogprobs)
+
+
+class OutputEncoder:
+    """Encoder of one session.
+
+    Its state is about two kinds of requests. Those that asked for their prompt's probabilities: these are computed chunk
+    by chunk after the start, but travel in `EngineStarted`, so the start is held back until the first token or the end.
+    And those of which something could not be encoded: nothing of them is sent any more but their end, with the error,
+    once the engine has let them go: not before, as the gateway may use a slot again as soon as it reads an end.
+
+    Args:
+        abort: Called with the slot of a request of which something could not be encoded; ends it in the engine.
+    """
+
+    def __init__(self, abort: Callable[[int], None]) -> None:
+        self._abort = abort
+        self._wants_prompt_logprobs: set[int] = set()
+        self._held: dict[int, tuple[Started, list[TokenLogprobs]]] = {}
+        self._failed: dict[int, LoraplexError] = {}
+
+    def expect_prompt_logprobs(self, session_slot: int) -> None:
+        """Hold the slot's next start back until its prompt's probabilities are complete."""
+        self._wants_prompt_logprobs.add(session_slot)
+
+    def encode(self, step: StepOutputs) -> Iterator[engine_pb2.SessionResponse]:
+        """Encode a step in as many messages as `MAX_MESSAGE_BYTES` asks for; at least one.
+
+        A start is in no later message than its request's tokens, an end in no earlier one: a message's plain tokens are
+        read first, then its outputs.
+        """
+        message, num_bytes = engine_pb2.SessionResponse(step=step.step_id), 0
+        for output in self._outputs(step):
+            if output is None:
+                self._add_tokens(message, step)
+                continue
+            size = output.ByteSize()
+            if num_bytes and num_bytes + size > MAX_MESSAGE_BYTES:
+                yield message
+                message, num_bytes = engine_pb2.SessionResponse(step=step.step_id), 0
+            message.outputs.append(output)
+            num_bytes += size
+        yield message
+
+    def _add_tokens(self, message: engine_pb2.SessionResponse, step: StepOutputs) -> None:
+        slots, positions, ids = step.token_slots, step.token_positions, step.token_ids
+        if self._failed:
+            is_sound = ~np.isin(slots, list(self._failed))
+            slots, positions, ids = slots[is_sound], positions[is_sound], ids[is_sound]
+        message.token_slots.extend(slots.tolist())
+        message.token_sequences.extend(positions.tolist())
+        message.token_ids.extend(ids.tolist())
+
+    def _outputs(self, step: StepOutputs) -> Iterator[engine_pb2.Output | None]:
+        """Yield what comes before the plain tokens, None for these, and what comes after them."""
+        for event in step.events:
+            if isinstance(event, _BEFORE_TOKENS):
+                yield from self._encode(event)
+        if self._held:
+            with_tokens = set(step.token_slots.tolist())
+            for slot in [slot for slot in self._held if slot in with_tokens]:
+                yield from self._release(slot)
+        yield None
+        for event in step.events:
+            if not isinstance(event, _BEFORE_TOKENS):
+                yield from self._release(event.session_slot)
+                yield from self._encode(event)
+
+    def _encode(self, event: SessionEvent) -> list[engine_pb2.Output]:
+        """Return an event's outputs; one that cannot be encoded ends its own request, never the session."""
+        slot = event.session_slot
+        failure = self._failed.get(slot)
+        if isinstance(event, Ended):
+            self._wants_prompt_logprobs.discard(slot)
+            self._failed.pop(slot, None)
+            event = event if failure is None else Ended(session_slot=slot, error=failure)
+        elif failure is not None:
+            return []
+        try:
+            return self._encode_soundly(event)
+        except Exception as error:
+            return self._fail(event, error)
+
+    def _encode_soundly(self, event: SessionEvent) -> list[engine_pb2.Output]:
+        match event:
+            case Started():
+                if event.session_slot not in self._wants_prompt_logprobs:
+                    return [wire.started(event, [])]
+                self._held[event.session_slot] = (event, [])
+            case PromptLogprobs():
+                self._held[event.session_slot][1].extend(event.entries)
+            case Loading():
+                return [wire.loading(event)]
+            case TokenWithLogprobs():
+                return [wire.token(event)]
+            case Ended():
+                return [wire.ended(event)]
+        return []
+
+    def _release(self, slot: int) -> list[engine_pb2.Output]:
+        """Return a start that was held back, if there is one."""
+        if slot not in self._held:
+            return []
+        started, entries = self._held.pop(slot)
+        try:
+            return [wire.started(started, entries)]
+        except Exception as error:
+            return self._fail(started, error)
+
+    def _fail(self, event: SessionEvent, error: Exception) -> list[engine_pb2.Output]:
+        slot, doing = event.session_slot, "while its output was encoded"
+        failure = internal_error(doing, error, slot=slot, kind=type(event).__name__)
+        self._held.pop(slot, None)
+        if isinstance(event, Ended):
+            return [wire.ended(Ended(session_slot=slot, error=failure))]
+        self._failed[slot] = failure
+        self._abort(slot)
+        return []

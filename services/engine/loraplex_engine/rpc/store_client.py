@@ -1,0 +1,295 @@
+"""The engine's line to the adapter store: wants up, page images down, residency up.
+
+The engine dials, and dials again for as long as it lives. A stream starts with the whole truth (arena, images held), so
+nothing has to survive a broken one except what is still wanted. The step loop never waits for any of this: it posts a
+`WantImage` and gets an `ImageArrived` or an `ImageRefused`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import grpc
+from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
+from loraplex_common.errors import (
+    LoraplexError,
+    StoreUnavailableError,
+    from_status,
+    to_status,
+)
+from loraplex_common.log import get_logger
+from loraplex_common.tasks import cancel_and_wait
+
+from loraplex_engine.adapters.arena import HEADER_BYTES
+from loraplex_engine.messages import DropAdapter, ImageRefused, ResidencyChanged, ResidencyState, WantImage
+from loraplex_engine.rpc import wire
+from loraplex_engine.rpc.image_transfer import ImageOffer, ImageTransfers, TransferCallbacks
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from loraplex_engine.loop.engine import Engine
+    from loraplex_engine.loop.residency_feed import ResidencyFeed
+
+FIRST_BACKOFF_S: Final = 0.1
+MAX_BACKOFF_S: Final = 2.0
+EXPIRY_CHECK_S: Final = 0.25
+RETRY_AFTER_S: Final = 2.0
+REPORT_PAUSE_S: Final = 0.005
+"""Between two reports of residency: an adapter that comes and goes in between is one message."""
+
+_Request = adapter_store_pb2.AttachEngineRequest
+_Response = adapter_store_pb2.AttachEngineResponse
+_log = get_logger()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attachment:
+    """What an engine says of itself to a store.
+
+    Attributes:
+        engine_id: Under which hints reach it.
+        max_image_pages: Largest image the pool can ever hold.
+        max_rank: Largest rank of one projection that the kernels take; 0 if only the tiles limit it.
+    """
+
+    engine_id: str
+    base_model: adapter_pb2.BaseModel
+    max_image_pages: int
+    max_rank: int = 0
+
+
+class AdapterClient:
+    """Client of ``AttachEngine``; `run` it as a task. Lives on the asyncio loop.
+
+    Args:
+        dial: Opens a channel to the store.
+        engine: Whose arena is filled.
+        feed: Its residency events.
+        attachment: What the hello says.
+        wait_s: How long the store may stay away before requests that need it are told so.
+    """
+
+    def __init__(
+        self,
+        dial: Callable[[], grpc.aio.Channel],
+        engine: Engine,
+        feed: ResidencyFeed,
+        attachment: Attachment,
+        *,
+        wait_s: float,
+    ) -> None:
+        self._dial = dial
+        self._engine = engine
+        self._feed = feed
+        self._attachment = attachment
+        self._wait_s = wait_s
+        self._wanted: dict[str, WantImage] = {}
+        self._away_since_s: float | None = time.monotonic()
+        self._was_told_away = False
+        callbacks = TransferCallbacks(grant=self._grant, decline=self._decline, fail=self._fail)
+        self._transfers = ImageTransfers(engine, attachment.max_image_pages, callbacks)
+        self._outgoing: asyncio.Queue[_Request] = asyncio.Queue()
+
+    @property
+    def is_attached(self) -> bool:
+        """True while a store answers."""
+        return self._away_since_s is None
+
+    def is_prefetching(self, digest: str) -> bool:
+        """Tell whether an image that nobody had asked for is on its way."""
+        return self._transfers.is_prefetching(digest)
+
+    def want(self, event: WantImage) -> None:
+        """Ask for an image, now or as soon as there is a store."""
+        self._wanted[event.digest] = event
+        if self.is_attached:
+            self._outgoing.put_nowait(_want(event))
+
+    def changed(self, event: ResidencyChanged) -> None:
+        """Forget wants that were met, refused or given up."""
+        if event.state is not ResidencyState.WANTED:
+            self._wanted.pop(event.digest, None)
+
+    async def run(self) -> None:
+        """Stay attached until cancelled."""
+        expiry = asyncio.create_task(self._expire_wants(), name="want-expiry")
+        backoff_s = FIRST_BACKOFF_S
+        try:
+            while True:
+                # A new channel each time: an old one would wait out gRPC's own, longer, backoff, with the credentials of then.
+                async with self._dial() as channel:
+                    was_welcomed = await self._attach_once(adapter_store_pb2_grpc.AdapterStoreServiceStub(channel))
+                if was_welcomed:
+                    backoff_s = FIRST_BACKOFF_S
+                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+        finally:
+            await cancel_and_wait(expiry)
+            await self._transfers.abandon_all()
+            self._transfers.close()
+
+    async def _attach_once(self, stub: adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub) -> bool:
+        """Hold one stream to its end; return whether it was ever welcomed."""
+        self._outgoing = asyncio.Queue()
+        position = self._feed.sequence
+        self._outgoing.put_nowait(_Request(hello=self._hello(position)))
+        call = stub.AttachEngine(self._requests(self._outgoing))
+        reporter = asyncio.create_task(self._report(position), name="residency-reporter")
+        was_welcomed = False
+        try:
+            async for response in call:
+                if response.HasField("welcome"):
+                    was_welcomed = True
+                    self._welcomed(response.welcome)
+                elif not await self._handle(response):
+                    break
+            _log.warning("adapter store closed the stream")
+        except grpc.aio.AioRpcError as error:
+            say = _log.warning if was_welcomed or not self._was_told_away else _log.debug
+            say("adapter store is away", code=error.code().name, details=error.details())
+            self._was_told_away = True
+        finally:
+            call.cancel()
+            await cancel_and_wait(reporter)
+            await self._transfers.abandon_all()
+            if self._away_since_s is None:
+                self._away_since_s = time.monotonic()
+        return was_welcomed
+
+    @staticmethod
+    async def _requests(queue: asyncio.Queue[_Request]) -> AsyncIterator[_Request]:
+        while True:
+            yield await queue.get()
+
+    def _hello(self, sequence: int) -> _Request.Hello:
+        arena = self._engine.arena
+        return _Request.Hello(
+            engine_id=self._attachment.engine_id,
+            base_model=self._attachment.base_model,
+            geometry=wire.geometry(self._engine.params.geometry),
+            arenas=[
+                _Request.Arena(
+                    num_slots=arena.num_slots,
+                    num_free=arena.num_free,
+                    pid=os.getpid(),
+                    fd=arena.fd,
+                    header_bytes=HEADER_BYTES,
+                    nonce=arena.nonce,
+                )
+            ],
+            held=[_held(event) for event in self._feed.held],
+            sequence=sequence,
+            max_image_pages=self._attachment.max_image_pages,
+            max_rank=self._attachment.max_rank,
+        )
+
+    def _welcomed(self, welcome: _Response.Welcome) -> None:
+        _log.info("attached to adapter store", store=welcome.store_id, shared_memory=list(welcome.shared_memory))
+        self._transfers.is_shared = any(welcome.shared_memory)
+        self._away_since_s = None
+        for event in self._wanted.values():
+            self._outgoing.put_nowait(_want(event))
+
+    async def _report(self, position: int) -> None:
+        """Send how each adapter stands that changed after ``position``."""
+        while True:
+            latest = {event.digest: event for event in self._feed.since(position)}
+            for event in sorted(latest.values(), key=lambda event: event.sequence):
+                residency = _Request.Residency(sequence=event.sequence, held=_held(event))
+                self._outgoing.put_nowait(_Request(residency=residency))
+            position = self._feed.sequence
+            await asyncio.sleep(REPORT_PAUSE_S)
+            await self._feed.wait_beyond(position)
+
+    async def _handle(self, response: _Response) -> bool:
+        """Act on a message; False if the stream has to be started anew."""
+        match response.WhichOneof("message"):
+            case "offer":
+                await self._transfers.offered(_offer(response.offer))
+            case "chunk":
+                chunk = response.chunk
+                await self._transfers.write(chunk.digest, chunk.rank, chunk.offset, chunk.data, chunk.crc32c)
+            case "filled":
+                self._transfers.filled(response.filled.digest, response.filled.rank)
+            case "refuse":
+                await self._refused(response.refuse)
+            case "drop":
+                self._engine.post(DropAdapter(response.drop.digest))
+            case "ack":
+                return self._agrees(response.ack)
+            case unknown:
+                _log.warning("unknown message of the adapter store", message=unknown)
+        return True
+
+    async def _refused(self, refuse: _Response.Refuse) -> None:
+        await self._transfers.abandon(refuse.digest)
+        self._wanted.pop(refuse.digest, None)
+        self._engine.post(ImageRefused(refuse.digest, from_status(refuse.status)))
+
+    def _agrees(self, ack: _Response.Ack) -> bool:
+        """Compare the store's belief with ours where both are about the same event."""
+        held = self._feed.held
+        if ack.sequence == self._feed.sequence and ack.num_held != len(held):
+            _log.warning("adapter store lost track of this engine", believes=ack.num_held, held=len(held))
+            return False
+        return True
+
+    def _grant(self, digest: str, rank: int, slots: tuple[int, ...]) -> None:
+        self._outgoing.put_nowait(_Request(grant=_Request.Grant(digest=digest, rank=rank, slots=slots)))
+
+    def _decline(self, digest: str) -> None:
+        self._outgoing.put_nowait(_Request(decline=_Request.Decline(digest=digest)))
+
+    def _fail(self, digest: str, error: LoraplexError) -> None:
+        _log.error("adapter image is corrupt", digest=digest, error=error.message)
+        held = _Request.Held(digest=digest, tier=adapter_pb2.TIER_STORE)
+        residency = _Request.Residency(sequence=self._feed.sequence, held=held, error=to_status(error))
+        self._outgoing.put_nowait(_Request(residency=residency))
+
+    async def _expire_wants(self) -> None:
+        """Tell requests that need the store when it has been away for too long."""
+        while True:
+            await asyncio.sleep(EXPIRY_CHECK_S)
+            away_s = 0.0 if self._away_since_s is None else time.monotonic() - self._away_since_s
+            if away_s <= self._wait_s:
+                continue
+            for digest in list(self._wanted):
+                del self._wanted[digest]
+                error = StoreUnavailableError(
+                    f"adapter {digest} is not on this engine and the adapter store has been away for {away_s:.0f} s",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+                self._engine.post(ImageRefused(digest, error))
+
+
+def _offer(offer: _Response.Offer) -> ImageOffer:
+    return ImageOffer(
+        digest=offer.digest,
+        rank=offer.rank,
+        num_pages=offer.num_pages,
+        image_sha256=offer.image_sha256,
+        is_wanted=offer.wanted,
+        spec=offer.spec,
+    )
+
+
+def _want(event: WantImage) -> _Request:
+    want = _Request.Want(digest=event.digest)
+    if event.deadline_s is not None:
+        want.time_left.CopyFrom(wire.duration(max(0.0, event.deadline_s - time.monotonic())))
+    return _Request(want=want)
+
+
+def _held(event: ResidencyChanged) -> _Request.Held:
+    return _Request.Held(
+        digest=event.digest,
+        tier=wire.tier(event.state),
+        generation=event.generation,
+        num_leases=event.num_leases,
+    )

@@ -1,0 +1,122 @@
+"""LoRA of decode steps: which path a captured graph takes, and the items it reads.
+
+Few rows: what LoRA costs is launches that wait for each other, so it runs beside the products (`BesideLoraPath`). Many rows:
+what it costs is bytes, and products and LoRA would only push each other out of the multiprocessors, so it runs in line,
+each kernel's start hidden behind the end of the one before (`InLineLoraPath`). One H100, Llama-2-7B, rank 16 on everything,
+milliseconds added to a step, beside and in line, timed as `benchmarks/layers.py` does when o and down still wrote a scratch in
+line: 32 rows of one adapter 0.61, 0.78, of 32 adapters 1.61, 1.53; 64 rows of one adapter 0.69, 0.86, of 64 adapters 2.90,
+2.55; 256 rows of one adapter 2.67, 1.85.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+from loraplex_kernels.items import op_shapes
+from loraplex_kernels.lora_decode import LoraDecode
+
+from loraplex_engine.runners.cuda.graphs import VARIANTS, variant_of
+from loraplex_engine.runners.cuda.lora_paths import BasePath, BesideLoraPath, Fork, Grids, InLineLoraPath
+from loraplex_engine.runners.cuda.token_lora import max_decode_items
+
+if TYPE_CHECKING:
+    import numpy as np
+    from loraplex_kernels.items import OpShape
+    from loraplex_kernels.module import KernelLibrary
+    from loraplex_kernels.tables import AdapterTables
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from loraplex_engine.runners.cuda.lora_paths import Followers, LayerPath
+
+MAX_ROWS_BESIDE: Final = 32
+DELTA_OPS: Final = frozenset({"qkv", "gate_up"})
+"""Ops whose expand writes a whole delta, for their follower to add or for their product to accumulate onto."""
+
+
+class DecodeLora:
+    """The LoRA kernels of decode steps with up to ``max_rows`` rows.
+
+    Args:
+        library: Kernels.
+        tables: The resident adapters, and the geometry of their images.
+        pool: uint8 ``[pages, page_bytes]``.
+        followers: The kernels that finish qkv and gate_up.
+        max_rows: The largest bucket.
+        num_sms: Multiprocessors of the device.
+        max_rows_beside: Steps of up to so many rows take `BesideLoraPath`.
+    """
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        tables: AdapterTables,
+        pool: Tensor,
+        *,
+        followers: Followers,
+        max_rows: int,
+        num_sms: int,
+        max_rows_beside: int = MAX_ROWS_BESIDE,
+    ) -> None:
+        self._tables = tables
+        self._followers = followers
+        self._num_sms, self._max_rows_beside = num_sms, max_rows_beside
+        self._fork = Fork(library.device)
+
+        def kernels(rows: int, shapes: tuple[OpShape, ...]) -> LoraDecode:
+            items = max_decode_items(shapes, rows)
+            return LoraDecode(library, tables, pool, shapes, max_rows=rows, max_items=items)
+
+        rows_beside, shapes = max(1, min(max_rows, max_rows_beside)), op_shapes(tables.geometry, complete=DELTA_OPS)
+        self.beside = kernels(rows_beside, shapes)
+        self.in_line = kernels(max_rows, shapes)
+        widest = max(shape.slice_begin[-1] for shape in shapes if shape.complete)
+        self._delta = torch.empty(rows_beside * widest, dtype=torch.float32, device=library.device)
+        self._hidden = {lora: lora.new_scratch() for lora in (self.beside, self.in_line)}
+        self._sent: dict[LoraDecode, tuple[object, int]] = {}
+
+    @property
+    def fixed_tensors(self) -> tuple[Tensor, ...]:
+        """Tensors whose addresses reach kernels through tables."""
+        return (self.beside.items.buffer, self.in_line.items.buffer, *self._hidden.values(), self._delta)
+
+    def path(self, bucket: int, variant: int) -> LayerPath:
+        """Return how a graph of that many rows and that variant goes through the projections."""
+        ops = VARIANTS[variant]
+        if not ops:
+            return BasePath(self._followers)
+        lora, grids = self._kernels_of(bucket), Grids.of(bucket, self._num_sms)
+        hidden = self._hidden[lora]
+        if lora is self.in_line:
+            return InLineLoraPath(self._followers, lora, hidden, grids, ops=ops)
+        return BesideLoraPath(
+            self._followers,
+            lora,
+            hidden,
+            grids,
+            ops=ops,
+            delta=self._delta,
+            fork=self._fork,
+        )
+
+    def prepare(self, adapters: NDArray[np.int32], bucket: int, num_binds: int) -> int:
+        """Send the items of a step, unless the device has them already; return the variant that reads them.
+
+        Args:
+            adapters: int32 ``[N]``; adapter of each row, -1 for none.
+            bucket: Of the graph that will run.
+            num_binds: Rises whenever an index of the tables means another adapter.
+        """
+        used = adapters[adapters >= 0]
+        if not used.size:
+            return 0
+        lora, key = self._kernels_of(bucket), (num_binds, adapters.tobytes())
+        sent = self._sent.get(lora)
+        if sent is None or sent[0] != key:
+            lora.prepare(adapters)
+            sent = self._sent[lora] = key, variant_of(self._tables.max_stacked[used])
+        return sent[1]
+
+    def _kernels_of(self, bucket: int) -> LoraDecode:
+        return self.beside if bucket <= self._max_rows_beside else self.in_line

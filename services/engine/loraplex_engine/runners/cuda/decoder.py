@@ -1,0 +1,198 @@
+"""The decoder on our kernels: cuBLAS for dense products, everything between them ours, all buffers allocated once.
+
+One sequence of launches serves eager steps and capture: nothing here reads the device or depends on values.
+
+Legend: T = tokens of the step, S = sampling rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from loraplex_kernels.attention_decode import AttentionDecode
+from loraplex_kernels.attention_prefill import AttentionPrefill
+from loraplex_kernels.attention_scalar import AttentionScalar
+from loraplex_kernels.embedding import Embedding
+from loraplex_kernels.paged_kv import KvLayout
+from loraplex_kernels.rms_norm import RmsNorm
+from loraplex_kernels.rope_kv import RopeKv
+from loraplex_kernels.silu_mul import SiluMul
+
+from loraplex_engine.runners.cuda.lora_paths import Followers, dense_into
+
+if TYPE_CHECKING:
+    from loraplex_common.decoder_config import ModelConfig
+    from loraplex_kernels.module import KernelLibrary
+    from torch import Tensor
+
+    from loraplex_engine.model.llama import LlamaModel
+    from loraplex_engine.pool_geometry import PoolGeometry
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
+    from loraplex_engine.runners.cuda.step_input import StepInputs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderLimits:
+    """Largest step.
+
+    Attributes:
+        max_tokens: Of one step, decode bucket sizes included.
+        max_rows: Decode rows of one step, bucket sizes included; also most sampling rows.
+        max_context: Longest sequence, in tokens.
+    """
+
+    max_tokens: int
+    max_rows: int
+    max_context: int
+
+
+class Workspace:
+    """Activations of the largest step; smaller steps use their first rows, so addresses never change.
+
+    Attributes:
+        hidden: The residual stream.
+        x: Normed input of qkv and gate_up, and of lm_head.
+        qkv, attended, gate_up, act: Along a layer; ``projected``: scratch of o and down in a decode step.
+        logits: ``[max_rows, vocab]``.
+    """
+
+    def __init__(self, config: ModelConfig, limits: DecoderLimits, *, dtype: torch.dtype, device: torch.device) -> None:
+        def buffer(rows: int, columns: int) -> Tensor:
+            return torch.zeros(rows, columns, dtype=dtype, device=device)
+
+        tokens, hidden = limits.max_tokens, config.hidden_size
+        self.hidden = buffer(tokens, hidden)
+        self.x = buffer(tokens, hidden)
+        self.qkv = buffer(tokens, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+        self.attended = buffer(tokens, config.num_heads * config.head_dim)
+        self.projected = buffer(limits.max_rows, hidden)
+        self.gate_up = buffer(tokens, 2 * config.intermediate_size)
+        self.act = buffer(tokens, config.intermediate_size)
+        self.logits = buffer(limits.max_rows, config.vocab_size)
+
+
+class PagedAttention:
+    """Attention of layers with one size of window."""
+
+    def __init__(self, library: KernelLibrary, layout: KvLayout, limits: DecoderLimits) -> None:
+        self._scalar: AttentionScalar | None = None
+        if library.dtype == torch.float32:
+            self._scalar = AttentionScalar(library, layout)
+            return
+        self._decode = AttentionDecode(library, layout, max_rows=limits.max_rows, max_context=limits.max_context)
+        self._prefill = AttentionPrefill(library, layout)
+
+    def launch(self, layer: int, pool: Tensor, qkv: Tensor, step: StepInputs, num_decode: int, out: Tensor) -> None:
+        """Attend from each token; the first ``num_decode`` are decode rows, the rest in the step's tiles."""
+        if self._scalar is not None:
+            self._scalar.launch(layer, pool, qkv, step.block_tables, step.sequences, step.positions, out)
+            return
+        if num_decode:
+            self._decode.launch(
+                layer,
+                pool,
+                qkv[:num_decode],
+                step.block_tables[:num_decode],
+                step.contexts[:num_decode],
+                out[:num_decode],
+            )
+        if step.tiles.shape[0]:
+            self._prefill.launch(layer, pool, qkv, step.block_tables, step.tiles, out)
+
+
+class CudaDecoder:
+    """Computes steps of one model over a pool it does not own.
+
+    Args:
+        model: Its weights, and nothing else of it, are used.
+        library: Kernels; also says device and element type.
+        pool: uint8 ``[pages, page_bytes]``.
+        geometry: Of KV pages.
+        limits: Largest step.
+
+    Attributes:
+        followers: The kernels that finish qkv and gate_up; LoRA paths launch them with a delta.
+        last_sampled: int32 ``[slots + 1]``; what decode rows feed on; the last entry is padding's.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        library: KernelLibrary,
+        pool: Tensor,
+        geometry: PoolGeometry,
+        limits: DecoderLimits,
+        *,
+        num_slots: int,
+    ) -> None:
+        config = model.config
+        self._model, self._pool = model, pool
+        layouts = {
+            window: KvLayout(
+                page_bytes=geometry.page_bytes,
+                block_tokens=geometry.block_tokens,
+                num_heads=config.num_heads,
+                num_kv_heads=geometry.num_kv_heads,
+                head_dim=config.head_dim,
+                window=window or 0,
+            )
+            for window in dict.fromkeys(config.windows)
+        }
+        self.work = Workspace(config, limits, dtype=library.dtype, device=library.device)
+        self.last_sampled = torch.zeros(num_slots + 1, dtype=torch.int32, device=library.device)
+        rotary = model.rope.reshape(model.rope.shape[0], -1).contiguous()
+        self.followers = Followers(
+            RopeKv(library, layouts[config.windows[0]], pool, rotary, norm_eps=config.rms_norm_eps),
+            SiluMul(library, config.intermediate_size),
+        )
+        self._embedding = Embedding(library, config.hidden_size)
+        self._norm = RmsNorm(library, config.hidden_size, config.rms_norm_eps)
+        attention = {window: PagedAttention(library, layout, limits) for window, layout in layouts.items()}
+        self._attention = [attention[window] for window in config.windows]
+
+    def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
+        """Compute a step's residual stream, but for what is returned: that is still to be added.
+
+        Args:
+            step: Inputs; the first ``num_decode`` tokens are decode rows, also those that are padding.
+            path: How projections are computed.
+            num_decode: Decode rows.
+        """
+        work, tokens = self.work, step.token_ids.shape[0]
+        hidden, x, projected = work.hidden[:tokens], work.x[:tokens], work.projected[:tokens]
+        qkv, attended = work.qkv[:tokens], work.attended[:tokens]
+        gate_up, act = work.gate_up[:tokens], work.act[:tokens]
+        self._embedding.launch(self._model.embedding, step.token_ids, step.slots, self.last_sampled, hidden)
+        rest: Tensor | None = None
+        for index, layer in enumerate(self._model.layers):
+            self._norm.launch(rest, layer.input_norm.weight, x, residual=hidden)
+            path.project(index, "qkv", layer.qkv, x, qkv, step)
+            path.finish_qkv(index, layer, qkv, step)
+            self._attention[index].launch(index, self._pool, qkv, step, num_decode, attended)
+            rest = path.add_to_residual(index, "o", layer.o, attended, hidden, projected, step)
+            self._norm.launch(rest, layer.post_norm.weight, x, residual=hidden)
+            path.project(index, "gate_up", layer.gate_up, x, gate_up, step)
+            path.finish_gate_up(index, gate_up, act, step)
+            rest = path.add_to_residual(index, "down", layer.down, act, hidden, projected, step)
+        return rest
+
+    def logits(self, step: StepInputs, rest: Tensor | None) -> Tensor:
+        """Return the sampling rows' logits, ``[S, vocab]``, after `forward`, which returned ``rest``."""
+        return self._logits(step.sample_tokens.shape[0], rest, self.work.hidden[: step.token_ids.shape[0]], step)
+
+    def logits_of_complete_hidden(self, step: StepInputs, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the sampling rows' logits and the hidden states of all tokens, ``[T, hidden]``."""
+        hidden = self.work.hidden[: step.token_ids.shape[0]]
+        if rest is not None:
+            hidden.add_(rest)
+        return self._logits(step.sample_tokens.shape[0], None, hidden, step), hidden
+
+    def _logits(self, samples: int, rest: Tensor | None, hidden: Tensor, step: StepInputs) -> Tensor:
+        logits, x = self.work.logits[:samples], self.work.x[:samples]
+        if samples:
+            weight = self._model.final_norm.weight
+            self._norm.launch(rest, weight, x, residual=hidden, rows=step.sample_tokens)
+            dense_into(self._model.lm_head, x, logits)
+        return logits

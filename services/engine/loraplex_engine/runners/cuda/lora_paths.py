@@ -1,0 +1,297 @@
+"""Ways through a layer's projections: without adapters, and with LoRA of decode rows or of any tokens.
+
+A path computes the four products of a layer and the pointwise step that must follow qkv's and gate_up's. The decoder
+calls the same methods in the same order whichever path a step takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+import torch
+from loraplex_kernels.rope_kv import RopeKv
+from loraplex_kernels.silu_mul import SiluMul
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_kernels.lora_decode import LoraDecode
+    from torch import Tensor
+
+    from loraplex_engine.model.layers import Dense
+    from loraplex_engine.model.llama import DecoderLayer
+    from loraplex_engine.runners.cuda.step_input import StepInputs
+
+SHRINK_CTAS_PER_SM: Final = 3  # what fits at 80 registers x 256 threads
+EXPAND_CTAS_PER_SM: Final = 6  # kCtasPerSm: at 80 registers x 128 threads
+CTAS_PER_ROW: Final = 64
+
+
+def dense_into(dense: Dense, x: Tensor, out: Tensor) -> None:
+    """Compute ``out[:] = x @ weight.T + bias`` with one cuBLAS call."""
+    if dense.bias is None:
+        torch.mm(x, dense.weight.t(), out=out)
+    else:
+        torch.addmm(dense.bias, x, dense.weight.t(), out=out)
+
+
+def dense_onto(dense: Dense, x: Tensor, out: Tensor) -> None:
+    """Compute ``out[:] += x @ weight.T + bias``: for cuBLAS the same work, rounded once less."""
+    torch.addmm(out, x, dense.weight.t(), out=out)
+    if dense.bias is not None:
+        out.add_(dense.bias)
+
+
+class LayerPath(Protocol):
+    """How a step goes through projections and their followers."""
+
+    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """Compute qkv's or gate_up's product; whether LoRA is in ``out`` yet is the path's affair."""
+        ...
+
+    def add_to_residual(
+        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """Add o's or down's product to the residual stream, but for what is returned: that the next norm adds.
+
+        Args:
+            layer: Decoder layer.
+            op: ``o`` or ``down``.
+            dense: The projection.
+            x: ``[tokens, in_features]``.
+            residual: ``[tokens, hidden]``.
+            scratch: ``[tokens, hidden]`` in a decode step, and what is returned, if anything is.
+            step: The step's inputs.
+        """
+        ...
+
+    def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
+        """Rotate q and k in place, write K and V to their pages."""
+        ...
+
+    def finish_gate_up(self, layer: int, gate_up: Tensor, out: Tensor, step: StepInputs) -> None:
+        """Compute ``out = silu(gate) * up``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Followers:
+    """The pointwise kernels behind products: ``rope`` finishes qkv, ``silu_mul`` gate_up; both can add a delta."""
+
+    rope: RopeKv
+    silu_mul: SiluMul
+
+
+class BasePath:
+    """No row has an adapter."""
+
+    def __init__(self, followers: Followers) -> None:
+        self._rope, self._silu_mul = followers.rope, followers.silu_mul
+
+    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        del layer, op, step
+        dense_into(dense, x, out)
+
+    def add_to_residual(
+        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """See `LayerPath`."""
+        del layer, op, scratch, step
+        dense_onto(dense, x, residual)
+        return None
+
+    def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        q_norm, k_norm = norm_weights(weights)
+        self._rope.launch(layer, qkv, step.positions, step.kv_slots, q_norm=q_norm, k_norm=k_norm)
+
+    def finish_gate_up(self, layer: int, gate_up: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        del layer, step
+        self._silu_mul.launch(gate_up, out)
+
+
+class Fork:
+    """Runs work beside the current stream's; on a CPU simply in order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def beside(self, side_work: Callable[[], None], main_work: Callable[[], None]) -> None:
+        """Do both, the first on the side stream; whatever follows on the current stream comes after both."""
+        if self._side is None:
+            side_work()
+            main_work()
+            return
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            side_work()
+        main_work()
+        current.wait_stream(self._side)
+
+
+@dataclass(frozen=True, slots=True)
+class Grids:
+    """CTAs of the LoRA kernels in a graph, which must do for any adapters of its rows.
+
+    No more than there is room for at a time, and no more than few rows can have work for: a CTA without work still needs
+    a place on a multiprocessor, which a product beside it may hold to its end.
+    """
+
+    shrink: int
+    expand: int
+
+    @classmethod
+    def of(cls, rows: int, num_sms: int) -> Grids:
+        """Return the grids of a graph with that many rows."""
+        few = rows * CTAS_PER_ROW
+        return cls(min(SHRINK_CTAS_PER_SM * num_sms, few), min(EXPAND_CTAS_PER_SM * num_sms, few))
+
+
+class _DecodeLoraPath(BasePath):
+    """What the two LoRA paths of decode steps share.
+
+    Padding rows are in no item, so nothing is computed for them; they keep whatever was there, or accumulate onto it.
+
+    Args:
+        followers: For layers whose qkv or gate_up has no LoRA in this path.
+        lora: The kernels, with the step's items.
+        hidden: Scratch from ``lora.new_scratch``; an op's is used up before the next op's shrink begins.
+        grids: CTAs.
+        ops: Ops that any row's adapter may adapt; the others go as on `BasePath`.
+    """
+
+    def __init__(
+        self, followers: Followers, lora: LoraDecode, hidden: Tensor, grids: Grids, *, ops: frozenset[str]
+    ) -> None:
+        super().__init__(followers)
+        self._lora, self._hidden, self._grids, self._ops = lora, hidden, grids, ops
+
+    def _write_delta(self, layer: int, op: str, x: Tensor, delta: Tensor, step: StepInputs) -> None:
+        self._lora.shrink(layer, op, x, self._hidden, self._grids.shrink)
+        self._lora.expand_delta(layer, op, self._hidden, step.scales, delta, self._grids.expand)
+
+    def _add_delta(self, layer: int, op: str, x: Tensor, y: Tensor, step: StepInputs) -> None:
+        self._lora.shrink(layer, op, x, self._hidden, self._grids.shrink)
+        self._lora.expand_add(layer, op, self._hidden, step.scales, y, self._grids.expand)
+
+
+class BesideLoraPath(_DecodeLoraPath):
+    """Few rows: all of LoRA runs beside the products, so that none of it stands between a product and its follower.
+
+    The followers of qkv and gate_up add a delta that is there by then; o's and down's goes to the residual stream, and
+    the next norm adds their products.
+
+    Args:
+        delta: Scratch, fp32, for the widest of qkv and gate_up; used up by an op's follower.
+        fork: Side stream.
+    """
+
+    def __init__(
+        self,
+        followers: Followers,
+        lora: LoraDecode,
+        hidden: Tensor,
+        grids: Grids,
+        *,
+        ops: frozenset[str],
+        delta: Tensor,
+        fork: Fork,
+    ) -> None:
+        super().__init__(followers, lora, hidden, grids, ops=ops)
+        self._delta, self._fork = delta, fork
+
+    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        if op not in self._ops:
+            dense_into(dense, x, out)
+            return
+        self._fork.beside(
+            lambda: self._write_delta(layer, op, x, self._delta_of(out), step), lambda: dense_into(dense, x, out)
+        )
+
+    def add_to_residual(
+        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """See `LayerPath`."""
+        if op not in self._ops:
+            return super().add_to_residual(layer, op, dense, x, residual, scratch, step)
+        self._fork.beside(lambda: self._add_delta(layer, op, x, residual, step), lambda: dense_into(dense, x, scratch))
+        return scratch
+
+    def _delta_of(self, out: Tensor) -> Tensor:
+        return self._delta[: out.numel()].view(out.shape)
+
+    def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        q_norm, k_norm = norm_weights(weights)
+        delta = self._delta_of(qkv) if "qkv" in self._ops else None
+        self._rope.launch(layer, qkv, step.positions, step.kv_slots, q_norm=q_norm, k_norm=k_norm, delta=delta)
+
+    def finish_gate_up(self, layer: int, gate_up: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        del layer, step
+        self._silu_mul.launch(gate_up, out, delta=self._delta_of(gate_up) if "gate_up" in self._ops else None)
+
+
+class InLineLoraPath(_DecodeLoraPath):
+    """Many rows: one kernel after the other, an op's LoRA before its product, which accumulates onto it.
+
+    Accumulating costs cuBLAS nothing at decode. The order spares qkv's and gate_up's expand a read of its output, and every
+    LoRA kernel follows one of ours, whose end dependent launch lets it overlap; behind a product it could not.
+    """
+
+    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        if op not in self._ops:
+            dense_into(dense, x, out)
+            return
+        self._write_delta(layer, op, x, out, step)
+        dense_onto(dense, x, out)
+
+    def add_to_residual(
+        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """See `LayerPath`."""
+        if op in self._ops:
+            self._add_delta(layer, op, x, residual, step)
+        return super().add_to_residual(layer, op, dense, x, residual, scratch, step)
+
+
+class TokenLora(Protocol):
+    """LoRA of any tokens, decode rows and chunks alike, prepared for one step."""
+
+    def apply(self, layer: int, op: str, x: Tensor, y: Tensor, scales: Tensor) -> None:
+        """Compute ``y += scale * scaling * x A^T B^T``."""
+        ...
+
+
+class AddedLoraPath(BasePath):
+    """Steps with prefill chunks: LoRA is added to each product before its follower."""
+
+    def __init__(self, followers: Followers, lora: TokenLora) -> None:
+        super().__init__(followers)
+        self._lora = lora
+
+    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        dense_into(dense, x, out)
+        self._lora.apply(layer, op, x, out, step.scales)
+
+    def add_to_residual(
+        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """See `LayerPath`."""
+        dense_onto(dense, x, residual)
+        self._lora.apply(layer, op, x, residual, step.scales)
+        return None
+
+
+def norm_weights(weights: DecoderLayer) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weights of qk-norm, if the layer has it."""
+    if weights.q_norm is None or weights.k_norm is None:
+        return None, None
+    return weights.q_norm.weight, weights.k_norm.weight

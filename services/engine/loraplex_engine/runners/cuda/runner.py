@@ -1,0 +1,289 @@
+"""The CUDA backend: decode steps replay graphs, steps with prefill chunks launch the same kernels one by one.
+
+Everything runs on one stream, adapter copies excepted; the host never waits for the device in `launch`, unless a prompt
+whose probabilities are asked for is in the step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from loraplex_common.decoder_config import model_config
+from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
+from loraplex_kernels.tables import AdapterTables, RankLimitError, check_ranks
+
+from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.model.weights import DTYPES
+from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
+from loraplex_engine.runners.cuda.decode_lora import DecodeLora
+from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits
+from loraplex_engine.runners.cuda.graphs import VARIANTS, DecodeGraphs, bucket_sizes
+from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
+from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig, tile_capacity
+from loraplex_engine.runners.cuda.sampling import DeviceSampler
+from loraplex_engine.runners.cuda.step_buffers import StepBuffers
+from loraplex_engine.runners.cuda.step_handle import CudaStepHandle, ResultBuffers
+from loraplex_engine.runners.cuda.step_input import is_pure_decode
+from loraplex_engine.runners.cuda.token_lora import make_token_lora
+from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
+from loraplex_engine.runners.slot_faults import blaming
+from loraplex_engine.runners.top_tokens import likeliest_tokens
+
+if TYPE_CHECKING:
+    from loraplex_common.adapter_image import AdapterSpec, Geometry
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.runners.cuda.adapter_loads import CudaLoadHandle
+    from loraplex_engine.runners.cuda.host_memory import PinnedArena
+    from loraplex_engine.runners.slot_faults import SlotFaults
+    from loraplex_engine.step import StepPlan, TokenLogprobs
+
+
+class CudaRunner:
+    """Computes steps of one base model and any number of its adapters; see `ModelRunner`.
+
+    Args:
+        config: Sizes.
+        weights: Where the base model comes from, on the device already; closed here.
+
+    Attributes:
+        geometry: Of adapter images, as announced to the store.
+        graphs: Captured decode steps.
+    """
+
+    backend: ClassVar[str] = "cuda"
+
+    def __init__(self, config: CudaRunnerConfig, weights: WeightSource) -> None:
+        self._config = config
+        self._device = device = torch.device("cuda", config.device)
+        page_bytes = config.geometry.page_bytes
+        self.geometry: Geometry = config.info.geometry(dtype=config.geometry.dtype, page_bytes=page_bytes)
+        torch.cuda.set_device(device)
+        self._model = LlamaModel(
+            model_config(config.info.config), weights, max_model_len=config.max_model_len, device=device
+        )
+        weights.close()
+        self._pool = torch.zeros((config.num_pages, page_bytes), dtype=torch.uint8, device=device)
+        self._library = _make_library(config, device)
+        sizes = bucket_sizes(config.max_num_seqs)
+        self._limits = DecoderLimits(
+            max_tokens=max(config.max_num_batched_tokens, sizes[-1]),
+            max_rows=sizes[-1],
+            max_context=config.max_model_len,
+        )
+        self._decoder = CudaDecoder(
+            self._model, self._library, self._pool, config.geometry, self._limits, num_slots=config.max_num_seqs
+        )
+        self._tables = _make_tables(config, self.geometry, device)
+        self._base_path = BasePath(self._decoder.followers)
+        self._num_variants = 1
+        if config.max_resident_adapters:
+            self._make_lora_paths()
+        self._sampler = DeviceSampler(
+            self._library,
+            vocab_size=self._model.config.vocab_size,
+            num_slots=config.max_num_seqs,
+            max_rows=self._limits.max_rows,
+        )
+        self._prompt_logprobs = PromptLogprobTracker(self._model)
+        self._loads = AdapterLoads(self._pool, self._tables)
+        self._buffers = StepBuffers(config, self._limits, sizes, device)
+        self._drawn = torch.zeros(2 * sizes[-1], dtype=torch.int32, device=device)
+        self._results = ResultBuffers()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(device)
+        with torch.inference_mode():
+            self.graphs = DecodeGraphs(sizes, self._run_decode, self._stream, num_variants=self._num_variants)
+
+    def _make_lora_paths(self) -> None:
+        config, limits = self._config, self._limits
+        self._decode_lora = DecodeLora(
+            self._library,
+            self._tables,
+            self._pool,
+            followers=self._decoder.followers,
+            max_rows=limits.max_rows,
+            num_sms=torch.cuda.get_device_properties(self._device).multi_processor_count,
+        )
+        self._num_variants = len(VARIANTS)
+        self._token_lora = make_token_lora(
+            self._library,
+            self._tables,
+            self._pool,
+            self.geometry,
+            max_rows=config.max_num_seqs,
+            max_tokens=limits.max_tokens,
+            min_decode_runs=config.min_decode_runs,
+        )
+        self._added_path = AddedLoraPath(self._decoder.followers, self._token_lora)
+        self._num_binds = 0
+
+    @property
+    def pipeline_depth(self) -> int:
+        """The host prepares a step while the device computes the one before."""
+        return 2
+
+    @property
+    def pool(self) -> Tensor:
+        """The pool's memory, uint8 ``[pages, page_bytes]``; for tests."""
+        return self._pool
+
+    def pin_host_memory(self, arena: NDArray[np.uint8]) -> PinnedArena:
+        """Pin the memory that adapter images will come from, in the background; see `ModelRunner`."""
+        return self._loads.pin(arena)
+
+    def launch(self, plan: StepPlan) -> CudaStepHandle:
+        """Start a step."""
+        torch.cuda.set_device(self._device)
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            faults = self._take_over_slots(plan)
+            return self._launch_decode(plan, faults) if is_pure_decode(plan) else self._launch_mixed(plan, faults)
+
+    def _launch_decode(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
+        bucket, count = self.graphs.bucket(len(plan.slots)), len(plan.slots)
+        self._buffers.send_decode(plan, bucket)
+        variant = self._decode_lora.prepare(plan.adapters, bucket, self._num_binds) if self._num_variants > 1 else 0
+        self.graphs.replay(bucket, variant)
+        if self._is_greedy(plan):
+            return self._handle(plan, bucket, faults)
+        return self._handle(plan, count, faults, report=self._sample(plan, self._decoder.work.logits[:count]))
+
+    def _launch_mixed(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
+        step, path = self._buffers.send_mixed(plan), self._base_path
+        if (plan.adapters >= 0).any():
+            self._token_lora.prepare(plan)
+            path = self._added_path
+        rest = self._decoder.forward(step, path, num_decode=plan.num_decode_rows)
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        if self._wants_prompt_logprobs(plan):
+            logits, hidden = self._decoder.logits_of_complete_hidden(step, rest)
+            ends = np.cumsum(plan.num_tokens, dtype=np.int64)
+            prompt_logprobs = self._prompt_logprobs.update(
+                plan, ends, step.token_ids.long(), hidden, self._sampler, faults
+            )
+        else:
+            logits = self._decoder.logits(step, rest)
+        report = None
+        if len(plan.sample_rows):
+            if self._is_greedy(plan):
+                self._draw_greedily(logits, step.sample_slots)
+            else:
+                report = self._sample(plan, logits)
+        return self._handle(plan, len(plan.sample_rows), faults, report=report, prompt_logprobs=prompt_logprobs)
+
+    def _run_decode(self, bucket: int, variant: int) -> None:
+        """Launch what a graph holds."""
+        step = self._buffers.of_bucket(bucket)
+        path = self._decode_lora.path(bucket, variant) if variant else self._base_path
+        rest = self._decoder.forward(step, path, num_decode=bucket)
+        self._draw_greedily(self._decoder.logits(step, rest), step.sample_slots)
+
+    def _take_over_slots(self, plan: StepPlan) -> SlotFaults:
+        """Replace what is kept of slots whose sequence begins in this step; returns those that could not be set up."""
+        faults: SlotFaults = {}
+        begun = plan.begun_slots
+        if begun.size:
+            self._sampler.vacate(begun)
+            self._prompt_logprobs.vacate(begun)
+        for setup in plan.setups:
+            with blaming(faults, [setup.slot], "while its slot was set up"):
+                self._sampler.occupy(setup)
+        return faults
+
+    def _is_greedy(self, plan: StepPlan) -> bool:
+        """Tell whether every row takes its likeliest token and nothing else is asked."""
+        sampling = plan.sampling
+        return (
+            not sampling.temperature.any()
+            and not (sampling.num_logprobs >= 0).any()
+            and not self._sampler.has_any(plan.slots)
+        )
+
+    def _wants_prompt_logprobs(self, plan: StepPlan) -> bool:
+        setups = (self._sampler.setup(slot) for slot in plan.slots[plan.num_decode_rows :].tolist())
+        return any(setup is not None and setup.prompt_logprobs >= 0 for setup in setups)
+
+    def _draw_greedily(self, logits: Tensor, slots: Tensor) -> None:
+        """Put the likeliest tokens where the next step's embedding and the host find them."""
+        best, token_ids = likeliest_tokens(logits)
+        drawn = self._drawn_of(token_ids.shape[0])
+        drawn[0].copy_(token_ids)
+        drawn[1].copy_(torch.isfinite(best))
+        self._decoder.last_sampled.index_copy_(0, slots.long(), drawn[0])
+
+    def _sample(self, plan: StepPlan, logits: Tensor) -> Tensor | None:
+        """Draw as each row asks, into the same places; returns what rows asked to know of it."""
+        slots, drawn = plan.slots[plan.sample_rows], self._drawn_of(len(plan.sample_rows))
+        return self._sampler.sample(logits, slots, plan.sampling, drawn, self._decoder.last_sampled)
+
+    def _drawn_of(self, count: int) -> Tensor:
+        return self._drawn[: 2 * count].view(2, count)
+
+    def _handle(
+        self,
+        plan: StepPlan,
+        columns: int,
+        faults: SlotFaults,
+        *,
+        report: Tensor | None = None,
+        prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
+    ) -> CudaStepHandle:
+        return CudaStepHandle(
+            plan,
+            self._drawn_of(columns),
+            self._results,
+            report=report,
+            prompt_logprobs=prompt_logprobs or {},
+            faults=faults,
+        )
+
+    def load_adapter(
+        self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
+    ) -> CudaLoadHandle:
+        """Start to copy an image into the pool and bind it; see `ModelRunner.load_adapter`."""
+        torch.cuda.set_device(self._device)
+        self._num_binds += 1
+        return self._loads.load(index, spec, pages, source, self._stream)
+
+    def check_adapter(self, spec: AdapterSpec) -> None:
+        """Refuse an adapter that our kernels cannot compute; see `ModelRunner`."""
+        try:
+            check_ranks(spec)
+        except RankLimitError as error:
+            raise AdapterIncompatibleError(
+                f"adapter {spec.digest}: {error}; serve it with --backend torch or train it with a lower rank"
+            ) from error
+
+    def unload_adapter(self, index: int) -> None:
+        """Unbind an index; launched steps keep what they read."""
+        self._loads.unload(index)
+
+    def close(self) -> None:
+        """Wait for the device and free its memory."""
+        self._stream.synchronize()
+        self._loads.close()
+        del self.graphs, self._decoder, self._model, self._pool, self._tables
+        del self._base_path
+        if self._config.max_resident_adapters:
+            del self._added_path, self._token_lora, self._decode_lora
+        del self._prompt_logprobs, self._sampler, self._loads, self._buffers
+        torch.cuda.empty_cache()
+
+
+def _make_library(config: CudaRunnerConfig, device: torch.device) -> KernelLibrary:
+    dependent = config.dependent_launch
+    if dependent is None:
+        dependent = has_dependent_launch(config.arch or device_arch(device))
+    dtype = DTYPES[config.geometry.dtype]
+    return KernelLibrary(device, dtype, arch=config.arch, dependent=dependent, jitter=config.jitter)
+
+
+def _make_tables(config: CudaRunnerConfig, geometry: Geometry, device: torch.device) -> AdapterTables:
+    max_adapters = config.max_resident_adapters
+    capacity = tile_capacity(geometry, num_pages=config.num_pages, max_adapters=max_adapters)
+    return AdapterTables(geometry, max_adapters=max_adapters, tile_capacity=capacity, device=device)

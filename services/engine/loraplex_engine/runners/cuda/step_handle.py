@@ -1,0 +1,134 @@
+"""A launched step's way back: tokens land in pinned memory, an event tells when, the host reads them a step late."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from loraplex_engine.runners.slot_faults import blaming
+from loraplex_engine.step import StepResult, TokenLogprobs, not_finite
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from loraplex_engine.runners.slot_faults import SlotFaults
+    from loraplex_engine.step import StepPlan
+
+
+class ResultBuffers:
+    """Pinned buffers for what a step drew and reports; a buffer is free again once its step's result was read."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Tensor]] = {}
+
+    def take(self, num_ints: int) -> Tensor:
+        """Return an unused buffer, int32, for as many ints; there are as many as steps were ever in flight at once."""
+        size = 1 << max(num_ints - 1, 0).bit_length()
+        free = self._free.setdefault(size, [])
+        return free.pop() if free else torch.zeros(size, dtype=torch.int32, pin_memory=True)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Make a buffer usable again."""
+        self._free[len(buffer)].append(buffer)
+
+
+def read_report(
+    report: NDArray[np.int32], token_ids: NDArray[np.int32], num_logprobs: NDArray[np.int32]
+) -> dict[int, TokenLogprobs]:
+    """Return row -> probabilities of the rows that asked.
+
+    Args:
+        report: int32 ``[rows, 1 + 2 n]``; see `DeviceSampler.sample`.
+        token_ids: int32 ``[rows]``; drawn.
+        num_logprobs: int32 ``[rows]``; -1 did not ask.
+    """
+    most = report.shape[1] // 2
+    values, ids = report[:, : 1 + most].view(np.float32), report[:, 1 + most :]
+    return {
+        row: TokenLogprobs(
+            token_ids=np.concatenate((token_ids[row : row + 1], ids[row, : num_logprobs[row]])),
+            logprobs=values[row, : 1 + min(num_logprobs[row], most)].copy(),
+        )
+        for row in np.flatnonzero(num_logprobs >= 0).tolist()
+    }
+
+
+class CudaStepHandle:
+    """A step on its way through the device; see `StepHandle`.
+
+    Args:
+        plan: The step.
+        drawn: Device tensor int32 ``[2, columns]``: tokens, and 1 where their logits are finite; sampling rows first.
+        buffers: Where pinned memory comes from.
+        report: Device tensor int32 ``[sampling rows, 1 + 2 n]``, see `DeviceSampler.sample`; None if no row asked.
+        prompt_logprobs: See `StepResult`.
+        faults: Slots of the step whose request alone made something raise.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        drawn: Tensor,
+        buffers: ResultBuffers,
+        *,
+        report: Tensor | None,
+        prompt_logprobs: dict[int, list[TokenLogprobs]],
+        faults: SlotFaults,
+    ) -> None:
+        self._plan = plan
+        self._buffers = buffers
+        self._prompt_logprobs = prompt_logprobs
+        self._faults = faults
+        self._result: StepResult | None = None
+        self._shape, self._drawn = tuple(drawn.shape), self._send(drawn)
+        self._report = None if report is None else self._send(report)
+        self._report_shape = () if report is None else tuple(report.shape)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def _send(self, values: Tensor) -> Tensor:
+        pinned = self._buffers.take(values.numel())
+        pinned[: values.numel()].copy_(values.view(-1), non_blocking=True)
+        return pinned
+
+    def is_done(self) -> bool:
+        """Tell without blocking whether the device has finished the step."""
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> StepResult:
+        """Block until the step's tokens are on the host."""
+        if self._result is None:
+            self._event.synchronize()
+            self._result = self._read()
+            self._buffers.give_back(self._drawn)
+            if self._report is not None:
+                self._buffers.give_back(self._report)
+            del self._drawn, self._report
+        return self._result
+
+    def _read(self) -> StepResult:
+        plan, count = self._plan, len(self._plan.sample_rows)
+        drawn = _ints(self._drawn, self._shape)[:, :count].copy()
+        slots = plan.slots[plan.sample_rows]
+        failed = {int(slots[row]): not_finite() for row in np.flatnonzero(drawn[1] == 0)} | self._faults
+        logprobs: dict[int, TokenLogprobs] = {}
+        if self._report is not None:
+            asked = slots[plan.sampling.num_logprobs >= 0].tolist()
+            with blaming(failed, asked, "while its probabilities were read"):
+                logprobs = read_report(_ints(self._report, self._report_shape), drawn[0], plan.sampling.num_logprobs)
+        return StepResult(
+            step_id=plan.step_id,
+            slots=slots,
+            token_ids=drawn[0],
+            logprobs=logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+            failed_slots=failed,
+        )
+
+
+def _ints(pinned: Tensor, shape: tuple[int, ...]) -> NDArray[np.int32]:
+    values: NDArray[np.int32] = pinned[: int(np.prod(shape))].numpy().reshape(shape)
+    return values

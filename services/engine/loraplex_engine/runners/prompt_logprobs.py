@@ -1,0 +1,96 @@
+"""Log probabilities of prompt tokens, for requests that ask for them, across the chunks of a prefill."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraplex_engine.runners.sampled import top_logprobs
+from loraplex_engine.runners.slot_faults import blaming
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loraplex_engine.model.llama import LlamaModel
+    from loraplex_engine.runners.slot_faults import SlotFaults
+    from loraplex_engine.step import SlotSetup, StepPlan, TokenLogprobs
+
+CHUNK_POSITIONS: Final = 64  # positions whose logits are held at once: 64 x 128k tokens are 32 MiB in fp32
+
+
+class KnowsSetups(Protocol):
+    """A sampler."""
+
+    def setup(self, slot: int) -> SlotSetup | None:
+        """Return what the plan's arrays do not say of a slot's occupant; None if they say all."""
+        ...
+
+
+class PromptLogprobTracker:
+    """Computes the entry of a prompt token in the step that takes it as input.
+
+    Its prediction is the output of the position before, which may have been the last of an earlier chunk: that hidden
+    state is kept by slot.
+    """
+
+    def __init__(self, model: LlamaModel) -> None:
+        self._model = model
+        self._carried: dict[int, Tensor] = {}  # slot -> hidden state of the last position computed, [1, hidden]
+
+    def vacate(self, slots: NDArray[np.int32]) -> None:
+        """Forget slots that have a new occupant."""
+        if self._carried:
+            for slot in slots.tolist():
+                self._carried.pop(slot, None)
+
+    def update(
+        self,
+        plan: StepPlan,
+        token_ends: NDArray[np.int64],
+        token_ids: Tensor,
+        hidden: Tensor,
+        sampler: KnowsSetups,
+        faults: SlotFaults,
+    ) -> dict[int, list[TokenLogprobs]]:
+        """Return slot -> entries of the prompt tokens that this step took as input, but for a prompt's first.
+
+        Args:
+            plan: The step.
+            token_ends: int64 ``[N]``; where each row's tokens end in the step.
+            token_ids: int64 ``[T]``; the step's input.
+            hidden: ``[T, hidden]``; the step's output.
+            sampler: Knows which slots asked.
+            faults: Gets the slots whose entries cannot be computed.
+        """
+        result: dict[int, list[TokenLogprobs]] = {}
+        for row in range(plan.num_decode_rows, len(plan.slots)):
+            slot = int(plan.slots[row])
+            setup = sampler.setup(slot)
+            if setup is None or setup.prompt_logprobs < 0:
+                continue
+            last = int(token_ends[row])
+            first = last - int(plan.num_tokens[row])
+            with blaming(faults, [slot], "while its prompt's probabilities were computed"):
+                states, targets = hidden[first : last - 1], token_ids[first + 1 : last]
+                if slot in self._carried:
+                    states, targets = torch.cat((self._carried[slot], states)), token_ids[first:last]
+                self._carried[slot] = hidden[last - 1 : last].clone()
+                result[slot] = self._entries(states, targets, setup.prompt_logprobs)
+        return result
+
+    def _entries(self, states: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:
+        entries: list[TokenLogprobs] = []
+        for part, wanted in zip(
+            torch.split(states, CHUNK_POSITIONS), torch.split(targets, CHUNK_POSITIONS), strict=True
+        ):
+            count = part.shape[0]
+            if count == 0:
+                continue
+            logprobs = self._model.logits(part).float().log_softmax(-1)
+            asked = np.full(count, num_top, dtype=np.int32)
+            picked = top_logprobs(logprobs, wanted, np.arange(count), asked).to_host()
+            entries.extend(picked[position] for position in range(count))
+        return entries

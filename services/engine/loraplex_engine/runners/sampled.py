@@ -1,0 +1,83 @@
+"""What a sampler drew and reports, still on the device.
+
+Legend: S = sampling rows, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraplex_engine.runners.slot_faults import SlotFaults
+from loraplex_engine.runners.top_tokens import likeliest
+from loraplex_engine.step import TokenLogprobs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogprobRows:
+    """Log probabilities of some rows, still on the device.
+
+    Attributes:
+        rows: Indices into the S rows.
+        num_top: Per row, how many likeliest tokens were asked for.
+        drawn: fp32 ``[rows]``; ``top`` and ``top_ids`` ``[rows, max(num_top)]``, best first.
+    """
+
+    rows: NDArray[np.int64]
+    num_top: NDArray[np.int32]
+    token_ids: Tensor
+    drawn: Tensor
+    top: Tensor
+    top_ids: Tensor
+
+    def to_host(self) -> dict[int, TokenLogprobs]:
+        """Return row -> probabilities; waits for the device."""
+        token_ids, drawn = self.token_ids.cpu().numpy(), self.drawn.cpu().numpy()
+        top, top_ids = self.top.cpu().numpy(), self.top_ids.cpu().numpy()
+        return {
+            int(row): TokenLogprobs(
+                token_ids=np.concatenate((token_ids[i : i + 1], top_ids[i, :k])).astype(np.int32),
+                logprobs=np.concatenate((drawn[i : i + 1], top[i, :k])).astype(np.float32),
+            )
+            for i, (row, k) in enumerate(zip(self.rows, self.num_top, strict=True))
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """What was drawn, still on the device.
+
+    Attributes:
+        token_ids: int64 ``[S]``.
+        is_valid: Boolean ``[S]``; False where the logits have no finite maximum.
+        logprobs: Of the rows that asked, in parts.
+        faults: Slots whose request alone made something raise; their tokens mean nothing.
+    """
+
+    token_ids: Tensor
+    is_valid: Tensor
+    logprobs: tuple[LogprobRows, ...] = ()
+    faults: SlotFaults = field(default_factory=dict)
+
+    def logprobs_to_host(self) -> dict[int, TokenLogprobs]:
+        """Return row -> probabilities; waits for the device."""
+        return {row: entry for part in self.logprobs for row, entry in part.to_host().items()}
+
+
+def top_logprobs(
+    logprobs: Tensor, token_ids: Tensor, rows: NDArray[np.int64], num_top: NDArray[np.int32]
+) -> LogprobRows:
+    """Pick given tokens' and the likeliest tokens' entries.
+
+    Args:
+        logprobs: fp32 ``[rows, V]``.
+        token_ids: int64 ``[rows]``.
+        rows: What the rows are called in the result.
+        num_top: int32 ``[rows]``.
+    """
+    top, top_ids = likeliest(logprobs, min(int(num_top.max()), logprobs.shape[1]))
+    drawn = logprobs.gather(1, token_ids[:, None])[:, 0]
+    return LogprobRows(rows=rows, num_top=num_top, token_ids=token_ids, drawn=drawn, top=top, top_ids=top_ids)

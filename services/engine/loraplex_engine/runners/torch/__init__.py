@@ -1,0 +1,1 @@
+"""The torch backend: any device torch has, and the oracle of the CUDA backend."""

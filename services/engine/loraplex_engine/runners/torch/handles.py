@@ -1,0 +1,119 @@
+"""What the torch backend returns for plans and loads in flight."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraplex_engine.runners.sampled import Sampled
+from loraplex_engine.runners.slot_faults import SlotFaults, blaming
+from loraplex_engine.step import StepPlan, StepResult, TokenLogprobs, not_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from loraplex_engine.runners.torch.lora import AdapterTable
+
+
+class TorchStepHandle:
+    """A launched step; see `StepHandle`."""
+
+    def __init__(
+        self, plan: StepPlan, adapters: dict[int, AdapterTable], compute_until: Callable[[TorchStepHandle], None]
+    ) -> None:
+        """Describe a launched step.
+
+        Args:
+            plan: The plan.
+            adapters: Index of the adapter table -> adapter, for those the plan names.
+            compute_until: Computes what was launched up to and including a handle's step.
+        """
+        self.plan = plan
+        self.adapters = adapters  # as bound at the launch; an index may be unbound before the step is computed
+        self.computed = threading.Event()
+        self._compute_until = compute_until
+        self._result: StepResult | None = None
+        self._pending: StepOutput | None = None
+
+    def is_done(self) -> bool:
+        """Tell without blocking whether the step is computed."""
+        return self.computed.is_set() and (self._pending is None or self._pending.is_done())
+
+    def fulfil(self, output: StepOutput) -> None:
+        """Take the step's output, which may still be on its way through the device."""
+        self._pending = output
+        self.computed.set()
+
+    def wait(self) -> StepResult:
+        """Block until the step's tokens are on the host."""
+        self._compute_until(self)
+        if self._result is None:
+            if self._pending is None:
+                raise RuntimeError(f"step {self.plan.step_id} was launched and never computed")
+            self._result = self._pending.to_result(self.plan)
+            self._pending = None
+        return self._result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """A step's output on the device, on its way to the host.
+
+    Attributes:
+        faults: Slots of the step whose request alone made something raise.
+    """
+
+    token_ids: Tensor
+    is_valid: Tensor
+    sampled: Sampled
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    faults: SlotFaults
+    event: torch.cuda.Event | None
+
+    def is_done(self) -> bool:
+        """Tell without blocking whether the device has finished."""
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def to_result(self, plan: StepPlan) -> StepResult:
+        """Wait for the device and convert."""
+        if self.event is not None:
+            self.event.synchronize()
+        slots = plan.slots[plan.sample_rows]
+        failed = {int(slots[row]): not_finite() for row in np.flatnonzero(~self.is_valid.numpy())} | self.faults
+        logprobs: dict[int, TokenLogprobs] = {}
+        if self.sampled.logprobs:
+            asked = slots[plan.sampling.num_logprobs >= 0].tolist()
+            with blaming(failed, asked, "while its probabilities were read"):
+                logprobs = self.sampled.logprobs_to_host()
+        return StepResult(
+            step_id=plan.step_id,
+            slots=slots,
+            token_ids=self.token_ids.numpy().astype(np.int32),
+            logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            failed_slots=failed,
+        )
+
+
+class TorchLoadHandle:
+    """An adapter being copied; see `LoadHandle`."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def is_done(self) -> bool:
+        """Tell whether the pages may be read; raises what the copy raised."""
+        if not self._future.done():
+            return False
+        self._future.result()
+        return True
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Have a function called once the pages may be read or the copy failed, on the copy thread."""
+        self._future.add_done_callback(lambda _: callback())

@@ -1,0 +1,263 @@
+"""The torch backend: computes `StepPlan`s on a CPU or any torch device; the oracle of every faster backend.
+
+Plans are computed on the step loop's thread, adapters copied into the pool on a thread of their own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import numpy as np
+import torch
+from loraplex_common.base_model import BaseModelInfo
+from loraplex_common.decoder_config import model_config
+from torch import Tensor
+
+from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.model.weights import DTYPES, WeightReader
+from loraplex_engine.pool_geometry import PoolGeometry
+from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
+from loraplex_engine.runners.sampler import Sampler
+from loraplex_engine.runners.slot_faults import blaming
+from loraplex_engine.runners.torch.attention import PagedPool
+from loraplex_engine.runners.torch.attention_plan import AttentionStep
+from loraplex_engine.runners.torch.forward import Activations, LlamaForward
+from loraplex_engine.runners.torch.handles import StepOutput, TorchLoadHandle, TorchStepHandle
+from loraplex_engine.runners.torch.lora import AdapterTable, LoraStep, Segment
+from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, StepPlan
+
+if TYPE_CHECKING:
+    from loraplex_common.adapter_image import AdapterSpec, Geometry
+    from numpy.typing import NDArray
+
+    from loraplex_engine.runners.slot_faults import SlotFaults
+
+
+KEPT_BUFFERS: Final = 4  # step sizes whose activation buffers are kept; batches shrink and grow by a few rows
+MAX_KEPT_TOKENS: Final = 256  # of such a step: the buffers of large prefills go back to the allocator
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunnerConfig:
+    """What a `TorchRunner` is built from.
+
+    Attributes:
+        model_dir: In Hugging Face layout.
+        num_pages: Pages of the pool, allocated at once.
+        max_num_seqs: Slots.
+        max_model_len: Longest sequence, in tokens.
+        device: ``cpu`` or ``cuda``.
+        num_threads: Threads of torch's CPU kernels in this process; None leaves torch's choice.
+        emulate_async: For tests: behave like a device that lags behind. `launch` computes nothing; `wait` computes all
+            plans up to its own, and only then are they done.
+    """
+
+    model_dir: Path
+    info: BaseModelInfo
+    geometry: PoolGeometry
+    num_pages: int
+    max_num_seqs: int
+    max_model_len: int
+    device: str = "cpu"
+    num_threads: int | None = None
+    emulate_async: bool = False
+
+
+class TorchRunner:
+    """Computes steps of one base model and any number of its adapters; see `ModelRunner`.
+
+    Attributes:
+        geometry: Of adapter images, as announced to the store.
+    """
+
+    backend: ClassVar[str] = "torch"
+
+    def __init__(self, config: RunnerConfig) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self._device = torch.device(config.device)
+        self._dtype = DTYPES[config.geometry.dtype]
+        page_bytes = config.geometry.page_bytes
+        self.geometry: Geometry = config.info.geometry(dtype=config.geometry.dtype, page_bytes=page_bytes)
+        self._emulate_async = config.emulate_async
+        model = model_config(config.info.config)
+        reader = WeightReader(config.model_dir, dtype=self._dtype, device=self._device)
+        self._model = LlamaModel(model, reader, max_model_len=config.max_model_len, device=self._device)
+        self._forward = LlamaForward(self._model)
+        reader.close()
+        pages = torch.zeros((config.num_pages, page_bytes), dtype=torch.uint8, device=self._device)
+        self._pool = PagedPool(pages, config.geometry, model.num_heads, self._dtype)
+        self._windows = set(model.windows)
+        self._sampler = Sampler(vocab_size=model.vocab_size, device=self._device)
+        self._prompt_logprobs = PromptLogprobTracker(self._model)
+        self._last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self._device)
+        self._adapters: dict[int, AdapterTable] = {}
+        self._buffers: dict[int, Activations] = {}
+        self._launched: deque[TorchStepHandle] = deque()
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
+        self._copy_stream = torch.cuda.Stream() if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @property
+    def pipeline_depth(self) -> int:
+        """Two where `launch` returns before the step is computed."""
+        return 2 if self._emulate_async or self._device.type == "cuda" else 1
+
+    def launch(self, plan: StepPlan) -> TorchStepHandle:
+        """Start a step; on a CPU, compute it."""
+        used = np.unique(plan.adapters).tolist()
+        handle = TorchStepHandle(
+            plan, {index: self._adapters[index] for index in used if index != NO_ADAPTER}, self.compute_until
+        )
+        self._launched.append(handle)
+        if not self._emulate_async:
+            self.compute_until(handle)
+        return handle
+
+    def compute_until(self, handle: TorchStepHandle) -> None:
+        """Compute launched plans in order up to and including a handle's."""
+        while not handle.computed.is_set():
+            first = self._launched.popleft()
+            first.fulfil(self._compute(first.plan, first.adapters))
+
+    @torch.inference_mode()
+    def _compute(self, plan: StepPlan, tables: dict[int, AdapterTable]) -> StepOutput:
+        faults = self._take_over_slots(plan)
+        order = np.argsort(plan.adapters, kind="stable")
+        attention = AttentionStep(self._pool, plan, order, self._windows)
+        attention.clear_new_pages()
+        token_ids = self._input_tokens(plan, order)
+        lora = self._lora_step(plan, order, tables)
+        hidden = self._forward.compute(token_ids, self._activations(len(token_ids)), self._pool, attention, lora)
+        token_ends = np.empty(len(order), dtype=np.int64)  # by row of the plan
+        token_ends[order] = np.cumsum(plan.num_tokens[order])
+        prompt_logprobs = self._prompt_logprobs.update(plan, token_ends, token_ids, hidden, self._sampler, faults)
+        last = torch.from_numpy(token_ends[plan.sample_rows] - 1).to(self._device)
+        slots = plan.slots[plan.sample_rows]
+        sampled = self._sampler.sample(self._model.logits(hidden.index_select(0, last)), slots, plan.sampling)
+        self._last_tokens[torch.from_numpy(slots.astype(np.int64)).to(self._device)] = sampled.token_ids
+        event = None
+        token_ids_host = sampled.token_ids.to("cpu", non_blocking=True)
+        is_valid_host = sampled.is_valid.to("cpu", non_blocking=True)
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return StepOutput(
+            token_ids=token_ids_host,
+            is_valid=is_valid_host,
+            sampled=sampled,
+            prompt_logprobs=prompt_logprobs,
+            faults=faults | sampled.faults,
+            event=event,
+        )
+
+    def _take_over_slots(self, plan: StepPlan) -> SlotFaults:
+        """Replace what is kept of slots whose sequence begins in this step; returns those that could not be set up."""
+        faults: SlotFaults = {}
+        begun = plan.begun_slots
+        self._sampler.vacate(begun)
+        self._prompt_logprobs.vacate(begun)
+        for setup in plan.setups:
+            with blaming(faults, [setup.slot], "while its slot was set up"):
+                self._sampler.occupy(setup)
+        return faults
+
+    def _input_tokens(self, plan: StepPlan, order: NDArray[np.int64]) -> Tensor:
+        """Return the step's input, int64 ``[T]``, rows in the order of computation; sampled tokens come from the device."""
+        lengths = plan.num_tokens[order]
+        ends = np.cumsum(plan.num_tokens)
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        tokens = plan.token_ids[np.repeat((ends - plan.num_tokens)[order], lengths) + within].astype(np.int64)
+        fed = np.flatnonzero(tokens == FROM_DEVICE)
+        slots = np.repeat(plan.slots[order], lengths)[fed].astype(np.int64)
+        token_ids = torch.from_numpy(tokens).to(self._device)
+        if fed.size:
+            last = self._last_tokens[torch.from_numpy(slots).to(self._device)]
+            token_ids[torch.from_numpy(fed).to(self._device)] = last
+        return token_ids
+
+    def _lora_step(self, plan: StepPlan, order: NDArray[np.int64], tables: dict[int, AdapterTable]) -> LoraStep | None:
+        if not tables:
+            return None
+        adapters = plan.adapters[order]
+        ends = np.cumsum(plan.num_tokens[order])
+        scales = np.repeat(plan.adapter_scales[order], plan.num_tokens[order]).astype(np.float32)
+        segments = []
+        for index in sorted(tables):
+            rows = np.flatnonzero(adapters == index)
+            first, last = int(ends[rows[0]] - plan.num_tokens[order[rows[0]]]), int(ends[rows[-1]])
+            own = scales[first:last]
+            column = torch.from_numpy(own).to(self._device) if (own != 1).any() else None
+            segments.append(Segment(first=first, last=last, table=tables[index], scales=column))
+        return LoraStep(segments, self._dtype)
+
+    def _activations(self, num_tokens: int) -> Activations:
+        buffers = self._buffers.pop(num_tokens, None)
+        if buffers is None:
+            buffers = Activations(self._model.config, num_tokens, dtype=self._dtype, device=self._device)
+            if num_tokens > MAX_KEPT_TOKENS:
+                return buffers
+            while len(self._buffers) >= KEPT_BUFFERS:
+                del self._buffers[next(iter(self._buffers))]
+        self._buffers[num_tokens] = buffers  # last in the dict is last used
+        return buffers
+
+    def check_adapter(self, spec: AdapterSpec) -> None:
+        """Return: torch computes every adapter that an image can hold."""
+
+    def pin_host_memory(self, arena: NDArray[np.uint8]) -> object:
+        """Leave the arena as it is: copies here are plain."""
+
+    def load_adapter(
+        self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
+    ) -> TorchLoadHandle:
+        """Start to copy an image into the pool and bind it; see `ModelRunner.load_adapter`."""
+        if index in self._adapters:
+            raise RuntimeError(f"index {index} of the adapter table is in use")
+        readers = list(self._launched)
+        event = None
+        if self._copy_stream is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return TorchLoadHandle(self._copier.submit(self._copy, index, spec, pages.copy(), source, readers, event))
+
+    def _copy(
+        self,
+        index: int,
+        spec: AdapterSpec,
+        pages: NDArray[np.int32],
+        source: NDArray[np.uint8],
+        readers: list[TorchStepHandle],
+        event: torch.cuda.Event | None,
+    ) -> None:
+        for handle in readers:
+            handle.computed.wait()
+        with torch.inference_mode():
+            if self._copy_stream is None or event is None:
+                memory = self._pool.pages.numpy()
+                for row, page in enumerate(pages.tolist()):
+                    memory[page] = source[row]
+            else:
+                with torch.cuda.stream(self._copy_stream):
+                    self._copy_stream.wait_event(event)
+                    for row, page in enumerate(pages.tolist()):
+                        self._pool.pages[page].copy_(torch.from_numpy(np.array(source[row])))
+                self._copy_stream.synchronize()
+            self._adapters[index] = AdapterTable(self.geometry, spec, pages, self._pool.values)
+
+    def unload_adapter(self, index: int) -> None:
+        """Unbind an index; launched steps keep what they read."""
+        del self._adapters[index]
+
+    def close(self) -> None:
+        """Stop the copy thread and free the device's memory."""
+        for handle in self._launched:
+            handle.computed.set()
+        self._launched.clear()
+        self._copier.shutdown()
+        self._adapters.clear()
+        self._buffers.clear()
+        del self._forward, self._model, self._pool

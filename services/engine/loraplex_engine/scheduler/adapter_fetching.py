@@ -1,0 +1,134 @@
+"""Fetches the adapters of waiting requests to the device, those of the next ones first.
+
+The queue is the prediction of what will be needed: an adapter is asked of the store when its first request arrives, and
+copied to the device when that request is near its turn. Requests next in order *claim* their adapters, so that no load for
+a request behind them evicts these again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+from loraplex_engine.adapters.adapter import Room
+from loraplex_engine.messages import ResidencyState
+from loraplex_engine.scheduler.eviction_rule import EvictionRule
+from loraplex_engine.scheduler.placement import Outcome
+
+if TYPE_CHECKING:
+    from loraplex_engine.adapters.cache import AdapterCache
+    from loraplex_engine.scheduler.eviction import PageSource
+    from loraplex_engine.scheduler.feasibility import Feasibility
+    from loraplex_engine.scheduler.request import Request
+    from loraplex_engine.scheduler.request_book import RequestBook
+
+CLAIMS_AHEAD: Final = 8
+"""Adapters kept or loaded for those next in order, beyond the free places in the batch."""
+
+_ON_THE_WAY: Final = (ResidencyState.WANTED, ResidencyState.LOADING, ResidencyState.DRAINING)
+
+
+class AdapterFetching:
+    """Claims and loads.
+
+    Args:
+        source: Makes room for adapters.
+        feasibility: Refuses what can never fit, once its adapter's size is known.
+    """
+
+    def __init__(self, *, book: RequestBook, cache: AdapterCache, source: PageSource, feasibility: Feasibility) -> None:
+        self._book = book
+        self._queue = book.queue
+        self._batch = book.batch
+        self._cache = cache
+        self._source = source
+        self._feasibility = feasibility
+
+    def claim(self, request: Request, *, is_reserving: bool) -> bool:
+        """Keep a request's adapter for it if it is near enough to a place, or pages are; False if it is not."""
+        digest = request.adapter_digest
+        if digest is None or request.has_claim:
+            return True
+        is_new = not self._cache.states.num_claims_of(digest)
+        if is_new and self._num_ahead >= CLAIMS_AHEAD and not is_reserving:
+            return False
+        self._cache.states.claim(digest)
+        request.has_claim = True
+        return True
+
+    @property
+    def _num_ahead(self) -> int:
+        """Adapters fetched for more requests than there are places.
+
+        While there are places, only loads on their way count: the first in order must be able to start one, however many
+        claims those have that were first before.
+        """
+        num_free = self._batch.state.num_free
+        return self._cache.states.num_loading - num_free if num_free else self._cache.states.num_claimed
+
+    def fetch(self, request: Request, digest: str, now_s: float, *, reserving: Request | None) -> Outcome:
+        """Move a request's adapter a state nearer to residency, and park the request if that takes time.
+
+        Args:
+            request: The request.
+            digest: Its adapter.
+            now_s: Now.
+            reserving: The request that all pages are kept for, if there is one.
+        """
+        state = self._cache.state_of(digest)
+        if state is ResidencyState.RESIDENT:
+            return Outcome.NO_PLACE
+        if state is ResidencyState.ABSENT:
+            self._cache.states.want(digest, request.objective_s)
+        elif state is ResidencyState.IN_ARENA:
+            if self._feasibility.refuse_if_too_large(request):
+                return Outcome.GONE
+            outcome = self._load(request, digest, reserving)
+            if outcome is not None:
+                return outcome
+        elif state not in _ON_THE_WAY:
+            raise RuntimeError(f"adapter {digest} is {state}")
+        self._cache.asked_for(digest, request.objective_s)
+        self._queue.park(request, now_s)
+        return Outcome.GONE
+
+    def _load(self, request: Request, digest: str, reserving: Request | None) -> Outcome | None:
+        """Start to load an adapter for a request; None if it is on its way."""
+        num_pages = self._cache.states.num_pages_of(digest) or 0
+        if reserving is None and not self._leaves_headroom(num_pages):
+            return Outcome.NO_PAGES
+        if not self.claim(request, is_reserving=request is reserving):
+            return Outcome.NO_PLACE
+        rule = EvictionRule({digest}, spares_claimed=request is not reserving)
+        room = self._source.make_room(num_pages, rule)
+        if room is Room.NOW:
+            deadline_s = math.inf if request.objective_s is None else request.objective_s
+            room = self._cache.load(digest, rule, deadline_s=deadline_s)
+        if room is not Room.NOW:
+            self._book.unclaim(request)
+            return Outcome.SOON if room is Room.SOON else Outcome.NO_PAGES
+        self._queue.shares.charge(request.share, num_pages * self._batch.state.block_tokens)
+        return None
+
+    def _leaves_headroom(self, num_pages: int) -> bool:
+        """Tell whether each running request could still get one more block, so that none is preempted at once."""
+        return len(self._batch) == 0 or self._source.num_obtainable - num_pages >= len(self._batch)
+
+    def load_unattended(self, digest: str) -> None:
+        """Load an adapter that no request waits with (pinned, or asked for with FAIL_FAST), if idle room allows."""
+        num_pages = self._cache.states.num_pages_of(digest) or 0
+        if self._source.num_obtainable - num_pages >= len(self._batch):
+            rule = EvictionRule({digest}, spares_claimed=True, queue=self._queue)
+            if self._source.make_room(num_pages, rule) is Room.NOW:
+                self._cache.load(digest, rule)
+
+    # --- news of images ---
+
+    def image_arrived(self, digest: str) -> bool:
+        """Tell the requests that wait with an adapter how far it has come; False if none waits with it."""
+        waiting = self._queue.of_adapter(digest)
+        for request in waiting:
+            with self._book.answering_for(request, "when its adapter arrived"):
+                if not self._feasibility.refuse_if_too_large(request):
+                    self._book.report_loading(request, digest)
+        return bool(waiting)

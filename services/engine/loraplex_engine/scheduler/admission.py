@@ -1,0 +1,193 @@
+"""Which request gets the next place in the batch, and whose adapter is loaded for it.
+
+Requests are looked at in the queue's order. One that waits for its adapter or for more room than there is is passed over,
+so it blocks no other. A request passed over for lack of pages for longer than a bound, or while nothing runs that could
+free any, *reserves* them: no other is admitted and no adapter loaded until it fits, so the running requests' pages flow to
+it and it cannot starve.
+
+What a place takes is `placement`'s; which adapters are fetched, and for which requests, `adapter_fetching`'s. Requests next
+in order *claim* their adapters: no load evicts these again, and of places only those that go to requests further ahead. A
+load only promises progress, a place is progress, so claims cannot block each other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+from loraplex_engine.messages import ResidencyState
+from loraplex_engine.scheduler.placement import Outcome, Placement
+from loraplex_engine.scheduler.request import Request, RequestState
+
+if TYPE_CHECKING:
+    from loraplex_engine.adapters.cache import AdapterCache
+    from loraplex_engine.limits import SchedulerLimits
+    from loraplex_engine.scheduler.adapter_fetching import AdapterFetching
+    from loraplex_engine.scheduler.feasibility import Feasibility
+    from loraplex_engine.scheduler.request_book import RequestBook
+
+MAX_LOOKAHEAD: Final = 16
+"""Misfits that one pass looks behind; bounds the cost of a pass when thousands wait."""
+
+
+class Admission:
+    """Moves requests from the queue to the batch.
+
+    Args:
+        limits: Tokens of one step, and how long a request may be passed over.
+        book: Queue and batch.
+        cache: Adapters.
+        fetching: Fetches adapters.
+        placement: Gives a request its place.
+        feasibility: Ends requests that a place would not help.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: SchedulerLimits,
+        book: RequestBook,
+        cache: AdapterCache,
+        fetching: AdapterFetching,
+        placement: Placement,
+        feasibility: Feasibility,
+    ) -> None:
+        self._limits = limits
+        self._book = book
+        self._queue = book.queue
+        self._batch = book.batch
+        self._cache = cache
+        self._fetching = fetching
+        self._placement = placement
+        self._feasibility = feasibility
+        self._reserving: Request | None = None  # the request that all pages are kept for
+        self._spared: set[str] = set()  # adapters claimed by requests that this pass has passed over
+        self._seen: tuple[int, int, int, bool] | None = None  # what held at the last pass
+        self._obtainable_seen = 0
+        self._look_again_s = math.inf
+
+    @property
+    def reserving_digest(self) -> str | None:
+        """Adapter of the request that pages are reserved for: not to be evicted for others' growth."""
+        return self._reserving.adapter_digest if self._reserving else None
+
+    @property
+    def is_reserving(self) -> bool:
+        """True while pages are kept for one request."""
+        return self._reserving is not None
+
+    @property
+    def next_look_s(self) -> float:
+        """When a waiting request must be looked at although nothing has changed; infinity if none must."""
+        if not len(self._queue):
+            return math.inf
+        return min(self._look_again_s, self._queue.next_promotion_s)
+
+    def arrive(self, request: Request, now_s: float) -> None:
+        """Start to fetch a new request's adapter from the store, if it has any and the arena lacks it."""
+        digest = request.adapter_digest
+        if digest is not None and self._cache.state_of(digest) is not ResidencyState.IN_ARENA:
+            self._fetch(request, digest, now_s)
+
+    def load_unattended(self, digest: str) -> None:
+        """Load an adapter that no request waits with (pinned, or asked for with FAIL_FAST), if idle room allows."""
+        if self._reserving is None:
+            self._fetching.load_unattended(digest)
+
+    def admit(self, now_s: float) -> None:
+        """Admit the requests that fit, and start the loads of adapters that the next ones need."""
+        if self._cache.states.num_pinned:
+            for digest in self._cache.states.pins_to_load:
+                self.load_unattended(digest)
+        self._queue.promote(now_s)
+        if self._reserving is not None and self._serve_reserving(self._reserving, now_s):
+            return
+        if not len(self._queue) or not self.has_changed(now_s):
+            return
+        try:
+            self._pass(now_s)
+        finally:
+            self._queue.restore()
+        self._remember()
+
+    def has_changed(self, now_s: float) -> bool:
+        """Tell whether a pass could find anything that the last one did not."""
+        more_room = self._placement.num_obtainable > self._obtainable_seen
+        return more_room or now_s >= self._look_again_s or self._seen != self._signature
+
+    @property
+    def _signature(self) -> tuple[int, int, int, bool]:
+        return (self._queue.version, self._cache.states.sequence, self._batch.version, self._has_budget)
+
+    def _remember(self) -> None:
+        self._seen = self._signature
+        self._obtainable_seen = self._placement.num_obtainable
+
+    @property
+    def _has_budget(self) -> bool:
+        return self._batch.num_prefill_tokens < self._limits.max_num_batched_tokens
+
+    def _pass(self, now_s: float) -> None:
+        self._look_again_s = math.inf
+        self._spared.clear()
+        for _ in range(MAX_LOOKAHEAD):
+            request = self._queue.first(now_s)
+            while request is not None and (outcome := self._consider(request, now_s)) is Outcome.GONE:
+                request = self._queue.first(now_s)
+            if request is None:
+                return
+            if outcome is Outcome.SOON:
+                self._look_again_s = now_s
+                return
+            if outcome is Outcome.NO_PAGES:
+                if self._is_overdue(request, now_s) or self._is_idle:
+                    self._reserving = request
+                    self._serve_reserving(request, now_s)
+                    return
+                self._look_again_s = min(self._look_again_s, now_s + self._limits.max_pass_over_s)
+            self._queue.set_aside(request)
+            if request.has_claim and request.adapter_digest is not None:
+                self._spared.add(request.adapter_digest)
+
+    @property
+    def _is_idle(self) -> bool:
+        """True if nothing under way could ever make room: the first request gets all of it, whatever others claim."""
+        return len(self._batch) == 0 and self._cache.states.num_loading == 0
+
+    def _is_overdue(self, request: Request, now_s: float) -> bool:
+        if request.misfit_since_s is None:
+            request.misfit_since_s = now_s
+        return now_s - request.misfit_since_s > self._limits.max_pass_over_s
+
+    def _serve_reserving(self, request: Request, now_s: float) -> bool:
+        """Try the reserving request alone; False once it needs the reservation no more."""
+        is_waiting = request.state is RequestState.WAITING
+        if is_waiting and not request.is_parked:
+            is_waiting = self._consider(request, now_s) is not Outcome.GONE or request.is_parked
+        digest = request.adapter_digest
+        if is_waiting and request.is_parked and digest is not None:
+            # what the store has yet to send, pages cannot help
+            is_waiting = self._cache.state_of(digest) is not ResidencyState.WANTED
+        if not is_waiting:
+            self._reserving = None
+        return is_waiting
+
+    def _consider(self, request: Request, now_s: float) -> Outcome:
+        outcome = Outcome.GONE  # if looking at it fails it
+        with self._book.answering_for(request, "while a place was sought for it"):
+            outcome = self._look_at(request, now_s)
+        return outcome
+
+    def _look_at(self, request: Request, now_s: float) -> Outcome:
+        digest = request.adapter_digest
+        if digest is not None and self._cache.state_of(digest) is not ResidencyState.RESIDENT:
+            return self._fetch(request, digest, now_s)
+        if not self._batch.state.num_free or not self._has_budget:
+            self._fetching.claim(request, is_reserving=request is self._reserving)
+            return Outcome.NO_PLACE
+        if self._feasibility.refuse_if_too_large(request) or self._feasibility.end_if_unreachable(request, now_s):
+            return Outcome.GONE
+        return self._placement.seat(request, set() if request is self._reserving else set(self._spared))
+
+    def _fetch(self, request: Request, digest: str, now_s: float) -> Outcome:
+        return self._fetching.fetch(request, digest, now_s, reserving=self._reserving)

@@ -1,0 +1,210 @@
+"""Everything that changes with every token, as struct of arrays over slots.
+
+A steady decode step touches these arrays with a few vector operations and no `Request` at all. A slot is one row; an
+occupant keeps its row until it ends or is preempted, and `occupancy` tells its results from a predecessor's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex_engine.step import NO_ADAPTER, SamplingArrays
+
+if TYPE_CHECKING:
+    from loraplex_engine.pages.page_pool import Pages
+    from loraplex_engine.scheduler.request import Request
+
+NO_PAGE: Final = -1
+_NO_TOKEN: Final = -1
+_MIN_STOP_IDS: Final = 4
+
+Rows = NDArray[np.intp]
+"""Slots as numpy indexes with them; int32 costs a conversion each time."""
+
+
+class DecodeState:
+    """Rows of all running requests.
+
+    Legend: S = slots, L = longest sequence, B = blocks of the longest sequence, K = most stop ids of any occupant.
+
+    Attributes:
+        occupancy: int64 ``[S]``; rises whenever the occupant changes.
+        tokens: int32 ``[S, L]``; prompt and known outputs; untouched rows cost no memory.
+        num_prompt_tokens: int32 ``[S]``.
+        num_computed: int32 ``[S]``; tokens in the pool once all launched steps are done.
+        num_outputs: int32 ``[S]``; output tokens the host knows.
+        next_position: int32 ``[S]``; output index that the next sampling step draws.
+        max_outputs: int32 ``[S]``; where LENGTH ends it.
+        min_outputs: int32 ``[S]``; before it, stop ids cannot be drawn.
+        is_decoding: bool ``[S]``; its last prefill chunk was launched.
+        blocks: int32 ``[S, B]``; page ids, `NO_PAGE` beyond ``num_blocks``.
+        num_blocks: int32 ``[S]``.
+        adapters: int32 ``[S]``; index in the runner's table.
+        adapter_scales: fp32 ``[S]``.
+        stop_ids: int32 ``[K, S]``; ids that end the output, filled up with -1.
+        sessions: int64 ``[S]``.
+        session_slots: int32 ``[S]``.
+        wants_logprobs: bool ``[S]``; its tokens travel as events.
+        shares: int32 ``[S]``; index of its fairness key.
+        num_shared_blocks: int32 ``[S]``; leading blocks that it found computed by others.
+    """
+
+    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_tokens: int) -> None:
+        size = max_num_seqs
+        self.block_tokens = block_tokens
+        self.occupancy = np.zeros(size, dtype=np.int64)
+        self.tokens = np.empty((size, max_model_len), dtype=np.int32)
+        self.num_prompt_tokens = np.zeros(size, dtype=np.int32)
+        self.num_computed = np.zeros(size, dtype=np.int32)
+        self.num_outputs = np.zeros(size, dtype=np.int32)
+        self.next_position = np.zeros(size, dtype=np.int32)
+        self.max_outputs = np.zeros(size, dtype=np.int32)
+        self.min_outputs = np.zeros(size, dtype=np.int32)
+        self.is_decoding = np.zeros(size, dtype=np.bool_)
+        self.blocks = np.full((size, -(-max_model_len // block_tokens)), NO_PAGE, dtype=np.int32)
+        self.num_blocks = np.zeros(size, dtype=np.int32)
+        self.adapters = np.full(size, NO_ADAPTER, dtype=np.int32)
+        self.adapter_scales = np.ones(size, dtype=np.float32)
+        self.stop_ids = np.full((_MIN_STOP_IDS, size), _NO_TOKEN, dtype=np.int32)
+        self.sessions = np.zeros(size, dtype=np.int64)
+        self.session_slots = np.zeros(size, dtype=np.int32)
+        self.wants_logprobs = np.zeros(size, dtype=np.bool_)
+        self.shares = np.zeros(size, dtype=np.int32)
+        self.num_shared_blocks = np.zeros(size, dtype=np.int32)
+        self._temperature = np.zeros(size, dtype=np.float32)
+        self._top_k = np.zeros(size, dtype=np.int32)
+        self._top_p = np.zeros(size, dtype=np.float32)
+        self._min_p = np.zeros(size, dtype=np.float32)
+        self._repetition_penalty = np.zeros(size, dtype=np.float32)
+        self._presence_penalty = np.zeros(size, dtype=np.float32)
+        self._frequency_penalty = np.zeros(size, dtype=np.float32)
+        self._seed = np.zeros(size, dtype=np.uint64)
+        self._num_logprobs = np.zeros(size, dtype=np.int32)
+        self._free = list(range(size - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Slots without an occupant."""
+        return len(self._free)
+
+    @property
+    def next_slot(self) -> int:
+        """The slot that `seat` takes."""
+        return self._free[-1]
+
+    def seat(self, request: Request, *, adapter: int, pages: Pages, stop_ids: tuple[int, ...]) -> int:
+        """Give a request a slot with its tokens, pages and settings; returns the slot.
+
+        The first pages hold its first ``request.num_cached`` tokens already. If it raises, the slot is still free.
+        """
+        slot = self.next_slot
+        submission = request.submission
+        known = request.num_known_tokens
+        self.tokens[slot, : request.num_prompt_tokens] = submission.prompt_token_ids
+        self.tokens[slot, request.num_prompt_tokens : known] = request.output_token_ids
+        self.num_prompt_tokens[slot] = request.num_prompt_tokens
+        self.num_computed[slot] = request.num_cached
+        self.num_shared_blocks[slot] = request.num_cached // self.block_tokens
+        self.shares[slot] = request.share
+        self.num_outputs[slot] = self.next_position[slot] = len(request.output_token_ids)
+        self.max_outputs[slot] = request.max_outputs
+        self.min_outputs[slot] = submission.stopping.min_new_tokens
+        self.is_decoding[slot] = False
+        self.adapters[slot] = adapter
+        self.adapter_scales[slot] = submission.adapter_scale
+        self._set_stop_ids(slot, stop_ids)
+        self.sessions[slot] = submission.session_id
+        self.session_slots[slot] = submission.session_slot
+        self._set_sampling(slot, request)
+        self.blocks[slot, : len(pages)] = pages
+        self.num_blocks[slot] = len(pages)
+        self._free.pop()
+        return slot
+
+    def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...]) -> None:
+        most, num_slots = self.stop_ids.shape
+        if len(stop_ids) > most:
+            wider = np.full((max(len(stop_ids), 2 * most), num_slots), _NO_TOKEN, dtype=np.int32)
+            wider[:most] = self.stop_ids
+            self.stop_ids = wider
+        self.stop_ids[:, slot] = _NO_TOKEN
+        self.stop_ids[: len(stop_ids), slot] = stop_ids
+
+    def _set_sampling(self, slot: int, request: Request) -> None:
+        sampling = request.submission.sampling
+        self._temperature[slot] = sampling.temperature
+        self._top_k[slot] = sampling.top_k
+        self._top_p[slot] = sampling.top_p
+        self._min_p[slot] = sampling.min_p
+        self._repetition_penalty[slot] = sampling.repetition_penalty
+        self._presence_penalty[slot] = sampling.presence_penalty
+        self._frequency_penalty[slot] = sampling.frequency_penalty
+        self._seed[slot] = sampling.seed
+        self._num_logprobs[slot] = sampling.num_logprobs
+        self.wants_logprobs[slot] = sampling.num_logprobs >= 0
+
+    def vacate(self, slot: int) -> Pages:
+        """Free a slot and return its pages; results of steps in flight no longer match its occupancy."""
+        pages = self.blocks[slot, : self.num_blocks[slot]].astype(np.intp)
+        self.blocks[slot, : len(pages)] = NO_PAGE
+        self.num_blocks[slot] = 0
+        self.is_decoding[slot] = False
+        self.occupancy[slot] += 1
+        self._free.append(slot)
+        return pages
+
+    def outputs(self, slot: int) -> NDArray[np.int32]:
+        """Return a copy of a slot's output tokens that the host knows, int32."""
+        first = self.num_prompt_tokens[slot]
+        return self.tokens[slot, first : first + self.num_outputs[slot]].copy()
+
+    def rows_to_decode(self, rows: Rows) -> Rows:
+        """Return those of ``rows`` that have another token to draw, in the same order."""
+        return rows[self.is_decoding.take(rows) & (self.next_position.take(rows) < self.max_outputs.take(rows))]
+
+    def needs_block(self, rows: Rows) -> NDArray[np.bool_]:
+        """Tell per row whether its next token lies beyond its blocks."""
+        crosses: NDArray[np.bool_] = self.num_computed.take(rows) == self.num_blocks.take(rows) * self.block_tokens
+        return crosses
+
+    def append_blocks(self, rows: Rows, pages: Pages) -> None:
+        """Give each row one more page."""
+        self.blocks[rows, self.num_blocks[rows]] = pages
+        self.num_blocks[rows] += 1
+
+    def block_tables(self, rows: Rows) -> NDArray[np.int32]:
+        """Return a copy of the rows' blocks, ``[N, P]`` with P the widest of them."""
+        return self.blocks[rows, : self.num_blocks.take(rows).max(initial=0)]
+
+    def sampling(self, rows: Rows) -> SamplingArrays:
+        """Return how the rows draw next, copied."""
+        position = self.next_position.take(rows)
+        return SamplingArrays(
+            temperature=self._temperature.take(rows),
+            top_k=self._top_k.take(rows),
+            top_p=self._top_p.take(rows),
+            min_p=self._min_p.take(rows),
+            repetition_penalty=self._repetition_penalty.take(rows),
+            presence_penalty=self._presence_penalty.take(rows),
+            frequency_penalty=self._frequency_penalty.take(rows),
+            seed=self._seed.take(rows),
+            position=position,
+            num_logprobs=self._num_logprobs.take(rows),
+            ban_stops=position < self.min_outputs.take(rows),
+        )
+
+    def advance(self, rows: Rows, num_tokens: NDArray[np.int32], sampled: Rows) -> None:
+        """Take a step over ``rows`` as launched, which draws one token for each of ``sampled``."""
+        self.num_computed[rows] += num_tokens
+        self.next_position[sampled] += 1
+
+    def record(self, rows: Rows, positions: NDArray[np.int32], token_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Write down drawn tokens and tell per row whether it drew one of its stop ids."""
+        self.tokens[rows, self.num_prompt_tokens.take(rows) + positions] = token_ids
+        self.num_outputs[rows] = positions + 1
+        is_stop: NDArray[np.bool_] = np.logical_or.reduce(self.stop_ids.take(rows, axis=1) == token_ids, axis=0)
+        is_stop &= positions >= self.min_outputs.take(rows)
+        return is_stop

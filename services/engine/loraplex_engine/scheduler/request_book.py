@@ -1,0 +1,215 @@
+"""All open requests: how they begin, lose their place, and end, each in exactly one `Ended`."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from loraplex_engine.faults import internal_error
+from loraplex_engine.limits import SchedulerCounters
+from loraplex_engine.messages import Ended, FinishReason, Loading, Started
+from loraplex_engine.scheduler.outputs import OutputCollector
+from loraplex_engine.scheduler.request import Request, RequestState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from loraplex_common.errors import LoraplexError
+
+    from loraplex_engine.adapters.cache import AdapterCache
+    from loraplex_engine.messages import Submission
+    from loraplex_engine.scheduler.expected_lengths import ExpectedLengths
+    from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
+    from loraplex_engine.scheduler.running_batch import RunningBatch
+    from loraplex_engine.scheduler.waiting_queue import WaitingQueue
+
+
+class SlotInUseError(ValueError):
+    """A session names two open requests alike: the gateway breaks the protocol."""
+
+
+class RequestBook:
+    """Moves requests between queue, batch and end, with all they hold, and tells their sessions.
+
+    Args:
+        queue: Waiting requests.
+        batch: Running requests.
+        sharing: Keeps the blocks of requests that leave.
+        lengths: Learns what requests draw.
+        page_bytes: Size of a pool page, for progress in bytes.
+
+    Attributes:
+        queue: Waiting requests.
+        batch: Running requests.
+        lengths: What requests drew lately.
+        outputs: News that has yet to be sent.
+        counters: What happened so far.
+        last_launched: The last step launched; pages and leases given up now are in use until it is done.
+    """
+
+    def __init__(
+        self,
+        *,
+        queue: WaitingQueue,
+        batch: RunningBatch,
+        cache: AdapterCache,
+        sharing: PrefixSharing,
+        lengths: ExpectedLengths,
+        page_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.queue = queue
+        self.batch = batch
+        self.lengths = lengths
+        self.outputs = OutputCollector()
+        self.counters = SchedulerCounters()
+        self._cache = cache
+        self._sharing = sharing
+        self._page_bytes = page_bytes
+        self._clock = clock
+        self._requests: dict[tuple[int, int], Request] = {}
+        self.last_launched = -1
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def requests(self) -> list[Request]:
+        """All open requests, a copy."""
+        return list(self._requests.values())
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """Session and session slot of each."""
+        return list(self._requests)
+
+    def find(self, session_id: int, session_slot: int) -> Request | None:
+        """Return an open request."""
+        return self._requests.get((session_id, session_slot))
+
+    def open(self, request: Request) -> None:
+        """Take a new request in and queue it.
+
+        Raises:
+            SlotInUseError: If its session has an open request of this number.
+        """
+        if request.key in self._requests:
+            raise SlotInUseError(f"session {request.key[0]} has an open request {request.key[1]} already")
+        self._requests[request.key] = request
+        self.queue.add(request)
+
+    def report_loading(self, request: Request, digest: str) -> None:
+        """Tell how far a waiting request's adapter has come."""
+        status = self._cache.states.status(digest)
+        total = status.num_pages * self._page_bytes
+        event = Loading(
+            session_slot=request.submission.session_slot,
+            state=status.state,
+            bytes_done=total if status.is_in_arena else 0,
+            bytes_total=total,
+        )
+        self.outputs.event(request.submission.session_id, event)
+
+    def start(self, request: Request) -> None:
+        """Tell that a request has got its place, unless it only came back to it."""
+        self.counters.num_looked_up_tokens += request.num_known_tokens
+        self.counters.num_cached_tokens += request.num_cached
+        if request.admitted_s is not None:
+            return
+        request.admitted_s = self._clock()
+        self.counters.num_prompt_tokens += request.num_prompt_tokens
+        self.queue.shares.charge(request.share, request.num_known_tokens - request.num_cached)
+        event = Started(
+            session_slot=request.submission.session_slot,
+            cached_tokens=min(request.num_cached, request.num_prompt_tokens),
+            queue_s=request.admitted_s - request.arrived_s,
+            adapter_load_s=request.adapter_load_s,
+        )
+        self.outputs.event(request.submission.session_id, event)
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's place away; it computes its tokens anew when it is admitted again."""
+        request.output_token_ids = self.batch.state.outputs(request.slot)
+        self._vacate(request)
+        request.move_to(RequestState.WAITING)
+        self.queue.add(request)
+        self.counters.num_preemptions += 1
+
+    def unclaim(self, request: Request) -> None:
+        """Take back a waiting request's claim on its adapter, if it has one."""
+        if request.has_claim and request.adapter_digest is not None:
+            self._cache.states.unclaim(request.adapter_digest)
+            request.has_claim = False
+
+    def _vacate(self, request: Request) -> None:
+        """Take slot, pages and lease away; full blocks stay in the prefix cache."""
+        self._sharing.leave(request, self._clock())
+        self.batch.unseat(request, self.last_launched)
+        self.queue.shares.cease_to_run(request.share)
+        self.queue.uncap(request.share)
+        if request.adapter_digest is not None:
+            self._cache.release(request.adapter_digest, self.last_launched)
+
+    @contextmanager
+    def answering_for(self, request: Request, doing: str) -> Iterator[None]:
+        """Fail a request by what the block raises, and go on with the others.
+
+        The block must leave no half of what it does behind: what it holds when it raises is what the request holds. Not
+        for plain tokens: a steady step does nothing for single requests.
+
+        Args:
+            request: What the block is about, and nothing else.
+            doing: As of `internal_error`.
+        """
+        try:
+            yield
+        except Exception as error:
+            if request.state is RequestState.ENDED:
+                raise  # it was being ended: the accounts themselves are wrong
+            request.is_suspect = True
+            self.fail(request, internal_error(doing, error, request_id=request.submission.request_id))
+
+    def refuse(self, submission: Submission, error: LoraplexError) -> None:
+        """Answer a submission of which no request could be made."""
+        self.outputs.event(submission.session_id, Ended(session_slot=submission.session_slot, error=error))
+
+    def fail(self, request: Request, error: LoraplexError) -> None:
+        """End a request with an error."""
+        self._close(request, error=error)
+
+    def finish(self, request: Request, reason: FinishReason, stop_token_id: int | None = None) -> None:
+        """End a request normally."""
+        self._close(request, finish_reason=reason, stop_token_id=stop_token_id)
+
+    def _close(
+        self,
+        request: Request,
+        *,
+        finish_reason: FinishReason | None = None,
+        stop_token_id: int | None = None,
+        error: LoraplexError | None = None,
+    ) -> None:
+        """Take slot, pages, lease and place in the queue away, whatever it has, and send the one `Ended`."""
+        if request.state is RequestState.RUNNING:
+            self.lengths.observe(int(self.batch.state.num_outputs[request.slot]))
+            self._vacate(request)
+        else:
+            self.queue.remove(request)
+            self.unclaim(request)
+        self.queue.shares.leave(request.share)
+        request.move_to(RequestState.ENDED)
+        del self._requests[request.key]
+        now_s = self._clock()
+        admitted_s = now_s if request.admitted_s is None else request.admitted_s
+        first_token_s = now_s if request.first_token_s is None else request.first_token_s
+        event = Ended(
+            session_slot=request.submission.session_slot,
+            finish_reason=finish_reason,
+            stop_token_id=stop_token_id,
+            error=error,
+            queue_s=admitted_s - request.arrived_s,
+            adapter_load_s=request.adapter_load_s,
+            prefill_s=first_token_s - admitted_s,
+            decode_s=now_s - first_token_s,
+        )
+        self.outputs.event(request.submission.session_id, event)

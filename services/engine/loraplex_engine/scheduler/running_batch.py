@@ -1,0 +1,242 @@
+"""The requests that have a slot, and the plan of the next step over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex_engine.scheduler.decode_state import Rows
+from loraplex_engine.scheduler.request import Request, RequestFaultError
+from loraplex_engine.step import FROM_DEVICE, SlotSetup, StepPlan
+
+if TYPE_CHECKING:
+    from loraplex_engine.pages.page_pool import PagePool, Pages
+    from loraplex_engine.scheduler.decode_state import DecodeState
+
+_NO_TOKENS = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``[start, start + num_tokens)`` of a request's prefill; its first token comes with the last chunk."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    is_last: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchedStep:
+    """What must be remembered of a plan until its result comes.
+
+    Attributes:
+        rows: Slots of all rows, ``[N]``.
+        occupancy: int64 ``[N]``; whose rows they were.
+        sample_rows: int32 ``[S]``; indices into ``rows``.
+        sampled: Slots that sample, ``[S]``.
+        positions: int32 ``[S]``; output index that each sampling row draws.
+        num_decode_rows: The first rows; the others are chunks.
+        chunks: By row: the prefill chunks of the step.
+    """
+
+    step_id: int
+    rows: Rows
+    occupancy: NDArray[np.int64]
+    sample_rows: NDArray[np.int32]
+    sampled: Rows
+    positions: NDArray[np.int32]
+    num_decode_rows: int
+    chunks: tuple[Chunk, ...]
+    launched_s: float = 0.0
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of all chunks."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+class RunningBatch:
+    """Running requests in the order of their admission.
+
+    Attributes:
+        state: Their rows.
+        rows: Slots by admission; another array whenever a request comes or goes, as steps in flight keep theirs.
+        num_prefill_tokens: Tokens of running requests that have yet to be computed before their first draw.
+        version: Rises whenever a request comes or goes.
+    """
+
+    def __init__(self, *, state: DecodeState, pool: PagePool) -> None:
+        self.state = state
+        self.rows: Rows = np.empty(0, dtype=np.intp)
+        self._pool = pool
+        self._requests: list[Request] = []  # by admission
+        self._by_slot: dict[int, Request] = {}
+        self._prefilling: list[Request] = []  # by admission
+        self._setups: list[SlotSetup] = []
+        self.num_prefill_tokens = 0
+        self.version = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def requests(self) -> list[Request]:
+        """A copy, by admission."""
+        return list(self._requests)
+
+    def at(self, slot: int) -> Request:
+        """Return a slot's occupant."""
+        return self._by_slot[slot]
+
+    def seat(
+        self,
+        request: Request,
+        *,
+        adapter: int,
+        found: Pages,
+        new: Pages,
+        stop_ids: tuple[int, ...],
+    ) -> None:
+        """Give a request a slot; its prefill starts with the next plan, behind what is in the pages it found.
+
+        Nothing is changed if it raises: all that depends on what the request asks for comes first.
+        """
+        pages = np.concatenate([found, new]) if len(found) else new
+        setup = _setup_of(request, self.state.next_slot, stop_ids)
+        request.num_cached = len(found) * self.state.block_tokens
+        request.slot = self.state.seat(request, adapter=adapter, pages=pages, stop_ids=stop_ids)
+        request.num_prompt_logprobs_seen = 0
+        request.num_confirmed = request.num_cached
+        self._requests.append(request)
+        self._by_slot[request.slot] = request
+        self._prefilling.append(request)
+        self.num_prefill_tokens += request.num_known_tokens - request.num_cached
+        self._setups.append(setup)
+        self.rows = np.concatenate([self.rows, np.array([request.slot], np.intp)])
+        self.version += 1
+
+    def unseat(self, request: Request, last_step: int) -> None:
+        """Take a request's slot and pages away; those that nobody else holds or may want are free after ``last_step``."""
+        slot = request.slot
+        if request in self._prefilling:
+            self.num_prefill_tokens -= request.num_known_tokens - int(self.state.num_computed[slot])
+            self._prefilling.remove(request)
+        self._setups = [setup for setup in self._setups if setup.slot != slot]
+        self._requests.remove(request)
+        del self._by_slot[slot]
+        self._pool.release(self.state.vacate(slot), last_step)
+        request.slot = -1
+        self.rows = self.rows[self.rows != slot]
+        self.version += 1
+
+    def plan(
+        self, step_id: int, decode_rows: Rows, max_tokens: int, now_s: float
+    ) -> tuple[StepPlan, LaunchedStep] | None:
+        """Build the next step: one token of each decode row, prefill chunks in what is left of ``max_tokens``.
+
+        Raises:
+            RequestFaultError: If a chunk cannot be cut; nothing is changed then.
+        """
+        chunks, inputs = self._cut_chunks(max_tokens - len(decode_rows)) if self._prefilling else ([], [])
+        if not chunks and len(decode_rows) == 0:
+            return None
+        state = self.state
+        num_decode = len(decode_rows)
+        rows = decode_rows
+        num_tokens, token_ids = np.ones(num_decode, np.int32), np.full(num_decode, FROM_DEVICE, np.int32)
+        sample_rows = np.arange(num_decode, dtype=np.int32)
+        if chunks:
+            rows = np.concatenate([rows, np.array([chunk.request.slot for chunk in chunks], np.intp)])
+            num_tokens = np.concatenate([num_tokens, np.array([chunk.num_tokens for chunk in chunks], np.int32)])
+            token_ids = np.concatenate([token_ids, *inputs])
+            last = [num_decode + index for index, chunk in enumerate(chunks) if chunk.is_last]
+            sample_rows = np.concatenate([sample_rows, np.array(last, np.int32)])
+        sampled = rows[sample_rows] if chunks else rows
+        plan = StepPlan(
+            step_id=step_id,
+            slots=rows.astype(np.int32),
+            num_tokens=num_tokens,
+            starts=state.num_computed.take(rows),
+            token_ids=token_ids,
+            block_tables=state.block_tables(rows),
+            adapters=state.adapters.take(rows),
+            adapter_scales=state.adapter_scales.take(rows),
+            num_decode_rows=num_decode,
+            sample_rows=sample_rows,
+            sampling=state.sampling(sampled),
+            setups=tuple(self._take_setups(rows)),
+        )
+        launched = LaunchedStep(
+            step_id=step_id,
+            rows=rows,
+            occupancy=state.occupancy.take(rows),
+            sample_rows=sample_rows,
+            sampled=sampled,
+            positions=plan.sampling.position,
+            num_decode_rows=num_decode,
+            chunks=tuple(chunks),
+            launched_s=now_s,
+        )
+        state.advance(rows, num_tokens, sampled)
+        self._advance(chunks)
+        return plan, launched
+
+    def _cut_chunks(self, budget: int) -> tuple[list[Chunk], list[NDArray[np.int32]]]:
+        """Share ``budget`` tokens out to prefills, first admitted first; returns chunks and their tokens."""
+        chunks: list[Chunk] = []
+        inputs: list[NDArray[np.int32]] = []
+        for request in self._prefilling:
+            if budget <= 0:
+                break
+            try:
+                chunks.append(self._cut(request, budget))
+                inputs.append(self._tokens_of(chunks[-1]))
+            except Exception as error:
+                raise RequestFaultError(request) from error
+            budget -= chunks[-1].num_tokens
+        return chunks, inputs
+
+    def _cut(self, request: Request, budget: int) -> Chunk:
+        start = int(self.state.num_computed[request.slot])
+        left = request.num_known_tokens - start
+        return Chunk(request, start, min(left, budget), left <= budget)
+
+    def _tokens_of(self, chunk: Chunk) -> NDArray[np.int32]:
+        tokens: NDArray[np.int32] = self.state.tokens[chunk.request.slot, chunk.start : chunk.start + chunk.num_tokens]
+        return tokens
+
+    def _take_setups(self, rows: Rows) -> list[SlotSetup]:
+        if not self._setups:
+            return []
+        planned = set(rows.tolist())
+        taken = [setup for setup in self._setups if setup.slot in planned]
+        self._setups = [setup for setup in self._setups if setup.slot not in planned]
+        return taken
+
+    def _advance(self, chunks: list[Chunk]) -> None:
+        """Count chunks as computed; the last one of a prompt makes its request decode from the next plan on."""
+        for chunk in chunks:
+            self.num_prefill_tokens -= chunk.num_tokens
+            if chunk.is_last:
+                self.state.is_decoding[chunk.request.slot] = True
+                self._prefilling.remove(chunk.request)
+
+
+def _setup_of(request: Request, slot: int, stop_ids: tuple[int, ...]) -> SlotSetup:
+    submission = request.submission
+    sampling = submission.sampling
+    uses_penalties = sampling.uses_penalties
+    return SlotSetup(
+        slot=slot,
+        prompt_token_ids=submission.prompt_token_ids if uses_penalties else _NO_TOKENS,
+        output_token_ids=request.output_token_ids if uses_penalties else _NO_TOKENS,
+        logit_bias=sampling.logit_bias,
+        allowed_token_ids=sampling.allowed_token_ids,
+        stop_token_ids=stop_ids if submission.stopping.min_new_tokens > len(request.output_token_ids) else (),
+        prompt_logprobs=sampling.prompt_logprobs if request.owes_prompt_logprobs else -1,
+        uses_penalties=uses_penalties,
+    )

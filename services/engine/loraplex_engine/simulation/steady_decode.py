@@ -1,0 +1,197 @@
+"""Many identical decode steps at once: what a simulator in virtual time jumps over instead of planning each.
+
+Steps are *steady* while every running request decodes and nothing but their own tokens changes: no request is admitted or
+preempted, no prefill is left, no step is in flight. The last steady step is the one that ends a request by its length;
+stop tokens are not foreseen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex_engine.messages import FinishReason
+from loraplex_engine.pages.page_pool import PageOwner
+from loraplex_engine.scheduler.decode_state import Rows
+from loraplex_engine.scheduler.eviction import PageEviction
+from loraplex_engine.scheduler.step_costs import LONGEST_FADE, WEIGHT, StepCosts
+
+if TYPE_CHECKING:
+    from loraplex_engine.adapters.cache import AdapterCache
+    from loraplex_engine.pages.page_pool import PagePool
+    from loraplex_engine.scheduler.scheduler import Scheduler
+
+Draw = Callable[[Rows, NDArray[np.int32], int], NDArray[np.int32]]
+"""(slots, first positions in their sequences, how many) -> token ids, int32 ``[len(slots), how many]``."""
+
+
+class SteadyDecode:
+    """Looks ahead over, and takes, steady steps of a scheduler's batch.
+
+    Args:
+        scheduler: Whose batch; its owners are looked into.
+        pool: Its pages.
+        cache: Its adapters.
+        clock: Its clock.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, *, pool: PagePool, cache: AdapterCache, clock: Callable[[], float]
+    ) -> None:
+        self._scheduler = scheduler
+        self._batch = scheduler.batch
+        self._source = scheduler.kv_source
+        self._pool = pool
+        self._cache = cache
+        self._clock = clock
+
+    @property
+    def horizon(self) -> int:
+        """Decode steps from now on that are alike if nothing arrives, the last one ending a request; 0 if none are.
+
+        Requests may wait: as long as nothing changes, admission does not look at them. A step for which an adapter has to
+        give way is not steady: what that opens to admission and warming is theirs to decide.
+        """
+        batch, source = self._batch, self._source
+        if self._scheduler.num_in_flight or batch.num_prefill_tokens or len(batch) == 0 or not self._is_settled:
+            return 0
+        state, rows = batch.state, batch.rows
+        steps = int((state.max_outputs.take(rows) - state.next_position.take(rows)).min())
+        room = self._room(rows)
+        needed = int(self._missing(room, steps).sum())
+        free = source.num_free
+        if needed <= free:
+            return steps
+        # rows that lack pages make room for a few more (`DecodeGrowth`): so many must be to be had without an adapter
+        watermark = self._scheduler.growth.watermark
+        quiet = self._num_before_adapters(needed + watermark)
+        return self._steps_within(room, steps, max(free, quiet - watermark))[0]
+
+    def _num_before_adapters(self, most: int) -> int:
+        """Return how many pages are free, or cached blocks that go before any idle adapter, up to ``most``."""
+        source = self._source
+        if not isinstance(source, PageEviction):
+            return min(most, source.num_obtainable)  # a share of its own, in which no adapter lies
+        free = self._pool.num_free
+        if free >= most or not self._pool.num_cached:
+            return min(free, most)
+        first = self._cache.ranking.least_idle
+        bound = math.inf if first is None else first.worth - source.block_cost
+        return free + self._scheduler.prefix.num_worth(bound, most - free)
+
+    @property
+    def _is_settled(self) -> bool:
+        """True if admission and warming would change nothing now, and until something happens."""
+        scheduler, now_s = self._scheduler, self._clock()
+        admission, queue, states = scheduler.admission, scheduler.queue, self._cache.states
+        if admission.is_reserving or (states.num_pinned and states.pins_to_load):
+            return False
+        if len(queue) and (admission.has_changed(now_s) or now_s >= queue.next_promotion_s):
+            return False
+        return scheduler.warming.is_settled
+
+    def _steps_within(self, room: NDArray[np.int32], most: int, num_pages: int) -> tuple[int, NDArray[np.int32]]:
+        """Return how many steps that many pages suffice for, up to ``most``, and what each row lacks for them."""
+        missing = self._missing(room, most)
+        if int(missing.sum()) <= num_pages:
+            return most, missing
+        low, high, missing = 0, most, self._missing(room, 0)  # low suffices, high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            more = self._missing(room, middle)
+            if int(more.sum()) <= num_pages:
+                low, missing = middle, more
+            else:
+                high = middle
+        return low, missing
+
+    def _room(self, rows: Rows) -> NDArray[np.int32]:
+        """Return how many more tokens each row's blocks have room for, int32 ``[N]``."""
+        state = self._batch.state
+        room: NDArray[np.int32] = state.num_blocks.take(rows) * state.block_tokens - state.num_computed.take(rows)
+        return room
+
+    def _missing(self, room: NDArray[np.int32], num_steps: int) -> NDArray[np.int32]:
+        """Return how many blocks each row lacks for ``num_steps`` more tokens, int32 ``[N]``."""
+        size = self._batch.state.block_tokens
+        missing: NDArray[np.int32] = np.maximum(num_steps + size - 1 - room, 0) // size
+        return missing
+
+    def skip(self, num_steps: int, draw: Draw, *, growth_s: float = 0.0) -> None:
+        """Take steady steps as launched and done.
+
+        The clock stands at the end of the last of them, and `Scheduler.next_deadline_s` has not passed.
+
+        Args:
+            num_steps: At most `horizon`.
+            draw: Makes the tokens.
+            growth_s: By how much each takes longer than the one before it.
+        """
+        scheduler, state, rows = self._scheduler, self._batch.state, self._batch.rows
+        left = num_steps
+        while left:
+            count, missing = self._steps_within(self._room(rows), left, self._source.num_free)
+            if count == 0:  # blocks give way at the very step that lacks pages
+                if len(scheduler.growth.grow(rows)) != len(rows):
+                    raise RuntimeError("a steady step lacks pages")
+                count = 1  # to which `grow` has given its pages
+            self._append(rows, missing)
+            self._advance(rows, count, draw)
+            left -= count
+        scheduler.counters.num_steps += num_steps
+        scheduler.counters.num_output_tokens += num_steps * len(rows)
+        scheduler.queue.shares.charge_outputs(state.shares.take(rows), num_steps)
+        observe_steady(scheduler.costs, done_s=self._clock(), num_steps=num_steps, growth_s=growth_s)
+        over = rows[state.next_position.take(rows) >= state.max_outputs.take(rows)]
+        for slot in over.tolist():
+            scheduler.book.finish(self._batch.at(slot), FinishReason.LENGTH)
+
+    def _advance(self, rows: Rows, num_steps: int, draw: Draw) -> None:
+        """Do steps for which the rows have the blocks."""
+        state = self._batch.state
+        first = state.num_prompt_tokens.take(rows) + state.next_position.take(rows)
+        columns = first[:, None] + np.arange(num_steps, dtype=np.int32)
+        state.tokens[rows[:, None], columns] = draw(rows, first, num_steps)
+        state.num_computed[rows] += num_steps
+        state.next_position[rows] += num_steps
+        state.num_outputs[rows] += num_steps
+
+    def _append(self, rows: Rows, missing: NDArray[np.int32]) -> None:
+        """Give each row the pages that it lacks, in order."""
+        growing = missing.nonzero()[0]
+        if not len(growing):
+            return
+        state, counts = self._batch.state, missing[growing]
+        ends = counts.cumsum()
+        within = np.arange(ends[-1]) - (ends - counts).repeat(counts)
+        owners = rows[growing].repeat(counts)
+        state.blocks[owners, state.num_blocks.take(owners) + within] = self._pool.allocate(int(ends[-1]), PageOwner.KV)
+        state.num_blocks[rows[growing]] += counts
+
+
+def observe_steady(costs: StepCosts, *, done_s: float, num_steps: int, growth_s: float = 0.0) -> None:
+    """Have costs take in steps without prefill that followed the last observed one, as if one by one.
+
+    Args:
+        costs: Of the scheduler that took them.
+        done_s: When the last of them was done.
+        num_steps: How many.
+        growth_s: By how much each took longer than the one before it.
+    """
+    first_s = (done_s - costs.last_done_s) / num_steps - growth_s * (num_steps - 1) / 2
+    costs.last_done_s = done_s
+    if first_s <= 0:
+        return
+    last_s = first_s + growth_s * (num_steps - 1)
+    costs.longest_step_s = max(last_s, LONGEST_FADE**num_steps * costs.longest_step_s)
+    if not costs.has_decode:
+        costs.decode_step_s, costs.has_decode = first_s, True
+        num_steps, first_s = num_steps - 1, first_s + growth_s
+    # x <- x + w (t - x) over t = first + growth i, summed up with q = 1 - w
+    fade = (1.0 - WEIGHT) ** num_steps
+    ramp = (num_steps - 1 - num_steps * (1.0 - WEIGHT) + fade) / WEIGHT
+    costs.decode_step_s = fade * costs.decode_step_s + (1.0 - fade) * first_s + growth_s * ramp

@@ -1,0 +1,55 @@
+"""Names of blocks: equal exactly where keys and values are."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from loraplex_engine.pages.block_keys import KEY_BYTES, BlockKeys
+
+tokens = st.lists(st.integers(0, 3), max_size=12)
+digests = st.sampled_from([None, "a", "ab", "b"])
+salts = st.sampled_from(["", "a", "b", "ab"])
+scales = st.sampled_from([1.0, 0.5])
+
+
+def names(
+    token_ids: list[int], digest: str | None = None, scale: float = 1.0, salt: str = "", block_tokens: int = 2
+) -> list[bytes]:
+    keys = BlockKeys(adapter_digest=digest, adapter_scale=scale, cache_salt=salt, block_tokens=block_tokens)
+    return list(keys.extend(np.array(token_ids, dtype=np.int32)))
+
+
+@given(first=st.tuples(tokens, digests, scales, salts), second=st.tuples(tokens, digests, scales, salts))
+def test_blocks_share_a_name_only_if_all_that_they_depend_on_is_equal(
+    first: tuple[list[int], str | None, float, str], second: tuple[list[int], str | None, float, str]
+) -> None:
+    def depends_on(request: tuple[list[int], str | None, float, str], block: int) -> object:
+        token_ids, digest, scale, salt = request
+        return token_ids[: 2 * block + 2], digest, scale if digest else 1.0, salt
+
+    for (i, one), (j, other) in itertools.product(enumerate(names(*first)), enumerate(names(*second))):
+        assert (one == other) == (depends_on(first, i) == depends_on(second, j))
+
+
+def test_an_adapter_has_no_name_in_common_with_the_base_whatever_it_touches() -> None:
+    # Its digest is all that is known of it here: one that only touches `down` of layer 0 is as different as any.
+    prompt = list(range(64))
+
+    assert set(names(prompt)).isdisjoint(names(prompt, digest="only-down-of-layer-0"))
+
+
+def test_only_full_blocks_have_names() -> None:
+    assert [len(names(list(range(length)), block_tokens=4)) for length in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
+    assert all(len(name) == KEY_BYTES for name in names(list(range(8))))
+
+
+@given(token_ids=tokens, cuts=st.lists(st.integers(0, 12), max_size=3))
+def test_naming_a_sequence_as_it_grows_is_naming_it_at_once(token_ids: list[int], cuts: list[int]) -> None:
+    growing = BlockKeys(adapter_digest=None, adapter_scale=1.0, cache_salt="", block_tokens=2)
+    for cut in sorted(cuts):
+        growing.extend(np.array(token_ids[:cut], dtype=np.int32))
+
+    assert growing.extend(np.array(token_ids, dtype=np.int32)) == names(token_ids)
