@@ -180,12 +180,13 @@ def running_gateway(mode: str, folder: Path) -> Iterator[list[str]]:
 
 def credentials_of(mode: str, folder: Path) -> tuple[list[str], list[str]]:
     """Return what engines and clients are told of credentials, and what the gateway is."""
+    from loraplex_client.credentials.folder import CredentialsFolder, Plan
+
     if mode == "open":
         return [], []
     made = folder / "credentials"
     if not made.exists():
-        command = [sys.executable, "-m", "loraplex_client", "credentials", "make", str(made)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        CredentialsFolder(made).make(Plan())
     own = made / "gateway"
     files = {
         "--tls-cert": own / "tls.crt",
