@@ -5,9 +5,9 @@ Usage: ``python benchmarks/gateway.py [--streams 256] [--tokens 400] [--clients 
 Every part is a process of its own: Valkey, engine doubles that give each running request a token per step as fast as
 they are read, one gateway, and clients. Three modes are run in turn, `rounds` times: *open* (nobody is asked who they
 are), *mtls* (mutual TLS and keys on every hop, API keys for clients) and *mtls+quotas* (besides, every limit of a quota
-on a tenant that never reaches it). Per mode: tokens per second of all streams together, and the time from a request to
-its first token while few requests run. The exit code is 0 if, by the medians, *mtls+quotas* has at least 0.95 of the
-throughput of *open* and at most 1 ms more to the first token.
+on a tenant that never reaches it). Per mode: tokens per second of all streams together, what the gateway computes per
+token, and the time from a request to its first token while few requests run. The exit code is 0 if, by the medians, a
+token of *open* costs the gateway at least 0.95 of one of *mtls+quotas*, and the first token comes at most 1 ms later.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ MODES = ("open", "mtls", "mtls+quotas")
 LEAST_THROUGHPUT = 0.95
 MOST_ADDED_MS = 1.0
 NUM_ENGINES = 2
-FIRST_TOKEN_STREAMS = 8
-FIRST_TOKEN_REQUESTS = 40
+FIRST_TOKEN_STREAMS = 2
+FIRST_TOKEN_REQUESTS = 150
 QUOTAS = """[default]
 requests_per_minute = 100000000
 tokens_per_minute = 100000000000
@@ -153,6 +153,11 @@ class Part:
             raise SystemExit(f"a client ended with {self._process.returncode}")
         return text
 
+    def cpu_s(self) -> float:
+        """Return how long it has computed."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         """End it."""
         self._process.kill()
@@ -160,8 +165,8 @@ class Part:
 
 
 @contextlib.contextmanager
-def running_gateway(mode: str, folder: Path) -> Iterator[list[str]]:
-    """Run a gateway and its engines; yields what clients need to be told."""
+def running_gateway(mode: str, folder: Path) -> Iterator[tuple[Part, list[str]]]:
+    """Run a gateway and its engines; yields it and what clients need to be told."""
     from loraplex_common.valkey import EmbeddedValkey
     from support.gateway_rig import model_directory
 
@@ -175,7 +180,7 @@ def running_gateway(mode: str, folder: Path) -> Iterator[list[str]]:
         ports = ("--port", "0", "--http-port", "0", "--metrics-port", "0", "--log-level", "warning")
         gateway = Part("-m", "loraplex_gateway", *where, *ports, *asks, awaits_ready=True)
         stack.callback(gateway.close)
-        yield ["--target", gateway.addresses["grpc"], *credentials]
+        yield gateway, ["--target", gateway.addresses["grpc"], *credentials]
 
 
 def credentials_of(mode: str, folder: Path) -> tuple[list[str], list[str]]:
@@ -205,13 +210,16 @@ def credentials_of(mode: str, folder: Path) -> tuple[list[str], list[str]]:
 
 def measure(mode: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Return a mode's tokens per second and its median time to the first token, in milliseconds."""
-    with running_gateway(mode, folder) as told:
+    with running_gateway(mode, folder) as (gateway, told):
         share = ["--streams", str(arguments.streams // arguments.clients), "--tokens", str(arguments.tokens)]
         first = Part(__file__, "client", *told, *share, "--first-token").output()
+        before_s = gateway.cpu_s()
         clients = [Part(__file__, "client", *told, *share) for _ in range(arguments.clients)]
         times = [Times(**json.loads(client.output())) for client in clients]
+        cpu_s, num_tokens = gateway.cpu_s() - before_s, sum(each.num_tokens for each in times)
     return {
-        "tokens_per_s": sum(each.num_tokens for each in times) / max(each.wall_s for each in times),
+        "tokens_per_s": num_tokens / max(each.wall_s for each in times),
+        "cpu_us_per_token": 1e6 * cpu_s / num_tokens,
         "first_token_ms": statistics.median(Times(**json.loads(first)).first_token_ms),
     }
 
@@ -230,7 +238,9 @@ def compare(arguments: argparse.Namespace) -> int:
     medians = {
         mode: {key: statistics.median(run[key] for run in each) for key in each[0]} for mode, each in runs.items()
     }
-    share = medians["mtls+quotas"]["tokens_per_s"] / medians["open"]["tokens_per_s"]
+    # A gateway's limit is the one core of its event loop: what it computes per token says more than wall time on a machine
+    # that others share.
+    share = medians["open"]["cpu_us_per_token"] / medians["mtls+quotas"]["cpu_us_per_token"]
     added_ms = medians["mtls+quotas"]["first_token_ms"] - medians["open"]["first_token_ms"]
     is_good = share >= LEAST_THROUGHPUT and added_ms <= MOST_ADDED_MS
     print(
