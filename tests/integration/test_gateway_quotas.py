@@ -358,8 +358,8 @@ async def test_refusals_are_counted_by_limit_and_name_the_tenant_to_those_who_ma
                 with pytest.raises(openai.RateLimitError):
                     await client.completions.create(model="tiny", prompt="x", max_tokens=2, n=n)
         async with httpx.AsyncClient() as http:
-            shown = await http.get(f"{rig.http}/metrics", headers={"authorization": "Bearer root-key"})
-            hidden = await http.get(f"{rig.http}/metrics")
+            shown = await http.get(rig.metrics, headers={"authorization": "Bearer root-key"})
+            hidden = await http.get(rig.metrics)
 
         name = "loraplex_gateway_quota_refusals_total"
         assert f'{name}{{limit="requests_per_minute",tenant="acme"}} 2.0' in shown.text

@@ -64,12 +64,15 @@ class Measurement:
 
 
 def read_results() -> list[dict[str, Any]]:
-    """Return the engine's result files of one H100, the oldest first."""
+    """Return the engine's result files of one H100, the oldest first; other benchmarks' files have no such head."""
     documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     return [
         document
         for document in documents
-        if "H100" in str(document["meta"].get("gpu", "")) and document["rows"] and "suite" in document["rows"][0]
+        if "meta" in document
+        and "H100" in str(document["meta"].get("gpu", ""))
+        and document["rows"]
+        and "suite" in document["rows"][0]
     ]
 
 

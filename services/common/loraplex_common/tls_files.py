@@ -6,7 +6,7 @@ import ssl
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import grpc
 
@@ -14,6 +14,10 @@ from loraplex_common.watched_files import WatchedFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+MAX_READS: Final = 5
+ROTATION_S: Final = 0.02
+"""How long the files of one rotation take to be replaced."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,10 +62,26 @@ class TlsFiles:
     def contents(self, purpose: ssl.Purpose) -> TlsContents:
         """Return the files' bytes, checked as by `context`.
 
+        Files are replaced one after another: where they do not fit together, or change meanwhile, they are read again after
+        a moment, a few times.
+
         Raises:
-            OSError: As `context`.
+            OSError: As `context`, or if they keep changing.
         """
-        self.context(purpose)
+        for num_left in reversed(range(MAX_READS)):
+            before = self._read()
+            try:
+                self.context(purpose)
+            except OSError:
+                if not num_left:
+                    raise
+            else:
+                if self._read() == before:
+                    return before
+            time.sleep(ROTATION_S)
+        raise OSError(f"TLS files {', '.join(map(str, self.paths))} keep changing")
+
+    def _read(self) -> TlsContents:
         cert, key, ca = (None if path is None else path.read_bytes() for path in (self.cert, self.key, self.ca))
         return TlsContents(cert=cert, key=key, ca=ca)
 

@@ -204,7 +204,7 @@ class Fleet:
     def _gateway(self, index: int) -> Part:
         def spawn(ports: Sequence[str]) -> ServiceProcess:
             peers = ("--store-target", self.store_of(index).grpc, "--redis-url", self.valkey.url)
-            listen = ("--port", ports[0], "--http-port", ports[1])
+            listen = ("--port", ports[0], "--http-port", ports[1], *QUIET_PORT)
             arguments = ["--model", str(self._model), *peers, *listen, "--drain-settle-s", "0", "--drain-grace-s", "8"]
             return ServiceProcess("loraplex_gateway", arguments, log_dir=self._logs(f"gateway{index}"))
 

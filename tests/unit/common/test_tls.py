@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,3 +197,23 @@ async def test_files_that_do_not_fit_together_are_refused_at_the_start(authority
 
     with pytest.raises(OSError, match="cannot be used together"):
         tls_files.server_credentials(tls_files.TlsFiles(cert=cert.cert, key=other.key))
+
+
+def test_files_that_are_being_replaced_are_read_once_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = TestAuthority(tmp_path)
+    first, second = authority.issue("node"), authority.issue("other")
+    files = tls_files.TlsFiles(cert=first.cert, key=first.key, ca=authority.ca)
+    write(first.cert, second.cert.read_bytes())  # half of a rotation: the key is still the old one
+    monkeypatch.setattr("time.sleep", lambda _s: write(first.key, second.key.read_bytes()))
+
+    contents = files.contents(ssl.Purpose.SERVER_AUTH)
+
+    assert (contents.cert, contents.key) == (second.cert.read_bytes(), second.key.read_bytes())
+
+
+def test_files_that_never_fit_are_refused(tmp_path: Path) -> None:
+    authority = TestAuthority(tmp_path)
+    first, second = authority.issue("node"), authority.issue("other")
+
+    with pytest.raises(OSError, match="cannot be used together"):
+        tls_files.TlsFiles(cert=first.cert, key=second.key, ca=authority.ca).contents(ssl.Purpose.SERVER_AUTH)
