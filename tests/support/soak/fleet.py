@@ -141,10 +141,10 @@ class Fleet:
         return self.stores[index % NUM_STORES]
 
     async def start(self) -> None:
-        """Start everything."""
+        """Start everything, each kind before those that look for it."""
         self.valkey.start()
-        await asyncio.gather(*(store.start() for store in self.stores))
-        await asyncio.gather(*(part.start() for part in (*self.engines, *self.gateways)))
+        for kind in (self.stores, self.engines, self.gateways):
+            await asyncio.gather(*(part.start() for part in kind))
 
     async def close(self) -> list[str]:
         """End everything and return what did not end well."""
