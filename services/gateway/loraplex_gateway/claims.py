@@ -111,16 +111,25 @@ class RequestClaims:
         return value.decode() if isinstance(value, bytes) else None
 
     @asynccontextmanager
-    async def hold(self, tenant: str, request_id: str, *, takes_over: bool = False) -> AsyncIterator[RunningRequest]:
+    async def hold(
+        self,
+        tenant: str,
+        request_id: str,
+        *,
+        takes_over: bool = False,
+        meanwhile: Callable[[], Awaitable[None]] | None = None,
+    ) -> AsyncIterator[RunningRequest]:
         """Claim a request for as long as the block runs.
 
         Args:
             tenant: Whose request.
             request_id: Its id.
             takes_over: End a request of this id that runs here, and have one that runs elsewhere end itself.
+            meanwhile: Awaited while the claim is on its way, so that a request waits for one round trip and not for two.
 
         Raises:
             RequestRunningError: If a request of this id is running here or on another gateway, and is not taken over.
+            LoraplexError: What ``meanwhile`` raises.
         """
         key = (tenant, request_id)
         before = self._running.get(key)
@@ -130,7 +139,8 @@ class RequestClaims:
         if before is not None:
             before.fail(_replaced(request_id))
         try:
-            running.is_claimed = await self._claim(tenant, request_id, takes_over=takes_over)
+            claim = self._claim(tenant, request_id, takes_over=takes_over)
+            running.is_claimed = await (claim if meanwhile is None else _both(claim, meanwhile()))
             yield running
         finally:
             # Also when the claim itself was cut off half-way: the script removes nobody else's claim. Who took over here
@@ -233,6 +243,15 @@ class RequestClaims:
             return None
         self._trouble.over("claims are written again")
         return answer
+
+
+async def _both(claim: Awaitable[bool], other: Awaitable[None]) -> bool:
+    """Return what the claim comes to once both have ended: a claim still on its way would outlive its release."""
+    claimed, done = await asyncio.gather(claim, other, return_exceptions=True)
+    for outcome in (claimed, done):
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return bool(claimed)
 
 
 async def _is_alive(valkey: Redis, gateway_id: bytes) -> bool:

@@ -28,7 +28,7 @@ from loraplex_gateway.ticket import LocalCancelError
 from loraplex_gateway.types import Accepted, Queued
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from loraplex_common.auth import Principal
 
@@ -113,9 +113,12 @@ class GatewayCore:
             record.model = prepared.model.name
             if prepared.adapter is not None:
                 record.adapter, record.is_restricted = prepared.adapter.name, prepared.adapter.is_restricted
-            await share.reserve(*prepared.job.expected_tokens)
+            reserve = partial(share.reserve, *prepared.job.expected_tokens)
+            if request.resume is not None:  # it ends the stream that it takes over: not if it is refused itself
+                await reserve()
             run = RequestRun(prepared, self._clock, token=partial(self._resumption.token, tenant=caller.name))
-            async with aclosing(self._admit_and_run(run, caller.name)) as events:
+            meanwhile = reserve if request.resume is None and quota.is_limited else None
+            async with aclosing(self._admit_and_run(run, caller.name, meanwhile)) as events:
                 async for event in events:
                     record.see(event, num_tokens=run.num_tokens)
                     if run.is_finished:
@@ -172,12 +175,15 @@ class GatewayCore:
             self._metrics.client_resumes.labels("refused").inc()
             raise
 
-    async def _admit_and_run(self, run: RequestRun, tenant: str) -> AsyncGenerator[Event, None]:
+    async def _admit_and_run(
+        self, run: RequestRun, tenant: str, meanwhile: Callable[[], Awaitable[None]] | None
+    ) -> AsyncGenerator[Event, None]:
         request = run.prepared.request
         place = self._admission.enter(run.prepared.job.submission.priority)
         takes_over = request.resume is not None
         try:
-            async with self._claims.hold(tenant, request.request_id, takes_over=takes_over) as running:
+            holding = self._claims.hold(tenant, request.request_id, takes_over=takes_over, meanwhile=meanwhile)
+            async with holding as running:
                 running.find_resume_token = lambda: run.resume_token
                 if request.progress_events:
                     yield Accepted(request_id=request.request_id)

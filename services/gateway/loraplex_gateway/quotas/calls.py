@@ -146,6 +146,11 @@ class QuotaCall:
         return QuotaShare(self)
 
     @property
+    def is_limited(self) -> bool:
+        """Whether the tenant has limits at all."""
+        return self._account is not None
+
+    @property
     def headers(self) -> Headers:
         """``x-ratelimit-*`` of the tenant, as of this call; nothing for one without limits."""
         if self._account is None:
