@@ -181,7 +181,7 @@ def _converter(field: dataclasses.Field[Any], hint: Any) -> Callable[[str], Any]
     if kind is bool:
         return _parse_bool
     if kind is Path:
-        return lambda text: Path(text).expanduser()
+        return _parse_path
     if kind in (str, int, float):
         return typing.cast("Callable[[str], Any]", kind)
     raise TypeError(f"setting {field.name}: give `parse` for type {kind}")
@@ -194,6 +194,12 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
         return text
 
     return check
+
+
+def _parse_path(text: str) -> Path:
+    if not text.strip():  # what a shell makes of a variable that nobody has set; as a path it is the current folder
+        raise ValueError("it is empty: name a path, or leave it out")
+    return Path(text).expanduser()
 
 
 def _parse_bool(text: str) -> bool:

@@ -139,7 +139,7 @@ class EmbeddedValkey:
             raise
 
     def stop(self) -> None:
-        """Stop the server after it has written its data; no-op if it does not run."""
+        """Stop the server after it has written its data, and remove its socket; no-op if it does not run."""
         process = self._process
         if process is not None and process.poll() is None:
             process.terminate()
@@ -148,6 +148,8 @@ class EmbeddedValkey:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self._lock_fd is not None:  # else the socket is that of another server on this data
+            self._socket_path.unlink(missing_ok=True)
         self._release()
 
     def kill(self) -> None:
@@ -159,9 +161,8 @@ class EmbeddedValkey:
         self._release()
 
     def close(self) -> None:
-        """Stop the server and remove its socket; the data stays."""
+        """Stop the server and remove what it needed; the data stays."""
         self.stop()
-        self._socket_path.unlink(missing_ok=True)
         if self._socket_dir is not None:
             self._socket_dir.cleanup()
 

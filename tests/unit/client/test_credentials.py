@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from loraplex_client._profiles import read_profile
 from loraplex_client.credentials.errors import CredentialsError
 from loraplex_client.credentials.folder import CredentialsFolder, Plan
 from loraplex_client.credentials.parties import PARTIES
@@ -41,6 +42,22 @@ def verifies(certificate: Path, ca: Path, *options: str) -> bool:
 
 def key_of(made: Path, holder: str) -> str:
     return f"Bearer {(made / holder / 'api-key').read_text().strip()}"
+
+
+def test_targets_given_later_are_written_and_what_is_not_given_stays(tmp_path: Path) -> None:
+    made = folder(tmp_path)
+    made.make(Plan(gateway_target="gw:1", store_target="store:1"))
+    before = content(made.path)
+
+    moved = made.make(Plan(gateway_target="gw:2"))
+    profile = read_profile(made.path / "admin" / "profile.json")
+    again = made.make(Plan(gateway_target="gw:2"))
+
+    assert (profile.gateway.target, profile.store.target) == ("gw:2", "store:1")
+    assert profile.store.tls_ca == made.path / "admin" / "ca.crt"
+    assert {name for name, data in content(made.path).items() if data != before[name]} == {"admin/profile.json"}
+    assert len(moved) == 1
+    assert again == []
 
 
 @needs_openssl

@@ -196,6 +196,22 @@ async def test_a_part_that_dies_again_and_again_ends_the_rest(
 
 
 @pytest.mark.integration
+async def test_nobody_else_may_enter_the_folders_of_adapters_and_logs(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    (data_dir / "valkey").mkdir(parents=True)  # as an earlier release left it
+    stack = Stack(ToyConfig(model=tmp_path, data_dir=data_dir), lambda _: None)
+
+    await stack.start()
+    await stack.stop()
+
+    assert {path.name: path.stat().st_mode & 0o777 for path in data_dir.iterdir()} == {
+        "credentials": 0o700,
+        "logs": 0o700,
+        "valkey": 0o700,
+    }
+
+
+@pytest.mark.integration
 async def test_the_embedded_valkey_survives_a_kill_with_its_data(tmp_path: Path, pids: Callable[[], list[int]]) -> None:
     from loraplex_common.secret import Secret
     from loraplex_common.valkey import connect

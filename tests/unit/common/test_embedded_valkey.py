@@ -85,6 +85,21 @@ def test_a_data_directory_has_one_server_at_a_time(tmp_path: Path, monkeypatch: 
         EmbeddedValkey(tmp_path).start()
 
 
+def test_one_refused_for_a_data_directory_in_use_leaves_the_socket_of_the_one_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(valkey, "LOCK_TIMEOUT_S", 0.1)
+
+    with EmbeddedValkey(tmp_path) as server:
+        refused = EmbeddedValkey(tmp_path)
+        with pytest.raises(ValkeyError, match="in use by another process"):
+            refused.start()
+        refused.close()
+
+        with client_of(server) as client:
+            assert client.ping()
+
+
 def test_a_long_and_odd_data_path_still_gets_a_socket(tmp_path: Path) -> None:
     with EmbeddedValkey(tmp_path / ('long "\\ü' * 20)) as server, client_of(server) as client:
         assert client.ping()

@@ -72,6 +72,8 @@ def test_variables_fill_in_for_flags_and_flags_win() -> None:
         (("--model", "m", "--dtype", "int8"), {}, "'int8' is not one of auto, float32"),
         (("--model", "m"), {"LORAPLEX_ENGINE_PORT": "http"}, "LORAPLEX_ENGINE_PORT: invalid literal"),
         (("--model", "m"), {"LORAPLEX_ENGINE_IS_STRICT": "maybe"}, "LORAPLEX_ENGINE_IS_STRICT: 'maybe' is neither"),
+        (("--model", ""), {}, "argument --model: it is empty: name a path, or leave it out"),
+        ((), {"LORAPLEX_ENGINE_MODEL": ""}, "LORAPLEX_ENGINE_MODEL: it is empty: name a path, or leave it out"),
         (("--model", "m", "--port", "-1"), {}, "port must not be negative"),
         (("--model", "m", "--por", "1"), {}, "unrecognized arguments"),
     ],

@@ -7,6 +7,7 @@ keys in keys files, hashes of passwords in Valkey's users. So services may read 
 from __future__ import annotations
 
 import datetime
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -101,14 +102,16 @@ class CredentialsFolder:
             OSError: If a file cannot be read or written.
         """
         if self._is_fresh():
-            return self._make_first(plan)
+            done = self._make_first(plan)
+            self._set_targets(plan)
+            return done
         self._require_complete()
         renews = (
             plan.renews or self._has_torn_pair() or self.ends - datetime.datetime.now(datetime.UTC) < plan.renews_within
         )
         if not renews:
             self._require_hosts(plan)
-        done: list[str] = []
+        done = []
         if plan.drops_old or plan.renews_keys:
             book = SecretsBook(self.path, self._parties, pause=lambda: self._pause(SETTLE_S))
             book.write(renews=plan.renews_keys, drops_old=plan.drops_old)
@@ -121,6 +124,8 @@ class CredentialsFolder:
         elif plan.drops_old:
             self._write_bundle(self._authorities()[:1])
             done.append("only the newest certificate authority is trusted")
+        if self._set_targets(plan):
+            done.append("wrote where gateway and store are into the administrator's profile")
         return done
 
     def _make_first(self, plan: Plan) -> list[str]:
@@ -147,18 +152,36 @@ class CredentialsFolder:
             )
             write_private(self.path / party.folder / KEY, issued.key)
             write_private(self.path / party.folder / CERTIFICATE, issued.certificate)
-        if plan.gateway_target or plan.store_target or not (self.path / ADMIN.folder / PROFILE).exists():
-            self._write_profile(plan)
+        if not (self.path / ADMIN.folder / PROFILE).exists():
+            write_private(self.path / ADMIN.folder / PROFILE, self._first_profile())
 
-    def _write_profile(self, plan: Plan) -> None:
-        """Write what `--profile` of the administrator's command line reads; files are named beside it."""
+    def _first_profile(self) -> str:
+        """Return what `--profile` of the administrator's command line reads; files are named beside it."""
         own = ServerProfile(
             tls_ca=Path(CA_BUNDLE), tls_cert=Path(CERTIFICATE), tls_key=Path(KEY), api_key_file=Path(API_KEY)
         )
-        gateway = ServerProfile(target=plan.gateway_target or DEFAULT_TARGET)
-        store = replace(own, target=plan.store_target or store_beside(DEFAULT_TARGET), tls_name=ADAPTER_STORE.tls_name)
-        profile = Profile(gateway=gateway, store=store, engine=replace(own, tls_name=ENGINE.tls_name))
-        write_private(self.path / ADMIN.folder / PROFILE, profile_text(profile))
+        gateway = ServerProfile(target=DEFAULT_TARGET)
+        store = replace(own, target=store_beside(DEFAULT_TARGET), tls_name=ADAPTER_STORE.tls_name)
+        return profile_text(Profile(gateway=gateway, store=store, engine=replace(own, tls_name=ENGINE.tls_name)))
+
+    def _set_targets(self, plan: Plan) -> bool:
+        """Write into the administrator's profile where the servers are; return whether that changed it."""
+        targets = {"gateway": plan.gateway_target, "store": plan.store_target}
+        if not any(targets.values()):
+            return False
+        path = self.path / ADMIN.folder / PROFILE
+        before = path.read_text() if path.exists() else self._first_profile()
+        try:
+            values = json.loads(before)
+            for kind, target in targets.items():
+                values[kind].update({"target": target} if target else {})
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CredentialsError(f"{path} is no profile: delete it, and it is made anew") from error
+        text = json.dumps(values, indent=2) + "\n"
+        if text == before and path.exists():
+            return False
+        write_private(path, text)
+        return True
 
     def _certify(self, plan: Plan) -> None:
         """Issue all certificates; the authority is trusted by everybody before the first of them is there."""

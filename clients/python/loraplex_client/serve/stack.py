@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from loraplex_client.credentials.private_files import make_private_folder
 from loraplex_client.serve.child import ChildError, ServiceChild
 from loraplex_client.serve.config import Wiring
 
@@ -111,7 +112,7 @@ class Stack:
         config = self._config
         log_dir = config.data_dir / "logs"
         try:
-            log_dir.mkdir(parents=True, exist_ok=True)
+            make_private_folder(log_dir)  # logs name tenants and adapters
         except OSError as error:
             raise ChildError(f"{log_dir}: {error.strerror}") from error
         self._identity = ServeIdentity(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.valkey import EmbeddedValkey, ValkeyError
 
+from loraplex_client.credentials.private_files import make_private_folder
 from loraplex_client.serve.child import LOG_TAIL_LINES, ChildError
 from loraplex_client.valkey_access import ValkeyAccess
 
@@ -22,6 +23,7 @@ class ValkeyChild:
     def __init__(self, data_dir: Path) -> None:
         self.name = "valkey"
         try:
+            make_private_folder(data_dir)  # its files have all adapters, and the key of resume tokens
             self._server = EmbeddedValkey(data_dir)
         except OSError as error:
             raise ChildError(f"{data_dir}: {error.strerror}") from error

@@ -197,7 +197,7 @@ class AdapterCache:
     # --- leaving ---
 
     def reclaim(self, num_pages: int, may_evict: Callable[[Adapter], bool]) -> Room:
-        """Make ``num_pages`` free by evicting idle adapters, oldest first; none is evicted in vain."""
+        """Make ``num_pages`` free by evicting idle adapters, least worth first; none is evicted in vain."""
         if num_pages <= self._pool.num_free:
             return Room.NOW
         victims = self.ranking.choose_idle(num_pages - self._pool.num_free - self._pool.num_retiring, may_evict)
