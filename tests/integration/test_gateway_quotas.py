@@ -20,7 +20,7 @@ from loraplex_common.grpc_channel import open_channel
 from loraplex_common.rpc_errors import error_from_rpc
 from loraplex_gateway.quotas import accounts as quota_accounts
 from loraplex_gateway.quotas.script import LEASE_S
-from support.cut_streams import NUM_TOKENS, Cut, long_text, rest_of
+from support.cut_streams import NUM_TOKENS, Cut, long_text, read_up_to, rest_of
 from support.gateway_rig import Rig, model_directory, running_gateway, text_request
 from support.processes import ServiceProcess
 from support.valkey import running_server
@@ -267,9 +267,8 @@ async def test_what_never_started_costs_no_tokens(valkey_url: str, tmp_path: Pat
 async def test_what_an_engine_reads_again_for_a_resumed_stream_counts_again(valkey_url: str, tmp_path: Path) -> None:
     """Or tokens would be free that a client says it has had: whole prompts, as often as it likes."""
     async with limited(valkey_url, tmp_path, "[default]\ntokens_per_minute = 100\n") as rig, caller(rig) as stub:
-        got = Cut(long_text(), [])
-        call = stub.Generate(got.request)
-        got.responses.append(await call.read())
+        call = stub.Generate(long_text())
+        got = await read_up_to(call, long_text(), 1)
         call.cancel()
         await eventually(lambda: rig.app.claims.num_running == 0)
         resumed = got.resumed(token_ids=[30] * (NUM_TOKENS - 1), last_sequence=0, num_text_bytes=NUM_TOKENS - 1)
@@ -393,8 +392,8 @@ async def test_refusals_are_counted_by_limit_and_name_the_tenant_to_those_who_ma
                 with pytest.raises(openai.RateLimitError):
                     await client.completions.create(model="tiny", prompt="x", max_tokens=2, n=n)
         async with httpx.AsyncClient() as http:
-            shown = await http.get(f"{rig.http}/metrics", headers={"authorization": "Bearer root-key"})
-            hidden = await http.get(f"{rig.http}/metrics")
+            shown = await http.get(rig.metrics, headers={"authorization": "Bearer root-key"})
+            hidden = await http.get(rig.metrics)
 
         name = "loraplex_gateway_quota_refusals_total"
         assert f'{name}{{limit="requests_per_minute",tenant="acme"}} 2.0' in shown.text
