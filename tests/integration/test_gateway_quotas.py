@@ -20,6 +20,7 @@ from loraplex_common.grpc_channel import open_channel
 from loraplex_common.rpc_errors import error_from_rpc
 from loraplex_gateway.quotas import accounts as quota_accounts
 from loraplex_gateway.quotas.script import LEASE_S
+from support.cut_streams import NUM_TOKENS, Cut, long_text, read_up_to, rest_of
 from support.gateway_rig import Rig, model_directory, running_gateway, text_request
 from support.processes import ServiceProcess
 from support.valkey import running_server
@@ -261,6 +262,39 @@ async def test_what_never_started_costs_no_tokens(valkey_url: str, tmp_path: Pat
                     Once(request=text_request(stopping=gateway_pb2.StoppingParams(max_new_tokens=200))), timeout=2
                 )
             assert error_from_rpc(caught.value).reason != "TENANT_QUOTA"
+
+
+async def test_what_an_engine_reads_again_for_a_resumed_stream_counts_again(valkey_url: str, tmp_path: Path) -> None:
+    """Or tokens would be free that a client says it has had: whole prompts, as often as it likes."""
+    async with limited(valkey_url, tmp_path, "[default]\ntokens_per_minute = 100\n") as rig, caller(rig) as stub:
+        call = stub.Generate(long_text())
+        got = await read_up_to(call, long_text(), 1)
+        call.cancel()
+        await eventually(lambda: rig.app.claims.num_running == 0)
+        resumed = got.resumed(token_ids=[30] * (NUM_TOKENS - 1), last_sequence=0, num_text_bytes=NUM_TOKENS - 1)
+
+        answers: list[str] = []
+        for _ in range(100 // NUM_TOKENS):
+            try:
+                await rest_of(stub.Generate(resumed, timeout=20))
+            except grpc.aio.AioRpcError as error:
+                answers.append(error_from_rpc(error).reason)
+            else:
+                answers.append("OK")
+
+        assert answers[0] == "OK"
+        assert answers[-1] == "TENANT_QUOTA"
+
+
+async def test_the_end_of_a_stream_that_had_ended_costs_no_tokens(valkey_url: str, tmp_path: Path) -> None:
+    async with limited(valkey_url, tmp_path, "[default]\ntokens_per_minute = 100\n") as rig, caller(rig) as stub:
+        got = Cut(long_text(), [])
+        async for response in stub.Generate(got.request):
+            got.responses.append(response)
+        got.responses.pop()
+
+        for _ in range(10):
+            assert (await rest_of(stub.Generate(got.resumed(), timeout=20)))[-1].HasField("finished")
 
 
 async def test_places_of_clients_that_go_away_are_free_again_on_every_gateway(valkey_url: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 from loraplex.v1 import gateway_pb2
-from loraplex_common.errors import LoraplexError, StreamInterruptedError
+from loraplex_common.errors import CancelledRequestError, LoraplexError, StreamInterruptedError
 
 from loraplex_client._errors import loraplex_error
 from loraplex_client.events import Event, Finished
@@ -63,7 +63,7 @@ class AsyncGenerateStream(AsyncIterator[Event]):
                 event = await self._receive()
             except LoraplexError as error:
                 if self._is_over:  # closed by another task while this one waited
-                    raise
+                    break
                 await self._go_on_after(error)
                 continue
             if isinstance(event, Finished):
@@ -91,6 +91,12 @@ class AsyncGenerateStream(AsyncIterator[Event]):
     async def _receive(self) -> Event | None:
         try:
             response = await self._call.read()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # gRPC says so of a call that this process has cancelled, but nobody has cancelled who reads it.
+            raise CancelledRequestError("the stream or its client was closed") from None
         except grpc.RpcError as error:
             raise loraplex_error(error, self._gateway.target) from error
         if not isinstance(response, gateway_pb2.GenerateResponse):  # the end-of-stream mark
@@ -109,5 +115,8 @@ class AsyncGenerateStream(AsyncIterator[Event]):
             await asyncio.wait_for(self._closed.wait(), pause_s)
         if self._closed.is_set():
             return
+        if self._gateways.is_closed:  # meanwhile
+            self._is_over = True
+            raise error
         self._gateway = self._gateways.after(self._gateway, error)
         self._call = self._open()

@@ -109,6 +109,10 @@ class GenerateStream(Iterator[Event]):
         if self._closed.wait(pause_s):
             return
         self._gateway = self._gateways.after(self._gateway, error)
-        self._call = self._open()
+        try:
+            self._call = self._open()
+        except ValueError:  # what gRPC says of a channel that was closed meanwhile
+            self._is_over = True
+            raise error from None
         if self._closed.is_set():  # meanwhile
             self._call.cancel()

@@ -145,7 +145,9 @@ def parse_quotas(text: str, where: str) -> Quotas:
     """
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise QuotasFileError(f"{where}: it is nested too deeply") from None
+    except ValueError as error:  # no TOML, or a number with thousands of digits
         raise QuotasFileError(f"{where}: {error}") from None
     reader = _Reader(text, where)
     for name in tables:

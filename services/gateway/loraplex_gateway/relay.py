@@ -81,13 +81,13 @@ class Job:
 
     @property
     def expected_tokens(self) -> tuple[int, int]:
-        """Tokens that count against the tenant's quota: of the prompt, and of the output at most.
+        """Tokens that count against the tenant's quota: of what an engine has to read, and of the output at most.
 
-        What a resumed stream has had of both counted when the stream began.
+        Of a resumed stream that is its prompt and what its client says it has of the output, all again: nobody knows how often
+        a token has been used, and tokens that an engine reads for nothing would be a way around the quota.
         """
-        if self.resumed_ids is None:
-            return len(self.submission.prompt_ids), self.max_new_tokens
-        return 0, max(0, self.max_new_tokens - len(self.resumed_ids))
+        num_resumed = len(self.resumed_ids or ())
+        return len(self.submission.prompt_ids) + num_resumed, max(0, self.max_new_tokens - num_resumed)
 
 
 class EngineRelay:

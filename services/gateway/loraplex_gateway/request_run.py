@@ -51,6 +51,7 @@ class RequestRun:
         self._clock = clock
         self._admitted_at = self.arrived_at
         self._started_at: float | None = None
+        self._has_engine = False
         self._first_token_at: float | None = None
         self._last_token_at = self.arrived_at
         self._cached_tokens = 0
@@ -71,8 +72,8 @@ class RequestRun:
 
     @property
     def used_tokens(self) -> tuple[int, int]:
-        """Tokens of prompt and output that an engine has worked on, cached ones included; of a resumed stream the rest."""
-        if self._started_at is None:
+        """Tokens that an engine has read, cached ones included, and those that it has made."""
+        if not self._has_engine:
             return 0, 0
         job = self.prepared.job
         return job.expected_tokens[0], self.num_tokens - len(job.resumed_ids or ())
@@ -165,6 +166,7 @@ class RequestRun:
 
     def _start(self, engine_id: str, update: EngineUpdate) -> Started:
         self._started_at = self._clock()
+        self._has_engine = bool(engine_id)  # none where a resumed stream had ended already
         self._queue_s = self._admitted_at - self.arrived_at
         started = update.started
         if started is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from loraplex_client import AsyncClient, Client, Finished, Started
 from loraplex_client._resume import PATIENCE_S, StreamProgress
 from loraplex_common.errors import (
     AdapterForbiddenError,
+    CancelledRequestError,
     DrainingError,
     LoraplexError,
     RemoteError,
@@ -228,6 +230,61 @@ def test_a_client_that_is_closed_resumes_nothing() -> None:
             list(stream)
         held.set()
     assert len(gateway.requests) == 1
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_client_that_is_closed_while_its_stream_waits_ends_it_with_what_broke_it(is_async: bool) -> None:
+    gateway = Story((2, DrainingError("going", retry_after_s=0.5)))
+    with serving(gateway) as target:
+        if is_async:
+
+            async def run() -> None:
+                client = AsyncClient(target)
+                stream = client.generate(prompt="once")
+                rest = asyncio.create_task(_collect(stream))
+                await asyncio.sleep(0.3)
+                await client.close()
+                await rest
+
+            with pytest.raises(DrainingError):
+                asyncio.run(run())
+        else:
+            client = Client(target)
+            stream = client.generate(prompt="once")
+            closer = threading.Timer(0.3, client.close)
+            closer.start()
+            with pytest.raises(DrainingError):
+                list(stream)
+            closer.join()
+            assert list(stream) == []
+    assert len(gateway.requests) == 1
+
+
+@pytest.mark.parametrize("closed", ["stream", "client"])
+async def test_who_reads_a_stream_that_another_task_closes_is_not_cancelled(closed: str) -> None:
+    held = threading.Event()
+    gateway = Story()
+
+    def script(request: gateway_pb2.GenerateRequest) -> Iterator[gateway_pb2.GenerateResponse]:
+        yield from itertools.islice(gateway.tell(request), 2)
+        held.wait(10)
+
+    gateway.script = script
+    with serving(gateway) as target:
+        client = AsyncClient(target)
+        stream = client.generate(prompt="once")
+        await anext(stream), await anext(stream)
+        rest = asyncio.create_task(_collect(stream))
+        await asyncio.sleep(0.1)
+        await (stream.aclose() if closed == "stream" else client.close())
+
+        if closed == "stream":
+            assert await rest == []
+        else:
+            with pytest.raises(CancelledRequestError):
+                await rest
+        await client.close()
+        held.set()
 
 
 @pytest.mark.parametrize("is_async", [False, True])

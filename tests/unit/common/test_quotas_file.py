@@ -68,6 +68,8 @@ def test_without_a_table_nothing_is_limited() -> None:
             "q.toml:3: default.requests_burst: must be at least",
         ),
         ("[default\n", "q.toml: "),
+        ("[default]\ntokens_per_minute = " + 5000 * "9", "q.toml: Exceeds the limit"),
+        ("x = " + 3000 * "[" + 3000 * "]", "q.toml: it is nested too deeply"),
         (
             "[default]\nmax_concurrent_requests = 99999999999999999999",
             "q.toml:2: default.max_concurrent_requests: is 9",

@@ -128,6 +128,21 @@ async def test_one_request_at_a_time_is_never_crowded_by_its_predecessor(valkey_
             end(a, account, verdict)
 
 
+async def test_one_request_at_a_time_is_never_crowded_by_its_predecessor_elsewhere(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LINGER_S", 60.0)
+    one_at_once = TenantQuota(max_concurrent_requests=1)
+    async with gateway(valkey_url, "one") as one, gateway(valkey_url, "two") as two:
+        for n in range(6):
+            accounts = (one, two)[n % 2]
+            account = accounts.of("acme", one_at_once)
+            verdict = await accounts.admit(account, ONE)
+            assert verdict.is_admitted
+            end(accounts, account, verdict)
+            await asyncio.sleep(0.1)
+
+
 async def test_what_is_not_used_is_given_back_and_what_is_used_beyond_is_charged(valkey_url: str) -> None:
     async with gateway(valkey_url, "a") as a, gateway(valkey_url, "b") as b:
         account = a.of("acme", TOKENS)

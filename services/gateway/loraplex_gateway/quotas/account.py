@@ -27,6 +27,7 @@ class Account:
         ledger: As Valkey last had it, in this gateway's clock; on its own while Valkey is away.
         num_running: Its requests under way here.
         is_apart: Whether something was used that Valkey has not heard of.
+        is_full: Whether no more requests might be under way when Valkey was last asked.
         settlement: What ended calls used that has not been said yet.
         waiting: Calls that have not been asked about yet.
     """
@@ -36,6 +37,7 @@ class Account:
     ledger: Ledger
     num_running: int = 0
     is_apart: bool = False
+    is_full: bool = False
     settlement: Settlement = field(default_factory=Settlement)
     waiting: list[Waiting] = field(default_factory=list)
 

@@ -34,7 +34,8 @@ TIMEOUT_S: Final = 0.5
 """No call waits longer for Valkey than this, and what is left of the turn before its own."""
 PAUSE_S: Final = 1.0
 LINGER_S: Final = 0.02
-"""What has ended waits so long for a call that goes out anyway, which halves the commands of a gateway."""
+"""What has ended waits so long for a call that goes out anyway, which halves the commands of a gateway. A tenant that has as
+many requests under way as it may does not wait: its next one would be refused elsewhere for a place that is free."""
 BUSY: Final = 8
 """With so many requests under way, calls that come soon after each other share a turn:"""
 REST: Final = 6.0
@@ -100,7 +101,9 @@ class Accounts:
             settlement.add(reserved=reserved, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
             self._settle_alone(account, settlement)
         self._changed[account.tenant] = account
-        if not self._is_lingering:
+        if account.is_full:  # the next request may come at once, through another gateway
+            self._woken.set()
+        elif not self._is_lingering:
             self._is_lingering = True
             asyncio.get_running_loop().call_later(LINGER_S, self._woken.set)
 
@@ -203,6 +206,9 @@ class Accounts:
         account.is_apart = False
         # It is at least this old, so what is read from it errs towards what the tenant has used.
         account.ledger.at = asked_at
+        if verdicts:
+            most = account.quota.max_concurrent_requests
+            account.is_full = most is not None and verdicts[-1].num_running >= most
         for waiting, verdict in zip(said.waiting, verdicts, strict=True):
             if verdict.is_admitted:
                 self._count(account, waiting.ask.num_requests)
