@@ -23,16 +23,7 @@ from loraplex_engine.loop.drains import Drain, Drains
 from loraplex_engine.loop.inbox import Inbox, Sessions
 from loraplex_engine.loop.step_watchdog import Pulse, StepWatchdog
 from loraplex_engine.loop.totals import LoopTotals
-from loraplex_engine.messages import (
-    Abort,
-    Call,
-    CloseSession,
-    Command,
-    DropAdapter,
-    ImageArrived,
-    ImageRefused,
-    Submit,
-)
+from loraplex_engine.messages import Abort, Call, CloseSession, Command, DropAdapter, ImageArrived, ImageRefused, Submit
 from loraplex_engine.scheduler.request_book import SlotInUseError
 from loraplex_engine.step import NO_ADAPTER, StepHandle, StepPlan
 
