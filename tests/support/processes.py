@@ -123,5 +123,7 @@ def _without_secrets(module: str, arguments: Sequence[str]) -> tuple[list[str], 
     at = words.index("--redis-url")
     url = words[at + 1]
     del words[at : at + 2]
-    service = module if module.startswith("loraplex_") else "loraplex_engine"  # what is not a service itself wraps an engine
+    service = (
+        module if module.startswith("loraplex_") else "loraplex_engine"
+    )  # what is not a service itself wraps an engine
     return words, {f"{service.upper()}_REDIS_URL": url}

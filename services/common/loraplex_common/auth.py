@@ -134,6 +134,9 @@ def lookup_key(key: str) -> bytes:
         if not key.partition("=")[2]:
             raise ValueError("cn= and san= must be followed by a name")
         return key.encode()
+    if key.lower().startswith((HASH_PREFIX, *CERTIFICATE_PREFIXES)):
+        # Taken for a secret it would let in whoever sends the name of the certificate, or the hash, as a key.
+        raise ValueError("sha256:, cn= and san= are written in small letters")
     return _digest(key)
 
 

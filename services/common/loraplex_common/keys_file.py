@@ -47,7 +47,7 @@ class KeysFile:
         try:
             # Before the text: a change in between is then seen at the next look.
             self._seen = self._state()
-            text = self._path.read_text()
+            text = self._path.read_text(encoding="utf-8-sig")  # some editors put a mark in front of it
         except (OSError, UnicodeDecodeError) as error:
             cause = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
             raise KeysFileError(f"{self._path}: {cause}") from error

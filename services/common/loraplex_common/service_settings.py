@@ -6,7 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from loraplex_common.grpc_server import ServerConfig
 from loraplex_common.peers import PeerIdentity, Peers
@@ -18,11 +18,24 @@ if TYPE_CHECKING:
     from loraplex_common.valkey import TranslatingClient
 
 TLS_SCHEME: Final = "rediss"
+SCHEMES: Final = ("redis", TLS_SCHEME)
 
 
 def valkey_url(*default: str | None, help: str) -> Any:
     """Declare a field with the URL of Valkey. A password in it may stand in the environment, never in a command line."""
-    return setting(*default, help=help, parse_flag=without_password, show=hide_password, metavar="URL")
+    return setting(*default, help=help, parse=whole_url, parse_flag=without_password, show=hide_password, metavar="URL")
+
+
+def whole_url(url: str) -> str:
+    """Return a URL whose password, if it has one, is where others look for it.
+
+    Raises:
+        ValueError: If it has characters that end the host, so that the rest of it would pass for a path; it is not quoted.
+    """
+    parts = urlsplit(url)
+    if parts.scheme in SCHEMES and "@" in parts.path + parts.query + parts.fragment:
+        raise ValueError("'/', '?' and '#' in a user or password are written %2F, %3F and %23 in a URL")
+    return url
 
 
 def without_password(url: str) -> str:
@@ -31,8 +44,8 @@ def without_password(url: str) -> str:
     Raises:
         ValueError: If it has a password, which is not quoted.
     """
-    parts = urlsplit(url)
-    if parts.password is not None or "password=" in parts.query:
+    parts = urlsplit(whole_url(url))
+    if parts.password is not None or "password" in parse_qs(parts.query, keep_blank_values=True):
         raise ValueError("a command line is for everybody to read: give the password with --redis-password-file")
     return url
 
@@ -41,8 +54,11 @@ def hide_password(url: str) -> str:
     """Return a URL as it may be logged."""
     password = urlsplit(url).password
     hidden = url if not password else url.replace(f":{password}@", f":{HIDDEN}@", 1)
-    before, mark, _ = hidden.partition("password=")
-    return before + mark + (HIDDEN if mark else "")
+    before, mark, query = hidden.partition("?")
+    kept, name, _ = query.partition("password=")
+    if "password" in parse_qs(kept, keep_blank_values=True):  # its name is encoded
+        return before + mark + HIDDEN
+    return before + mark + kept + name + (HIDDEN if name else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

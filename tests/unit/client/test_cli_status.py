@@ -110,8 +110,9 @@ def test_a_listed_label_of_another_revision_is_shown_with_it(
     assert "canary@ffffffffffff, latest" in loraplex("adapters", "list").out
 
 
-def test_a_password_in_the_url_of_valkey_is_refused_on_a_command_line(loraplex: Runner) -> None:
-    result = loraplex("status", "--redis-url", "redis://:hush@127.0.0.1:1")
+@pytest.mark.parametrize("url", ["redis://:hush@127.0.0.1:1", "redis://127.0.0.1:1/0?password=hush"])
+def test_a_password_in_the_url_of_valkey_is_refused_on_a_command_line(loraplex: Runner, url: str) -> None:
+    result = loraplex("status", "--redis-url", url)
 
     assert result.code == 2
     assert "--redis-password-file" in result.err

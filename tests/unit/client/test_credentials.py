@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import itertools
 import re
 import shutil
 import subprocess
@@ -11,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_client._profiles import read_profile
+from loraplex_client.credentials.certificates import is_signed_by, read_bundle
 from loraplex_client.credentials.errors import CredentialsError
 from loraplex_client.credentials.folder import CredentialsFolder, Plan
 from loraplex_client.credentials.parties import PARTIES
+from loraplex_client.credentials.private_files import write_private
 from loraplex_common.auth import Authenticator, Role
 from loraplex_common.errors import UnauthenticatedError
 
@@ -240,6 +244,90 @@ def test_a_renewal_that_was_cut_short_between_key_and_certificate_is_done_again(
 
     assert made.make(Plan()) == ["issued new certificates"]
     assert made.make(Plan()) == []
+
+
+RENEWALS = {
+    "certificates": Plan(renews=True),
+    "certificates, authority kept": Plan(renews=True, keeps_ca_key=True),
+    "keys": Plan(renews_keys=True),
+    "all, old dropped": Plan(renews=True, renews_keys=True, drops_old=True),
+}
+
+
+@pytest.mark.parametrize("plan", RENEWALS.values(), ids=RENEWALS.keys())
+def test_wherever_a_renewal_is_cut_short_everybody_gets_on_and_it_can_be_finished(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path).make(Plan())
+    for num_written in itertools.count():
+        made = CredentialsFolder(tmp_path / f"cut-{num_written}", pause=lambda _seconds: None)
+        shutil.copytree(tmp_path / "made", made.path)
+        with monkeypatch.context() as patched:
+            if not is_cut_short(made, plan, num_written, patched):
+                break
+        assert strangers(made) == []
+        made.make(plan)
+        assert strangers(made) == []
+        made.make(Plan(drops_old=True))
+        assert strangers(made) == []
+    assert num_written > 10
+
+
+def test_what_an_unfinished_renewal_still_needs_is_not_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = folder(tmp_path)
+    made.make(Plan())
+    with monkeypatch.context() as patched:
+        assert is_cut_short(made, Plan(renews=True), len(PARTIES) + 2, patched)  # the gateway's pair is there, no other
+    before = content(made.path)
+
+    with pytest.raises(CredentialsError, match="a renewal was cut short"):
+        made.make(Plan(drops_old=True))
+
+    assert content(made.path) == before
+    assert made.make(Plan()) == ["issued new certificates"]
+    made.make(Plan(drops_old=True))
+    assert strangers(made) == []
+
+
+def is_cut_short(made: CredentialsFolder, plan: Plan, num_written: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Carry a plan out until so many files are written; return whether it had more to do."""
+    left = iter(range(num_written))
+
+    def write(path: Path, data: bytes | str) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write_private(path, data)
+
+    monkeypatch.setattr("loraplex_client.credentials.folder.write_private", write)
+    monkeypatch.setattr("loraplex_client.credentials.secrets_book.write_private", write)
+    try:
+        made.make(plan)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def strangers(made: CredentialsFolder) -> list[str]:
+    """Return whose certificate, key or password somebody does not take who should."""
+    found = []
+    for holder in HOLDERS:
+        for party in PARTIES:
+            authorities = read_bundle(made.path / party.folder / "ca.crt")
+            if not any(is_signed_by(made.path / holder.folder / "tls.crt", known) for known in authorities):
+                found.append(f"certificate of {holder.folder} at {party.folder}")
+    for server in (party for party in PARTIES if party.admits):
+        known = Authenticator.from_file(made.path / server.folder / "api-keys")
+        for caller in (party for party in PARTIES if party.role in server.admits):
+            try:
+                known.authenticate(key_of(made.path, caller.folder))
+            except UnauthenticatedError:
+                found.append(f"key of {caller.folder} at {server.folder}")
+    users = (made.path / "valkey" / "users.acl").read_text()
+    for user in (party for party in PARTIES if party.valkey_rights):
+        password = (made.path / user.folder / "valkey-password").read_text().strip()
+        if hashlib.sha256(password.encode()).hexdigest() not in users:
+            found.append(f"password of {user.folder}")
+    return found
 
 
 def test_a_missing_file_is_named_and_nothing_is_made_in_its_place(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -217,3 +218,51 @@ def test_what_a_killed_run_leaves_nobody_else_can_read_and_the_next_one_removes(
 
     assert not left.exists()
     assert identity.path.exists()
+
+
+def store_knows(identity: ServeIdentity, secret: str) -> bool:
+    known = Authenticator.from_file(value_of(identity.store_flags(), "--api-keys-file"))
+    try:
+        known.authenticate(f"Bearer {secret}")
+    except UnauthenticatedError:
+        return False
+    return True
+
+
+async def test_a_key_is_taken_from_the_store_though_certificates_cannot_be_renewed(
+    made: Callable[..., ServeIdentity], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("secret-a acme\nsecret-b beta\n")
+    identity = made(user_keys=keys)
+    reports: list[str] = []
+    async with kept_fresh(identity, reports):
+        (identity.path / "engine" / "tls.key").unlink()
+        await until(lambda: bool(reports))
+
+        keys.write_text("secret-b beta\n")
+
+        await until(lambda: not store_knows(identity, "secret-a"))
+        assert store_knows(identity, "secret-b")
+        assert len(reports) == 1
+
+
+async def test_a_key_is_taken_from_the_store_as_soon_as_it_can_be_written_down(
+    made: Callable[..., ServeIdentity], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("secret-a acme\nsecret-b beta\n")
+    identity = made(user_keys=keys)
+    reports: list[str] = []
+
+    def is_full(path: Path, content: bytes | str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    async with kept_fresh(identity, reports):
+        with monkeypatch.context() as disk:
+            disk.setattr("loraplex_client.serve.identity.write_private", is_full)
+            keys.write_text("secret-b beta\n")
+            await until(lambda: bool(reports))
+
+        await until(lambda: not store_knows(identity, "secret-a"))
+        assert store_knows(identity, "secret-b")

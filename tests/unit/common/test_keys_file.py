@@ -55,11 +55,21 @@ def test_a_line_says_who_a_key_is_and_what_it_may(line: str, principal: Principa
         "sha256:12 acme",
         "cn= acme",
         "san= acme",
+        "CN=acme acme",
+        "San=acme acme",
+        f"SHA256:{'0' * 64} acme",
     ],
 )
 def test_a_line_that_says_anything_else_is_refused(line: str) -> None:
     with pytest.raises(KeysFileError, match="keys:1: "):
         parse_keys(line, "keys")
+
+
+def test_a_mark_of_the_encoding_in_front_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("secret acme\n", encoding="utf-8-sig")
+
+    assert Authenticator.from_file(path).authenticate("Bearer secret").name == "acme"
 
 
 def test_two_spellings_of_one_key_are_one_key() -> None:

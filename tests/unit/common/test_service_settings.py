@@ -11,6 +11,7 @@ from loraplex_common.service_settings import (
     hide_password,
     is_loopback,
     require_identity,
+    whole_url,
     without_password,
 )
 
@@ -59,7 +60,14 @@ def test_a_network_is_open_only_to_those_with_keys_or_because_somebody_said_so()
 
 @pytest.mark.parametrize(
     "url",
-    ["redis://:hunter2@h:1/0", "rediss://me:hunter2@h/0", "unix://:hunter2@/run/v.sock", "unix:///v?password=hunter2"],
+    [
+        "redis://:hunter2@h:1/0",
+        "rediss://me:hunter2@h/0",
+        "unix://:hunter2@/run/v.sock",
+        "unix:///v?password=hunter2",
+        "redis://h?db=1&password=hunter2",
+        "redis://h/0?pass%77ord=hunter2",
+    ],
 )
 def test_a_url_with_a_password_is_refused_on_a_command_line_and_masked_in_logs(url: str) -> None:
     with pytest.raises(ValueError, match="--redis-password-file") as caught:
@@ -67,6 +75,14 @@ def test_a_url_with_a_password_is_refused_on_a_command_line_and_masked_in_logs(u
 
     assert "hunter2" not in str(caught.value) + hide_password(url)
     assert "********" in hide_password(url)
+
+
+@pytest.mark.parametrize("url", ["redis://:6379/hunter2@h:1/0", "rediss://me:hunter2#6@h/0", "redis://:hunter2?@h"])
+def test_a_password_that_would_pass_for_a_path_is_refused_and_not_repeated(url: str) -> None:
+    for parse in (whole_url, without_password):
+        with pytest.raises(ValueError, match="are written %2F, %3F and %23") as caught:
+            parse(url)
+        assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["redis://h:1/0", "rediss://me@h/0", "unix:///run/v.sock?db=3"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import typer
 
@@ -16,14 +15,18 @@ def refuse_password_in_view(context: typer.Context, url: str | None) -> None:
     """Refuse a password in a ``--redis-url`` of the command line; the environment may have one.
 
     Raises:
-        BadParameter: If there is one.
+        BadParameter: If there is one, or the URL is none.
     """
+    from loraplex_common.service_settings import whole_url, without_password
+
+    if url is None:
+        return
     source = context.get_parameter_source("redis_url")
-    if url is not None and source is not None and source.name == "COMMANDLINE" and urlsplit(url).password is not None:
-        raise typer.BadParameter(
-            "a command line is for everybody to read: give the password with --redis-password-file",
-            param_hint="--redis-url",
-        )
+    is_in_view = source is not None and source.name == "COMMANDLINE"
+    try:
+        (without_password if is_in_view else whole_url)(url)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--redis-url") from error
 
 
 async def registered_engines(access: ValkeyAccess, identity: Connection) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from loraplex_client.credentials.errors import CredentialsError
@@ -67,6 +68,19 @@ def belong_together(certificate: Path, key: Path) -> bool:
     except ValueError as error:
         raise CredentialsError(f"{key}: no key in PEM: {error}") from error
     return private.public_key() == _parsed(certificate)[0].public_key()
+
+
+def is_signed_by(certificate: Path, authority: bytes) -> bool:
+    """Tell whether a certificate is of an authority, PEM.
+
+    Raises:
+        CredentialsError: If it is none.
+    """
+    try:
+        _parsed(certificate)[0].verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
+    except (InvalidSignature, ValueError, TypeError):  # another name, another key, another kind of key
+        return False
+    return True
 
 
 def _parsed(path: Path) -> list[x509.Certificate]:

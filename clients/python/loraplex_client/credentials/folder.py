@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Final
 from loraplex_client._connection import DEFAULT_TARGET, store_beside
 from loraplex_client._profiles import Profile, ServerProfile, profile_text
 from loraplex_client.credentials.authority import Authority, CertificateRequest
-from loraplex_client.credentials.certificates import Certificate, belong_together, read_bundle, read_certificate
+from loraplex_client.credentials.certificates import (
+    Certificate,
+    belong_together,
+    is_signed_by,
+    read_bundle,
+    read_certificate,
+)
 from loraplex_client.credentials.errors import CredentialsError
 from loraplex_client.credentials.parties import ADAPTER_STORE, ADMIN, ENGINE, LOCAL_HOSTS, PARTIES, Party
 from loraplex_client.credentials.private_files import make_private_folder, write_private
@@ -106,9 +112,13 @@ class CredentialsFolder:
             self._set_targets(plan)
             return done
         self._require_complete()
-        renews = (
-            plan.renews or self._has_torn_pair() or self.ends - datetime.datetime.now(datetime.UTC) < plan.renews_within
-        )
+        is_cut_short = self._is_cut_short()
+        if is_cut_short and plan.drops_old and not plan.renews:
+            raise CredentialsError(
+                f"{self.path}: a renewal was cut short, and what it has left is trusted by the old authority alone: finish it "
+                "with --renew, hand it on, and drop what is old then"
+            )
+        renews = plan.renews or is_cut_short or self.ends - datetime.datetime.now(datetime.UTC) < plan.renews_within
         if not renews:
             self._require_hosts(plan)
         done = []
@@ -121,7 +131,9 @@ class CredentialsFolder:
         if renews:
             self._certify(plan)
             done.append("issued new certificates")
-        elif plan.drops_old:
+        if plan.drops_old:
+            if renews:
+                self._pause(SETTLE_S)
             self._write_bundle(self._authorities()[:1])
             done.append("only the newest certificate authority is trusted")
         if self._set_targets(plan):
@@ -186,19 +198,21 @@ class CredentialsFolder:
     def _certify(self, plan: Plan) -> None:
         """Issue all certificates; the authority is trusted by everybody before the first of them is there."""
         authority = self._kept_authority(plan) or Authority.create()
-        before = [] if plan.drops_old else [pem for pem in self._authorities() if pem != authority.certificate]
-        self._write_bundle([authority.certificate, *before[:1]])
+        before = [pem for pem in self._authorities() if pem != authority.certificate]
+        # More than one if the last renewal was cut short: what it has not come to is in use as well.
+        before = [pem for n, pem in enumerate(before) if n == 0 or self._has_signed(pem)]
+        self._write_bundle([authority.certificate, *before])
         if before:
             self._pause(SETTLE_S)
         self.issue(authority, plan)
         kept = self.path / "ca"
+        (kept / KEY).unlink(missing_ok=True)  # a key that lies there is that of the certificate beside it, always
         if plan.keeps_ca_key:
             make_private_folder(kept)
-            write_private(kept / KEY, authority.key())
             write_private(kept / CERTIFICATE, authority.certificate)
+            write_private(kept / KEY, authority.key())
         else:
-            for name in (KEY, CERTIFICATE):
-                (kept / name).unlink(missing_ok=True)
+            (kept / CERTIFICATE).unlink(missing_ok=True)
 
     def _kept_authority(self, plan: Plan) -> Authority | None:
         """Return the authority whose key was kept, if it can sign for the whole lifetime of a certificate."""
@@ -242,12 +256,16 @@ class CredentialsFolder:
                     f"{self.path / party.folder / CERTIFICATE} does not name {', '.join(absent)}: issue it anew with --renew"
                 )
 
-    def _has_torn_pair(self) -> bool:
-        """Tell whether a renewal was cut short between a key and its certificate."""
+    def _is_cut_short(self) -> bool:
+        """Tell whether a renewal ended between a key and its certificate, or before all certificates were there."""
         return any(
             not belong_together(self.path / party.folder / CERTIFICATE, self.path / party.folder / KEY)
             for party in self._holders
-        )
+        ) or any(map(self._has_signed, self._authorities()[1:]))
+
+    def _has_signed(self, authority: bytes) -> bool:
+        """Tell whether a certificate that is there is of an authority, PEM."""
+        return any(is_signed_by(self.path / party.folder / CERTIFICATE, authority) for party in self._holders)
 
     def _hosts(self, party: Party, plan: Plan) -> tuple[str, ...]:
         if not party.tls_name:

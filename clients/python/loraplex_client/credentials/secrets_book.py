@@ -48,12 +48,20 @@ class SecretsBook:
         ]
 
     def write(self, *, renews: bool, drops_old: bool) -> None:
-        """Write all files: first what lets callers in, then what they call with.
+        """Write all files: first what lets callers in, then what they call with; at last what lets in nobody else.
+
+        Whenever it is cut short, every secret that lies with its holder is good.
 
         Args:
             renews: Whether secrets are drawn anew; else those that are there stay.
             drops_old: Whether only the present ones are good afterwards; else those before are, too.
         """
+        self._write(renews=renews, drops_old=drops_old and not renews)
+        if renews and drops_old:
+            self._pause()
+            self._write(renews=False, drops_old=True)
+
+    def _write(self, *, renews: bool, drops_old: bool) -> None:
         drawn: dict[Path, str] = {}
         good: dict[Path, list[str]] = {}
         for file in self._secret_files():

@@ -57,6 +57,7 @@ class ServeIdentity:
         )
         self._user_keys = None if user_keys is None else KeysFile(user_keys)
         self._look_s = min(MAX_LOOK_S, lifetime_s / 10)
+        self._keys_to_write: Mapping[bytes, Principal] | None = None
         self._profile: Path | None = None
         try:
             self.path, self._lock = _claim_folder(data_dir / "credentials")
@@ -114,23 +115,23 @@ class ServeIdentity:
         Args:
             report: Told once in a row what is in the way; it is tried again until it goes.
         """
-        trouble = ""
+        troubles: dict[str, str] = {}
         renew_at = 0.0
+
+        def note(what: str, error: Exception | None) -> None:
+            cause = "" if error is None else f"{what}: {error}"
+            if cause and cause != troubles.get(what):
+                report(cause)
+            troubles[what] = cause
+
         while True:
             await asyncio.sleep(min(LOOK_S, self._look_s))
-            try:
-                if time.monotonic() >= renew_at:
-                    await asyncio.to_thread(self._folder.make, self._plan)
-                    renew_at = time.monotonic() + self._look_s
-                changed = None if self._user_keys is None else self._user_keys.read_if_changed()
-                if changed is not None:
-                    self._write_store_keys(changed)
-            except (OSError, CredentialsError) as error:
-                if str(error) != trouble:
-                    report(f"credentials cannot be renewed: {error}")
-                trouble = str(error)
-            else:
-                trouble = ""
+            # First, and whatever becomes of the certificates: a key that was taken away must not stay good at the store.
+            note("changed API keys cannot be handed on to the adapter store", self._hand_on_keys())
+            if time.monotonic() >= renew_at:
+                error = await asyncio.to_thread(self._renew)
+                note("credentials cannot be renewed", error)
+                renew_at = time.monotonic() + (self._look_s if error is None else 0.0)
 
     def close(self) -> None:
         """Remove the profile and the credentials; they are good for nothing any more."""
@@ -139,6 +140,27 @@ class ServeIdentity:
         shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):  # closed before
             os.close(self._lock)
+
+    def _hand_on_keys(self) -> OSError | None:
+        """Let the store know changes of the user's keys; return what is in the way."""
+        if self._user_keys is not None:
+            changed = self._user_keys.read_if_changed()
+            self._keys_to_write = self._keys_to_write if changed is None else changed
+        try:
+            if self._keys_to_write is not None:
+                self._write_store_keys(self._keys_to_write)
+        except OSError as error:
+            return error
+        self._keys_to_write = None
+        return None
+
+    def _renew(self) -> Exception | None:
+        """Renew certificates if they end soon; return what is in the way."""
+        try:
+            self._folder.make(self._plan)
+        except (OSError, CredentialsError) as error:
+            return error
+        return None
 
     def _server_flags(self, party: Party) -> tuple[str, ...]:
         own = self.path / party.folder
