@@ -408,3 +408,15 @@ async def test_without_limits_valkey_hears_nothing_of_quotas(valkey_url: str, tm
         assert not [key for key, _ in await call.trailing_metadata() or () if key.startswith("x-ratelimit")]
         keys: Any = await rig.valkey.keys("loraplex:quotas:*")
         assert keys == []
+
+
+async def test_who_is_refused_for_requests_is_told_when_tokens_are_free_too(valkey_url: str, tmp_path: Path) -> None:
+    limits = "[tenants.acme]\nrequests_per_minute = 1\ntokens_per_minute = 1\n"
+    async with limited(valkey_url, tmp_path, limits) as rig, client_of(rig) as client:
+        await client.completions.create(model="tiny", prompt="x", max_tokens=8)  # leaves a debt of minutes
+
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.completions.create(model="tiny", prompt="x", max_tokens=8)
+
+    assert int(caught.value.response.headers["retry-after"]) > 120
+    assert "tokens_per_minute" in caught.value.message

@@ -179,6 +179,8 @@ class _Reader:
         without = {burst for burst, rate in _BURST_OF.items() if rate in own}
         values = {**{key: value for key, value in inherited.items() if key not in without}, **own}
         for burst, rate in _BURST_OF.items():
+            if burst in own and own[burst] is None:
+                raise self.error((*path, burst), f"must be a number; without it {rate} is what may come at once")
             if values.get(burst) is not None and not values.get(rate):
                 raise self.error((*path, burst), f"goes with a {rate} above 0")
             if values.get(burst) is None:

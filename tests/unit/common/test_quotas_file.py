@@ -67,6 +67,10 @@ def test_without_a_table_nothing_is_limited() -> None:
             "[default]\nrequests_per_minute = 1\nrequests_burst = 0",
             "q.toml:3: default.requests_burst: must be at least",
         ),
+        (
+            "[default]\nrequests_per_minute = 1\nrequests_burst = 'unlimited'",
+            "q.toml:3: default.requests_burst: must be a number",
+        ),
         ("[default\n", "q.toml: "),
         ("[default]\ntokens_per_minute = " + 5000 * "9", "q.toml: Exceeds the limit"),
         ("x = " + 3000 * "[" + 3000 * "]", "q.toml: it is nested too deeply"),

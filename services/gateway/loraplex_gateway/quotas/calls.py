@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_gateway.quotas.account import Account
 from loraplex_gateway.quotas.accounts import Accounts
-from loraplex_gateway.quotas.ledger import NEVER, Ask, Verdict
+from loraplex_gateway.quotas.ledger import Ask, Verdict
 from loraplex_gateway.quotas.refusal import headers, refusal
 
 if TYPE_CHECKING:
@@ -87,11 +87,15 @@ class TenantQuotas:
         most, num_running = quota.max_concurrent_requests, account.num_running
         if most is not None and now < self._crowded_until.get(account.tenant, 0.0):
             num_running = max(num_running, most)
+        requests_wait_s = ledger.requests_wait_s(quota, num_requests)
+        is_crowded = most is not None and num_running + num_requests > most
+        # A call that is refused anyway is told to come when it could be served: a request takes one token at least.
+        asks_tokens = bool(requests_wait_s or is_crowded or quota.tokens_per_minute == 0)
         verdict = Verdict(
             reserved_tokens=0,
-            requests_wait_s=ledger.requests_wait_s(quota, num_requests),
-            tokens_wait_s=NEVER if quota.tokens_per_minute == 0 else 0.0,
-            is_crowded=most is not None and num_running + num_requests > most,
+            requests_wait_s=requests_wait_s,
+            tokens_wait_s=ledger.tokens_wait_s(quota, num_requests) if asks_tokens else 0.0,
+            is_crowded=is_crowded,
             used_requests=ledger.requests,
             used_tokens=ledger.tokens,
             num_running=num_running,

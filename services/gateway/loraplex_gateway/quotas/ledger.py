@@ -161,6 +161,10 @@ class Ledger:
         """Return how long so many requests must wait; 0 if they need not."""
         return _wait_s(self.requests, num_requests, quota.requests_per_minute, quota.requests_burst)
 
+    def tokens_wait_s(self, quota: TenantQuota, num_tokens: int) -> float:
+        """Return how long so many tokens must wait; 0 if they need not."""
+        return _wait_s(self.tokens, num_tokens, quota.tokens_per_minute, quota.tokens_burst)
+
 
 def _drained(used: float, per_minute: int | None, elapsed_s: float) -> float:
     return 0.0 if per_minute is None else max(0.0, used - elapsed_s * per_minute / MINUTE_S)

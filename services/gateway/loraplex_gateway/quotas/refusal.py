@@ -85,10 +85,11 @@ def _requests(tenant: str, quota: TenantQuota, ask: Ask, verdict: Verdict) -> Ex
 def _tokens(tenant: str, quota: TenantQuota, ask: Ask, verdict: Verdict) -> ExceededLimit:
     limit, burst = quota.tokens_per_minute or 0, quota.tokens_burst or 0
     left, output = max(0, math.floor(burst - verdict.used_tokens)), verdict.reserved_tokens - ask.prompt_tokens
-    text = (
-        f"{limit} a minute, {burst} at once; {left} are left, and this call takes {ask.prompt_tokens} of prompt and "
-        f"about {output} of output"
-    )
+    text = f"{limit} a minute, {burst} at once; {left} are left, and "
+    if verdict.reserved_tokens:
+        text += f"this call takes {ask.prompt_tokens} of prompt and about {output} of output"
+    else:  # refused before anything was counted
+        text += "each request takes some"
     if verdict.reserved_tokens > burst > 0:
         text += f"; more than {burst} need a pause until all are left"
     return _limit(tenant, "tokens_per_minute", limit, text)
