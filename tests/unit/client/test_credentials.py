@@ -381,3 +381,38 @@ def test_making_without_that_library_names_what_to_install(tmp_path: Path) -> No
 
     assert done.returncode == 1
     assert "cryptography is not installed; pip install" in done.stderr
+
+
+@pytest.mark.parametrize("plan", [Plan(renews_keys=True), Plan(drops_old=True), Plan(renews_keys=True, drops_old=True)])
+def test_renewed_keys_leave_peoples_own_lines_and_restore_no_removed_one(tmp_path: Path, plan: Plan) -> None:
+    folder = CredentialsFolder(tmp_path, pause=lambda _s: None)
+    folder.make(Plan())
+    keys = tmp_path / "gateway" / "api-keys"
+    made = keys.read_text().splitlines()
+    (revoked,) = [line for line in made if line.endswith(" tenant tenant")]
+    own = ["# our customers", "secret-of-acme acme group=shop", "cn=node-1 node-1"]
+    keys.write_text("\n".join([line for line in made if line != revoked] + own) + "\n")
+
+    folder.make(plan)
+
+    lines = keys.read_text().splitlines()
+    assert lines[-3:] == own
+    assert revoked not in lines
+    assert sum(line.startswith("# Who may call") for line in lines) == 1
+    assert any(line.endswith(" admin admin") for line in lines)
+
+
+def test_two_processes_do_not_make_credentials_in_one_folder_at_once(tmp_path: Path) -> None:
+    folder = CredentialsFolder(tmp_path)
+    folder.make(Plan())
+    refused: list[str] = []
+
+    def pause(_s: float) -> None:
+        with pytest.raises(CredentialsError) as caught:
+            folder.make(Plan(drops_old=True))
+        refused.append(str(caught.value))
+
+    CredentialsFolder(tmp_path, pause=pause).make(Plan(renews_keys=True))
+
+    assert refused
+    assert "another process" in refused[0]

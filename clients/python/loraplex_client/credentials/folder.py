@@ -7,7 +7,9 @@ keys in keys files, hashes of passwords in Valkey's users. So services may read 
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -104,9 +106,21 @@ class CredentialsFolder:
         """Make what is missing and renew what the plan says; return what was done, a line each.
 
         Raises:
-            CredentialsError: If what is there does not fit the plan; nothing is changed then.
+            CredentialsError: If what is there does not fit the plan, or another process is at work on it; nothing is
+                changed then.
             OSError: If a file cannot be read or written.
         """
+        make_private_folder(self.path)
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return self._make(plan)
+        except BlockingIOError:
+            raise CredentialsError(f"{self.path}: another process is making credentials here: wait for it") from None
+        finally:
+            os.close(descriptor)
+
+    def _make(self, plan: Plan) -> list[str]:
         if self._is_fresh():
             done = self._make_first(plan)
             self._set_targets(plan)

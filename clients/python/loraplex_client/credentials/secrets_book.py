@@ -68,8 +68,9 @@ class SecretsBook:
             old = [_sha256(file.read_text().strip())] if file.exists() else []
             drawn[file] = KEY_PREFIX + secrets.token_urlsafe(32) if renews else file.read_text().strip()
             good[file] = list(dict.fromkeys([_sha256(drawn[file]), *([] if drops_old else old)]))
+        new = {_sha256(secret) for secret in drawn.values()} if renews else set()
         for server in self._servers:
-            write_private(self._path / server.folder / KEYS_FILE, self._keys_file(server, good))
+            write_private(self._path / server.folder / KEYS_FILE, self._keys_file(server, good, new))
         if self._has_valkey:
             write_private(self._path / VALKEY.folder / VALKEY_USERS, self._valkey_users(good))
         if renews:
@@ -80,12 +81,19 @@ class SecretsBook:
     def _secret_files(self) -> list[Path]:
         return [file for file in self.files() if file.name in (API_KEY, VALKEY_PASSWORD)]
 
-    def _keys_file(self, server: Party, good: dict[Path, list[str]]) -> str:
+    def _keys_file(self, server: Party, good: dict[Path, list[str]], new: set[str]) -> str:
+        """Return a server's keys file: our lines, less those that somebody has removed, and then everybody else's."""
+        file = self._path / server.folder / KEYS_FILE
+        before = file.read_text().splitlines() if file.exists() else None
         lines = [f"# Who may call {server.folder}, by the hash of the key. Made by `loraplex credentials make`."]
+        ours = {lines[0]}
         for party in self._callers:
             if party.role in server.admits:
                 hashes = good[self._path / party.folder / API_KEY]
-                lines += [f"sha256:{digest} {party.folder} {party.role}" for digest in hashes]
+                made = [(digest, f"sha256:{digest} {party.folder} {party.role}") for digest in hashes]
+                lines += [line for digest, line in made if before is None or digest in new or line in before]
+                ours |= {line for line in before or () if line.endswith(f" {party.folder} {party.role}")}
+        lines += [line for line in before or () if line not in ours]
         return "\n".join(lines) + "\n"
 
     def _valkey_users(self, good: dict[Path, list[str]]) -> str:
