@@ -32,7 +32,8 @@ NOT_RUN = {
     "docker compose --profile demo run --rm demo-adapters": DOCKER,
     "docker compose cp credentials:/credentials/admin ./admin": DOCKER,
     "docker compose --profile gpu up --build --wait --scale engine=0": f"{DOCKER}, and a GPU",
-    "LORAPLEX_SMOKE_TARGET=127.0.0.1:8500 LORAPLEX_SMOKE_HTTP=127.0.0.1:8501 pytest tests/smoke": (
+    "make .venv/.dev-installed": "installs",
+    "LORAPLEX_SMOKE_TARGET=127.0.0.1:8500 LORAPLEX_SMOKE_HTTP=127.0.0.1:8501 .venv/bin/pytest tests/smoke": (
         "asks for the demo's golden outputs: test_golden.py does on a stack of its own"
     ),
     "grpcurl -plaintext 127.0.0.1:8500 list": GRPCURL,

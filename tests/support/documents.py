@@ -89,6 +89,7 @@ def problem_with(command: str) -> str | None:
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     program, *arguments = words
+    program = program.removeprefix(".venv/bin/")
     if program.startswith("loraplex"):
         return _unknown_flag(program, arguments)
     if program == "make":
