@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.config_values import BaseModelError, ConfigValues
+from loraplex_common.projections import Projection, Split
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from loraplex_common.projections import LayerProjections
 
 ARCHITECTURES: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ACTIVATIONS: Final = ("silu", "swish")
@@ -59,6 +62,21 @@ class ModelConfig:
     windows: tuple[int | None, ...]
     rope: dict[str, Any]
     max_position_embeddings: int
+
+    @property
+    def layers(self) -> tuple[LayerProjections, ...]:
+        """What each layer offers to adapters."""
+        query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        layer = (
+            Projection("self_attn.q_proj", "qkv", self.hidden_size, query),
+            Projection("self_attn.k_proj", "qkv", self.hidden_size, key_value),
+            Projection("self_attn.v_proj", "qkv", self.hidden_size, key_value),
+            Projection("self_attn.o_proj", "o", query, self.hidden_size, Split.INPUTS),
+            Projection("mlp.gate_proj", "gate_up", self.hidden_size, self.intermediate_size),
+            Projection("mlp.up_proj", "gate_up", self.hidden_size, self.intermediate_size),
+            Projection("mlp.down_proj", "down", self.intermediate_size, self.hidden_size, Split.INPUTS),
+        )
+        return (layer,) * self.num_layers
 
 
 def model_config(config: Mapping[str, Any], file: str = "config.json") -> ModelConfig:

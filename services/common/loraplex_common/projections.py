@@ -1,0 +1,43 @@
+"""What an adapter may adapt: the dense products of each decoder layer, as the model's architecture declares them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+class Split(enum.Enum):
+    """How tensor-parallel ranks divide a projection."""
+
+    OUTPUTS = "outputs"
+    INPUTS = "inputs"
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One projection of one layer.
+
+    Attributes:
+        path: Name of the module inside its layer, for example ``self_attn.q_proj``.
+        op: The fused product that computes it. The outputs of an op's projections lie one after another, in the order in
+            which the layer lists them.
+        in_features: Width of its input, before any split over ranks.
+        out_features: Width of its output, before any split over ranks.
+        split: How tensor-parallel ranks divide it.
+    """
+
+    path: str
+    op: str
+    in_features: int
+    out_features: int
+    split: Split = Split.OUTPUTS
+
+    @property
+    def name(self) -> str:
+        """Last part of the path, for example ``q_proj``: unique within a layer."""
+        return self.path.rpartition(".")[2]
+
+
+LayerProjections: TypeAlias = tuple[Projection, ...]
+"""Projections of one layer, in the order of their ops and of each op's outputs. A layer may lack some that others have."""
