@@ -24,6 +24,8 @@ from loraplex_common.tasks import Supervisor, cancel_and_wait
 from loraplex_common.tls_files import TlsFiles
 from loraplex_common.vllm_metrics import FLEET_LABEL
 
+from loraplex_gateway.adapters.names import NameTable
+from loraplex_gateway.adapters.prefetch import PrefetchHints
 from loraplex_gateway.admission import AdmissionController
 from loraplex_gateway.claims import RequestClaims
 from loraplex_gateway.core import GatewayCore
@@ -33,11 +35,9 @@ from loraplex_gateway.fleet_collector import FleetCollector
 from loraplex_gateway.listing import ModelListing
 from loraplex_gateway.metrics import GatewayMetrics
 from loraplex_gateway.models import ModelCatalog, load_served_model
-from loraplex_gateway.names import NameTable
 from loraplex_gateway.openai.app import HttpContext, make_app
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.server import HttpServer
-from loraplex_gateway.prefetch import PrefetchHints
 from loraplex_gateway.preparation import Preparer, RequestLimits
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.registry_watcher import RegistryWatcher

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
     from loraplex_common.auth import Principal
 
+    from loraplex_gateway.adapters.prefetch import PrefetchHints
     from loraplex_gateway.admission import AdmissionController, Place
     from loraplex_gateway.claims import RequestClaims, RunningRequest
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.metrics import GatewayMetrics
     from loraplex_gateway.models import ServedModel
-    from loraplex_gateway.prefetch import PrefetchHints
     from loraplex_gateway.preparation import Prepared, Preparer
     from loraplex_gateway.quotas.calls import QuotaCall
     from loraplex_gateway.resume import Resumption

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from loraplex_common.alias_feed import AdapterEntry
     from loraplex_common.auth import Principal
 
+    from loraplex_gateway.adapters.names import NameTable
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.models import ModelCatalog, ServedModel
-    from loraplex_gateway.names import NameTable
 
 DEFAULT_PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000

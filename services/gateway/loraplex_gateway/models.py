@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from loraplex_common.base_model import BaseModelInfo, check_distinct_names, load_base_model
 from loraplex_common.errors import InvalidParameterError, ModelNotFoundError
 
-from loraplex_gateway.close_names import MAX_NAME_CHARS, NameOrder
+from loraplex_gateway.adapters.close_names import MAX_NAME_CHARS, NameOrder
 from loraplex_gateway.generation_defaults import GenerationDefaults, load_generation_defaults
 from loraplex_gateway.tokenization import PromptTokenizer
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from loraplex_common.auth import Principal
 
+    from loraplex_gateway.adapters.names import NameTable
     from loraplex_gateway.fair_workers import FairWorkers
-    from loraplex_gateway.names import NameTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,10 +10,10 @@ from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import AdapterIncompatibleError
 
 from loraplex_gateway import validation
+from loraplex_gateway.adapters.names import ResolvedAdapter
 from loraplex_gateway.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.engine_wire import Submission
 from loraplex_gateway.models import ServedModel
-from loraplex_gateway.names import ResolvedAdapter
 from loraplex_gateway.relay import Job
 from loraplex_gateway.types import GenerationRequest
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from loraplex_common.auth import Principal
 
+    from loraplex_gateway.adapters.names import NameTable
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.models import ModelCatalog
-    from loraplex_gateway.names import NameTable
     from loraplex_gateway.tokenization import Encoded
     from loraplex_gateway.types import Prompt, Sampling
 

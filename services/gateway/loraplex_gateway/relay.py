@@ -29,11 +29,11 @@ from loraplex_gateway.types import FinishReason, Timings
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
+    from loraplex_gateway.adapters.prefetch import PrefetchHints
     from loraplex_gateway.claims import RunningRequest
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.engine_session import EngineSession
     from loraplex_gateway.metrics import GatewayMetrics
-    from loraplex_gateway.prefetch import PrefetchHints
     from loraplex_gateway.ticket import Ticket
 
 MAX_REFUSALS: Final = 4

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_common.alias_feed import AdapterEntry
 from loraplex_common.auth import Principal
-from loraplex_gateway.close_names import NameOrder
-from loraplex_gateway.names import NameTable
+from loraplex_gateway.adapters.close_names import NameOrder
+from loraplex_gateway.adapters.names import NameTable
 
 MANY = [f"team{n % 37}/customer-support-bot-{n:05d}" for n in range(20_000)]
 

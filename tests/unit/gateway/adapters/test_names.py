@@ -13,7 +13,7 @@ from loraplex_common.errors import (
     LoraplexError,
     StoreUnavailableError,
 )
-from loraplex_gateway.names import NameTable
+from loraplex_gateway.adapters.names import NameTable
 
 OLD, NEW = "a" * 64, "b" * 64
 ME, VIP = Principal(name="me"), Principal(name="vip")

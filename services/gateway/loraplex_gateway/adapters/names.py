@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loraplex_common.errors import AdapterNotFoundError, StoreUnavailableError
 from loraplex_common.ids import MAX_CANDIDATES, AdapterRef, find_revision
 
-from loraplex_gateway.close_names import NameOrder
+from loraplex_gateway.adapters.close_names import NameOrder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -1,0 +1,1 @@
+"""Adapters as the gateway knows them: names, close names for refusals, prefetch hints."""
