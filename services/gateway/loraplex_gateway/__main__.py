@@ -14,9 +14,9 @@ from loraplex_common.ports import require_free
 from loraplex_common.quotas_file import QuotasFileError
 
 from loraplex_gateway.app import GatewayApp
-from loraplex_gateway.chat_template import ChatTemplateError
 from loraplex_gateway.config import GatewayConfig
 from loraplex_gateway.resume_keys import ResumeKeyError
+from loraplex_gateway.text.chat_template import ChatTemplateError
 
 
 async def serve(config: GatewayConfig) -> None:

@@ -30,11 +30,9 @@ from loraplex_gateway.admission import AdmissionController
 from loraplex_gateway.claims import RequestClaims
 from loraplex_gateway.core import GatewayCore
 from loraplex_gateway.engine_pool import EnginePool
-from loraplex_gateway.fair_workers import FairWorkers
 from loraplex_gateway.fleet_collector import FleetCollector
 from loraplex_gateway.listing import ModelListing
 from loraplex_gateway.metrics import GatewayMetrics
-from loraplex_gateway.models import ModelCatalog, load_served_model
 from loraplex_gateway.openai.app import HttpContext, make_app
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.server import HttpServer
@@ -45,6 +43,8 @@ from loraplex_gateway.resume import Resumption
 from loraplex_gateway.resume_keys import ResumeKeyFile, ResumeKeys
 from loraplex_gateway.servicer import GatewayServicer
 from loraplex_gateway.servicer_fleet import FleetServicer
+from loraplex_gateway.text.fair_workers import FairWorkers
+from loraplex_gateway.text.models import ModelCatalog, load_served_model
 
 if TYPE_CHECKING:
     import grpc

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from loraplex_gateway.claims import RequestClaims, RunningRequest
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.metrics import GatewayMetrics
-    from loraplex_gateway.models import ServedModel
     from loraplex_gateway.preparation import Prepared, Preparer
     from loraplex_gateway.quotas.calls import QuotaCall
     from loraplex_gateway.resume import Resumption
-    from loraplex_gateway.tokenization import Encoded
+    from loraplex_gateway.text.models import ServedModel
+    from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import Event, GenerationRequest, Prompt
 
 QUEUED_EVERY_S: Final = 1.0

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import grpc
     from loraplex_common.registry import EngineRecord
 
-    from loraplex_gateway.models import ModelCatalog
+    from loraplex_gateway.text.models import ModelCatalog
 
 _log = get_logger()
 

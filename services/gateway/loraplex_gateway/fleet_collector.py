@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_names import AdapterNames
 
     from loraplex_gateway.engine_pool import EnginePool
-    from loraplex_gateway.models import ModelCatalog, ServedModel
+    from loraplex_gateway.text.models import ModelCatalog, ServedModel
 
 MAX_ADAPTER_LABELS: Final = 1000
 ON_DEVICE: Final = "gpu"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.adapters.names import NameTable
     from loraplex_gateway.engine_pool import EnginePool
-    from loraplex_gateway.models import ModelCatalog, ServedModel
+    from loraplex_gateway.text.models import ModelCatalog, ServedModel
 
 DEFAULT_PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000

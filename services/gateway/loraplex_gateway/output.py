@@ -6,8 +6,8 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 from loraplex_gateway import engine_wire
-from loraplex_gateway.detokenizer import make_detokenizer
-from loraplex_gateway.stops import StopMatcher
+from loraplex_gateway.text.detokenizer import make_detokenizer
+from loraplex_gateway.text.stops import StopMatcher
 from loraplex_gateway.types import Chunk
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from loraplex.v1 import gateway_pb2
 
-    from loraplex_gateway.detokenizer import TokenTable
+    from loraplex_gateway.text.detokenizer import TokenTable
     from loraplex_gateway.types import PositionLogprobs, ResponseOptions, Stopping
 
 

@@ -13,8 +13,8 @@ from loraplex_gateway import validation
 from loraplex_gateway.adapters.names import ResolvedAdapter
 from loraplex_gateway.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.engine_wire import Submission
-from loraplex_gateway.models import ServedModel
 from loraplex_gateway.relay import Job
+from loraplex_gateway.text.models import ServedModel
 from loraplex_gateway.types import GenerationRequest
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.adapters.names import NameTable
     from loraplex_gateway.engine_pool import EnginePool
-    from loraplex_gateway.models import ModelCatalog
-    from loraplex_gateway.tokenization import Encoded
+    from loraplex_gateway.text.models import ModelCatalog
+    from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import Prompt, Sampling
 
 # Of the caller's deadline: so that the engine's verdict still reaches the caller in time.

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.core import GatewayCore
     from loraplex_gateway.listing import ModelListing
-    from loraplex_gateway.models import ModelCatalog, ServedModel
     from loraplex_gateway.quotas.calls import QuotaCall, TenantQuotas
-    from loraplex_gateway.tokenization import Encoded
+    from loraplex_gateway.text.models import ModelCatalog, ServedModel
+    from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import Prompt
 
 

@@ -16,7 +16,7 @@ from loraplex_common import request_limits
 from loraplex_common.errors import ContextLengthError, InvalidParameterError
 from loraplex_common.request_limits import MAX_PROMPT_LOGPROBS
 
-from loraplex_gateway import template_variables
+from loraplex_gateway.text import template_variables
 from loraplex_gateway.types import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from loraplex_adapter_store.bases import KnownBases
 from loraplex_common.base_model import BaseModelError
 from loraplex_engine.build import read_base_model
 from loraplex_engine.config import EngineConfig
-from loraplex_gateway.fair_workers import FairWorkers
-from loraplex_gateway.models import load_served_model
+from loraplex_gateway.text.fair_workers import FairWorkers
+from loraplex_gateway.text.models import load_served_model
 from support.base_models import TinyBase, write_base_model
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.end_of_text import read_eos_token_ids
-from loraplex_gateway.generation_defaults import load_generation_defaults
+from loraplex_gateway.text.generation_defaults import load_generation_defaults
 from support.base_models import write_base_model
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 if TYPE_CHECKING:
     from loraplex_gateway.engine_pool import EnginePool
-    from loraplex_gateway.models import ModelCatalog
+    from loraplex_gateway.text.models import ModelCatalog
 
 MODELS = [SimpleNamespace(name="llama", fingerprint="f1"), SimpleNamespace(name="qwen", fingerprint="f2")]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import msgspec
 from loraplex.v1 import gateway_pb2
-from loraplex_gateway.detokenizer import TokenTable
 from loraplex_gateway.openai.convert import Plan
 from loraplex_gateway.openai.errors import BodyNames
 from loraplex_gateway.openai.fields import CHAT, COMPLETION
 from loraplex_gateway.openai.render import Renderer
 from loraplex_gateway.output import OutputAssembler
+from loraplex_gateway.text.detokenizer import TokenTable
 from loraplex_gateway.types import (
     Chunk,
     Event,

@@ -14,7 +14,7 @@ from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.body import decode as decode
 from loraplex_gateway.openai.errors import BodyNames
 from loraplex_gateway.openai.schema import ChatBody, StreamOptions
-from loraplex_gateway.prompt_size import check_num_messages
+from loraplex_gateway.text.prompt_size import check_num_messages
 from loraplex_gateway.types import (
     ChatMessage,
     ChatPrompt,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.tokenizer_config import read_special_tokens
-from loraplex_gateway.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from loraplex_gateway.text.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 from loraplex_gateway.types import ChatMessage, ChatPrompt
 
 if TYPE_CHECKING:

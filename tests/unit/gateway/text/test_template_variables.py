@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_common.errors import InvalidParameterError
-from loraplex_gateway.template_variables import FIELD, MAX_DEPTH, from_json
+from loraplex_gateway.text.template_variables import FIELD, MAX_DEPTH, from_json
 from loraplex_gateway.types import ChatMessage, ChatPrompt
 from loraplex_gateway.validation import check_prompt
 

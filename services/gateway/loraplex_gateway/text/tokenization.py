@@ -12,15 +12,15 @@ from loraplex_common.errors import InvalidParameterError
 from loraplex_common.tokenizer_config import read_special_tokens, read_tokenizer_config
 from tokenizers import Tokenizer
 
-from loraplex_gateway.chat_template import ChatTemplate, load_chat_template
-from loraplex_gateway.detokenizer import TokenTable
-from loraplex_gateway.prompt_size import check_bytes, num_bytes_of, prompt_bytes
+from loraplex_gateway.text.chat_template import ChatTemplate, load_chat_template
+from loraplex_gateway.text.detokenizer import TokenTable
+from loraplex_gateway.text.prompt_size import check_bytes, num_bytes_of, prompt_bytes
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loraplex_gateway.fair_workers import FairWorkers
+    from loraplex_gateway.text.fair_workers import FairWorkers
     from loraplex_gateway.types import Prompt
 
 # About 0.3 ms of BPE: below it a thread's hand-over costs more than it saves the event loop.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from loraplex_common.errors import ContextLengthError, InvalidParameterError
-from loraplex_gateway.chat_template import ChatTemplate
-from loraplex_gateway.fair_workers import FairWorkers
-from loraplex_gateway.tokenization import INLINE_MAX_CHARS, Encoded, PromptTokenizer
+from loraplex_gateway.text.chat_template import ChatTemplate
+from loraplex_gateway.text.fair_workers import FairWorkers
+from loraplex_gateway.text.tokenization import INLINE_MAX_CHARS, Encoded, PromptTokenizer
 from loraplex_gateway.types import ChatMessage, ChatPrompt, TextPrompt, TokenPrompt
 from support.tokenizers_for_tests import byte_level_tokenizer
 from tokenizers import Tokenizer

@@ -13,7 +13,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Final, Protocol
 
-from loraplex_gateway.window_detokenizer import REPLACEMENT, WindowDetokenizer, shown_from_end
+from loraplex_gateway.text.window_detokenizer import REPLACEMENT, WindowDetokenizer, shown_from_end
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_common.errors import SaturatedError
-from loraplex_gateway.fair_workers import SMALL_BYTES, FairWorkers
+from loraplex_gateway.text.fair_workers import SMALL_BYTES, FairWorkers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

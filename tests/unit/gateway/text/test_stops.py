@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_gateway.stops import StopMatcher
+from loraplex_gateway.text.stops import StopMatcher
 
 ALPHABET = st.text("ab<|", min_size=1, max_size=4)
 

@@ -9,8 +9,8 @@ from loraplex_common.base_model import BaseModelInfo, check_distinct_names, load
 from loraplex_common.errors import InvalidParameterError, ModelNotFoundError
 
 from loraplex_gateway.adapters.close_names import MAX_NAME_CHARS, NameOrder
-from loraplex_gateway.generation_defaults import GenerationDefaults, load_generation_defaults
-from loraplex_gateway.tokenization import PromptTokenizer
+from loraplex_gateway.text.generation_defaults import GenerationDefaults, load_generation_defaults
+from loraplex_gateway.text.tokenization import PromptTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.names import NameTable
-    from loraplex_gateway.fair_workers import FairWorkers
+    from loraplex_gateway.text.fair_workers import FairWorkers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

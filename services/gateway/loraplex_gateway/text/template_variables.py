@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import InvalidParameterError
 
-from loraplex_gateway.chat_template import RESERVED_VARIABLES
+from loraplex_gateway.text.chat_template import RESERVED_VARIABLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -1,0 +1,1 @@
+"""Text and tokens: models, tokenizers, chat templates, detokenizing, stop strings."""
