@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.errors import LoraplexError
 
-    from loraplex_gateway.metrics import GatewayMetrics
+    from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.types import Event, GenerationRequest
 
 # A client hangs up at its deadline, which by our clock may still be to come.

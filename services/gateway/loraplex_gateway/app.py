@@ -32,7 +32,7 @@ from loraplex_gateway.core import GatewayCore
 from loraplex_gateway.engine_pool import EnginePool
 from loraplex_gateway.fleet_collector import FleetCollector
 from loraplex_gateway.listing import ModelListing
-from loraplex_gateway.metrics import GatewayMetrics
+from loraplex_gateway.metrics.gateway import GatewayMetrics
 from loraplex_gateway.openai.app import HttpContext, make_app
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.server import HttpServer

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.admission import AdmissionController, Place
     from loraplex_gateway.claims import RequestClaims, RunningRequest
     from loraplex_gateway.engine_pool import EnginePool
-    from loraplex_gateway.metrics import GatewayMetrics
+    from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.preparation import Prepared, Preparer
     from loraplex_gateway.quotas.calls import QuotaCall
     from loraplex_gateway.resume import Resumption

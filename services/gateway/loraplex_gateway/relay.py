@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.claims import RunningRequest
     from loraplex_gateway.engine_pool import EnginePool
     from loraplex_gateway.engine_session import EngineSession
-    from loraplex_gateway.metrics import GatewayMetrics
+    from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.ticket import Ticket
 
 MAX_REFUSALS: Final = 4

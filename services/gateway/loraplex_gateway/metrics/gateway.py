@@ -9,8 +9,8 @@ from loraplex_common.auth import ANYBODY
 from loraplex_common.exposition import OTHER, private
 from prometheus_client import Counter, Gauge, Histogram
 
+from loraplex_gateway.metrics.vllm import VllmMetrics
 from loraplex_gateway.types import Priority
-from loraplex_gateway.vllm_metrics import VllmMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from loraplex_common.exposition import OTHER, Audience, Exposition
 from loraplex_common.secret import Secret
-from loraplex_gateway.metrics import JAIN_WINDOW_S, GatewayMetrics, LabelCap, ServiceShares
+from loraplex_gateway.metrics.gateway import JAIN_WINDOW_S, GatewayMetrics, LabelCap, ServiceShares
 from prometheus_client import CollectorRegistry
 
 
