@@ -15,7 +15,7 @@ from loraplex_common.quotas_file import QuotasFileError
 
 from loraplex_gateway.app import GatewayApp
 from loraplex_gateway.config import GatewayConfig
-from loraplex_gateway.resume_keys import ResumeKeyError
+from loraplex_gateway.resume.keys import ResumeKeyError
 from loraplex_gateway.text.chat_template import ChatTemplateError
 
 

@@ -40,7 +40,7 @@ from loraplex_gateway.preparation import Preparer, RequestLimits
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.registry_watcher import RegistryWatcher
 from loraplex_gateway.resume import Resumption
-from loraplex_gateway.resume_keys import ResumeKeyFile, ResumeKeys
+from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
 from loraplex_gateway.servicer import GatewayServicer
 from loraplex_gateway.servicer_fleet import FleetServicer
 from loraplex_gateway.text.fair_workers import FairWorkers

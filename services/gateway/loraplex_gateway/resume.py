@@ -16,13 +16,13 @@ import msgspec
 from loraplex_common.errors import NotSupportedError, ResumeInvalidError
 from loraplex_common.ids import AdapterRef
 
-from loraplex_gateway.resume_token import ResumePoint, seal, unseal
+from loraplex_gateway.resume.token import ResumePoint, seal, unseal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_gateway.preparation import Prepared
-    from loraplex_gateway.resume_keys import ResumeKeys
+    from loraplex_gateway.resume.keys import ResumeKeys
     from loraplex_gateway.types import GenerationRequest, Resume
 
 _encoder: Final = msgspec.msgpack.Encoder()  # over a long prompt twice as fast as array or struct

@@ -1,0 +1,1 @@
+"""Resume tokens: what seals them and what they say."""
