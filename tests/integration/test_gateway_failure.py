@@ -26,7 +26,7 @@ from loraplex_common.errors import (
 from loraplex_common.rpc_errors import error_from_rpc
 from loraplex_common.secret import Secret
 from loraplex_common.valkey import EmbeddedValkey
-from loraplex_gateway import liveness
+from loraplex_gateway.engines import liveness
 from support.gateway_rig import DIGEST, Rig, letters, running_gateway, text_request
 from support.waiting import eventually
 

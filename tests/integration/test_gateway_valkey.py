@@ -11,8 +11,8 @@ from loraplex.v1 import gateway_pb2
 from loraplex_common.base_model import load_base_model
 from loraplex_common.registry import ENGINES_KEY, engine_key
 from loraplex_common.valkey import connect
-from loraplex_gateway import liveness, registry_watcher
 from loraplex_gateway.app import GatewayApp
+from loraplex_gateway.engines import liveness, registry_watcher
 from support.engine_double import EngineDouble
 from support.gateway_rig import Rig, letters, make_config, model_directory, running_gateway, text_request
 from support.valkey import running_server

@@ -29,8 +29,9 @@ from loraplex_gateway.adapters.prefetch import PrefetchHints
 from loraplex_gateway.admission import AdmissionController
 from loraplex_gateway.claims import RequestClaims
 from loraplex_gateway.core import GatewayCore
-from loraplex_gateway.engine_pool import EnginePool
-from loraplex_gateway.fleet_collector import FleetCollector
+from loraplex_gateway.engines.collector import FleetCollector
+from loraplex_gateway.engines.pool import EnginePool
+from loraplex_gateway.engines.registry_watcher import RegistryWatcher
 from loraplex_gateway.listing import ModelListing
 from loraplex_gateway.metrics.gateway import GatewayMetrics
 from loraplex_gateway.openai.app import HttpContext, make_app
@@ -38,7 +39,6 @@ from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.server import HttpServer
 from loraplex_gateway.preparation import Preparer, RequestLimits
 from loraplex_gateway.quotas.calls import TenantQuotas
-from loraplex_gateway.registry_watcher import RegistryWatcher
 from loraplex_gateway.resume import Resumption
 from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
 from loraplex_gateway.servicer import GatewayServicer

@@ -22,9 +22,9 @@ from loraplex_common.errors import (
 from loraplex_common.ids import new_request_id
 
 from loraplex_gateway.access_log import RequestRecord
+from loraplex_gateway.engines.ticket import LocalCancelError
 from loraplex_gateway.relay import EngineRelay
 from loraplex_gateway.request_run import RequestRun
-from loraplex_gateway.ticket import LocalCancelError
 from loraplex_gateway.types import Accepted, Queued
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.adapters.prefetch import PrefetchHints
     from loraplex_gateway.admission import AdmissionController, Place
     from loraplex_gateway.claims import RequestClaims, RunningRequest
-    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.preparation import Prepared, Preparer
     from loraplex_gateway.quotas.calls import QuotaCall

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.names import NameTable
-    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.text.models import ModelCatalog, ServedModel
 
 DEFAULT_PAGE_SIZE: Final = 100

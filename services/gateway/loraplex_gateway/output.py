@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import repeat
 from typing import TYPE_CHECKING
 
-from loraplex_gateway import engine_wire
+from loraplex_gateway.engines import wire
 from loraplex_gateway.text.detokenizer import make_detokenizer
 from loraplex_gateway.text.stops import StopMatcher
 from loraplex_gateway.types import Chunk
@@ -158,7 +158,7 @@ class OutputAssembler:
         text = text if self._options.text else ""
         converted: tuple[PositionLogprobs, ...] = ()
         if logprobs:
-            converted = engine_wire.positions(logprobs, self._table.token_bytes, text_offsets or repeat(0))
+            converted = wire.positions(logprobs, self._table.token_bytes, text_offsets or repeat(0))
         if not (ids or text or converted):
             return None
         chunk = Chunk(sequence=self._next_chunk, index=index, token_ids=ids, text=text, logprobs=converted)

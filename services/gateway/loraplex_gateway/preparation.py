@@ -12,7 +12,7 @@ from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_gateway import validation
 from loraplex_gateway.adapters.names import ResolvedAdapter
 from loraplex_gateway.callers import affinity_key, cache_salt, granted_priority
-from loraplex_gateway.engine_wire import Submission
+from loraplex_gateway.engines.wire import Submission
 from loraplex_gateway.relay import Job
 from loraplex_gateway.text.models import ServedModel
 from loraplex_gateway.types import GenerationRequest
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.names import NameTable
-    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.text.models import ModelCatalog
     from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import Prompt, Sampling

@@ -22,8 +22,8 @@ from loraplex_common.errors import (
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
-from loraplex_gateway.engine_wire import EngineFinish, Submission
-from loraplex_gateway.ticket import EngineLostError, EngineUpdate, LocalCancelError
+from loraplex_gateway.engines.ticket import EngineLostError, EngineUpdate, LocalCancelError
+from loraplex_gateway.engines.wire import EngineFinish, Submission
 from loraplex_gateway.types import FinishReason, Timings
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.adapters.prefetch import PrefetchHints
     from loraplex_gateway.claims import RunningRequest
-    from loraplex_gateway.engine_pool import EnginePool
-    from loraplex_gateway.engine_session import EngineSession
+    from loraplex_gateway.engines.link import EngineSession
+    from loraplex_gateway.engines.pool import EnginePool
+    from loraplex_gateway.engines.ticket import Ticket
     from loraplex_gateway.metrics.gateway import GatewayMetrics
-    from loraplex_gateway.ticket import Ticket
 
 MAX_REFUSALS: Final = 4
 """Engines that may refuse a request between two of its tokens, each for reasons of its own."""

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import ResumeInvalidError
 
-from loraplex_gateway.engine_wire import EngineStart
+from loraplex_gateway.engines.ticket import EngineUpdate
+from loraplex_gateway.engines.wire import EngineStart
 from loraplex_gateway.output import OutputAssembler
 from loraplex_gateway.relay import finish_reached, unsaid_finish
-from loraplex_gateway.ticket import EngineUpdate
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started, Timings, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loraplex_gateway.engine_wire import EngineFinish
+    from loraplex_gateway.engines.wire import EngineFinish
     from loraplex_gateway.preparation import Prepared
     from loraplex_gateway.types import Event, Resume
 

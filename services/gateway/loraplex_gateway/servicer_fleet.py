@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.registry import EngineRecord
 
-    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.engines.pool import EnginePool
 
 TIMEOUT_S: Final = 5.0
 

@@ -9,7 +9,7 @@ from loraplex.v1 import adapter_pb2, gateway_pb2
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway import types
-from loraplex_gateway.engine_wire import from_duration, to_duration
+from loraplex_gateway.engines.wire import from_duration, to_duration
 from loraplex_gateway.text import template_variables
 from loraplex_gateway.text.prompt_size import check_num_messages
 

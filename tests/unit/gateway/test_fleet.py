@@ -16,7 +16,7 @@ from loraplex_gateway.servicer_fleet import FleetServicer
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.engines.pool import EnginePool
 
 RECORD = EngineRecord(
     engine_id="engine-1",

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import ResumeInvalidError
-from loraplex_gateway.engine_wire import EngineFinish, EngineStart, Submission
+from loraplex_gateway.engines.ticket import EngineUpdate
+from loraplex_gateway.engines.wire import EngineFinish, EngineStart, Submission
 from loraplex_gateway.preparation import Prepared
 from loraplex_gateway.relay import Job, finish_reached
 from loraplex_gateway.request_run import REPLAY_TOKENS, RequestRun
 from loraplex_gateway.text.detokenizer import TokenTable
-from loraplex_gateway.ticket import EngineUpdate
 from loraplex_gateway.types import (
     Chunk,
     Finished,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loraplex_engine.simulation.setup import EngineSetup
     from loraplex_engine.simulation.trace import TraceArrays
 
-# The gateway's rule (loraplex_gateway.routing): services do not import each other, so its two numbers are repeated here.
+# The gateway's rule (loraplex_gateway.engines.routing): services do not import each other, so its two numbers are repeated here.
 WARM_LOAD_FACTOR: Final = 1.5
 WARM_LOAD_SLACK: Final = 4
 

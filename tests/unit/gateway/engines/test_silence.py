@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from loraplex_gateway.silence import wait_for_silence
+from loraplex_gateway.engines.silence import wait_for_silence
 
 LIMIT_S = 0.4
 

@@ -10,11 +10,11 @@ from loraplex_common.grpc_channel import open_channel
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
-from loraplex_gateway.absences import Absences
-from loraplex_gateway.engine_session import EngineSession
-from loraplex_gateway.routing import Candidate, choose
-from loraplex_gateway.session_state import SessionState
-from loraplex_gateway.silence import SILENCE_S
+from loraplex_gateway.engines.absences import Absences
+from loraplex_gateway.engines.link import EngineSession
+from loraplex_gateway.engines.link_state import SessionState
+from loraplex_gateway.engines.routing import Candidate, choose
+from loraplex_gateway.engines.silence import SILENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

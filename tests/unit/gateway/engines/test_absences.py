@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from loraplex_gateway.absences import Absences
+from loraplex_gateway.engines.absences import Absences
 
 BASES = {"a": "llama", "b": "llama", "c": "qwen"}
 

@@ -14,18 +14,18 @@ from loraplex.v1 import engine_pb2, engine_pb2_grpc
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.log import get_logger
 
-from loraplex_gateway import engine_wire
-from loraplex_gateway.liveness import Liveness
-from loraplex_gateway.session_state import TRANSITIONS, SessionState
-from loraplex_gateway.silence import MAX_MISSED, QUIET_SHARE, SILENCE_S, wait_for_silence
-from loraplex_gateway.ticket import EngineLostError, Ticket
+from loraplex_gateway.engines import wire
+from loraplex_gateway.engines.link_state import TRANSITIONS, SessionState
+from loraplex_gateway.engines.liveness import Liveness
+from loraplex_gateway.engines.silence import MAX_MISSED, QUIET_SHARE, SILENCE_S, wait_for_silence
+from loraplex_gateway.engines.ticket import EngineLostError, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_common.registry import EngineRecord
 
-    from loraplex_gateway.engine_wire import Submission
+    from loraplex_gateway.engines.wire import Submission
 
 # Far below the 4 MiB limit of a message.
 MAX_BATCH_BYTES: Final = 1024 * 1024
@@ -151,7 +151,7 @@ class EngineSession:
         self._tickets[slot] = ticket
         self._digests[slot] = submission.adapter_digest
         self._digest_uses[submission.adapter_digest] += 1
-        self._submits[slot] = engine_wire.to_submit(submission, slot)
+        self._submits[slot] = wire.to_submit(submission, slot)
         self._has_outgoing.set()
         return ticket
 
@@ -226,7 +226,7 @@ class EngineSession:
                 self._receive(message)
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {error.details()}"
-        except engine_wire.WrongEngineError as error:
+        except wire.WrongEngineError as error:
             _log.warning("another engine is where one was", engine_id=self.engine_id, cause=str(error))
             return str(error)
         except ValueError as error:
@@ -273,8 +273,8 @@ class EngineSession:
 
     def _receive(self, message: engine_pb2.SessionResponse) -> None:
         if self.state is SessionState.CONNECTING:
-            engine_wire.check_welcome(message.welcome, self.record)
-            promised_s = engine_wire.from_duration(message.welcome.max_silence)
+            wire.check_welcome(message.welcome, self.record)
+            promised_s = wire.from_duration(message.welcome.max_silence)
             self._silence_s = max(self._least_silence_s, MAX_MISSED * promised_s)
         self._liveness.hear(message, has_work=bool(self._tickets))
         if message.HasField("residency"):
@@ -297,15 +297,15 @@ class EngineSession:
             self._move(SessionState.OPEN)
 
     def _receive_output(self, output: engine_pb2.Output) -> None:
-        end = engine_wire.end(output)
+        end = wire.end(output)
         ticket = self._tickets.get(output.slot)
         if ticket is not None:
             ticket.push_output(
                 sequence=output.sequence,
                 token_ids=output.token_ids,
                 logprobs=output.logprobs,
-                started=engine_wire.started(output.started, self._token_bytes) if output.HasField("started") else None,
-                loading=engine_wire.loading(output.loading) if output.HasField("loading") else None,
+                started=wire.started(output.started, self._token_bytes) if output.HasField("started") else None,
+                loading=wire.loading(output.loading) if output.HasField("loading") else None,
                 end=end,
             )
         if end is None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from loraplex_common.errors import DrainingError, SlowConsumerError
-from loraplex_gateway.engine_wire import EngineFinish
-from loraplex_gateway.ticket import MAX_UPDATE_TOKENS, EngineLostError, LocalCancelError, Ticket
+from loraplex_gateway.engines.ticket import MAX_UPDATE_TOKENS, EngineLostError, LocalCancelError, Ticket
+from loraplex_gateway.engines.wire import EngineFinish
 from loraplex_gateway.types import FinishReason, Timings
 
 FINISH = EngineFinish(reason=FinishReason.LENGTH, stop_token_id=None, timings=Timings())

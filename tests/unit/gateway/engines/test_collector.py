@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 from loraplex.v1 import engine_pb2
 from loraplex_common.adapter_names import AdapterNames
 from loraplex_common.alias_feed import AdapterEntry
-from loraplex_gateway.fleet_collector import MAX_ADAPTER_LABELS, FleetCollector
-from loraplex_gateway.session_state import SessionState
+from loraplex_gateway.engines.collector import MAX_ADAPTER_LABELS, FleetCollector
+from loraplex_gateway.engines.link_state import SessionState
 from prometheus_client import CollectorRegistry
 
 if TYPE_CHECKING:
-    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.text.models import ModelCatalog
 
 MODELS = [SimpleNamespace(name="llama", fingerprint="f1"), SimpleNamespace(name="qwen", fingerprint="f2")]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.registry import EngineRecord
-from loraplex_gateway.engine_session import EngineSession
-from loraplex_gateway.engine_wire import Submission, WrongEngineError
-from loraplex_gateway.ticket import EngineLostError
+from loraplex_gateway.engines.link import EngineSession
+from loraplex_gateway.engines.ticket import EngineLostError
+from loraplex_gateway.engines.wire import Submission, WrongEngineError
 from loraplex_gateway.types import Priority, Sampling, Stopping
 
 RECORD = EngineRecord(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from loraplex.v1 import engine_pb2
-from loraplex_gateway.liveness import PROOF_S, Liveness
+from loraplex_gateway.engines.liveness import PROOF_S, Liveness
 
 
 class Clock:

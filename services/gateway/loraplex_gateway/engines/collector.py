@@ -15,15 +15,15 @@ from loraplex_common.exposition import OTHER
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from loraplex_gateway.engine_session import EngineSession
-from loraplex_gateway.session_state import SessionState
+from loraplex_gateway.engines.link import EngineSession
+from loraplex_gateway.engines.link_state import SessionState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from loraplex_common.adapter_names import AdapterNames
 
-    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.text.models import ModelCatalog, ServedModel
 
 MAX_ADAPTER_LABELS: Final = 1000

@@ -13,7 +13,7 @@ from loraplex_common.tasks import deliver_cancellation
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.engines.pool import EnginePool
 
 POLL_S: Final = 0.5
 READ_TIMEOUT_S: Final = 5.0

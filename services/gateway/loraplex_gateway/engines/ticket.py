@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import LoraplexError, SlowConsumerError
 
-from loraplex_gateway.engine_wire import EngineFinish, EngineStart
+from loraplex_gateway.engines.wire import EngineFinish, EngineStart
 from loraplex_gateway.types import AdapterLoading
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_gateway.routing import WARM_LOAD_FACTOR, WARM_LOAD_SLACK, Candidate, choose, rendezvous
+from loraplex_gateway.engines.routing import WARM_LOAD_FACTOR, WARM_LOAD_SLACK, Candidate, choose, rendezvous
 
 DIGEST = "a" * 64
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loraplex_common.errors import StoreUnavailableError
 from loraplex_common.registry import EngineRecord
-from loraplex_gateway import registry_watcher
-from loraplex_gateway.registry_watcher import RegistryWatcher
+from loraplex_gateway.engines import registry_watcher
+from loraplex_gateway.engines.registry_watcher import RegistryWatcher
 from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import pytest
-    from loraplex_gateway.engine_pool import EnginePool
+    from loraplex_gateway.engines.pool import EnginePool
     from redis.asyncio import Redis
 
 RECORD = EngineRecord(
