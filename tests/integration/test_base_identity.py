@@ -20,7 +20,7 @@ from loraplex_common.errors import (
     StreamInterruptedError,
 )
 from loraplex_common.rpc_errors import error_from_rpc
-from loraplex_gateway import relay
+from loraplex_gateway.requests import relay
 from support.adapters import Recipe, adapter_files, write_adapter
 from support.base_models import TinyBase, write_base_model
 from support.engine_double import EngineDouble

@@ -10,7 +10,7 @@ from loraplex.v1 import gateway_pb2
 from loraplex_common.alias_feed import AdapterEntry
 from loraplex_common.errors import AdapterNotFoundError, DeadlineError, LoraplexError, ModelNotFoundError
 from loraplex_common.rpc_errors import error_from_rpc
-from loraplex_gateway import relay
+from loraplex_gateway.requests import relay
 from support.engine_double import EngineDouble
 from support.gateway_rig import DIGEST, Rig, letters, running_gateway, text_request
 from support.waiting import eventually

@@ -10,7 +10,7 @@ import pytest
 from loraplex.v1 import gateway_pb2
 from loraplex_common.auth import ANYBODY
 from loraplex_common.base_model import load_base_model
-from loraplex_gateway.callers import cache_salt
+from loraplex_gateway.requests.callers import cache_salt
 from support.base_models import TinyBase, write_base_model
 from support.gateway_rig import DIGEST, OTHER_DIGEST, letters, model_directory, running_gateway, text_request
 from support.waiting import eventually

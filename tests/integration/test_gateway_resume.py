@@ -17,7 +17,7 @@ from loraplex_common.errors import (
     StreamInterruptedError,
 )
 from loraplex_common.rpc_errors import error_from_rpc
-from loraplex_gateway.claims import RequestClaims
+from loraplex_gateway.requests.claims import RequestClaims
 from support.cut_streams import (
     CUT,
     NUM_TOKENS,

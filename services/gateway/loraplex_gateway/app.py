@@ -26,20 +26,20 @@ from loraplex_common.vllm_metrics import FLEET_LABEL
 
 from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.prefetch import PrefetchHints
-from loraplex_gateway.admission import AdmissionController
-from loraplex_gateway.claims import RequestClaims
-from loraplex_gateway.core import GatewayCore
 from loraplex_gateway.engines.collector import FleetCollector
 from loraplex_gateway.engines.pool import EnginePool
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
-from loraplex_gateway.listing import ModelListing
 from loraplex_gateway.metrics.gateway import GatewayMetrics
 from loraplex_gateway.openai.app import HttpContext, make_app
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.server import HttpServer
-from loraplex_gateway.preparation import Preparer, RequestLimits
 from loraplex_gateway.quotas.calls import TenantQuotas
-from loraplex_gateway.resume import Resumption
+from loraplex_gateway.requests.admission import AdmissionController
+from loraplex_gateway.requests.claims import RequestClaims
+from loraplex_gateway.requests.core import GatewayCore
+from loraplex_gateway.requests.listing import ModelListing
+from loraplex_gateway.requests.preparation import Preparer, RequestLimits
+from loraplex_gateway.requests.resumption import Resumption
 from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
 from loraplex_gateway.servicer import GatewayServicer
 from loraplex_gateway.servicer_fleet import FleetServicer

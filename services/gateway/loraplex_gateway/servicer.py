@@ -9,8 +9,9 @@ from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
 from loraplex_common.auth import current_principal
 from loraplex_common.errors import InvalidParameterError
 
-from loraplex_gateway import validation, wire
-from loraplex_gateway.stall import StallGuard
+from loraplex_gateway import wire
+from loraplex_gateway.requests import validation
+from loraplex_gateway.requests.stall import StallGuard
 from loraplex_gateway.types import ChatPrompt, Chunk, Finished, Started, TextPrompt
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
     import grpc
 
-    from loraplex_gateway.core import GatewayCore
-    from loraplex_gateway.listing import ModelListing
     from loraplex_gateway.quotas.calls import QuotaCall, TenantQuotas
+    from loraplex_gateway.requests.core import GatewayCore
+    from loraplex_gateway.requests.listing import ModelListing
     from loraplex_gateway.text.models import ModelCatalog, ServedModel
     from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import Prompt

@@ -10,7 +10,7 @@ from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.request_limits import MAX_ENTRIES, MAX_WAIT_S, RANGES
 from loraplex_engine.rpc import validation as engine
-from loraplex_gateway import validation as gateway
+from loraplex_gateway.requests import validation as gateway
 from loraplex_gateway.types import GenerationRequest, ResponseOptions, Sampling, Stopping, TokenPrompt
 
 if TYPE_CHECKING:

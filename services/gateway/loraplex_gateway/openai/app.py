@@ -20,8 +20,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from loraplex_gateway.core import GatewayCore
-from loraplex_gateway.listing import ModelListing
 from loraplex_gateway.openai import convert, fields
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.choices import generate_choices
@@ -32,6 +30,8 @@ from loraplex_gateway.openai.responses import GenerationResponse
 from loraplex_gateway.openai.schema import ChatBody, CompletionBody
 from loraplex_gateway.openai.tracing import TraceIds, origin_of
 from loraplex_gateway.quotas.calls import TenantQuotas
+from loraplex_gateway.requests.core import GatewayCore
+from loraplex_gateway.requests.listing import ModelListing
 from loraplex_gateway.text.fair_workers import FairWorkers
 from loraplex_gateway.text.models import ModelCatalog
 

@@ -13,7 +13,7 @@ from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway.openai.fields import CHAT, COMPLETION, WHICH_MODEL, Rule
 from loraplex_gateway.openai.schema import ChatBody, CommonBody, CompletionBody
-from loraplex_gateway.validation import MAX_VIOLATIONS_TOLD
+from loraplex_gateway.requests.validation import MAX_VIOLATIONS_TOLD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from loraplex_common.auth import Principal
 
-    from loraplex_gateway.core import GatewayCore
     from loraplex_gateway.quotas.calls import QuotaCall
+    from loraplex_gateway.requests.core import GatewayCore
     from loraplex_gateway.types import Event, GenerationRequest
 
 

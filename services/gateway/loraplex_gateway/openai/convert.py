@@ -14,6 +14,7 @@ from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.body import decode as decode
 from loraplex_gateway.openai.errors import BodyNames
 from loraplex_gateway.openai.schema import ChatBody, StreamOptions
+from loraplex_gateway.requests.validation import REQUEST_ID_RULE, is_request_id
 from loraplex_gateway.text.prompt_size import check_num_messages
 from loraplex_gateway.types import (
     ChatMessage,
@@ -26,7 +27,6 @@ from loraplex_gateway.types import (
     TextPrompt,
     TokenPrompt,
 )
-from loraplex_gateway.validation import REQUEST_ID_RULE, is_request_id
 
 if TYPE_CHECKING:
     from loraplex_gateway.openai.schema import ChatTurn, CommonBody, CompletionBody, ContentPart

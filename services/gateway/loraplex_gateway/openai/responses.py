@@ -11,7 +11,7 @@ from loraplex_common.errors import CancelledRequestError, LoraplexError, SlowCon
 from loraplex_common.interceptors import internal_error
 
 from loraplex_gateway.openai.errors import error_object, error_response
-from loraplex_gateway.stall import StallGuard
+from loraplex_gateway.requests.stall import StallGuard
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -23,7 +23,7 @@ from loraplex_gateway.openai.schema import (
     ContentPart,
     StreamOptions,
 )
-from loraplex_gateway.validation import COUNTS, RANGES
+from loraplex_gateway.requests.validation import COUNTS, RANGES
 
 DOCS = Path(__file__).parents[3] / "docs" / "openai.md"
 MESSAGES = fields.CHAT.nested["messages"]

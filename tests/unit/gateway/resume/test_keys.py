@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_common import valkey
 from loraplex_common.errors import ResumeInvalidError
-from loraplex_gateway.resume.keys import CHECK_FILE_S, VALKEY_KEY, ResumeKeyError, ResumeKeyFile, ResumeKeys
+from loraplex_gateway.resume.keys import (
+    CHECK_FILE_S,
+    VALKEY_KEY,
+    ResumeKeyError,
+    ResumeKeyFile,
+    ResumeKeys,
+)
 from loraplex_gateway.resume.token import ResumePoint, seal, unseal
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_common.errors import InvalidParameterError
+from loraplex_gateway.requests.validation import check_prompt
 from loraplex_gateway.text.template_variables import FIELD, MAX_DEPTH, from_json
 from loraplex_gateway.types import ChatMessage, ChatPrompt
-from loraplex_gateway.validation import check_prompt
 
 JSON_VALUES = st.recursive(
     st.none()

@@ -21,7 +21,7 @@ from loraplex_gateway.resume.token import ResumePoint, seal, unseal
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loraplex_gateway.preparation import Prepared
+    from loraplex_gateway.requests.preparation import Prepared
     from loraplex_gateway.resume.keys import ResumeKeys
     from loraplex_gateway.types import GenerationRequest, Resume
 

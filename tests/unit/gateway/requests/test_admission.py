@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from loraplex_common.errors import DrainingError, SaturatedError
-from loraplex_gateway.admission import AdmissionController, Place
+from loraplex_gateway.requests.admission import AdmissionController, Place
 from loraplex_gateway.types import Priority
 
 

@@ -11,6 +11,13 @@ from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import ContextLengthError, InvalidParameterError, to_status
 from loraplex_common.request_limits import MAX_MESSAGES
 from loraplex_gateway import wire
+from loraplex_gateway.requests.validation import (
+    check_drawable,
+    check_length,
+    check_prompt_logprobs,
+    check_request,
+    check_token_ids,
+)
 from loraplex_gateway.types import (
     ChatMessage,
     ChatPrompt,
@@ -20,13 +27,6 @@ from loraplex_gateway.types import (
     Stopping,
     TextPrompt,
     TokenPrompt,
-)
-from loraplex_gateway.validation import (
-    check_drawable,
-    check_length,
-    check_prompt_logprobs,
-    check_request,
-    check_token_ids,
 )
 
 REQUEST = GenerationRequest(prompt=TextPrompt(text="hi"))

@@ -10,15 +10,15 @@ from loraplex_common.errors import ResumeInvalidError
 
 from loraplex_gateway.engines.ticket import EngineUpdate
 from loraplex_gateway.engines.wire import EngineStart
-from loraplex_gateway.output import OutputAssembler
-from loraplex_gateway.relay import finish_reached, unsaid_finish
+from loraplex_gateway.requests.output import OutputAssembler
+from loraplex_gateway.requests.relay import finish_reached, unsaid_finish
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started, Timings, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_gateway.engines.wire import EngineFinish
-    from loraplex_gateway.preparation import Prepared
+    from loraplex_gateway.requests.preparation import Prepared
     from loraplex_gateway.types import Event, Resume
 
 # A few milliseconds of the event loop at most.

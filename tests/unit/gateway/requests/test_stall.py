@@ -6,8 +6,8 @@ import asyncio
 import time
 
 import pytest
-from loraplex_gateway import stall
-from loraplex_gateway.stall import LoopTime, StallGuard
+from loraplex_gateway.requests import stall
+from loraplex_gateway.requests.stall import LoopTime, StallGuard
 
 
 async def write(guard: StallGuard, *, lasting_s: float) -> None:

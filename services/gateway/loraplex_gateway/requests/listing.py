@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import InvalidParameterError, ModelNotFoundError
 from loraplex_common.ids import DEFAULT_LABEL
 
-from loraplex_gateway.preparation import NAME_PATIENCE_S
+from loraplex_gateway.requests.preparation import NAME_PATIENCE_S
 from loraplex_gateway.types import ModelCard
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import ResumeInvalidError
 from loraplex_gateway.engines.ticket import EngineUpdate
 from loraplex_gateway.engines.wire import EngineFinish, EngineStart, Submission
-from loraplex_gateway.preparation import Prepared
-from loraplex_gateway.relay import Job, finish_reached
-from loraplex_gateway.request_run import REPLAY_TOKENS, RequestRun
+from loraplex_gateway.requests.preparation import Prepared
+from loraplex_gateway.requests.relay import Job, finish_reached
+from loraplex_gateway.requests.run import REPLAY_TOKENS, RequestRun
 from loraplex_gateway.text.detokenizer import TokenTable
 from loraplex_gateway.types import (
     Chunk,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_common.auth import ANYBODY, Principal
 from loraplex_common.errors import PriorityForbiddenError, from_status, to_status
-from loraplex_gateway.callers import affinity_key, cache_salt, granted_priority
+from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.types import Priority
 
 BATCH, NORMAL, HIGH = Priority.BATCH, Priority.NORMAL, Priority.HIGH

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import AdapterIncompatibleError
 
-from loraplex_gateway import validation
 from loraplex_gateway.adapters.names import ResolvedAdapter
-from loraplex_gateway.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.engines.wire import Submission
-from loraplex_gateway.relay import Job
+from loraplex_gateway.requests import validation
+from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
+from loraplex_gateway.requests.relay import Job
 from loraplex_gateway.text.models import ServedModel
 from loraplex_gateway.types import GenerationRequest
 

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from loraplex_gateway.adapters.prefetch import PrefetchHints
-    from loraplex_gateway.claims import RunningRequest
     from loraplex_gateway.engines.link import EngineSession
     from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.engines.ticket import Ticket
     from loraplex_gateway.metrics.gateway import GatewayMetrics
+    from loraplex_gateway.requests.claims import RunningRequest
 
 MAX_REFUSALS: Final = 4
 """Engines that may refuse a request between two of its tokens, each for reasons of its own."""

@@ -10,7 +10,7 @@ from loraplex_common import valkey
 from loraplex_common.errors import RequestRunningError
 from loraplex_common.registry import claim_key
 from loraplex_common.tasks import cancel_and_wait
-from loraplex_gateway.claims import LEASE_S, RequestClaims
+from loraplex_gateway.requests.claims import LEASE_S, RequestClaims
 from support.waiting import eventually
 
 

@@ -21,10 +21,10 @@ from loraplex_common.errors import (
 )
 from loraplex_common.ids import new_request_id
 
-from loraplex_gateway.access_log import RequestRecord
 from loraplex_gateway.engines.ticket import LocalCancelError
-from loraplex_gateway.relay import EngineRelay
-from loraplex_gateway.request_run import RequestRun
+from loraplex_gateway.requests.access_log import RequestRecord
+from loraplex_gateway.requests.relay import EngineRelay
+from loraplex_gateway.requests.run import RequestRun
 from loraplex_gateway.types import Accepted, Queued
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.prefetch import PrefetchHints
-    from loraplex_gateway.admission import AdmissionController, Place
-    from loraplex_gateway.claims import RequestClaims, RunningRequest
     from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.metrics.gateway import GatewayMetrics
-    from loraplex_gateway.preparation import Prepared, Preparer
     from loraplex_gateway.quotas.calls import QuotaCall
-    from loraplex_gateway.resume import Resumption
+    from loraplex_gateway.requests.admission import AdmissionController, Place
+    from loraplex_gateway.requests.claims import RequestClaims, RunningRequest
+    from loraplex_gateway.requests.preparation import Prepared, Preparer
+    from loraplex_gateway.requests.resumption import Resumption
     from loraplex_gateway.text.models import ServedModel
     from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import Event, GenerationRequest, Prompt

@@ -1,0 +1,1 @@
+"""A request's way: checked, prepared, admitted, claimed, relayed to engines, answered, counted."""
