@@ -29,6 +29,8 @@ from loraplex_gateway.adapters.prefetch import PrefetchHints
 from loraplex_gateway.engines.collector import FleetCollector
 from loraplex_gateway.engines.pool import EnginePool
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
+from loraplex_gateway.grpc.servicer import GatewayServicer
+from loraplex_gateway.grpc.servicer_fleet import FleetServicer
 from loraplex_gateway.metrics.gateway import GatewayMetrics
 from loraplex_gateway.openai.app import HttpContext, make_app
 from loraplex_gateway.openai.body_reader import BodyReader
@@ -41,8 +43,6 @@ from loraplex_gateway.requests.listing import ModelListing
 from loraplex_gateway.requests.preparation import Preparer, RequestLimits
 from loraplex_gateway.requests.resumption import Resumption
 from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
-from loraplex_gateway.servicer import GatewayServicer
-from loraplex_gateway.servicer_fleet import FleetServicer
 from loraplex_gateway.text.fair_workers import FairWorkers
 from loraplex_gateway.text.models import ModelCatalog, load_served_model
 

@@ -10,7 +10,7 @@ import pytest
 from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import ContextLengthError, InvalidParameterError, to_status
 from loraplex_common.request_limits import MAX_MESSAGES
-from loraplex_gateway import wire
+from loraplex_gateway.grpc import wire
 from loraplex_gateway.requests.validation import (
     check_drawable,
     check_length,

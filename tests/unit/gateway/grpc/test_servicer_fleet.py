@@ -11,7 +11,7 @@ import grpc
 import pytest
 from loraplex.v1 import engine_pb2, engine_pb2_grpc, fleet_pb2
 from loraplex_common.registry import EngineRecord
-from loraplex_gateway.servicer_fleet import FleetServicer
+from loraplex_gateway.grpc.servicer_fleet import FleetServicer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -9,7 +9,7 @@ from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
 from loraplex_common.auth import current_principal
 from loraplex_common.errors import InvalidParameterError
 
-from loraplex_gateway import wire
+from loraplex_gateway.grpc import wire
 from loraplex_gateway.requests import validation
 from loraplex_gateway.requests.stall import StallGuard
 from loraplex_gateway.types import ChatPrompt, Chunk, Finished, Started, TextPrompt
