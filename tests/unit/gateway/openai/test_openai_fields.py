@@ -25,7 +25,7 @@ from loraplex_gateway.openai.schema import (
 )
 from loraplex_gateway.requests.validation import COUNTS, RANGES
 
-DOCS = Path(__file__).parents[3] / "docs" / "openai.md"
+DOCS = Path(__file__).parents[4] / "docs" / "openai.md"
 MESSAGES = fields.CHAT.nested["messages"]
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "x"}
