@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import LoraplexError, SlowConsumerError
 
-from loraplex_gateway.engines.wire import EngineFinish, EngineStart
+from loraplex_gateway.engines.wire import EngineFinish, EngineStart, LogprobsMessage
 from loraplex_gateway.types import AdapterLoading
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class EngineUpdate:
     """All news since the last update; `logprobs` is parallel to `token_ids` where asked for. `end` is a normal one."""
 
     token_ids: Sequence[int] = ()
-    logprobs: Sequence[gateway_pb2.PositionLogprobs] = ()
+    logprobs: Sequence[LogprobsMessage] = ()
     started: EngineStart | None = None
     loading: AdapterLoading | None = None
     end: EngineFinish | None = None
@@ -69,7 +68,7 @@ class Ticket:
         self._max_buffered_tokens = max_buffered_tokens
         self._on_overflow = on_overflow
         self._tokens: list[int] = []
-        self._logprobs: list[gateway_pb2.PositionLogprobs] = []
+        self._logprobs: list[LogprobsMessage] = []
         self._started: EngineStart | None = None
         self._loading: AdapterLoading | None = None
         self._end: EngineFinish | None = None
@@ -99,7 +98,7 @@ class Ticket:
         *,
         sequence: int,
         token_ids: Sequence[int],
-        logprobs: Sequence[gateway_pb2.PositionLogprobs],
+        logprobs: Sequence[LogprobsMessage],
         started: EngineStart | None,
         loading: AdapterLoading | None,
         end: EngineFinish | LoraplexError | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from google.protobuf import duration_pb2
 from loraplex.v1 import engine_pb2, gateway_pb2
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from loraplex_common.registry import EngineRecord
+
+
+LogprobsMessage: TypeAlias = gateway_pb2.PositionLogprobs
+"""Log-probabilities as an engine sent them. A ticket and an update hand them on unread: what they stand for is known once
+the output knows where each token's text is, and `positions` converts them there, once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,9 +13,7 @@ from loraplex_gateway.types import Chunk
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loraplex.v1 import gateway_pb2
-
-    from loraplex_gateway.text.detokenizer import TokenTable
+    from loraplex_gateway.text.token_table import TokenTable
     from loraplex_gateway.types import PositionLogprobs, ResponseOptions, Stopping
 
 
@@ -63,7 +61,7 @@ class OutputAssembler:
         self._held_token: int | None = None
         self._next_chunk = 0
 
-    def push(self, token_ids: Sequence[int], logprobs: Sequence[gateway_pb2.PositionLogprobs]) -> Chunk | None:
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[wire.LogprobsMessage]) -> Chunk | None:
         """Add tokens; return a chunk if there is anything to send. Tokens behind a stop string are dropped."""
         index, num_taken = self.num_tokens, 0
         pieces: list[str] = []
@@ -151,7 +149,7 @@ class OutputAssembler:
         index: int,
         token_ids: Sequence[int],
         text: str,
-        logprobs: Sequence[gateway_pb2.PositionLogprobs],
+        logprobs: Sequence[wire.LogprobsMessage],
         text_offsets: Sequence[int],
     ) -> Chunk | None:
         ids = tuple(token_ids) if self._options.token_ids else ()

@@ -8,9 +8,6 @@ decode(prompt). Where the prompt ends within a character and the output complete
 from __future__ import annotations
 
 import codecs
-import functools
-import json
-import re
 from typing import TYPE_CHECKING, Final, Protocol
 
 from loraplex_gateway.text.window_detokenizer import REPLACEMENT, WindowDetokenizer, shown_from_end
@@ -18,10 +15,9 @@ from loraplex_gateway.text.window_detokenizer import REPLACEMENT, WindowDetokeni
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tokenizers import Tokenizer
+    from loraplex_gateway.text.token_table import TokenTable
 
 MAX_OPEN_BYTES: Final = 3  # of an unfinished character in UTF-8
-_BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Detokenizer(Protocol):
@@ -48,79 +44,6 @@ class Detokenizer(Protocol):
     def flush(self) -> str:
         """Return the rest; the output has ended."""
         ...
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Return GPT-2's map from printable stand-in characters to bytes.
-
-    Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, encoder.py.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    hidden = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet.update({chr(256 + n): byte for n, byte in enumerate(hidden)})
-    return alphabet
-
-
-_ALPHABET: Final = _byte_level_alphabet()
-
-
-class TokenTable:
-    """What single tokens stand for; shared by all outputs of one model.
-
-    Args:
-        tokenizer: The model's tokenizer.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
-        self.is_byte_level = decoder.get("type") == "ByteLevel"
-        added = tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._bytes: dict[int, bytes] = {}
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes a token stands for; empty for an id without a token."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._compute_bytes(token_id)
-        return known
-
-    def is_byte_token(self, token_id: int) -> bool:
-        """Whether the token is one raw byte of a byte-fallback vocabulary, written ``<0xE4>``."""
-        token = self.tokenizer.id_to_token(token_id)
-        return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
-
-    def token_text(self, token_id: int) -> str:
-        """Return a token's text on its own; bytes that are no UTF-8 become U+FFFD."""
-        return self.token_bytes(token_id).decode("utf-8", errors="replace")
-
-    @functools.cached_property
-    def anchor(self) -> int | None:
-        """A token whose text is letters or digits: it stands for an unknown text in front of an output."""
-        for token_id in range(self.tokenizer.get_vocab_size()):
-            if token_id in self.special_ids or self.is_byte_token(token_id):
-                continue
-            text = self.tokenizer.decode([token_id], skip_special_tokens=False).strip()
-            if text.isalnum():
-                return token_id
-        return None
-
-    def _compute_bytes(self, token_id: int) -> bytes:
-        token = self.tokenizer.id_to_token(token_id)
-        if token is None:
-            return b""
-        if self.is_byte_level:
-            # A token with any character outside the alphabet was added as plain text.
-            mapped = [_ALPHABET.get(character) for character in token]
-            known = [byte for byte in mapped if byte is not None]
-            return bytes(known) if len(known) == len(mapped) else token.encode()
-        if _BYTE_TOKEN.fullmatch(token):
-            return bytes([int(token[3:5], 16)])
-        if token_id in self.special_ids:
-            return token.encode()
-        return token.replace("\u2581", " ").encode()
 
 
 class ByteLevelDetokenizer:

@@ -13,8 +13,8 @@ from loraplex_common.tokenizer_config import read_special_tokens, read_tokenizer
 from tokenizers import Tokenizer
 
 from loraplex_gateway.text.chat_template import ChatTemplate, load_chat_template
-from loraplex_gateway.text.detokenizer import TokenTable
 from loraplex_gateway.text.prompt_size import check_bytes, num_bytes_of, prompt_bytes
+from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:

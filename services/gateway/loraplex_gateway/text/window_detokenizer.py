@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from loraplex_gateway.text.detokenizer import TokenTable
+    from loraplex_gateway.text.token_table import TokenTable
 
 REPLACEMENT: Final = "\ufffd"
 # Of a prompt's end: more than any decoder looks back.

@@ -12,7 +12,7 @@ from loraplex_gateway.openai.errors import BodyNames
 from loraplex_gateway.openai.fields import CHAT, COMPLETION
 from loraplex_gateway.openai.render import Renderer
 from loraplex_gateway.requests.output import OutputAssembler
-from loraplex_gateway.text.detokenizer import TokenTable
+from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import (
     Chunk,
     Event,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loraplex.v1 import gateway_pb2
 from loraplex_gateway.requests.output import OutputAssembler
-from loraplex_gateway.text.detokenizer import TokenTable
+from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import Chunk, ResponseOptions, Stopping
 from support.tokenizers_for_tests import byte_fallback_tokenizer, byte_level_tokenizer
 

@@ -17,7 +17,7 @@ from loraplex_gateway.engines.wire import EngineFinish, EngineStart, Submission
 from loraplex_gateway.requests.preparation import Prepared
 from loraplex_gateway.requests.relay import Job, finish_reached
 from loraplex_gateway.requests.run import REPLAY_TOKENS, RequestRun
-from loraplex_gateway.text.detokenizer import TokenTable
+from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import (
     Chunk,
     Finished,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_gateway.text.detokenizer import ByteLevelDetokenizer, TokenTable, make_detokenizer
+from loraplex_gateway.text.detokenizer import ByteLevelDetokenizer, make_detokenizer
+from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.text.window_detokenizer import WindowDetokenizer
 from support.tokenizers_for_tests import byte_fallback_tokenizer, byte_level_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
