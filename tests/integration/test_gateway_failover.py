@@ -75,7 +75,7 @@ async def test_streams_of_an_engine_that_is_silent_move_and_what_it_says_later_i
 
         silent.is_silent = False
         silent.release()  # it goes on with a request that is another's by now
-        await eventually(lambda: all(session.is_candidate for session in rig.app.pool.sessions))
+        await eventually(lambda: all(link.is_candidate for link in rig.app.pool.links))
         other.release()
         responses += await read(call)
 

@@ -274,7 +274,7 @@ async def test_a_client_that_stops_reading_ends_only_its_own_stream(valkey_url: 
     async with running_gateway(valkey_url, reply=lambda submit: big, max_buffered_tokens=200) as rig:
         rig.engine.max_model_len = 200_000
         await rig.engine.register(rig.valkey)
-        await eventually(lambda: rig.app.pool.sessions[0].record.max_model_len == 200_000)
+        await eventually(lambda: rig.app.pool.links[0].record.max_model_len == 200_000)
         rig.engine.tokens_per_message = 50
         options = gateway_pb2.ResponseOptions(logprobs=20)
         lazy = rig.stub.Generate(
@@ -299,7 +299,7 @@ async def test_a_client_that_never_reads_again_is_given_up(valkey_url: str) -> N
     ) as rig:
         rig.engine.max_model_len = 200_000
         await rig.engine.register(rig.valkey)
-        await eventually(lambda: rig.app.pool.sessions[0].record.max_model_len == 200_000)
+        await eventually(lambda: rig.app.pool.links[0].record.max_model_len == 200_000)
         rig.engine.tokens_per_message = 50
         lazy = rig.stub.Generate(
             text_request(
@@ -369,7 +369,7 @@ async def test_a_silent_engine_whose_lease_ran_out_gets_nothing_new(
         expired = rig.engines[0]
         expired.is_silent = True
         await rig.valkey.zadd("loraplex:engines", {expired.engine_id: time.time() - 1})
-        await eventually(lambda: len(rig.app.pool.sessions) == 1)
+        await eventually(lambda: len(rig.app.pool.links) == 1)
 
         for _ in range(3):
             await rig.stub.GenerateOnce(Once(request=text_request()))

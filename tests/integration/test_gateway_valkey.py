@@ -44,7 +44,7 @@ async def test_an_engine_whose_session_is_open_serves_on_after_its_lease_and_a_s
             assert response.finished.usage.output_tokens == 8
 
         rig.engine.is_silent = True
-        await eventually(lambda: not rig.app.pool.sessions)
+        await eventually(lambda: not rig.app.pool.links)
 
 
 async def test_an_engine_is_gone_once_its_lease_and_its_session_are(valkey_url: str) -> None:
@@ -55,7 +55,7 @@ async def test_an_engine_is_gone_once_its_lease_and_its_session_are(valkey_url: 
 
         await rig.engine.kill()
 
-        await eventually(lambda: not rig.app.pool.sessions)
+        await eventually(lambda: not rig.app.pool.links)
 
 
 async def test_a_gateway_that_starts_while_no_lease_can_be_renewed_finds_the_engines_that_live(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ async def test_a_gateway_that_starts_while_no_lease_can_be_renewed_finds_the_eng
 
             await client.config_set("min-replicas-to-write", 0)
 
-            await eventually(lambda: {s.engine_id for s in app.pool.sessions} == {living.engine_id})
+            await eventually(lambda: {s.engine_id for s in app.pool.links} == {living.engine_id})
             assert app.is_ready
         finally:
             await app.close()

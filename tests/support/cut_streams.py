@@ -110,5 +110,5 @@ async def refusal(rig: Rig, request: gateway_pb2.GenerateRequest, **options: Any
 async def another_gateway(valkey_url: str, **options: Any) -> AsyncIterator[Rig]:
     """Run a gateway without engines of its own: it finds those that the first one's rig has registered."""
     async with running_gateway(valkey_url, num_engines=0, **options) as rig:
-        await eventually(lambda: any(session.is_candidate for session in rig.app.pool.sessions))
+        await eventually(lambda: any(link.is_candidate for link in rig.app.pool.links))
         yield rig

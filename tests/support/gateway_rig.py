@@ -82,7 +82,7 @@ class Rig:
         self.app.admission.check_integrity()
         assert self.app.admission.num_running == self.app.admission.num_waiting == 0
         assert self.app.claims.num_running == 0
-        assert sum(session.num_in_flight for session in self.app.pool.sessions) == 0
+        assert sum(link.num_in_flight for link in self.app.pool.links) == 0
 
 
 def make_config(valkey_url: str, **overrides: Any) -> GatewayConfig:
@@ -143,7 +143,7 @@ async def running_gateway(
 
 async def _all_open(app: GatewayApp, num_engines: int) -> None:
     async with asyncio.timeout(10):
-        while sum(session.is_candidate for session in app.pool.sessions) < num_engines:
+        while sum(link.is_candidate for link in app.pool.links) < num_engines:
             await app.pool.changed.wait()
 
 

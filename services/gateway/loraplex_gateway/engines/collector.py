@@ -15,8 +15,8 @@ from loraplex_common.exposition import OTHER
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from loraplex_gateway.engines.link import EngineSession
-from loraplex_gateway.engines.link_state import SessionState
+from loraplex_gateway.engines.link import EngineLink
+from loraplex_gateway.engines.link_state import LinkState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,40 +35,40 @@ class _Fleet:
     """The engines of one base model that this gateway has a session with."""
 
     model: str
-    sessions: Sequence[EngineSession]
+    links: Sequence[EngineLink]
 
     @property
     def resident(self) -> set[str]:
-        return set().union(*(session.resident for session in self.sessions))
+        return set().union(*(link.resident for link in self.links))
 
     @property
     def in_flight(self) -> set[str]:
-        return set().union(*(session.digests_in_flight for session in self.sessions))
+        return set().union(*(link.digests_in_flight for link in self.links))
 
     @property
     def running(self) -> int:
-        return sum(session.report.running for session in self.sessions)
+        return sum(link.report.running for link in self.links)
 
     @property
     def waiting(self) -> int:
-        return sum(session.report.waiting for session in self.sessions)
+        return sum(link.report.waiting for link in self.links)
 
     @property
     def usage(self) -> float:
         """Share of the pools that cannot be had by eviction."""
-        reports = [session.report for session in self.sessions]
+        reports = [link.report for link in self.links]
         total = sum(report.pages_total for report in reports)
         return sum(report.pages_kv + report.pages_pinned for report in reports) / total if total else 0.0
 
     @property
     def room(self) -> int:
         """How many adapters of the usual size all engines could hold."""
-        return sum(_room(session) for session in self.sessions)
+        return sum(_room(link) for link in self.links)
 
     def layouts(self) -> dict[int, int]:
         """Return pages by tokens of a block."""
         layouts: dict[int, int] = {}
-        for record in (session.record for session in self.sessions):
+        for record in (link.record for link in self.links):
             layouts[record.block_tokens] = layouts.get(record.block_tokens, 0) + record.num_pages
         return layouts
 
@@ -110,12 +110,12 @@ class FleetCollector(Collector):
         yield _gauge("vllm:max_gpu_lora_adapters", text, {fleet.model: fleet.room for fleet in fleets})
 
     def _fleet(self, model: ServedModel) -> _Fleet:
-        sessions = [
-            session
-            for session in self._pool.sessions
-            if session.record.base_fingerprint == model.fingerprint and session.state is SessionState.OPEN
+        links = [
+            link
+            for link in self._pool.links
+            if link.record.base_fingerprint == model.fingerprint and link.state is LinkState.OPEN
         ]
-        return _Fleet(model.name, sessions)
+        return _Fleet(model.name, links)
 
     def _lora_info(self, fleets: Sequence[_Fleet]) -> GaugeMetricFamily:
         resident: set[str] = set().union(*(fleet.resident for fleet in fleets))
@@ -171,7 +171,7 @@ def _cache_config(fleets: Sequence[_Fleet]) -> GaugeMetricFamily:
     return family
 
 
-def _room(session: EngineSession) -> int:
-    report = session.report
+def _room(link: EngineLink) -> int:
+    report = link.report
     pages = report.pages_adapter + report.pages_pinned
     return report.pages_total * report.adapters_resident // pages if pages else report.pages_total

@@ -15,7 +15,7 @@ from loraplex_common.grpc_channel import open_channel
 from loraplex_common.log import get_logger
 
 from loraplex_gateway.engines import wire
-from loraplex_gateway.engines.link_state import TRANSITIONS, SessionState
+from loraplex_gateway.engines.link_state import TRANSITIONS, LinkState
 from loraplex_gateway.engines.liveness import Liveness
 from loraplex_gateway.engines.silence import MAX_MISSED, QUIET_SHARE, SILENCE_S, wait_for_silence
 from loraplex_gateway.engines.ticket import EngineLostError, Ticket
@@ -37,7 +37,7 @@ REFUSALS: Final = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 _log = get_logger()
 
 
-class EngineSession:
+class EngineLink:
     """Connects to one engine, again and again, until closed.
 
     Args:
@@ -65,7 +65,7 @@ class EngineSession:
         self._refusal = ""
         self.record = record
         self.resident: set[str] = set()
-        self.state = SessionState.CONNECTING
+        self.state = LinkState.CONNECTING
         self._gateway_id = gateway_id
         self._token_bytes = token_bytes
         self._max_buffered_tokens = max_buffered_tokens
@@ -99,12 +99,12 @@ class EngineSession:
     @property
     def is_candidate(self) -> bool:
         """Whether new requests may go here."""
-        return self.state is SessionState.OPEN and not self.record.is_draining and not self._load.draining
+        return self.state is LinkState.OPEN and not self.record.is_draining and not self._load.draining
 
     @property
     def is_proven(self) -> bool:
         """Whether the engine shows on this session that it lives, whatever the registry says."""
-        return self.state is SessionState.OPEN and self._liveness.is_proven
+        return self.state is LinkState.OPEN and self._liveness.is_proven
 
     @property
     def is_quiet(self) -> bool:
@@ -139,7 +139,7 @@ class EngineSession:
         Raises:
             EngineLostError: If the session is not open.
         """
-        if self.state is not SessionState.OPEN:
+        if self.state is not LinkState.OPEN:
             raise EngineLostError(f"no session with engine {self.engine_id}", had_request=False)
         slot = self._free_slots.pop() if self._free_slots else self._new_slot()
         ticket = Ticket(
@@ -174,7 +174,7 @@ class EngineSession:
         try:
             while True:
                 cause = await self._connect_once()
-                was_open = self.state is SessionState.OPEN
+                was_open = self.state is LinkState.OPEN
                 self._reset(cause)
                 if was_open:
                     backoff_s = FIRST_BACKOFF_S
@@ -186,7 +186,7 @@ class EngineSession:
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
         finally:
             self._reset("the gateway closed the session", is_ours=True)
-            self._move(SessionState.CLOSED)
+            self._move(LinkState.CLOSED)
 
     def check_integrity(self) -> None:
         """Raise if slots are lost or used twice.
@@ -238,7 +238,7 @@ class EngineSession:
     async def _listen(self) -> str:
         """Return once an engine that has answered is silent: stopped, or hung as a whole, it keeps its connection."""
         silent_s = await wait_for_silence(
-            lambda: self._num_messages, lambda: self._silence_s if self.state is SessionState.OPEN else math.inf
+            lambda: self._num_messages, lambda: self._silence_s if self.state is LinkState.OPEN else math.inf
         )
         return f"the engine has said nothing for {silent_s:.1f} s"
 
@@ -272,7 +272,7 @@ class EngineSession:
         return request if request.submits or request.aborts else None
 
     def _receive(self, message: engine_pb2.SessionResponse) -> None:
-        if self.state is SessionState.CONNECTING:
+        if self.state is LinkState.CONNECTING:
             wire.check_welcome(message.welcome, self.record)
             promised_s = wire.from_duration(message.welcome.max_silence)
             self._silence_s = max(self._least_silence_s, MAX_MISSED * promised_s)
@@ -293,8 +293,8 @@ class EngineSession:
             self._in_flight_at_report = len(tickets)
             if was_draining != self._load.draining:
                 self._on_change()
-        if self.state is SessionState.CONNECTING:
-            self._move(SessionState.OPEN)
+        if self.state is LinkState.CONNECTING:
+            self._move(LinkState.OPEN)
 
     def _receive_output(self, output: engine_pb2.Output) -> None:
         end = wire.end(output)
@@ -347,13 +347,13 @@ class EngineSession:
         self.resident.clear()
         self._load, self._in_flight_at_report = engine_pb2.LoadReport(), 0
         self._liveness.forget()
-        if self.state is SessionState.OPEN:
-            self._move(SessionState.CONNECTING)
+        if self.state is LinkState.OPEN:
+            self._move(LinkState.CONNECTING)
         for ticket in tickets:
             had_request = not is_ours and ticket.slot not in unsent
             ticket.fail(EngineLostError(f"engine {self.engine_id}: {cause}", had_request=had_request))
 
-    def _move(self, state: SessionState) -> None:
+    def _move(self, state: LinkState) -> None:
         if state not in TRANSITIONS[self.state]:
             raise RuntimeError(f"session {self.engine_id}: {self.state.name} -> {state.name}")
         self.state = state

@@ -1,4 +1,4 @@
-"""The states of an engine session and how they follow each other."""
+"""The states of a link to an engine and how they follow each other."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import enum
 from typing import Final
 
 
-class SessionState(enum.Enum):
-    """Whether requests can be submitted."""
+class LinkState(enum.Enum):
+    """Whether a session is up, on which requests can be submitted."""
 
     CONNECTING = "connecting"
     OPEN = "open"
@@ -15,7 +15,7 @@ class SessionState(enum.Enum):
 
 
 TRANSITIONS: Final = {
-    SessionState.CONNECTING: {SessionState.OPEN, SessionState.CLOSED},
-    SessionState.OPEN: {SessionState.CONNECTING, SessionState.CLOSED},
-    SessionState.CLOSED: set(),
+    LinkState.CONNECTING: {LinkState.OPEN, LinkState.CLOSED},
+    LinkState.OPEN: {LinkState.CONNECTING, LinkState.CLOSED},
+    LinkState.CLOSED: set(),
 }

@@ -1,4 +1,4 @@
-"""The engines this gateway knows, one session each, kept in step with the registry."""
+"""The engines this gateway knows, one link each, kept in step with the registry."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_gateway.engines.absences import Absences
-from loraplex_gateway.engines.link import EngineSession
-from loraplex_gateway.engines.link_state import SessionState
+from loraplex_gateway.engines.link import EngineLink
+from loraplex_gateway.engines.link_state import LinkState
 from loraplex_gateway.engines.routing import Candidate, choose
 from loraplex_gateway.engines.silence import SILENCE_S
 
@@ -28,7 +28,7 @@ _log = get_logger()
 
 
 class EnginePool:
-    """Owns the sessions: opens one per listed engine, and closes it once the engine is gone and nothing runs on it.
+    """Owns the links: opens one per listed engine, and closes it once the engine is gone and nothing runs on it.
 
     An engine is gone once the registry no longer lists it and it does not show on its session that it lives: leases also
     run out because nobody can renew them.
@@ -37,7 +37,7 @@ class EnginePool:
         catalog: Base models; engines of others are left alone.
         gateway_id: Said in every hello.
         max_buffered_tokens: Bound of each request's buffer.
-        silence_s: As of `EngineSession`.
+        silence_s: As of `EngineLink`.
         failover_wait_s: How long an engine that does not take requests is expected to come (back).
         clock: Monotonic seconds.
         dial: Opens a channel to an engine's address; anew for each session, with the credentials of then.
@@ -60,7 +60,7 @@ class EnginePool:
         self._max_buffered_tokens = max_buffered_tokens
         self._silence_s = silence_s
         self._absences = Absences(failover_wait_s, clock)
-        self._sessions: dict[str, EngineSession] = {}
+        self._links: dict[str, EngineLink] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._listed: set[str] = set()
@@ -68,9 +68,9 @@ class EnginePool:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
-    def sessions(self) -> tuple[EngineSession, ...]:
-        """All sessions, whatever their state."""
-        return tuple(self._sessions.values())
+    def links(self) -> tuple[EngineLink, ...]:
+        """All links, whatever their state."""
+        return tuple(self._links.values())
 
     @property
     def changed(self) -> asyncio.Event:
@@ -80,21 +80,20 @@ class EnginePool:
     @property
     def has_candidate(self) -> bool:
         """Whether any engine takes requests."""
-        return any(self._is_candidate(session) for session in self._sessions.values())
+        return any(self._is_candidate(link) for link in self._links.values())
 
     @property
     def is_dialling(self) -> bool:
         """Whether a session with any listed engine is still to be opened."""
         return any(
-            session.state is SessionState.CONNECTING and session.engine_id in self._listed
-            for session in self._sessions.values()
+            link.state is LinkState.CONNECTING and link.engine_id in self._listed for link in self._links.values()
         )
 
     def is_expected(self, fingerprint: str) -> bool:
         """Whether an engine of this base model is listed but still being dialled."""
         return any(
-            session.state is SessionState.CONNECTING and session.engine_id in self._listed
-            for session in self._of_model(fingerprint)
+            link.state is LinkState.CONNECTING and link.engine_id in self._listed
+            for link in self._of_model(fingerprint)
         )
 
     def expected_until(self, fingerprint: str) -> float:
@@ -103,14 +102,14 @@ class EnginePool:
 
     def num_resident(self, digest: str) -> int:
         """Return on how many engines' devices an adapter is."""
-        return sum(digest in session.resident for session in self._sessions.values())
+        return sum(digest in link.resident for link in self._links.values())
 
     def max_model_len(self, fingerprint: str) -> int | None:
         """Return the longest sequence any engine of a base model serves; None if none is known."""
-        return max((session.record.max_model_len for session in self._of_model(fingerprint)), default=None)
+        return max((link.record.max_model_len for link in self._of_model(fingerprint)), default=None)
 
     def sync(self, records: Mapping[str, EngineRecord], lapsed: Mapping[str, EngineRecord] | None = None) -> None:
-        """Take the registry's truth: open, update and close sessions.
+        """Take the registry's truth: open, update and close links.
 
         Args:
             records: Engines whose lease is good.
@@ -119,61 +118,59 @@ class EnginePool:
         served = self._served({**(lapsed or {}), **records})
         self._listed = set(served) & set(records)
         for engine_id, record in served.items():
-            if engine_id in self._sessions:
-                self._sessions[engine_id].record = record
+            if engine_id in self._links:
+                self._links[engine_id].record = record
             else:
                 self._open(record)
-        for engine_id in set(self._sessions) - set(served):
-            session = self._sessions[engine_id]
-            is_idle = session.num_in_flight == 0 or session.state is not SessionState.OPEN
-            if is_idle and not session.is_proven:
+        for engine_id in set(self._links) - set(served):
+            link = self._links[engine_id]
+            is_idle = link.num_in_flight == 0 or link.state is not LinkState.OPEN
+            if is_idle and not link.is_proven:
                 self._close(engine_id)
         self._notify()
 
     def choose(
         self, fingerprint: str, *, adapter_digest: str, affinity_key: str, num_tokens: int, excluded: frozenset[str]
-    ) -> EngineSession | None:
+    ) -> EngineLink | None:
         """Return the engine that should take a request of `num_tokens` tokens so far, or None if none can."""
-        sessions = {
-            session.engine_id: session
-            for session in self._of_model(fingerprint)
-            if self._is_candidate(session)
-            and session.engine_id not in excluded
-            and session.record.max_model_len > num_tokens
+        links = {
+            link.engine_id: link
+            for link in self._of_model(fingerprint)
+            if self._is_candidate(link) and link.engine_id not in excluded and link.record.max_model_len > num_tokens
         }
         # One that is about to be taken for lost gets nothing new while there are others.
-        sessions = {each: session for each, session in sessions.items() if not session.is_quiet} or sessions
+        links = {each: link for each, link in links.items() if not link.is_quiet} or links
         candidates = [
-            Candidate(engine_id=engine_id, load=session.load, is_warm=session.is_warm(adapter_digest))
-            for engine_id, session in sessions.items()
+            Candidate(engine_id=engine_id, load=link.load, is_warm=link.is_warm(adapter_digest))
+            for engine_id, link in links.items()
         ]
         chosen = choose(candidates, adapter_digest=adapter_digest, affinity_key=affinity_key)
-        return None if chosen is None else sessions[chosen]
+        return None if chosen is None else links[chosen]
 
     async def run(self) -> None:
-        """Wait for ever; a session that dies of a bug of ours raises here, so that the service ends loudly."""
+        """Wait for ever; a link that dies of a bug of ours raises here, so that the service ends loudly."""
         await self._failure
 
     async def close(self) -> None:
-        """Close all sessions; requests still running on them fail."""
+        """Close all links; requests still running on them fail."""
         tasks = [*self._tasks.values(), *self._closing]
-        self._tasks, self._sessions, self._listed = {}, {}, set()
+        self._tasks, self._links, self._listed = {}, {}, set()
         await cancel_and_wait(*tasks)
 
     def check_integrity(self) -> None:
-        """Raise if any session has lost a slot.
+        """Raise if any link has lost a slot.
 
         Raises:
             RuntimeError: With the counts.
         """
-        for session in self._sessions.values():
-            session.check_integrity()
+        for link in self._links.values():
+            link.check_integrity()
 
-    def _of_model(self, fingerprint: str) -> list[EngineSession]:
-        return [session for session in self._sessions.values() if session.record.base_fingerprint == fingerprint]
+    def _of_model(self, fingerprint: str) -> list[EngineLink]:
+        return [link for link in self._links.values() if link.record.base_fingerprint == fingerprint]
 
-    def _is_candidate(self, session: EngineSession) -> bool:
-        return session.is_candidate and (session.engine_id in self._listed or session.is_proven)
+    def _is_candidate(self, link: EngineLink) -> bool:
+        return link.is_candidate and (link.engine_id in self._listed or link.is_proven)
 
     def _served(self, records: Mapping[str, EngineRecord]) -> dict[str, EngineRecord]:
         return {
@@ -185,7 +182,7 @@ class EnginePool:
     def _open(self, record: EngineRecord) -> None:
         model = self._catalog.by_fingerprint(record.base_fingerprint)
         assert model is not None
-        session = EngineSession(
+        link = EngineLink(
             record,
             gateway_id=self._gateway_id,
             token_bytes=model.tokenizer.table.token_bytes,
@@ -194,28 +191,28 @@ class EnginePool:
             silence_s=self._silence_s,
             dial=self._dial,
         )
-        self._sessions[record.engine_id] = session
-        task = asyncio.create_task(session.run(), name=f"session-{record.engine_id}")
-        task.add_done_callback(self._session_ended)
+        self._links[record.engine_id] = link
+        task = asyncio.create_task(link.run(), name=f"session-{record.engine_id}")
+        task.add_done_callback(self._link_ended)
         self._tasks[record.engine_id] = task
         _log.info("engine found", engine_id=record.engine_id, target=record.target, model=model.name)
 
     def _close(self, engine_id: str) -> None:
-        del self._sessions[engine_id]
+        del self._links[engine_id]
         task = self._tasks.pop(engine_id)
         task.cancel()
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
         _log.info("engine gone", engine_id=engine_id)
 
-    def _session_ended(self, task: asyncio.Task[None]) -> None:
+    def _link_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None and not self._failure.done():
             self._failure.set_exception(error)
 
     def _notify(self) -> None:
         self._absences.update(
-            {engine_id: self._is_candidate(session) for engine_id, session in self._sessions.items()},
-            {engine_id: session.record.base_fingerprint for engine_id, session in self._sessions.items()},
+            {engine_id: self._is_candidate(link) for engine_id, link in self._links.items()},
+            {engine_id: link.record.base_fingerprint for engine_id, link in self._links.items()},
         )
         # Everybody who waits holds the old event; whoever comes later waits for the next change.
         self._changed.set()

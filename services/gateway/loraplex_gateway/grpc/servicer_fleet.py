@@ -37,7 +37,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         self, request: fleet_pb2.ListEnginesRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> fleet_pb2.ListEnginesResponse:
         """Ask all engines at once; one that does not answer is listed with the reason."""
-        records = sorted((session.record for session in self._pool.sessions), key=lambda record: record.target)
+        records = sorted((link.record for link in self._pool.links), key=lambda record: record.target)
         return fleet_pb2.ListEnginesResponse(engines=await asyncio.gather(*map(self._state, records)))
 
     async def _state(self, record: EngineRecord) -> fleet_pb2.EngineState:

@@ -214,15 +214,15 @@ class GatewayCore:
         digest = job.submission.adapter_digest
         if self._hints is None or not digest or self._pool.num_resident(digest):
             return
-        session = self._pool.choose(
+        link = self._pool.choose(
             job.fingerprint,
             adapter_digest=digest,
             affinity_key=job.affinity_key,
             num_tokens=len(job.submission.prompt_ids),
             excluded=frozenset(),
         )
-        if session is not None:
-            self._hints.hint(digest, session.engine_id)
+        if link is not None:
+            self._hints.hint(digest, link.engine_id)
 
     async def _wait_for_place(
         self, place: Place, run: RequestRun, running: RunningRequest

@@ -95,12 +95,12 @@ class ModelListing:
         return card
 
     def _base(self, model: ServedModel) -> ModelCard:
-        sessions = [session for session in self._pool.sessions if session.record.base_fingerprint == model.fingerprint]
+        links = [link for link in self._pool.links if link.record.base_fingerprint == model.fingerprint]
         return ModelCard(
             name=model.name,
             base_model=model.name,
             max_model_len=self._max_model_len(model),
-            num_engines_resident=sum(session.is_candidate for session in sessions),
+            num_engines_resident=sum(link.is_candidate for link in links),
         )
 
     def _adapter(self, entry: AdapterEntry, digest: str | None) -> ModelCard | None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from loraplex_gateway.adapters.prefetch import PrefetchHints
-    from loraplex_gateway.engines.link import EngineSession
+    from loraplex_gateway.engines.link import EngineLink
     from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.engines.ticket import Ticket
     from loraplex_gateway.metrics.gateway import GatewayMetrics
@@ -137,40 +137,40 @@ class EngineRelay:
         """
         failure: Exception | None = None
         while True:
-            session = await self._choose(failure)
-            if session is None:
+            link = await self._choose(failure)
+            if link is None:
                 yield "", EngineUpdate(end=unsaid_finish(FinishReason.TIME_LIMIT))
                 return
             num_tokens = len(self._tokens)
             try:
                 # Closed here and now: the abort on the engine hangs on the generator's `finally`.
-                async with aclosing(self._run_on(session)) as updates:
+                async with aclosing(self._run_on(link)) as updates:
                     async for update in updates:
-                        yield session.engine_id, update
+                        yield link.engine_id, update
                 if failure is not None and self._has_started:
                     self._metrics.resumes.labels("ok").inc()
                 return
             except (EngineLostError, *ELSEWHERE) as error:
                 failure = error
-            self._count(failure, session.engine_id, has_progressed=len(self._tokens) > num_tokens)
+            self._count(failure, link.engine_id, has_progressed=len(self._tokens) > num_tokens)
             if (finish := finish_reached(self._job, self._tokens)) is not None:
-                yield session.engine_id, EngineUpdate(end=finish)
+                yield link.engine_id, EngineUpdate(end=finish)
                 return
             if self._num_fruitless_losses >= MAX_FRUITLESS_LOSSES:
                 raise self._lost(failure)
             if self._num_refusals >= MAX_REFUSALS:
                 raise self._give_up(failure)
-            self._note_retry(session.engine_id, failure)
+            self._note_retry(link.engine_id, failure)
 
-    async def _run_on(self, session: EngineSession) -> AsyncGenerator[EngineUpdate, None]:
+    async def _run_on(self, link: EngineLink) -> AsyncGenerator[EngineUpdate, None]:
         digest = self._job.submission.adapter_digest
-        if self._hints is not None and digest and digest not in session.resident:
-            self._hints.hint(digest, session.engine_id)
-        ticket = session.submit(self._submission(session.record.max_model_len))
+        if self._hints is not None and digest and digest not in link.resident:
+            self._hints.hint(digest, link.engine_id)
+        ticket = link.submit(self._submission(link.record.max_model_len))
 
         def cancel() -> None:
             ticket.cancel()
-            session.release(ticket)  # now: whoever reads the ticket may hang in a write to a client that is gone
+            link.release(ticket)  # now: whoever reads the ticket may hang in a write to a client that is gone
 
         self._running.on_cancel(cancel)
         overdue = self._watch_deadline(ticket)
@@ -186,7 +186,7 @@ class EngineRelay:
             self._running.on_cancel(None)
             if overdue is not None:
                 overdue.cancel()
-            session.release(ticket)
+            link.release(ticket)
 
     def _watch_deadline(self, ticket: Ticket) -> asyncio.TimerHandle | None:
         """End the request if its engine lets the deadline pass: one that hangs keeps its connection alive for ever."""
@@ -208,21 +208,21 @@ class EngineRelay:
         elif not has_progressed:
             self._num_fruitless_losses += failure.had_request
 
-    async def _choose(self, cause: Exception | None) -> EngineSession | None:
+    async def _choose(self, cause: Exception | None) -> EngineLink | None:
         """Return an engine, waiting for one while some is expected; None once the request's time limit has passed."""
         job = self._job
         first_until = self._clock() + FIRST_WAIT_S
         while True:
             changed = self._pool.changed
-            session = self._pool.choose(
+            link = self._pool.choose(
                 job.fingerprint,
                 adapter_digest=job.submission.adapter_digest,
                 affinity_key=job.affinity_key,
                 num_tokens=len(job.submission.prompt_ids) + len(self._tokens),
                 excluded=self._excluded,
             )
-            if session is not None:
-                return session
+            if link is not None:
+                return link
             until = self._pool.expected_until(job.fingerprint)
             if cause is None:
                 first = first_until if self._pool.is_expected(job.fingerprint) else -math.inf

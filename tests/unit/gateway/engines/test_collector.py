@@ -9,7 +9,7 @@ from loraplex.v1 import engine_pb2
 from loraplex_common.adapter_names import AdapterNames
 from loraplex_common.alias_feed import AdapterEntry
 from loraplex_gateway.engines.collector import MAX_ADAPTER_LABELS, FleetCollector
-from loraplex_gateway.engines.link_state import SessionState
+from loraplex_gateway.engines.link_state import LinkState
 from prometheus_client import CollectorRegistry
 
 if TYPE_CHECKING:
@@ -19,32 +19,32 @@ if TYPE_CHECKING:
 MODELS = [SimpleNamespace(name="llama", fingerprint="f1"), SimpleNamespace(name="qwen", fingerprint="f2")]
 
 
-def session(fingerprint: str, *, resident: set[str] | None = None, **report: Any) -> Any:
+def link(fingerprint: str, *, resident: set[str] | None = None, **report: Any) -> Any:
     return SimpleNamespace(
         record=SimpleNamespace(base_fingerprint=fingerprint, block_tokens=16, num_pages=100),
-        state=SessionState.OPEN,
+        state=LinkState.OPEN,
         report=engine_pb2.LoadReport(pages_total=100, **report),
         resident=resident or set(),
         digests_in_flight=frozenset({"wanted"}),
     )
 
 
-def collect(sessions: list[Any], names: AdapterNames | None = None, **waiting: int) -> CollectorRegistry:
+def collect(links: list[Any], names: AdapterNames | None = None, **waiting: int) -> CollectorRegistry:
     catalog = cast("ModelCatalog", SimpleNamespace(models=MODELS))
-    pool = cast("EnginePool", SimpleNamespace(sessions=sessions))
+    pool = cast("EnginePool", SimpleNamespace(links=links))
     registry = CollectorRegistry()
     registry.register(FleetCollector(catalog, pool, names or AdapterNames(), waiting))
     return registry
 
 
 def test_loads_are_summed_by_base_model_and_what_waits_on_the_gateway_is_added() -> None:
-    lost = session("f1", running=50)
-    lost.state = SessionState.CONNECTING
+    lost = link("f1", running=50)
+    lost.state = LinkState.CONNECTING
     registry = collect(
         [
-            session("f1", running=3, waiting=1, pages_kv=50, pages_pinned=10),
-            session("f1", running=4, waiting=2),
-            session("f2", running=7, waiting=0, pages_kv=100),
+            link("f1", running=3, waiting=1, pages_kv=50, pages_pinned=10),
+            link("f1", running=4, waiting=2),
+            link("f2", running=7, waiting=0, pages_kv=100),
             lost,
         ],
         llama=5,
@@ -62,8 +62,8 @@ def test_loads_are_summed_by_base_model_and_what_waits_on_the_gateway_is_added()
 def test_the_lists_of_adapters_are_one_sample_whose_time_moves_with_them() -> None:
     names = AdapterNames()
     names.update([AdapterEntry(name=name, labels={"latest": name}) for name in ("held", "wanted", "gone")])
-    holder = session("f1", resident={"held"}, adapters_resident=1, pages_adapter=10)
-    registry = collect([holder, session("f2")], names)
+    holder = link("f1", resident={"held"}, adapters_resident=1, pages_adapter=10)
+    registry = collect([holder, link("f2")], names)
 
     def info() -> list[tuple[dict[str, str], float]]:
         families = [family for family in registry.collect() if family.name == "vllm:lora_requests_info"]
@@ -83,7 +83,7 @@ def test_adapters_beyond_the_cap_and_nameless_ones_are_counted_together() -> Non
     names = AdapterNames()
     digests = {f"d{number}" for number in range(MAX_ADAPTER_LABELS + 5)}
     names.update([AdapterEntry(name=f"n-{digest}", labels={"latest": digest}) for digest in digests])
-    registry = collect([session("f1", resident=digests | {"nameless"})], names)
+    registry = collect([link("f1", resident=digests | {"nameless"})], names)
 
     labels = {"model_name": "llama", "adapter_name": "other", "level": "gpu"}
     assert registry.get_sample_value("vllm:lora_adapter_loaded", labels) == 6

@@ -1,11 +1,11 @@
-"""One session's bookkeeping, without a connection."""
+"""One link's bookkeeping, without a connection."""
 
 from __future__ import annotations
 
 import pytest
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.registry import EngineRecord
-from loraplex_gateway.engines.link import EngineSession
+from loraplex_gateway.engines.link import EngineLink
 from loraplex_gateway.engines.ticket import EngineLostError
 from loraplex_gateway.engines.wire import Submission, WrongEngineError
 from loraplex_gateway.types import Priority, Sampling, Stopping
@@ -24,12 +24,12 @@ RECORD = EngineRecord(
 )
 
 
-def open_session() -> EngineSession:
-    session = EngineSession(
+def open_link() -> EngineLink:
+    link = EngineLink(
         RECORD, gateway_id="g", token_bytes=lambda _: b"", max_buffered_tokens=100, on_change=lambda: None
     )
-    session._receive(welcome())
-    return session
+    link._receive(welcome())
+    return link
 
 
 def welcome(engine_id: str = "e1", base_fingerprint: str = "00" * 32) -> engine_pb2.SessionResponse:
@@ -50,51 +50,51 @@ def end_of(slot: int) -> engine_pb2.SessionResponse:
 
 @pytest.mark.parametrize("other", [{"engine_id": "e2"}, {"base_fingerprint": "11" * 32}, {"engine_id": ""}])
 async def test_whoever_answers_in_the_place_of_a_listed_engine_gets_no_request(other: dict[str, str]) -> None:
-    session = EngineSession(
+    link = EngineLink(
         RECORD, gateway_id="g", token_bytes=lambda _: b"", max_buffered_tokens=100, on_change=lambda: None
     )
 
     with pytest.raises(WrongEngineError, match="answers at"):
-        session._receive(welcome(**other))
+        link._receive(welcome(**other))
 
-    assert not session.is_candidate
+    assert not link.is_candidate
 
 
 async def test_an_abort_that_came_too_late_does_not_hit_the_slots_next_request() -> None:
-    session = open_session()
-    first = session.submit(submission("first"))
-    session._next_batch()
-    session.release(first)  # the abort waits behind a pending write ...
-    session._receive(end_of(first.slot))  # ... while the request ends by itself
+    link = open_link()
+    first = link.submit(submission("first"))
+    link._next_batch()
+    link.release(first)  # the abort waits behind a pending write ...
+    link._receive(end_of(first.slot))  # ... while the request ends by itself
 
-    second = session.submit(submission("second"))
-    batch = session._next_batch()
+    second = link.submit(submission("second"))
+    batch = link._next_batch()
 
     assert second.slot == first.slot
     assert batch is not None
     assert [submit.request_id for submit in batch.submits] == ["second"]
     assert list(batch.aborts) == []
-    session.check_integrity()
+    link.check_integrity()
 
 
 async def test_a_request_that_the_engine_never_heard_of_is_not_aborted_there() -> None:
-    session = open_session()
+    link = open_link()
 
-    session.release(session.submit(submission("gone")))
+    link.release(link.submit(submission("gone")))
 
-    assert session._next_batch() is None
-    session.check_integrity()
+    assert link._next_batch() is None
+    link.check_integrity()
 
 
 @pytest.mark.parametrize("is_sent", [True, False])
 @pytest.mark.parametrize("is_ours", [True, False])
 async def test_a_lost_session_is_laid_only_to_requests_that_the_engine_was_sent(is_sent: bool, is_ours: bool) -> None:
-    session = open_session()
-    ticket = session.submit(submission("suspect"))
+    link = open_link()
+    ticket = link.submit(submission("suspect"))
     if is_sent:
-        session._next_batch()
+        link._next_batch()
 
-    session._reset("it is gone", is_ours=is_ours)
+    link._reset("it is gone", is_ours=is_ours)
 
     with pytest.raises(EngineLostError) as caught:
         await ticket.next()
