@@ -6,7 +6,6 @@ import asyncio
 import math
 import random
 import time
-from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -17,7 +16,9 @@ from loraplex_common.log import get_logger
 from loraplex_gateway.engines import wire
 from loraplex_gateway.engines.link_state import TRANSITIONS, LinkState
 from loraplex_gateway.engines.liveness import Liveness
+from loraplex_gateway.engines.outgoing import Outgoing
 from loraplex_gateway.engines.silence import MAX_MISSED, QUIET_SHARE, SILENCE_S, wait_for_silence
+from loraplex_gateway.engines.slots import Slots
 from loraplex_gateway.engines.ticket import EngineLostError, Ticket
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.engines.wire import Submission
 
-# Far below the 4 MiB limit of a message.
-MAX_BATCH_BYTES: Final = 1024 * 1024
 FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
 # Codes of an engine that answers, and will answer the same again until somebody mends the credentials.
@@ -76,15 +75,8 @@ class EngineLink:
         self._load = engine_pb2.LoadReport()
         self._in_flight_at_report = 0
         self._liveness = Liveness(time.monotonic)
-        self._tickets: dict[int, Ticket] = {}
-        self._digests: dict[int, str] = {}  # slot -> adapter in use there
-        self._digest_uses: Counter[str] = Counter()
-        self._aborting: set[int] = set()  # slots that are free again once their end arrives
-        self._free_slots: list[int] = []
-        self._num_slots = 0
-        self._submits: dict[int, engine_pb2.Submit] = {}
-        self._aborts: dict[int, None] = {}  # slots to abort, in order
-        self._has_outgoing = asyncio.Event()
+        self._slots = Slots()
+        self._outgoing = Outgoing()
 
     @property
     def engine_id(self) -> str:
@@ -94,7 +86,7 @@ class EngineLink:
     @property
     def num_in_flight(self) -> int:
         """Requests of this gateway on the engine."""
-        return len(self._tickets)
+        return len(self._slots.tickets)
 
     @property
     def is_candidate(self) -> bool:
@@ -127,11 +119,11 @@ class EngineLink:
     @property
     def digests_in_flight(self) -> frozenset[str]:
         """Adapters of this gateway's requests on the engine."""
-        return frozenset(digest for digest in self._digest_uses if digest)
+        return self._slots.digests
 
     def is_warm(self, digest: str) -> bool:
         """Whether the engine holds an adapter or is getting it for another of our requests."""
-        return not digest or digest in self.resident or self._digest_uses[digest] > 0
+        return not digest or digest in self.resident or self._slots.uses(digest)
 
     def submit(self, submission: Submission) -> Ticket:
         """Queue a request for the next message to the engine.
@@ -141,32 +133,27 @@ class EngineLink:
         """
         if self.state is not LinkState.OPEN:
             raise EngineLostError(f"no session with engine {self.engine_id}", had_request=False)
-        slot = self._free_slots.pop() if self._free_slots else self._new_slot()
-        ticket = Ticket(
-            slot,
-            next_sequence=len(submission.resumed_ids),
-            max_buffered_tokens=self._max_buffered_tokens,
-            on_overflow=self.release,
+        ticket = self._slots.take(
+            submission.adapter_digest,
+            lambda slot: Ticket(
+                slot,
+                next_sequence=len(submission.resumed_ids),
+                max_buffered_tokens=self._max_buffered_tokens,
+                on_overflow=self.release,
+            ),
         )
-        self._tickets[slot] = ticket
-        self._digests[slot] = submission.adapter_digest
-        self._digest_uses[submission.adapter_digest] += 1
-        self._submits[slot] = wire.to_submit(submission, slot)
-        self._has_outgoing.set()
+        self._outgoing.submit(wire.to_submit(submission, ticket.slot))
         return ticket
 
     def release(self, ticket: Ticket) -> None:
         """Take back a ticket; a request that has not ended is aborted with the next message. Safe to call twice."""
         slot = ticket.slot
-        if self._tickets.get(slot) is not ticket:
+        if self._slots.tickets.get(slot) is not ticket:
             return
-        self._forget(slot)
-        if self._submits.pop(slot, None) is not None:
-            self._free_slots.append(slot)  # the engine has never heard of it
-            return
-        self._aborting.add(slot)
-        self._aborts[slot] = None
-        self._has_outgoing.set()
+        is_known = not self._outgoing.withdraw(slot)
+        self._slots.release(slot, is_known=is_known)
+        if is_known:
+            self._outgoing.abort(slot)
 
     async def run(self) -> None:
         """Keep the session up until cancelled."""
@@ -189,17 +176,8 @@ class EngineLink:
             self._move(LinkState.CLOSED)
 
     def check_integrity(self) -> None:
-        """Raise if slots are lost or used twice.
-
-        Raises:
-            RuntimeError: If free + in use + aborting is not the number of slots ever made.
-        """
-        in_use, free = set(self._tickets), set(self._free_slots)
-        counted = len(in_use) + len(free) + len(self._aborting)
-        if counted != self._num_slots or len(in_use | free | self._aborting) != counted:
-            raise RuntimeError(
-                f"slots: {len(in_use)} used + {len(free)} free + {len(self._aborting)} aborting != {self._num_slots}"
-            )
+        """Raise `RuntimeError` if slots are lost or used twice."""
+        self._slots.check_integrity()
 
     async def _connect_once(self) -> str:
         """Run one connection to its end and return why it ended; what arrives on it later is never read."""
@@ -248,38 +226,21 @@ class EngineLink:
             hello = engine_pb2.SessionRequest.Hello(gateway_id=self._gateway_id)
             await call.write(engine_pb2.SessionRequest(hello=hello))
             while True:
-                await self._has_outgoing.wait()
-                if request := self._next_batch():
+                await self._outgoing.wait()
+                if request := self._outgoing.next_batch():
                     await call.write(request)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             call.cancel()  # the reader learns the cause
-
-    def _next_batch(self) -> engine_pb2.SessionRequest | None:
-        request = engine_pb2.SessionRequest()
-        num_bytes = 0
-        while self._submits and num_bytes < MAX_BATCH_BYTES:
-            slot, submit = next(iter(self._submits.items()))
-            size = submit.ByteSize()
-            if num_bytes and num_bytes + size > MAX_BATCH_BYTES:
-                break
-            del self._submits[slot]
-            request.submits.append(submit)
-            num_bytes += size
-        request.aborts.extend(engine_pb2.Abort(slot=slot) for slot in self._aborts)
-        self._aborts.clear()
-        if not self._submits:
-            self._has_outgoing.clear()
-        return request if request.submits or request.aborts else None
 
     def _receive(self, message: engine_pb2.SessionResponse) -> None:
         if self.state is LinkState.CONNECTING:
             wire.check_welcome(message.welcome, self.record)
             promised_s = wire.from_duration(message.welcome.max_silence)
             self._silence_s = max(self._least_silence_s, MAX_MISSED * promised_s)
-        self._liveness.hear(message, has_work=bool(self._tickets))
+        self._liveness.hear(message, has_work=bool(self._slots.tickets))
         if message.HasField("residency"):
             self._update_residency(message.residency)
-        tickets = self._tickets
+        tickets = self._slots.tickets
         for slot, sequence, token_id in zip(
             message.token_slots, message.token_sequences, message.token_ids, strict=True
         ):
@@ -298,7 +259,7 @@ class EngineLink:
 
     def _receive_output(self, output: engine_pb2.Output) -> None:
         end = wire.end(output)
-        ticket = self._tickets.get(output.slot)
+        ticket = self._slots.tickets.get(output.slot)
         if ticket is not None:
             ticket.push_output(
                 sequence=output.sequence,
@@ -308,16 +269,8 @@ class EngineLink:
                 loading=wire.loading(output.loading) if output.HasField("loading") else None,
                 end=end,
             )
-        if end is None:
-            return
-        if self._tickets.get(output.slot) is not None:
-            self._forget(output.slot)
-            self._free_slots.append(output.slot)
-        elif output.slot in self._aborting:
-            self._aborting.remove(output.slot)
-            # Sent now, it would hit whoever gets the slot next: an engine reads a message's submits before its aborts.
-            self._aborts.pop(output.slot, None)
-            self._free_slots.append(output.slot)
+        if end is not None and self._slots.ended(output.slot):
+            self._outgoing.forget_abort(output.slot)
 
     def _update_residency(self, delta: engine_pb2.ResidencyDelta) -> None:
         if delta.snapshot:
@@ -325,25 +278,10 @@ class EngineLink:
         self.resident.update(delta.added)
         self.resident.difference_update(delta.removed)
 
-    def _new_slot(self) -> int:
-        self._num_slots += 1
-        return self._num_slots - 1
-
-    def _forget(self, slot: int) -> None:
-        del self._tickets[slot]
-        digest = self._digests.pop(slot)
-        self._digest_uses[digest] -= 1
-        if not self._digest_uses[digest]:
-            del self._digest_uses[digest]
-
     def _reset(self, cause: str, *, is_ours: bool = False) -> None:
         """Forget the connection: whatever was in flight is lost to its owners."""
-        tickets, unsent = list(self._tickets.values()), set(self._submits)
-        self._tickets, self._digests, self._aborting = {}, {}, set()
-        self._digest_uses.clear()
-        self._free_slots, self._num_slots = [], 0
-        self._submits, self._aborts = {}, {}
-        self._has_outgoing.clear()
+        tickets, unsent = list(self._slots.tickets.values()), self._outgoing.unsent
+        self._slots, self._outgoing = Slots(), Outgoing()
         self.resident.clear()
         self._load, self._in_flight_at_report = engine_pb2.LoadReport(), 0
         self._liveness.forget()

@@ -63,12 +63,12 @@ async def test_whoever_answers_in_the_place_of_a_listed_engine_gets_no_request(o
 async def test_an_abort_that_came_too_late_does_not_hit_the_slots_next_request() -> None:
     link = open_link()
     first = link.submit(submission("first"))
-    link._next_batch()
+    link._outgoing.next_batch()
     link.release(first)  # the abort waits behind a pending write ...
     link._receive(end_of(first.slot))  # ... while the request ends by itself
 
     second = link.submit(submission("second"))
-    batch = link._next_batch()
+    batch = link._outgoing.next_batch()
 
     assert second.slot == first.slot
     assert batch is not None
@@ -82,7 +82,7 @@ async def test_a_request_that_the_engine_never_heard_of_is_not_aborted_there() -
 
     link.release(link.submit(submission("gone")))
 
-    assert link._next_batch() is None
+    assert link._outgoing.next_batch() is None
     link.check_integrity()
 
 
@@ -92,7 +92,7 @@ async def test_a_lost_session_is_laid_only_to_requests_that_the_engine_was_sent(
     link = open_link()
     ticket = link.submit(submission("suspect"))
     if is_sent:
-        link._next_batch()
+        link._outgoing.next_batch()
 
     link._reset("it is gone", is_ours=is_ours)
 

@@ -61,8 +61,8 @@ async def target() -> AsyncIterator[str]:
 
 
 def fleet(*targets: str) -> FleetServicer:
-    sessions = [SimpleNamespace(record=replace(RECORD, target=target)) for target in targets]
-    return FleetServicer(cast("EnginePool", SimpleNamespace(sessions=sessions)))
+    links = [SimpleNamespace(record=replace(RECORD, target=target)) for target in targets]
+    return FleetServicer(cast("EnginePool", SimpleNamespace(links=links)))
 
 
 async def listed(servicer: FleetServicer) -> dict[str, fleet_pb2.EngineState]:

@@ -1,0 +1,90 @@
+"""The slots of one session: which request each stands for, and which adapters those requests use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_gateway.engines.ticket import Ticket
+
+
+class Slots:
+    """Numbers that stand for requests on a session. A slot is free, used by a ticket, or aborting.
+
+    A request that is aborted keeps its slot until its engine has said its end: until then, what arrives for the slot is
+    that request's.
+
+    Attributes:
+        tickets: The ticket of each used slot; only to be read.
+    """
+
+    def __init__(self) -> None:
+        self.tickets: dict[int, Ticket] = {}
+        self._digests: dict[int, str] = {}  # slot -> adapter in use there
+        self._digest_uses: Counter[str] = Counter()
+        self._aborting: set[int] = set()
+        self._free: list[int] = []
+        self._num_slots = 0
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Adapters of the requests in used slots."""
+        return frozenset(digest for digest in self._digest_uses if digest)
+
+    def uses(self, digest: str) -> bool:
+        """Whether a request in a used slot needs an adapter."""
+        return self._digest_uses[digest] > 0
+
+    def take(self, digest: str, make_ticket: Callable[[int], Ticket]) -> Ticket:
+        """Return the ticket of a new request, made for a slot that is free."""
+        if self._free:
+            slot = self._free.pop()
+        else:
+            slot, self._num_slots = self._num_slots, self._num_slots + 1
+        ticket = self.tickets[slot] = make_ticket(slot)
+        self._digests[slot] = digest
+        self._digest_uses[digest] += 1
+        return ticket
+
+    def release(self, slot: int, *, is_known: bool) -> None:
+        """End the use of a slot; it is free at once only if its engine does not know of the request."""
+        self._forget(slot)
+        if is_known:
+            self._aborting.add(slot)
+        else:
+            self._free.append(slot)
+
+    def ended(self, slot: int) -> bool:
+        """Free a slot whose request has ended on its engine; return whether it was aborting."""
+        if slot in self.tickets:
+            self._forget(slot)
+            self._free.append(slot)
+            return False
+        if slot in self._aborting:
+            self._aborting.remove(slot)
+            self._free.append(slot)
+            return True
+        return False
+
+    def check_integrity(self) -> None:
+        """Raise if slots are lost or used twice.
+
+        Raises:
+            RuntimeError: If free + used + aborting is not the number of slots ever made.
+        """
+        used, free = set(self.tickets), set(self._free)
+        counted = len(used) + len(free) + len(self._aborting)
+        if counted != self._num_slots or len(used | free | self._aborting) != counted:
+            raise RuntimeError(
+                f"slots: {len(used)} used + {len(free)} free + {len(self._aborting)} aborting != {self._num_slots}"
+            )
+
+    def _forget(self, slot: int) -> None:
+        del self.tickets[slot]
+        digest = self._digests.pop(slot)
+        self._digest_uses[digest] -= 1
+        if not self._digest_uses[digest]:
+            del self._digest_uses[digest]
