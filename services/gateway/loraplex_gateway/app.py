@@ -255,7 +255,6 @@ class GatewayApp:
             limits=RequestLimits(
                 max_stream_s=self.config.max_stream_s, max_bytes_per_token=self.config.max_prompt_bytes_per_token
             ),
-            clock=time.monotonic,
         )
         return GatewayCore(
             preparer,

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.errors import LoraplexError
 from loraplex_common.log import get_logger
 from loraplex_common.vllm_metrics import FinishedRequest
 
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from loraplex_common.errors import LoraplexError
+    from typing import Self
 
     from loraplex_gateway.metrics.gateway import GatewayMetrics
+    from loraplex_gateway.requests.prepared import PreparedRequest
+    from loraplex_gateway.requests.times import RequestTimes
     from loraplex_gateway.types import Event, GenerationRequest
 
 # A client hangs up at its deadline, which by our clock may still be to come.
@@ -25,41 +26,39 @@ _log = get_logger()
 
 
 class RequestRecord:
-    """Watches one request's events go by.
+    """Watches one request's events go by; a block around them ends with its line in the log.
 
     Args:
         request: The request, its id filled in.
         tenant: Who asks.
         metrics: Where it is counted.
-        clock: Monotonic seconds.
-        time_left_s: Until the caller's deadline; None for no deadline.
+        times: When it came, and what happened since.
+        time_left_s: From its arrival until the caller's deadline; None for no deadline.
 
     Attributes:
-        model: Name of the base model, once known.
-        adapter: Name of the adapter, once resolved: unknown names are no label.
-        is_restricted: Whether not everybody may use that adapter.
+        request: The request.
+        times: When what happened to it.
+        time_left_s: From its arrival until the caller's deadline; None for no deadline.
+        prepared: The request once it has been prepared. Only then it counts for its model and adapter: what a client calls
+            them is no label.
     """
 
     def __init__(
         self,
         request: GenerationRequest,
-        *,
         tenant: str,
+        *,
         metrics: GatewayMetrics,
-        clock: Callable[[], float],
+        times: RequestTimes,
         time_left_s: float | None,
     ) -> None:
-        self.model = ""
-        self.adapter = ""
-        self.is_restricted = False
-        self._request = request
+        self.prepared: PreparedRequest | None = None
+        self.request = request
         self._tenant = tenant
         self._metrics = metrics
-        self._clock = clock
-        self._arrived_at = clock()
-        self._time_left_s = time_left_s
-        self._first_token_at: float | None = None
-        self._last_token_at = 0.0
+        self.times = times
+        self.time_left_s = time_left_s
+        self._seen_at: float | None = None  # when the newest tokens came of which a chunk has gone by
         self._started: Started | None = None
         self._finished: Finished | None = None
         self._num_tokens = 0
@@ -67,41 +66,55 @@ class RequestRecord:
 
     def resumes(self, request_id: str, *, num_tokens: int) -> None:
         """Note that this goes on with a stream that gave so many tokens: they and the prompt were counted there."""
-        self._request = replace(self._request, request_id=request_id)
+        self.request = replace(self.request, request_id=request_id)
         self._num_tokens = self._num_resumed = num_tokens
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, LoraplexError):
+            error = LoraplexError("unexpected error")  # logged, with its traceback, where it becomes a status
+        self._end(error if isinstance(error, LoraplexError) else None)
 
     def see(self, event: Event, *, num_tokens: int) -> None:
         """Take note of an event; `num_tokens` is the output's length after it, whatever the chunk carries."""
-        if isinstance(event, Started):
+        if isinstance(event, Chunk):
+            self._see_tokens(num_tokens)
+        elif isinstance(event, Started):
             self._started = event
             if self._num_resumed is None:
-                self._metrics.vllm.of(self.model).started(event.prompt_tokens, event.cached_tokens)
-        elif isinstance(event, Chunk):
-            self._see_tokens(num_tokens)
+                self._metrics.vllm.of(self._model).started(event.prompt_tokens, event.cached_tokens)
         elif isinstance(event, Finished):
             self._finished = event
             self._num_tokens = event.usage.output_tokens
 
-    def end(self, error: LoraplexError | None) -> None:
+    @property
+    def _model(self) -> str:
+        return self.prepared.model.name if self.prepared is not None else ""
+
+    def _end(self, error: LoraplexError | None) -> None:
         """Log and count the request. Without `Finished` and without error the client went away, maybe at its deadline."""
-        duration_s = self._clock() - self._arrived_at
+        times = self.times
+        duration_s = times.clock() - times.arrived_at
         if error is not None:
             code, reason = error.code.name, error.reason
         elif self._finished is not None:
             code, reason = "OK", self._finished.finish_reason.name
-        elif self._time_left_s is not None and duration_s >= self._time_left_s - DEADLINE_MARGIN_S:
+        elif self.time_left_s is not None and duration_s >= self.time_left_s - DEADLINE_MARGIN_S:
             code, reason = "DEADLINE_EXCEEDED", "DEADLINE"
         else:
             code, reason = "CANCELLED", "CLIENT_GONE"
         self._count(code, reason)
+        first_token_at = times.first_token_at
         started, finished = self._started, self._finished
         _log.info(
             "request",
-            request_id=self._request.request_id,
-            trace_id=self._request.trace_id or self._request.request_id,
+            request_id=self.request.request_id,
+            trace_id=self.request.trace_id or self.request.request_id,
             tenant=self._tenant,
-            model=self.model,
-            adapter=self._request.adapter,
+            model=self._model,
+            adapter=self.request.adapter,
             adapter_revision=started.adapter_revision if started else "",
             engine_id=started.engine_id if started else "",
             code=code,
@@ -112,33 +125,36 @@ class RequestRecord:
             output_tokens=self._num_tokens,
             resumed_tokens=self._num_resumed,
             queue_s=round(finished.timings.queue_s, 4) if finished else None,
-            ttft_s=round(self._first_token_at - self._arrived_at, 4) if self._first_token_at is not None else None,
+            ttft_s=round(first_token_at - times.arrived_at, 4) if first_token_at is not None else None,
             duration_s=round(duration_s, 4),
         )
 
     def _see_tokens(self, num_tokens: int) -> None:
-        now = self._clock()
+        times, seen_at = self.times, self._seen_at
         num_new = num_tokens - self._num_tokens
-        meter = self._metrics.vllm.of(self.model)
-        if self._first_token_at is None:
-            self._first_token_at = now
+        meter = self._metrics.vllm.of(self._model)
+        if seen_at is None:
+            wait_s = (times.first_token_at or times.last_token_at) - times.arrived_at
             if self._num_resumed:  # the first token was another stream's
-                meter.further_tokens(num_new, (now - self._arrived_at) / max(num_new, 1))
+                meter.further_tokens(num_new, wait_s / max(num_new, 1))
             else:
-                self._metrics.ttft.observe(now - self._arrived_at)
-                meter.first_tokens(num_new, now - self._arrived_at)
+                self._metrics.ttft.observe(wait_s)
+                meter.first_tokens(num_new, wait_s)
         elif num_new > 0:
-            gap_s = (now - self._last_token_at) / num_new
+            gap_s = (times.last_token_at - seen_at) / num_new
             self._metrics.itl.observe(gap_s)
             meter.further_tokens(num_new, gap_s)
-        self._last_token_at = now
+        self._seen_at = times.last_token_at
         self._num_tokens = num_tokens
 
     def _count(self, code: str, reason: str) -> None:
-        metrics, started = self._metrics, self._started
-        adapter = metrics.adapter_label(self.adapter, is_restricted=self.is_restricted)
-        metrics.requests.labels(self.model, adapter, code).inc()
-        if self.model:
+        metrics, started, prepared = self._metrics, self._started, self.prepared
+        adapter = prepared.adapter if prepared is not None else None
+        label = metrics.adapter_label(
+            adapter.name if adapter is not None else "", is_restricted=adapter is not None and adapter.is_restricted
+        )
+        metrics.requests.labels(self._model, label, code).inc()
+        if prepared is not None:
             self._count_for_vllm(code)
         if code != "OK" or reason == FinishReason.CANCELLED.name:
             metrics.aborts.labels(reason).inc()
@@ -152,7 +168,7 @@ class RequestRecord:
 
     def _count_for_vllm(self, code: str) -> None:
         """Count the end of a request that was not refused, and what it was like if it ended well."""
-        meter, finished = self._metrics.vllm.of(self.model), self._finished
+        meter, finished = self._metrics.vllm.of(self._model), self._finished
         if code != "OK" or finished is None:
             meter.ended("abort" if code in ("CANCELLED", "DEADLINE_EXCEEDED") else "error")
             return
@@ -162,11 +178,11 @@ class RequestRecord:
                 num_prompt_tokens=finished.usage.prompt_tokens,
                 num_cached_tokens=finished.usage.cached_tokens,
                 num_output_tokens=finished.usage.output_tokens,
-                max_tokens=self._request.stopping.max_new_tokens,
-                e2e_s=self._clock() - self._arrived_at,
+                max_tokens=self.request.stopping.max_new_tokens,
+                e2e_s=self.times.clock() - self.times.arrived_at,
                 queue_s=finished.timings.queue_s,
                 prefill_s=finished.timings.prefill_s,
                 decode_s=finished.timings.decode_s,
             ),
-            num_choices=self._request.num_choices,
+            num_choices=self.request.num_choices,
         )

@@ -40,8 +40,8 @@ return ARGV[1]
 """
 
 
-class RunningRequest:
-    """A request of this gateway that can be cancelled by its id.
+class Claim:
+    """The claim of one request that runs on this gateway, by which it can be cancelled from elsewhere.
 
     Attributes:
         failure: What it ends with instead of CANCELLED, once it is cancelled.
@@ -67,7 +67,7 @@ class RunningRequest:
         self.cancel()
 
     def on_cancel(self, callback: Callable[[], None] | None) -> None:
-        """Say how to wake up whoever the request waits for at the moment."""
+        """Say how to wake the request from what it waits for at the moment."""
         self._on_cancel = callback
         if self.is_cancelled and callback is not None:
             callback()
@@ -84,7 +84,7 @@ class RequestClaims:
     def __init__(self, valkey: Redis | None, gateway_id: str) -> None:
         self._valkey = valkey
         self._gateway_id = gateway_id.encode()
-        self._running: dict[tuple[str, str], RunningRequest] = {}
+        self._running: dict[tuple[str, str], Claim] = {}
         self._live_key = gateway_key(gateway_id)
         self._beat_at = -math.inf
         self._paused_until = 0.0
@@ -96,7 +96,7 @@ class RequestClaims:
         """Claimed requests of this gateway."""
         return len(self._running)
 
-    def find(self, tenant: str, request_id: str) -> RunningRequest | None:
+    def find(self, tenant: str, request_id: str) -> Claim | None:
         """Return a running request of this gateway."""
         return self._running.get((tenant, request_id))
 
@@ -118,7 +118,7 @@ class RequestClaims:
         *,
         takes_over: bool = False,
         meanwhile: Callable[[], Awaitable[None]] | None = None,
-    ) -> AsyncIterator[RunningRequest]:
+    ) -> AsyncIterator[Claim]:
         """Claim a request for as long as the block runs.
 
         Args:
@@ -135,7 +135,7 @@ class RequestClaims:
         before = self._running.get(key)
         if before is not None and not takes_over:
             raise _already_running(request_id, before.find_resume_token())
-        running = self._running[key] = RunningRequest()
+        running = self._running[key] = Claim()
         if before is not None:
             before.fail(_replaced(request_id))
         try:

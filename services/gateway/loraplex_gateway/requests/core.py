@@ -1,50 +1,43 @@
-"""The one way a request takes, whichever face it came in by.
+"""The one way a request takes, whichever API it came in by.
 
-prepare -> reserve (`quotas`) -> admit -> claim -> route and submit (`relay`) -> detokenise and stop (`output`) -> events.
+prepare -> reserve (`quotas`) -> admit (`admission`) and claim (`claims`) -> wait (`waiting`) -> route and submit (`relay`) ->
+detokenise and stop (`run`, `output`) -> events.
 """
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from loraplex_common.errors import (
-    DeadlineError,
-    LoraplexError,
-    NotSupportedError,
-    QueueTimeoutError,
-    ResumeInvalidError,
-    StreamInterruptedError,
-)
+from loraplex_common.errors import NotSupportedError, ResumeInvalidError, StreamInterruptedError
 from loraplex_common.ids import new_request_id
 
 from loraplex_gateway.engines.ticket import LocalCancelError
 from loraplex_gateway.requests.access_log import RequestRecord
 from loraplex_gateway.requests.relay import EngineRelay
 from loraplex_gateway.requests.run import RequestRun
-from loraplex_gateway.types import Accepted, Queued
+from loraplex_gateway.requests.times import RequestTimes
+from loraplex_gateway.requests.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.prefetch import PrefetchHints
     from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.metrics.gateway import GatewayMetrics
-    from loraplex_gateway.quotas.calls import QuotaCall
+    from loraplex_gateway.quotas.calls import QuotaCall, QuotaShare
     from loraplex_gateway.requests.admission import AdmissionController, Place
-    from loraplex_gateway.requests.claims import RequestClaims, RunningRequest
-    from loraplex_gateway.requests.preparation import Prepared, Preparer
+    from loraplex_gateway.requests.claims import Claim, RequestClaims
+    from loraplex_gateway.requests.preparation import Preparer
+    from loraplex_gateway.requests.prepared import PreparedRequest
     from loraplex_gateway.requests.resumption import Resumption
     from loraplex_gateway.text.models import ServedModel
     from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import Event, GenerationRequest, Prompt
-
-QUEUED_EVERY_S: Final = 1.0
 
 
 class GatewayCore:
@@ -98,41 +91,34 @@ class GatewayCore:
         Raises:
             LoraplexError: If the request is refused or fails.
         """
-        if request.resume is None:  # else the token knows it
-            request = replace(request, request_id=request.request_id or new_request_id())
-        record = RequestRecord(
-            request, tenant=caller.name, metrics=self._metrics, clock=self._clock, time_left_s=time_left_s
-        )
-        share = quota.share()
-        run: RequestRun | None = None
-        failure: LoraplexError | None = None
-        try:
-            self._admission.check_room()
-            share.check()
-            prepared = await self._prepare(request, caller=caller, time_left_s=time_left_s, record=record)
-            record.model = prepared.model.name
-            if prepared.adapter is not None:
-                record.adapter, record.is_restricted = prepared.adapter.name, prepared.adapter.is_restricted
-            reserve = partial(share.reserve, *prepared.job.expected_tokens)
-            if request.resume is not None:  # it ends the stream that it takes over: not if it is refused itself
-                await reserve()
-            run = RequestRun(prepared, self._clock, token=partial(self._resumption.token, tenant=caller.name))
-            meanwhile = reserve if request.resume is None and quota.is_limited else None
-            async with aclosing(self._admit_and_run(run, caller.name, meanwhile)) as events:
-                async for event in events:
-                    record.see(event, num_tokens=run.num_tokens)
-                    if run.is_finished:
-                        share.settle(*run.used_tokens)  # before the caller knows, who may send the next one at once
-                    yield event
-        except LoraplexError as error:
-            failure = error
-            raise
-        except Exception:
-            failure = LoraplexError("unexpected error")  # logged, with its traceback, where it becomes a status
-            raise
-        finally:
-            share.settle(*(run.used_tokens if run is not None else (0, 0)))
-            record.end(failure)
+        record, share, run = self._record(request, caller, time_left_s), quota.share(), None
+        with record:
+            try:
+                run = await self._begin(record, share, caller)
+                async with self._holding(run, share, caller.name) as (place, claim):
+                    try:
+                        with Waiting(place, claim, run, self._metrics) as waiting:
+                            while (news := await waiting.next()) is not None:
+                                yield news
+                        events = await self._replayed(run)
+                    except LocalCancelError:
+                        events = _cancelled(run, claim)
+                    async with aclosing(self._relay(run, claim).updates()) as updates:
+                        while True:
+                            for event in events:
+                                record.see(event, num_tokens=run.num_tokens)
+                                if run.is_finished:
+                                    # Before the caller knows, who may send the next one at once.
+                                    share.settle(*run.used_tokens)
+                                yield event
+                            if run.is_finished:
+                                return
+                            try:
+                                events = run.events(*await anext(updates))
+                            except LocalCancelError:
+                                events = _cancelled(run, claim)
+            finally:
+                share.settle(*(run.used_tokens if run is not None else (0, 0)))
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return the token ids that `generate` would use; refuses as `Preparer.encode` does."""
@@ -157,129 +143,102 @@ class GatewayCore:
             )
         return False
 
-    async def _prepare(
-        self, request: GenerationRequest, *, caller: Principal, time_left_s: float | None, record: RequestRecord
-    ) -> Prepared:
+    def _record(self, request: GenerationRequest, caller: Principal, time_left_s: float | None) -> RequestRecord:
+        """Return the record of a request that comes at this moment."""
+        if request.resume is None:  # else the token knows it
+            request = replace(request, request_id=request.request_id or new_request_id())
+        times = RequestTimes(self._clock)
+        return RequestRecord(request, caller.name, metrics=self._metrics, times=times, time_left_s=time_left_s)
+
+    async def _begin(self, record: RequestRecord, share: QuotaShare, caller: Principal) -> RequestRun:
+        """Return a request that is ready to ask for a place: all that can be refused before has been."""
+        self._admission.check_room()
+        share.check()
+        prepared = record.prepared = await self._prepare(record, caller)
+        if prepared.continuation is not None:  # it ends the stream that it takes over: not if it is refused itself
+            await share.reserve(*prepared.expected_tokens)
+        record.times.queued()
+        return RequestRun(prepared, record.times, token=partial(self._resumption.token, tenant=caller.name))
+
+    async def _prepare(self, record: RequestRecord, caller: Principal) -> PreparedRequest:
         """Return what is to be submitted, be it the rest of a stream that a client resumes."""
-        resume = request.resume
+        request, resume = record.request, record.request.resume
+        prepare = partial(
+            self._preparer.prepare,
+            caller=caller,
+            arrived_at=record.times.arrived_at,
+            time_left_s=record.time_left_s,
+        )
         if resume is None:
-            return await self._preparer.prepare(request, caller=caller, time_left_s=time_left_s)
+            return await prepare(request)
         try:
-            # First what costs nothing: a forged token has nobody's prompt tokenised.
+            # First what costs nothing: the prompt of a forged token is not tokenised.
             point = self._resumption.open(request, resume, tenant=caller.name)
             record.resumes(point.request_id, num_tokens=len(resume.token_ids))
-            pinned = self._resumption.pinned(request, point)
-            prepared = await self._preparer.prepare(pinned, caller=caller, time_left_s=time_left_s)
-            return self._resumption.continued(prepared, resume, point)
+            continuation = self._resumption.continuation(request, resume, point)
+            prepared = await prepare(self._resumption.pinned(request, point), continuation=continuation)
+            self._resumption.check(prepared, resume, point)
         except ResumeInvalidError:
             self._metrics.client_resumes.labels("refused").inc()
             raise
+        return prepared
 
-    async def _admit_and_run(
-        self, run: RequestRun, tenant: str, meanwhile: Callable[[], Awaitable[None]] | None
-    ) -> AsyncGenerator[Event, None]:
-        request = run.prepared.request
-        place = self._admission.enter(run.prepared.job.submission.priority)
-        takes_over = request.resume is not None
+    @asynccontextmanager
+    async def _holding(self, run: RequestRun, share: QuotaShare, tenant: str) -> AsyncIterator[tuple[Place, Claim]]:
+        """Give a request a place, in the queue or beyond, and its claim, for as long as the block runs."""
+        request, is_resumed = run.prepared.request, run.prepared.continuation is not None
+        reserve = None
+        if share.call.is_limited and not is_resumed:
+            reserve = partial(share.reserve, *run.prepared.expected_tokens)
+        place = self._admission.enter(run.prepared.priority)
         try:
-            holding = self._claims.hold(tenant, request.request_id, takes_over=takes_over, meanwhile=meanwhile)
-            async with holding as running:
-                running.find_resume_token = lambda: run.resume_token
-                if request.progress_events:
-                    yield Accepted(request_id=request.request_id)
+            holding = self._claims.hold(tenant, request.request_id, takes_over=is_resumed, meanwhile=reserve)
+            async with holding as claim:
+                claim.find_resume_token = lambda: run.resume_token
                 if not place.is_admitted:
-                    self._hint_early(run)
-                try:
-                    async with aclosing(self._wait_for_place(place, run, running)) as waits:
-                        async for queued in waits:
-                            yield queued
-                    async with aclosing(self._stream(run, running)) as events:
-                        async for event in events:
-                            yield event
-                except LocalCancelError:
-                    if running.failure is not None:
-                        raise running.failure from None
-                    for event in run.cancelled():
-                        yield event
-                except StreamInterruptedError as error:
-                    if run.resume_token:
-                        error.metadata["resume_token"] = run.resume_token
-                    raise
+                    self._hint_early(run.prepared)
+                yield place, claim
+        except StreamInterruptedError as error:
+            if run.resume_token:
+                error.metadata["resume_token"] = run.resume_token
+            raise
         finally:
             place.leave()
 
-    def _hint_early(self, run: RequestRun) -> None:
+    def _hint_early(self, prepared: PreparedRequest) -> None:
         """Have the adapter fetched while its request still waits, to where it would go now."""
-        job = run.prepared.job
-        digest = job.submission.adapter_digest
+        digest = prepared.adapter_digest
         if self._hints is None or not digest or self._pool.num_resident(digest):
             return
         link = self._pool.choose(
-            job.fingerprint,
+            prepared.model.fingerprint,
             adapter_digest=digest,
-            affinity_key=job.affinity_key,
-            num_tokens=len(job.submission.prompt_ids),
+            affinity_key=prepared.affinity_key,
+            num_tokens=len(prepared.prompt_ids),
             excluded=frozenset(),
         )
         if link is not None:
             self._hints.hint(digest, link.engine_id)
 
-    async def _wait_for_place(
-        self, place: Place, run: RequestRun, running: RunningRequest
-    ) -> AsyncGenerator[Queued, None]:
-        """Wait until admitted, saying where the request stands if it wants to know."""
-        job, outcome = run.prepared.job, "cancelled"
-        instants = [at for at in (job.queue_deadline, job.deadline) if at is not None]
-        running.on_cancel(lambda: place.give_up(LocalCancelError()))
-        num_waiting = self._metrics.vllm.num_waiting
-        num_waiting[run.prepared.model.name] += 1
-        try:
-            while not place.is_admitted:
-                left_s = min(instants, default=float("inf")) - self._clock()
-                if left_s <= 0:
-                    outcome = "timeout"
-                    raise self._timed_out(place, job.deadline)
-                if run.prepared.request.progress_events:
-                    yield Queued(position=place.position, estimated_wait_s=place.estimated_wait_s)
-                    left_s = min(left_s, QUEUED_EVERY_S)
-                await asyncio.wait({place.admitted}, timeout=None if left_s == float("inf") else left_s)
-                if place.admitted.done():
-                    place.admitted.result()
-            outcome = "admitted"
-            run.admitted()
-        finally:
-            running.on_cancel(None)
-            num_waiting[run.prepared.model.name] -= 1
-            self._metrics.queue_duration.labels(outcome).observe(self._clock() - run.arrived_at)
+    async def _replayed(self, run: RequestRun) -> Sequence[Event]:
+        """Return the end of a resumed stream whose client has all its tokens; nothing of one that goes on."""
+        resume = run.prepared.request.resume
+        if resume is None:
+            return ()
+        last = await run.replay(resume)
+        self._metrics.client_resumes.labels("ended" if last else "continued").inc()
+        return last
 
-    def _timed_out(self, place: Place, deadline: float | None) -> LoraplexError:
-        if deadline is not None and self._clock() >= deadline:
-            return DeadlineError("the deadline passed while the request waited for a place")
-        return QueueTimeoutError(
-            f"queue_timeout passed with {place.position} requests ahead",
-            retry_after_s=place.estimated_wait_s,
-            drop_reason="rejected-ttl-expired",
-        )
+    def _relay(self, run: RequestRun, claim: Claim) -> EngineRelay:
+        return EngineRelay(run, claim, pool=self._pool, hints=self._hints, metrics=self._metrics)
 
-    async def _stream(self, run: RequestRun, running: RunningRequest) -> AsyncGenerator[Event, None]:
-        if run.prepared.request.resume is not None:
-            last = await run.replay(run.prepared.request.resume)
-            self._metrics.client_resumes.labels("ended" if last else "continued").inc()
-            for event in last:
-                yield event
-            if last:
-                return
-        relay = EngineRelay(
-            run.prepared.job,
-            pool=self._pool,
-            running=running,
-            hints=self._hints,
-            metrics=self._metrics,
-            clock=self._clock,
-        )
-        async with aclosing(relay.updates()) as updates:
-            async for engine_id, update in updates:
-                for event in run.events(engine_id, update):
-                    yield event
-                if run.is_finished:
-                    return
+
+def _cancelled(run: RequestRun, claim: Claim) -> Sequence[Event]:
+    """Return the last events of a request that was ended by its id.
+
+    Raises:
+        LoraplexError: What it was ended with, if not by its owner.
+    """
+    if claim.failure is not None:
+        raise claim.failure from None
+    return run.cancelled()

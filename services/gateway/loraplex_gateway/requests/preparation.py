@@ -9,38 +9,23 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import AdapterIncompatibleError
 
-from loraplex_gateway.adapters.names import ResolvedAdapter
-from loraplex_gateway.engines.wire import Submission
 from loraplex_gateway.requests import validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
-from loraplex_gateway.requests.relay import Job
-from loraplex_gateway.text.models import ServedModel
-from loraplex_gateway.types import GenerationRequest
+from loraplex_gateway.requests.prepared import PreparedRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from loraplex_common.auth import Principal
 
-    from loraplex_gateway.adapters.names import NameTable
+    from loraplex_gateway.adapters.names import NameTable, ResolvedAdapter
     from loraplex_gateway.engines.pool import EnginePool
-    from loraplex_gateway.text.models import ModelCatalog
+    from loraplex_gateway.requests.prepared import Continuation
+    from loraplex_gateway.text.models import ModelCatalog, ServedModel
     from loraplex_gateway.text.tokenization import Encoded
-    from loraplex_gateway.types import Prompt, Sampling
+    from loraplex_gateway.types import GenerationRequest, Prompt, Sampling
 
 # Of the caller's deadline: so that the engine's verdict still reaches the caller in time.
 DEADLINE_MARGIN_S: Final = 0.05
 NAME_PATIENCE_S: Final = 0.25
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
-    """A request with its model, its adapter (None: the base model) and the job for the engines."""
-
-    request: GenerationRequest
-    model: ServedModel
-    adapter: ResolvedAdapter | None
-    job: Job
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +49,6 @@ class Preparer:
         names: Adapter names.
         pool: Knows how long sequences may be.
         limits: What is refused.
-        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -74,16 +58,29 @@ class Preparer:
         pool: EnginePool,
         *,
         limits: RequestLimits,
-        clock: Callable[[], float],
     ) -> None:
         self._catalog = catalog
         self._names = names
         self._pool = pool
         self._limits = limits
-        self._clock = clock
 
-    async def prepare(self, request: GenerationRequest, *, caller: Principal, time_left_s: float | None) -> Prepared:
+    async def prepare(
+        self,
+        request: GenerationRequest,
+        *,
+        caller: Principal,
+        arrived_at: float,
+        time_left_s: float | None,
+        continuation: Continuation | None = None,
+    ) -> PreparedRequest:
         """Return what is to be submitted.
+
+        Args:
+            request: What the client asks for.
+            caller: Whose request it is.
+            arrived_at: When it came, in monotonic seconds.
+            time_left_s: From then until the caller's deadline; None for no deadline.
+            continuation: The stream that it resumes; None if it starts one.
 
         Raises:
             InvalidParameterError: With one violation per bad field.
@@ -93,28 +90,40 @@ class Preparer:
             ModelNotFoundError: If there is no such base model.
             AdapterIncompatibleError: If the adapter is for another base model.
         """
-        arrived_at = self._clock()
         validation.check_request(request)
-        granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
+        priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
         model, adapter = await self._select(request, caller)
+        prompt_ids = await self._prompt_ids(request, model, tenant=caller.name)
+        room = self._max_model_len(model) - len(prompt_ids)
+        limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
+        waits = request.queue_timeout_s is not None and continuation is None  # a resumed stream had its place
+        return PreparedRequest(
+            request=request,
+            model=model,
+            adapter=adapter,
+            prompt_ids=prompt_ids,
+            sampling=_drawable(model.defaults.fill(request.sampling)),
+            stop_token_ids=_stop_token_ids(request, model),
+            max_new_tokens=continuation.max_new_tokens if continuation else request.stopping.max_new_tokens or room,
+            priority=priority,
+            fairness_key=_fairness_key(model, adapter, caller),
+            cache_salt=cache_salt(caller, request.cache_salt),
+            affinity_key=affinity_key(caller, request.affinity_key),
+            deadline=arrived_at + limit_s - DEADLINE_MARGIN_S,
+            queue_deadline=arrived_at + (request.queue_timeout_s or 0.0) if waits else None,
+            continuation=continuation,
+        )
+
+    async def _prompt_ids(self, request: GenerationRequest, model: ServedModel, *, tenant: str) -> tuple[int, ...]:
+        """Return the prompt's tokens, checked together with all that the request says about tokens of its model."""
         assert request.prompt is not None  # check_request
-        prompt_ids = (await self.encode(model, request.prompt, tenant=caller.name)).ids
-        max_model_len, max_new_tokens = self._max_model_len(model), request.stopping.max_new_tokens
+        prompt_ids = (await self.encode(model, request.prompt, tenant=tenant)).ids
         # The length first: it costs nothing, a look at each of a million ids does.
-        validation.check_length(len(prompt_ids), max_new_tokens, max_model_len)
+        validation.check_length(len(prompt_ids), request.stopping.max_new_tokens, self._max_model_len(model))
         validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
         validation.check_drawable(request, model.defaults.eos_token_ids, model.info.vocab_size)
         validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
-        job = self._job(request, model, adapter, prompt_ids, caller)
-        limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
-        queue_timeout_s = request.queue_timeout_s
-        job = replace(
-            job,
-            max_new_tokens=max_new_tokens or max_model_len - len(prompt_ids),
-            deadline=arrived_at + limit_s - DEADLINE_MARGIN_S,
-            queue_deadline=None if queue_timeout_s is None else arrived_at + queue_timeout_s,
-        )
-        return Prepared(request=request, model=model, adapter=adapter, job=job)
+        return prompt_ids
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return a prompt's token ids.
@@ -155,47 +164,20 @@ class Preparer:
             metadata={"adapter": request.adapter, "base_fingerprint": adapter.base_fingerprint},
         )
 
-    def _job(
-        self,
-        request: GenerationRequest,
-        model: ServedModel,
-        adapter: ResolvedAdapter | None,
-        prompt_ids: tuple[int, ...],
-        caller: Principal,
-    ) -> Job:
-        sampling = _drawable(model.defaults.fill(request.sampling))
-        if sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(64))
-        eos_ids = frozenset() if request.stopping.ignore_eos else model.defaults.eos_token_ids
-        submission = Submission(
-            request_id=request.request_id,
-            prompt_ids=prompt_ids,
-            sampling=sampling,
-            stopping=request.stopping,
-            adapter_digest=adapter.digest if adapter else "",
-            adapter_scale=request.adapter_scale,
-            fairness_key=_fairness_key(model, adapter, caller),
-            priority=granted_priority(request.priority, caller),
-            cache_salt=cache_salt(caller, request.cache_salt),
-            traceparent=request.traceparent,
-            fail_fast=request.fail_fast,
-            logprobs=request.options.logprobs,
-            prompt_logprobs=request.options.prompt_logprobs,
-        )
-        return Job(
-            submission=submission,
-            fingerprint=model.fingerprint,
-            affinity_key=affinity_key(caller, request.affinity_key),
-            stop_token_ids=eos_ids | frozenset(request.stopping.stop_token_ids),
-            max_new_tokens=0,
-            deadline=None,
-            queue_deadline=None,
-            time_limit_at=None,
-        )
+
+def _stop_token_ids(request: GenerationRequest, model: ServedModel) -> frozenset[int]:
+    """Return the ids that end the output."""
+    eos_ids = frozenset() if request.stopping.ignore_eos else model.defaults.eos_token_ids
+    return eos_ids | frozenset(request.stopping.stop_token_ids)
 
 
 def _drawable(sampling: Sampling) -> Sampling:
-    """Return the sampling with a `top_p` that an engine can reach: the set that reaches 0 is the likeliest token alone."""
+    """Return the sampling as an engine can draw from it: with a seed, and with a `top_p` above 0.
+
+    The set of tokens that reaches a probability of 0 is the likeliest token alone.
+    """
+    if sampling.seed is None:
+        sampling = replace(sampling, seed=secrets.randbits(64))
     if sampling.top_p is None or validation.as_sent(sampling.top_p) > 0:
         return sampling
     return replace(sampling, top_p=1.0, temperature=0.0)

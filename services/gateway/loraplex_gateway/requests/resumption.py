@@ -16,12 +16,14 @@ import msgspec
 from loraplex_common.errors import NotSupportedError, ResumeInvalidError
 from loraplex_common.ids import AdapterRef
 
+from loraplex_gateway.requests.prepared import Continuation
 from loraplex_gateway.resume.token import ResumePoint, seal, unseal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loraplex_gateway.requests.preparation import Prepared
+    from loraplex_gateway.requests.prepared import PreparedRequest
+    from loraplex_gateway.requests.run import RequestRun
     from loraplex_gateway.resume.keys import ResumeKeys
     from loraplex_gateway.types import GenerationRequest, Resume
 
@@ -37,7 +39,7 @@ class Resumption:
         keys: What seals them.
         window_s: How long a token is good; 0 turns resuming off.
         wall_clock: Unix seconds.
-        clock: Monotonic seconds, as in `Job`.
+        clock: Monotonic seconds, as in `RequestTimes`.
     """
 
     def __init__(
@@ -53,23 +55,24 @@ class Resumption:
         self._wall_clock = wall_clock
         self._clock = clock
 
-    def token(self, prepared: Prepared, *, tenant: str) -> str:
+    def token(self, run: RequestRun, *, tenant: str) -> str:
         """Return the token of a stream that starts; empty if it cannot be resumed."""
-        request, job = prepared.request, prepared.job
+        prepared = run.prepared
+        request = prepared.request
         if not (request.is_resumable and request.options.token_ids and self._window_s > 0):
             return ""
-        now, submission = self._wall_clock(), job.submission
+        now = self._wall_clock()
         limit_began_s = 0.0  # from now
-        if job.time_limit_at is not None and request.time_limit_s is not None:
-            limit_began_s = job.time_limit_at - request.time_limit_s - self._clock()
+        if run.time_limit_at is not None and request.time_limit_s is not None:
+            limit_began_s = run.time_limit_at - request.time_limit_s - self._clock()
         point = ResumePoint(
-            request_id=submission.request_id,
+            request_id=request.request_id,
             tenant=tenant,
-            fingerprint=job.fingerprint,
+            fingerprint=prepared.model.fingerprint,
             adapter=prepared.adapter.name if prepared.adapter else "",
-            revision=submission.adapter_digest,
-            seed=submission.sampling.seed or 0,
-            max_new_tokens=job.max_new_tokens,
+            revision=prepared.adapter_digest,
+            seed=prepared.sampling.seed or 0,
+            max_new_tokens=prepared.max_new_tokens,
             request_digest=request_digest(prepared),
             admitted_at=now + limit_began_s,
             issued_at=now,
@@ -104,26 +107,32 @@ class Resumption:
         sampling = replace(request.sampling, seed=point.seed)
         return replace(request, request_id=point.request_id, adapter=adapter, sampling=sampling)
 
-    def continued(self, prepared: Prepared, resume: Resume, point: ResumePoint) -> Prepared:
-        """Return a prepared request that goes on behind what its client has.
+    def continuation(self, request: GenerationRequest, resume: Resume, point: ResumePoint) -> Continuation:
+        """Return where a request goes on."""
+        time_limit_at = None
+        if request.time_limit_s is not None:
+            time_limit_at = self._clock() + point.admitted_at + request.time_limit_s - self._wall_clock()
+        return Continuation(
+            token_ids=resume.token_ids, max_new_tokens=point.max_new_tokens, time_limit_at=time_limit_at
+        )
+
+    def check(self, prepared: PreparedRequest, resume: Resume, point: ResumePoint) -> None:
+        """Refuse what can be told of a prepared request only.
 
         Raises:
             ResumeInvalidError: If it is not the request that the token was given for, or its output cannot be its own.
         """
-        if prepared.job.fingerprint != point.fingerprint or request_digest(prepared) != point.request_digest:
+        if prepared.model.fingerprint != point.fingerprint or request_digest(prepared) != point.request_digest:
             raise _changed("the request, or how this gateway's model reads it")
-        self._check_tokens(prepared, resume, point)
-        time_limit_s, time_limit_at = prepared.request.time_limit_s, None
-        if time_limit_s is not None:
-            time_limit_at = self._clock() + point.admitted_at + time_limit_s - self._wall_clock()
-        job = replace(
-            prepared.job,
-            resumed_ids=resume.token_ids,
-            max_new_tokens=point.max_new_tokens,
-            queue_deadline=None,  # it had its place
-            time_limit_at=time_limit_at,
-        )
-        return replace(prepared, job=job)
+        vocab_size = prepared.model.info.vocab_size
+        if resume.token_ids and max(resume.token_ids) >= vocab_size:
+            raise _invalid(
+                "token_ids",
+                f"resume.token_ids holds {max(resume.token_ids)}; token ids of this model are 0 to {vocab_size - 1}",
+            )
+        ends, least = prepared.stop_token_ids, prepared.request.stopping.min_new_tokens or 0
+        if not ends.isdisjoint(resume.token_ids[least:-1]):
+            raise _invalid("token_ids", "resume.token_ids goes on behind a token that ends the output")
 
     def _check_same(self, request: GenerationRequest, resume: Resume, point: ResumePoint) -> None:
         if request.request_id not in ("", point.request_id):
@@ -142,35 +151,23 @@ class Resumption:
                 "last_sequence", f"resume.last_sequence {resume.last_sequence} is beyond {num_tokens} tokens' chunks"
             )
 
-    def _check_tokens(self, prepared: Prepared, resume: Resume, point: ResumePoint) -> None:
-        vocab_size = prepared.model.info.vocab_size
-        if resume.token_ids and max(resume.token_ids) >= vocab_size:
-            raise _invalid(
-                "token_ids",
-                f"resume.token_ids holds {max(resume.token_ids)}; token ids of this model are 0 to {vocab_size - 1}",
-            )
-        ends, least = prepared.job.stop_token_ids, prepared.request.stopping.min_new_tokens or 0
-        if not ends.isdisjoint(resume.token_ids[least:-1]):
-            raise _invalid("token_ids", "resume.token_ids goes on behind a token that ends the output")
 
-
-def request_digest(prepared: Prepared) -> bytes:
+def request_digest(prepared: PreparedRequest) -> bytes:
     """Return the SHA-256 of all of a request that decides its tokens and text, the model's defaults included.
 
     Only what differs from our defaults counts, so that gateways of neighbouring versions agree.
     """
-    job, request = prepared.job, prepared.request
-    submission = job.submission
-    sampling = replace(submission.sampling, seed=None, logit_bias=dict(sorted(submission.sampling.logit_bias.items())))
+    request = prepared.request
+    sampling = replace(prepared.sampling, seed=None, logit_bias=dict(sorted(prepared.sampling.logit_bias.items())))
     parts = (
-        submission.adapter_scale,
+        request.adapter_scale,
         _said(sampling),
         _said(request.stopping),
-        sorted(job.stop_token_ids),
+        sorted(prepared.stop_token_ids),
         _said(request.options),
     )
     digest = hashlib.sha256(repr(parts).encode("utf-8", errors="surrogatepass"))
-    digest.update(_encoder.encode(submission.prompt_ids))
+    digest.update(_encoder.encode(prepared.prompt_ids))
     return digest.digest()
 
 

@@ -11,14 +11,15 @@ from loraplex_common.errors import ResumeInvalidError
 from loraplex_gateway.engines.ticket import EngineUpdate
 from loraplex_gateway.engines.wire import EngineStart
 from loraplex_gateway.requests.output import OutputAssembler
-from loraplex_gateway.requests.relay import finish_reached, unsaid_finish
+from loraplex_gateway.requests.prepared import unsaid_finish
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started, Timings, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_gateway.engines.wire import EngineFinish
-    from loraplex_gateway.requests.preparation import Prepared
+    from loraplex_gateway.requests.prepared import PreparedRequest
+    from loraplex_gateway.requests.times import RequestTimes
     from loraplex_gateway.types import Event, Resume
 
 # A few milliseconds of the event loop at most.
@@ -28,41 +29,39 @@ NEVER_STARTED: Final = EngineStart(cached_tokens=0, queue_s=0.0, adapter_load_s=
 
 
 class RequestRun:
-    """One request between admission and end: turns engine news into events.
+    """One request on its way to its end: turns engine news into events.
 
     Args:
         prepared: The request.
-        clock: Monotonic seconds.
+        times: When it came, and what happened since.
         token: Makes the stream's resume token when it starts.
 
     Attributes:
+        prepared: The request.
+        times: When what happened to it.
+        time_limit_at: When the output is cut (monotonic seconds); None for never. Known once the request is admitted.
         is_finished: True once `Finished` has been made.
         resume_token: Empty until the stream starts, or if it cannot be resumed.
     """
 
     def __init__(
-        self, prepared: Prepared, clock: Callable[[], float], *, token: Callable[[Prepared], str] = lambda _: ""
+        self, prepared: PreparedRequest, times: RequestTimes, *, token: Callable[[RequestRun], str] = lambda _: ""
     ) -> None:
         self.prepared = prepared
+        self.times = times
+        self.time_limit_at = prepared.continuation.time_limit_at if prepared.continuation is not None else None
         self.resume_token = ""
-        self._token = token
-        self.arrived_at = clock()
         self.is_finished = False
-        self._clock = clock
-        self._admitted_at = self.arrived_at
-        self._started_at: float | None = None
+        self._token = token
         self._has_engine = False
-        self._first_token_at: float | None = None
-        self._last_token_at = self.arrived_at
         self._cached_tokens = 0
         self._queue_s = self._adapter_load_s = 0.0
-        request, job = prepared.request, prepared.job
         self._output = OutputAssembler(
             prepared.model.tokenizer.table,
-            options=request.options,
-            stopping=request.stopping,
-            stop_token_ids=job.stop_token_ids,
-            prompt_ids=job.submission.prompt_ids,
+            options=prepared.request.options,
+            stopping=prepared.request.stopping,
+            stop_token_ids=prepared.stop_token_ids,
+            prompt_ids=prepared.prompt_ids,
         )
 
     @property
@@ -75,24 +74,23 @@ class RequestRun:
         """Tokens that an engine has read, cached ones included, and those that it has made."""
         if not self._has_engine:
             return 0, 0
-        job = self.prepared.job
-        return job.expected_tokens[0], self.num_tokens - len(job.resumed_ids or ())
+        return self.prepared.expected_tokens[0], self.num_tokens - len(self.prepared.resumed_ids)
 
     def admitted(self) -> None:
-        """Start the clock of time_limit."""
-        self._admitted_at = self._clock()
+        """Start the clock of time_limit; that of a resumed stream began with the stream."""
+        self.times.admitted()
         limit_s = self.prepared.request.time_limit_s
-        if limit_s is not None and self.prepared.job.resumed_ids is None:
-            job = replace(self.prepared.job, time_limit_at=self._admitted_at + limit_s)
-            self.prepared = replace(self.prepared, job=job)
+        if limit_s is not None and self.prepared.continuation is None:
+            self.time_limit_at = self.times.admitted_at + limit_s
 
     def events(self, engine_id: str, update: EngineUpdate) -> list[Event]:
         """Return what a client is told about an engine's news."""
         events: list[Event] = []
-        if update.loading is not None and self.prepared.request.progress_events and self._started_at is None:
-            events.append(update.loading)
-        if (update.started is not None or update.token_ids) and self._started_at is None:
-            events.append(self._start(engine_id, update))
+        if self.times.started_at is None:
+            if update.loading is not None and self.prepared.request.progress_events:
+                events.append(update.loading)
+            if update.started is not None or update.token_ids:
+                events.append(self._start(engine_id, update))
         chunk = self._push(update) if update.token_ids else None
         if self._output.matched_stop is not None:
             return [*events, *_present(chunk), self.finished(FinishReason.STOP)]
@@ -116,7 +114,7 @@ class RequestRun:
             raise _not_its_own("token_ids", f"resume.token_ids goes on behind stop string {output.matched_stop!r}")
         output.go_on(next_sequence=resume.last_sequence + 1 if ids else 0)
         has_last = resume.num_text_bytes not in (None, output.num_text_bytes)
-        reached = finish_reached(self.prepared.job, ids)
+        reached = self.prepared.finish_reached(ids)
         if output.matched_stop is not None and not has_last:
             reached = unsaid_finish(FinishReason.STOP)
         if has_last:
@@ -151,13 +149,12 @@ class RequestRun:
     ) -> Finished:
         """Return the last event; timings are measured here unless the engine has sent its own."""
         self.is_finished = True
-        submission = self.prepared.job.submission
         return Finished(
             finish_reason=reason,
             stop_string=self._output.matched_stop,
             stop_token_id=stop_token_id,
             usage=Usage(
-                prompt_tokens=len(submission.prompt_ids),
+                prompt_tokens=len(self.prepared.prompt_ids),
                 output_tokens=self.num_tokens,
                 cached_tokens=self._cached_tokens,
             ),
@@ -165,30 +162,27 @@ class RequestRun:
         )
 
     def _start(self, engine_id: str, update: EngineUpdate) -> Started:
-        self._started_at = self._clock()
+        self.times.started()
         self._has_engine = bool(engine_id)  # none where a resumed stream had ended already
-        self._queue_s = self._admitted_at - self.arrived_at
+        self._queue_s = self.times.admitted_at - self.times.queued_at
         started = update.started
         if started is not None:
             self._cached_tokens = started.cached_tokens
             self._queue_s += started.queue_s
             self._adapter_load_s = started.adapter_load_s
-        submission = self.prepared.job.submission
-        self.resume_token = self._token(self.prepared)
+        self.resume_token = self._token(self)
         return Started(
-            prompt_tokens=len(submission.prompt_ids),
+            prompt_tokens=len(self.prepared.prompt_ids),
             cached_tokens=self._cached_tokens,
             engine_id=engine_id,
-            adapter_revision=submission.adapter_digest,
-            seed=submission.sampling.seed or 0,
+            adapter_revision=self.prepared.adapter_digest,
+            seed=self.prepared.sampling.seed or 0,
             resume_token=self.resume_token,
             prompt_logprobs=started.prompt_logprobs if started is not None else (),
         )
 
     def _push(self, update: EngineUpdate) -> Chunk | None:
-        self._last_token_at = self._clock()
-        if self._first_token_at is None:
-            self._first_token_at = self._last_token_at
+        self.times.tokens_came()
         return self._output.push(update.token_ids, update.logprobs)
 
     def _end(self, finish: EngineFinish) -> Finished:
@@ -205,13 +199,14 @@ class RequestRun:
         return replace(theirs, queue_s=ours.queue_s, adapter_load_s=ours.adapter_load_s)
 
     def _timings(self) -> Timings:
-        started_at = self._started_at if self._started_at is not None else self._clock()
-        first_at = self._first_token_at if self._first_token_at is not None else started_at
+        times = self.times
+        started_at = times.started_at if times.started_at is not None else times.clock()
+        first_at = times.first_token_at if times.first_token_at is not None else started_at
         return Timings(
-            queue_s=self._queue_s if self._started_at is not None else started_at - self.arrived_at,
+            queue_s=self._queue_s if times.started_at is not None else started_at - times.queued_at,
             adapter_load_s=self._adapter_load_s,
             prefill_s=max(0.0, first_at - started_at),
-            decode_s=max(0.0, self._last_token_at - first_at),
+            decode_s=max(0.0, times.last_token_at - first_at),
         )
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import ResumeInvalidError
 from loraplex_gateway.engines.ticket import EngineUpdate
-from loraplex_gateway.engines.wire import EngineFinish, EngineStart, Submission
-from loraplex_gateway.requests.preparation import Prepared
-from loraplex_gateway.requests.relay import Job, finish_reached
+from loraplex_gateway.engines.wire import EngineFinish, EngineStart
+from loraplex_gateway.requests.prepared import Continuation, PreparedRequest
 from loraplex_gateway.requests.run import REPLAY_TOKENS, RequestRun
+from loraplex_gateway.requests.times import RequestTimes
 from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import (
     Chunk,
@@ -63,42 +63,38 @@ class Output:
     options: ResponseOptions = EVERYTHING
     prompt_ids: tuple[int, ...] = (5,)
 
-    @property
-    def job(self) -> Job:
+    def prepared(self, resume: Resume | None = None, *, time_limit_s: float | None = 5.0) -> PreparedRequest:
         most = self.stopping.max_new_tokens or len(self.tokens)
-        submission = Submission(
-            request_id="r",
+        continuation = None
+        if resume is not None:
+            continuation = Continuation(token_ids=resume.token_ids, max_new_tokens=most, time_limit_at=None)
+        return PreparedRequest(
+            request=GenerationRequest(
+                prompt=TextPrompt(text="hi"),
+                stopping=self.stopping,
+                options=self.options,
+                resume=resume,
+                time_limit_s=time_limit_s,
+            ),
+            model=cast("Any", SimpleNamespace(tokenizer=SimpleNamespace(table=self.table), fingerprint="f")),
+            adapter=None,
             prompt_ids=self.prompt_ids,
             sampling=Sampling(seed=7),
-            stopping=self.stopping,
-            priority=Priority.NORMAL,
-        )
-        return Job(
-            submission=submission,
-            fingerprint="f",
-            affinity_key="",
             stop_token_ids=self.stop_token_ids,
             max_new_tokens=most,
-            deadline=None,
+            priority=Priority.NORMAL,
+            fairness_key="",
+            cache_salt="",
+            affinity_key="",
+            deadline=60.0,
             queue_deadline=None,
-            time_limit_at=None,
+            continuation=continuation,
         )
 
     def run(self, resume: Resume | None = None, *, time_limit_s: float | None = 5.0) -> RequestRun:
         """Return what serves the request, or the rest of it."""
-        request = GenerationRequest(
-            prompt=TextPrompt(text="hi"),
-            stopping=self.stopping,
-            options=self.options,
-            resume=resume,
-            time_limit_s=time_limit_s,
-        )
-        job = self.job
-        if resume is not None:
-            job = Job(**{name: getattr(job, name) for name in job.__slots__} | {"resumed_ids": resume.token_ids})
-        model = cast("Any", SimpleNamespace(tokenizer=SimpleNamespace(table=self.table)))
-        prepared = Prepared(request=request, model=model, adapter=None, job=job)
-        return RequestRun(prepared, lambda: 0.0, token=lambda _: "token")
+        prepared = self.prepared(resume, time_limit_s=time_limit_s)
+        return RequestRun(prepared, RequestTimes(lambda: 0.0), token=lambda _: "token")
 
     def serve(self, run: RequestRun, position: int, sizes: Sequence[int]) -> list[Event]:
         """Return the events of an engine that goes on at a position, so many tokens at a time, until its end."""
@@ -108,11 +104,11 @@ class Output:
             size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
             fresh = self.tokens[position : position + size]
             for n in range(len(fresh)):
-                if finish_reached(self.job, self.tokens[: position + n + 1]) is not None:
+                if run.prepared.finish_reached(self.tokens[: position + n + 1]) is not None:
                     fresh = fresh[: n + 1]
                     break
             position += len(fresh)
-            reached = finish_reached(self.job, self.tokens[:position])
+            reached = run.prepared.finish_reached(self.tokens[:position])
             if reached is None and position == len(self.tokens):
                 reached = EngineFinish(reason=FinishReason.TIME_LIMIT, stop_token_id=None, timings=Timings())
             logprobs = [logprob(token) for token in fresh] if self.options.logprobs is not None else []

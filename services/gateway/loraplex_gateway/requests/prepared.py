@@ -1,0 +1,99 @@
+"""A request as engines are to run it: built once, before any of them hears of it, and never changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loraplex_gateway.adapters.names import ResolvedAdapter
+from loraplex_gateway.engines.wire import EngineFinish
+from loraplex_gateway.text.models import ServedModel
+from loraplex_gateway.types import FinishReason, GenerationRequest, Priority, Sampling, Timings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Continuation:
+    """The stream that a request goes on with, as its resume token and its client have it.
+
+    Attributes:
+        token_ids: The output that the client has.
+        max_new_tokens: Most tokens of the whole output, as settled when the stream began.
+        time_limit_at: When the output is cut (monotonic seconds); None for never.
+    """
+
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+    time_limit_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedRequest:
+    """A request with everything that could be settled without an engine.
+
+    Attributes:
+        request: What the client asked for.
+        model: The base model.
+        adapter: The adapter; None for the base model.
+        prompt_ids: The prompt's tokens.
+        sampling: With the model's defaults filled in, and a seed.
+        stop_token_ids: Ids that end the output, end-of-text included if it counts.
+        max_new_tokens: Most tokens of the output, those of a resumed stream included.
+        priority: The class that the caller's credential grants.
+        fairness_key: Whose share of an engine the request counts against.
+        cache_salt: Which cached prefixes it may find.
+        affinity_key: What it is routed by; empty for nothing.
+        deadline: When the caller's deadline passes (monotonic seconds), less a margin.
+        queue_deadline: When queue_timeout passes (monotonic seconds); None for never.
+        continuation: The stream that it resumes; None if it starts one.
+    """
+
+    request: GenerationRequest
+    model: ServedModel
+    adapter: ResolvedAdapter | None
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    stop_token_ids: frozenset[int]
+    max_new_tokens: int
+    priority: Priority
+    fairness_key: str
+    cache_salt: str
+    affinity_key: str
+    deadline: float
+    queue_deadline: float | None
+    continuation: Continuation | None = None
+
+    @property
+    def adapter_digest(self) -> str:
+        """The adapter's revision; empty for the base model."""
+        return self.adapter.digest if self.adapter is not None else ""
+
+    @property
+    def resumed_ids(self) -> tuple[int, ...]:
+        """The output that the client of a resumed stream has."""
+        return self.continuation.token_ids if self.continuation is not None else ()
+
+    @property
+    def expected_tokens(self) -> tuple[int, int]:
+        """Tokens that count against the tenant's quota: those that an engine has to read, and the output's at most.
+
+        Of a resumed stream, an engine reads the prompt and all output that the client says it has, again. How often a token
+        has been used is not known, and tokens that an engine reads for nothing would be a way around the quota.
+        """
+        num_resumed = len(self.resumed_ids)
+        return len(self.prompt_ids) + num_resumed, max(0, self.max_new_tokens - num_resumed)
+
+    def finish_reached(self, tokens: Sequence[int]) -> EngineFinish | None:
+        """Return the end if an engine that is lost had emitted the output's last token but not said so."""
+        if not tokens:
+            return None
+        if tokens[-1] in self.stop_token_ids and len(tokens) > (self.request.stopping.min_new_tokens or 0):
+            return unsaid_finish(FinishReason.STOP, stop_token_id=tokens[-1])
+        return unsaid_finish(FinishReason.LENGTH) if len(tokens) >= self.max_new_tokens else None
+
+
+def unsaid_finish(reason: FinishReason, *, stop_token_id: int | None = None) -> EngineFinish:
+    """Return an end that no engine has said; its times are measured here."""
+    return EngineFinish(reason=reason, stop_token_id=stop_token_id, timings=Timings())
