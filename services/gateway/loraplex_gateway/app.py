@@ -7,22 +7,15 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Final
 
-from loraplex.v1 import fleet_pb2_grpc, gateway_pb2_grpc
 from loraplex_common.adapter_names import AdapterNames
 from loraplex_common.alias_feed import AliasFeed
 from loraplex_common.auth import Authenticator
-from loraplex_common.descriptors import connections_per_port
-from loraplex_common.exposition import Audience, Exposition, new_registry
-from loraplex_common.grpc_server import GrpcServer
+from loraplex_common.exposition import new_registry
 from loraplex_common.log import get_logger
-from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.peers import PeerChannel
 from loraplex_common.quotas_file import QuotasFile
-from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.service_settings import is_loopback
 from loraplex_common.tasks import Supervisor, cancel_and_wait
-from loraplex_common.tls_files import TlsFiles
-from loraplex_common.vllm_metrics import FLEET_LABEL
 
 from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.prefetch import PrefetchHints
@@ -34,7 +27,6 @@ from loraplex_gateway.grpc.servicer_fleet import FleetServicer
 from loraplex_gateway.metrics.gateway import GatewayMetrics
 from loraplex_gateway.openai.app import HttpContext, make_app
 from loraplex_gateway.openai.body_reader import BodyReader
-from loraplex_gateway.openai.server import HttpServer
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.admission import AdmissionController
 from loraplex_gateway.requests.claims import RequestClaims
@@ -43,16 +35,17 @@ from loraplex_gateway.requests.listing import ModelListing
 from loraplex_gateway.requests.preparation import Preparer, RequestLimits
 from loraplex_gateway.requests.resumption import Resumption
 from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
+from loraplex_gateway.servers import add_services, grpc_server, http_server, metrics_server
 from loraplex_gateway.text.fair_workers import FairWorkers
 from loraplex_gateway.text.models import ModelCatalog, load_served_model
 
 if TYPE_CHECKING:
     import grpc
+    from loraplex_common.grpc_server import GrpcServer
 
     from loraplex_gateway.config import GatewayConfig
+    from loraplex_gateway.openai.server import HttpServer
 
-# Per connection. A call beyond them waits at its client without a word, so saturation must be told long before.
-MAX_STREAMS: Final = 16_384
 # How long `start` waits for the first look at engines and names, so that "ready" means ready where all is well.
 FIRST_SYNC_S: Final = 5.0
 
@@ -82,7 +75,6 @@ class GatewayApp:
         self.http_port = 0
         self.metrics_port = 0
         self.gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
-        self._max_connections = connections_per_port(config.max_connections, num_ports=2)
         self._metrics_registry = new_registry("gateway")
         self._authenticator = Authenticator.from_file(config.api_keys_file)
         self.workers = FairWorkers()
@@ -124,7 +116,7 @@ class GatewayApp:
         self._listing = ModelListing(self.catalog, self.names, self.pool)
         self._grpc = self._make_grpc()
         self.http = self._make_http()
-        self._metrics_server = self._make_metrics_server()
+        self._metrics_server = metrics_server(config, self._authenticator, self._metrics_registry)
         self._supervisor = Supervisor()
         self._is_draining = False
 
@@ -268,31 +260,14 @@ class GatewayApp:
         )
 
     def _make_grpc(self) -> GrpcServer:
-        config = self.config
-        server = GrpcServer(
-            config.listen_config(
-                config.host,
-                config.port,
-                enable_reflection=config.enable_reflection,
-                max_connections=self._max_connections,
-                max_concurrent_streams=MAX_STREAMS,
-                max_connection_age_s=config.max_connection_age_s,
-                refuses_unknown_fields=True,
-            ),
-            authenticator=self._authenticator,
-            metrics=RpcMetrics(self._metrics_registry),
+        generation = GatewayServicer(
+            self.core, self.quotas, self.catalog, self._listing, slow_client_s=self.config.slow_client_s
         )
-        servicer = GatewayServicer(
-            self.core, self.quotas, self.catalog, self._listing, slow_client_s=config.slow_client_s
-        )
-        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, server.server)
-        server.add_service_name("loraplex.v1.GatewayService")
-        fleet_pb2_grpc.add_FleetServiceServicer_to_server(FleetServicer(self.pool, self._dial_engine), server.server)
-        server.add_service_name("loraplex.v1.FleetService")
+        server = grpc_server(self.config, self._authenticator, self._metrics_registry)
+        add_services(server, generation, FleetServicer(self.pool, self._dial_engine))
         return server
 
     def _make_http(self) -> HttpServer:
-        config = self.config
         context = HttpContext(
             core=self.core,
             quotas=self.quotas,
@@ -302,22 +277,7 @@ class GatewayApp:
             metrics_address=lambda: f"port {self.metrics_port}",
             bodies=BodyReader(on_large_gone=self.workers.give_memory_back),
             workers=self.workers,
-            slow_client_s=config.slow_client_s,
+            slow_client_s=self.config.slow_client_s,
             is_ready=lambda: self.is_ready,
         )
-        return HttpServer(
-            make_app(context),
-            host=config.host,
-            port=config.http_port,
-            max_connections=self._max_connections,
-            max_connection_age_s=config.max_connection_age_s,
-            tls=TlsFiles(cert=config.tls_cert, key=config.tls_key, ca=config.tls_client_ca),
-        )
-
-    def _make_metrics_server(self) -> MetricsServer:
-        exposition = Exposition(
-            self._metrics_registry,
-            audience=Audience(self.config.metrics_key, self._authenticator),
-            vllm_labels={"engine": FLEET_LABEL},
-        )
-        return MetricsServer(exposition, self.config.host, self.config.metrics_port)
+        return http_server(self.config, make_app(context))

@@ -1,0 +1,80 @@
+"""The gateway's three ports: gRPC, HTTP and /metrics, as its configuration has them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from loraplex.v1 import fleet_pb2_grpc, gateway_pb2_grpc
+from loraplex_common.descriptors import connections_per_port
+from loraplex_common.exposition import Audience, Exposition
+from loraplex_common.grpc_server import GrpcServer
+from loraplex_common.metrics_http import MetricsServer
+from loraplex_common.rpc_metrics import RpcMetrics
+from loraplex_common.tls_files import TlsFiles
+from loraplex_common.vllm_metrics import FLEET_LABEL
+
+from loraplex_gateway.openai.server import HttpServer
+
+if TYPE_CHECKING:
+    from loraplex_common.auth import Authenticator
+    from prometheus_client import CollectorRegistry
+    from starlette.types import ASGIApp
+
+    from loraplex_gateway.config import GatewayConfig
+    from loraplex_gateway.grpc.servicer import GatewayServicer
+    from loraplex_gateway.grpc.servicer_fleet import FleetServicer
+
+# Per connection. A call beyond them waits at its client without a word, so saturation must be told long before.
+MAX_STREAMS: Final = 16_384
+
+
+def grpc_server(config: GatewayConfig, authenticator: Authenticator, registry: CollectorRegistry) -> GrpcServer:
+    """Return the gRPC server, without a service yet."""
+    return GrpcServer(
+        config.listen_config(
+            config.host,
+            config.port,
+            enable_reflection=config.enable_reflection,
+            max_connections=_max_connections(config),
+            max_concurrent_streams=MAX_STREAMS,
+            max_connection_age_s=config.max_connection_age_s,
+            refuses_unknown_fields=True,
+        ),
+        authenticator=authenticator,
+        metrics=RpcMetrics(registry),
+    )
+
+
+def add_services(server: GrpcServer, generation: GatewayServicer, fleet: FleetServicer) -> None:
+    """Have a server offer the gateway's two services."""
+    gateway_pb2_grpc.add_GatewayServiceServicer_to_server(generation, server.server)
+    server.add_service_name("loraplex.v1.GatewayService")
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server.server)
+    server.add_service_name("loraplex.v1.FleetService")
+
+
+def http_server(config: GatewayConfig, app: ASGIApp) -> HttpServer:
+    """Return the server of the OpenAI-compatible API."""
+    return HttpServer(
+        app,
+        host=config.host,
+        port=config.http_port,
+        max_connections=_max_connections(config),
+        max_connection_age_s=config.max_connection_age_s,
+        tls=TlsFiles(cert=config.tls_cert, key=config.tls_key, ca=config.tls_client_ca),
+    )
+
+
+def metrics_server(config: GatewayConfig, authenticator: Authenticator, registry: CollectorRegistry) -> MetricsServer:
+    """Return the server of /metrics."""
+    exposition = Exposition(
+        registry,
+        audience=Audience(config.metrics_key, authenticator),
+        vllm_labels={"engine": FLEET_LABEL},
+    )
+    return MetricsServer(exposition, config.host, config.metrics_port)
+
+
+def _max_connections(config: GatewayConfig) -> int:
+    """Return the most connections of one of the two ports for clients."""
+    return connections_per_port(config.max_connections, num_ports=2)
