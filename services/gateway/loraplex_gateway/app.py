@@ -85,14 +85,7 @@ class GatewayApp:
         self.names = NameTable()
         self._adapter_names = AdapterNames()
         self.catalog = self._load_models()
-        self.pool = EnginePool(
-            self.catalog,
-            gateway_id=self.gateway_id,
-            max_buffered_tokens=config.max_buffered_tokens,
-            silence_s=config.engine_silence_s,
-            failover_wait_s=config.failover_wait_s,
-            dial=self._dial_engine,
-        )
+        self.pool = self._make_pool()
         self._registry = RegistryWatcher(self._valkey, self.pool)
         self.admission = AdmissionController(
             max_concurrent=config.max_concurrent_requests,
@@ -102,16 +95,8 @@ class GatewayApp:
         self.claims = RequestClaims(self._valkey, self.gateway_id)
         key_file = None if config.resume_key_file is None else ResumeKeyFile(config.resume_key_file)
         self._resume_keys = ResumeKeys(file=key_file, valkey=self._valkey)
-        self.metrics = GatewayMetrics(self._metrics_registry)
-        self.metrics.watch_queue(self.admission.waiting_by_priority)
-        fleet = FleetCollector(self.catalog, self.pool, self._adapter_names, self.metrics.vllm.num_waiting)
-        self._metrics_registry.register(fleet)
-        self.quotas = TenantQuotas.over(
-            QuotasFile(config.quotas_file) if config.quotas_file is not None else None,
-            lambda: config.connect_valkey(config.redis_url),
-            self.gateway_id,
-            self.metrics.count_quota_refusal,
-        )
+        self.metrics = self._make_metrics()
+        self.quotas = self._make_quotas()
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
         self._grpc = self._make_grpc()
@@ -239,6 +224,33 @@ class GatewayApp:
         models += [load_served_model(directory, self.workers) for directory in others]
         return ModelCatalog(models, self.names)
 
+    def _make_pool(self) -> EnginePool:
+        config = self.config
+        return EnginePool(
+            self.catalog,
+            gateway_id=self.gateway_id,
+            max_buffered_tokens=config.max_buffered_tokens,
+            silence_s=config.engine_silence_s,
+            failover_wait_s=config.failover_wait_s,
+            dial=self._dial_engine,
+        )
+
+    def _make_metrics(self) -> GatewayMetrics:
+        metrics = GatewayMetrics(self._metrics_registry)
+        metrics.watch_queue(self.admission.waiting_by_priority)
+        fleet = FleetCollector(self.catalog, self.pool, self._adapter_names, metrics.vllm.num_waiting)
+        self._metrics_registry.register(fleet)
+        return metrics
+
+    def _make_quotas(self) -> TenantQuotas:
+        config = self.config
+        return TenantQuotas.over(
+            QuotasFile(config.quotas_file) if config.quotas_file is not None else None,
+            lambda: config.connect_valkey(config.redis_url),
+            self.gateway_id,
+            self.metrics.count_quota_refusal,
+        )
+
     def _make_core(self) -> GatewayCore:
         preparer = Preparer(
             self.catalog,
@@ -256,7 +268,6 @@ class GatewayApp:
             resumption=Resumption(self._resume_keys, window_s=self.config.resume_window_s),
             hints=self._hints,
             metrics=self.metrics,
-            clock=time.monotonic,
         )
 
     def _make_grpc(self) -> GrpcServer:

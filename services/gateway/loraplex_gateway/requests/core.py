@@ -22,7 +22,7 @@ from loraplex_gateway.requests.times import RequestTimes
 from loraplex_gateway.requests.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from loraplex_common.auth import Principal
 
@@ -51,7 +51,6 @@ class GatewayCore:
         resumption: Gives out resume tokens and takes them back.
         hints: Prefetch hints; None without an adapter store.
         metrics: Where requests are counted.
-        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -64,7 +63,6 @@ class GatewayCore:
         resumption: Resumption,
         hints: PrefetchHints | None,
         metrics: GatewayMetrics,
-        clock: Callable[[], float],
     ) -> None:
         self._preparer = preparer
         self._admission = admission
@@ -73,7 +71,6 @@ class GatewayCore:
         self._resumption = resumption
         self._hints = hints
         self._metrics = metrics
-        self._clock = clock
 
     async def generate(
         self, request: GenerationRequest, *, caller: Principal, time_left_s: float | None, quota: QuotaCall
@@ -147,8 +144,7 @@ class GatewayCore:
         """Return the record of a request that comes at this moment."""
         if request.resume is None:  # else the token knows it
             request = replace(request, request_id=request.request_id or new_request_id())
-        times = RequestTimes(self._clock)
-        return RequestRecord(request, caller.name, metrics=self._metrics, times=times, time_left_s=time_left_s)
+        return RequestRecord(request, caller.name, metrics=self._metrics, times=RequestTimes(), time_left_s=time_left_s)
 
     async def _begin(self, record: RequestRecord, share: QuotaShare, caller: Principal) -> RequestRun:
         """Return a request that is ready to ask for a place: all that can be refused before has been."""
