@@ -148,9 +148,7 @@ async def test_an_engine_that_restarts_on_its_port_is_the_same_to_clients(valkey
         await reborn.register(rig.valkey)  # while the old one's lease still runs
         try:
             # The old one's record leads to it as well, but is another engine's.
-            await eventually(
-                lambda: [s.engine_id for s in rig.app.pool.links if s.is_candidate] == [reborn.engine_id]
-            )
+            await eventually(lambda: [s.engine_id for s in rig.app.pool.links if s.is_candidate] == [reborn.engine_id])
             for _ in range(4):
                 answer = await rig.stub.GenerateOnce(Once(request=text_request()))
                 assert answer.finished.usage.output_tokens == 8
