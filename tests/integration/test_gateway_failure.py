@@ -67,6 +67,27 @@ async def test_another_engine_continues_what_a_dead_one_began(valkey_url: str) -
         rig.check_idle()
 
 
+@pytest.mark.parametrize("stop_strings", [[], ["m"]], ids=["to its length", "to a stop string"])
+async def test_a_stream_that_another_engine_continues_is_counted_once_it_ends(
+    valkey_url: str, stop_strings: list[str]
+) -> None:
+    stopping = gateway_pb2.StoppingParams(max_new_tokens=20, stop_strings=stop_strings)
+    async with running_gateway(valkey_url, num_engines=2) as rig:
+        for engine in rig.engines:
+            engine.gives_up_at = {7: DrainingError("draining")}
+
+        responses = await rest(rig.stub.Generate(text_request(stopping=stopping)))
+
+        assert responses[-1].HasField("finished")
+        await eventually(lambda: _resumes(rig) == {"ok": 1.0})
+
+
+def _resumes(rig: Rig) -> dict[str, float]:
+    """Return how many interrupted streams there were, by what became of them."""
+    (family,) = rig.app.metrics.resumes.collect()
+    return {each.labels["outcome"]: each.value for each in family.samples if each.name.endswith("_total")}
+
+
 @pytest.mark.parametrize("tokens_per_message", [1, 7], ids=["later", "with the start"])
 async def test_no_token_is_lost_when_an_engine_gives_up_a_request_with_it(
     valkey_url: str, tokens_per_message: int

@@ -77,6 +77,7 @@ class EngineRelay:
         hints: PrefetchHints | None,
         metrics: GatewayMetrics,
     ) -> None:
+        self._run = run
         self._prepared = run.prepared
         self._time_limit_at = run.time_limit_at
         self._clock = run.times.clock
@@ -86,6 +87,7 @@ class EngineRelay:
         self._metrics = metrics
         self._tokens: list[int] = list(run.prepared.resumed_ids)
         self._has_started = run.prepared.continuation is not None
+        self._was_interrupted = False
         self._excluded: frozenset[str] = frozenset()
         self._num_fruitless_losses = 0
         self._num_refusals = 0
@@ -103,32 +105,35 @@ class EngineRelay:
             LocalCancelError: If it was cancelled by its id.
         """
         failure: Exception | None = None
-        while True:
-            link = await self._choose(failure)
-            if link is None:
-                yield "", EngineUpdate(end=unsaid_finish(FinishReason.TIME_LIMIT))
-                return
-            num_tokens = len(self._tokens)
-            try:
-                with self._submitted(link) as ticket:
-                    while True:
-                        update = await ticket.next()
-                        self._tokens += update.token_ids
-                        self._has_started = self._has_started or bool(update.token_ids) or update.started is not None
-                        yield link.engine_id, update
-                        if update.end is not None:
-                            break
-                if failure is not None and self._has_started:
-                    self._metrics.resumes.labels("ok").inc()
-                return
-            except (EngineLostError, *ELSEWHERE) as error:
-                failure = error
-            self._count(failure, link.engine_id, has_progressed=len(self._tokens) > num_tokens)
-            if (finish := self._prepared.finish_reached(self._tokens)) is not None:
-                yield link.engine_id, EngineUpdate(end=finish)
-                return
-            self._check_worth_another(failure)
-            self._note_retry(link.engine_id, failure)
+        try:
+            while True:
+                link = await self._choose(failure)
+                if link is None:
+                    yield "", EngineUpdate(end=unsaid_finish(FinishReason.TIME_LIMIT))
+                    return
+                num_tokens = len(self._tokens)
+                try:
+                    with self._submitted(link) as ticket:
+                        while True:
+                            update = await ticket.next()
+                            self._tokens += update.token_ids
+                            self._has_started = (
+                                self._has_started or bool(update.token_ids) or update.started is not None
+                            )
+                            yield link.engine_id, update
+                            if update.end is not None:
+                                return
+                except (EngineLostError, *ELSEWHERE) as error:
+                    failure = error
+                self._count(failure, link.engine_id, has_progressed=len(self._tokens) > num_tokens)
+                if (finish := self._prepared.finish_reached(self._tokens)) is not None:
+                    yield link.engine_id, EngineUpdate(end=finish)
+                    return
+                self._check_worth_another(failure)
+                self._note_retry(link.engine_id, failure)
+        finally:
+            if self._was_interrupted and self._run.is_finished:
+                self._metrics.resumes.labels("ok").inc()
 
     @contextmanager
     def _submitted(self, link: EngineLink) -> Iterator[Ticket]:
@@ -159,6 +164,7 @@ class EngineRelay:
 
     def _count(self, failure: Exception, engine_id: str, *, has_progressed: bool) -> None:
         """Take in that an engine did not bring the request to its end; a new token clears the account."""
+        self._was_interrupted = self._was_interrupted or self._has_started
         if has_progressed:
             self._num_fruitless_losses = self._num_refusals = 0
             self._excluded = frozenset()
