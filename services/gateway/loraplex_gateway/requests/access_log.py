@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from loraplex_gateway.metrics.gateway import GatewayMetrics
+    from loraplex_gateway.metrics.vllm import ModelMeter
     from loraplex_gateway.requests.prepared import PreparedRequest
     from loraplex_gateway.requests.times import RequestTimes
     from loraplex_gateway.types import Event, GenerationRequest
@@ -39,8 +40,6 @@ class RequestRecord:
         request: The request.
         times: When what happened to it.
         time_left_s: From its arrival until the caller's deadline; None for no deadline.
-        prepared: The request once it has been prepared. Only then it counts for its model and adapter: what a client calls
-            them is no label.
     """
 
     def __init__(
@@ -52,7 +51,9 @@ class RequestRecord:
         times: RequestTimes,
         time_left_s: float | None,
     ) -> None:
-        self.prepared: PreparedRequest | None = None
+        self._prepared: PreparedRequest | None = None
+        self._model = ""
+        self._meter: ModelMeter | None = None
         self.request = request
         self._tenant = tenant
         self._metrics = metrics
@@ -77,6 +78,12 @@ class RequestRecord:
             error = LoraplexError("unexpected error")  # logged, with its traceback, where it becomes a status
         self._end(error if isinstance(error, LoraplexError) else None)
 
+    def prepared(self, prepared: PreparedRequest) -> None:
+        """Count the request for its model and adapter from here on: what a client calls them is no label before."""
+        self._prepared = prepared
+        self._model = prepared.model.name
+        self._meter = self._metrics.vllm.of(self._model)
+
     def see(self, event: Event, *, num_tokens: int) -> None:
         """Take note of an event; `num_tokens` is the output's length after it, whatever the chunk carries."""
         if isinstance(event, Chunk):
@@ -84,14 +91,11 @@ class RequestRecord:
         elif isinstance(event, Started):
             self._started = event
             if self._num_resumed is None:
-                self._metrics.vllm.of(self._model).started(event.prompt_tokens, event.cached_tokens)
+                assert self._meter is not None  # nothing starts before it is prepared
+                self._meter.started(event.prompt_tokens, event.cached_tokens)
         elif isinstance(event, Finished):
             self._finished = event
             self._num_tokens = event.usage.output_tokens
-
-    @property
-    def _model(self) -> str:
-        return self.prepared.model.name if self.prepared is not None else ""
 
     def _end(self, error: LoraplexError | None) -> None:
         """Log and count the request. Without `Finished` and without error the client went away, maybe at its deadline."""
@@ -132,7 +136,8 @@ class RequestRecord:
     def _see_tokens(self, num_tokens: int) -> None:
         times, seen_at = self.times, self._seen_at
         num_new = num_tokens - self._num_tokens
-        meter = self._metrics.vllm.of(self._model)
+        meter = self._meter
+        assert meter is not None  # nothing gives tokens before it is prepared
         if seen_at is None:
             wait_s = (times.first_token_at or times.last_token_at) - times.arrived_at
             if self._num_resumed:  # the first token was another stream's
@@ -148,14 +153,14 @@ class RequestRecord:
         self._num_tokens = num_tokens
 
     def _count(self, code: str, reason: str) -> None:
-        metrics, started, prepared = self._metrics, self._started, self.prepared
+        metrics, started, prepared = self._metrics, self._started, self._prepared
         adapter = prepared.adapter if prepared is not None else None
         label = metrics.adapter_label(
             adapter.name if adapter is not None else "", is_restricted=adapter is not None and adapter.is_restricted
         )
         metrics.requests.labels(self._model, label, code).inc()
-        if prepared is not None:
-            self._count_for_vllm(code)
+        if self._meter is not None:
+            self._count_for_vllm(self._meter, code)
         if code != "OK" or reason == FinishReason.CANCELLED.name:
             metrics.aborts.labels(reason).inc()
         is_first = started is not None and self._num_resumed is None
@@ -166,9 +171,9 @@ class RequestRecord:
             num_cached=started.cached_tokens if started is not None and is_first else 0,
         )
 
-    def _count_for_vllm(self, code: str) -> None:
+    def _count_for_vllm(self, meter: ModelMeter, code: str) -> None:
         """Count the end of a request that was not refused, and what it was like if it ended well."""
-        meter, finished = self._metrics.vllm.of(self._model), self._finished
+        finished = self._finished
         if code != "OK" or finished is None:
             meter.ended("abort" if code in ("CANCELLED", "DEADLINE_EXCEEDED") else "error")
             return

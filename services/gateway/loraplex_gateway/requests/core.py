@@ -150,7 +150,8 @@ class GatewayCore:
         """Return a request that is ready to ask for a place: all that can be refused before has been."""
         self._admission.check_room()
         share.check()
-        prepared = record.prepared = await self._prepare(record, caller)
+        prepared = await self._prepare(record, caller)
+        record.prepared(prepared)
         if prepared.continuation is not None:  # it ends the stream that it takes over: not if it is refused itself
             await share.reserve(*prepared.expected_tokens)
         record.times.queued()
