@@ -223,20 +223,21 @@ def credentials_of(mode: str, folder: Path) -> tuple[list[str], list[str]]:
     return ["--credentials", str(made)], [word for flag, path in files.items() for word in (flag, str(path))]
 
 
-def measure(mode: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Return a mode's tokens per second and its median time to the first token, in milliseconds."""
-    with running_gateway(mode, folder) as (gateway, told):
-        share = ["--streams", str(arguments.streams // arguments.clients), "--tokens", str(arguments.tokens)]
-        first = Part(__file__, "client", *told, *share, "--first-token").output()
-        before_s = gateway.cpu_s()
-        clients = [Part(__file__, "client", *told, *share) for _ in range(arguments.clients)]
-        times = [Times(**json.loads(client.output())) for client in clients]
-        cpu_s, wall_s = gateway.cpu_s() - before_s, max(each.wall_s for each in times)
+def measure(gateway: Part, told: list[str], arguments: argparse.Namespace) -> dict[str, float]:
+    """Return what one gateway's clients saw in one round, and what the gateway computed."""
+    share = ["--streams", str(arguments.streams // arguments.clients), "--tokens", str(arguments.tokens)]
+    before_s = gateway.cpu_s()
+    first = Part(__file__, "client", *told, *share, "--first-token").output()
+    cpu_of_requests_s, before_s = gateway.cpu_s() - before_s, gateway.cpu_s()
+    clients = [Part(__file__, "client", *told, *share) for _ in range(arguments.clients)]
+    times = [Times(**json.loads(client.output())) for client in clients]
+    cpu_s, wall_s = gateway.cpu_s() - before_s, max(each.wall_s for each in times)
     num_messages = sum(each.num_messages for each in times)
     return {
         "tokens_per_s": sum(each.num_tokens for each in times) / wall_s,
         "messages_per_s": num_messages / wall_s,
         "cpu_us_per_message": 1e6 * cpu_s / num_messages,
+        "cpu_us_per_request": 1e6 * cpu_of_requests_s / (FIRST_TOKEN_STREAMS * FIRST_TOKEN_REQUESTS),
         "first_token_ms": statistics.median(Times(**json.loads(first)).first_token_ms),
     }
 
@@ -244,10 +245,14 @@ def measure(mode: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
 def compare(arguments: argparse.Namespace) -> int:
     """Run all modes in turn and print a line each; return the exit code."""
     runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in arguments.modes}
-    with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as name, contextlib.ExitStack() as stack:
+        stacks = {}
+        for number, mode in enumerate(arguments.modes):
+            (folder := Path(name, str(number))).mkdir()
+            stacks[mode] = stack.enter_context(running_gateway(mode, folder))
         for number in range(arguments.rounds):
             for mode in arguments.modes[:: -1 if number % 2 else 1]:
-                runs[mode].append(measure(mode, Path(name), arguments))
+                runs[mode].append(measure(*stacks[mode], arguments))
                 print(
                     f"{mode:<12} " + "  ".join(f"{key} {value:,.2f}" for key, value in runs[mode][-1].items()),
                     flush=True,
