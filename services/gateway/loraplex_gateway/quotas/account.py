@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
+from typing import Final
 
 from loraplex_common.quotas_file import TenantQuota
 
 from loraplex_gateway.quotas.ledger import Ask, Ledger, Settlement, Verdict
+
+FAR: Final = 0.5
+"""Share of a limit below which a call is admitted without asking Valkey first."""
+LENT: Final = 1 / 32
+"""Share of a limit that a gateway gives in this way between two turns: the most by which it can be ahead."""
+FRESH_S: Final = 0.1
+"""How old what Valkey said may be for that."""
 
 
 @dataclass(slots=True)
@@ -19,6 +28,14 @@ class Waiting:
 
 
 @dataclass(slots=True)
+class Lent:
+    """What calls were given at once that Valkey has not heard of yet; `Account.ledger` has it."""
+
+    requests: int = 0
+    tokens: int = 0
+
+
+@dataclass(slots=True)
 class Account:
     """One tenant on this gateway.
 
@@ -26,8 +43,11 @@ class Account:
         quota: Its limits.
         ledger: As Valkey last had it, in this gateway's clock; on its own while Valkey is away.
         num_running: Its requests under way here.
+        num_elsewhere: Its requests under way on other gateways when Valkey was last asked.
+        heard_at: When Valkey was last asked, in this gateway's clock.
         is_apart: Whether something was used that Valkey has not heard of.
         is_full: Whether no more requests might be under way when Valkey was last asked.
+        lent: What was given at once and has not been said yet.
         settlement: What ended calls used that has not been said yet.
         waiting: Calls that have not been asked about yet.
     """
@@ -36,10 +56,42 @@ class Account:
     quota: TenantQuota
     ledger: Ledger
     num_running: int = 0
+    num_elsewhere: int = 0
+    heard_at: float = -math.inf
     is_apart: bool = False
     is_full: bool = False
+    lent: Lent = field(default_factory=Lent)
     settlement: Settlement = field(default_factory=Settlement)
     waiting: list[Waiting] = field(default_factory=list)
+
+    def lend(self, ask: Ask, now: float) -> Verdict | None:
+        """Return the verdict on a call that no other gateway can make a refusal; None if Valkey must be asked.
+
+        So it is as long as the tenant has used less than `FAR` of each limit, and what Valkey has not heard of is small.
+        """
+        quota, ledger, num_running = self.quota, self.ledger, self.num_running + self.num_elsewhere
+        if now - self.heard_at > FRESH_S:
+            return None
+        ledger.advance(quota, now)
+        cost, wanted = ledger.cost(ask), ask.num_requests
+        limits = (
+            (quota.requests_burst, ledger.requests + wanted, self.lent.requests + wanted),
+            (quota.tokens_burst, ledger.tokens + cost, self.lent.tokens + cost),
+            (quota.max_concurrent_requests, num_running + wanted, self.lent.requests + wanted),
+        )
+        if any(limit is not None and (used > FAR * limit or lent > LENT * limit) for limit, used, lent in limits):
+            return None
+        verdict = ledger.admit(quota, ask, num_running)
+        if not verdict.is_admitted:  # a rate of 0
+            return None
+        self.lent.requests += wanted
+        self.lent.tokens += cost
+        return verdict
+
+    def take_lent(self) -> Lent:
+        """Return what has been given at once and not been said yet, once."""
+        taken, self.lent = self.lent, Lent()
+        return taken
 
     def take_settlement(self) -> Settlement:
         """Return what has not been said yet, once."""
@@ -57,5 +109,6 @@ class Said:
     """One account's part of a turn."""
 
     account: Account
+    lent: Lent
     settlement: Settlement
     waiting: list[Waiting]

@@ -4,6 +4,9 @@ All that a gateway has to say or to ask goes out in turns: one round trip carrie
 what ended calls used, and how many run. So Valkey hears it in order, a count that is said replaces the one before, and a
 busy gateway sends fewer commands, not more. Nothing is sent twice: a turn whose answer is lost may have been taken or not,
 and giving tokens back twice would be worse than not at all, for what stays reserved drains like what was used.
+
+A tenant that is far from its limits does not wait for its turn: its calls are admitted at once, out of what this gateway
+knows, and said with what has ended (`Account.lend`).
 """
 
 from __future__ import annotations
@@ -81,6 +84,11 @@ class Accounts:
         """Reserve what a call needs, if its tenant's limits leave it; from then on it counts until `release`."""
         if not self._is_reached:
             return self._admit_alone(account, ask)
+        if (verdict := account.lend(ask, self._clock())) is not None:
+            self._count(account, ask.num_requests)
+            self._changed[account.tenant] = account
+            self._linger()
+            return verdict
         waiting = Waiting(ask, asyncio.get_running_loop().create_future())
         account.waiting.append(waiting)
         self._change(account)
@@ -103,9 +111,8 @@ class Accounts:
         self._changed[account.tenant] = account
         if account.is_full:  # the next request may come at once, through another gateway
             self._woken.set()
-        elif not self._is_lingering:
-            self._is_lingering = True
-            asyncio.get_running_loop().call_later(LINGER_S, self._woken.set)
+        else:
+            self._linger()
 
     async def run(self) -> None:
         """Speak with Valkey for ever: at once when there is something to say, and else often enough to count as alive."""
@@ -159,7 +166,10 @@ class Accounts:
     async def _turn(self) -> None:
         """Say everything that has changed and give out the verdicts that come back."""
         changed, self._changed, self._is_lingering = self._changed, {}, False
-        said = [Said(account, account.take_settlement(), account.take_waiting()) for account in changed.values()]
+        said = [
+            Said(account, account.take_lent(), account.take_settlement(), account.take_waiting())
+            for account in changed.values()
+        ]
         now = self._clock()
         if said:
             replies = await self._ask(lambda: self._say(said, now))
@@ -196,16 +206,19 @@ class Accounts:
             account.ledger.advance(account.quota, now)
             floor = (account.ledger.requests, account.ledger.tokens)
         names = script.keys(account.tenant)
-        given = script.arguments(self._gateway_id, account.num_running, part.settlement, floor, account.quota)
+        used = script.Used(part.lent.requests, part.lent.tokens, part.settlement)
+        given = script.arguments(self._gateway_id, account.num_running, used, floor, account.quota)
         asked = [word for waiting in part.waiting for word in script.words(waiting.ask)]
         return [len(names), *names, *given, *asked]
 
     def _hear(self, said: Said, reply: list[bytes], asked_at: float) -> None:
         account = said.account
-        verdicts, account.ledger = script.decode(reply)
+        verdicts, account.ledger, account.num_elsewhere = script.decode(reply)
         account.is_apart = False
         # It is at least this old, so what is read from it errs towards what the tenant has used.
-        account.ledger.at = asked_at
+        account.ledger.at = account.heard_at = asked_at
+        account.ledger.requests += account.lent.requests
+        account.ledger.tokens += account.lent.tokens
         if verdicts:
             most = account.quota.max_concurrent_requests
             account.is_full = most is not None and verdicts[-1].num_running >= most
@@ -232,6 +245,7 @@ class Accounts:
         waiting = [(part.account, each) for part in said for each in part.waiting]
         waiting += [(account, each) for account in self._accounts.values() for each in account.take_waiting()]
         for account in self._accounts.values():
+            account.take_lent()  # it is in the ledger, which Valkey is told of when it is back
             self._settle_alone(account, account.take_settlement())
         for account, each in waiting:
             if not each.verdict.done():
@@ -268,6 +282,11 @@ class Accounts:
                 "Valkey does not answer: each gateway enforces the quotas on its own until it does", cause=str(error)
             )
             return None
+
+    def _linger(self) -> None:
+        if not self._is_lingering:
+            self._is_lingering = True
+            asyncio.get_running_loop().call_later(LINGER_S, self._woken.set)
 
     def _ring(self) -> None:
         self._alarm = None

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.valkey_errors import ALLOWED_WHEN_FULL
 
-from loraplex_gateway.quotas.ledger import FIRST_OUTPUT_TOKENS, NEVER, SMOOTHING, TOLERANCE, Ask, Ledger, Verdict
+from loraplex_gateway.quotas.ledger import (
+    FIRST_OUTPUT_TOKENS,
+    NEVER,
+    SMOOTHING,
+    TOLERANCE,
+    Ask,
+    Ledger,
+    Settlement,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loraplex_common.quotas_file import TenantQuota
-
-    from loraplex_gateway.quotas.ledger import Settlement
 
 _PREFIX: Final = "loraplex:quotas:{quotas}:"
 GATEWAYS: Final = f"{_PREFIX}gateways"
@@ -42,8 +50,8 @@ ADMIT: Final = (
     ALLOWED_WHEN_FULL
     + f"""
 -- KEYS: used, running, gateways.
--- ARGV: gateway, its requests under way, settled tokens, output tokens, outputs, least requests used, least tokens used,
---       requests per minute, burst, tokens per minute, burst, concurrent requests (each -1 for no limit),
+-- ARGV: gateway, its requests under way, requests given already, tokens settled and given already, output tokens, outputs,
+--       least requests used, least tokens used, requests per minute, burst, tokens per minute, burst, concurrent requests (each -1 for no limit),
 --       then requests, prompt tokens and new tokens of each call.
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
@@ -55,13 +63,14 @@ local function drained(used, rate)
   if rate < 0 then return 0 end
   return math.max(0, used - elapsed * rate / 60)
 end
-local request_rate, request_burst, token_rate, token_burst, most = unpack(argument, 8, 12)
-local requests = math.max(drained(tonumber(kept[2]) or 0, request_rate), argument[6])
-local tokens = math.max(drained(tonumber(kept[3]) or 0, token_rate), argument[7])
-tokens = math.max(0, tokens + argument[3])
+local request_rate, request_burst, token_rate, token_burst, most = unpack(argument, 9, 13)
+local requests = math.max(drained(tonumber(kept[2]) or 0, request_rate), argument[7])
+local tokens = math.max(drained(tonumber(kept[3]) or 0, token_rate), argument[8])
+if request_rate >= 0 then requests = requests + argument[3] end
+tokens = math.max(0, tokens + argument[4])
 local mean = tonumber(kept[4]) or {FIRST_OUTPUT_TOKENS}
-if argument[5] > 0 then
-  mean = mean + (1 - (1 - {SMOOTHING}) ^ argument[5]) * (argument[4] / argument[5] - mean)
+if argument[6] > 0 then
+  mean = mean + (1 - (1 - {SMOOTHING}) ^ argument[6]) * (argument[5] / argument[6] - mean)
 end
 local mine, others = argument[2], 0
 local running = most >= 0 and redis.call('HGETALL', KEYS[2]) or {{}}
@@ -85,7 +94,7 @@ local reply = {{}}
 local function say(...)
   for _, value in ipairs({{...}}) do reply[#reply + 1] = string.format('%.17g', value) end
 end
-for i = 13, #ARGV, 3 do
+for i = 14, #ARGV, 3 do
   local count, prompt, output = argument[i], argument[i + 1], argument[i + 2]
   local cost = prompt + math.min(output, count * math.ceil(mean))
   local request_wait = wait(requests, count, request_rate, request_burst)
@@ -98,7 +107,7 @@ for i = 13, #ARGV, 3 do
   end
   say(cost, request_wait, token_wait, crowded, requests, tokens, mine + others, now)
 end
-say(now, requests, tokens, mean)
+say(now, requests, tokens, mean, others)
 redis.call('HSET', KEYS[1], 'at', string.format('%.17g', now), 'requests', string.format('%.17g', requests),
   'tokens', string.format('%.17g', tokens), 'mean_output', string.format('%.17g', mean))
 local full = math.max(requests / math.max(request_rate, 1), tokens / math.max(token_rate, 1)) * 60
@@ -134,15 +143,29 @@ def keys(tenant: str) -> list[str]:
     return [used_key(tenant), running_key(tenant), GATEWAYS]
 
 
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What a gateway tells of calls that it has admitted, and of those that have ended.
+
+    Attributes:
+        lent_requests: Given without asking.
+        lent_tokens: Reserved without asking.
+    """
+
+    lent_requests: int
+    lent_tokens: int
+    settlement: Settlement
+
+
 def arguments(
-    gateway_id: str, num_running: int, settlement: Settlement, floor: tuple[float, float], quota: TenantQuota
+    gateway_id: str, num_running: int, used: Used, floor: tuple[float, float], quota: TenantQuota
 ) -> list[Any]:
     """Return the arguments of `ADMIT` but for the calls.
 
     Args:
         gateway_id: Who asks.
         num_running: Requests of the tenant under way there.
-        settlement: What has ended there.
+        used: What it has not told yet.
         floor: Least requests and tokens to take for used.
         quota: The limits.
     """
@@ -150,8 +173,10 @@ def arguments(
         *(quota.requests_per_minute, quota.requests_burst, quota.tokens_per_minute, quota.tokens_burst),
         quota.max_concurrent_requests,
     )
+    ended = used.settlement
     return [
-        *(gateway_id, num_running, settlement.tokens, settlement.output_tokens, settlement.num_outputs, *floor),
+        *(gateway_id, num_running, used.lent_requests, used.lent_tokens + ended.tokens),
+        *(ended.output_tokens, ended.num_outputs, *floor),
         *(-1 if limit is None else limit for limit in limits),
     ]
 
@@ -161,12 +186,16 @@ def words(ask: Ask) -> tuple[int, int, int]:
     return (ask.num_requests, ask.prompt_tokens, ask.max_new_tokens)
 
 
-def decode(reply: Sequence[bytes]) -> tuple[list[Verdict], Ledger]:
-    """Return what `ADMIT` answered: a verdict for each call, and the ledger after them in the server's time."""
+def decode(reply: Sequence[bytes]) -> tuple[list[Verdict], Ledger, int]:
+    """Return what `ADMIT` answered.
+
+    It is a verdict for each call, the ledger after them in the server's time, and the requests under way on other gateways
+    (0 where there is no limit to them).
+    """
     numbers = [float(word) for word in reply]
-    *said, at, requests, tokens, mean_output = numbers
+    *said, at, requests, tokens, mean_output, others = numbers
     verdicts = [_verdict(said[n : n + _FIELDS]) for n in range(0, len(said), _FIELDS)]
-    return verdicts, Ledger(at=at, requests=requests, tokens=tokens, mean_output=mean_output)
+    return verdicts, Ledger(at=at, requests=requests, tokens=tokens, mean_output=mean_output), round(others)
 
 
 def _verdict(fields: Sequence[float]) -> Verdict:

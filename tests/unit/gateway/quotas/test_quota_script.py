@@ -44,7 +44,14 @@ def settlements(draw: st.DrawFn) -> Settlement:
 
 
 STEPS = st.lists(
-    st.tuples(quotas(), settlements(), st.integers(0, 3), st.lists(ASKS, max_size=3), st.floats(0.0, 100.0)),
+    st.tuples(
+        quotas(),
+        settlements(),
+        st.integers(0, 3),
+        st.lists(ASKS, max_size=3),
+        st.floats(0.0, 100.0),
+        st.tuples(st.integers(0, 4), st.integers(0, 3_000)),
+    ),
     min_size=1,
     max_size=8,
 )
@@ -64,27 +71,33 @@ def ask(
     running: int = 0,
     settlement: Settlement | None = None,
     floor: tuple[float, float] = (0.0, 0.0),
+    lent: tuple[int, int] = (0, 0),
 ) -> tuple[list[Verdict], Ledger]:
     names = script.keys("acme")
-    given_words = script.arguments(gateway, running, settlement or Settlement(), floor, quota)
+    used = script.Used(*lent, settlement or Settlement())
+    given_words = script.arguments(gateway, running, used, floor, quota)
     words: list[Any] = [*given_words, *(word for each in asks for word in script.words(each))]
     reply: Any = valkey.eval(script.ADMIT, len(names), *names, *words)
-    return script.decode(reply)
+    verdicts, ledger, _ = script.decode(reply)
+    return verdicts, ledger
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_the_script_gives_the_verdicts_of_the_ledger(
-    valkey: redis.Redis, steps: list[tuple[TenantQuota, Settlement, int, list[Ask], float]]
+    valkey: redis.Redis, steps: list[tuple[TenantQuota, Settlement, int, list[Ask], float, tuple[int, int]]]
 ) -> None:
     valkey.flushdb()
     model: Ledger | None = None
-    for quota, settlement, running, asks, floor in steps:
-        verdicts, after = ask(valkey, quota, *asks, running=running, settlement=settlement, floor=(floor, floor))
+    for quota, settlement, running, asks, floor, lent in steps:
+        verdicts, after = ask(
+            valkey, quota, *asks, running=running, settlement=settlement, floor=(floor, floor), lent=lent
+        )
         model = model or Ledger(at=after.at)
         model.advance(quota, after.at)
         model.requests, model.tokens = max(model.requests, floor), max(model.tokens, floor)
-        model.settle(settlement)
+        model.requests += lent[0] if quota.requests_per_minute is not None else 0
+        model.settle(Settlement(settlement.tokens + lent[1], settlement.output_tokens, settlement.num_outputs))
         for each, verdict in zip(asks, verdicts, strict=True):
             expected = model.admit(quota, each, running)
             running = expected.num_running
