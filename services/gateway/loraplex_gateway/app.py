@@ -59,7 +59,7 @@ class GatewayApp:
     """One gateway process.
 
     Args:
-        config: Where it listens, whom it talks to, what it allows.
+        config: Its ports, its peers and its limits.
 
     Attributes:
         grpc_port: Bound gRPC port, once started.

@@ -23,7 +23,7 @@ class GatewayConfig(ServiceSettings):
         store_target: ``host:port`` of the adapter store; None serves base models alone.
         engine_tls_name: What engines' certificates must be for; None means the host that each is dialled at.
         store_tls_name: What the adapter store's certificate must be for; None means its host.
-        quotas_file: What tenants may use, see `loraplex_common.quotas_file`; None limits nobody.
+        quotas_file: What tenants may use, see `loraplex_common.quotas_file`; None sets no limits.
         metrics_port: Port of /metrics, for scrapers: it shows what no client needs to know.
         metrics_key: Shows scrapers that send it restricted adapters and tenants, as do the API keys of the roles admin
             and metrics.

@@ -111,8 +111,8 @@ class Resume:
 
     Attributes:
         token: From its `Started`.
-        last_sequence: Of its last chunk; counts for nothing without tokens.
-        token_ids: Of all its chunks.
+        last_sequence: Sequence of its last chunk; counts for nothing without tokens.
+        token_ids: Token ids of all its chunks.
         num_text_bytes: UTF-8 of all their text; None: what the tokens give.
     """
 

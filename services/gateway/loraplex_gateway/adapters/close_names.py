@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-# Of each order, on each side of where the name would be.
+# Names looked at in each order, on each side of where the name would be.
 NUM_NEIGHBOURS: Final = 12
-# Passed over besides, where the asker may not see them.
+# Names passed over besides, which the caller may not see.
 MAX_HIDDEN: Final = 100
 MIN_LIKENESS: Final = 0.5
-# No name of ours is longer; of what a stranger writes no more is compared, or repeated.
+# No name of ours is longer; no more of a client's text is compared, or repeated.
 MAX_NAME_CHARS: Final = 128
 
 

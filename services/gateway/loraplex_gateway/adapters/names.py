@@ -23,7 +23,7 @@ class ResolvedAdapter:
     """One revision, ready to be named to an engine.
 
     Attributes:
-        is_restricted: True if not everybody may use it.
+        is_restricted: True if only some tenants may use it.
     """
 
     name: str
@@ -83,11 +83,11 @@ class NameTable:
     async def resolve(self, text: str, *, caller: Principal, patience_s: float) -> ResolvedAdapter:
         """Return the revision that a reference points at now.
 
-        Whoever may not use an adapter is answered, and waits, as if it were not there: names of others are no news.
+        A caller that may not use an adapter is answered, and waits, as if it were not there: names of others are no news.
 
         Args:
             text: ``name``, ``name:label`` or ``name@revision``; of a revision the first 8 digits do.
-            caller: Who asks.
+            caller: The principal that asks.
             patience_s: How long an unknown name may take to appear: an import that its caller has just seen
                 acknowledged may still be on its way here.
 
@@ -160,6 +160,6 @@ class NameTable:
         return bool(entry.labels) and entry.allows(caller)
 
     def _notify(self) -> None:
-        # Everybody who waits holds the old event; whoever comes later waits for the next change.
+        # Waiting tasks hold the old event; a task that waits from now on waits for the next change.
         self._changed.set()
         self._changed = asyncio.Event()

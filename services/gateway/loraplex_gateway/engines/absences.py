@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class Absences:
     """Since when engines have been away: registered and never reached, lost, silent, draining or gone from the registry.
 
-    An engine that dies is mostly started again, under another id; nobody can tell which new one stands for which old one,
+    An engine that dies is mostly started again, under another id; nothing tells which new engine replaces which old one,
     so that each is expected for the same time from when it was away first.
 
     Args:
@@ -26,7 +26,7 @@ class Absences:
         self._since: dict[str, tuple[str, float]] = {}
 
     def update(self, present: Mapping[str, bool], fingerprints: Mapping[str, str]) -> None:
-        """Take in who is there.
+        """Take in which engines are there.
 
         Args:
             present: Engine id -> whether it takes requests.

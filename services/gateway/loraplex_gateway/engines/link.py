@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
-# Codes of an engine that answers, and will answer the same again until somebody mends the credentials.
+# Codes of an engine that answers, and will answer the same again until an operator mends the credentials.
 REFUSALS: Final = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 
 _log = get_logger()
@@ -244,7 +244,7 @@ class EngineLink:
         for slot, sequence, token_id in zip(
             message.token_slots, message.token_sequences, message.token_ids, strict=True
         ):
-            if slot in tickets:  # an aborted request's last tokens are for nobody
+            if slot in tickets:  # the last tokens of an aborted request have no reader
                 tickets[slot].push_token(sequence, token_id)
         for output in message.outputs:
             self._receive_output(output)

@@ -1,4 +1,4 @@
-"""Whether an engine lives, by what it says on its session: the registry cannot tell while nobody can write to it."""
+"""Whether an engine lives, by what it says on its session: the registry cannot tell while it takes no writes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Liveness:
             has_work: Whether requests of this gateway are on the engine.
         """
         self._heard_at = now = self._clock()
-        # A step that did something for us raises the step; one that did something for anybody changes the load.
+        # A step that did something for this gateway raises the step; one that did something for any gateway changes the load.
         position = (message.step, message.load.sequence)
         is_idle = not has_work or message.load.running == 0
         if is_idle or position != self._position:

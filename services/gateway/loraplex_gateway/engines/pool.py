@@ -31,7 +31,7 @@ class EnginePool:
     """Owns the links: opens one per listed engine, and closes it once the engine is gone and nothing runs on it.
 
     An engine is gone once the registry no longer lists it and it does not show on its session that it lives: leases also
-    run out because nobody can renew them.
+    run out because Valkey takes no renewals.
 
     Args:
         catalog: Base models; engines of others are left alone.
@@ -214,6 +214,6 @@ class EnginePool:
             {engine_id: self._is_candidate(link) for engine_id, link in self._links.items()},
             {engine_id: link.record.base_fingerprint for engine_id, link in self._links.items()},
         )
-        # Everybody who waits holds the old event; whoever comes later waits for the next change.
+        # Waiting tasks hold the old event; a task that waits from now on waits for the next change.
         self._changed.set()
         self._changed = asyncio.Event()

@@ -64,7 +64,7 @@ class RegistryWatcher:
     def _believe(self, leased: dict[str, EngineRecord]) -> None:
         now = asyncio.get_running_loop().time()
         if not self._is_trusted:
-            # Leases ran out meanwhile and engines need a moment to renew them: nobody is taken for gone before that.
+            # Leases ran out meanwhile and engines need a moment to renew them: no engine is taken for gone before that.
             self._trusted_from = now + ENGINE_LEASE_S
         self._is_trusted = True
         self._records = {**self._records, **leased} if now < self._trusted_from else leased

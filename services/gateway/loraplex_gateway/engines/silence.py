@@ -12,7 +12,7 @@ LOOK_S: Final = 0.25
 SILENCE_S: Final = 5.0
 """Default limit."""
 QUIET_SHARE: Final = 0.5
-"""Of the limit: after so long, a peer is not the first choice for something new."""
+"""Share of the limit after which a peer is not the first choice for something new."""
 MAX_MISSED: Final = 5
 """Messages that a peer may leave out where it says how often it sends them."""
 

@@ -15,7 +15,7 @@ from loraplex_gateway.types import AdapterLoading
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Of one update, and so of one chunk: however far a client lags behind, no message comes near 4 MiB.
+# Bounds of one update, and so of one chunk: however far a client lags behind, no message comes near 4 MiB.
 MAX_UPDATE_TOKENS: Final = 1024
 MAX_UPDATE_LOGPROBS: Final = 128
 

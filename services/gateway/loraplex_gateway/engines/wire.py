@@ -79,7 +79,7 @@ class WrongEngineError(Exception):
 
 
 def check_welcome(welcome: engine_pb2.SessionResponse.Welcome, wanted: EngineRecord) -> None:
-    """Refuse whoever is not the engine that the registry listed: its weights may be others.
+    """Refuse an engine that is not the one that the registry listed: its weights may be others.
 
     Raises:
         WrongEngineError: If it is not.

@@ -1,4 +1,4 @@
-"""`FleetService` over gRPC: asks the engines what they are, for callers who reach only the gateway."""
+"""`FleetService` over gRPC: asks the engines what they are, for callers that reach only the gateway."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_LABEL_VALUES: Final = 1000
 JAIN_WINDOW_S: Final = 60.0
-# design.md section 5: a token of output costs about two of input.
+# A token of output costs about two of input.
 OUTPUT_WEIGHT: Final = 2
 
 TTFT_BUCKETS: Final = (
@@ -134,7 +134,7 @@ class GatewayMetrics:
             gauge.set_function(lambda priority=priority: sizes().get(priority, 0))  # type: ignore[misc]
 
     def adapter_label(self, name: str, *, is_restricted: bool) -> str:
-        """Return an adapter as a label: capped, and `private` if not everybody may use it."""
+        """Return an adapter as a label: capped, and `private` if its use is restricted."""
         return self._adapter_label(private(name) if is_restricted else name)
 
     def count_tokens(self, tenant: str, *, num_input: int, num_output: int, num_cached: int) -> None:

@@ -121,7 +121,7 @@ class _Routes:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Say where they went: who may reach this port need not learn how the service fares."""
+        """Say where they went: a client that reaches this port need not learn how the service fares."""
         text = f"metrics are not served here: GET /metrics on {self._context.metrics_address()} (--metrics-port)\n"
         return PlainTextResponse(text, 404)
 
@@ -160,7 +160,7 @@ class _Routes:
         )
 
     def _admit(self, request: Request, rpc: str) -> Admission:
-        """Return who calls, by key or certificate as over gRPC, if it may make the call that a route stands for."""
+        """Return the caller, by key or certificate as over gRPC, if it may make the call that a route stands for."""
         authorization, certificate = request.headers.get("authorization"), certificate_of(request.scope)
         admission = self._context.authenticator.admit(authorization, certificate=certificate)
         require_right(admission, GATEWAY + rpc)

@@ -25,7 +25,7 @@ Violation = tuple[str, str]
 
 BODIES: Final[dict[type[CommonBody], Table]] = {ChatBody: CHAT, CompletionBody: COMPLETION}
 
-# Names are quoted in messages and compared with ours: nobody's field is longer.
+# Names are quoted in messages and compared with ours: no field of the API is longer.
 MAX_FIELD_CHARS: Final = 64
 _MISSING: Final = re.compile(r"Object missing required field `(\w+)`?")
 _REMEDIES: Final = {"model": f": {WHICH_MODEL}"}

@@ -1,4 +1,4 @@
-"""HTTP connections: a bounded number, none that only waits holds a place that somebody needs, and whose each of them is."""
+"""HTTP connections: a bounded number, no idle one keeps a place that a new one needs, and the certificate of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STATE: Final = "loraplex_certificate"  # of a request's scope
 # The kinds of alternative names that gRPC tells of.
 _ADDRESS: Final = "IP Address"
 _NAMES: Final = ("DNS", "URI", "email", _ADDRESS)
-# Of the age after which a connection ends, more or less: so that not all of those that began together end together.
+# Share of a connection's age by which it ends earlier or later: connections that began together do not end together.
 JITTER: Final = 0.1
 _CLOSE: Final = (b"connection", b"close")
 
@@ -163,4 +163,4 @@ def _shortened(address: str) -> str:
     try:
         return str(ipaddress.ip_address(address.strip()))
     except ValueError:
-        return address  # of no known length: OpenSSL says so in words, which are nobody's name
+        return address  # of no known length: OpenSSL says so in words, which name no client

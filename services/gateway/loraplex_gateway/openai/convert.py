@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.types import Prompt
 
 IsBase = Callable[[str], bool]
-"""Whether a name is a base model's, to the caller, for whom the others are adapters'; refuses a name of both."""
+"""Whether a name is a base model's, as the caller sees it: the others are adapters'. Refuses a name of both."""
 MAX_CHOICES: Final = 128
 SEEDS: Final = range(-(2**63), 2**64)
 _TOKEN_ID: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")

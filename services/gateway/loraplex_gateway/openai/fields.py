@@ -1,7 +1,7 @@
 """Every field of the OpenAI-compatible bodies: the one table of what is served, ignored and refused.
 
-A field that is in no table is refused by name, so that nothing a client asks for is dropped in silence. Whoever
-gives a refused field its meaning moves it here from `refused` to `served` and adds it to `schema.py`; a test compares
+A field that is in no table is refused by name, so that nothing a client asks for is dropped in silence. A change
+that gives a refused field its meaning moves it here from `refused` to `served` and adds it to `schema.py`; a test compares
 the two, and another the tables of docs/openai.md.
 """
 

@@ -38,7 +38,7 @@ class GenerationResponse:
         plan: What was asked for.
         events: What the core yields for it.
         renderer: Builds the objects.
-        admission: Who asks; the answer ends with the right to ask.
+        admission: The caller; the answer ends with its right to ask.
         quota: What the tenant may use, for the headers.
         slow_client_s: Longest time that one write may wait.
     """
@@ -96,7 +96,7 @@ class GenerationResponse:
                 raise
             await self._fail(self._admission.error(), scope, receive, send)
         except (SlowConsumerError, CancelledRequestError):
-            raise asyncio.CancelledError from None  # nobody reads an answer
+            raise asyncio.CancelledError from None  # an answer would have no reader
         except Exception as error:
             failure = error if isinstance(error, LoraplexError) else internal_error("http", error)
             await self._fail(failure, scope, receive, send)

@@ -202,7 +202,7 @@ class Accounts:
     def _words(self, part: Said, now: float) -> list[Any]:
         account, floor = part.account, (0.0, 0.0)
         if account.is_apart:
-            # What was used while nobody else heard of it.
+            # What was used while no other gateway heard of it.
             account.ledger.advance(account.quota, now)
             floor = (account.ledger.requests, account.ledger.tokens)
         names = script.keys(account.tenant)
@@ -231,14 +231,14 @@ class Accounts:
                 waiting.verdict.set_result(verdict)
 
     def _undo(self, account: Account, ask: Ask, verdict: Verdict) -> None:
-        """Take back what was reserved for somebody who no longer waits."""
+        """Take back what was reserved for a call that no longer waits."""
         if verdict.is_admitted:
             self._count(account, -ask.num_requests)
             account.settlement.tokens -= verdict.reserved_tokens
             self._change(account)
 
     def _fall_back(self, said: list[Said]) -> None:
-        """Go on alone: nothing of a turn that failed is said again, and who waits is answered from here."""
+        """Go on alone: nothing of a turn that failed is said again, and waiting calls are answered from here."""
         self._is_reached = False
         for part in said:
             self._settle_alone(part.account, part.settlement)

@@ -21,7 +21,7 @@ FIRST_OUTPUT_TOKENS: Final = 256.0
 SMOOTHING: Final = 0.1
 """Weight of the newest request in the running mean of a tenant's outputs."""
 TOLERANCE: Final = 1e-6
-"""Of a request or token: drained amounts are no whole numbers, and who waited as long as told must get in."""
+"""Part of a request or token: drained amounts are no whole numbers, and a call that waited as long as told must get in."""
 MINUTE_S: Final = 60.0
 
 
@@ -31,8 +31,8 @@ class Ask:
 
     Attributes:
         num_requests: Its choices.
-        prompt_tokens: Of all of them.
-        max_new_tokens: Of all of them.
+        prompt_tokens: Prompt tokens of all of them.
+        max_new_tokens: Most output tokens of all of them.
     """
 
     num_requests: int
@@ -51,7 +51,7 @@ class Verdict:
         is_crowded: Whether more would be under way at once than may.
         used_requests: After it.
         used_tokens: After it.
-        num_running: Of the tenant, on all gateways known, it included if it is admitted.
+        num_running: Requests of the tenant on all gateways known, the call included if it is admitted.
         at: When it was given, in the clock of the ledger.
     """
 
@@ -76,7 +76,7 @@ class Settlement:
 
     Attributes:
         tokens: Used less reserved; negative gives back.
-        output_tokens: Of the requests that had an output.
+        output_tokens: Output tokens of the requests that had an output.
         num_outputs: How many those were.
     """
 

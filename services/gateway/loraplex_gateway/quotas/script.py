@@ -163,7 +163,7 @@ def arguments(
     """Return the arguments of `ADMIT` but for the calls.
 
     Args:
-        gateway_id: Who asks.
+        gateway_id: The gateway that asks.
         num_running: Requests of the tenant under way there.
         used: What it has not told yet.
         floor: Least requests and tokens to take for used.

@@ -31,7 +31,7 @@ class RequestRecord:
 
     Args:
         request: The request, its id filled in.
-        tenant: Who asks.
+        tenant: The tenant that asks.
         metrics: Where it is counted.
         times: When it came, and what happened since.
         time_left_s: From its arrival until the caller's deadline; None for no deadline.

@@ -39,7 +39,7 @@ class Place:
         return self._controller.is_running(self)
 
     def give_up(self, error: Exception) -> None:
-        """Make whoever waits for `admitted` get an error instead."""
+        """Make the wait for `admitted` end with an error instead."""
         if not self.admitted.done():
             self.admitted.set_exception(error)
 
@@ -157,7 +157,7 @@ class AdmissionController:
         """Raise if the counts do not fit together.
 
         Raises:
-            RuntimeError: If more run than may, or somebody waits although there is room.
+            RuntimeError: If more run than may, or a request waits although there is room.
         """
         if len(self._running) > self._max_concurrent or (self._waiting and len(self._running) < self._max_concurrent):
             raise RuntimeError(f"admission: {len(self._running)} run, {len(self._waiting)} wait")

@@ -1,4 +1,4 @@
-"""What a caller's credential decides about its requests: their class, and whose cached prefixes they may find."""
+"""What a caller's credential decides about its requests: their class, and which cached prefixes they may find."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def granted_priority(wanted: Priority | None, caller: Principal) -> Priority:
 
     Args:
         wanted: What it asks for; None for the caller's usual one: normal, or less if its credential allows no more.
-        caller: Who asks.
+        caller: The principal that asks.
 
     Raises:
         PriorityForbiddenError: If its credential does not allow the class.

@@ -1,4 +1,4 @@
-"""Who runs which request: at most one gateway each (tenant, request_id), claimed in Valkey under a lease.
+"""Which gateway runs which request: at most one each (tenant, request_id), claimed in Valkey under a lease.
 
 A claim is as good as the gateway that holds it: each gateway says every second that it lives, and what a gateway claims that
 has not for `LIVE_S` is free for others at once, whatever the lease says.
@@ -31,7 +31,7 @@ TIMEOUT_S: Final = 0.5
 PAUSE_S: Final = 2.0
 
 _RELEASE: Final = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) else return 0 end"
-# Take or renew what nobody holds, or what we or (if given) a gateway that is gone holds; return who holds it then.
+# Take or renew a claim that is free, ours or (if given) a gateway's that is gone; return its holder afterwards.
 _TAKE: Final = """
 local holder = redis.call('get', KEYS[1])
 if holder and holder ~= ARGV[1] and holder ~= ARGV[3] then return holder end
@@ -122,7 +122,7 @@ class RequestClaims:
         """Claim a request for as long as the block runs.
 
         Args:
-            tenant: Whose request.
+            tenant: The request's tenant.
             request_id: Its id.
             takes_over: End a request of this id that runs here, and have one that runs elsewhere end itself.
             meanwhile: Awaited while the claim is on its way, so that a request waits for one round trip and not for two.
@@ -143,8 +143,8 @@ class RequestClaims:
             running.is_claimed = await (claim if meanwhile is None else _both(claim, meanwhile()))
             yield running
         finally:
-            # Also when the claim itself was cut off half-way: the script removes nobody else's claim. Who took over here
-            # holds it in this gateway's name.
+            # Also when the claim itself was cut off half-way: the script removes no other gateway's claim. A request that
+            # took over here holds it in this gateway's name.
             if self._running.get(key) is running:
                 del self._running[key]
                 self._release_soon(tenant, request_id)
@@ -180,7 +180,7 @@ class RequestClaims:
             if takes_over:
                 await valkey.set(name, self._gateway_id, px=int(LEASE_S * 1000))
             if asyncio.get_running_loop().time() - self._beat_at > LIVE_S / 2:
-                await self._beat(valkey)  # a claim of a gateway that nobody knows to live is void
+                await self._beat(valkey)  # a claim of a gateway that is not known to live is void
             holder = await self._take(valkey, name)
             if holder == self._gateway_id or await _is_alive(valkey, holder):
                 return holder
@@ -206,7 +206,7 @@ class RequestClaims:
             if holder == self._gateway_id:
                 running.is_claimed = True
             elif running.is_claimed:
-                running.fail(_replaced(key[1]))  # whose claim is on its way may yet take over
+                running.fail(_replaced(key[1]))  # one whose claim is still on its way may yet take over
         for tenant, request_id in set(held) - set(self._running):
             # It ended while it was renewed: the release may have come first.
             self._release_soon(tenant, request_id)

@@ -81,7 +81,7 @@ class GatewayCore:
 
         Args:
             request: What to generate.
-            caller: Who asks.
+            caller: The principal that asks.
             time_left_s: Until the caller's deadline; None for no deadline.
             quota: The call that this request is one of.
 
@@ -105,7 +105,7 @@ class GatewayCore:
                             for event in events:
                                 record.see(event, num_tokens=run.num_tokens)
                                 if run.is_finished:
-                                    # Before the caller knows, who may send the next one at once.
+                                    # Before the caller knows: it may send its next request at once.
                                     share.settle(*run.used_tokens)
                                 yield event
                             if run.is_finished:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import GenerationRequest, Prompt, Sampling
 
-# Of the caller's deadline: so that the engine's verdict still reaches the caller in time.
+# Taken off the caller's deadline, so that the engine's verdict still reaches the caller in time.
 DEADLINE_MARGIN_S: Final = 0.05
 NAME_PATIENCE_S: Final = 0.25
 
@@ -77,7 +77,7 @@ class Preparer:
 
         Args:
             request: What the client asks for.
-            caller: Whose request it is.
+            caller: The principal that asks.
             arrived_at: When it came, in monotonic seconds.
             time_left_s: From then until the caller's deadline; None for no deadline.
             continuation: The stream that it resumes; None if it starts one.
@@ -184,7 +184,7 @@ def _drawable(sampling: Sampling) -> Sampling:
 
 
 def _fairness_key(model: ServedModel, adapter: ResolvedAdapter | None, caller: Principal) -> str:
-    """Return whose share a request counts against: its tenant's; where nobody has credentials, its adapter's."""
+    """Return the share that a request counts against: its tenant's; on a gateway without credentials, its adapter's."""
     if caller != ANYBODY:
         return caller.name
     return adapter.name if adapter else model.name

@@ -42,7 +42,7 @@ class PreparedRequest:
         stop_token_ids: Ids that end the output, end-of-text included if it counts.
         max_new_tokens: Most tokens of the output, those of a resumed stream included.
         priority: The class that the caller's credential grants.
-        fairness_key: Whose share of an engine the request counts against.
+        fairness_key: The share of an engine that the request counts against.
         cache_salt: Which cached prefixes it may find.
         affinity_key: What it is routed by; empty for nothing.
         deadline: When the caller's deadline passes (monotonic seconds), less a margin.

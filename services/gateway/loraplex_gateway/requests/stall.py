@@ -18,7 +18,7 @@ class LoopTime:
     """Seconds that an event loop has run: while it stands still, so does this clock.
 
     Clients read and kernels take data in while a loop is frozen, but nothing here hears of it before the loop goes on.
-    A clock that goes on meanwhile would blame the client. Ticks only while somebody watches.
+    A clock that goes on meanwhile would blame the client. Ticks only while a guard watches.
     """
 
     _of: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, LoopTime]] = WeakKeyDictionary()

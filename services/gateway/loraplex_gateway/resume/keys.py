@@ -123,7 +123,7 @@ class ResumeKeys:
     async def agree(self) -> bool:
         """Take the key that all gateways share in Valkey, or offer ours; return whether that was possible.
 
-        A key that Valkey has lost is written again by whoever knows it; of two gateways that do so the first one counts.
+        A key that Valkey has lost is written again by the gateways that know it; the first one to write counts.
         """
         if self._valkey is None:
             return True

@@ -1,6 +1,6 @@
-"""Resume tokens: what a stream was asked for and by whom, sealed so that only gateways can have written it.
+"""Resume tokens: what a stream was asked for and by which tenant, sealed so that only gateways can have written it.
 
-A token is ``base64url(version, body, HMAC-SHA256)``. Its body can be read by whoever has it and says nothing that they do
+A token is ``base64url(version, body, HMAC-SHA256)``. Its body can be read by every holder and says nothing that a holder does
 not know; the seal keeps it from being changed.
 """
 
@@ -28,8 +28,8 @@ class ResumePoint(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     Attributes:
         request_id: The request's id.
-        tenant: Who asked.
-        fingerprint: Of the base model.
+        tenant: The tenant that asked.
+        fingerprint: The base model's fingerprint.
         adapter: Name of the adapter without label; empty for the base model.
         revision: Digest of the adapter's weights in use, hexadecimal; empty for the base model.
         seed: Seed in use.

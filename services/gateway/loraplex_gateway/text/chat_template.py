@@ -107,7 +107,7 @@ class ChatTemplate:
         messages = [_as_dict(message) for message in prompt.messages]
         if not prompt.continue_final_message:
             return self._render(messages, prompt, add_generation_prompt=prompt.add_generation_prompt)
-        # Drawn anew each time: no conversation can hold it, and nobody has to search for one that is not there.
+        # Drawn anew each time: no conversation can hold it, so that none has to be searched for it.
         final, mark = messages[-1]["content"], _MARK + secrets.token_hex(16).upper()
         messages[-1]["content"] = f"{final}{mark} "
         return _cut_at_mark(self._render(messages, prompt, add_generation_prompt=False), mark, final)

@@ -103,8 +103,8 @@ class FairWorkers:
 
     Args:
         num_threads: At least 2.
-        max_bytes: Of all work of one size, small or large, that waits or runs.
-        max_tenant_bytes: Of one tenant's; one piece of work of any size is taken from who has nothing here.
+        max_bytes: Most bytes of all work of one size, small or large, that waits or runs.
+        max_tenant_bytes: Most bytes of one tenant's work; a tenant without work here may bring one piece of any size.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class FairWorkers:
 
         Args:
             call: Touches nothing that the event loop's code changes.
-            tenant: Whose turn it takes.
+            tenant: The tenant whose turn it takes.
             num_bytes: Size of its input, for the bounds.
 
         Raises:

@@ -63,7 +63,7 @@ class ModelCatalog:
 
     Args:
         models: In the order of their flags. Two of one fingerprint are one model under two names, each with its own
-            tokenizer files; whoever asks by fingerprint gets the first.
+            tokenizer files; a look-up by fingerprint finds the first.
         adapters: Names that are adapters; none without an adapter store.
 
     Raises:

@@ -24,7 +24,7 @@ class StopMatcher:
     the match itself only with `include_stop`; what follows it is dropped.
 
     A piece may be hidden: a special token that the output has but its text does not show. Stop strings see it in its
-    place, as a whole: one that begins or ends inside of it is no match, since nobody could see why the output ended.
+    place, as a whole: one that begins or ends inside of it is no match, since the text would not show why the output ended.
     """
 
     def __init__(self, stop_strings: Sequence[str], *, include_stop: bool = False) -> None:

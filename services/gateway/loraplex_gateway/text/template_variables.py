@@ -1,4 +1,4 @@
-"""What clients may hand to a chat template: JSON values, under names that nobody else gives a meaning."""
+"""What clients may hand to a chat template: JSON values, under names that have no other meaning."""
 
 from __future__ import annotations
 

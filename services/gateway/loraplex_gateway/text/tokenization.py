@@ -77,7 +77,7 @@ class PromptTokenizer:
 
         Args:
             prompt: Whatever a request brings.
-            tenant: Who waits for it; long prompts of many tenants take turns.
+            tenant: The tenant that waits for it; long prompts of many tenants take turns.
             max_bytes: Refuses text longer than this before any of it is tokenised.
 
         Raises:

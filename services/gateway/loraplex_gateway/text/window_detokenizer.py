@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.text.token_table import TokenTable
 
 REPLACEMENT: Final = "\ufffd"
-# Of a prompt's end: more than any decoder looks back.
+# Tokens of a prompt's end that are decoded again: more than any decoder looks back.
 CONTEXT_TOKENS: Final = 8
 
 
