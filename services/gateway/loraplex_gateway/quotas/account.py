@@ -88,6 +88,26 @@ class Account:
         self.lent.tokens += cost
         return verdict
 
+    def hear(self, ledger: Ledger, num_elsewhere: int, asked_at: float) -> None:
+        """Take over what Valkey has, and what it has not heard of yet."""
+        self.ledger, self.num_elsewhere, self.is_apart = ledger, num_elsewhere, False
+        # It is at least this old, so what is read from it errs towards what the tenant has used.
+        ledger.at = self.heard_at = asked_at
+        ledger.requests += self.lent.requests
+        ledger.tokens += self.lent.tokens
+
+    def admit_alone(self, ask: Ask, now: float) -> Verdict:
+        """Return the verdict on a call while Valkey does not answer."""
+        self.is_apart = True
+        self.ledger.advance(self.quota, now)
+        return self.ledger.admit(self.quota, ask, self.num_running)
+
+    def settle_alone(self, settlement: Settlement, now: float) -> None:
+        """Settle what ended calls used while Valkey does not answer."""
+        self.is_apart = True
+        self.ledger.advance(self.quota, now)
+        self.ledger.settle(settlement)
+
     def take_lent(self) -> Lent:
         """Return what has been given at once and not been said yet, once."""
         taken, self.lent = self.lent, Lent()

@@ -107,7 +107,7 @@ class Accounts:
         else:
             settlement = Settlement()
             settlement.add(reserved=reserved, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
-            self._settle_alone(account, settlement)
+            account.settle_alone(settlement, self._clock())
         self._changed[account.tenant] = account
         if account.is_full:  # the next request may come at once, through another gateway
             self._woken.set()
@@ -213,12 +213,8 @@ class Accounts:
 
     def _hear(self, said: Said, reply: list[bytes], asked_at: float) -> None:
         account = said.account
-        verdicts, account.ledger, account.num_elsewhere = script.decode(reply)
-        account.is_apart = False
-        # It is at least this old, so what is read from it errs towards what the tenant has used.
-        account.ledger.at = account.heard_at = asked_at
-        account.ledger.requests += account.lent.requests
-        account.ledger.tokens += account.lent.tokens
+        verdicts, ledger, num_elsewhere = script.decode(reply)
+        account.hear(ledger, num_elsewhere, asked_at)
         if verdicts:
             most = account.quota.max_concurrent_requests
             account.is_full = most is not None and verdicts[-1].num_running >= most
@@ -240,29 +236,23 @@ class Accounts:
     def _fall_back(self, said: list[Said]) -> None:
         """Go on alone: nothing of a turn that failed is said again, and waiting calls are answered from here."""
         self._is_reached = False
+        now = self._clock()
         for part in said:
-            self._settle_alone(part.account, part.settlement)
+            part.account.settle_alone(part.settlement, now)
         waiting = [(part.account, each) for part in said for each in part.waiting]
         waiting += [(account, each) for account in self._accounts.values() for each in account.take_waiting()]
         for account in self._accounts.values():
             account.take_lent()  # it is in the ledger, which Valkey is told of when it is back
-            self._settle_alone(account, account.take_settlement())
+            account.settle_alone(account.take_settlement(), now)
         for account, each in waiting:
             if not each.verdict.done():
                 each.verdict.set_result(self._admit_alone(account, each.ask))
 
     def _admit_alone(self, account: Account, ask: Ask) -> Verdict:
-        account.is_apart = True
-        account.ledger.advance(account.quota, self._clock())
-        verdict = account.ledger.admit(account.quota, ask, account.num_running)
+        verdict = account.admit_alone(ask, self._clock())
         if verdict.is_admitted:
             self._count(account, ask.num_requests)
         return verdict
-
-    def _settle_alone(self, account: Account, settlement: Settlement) -> None:
-        account.is_apart = True
-        account.ledger.advance(account.quota, self._clock())
-        account.ledger.settle(settlement)
 
     async def _beat(self) -> bool:
         """Say that this gateway lives; return whether Valkey took it."""
