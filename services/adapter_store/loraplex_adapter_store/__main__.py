@@ -7,6 +7,7 @@ import sys
 
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.descriptors import raise_limit
+from loraplex_common.heap import keep_heap_small
 from loraplex_common.keys_file import KeysFileError
 from loraplex_common.lifecycle import announce_ready, stop_on_signals
 from loraplex_common.log import configure, get_logger
@@ -35,6 +36,7 @@ def main() -> None:
     config = load(StoreConfig, service="adapter_store")
     configure("adapter_store", level=config.log_level, fmt="json" if config.log_format == "json" else "console")
     raise_limit()
+    keep_heap_small()
     get_logger().info("configuration", **describe(config))
     try:
         require_free(config.host, {"--port": config.port, "--metrics-port": config.metrics_port})

@@ -8,6 +8,7 @@ import sys
 from loraplex_common import log, settings
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.descriptors import raise_limit
+from loraplex_common.heap import keep_heap_small
 from loraplex_common.keys_file import KeysFileError
 from loraplex_common.lifecycle import announce_ready, stop_on_signals
 from loraplex_common.ports import require_free
@@ -38,6 +39,7 @@ def main() -> None:
     config = settings.load(GatewayConfig, service="gateway")
     log.configure("gateway", config.log_level, config.log_format)
     raise_limit()
+    keep_heap_small()
     log.get_logger().info("starting", **settings.describe(config))
     try:
         ports = {"--port": config.port, "--http-port": config.http_port, "--metrics-port": config.metrics_port}

@@ -117,13 +117,13 @@ class Fleet:
     """All parts.
 
     Args:
-        directory: Empty; for logs and data.
+        directory: Empty; for logs and data, an attribute, too.
         model: Base model.
         import_root: Below it are the adapters.
     """
 
     def __init__(self, directory: Path, model: Path, import_root: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         self._model = model
         self._import_root = import_root
         self.valkey = EmbeddedValkey(directory / "valkey", max_memory_bytes=VALKEY_BYTES)
@@ -187,7 +187,7 @@ class Fleet:
             await client.aclose()
 
     def _engine(self, index: int) -> Part:
-        hang_file = self._directory / f"hang-{index}"
+        hang_file = self.directory / f"hang-{index}"
 
         def spawn(ports: Sequence[str]) -> ServiceProcess:
             sizes = ("--pool-bytes", "4MiB", "--arena-bytes", "2MiB", "--max-num-seqs", "32", "--num-threads", "1")
@@ -220,6 +220,6 @@ class Fleet:
         return Part(f"store{index}", Role.STORE, spawn)
 
     def _logs(self, name: str) -> Path:
-        directory = self._directory / "logs" / name
+        directory = self.directory / "logs" / name
         directory.mkdir(parents=True, exist_ok=True)
         return directory

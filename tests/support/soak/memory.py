@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -96,6 +97,11 @@ class MemoryWatch:
                     life = self.lives.setdefault((part.name, part.generation), Life(part.name))
                     life.samples.append((now - part.born_s, *held))
             await asyncio.sleep(SAMPLE_S)
+
+    def write(self, file: Path) -> None:
+        """Write all samples as JSON: who asks why a process grew needs the curve."""
+        curves = [{"name": life.name, "samples": life.samples} for life in self.lives.values()]
+        file.write_text(json.dumps(curves) + "\n")
 
     def slopes(self) -> list[Slope]:
         """Return how processes grew that lived for long enough."""

@@ -79,6 +79,7 @@ async def _disturbed(fleet: Fleet, truth: Truth, plan: Plan) -> Report:
             tasks.create_task(run(over))
         await director.run(60 * plan.minutes)
         over.set()
+    watch.write(fleet.directory / "memory.json")
     minutes = round((time.monotonic() - began_s) / 60, 2)
     report = Report(plan.seed, plan.commit, minutes, clients_resume=CLIENTS_RESUME)
     report.longest_lag_s = round(catalogue.longest_lag_s, 2)
