@@ -1,4 +1,4 @@
-"""transformers + peft in fp32 as the truth, and what "equal" means (design.md section 10).
+"""transformers + peft in fp32 as the truth, and what "equal" means (docs/testing.md).
 
 Comparison is teacher-forced: the runner is fed the oracle's tokens, and each position's choice is compared. A mismatch
 is a tie only if the oracle's best two logits are closer than `TIE_GAP`; the error of a row of logits is
