@@ -82,3 +82,17 @@ def test_a_file_that_a_page_names_is_in_the_repository(path: str) -> None:
     names = {name for span in spans for name in FILE.findall(span)} - NOT_THERE.keys()
 
     assert {name for name in names if not any(f"/{file}".endswith(f"/{name}") for file in tracked())} == set()
+
+
+def test_the_index_of_the_documents_has_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+    assert {page for page in pages if f"]({page})" not in index} == set()
+
+
+def test_the_index_of_decisions_has_every_decision() -> None:
+    index = (ROOT / "docs" / "adr" / "README.md").read_text()
+    decisions = {page.name for page in (ROOT / "docs" / "adr").glob("0*.md")}
+
+    assert {page for page in decisions if f"]({page})" not in index} == set()
