@@ -97,7 +97,7 @@ class Comparison:
         self.logit_error = max(self.logit_error, float(np.abs(found - truth).max() / np.abs(oracle).max()))
 
     def check(self) -> None:
-        """Assert equality as the design defines it."""
+        """Assert equality as docs/testing.md defines it."""
         assert not self.mismatches, "\n".join(self.mismatches)
         for tie in self.ties:
             print("tie", tie)
