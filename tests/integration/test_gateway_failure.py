@@ -1,4 +1,4 @@
-"""Engines, clients, the store and Valkey go away; streams end as docs/errors.md says, and nothing is left behind."""
+"""Engines, clients, the store and Valkey go away; streams end as the contract says, and nothing is left behind."""
 
 from __future__ import annotations
 
