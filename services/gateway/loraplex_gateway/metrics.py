@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_LABEL_VALUES: Final = 1000
 JAIN_WINDOW_S: Final = 60.0
-# docs/adr/0014-fairness-and-order.md: a token of output counts as two of input.
+# A token of output costs about two of input.
 OUTPUT_WEIGHT: Final = 2
 
 TTFT_BUCKETS: Final = (
