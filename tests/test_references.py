@@ -98,3 +98,11 @@ def test_the_index_of_decisions_has_every_decision() -> None:
     decisions = {page.name for page in (ROOT / "docs" / "adr").glob("0*.md")}
 
     assert {page for page in decisions if f"]({page})" not in index} == set()
+
+
+def test_every_folder_of_code_is_in_the_map() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    packages = {Path(path).parent for path in tracked() if Path(path).name == "__init__.py"}
+    rooms = {path.name for path in packages if path.parent in packages and path.parts[0] not in ("benchmarks", "proto")}
+
+    assert {name for name in rooms if f"`{name}/`" not in page} == set()
