@@ -1,7 +1,7 @@
 """The demo's real model and adapters on the GPU: golden.json's tokens, free-running, all cases in one batch.
 
 In fp32 all cases. In bf16 the cases with wide margins: where at every position the best logit leads the second by more
-than 4 bf16 ulp of the largest, by the fp32 run on the same GPU; below that rounding may decide (design.md section 10).
+than 4 bf16 ulp of the largest, by the fp32 run on the same GPU; below that rounding may decide (docs/testing.md).
 """
 
 from __future__ import annotations

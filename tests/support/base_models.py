@@ -41,7 +41,7 @@ class TinyBase:
         rope_scaling: As in config.json, e.g. the ``llama3`` rule; None for plain RoPE.
         bias: Whether q, k and v have biases; None means as the architecture has them (Qwen2 does).
         logit_std: Typical standard deviation of the logits. The median gap of the best two stays above 1 % of the
-            largest, so greedy choices are far from ties (design.md section 10).
+            largest, so greedy choices are far from ties (docs/testing.md).
         successor_logit: Logit that a token's embedding, undisturbed by the layers, gives to one successor of its own; 0
             for none. Comparisons in bf16 need it (ADR 12).
         num_shards: Files the weights are spread over; more than one writes an index too.

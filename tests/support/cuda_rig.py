@@ -36,7 +36,7 @@ MAX_TIES = 0.005
 TIE_GAP_FP32 = 1e-4
 TIE_ULPS_BF16 = 4
 MIN_MEDIAN_GAP = 0.01
-"""Of the largest logit: what design.md section 10 asks of random test models."""
+"""Share of the largest logit: what docs/testing.md asks of random test models."""
 MAX_LOGIT_ERROR = {"float32": 1e-4, "bfloat16": 4e-2}
 
 BASES = {  # with KV pages of at least a tile, 32 KiB, in bf16
@@ -217,7 +217,7 @@ def gap_and_limit(dtype: str, entry: TokenLogprobs) -> tuple[float, float]:
 
 @dataclass(slots=True)
 class Agreement:
-    """Tallies choices and errors against the oracle's probabilities (design.md section 10)."""
+    """Tallies choices and errors against the oracle's probabilities (docs/testing.md)."""
 
     dtype: str
     positions: int = 0

@@ -1,4 +1,4 @@
-"""transformers + peft in fp32 as the truth, and what "equal" means (design.md section 10).
+"""transformers + peft in fp32 as the truth, and what "equal" means (docs/testing.md).
 
 Comparison is teacher-forced: the runner is fed the oracle's tokens, and each position's choice is compared. A mismatch
 is a tie only if the oracle's best two logits are closer than `TIE_GAP`; the error of a row of logits is
@@ -97,7 +97,7 @@ class Comparison:
         self.logit_error = max(self.logit_error, float(np.abs(found - truth).max() / np.abs(oracle).max()))
 
     def check(self) -> None:
-        """Assert equality as the design defines it."""
+        """Assert equality as docs/testing.md defines it."""
         assert not self.mismatches, "\n".join(self.mismatches)
         for tie in self.ties:
             print("tie", tie)

@@ -1,4 +1,4 @@
-"""What the store tells Prometheus (api-conventions section 5.2)."""
+"""What the store tells Prometheus (docs/metrics.md)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ contributes first its A tiles, then its B tiles:
 A tile is at most ``min(32 KiB, page)``, starts on a 128-byte boundary and never straddles a page, so that kernels use
 16-byte vectors or one bulk copy and a tile's address is (page id, offset). ``k`` and ``n`` are multiples of 64 (of
 32, 16 or 8 where the rank is so large that 64 columns exceed a tile: more than 256 stacked in bf16) except in the last
-tile of a matrix; with 64, neighbouring B tiles in a page are contiguous. Waste: the end of each page and the last page. Scaling is not folded in (design.md section 4). Nothing here needs torch: numpy only.
+tile of a matrix; with 64, neighbouring B tiles in a page are contiguous. Waste: the end of each page and the last page. Scaling is not folded in (docs/lora-path.md). Nothing here needs torch: numpy only.
 """
 
 from __future__ import annotations
