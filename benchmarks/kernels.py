@@ -23,13 +23,13 @@ import torch
 from loraplex_common.adapter_image import OPS
 from loraplex_engine.runners.cuda import lora_paths
 from loraplex_kernels import reference
-from loraplex_kernels.attention_decode import AttentionDecode
-from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
-from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.lora_prefill import LoraPrefill
+from loraplex_kernels.attention.decode import AttentionDecode
+from loraplex_kernels.attention.paged_kv import KvLayout
+from loraplex_kernels.attention.prefill import AttentionPrefill, make_tiles
+from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.prefill import LoraPrefill
 from loraplex_kernels.module import KernelLibrary
-from loraplex_kernels.paged_kv import KvLayout
-from loraplex_kernels.silu_mul import SiluMul
+from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "lib"))

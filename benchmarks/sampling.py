@@ -23,7 +23,7 @@ from loraplex_engine.runners.cuda.sampling import DeviceSampler
 from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.step import SamplingArrays, SlotSetup
 from loraplex_kernels.module import KernelLibrary
-from loraplex_kernels.sample import ROW_INTS
+from loraplex_kernels.sampling.sample import ROW_INTS
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "lib"))

@@ -220,7 +220,7 @@ inline T max(T a, T b) { return a < b ? b : a; }
 template <class T>
 inline T min(T a, T b) { return b < a ? b : a; }
 
-// Tensor cores and asynchronous copies: common.cuh's primitives, then lora_prefill.cuh's.
+// Tensor cores and asynchronous copies: common.cuh's primitives, then lora/prefill.cuh's.
 inline bool __any_sync(unsigned, bool value) {
     for (const auto& lane : shim::exchange({value}))
         if (lane[0]) return true;

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import KIND_A, OPS, AdapterSpec, Geometry, ModuleSpec, layout
 from loraplex_kernels import reference
-from loraplex_kernels.items import op_shapes
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.lora.items import op_shapes
+from loraplex_kernels.lora.tables import AdapterTables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,8 +18,8 @@ from loraplex_engine.runners.cuda.decode_lora import DecodeLora
 from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits, PagedAttention
 from loraplex_engine.runners.cuda.lora_paths import BasePath, dense_into
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape
-from loraplex_kernels.rms_norm import RmsNorm
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.lora.tables import AdapterTables
+from loraplex_kernels.pointwise.rms_norm import RmsNorm
 
 from loraplex_bench.rig import VALUE_STD
 from loraplex_bench.steps import StepSize, make_plan

@@ -10,7 +10,7 @@
 // Loops over the row that have several callers are not inlined: what they need lies in shared memory.
 // Source: Alabi et al., "Fast k-selection algorithms for graphics processing units", JEA 17 (2012), for the bisection.
 #pragma once
-#include "sample_row.cuh"
+#include "sampling/row.cuh"
 
 constexpr int kThreads = THREADS;
 constexpr int kCapacity = CAPACITY;

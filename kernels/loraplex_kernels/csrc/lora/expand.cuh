@@ -1,6 +1,6 @@
-// What lora_expand.cu computes, and a CTA's way to it: parameters, a batch of resolved items, a lane's outputs.
+// What lora/expand.cu computes, and a CTA's way to it: parameters, a batch of resolved items, a lane's outputs.
 #pragma once
-#include "lora_table.cuh"
+#include "lora/table.cuh"
 
 constexpr int kExpandWarps = 4;
 constexpr int kExpandThreads = kExpandWarps * kWarp;

@@ -1,10 +1,10 @@
-// B's way to a warp of lora_expand.cu: copies into shared memory that run kAhead passes ahead of the products, over the
+// B's way to a warp of lora/expand.cu: copies into shared memory that run kAhead passes ahead of the products, over the
 // ends of blocks and of items, so that a warp always has loads on their way.
 //
 // A pass is four 16-byte vectors a lane: 2 KiB a warp, and no other warp waits for it. Groups of copies count slots, empty
 // ones at the end of a batch among them, so that the slot read last is always the one to be filled next.
 #pragma once
-#include "lora_expand.cuh"
+#include "lora/expand.cuh"
 
 constexpr int kAhead = 2;  // slots of a warp; more made rank 16 up to 12 % slower (benchmarks/NOTES.md)
 

@@ -9,8 +9,8 @@ import torch
 from loraplex_kernels.params import AttentionDecodeParams
 
 if TYPE_CHECKING:
+    from loraplex_kernels.attention.paged_kv import KvLayout
     from loraplex_kernels.module import KernelLibrary
-    from loraplex_kernels.paged_kv import KvLayout
 
 BLOCK: Final = 128
 HEADS_PER_CTA: Final = 8

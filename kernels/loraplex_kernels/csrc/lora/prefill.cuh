@@ -1,6 +1,6 @@
-// Work items of LoRA at prefill (lora_prefill.py fills them) and what clusters of CTAs need.
+// Work items of LoRA at prefill (lora/prefill.py fills them) and what clusters of CTAs need.
 #pragma once
-#include "lora_table.cuh"
+#include "lora/table.cuh"
 
 // A cluster's work: a run of tokens of one adapter, one slice, and a share of the slice's outputs.
 struct alignas(16) Segment {

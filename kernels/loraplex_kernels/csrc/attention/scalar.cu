@@ -4,7 +4,7 @@
 // Grid: (ceil(heads / 4), tokens). Block: 4 warps, a warp per (token, query head): lanes are keys for the scores, dims
 // for the sum. Shared memory: 4 x HEAD_DIM floats of q. Registers: 4 CTAs of 128 threads per SM, hence at most 128.
 // Architectures: sm_80 and up.
-#include "paged_kv.cuh"
+#include "attention/paged_kv.cuh"
 
 constexpr int kWarps = 4;
 constexpr int kLaneDims = kHeadDim / kWarp;

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from loraplex_common.adapter_image import OP_INDEX
 
-from loraplex_kernels.items import (
+from loraplex_kernels.lora.items import (
     GROUP_INTS,
     HEADER_INTS,
     ITEM_INTS,
@@ -16,16 +16,16 @@ from loraplex_kernels.items import (
     OpShape,
     range_index,
 )
+from loraplex_kernels.lora.tables import MAX_RANK
 from loraplex_kernels.params import ExpandAddParams, LoraTables, ShrinkParams
-from loraplex_kernels.tables import MAX_RANK
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from loraplex_kernels.lora.tables import AdapterTables
     from loraplex_kernels.module import Kernel, KernelLibrary
     from loraplex_kernels.params import ExpandParams
-    from loraplex_kernels.tables import AdapterTables
 
 SHRINK_BLOCK: Final = 256
 EXPAND_BLOCK: Final = 128

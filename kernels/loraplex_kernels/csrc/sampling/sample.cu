@@ -14,8 +14,8 @@
 // Registers: 2 CTAs of 320 threads per SM, so that 256 rows are one wave on 132 SMs, hence at most 96.
 // Architectures: sm_80 and up. Sources: Gumbel-max: Maddison et al., arXiv:1411.0030; top_p: Holtzman et al.,
 // arXiv:1904.09751; min_p: Nguyen et al., arXiv:2407.01082; repetition penalty: Keskar et al., arXiv:1909.05858.
-#include "philox.cuh"
-#include "sample_select.cuh"
+#include "sampling/philox.cuh"
+#include "sampling/select.cuh"
 
 constexpr int kWanted = 7 * kThreads / 8;  // candidates of a top_p row: about 2.1 kThreads tokens reach the list
 

@@ -40,7 +40,7 @@ ROW_DTYPE: Final = np.dtype(
         ("count_row", np.int32),
     ]
 )
-"""How a row draws, csrc/sample_row.cuh. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all; ``num_top`` -1
+"""How a row draws, csrc/sampling/row.cuh. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all; ``num_top`` -1
 reports nothing, else the drawn token's log probability and so many likeliest; ``edit_row`` and ``count_row`` -1: none;
 ``num_edits`` below 0: tokens without an edit cannot be drawn."""
 EDIT_DTYPE: Final = np.dtype([("token", np.int32), ("bias", np.float32), ("flags", np.uint32)])
@@ -50,7 +50,7 @@ EDIT_INTS: Final = EDIT_DTYPE.itemsize // 4
 
 
 class Sample:
-    """``token = argmax over kept tokens of value + noise`` per row; see csrc/sample.cu.
+    """``token = argmax over kept tokens of value + noise`` per row; see csrc/sampling/sample.cu.
 
     Args:
         library: Compiles and loads the kernel.

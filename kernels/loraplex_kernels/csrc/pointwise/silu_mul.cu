@@ -3,7 +3,7 @@
 //
 // Grid: (ceil(WIDTH / (256 * 16 bytes)), rows). Block: 256 threads, one 16-byte vector each. No shared memory.
 // Alignment: WIDTH % (16 / sizeof(elem)) == 0. Registers: 8 CTAs per SM, hence at most 32. Architectures: sm_80 and up.
-#include "silu.cuh"
+#include "pointwise/silu.cuh"
 
 constexpr int kWidth = WIDTH;
 static_assert(kWidth % kVec == 0, "rows are read as 16-byte vectors");

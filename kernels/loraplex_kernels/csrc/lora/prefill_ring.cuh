@@ -1,7 +1,7 @@
-// What a CTA of lora_prefill.cu has to do, and the ring through which all that it reads comes: x and A of each step, then y and
-// B of each chunk of outputs. lora_prefill.cu says why.
+// What a CTA of lora/prefill.cu has to do, and the ring through which all that it reads comes: x and A of each step, then y and
+// B of each chunk of outputs. lora/prefill.cu says why.
 #pragma once
-#include "lora_prefill.cuh"
+#include "lora/prefill.cuh"
 
 constexpr u32 kTokens = 64;
 constexpr u32 kRanks = RANKS;  // most rank rows of a block: 16, 32 or 64
@@ -43,7 +43,7 @@ struct Shared {
     float scale[kTokens];
     u64 partial_landed[kMaxBlocks], hidden_landed[kMaxBlocks];  // mbarriers: what peers store to `partial` and `hidden`
 };
-static_assert(sizeof(Shared) == SHARED_BYTES, "lora_prefill.py asks for it");
+static_assert(sizeof(Shared) == SHARED_BYTES, "lora/prefill.py asks for it");
 
 // What a CTA has to do.
 struct Job {

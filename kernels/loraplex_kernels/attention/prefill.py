@@ -12,8 +12,8 @@ from loraplex_kernels.params import AttentionPrefillParams
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from loraplex_kernels.attention.paged_kv import KvLayout
     from loraplex_kernels.module import KernelLibrary
-    from loraplex_kernels.paged_kv import KvLayout
 
 BLOCK: Final = 128
 TILE_ROWS: Final = 128  # kRows: packed (token, query head of the group) rows

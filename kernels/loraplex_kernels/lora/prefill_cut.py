@@ -9,7 +9,7 @@ import itertools
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from loraplex_kernels.items import OpShape
+    from loraplex_kernels.lora.items import OpShape
 
 CLUSTERS: Final = (8, 4, 2)
 RESIDENCIES: Final = (3, 2)

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import OP_INDEX, TILE_BYTES
 
-from loraplex_kernels.items import ITEM_INTS, OpShape, within_runs
+from loraplex_kernels.lora.items import ITEM_INTS, OpShape, within_runs
+from loraplex_kernels.lora.prefill_cut import CLUSTERS, RESIDENCIES, choose_cut, num_shares
+from loraplex_kernels.lora.tables import MAX_RANK, MAX_STACKED_RANK
 from loraplex_kernels.params import PrefillParams
-from loraplex_kernels.prefill_cut import CLUSTERS, RESIDENCIES, choose_cut, num_shares
-from loraplex_kernels.tables import MAX_RANK, MAX_STACKED_RANK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from loraplex_kernels.lora.tables import AdapterTables
     from loraplex_kernels.module import Kernel, KernelLibrary
-    from loraplex_kernels.tables import AdapterTables
 
 BLOCK: Final = 256
 SM_SHARED_BYTES: Final = 228 * 1024  # of an H100's multiprocessor; each CTA takes 1 KiB more than it asks for
@@ -33,7 +33,7 @@ RANK_CLASSES: Final = (16, 32, 64, MAX_RANK, MAX_STACKED_RANK)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """How the kernel is cut; the macros of csrc/lora_prefill.cu.
+    """How the kernel is cut; the macros of csrc/lora/prefill.cu.
 
     Attributes:
         cluster: CTAs of a work item.

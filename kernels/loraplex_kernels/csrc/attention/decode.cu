@@ -8,7 +8,7 @@
 // Shared memory: 16 KiB + 128 bytes. Alignment: HEAD_DIM rows on 16 bytes.
 // Registers: 4 CTAs of 128 threads per SM keep 128 KiB of loads in flight, hence at most 128.
 // Architectures: sm_80 and up. Sources: Dao, arXiv:2307.08691 (FlashAttention-2); Hong et al., arXiv:2311.01282 (split-K).
-#include "paged_kv.cuh"
+#include "attention/paged_kv.cuh"
 
 constexpr int kWarps = 4;
 constexpr int kHeads = 8;    // query heads per CTA: the N of mma.m16n8k16

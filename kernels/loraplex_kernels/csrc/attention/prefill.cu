@@ -10,7 +10,7 @@
 // Shared memory: (128 + 4 x 64) x HEAD_DIM x 2 bytes (96 KiB at 128). Alignment: HEAD_DIM rows on 16 bytes.
 // Registers: 2 CTAs of 128 threads per SM by shared memory, hence at most 255. Architectures: sm_80 and up.
 // Source: Dao, arXiv:2307.08691 (FlashAttention-2), algorithm 1 with its loop order.
-#include "paged_kv.cuh"
+#include "attention/paged_kv.cuh"
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
@@ -29,7 +29,7 @@ struct alignas(16) Tile {
     int first_row;
     int reserved[3];
 };
-static_assert(sizeof(Tile) == 32, "attention_prefill.py writes 32 bytes");
+static_assert(sizeof(Tile) == 32, "attention/prefill.py writes 32 bytes");
 
 struct Params {
     PagedKv kv;
@@ -45,7 +45,7 @@ struct Shared {
     u16 key[2][kTokens * kHeadDim];
     u16 value[2][kTokens * kHeadDim];
 };
-static_assert(sizeof(Shared) == SHARED_BYTES, "attention_prefill.py asks for it");
+static_assert(sizeof(Shared) == SHARED_BYTES, "attention/prefill.py asks for it");
 
 __device__ __forceinline__ int swizzled(int row, int chunk) { return (row * kChunks + (chunk ^ (row & 7))) * 8; }
 

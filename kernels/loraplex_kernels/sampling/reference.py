@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loraplex_kernels.sample import EDIT_NOT_ALLOWED, EDIT_STOP, MOST_COUNTED
+from loraplex_kernels.sampling.sample import EDIT_NOT_ALLOWED, EDIT_STOP, MOST_COUNTED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

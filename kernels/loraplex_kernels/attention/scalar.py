@@ -9,8 +9,8 @@ import torch
 from loraplex_kernels.params import AttentionScalarParams
 
 if TYPE_CHECKING:
+    from loraplex_kernels.attention.paged_kv import KvLayout
     from loraplex_kernels.module import KernelLibrary
-    from loraplex_kernels.paged_kv import KvLayout
 
 WARPS = 4
 

@@ -1,4 +1,4 @@
-// How B's rows lie in a pass, by rank, and what becomes of them: the products of lora_expand.cu.
+// How B's rows lie in a pass, by rank, and what becomes of them: the products of lora/expand.cu.
 //
 // mma.m16n8k16 with outputs as M, rank as K, tokens as N. B's rows are 2 r bytes and contiguous; a lane (g, c) of a pass copies
 // vectors i = 0..3 of 16 bytes, 8 values of k of one row, such that four lanes read 64 bytes in a row:
@@ -9,7 +9,7 @@
 // neighbouring outputs of 8 g .. 8 g + 7: so lane (g, c) ends with these for tokens 2 c and 2 c + 1, a 16-byte vector of y each.
 // h is split into two bf16 (high + low), so the product keeps the fp32 precision of h at the price of idle tensor cores.
 #pragma once
-#include "lora_expand_ring.cuh"
+#include "lora/expand_ring.cuh"
 
 #ifdef LORAPLEX_FP32
 __device__ __forceinline__ Delta block_delta(const LoraTables& t, const ExpandParams& p, const Item& item,

@@ -6,13 +6,13 @@
 // a run stays within a slice and starts on a multiple of 64. Grid: any; CTAs stride over the items. Block: 4 warps; of an
 // item's run, warp w takes blocks w and w + 4 of 64 outputs. Once the way to the items' weights is known, warps meet only to
 // stage h of ranks above 16.
-// bf16: tensor cores (lora_expand_rows.cuh), B by way of shared memory (lora_expand_ring.cuh), whose first copies are under
+// bf16: tensor cores (lora/expand_rows.cuh), B by way of shared memory (lora/expand_ring.cuh), whose first copies are under
 // way before the kernel waits for h. fp32: scalar FMAs, the same outputs per lane.
 // Shared memory: 4 warps x kAhead slots of 2 KiB, 8.25 KiB of h, 3.25 KiB of items. Alignment: y rows on 16 bytes;
 // outputs % 8 == 0.
 // Registers: 6 CTAs of 128 threads per SM, hence at most 80. Architectures: sm_80 and up.
-#include "lora_expand_ring.cuh"
-#include "lora_expand_rows.cuh"
+#include "lora/expand_ring.cuh"
+#include "lora/expand_rows.cuh"
 
 constexpr int kCtasPerSm = 6;  // lora_paths.py's EXPAND_CTAS_PER_SM
 

@@ -1,4 +1,4 @@
-// The two products of lora_prefill.cu on tensor cores, made by 8 warps: x * A^T of a step, and h * B^T of a chunk.
+// The two products of lora/prefill.cu on tensor cores, made by 8 warps: x * A^T of a step, and h * B^T of a chunk.
 //
 // sm_90a above rank 16: wgmma.m64nNk16 reads both operands from shared memory, once per warpgroup, by one instruction per
 // 16 columns. Elsewhere mma.m16n8k16, with fragments that ldmatrix reads once per warp: at rank 64 twice the bytes, and 28
@@ -8,7 +8,7 @@
 // rule: swizzled() is its 128-byte mode, Loader::b_to its 128-, 64- and 32-byte mode.
 // Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions" and "Async proxy".
 #pragma once
-#include "lora_prefill_ring.cuh"
+#include "lora/prefill_ring.cuh"
 
 // Which part of both products a warp makes: tokens from 16 m, and half n of a block's rank rows or of a chunk's outputs.
 struct Warp {

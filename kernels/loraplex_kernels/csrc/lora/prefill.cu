@@ -4,7 +4,7 @@
 // of x, add their fp32 partial h in order through distributed shared memory, scale and round it to bf16, and each then
 // writes its share of the outputs: h never leaves the cluster, and the phases of the CTAs on an SM overlap. Partial sums and
 // h go by asynchronous stores, and each CTA waits for the bytes it gets; only that all have started is a cluster barrier.
-// bf16 only: wgmma on sm_90a above rank 16, else mma.m16n8k16 (lora_prefill_products.cuh), with tokens as M; rank rows, then
+// bf16 only: wgmma on sm_90a above rank 16, else mma.m16n8k16 (lora/prefill_products.cuh), with tokens as M; rank rows, then
 // outputs, as N. Rank above 64: blocks of 64, x read again.
 // All that is read comes through one ring of slots filled by cp.async: x[64][64] and A[RANKS][64] of each step, then
 // y[64][64] and B[64][RANKS] of each chunk, so that the memory system never waits for the sums between them. 16-byte
@@ -18,7 +18,7 @@
 // Registers: 3 CTAs of 256 threads per SM, hence at most 80.
 // Architectures: sm_90 and up with CLUSTER > 1, sm_80 and up with CLUSTER = 1.
 // Source: Chen et al., arXiv:2310.18547 (Punica's SGMV).
-#include "lora_prefill_products.cuh"
+#include "lora/prefill_products.cuh"
 
 // Partial sums of x * A^T of a warp's tokens and half of the rank rows of a block.
 struct Partial {

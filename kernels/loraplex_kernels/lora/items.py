@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 from loraplex_common.adapter_image import OP_INDEX, OPS
 
-from loraplex_kernels.tables import MAX_SLICES
+from loraplex_kernels.lora.tables import MAX_SLICES
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry

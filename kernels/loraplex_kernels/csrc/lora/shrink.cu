@@ -11,7 +11,7 @@
 // Shared memory: 14 KiB. Alignment: columns % 8 == 0, x rows on 16 bytes.
 // Registers: 3 CTAs of 256 threads per SM, hence at most 80. Architectures: sm_80 and up.
 // Sources: Chen et al., arXiv:2310.18547 (Punica); Sheng et al., arXiv:2311.03285 (S-LoRA).
-#include "lora_table.cuh"
+#include "lora/table.cuh"
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;

@@ -35,7 +35,7 @@ ENTRY_DTYPE: Final = np.dtype(
         ("b_offset", np.int64, MAX_SLICES),
     ]
 )
-"""One OpEntry of csrc/lora_table.cuh, 96 bytes."""
+"""One OpEntry of csrc/lora/table.cuh, 96 bytes."""
 _PLACE: Final = {name: (OP_INDEX[op], index) for op, names in OPS.items() for index, name in enumerate(names)}
 
 
