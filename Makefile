@@ -53,10 +53,20 @@ test-gpu-stack: $(VENV)/.dev-installed ## Run the end-to-end tests with engines 
 sanitize-gpu: $(VENV)/.dev-installed ## Run small kernel cases under compute-sanitizer: memcheck and racecheck
 	@PYTHON=$(BIN)/python tests/gpu/sanitize.sh
 
+CXX_SOURCES = $(shell find kernels tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
+
+.PHONY: fmt
+fmt: $(VENV)/.dev-installed ## Format Python and CUDA, mend what lint can, regenerate generated files
+	@$(BIN)/python proto/generate.py
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(CXX_SOURCES)
+
 .PHONY: check
 check: $(VENV)/.dev-installed ## Format, lint, types, import contracts, protos: all that needs no running
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python proto/generate.py --check --lint --breaking $(BASE)
