@@ -17,14 +17,14 @@ constexpr int kBlocks = kHeadDim / 32;
 
 struct Params {
     PagedKv kv;
-    const elem* q;              // [sequences, q_stride]: heads first
-    elem* out;                  // [sequences, num_heads * HEAD_DIM]
-    const int* context_lens;    // [sequences] tokens seen, the new one included; 0: row of padding, out is zeroed
-    float* partial_out;         // [units][splits][8][HEAD_DIM]
-    float* partial_stats;       // [units][splits][8][2]: maximum (base 2), sum
-    int* arrivals;              // [units], zero between launches
+    const elem* q;            // [sequences, q_stride]: heads first
+    elem* out;                // [sequences, num_heads * HEAD_DIM]
+    const int* context_lens;  // [sequences] tokens seen, the new one included; 0: row of padding, out is zeroed
+    float* partial_out;       // [units][splits][8][HEAD_DIM]
+    float* partial_stats;     // [units][splits][8][2]: maximum (base 2), sum
+    int* arrivals;            // [units], zero between launches
     i64 q_stride;
-    int min_split;              // tokens a split is worth, a multiple of 64
+    int min_split;  // tokens a split is worth, a multiple of 64
     int reserved;
 };
 static_assert(sizeof(Params) == 120, "params.py mirrors it");
@@ -44,8 +44,8 @@ struct State {
     float sum[2];
 };
 
-__device__ __forceinline__ void accumulate(const Quad (&k)[2][kBlocks], const Quad (&v)[2][kBlocks],
-                                           const Quad (&q)[kBlocks], bool live0, bool live1, float scale, State& state) {
+__device__ __forceinline__ void accumulate(const Quad (&k)[2][kBlocks], const Quad (&v)[2][kBlocks], const Quad (&q)[kBlocks],
+                                           bool live0, bool live1, float scale, State& state) {
     float s[4] = {};
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ void accumulate(const Quad (&k)[2][kBlocks], const Qu
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float(&o)[4] = state.out[b][half];
+            float (&o)[4] = state.out[b][half];
 #pragma unroll
             for (int i = 0; i < 4; ++i) o[i] *= shrink[i % 2];
             const u32 a0 = transpose_8x8(half ? v[0][b].z : v[0][b].x), a1 = transpose_8x8(half ? v[0][b].w : v[0][b].y);
@@ -171,8 +171,9 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_decode
     for (int i = threadIdx.x; i < heads * kHeadDim; i += kWarps * kWarp) {
         const int head = i / kHeadDim, dim = i % kHeadDim;
         float peak, sum, out;
-        merge(kWarps, [&](int w) { return shared.peak[w][head]; }, [&](int w) { return shared.sum[w][head]; },
-              [&](int w) { return shared.out[w][head][dim]; }, peak, sum, out);
+        merge(
+            kWarps, [&](int w) { return shared.peak[w][head]; }, [&](int w) { return shared.sum[w][head]; },
+            [&](int w) { return shared.out[w][head][dim]; }, peak, sum, out);
         if (used == 1) {
             out_row[i] = from_float<elem>(sum == 0.f ? 0.f : out / sum);
         } else {
@@ -199,9 +200,10 @@ extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 4) attention_decode
         const int head = i / kHeadDim, dim = i % kHeadDim;
         const auto at = [&](int split) { return (unit * splits + split) * kHeads + head; };
         float peak, sum, out;
-        merge(used, [&](int s) { return __ldcg(p.partial_stats + 2 * at(s)); },
-              [&](int s) { return __ldcg(p.partial_stats + 2 * at(s) + 1); },
-              [&](int s) { return __ldcg(p.partial_out + at(s) * kHeadDim + dim); }, peak, sum, out);
+        merge(
+            used, [&](int s) { return __ldcg(p.partial_stats + 2 * at(s)); },
+            [&](int s) { return __ldcg(p.partial_stats + 2 * at(s) + 1); },
+            [&](int s) { return __ldcg(p.partial_out + at(s) * kHeadDim + dim); }, peak, sum, out);
         out_row[i] = from_float<elem>(sum == 0.f ? 0.f : out / sum);
     }
 }

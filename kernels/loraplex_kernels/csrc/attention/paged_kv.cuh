@@ -11,11 +11,11 @@ struct PagedKv {
     i64 page_bytes;
     i64 layer_offset;  // bytes from a page's start to this layer's K
     int table_stride;
-    int block_shift;   // log2 of the tokens of a page
+    int block_shift;  // log2 of the tokens of a page
     int num_heads;
     int num_kv_heads;
-    int window;        // a query sees this many last tokens, itself included; 0: all
-    float scale;       // of the scores, usually 1 / sqrt(HEAD_DIM)
+    int window;   // a query sees this many last tokens, itself included; 0: all
+    float scale;  // of the scores, usually 1 / sqrt(HEAD_DIM)
 };
 static_assert(sizeof(PagedKv) == 56, "params.py mirrors it");
 

@@ -87,7 +87,8 @@ struct Rows {
     float peak[kM][2], sum[kM][2];
 
     // scores = q K^T of 64 tokens.
-    __device__ __forceinline__ void score(float (&s)[kM][kTokens / 8][4], const u16* q, const u16* key, int warp, int lane) const {
+    __device__ __forceinline__ void score(float (&s)[kM][kTokens / 8][4], const u16* q, const u16* key, int warp,
+                                          int lane) const {
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
             u32 a[kM][4];
@@ -106,7 +107,8 @@ struct Rows {
             }
         }
     }
-    __device__ __forceinline__ void mask(float (&s)[kM][kTokens / 8][4], int first, int window, const Tile& tile, int first_row, int group, int lane) const {
+    __device__ __forceinline__ void mask(float (&s)[kM][kTokens / 8][4], int first, int window, const Tile& tile, int first_row,
+                                         int group, int lane) const {
         int position[kM][2];
 #pragma unroll
         for (int m = 0; m < kM; ++m)
@@ -158,7 +160,8 @@ struct Rows {
 #pragma unroll
             for (int m = 0; m < kM; ++m)
 #pragma unroll
-                for (int j = 0; j < 4; ++j) a[m][j] = pack_bf16(s[m][2 * step + j / 2][j % 2 * 2], s[m][2 * step + j / 2][j % 2 * 2 + 1]);
+                for (int j = 0; j < 4; ++j)
+                    a[m][j] = pack_bf16(s[m][2 * step + j / 2][j % 2 * 2], s[m][2 * step + j / 2][j % 2 * 2 + 1]);
 #pragma unroll
             for (int pair = 0; pair < kHeadDim / 16; ++pair) {
                 u32 v[4];
@@ -199,7 +202,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attention_prefill(cons
         }
     // What this warp's rows see: tokens up to warp_last, and all of them up to warp_first.
     const int warp_first = tile.start + first_row / group;
-    const int warp_last = first_row / group < tile.count ? tile.start + min((first_row + kM * 16 - 1) / group, tile.count - 1) : -1;
+    const int warp_last =
+        first_row / group < tile.count ? tile.start + min((first_row + kM * 16 - 1) / group, tile.count - 1) : -1;
     const float scale = p.kv.scale * 1.4426950408889634f;
 
     for (int first = begin, stage = 0; first < end; first += kTokens, stage ^= 1) {

@@ -15,16 +15,16 @@ constexpr int kBlockHeads = 256 / kHeadThreads;
 static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256, "a head's threads are a part of a warp");
 
 struct Params {
-    elem* qkv;              // [tokens, (heads + 2 * kv_heads) * HEAD_DIM]
-    const float* rotary;    // [positions][HEAD_DIM]: cosines, then sines, HEAD_DIM / 2 each
-    const int* positions;   // [tokens]
-    const int* kv_slots;    // [tokens]: page * block_tokens + token in page; -1: K and V are not kept
+    elem* qkv;             // [tokens, (heads + 2 * kv_heads) * HEAD_DIM]
+    const float* rotary;   // [positions][HEAD_DIM]: cosines, then sines, HEAD_DIM / 2 each
+    const int* positions;  // [tokens]
+    const int* kv_slots;   // [tokens]: page * block_tokens + token in page; -1: K and V are not kept
     u8* pool;
-    const elem* q_norm;     // [HEAD_DIM] or null
+    const elem* q_norm;  // [HEAD_DIM] or null
     const elem* k_norm;
-    const float* delta;     // LoRA's, as qkv; or null
+    const float* delta;  // LoRA's, as qkv; or null
     i64 page_bytes;
-    i64 layer_offset;       // bytes from a page's start to this layer's K
+    i64 layer_offset;  // bytes from a page's start to this layer's K
     int num_heads;
     int num_kv_heads;
     int block_tokens;

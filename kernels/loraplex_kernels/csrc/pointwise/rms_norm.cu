@@ -28,8 +28,7 @@ __device__ __forceinline__ void clear_row(elem* row) {
     for (int column = threadIdx.x * kVec; column < kHidden; column += kThreads * kVec) store_vec(row + column, Vec{});
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kVecs > 1 ? 1024 / kThreads : 2048 / kThreads)
-rms_norm(const Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, kVecs > 1 ? 1024 / kThreads : 2048 / kThreads) rms_norm(const Params p) {
     __shared__ float scratch[kThreads / kWarp];
     allow_dependents();
     dependency_wait();

@@ -2,6 +2,4 @@
 #pragma once
 #include "common.cuh"
 
-__device__ __forceinline__ float silu_mul_value(float gate, float up) {
-    return rounded(gate / (1.f + __expf(-gate))) * up;
-}
+__device__ __forceinline__ float silu_mul_value(float gate, float up) { return rounded(gate / (1.f + __expf(-gate))) * up; }

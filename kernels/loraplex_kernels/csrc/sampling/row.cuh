@@ -14,11 +14,11 @@ struct alignas(16) SampleRow {
     float repetition, presence, frequency;
     u32 seed_low, seed_high;
     int position;
-    int num_top;       // -1: no probabilities; else report the drawn token's and so many likeliest
-    int is_banning;    // stop ids cannot be drawn
-    int edit_row;      // of edits and their bitmap; -1: none
-    int num_edits;     // negative: -n edits, and tokens without one cannot be drawn
-    int count_row;     // of counts; -1: no penalties
+    int num_top;     // -1: no probabilities; else report the drawn token's and so many likeliest
+    int is_banning;  // stop ids cannot be drawn
+    int edit_row;    // of edits and their bitmap; -1: none
+    int num_edits;   // negative: -n edits, and tokens without one cannot be drawn
+    int count_row;   // of counts; -1: no penalties
 };
 static_assert(sizeof(SampleRow) == 64, "sample.py mirrors it");
 
@@ -37,13 +37,13 @@ constexpr float kMaxLogit = 0x1.fffffep127f;  // the largest float
 // Tokens of one row.
 struct Source {
     const elem* logits;
-    const u8* bits;     // a bit per token that has an edit; null: none
+    const u8* bits;  // a bit per token that has an edit; null: none
     const Edit* edits;
-    u16* counts;        // null: no penalties
+    u16* counts;  // null: no penalties
     int vocab;
     int num_edits;
     bool only_edited;
-    bool is_special;    // has edits or counts
+    bool is_special;  // has edits or counts
 };
 
 struct alignas(16) Unit {

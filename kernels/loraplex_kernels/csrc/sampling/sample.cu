@@ -54,7 +54,7 @@ __device__ __forceinline__ Best find_best() {
     float best = negative_infinity();
     int token = min(static_cast<int>(threadIdx.x) * kUnit, vocab - 1);
     bool is_nan = false;
-    each_unit([&](int base, const float(&x)[kUnit]) {
+    each_unit([&](int base, const float (&x)[kUnit]) {
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) {
             if (base + j >= vocab) continue;
@@ -127,7 +127,7 @@ __device__ __forceinline__ Choice choose_up_to(u64 limit) {
     const u32 position = shared.row.position, seed_low = shared.row.seed_low, seed_high = shared.row.seed_high;
     const bool is_truncated = limit != kEnd - 1;
     Choice choice = {negative_infinity(), kNoKey};
-    each_unit([&](int base, const float(&x)[kUnit]) {
+    each_unit([&](int base, const float (&x)[kUnit]) {
         float values[kUnit], largest = negative_infinity();
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) {
@@ -170,7 +170,7 @@ __device__ __forceinline__ float report_likeliest(const Best best, int* report, 
     const int vocab = shared.source.vocab, wanted = min(min(shared.row.num_top, width), vocab);
     if (threadIdx.x == 0) shared.ranking = {vocab, true, best.x, 1.f, negative_infinity()};
     float own = 0.f;
-    each_unit([&](int base, const float(&x)[kUnit]) {
+    each_unit([&](int base, const float (&x)[kUnit]) {
 #pragma unroll
         for (int j = 0; j < kUnit; ++j)
             if (base + j < vocab) own += expf(x[j] - best.x);

@@ -172,7 +172,7 @@ __device__ __noinline__ int gather(u64 begin, u64 end) {
     __syncthreads();
     const Ranking ranking = shared.ranking;
     bool is_full = false;  // stop counting then: atomics on one address are slow
-    each_unit([&](int base, const float(&x)[kUnit]) {
+    each_unit([&](int base, const float (&x)[kUnit]) {
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) {
             const u64 key = ranking.key(x[j], base + j);
@@ -192,7 +192,7 @@ __device__ __noinline__ int gather(u64 begin, u64 end) {
 __device__ __noinline__ u64 mass_up_to(u64 limit) {
     const Ranking ranking = shared.ranking;
     u64 own = 0;
-    each_unit([&](int base, const float(&x)[kUnit]) {
+    each_unit([&](int base, const float (&x)[kUnit]) {
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) {
             const u64 key = ranking.key(x[j], base + j);
@@ -228,7 +228,7 @@ __device__ __forceinline__ void narrow_once(Band& band, bool by_mass, u64 bound)
     const u64 begin = band.begin, end = band.end, step = (end - begin + kPivots) / (kPivots + 1);
     u64 measures[kPivots] = {};
     u32 counts[kPivots] = {};
-    each_unit([&](int base, const float(&x)[kUnit]) {
+    each_unit([&](int base, const float (&x)[kUnit]) {
 #pragma unroll 1
         for (int j = 0; j < kUnit; ++j) {
             const u64 key = ranking.key(pick(x, j), base + j);
@@ -255,7 +255,7 @@ __device__ __forceinline__ void narrow_once(Band& band, bool by_mass, u64 bound)
 __device__ __noinline__ u64 narrow(bool by_mass, u64 bound, u64 end) {
     const Ranking ranking = shared.ranking;
     u64 own = 0;
-    each_unit([&](int base, const float(&x)[kUnit]) {
+    each_unit([&](int base, const float (&x)[kUnit]) {
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) own += ranking.key(x[j], base + j) < end;
     });
