@@ -81,15 +81,15 @@ bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machin
 
 .PHONY: campaign
 campaign: $(VENV)/.dev-installed ## Random requests of every kind against one engine: CAMPAIGN_ARGS="--requests 100000 --seed 1"
-	@PYTHONPATH=tests $(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
+	@$(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 
 .PHONY: kill-gateways
 kill-gateways: $(VENV)/.dev-installed ## Kill gateways under streams of every kind: KILL_ARGS="--rounds 100 --seed 1 --gently"
-	@PYTHONPATH=tests $(BIN)/python -m support.gateway_kills $(KILL_ARGS)
+	@$(BIN)/python -m support.gateway_kills $(KILL_ARGS)
 
 .PHONY: soak
 soak: $(VENV)/.dev-installed ## Random faults against a whole fleet, every answer checked: SOAK_ARGS="--minutes 30 --seed 1"
-	@PYTHONPATH=tests $(BIN)/python -m support.soak --results benchmarks/results $(SOAK_ARGS)
+	@$(BIN)/python -m support.soak --results benchmarks/results $(SOAK_ARGS)
 
 .PHONY: clean
 clean: ## Remove caches and build output; the virtual environment stays

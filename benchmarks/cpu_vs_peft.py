@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+
 DEMO = ROOT / "examples" / "demo"
 RESULTS = ROOT / "benchmarks" / "results"
 ADAPTERS = ("json", "devil", "kjv", "upper", "sentiment")

@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from loraplex_bench.popularity import baseline_adapters
+from loraplex_bench.results import Results, Row, head_commit
+from loraplex_bench.steps.lora_case import LoraCase
 from loraplex_common.adapter_image import OPS
 from loraplex_engine.runners.cuda import lora_paths
 from loraplex_kernels import reference
@@ -31,15 +34,10 @@ from loraplex_kernels.lora.prefill import LoraPrefill
 from loraplex_kernels.module import KernelLibrary
 from loraplex_kernels.pointwise.silu_mul import SiluMul
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "lib"))
-
-from loraplex_bench.lora_case import LoraCase  # noqa: E402
-from loraplex_bench.popularity import baseline_adapters  # noqa: E402
-from loraplex_bench.results import Results, Row, head_commit  # noqa: E402
-
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+HERE = Path(__file__).resolve().parent
 
 DEVICE = torch.device("cuda", 0)
 REPLAYS = 15

@@ -17,34 +17,24 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE / "lib"), str(HERE.parent / "tests")]
-
-from loraplex_bench import (  # noqa: E402
-    policy_cost,
-    policy_economy,
-    policy_error,
-    policy_fairness,
-    policy_overload,
-    policy_real,
-    policy_replay,
-    policy_thrash,
-)
-from loraplex_bench.policy_figures import Report  # noqa: E402
-from loraplex_bench.results import Results, head_commit  # noqa: E402
+from loraplex_bench.policies import cost, economy, error, fairness, overload, real, replay, thrash
+from loraplex_bench.policies.figures import Report
+from loraplex_bench.results import Results, head_commit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+HERE = Path(__file__).resolve().parent
+
 SECTIONS: Final[dict[str, Callable[[Report], None]]] = {
-    "overload": policy_overload.run,
-    "fairness": policy_fairness.run,
-    "thrash": policy_thrash.run,
-    "economy": policy_economy.run,
-    "cost": policy_cost.run,
-    "replay": policy_replay.run,
-    "error": policy_error.run,
-    "real": policy_real.run,
+    "overload": overload.run,
+    "fairness": fairness.run,
+    "thrash": thrash.run,
+    "economy": economy.run,
+    "cost": cost.run,
+    "replay": replay.run,
+    "error": error.run,
+    "real": real.run,
 }
 
 

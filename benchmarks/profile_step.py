@@ -11,18 +11,14 @@ and `step` is the time to compare.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "lib"))
-
-from loraplex_bench.kernel_table import markdown, rows  # noqa: E402
-from loraplex_bench.results import Results, Row, head_commit  # noqa: E402
-from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, TARGETS, AdapterFamily  # noqa: E402
-from loraplex_bench.step_bench import StepBench  # noqa: E402
-from loraplex_bench.steps import StepSize  # noqa: E402
+from loraplex_bench.results import Results, Row, head_commit
+from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, TARGETS, AdapterFamily
+from loraplex_bench.steps.kernel_table import markdown, rows
+from loraplex_bench.steps.plan import StepSize
+from loraplex_bench.steps.step_bench import StepBench
 
 
 def steps(num_adapters: int, batch: int) -> dict[str, tuple[StepSize, int]]:

@@ -10,23 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
+from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canonical
+from loraplex_adapter_store.checkpoint.reader import read_checkpoint
+from loraplex_common.adapter_image import pack
+from loraplex_common.base_model import BaseModelInfo, load_base_model
+from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.step import NO_ADAPTER
+from support.plans import Harness
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canonical  # noqa: E402
-from loraplex_adapter_store.checkpoint.reader import read_checkpoint  # noqa: E402
-from loraplex_common.adapter_image import pack  # noqa: E402
-from loraplex_common.base_model import BaseModelInfo, load_base_model  # noqa: E402
-from loraplex_engine.pool_geometry import choose_pool_geometry  # noqa: E402
-from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner  # noqa: E402
-from loraplex_engine.step import NO_ADAPTER  # noqa: E402
-from support.plans import Harness  # noqa: E402
 
 ADAPTERS = ("json", "devil", "kjv", "upper", "sentiment")
 NUM_ROWS = 16

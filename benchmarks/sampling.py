@@ -12,26 +12,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from loraplex_bench.results import Results, Row, head_commit
 from loraplex_engine.runners.cuda.sampling import DeviceSampler
 from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.step import SamplingArrays, SlotSetup
 from loraplex_kernels.module import KernelLibrary
 from loraplex_kernels.sampling.sample import ROW_INTS
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "lib"))
-
-from loraplex_bench.results import Results, Row, head_commit  # noqa: E402
-
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+HERE = Path(__file__).resolve().parent
 
 DEVICE = torch.device("cuda", 0)
 BYTES_PER_US = 3.35e6

@@ -15,12 +15,12 @@ from loraplex_client.workload import ConversationShape, Trace, conversations, me
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.shapes import ALL_TARGETS
 
-from loraplex_bench.fixed_shares import FixedShares
-from loraplex_bench.policy_figures import Figure
-from loraplex_bench.policy_runs import LLAMA_8B, h100_setup, replay
+from loraplex_bench.policies.figures import Figure
+from loraplex_bench.policies.fixed_shares import FixedShares
+from loraplex_bench.policies.runs import LLAMA_8B, h100_setup, replay
 
 if TYPE_CHECKING:
-    from loraplex_bench.policy_figures import Report
+    from loraplex_bench.policies.figures import Report
 
 SECTION: Final = "economy"
 SPLITS: Final = tuple(round(0.1 * tenths, 1) for tenths in range(1, 10))

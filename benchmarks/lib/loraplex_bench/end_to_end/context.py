@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loraplex_bench.replay import CUTOFF_S, Replay
+from loraplex_bench.end_to_end.replay import CUTOFF_S, Replay
 from loraplex_bench.results import Results, Row
 from loraplex_bench.rig import EngineSetup, Rig
 from loraplex_bench.weights import SharedWeights

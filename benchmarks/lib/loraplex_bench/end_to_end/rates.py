@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from loraplex_client.workload import SloraParams, slora_trace
 
-from loraplex_bench.bursts import BurstSize, case_name, warm_up
-from loraplex_bench.context import SUITE
+from loraplex_bench.end_to_end.bursts import BurstSize, case_name, warm_up
+from loraplex_bench.end_to_end.context import SUITE
 from loraplex_bench.results import Row
 
 if TYPE_CHECKING:
-    from loraplex_bench.context import Bench
+    from loraplex_bench.end_to_end.context import Bench
     from loraplex_bench.rig import EngineSetup
 
 SLOS_S: Final = (0.5, 1.0, 2.0, 6.0)

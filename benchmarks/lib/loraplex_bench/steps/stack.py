@@ -22,7 +22,7 @@ from loraplex_kernels.lora.tables import AdapterTables
 from loraplex_kernels.pointwise.rms_norm import RmsNorm
 
 from loraplex_bench.rig import VALUE_STD
-from loraplex_bench.steps import StepSize, make_plan
+from loraplex_bench.steps.plan import StepSize, make_plan
 
 if TYPE_CHECKING:
     from loraplex_engine.model.weights import WeightSource

@@ -6,12 +6,12 @@ import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loraplex_bench.bursts import BurstSize, case_name
-from loraplex_bench.context import SUITE
+from loraplex_bench.end_to_end.bursts import BurstSize, case_name
+from loraplex_bench.end_to_end.context import SUITE
 from loraplex_bench.results import Row
 
 if TYPE_CHECKING:
-    from loraplex_bench.context import Bench
+    from loraplex_bench.end_to_end.context import Bench
     from loraplex_bench.rig import EngineSetup, Rig
 
 

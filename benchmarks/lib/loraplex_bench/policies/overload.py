@@ -12,13 +12,13 @@ from loraplex_client.charts import Axis, Series, line_chart
 from loraplex_client.workload import SloraParams, slora_trace
 from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
 
-from loraplex_bench.policy_figures import Figure
-from loraplex_bench.policy_runs import replay, slora_adapters, slora_setup
+from loraplex_bench.policies.figures import Figure
+from loraplex_bench.policies.runs import replay, slora_adapters, slora_setup
 
 if TYPE_CHECKING:
     from loraplex_engine.simulation.outcomes import Summary
 
-    from loraplex_bench.policy_figures import Report
+    from loraplex_bench.policies.figures import Report
 
 SECTION: Final = "overload"
 SLO_S: Final = 6.0

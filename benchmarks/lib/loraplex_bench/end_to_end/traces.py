@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from loraplex_client.workload import Measured, SloraParams, Trace, poisson_rate, slora_trace
 
-from loraplex_bench.bursts import BurstSize, case_name, warm_up
-from loraplex_bench.context import SUITE
+from loraplex_bench.end_to_end.bursts import BurstSize, case_name, warm_up
+from loraplex_bench.end_to_end.context import SUITE
+from loraplex_bench.end_to_end.replay import CUTOFF_S
 from loraplex_bench.floors import token_floor_s
 from loraplex_bench.peers import NOBODY, best_end_to_end
-from loraplex_bench.replay import CUTOFF_S
 from loraplex_bench.results import Row
 
 if TYPE_CHECKING:
-    from loraplex_bench.context import Bench
+    from loraplex_bench.end_to_end.context import Bench
     from loraplex_bench.rig import EngineSetup
 
 SLO_S: Final = 6.0

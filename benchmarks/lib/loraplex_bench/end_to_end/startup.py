@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_client.workload import burst
 
-from loraplex_bench.context import SUITE
-from loraplex_bench.replay import Replay
+from loraplex_bench.end_to_end.context import SUITE
+from loraplex_bench.end_to_end.replay import Replay
 from loraplex_bench.results import Row
 from loraplex_bench.rig import Rig
 
 if TYPE_CHECKING:
-    from loraplex_bench.context import Bench
+    from loraplex_bench.end_to_end.context import Bench
     from loraplex_bench.rig import EngineSetup
     from loraplex_bench.weights import SharedWeights
 

@@ -15,15 +15,15 @@ from loraplex_client.workload import Trace
 from loraplex_engine.scheduler.fair_shares import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from loraplex_engine.simulation.adapters import Adapters
 
-from loraplex_bench.policy_figures import Figure
-from loraplex_bench.policy_runs import LLAMA_8B, Replayed, h100_setup, replay
+from loraplex_bench.policies.figures import Figure
+from loraplex_bench.policies.runs import LLAMA_8B, Replayed, h100_setup, replay
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loraplex_engine.simulation.engine import SimulatedEngine
 
-    from loraplex_bench.policy_figures import Report
+    from loraplex_bench.policies.figures import Report
 
 SECTION: Final = "fairness"
 NUM_TENANTS: Final = 8

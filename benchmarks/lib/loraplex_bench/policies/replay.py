@@ -13,11 +13,11 @@ from loraplex_client.workload import Trace, zipf_adapters
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.devices import GIB
 
-from loraplex_bench.policy_figures import Figure
-from loraplex_bench.policy_runs import LLAMA_8B, h100_setup, replay
+from loraplex_bench.policies.figures import Figure
+from loraplex_bench.policies.runs import LLAMA_8B, h100_setup, replay
 
 if TYPE_CHECKING:
-    from loraplex_bench.policy_figures import Report
+    from loraplex_bench.policies.figures import Report
 
 SECTION: Final = "replay"
 NUM_REQUESTS: Final = 1_000_000

@@ -12,7 +12,7 @@ from loraplex_bench.popularity import baseline_adapters
 from loraplex_bench.results import Results, Row
 
 if TYPE_CHECKING:
-    from loraplex_bench.stack import DecodeStack, StackAdapters, Timer
+    from loraplex_bench.steps.stack import DecodeStack, StackAdapters, Timer
 
 SUITE: Final = "layers"
 COPY_BYTES_PER_S: Final = 2.998e12

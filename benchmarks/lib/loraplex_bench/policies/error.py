@@ -24,14 +24,14 @@ from loraplex_engine.simulation.shapes import ModelShape, base_model
 from loraplex_engine.simulation.step_cost import StepCost, StepRates
 
 from loraplex_bench.paths import ROOT
-from loraplex_bench.policy_figures import Figure
-from loraplex_bench.policy_runs import replay
+from loraplex_bench.policies.figures import Figure
+from loraplex_bench.policies.runs import replay
 from loraplex_bench.rig import COMPARABLE
 
 if TYPE_CHECKING:
     from loraplex_client.workload import Trace
 
-    from loraplex_bench.policy_figures import Report
+    from loraplex_bench.policies.figures import Report
 
 SECTION: Final = "error"
 RESULTS: Final = ROOT / "benchmarks" / "results"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_client.workload import burst
 
-from loraplex_bench.context import SUITE
+from loraplex_bench.end_to_end.context import SUITE
 from loraplex_bench.floors import burst_floor_s
 from loraplex_bench.peers import NOBODY, VLLM, Peer, best_end_to_end
 from loraplex_bench.results import Row
@@ -16,7 +16,7 @@ from loraplex_bench.results import Row
 if TYPE_CHECKING:
     from loraplex_client.workload import Trace
 
-    from loraplex_bench.context import Bench
+    from loraplex_bench.end_to_end.context import Bench
     from loraplex_bench.rig import EngineSetup, Rig
 
 STANDARD_REQUESTS: Final = 512

@@ -11,15 +11,15 @@ from loraplex_client.workload import SloraParams
 from loraplex_engine.build import STEP_SIZES
 from loraplex_engine.limits import EngineParams
 
-from loraplex_bench.bursts import BurstSize, run_bursts, run_registered
-from loraplex_bench.context import Bench
-from loraplex_bench.pairs import run_pairs
+from loraplex_bench.end_to_end.bursts import BurstSize, run_bursts, run_registered
+from loraplex_bench.end_to_end.context import Bench
+from loraplex_bench.end_to_end.pairs import run_pairs
+from loraplex_bench.end_to_end.rates import run_rates
+from loraplex_bench.end_to_end.startup import run_startup
+from loraplex_bench.end_to_end.traces import run_no_cliff, run_slora
 from loraplex_bench.paths import ROOT
-from loraplex_bench.rates import run_rates
 from loraplex_bench.rig import EngineSetup
 from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
-from loraplex_bench.startup import run_startup
-from loraplex_bench.traces import run_no_cliff, run_slora
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,10 +14,10 @@ from loraplex_engine.runners.cuda.runner import CudaRunner
 from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
 from loraplex_engine.step import NO_ADAPTER, StepPlan
 
-from loraplex_bench.kernel_table import StepProfile, read_trace, summarise
 from loraplex_bench.random_weights import RandomWeights
 from loraplex_bench.rig import VALUE_STD
-from loraplex_bench.steps import StepSize, make_plan
+from loraplex_bench.steps.kernel_table import StepProfile, read_trace, summarise
+from loraplex_bench.steps.plan import StepSize, make_plan
 
 if TYPE_CHECKING:
     from loraplex_bench.shapes import AdapterFamily, Shape

@@ -16,14 +16,14 @@ from loraplex_engine.limits import SchedulingPolicy
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.shapes import ALL_TARGETS
 
-from loraplex_bench.fixed_shares import RECENCY, FixedShares
-from loraplex_bench.policy_figures import Figure
-from loraplex_bench.policy_runs import LLAMA_8B, h100_setup, replay
+from loraplex_bench.policies.figures import Figure
+from loraplex_bench.policies.fixed_shares import RECENCY, FixedShares
+from loraplex_bench.policies.runs import LLAMA_8B, h100_setup, replay
 
 if TYPE_CHECKING:
     from loraplex_engine.simulation.setup import EngineSetup
 
-    from loraplex_bench.policy_figures import Report
+    from loraplex_bench.policies.figures import Report
 
 SECTION: Final = "thrash"
 FITTING: Final = 64

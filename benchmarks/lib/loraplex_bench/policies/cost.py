@@ -8,10 +8,10 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from loraplex_bench.paths import ROOT
-from loraplex_bench.policy_figures import Figure
+from loraplex_bench.policies.figures import Figure
 
 if TYPE_CHECKING:
-    from loraplex_bench.policy_figures import Report
+    from loraplex_bench.policies.figures import Report
 
 SECTION: Final = "cost"
 MAX_STEP_US: Final = 300.0

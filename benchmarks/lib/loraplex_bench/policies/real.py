@@ -17,13 +17,13 @@ from loraplex_common.base_model import load_base_model
 from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
 from support.base_models import TinyBase, write_base_model
 
-from loraplex_bench.policy_figures import Figure
-from loraplex_bench.replay import Replay
+from loraplex_bench.end_to_end.replay import Replay
+from loraplex_bench.policies.figures import Figure
 from loraplex_bench.rig import EngineSetup, Rig
 from loraplex_bench.shapes import AdapterFamily, Shape
 
 if TYPE_CHECKING:
-    from loraplex_bench.policy_figures import Report
+    from loraplex_bench.policies.figures import Report
 
 SECTION: Final = "real"
 OVERLOAD: Final = 1.5
