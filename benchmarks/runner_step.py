@@ -56,6 +56,13 @@ def decode(harness: Harness, prompts: list[list[int]], adapters: list[int], num_
     return times
 
 
+def profile(harness: Harness, prompts: list[list[int]], adapters: list[int]) -> str:
+    """Return a table of the operators that eight decode steps spend their time in."""
+    with torch.profiler.profile() as profiler:
+        decode(harness, prompts, adapters, 8)
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -91,12 +98,7 @@ def main() -> None:
             print(f"{name}: step {median:.1f} ms median, {low:.1f} ms best, {NUM_ROWS / median * 1e3:.0f} tokens/s")
     if args.profile:
         for name, adapters in settings.items():
-            with torch.profiler.profile() as profile:
-                decode(harness, prompts, adapters, 8)
-            print(
-                name,
-                profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40),
-            )
+            print(name, profile(harness, prompts, adapters))
     runner.close()
 
 

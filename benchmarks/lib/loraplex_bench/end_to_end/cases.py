@@ -106,7 +106,11 @@ def rates_case(shape: Shape, where: str, rates: tuple[float, ...]) -> Case:
 
 def gpu_cases() -> dict[str, Case]:
     """Return the cases by name."""
-    seven, eight = LLAMA2_7B, LLAMA3_8B
+    return {**burst_cases(LLAMA2_7B, LLAMA3_8B), **trace_cases(LLAMA2_7B), **other_cases(LLAMA2_7B, LLAMA3_8B)}
+
+
+def burst_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
+    """Return the cases whose requests all come at once."""
     standard = setup_of(seven, QKVO)
     return {
         "bursts-7b": Case(
@@ -145,6 +149,13 @@ def gpu_cases() -> dict[str, Case]:
                 bench, setup_of(seven, QKVO, 2000, max_resident_adapters=1024), few=200, size=STANDARD
             ),
         ),
+    }
+
+
+def trace_cases(seven: Shape) -> dict[str, Case]:
+    """Return the cases of S-LoRA's synthetic traces."""
+    standard = setup_of(seven, QKVO)
+    return {
         "slora-7b": Case(
             about="S-LoRA trace, 200 adapters r16, 20 req/s",
             seconds=80,
@@ -160,6 +171,12 @@ def gpu_cases() -> dict[str, Case]:
             seconds=90,
             run=lambda bench: run_slora(bench, setup_of(seven, MIXED), SloraParams(), warm=STANDARD),
         ),
+    }
+
+
+def other_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
+    """Return what LoRA costs where no request uses it, the missing cliff, the simulator's rates, and the start."""
+    return {
         "lora-off-7b": Case(
             about="no adapter asked for: LoRA enabled against disabled, Llama-2-7B, 5 interleaved pairs",
             seconds=75,
