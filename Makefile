@@ -61,6 +61,7 @@ fmt: $(VENV)/.dev-installed ## Format Python and CUDA, mend what lint can, regen
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i $(CXX_SOURCES)
+	@$(BIN)/python benchmarks/index_results.py
 
 .PHONY: check
 check: $(VENV)/.dev-installed ## Format, lint, types, import contracts, protos: all that needs no running
@@ -70,6 +71,7 @@ check: $(VENV)/.dev-installed ## Format, lint, types, import contracts, protos: 
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python proto/generate.py --check --lint --breaking $(BASE)
+	@$(BIN)/python benchmarks/index_results.py --check
 
 .PHONY: proto
 proto: $(VENV)/.dev-installed ## Regenerate proto/gen from the protos
