@@ -1,7 +1,6 @@
 """Times single steps on the GPU, from which the simulator's step costs are fitted (docs/adr/0016-simulator.md).
 
-    PYTHONPATH=kernels:services/common:services/engine:clients/python:proto/gen \
-        python benchmarks/calibrate.py --shape llama2-7b --out benchmarks/results
+    python benchmarks/calibrate.py --shape llama2-7b --out benchmarks/results
 
 Random weights, hand-made steps, two in flight. Decode rows and whole prompts, without and with adapters, on q,k,v,o and on
 all projections; about two minutes. The model must not be one that the simulator is tested on.

@@ -1,7 +1,6 @@
 """The engine in this process on the workloads of baselines/end_to_end.csv, beside vLLM's figures and the floor.
 
-    PYTHONPATH=kernels:services/common:services/engine:clients/python:proto/gen \
-        python benchmarks/engine.py bursts-7b slora-7b --out benchmarks/results
+    python benchmarks/engine.py bursts-7b slora-7b --out benchmarks/results
 
 Random weights, no files. Adapters are in the pinned host arena before the clock starts, each with values of its own,
 and none is on the device unless a line says so. ``--list`` names the cases; one run writes one JSON file. Cases of the

@@ -1,6 +1,6 @@
 """Times our kernels on the workloads of baselines/*.csv and prints them beside the floor and the best peer.
 
-    PYTHONPATH=kernels:services/common python benchmarks/kernels.py --out benchmarks/results
+    python benchmarks/kernels.py --out benchmarks/results
 
 Method, as the baselines': every case has several independent sets of weights (here: the layers of its adapters), one CUDA
 graph holds one call per set, L2 is evicted by reading 160 MiB before each replay, two warm-ups, 15 replays between

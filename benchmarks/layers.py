@@ -1,7 +1,6 @@
 """What LoRA adds to a decode step: all products and pointwise kernels of Llama-2-7B, attention and sampling left out.
 
-    PYTHONPATH=kernels:services/common:services/engine:clients/python:proto/gen \
-        python benchmarks/layers.py --out benchmarks/results
+    python benchmarks/layers.py --out benchmarks/results
 
 `decode_stack`: r16 on all seven projections, one graph per step, no flush (13 GB of weights evict L2); `products` are the
 dense products alone, as the baselines' base; `added` is the step with LoRA minus the same step without, RoPE, norms and

@@ -1,7 +1,6 @@
 """What the scheduling and memory policies reach, each figure with its bound; exit code 0 only if all hold.
 
-    PYTHONPATH=services/common:services/engine:clients/python:kernels:proto/gen \
-        python benchmarks/policies.py [--only overload --only thrash] [--out benchmarks/results]
+    python benchmarks/policies.py [--only overload --only thrash] [--out benchmarks/results]
 
 Simulated figures come from the engine's own scheduler, pool and caches over a device that only costs time
 (docs/adr/0016-simulator.md); they need no GPU and are the same on every machine. ``cost``, ``replay`` and ``real`` measure

@@ -1,7 +1,6 @@
 """Where a step's time goes: every kernel of decode and mixed steps of the CUDA backend, as JSON and as a table.
 
-    PYTHONPATH=kernels:services/common:services/engine:clients/python:proto/gen \
-        python benchmarks/profile_step.py --shape llama2-7b --adapters 200 --out benchmarks/results
+    python benchmarks/profile_step.py --shape llama2-7b --adapters 200 --out benchmarks/results
 
 Random weights; the steps are made by hand, so nothing but the runner is in them. Each is launched three times, then once
 under the profiler (CUPTI), then timed without it: the profiler stretches gaps, so `wall` of the table is an upper bound

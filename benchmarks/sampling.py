@@ -1,6 +1,6 @@
 """Times sampling a step's rows on the GPU: our kernel by kind of row, its floor, and the torch sampler.
 
-    PYTHONPATH=kernels:services/common:services/engine:proto/gen python benchmarks/sampling.py --out benchmarks/results
+    python benchmarks/sampling.py --out benchmarks/results
 
 The floor is one read of the logits at 3.35 TB/s. Kernel: median of 15 launches, L2 evicted by reading 160 MiB before
 each. The torch sampler is timed by the host, end to end, since it waits for the device. Logits are bf16, normal around 0:
