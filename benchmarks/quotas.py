@@ -106,7 +106,8 @@ async def start(stack: AsyncExitStack, folder: Path, model: Path, url: str, name
     client = connect(url)
     stack.push_async_callback(client.aclose)
     await engine.register(client)
-    arguments = ["--model", str(model), "--redis-url", url, "--port", "0", "--http-port", "0", "--log-level", "warning"]
+    ports = ("--port", "0", "--http-port", "0", "--metrics-port", "0")
+    arguments = ["--model", str(model), "--redis-url", url, *ports, "--log-level", "warning"]
     process = ServiceProcess("loraplex_gateway", [*arguments, *options], log_dir=folder)
     stack.callback(process.stop)
     await asyncio.to_thread(process.wait_ready)
