@@ -60,7 +60,8 @@ def profile(harness: Harness, prompts: list[list[int]], adapters: list[int]) -> 
     """Return a table of the operators that eight decode steps spend their time in."""
     with torch.profiler.profile() as profiler:
         decode(harness, prompts, adapters, 8)
-    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40)
+    averages = profiler.key_averages()
+    return str(averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40))
 
 
 def main() -> None:
