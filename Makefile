@@ -53,13 +53,25 @@ test-gpu-stack: $(VENV)/.dev-installed ## Run the end-to-end tests with engines 
 sanitize-gpu: $(VENV)/.dev-installed ## Run small kernel cases under compute-sanitizer: memcheck and racecheck
 	@PYTHON=$(BIN)/python tests/gpu/sanitize.sh
 
+CXX_SOURCES = $(shell find kernels tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
+
+.PHONY: fmt
+fmt: $(VENV)/.dev-installed ## Format Python and CUDA, mend what lint can, regenerate generated files
+	@$(BIN)/python proto/generate.py
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(CXX_SOURCES)
+	@$(BIN)/python benchmarks/index_results.py
+
 .PHONY: check
 check: $(VENV)/.dev-installed ## Format, lint, types, import contracts, protos: all that needs no running
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python proto/generate.py --check --lint --breaking $(BASE)
+	@$(BIN)/python benchmarks/index_results.py --check
 
 .PHONY: proto
 proto: $(VENV)/.dev-installed ## Regenerate proto/gen from the protos
@@ -71,15 +83,15 @@ bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machin
 
 .PHONY: campaign
 campaign: $(VENV)/.dev-installed ## Random requests of every kind against one engine: CAMPAIGN_ARGS="--requests 100000 --seed 1"
-	@PYTHONPATH=tests $(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
+	@$(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 
 .PHONY: kill-gateways
 kill-gateways: $(VENV)/.dev-installed ## Kill gateways under streams of every kind: KILL_ARGS="--rounds 100 --seed 1 --gently"
-	@PYTHONPATH=tests $(BIN)/python -m support.gateway_kills $(KILL_ARGS)
+	@$(BIN)/python -m support.gateway_kills $(KILL_ARGS)
 
 .PHONY: soak
 soak: $(VENV)/.dev-installed ## Random faults against a whole fleet, every answer checked: SOAK_ARGS="--minutes 30 --seed 1"
-	@PYTHONPATH=tests $(BIN)/python -m support.soak --results benchmarks/results $(SOAK_ARGS)
+	@$(BIN)/python -m support.soak --results benchmarks/results $(SOAK_ARGS)
 
 .PHONY: clean
 clean: ## Remove caches and build output; the virtual environment stays

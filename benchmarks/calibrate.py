@@ -1,7 +1,6 @@
 """Times single steps on the GPU, from which the simulator's step costs are fitted (docs/adr/0016-simulator.md).
 
-    PYTHONPATH=kernels:services/common:services/engine:clients/python:proto/gen \
-        python benchmarks/calibrate.py --shape llama2-7b --out benchmarks/results
+    python benchmarks/calibrate.py --shape llama2-7b --out benchmarks/results
 
 Random weights, hand-made steps, two in flight. Decode rows and whole prompts, without and with adapters, on q,k,v,o and on
 all projections; about two minutes. The model must not be one that the simulator is tested on.
@@ -10,16 +9,12 @@ all projections; about two minutes. The model must not be one that the simulator
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "lib"))
-
-from loraplex_bench.results import Results, Row, head_commit  # noqa: E402
-from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, TARGETS, AdapterFamily  # noqa: E402
-from loraplex_bench.step_bench import StepBench  # noqa: E402
-from loraplex_bench.steps import StepSize  # noqa: E402
+from loraplex_bench.results import Results, Row, head_commit
+from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, TARGETS, AdapterFamily
+from loraplex_bench.steps.plan import StepSize
+from loraplex_bench.steps.step_bench import StepBench
 
 MAX_ADAPTERS = 128
 DECODE = tuple(StepSize(num_decode=rows, context=context) for rows in (1, 8, 64, 256) for context in (64, 320))

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+
 DEMO = ROOT / "examples" / "demo"
 RESULTS = ROOT / "benchmarks" / "results"
 ADAPTERS = ("json", "devil", "kjv", "upper", "sentiment")
@@ -93,8 +94,9 @@ def transformers_rivals(model_dir: Path, workload: Workload) -> list[Rival]:
 
     torch.set_num_threads(1)
     longest = max(map(len, workload.prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in workload.prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in workload.prompts])
+    padding = [longest - len(prompt) for prompt in workload.prompts]
+    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, workload.prompts, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
 
     def load() -> Any:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
@@ -104,14 +106,8 @@ def transformers_rivals(model_dir: Path, workload: Workload) -> list[Rival]:
 
     def generate(model: Any, num_new_tokens: int, **options: Any) -> Tokens:
         with torch.inference_mode():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=num_new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-                **options,
-            )
+            fixed = {"max_new_tokens": num_new_tokens, "do_sample": False, "pad_token_id": 0}
+            output = model.generate(input_ids=ids, attention_mask=mask, **fixed, **options)
         return [row[longest:].tolist() for row in output]
 
     base = load()

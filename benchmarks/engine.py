@@ -1,7 +1,6 @@
 """The engine in this process on the workloads of baselines/end_to_end.csv, beside vLLM's figures and the floor.
 
-    PYTHONPATH=kernels:services/common:services/engine:clients/python:proto/gen \
-        python benchmarks/engine.py bursts-7b slora-7b --out benchmarks/results
+    python benchmarks/engine.py bursts-7b slora-7b --out benchmarks/results
 
 Random weights, no files. Adapters are in the pinned host arena before the clock starts, each with values of its own,
 and none is on the device unless a line says so. ``--list`` names the cases; one run writes one JSON file. Cases of the
@@ -18,14 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "lib"))
-
-from loraplex_bench.cases import gpu_cases, setup_of, smoke_cases  # noqa: E402
-from loraplex_bench.context import Bench  # noqa: E402
-from loraplex_bench.results import head_commit  # noqa: E402
-from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape  # noqa: E402
-from loraplex_bench.startup import first_token  # noqa: E402
+from loraplex_bench.end_to_end.cases import gpu_cases, setup_of, smoke_cases
+from loraplex_bench.end_to_end.context import Bench
+from loraplex_bench.end_to_end.startup import first_token
+from loraplex_bench.results import head_commit
+from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
 
 VLLM_LIMITS = (
     "the peer's limits: vLLM 0.26.0, at most 256 sequences, 8192 batched tokens, max_model_len 1280, memory share 0.90; "
@@ -53,7 +49,6 @@ def startup_child(args: argparse.Namespace) -> None:
 
 def smoke_model(folder: Path) -> Path:
     """Write the tiny model that the tests use."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
     from support.base_models import TinyBase, write_base_model
 
     return write_base_model(folder / "tiny", TinyBase())

@@ -1,6 +1,6 @@
 """Times our kernels on the workloads of baselines/*.csv and prints them beside the floor and the best peer.
 
-    PYTHONPATH=kernels:services/common python benchmarks/kernels.py --out benchmarks/results
+    python benchmarks/kernels.py --out benchmarks/results
 
 Method, as the baselines': every case has several independent sets of weights (here: the layers of its adapters), one CUDA
 graph holds one call per set, L2 is evicted by reading 160 MiB before each replay, two warm-ups, 15 replays between
@@ -20,53 +20,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from loraplex_bench.popularity import baseline_adapters
+from loraplex_bench.results import Results, Row, head_commit
+from loraplex_bench.steps.attention_cases import (
+    Case,
+    attention_case,
+    attention_prefill_case,
+    attention_prefill_rows,
+)
+from loraplex_bench.steps.kernel_timer import require_close, time_us
+from loraplex_bench.steps.lora_case import LoraCase
 from loraplex_common.adapter_image import OPS
 from loraplex_engine.runners.cuda import lora_paths
-from loraplex_kernels import reference
-from loraplex_kernels.attention_decode import AttentionDecode
-from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
-from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.lora_prefill import LoraPrefill
+from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.prefill import LoraPrefill
 from loraplex_kernels.module import KernelLibrary
-from loraplex_kernels.paged_kv import KvLayout
-from loraplex_kernels.silu_mul import SiluMul
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "lib"))
-
-from loraplex_bench.lora_case import LoraCase  # noqa: E402
-from loraplex_bench.popularity import baseline_adapters  # noqa: E402
-from loraplex_bench.results import Results, Row, head_commit  # noqa: E402
+from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+HERE = Path(__file__).resolve().parent
+
 DEVICE = torch.device("cuda", 0)
-REPLAYS = 15
-MAX_ERROR = 2e-2
-Case = dict[str, str]
-
-
-def time_us(calls: list[Callable[[], None]], flush: torch.Tensor) -> float:
-    """Median time of one call, in microseconds, with weights cold in L2."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times: list[float] = []
-    for index in range(REPLAYS + 2):
-        flush.sum()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        if index >= 2:
-            times.append(start.elapsed_time(stop) * 1e3 / len(calls))
-    return statistics.median(times)
 
 
 def read_cases(name: str) -> list[Case]:
@@ -74,12 +50,6 @@ def read_cases(name: str) -> list[Case]:
         return OWN_CASES[name]()
     with (HERE / "baselines" / f"{name}.csv").open() as file:
         return list(csv.DictReader(file))
-
-
-def require_close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
-    error = ((got.float() - want.float()).norm() / want.float().norm()).item()
-    if not error < MAX_ERROR:
-        raise RuntimeError(f"{what}: relative error {error:.3g}")
 
 
 def decode_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
@@ -139,85 +109,6 @@ def prefill_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict
         require_close(y[rows, : expected.shape[1]], expected, str(row))
     y.copy_(0.3 * torch.randn_like(y))
     calls = [lambda layer=layer: lora.apply(layer, case.op, x, scale, y) for layer in range(case.sets)]
-    return {"op": time_us(calls, flush)}  # type: ignore[arg-type]
-
-
-def attention_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
-    """Time paged decode attention; each layer is a set of K and V."""
-    batch, context, heads, kv_heads = (int(row[key]) for key in ("batch", "context", "q_heads", "kv_heads"))
-    head_dim, block = int(row["head_dim"]), int(row["page_tokens"])
-    layer_bytes = 2 * kv_heads * block * head_dim * 2
-    pages = batch * context // block
-    layers = max(2, min(8, (24 << 30) // (pages * layer_bytes)))
-    kv = KvLayout(
-        page_bytes=layers * layer_bytes, block_tokens=block, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim
-    )
-    pool = torch.randn(pages * layers * layer_bytes // 2, device=DEVICE, dtype=torch.bfloat16).view(torch.uint8)
-    pool = pool.view(pages, -1)
-    tables = torch.randperm(pages, device=DEVICE).int().view(batch, -1)
-    q = torch.randn(batch, kv.qkv_width, device=DEVICE, dtype=torch.bfloat16)
-    lens = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
-    out = torch.full((batch, heads * head_dim), float("nan"), device=DEVICE, dtype=torch.bfloat16)
-    kernel = AttentionDecode(library, kv, max_rows=8 * batch, max_context=context)
-    kernel.launch(0, pool, q, tables, lens, out)
-    for sequence in range(2):
-        key, value = reference.read_kv(pool, kv, torch.bfloat16, 0, tables[sequence], context)
-        query = q[sequence : sequence + 1, : heads * head_dim].view(1, heads, head_dim)
-        require_close(
-            out[sequence].view(1, heads, -1), reference.attention(query, key, value, context - 1, kv), str(row)
-        )
-    chosen = kernel.splits(batch)
-    times = {}
-    for splits in sorted({chosen, 1, 2, 4, 8}):
-        calls = [
-            lambda layer=layer, s=splits: kernel.launch(layer, pool, q, tables, lens, out, splits=s)
-            for layer in range(layers)
-        ]
-        if splits <= max(2, chosen * 2):
-            times["op" if splits == chosen else f"splits{splits}"] = time_us(calls, flush)  # type: ignore[arg-type]
-    return times
-
-
-PREFILL_CHUNKS = ((2048, 0, 1), (512, 3584, 4), (256, 0, 32))  # tokens, cached tokens, sequences
-PEAK_FLOPS = 787e12
-
-
-def attention_prefill_rows() -> list[Case]:
-    """Our own cases, Llama-3-8B heads; the floor is arithmetic at the measured GEMM rate, there is no peer."""
-    rows = []
-    for tokens, cached, sequences in PREFILL_CHUNKS:
-        flops = 4 * 32 * 128 * sequences * sum(cached + i + 1 for i in range(tokens))
-        rows.append(
-            {
-                "tokens": str(tokens),
-                "cached": str(cached),
-                "sequences": str(sequences),
-                "floor_us": f"{flops / PEAK_FLOPS * 1e6:.2f}",
-            }
-        )
-    return rows
-
-
-def attention_prefill_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict[str, float]:
-    """Time chunked prefill attention, 32 heads, 8 KV heads, head size 128, pages of 16 tokens."""
-    tokens, cached, sequences = (int(row[key]) for key in ("tokens", "cached", "sequences"))
-    layers, context = 4, tokens + cached
-    kv = KvLayout(page_bytes=layers * 65536, block_tokens=16, num_heads=32, num_kv_heads=8, head_dim=128)
-    pool = torch.randn(sequences * context // 16 * layers * 32768, device=DEVICE, dtype=torch.bfloat16).view(
-        torch.uint8
-    )
-    pool = pool.view(-1, kv.page_bytes)
-    tables = torch.randperm(len(pool), device=DEVICE).int().view(sequences, -1)
-    q = torch.randn(sequences * tokens, kv.qkv_width, device=DEVICE, dtype=torch.bfloat16)
-    out = torch.full((sequences * tokens, 4096), float("nan"), device=DEVICE, dtype=torch.bfloat16)
-    numbers = np.arange(sequences, dtype=np.int32)
-    made = make_tiles(numbers, np.full_like(numbers, cached), np.full_like(numbers, tokens), 0, 4)
-    tiles, kernel = torch.from_numpy(made).to(DEVICE), AttentionPrefill(library, kv)
-    kernel.launch(0, pool, q, tables, tiles, out)
-    key, value = reference.read_kv(pool, kv, torch.bfloat16, 0, tables[0], context)
-    expected = reference.attention(q[:tokens, :4096].view(tokens, 32, 128), key, value, cached, kv)
-    require_close(out[:tokens].view(tokens, 32, 128), expected, str(row))
-    calls = [lambda layer=layer: kernel.launch(layer, pool, q, tables, tiles, out) for layer in range(layers)]
     return {"op": time_us(calls, flush)}  # type: ignore[arg-type]
 
 

@@ -1,7 +1,6 @@
 """What LoRA adds to a decode step: all products and pointwise kernels of Llama-2-7B, attention and sampling left out.
 
-    PYTHONPATH=kernels:services/common:services/engine:clients/python:proto/gen \
-        python benchmarks/layers.py --out benchmarks/results
+    python benchmarks/layers.py --out benchmarks/results
 
 `decode_stack`: r16 on all seven projections, one graph per step, no flush (13 GB of weights evict L2); `products` are the
 dense products alone, as the baselines' base; `added` is the step with LoRA minus the same step without, RoPE, norms and
@@ -14,22 +13,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from loraplex_bench.popularity import baseline_adapters
 from loraplex_bench.random_weights import RandomWeights
+from loraplex_bench.results import Results, head_commit
+from loraplex_bench.shapes import LLAMA2_7B, AdapterFamily
+from loraplex_bench.steps.layer_cases import measure_ops, measure_stack
+from loraplex_bench.steps.stack import DecodeStack, StackAdapters
 from loraplex_kernels.module import KernelLibrary
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "lib"))
-
-from loraplex_bench.layer_cases import measure_ops, measure_stack  # noqa: E402
-from loraplex_bench.popularity import baseline_adapters  # noqa: E402
-from loraplex_bench.results import Results, head_commit  # noqa: E402
-from loraplex_bench.shapes import LLAMA2_7B, AdapterFamily  # noqa: E402
-from loraplex_bench.stack import DecodeStack, StackAdapters  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable

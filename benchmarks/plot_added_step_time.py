@@ -11,15 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "lib"))
-
-from loraplex_bench.peers import read_baseline  # noqa: E402
+from loraplex_bench.peers import read_baseline
 
 MODEL: Final = "llama2-7b"
 PEERS: Final = {

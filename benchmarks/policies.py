@@ -1,7 +1,6 @@
 """What the scheduling and memory policies reach, each figure with its bound; exit code 0 only if all hold.
 
-    PYTHONPATH=services/common:services/engine:clients/python:kernels:proto/gen \
-        python benchmarks/policies.py [--only overload --only thrash] [--out benchmarks/results]
+    python benchmarks/policies.py [--only overload --only thrash] [--out benchmarks/results]
 
 Simulated figures come from the engine's own scheduler, pool and caches over a device that only costs time
 (docs/adr/0016-simulator.md); they need no GPU and are the same on every machine. ``cost``, ``replay`` and ``real`` measure
@@ -17,34 +16,24 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE / "lib"), str(HERE.parent / "tests")]
-
-from loraplex_bench import (  # noqa: E402
-    policy_cost,
-    policy_economy,
-    policy_error,
-    policy_fairness,
-    policy_overload,
-    policy_real,
-    policy_replay,
-    policy_thrash,
-)
-from loraplex_bench.policy_figures import Report  # noqa: E402
-from loraplex_bench.results import Results, head_commit  # noqa: E402
+from loraplex_bench.policies import cost, economy, error, fairness, overload, real, replay, thrash
+from loraplex_bench.policies.figures import Report
+from loraplex_bench.results import Results, head_commit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+HERE = Path(__file__).resolve().parent
+
 SECTIONS: Final[dict[str, Callable[[Report], None]]] = {
-    "overload": policy_overload.run,
-    "fairness": policy_fairness.run,
-    "thrash": policy_thrash.run,
-    "economy": policy_economy.run,
-    "cost": policy_cost.run,
-    "replay": policy_replay.run,
-    "error": policy_error.run,
-    "real": policy_real.run,
+    "overload": overload.run,
+    "fairness": fairness.run,
+    "thrash": thrash.run,
+    "economy": economy.run,
+    "cost": cost.run,
+    "replay": replay.run,
+    "error": error.run,
+    "real": real.run,
 }
 
 

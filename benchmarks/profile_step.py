@@ -1,7 +1,6 @@
 """Where a step's time goes: every kernel of decode and mixed steps of the CUDA backend, as JSON and as a table.
 
-    PYTHONPATH=kernels:services/common:services/engine:clients/python:proto/gen \
-        python benchmarks/profile_step.py --shape llama2-7b --adapters 200 --out benchmarks/results
+    python benchmarks/profile_step.py --shape llama2-7b --adapters 200 --out benchmarks/results
 
 Random weights; the steps are made by hand, so nothing but the runner is in them. Each is launched three times, then once
 under the profiler (CUPTI), then timed without it: the profiler stretches gaps, so `wall` of the table is an upper bound
@@ -11,18 +10,14 @@ and `step` is the time to compare.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "lib"))
-
-from loraplex_bench.kernel_table import markdown, rows  # noqa: E402
-from loraplex_bench.results import Results, Row, head_commit  # noqa: E402
-from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, TARGETS, AdapterFamily  # noqa: E402
-from loraplex_bench.step_bench import StepBench  # noqa: E402
-from loraplex_bench.steps import StepSize  # noqa: E402
+from loraplex_bench.results import Results, Row, head_commit
+from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, TARGETS, AdapterFamily
+from loraplex_bench.steps.kernel_table import markdown, rows
+from loraplex_bench.steps.plan import StepSize
+from loraplex_bench.steps.step_bench import StepBench
 
 
 def steps(num_adapters: int, batch: int) -> dict[str, tuple[StepSize, int]]:

@@ -23,19 +23,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-from loraplex.v1 import gateway_pb2, gateway_pb2_grpc  # noqa: E402
-from loraplex_common.base_model import load_base_model  # noqa: E402
-from loraplex_common.grpc_channel import open_channel  # noqa: E402
-from loraplex_common.valkey import EmbeddedValkey, connect  # noqa: E402
-from support.base_models import TinyBase, write_base_model  # noqa: E402
-from support.engine_double import EngineDouble  # noqa: E402
-from support.processes import ServiceProcess  # noqa: E402
+from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
+from loraplex_common.base_model import load_base_model
+from loraplex_common.grpc_channel import open_channel
+from loraplex_common.valkey import EmbeddedValkey, connect
+from support.base_models import TinyBase, write_base_model
+from support.engine_double import EngineDouble
+from support.processes import ServiceProcess
 
 if TYPE_CHECKING:
     from loraplex.v1 import engine_pb2
+
+ROOT = Path(__file__).resolve().parent.parent
 
 QUOTAS = """\
 [default]
@@ -107,7 +106,8 @@ async def start(stack: AsyncExitStack, folder: Path, model: Path, url: str, name
     client = connect(url)
     stack.push_async_callback(client.aclose)
     await engine.register(client)
-    arguments = ["--model", str(model), "--redis-url", url, "--port", "0", "--http-port", "0", "--log-level", "warning"]
+    ports = ("--port", "0", "--http-port", "0", "--metrics-port", "0")
+    arguments = ["--model", str(model), "--redis-url", url, *ports, "--log-level", "warning"]
     process = ServiceProcess("loraplex_gateway", [*arguments, *options], log_dir=folder)
     stack.callback(process.stop)
     await asyncio.to_thread(process.wait_ready)

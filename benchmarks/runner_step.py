@@ -10,23 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
+from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canonical
+from loraplex_adapter_store.checkpoint.reader import read_checkpoint
+from loraplex_common.adapter_image import pack
+from loraplex_common.base_model import BaseModelInfo, load_base_model
+from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.step import NO_ADAPTER
+from support.plans import Harness
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canonical  # noqa: E402
-from loraplex_adapter_store.checkpoint.reader import read_checkpoint  # noqa: E402
-from loraplex_common.adapter_image import pack  # noqa: E402
-from loraplex_common.base_model import BaseModelInfo, load_base_model  # noqa: E402
-from loraplex_engine.pool_geometry import choose_pool_geometry  # noqa: E402
-from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner  # noqa: E402
-from loraplex_engine.step import NO_ADAPTER  # noqa: E402
-from support.plans import Harness  # noqa: E402
 
 ADAPTERS = ("json", "devil", "kjv", "upper", "sentiment")
 NUM_ROWS = 16
@@ -57,6 +54,14 @@ def decode(harness: Harness, prompts: list[list[int]], adapters: list[int], num_
         harness.absorb(sequences, result)
     harness.release(sequences)
     return times
+
+
+def profile(harness: Harness, prompts: list[list[int]], adapters: list[int]) -> str:
+    """Return a table of the operators that eight decode steps spend their time in."""
+    with torch.profiler.profile() as profiler:
+        decode(harness, prompts, adapters, 8)
+    averages = profiler.key_averages()
+    return str(averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40))
 
 
 def main() -> None:
@@ -94,12 +99,7 @@ def main() -> None:
             print(f"{name}: step {median:.1f} ms median, {low:.1f} ms best, {NUM_ROWS / median * 1e3:.0f} tokens/s")
     if args.profile:
         for name, adapters in settings.items():
-            with torch.profiler.profile() as profile:
-                decode(harness, prompts, adapters, 8)
-            print(
-                name,
-                profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40),
-            )
+            print(name, profile(harness, prompts, adapters))
     runner.close()
 
 

@@ -1,6 +1,6 @@
 """Times sampling a step's rows on the GPU: our kernel by kind of row, its floor, and the torch sampler.
 
-    PYTHONPATH=kernels:services/common:services/engine:proto/gen python benchmarks/sampling.py --out benchmarks/results
+    python benchmarks/sampling.py --out benchmarks/results
 
 The floor is one read of the logits at 3.35 TB/s. Kernel: median of 15 launches, L2 evicted by reading 160 MiB before
 each. The torch sampler is timed by the host, end to end, since it waits for the device. Logits are bf16, normal around 0:
@@ -12,26 +12,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from loraplex_bench.results import Results, Row, head_commit
 from loraplex_engine.runners.cuda.sampling import DeviceSampler
 from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.step import SamplingArrays, SlotSetup
 from loraplex_kernels.module import KernelLibrary
-from loraplex_kernels.sample import ROW_INTS
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "lib"))
-
-from loraplex_bench.results import Results, Row, head_commit  # noqa: E402
+from loraplex_kernels.sampling.sample import ROW_INTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+HERE = Path(__file__).resolve().parent
 
 DEVICE = torch.device("cuda", 0)
 BYTES_PER_US = 3.35e6

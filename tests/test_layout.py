@@ -6,6 +6,7 @@ import ast
 import statistics
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "loraplex": ROOT / "proto/gen/loraplex",
+    "loraplex_bench": ROOT / "benchmarks/lib/loraplex_bench",
     "loraplex_adapter_store": ROOT / "services/adapter_store/loraplex_adapter_store",
     "loraplex_client": ROOT / "clients/python/loraplex_client",
     "loraplex_common": ROOT / "services/common/loraplex_common",
@@ -43,7 +45,9 @@ def test_kernels_is_no_python_package() -> None:
     # transformers asks whether a package `kernels` (Hugging Face's, from PyPI) is installed and then imports names from
     # it. A folder without __init__.py is a namespace portion, which any regular package beats; with one, every script
     # run from the repository root would hand transformers ours, and models fail to import (transformers PR #42004).
+    # tests/ is an import root of development installs, so the same holds there.
     assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "kernels" / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("package", WITHOUT_TORCH)
@@ -61,7 +65,13 @@ def test_every_package_is_typed(package: str) -> None:
 
 
 def test_every_package_is_in_the_list_above() -> None:
-    folders = ("proto/gen", "clients/python", "kernels", *(f"services/{p.name}" for p in (ROOT / "services").iterdir()))
+    folders = (
+        "proto/gen",
+        "clients/python",
+        "kernels",
+        "benchmarks/lib",
+        *(f"services/{p.name}" for p in (ROOT / "services").iterdir()),
+    )
 
     found = {path.parent for folder in folders for path in (ROOT / folder).glob("loraplex*/__init__.py")}
 
@@ -118,3 +128,66 @@ def test_constructors_of_the_engine_take_few_arguments() -> None:
     assert {name: count for name, count in counts.items() if count > MOST_ARGUMENTS} == {}
     assert statistics.median(counts.values()) <= MEDIAN_ARGUMENTS
     assert counts["scheduler/admission.py:Admission"] <= 6
+
+
+# --- so can kernels and benchmarks, and scripts run as they are ---
+
+MOST_FUNCTION_LINES = 40
+READABLE = sorted(path for folder in ("kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+CUDA_SOURCES = sorted((ROOT / "kernels").rglob("*.cu*"))
+
+
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Return every function of a file, methods and nested ones included."""
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+def num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the lines of a function without its docstring."""
+    docstring = function.body[0] if ast.get_docstring(function) is not None else None
+    documented = docstring.end_lineno - docstring.lineno + 1 if docstring and docstring.end_lineno else 0
+    assert function.end_lineno is not None
+    return function.end_lineno - function.lineno + 1 - documented
+
+
+def test_no_file_of_kernels_and_benchmarks_is_longer_than_contributing_says() -> None:
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in READABLE + CUDA_SOURCES}
+
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_no_function_of_kernels_and_benchmarks_is_longer_than_contributing_says() -> None:
+    lines = {
+        f"{path.relative_to(ROOT)}:{function.name}": num_lines(function)
+        for path in READABLE
+        for function in functions(path)
+    }
+
+    assert {name: count for name, count in lines.items() if count > MOST_FUNCTION_LINES} == {}
+
+
+def test_constructors_of_kernels_and_benchmarks_take_few_arguments() -> None:
+    counts = {
+        f"{path.relative_to(ROOT)}:{function.lineno}": len(function.args.args + function.args.kwonlyargs) - 1
+        for path in READABLE
+        for function in functions(path)
+        if function.name == "__init__"
+    }
+
+    assert {name: count for name, count in counts.items() if count > MOST_ARGUMENTS} == {}
+
+
+def test_a_development_install_and_the_type_check_see_the_same_import_roots() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+
+    assert sorted(tools["hatch"]["build"]["dev-mode-dirs"]) == sorted(tools["mypy"]["mypy_path"])
+
+
+def test_no_benchmark_patches_the_import_path() -> None:
+    patching = [path.name for path in READABLE if "sys.path" in path.read_text() or "E402" in path.read_text()]
+
+    assert patching == []

@@ -17,6 +17,7 @@ from cuda.bindings import nvrtc
 SOURCES: Final = Path(__file__).parent / "csrc"
 DEFAULT_CACHE: Final = Path.home() / ".cache" / "loraplex" / "cubins"
 OPTIONS: Final = ("--std=c++17", "--ptxas-options=-v")
+ENTRY_POINT: Final = re.compile(r'^extern "C" __global__[^{;]*?(\w+)\(const Params p\)', re.MULTILINE)
 
 
 class CompileError(RuntimeError):
@@ -28,7 +29,7 @@ class Build:
     """One kernel and the macros it is compiled with.
 
     Attributes:
-        name: Stem of the ``.cu`` file and name of its entry point.
+        name: Name of the entry point, as profilers show it; `sources` has its file.
         defines: Macros as ``NAME`` or ``NAME=VALUE``.
     """
 
@@ -78,14 +79,42 @@ def nvrtc_version() -> str:
 
 @functools.cache
 def headers() -> dict[str, str]:
-    """Return the headers of all kernels: name -> text."""
-    return {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))}
+    """Return the headers of all kernels: path below `SOURCES`, as ``#include`` gives it -> text."""
+    return {path.relative_to(SOURCES).as_posix(): path.read_text() for path in sorted(SOURCES.rglob("*.cuh"))}
+
+
+@functools.cache
+def sources() -> dict[str, Path]:
+    """Return the file of every kernel: name of the entry point -> ``.cu`` file.
+
+    Raises:
+        CompileError: If a file does not declare exactly one entry point, or two files declare the same one.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(SOURCES.rglob("*.cu")):
+        names = ENTRY_POINT.findall(path.read_text())
+        if len(names) != 1 or names[0] in found:
+            raise CompileError(f"{path} declares the entry points {names}; expected one that no other file declares")
+        found[names[0]] = path
+    return found
+
+
+def source_of(build: Build) -> Path:
+    """Return the file of a kernel.
+
+    Raises:
+        CompileError: If there is no kernel of this name.
+    """
+    try:
+        return sources()[build.name]
+    except KeyError:
+        raise CompileError(f"no kernel {build.name!r}; there are {', '.join(sorted(sources()))}") from None
 
 
 def cache_key(build: Build, arch: str) -> str:
     """Return a digest of all that the machine code depends on."""
     parts = [
-        (SOURCES / f"{build.name}.cu").read_text(),
+        source_of(build).read_text(),
         *headers().items(),
         build.defines,
         arch,
@@ -101,14 +130,15 @@ def compile_kernel(build: Build, arch: str) -> Program:
     Raises:
         CompileError: With NVRTC's log.
     """
-    source = (SOURCES / f"{build.name}.cu").read_text()
+    path = source_of(build)
+    source, file = path.read_text(), path.relative_to(SOURCES).as_posix()
     names, texts = [name.encode() for name in headers()], [text.encode() for text in headers().values()]
-    result, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{build.name}.cu".encode(), len(names), texts, names)
+    result, program = nvrtc.nvrtcCreateProgram(source.encode(), file.encode(), len(names), texts, names)
     _check(result, what=build.name)
     try:
         options = [f"--gpu-architecture={arch}", *OPTIONS, *(f"-D{define}" for define in build.defines)]
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        _check(result, program, f"{build.name}.cu for {arch} with {', '.join(build.defines) or 'no macros'}")
+        _check(result, program, f"{file} for {arch} with {', '.join(build.defines) or 'no macros'}")
         log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()
         if arch.startswith("compute_"):
             image = _text(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)

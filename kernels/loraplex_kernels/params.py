@@ -11,7 +11,7 @@ _Fields = Sequence[tuple[str, type[Any]]]
 
 
 class LoraTables(ctypes.Structure):
-    """csrc/lora_table.cuh."""
+    """csrc/lora/table.cuh."""
 
     _fields_: ClassVar[_Fields] = [
         ("pool", c_void_p),
@@ -25,7 +25,7 @@ class LoraTables(ctypes.Structure):
 
 
 class ExpandParams(ctypes.Structure):
-    """csrc/lora_expand.cuh."""
+    """csrc/lora/expand.cuh."""
 
     _fields_: ClassVar[_Fields] = [
         ("h", c_void_p),
@@ -38,7 +38,7 @@ class ExpandParams(ctypes.Structure):
 
 
 class RopeParams(ctypes.Structure):
-    """csrc/rope_kv.cu."""
+    """csrc/attention/rope_kv.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("qkv", c_void_p),
@@ -59,7 +59,7 @@ class RopeParams(ctypes.Structure):
 
 
 class PagedKv(ctypes.Structure):
-    """csrc/paged_kv.cuh."""
+    """csrc/attention/paged_kv.cuh."""
 
     _fields_: ClassVar[_Fields] = [
         ("pool", c_void_p),
@@ -76,7 +76,7 @@ class PagedKv(ctypes.Structure):
 
 
 class RmsNormParams(ctypes.Structure):
-    """csrc/rms_norm.cu."""
+    """csrc/pointwise/rms_norm.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("x", c_void_p),
@@ -90,13 +90,13 @@ class RmsNormParams(ctypes.Structure):
 
 
 class SiluMulParams(ctypes.Structure):
-    """csrc/silu_mul.cu."""
+    """csrc/pointwise/silu_mul.cu."""
 
     _fields_: ClassVar[_Fields] = [("gate_up", c_void_p), ("out", c_void_p), ("delta", c_void_p)]
 
 
 class EmbeddingParams(ctypes.Structure):
-    """csrc/embedding.cu."""
+    """csrc/pointwise/embedding.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("table", c_void_p),
@@ -110,7 +110,7 @@ class EmbeddingParams(ctypes.Structure):
 
 
 class ShrinkParams(ctypes.Structure):
-    """csrc/lora_shrink.cu."""
+    """csrc/lora/shrink.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("lora", LoraTables),
@@ -125,7 +125,7 @@ class ShrinkParams(ctypes.Structure):
 
 
 class ExpandAddParams(ctypes.Structure):
-    """csrc/lora_expand.cu."""
+    """csrc/lora/expand.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("lora", LoraTables),
@@ -139,7 +139,7 @@ class ExpandAddParams(ctypes.Structure):
 
 
 class AttentionDecodeParams(ctypes.Structure):
-    """csrc/attention_decode.cu."""
+    """csrc/attention/decode.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("kv", PagedKv),
@@ -156,7 +156,7 @@ class AttentionDecodeParams(ctypes.Structure):
 
 
 class AttentionScalarParams(ctypes.Structure):
-    """csrc/attention_scalar.cu."""
+    """csrc/attention/scalar.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("kv", PagedKv),
@@ -169,7 +169,7 @@ class AttentionScalarParams(ctypes.Structure):
 
 
 class AttentionPrefillParams(ctypes.Structure):
-    """csrc/attention_prefill.cu."""
+    """csrc/attention/prefill.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("kv", PagedKv),
@@ -181,7 +181,7 @@ class AttentionPrefillParams(ctypes.Structure):
 
 
 class PrefillParams(ctypes.Structure):
-    """csrc/lora_prefill.cu."""
+    """csrc/lora/prefill.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("lora", LoraTables),
@@ -196,7 +196,7 @@ class PrefillParams(ctypes.Structure):
 
 
 class SampleParams(ctypes.Structure):
-    """csrc/sample.cu."""
+    """csrc/sampling/sample.cu."""
 
     _fields_: ClassVar[_Fields] = [
         ("logits", c_void_p),

@@ -14,7 +14,7 @@ from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterIncompatibleError, SaturatedError
 from loraplex_engine.limits import SchedulingPolicy
 from loraplex_engine.runners.cuda import runner as runner_module
-from loraplex_kernels.tables import MAX_RANK
+from loraplex_kernels.lora.tables import MAX_RANK
 from support.adapters import Recipe
 from support.base_models import write_base_model
 from support.cuda_rig import BASES, cuda_engine

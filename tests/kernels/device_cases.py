@@ -12,18 +12,18 @@ import torch
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
 from kernels.sampling_cases import NUM_SLOTS, device_sampler, draw_by_reference, draw_on_device, make_batch, make_logits
 from loraplex_kernels import reference
-from loraplex_kernels.attention_decode import AttentionDecode
-from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
-from loraplex_kernels.attention_scalar import AttentionScalar
-from loraplex_kernels.embedding import Embedding
-from loraplex_kernels.items import op_shapes
-from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.lora_prefill import LoraPrefill
-from loraplex_kernels.paged_kv import KvLayout
-from loraplex_kernels.rms_norm import RmsNorm
-from loraplex_kernels.rope_kv import RopeKv
-from loraplex_kernels.silu_mul import SiluMul
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.attention.decode import AttentionDecode
+from loraplex_kernels.attention.paged_kv import KvLayout
+from loraplex_kernels.attention.prefill import AttentionPrefill, make_tiles
+from loraplex_kernels.attention.rope_kv import RopeKv
+from loraplex_kernels.attention.scalar import AttentionScalar
+from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.items import op_shapes
+from loraplex_kernels.lora.prefill import LoraPrefill
+from loraplex_kernels.lora.tables import AdapterTables
+from loraplex_kernels.pointwise.embedding import Embedding
+from loraplex_kernels.pointwise.rms_norm import RmsNorm
+from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from loraplex_kernels.compiler import SOURCES
+from loraplex_kernels.compiler import SOURCES, sources
 from loraplex_kernels.module import KernelLibrary, dtype_defines
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class HostLibrary(KernelLibrary):
         binary = self._directory / "-".join((name, *macros)).replace("=", "_")
         if not binary.exists():
             command = [str(COMPILER), *FLAGS, f"-I{SOURCES}", f"-I{HERE}", *(f"-D{macro}" for macro in macros)]
-            command += [f'-DKERNEL_FILE="{name}.cu"', f"-DKERNEL_NAME={name}", str(HERE / "host_runner.cpp")]
+            command += [f'-DKERNEL_FILE="{sources()[name]}"', f"-DKERNEL_NAME={name}", str(HERE / "host_runner.cpp")]
             partial = self.scratch / binary.name
             subprocess.run([*command, "-o", str(partial)], check=True, timeout=120)
             partial.replace(binary)

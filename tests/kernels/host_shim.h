@@ -183,9 +183,13 @@ inline bool flip() { return (coin = coin * 1664525u + 1013904223u) >> 31; }
 inline void __syncthreads() { shim::wait(shim::block_barriers[shim::cta()], shim::block_live[shim::cta()]); }
 inline void __syncwarp() { shim::wait(shim::warp_barriers[shim::current / 32], shim::warp_live[shim::current / 32]); }
 template <class T>
-inline T __shfl_xor_sync(unsigned, T value, int mask) { return shim::exchange(value, shim::current % 32 ^ mask); }
+inline T __shfl_xor_sync(unsigned, T value, int mask) {
+    return shim::exchange(value, shim::current % 32 ^ mask);
+}
 template <class T>
-inline T __shfl_sync(unsigned, T value, int from) { return shim::exchange(value, from); }
+inline T __shfl_sync(unsigned, T value, int from) {
+    return shim::exchange(value, from);
+}
 template <class T>
 inline T __shfl_up_sync(unsigned, T value, unsigned delta) {
     const unsigned lane = shim::current % 32;
@@ -210,17 +214,33 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline int __float_as_int(float v) { int i; std::memcpy(&i, &v, 4); return i; }
-inline float __uint_as_float(unsigned v) { float f; std::memcpy(&f, &v, 4); return f; }
-inline unsigned __float_as_uint(float v) { unsigned u; std::memcpy(&u, &v, 4); return u; }
+inline int __float_as_int(float v) {
+    int i;
+    std::memcpy(&i, &v, 4);
+    return i;
+}
+inline float __uint_as_float(unsigned v) {
+    float f;
+    std::memcpy(&f, &v, 4);
+    return f;
+}
+inline unsigned __float_as_uint(float v) {
+    unsigned u;
+    std::memcpy(&u, &v, 4);
+    return u;
+}
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 inline float __expf(float v) { return std::exp(v); }
 template <class T>
-inline T max(T a, T b) { return a < b ? b : a; }
+inline T max(T a, T b) {
+    return a < b ? b : a;
+}
 template <class T>
-inline T min(T a, T b) { return b < a ? b : a; }
+inline T min(T a, T b) {
+    return b < a ? b : a;
+}
 
-// Tensor cores and asynchronous copies: common.cuh's primitives, then lora_prefill.cuh's.
+// Tensor cores and asynchronous copies: common.cuh's primitives, then lora/prefill.cuh's.
 inline bool __any_sync(unsigned, bool value) {
     for (const auto& lane : shim::exchange({value}))
         if (lane[0]) return true;
@@ -230,7 +250,9 @@ inline float exp2_approx(float v) { return std::exp2(v); }
 using SharedAddress = unsigned char*;
 inline SharedAddress address_of(const void* p) { return static_cast<unsigned char*>(const_cast<void*>(p)); }
 template <class Shared>
-unsigned char* generic_address(Shared&, SharedAddress at) { return at; }
+unsigned char* generic_address(Shared&, SharedAddress at) {
+    return at;
+}
 inline void copy_async16(void* to, const void* from, bool live) {
     if (reinterpret_cast<size_t>(to) % 16 || (live && reinterpret_cast<size_t>(from) % 16)) std::exit(7);
     const shim::Copy copy{to, from, live, shim::flip()};
@@ -281,7 +303,9 @@ inline void mma_bf16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
 struct AnyQuad {
     SharedAddress from;
     template <class Q>
-    operator Q() const { return *reinterpret_cast<const Q*>(from); }
+    operator Q() const {
+        return *reinterpret_cast<const Q*>(from);
+    }
 };
 inline AnyQuad load_shared16(SharedAddress from) { return {from}; }
 template <class Q>
@@ -289,7 +313,9 @@ void store_global16_if(void* to, const Q& q, bool live) {
     if (live) *static_cast<Q*>(to) = q;
 }
 template <unsigned kCluster>
-unsigned cluster_rank() { return shim::cta(); }
+unsigned cluster_rank() {
+    return shim::cta();
+}
 template <unsigned kCluster>
 void cluster_arrive() {
     if (kCluster == 1) return;
@@ -313,7 +339,9 @@ T* of_peer(SharedAddress here, unsigned cta) {
 }
 // An mbarrier of one phase is the number of bytes still to come: too many end the run at once, too few in a deadlock.
 template <unsigned kCluster>
-void expect_bytes(SharedAddress landed, unsigned bytes) { *of_peer<kCluster, size_t>(landed, shim::cta()) = bytes; }
+void expect_bytes(SharedAddress landed, unsigned bytes) {
+    *of_peer<kCluster, size_t>(landed, shim::cta()) = bytes;
+}
 inline void reveal_expected() {}
 template <unsigned kCluster>
 void await_bytes(SharedAddress landed) {

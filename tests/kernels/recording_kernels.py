@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from loraplex_kernels.items import GROUP_INTS, GROUP_TOKENS_AT, ITEM_INTS
+from loraplex_kernels.lora.items import GROUP_INTS, GROUP_TOKENS_AT, ITEM_INTS
 from loraplex_kernels.module import KernelLibrary
 from numpy.typing import NDArray
 

@@ -10,13 +10,13 @@ import torch
 from loraplex_engine.runners.cuda.sampling import DeviceSampler, make_edits, pack_counts
 from loraplex_engine.runners.cuda.step_handle import read_report
 from loraplex_engine.step import SlotSetup, TokenLogprobs
-from loraplex_kernels import reference_sampling
+from loraplex_kernels.sampling import reference as reference_sampling
 from numpy.typing import NDArray
 from support.plans import Draw, sampling_arrays
 
 if TYPE_CHECKING:
     from loraplex_engine.runners.sampler import Sampler
-    from loraplex_kernels.sample import Sample
+    from loraplex_kernels.sampling.sample import Sample
 
 KINDS = ("peaked", "wide", "flat", "tied", "equal")
 NUM_SLOTS = 64

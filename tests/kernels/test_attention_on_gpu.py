@@ -8,10 +8,10 @@ import torch
 from kernels.gpu_tensors import ATTENTION_TOLERANCE, DTYPES, ints, libraries, library, poisoned, randn
 from kernels.kernel_cases import relative_error
 from loraplex_kernels import reference
-from loraplex_kernels.attention_decode import AttentionDecode
-from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
-from loraplex_kernels.attention_scalar import AttentionScalar
-from loraplex_kernels.paged_kv import KvLayout
+from loraplex_kernels.attention.decode import AttentionDecode
+from loraplex_kernels.attention.paged_kv import KvLayout
+from loraplex_kernels.attention.prefill import AttentionPrefill, make_tiles
+from loraplex_kernels.attention.scalar import AttentionScalar
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,11 +6,13 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_kernels import lora_prefill, prefill_cut
-from loraplex_kernels import sample as sampling
-from loraplex_kernels.compiler import SOURCES, Build, CompileError, CubinCache, cache_key, compile_kernel
-from loraplex_kernels.items import OpShape
+from loraplex_kernels import compiler
+from loraplex_kernels.compiler import Build, CompileError, CubinCache, cache_key, compile_kernel, headers, sources
+from loraplex_kernels.lora import prefill as lora_prefill
+from loraplex_kernels.lora import prefill_cut
+from loraplex_kernels.lora.items import OpShape
 from loraplex_kernels.module import JITTER_MACRO
+from loraplex_kernels.sampling import sample as sampling
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,11 +56,9 @@ BUILDS = [
 
 def ceiling_of_header(name: str) -> int:
     """The register ceiling a kernel's header derives from its CTAs per SM."""
-    text = " ".join(
-        line.lstrip("/ ") for line in (SOURCES / f"{name}.cu").read_text().splitlines() if line.startswith("//")
-    )
+    text = " ".join(line.lstrip("/ ") for line in sources()[name].read_text().splitlines() if line.startswith("//"))
     found = re.findall(r"hence at most (\d+)", text)
-    assert len(found) == 1, f"{name}.cu must derive one register ceiling"
+    assert len(found) == 1, f"{sources()[name]} must derive one register ceiling"
     return int(found[0])
 
 
@@ -111,7 +111,32 @@ def test_lora_prefill_multiplies_by_warpgroup_above_rank_16_where_that_exists(cu
 
 
 def test_every_kernel_is_compiled_by_these_tests() -> None:
-    assert {path.stem for path in SOURCES.glob("*.cu")} == {name for name, _, _ in BUILDS}
+    assert sources().keys() == {name for name, _, _ in BUILDS}
+
+
+def test_a_header_is_found_by_the_path_that_includes_give() -> None:
+    included = {name for source in sources().values() for name in re.findall(r'#include "(.*)"', source.read_text())}
+
+    assert included <= headers().keys()
+    assert {"common.cuh", "lora/table.cuh"} <= headers().keys()
+
+
+def test_an_unknown_kernel_is_refused_with_the_names_that_exist() -> None:
+    with pytest.raises(CompileError, match=r"no kernel 'lora_shrnk'; there are .*\blora_shrink\b"):
+        compile_kernel(Build(name="lora_shrnk"), "sm_80")
+
+
+@pytest.mark.parametrize("second", ["", 'extern "C" __global__ void once(const Params p) {}'])
+def test_a_file_of_no_or_another_files_entry_point_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, second: str
+) -> None:
+    (tmp_path / "first.cu").write_text('extern "C" __global__ void __launch_bounds__(1)\nonce(const Params p) {}')
+    monkeypatch.setattr(compiler, "SOURCES", tmp_path)
+    assert sources.__wrapped__() == {"once": tmp_path / "first.cu"}
+    (tmp_path / "second.cu").write_text(second)
+
+    with pytest.raises(CompileError, match=r"second\.cu declares the entry points"):
+        sources.__wrapped__()
 
 
 def test_a_cached_cubin_is_read_back_as_it_was(tmp_path: Path) -> None:

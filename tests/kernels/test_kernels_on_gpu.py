@@ -10,13 +10,13 @@ from kernels.device_cases import run_all
 from kernels.gpu_tensors import DTYPES, TOLERANCE, ints, libraries, poisoned, randn
 from kernels.kernel_cases import relative_error
 from loraplex_kernels import reference
-from loraplex_kernels.compiler import SOURCES
-from loraplex_kernels.embedding import Embedding
+from loraplex_kernels.attention.paged_kv import KvLayout
+from loraplex_kernels.attention.rope_kv import RopeKv
+from loraplex_kernels.compiler import sources
 from loraplex_kernels.module import KernelLibrary
-from loraplex_kernels.paged_kv import KvLayout
-from loraplex_kernels.rms_norm import RmsNorm
-from loraplex_kernels.rope_kv import RopeKv
-from loraplex_kernels.silu_mul import SiluMul
+from loraplex_kernels.pointwise.embedding import Embedding
+from loraplex_kernels.pointwise.rms_norm import RmsNorm
+from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +35,7 @@ def test_every_kernel_computes_as_sm_80_code() -> None:
     failures = run_all(lambda dtype: RecordingLibrary(torch.device("cuda", 0), dtype, arch="compute_80"))
 
     assert not failures
-    assert loaded == {path.stem for path in SOURCES.glob("*.cu")}
+    assert loaded == sources().keys()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,16 +9,17 @@ import pytest
 import torch
 from kernels.host_kernels import HostLibrary
 from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry, relative_error
-from loraplex_kernels import items, reference
-from loraplex_kernels.attention_scalar import AttentionScalar
-from loraplex_kernels.embedding import Embedding
-from loraplex_kernels.items import op_shapes, range_index
-from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.paged_kv import KvLayout
-from loraplex_kernels.rms_norm import RmsNorm
-from loraplex_kernels.rope_kv import RopeKv
-from loraplex_kernels.silu_mul import SiluMul
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels import reference
+from loraplex_kernels.attention.paged_kv import KvLayout
+from loraplex_kernels.attention.rope_kv import RopeKv
+from loraplex_kernels.attention.scalar import AttentionScalar
+from loraplex_kernels.lora import items
+from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.items import op_shapes, range_index
+from loraplex_kernels.lora.tables import AdapterTables
+from loraplex_kernels.pointwise.embedding import Embedding
+from loraplex_kernels.pointwise.rms_norm import RmsNorm
+from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 DELTA_OPS = frozenset({"qkv", "gate_up"})

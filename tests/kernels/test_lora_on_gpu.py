@@ -12,13 +12,13 @@ from kernels.device_cases import OPS
 from kernels.gpu_tensors import DTYPES, TOLERANCE, ints, libraries, poisoned, randn
 from kernels.kernel_cases import PATTERNS, AdapterPool, make_adapters, make_geometry, relative_error
 from loraplex_kernels import reference
-from loraplex_kernels.items import op_shapes
-from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.lora_prefill import LoraPrefill
-from loraplex_kernels.paged_kv import KvLayout
-from loraplex_kernels.rope_kv import RopeKv
-from loraplex_kernels.silu_mul import SiluMul
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.attention.paged_kv import KvLayout
+from loraplex_kernels.attention.rope_kv import RopeKv
+from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.items import op_shapes
+from loraplex_kernels.lora.prefill import LoraPrefill
+from loraplex_kernels.lora.tables import AdapterTables
+from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 if TYPE_CHECKING:
     from loraplex_kernels.module import KernelLibrary

@@ -9,26 +9,27 @@ import re
 import pytest
 from kernels.test_compile import BUILDS
 from loraplex_kernels import params
-from loraplex_kernels.compiler import SOURCES, Build, CubinCache
+from loraplex_kernels.compiler import SOURCES, Build, CubinCache, sources
 
 MIRRORS = {
     re.sub(r"^csrc/(.*)\.$", r"\1", inspect.getdoc(cls) or ""): cls
     for _, cls in inspect.getmembers(params, inspect.isclass)
     if issubclass(cls, ctypes.Structure) and cls.__module__ == params.__name__
 }
-"""File -> mirror of the struct that it defines."""
-KERNELS = sorted(path.name for path in SOURCES.glob("*.cu"))
+"""File below `SOURCES` -> mirror of the struct that it defines."""
+NAMES = {path.relative_to(SOURCES).as_posix(): name for name, path in sources().items()}
+KERNELS = sorted(NAMES)
 
 
 def source_of(name: str) -> str:
     """Return a file with all that it includes."""
     text = (SOURCES / name).read_text()
-    return text + "".join(source_of(header) for header in re.findall(r'#include "(\w+\.cuh)"', text))
+    return text + "".join(source_of(header) for header in re.findall(r'#include "([\w/]+\.cuh)"', text))
 
 
 def build_of(name: str) -> Build:
-    defines = next(defines for kernel, defines, _ in BUILDS if f"{kernel}.cu" == name)
-    return Build(name=name.removesuffix(".cu"), defines=defines)
+    defines = next(defines for kernel, defines, _ in BUILDS if kernel == NAMES[name])
+    return Build(name=NAMES[name], defines=defines)
 
 
 @pytest.mark.parametrize("name", KERNELS)

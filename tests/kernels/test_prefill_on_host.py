@@ -10,11 +10,11 @@ import torch
 from kernels.host_kernels import HostLibrary
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
 from loraplex_kernels import reference
-from loraplex_kernels.attention_prefill import AttentionPrefill, make_tiles
-from loraplex_kernels.items import op_shapes
-from loraplex_kernels.lora_prefill import LoraPrefill
-from loraplex_kernels.paged_kv import KvLayout
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.attention.paged_kv import KvLayout
+from loraplex_kernels.attention.prefill import AttentionPrefill, make_tiles
+from loraplex_kernels.lora.items import op_shapes
+from loraplex_kernels.lora.prefill import LoraPrefill
+from loraplex_kernels.lora.tables import AdapterTables
 
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 

@@ -10,11 +10,11 @@ import torch
 from kernels.device_cases import OPS
 from kernels.gpu_tensors import DTYPES, TOLERANCE, libraries, randn
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
-from loraplex_kernels.items import op_shapes
-from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.lora_prefill import LoraPrefill
-from loraplex_kernels.prefill_cut import RESIDENCIES
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.items import op_shapes
+from loraplex_kernels.lora.prefill import LoraPrefill
+from loraplex_kernels.lora.prefill_cut import RESIDENCIES
+from loraplex_kernels.lora.tables import AdapterTables
 
 pytestmark = [
     pytest.mark.gpu,

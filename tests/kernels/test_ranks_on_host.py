@@ -10,10 +10,10 @@ import torch
 from kernels.host_kernels import HostLibrary
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
 from loraplex_common.adapter_image import KIND_A, OPS, layout
-from loraplex_kernels.items import op_shapes
-from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.lora_prefill import WHOLE_STEPS
-from loraplex_kernels.tables import MAX_STACKED_RANK, AdapterTables
+from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.items import op_shapes
+from loraplex_kernels.lora.prefill import WHOLE_STEPS
+from loraplex_kernels.lora.tables import MAX_STACKED_RANK, AdapterTables
 
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}

@@ -24,7 +24,7 @@ from kernels.sampling_cases import (
 )
 from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.step import SlotSetup
-from loraplex_kernels.sample import Sample
+from loraplex_kernels.sampling.sample import Sample
 from support.plans import Draw
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry
 from loraplex_common.adapter_image import ITEM_BYTES, OPS, AdapterSpec, Geometry, ModuleSpec, from_bfloat16, layout
-from loraplex_kernels.attention_decode import num_splits
-from loraplex_kernels.attention_prefill import TILE_ROWS, make_tiles
-from loraplex_kernels.items import (
+from loraplex_kernels.attention.decode import num_splits
+from loraplex_kernels.attention.prefill import TILE_ROWS, make_tiles
+from loraplex_kernels.lora.items import (
     BLOCK_ROWS,
     GROUP_INTS,
     GROUP_TOKENS,
@@ -27,9 +27,9 @@ from loraplex_kernels.items import (
     op_shapes,
     range_index,
 )
-from loraplex_kernels.lora_prefill import make_segments, plan_op, table_size
-from loraplex_kernels.prefill_cut import CLUSTERS, RESIDENCIES, WAVE, choose_cut
-from loraplex_kernels.tables import (
+from loraplex_kernels.lora.prefill import make_segments, plan_op, table_size
+from loraplex_kernels.lora.prefill_cut import CLUSTERS, RESIDENCIES, WAVE, choose_cut
+from loraplex_kernels.lora.tables import (
     ENTRY_DTYPE,
     AdapterTables,
     RangeAllocator,

@@ -57,9 +57,13 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
 template <class T>
 __device__ __forceinline__ T from_float(float v);
 template <>
-__device__ __forceinline__ float from_float<float>(float v) { return v; }
+__device__ __forceinline__ float from_float<float>(float v) {
+    return v;
+}
 template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float v) { return bf16{bf16_bits(v)}; }
+__device__ __forceinline__ bf16 from_float<bf16>(float v) {
+    return bf16{bf16_bits(v)};
+}
 
 // Rounds to the element type and back: where torch would have stored an intermediate.
 __device__ __forceinline__ float rounded(float v) { return to_float(from_float<elem>(v)); }
@@ -68,8 +72,8 @@ __device__ __forceinline__ float rounded(float v) { return to_float(from_float<e
 #ifdef LORAPLEX_HOST
 #define LORAPLEX_SHARED(Type, name) Type& name = shim::shared_memory<Type>()
 #else
-#define LORAPLEX_SHARED(Type, name)                            \
-    extern __shared__ __align__(1024) u8 name##_bytes[];       \
+#define LORAPLEX_SHARED(Type, name)                      \
+    extern __shared__ __align__(1024) u8 name##_bytes[]; \
     Type& name = *reinterpret_cast<Type*>(name##_bytes)
 #endif
 
@@ -96,7 +100,8 @@ __device__ __forceinline__ Quad load_weights16(const u8* from) {
 #else
     Quad q;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w) : "l"(from));
+                 : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
+                 : "l"(from));
     return q;
 #endif
 }
@@ -116,7 +121,8 @@ __device__ __forceinline__ u64 lasting() {
 __device__ __forceinline__ Quad load_lasting16(const void* from) {
     Quad q;
     asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w) : "l"(from), "l"(lasting()));
+                 : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
+                 : "l"(from), "l"(lasting()));
     return q;
 }
 __device__ __forceinline__ i64 load_lasting8(const void* from) {
@@ -227,7 +233,8 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, 
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ float exp2_approx(float v) {
     float out;
@@ -244,28 +251,30 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return static_cas
 // Four 8x8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
 }
 // Copies 16 bytes to shared memory, or zeroes them: size 0 reads nothing.
 __device__ __forceinline__ void copy_async16(void* to, const void* from, bool live) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(live ? 16 : 0));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 16 : 0));
 }
 // An address in shared memory as its instructions take it: no register and no instruction for the kind of memory.
 using SharedAddress = u32;
 __device__ __forceinline__ SharedAddress address_of(const void* p) { return shared_address(p); }
 // Copies 16 bytes to shared memory, and 256 around them to L2; or zeroes them, if bytes is 0; or does nothing.
 __device__ __forceinline__ void copy_async16_if(SharedAddress to, const void* from, u32 bytes, bool live) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;}"
-                 ::"r"(to), "l"(from), "r"(bytes), "r"(static_cast<u32>(live)));
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;}" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(static_cast<u32>(live)));
 }
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row));
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row));
 }
 __device__ __forceinline__ Quad load_shared16(SharedAddress from) {
     Quad q;
@@ -274,5 +283,7 @@ __device__ __forceinline__ Quad load_shared16(SharedAddress from) {
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;"); }
 template <int kPending>
-__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending)); }
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
+}
 #endif

@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from loraplex_bench.bursts import BurstSize, peer_of
-from loraplex_bench.cases import ALL_LINEAR, MIXED, QKVO, default_limits, gpu_cases, kv_bytes, setup_of, side_by_side
+from loraplex_bench.end_to_end.bursts import BurstSize, peer_of
+from loraplex_bench.end_to_end.cases import (
+    ALL_LINEAR,
+    MIXED,
+    QKVO,
+    default_limits,
+    gpu_cases,
+    kv_bytes,
+    setup_of,
+    side_by_side,
+)
+from loraplex_bench.end_to_end.traces import no_cliff_setups
 from loraplex_bench.floors import adapter_bytes, burst_floor_s, kv_bytes_per_token, step_weight_bytes
 from loraplex_bench.peers import best_added, best_end_to_end
 from loraplex_bench.random_weights import RandomWeights
 from loraplex_bench.results import Results, Row
 from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
-from loraplex_bench.traces import no_cliff_setups
 from loraplex_bench.weights import SharedWeights
 from loraplex_client.workload import Measured, Trace, burst
 

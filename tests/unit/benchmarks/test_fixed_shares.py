@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_bench.fixed_shares import RECENCY, FixedShares
+from loraplex_bench.policies.fixed_shares import RECENCY, FixedShares
 from loraplex_engine.limits import SchedulingPolicy
 from loraplex_engine.pages.page_worth import EXPECTED_COST, PageWorth
 from loraplex_engine.simulation.adapters import Adapters

@@ -14,11 +14,11 @@ import torch
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_bench import rig as rig_module
-from loraplex_bench import step_bench
-from loraplex_bench.cases import setup_of
-from loraplex_bench.replay import Replay
+from loraplex_bench.end_to_end.cases import setup_of
+from loraplex_bench.end_to_end.replay import Replay
 from loraplex_bench.rig import EngineSetup, Rig
 from loraplex_bench.shapes import AdapterFamily, Shape
+from loraplex_bench.steps import step_bench
 from loraplex_client.workload import burst
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner

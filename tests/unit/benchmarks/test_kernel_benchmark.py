@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
-from loraplex_bench.lora_case import LoraCase
 from loraplex_bench.paths import ROOT
+from loraplex_bench.steps.lora_case import LoraCase
 
 if TYPE_CHECKING:
     from pathlib import Path

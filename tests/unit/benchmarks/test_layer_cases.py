@@ -12,13 +12,13 @@ import torch
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from kernels.host_kernels import COMPILER, HostLibrary
-from loraplex_bench.layer_cases import OP_CASES, STACK_CASES, OpCase, base_of, measure_ops, measure_stack
 from loraplex_bench.peers import best_added
 from loraplex_bench.popularity import baseline_adapters
 from loraplex_bench.random_weights import RandomWeights
 from loraplex_bench.results import Results
 from loraplex_bench.shapes import AdapterFamily, Shape
-from loraplex_bench.stack import DecodeStack, StackAdapters
+from loraplex_bench.steps.layer_cases import OP_CASES, STACK_CASES, OpCase, base_of, measure_ops, measure_stack
+from loraplex_bench.steps.stack import DecodeStack, StackAdapters
 from loraplex_common.base_model import load_base_model
 from support.base_models import TinyBase, write_base_model
 

@@ -6,10 +6,10 @@ import math
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_bench import policy_error
-from loraplex_bench.policy_fairness import Gap, make_trace
-from loraplex_bench.policy_figures import Figure, Report
-from loraplex_bench.policy_runs import slora_setup
+from loraplex_bench.policies import error as policy_error
+from loraplex_bench.policies.fairness import Gap, make_trace
+from loraplex_bench.policies.figures import Figure, Report
+from loraplex_bench.policies.runs import slora_setup
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from loraplex_bench.kernel_table import DeviceEvent, markdown, read_trace, rows, summarise
-from loraplex_bench.steps import StepSize, make_plan
+from loraplex_bench.steps.kernel_table import DeviceEvent, markdown, read_trace, rows, summarise
+from loraplex_bench.steps.plan import StepSize, make_plan
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner

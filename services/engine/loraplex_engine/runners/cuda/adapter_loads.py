@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from cuda.bindings import runtime
 from loraplex_common.errors import AdapterIncompatibleError, SaturatedError
-from loraplex_kernels.tables import TableFullError
+from loraplex_kernels.lora.tables import TableFullError
 
 from loraplex_engine.runners.cuda.host_memory import PinnedArena, check
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_common.adapter_image import AdapterSpec
-    from loraplex_kernels.tables import AdapterTables
+    from loraplex_kernels.lora.tables import AdapterTables
     from numpy.typing import NDArray
     from torch import Tensor
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import torch
-from loraplex_kernels.items import op_shapes
-from loraplex_kernels.lora_decode import LoraDecode
+from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.items import op_shapes
 
 from loraplex_engine.runners.cuda.graphs import VARIANTS, variant_of
 from loraplex_engine.runners.cuda.lora_paths import BasePath, BesideLoraPath, Fork, Grids, InLineLoraPath
@@ -22,9 +22,9 @@ from loraplex_engine.runners.cuda.token_lora import max_decode_items
 
 if TYPE_CHECKING:
     import numpy as np
-    from loraplex_kernels.items import OpShape
+    from loraplex_kernels.lora.items import OpShape
+    from loraplex_kernels.lora.tables import AdapterTables
     from loraplex_kernels.module import KernelLibrary
-    from loraplex_kernels.tables import AdapterTables
     from numpy.typing import NDArray
     from torch import Tensor
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from loraplex_kernels.attention_decode import AttentionDecode
-from loraplex_kernels.attention_prefill import AttentionPrefill
-from loraplex_kernels.attention_scalar import AttentionScalar
-from loraplex_kernels.embedding import Embedding
-from loraplex_kernels.paged_kv import KvLayout
-from loraplex_kernels.rms_norm import RmsNorm
-from loraplex_kernels.rope_kv import RopeKv
-from loraplex_kernels.silu_mul import SiluMul
+from loraplex_kernels.attention.decode import AttentionDecode
+from loraplex_kernels.attention.paged_kv import KvLayout
+from loraplex_kernels.attention.prefill import AttentionPrefill
+from loraplex_kernels.attention.rope_kv import RopeKv
+from loraplex_kernels.attention.scalar import AttentionScalar
+from loraplex_kernels.pointwise.embedding import Embedding
+from loraplex_kernels.pointwise.rms_norm import RmsNorm
+from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 from loraplex_engine.runners.cuda.lora_paths import Followers, dense_into
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
-from loraplex_kernels.rope_kv import RopeKv
-from loraplex_kernels.silu_mul import SiluMul
+from loraplex_kernels.attention.rope_kv import RopeKv
+from loraplex_kernels.pointwise.silu_mul import SiluMul
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loraplex_kernels.lora_decode import LoraDecode
+    from loraplex_kernels.lora.decode import LoraDecode
     from torch import Tensor
 
     from loraplex_engine.model.layers import Dense

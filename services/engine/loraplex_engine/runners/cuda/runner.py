@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from loraplex_common.decoder_config import model_config
 from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_kernels.lora.tables import AdapterTables, RankLimitError, check_ranks
 from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
-from loraplex_kernels.tables import AdapterTables, RankLimitError, check_ranks
 
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import DTYPES

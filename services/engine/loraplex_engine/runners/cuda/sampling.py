@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from loraplex_kernels.sample import (
+from loraplex_kernels.sampling.sample import (
     EDIT_DTYPE,
     EDIT_INTS,
     EDIT_NOT_ALLOWED,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from loraplex_kernels.attention_prefill import make_tiles
+from loraplex_kernels.attention.prefill import make_tiles
 
 from loraplex_engine.runners.cuda.host_memory import PinnedRing
 from loraplex_engine.runners.cuda.step_input import TILE_INTS, InputLayout, InputWriter, StepShape

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from loraplex_common.adapter_image import OPS
-from loraplex_kernels.items import BLOCK_ROWS, GROUP_TOKENS, SHRINK_ROWS, op_shapes
-from loraplex_kernels.lora_decode import LoraDecode
-from loraplex_kernels.lora_prefill import TILE_TOKENS, LoraPrefill
-from loraplex_kernels.prefill_cut import WAVE
-from loraplex_kernels.tables import MAX_RANK
+from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.items import BLOCK_ROWS, GROUP_TOKENS, SHRINK_ROWS, op_shapes
+from loraplex_kernels.lora.prefill import TILE_TOKENS, LoraPrefill
+from loraplex_kernels.lora.prefill_cut import WAVE
+from loraplex_kernels.lora.tables import MAX_RANK
 
 from loraplex_engine.step import NO_ADAPTER, count_runs, takes_decode_kernels
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
-    from loraplex_kernels.items import OpShape
+    from loraplex_kernels.lora.items import OpShape
+    from loraplex_kernels.lora.tables import AdapterTables
     from loraplex_kernels.module import KernelLibrary
-    from loraplex_kernels.tables import AdapterTables
     from numpy.typing import NDArray
     from torch import Tensor
 

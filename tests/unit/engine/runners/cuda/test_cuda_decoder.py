@@ -26,8 +26,8 @@ from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, St
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
 from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
 from loraplex_engine.step import MIN_DECODE_RUNS, NO_ADAPTER, StepResult
-from loraplex_kernels.attention_scalar import AttentionScalar
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.attention.scalar import AttentionScalar
+from loraplex_kernels.lora.tables import AdapterTables
 from support.adapters import Recipe
 from support.base_models import TinyBase, write_base_model
 from support.engine_harness import recipe_adapter
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.step_input import StepInputs
     from loraplex_engine.step import StepPlan
-    from loraplex_kernels.paged_kv import KvLayout
+    from loraplex_kernels.attention.paged_kv import KvLayout
     from numpy.typing import NDArray
 
 BASE = TinyBase(hidden_size=64, intermediate_size=128, num_heads=2, num_kv_heads=1, head_dim=64, num_layers=2)

@@ -16,10 +16,10 @@ from loraplex_engine.runners.cuda.graphs import VARIANTS, bucket_sizes, variant_
 from loraplex_engine.runners.cuda.lora_paths import EXPAND_CTAS_PER_SM, SHRINK_CTAS_PER_SM
 from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig, tile_capacity
 from loraplex_engine.runners.cuda.token_lora import max_decode_items, max_prefill_items
-from loraplex_kernels.compiler import SOURCES
-from loraplex_kernels.items import ItemBuilder, op_shapes
-from loraplex_kernels.lora_prefill import make_segments, plan_op
-from loraplex_kernels.prefill_cut import CLUSTERS
+from loraplex_kernels.compiler import sources
+from loraplex_kernels.lora.items import ItemBuilder, op_shapes
+from loraplex_kernels.lora.prefill import make_segments, plan_op
+from loraplex_kernels.lora.prefill_cut import CLUSTERS
 
 GEOMETRY = Geometry(
     dtype="bfloat16",
@@ -129,7 +129,7 @@ def test_models_our_kernels_cannot_compute_are_refused_with_the_remedy(
 
 
 def test_grids_are_what_the_kernels_registers_are_bounded_for() -> None:
-    shrink, expand = ((SOURCES / f"lora_{name}.cu").read_text() for name in ("shrink", "expand"))
+    shrink, expand = (sources()[name].read_text() for name in ("lora_shrink", "lora_expand"))
 
     assert re.findall(r"__launch_bounds__\(kThreads, (\d+)\) lora_shrink", shrink) == [str(SHRINK_CTAS_PER_SM)]
     assert re.findall(r"constexpr int kCtasPerSm = (\d+);", expand) == [str(EXPAND_CTAS_PER_SM)]

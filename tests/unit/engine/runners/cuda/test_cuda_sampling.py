@@ -10,7 +10,7 @@ import torch
 from loraplex_engine.runners.cuda.sampling import SlotRows, make_bitmap, make_edits, pack_counts
 from loraplex_engine.runners.cuda.step_handle import read_report
 from loraplex_engine.step import SlotSetup
-from loraplex_kernels.sample import EDIT_NOT_ALLOWED, EDIT_STOP, IN_PROMPT, MOST_COUNTED
+from loraplex_kernels.sampling.sample import EDIT_NOT_ALLOWED, EDIT_STOP, IN_PROMPT, MOST_COUNTED
 
 NONE = np.zeros(0, np.int32)
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from kernels.recording_kernels import RecordingLibrary
 from loraplex_common.adapter_image import OPS
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
 from loraplex_engine.step import NO_ADAPTER, StepPlan
-from loraplex_kernels.items import op_shapes
-from loraplex_kernels.tables import MAX_RANK, AdapterTables
+from loraplex_kernels.lora.items import op_shapes
+from loraplex_kernels.lora.tables import MAX_RANK, AdapterTables
 from support.plans import Draw, sampling_arrays
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from kernels.recording_kernels import Launch
     from loraplex_common.adapter_image import Geometry
-    from loraplex_kernels.items import OpShape
+    from loraplex_kernels.lora.items import OpShape
     from loraplex_kernels.module import KernelLibrary
     from numpy.typing import NDArray
 

@@ -1,0 +1,1 @@
+"""The engine on whole workloads: the cases of ``benchmarks/engine.py``."""

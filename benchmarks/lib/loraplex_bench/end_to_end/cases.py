@@ -1,0 +1,232 @@
+"""The cases of ``benchmarks/engine.py``: what each measures, on which engine, and how long it takes on one H100."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from loraplex_client.workload import SloraParams
+from loraplex_engine.build import STEP_SIZES
+from loraplex_engine.limits import EngineParams
+
+from loraplex_bench.end_to_end.bursts import BurstSize, run_bursts, run_registered
+from loraplex_bench.end_to_end.context import Bench
+from loraplex_bench.end_to_end.pairs import run_pairs
+from loraplex_bench.end_to_end.rates import run_rates
+from loraplex_bench.end_to_end.startup import run_startup
+from loraplex_bench.end_to_end.traces import run_no_cliff, run_slora
+from loraplex_bench.paths import ROOT
+from loraplex_bench.rig import EngineSetup
+from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+GIB: Final = 2**30
+ENGINE_SCRIPT: Final = ROOT / "benchmarks" / "engine.py"
+QKVO: Final = AdapterFamily()
+MIXED: Final = AdapterFamily(ranks=(64, 32, 16, 8))
+ALL_LINEAR: Final = AdapterFamily(targets="all")
+STANDARD: Final = BurstSize()
+HALF: Final = BurstSize(num_requests=256)
+SPARE_SEQS: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Something to measure.
+
+    Attributes:
+        about: What, in a line.
+        seconds: About how long on one H100, start-up included, kernels compiled already.
+    """
+
+    about: str
+    seconds: int
+    run: Callable[[Bench], object]
+
+
+def setup_of(shape: Shape, family: AdapterFamily, num_adapters: int = 200, **sizes: Any) -> EngineSetup:
+    """Return the baselines' limits on a shape; ``sizes`` replaces some."""
+    pool_bytes = sizes.pop("pool_bytes", int(shape.pool_gib * GIB))
+    return EngineSetup(shape=shape, family=family, num_adapters=num_adapters, pool_bytes=pool_bytes, **sizes)
+
+
+def kv_bytes(shape: Shape, num_seqs: int, size: BurstSize) -> int:
+    """Return pool bytes for that many sequences of a burst."""
+    pages = num_seqs * shape.pool.num_blocks(size.prompt_tokens + size.output_tokens)
+    return pages * shape.geometry.page_bytes
+
+
+def default_limits(shape: Shape, family: AdapterFamily) -> EngineSetup:
+    """Return the engine's own defaults for sequences, batched tokens, table and length on a GPU."""
+    max_num_seqs, max_num_batched_tokens = STEP_SIZES["cuda"]
+    table = {field.name: field.default for field in fields(EngineParams)}["max_resident_adapters"]
+    return setup_of(
+        shape,
+        family,
+        max_model_len=shape.info.max_position_embeddings,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_resident_adapters=table,
+    )
+
+
+def side_by_side(shape: Shape, family: AdapterFamily, num_seqs: int, size: BurstSize) -> EngineSetup:
+    """Return an engine of which two fit a device: KV for ``num_seqs``, room for growth, and 32 adapters.
+
+    Without that room, the pages that admission keeps free would keep the last sequence out for a whole generation.
+    """
+    adapters = family.total_pages(shape, 32) * shape.geometry.page_bytes
+    pool_bytes = kv_bytes(shape, num_seqs + SPARE_SEQS, size) + adapters
+    return setup_of(shape, family, 32, pool_bytes=pool_bytes, max_num_seqs=num_seqs)
+
+
+def startup_case(shape: Shape) -> Case:
+    """Return the start-up case of a shape."""
+    command = [sys.executable, str(ENGINE_SCRIPT), "--startup-child", shape.name]
+    return Case(
+        about=f"process start to first token, {shape.name}, cold and warm kernel cache",
+        seconds=90,
+        run=lambda bench: run_startup(bench, shape.name, command),
+    )
+
+
+def rates_case(shape: Shape, where: str, rates: tuple[float, ...]) -> Case:
+    """Return a case of S-LoRA traces at several rates, for the simulator's error."""
+    return Case(
+        about=f"{shape.name}, all seven r16, S-LoRA traces {where} capacity, for the simulator's error",
+        seconds=90,
+        run=lambda bench: run_rates(bench, setup_of(shape, ALL_LINEAR), rates, duration_s=25, warm=STANDARD),
+    )
+
+
+def gpu_cases() -> dict[str, Case]:
+    """Return the cases by name."""
+    return {**burst_cases(LLAMA2_7B, LLAMA3_8B), **trace_cases(LLAMA2_7B), **other_cases(LLAMA2_7B, LLAMA3_8B)}
+
+
+def burst_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
+    """Return the cases whose requests all come at once."""
+    standard = setup_of(seven, QKVO)
+    return {
+        "bursts-7b": Case(
+            about="Llama-2-7B, q,k,v,o r16, bursts over 0/1/32/128/200 adapters",
+            seconds=60,
+            run=lambda bench: run_bursts(bench, standard, (0, 1, 32, 128, 200), size=STANDARD),
+        ),
+        "bursts-7b-mixed": Case(
+            about="the same, ranks 64/32/16/8, 0 and 200 adapters",
+            seconds=40,
+            run=lambda bench: run_bursts(bench, setup_of(seven, MIXED), (0, 200), size=STANDARD),
+        ),
+        "bursts-8b": Case(
+            about="Llama-3-8B, all seven r16, bursts over 0/32/200 adapters",
+            seconds=45,
+            run=lambda bench: run_bursts(bench, setup_of(eight, ALL_LINEAR), (0, 32, 200), size=STANDARD),
+        ),
+        "default-7b": Case(
+            about="Llama-2-7B bursts over 0/200 adapters with the engine's default limits",
+            seconds=35,
+            run=lambda bench: run_bursts(
+                bench, default_limits(seven, QKVO), (0, 200), size=STANDARD, label="default limits"
+            ),
+        ),
+        "default-8b": Case(
+            about="Llama-3-8B bursts over 0/200 adapters with the engine's default limits",
+            seconds=40,
+            run=lambda bench: run_bursts(
+                bench, default_limits(eight, ALL_LINEAR), (0, 200), size=STANDARD, label="default limits"
+            ),
+        ),
+        "registered-7b": Case(
+            about="2,000 adapters in the arena, 512 of them loaded in the burst, against 200 (63 GiB of pinned memory)",
+            seconds=75,
+            run=lambda bench: run_registered(
+                bench, setup_of(seven, QKVO, 2000, max_resident_adapters=1024), few=200, size=STANDARD
+            ),
+        ),
+    }
+
+
+def trace_cases(seven: Shape) -> dict[str, Case]:
+    """Return the cases of S-LoRA's synthetic traces."""
+    standard = setup_of(seven, QKVO)
+    return {
+        "slora-7b": Case(
+            about="S-LoRA trace, 200 adapters r16, 20 req/s",
+            seconds=80,
+            run=lambda bench: run_slora(bench, standard, SloraParams(), warm=STANDARD),
+        ),
+        "slora-7b-base": Case(
+            about="the same requests without adapters",
+            seconds=80,
+            run=lambda bench: run_slora(bench, standard, SloraParams(num_adapters=0), warm=STANDARD),
+        ),
+        "slora-7b-mixed": Case(
+            about="S-LoRA trace, ranks 64/32/16/8",
+            seconds=90,
+            run=lambda bench: run_slora(bench, setup_of(seven, MIXED), SloraParams(), warm=STANDARD),
+        ),
+    }
+
+
+def other_cases(seven: Shape, eight: Shape) -> dict[str, Case]:
+    """Return what LoRA costs where no request uses it, the missing cliff, the simulator's rates, and the start."""
+    return {
+        "lora-off-7b": Case(
+            about="no adapter asked for: LoRA enabled against disabled, Llama-2-7B, 5 interleaved pairs",
+            seconds=75,
+            run=lambda bench: run_pairs(bench, side_by_side(seven, QKVO, 128, HALF), size=HALF),
+        ),
+        "lora-off-8b": Case(
+            about="the same, Llama-3-8B",
+            seconds=55,
+            run=lambda bench: run_pairs(bench, side_by_side(eight, ALL_LINEAR, 256, HALF), size=HALF),
+        ),
+        "no-cliff-7b": Case(
+            about="256 adapters, room for 64, against room for all, at 0.7 of capacity",
+            seconds=85,
+            run=lambda bench: run_no_cliff(
+                bench, setup_of(seven, QKVO, 256, max_num_seqs=128), num_resident=64, size=HALF, duration_s=20
+            ),
+        ),
+        "rates-8b-below": rates_case(eight, "below", (14.0, 20.0)),
+        "rates-8b-beyond": rates_case(eight, "beyond", (48.0, 56.0)),
+        "startup-7b": startup_case(seven),
+    }
+
+
+def smoke_cases(model_dir: Path) -> dict[str, Case]:
+    """Return every kind of case on a tiny model of files and the torch backend, for machines without a GPU."""
+    from loraplex_common.base_model import load_base_model
+
+    tiny = Shape(info=load_base_model(model_dir, name="tiny"), pool_gib=2**-9, dtype="float32", model_dir=model_dir)
+    few = AdapterFamily(ranks=(4,))
+    size = BurstSize(num_requests=12, prompt_tokens=8, output_tokens=3)
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64}
+    standard = setup_of(tiny, few, 6, **sizes)
+    trace = SloraParams(num_adapters=6, rate=20, duration_s=1, prompt_range=(2, 16), output_range=(2, 8))
+    pairs = replace(standard, num_adapters=3)
+    command = [sys.executable, str(ENGINE_SCRIPT), "--startup-child", "tiny", "--model-dir", str(model_dir)]
+    about = "tiny model, torch backend"
+    return {
+        "bursts": Case(about=about, seconds=1, run=lambda b: run_bursts(b, standard, (0, 1, 6), size=size)),
+        "registered": Case(about=about, seconds=1, run=lambda b: run_registered(b, standard, few=2, size=size)),
+        "slora": Case(about=about, seconds=2, run=lambda b: run_slora(b, standard, trace, warm=size, cutoff_s=30)),
+        "lora-off": Case(about=about, seconds=1, run=lambda b: run_pairs(b, pairs, size=size, num_pairs=2)),
+        "no-cliff": Case(
+            about=about,
+            seconds=3,
+            run=lambda b: run_no_cliff(b, standard, num_resident=2, size=size, duration_s=0.5),
+        ),
+        "rates": Case(
+            about=about,
+            seconds=3,
+            run=lambda b: run_rates(b, standard, (10.0,), duration_s=1, warm=size, lengths=(2, 8), cutoff_s=30),
+        ),
+        "startup": Case(about=about, seconds=20, run=lambda b: run_startup(b, "tiny", command, peer_s=None)),
+    }

@@ -1,0 +1,1 @@
+"""Single steps, layers and kernels: what ``calibrate.py``, ``profile_step.py``, ``layers.py`` and ``kernels.py`` time."""

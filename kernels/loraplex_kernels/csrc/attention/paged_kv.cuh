@@ -1,0 +1,33 @@
+// Where K and V of a token lie in the pool, for the attention kernels: [layer][K|V][kv_head][token][dim] in a page.
+#pragma once
+#include "common.cuh"
+
+constexpr int kHeadDim = HEAD_DIM;
+static_assert(kHeadDim == 64 || kHeadDim == 128, "fragments cover the head in whole 32s; other sizes are untested");
+
+struct PagedKv {
+    const u8* pool;
+    const int* block_tables;  // [sequences][table_stride] page ids
+    i64 page_bytes;
+    i64 layer_offset;  // bytes from a page's start to this layer's K
+    int table_stride;
+    int block_shift;  // log2 of the tokens of a page
+    int num_heads;
+    int num_kv_heads;
+    int window;   // a query sees this many last tokens, itself included; 0: all
+    float scale;  // of the scores, usually 1 / sqrt(HEAD_DIM)
+};
+static_assert(sizeof(PagedKv) == 56, "params.py mirrors it");
+
+// K row of one token; V's is kv_plane() elements further.
+__device__ __forceinline__ const elem* key_address(const PagedKv& p, int page, int kv_head, int token) {
+    const int in_block = token & ((1 << p.block_shift) - 1);
+    const i64 row = (static_cast<i64>(kv_head) << p.block_shift) + in_block;
+    return reinterpret_cast<const elem*>(p.pool + page * p.page_bytes + p.layer_offset) + row * kHeadDim;
+}
+__device__ __forceinline__ i64 kv_plane(const PagedKv& p) {
+    return (static_cast<i64>(p.num_kv_heads) << p.block_shift) * kHeadDim;
+}
+__device__ __forceinline__ int page_of(const PagedKv& p, int sequence, int token) {
+    return p.block_tables[static_cast<i64>(sequence) * p.table_stride + (token >> p.block_shift)];
+}

@@ -1,0 +1,1 @@
+"""Kernels that read one row at a time: embedding, RMSNorm, SiLU."""

@@ -1,0 +1,133 @@
+"""Sampling: one token per row, with constraints, penalties, truncation and reported probabilities."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+from loraplex_kernels.params import SampleParams
+
+if TYPE_CHECKING:
+    from loraplex_kernels.module import KernelLibrary
+
+BLOCK: Final = 320
+LIST_CAPACITY: Final = 2048
+MAX_VOCAB: Final = 1 << 20  # ids have 20 bits in a key
+UNIT: Final = 8  # tokens per byte of the edits' bitmap
+EDIT_NOT_ALLOWED: Final = 1
+EDIT_STOP: Final = 2
+IN_PROMPT: Final = 0x8000
+MOST_COUNTED: Final = 0x7FFF
+
+ROW_DTYPE: Final = np.dtype(
+    [
+        ("slot", np.int32),
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("repetition", np.float32),
+        ("presence", np.float32),
+        ("frequency", np.float32),
+        ("seed", np.uint64),
+        ("position", np.int32),
+        ("num_top", np.int32),
+        ("is_banning", np.int32),
+        ("edit_row", np.int32),
+        ("num_edits", np.int32),
+        ("count_row", np.int32),
+    ]
+)
+"""How a row draws, csrc/sampling/row.cuh. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all; ``num_top`` -1
+reports nothing, else the drawn token's log probability and so many likeliest; ``edit_row`` and ``count_row`` -1: none;
+``num_edits`` below 0: tokens without an edit cannot be drawn."""
+EDIT_DTYPE: Final = np.dtype([("token", np.int32), ("bias", np.float32), ("flags", np.uint32)])
+"""What happens to one token's logit: -inf if not allowed, then the bias, then -inf if a stop that is banned."""
+ROW_INTS: Final = ROW_DTYPE.itemsize // 4
+EDIT_INTS: Final = EDIT_DTYPE.itemsize // 4
+
+
+class Sample:
+    """``token = argmax over kept tokens of value + noise`` per row; see csrc/sampling/sample.cu.
+
+    Args:
+        library: Compiles and loads the kernel.
+        vocab_size: At most `MAX_VOCAB`.
+        block: Threads of a CTA.
+        list_capacity: Candidates that shared memory holds, a power of two; more of them are found by passes over the row.
+
+    Raises:
+        ValueError: If the vocabulary is too large.
+    """
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        vocab_size: int,
+        *,
+        block: int = BLOCK,
+        list_capacity: int = LIST_CAPACITY,
+    ) -> None:
+        if not 0 < vocab_size <= MAX_VOCAB:
+            raise ValueError(f"a vocabulary of {vocab_size} tokens is not in [1, {MAX_VOCAB}]")
+        self._library, self._vocab, self._capacity = library, vocab_size, list_capacity
+        defines = (f"THREADS={block}", f"CAPACITY={list_capacity}")
+        self._kernel = library.load("sample", SampleParams(vocab=vocab_size), block, defines=defines)
+
+    @property
+    def bitmap_bytes(self) -> int:
+        """Bytes of one row of ``edit_bits``."""
+        return -(-self._vocab // UNIT)
+
+    def launch(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        drawn: torch.Tensor,
+        last_sampled: torch.Tensor,
+        *,
+        edits: torch.Tensor | None = None,
+        edit_bits: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+        report: torch.Tensor | None = None,
+    ) -> None:
+        """Draw one token per row; nothing here waits for the device.
+
+        Args:
+            logits: ``[rows, vocab]``.
+            rows: int32 ``[rows, ROW_INTS]``, of `ROW_DTYPE`; they must not name rows or slots beyond the other arguments'.
+            drawn: int32 ``[2, rows]``; tokens, and 1 where the row's largest logit is finite.
+            last_sampled: int32 ``[slots]``; gets each row's token too.
+            edits: int32 ``[edit rows, most edits, EDIT_INTS]``, of `EDIT_DTYPE`, tokens rising; None if no row has any.
+            edit_bits: uint8 ``[edit rows, bitmap_bytes]``; bit ``t % 8`` of byte ``t // 8`` is set for a token with an edit.
+            counts: int16 ``[count rows, vocab]``; bit 15: in the prompt; else how often in the output, at most
+                `MOST_COUNTED`. The drawn token is counted. None if no row has penalties.
+            report: int32 ``[rows, 1 + 2 n]``; fp32 bits of the drawn token's log probability and the n likeliest
+                tokens', then their ids; written for rows that ask, as far as they ask. None if no row asks.
+
+        Raises:
+            ValueError: If a shape, dtype or device differs, or more likeliest tokens could be asked for than there is
+                room for.
+        """
+        check, params, count, vocab = self._library.check, self._kernel.params, drawn.shape[1], self._vocab
+        params.logits = check("logits", logits, self._library.dtype, count, vocab)
+        params.rows = check("rows", rows, torch.int32, count, ROW_INTS)
+        params.drawn = check("drawn", drawn, torch.int32, 2, count)
+        params.last_sampled = check("last_sampled", last_sampled, torch.int32, -1)
+        params.edits = params.edit_bits = params.counts = None
+        params.max_edits = 0
+        if edits is not None and edit_bits is not None:
+            params.edits = check("edits", edits, torch.int32, -1, -1, EDIT_INTS)
+            params.edit_bits = check("edit_bits", edit_bits, torch.uint8, edits.shape[0], self.bitmap_bytes)
+            params.max_edits = edits.shape[1]
+        if counts is not None:
+            params.counts = check("counts", counts, torch.int16, -1, vocab)
+        params.report, params.report_top = None, 0
+        if report is not None:
+            params.report = check("report", report, torch.int32, count, -1)
+            params.report_top = (report.shape[1] - 1) // 2
+            if params.report_top > self._capacity:
+                raise ValueError(f"{params.report_top} likeliest tokens exceed the list of {self._capacity}")
+        self._kernel.launch(count)
