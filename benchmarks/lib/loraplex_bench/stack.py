@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 from loraplex_common.adapter_image import layout
-from loraplex_common.decoder_config import model_config
+from loraplex_common.architectures.registry import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
 from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits, PagedAttention

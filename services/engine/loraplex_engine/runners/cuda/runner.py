@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from loraplex_common.decoder_config import model_config
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
 from loraplex_kernels.tables import AdapterTables, RankLimitError, check_ranks

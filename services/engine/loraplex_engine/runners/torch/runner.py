@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelInfo
-from loraplex_common.decoder_config import model_config
 from torch import Tensor
 
 from loraplex_engine.model.llama import LlamaModel

@@ -13,8 +13,8 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from kernels.host_kernels import COMPILER, HostLibrary
 from kernels.kernel_cases import relative_error
 from loraplex_common.adapter_image import pack
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import load_base_model
-from loraplex_common.decoder_config import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
