@@ -113,9 +113,10 @@ def check_base_model(directory: Path) -> CheckedModel:
         raise BaseModelError(f"{path}: expected a JSON object")
     shape = model_config(config, str(path))
     tokenizer_digest, weights = _tokenizer_digest(directory), find_weights(directory)
-    if shape.names.lm_head not in weights.files and not shape.tied_embeddings:
+    lm_head = f"{shape.names.lm_head}.weight"
+    if lm_head not in weights.files and not shape.tied_embeddings:
         raise BaseModelError(
-            f"{directory}: weight {shape.names.lm_head} is missing, and config.json does not tie it to the embedding (transformers would "
+            f"{directory}: weight {lm_head} is missing, and config.json does not tie it to the embedding (transformers would "
             "draw it at random): fetch the missing file, or set tie_word_embeddings to true if the model was trained so"
         )
     return CheckedModel(config, shape, tokenizer_digest, weights)

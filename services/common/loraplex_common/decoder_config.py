@@ -21,12 +21,13 @@ class WeightNames:
     A decoder with other norms extends this class by their names.
 
     Attributes:
+        lm_head: The linear layer; ``.weight`` follows, as it follows a projection's path.
         layer: What the names of a layer's tensors begin with; ``{layer}`` is the layer's number. A projection's path or
             the name of a norm follows.
     """
 
     embedding: str = "model.embed_tokens.weight"
-    lm_head: str = "lm_head.weight"
+    lm_head: str = "lm_head"
     final_norm: str = "model.norm.weight"
     layer: str = "model.layers.{layer}."
     input_norm: str = "input_layernorm.weight"

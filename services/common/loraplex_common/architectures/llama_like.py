@@ -10,37 +10,16 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.architectures.entries import head_dim, no_windows, num_kv_heads, rope_parameters
 from loraplex_common.decoder_config import ModelConfig
-from loraplex_common.projections import Projection, Split
+from loraplex_common.projections import gated_decoder_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_common.architectures.entries import Windows
     from loraplex_common.config_values import ConfigValues
-    from loraplex_common.projections import LayerProjections
 
 ACTIVATIONS: Final = ("silu", "swish")
 DEFAULT_MAX_POSITIONS: Final = 2048
-
-
-def llama_layer(*, hidden: int, intermediate: int, query: int, key_value: int) -> LayerProjections:
-    """Return the projections of one layer.
-
-    Args:
-        hidden: Width of the residual stream.
-        intermediate: Width of the MLP.
-        query: Width of all query heads together.
-        key_value: Width of all key heads together, and of all value heads.
-    """
-    return (
-        Projection("self_attn.q_proj", "qkv", hidden, query),
-        Projection("self_attn.k_proj", "qkv", hidden, key_value),
-        Projection("self_attn.v_proj", "qkv", hidden, key_value),
-        Projection("self_attn.o_proj", "o", query, hidden, Split.INPUTS),
-        Projection("mlp.gate_proj", "gate_up", hidden, intermediate),
-        Projection("mlp.up_proj", "gate_up", hidden, intermediate),
-        Projection("mlp.down_proj", "down", intermediate, hidden, Split.INPUTS),
-    )
 
 
 def read_llama_like(
@@ -75,7 +54,9 @@ def read_llama_like(
     max_positions = values.integer("max_position_embeddings", DEFAULT_MAX_POSITIONS)
     hidden, intermediate = values.integer("hidden_size"), values.integer("intermediate_size")
     kv_heads, dim = num_kv_heads(values, num_heads), head_dim(values, num_heads)
-    layer = llama_layer(hidden=hidden, intermediate=intermediate, query=num_heads * dim, key_value=kv_heads * dim)
+    layer = gated_decoder_layer(
+        hidden_size=hidden, intermediate_size=intermediate, num_heads=num_heads, num_kv_heads=kv_heads, head_dim=dim
+    )
     return ModelConfig(
         layers=(layer,) * num_layers,
         hidden_size=hidden,
