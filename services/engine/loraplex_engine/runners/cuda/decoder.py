@@ -42,7 +42,7 @@ class DecoderLimits:
     """Largest step.
 
     Attributes:
-        max_tokens: Of one step, decode bucket sizes included.
+        max_tokens: Tokens of one step, decode bucket sizes included.
         max_rows: Decode rows of one step, bucket sizes included; also most sampling rows.
         max_context: Longest sequence, in tokens.
     """
@@ -113,7 +113,7 @@ class CudaDecoder(ABC, Generic[ModelT]):
         model: Its weights, and nothing else of it, are used.
         library: Kernels; also says device and element type.
         pool: uint8 ``[pages, page_bytes]``.
-        geometry: Of KV pages.
+        geometry: The KV pages' shape.
         limits: Largest step.
 
     Attributes:
