@@ -21,7 +21,7 @@ from loraplex_engine.runners.cuda.forwards import forward_of
 from loraplex_engine.runners.torch.forward import DOWN, GATE_UP, QKV, Activations, O, TorchForward
 from loraplex_engine.runners.torch.forwards import FORWARDS
 from safetensors.torch import load_file, save_file
-from support.adapters import Recipe, adapter_tensors, module_name
+from support.adapters import Recipe, adapter_tensors
 from support.base_models import TinyBase, write_base_model
 from support.engine_harness import recipe_adapter, torch_engine
 
@@ -139,9 +139,8 @@ class PlainTorch:
         for name, a in tensors.items():
             if "lora_A" in name:
                 b, module = tensors[name.replace("lora_A", "lora_B")], name.removeprefix("base_model.model.")
-                scaling = recipe.scaling_of(module_name(0, "q_proj"))
                 weight = renamed(module).replace("lora_A.", "")
-                self.weights[weight] = self.weights[weight] + scaling * torch.from_numpy(b @ a)
+                self.weights[weight] = self.weights[weight] + recipe.scaling_of(module) * torch.from_numpy(b @ a)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weights[name], self.base.rms_norm_eps)
