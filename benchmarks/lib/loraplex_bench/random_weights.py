@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
+
+    from loraplex_engine.model.linear import Linear, LinearForms, StoredLinear
 
 
 class RandomWeights:
@@ -28,9 +30,12 @@ class RandomWeights:
         weight = torch.empty(shape, dtype=self._dtype, device=self._device)
         return weight.normal_(0, std, generator=self._generator)
 
-    def read_stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
-        """Return weights stacked along their outputs."""
-        return torch.cat([self.read(name, shape) for name, shape in parts])
+    def linear(self, parts: Sequence[StoredLinear], forms: LinearForms) -> Linear:
+        """Return linear layers stacked along their outputs."""
+        weight = torch.cat([self.read(part.weight, part.weight_shape) for part in parts])
+        if not parts[0].has_bias:
+            return forms.dense(weight, None)
+        return forms.dense(weight, torch.cat([self.read(part.bias, (part.out_features,)) for part in parts]))
 
     def has(self, name: str) -> bool:
         """Tell that there is any weight asked for."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
+    from loraplex_engine.model.linear import Linear, LinearForms, StoredLinear
     from loraplex_engine.model.weights import WeightSource
     from torch import Tensor
 
@@ -21,6 +22,7 @@ class SharedWeights:
     def __init__(self, source: WeightSource) -> None:
         self._source = source
         self._kept: dict[object, Tensor] = {}
+        self._linears: dict[object, Linear] = {}
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a weight."""
@@ -29,12 +31,12 @@ class SharedWeights:
             self._kept[key] = self._source.read(name, shape)
         return self._kept[key]
 
-    def read_stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
-        """Return weights stacked along their outputs."""
-        key = tuple(parts)
-        if key not in self._kept:
-            self._kept[key] = self._source.read_stacked(key)
-        return self._kept[key]
+    def linear(self, parts: Sequence[StoredLinear], forms: LinearForms) -> Linear:
+        """Return linear layers stacked along their outputs."""
+        key = (tuple(parts), forms)
+        if key not in self._linears:
+            self._linears[key] = self._source.linear(parts, forms)
+        return self._linears[key]
 
     def has(self, name: str) -> bool:
         """Tell whether the source has a weight."""

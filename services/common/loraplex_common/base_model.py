@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.adapter_image import Geometry
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_names import folder_name, hub_id_of
 from loraplex_common.config_values import BaseModelError as BaseModelError
-from loraplex_common.decoder_config import ModelConfig, model_config
+from loraplex_common.decoder_config import ModelConfig
 from loraplex_common.directories import model_directory_problem
 from loraplex_common.weight_digests import FileState, weight_digests
 from loraplex_common.weight_files import Weights, find_weights
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 # Keys of config.json that say nothing about what the model computes.
 VOLATILE_KEYS: Final = frozenset({"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"})
-LM_HEAD: Final = "lm_head.weight"
 FINGERPRINT_FORMAT: Final = 2
 """1 knew shapes of tensors only."""
 
@@ -113,9 +113,10 @@ def check_base_model(directory: Path) -> CheckedModel:
         raise BaseModelError(f"{path}: expected a JSON object")
     shape = model_config(config, str(path))
     tokenizer_digest, weights = _tokenizer_digest(directory), find_weights(directory)
-    if LM_HEAD not in weights.files and not shape.tied_embeddings:
+    lm_head = f"{shape.names.lm_head}.weight"
+    if lm_head not in weights.files and not shape.tied_embeddings:
         raise BaseModelError(
-            f"{directory}: weight {LM_HEAD} is missing, and config.json does not tie it to the embedding (transformers would "
+            f"{directory}: weight {lm_head} is missing, and config.json does not tie it to the embedding (transformers would "
             "draw it at random): fetch the missing file, or set tie_word_embeddings to true if the model was trained so"
         )
     return CheckedModel(config, shape, tokenizer_digest, weights)

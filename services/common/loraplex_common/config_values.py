@@ -105,9 +105,17 @@ class ConfigValues:
             raise self.wrong(key, "expected an object")
         return ConfigValues(value, self._file, f"{self._prefix}{key}.") if value else None
 
+    def empty(self) -> ConfigValues:
+        """Return what stands for an object that the file does not have: no entries."""
+        return ConfigValues({}, self._file)
+
     def nested(self) -> list[str]:
         """Return the keys whose values are objects."""
         return [key for key, value in self._values.items() if isinstance(value, dict)]
+
+    def problem(self, what: str) -> BaseModelError:
+        """Return the error that says something of the whole file."""
+        return BaseModelError(f"{self._file}: {what}")
 
     def wrong(self, key: str, expected: str) -> BaseModelError:
         """Return the error that says what is wrong with an entry."""

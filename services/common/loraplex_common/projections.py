@@ -41,3 +41,19 @@ class Projection:
 
 LayerProjections: TypeAlias = tuple[Projection, ...]
 """Projections of one layer, in the order of their ops and of each op's outputs. A layer may lack some that others have."""
+
+
+def gated_decoder_layer(
+    *, hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> LayerProjections:
+    """Return the projections of a layer of the Llama family: attention, then an MLP with a gate."""
+    query, key_value = num_heads * head_dim, num_kv_heads * head_dim
+    return (
+        Projection("self_attn.q_proj", "qkv", hidden_size, query),
+        Projection("self_attn.k_proj", "qkv", hidden_size, key_value),
+        Projection("self_attn.v_proj", "qkv", hidden_size, key_value),
+        Projection("self_attn.o_proj", "o", query, hidden_size, Split.INPUTS),
+        Projection("mlp.gate_proj", "gate_up", hidden_size, intermediate_size),
+        Projection("mlp.up_proj", "gate_up", hidden_size, intermediate_size),
+        Projection("mlp.down_proj", "down", intermediate_size, hidden_size, Split.INPUTS),
+    )

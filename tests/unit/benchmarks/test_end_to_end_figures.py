@@ -27,6 +27,8 @@ from loraplex_bench.results import Results, Row
 from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
 from loraplex_bench.weights import SharedWeights
 from loraplex_client.workload import Measured, Trace, burst
+from loraplex_engine.model.layers import TORCH_LINEARS
+from loraplex_engine.model.linear import StoredLinear
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -185,8 +187,10 @@ def test_engines_of_one_process_share_their_weights() -> None:
     weights = SharedWeights(RandomWeights(dtype=torch.float32, device=torch.device("cpu")))
 
     first, other = weights.read("a", (4, 4)), weights.read("b", (4, 4))
-    stacked = weights.read_stacked(iter([("c", (2, 4)), ("d", (3, 4))]))
+    parts = [StoredLinear(name=name, in_features=4, out_features=outputs) for name, outputs in (("c", 2), ("d", 3))]
+    stacked = weights.linear(parts, TORCH_LINEARS)
 
     assert weights.read("a", (4, 4)) is first
     assert not torch.equal(first, other)
-    assert weights.read_stacked([("c", (2, 4)), ("d", (3, 4))]) is stacked
+    assert weights.linear(list(parts), TORCH_LINEARS) is stacked
+    assert (stacked.in_features, stacked.out_features) == (4, 5)

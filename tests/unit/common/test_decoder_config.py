@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelError, check_base_model
-from loraplex_common.decoder_config import model_config
 from support.base_models import TinyBase, write_base_model
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from loraplex_common.adapter_image import OPS, ROW_PARALLEL, Geometry
-from loraplex_common.decoder_config import model_config
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.projections import Split
 
 CONFIG = {

@@ -1,6 +1,6 @@
 """Decode steps without attention: every dense product and every pointwise kernel, with LoRA and without.
 
-Built from the objects the engine runs (`CudaDecoder`, `DecodeLora` and its paths), so what is timed here
+Built from the objects the engine runs (`LlamaDecoder`, `DecodeLora` and its paths), so what is timed here
 is what a decode step does between two attentions. Nothing here knows how time is taken: a `Timer` does.
 """
 
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 from loraplex_common.adapter_image import layout
-from loraplex_common.decoder_config import model_config
+from loraplex_common.architectures.registry import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits, PagedAttention
-from loraplex_engine.runners.cuda.lora_paths import BasePath, dense_into
+from loraplex_engine.runners.cuda.decoder import DecoderLimits, LlamaDecoder, PagedAttention
+from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
+from loraplex_engine.runners.cuda.lora_paths import BasePath
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape
 from loraplex_kernels.lora.tables import AdapterTables
 from loraplex_kernels.pointwise.rms_norm import RmsNorm
@@ -48,7 +49,7 @@ class _NoAttention(PagedAttention):
         """Do nothing."""
 
 
-class _StackDecoder(CudaDecoder):
+class _StackDecoder(LlamaDecoder):
     """The engine's decoder, attention left out."""
 
     def skip_attention(self) -> None:
@@ -69,7 +70,8 @@ class DecodeStack:
     def __init__(self, shape: Shape, library: KernelLibrary, weights: WeightSource, *, max_rows: int) -> None:
         self.shape, self.library, self.max_rows = shape, library, max_rows
         device = library.device
-        self.model = LlamaModel(model_config(shape.info.config), weights, max_model_len=MAX_CONTEXT, device=device)
+        config = model_config(shape.info.config)
+        self.model = LlamaModel(config, weights, CUDA_LINEARS, max_model_len=MAX_CONTEXT, device=device)
         self.kv_pool = torch.zeros(max_rows, shape.pool.page_bytes, dtype=torch.uint8, device=device)
         limits = DecoderLimits(max_tokens=max_rows, max_rows=max_rows, max_context=MAX_CONTEXT)
         self.decoder = _StackDecoder(self.model, library, self.kv_pool, shape.pool, limits, num_slots=max_rows)
@@ -105,11 +107,11 @@ class DecodeStack:
         """Launch the dense products of a step and nothing else, as the baselines' ``decode_stack`` base."""
         work = self.decoder.work
         for layer in self.model.layers:
-            dense_into(layer.qkv, work.x[:batch], work.qkv[:batch])
-            dense_into(layer.o, work.attended[:batch], work.projected[:batch])
-            dense_into(layer.gate_up, work.x[:batch], work.gate_up[:batch])
-            dense_into(layer.down, work.act[:batch], work.projected[:batch])
-        dense_into(self.model.lm_head, work.x[:batch], work.logits[:batch])
+            layer.qkv.into(work.x[:batch], work.qkv[:batch])
+            layer.o.into(work.attended[:batch], work.projected[:batch])
+            layer.gate_up.into(work.x[:batch], work.gate_up[:batch])
+            layer.down.into(work.act[:batch], work.projected[:batch])
+        self.model.lm_head.into(work.x[:batch], work.logits[:batch])
 
     def run_op(self, batch: int, op: str, path: LayerPath) -> None:
         """Launch one op's product and its follower in every layer: rotary for qkv, residual + norm for o.

@@ -13,6 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from loraplex_engine.model.linear import LinearForms
+
 OUTPUT_BLOCK: Final = 32  # rows of W per small product: measured best of 16 to 576
 MIN_FEATURE_MAJOR_TOKENS: Final = 3  # below, a matrix-vector product reads W at full memory bandwidth
 MAX_FEATURE_MAJOR_TOKENS: Final = 256  # above, both orientations are bound by arithmetic
@@ -32,7 +34,7 @@ def new_activation(num_tokens: int, num_features: int, *, dtype: torch.dtype, de
 
 
 class Dense:
-    """A dense layer ``y = x @ weight.T + bias``.
+    """The torch backend's `Linear` of a weight in the compute dtype.
 
     Attributes:
         weight: ``[out_features, in_features]``.
@@ -42,17 +44,28 @@ class Dense:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
-        outputs, inputs = weight.shape
         self._weight_t = weight.t()
-        self._blocks = weight.view(-1, OUTPUT_BLOCK, inputs) if outputs % OUTPUT_BLOCK == 0 else None
+        self._blocks = (
+            weight.view(-1, OUTPUT_BLOCK, self.in_features) if self.out_features % OUTPUT_BLOCK == 0 else None
+        )
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.weight.shape[0]
+
+    @property
+    def weight_bytes(self) -> int:
+        """See `Linear`."""
+        return self.weight.nbytes
 
     def into(self, x: Tensor, out: Tensor) -> None:
-        """Compute ``out[:] = x @ weight.T + bias``.
-
-        Args:
-            x: ``[tokens, in_features]``, of the same memory order as ``out``.
-            out: ``[tokens, out_features]`` from `new_activation`.
-        """
+        """See `Linear`; ``out`` comes from `new_activation`."""
         if out.is_contiguous():
             torch.mm(x, self._weight_t, out=out)
         elif self._blocks is not None:
@@ -63,6 +76,22 @@ class Dense:
             torch.mm(self.weight, x.t(), out=out.t())
         if self.bias is not None:
             out.add_(self.bias)
+
+    def onto(self, x: Tensor, out: Tensor) -> None:
+        """See `Linear`; ``out`` comes from `new_activation`."""
+        if out.is_contiguous():
+            out.addmm_(x, self._weight_t)
+        elif self._blocks is not None:
+            num_blocks, num_tokens = self._blocks.shape[0], x.shape[0]
+            x_t = x.t().expand(num_blocks, -1, -1)
+            out.t().view(num_blocks, OUTPUT_BLOCK, num_tokens).baddbmm_(self._blocks, x_t)
+        else:
+            out.t().addmm_(self.weight, x.t())
+        if self.bias is not None:
+            out.add_(self.bias)
+
+
+TORCH_LINEARS = LinearForms(dense=Dense)
 
 
 class RmsNorm:

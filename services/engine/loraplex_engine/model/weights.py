@@ -2,61 +2,46 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
-from loraplex_common.adapter_image import OPS, ROW_PARALLEL
 from loraplex_common.base_model import BaseModelError
+from loraplex_common.projections import Split
 from loraplex_common.weight_files import IGNORED_SUFFIXES, find_weights
 from safetensors import safe_open
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from loraplex_engine.model.linear import Linear, LinearForms, StoredLinear
+
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BLOCKS: Final = {
-    name: "mlp" if op in ("gate_up", "down") else "self_attn" for op, names in OPS.items() for name in names
-}
-
-
-class Split(enum.Enum):
-    """How tensor-parallel ranks divide a weight."""
-
-    NONE = "none"
-    OUTPUTS = "outputs"  # dimension 0
-    INPUTS = "inputs"  # dimension 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightLayout:
-    """Which part of each weight a rank holds: the one place that knows how the model is sharded."""
+    """Which part of each weight a tensor-parallel rank holds."""
 
     tp_degree: int = 1
     tp_rank: int = 0
 
-    def split_of(self, name: str) -> Split:
-        """Return how ranks divide the weight of that name."""
-        parts = name.split(".")
-        if len(parts) < 2 or parts[-2] not in BLOCKS:
-            return Split.NONE
-        if parts[-2] not in ROW_PARALLEL:
-            return Split.OUTPUTS
-        return Split.INPUTS if parts[-1] == "weight" else Split.NONE
+    def local(self, name: str, shape: tuple[int, ...], split: Split | None = None) -> tuple[slice, ...]:
+        """Return the index of this rank's part of a tensor.
 
-    def local(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
-        """Return the index of this rank's part of a weight of the given full shape.
+        Args:
+            name: For messages.
+            shape: Full shape: a weight ``[outputs, inputs]`` or a bias ``[outputs]``.
+            split: How the ranks divide the linear layer; a bias of one that is split along its inputs is not divided.
 
         Raises:
             BaseModelError: If the dimension cannot be divided evenly.
         """
-        split = self.split_of(name)
-        if split is Split.NONE or self.tp_degree == 1:
+        axis = {Split.OUTPUTS: 0, Split.INPUTS: 1, None: len(shape)}[split]
+        if axis >= len(shape) or self.tp_degree == 1:
             return (slice(None),) * len(shape)
-        axis = 0 if split is Split.OUTPUTS else 1
         if shape[axis] % self.tp_degree:
             raise BaseModelError(f"{name}: {shape[axis]} cannot be divided over {self.tp_degree} ranks")
         size = shape[axis] // self.tp_degree
@@ -72,11 +57,11 @@ class WeightSource(Protocol):
         ...
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return this rank's part of a weight of the given full shape, in the compute dtype, on the device."""
+        """Return a tensor that every rank holds whole, in the compute dtype, on the device."""
         ...
 
-    def read_stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
-        """Return several weights stacked along their outputs."""
+    def linear(self, parts: Sequence[StoredLinear], forms: LinearForms) -> Linear:
+        """Return one or several linear layers as one, stacked along their outputs; all have a bias or none has."""
         ...
 
     def close(self) -> None:
@@ -103,9 +88,9 @@ class WeightReader:
         return name in self._files
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return this rank's part of a weight in the compute dtype, on the device.
+        """Return a tensor that every rank holds whole, in the compute dtype, on the device.
 
-        It is a copy: whoever writes to the file of a running engine changes nothing of what it computes.
+        It is a copy: a process that writes to the files of a running engine changes nothing of what it computes.
 
         Args:
             name: As in the files.
@@ -114,15 +99,31 @@ class WeightReader:
         Raises:
             BaseModelError: If it is missing or of another shape.
         """
-        return self._mapped(name, shape).to(device=self._device, dtype=self._dtype, copy=True)
+        return self._mapped(name, shape, None).to(device=self._device, dtype=self._dtype, copy=True)
 
-    def read_stacked(self, parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
-        """Return several weights stacked along their outputs, as a fused projection wants them; a copy, too."""
-        mapped = [self._mapped(name, shape) for name, shape in parts]
+    def linear(self, parts: Sequence[StoredLinear], forms: LinearForms) -> Linear:
+        """Return this rank's part of linear layers that share their input, stacked along their outputs; a copy, too.
+
+        The form in which the files store the weights decides which of the backend's forms it becomes.
+
+        Args:
+            parts: In the order of their outputs; all have a bias or none has.
+            forms: The backend's.
+
+        Raises:
+            BaseModelError: If a tensor is missing or of another shape, or cannot be divided over the ranks.
+        """
+        weight = self._stacked((part.weight, part.weight_shape, part.split) for part in parts)
+        if not parts[0].has_bias:
+            return forms.dense(weight, None)
+        return forms.dense(weight, self._stacked((part.bias, (part.out_features,), part.split) for part in parts))
+
+    def _stacked(self, tensors: Iterable[tuple[str, tuple[int, ...], Split | None]]) -> Tensor:
+        mapped = [self._mapped(name, shape, split) for name, shape, split in tensors]
         return torch.cat([part.to(device=self._device, dtype=self._dtype) for part in mapped])
 
-    def _mapped(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return this rank's part of a weight as safetensors gives it: memory that is the file's."""
+    def _mapped(self, name: str, shape: tuple[int, ...], split: Split | None) -> Tensor:
+        """Return this rank's part of a tensor as safetensors gives it: memory that is the file's."""
         if name not in self._files:
             raise BaseModelError(f"{self._directory}: weight {name} is missing")
         file = self._files[name]
@@ -132,7 +133,7 @@ class WeightReader:
         if tuple(stored.get_shape()) != shape:
             raise BaseModelError(f"{file}: {name} has shape {stored.get_shape()}, config.json implies {list(shape)}")
         self._unread.discard(name)
-        part: Tensor = stored[self._layout.local(name, shape)]
+        part: Tensor = stored[self._layout.local(name, shape, split)]
         return part
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from loraplex_engine.runners.slot_faults import blaming
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loraplex_engine.model.llama import LlamaModel
+    from loraplex_engine.model.decoder_model import DecoderModel
     from loraplex_engine.runners.slot_faults import SlotFaults
     from loraplex_engine.step import SlotSetup, StepPlan, TokenLogprobs
 
@@ -36,7 +36,7 @@ class PromptLogprobTracker:
     state is kept by slot.
     """
 
-    def __init__(self, model: LlamaModel) -> None:
+    def __init__(self, model: DecoderModel[Any]) -> None:
         self._model = model
         self._carried: dict[int, Tensor] = {}  # slot -> hidden state of the last position computed, [1, hidden]
 

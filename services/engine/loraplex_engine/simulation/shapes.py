@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from loraplex_common.adapter_image import ITEM_BYTES, OPS, PROJECTIONS, ImageError, layout
 from loraplex_common.base_model import BaseModelInfo
+from loraplex_common.projections import gated_decoder_layer
 
 from loraplex_engine.pool_geometry import PoolGeometry, choose_pool_geometry
 
@@ -144,9 +145,14 @@ class ModelShape:
     def layer_weights(self) -> int:
         """Weights of all layers: each token multiplies with each once."""
         info = self.info
-        query, key_value = info.num_heads * info.head_dim, info.num_kv_heads * info.head_dim
-        per_layer = info.hidden_size * (2 * query + 2 * key_value + 3 * info.intermediate_size)
-        return info.num_layers * per_layer
+        layer = gated_decoder_layer(
+            hidden_size=info.hidden_size,
+            intermediate_size=info.intermediate_size,
+            num_heads=info.num_heads,
+            num_kv_heads=info.num_kv_heads,
+            head_dim=info.head_dim,
+        )
+        return info.num_layers * sum(each.in_features * each.out_features for each in layer)
 
     @cached_property
     def head_weights(self) -> int:
@@ -155,7 +161,7 @@ class ModelShape:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes that every step reads, whatever its batch."""
+        """Bytes of weights that every step reads, whatever its batch: what `Linear.weight_bytes` add up to in the engine."""
         return (self.layer_weights + self.head_weights) * self.item_bytes
 
     @cached_property

@@ -6,14 +6,16 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelError, load_base_model
-from loraplex_common.decoder_config import ModelConfig, model_config
 from loraplex_engine.model.rope import rope_table
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from support.base_models import TinyBase, write_base_model
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from loraplex_common.decoder_config import ModelConfig
 
 
 def read(directory: Path, base: TinyBase, **changes: Any) -> ModelConfig:

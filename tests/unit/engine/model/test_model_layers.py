@@ -1,10 +1,16 @@
-"""Dense layers and norms compute the same in either memory order of the activations."""
+"""Linear layers and norms compute the same in either memory order of the activations."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
-from loraplex_engine.model.layers import Dense, RmsNorm, is_feature_major, new_activation
+from loraplex_engine.model.layers import TORCH_LINEARS, RmsNorm, is_feature_major, new_activation
+from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
+
+if TYPE_CHECKING:
+    from loraplex_engine.model.linear import MakeDense
 
 CPU = torch.device("cpu")
 
@@ -15,20 +21,39 @@ def activation(values: torch.Tensor) -> torch.Tensor:
     return buffer
 
 
+@pytest.mark.parametrize("make", [TORCH_LINEARS.dense, CUDA_LINEARS.dense], ids=["torch", "cuda"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 16, 256, 257])
 @pytest.mark.parametrize("outputs", [64, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dense_layers_equal_the_product_in_fp64(num_tokens: int, outputs: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear_layers_equal_the_product_in_fp64_and_add_it_to_what_is_there(
+    make: MakeDense, num_tokens: int, outputs: int, dtype: torch.dtype, has_bias: bool
+) -> None:
+    if make is CUDA_LINEARS.dense and is_feature_major(num_tokens, dtype=dtype, device=CPU):
+        pytest.skip("the CUDA backend's activations are token-major")
     generator = torch.Generator().manual_seed(num_tokens)
     x = torch.randn((num_tokens, 48), generator=generator).to(dtype)
     weight = torch.randn((outputs, 48), generator=generator).to(dtype)
     bias = torch.randn(outputs, generator=generator).to(dtype)
+    before = torch.randn((num_tokens, outputs), generator=generator).to(dtype)
     out = new_activation(num_tokens, outputs, dtype=dtype, device=CPU)
+    added = activation(before)
+    linear = make(weight, bias if has_bias else None)
 
-    Dense(weight, bias).into(activation(x), out)
+    linear.into(activation(x), out)
+    linear.onto(activation(x), added)
 
-    expected = x.double() @ weight.double().t() + bias.double()
-    assert (out.double() - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.2)
+    expected = x.double() @ weight.double().t() + (bias.double() if has_bias else 0)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2
+    assert (out.double() - expected).abs().max() < tolerance
+    assert (added.double() - expected - before.double()).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("make", [TORCH_LINEARS.dense, CUDA_LINEARS.dense], ids=["torch", "cuda"])
+def test_a_linear_layer_knows_its_widths_and_the_bytes_of_its_weight(make: MakeDense) -> None:
+    linear = make(torch.zeros(70, 48, dtype=torch.bfloat16), torch.zeros(70, dtype=torch.bfloat16))
+
+    assert (linear.in_features, linear.out_features, linear.weight_bytes) == (48, 70, 2 * 70 * 48)
 
 
 def test_small_fp32_steps_are_feature_major() -> None:

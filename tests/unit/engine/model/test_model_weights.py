@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from loraplex_common.base_model import BaseModelError
+from loraplex_common.projections import Split
 from loraplex_engine import build
 from loraplex_engine.config import EngineConfig
-from loraplex_engine.model.weights import Split, WeightLayout, WeightReader
+from loraplex_engine.model.layers import Dense
+from loraplex_engine.model.linear import LinearForms, StoredLinear
+from loraplex_engine.model.weights import WeightLayout, WeightReader
 from support.base_models import TinyBase, write_base_model
 from support.oracle import make_rig
 from support.safetensors_files import write_safetensors
@@ -20,16 +24,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CPU = torch.device("cpu")
-Q_PROJ, O_PROJ = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.o_proj.weight"
+Q_PROJ = StoredLinear(name="model.layers.0.self_attn.q_proj", in_features=64, out_features=64, split=Split.OUTPUTS)
+O_PROJ = StoredLinear(name="model.layers.1.self_attn.o_proj", in_features=64, out_features=64, split=Split.INPUTS)
 
 
 def reader_of(directory: Path, layout: WeightLayout | None = None) -> WeightReader:
     return WeightReader(directory, dtype=torch.float32, device=CPU, layout=layout)
 
 
+def read_dense(reader: WeightReader, *parts: StoredLinear) -> Dense:
+    """Read linear layers as the torch backend's."""
+    dense = reader.linear(parts, LinearForms(dense=Dense))
+    assert isinstance(dense, Dense)
+    return dense
+
+
 def test_what_was_read_stays_whatever_becomes_of_the_file(tmp_path: Path) -> None:
     reader = reader_of(write_base_model(tmp_path))
-    read = [reader.read(O_PROJ, (64, 64)), reader.read_stacked([(Q_PROJ, (64, 64))])]
+    read = [reader.read(O_PROJ.weight, (64, 64)), read_dense(reader, Q_PROJ).weight]
     before = [weight.clone() for weight in read]
     path = tmp_path / "model.safetensors"
 
@@ -59,9 +71,9 @@ def test_ranks_hold_parts_that_make_up_the_weight(tmp_path: Path, num_shards: in
     whole = reader_of(tmp_path)
     ranks = [reader_of(tmp_path, WeightLayout(tp_degree=2, tp_rank=rank)) for rank in range(2)]
 
-    for name, shape, axis in ((Q_PROJ, (64, 64), 0), (O_PROJ, (64, 64), 1)):
-        parts = [rank.read(name, shape) for rank in ranks]
-        assert torch.equal(torch.cat(parts, dim=axis), whole.read(name, shape))
+    for stored, axis in ((Q_PROJ, 0), (O_PROJ, 1)):
+        parts = [read_dense(rank, stored).weight for rank in ranks]
+        assert torch.equal(torch.cat(parts, dim=axis), read_dense(whole, stored).weight)
     norm = "model.norm.weight"
     assert torch.equal(ranks[1].read(norm, (64,)), whole.read(norm, (64,)))
 
@@ -69,10 +81,10 @@ def test_ranks_hold_parts_that_make_up_the_weight(tmp_path: Path, num_shards: in
 def test_a_row_parallel_bias_is_not_split() -> None:
     layout = WeightLayout(tp_degree=2, tp_rank=1)
 
-    assert layout.split_of("model.layers.0.mlp.down_proj.bias") is Split.NONE
-    assert layout.split_of("model.layers.0.self_attn.q_proj.bias") is Split.OUTPUTS
-    with pytest.raises(BaseModelError, match="cannot be divided"):
-        layout.local(Q_PROJ, (63, 64))
+    assert layout.local("down_proj.bias", (64,), Split.INPUTS) == (slice(None),)
+    assert layout.local("q_proj.bias", (64,), Split.OUTPUTS) == (slice(32, 64),)
+    with pytest.raises(BaseModelError, match=r"q_proj.weight: 63 cannot be divided"):
+        layout.local(Q_PROJ.weight, (63, 64), Q_PROJ.split)
 
 
 def test_missing_and_misshapen_weights_are_named(tmp_path: Path) -> None:
@@ -81,7 +93,7 @@ def test_missing_and_misshapen_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"nothing\.weight is missing"):
         reader.read("nothing.weight", (1,))
     with pytest.raises(BaseModelError, match=r"q_proj.weight has shape \[64, 64\], config.json implies \[32, 64\]"):
-        reader.read(Q_PROJ, (32, 64))
+        read_dense(reader, replace(Q_PROJ, out_features=32))
 
 
 def test_an_index_that_names_absent_files_is_refused(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ Legend: T = tokens of the step, S = sampling rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from loraplex_kernels.attention.decode import AttentionDecode
@@ -20,17 +21,20 @@ from loraplex_kernels.pointwise.embedding import Embedding
 from loraplex_kernels.pointwise.rms_norm import RmsNorm
 from loraplex_kernels.pointwise.silu_mul import SiluMul
 
-from loraplex_engine.runners.cuda.lora_paths import Followers, dense_into
+from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.runners.cuda.lora_paths import Followers
 
 if TYPE_CHECKING:
     from loraplex_common.decoder_config import ModelConfig
     from loraplex_kernels.module import KernelLibrary
     from torch import Tensor
 
-    from loraplex_engine.model.llama import LlamaModel
+    from loraplex_engine.model.decoder_model import DecoderModel
     from loraplex_engine.pool_geometry import PoolGeometry
     from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.step_input import StepInputs
+
+ModelT = TypeVar("ModelT", bound="DecoderModel[Any]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +42,7 @@ class DecoderLimits:
     """Largest step.
 
     Attributes:
-        max_tokens: Of one step, decode bucket sizes included.
+        max_tokens: Tokens of one step, decode bucket sizes included.
         max_rows: Decode rows of one step, bucket sizes included; also most sampling rows.
         max_context: Longest sequence, in tokens.
     """
@@ -102,14 +106,14 @@ class PagedAttention:
             self._prefill.launch(layer, pool, qkv, step.block_tables, step.tiles, out)
 
 
-class CudaDecoder:
-    """Computes steps of one model over a pool it does not own.
+class CudaDecoder(ABC, Generic[ModelT]):
+    """Computes steps of one model over a pool it does not own; what decoders have in common.
 
     Args:
         model: Its weights, and nothing else of it, are used.
         library: Kernels; also says device and element type.
         pool: uint8 ``[pages, page_bytes]``.
-        geometry: Of KV pages.
+        geometry: The KV pages' shape.
         limits: Largest step.
 
     Attributes:
@@ -119,7 +123,7 @@ class CudaDecoder:
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: ModelT,
         library: KernelLibrary,
         pool: Tensor,
         geometry: PoolGeometry,
@@ -152,6 +156,7 @@ class CudaDecoder:
         attention = {window: PagedAttention(library, layout, limits) for window, layout in layouts.items()}
         self._attention = [attention[window] for window in config.windows]
 
+    @abstractmethod
     def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
         """Compute a step's residual stream, but for what is returned: that is still to be added.
 
@@ -160,23 +165,6 @@ class CudaDecoder:
             path: How projections are computed.
             num_decode: Decode rows.
         """
-        work, tokens = self.work, step.token_ids.shape[0]
-        hidden, x, projected = work.hidden[:tokens], work.x[:tokens], work.projected[:tokens]
-        qkv, attended = work.qkv[:tokens], work.attended[:tokens]
-        gate_up, act = work.gate_up[:tokens], work.act[:tokens]
-        self._embedding.launch(self._model.embedding, step.token_ids, step.slots, self.last_sampled, hidden)
-        rest: Tensor | None = None
-        for index, layer in enumerate(self._model.layers):
-            self._norm.launch(rest, layer.input_norm.weight, x, residual=hidden)
-            path.project(index, "qkv", layer.qkv, x, qkv, step)
-            path.finish_qkv(index, layer, qkv, step)
-            self._attention[index].launch(index, self._pool, qkv, step, num_decode, attended)
-            rest = path.add_to_residual(index, "o", layer.o, attended, hidden, projected, step)
-            self._norm.launch(rest, layer.post_norm.weight, x, residual=hidden)
-            path.project(index, "gate_up", layer.gate_up, x, gate_up, step)
-            path.finish_gate_up(index, gate_up, act, step)
-            rest = path.add_to_residual(index, "down", layer.down, act, hidden, projected, step)
-        return rest
 
     def logits(self, step: StepInputs, rest: Tensor | None) -> Tensor:
         """Return the sampling rows' logits, ``[S, vocab]``, after `forward`, which returned ``rest``."""
@@ -194,5 +182,29 @@ class CudaDecoder:
         if samples:
             weight = self._model.final_norm.weight
             self._norm.launch(rest, weight, x, residual=hidden, rows=step.sample_tokens)
-            dense_into(self._model.lm_head, x, logits)
+            self._model.lm_head.into(x, logits)
         return logits
+
+
+class LlamaDecoder(CudaDecoder[LlamaModel]):
+    """The forward pass of `LlamaModel`."""
+
+    def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
+        """See `CudaDecoder`."""
+        work, tokens = self.work, step.token_ids.shape[0]
+        hidden, x, projected = work.hidden[:tokens], work.x[:tokens], work.projected[:tokens]
+        qkv, attended = work.qkv[:tokens], work.attended[:tokens]
+        gate_up, act = work.gate_up[:tokens], work.act[:tokens]
+        self._embedding.launch(self._model.embedding, step.token_ids, step.slots, self.last_sampled, hidden)
+        rest: Tensor | None = None
+        for index, layer in enumerate(self._model.layers):
+            self._norm.launch(rest, layer.input_norm.weight, x, residual=hidden)
+            path.project(index, "qkv", layer.qkv, x, qkv, step)
+            path.finish_qkv(index, layer, qkv, step)
+            self._attention[index].launch(index, self._pool, qkv, step, num_decode, attended)
+            rest = path.add_to_residual(index, "o", layer.o, attended, hidden, projected, step)
+            self._norm.launch(rest, layer.post_norm.weight, x, residual=hidden)
+            path.project(index, "gate_up", layer.gate_up, x, gate_up, step)
+            path.finish_gate_up(index, gate_up, act, step)
+            rest = path.add_to_residual(index, "down", layer.down, act, hidden, projected, step)
+        return rest

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from loraplex_kernels.lora.decode import LoraDecode
     from torch import Tensor
 
-    from loraplex_engine.model.layers import Dense
-    from loraplex_engine.model.llama import DecoderLayer
+    from loraplex_engine.model.layers import RmsNorm
+    from loraplex_engine.model.linear import Linear
     from loraplex_engine.runners.cuda.step_input import StepInputs
 
 SHRINK_CTAS_PER_SM: Final = 3  # what fits at 80 registers x 256 threads
@@ -28,37 +28,36 @@ EXPAND_CTAS_PER_SM: Final = 6  # kCtasPerSm: at 80 registers x 128 threads
 CTAS_PER_ROW: Final = 64
 
 
-def dense_into(dense: Dense, x: Tensor, out: Tensor) -> None:
-    """Compute ``out[:] = x @ weight.T + bias`` with one cuBLAS call."""
-    if dense.bias is None:
-        torch.mm(x, dense.weight.t(), out=out)
-    else:
-        torch.addmm(dense.bias, x, dense.weight.t(), out=out)
+class HasQkNorm(Protocol):
+    """A layer's weights, as far as the follower of qkv needs them."""
 
+    @property
+    def q_norm(self) -> RmsNorm | None:
+        """The norm of each query head, if the layer has one."""
+        ...
 
-def dense_onto(dense: Dense, x: Tensor, out: Tensor) -> None:
-    """Compute ``out[:] += x @ weight.T + bias``: for cuBLAS the same work, rounded once less."""
-    torch.addmm(out, x, dense.weight.t(), out=out)
-    if dense.bias is not None:
-        out.add_(dense.bias)
+    @property
+    def k_norm(self) -> RmsNorm | None:
+        """The norm of each key head, if the layer has one."""
+        ...
 
 
 class LayerPath(Protocol):
     """How a step goes through projections and their followers."""
 
-    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+    def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """Compute qkv's or gate_up's product; whether LoRA is in ``out`` yet is the path's affair."""
         ...
 
     def add_to_residual(
-        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+        self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
     ) -> Tensor | None:
         """Add o's or down's product to the residual stream, but for what is returned: that the next norm adds.
 
         Args:
             layer: Decoder layer.
             op: ``o`` or ``down``.
-            dense: The projection.
+            linear: The projection.
             x: ``[tokens, in_features]``.
             residual: ``[tokens, hidden]``.
             scratch: ``[tokens, hidden]`` in a decode step, and what is returned, if anything is.
@@ -66,7 +65,7 @@ class LayerPath(Protocol):
         """
         ...
 
-    def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
+    def finish_qkv(self, layer: int, weights: HasQkNorm, qkv: Tensor, step: StepInputs) -> None:
         """Rotate q and k in place, write K and V to their pages."""
         ...
 
@@ -89,20 +88,20 @@ class BasePath:
     def __init__(self, followers: Followers) -> None:
         self._rope, self._silu_mul = followers.rope, followers.silu_mul
 
-    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+    def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
         del layer, op, step
-        dense_into(dense, x, out)
+        linear.into(x, out)
 
     def add_to_residual(
-        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+        self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
     ) -> Tensor | None:
         """See `LayerPath`."""
         del layer, op, scratch, step
-        dense_onto(dense, x, residual)
+        linear.onto(x, residual)
         return None
 
-    def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
+    def finish_qkv(self, layer: int, weights: HasQkNorm, qkv: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
         q_norm, k_norm = norm_weights(weights)
         self._rope.launch(layer, qkv, step.positions, step.kv_slots, q_norm=q_norm, k_norm=k_norm)
@@ -204,28 +203,28 @@ class BesideLoraPath(_DecodeLoraPath):
         super().__init__(followers, lora, hidden, grids, ops=ops)
         self._delta, self._fork = delta, fork
 
-    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+    def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
         if op not in self._ops:
-            dense_into(dense, x, out)
+            linear.into(x, out)
             return
         self._fork.beside(
-            lambda: self._write_delta(layer, op, x, self._delta_of(out), step), lambda: dense_into(dense, x, out)
+            lambda: self._write_delta(layer, op, x, self._delta_of(out), step), lambda: linear.into(x, out)
         )
 
     def add_to_residual(
-        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+        self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
     ) -> Tensor | None:
         """See `LayerPath`."""
         if op not in self._ops:
-            return super().add_to_residual(layer, op, dense, x, residual, scratch, step)
-        self._fork.beside(lambda: self._add_delta(layer, op, x, residual, step), lambda: dense_into(dense, x, scratch))
+            return super().add_to_residual(layer, op, linear, x, residual, scratch, step)
+        self._fork.beside(lambda: self._add_delta(layer, op, x, residual, step), lambda: linear.into(x, scratch))
         return scratch
 
     def _delta_of(self, out: Tensor) -> Tensor:
         return self._delta[: out.numel()].view(out.shape)
 
-    def finish_qkv(self, layer: int, weights: DecoderLayer, qkv: Tensor, step: StepInputs) -> None:
+    def finish_qkv(self, layer: int, weights: HasQkNorm, qkv: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
         q_norm, k_norm = norm_weights(weights)
         delta = self._delta_of(qkv) if "qkv" in self._ops else None
@@ -244,21 +243,21 @@ class InLineLoraPath(_DecodeLoraPath):
     LoRA kernel follows one of ours, whose end dependent launch lets it overlap; behind a product it could not.
     """
 
-    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+    def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
         if op not in self._ops:
-            dense_into(dense, x, out)
+            linear.into(x, out)
             return
         self._write_delta(layer, op, x, out, step)
-        dense_onto(dense, x, out)
+        linear.onto(x, out)
 
     def add_to_residual(
-        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+        self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
     ) -> Tensor | None:
         """See `LayerPath`."""
         if op in self._ops:
             self._add_delta(layer, op, x, residual, step)
-        return super().add_to_residual(layer, op, dense, x, residual, scratch, step)
+        return super().add_to_residual(layer, op, linear, x, residual, scratch, step)
 
 
 class TokenLora(Protocol):
@@ -276,21 +275,21 @@ class AddedLoraPath(BasePath):
         super().__init__(followers)
         self._lora = lora
 
-    def project(self, layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, step: StepInputs) -> None:
+    def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
         """See `LayerPath`."""
-        dense_into(dense, x, out)
+        linear.into(x, out)
         self._lora.apply(layer, op, x, out, step.scales)
 
     def add_to_residual(
-        self, layer: int, op: str, dense: Dense, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+        self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
     ) -> Tensor | None:
         """See `LayerPath`."""
-        dense_onto(dense, x, residual)
+        linear.onto(x, residual)
         self._lora.apply(layer, op, x, residual, step.scales)
         return None
 
 
-def norm_weights(weights: DecoderLayer) -> tuple[Tensor | None, Tensor | None]:
+def norm_weights(weights: HasQkNorm) -> tuple[Tensor | None, Tensor | None]:
     """Return the weights of qk-norm, if the layer has it."""
     if weights.q_norm is None or weights.k_norm is None:
         return None, None

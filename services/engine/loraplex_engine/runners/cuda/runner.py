@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from loraplex_common.decoder_config import model_config
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_kernels.lora.tables import AdapterTables, RankLimitError, check_ranks
 from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
 
-from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.model.registry import read_model
 from loraplex_engine.model.weights import DTYPES
 from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits
+from loraplex_engine.runners.cuda.decoder import DecoderLimits
+from loraplex_engine.runners.cuda.forwards import forward_of
 from loraplex_engine.runners.cuda.graphs import VARIANTS, DecodeGraphs, bucket_sizes
+from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
 from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig, tile_capacity
 from loraplex_engine.runners.cuda.sampling import DeviceSampler
@@ -64,9 +66,9 @@ class CudaRunner:
         page_bytes = config.geometry.page_bytes
         self.geometry: Geometry = config.info.geometry(dtype=config.geometry.dtype, page_bytes=page_bytes)
         torch.cuda.set_device(device)
-        self._model = LlamaModel(
-            model_config(config.info.config), weights, max_model_len=config.max_model_len, device=device
-        )
+        model = model_config(config.info.config)
+        make_decoder = forward_of(model)
+        self._model = read_model(model, weights, CUDA_LINEARS, max_model_len=config.max_model_len, device=device)
         weights.close()
         self._pool = torch.zeros((config.num_pages, page_bytes), dtype=torch.uint8, device=device)
         self._library = _make_library(config, device)
@@ -76,7 +78,7 @@ class CudaRunner:
             max_rows=sizes[-1],
             max_context=config.max_model_len,
         )
-        self._decoder = CudaDecoder(
+        self._decoder = make_decoder(
             self._model, self._library, self._pool, config.geometry, self._limits, num_slots=config.max_num_seqs
         )
         self._tables = _make_tables(config, self.geometry, device)

@@ -1,11 +1,12 @@
-"""The torch backend's forward pass over the layers of a Llama-like model.
+"""The torch backend's forward pass over the layers of a decoder, and Llama's.
 
 Legend: T = tokens of the step.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,17 +14,21 @@ from loraplex_common.adapter_image import OP_INDEX
 from torch import Tensor
 
 from loraplex_engine.model.layers import new_activation
+from loraplex_engine.model.llama import LlamaModel
 
 if TYPE_CHECKING:
     from loraplex_common.decoder_config import ModelConfig
 
-    from loraplex_engine.model.layers import Dense
-    from loraplex_engine.model.llama import DecoderLayer, LlamaModel
+    from loraplex_engine.model.decoder_model import DecoderModel
+    from loraplex_engine.model.layers import RmsNorm
+    from loraplex_engine.model.linear import Linear
     from loraplex_engine.runners.torch.attention import PagedPool
     from loraplex_engine.runners.torch.attention_plan import AttentionStep
     from loraplex_engine.runners.torch.lora import LoraStep
 
 QKV, O, GATE_UP, DOWN = (OP_INDEX[op] for op in ("qkv", "o", "gate_up", "down"))  # noqa: E741
+
+ModelT = TypeVar("ModelT", bound="DecoderModel[Any]")
 
 
 class Activations:
@@ -52,11 +57,69 @@ class Activations:
         self.gate, self.up = self.gate_up.chunk(2, dim=1)
 
 
-class LlamaForward:
-    """Computes steps of one model over a pool it does not own."""
+class TorchForward(ABC, Generic[ModelT]):
+    """Computes steps of one model over a pool it does not own; what forward passes of all decoders use."""
 
-    def __init__(self, model: LlamaModel) -> None:
+    def __init__(self, model: ModelT) -> None:
         self._model = model
+
+    @abstractmethod
+    def compute(
+        self,
+        token_ids: Tensor,
+        buffers: Activations,
+        pool: PagedPool,
+        attention: AttentionStep,
+        lora: LoraStep | None,
+    ) -> Tensor:
+        """Compute a step's hidden states, ``[T, hidden]``; its keys and values are written to the pool.
+
+        Args:
+            token_ids: int64 ``[T]``.
+            buffers: From `new_buffers`.
+            pool: Keys and values.
+            attention: The step's sequences.
+            lora: The step's adapters, if any row has one.
+        """
+
+    def new_buffers(self, num_tokens: int) -> Activations:
+        """Return buffers for steps of so many tokens."""
+        embedding = self._model.embedding
+        return Activations(self._model.config, num_tokens, dtype=embedding.dtype, device=embedding.device)
+
+    def _cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return RoPE of the step's tokens: cosines ``[T, 1, head_dim]`` and sines ``[T, 1, head_dim / 2]``."""
+        rope = self._model.rope.index_select(0, positions).to(dtype)
+        cos, sin = rope[:, None, 0], rope[:, None, 1]
+        return torch.cat((cos, cos), dim=-1), sin
+
+    @staticmethod
+    def _project(layer: int, op: int, linear: Linear, x: Tensor, out: Tensor, lora: LoraStep | None) -> None:
+        """Compute a fused projection of one layer with the step's adapters."""
+        linear.into(x, out)
+        if lora is not None:
+            lora.apply(layer, op, x, out)
+
+    def _rotate(
+        self, q_norm: RmsNorm | None, k_norm: RmsNorm | None, buffers: Activations, cos: Tensor, sin: Tensor
+    ) -> None:
+        """Fill ``buffers.heads`` from ``buffers.qkv``: RoPE on queries and keys, behind their norms; values as they are."""
+        config = self._model.config
+        num_rotated, half = config.num_heads + config.num_kv_heads, config.head_dim // 2
+        heads = buffers.heads
+        heads.copy_(buffers.qkv_heads)
+        rotated = heads[:, :num_rotated]
+        if q_norm is not None and k_norm is not None:
+            rotated[:, : config.num_heads] = q_norm(rotated[:, : config.num_heads])
+            rotated[:, config.num_heads :] = k_norm(rotated[:, config.num_heads :])
+        plain = rotated.clone()
+        rotated.mul_(cos)
+        rotated[..., :half].addcmul_(plain[..., half:], sin, value=-1)
+        rotated[..., half:].addcmul_(plain[..., :half], sin)
+
+
+class LlamaForward(TorchForward[LlamaModel]):
+    """The forward pass of `LlamaModel`."""
 
     def compute(
         self,
@@ -66,16 +129,14 @@ class LlamaForward:
         attention: AttentionStep,
         lora: LoraStep | None,
     ) -> Tensor:
-        """Compute a step's hidden states, ``[T, hidden]``; its keys and values are written to the pool."""
+        """See `TorchForward`."""
         config, hidden = self._model.config, buffers.hidden
         hidden.copy_(self._model.embedding.index_select(0, token_ids))
-        rope = self._model.rope.index_select(0, attention.positions).to(hidden.dtype)
-        cos, sin = rope[:, None, 0], rope[:, None, 1]
-        cos = torch.cat((cos, cos), dim=-1)
+        cos, sin = self._cos_sin(attention.positions, hidden.dtype)
         for index, layer in enumerate(self._model.layers):
             layer.input_norm.into(hidden, buffers.x)
             self._project(index, QKV, layer.qkv, buffers.x, buffers.qkv, lora)
-            self._rotate(layer, buffers, cos, sin)
+            self._rotate(layer.q_norm, layer.k_norm, buffers, cos, sin)
             pool.write(index, attention.write_index, buffers.heads[:, config.num_heads :])
             window = attention.windows[config.windows[index]]
             pool.attend(index, window, buffers.heads, buffers.attended)
@@ -87,24 +148,3 @@ class LlamaForward:
             self._project(index, DOWN, layer.down, buffers.gate, buffers.hidden_out, lora)
             hidden.add_(buffers.hidden_out)
         return hidden
-
-    @staticmethod
-    def _project(layer: int, op: int, dense: Dense, x: Tensor, out: Tensor, lora: LoraStep | None) -> None:
-        dense.into(x, out)
-        if lora is not None:
-            lora.apply(layer, op, x, out)
-
-    def _rotate(self, layer: DecoderLayer, buffers: Activations, cos: Tensor, sin: Tensor) -> None:
-        """Fill ``buffers.heads`` from ``buffers.qkv``: RoPE on queries and keys, values as they are."""
-        config = self._model.config
-        num_rotated, half = config.num_heads + config.num_kv_heads, config.head_dim // 2
-        heads = buffers.heads
-        heads.copy_(buffers.qkv_heads)
-        rotated = heads[:, :num_rotated]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            rotated[:, : config.num_heads] = layer.q_norm(rotated[:, : config.num_heads])
-            rotated[:, config.num_heads :] = layer.k_norm(rotated[:, config.num_heads :])
-        plain = rotated.clone()
-        rotated.mul_(cos)
-        rotated[..., :half].addcmul_(plain[..., half:], sin, value=-1)
-        rotated[..., half:].addcmul_(plain[..., :half], sin)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelInfo
-from loraplex_common.decoder_config import model_config
 from torch import Tensor
 
-from loraplex_engine.model.llama import LlamaModel
+from loraplex_engine.model.layers import TORCH_LINEARS
+from loraplex_engine.model.registry import read_model
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
@@ -25,7 +26,7 @@ from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.runners.slot_faults import blaming
 from loraplex_engine.runners.torch.attention import PagedPool
 from loraplex_engine.runners.torch.attention_plan import AttentionStep
-from loraplex_engine.runners.torch.forward import Activations, LlamaForward
+from loraplex_engine.runners.torch.forwards import make_forward
 from loraplex_engine.runners.torch.handles import StepOutput, TorchLoadHandle, TorchStepHandle
 from loraplex_engine.runners.torch.lora import AdapterTable, LoraStep, Segment
 from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, StepPlan
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loraplex_engine.runners.slot_faults import SlotFaults
+    from loraplex_engine.runners.torch.forward import Activations
 
 
 KEPT_BUFFERS: Final = 4  # step sizes whose activation buffers are kept; batches shrink and grow by a few rows
@@ -86,8 +88,8 @@ class TorchRunner:
         self._emulate_async = config.emulate_async
         model = model_config(config.info.config)
         reader = WeightReader(config.model_dir, dtype=self._dtype, device=self._device)
-        self._model = LlamaModel(model, reader, max_model_len=config.max_model_len, device=self._device)
-        self._forward = LlamaForward(self._model)
+        self._model = read_model(model, reader, TORCH_LINEARS, max_model_len=config.max_model_len, device=self._device)
+        self._forward = make_forward(self._model)
         reader.close()
         pages = torch.zeros((config.num_pages, page_bytes), dtype=torch.uint8, device=self._device)
         self._pool = PagedPool(pages, config.geometry, model.num_heads, self._dtype)
@@ -197,7 +199,7 @@ class TorchRunner:
     def _activations(self, num_tokens: int) -> Activations:
         buffers = self._buffers.pop(num_tokens, None)
         if buffers is None:
-            buffers = Activations(self._model.config, num_tokens, dtype=self._dtype, device=self._device)
+            buffers = self._forward.new_buffers(num_tokens)
             if num_tokens > MAX_KEPT_TOKENS:
                 return buffers
             while len(self._buffers) >= KEPT_BUFFERS:

@@ -13,14 +13,15 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from kernels.host_kernels import COMPILER, HostLibrary
 from kernels.kernel_cases import relative_error
 from loraplex_common.adapter_image import pack
+from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import load_base_model
-from loraplex_common.decoder_config import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda import decoder
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits
+from loraplex_engine.runners.cuda.decoder import DecoderLimits, LlamaDecoder
+from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
@@ -85,10 +86,10 @@ class HostRunner:
         self.pool_geometry = choose_pool_geometry(info, dtype=dtype)
         self.geometry = info.geometry(dtype=dtype, page_bytes=self.pool_geometry.page_bytes)
         reader = WeightReader(model_dir, dtype=library.dtype, device=CPU)
-        model = LlamaModel(model_config(info.config), reader, max_model_len=128, device=CPU)
+        model = LlamaModel(model_config(info.config), reader, CUDA_LINEARS, max_model_len=128, device=CPU)
         self.pool = torch.zeros(NUM_PAGES, self.pool_geometry.page_bytes, dtype=torch.uint8)
         limits = DecoderLimits(max_tokens=64, max_rows=NUM_SLOTS, max_context=128)
-        self.decoder = CudaDecoder(model, library, self.pool, self.pool_geometry, limits, num_slots=NUM_SLOTS)
+        self.decoder = LlamaDecoder(model, library, self.pool, self.pool_geometry, limits, num_slots=NUM_SLOTS)
         self.tables = AdapterTables(self.geometry, max_adapters=4, tile_capacity=4096, device=CPU)
         self.lora = DecodeLora(
             library,

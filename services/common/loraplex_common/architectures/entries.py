@@ -1,0 +1,118 @@
+"""Entries of config.json that several architectures read alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from loraplex_common.config_values import ConfigValues
+
+Windows: TypeAlias = tuple[int | None, ...]
+"""Per layer, how many of the last tokens it attends to; None is all."""
+
+ROPE_NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+"""Served RoPE types, and the numbers that each cannot do without."""
+ROPE_OPTIONS: Final = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+"""Numbers of yarn that may be absent or null."""
+DEFAULT_ROPE_THETA: Final = 10000.0
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def num_kv_heads(values: ConfigValues, num_heads: int) -> int:
+    """Return the key and value heads; as many as query heads for an absent key and for null.
+
+    Raises:
+        BaseModelError: If they do not divide the query heads.
+    """
+    num = values.integer("num_key_value_heads") if values.has("num_key_value_heads") else num_heads
+    if num_heads % num:
+        raise values.wrong("num_key_value_heads", f"expected a divisor of num_attention_heads = {num_heads}")
+    return num
+
+
+def head_dim(values: ConfigValues, num_heads: int) -> int:
+    """Return the size of a head: ``hidden_size`` over the heads for an absent key and for null.
+
+    Raises:
+        BaseModelError: If it is odd: RoPE rotates pairs.
+    """
+    if not values.has("head_dim"):
+        hidden_size = values.integer("hidden_size")
+        if hidden_size % num_heads or hidden_size // num_heads % 2:
+            raise values.wrong("head_dim", f"hidden_size {hidden_size} over {num_heads} heads is no even number")
+        return hidden_size // num_heads
+    dim = values.integer("head_dim")
+    if dim % 2:
+        raise values.wrong("head_dim", "expected an even number")
+    return dim
+
+
+def sliding_window(values: ConfigValues) -> int | None:
+    """Return the window: 4096, what transformers assumes, if the key is absent; none for null."""
+    if values.has("sliding_window"):
+        return values.integer("sliding_window")
+    return 4096 if values.is_absent("sliding_window") else None
+
+
+def no_windows(values: ConfigValues, num_layers: int) -> Windows:
+    """Return the windows of an architecture in which every layer attends to all tokens."""
+    del values
+    return (None,) * num_layers
+
+
+def windows_by_layer(values: ConfigValues, num_layers: int) -> Windows:
+    """Return the windows that ``use_sliding_window``, ``max_window_layers`` and ``layer_types`` give each layer (Qwen).
+
+    Raises:
+        BaseModelError: If ``layer_types`` does not say one or the other of each layer.
+    """
+    layer_types = values.texts("layer_types")
+    if not values.flag("use_sliding_window") or (window := sliding_window(values)) is None:
+        return (None,) * num_layers
+    if layer_types is None:
+        first = values.integer("max_window_layers", 28, least=0)
+        layer_types = [SLIDING if layer >= first else FULL for layer in range(num_layers)]
+    if set(layer_types) - {SLIDING, FULL} or len(layer_types) != num_layers:
+        raise values.wrong("layer_types", f"expected {num_layers} of {SLIDING} and {FULL}")
+    return tuple(window if kind == SLIDING else None for kind in layer_types)
+
+
+def rope_parameters(values: ConfigValues, max_positions: int) -> dict[str, Any]:
+    """Return RoPE parameters from either spelling of config.json.
+
+    transformers 5 writes one ``rope_parameters``; before, there were ``rope_theta`` and ``rope_scaling`` with ``type``
+    or ``rope_type``.
+
+    Raises:
+        BaseModelError: If the type is not served, or lacks a number.
+    """
+    rope = values.section("rope_parameters") or values.section("rope_scaling") or values.empty()
+    kind = rope.text("rope_type" if rope.has("rope_type") else "type", "default")
+    if kind not in ROPE_NEEDS:
+        raise values.problem(f"RoPE type {kind!r} is not one of {', '.join(ROPE_NEEDS)}")
+    if nested := rope.nested():
+        raise values.problem(f"RoPE parameters per layer type ({', '.join(nested)}) are not served")
+    for owner in (rope, values):
+        if owner.has("partial_rotary_factor") and owner.number("partial_rotary_factor") != 1.0:
+            raise owner.unserved("partial_rotary_factor", "only 1.0 is")
+    theta = rope if rope.has("rope_theta") else values
+    length = "original_max_position_embeddings"
+    read: dict[str, Any] = {
+        "rope_type": kind,
+        "rope_theta": theta.number("rope_theta", DEFAULT_ROPE_THETA, above=1.0),
+        length: rope.integer(length) if rope.has(length) else max_positions,
+        "truncate": rope.flag("truncate", default=True),
+    }
+    read |= {key: rope.number(key) for key in ROPE_NEEDS[kind]}
+    read |= {key: rope.number(key) for key in ROPE_OPTIONS if kind == "yarn" and rope.has(key)}
+    if kind == "llama3" and read["high_freq_factor"] <= read["low_freq_factor"]:
+        raise rope.wrong("high_freq_factor", "expected more than low_freq_factor")
+    return read

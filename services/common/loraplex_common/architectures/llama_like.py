@@ -1,0 +1,77 @@
+"""What the architectures like Llama have in common: attention, then a gated MLP, each behind a norm, seven projections.
+
+An architecture that differs from Llama only in the arguments of `read_llama_like` needs nothing in the engine: one file
+beside this one and one line in `registry`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.architectures.entries import head_dim, no_windows, num_kv_heads, rope_parameters
+from loraplex_common.decoder_config import ModelConfig
+from loraplex_common.projections import gated_decoder_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_common.architectures.entries import Windows
+    from loraplex_common.config_values import ConfigValues
+
+ACTIVATIONS: Final = ("silu", "swish")
+DEFAULT_MAX_POSITIONS: Final = 2048
+
+
+def read_llama_like(
+    values: ConfigValues,
+    *,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    windows: Callable[[ConfigValues, int], Windows] = no_windows,
+) -> ModelConfig:
+    """Read config.json.
+
+    Args:
+        values: Its entries.
+        qkv_bias: As in `ModelConfig`.
+        o_bias: Likewise.
+        mlp_bias: Likewise.
+        qk_norm: Likewise.
+        windows: Reads each layer's window from the entries and the number of layers.
+
+    Raises:
+        BaseModelError: If it asks for something this decoder does not compute, or an entry is missing, null or of the
+            wrong type; the message names it.
+    """
+    activation = values.text("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise values.problem(f"hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    for flag in ("attention_bias", "mlp_bias"):
+        values.flag(flag)  # one that is no flag is refused by architectures that ignore it, too
+    num_layers, num_heads = values.integer("num_hidden_layers"), values.integer("num_attention_heads")
+    max_positions = values.integer("max_position_embeddings", DEFAULT_MAX_POSITIONS)
+    hidden, intermediate = values.integer("hidden_size"), values.integer("intermediate_size")
+    kv_heads, dim = num_kv_heads(values, num_heads), head_dim(values, num_heads)
+    layer = gated_decoder_layer(
+        hidden_size=hidden, intermediate_size=intermediate, num_heads=num_heads, num_kv_heads=kv_heads, head_dim=dim
+    )
+    return ModelConfig(
+        layers=(layer,) * num_layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_heads=num_heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        vocab_size=values.integer("vocab_size"),
+        rms_norm_eps=values.number("rms_norm_eps", 1e-6),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+        tied_embeddings=values.flag("tie_word_embeddings"),
+        windows=windows(values, num_layers),
+        rope=rope_parameters(values, max_positions),
+        max_position_embeddings=max_positions,
+    )

@@ -1,0 +1,67 @@
+"""Architecture name -> how its config.json is read. A new architecture is a file beside this one and a line here.
+
+What `ModelConfig` cannot say of it (another order of norms, another MLP) is a decoder of its own in the engine:
+`loraplex_engine.model.registry`. Every service reads a model through `model_config`, so that what cannot be served is
+refused before any of them starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from loraplex_common.architectures import llama, mistral, qwen2, qwen3
+from loraplex_common.config_values import BaseModelError, ConfigValues
+from loraplex_common.decoder_config import ModelConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ConfigReader: TypeAlias = Callable[[ConfigValues], ModelConfig]
+"""Reads the entries of config.json; raises `BaseModelError` that names what is not served."""
+
+ARCHITECTURES: Final[dict[str, ConfigReader]] = {
+    "LlamaForCausalLM": llama.read,
+    "MistralForCausalLM": mistral.read,
+    "Qwen2ForCausalLM": qwen2.read,
+    "Qwen3ForCausalLM": qwen3.read,
+}
+"""By the name that ``architectures`` in config.json has."""
+QUANTISATION_KEYS: Final = ("quantization_config", "compression_config")
+
+
+def model_config(config: Mapping[str, Any], file: str = "config.json") -> ModelConfig:
+    """Read a model's architecture out of its config.json.
+
+    Args:
+        config: config.json as read.
+        file: Named in messages.
+
+    Raises:
+        BaseModelError: If no architecture of it is served, its weights are quantised, it asks for something that is not
+            computed, or an entry is missing, null or of the wrong type; the message names it.
+    """
+    read = ARCHITECTURES[_architecture(config, file)]
+    _refuse_quantised(config, file)
+    return read(ConfigValues(config, file))
+
+
+def _architecture(config: Mapping[str, Any], file: str) -> str:
+    named = config.get("architectures")
+    names = named if isinstance(named, list) else []
+    served = [name for name in names if isinstance(name, str) and name in ARCHITECTURES]
+    if not served:
+        raise BaseModelError(
+            f"{file}: architecture {named} is not one of {', '.join(ARCHITECTURES)}; serve a model of one of these"
+        )
+    return served[0]
+
+
+def _refuse_quantised(config: Mapping[str, Any], file: str) -> None:
+    for key in QUANTISATION_KEYS:
+        if (settings := config.get(key)) is not None:
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            raise BaseModelError(
+                f"{file}: {key}{f' ({method})' if method else ''}: quantised weights are not served; serve the model "
+                "that was quantised, or remove the entry if the weights are whole"
+            )

@@ -1,0 +1,125 @@
+"""What every decoder has: embedding, layers, final norm, lm_head and a RoPE table; each backend computes the layers.
+
+Legend: S = rows that sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from loraplex_engine.model.layers import RmsNorm, new_activation
+from loraplex_engine.model.linear import StoredLinear
+from loraplex_engine.model.rope import rope_table
+
+if TYPE_CHECKING:
+    from loraplex_common.decoder_config import ModelConfig
+
+    from loraplex_engine.model.linear import Linear, LinearForms
+    from loraplex_engine.model.weights import WeightSource
+
+LayerT = TypeVar("LayerT")
+
+
+class LayerReader:
+    """Reads the weights of one layer by the names that its architecture gives them.
+
+    Attributes:
+        config: The decoder.
+        layer: Number of the layer.
+        linears: What `linear` has returned so far.
+    """
+
+    def __init__(self, config: ModelConfig, weights: WeightSource, forms: LinearForms, layer: int) -> None:
+        self.config, self.layer = config, layer
+        self.linears: list[Linear] = []
+        self._weights, self._forms = weights, forms
+
+    def linear(self, op: str, *, has_bias: bool) -> Linear:
+        """Return the layer's projections of one op as one product."""
+        names, layer = self.config.names, self.layer
+        parts = [
+            StoredLinear.of_projection(names.in_layer(layer, each.path), each, has_bias=has_bias)
+            for each in self.config.layers[layer]
+            if each.op == op
+        ]
+        self.linears.append(self._weights.linear(parts, self._forms))
+        return self.linears[-1]
+
+    def norm(self, name: str, width: int) -> RmsNorm:
+        """Return a norm of the layer; the name is one of `WeightNames`."""
+        full = self.config.names.in_layer(self.layer, name)
+        return RmsNorm(self._weights.read(full, (width,)), self.config.rms_norm_eps)
+
+
+class DecoderModel(ABC, Generic[LayerT]):
+    """A decoder's weights, and its logits.
+
+    Args:
+        config: The decoder.
+        weights: Where its weights come from.
+        forms: The backend's linear layers.
+        max_model_len: Longest sequence, in tokens.
+        device: Where the weights are.
+
+    Attributes:
+        layers: Weights of the layers.
+        embedding: ``[vocab, hidden]``.
+        final_norm: The norm before lm_head.
+        lm_head: The output projection.
+        rope: RoPE table, fp32 ``[positions, 2, head_dim / 2]``: cosines, then sines.
+        weight_bytes: Bytes of the linear layers and lm_head: what every step reads, whatever its batch.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: WeightSource,
+        forms: LinearForms,
+        *,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self._device = device
+        self.embedding, self.lm_head = _read_embeddings(config, weights, forms)
+        self._dtype = self.embedding.dtype
+        readers = [LayerReader(config, weights, forms, layer) for layer in range(config.num_layers)]
+        self.layers = [self._read_layer(reader) for reader in readers]
+        self.final_norm = RmsNorm(weights.read(config.names.final_norm, (config.hidden_size,)), config.rms_norm_eps)
+        self.rope = rope_table(config, max_model_len).to(device)
+        linears = [self.lm_head, *(linear for reader in readers for linear in reader.linears)]
+        self.weight_bytes = sum(linear.weight_bytes for linear in linears)
+
+    @abstractmethod
+    def _read_layer(self, reader: LayerReader) -> LayerT:
+        """Read one layer's weights."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states ``[S, hidden]``: ``[S, vocab]`` in the compute dtype, in either memory order."""
+        rows = new_activation(hidden.shape[0], hidden.shape[1], dtype=self._dtype, device=self._device)
+        rows.copy_(hidden)
+        x = torch.empty_like(rows)
+        self.final_norm.into(rows, x)
+        out = new_activation(hidden.shape[0], self.config.vocab_size, dtype=self._dtype, device=self._device)
+        self.lm_head.into(x, out)
+        return out
+
+
+def _read_embeddings(config: ModelConfig, weights: WeightSource, forms: LinearForms) -> tuple[Tensor, Linear]:
+    """Return embedding and lm_head; a tied pair is one tensor, whichever of the two the files bring.
+
+    Where config.json ties them and the files bring two that differ, the files are right, as in transformers 5.
+    """
+    shape, embed = (config.vocab_size, config.hidden_size), config.names.embedding
+    head = StoredLinear(name=config.names.lm_head, in_features=config.hidden_size, out_features=config.vocab_size)
+    if not config.tied_embeddings:
+        return weights.read(embed, shape), weights.linear([head], forms)
+    if not (weights.has(embed) and weights.has(head.weight)):
+        tied = weights.read(head.weight if weights.has(head.weight) else embed, shape)
+        return tied, forms.dense(tied, None)
+    embedding, lm_head = weights.read(embed, shape), weights.read(head.weight, shape)
+    return embedding, forms.dense(embedding if torch.equal(embedding, lm_head) else lm_head, None)

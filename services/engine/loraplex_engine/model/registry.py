@@ -1,0 +1,44 @@
+"""Decoder -> what reads its weights.
+
+How an architecture gets here: `loraplex_common.architectures.registry` maps the name in config.json to the file that
+reads it; that file names a decoder, Llama's unless it says otherwise. A decoder is a line here and a line in each
+backend that computes it: `FORWARDS` of `loraplex_engine.runners.torch.forwards` and `loraplex_engine.runners.cuda.forwards`.
+The backends' halves stand there because they import this folder, not the other way round.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from loraplex_common.decoder_config import LLAMA_DECODER
+
+from loraplex_engine.model.llama import LlamaModel
+
+if TYPE_CHECKING:
+    import torch
+    from loraplex_common.decoder_config import ModelConfig
+
+    from loraplex_engine.model.decoder_model import DecoderModel
+    from loraplex_engine.model.linear import LinearForms
+    from loraplex_engine.model.weights import WeightSource
+
+DECODERS: Final[dict[str, type[DecoderModel[Any]]]] = {LLAMA_DECODER: LlamaModel}
+"""By `ModelConfig.decoder`."""
+
+
+def read_model(
+    config: ModelConfig, weights: WeightSource, forms: LinearForms, *, max_model_len: int, device: torch.device
+) -> DecoderModel[Any]:
+    """Read the weights of a model.
+
+    Args:
+        config: As its architecture reads config.json.
+        weights: Where they come from.
+        forms: The backend's linear layers.
+        max_model_len: Longest sequence, in tokens.
+        device: Where the weights are.
+
+    Raises:
+        BaseModelError: If a weight is missing or of another shape than config.json implies.
+    """
+    return DECODERS[config.decoder](config, weights, forms, max_model_len=max_model_len, device=device)

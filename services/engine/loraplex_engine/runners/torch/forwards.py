@@ -1,0 +1,26 @@
+"""Decoder -> its forward pass on the torch backend; a line for each decoder of `loraplex_engine.model.registry`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from loraplex_common.decoder_config import LLAMA_DECODER
+
+from loraplex_engine.runners.torch.forward import LlamaForward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_engine.model.decoder_model import DecoderModel
+    from loraplex_engine.runners.torch.forward import TorchForward
+
+MakeForward: TypeAlias = "Callable[[Any], TorchForward[Any]]"
+"""Takes the model that `loraplex_engine.model.registry` reads for the same decoder."""
+
+FORWARDS: Final[dict[str, MakeForward]] = {LLAMA_DECODER: LlamaForward}
+"""By `ModelConfig.decoder`."""
+
+
+def make_forward(model: DecoderModel[Any]) -> TorchForward[Any]:
+    """Return the forward pass of a model."""
+    return FORWARDS[model.config.decoder](model)
