@@ -9,7 +9,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from loraplex_client._aio_client import AsyncClient
+from loraplex_client._aio.client import AsyncClient
 from loraplex_client.cli.context import Target, identity_of, stderr, stdout
 from loraplex_client.cli.generate import ModelName
 from loraplex_client.load import DEFAULT_TIMEOUT_S, DEFAULT_VOCAB_SIZE, LoadResult, LoadTest

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 import typer
 
-from loraplex_client._client import Client
+from loraplex_client._sync.client import Client
 from loraplex_client.cli.context import StoreTarget, connect, stderr, stdout
 from loraplex_client.demo import demo_model_dir
 from loraplex_client.plan import DemandError, read_ranks

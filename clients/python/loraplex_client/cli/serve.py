@@ -9,7 +9,7 @@ import grpc
 import typer
 from loraplex_common.errors import LoraplexError
 
-from loraplex_client._aio_client import AsyncClient
+from loraplex_client._aio.client import AsyncClient
 from loraplex_client.cli.context import progress_bars, stderr
 from loraplex_client.cli.model import ensure_with_progress
 from loraplex_client.cli.serve_options import (

@@ -8,9 +8,9 @@ from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
 from loraplex_common.errors import LoraplexError
 
 from loraplex_client import _requests, _responses
-from loraplex_client._aio_adapters import AsyncAdapters
-from loraplex_client._aio_stream import AsyncGenerateStream
-from loraplex_client._engine_operations import AsyncEngines
+from loraplex_client._aio.adapters import AsyncAdapters
+from loraplex_client._aio.engines import AsyncEngines
+from loraplex_client._aio.stream import AsyncGenerateStream
 from loraplex_client._errors import translated
 from loraplex_client._gateways import Gateways, can_help_elsewhere
 from loraplex_client._resume import StreamProgress

@@ -19,7 +19,7 @@ MARGIN_S = 10.0
 TIMEOUT_S = 30.0
 
 
-class Engines:
+class AsyncEngines:
     """Engines by their address, ``host:port``; `fleet_status` and ``loraplex status`` name them.
 
     Args:
@@ -29,7 +29,7 @@ class Engines:
     def __init__(self, reach: Callable[[str], Connection]) -> None:
         self._reach = reach
 
-    def drain(self, target: str, *, deadline_s: float = 30.0) -> int:
+    async def drain(self, target: str, *, deadline_s: float = 30.0) -> int:
         """Have an engine refuse new requests, and wait until the others have finished.
 
         Args:
@@ -44,34 +44,6 @@ class Engines:
             LoraplexError: If the engine cannot be reached or does not let the caller do this.
         """
         connection, request = self._reach(target), _drain_request(deadline_s)
-        with connection.open() as channel, translated(target):
-            stub = engine_pb2_grpc.EngineServiceStub(channel)
-            answer = stub.Drain(request, timeout=deadline_s + MARGIN_S, metadata=connection.metadata)
-        return answer.num_ended
-
-    def undrain(self, target: str) -> bool:
-        """Have an engine take requests again, whether a drain is under way or over; return whether there was one.
-
-        Raises:
-            DrainingError: If the engine drains because its process ends.
-            LoraplexError: If the engine cannot be reached or does not let the caller do this.
-        """
-        connection = self._reach(target)
-        with connection.open() as channel, translated(target):
-            stub = engine_pb2_grpc.EngineServiceStub(channel)
-            answer = stub.Undrain(engine_pb2.UndrainRequest(), timeout=TIMEOUT_S, metadata=connection.metadata)
-        return answer.was_draining
-
-
-class AsyncEngines:
-    """The same for asyncio; `Engines` has the explanations."""
-
-    def __init__(self, reach: Callable[[str], Connection]) -> None:
-        self._reach = reach
-
-    async def drain(self, target: str, *, deadline_s: float = 30.0) -> int:
-        """Drain an engine, see `Engines.drain`."""
-        connection, request = self._reach(target), _drain_request(deadline_s)
         async with connection.open_aio() as channel:
             stub: engine_pb2_grpc.EngineServiceAsyncStub = engine_pb2_grpc.EngineServiceStub(channel)
             with translated(target):
@@ -79,7 +51,12 @@ class AsyncEngines:
         return answer.num_ended
 
     async def undrain(self, target: str) -> bool:
-        """Undrain an engine, see `Engines.undrain`."""
+        """Have an engine take requests again, whether a drain is under way or over; return whether there was one.
+
+        Raises:
+            DrainingError: If the engine drains because its process ends.
+            LoraplexError: If the engine cannot be reached or does not let the caller do this.
+        """
         connection = self._reach(target)
         async with connection.open_aio() as channel:
             stub: engine_pb2_grpc.EngineServiceAsyncStub = engine_pb2_grpc.EngineServiceStub(channel)

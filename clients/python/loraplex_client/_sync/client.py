@@ -8,13 +8,13 @@ from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
 from loraplex_common.errors import LoraplexError
 
 from loraplex_client import _requests, _responses
-from loraplex_client._adapters import Adapters
-from loraplex_client._engine_operations import Engines
 from loraplex_client._errors import translated
 from loraplex_client._gateways import Gateways, can_help_elsewhere
 from loraplex_client._resume import StreamProgress
 from loraplex_client._servers import Credentials, Servers
-from loraplex_client._stream import GenerateStream
+from loraplex_client._sync.adapters import Adapters
+from loraplex_client._sync.engines import Engines
+from loraplex_client._sync.stream import GenerateStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
