@@ -46,6 +46,11 @@ STAGES: Final[Mapping[int, ImportStage]] = {
 }
 
 
+def directory_uri(directory: Path) -> str:
+    """Return the ``file:`` URI of a directory; a relative one is looked for in the working directory."""
+    return directory.absolute().as_uri()
+
+
 def new_request_id() -> str:
     """Return an id that makes a repeated call harmless."""
     return str(uuid.uuid4())

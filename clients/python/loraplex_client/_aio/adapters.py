@@ -1,8 +1,7 @@
-"""Adapter management for asyncio; `_adapters` has the explanations."""
+"""Adapter management, for asyncio."""
 
 from __future__ import annotations
 
-import asyncio
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
@@ -11,11 +10,12 @@ from google.longrunning.operations_proto_pb2 import Operation, WaitOperationRequ
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 
 from loraplex_client import _store_messages as messages
+from loraplex_client._aio.waiting import in_thread, read_in_thread
 from loraplex_client._errors import translated
 from loraplex_client._requests import duration
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     import grpc
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
     from loraplex_client.resources import Adapter, ImportResult, ProgressCallback, Revision
 
 WAIT_S: Final = 0.5  # longest silence between two reports of an import's progress
-
-
-async def _off_loop(
-    requests: Iterator[adapter_store_pb2.UploadAdapterRequest],
-) -> AsyncIterator[adapter_store_pb2.UploadAdapterRequest]:
-    """Yield what a generator that reads files yields, reading in a thread."""
-    while (request := await asyncio.to_thread(next, requests, None)) is not None:
-        yield request
 
 
 class AsyncAdapters:
@@ -98,7 +90,7 @@ class AsyncAdapters:
     ) -> ImportResult:
         """Let the store read a directory on its own machine, below one of its import roots; as `import_hub`."""
         request = messages.import_request(name, label, base_model, stage=stage)
-        request.uri = directory.absolute().as_uri()  # noqa: ASYNC240 -- asks for the working directory only
+        request.uri = messages.directory_uri(directory)
         return await self._import(request, progress)
 
     async def upload(
@@ -112,12 +104,13 @@ class AsyncAdapters:
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
         """Send a PEFT directory of this machine to the store; return when it is stored. As `import_hub`."""
-        header = await asyncio.to_thread(
+        header = await in_thread(
             messages.upload_header, name, directory, label=label, base_model=base_model, stage=stage
         )
-        stream = _off_loop(messages.upload_messages(header, directory, progress))
+        stream = read_in_thread(messages.upload_messages(header, directory, progress))
         with translated(self._connection.target):
-            return messages.import_result(await self._stub.UploadAdapter(stream, metadata=self._metadata))
+            response = await self._stub.UploadAdapter(stream, metadata=self._metadata)
+        return messages.import_result(response)
 
     async def list(self, *, prefix: str = "", show_deleted: bool = False) -> AsyncIterator[Adapter]:
         """Yield adapters by name, fetching page after page."""
@@ -170,7 +163,8 @@ class AsyncAdapters:
             request_id=messages.new_request_id(),
         )
         with translated(self._connection.target):
-            return messages.adapter((await self._stub.SetAlias(request, metadata=self._metadata)).adapter)
+            response = await self._stub.SetAlias(request, metadata=self._metadata)
+        return messages.adapter(response.adapter)
 
     async def delete(self, name: str, *, force: bool = False, etag: str = "") -> Adapter:
         """Soft-delete a name; refused while running requests use it, unless forced (they finish all the same)."""
@@ -178,7 +172,8 @@ class AsyncAdapters:
             name=name, force=force, etag=etag, request_id=messages.new_request_id()
         )
         with translated(self._connection.target):
-            return messages.adapter((await self._stub.DeleteAdapter(request, metadata=self._metadata)).adapter)
+            response = await self._stub.DeleteAdapter(request, metadata=self._metadata)
+        return messages.adapter(response.adapter)
 
     async def prefetch(self, name: str, *, engine_id: str = "", wanted_in_s: float | None = None) -> None:
         """Hint that an adapter will be wanted; the store picks the engine if none is named."""

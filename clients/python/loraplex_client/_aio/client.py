@@ -1,4 +1,4 @@
-"""The asyncio client; `_client` has the explanations."""
+"""The asyncio client."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class AsyncClient:
 
     Attributes:
         adapters: Import, list, alias, delete adapters.
+        engines: Drain and undrain engines.
     """
 
     def __init__(
@@ -148,7 +149,8 @@ class AsyncClient:
         request = gateway_pb2.DetokenizeRequest(
             model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
         )
-        return (await self._call(lambda stub: stub.Detokenize(request, metadata=self._metadata))).text
+        response = await self._call(lambda stub: stub.Detokenize(request, metadata=self._metadata))
+        return response.text
 
     async def list_models(self) -> list[Model]:
         """Return the base models, then the adapters the caller may use."""

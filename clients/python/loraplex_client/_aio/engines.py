@@ -43,7 +43,8 @@ class AsyncEngines:
             ConflictError: If `undrain` has ended the drain.
             LoraplexError: If the engine cannot be reached or does not let the caller do this.
         """
-        connection, request = self._reach(target), _drain_request(deadline_s)
+        connection = self._reach(target)
+        request = engine_pb2.DrainRequest(deadline=duration(deadline_s))
         async with connection.open_aio() as channel:
             stub: engine_pb2_grpc.EngineServiceAsyncStub = engine_pb2_grpc.EngineServiceStub(channel)
             with translated(target):
@@ -64,7 +65,3 @@ class AsyncEngines:
                 request = engine_pb2.UndrainRequest()
                 answer = await stub.Undrain(request, timeout=TIMEOUT_S, metadata=connection.metadata)
         return answer.was_draining
-
-
-def _drain_request(deadline_s: float) -> engine_pb2.DrainRequest:
-    return engine_pb2.DrainRequest(deadline=duration(deadline_s))

@@ -1,35 +1,34 @@
-"""A stream of the asyncio client; `_stream` has the explanations."""
+"""A stream of the asyncio client, which outlives the connections and gateways that carry it."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import grpc
-from loraplex.v1 import gateway_pb2
-from loraplex_common.errors import CancelledRequestError, LoraplexError, StreamInterruptedError
+from loraplex_common.errors import LoraplexError, StreamInterruptedError
 
+from loraplex_client._aio.waiting import CallOwner, Flag, next_message
 from loraplex_client._errors import loraplex_error
 from loraplex_client.events import Event, Finished
 
 if TYPE_CHECKING:
     from loraplex.v1 import gateway_pb2_grpc
 
+    from loraplex_client._aio.waiting import GenerateCall
     from loraplex_client._connection import Metadata
     from loraplex_client._gateways import Gateways
     from loraplex_client._resume import StreamProgress
 
 
-class AsyncGenerateStream(AsyncIterator[Event]):
+class AsyncGenerateStream(CallOwner, AsyncIterator[Event]):
     """The events of one generation, in order; the last is `Finished`.
 
     If the connection or its gateway is lost once the stream has started, it goes on through the next one, within its
     deadline: nothing is missing and nothing comes twice. ``resume=False`` turns that off.
 
-    Leaving it early (``aclose``, the end of an ``async with`` block, cancelling the task that reads it, or dropping
-    it) cancels the request, which frees all that the engine holds for it.
+    Leaving it early cancels the request, which frees all that the engine holds for it: ``aclose``, the end of an
+    ``async with`` block, dropping it, or cancelling the task that reads it.
 
     Attributes:
         request_id: The request's id, for `AsyncClient.cancel`.
@@ -43,7 +42,7 @@ class AsyncGenerateStream(AsyncIterator[Event]):
         self._metadata = metadata
         self._gateways = gateways
         self._is_over = False
-        self._closed = asyncio.Event()
+        self._closed = Flag()
         self._gateway = gateways.pick()
         self._call = self._open()
 
@@ -84,22 +83,16 @@ class AsyncGenerateStream(AsyncIterator[Event]):
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    def _open(self) -> grpc.aio.UnaryStreamCall[gateway_pb2.GenerateRequest, gateway_pb2.GenerateResponse]:
+    def _open(self) -> GenerateCall:
         request, timeout_s = self._progress.next_request(), self._progress.time_left_s
         return self._gateway.stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
 
     async def _receive(self) -> Event | None:
         try:
-            response = await self._call.read()
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # gRPC says so of a call that this process has cancelled, but nobody has cancelled who reads it.
-            raise CancelledRequestError("the stream or its client was closed") from None
+            response = await next_message(self._call)
         except grpc.RpcError as error:
             raise loraplex_error(error, self._gateway.target) from error
-        if not isinstance(response, gateway_pb2.GenerateResponse):  # the end-of-stream mark
+        if response is None:
             raise StreamInterruptedError("the stream ended without a final event")
         return self._progress.take(response)
 
@@ -111,12 +104,16 @@ class AsyncGenerateStream(AsyncIterator[Event]):
         except LoraplexError:
             self._is_over = True
             raise
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._closed.wait(), pause_s)
-        if self._closed.is_set():
+        if await self._closed.wait(pause_s):
             return
         if self._gateways.is_closed:  # meanwhile
             self._is_over = True
             raise error
         self._gateway = self._gateways.after(self._gateway, error)
-        self._call = self._open()
+        try:
+            self._call = self._open()
+        except ValueError:  # what gRPC says of a channel that another thread has closed since
+            self._is_over = True
+            raise error from None
+        if self._closed.is_set():  # by another thread, since
+            self._call.cancel()
