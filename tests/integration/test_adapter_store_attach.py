@@ -10,13 +10,13 @@ from loraplex.v1 import adapter_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_common.adapter_image import KIND_A, OPS, AdapterSpec, layout, tile_values
 from loraplex_common.base_model import BaseModelInfo, load_base_model
+from loraplex_common.error_status import from_status
 from loraplex_common.errors import (
     AdapterCorruptError,
     AdapterIncompatibleError,
     AdapterNotFoundError,
     InvalidParameterError,
     StoreUnavailableError,
-    from_status,
 )
 from loraplex_common.registry import hints_key
 from loraplex_common.valkey import connect

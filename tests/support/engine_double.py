@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc, engine_pb2, engine_pb2_grpc, gateway_pb2
 from loraplex_common.base_model import BaseModelInfo
-from loraplex_common.errors import LoraplexError, to_status
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import LoraplexError
 from loraplex_common.registry import ENGINES_KEY, EngineRecord, engine_key
 from loraplex_common.wake_up import WakeUp
 

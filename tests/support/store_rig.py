@@ -18,7 +18,7 @@ from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex.v1 import adapter_store_pb2_grpc
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.service import RunningStore, running_store
-from loraplex_common.errors import LoraplexError, from_status
+from loraplex_common.error_status import from_status
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.rpc_errors import error_from_rpc
 from support.adapters import Recipe, adapter_files
@@ -26,6 +26,8 @@ from support.base_models import TinyBase, write_base_model
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from loraplex_common.errors import LoraplexError
 
 PART_BYTES = 256 * 1024
 

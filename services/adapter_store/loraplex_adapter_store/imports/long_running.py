@@ -17,12 +17,8 @@ import grpc
 from google.longrunning import operations_pb2
 from google.protobuf.message import Message
 from loraplex_common.answer_by import answering_within
-from loraplex_common.errors import (
-    CancelledRequestError,
-    InvalidParameterError,
-    LoraplexError,
-    to_status,
-)
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import CancelledRequestError, InvalidParameterError, LoraplexError
 from loraplex_common.housekeeping import Trouble
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait

@@ -15,12 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
-from loraplex_common.errors import (
-    LoraplexError,
-    StoreUnavailableError,
-    from_status,
-    to_status,
-)
+from loraplex_common.error_status import from_status, to_status
+from loraplex_common.errors import LoraplexError, StoreUnavailableError
 from loraplex_common.log import get_logger
 from loraplex_common.reconnect import keep_connected
 from loraplex_common.tasks import cancel_and_wait
