@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from google.protobuf.message import Message
 from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError
 
 from loraplex_adapter_store.imports.importer import Fetch, Importer, ImportOutcome, ImportTarget, Progress, Stage
 from loraplex_adapter_store.imports.uploads import AnnouncedFile, check_announced, receive
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from google.longrunning import operations_pb2
 
     from loraplex_adapter_store.credentials import Credentials
     from loraplex_adapter_store.imports.directory import ImportRoots
     from loraplex_adapter_store.imports.hub import Hub, HubSource
-    from loraplex_adapter_store.imports.long_running import LongRunning
+    from loraplex_adapter_store.imports.long_running import LongRunning, Report
     from loraplex_adapter_store.records import Answer
     from loraplex_adapter_store.repository.catalog import Catalog
 
-Describe = Callable[[Progress], Message]
-Conclude = Callable[[ImportOutcome], Message]
 _ID_CHARS: Final = 32
 
 
 class Intake:
-    """Starts imports.
-
-    Args:
-        describe: Turns progress into an operation's metadata.
-        conclude: Turns an outcome into an operation's response.
-    """
+    """Starts imports from directories and the hub, and takes uploads in."""
 
     def __init__(
         self,
@@ -47,8 +40,6 @@ class Intake:
         credentials: Credentials,
         *,
         max_adapter_bytes: int,
-        describe: Describe,
-        conclude: Conclude,
     ) -> None:
         self._importer = importer
         self._operations = operations
@@ -57,8 +48,6 @@ class Intake:
         self._hub = hub
         self._credentials = credentials
         self._max_adapter_bytes = max_adapter_bytes
-        self._describe = describe
-        self._conclude = conclude
 
     async def start(
         self, source: str | HubSource, target: ImportTarget, *, credential: str
@@ -79,13 +68,13 @@ class Intake:
         operation_id = hashlib.sha256(fingerprint.encode()).hexdigest()[:_ID_CHARS]
         progress = Progress(target.name)
 
-        async def work(report: Callable[[Message], None]) -> Message:
-            progress.on_change = lambda: report(self._describe(progress))
+        async def work(report: Report) -> ImportOutcome:
+            progress.on_change = partial(report, progress)
             outcome = await self._importer.import_from(identity, fetch, target, progress)
             progress.advance(Stage.DONE)
-            return self._conclude(outcome)
+            return outcome
 
-        return await self._operations.start(operation_id, self._describe(progress), work, asked=target.asked)
+        return await self._operations.start(operation_id, progress, work, asked=target.asked)
 
     async def upload(
         self, files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes], target: ImportTarget
