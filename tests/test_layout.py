@@ -93,7 +93,7 @@ MOST_LINES = 300
 MEDIAN_ARGUMENTS, MOST_ARGUMENTS = 3, 7
 
 
-def constructor_arguments(path: Path) -> dict[str, int]:
+def constructor_arguments(path: Path, root: Path = ENGINE) -> dict[str, int]:
     """Return, by class, how many arguments the written constructors of a file take."""
     counts = {}
     for node in ast.walk(ast.parse(path.read_text())):
@@ -102,7 +102,7 @@ def constructor_arguments(path: Path) -> dict[str, int]:
                 if isinstance(function, ast.FunctionDef) and function.name == "__init__":
                     arguments = function.args
                     count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs) - 1
-                    counts[f"{path.relative_to(ENGINE)}:{node.name}"] = count
+                    counts[f"{path.relative_to(root)}:{node.name}"] = count
     return counts
 
 
@@ -118,3 +118,28 @@ def test_constructors_of_the_engine_take_few_arguments() -> None:
     assert {name: count for name, count in counts.items() if count > MOST_ARGUMENTS} == {}
     assert statistics.median(counts.values()) <= MEDIAN_ARGUMENTS
     assert counts["scheduler/admission.py:Admission"] <= 6
+
+
+# --- so can the services' common ground, the store and the client ---
+
+MOST_FUNCTION_LINES = 40
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def functions(path: Path) -> dict[str, int]:
+    """Return the lines of each function of a file, its docstring's included."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, FUNCTIONS)]
+    return {f"{path.relative_to(ROOT)}:{node.name}": (node.end_lineno or 0) - node.lineno + 1 for node in nodes}
+
+
+@pytest.mark.parametrize("package", ["loraplex_common", "loraplex_adapter_store", "loraplex_client"])
+def test_files_functions_and_constructors_are_as_small_as_contributing_says(package: str) -> None:
+    files = list(PACKAGES[package].rglob("*.py"))
+
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    lengths = {name: count for path in files for name, count in functions(path).items()}
+    arguments = {name: count for path in files for name, count in constructor_arguments(path, ROOT).items()}
+
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+    assert {name: count for name, count in lengths.items() if count > MOST_FUNCTION_LINES} == {}
+    assert {name: count for name, count in arguments.items() if count > MOST_ARGUMENTS} == {}
