@@ -34,6 +34,7 @@ from loraplex_adapter_store.imports.hub import Hub
 from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
+from loraplex_adapter_store.imports.sources import Sources
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
 from loraplex_adapter_store.operations import OperationsServicer
@@ -177,13 +178,18 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
 
 def _intake(core: _Core, importer: Importer, operations: LongRunning, hub: Hub) -> Intake:
     config = core.config
+    sources = Sources(
+        ImportRoots(config.import_root),
+        hub,
+        Credentials.from_file(config.credentials_file),
+        max_adapter_bytes=config.max_adapter_bytes,
+    )
     return Intake(
         importer,
         operations,
         core.catalog,
-        ImportRoots(config.import_root),
-        hub,
-        Credentials.from_file(config.credentials_file),
+        importer.budget,
+        sources,
         max_adapter_bytes=config.max_adapter_bytes,
     )
 
