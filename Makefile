@@ -72,10 +72,15 @@ check: $(VENV)/.dev-installed ## Format, lint, types, import contracts, protos: 
 	@$(BIN)/lint-imports
 	@$(BIN)/python proto/generate.py --check --lint --breaking $(BASE)
 	@$(BIN)/python benchmarks/index_results.py --check
+	@$(BIN)/python clients/python/generate_sync.py --check
 
 .PHONY: proto
 proto: $(VENV)/.dev-installed ## Regenerate proto/gen from the protos
 	@$(BIN)/python proto/generate.py
+
+.PHONY: client
+client: $(VENV)/.dev-installed ## Regenerate the blocking client from the asyncio one
+	@$(BIN)/python clients/python/generate_sync.py
 
 .PHONY: bench
 bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machine's CPU

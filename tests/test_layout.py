@@ -103,7 +103,7 @@ MOST_LINES = 300
 MEDIAN_ARGUMENTS, MOST_ARGUMENTS = 3, 7
 
 
-def constructor_arguments(path: Path) -> dict[str, int]:
+def constructor_arguments(path: Path, root: Path = ENGINE) -> dict[str, int]:
     """Return, by class, how many arguments the written constructors of a file take."""
     counts = {}
     for node in ast.walk(ast.parse(path.read_text())):
@@ -112,7 +112,7 @@ def constructor_arguments(path: Path) -> dict[str, int]:
                 if isinstance(function, ast.FunctionDef) and function.name == "__init__":
                     arguments = function.args
                     count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs) - 1
-                    counts[f"{path.relative_to(ENGINE)}:{node.name}"] = count
+                    counts[f"{path.relative_to(root)}:{node.name}"] = count
     return counts
 
 
@@ -191,3 +191,22 @@ def test_no_benchmark_patches_the_import_path() -> None:
     patching = [path.name for path in READABLE if "sys.path" in path.read_text() or "E402" in path.read_text()]
 
     assert patching == []
+
+# --- so can the services' common ground, the store and the client ---
+
+
+@pytest.mark.parametrize("package", ["loraplex_common", "loraplex_adapter_store", "loraplex_client"])
+def test_files_functions_and_constructors_are_as_small_as_contributing_says(package: str) -> None:
+    files = list(PACKAGES[package].rglob("*.py"))
+
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    lengths = {
+        f"{path.relative_to(ROOT)}:{function.name}": num_lines(function)
+        for path in files
+        for function in functions(path)
+    }
+    arguments = {name: count for path in files for name, count in constructor_arguments(path, ROOT).items()}
+
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+    assert {name: count for name, count in lengths.items() if count > MOST_FUNCTION_LINES} == {}
+    assert {name: count for name, count in arguments.items() if count > MOST_ARGUMENTS} == {}

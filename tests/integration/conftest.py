@@ -2,6 +2,18 @@
 
 from support.lone_engine import engine, session, stub
 from support.stack_fixtures import smol_stack, tiny_stack, tiny_world
+from support.store_fixtures import redis_url, store_valkey
 from support.strict_stack import neighbour, strict_stack
 
-__all__ = ["engine", "neighbour", "session", "smol_stack", "strict_stack", "stub", "tiny_stack", "tiny_world"]
+__all__ = [
+    "engine",
+    "neighbour",
+    "redis_url",
+    "session",
+    "smol_stack",
+    "store_valkey",
+    "strict_stack",
+    "stub",
+    "tiny_stack",
+    "tiny_world",
+]

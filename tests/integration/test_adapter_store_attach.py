@@ -10,13 +10,13 @@ from loraplex.v1 import adapter_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_common.adapter_image import KIND_A, OPS, AdapterSpec, layout, tile_values
 from loraplex_common.base_model import BaseModelInfo, load_base_model
+from loraplex_common.error_status import from_status
 from loraplex_common.errors import (
     AdapterCorruptError,
     AdapterIncompatibleError,
     AdapterNotFoundError,
     InvalidParameterError,
     StoreUnavailableError,
-    from_status,
 )
 from loraplex_common.registry import hints_key
 from loraplex_common.valkey import connect
@@ -31,28 +31,16 @@ from support.store_rig import (
     tiny_base_dir,
     translated,
 )
-from support.valkey import fresh_database, running_server
+from support.valkey import running_server
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from loraplex_adapter_store.service import RunningStore
-    from loraplex_common.valkey import EmbeddedValkey
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
-    with running_server(tmp_path_factory.mktemp("valkey")) as running:
-        yield running
-
-
-@pytest.fixture
-def redis_url(server: EmbeddedValkey) -> str:
-    return fresh_database(server)
 
 
 @pytest.fixture

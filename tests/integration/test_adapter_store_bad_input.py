@@ -33,7 +33,7 @@ from support.valkey import fresh_database, running_server
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from loraplex_common.valkey import EmbeddedValkey
@@ -41,16 +41,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
-    with running_server(tmp_path_factory.mktemp("valkey")) as running:
-        yield running
-
-
 @pytest.fixture
-async def client(server: EmbeddedValkey, tmp_path: Path) -> AsyncIterator[StoreClient]:
+async def client(store_valkey: EmbeddedValkey, tmp_path: Path) -> AsyncIterator[StoreClient]:
     """A store into which nothing may have come by the end of the test."""
-    url = fresh_database(server)
+    url = fresh_database(store_valkey)
     root = tmp_path / "root"
     root.mkdir()
     async with running_rig(store_config(url, import_root=(root,))) as (_, client):
@@ -283,14 +277,14 @@ async def test_a_tokenizer_of_its_own_is_refused_by_name(
         await client.import_dir("a", folder)
 
 
-async def test_a_copy_of_the_base_models_tokenizer_is_fine(server: EmbeddedValkey, tmp_path: Path) -> None:
+async def test_a_copy_of_the_base_models_tokenizer_is_fine(store_valkey: EmbeddedValkey, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", tiny_base_dir())
     tokenizer = json.loads(tiny_tokenizer_json(384)) | {"padding": {"strategy": "BatchLongest"}, "truncation": None}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = json.loads((tiny_base_dir() / "tokenizer_config.json").read_text()) | {"padding_side": "left"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "added_tokens.json").write_text('{"<|im_start|>": 2}')
-    async with running_rig(store_config(fresh_database(server), import_root=(tmp_path,))) as (_, client):
+    async with running_rig(store_config(fresh_database(store_valkey), import_root=(tmp_path,))) as (_, client):
         await client.import_dir("a", folder)
         assert await client.names() == ["a"]
 

@@ -18,7 +18,7 @@ from loraplex_common.errors import AdapterCorruptUploadError, DeadlineError, Sto
 from support.adapters import Recipe, adapter_files
 from support.hub_double import HubDouble, running_hub
 from support.store_rig import StoreClient, refused, running_rig, store_config, tiny_base_dir, translated
-from support.valkey import fresh_database, running_server
+from support.valkey import fresh_database
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -33,12 +33,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MIB = 2**20
 MAX_BYTES = 2 * MIB
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
-    with running_server(tmp_path_factory.mktemp("valkey")) as running:
-        yield running
 
 
 class HostileHub(HubDouble):
@@ -65,8 +59,8 @@ class HostileHub(HubDouble):
 
 
 @asynccontextmanager
-async def store_with(server: EmbeddedValkey, hub: HubDouble) -> AsyncIterator[tuple[RunningStore, StoreClient]]:
-    config = store_config(fresh_database(server), hf_endpoint=hub.url, max_adapter_bytes=MAX_BYTES)
+async def store_with(store_valkey: EmbeddedValkey, hub: HubDouble) -> AsyncIterator[tuple[RunningStore, StoreClient]]:
+    config = store_config(fresh_database(store_valkey), hf_endpoint=hub.url, max_adapter_bytes=MAX_BYTES)
     async with running_rig(config) as (store, client):
         yield store, client
 
@@ -89,64 +83,68 @@ def trickle() -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
-async def test_a_body_without_end_is_left_at_the_limit(server: EmbeddedValkey, name: str) -> None:
+async def test_a_body_without_end_is_left_at_the_limit(store_valkey: EmbeddedValkey, name: str) -> None:
     with running_hub(HostileHub(**{name.replace(".", "__"): endless})) as hub:
-        async with store_with(server, hub) as (_, client):
+        async with store_with(store_valkey, hub) as (_, client):
             with refused(AdapterCorruptUploadError, f"{name}: .* at most .* are read"):
                 await import_from(client)
 
     assert hub.num_sent < 16 * MIB, "what lies in socket buffers aside"
 
 
-async def test_a_list_of_files_without_end_is_left(server: EmbeddedValkey) -> None:
+async def test_a_list_of_files_without_end_is_left(store_valkey: EmbeddedValkey) -> None:
     with running_hub(HostileHub(**{f"/revision/{COMMIT}": endless})) as hub:
-        async with store_with(server, hub) as (_, client):
+        async with store_with(store_valkey, hub) as (_, client):
             with refused(AdapterCorruptUploadError, "its list of files: .* at most"):
                 await import_from(client)
 
 
 @pytest.mark.parametrize("difference", [-10, 10])
-async def test_a_length_that_is_a_lie_is_no_adapter(server: EmbeddedValkey, difference: int) -> None:
+async def test_a_length_that_is_a_lie_is_no_adapter(store_valkey: EmbeddedValkey, difference: int) -> None:
     hub = HostileHub()
     with running_hub(hub):
         length = len(hub.files[WEIGHTS]) + difference
         hub.headers[WEIGHTS] = {"Content-Length": str(length)}
-        async with store_with(server, hub) as (_, client):
+        async with store_with(store_valkey, hub) as (_, client):
             with pytest.raises((AdapterCorruptUploadError, StoreUnavailableError), match=r"bytes|downloaded"):
                 await import_from(client)
             assert await client.names() == []
 
 
-async def test_an_announced_length_above_the_limit_is_refused_before_anything_is_read(server: EmbeddedValkey) -> None:
+async def test_an_announced_length_above_the_limit_is_refused_before_anything_is_read(
+    store_valkey: EmbeddedValkey,
+) -> None:
     hub = HostileHub()
     with running_hub(hub):
         hub.headers[WEIGHTS] = {"Content-Length": str(MAX_BYTES + 1)}
-        async with store_with(server, hub) as (_, client):
+        async with store_with(store_valkey, hub) as (_, client):
             with refused(AdapterCorruptUploadError, f"{MAX_BYTES + 1} bytes and more, at most {MAX_BYTES}"):
                 await import_from(client)
 
 
-async def test_a_body_that_trickles_is_left_in_time(server: EmbeddedValkey, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_that_trickles_is_left_in_time(
+    store_valkey: EmbeddedValkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pace, "WINDOW_S", 0.3)
     with running_hub(HostileHub(**{WEIGHTS.replace(".", "__"): trickle})) as hub:
-        async with store_with(server, hub) as (_, client):
+        async with store_with(store_valkey, hub) as (_, client):
             async with asyncio.timeout(20):
                 with refused(DeadlineError, "too slow"):
                     await import_from(client)
 
 
-async def test_an_error_without_end_is_an_error(server: EmbeddedValkey) -> None:
+async def test_an_error_without_end_is_an_error(store_valkey: EmbeddedValkey) -> None:
     class Failing(HostileHub):
         def answer(self, path: str, authorization: str | None) -> tuple[int, dict[str, str], bytes]:
             return 500, {}, b""
 
     with running_hub(Failing(**{COMMIT: endless})) as hub:
-        async with store_with(server, hub) as (_, client):
+        async with store_with(store_valkey, hub) as (_, client):
             with refused(StoreUnavailableError, "answered 500"):
                 await import_from(client)
 
 
-async def test_redirects_are_followed_to_an_end_and_only_so_often(server: EmbeddedValkey) -> None:
+async def test_redirects_are_followed_to_an_end_and_only_so_often(store_valkey: EmbeddedValkey) -> None:
     class Redirecting(HostileHub):
         num_hops = 3
 
@@ -161,14 +159,16 @@ async def test_redirects_are_followed_to_an_end_and_only_so_often(server: Embedd
 
     hub = Redirecting()
     with running_hub(hub):
-        async with store_with(server, hub) as (_, client):
+        async with store_with(store_valkey, hub) as (_, client):
             assert (await import_from(client)).revision.revision
             hub.num_hops = 50
             with refused(StoreUnavailableError, "too many redirects"):
                 await import_from(client, "b")
 
 
-async def test_a_connection_that_breaks_is_made_again_and_only_the_rest_is_fetched(server: EmbeddedValkey) -> None:
+async def test_a_connection_that_breaks_is_made_again_and_only_the_rest_is_fetched(
+    store_valkey: EmbeddedValkey,
+) -> None:
     class Breaking(HostileHub):
         num_broken = 0
 
@@ -182,17 +182,17 @@ async def test_a_connection_that_breaks_is_made_again_and_only_the_rest_is_fetch
 
     hub = Breaking()
     with running_hub(hub):
-        async with store_with(server, hub) as (_, client):
+        async with store_with(store_valkey, hub) as (_, client):
             assert (await import_from(client)).revision.revision
         assert hub.num_broken == 1
         others = sum(len(data) for name, data in hub.files.items() if name.endswith(".json"))
         assert hub.num_sent < len(hub.files[WEIGHTS]) + others + 10_000
 
 
-async def test_downloads_that_trickle_hold_what_has_come_and_keep_nobody_out(server: EmbeddedValkey) -> None:
+async def test_downloads_that_trickle_hold_what_has_come_and_keep_nobody_out(store_valkey: EmbeddedValkey) -> None:
     num_slow = MAX_DOWNLOADS + 2
     with running_hub(HostileHub(**{WEIGHTS.replace(".", "__"): trickle})) as hub:
-        async with store_with(server, hub) as (store, client):
+        async with store_with(store_valkey, hub) as (store, client):
             budget = store.importer.budget
             for number in range(num_slow):
                 source = pb.HuggingFaceSource(repo="org/adapter", revision=COMMIT)

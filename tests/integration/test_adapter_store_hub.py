@@ -18,10 +18,10 @@ from loraplex_common.errors import (
 from support.adapters import adapter_files
 from support.hub_double import HubDouble, running_hub
 from support.store_rig import StoreClient, refused, running_rig, store_config, tiny_base_dir, translated
-from support.valkey import fresh_database, running_server
+from support.valkey import fresh_database
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from loraplex_common.valkey import EmbeddedValkey
@@ -30,16 +30,13 @@ pytestmark = pytest.mark.integration
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
-    with running_server(tmp_path_factory.mktemp("valkey")) as running:
-        yield running
-
-
 @asynccontextmanager
-async def store_with_hub(server: EmbeddedValkey, hub: HubDouble, **config: Any) -> AsyncIterator[StoreClient]:
+async def store_with_hub(store_valkey: EmbeddedValkey, hub: HubDouble, **config: Any) -> AsyncIterator[StoreClient]:
     with running_hub(hub):
-        async with running_rig(store_config(fresh_database(server), hf_endpoint=hub.url, **config)) as (_, client):
+        async with running_rig(store_config(fresh_database(store_valkey), hf_endpoint=hub.url, **config)) as (
+            _,
+            client,
+        ):
             yield client
 
 
@@ -55,10 +52,10 @@ async def import_from(client: StoreClient, **fields: Any) -> pb.ImportAdapterRes
         )
 
 
-async def test_only_the_files_of_the_allow_list_are_fetched(server: EmbeddedValkey) -> None:
+async def test_only_the_files_of_the_allow_list_are_fetched(store_valkey: EmbeddedValkey) -> None:
     extra = {"optimizer.pt": b"pickle", "code.py": b"import os", "README.md": b"#"}
     hub = HubDouble("org/adapter", COMMIT, adapter_files(tiny_base_dir()) | extra)
-    async with store_with_hub(server, hub) as client:
+    async with store_with_hub(store_valkey, hub) as client:
         result = await import_from(client)
 
         assert result.revision.source == f"hf:org/adapter@{COMMIT}"
@@ -66,11 +63,11 @@ async def test_only_the_files_of_the_allow_list_are_fetched(server: EmbeddedValk
         assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
 
 
-async def test_a_subfolder_is_imported_with_a_credential_by_name(server: EmbeddedValkey, tmp_path: Path) -> None:
+async def test_a_subfolder_is_imported_with_a_credential_by_name(store_valkey: EmbeddedValkey, tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text("# private\nours hf_secret\n")
     files = {f"checkpoints/last/{name}": data for name, data in adapter_files(tiny_base_dir()).items()}
     hub = HubDouble("org/adapter", COMMIT, files, token="hf_secret")
-    async with store_with_hub(server, hub, credentials_file=tmp_path / "credentials") as client:
+    async with store_with_hub(store_valkey, hub, credentials_file=tmp_path / "credentials") as client:
         with refused(AdapterNotFoundError, "no such repository"):
             await import_from(client, subfolder="checkpoints/last")
         with refused(InvalidParameterError, "no credential 'theirs'"):
@@ -81,12 +78,12 @@ async def test_a_subfolder_is_imported_with_a_credential_by_name(server: Embedde
         assert result.revision.source == f"hf:org/adapter@{COMMIT}/checkpoints/last"
 
 
-async def test_what_is_wrong_with_a_hub_source_is_said(server: EmbeddedValkey) -> None:
+async def test_what_is_wrong_with_a_hub_source_is_said(store_valkey: EmbeddedValkey) -> None:
     files = adapter_files(tiny_base_dir())
     pickled = {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": b"\x80"}
     foreign = files | {"tokenizer.json": json.dumps({"model": {}}).encode()}
     hub = HubDouble("org/adapter", COMMIT, files)
-    async with store_with_hub(server, hub) as client:
+    async with store_with_hub(store_valkey, hub) as client:
         for revision in ("main", "v1", COMMIT[:-1], COMMIT.upper()):
             with refused(InvalidParameterError, "no commit"):
                 await import_from(client, revision=revision)
@@ -124,14 +121,14 @@ class OtherServer(HubDouble):
 @pytest.mark.parametrize(
     "body", [b"<html>", b"[]", b"null", b"{}", b'{"id": "a", "siblings": [{"rfilename": 5}]}', b"[" * 100_000]
 )
-async def test_an_answer_that_is_no_hubs_is_unavailable(server: EmbeddedValkey, body: bytes) -> None:
-    async with store_with_hub(server, OtherServer(body)) as client:
+async def test_an_answer_that_is_no_hubs_is_unavailable(store_valkey: EmbeddedValkey, body: bytes) -> None:
+    async with store_with_hub(store_valkey, OtherServer(body)) as client:
         with refused(StoreUnavailableError, "not a hub's"):
             await import_from(client)
 
 
-async def test_a_hub_that_cannot_be_reached_is_unavailable(server: EmbeddedValkey) -> None:
-    config = store_config(fresh_database(server), hf_endpoint="http://127.0.0.1:1")
+async def test_a_hub_that_cannot_be_reached_is_unavailable(store_valkey: EmbeddedValkey) -> None:
+    config = store_config(fresh_database(store_valkey), hf_endpoint="http://127.0.0.1:1")
     async with running_rig(config) as (_, client):
         with refused(StoreUnavailableError, "cannot be downloaded"):
             await import_from(client)

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc, engine_pb2, engine_pb2_grpc, gateway_pb2
 from loraplex_common.base_model import BaseModelInfo
-from loraplex_common.errors import LoraplexError, to_status
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import LoraplexError
 from loraplex_common.registry import ENGINES_KEY, EngineRecord, engine_key
+from loraplex_common.wake_up import WakeUp
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -77,7 +79,7 @@ class EngineDouble:
         self.aborted_ids: list[str] = []
         self.num_sessions = 0
         self.extra_load = 0
-        self._changed = asyncio.Event()
+        self._changed = WakeUp()
         self._released = asyncio.Event()
         self._server: grpc.aio.Server | None = None
 
@@ -126,14 +128,12 @@ class EngineDouble:
 
     def notify(self) -> None:
         """Wake up whoever waits for a change."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changed.notify()
 
     async def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Wait until a condition on this double holds."""
         async with asyncio.timeout(timeout_s):
-            while not condition():
-                await self._changed.wait()
+            await self._changed.wait_until(condition)
 
     async def session(
         self, requests: AsyncIterator[engine_pb2.SessionRequest]
@@ -149,12 +149,11 @@ class EngineDouble:
             first.welcome.engine_id, first.welcome.base_fingerprint = self.engine_id, self.base.fingerprint
             yield first
             while True:
-                changed = self._changed
+                changed = self._changed.next
                 step += 1
                 if any(len(r.submit.prompt_token_ids) == self.poison for r in running.values()):
                     raise RuntimeError("this request ends sessions")
-                while self.is_silent:
-                    await self._changed.wait()
+                await self._changed.wait_until(lambda: not self.is_silent)
                 message = self._step(step, running, outputs)
                 if message is not None:
                     yield message

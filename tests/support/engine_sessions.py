@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.rpc import status_pb2
 from loraplex.v1 import engine_pb2, engine_pb2_grpc, gateway_pb2
-from loraplex_common.errors import LoraplexError, from_status
+from loraplex_common.error_status import from_status
 from loraplex_common.grpc_channel import open_channel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
+
+    from loraplex_common.errors import LoraplexError
 
 FinishReason = gateway_pb2.FinishReason
 

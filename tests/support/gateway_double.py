@@ -22,7 +22,8 @@ from loraplex.v1 import (
     gateway_pb2,
     gateway_pb2_grpc,
 )
-from loraplex_common.errors import LoraplexError, to_status
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import LoraplexError
 
 Script = Callable[[gateway_pb2.GenerateRequest], Iterator[gateway_pb2.GenerateResponse]]
 DIGEST = "ab" * 32

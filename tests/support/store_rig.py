@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from google.longrunning import operations_pb2, operations_pb2_grpc
+from loraplex.v1 import adapter_pb2, adapter_store_pb2_grpc
 from loraplex.v1 import adapter_store_pb2 as pb
-from loraplex.v1 import adapter_store_pb2_grpc
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.service import RunningStore, running_store
-from loraplex_common.errors import LoraplexError, from_status
+from loraplex_common.error_status import from_status
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.rpc_errors import error_from_rpc
 from support.adapters import Recipe, adapter_files
@@ -26,6 +26,8 @@ from support.base_models import TinyBase, write_base_model
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from loraplex_common.errors import LoraplexError
 
 PART_BYTES = 256 * 1024
 
@@ -168,3 +170,19 @@ def refused(error: type[LoraplexError], match: str) -> Any:
 def new_id() -> str:
     """Return a request id."""
     return str(uuid.uuid4())
+
+
+async def set_alias(client: StoreClient, name: str, label: str, revision: str, **fields: Any) -> pb.SetAliasResponse:
+    """Point a label at a revision."""
+    alias = adapter_pb2.Alias(name=name, label=label, revision=revision)
+    with translated():
+        response: pb.SetAliasResponse = await client.stub.SetAlias(pb.SetAliasRequest(alias=alias, **fields))
+    return response
+
+
+async def delete(client: StoreClient, name: str, **fields: Any) -> adapter_pb2.Adapter:
+    """Delete a name."""
+    with translated():
+        response = await client.stub.DeleteAdapter(pb.DeleteAdapterRequest(name=name, **fields))
+    adapter: adapter_pb2.Adapter = response.adapter
+    return adapter

@@ -7,13 +7,13 @@
 from loraplex_common.errors import LoraplexError
 from loraplex_common.version import package_version
 
-from loraplex_client._adapters import Adapters
-from loraplex_client._aio_adapters import AsyncAdapters
-from loraplex_client._aio_client import AsyncClient
-from loraplex_client._aio_stream import AsyncGenerateStream
-from loraplex_client._client import Client
+from loraplex_client._aio.adapters import AsyncAdapters
+from loraplex_client._aio.client import AsyncClient
+from loraplex_client._aio.stream import AsyncGenerateStream
 from loraplex_client._requests import ChatMessage, GenerateOptions, PromptOptions
-from loraplex_client._stream import GenerateStream
+from loraplex_client._sync.adapters import Adapters
+from loraplex_client._sync.client import Client
+from loraplex_client._sync.stream import GenerateStream
 from loraplex_client.events import (
     Accepted,
     AdapterLoading,

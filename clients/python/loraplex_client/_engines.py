@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loraplex.v1 import adapter_pb2, engine_pb2, engine_pb2_grpc, fleet_pb2, fleet_pb2_grpc
-from loraplex_common.errors import LoraplexError, from_status
+from loraplex_common.error_status import from_status
 
 from loraplex_client._errors import translated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from loraplex_common.errors import LoraplexError
 
     from loraplex_client._connection import Connection
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 from loraplex.v1 import adapter_pb2, adapter_store_pb2
 from loraplex_common.adapter_folder import check_present, list_folder
 from loraplex_common.directories import adapter_directory_problem
-from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError, from_status
+from loraplex_common.error_status import from_status
+from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError
 
 from loraplex_client.resources import (
     Adapter,
@@ -44,6 +45,11 @@ STAGES: Final[Mapping[int, ImportStage]] = {
     _Metadata.STAGE_STORING: ImportStage.STORING,
     _Metadata.STAGE_DONE: ImportStage.DONE,
 }
+
+
+def directory_uri(directory: Path) -> str:
+    """Return the ``file:`` URI of a directory; a relative one is looked for in the working directory."""
+    return directory.absolute().as_uri()
 
 
 def new_request_id() -> str:

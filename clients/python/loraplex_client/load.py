@@ -17,7 +17,7 @@ from loraplex_client.workload import NO_ADAPTER, NO_CONVERSATION, Measured, prom
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loraplex_client._aio_client import AsyncClient
+    from loraplex_client._aio.client import AsyncClient
     from loraplex_client.workload import Trace, TraceRequest
 
 DEFAULT_VOCAB_SIZE: Final = 32000

@@ -34,7 +34,7 @@ async def run(config: StoreConfig) -> None:
 def main() -> None:
     """Read the configuration and run the service; exits 2 if it cannot start with it."""
     config = load(StoreConfig, service="adapter_store")
-    configure("adapter_store", level=config.log_level, fmt="json" if config.log_format == "json" else "console")
+    configure("adapter_store", level=config.log_level, fmt=config.log_format)
     raise_limit()
     keep_heap_small()
     get_logger().info("configuration", **describe(config))

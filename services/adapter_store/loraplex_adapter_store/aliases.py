@@ -16,6 +16,7 @@ from loraplex_common.exposition import private
 from loraplex_common.housekeeping import keep_doing
 from loraplex_common.ids import DEFAULT_LABEL
 from loraplex_common.log import get_logger
+from loraplex_common.wake_up import WakeUp
 
 from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
 from loraplex_adapter_store.repository import keys
@@ -66,7 +67,7 @@ class AliasTable:
         self._history: deque[tuple[int, str]] = deque(maxlen=HISTORY)  # (sequence, name), oldest first
         self._watchers: set[asyncio.Queue[AliasUpdate | LoraplexError]] = set()
         self._loaded = asyncio.Event()
-        self._changed = asyncio.Event()
+        self._changed = WakeUp()
         self._names: dict[str, str] = {}  # digest -> a name it has
 
     @property
@@ -105,8 +106,7 @@ class AliasTable:
             async with asyncio.timeout(FOLLOW_S):
                 # Versions of another history say nothing: a store that went back counts them anew.
                 history_id = (await self._catalog.position()).history_id
-                while not self._knows(record, history_id):
-                    await self._changed.wait()
+                await self._changed.wait_until(lambda: self._knows(record, history_id))
         except (TimeoutError, LoraplexError):
             _log.warning("a change is acknowledged before gateways know of it", name=record.name)
 
@@ -266,9 +266,7 @@ class AliasTable:
                         SequenceGapError("the watcher fell behind by too many changes: start again from sequence 0")
                     )
                     self._watchers.discard(queue)
-        # Everybody who waits holds the old event; whoever comes later waits for the next change.
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changed.notify()
 
 
 def _is_lost(told: AdapterRecord, now: AdapterRecord | None) -> bool:

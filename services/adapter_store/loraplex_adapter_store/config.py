@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from loraplex_common.log import LogFormat
 from loraplex_common.secret import Secret
 from loraplex_common.service_settings import ServiceSettings, require_identity, valkey_url
 from loraplex_common.settings import secret, setting, size
@@ -43,7 +44,7 @@ class StoreConfig(ServiceSettings):
     drain_settle_s: float = setting(0.0, help="seconds between NOT_SERVING and refusing new calls at shutdown")
     drain_grace_s: float = setting(5.0, help="seconds that running calls get at shutdown")
     log_level: str = setting("info", help="debug, info, warning or error")
-    log_format: str = setting("console", help="console or json")
+    log_format: LogFormat = setting("console", help="log lines for people or for collectors")
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -58,5 +59,3 @@ class StoreConfig(ServiceSettings):
         for root in self.import_root:
             if not root.is_dir():
                 raise ValueError(f"--import-root {root} is no directory")
-        if self.log_format not in ("console", "json"):
-            raise ValueError("--log-format must be console or json")

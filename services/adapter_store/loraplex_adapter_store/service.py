@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -20,20 +19,22 @@ from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
 
-from loraplex_adapter_store import wire
 from loraplex_adapter_store.aliases import AliasTable
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.bases import KnownBases
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_adapter_store.credentials import Credentials
+from loraplex_adapter_store.downloads import Downloads
 from loraplex_adapter_store.hints import Hints
 from loraplex_adapter_store.images import ImageCache
 from loraplex_adapter_store.imports.budget import ImportBudget
+from loraplex_adapter_store.imports.checker import CheckpointChecker
 from loraplex_adapter_store.imports.directory import ImportRoots
 from loraplex_adapter_store.imports.hub import Hub
 from loraplex_adapter_store.imports.importer import Importer
 from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.long_running import LongRunning
+from loraplex_adapter_store.imports.sources import Sources
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
 from loraplex_adapter_store.operations import OperationsServicer
@@ -43,7 +44,8 @@ from loraplex_adapter_store.repository.catalog import Catalog
 from loraplex_adapter_store.repository.engines import EngineHoldings
 from loraplex_adapter_store.repository.garbage import GarbageCollector
 from loraplex_adapter_store.repository.tenant_bytes import LimitOf, unlimited
-from loraplex_adapter_store.servicer import AdapterStoreServicer, StoreParts
+from loraplex_adapter_store.revisions import RevisionFinder
+from loraplex_adapter_store.servicer import AdapterStoreServicer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -95,9 +97,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
     bases = KnownBases.load(config.model, name=config.served_model_name, aliases=config.model_alias)
     async with AsyncExitStack() as stack:
         core = _core(config, bases, stack)
-        images = ImageCache(
-            core.blobs, core.catalog, core.metrics, budget_bytes=config.image_cache_bytes, executor=core.executor
-        )
+        images = _images(core)
         attached = AttachedEngines(core.client, core.holdings, images, core.metrics, core.executor)
         aliases = AliasTable(core.client, core.catalog, bases.fingerprints)
         hints = Hints(attached, core.holdings, core.catalog, images)
@@ -107,25 +107,19 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
         stack.push_async_callback(hub.close)
         operations = LongRunning(core.client)
         stack.push_async_callback(operations.close)
-        collector = GarbageCollector(
-            core.client, core.blobs, core.holdings, interval_s=config.gc_interval_s, on_garbage=partial(hints.evict, "")
-        )
-        parts = StoreParts(
-            store_id=f"store-{uuid.uuid4().hex[:12]}",
+        servicer = AdapterStoreServicer(
             lifecycle=Lifecycle(core.catalog, partial(_all_leases, attached, core.holdings), aliases.wait_for),
             intake=_intake(core, importer, operations, hub),
             aliases=aliases,
             attached=attached,
             hints=hints,
-            catalog=core.catalog,
-            blobs=core.blobs,
+            revisions=RevisionFinder(core.catalog, aliases),
+            downloads=Downloads(core.catalog, core.blobs),
         )
-        server = _server(core, parts, operations)
+        server = _server(core, servicer, operations)
         metrics_port = await _serve_metrics(core, stack)
         supervisor = await stack.enter_async_context(Supervisor())
-        supervisor.spawn(aliases.run(), name="name table")
-        supervisor.spawn(core.authenticator.follow(), name="credentials")
-        supervisor.spawn(collector.run(), name="garbage collector")
+        _spawn(supervisor, core, aliases, hints)
         grpc_port = await server.start()
         stack.push_async_callback(_drain, server, config, attached, aliases)
         server.set_ready(True)
@@ -159,6 +153,11 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
     )
 
 
+def _images(core: _Core) -> ImageCache:
+    budget_bytes = core.config.image_cache_bytes
+    return ImageCache(core.blobs, core.catalog, core.metrics, budget_bytes=budget_bytes, executor=core.executor)
+
+
 def _limit_of(config: StoreConfig) -> LimitOf:
     if config.quotas_file is None:
         return unlimited
@@ -173,34 +172,29 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
         max_running=config.max_concurrent_imports,
         max_pending=config.max_pending_imports,
     )
-    return Importer(
-        bases,
-        core.catalog,
-        core.blobs,
-        budget,
-        core.metrics,
-        told=aliases.wait_for,
-        engines=attached.limits,
-        executor=core.executor,
-    )
+    checker = CheckpointChecker(bases, attached.limits, core.executor)
+    return Importer(checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for)
 
 
 def _intake(core: _Core, importer: Importer, operations: LongRunning, hub: Hub) -> Intake:
     config = core.config
-    return Intake(
-        importer,
-        operations,
-        core.catalog,
+    sources = Sources(
         ImportRoots(config.import_root),
         hub,
         Credentials.from_file(config.credentials_file),
         max_adapter_bytes=config.max_adapter_bytes,
-        describe=wire.import_metadata,
-        conclude=wire.import_result,
+    )
+    return Intake(
+        importer,
+        operations,
+        core.catalog,
+        importer.budget,
+        sources,
+        max_adapter_bytes=config.max_adapter_bytes,
     )
 
 
-def _server(core: _Core, parts: StoreParts, operations: LongRunning) -> GrpcServer:
+def _server(core: _Core, servicer: AdapterStoreServicer, operations: LongRunning) -> GrpcServer:
     config = core.config
     listen = config.listen_config(
         config.host,
@@ -210,11 +204,25 @@ def _server(core: _Core, parts: StoreParts, operations: LongRunning) -> GrpcServ
         max_connection_age_s=config.max_connection_age_s,
     )
     server = GrpcServer(listen, authenticator=core.authenticator, metrics=RpcMetrics(core.metrics.registry))
-    adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(AdapterStoreServicer(parts), server.server)
+    adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, server.server)
     operations_pb2_grpc.add_OperationsServicer_to_server(OperationsServicer(operations), server.server)
     server.add_service_name(SERVICE)
     server.add_service_name(OPERATIONS_SERVICE)
     return server
+
+
+def _spawn(supervisor: Supervisor, core: _Core, aliases: AliasTable, hints: Hints) -> None:
+    """Start what runs beside the servers."""
+    collector = GarbageCollector(
+        core.client,
+        core.blobs,
+        core.holdings,
+        interval_s=core.config.gc_interval_s,
+        on_garbage=partial(hints.evict, ""),
+    )
+    supervisor.spawn(aliases.run(), name="name table")
+    supervisor.spawn(core.authenticator.follow(), name="credentials")
+    supervisor.spawn(collector.run(), name="garbage collector")
 
 
 async def _serve_metrics(core: _Core, stack: AsyncExitStack) -> int:

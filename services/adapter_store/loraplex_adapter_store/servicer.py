@@ -6,79 +6,80 @@ import copy
 import hashlib
 import uuid
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import crc32c
 import grpc
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex.v1 import adapter_store_pb2_grpc
 from loraplex_common.auth import current_principal
-from loraplex_common.errors import AdapterCorruptError, AdapterNotFoundError, InvalidParameterError, LoraplexError
+from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, check_adapter_name, check_label
 
 from loraplex_adapter_store import paging, wire
-from loraplex_adapter_store.aliases import AliasTable
-from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.attach.session import EngineSession
 from loraplex_adapter_store.attach.stream import read_hello, run_session
-from loraplex_adapter_store.hints import Hints
 from loraplex_adapter_store.imports.hub import HubSource
 from loraplex_adapter_store.imports.importer import ImportTarget
-from loraplex_adapter_store.imports.intake import Intake
 from loraplex_adapter_store.imports.uploads import AnnouncedFile, linger
-from loraplex_adapter_store.lifecycle import Caller, Lifecycle
+from loraplex_adapter_store.lifecycle import Caller
 from loraplex_adapter_store.records import AdapterRecord
-from loraplex_adapter_store.repository.blobs import Blobs
-from loraplex_adapter_store.repository.catalog import Catalog
-from loraplex_adapter_store.revisions import RevisionFinder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
     from google.longrunning import operations_pb2
 
+    from loraplex_adapter_store.aliases import AliasTable
+    from loraplex_adapter_store.attach.attached import AttachedEngines
+    from loraplex_adapter_store.downloads import Downloads
+    from loraplex_adapter_store.hints import Hints
+    from loraplex_adapter_store.imports.intake import Intake
+    from loraplex_adapter_store.lifecycle import Lifecycle
+    from loraplex_adapter_store.revisions import RevisionFinder
+
 Context = grpc.aio.ServicerContext[Any, Any]
-PART_BYTES: Final = 1024 * 1024
 _Mutation: TypeAlias = (
     "pb.CreateAdapterRequest | pb.UpdateAdapterRequest | pb.DeleteAdapterRequest | pb.SetAliasRequest | "
     "pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header"
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoreParts:
-    """What the servicer calls."""
-
-    store_id: str
-    lifecycle: Lifecycle
-    intake: Intake
-    aliases: AliasTable
-    attached: AttachedEngines
-    hints: Hints
-    catalog: Catalog
-    blobs: Blobs
-
-
 class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
-    """The RPCs of the store; without credentials everybody is an administrator."""
+    """The RPCs of the store; without credentials every caller is an administrator."""
 
-    def __init__(self, parts: StoreParts) -> None:
-        self._parts = parts
-        self._revisions = RevisionFinder(parts.catalog, parts.aliases)
+    def __init__(
+        self,
+        *,
+        lifecycle: Lifecycle,
+        intake: Intake,
+        aliases: AliasTable,
+        attached: AttachedEngines,
+        hints: Hints,
+        revisions: RevisionFinder,
+        downloads: Downloads,
+    ) -> None:
+        self._store_id = f"store-{uuid.uuid4().hex[:12]}"
+        self._lifecycle = lifecycle
+        self._intake = intake
+        self._aliases = aliases
+        self._attached = attached
+        self._hints = hints
+        self._revisions = revisions
+        self._downloads = downloads
 
     async def CreateAdapter(self, request: pb.CreateAdapterRequest, context: Context) -> pb.CreateAdapterResponse:
         """Reserve a name."""
         caller = _caller(request)
         name = check_adapter_name(request.adapter.name, field="adapter.name")
         tenants = tuple(request.adapter.allowed_tenants)
-        record = await self._parts.lifecycle.create(name, request.adapter.description, tenants, caller)
+        record = await self._lifecycle.create(name, request.adapter.description, tenants, caller)
         return pb.CreateAdapterResponse(adapter=await self._adapter(record))
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         """Describe one adapter."""
         ref = AdapterRef.parse(request.name, field="name")
-        record, wanted, latest = await self._parts.lifecycle.get(ref, Caller(current_principal()))
+        record, wanted, latest = await self._lifecycle.get(ref, Caller(current_principal()))
         return pb.GetAdapterResponse(
             adapter=wire.adapter(record, latest), revision=wire.revision(wanted) if wanted is not None else None
         )
@@ -87,14 +88,14 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self, request: pb.AdapterStoreServiceListAdaptersRequest, context: Context
     ) -> pb.AdapterStoreServiceListAdaptersResponse:
         """Page through adapters by name."""
-        records, following = await self._parts.lifecycle.page(
+        records, following = await self._lifecycle.page(
             page_size=paging.page_size(request.page_size),
             after=paging.decode(request.page_token),
             prefix=request.name_prefix,
             show_deleted=request.show_deleted,
             caller=Caller(current_principal()),
         )
-        latest = await self._parts.lifecycle.latest_of(records)
+        latest = await self._lifecycle.latest_of(records)
         return pb.AdapterStoreServiceListAdaptersResponse(
             adapters=[wire.adapter(record, latest.get(wire.latest_of(record) or "")) for record in records],
             next_page_token=paging.encode(following),
@@ -109,14 +110,14 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
             allowed_tenants=tuple(request.adapter.allowed_tenants),
         )
         fields = tuple(request.update_mask.paths)
-        record = await self._parts.lifecycle.update(change, fields, request.adapter.etag, caller)
+        record = await self._lifecycle.update(change, fields, request.adapter.etag, caller)
         return pb.UpdateAdapterResponse(adapter=await self._adapter(record))
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         """Delete a name softly."""
         caller = _caller(request)
         name = check_adapter_name(request.name)
-        record = await self._parts.lifecycle.delete(name, request.etag, caller, force=request.force)
+        record = await self._lifecycle.delete(name, request.etag, caller, force=request.force)
         return pb.DeleteAdapterResponse(adapter=await self._adapter(record))
 
     async def ListAdapterRevisions(
@@ -125,7 +126,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         """Page through a name's revisions, newest first."""
         size, offset = paging.page_size(request.page_size), paging.decode_offset(request.page_token)
         name = check_adapter_name(request.name)
-        revisions, has_more = await self._parts.lifecycle.revisions(
+        revisions, has_more = await self._lifecycle.revisions(
             name, page_size=size, offset=offset, caller=Caller(current_principal())
         )
         return pb.ListAdapterRevisionsResponse(
@@ -142,7 +143,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         revision = await self._revision(given, "alias.revision", name) if given else ""
         if request.HasField("expected_revision"):
             expected = await self._revisions.expected(request.expected_revision, field="expected_revision", name=name)
-        record = await self._parts.lifecycle.set_alias(name, label, revision, expected, caller)
+        record = await self._lifecycle.set_alias(name, label, revision, expected, caller)
         return pb.SetAliasResponse(adapter=await self._adapter(record))
 
     async def ImportAdapter(self, request: pb.ImportAdapterRequest, context: Context) -> operations_pb2.Operation:
@@ -157,7 +158,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 source = HubSource(repo=hub.repo, revision=hub.revision, subfolder=hub.subfolder)
             case _:
                 raise InvalidParameterError("no source is set", field="source")
-        return await self._parts.intake.start(source, target, credential=request.credential_ref)
+        return await self._intake.start(source, target, credential=request.credential_ref)
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
@@ -172,7 +173,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         )
         async with aclosing(_parts_of(request_iterator)) as parts:
             try:
-                outcome = wire.import_result(await self._parts.intake.upload(files, parts, target))
+                outcome = wire.import_result(await self._intake.upload(files, parts, target))
             except LoraplexError:
                 await linger(parts)
                 raise
@@ -189,21 +190,21 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         if wanted_in_ms < 0:
             raise InvalidParameterError(f"wanted_in: {wanted_in_ms / 1000:g} s is negative", field="wanted_in")
         digest = await self._revision(request.revision, "revision")
-        await self._parts.hints.prefetch(request.engine_id, digest, wanted_in_ms)
+        await self._hints.prefetch(request.engine_id, digest, wanted_in_ms)
         return pb.PrefetchAdapterResponse()
 
     async def EvictAdapter(
         self, request: pb.AdapterStoreServiceEvictAdapterRequest, context: Context
     ) -> pb.AdapterStoreServiceEvictAdapterResponse:
         """Take a hint that an adapter will not be wanted."""
-        await self._parts.hints.evict(request.engine_id, await self._revision(request.revision, "revision"))
+        await self._hints.evict(request.engine_id, await self._revision(request.revision, "revision"))
         return pb.AdapterStoreServiceEvictAdapterResponse()
 
     async def WatchAliases(
         self, request: pb.WatchAliasesRequest, context: Context
     ) -> AsyncIterator[pb.WatchAliasesResponse]:
         """Stream the name table and its changes; for gateways, so it shows every tenant's adapters."""
-        async with aclosing(self._parts.aliases.watch(request.start_sequence, request.start_history_id)) as updates:
+        async with aclosing(self._aliases.watch(request.start_sequence, request.start_history_id)) as updates:
             async for update in updates:
                 yield wire.alias_update(update)
 
@@ -212,26 +213,11 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
         """Stream the canonical form from an offset; it is a safetensors file."""
         digest = await self._revision(request.revision, "revision")
-        manifest = await self._parts.blobs.manifest(digest)
-        if manifest is None:
-            if await self._parts.catalog.get_revisions([digest]):
-                raise AdapterCorruptError(
-                    f"revision {digest}: its weights are gone from Valkey; import the adapter again"
-                )
-            raise AdapterNotFoundError(f"revision {digest} does not exist")
-        position, size = request.offset, manifest.num_bytes
-        end = min(size, position + request.limit) if request.limit else size
-        if position > size:
-            raise InvalidParameterError(f"{position} lies behind the end, {size} bytes", field="offset")
-        async with aclosing(self._parts.blobs.read(digest, manifest, position)) as chunks:
-            async for chunk in chunks:
-                for start in range(0, len(chunk), PART_BYTES):
-                    data = chunk[start : min(start + PART_BYTES, len(chunk), start + end - position)]
-                    if data:
-                        yield pb.DownloadAdapterResponse(offset=position, data=data, crc32c=crc32c.crc32c(data))
-                    position += len(data)
-                if position >= end:
-                    break
+        position = request.offset
+        async with aclosing(self._downloads.read(digest, request.offset, request.limit)) as parts:
+            async for data in parts:
+                yield pb.DownloadAdapterResponse(offset=position, data=data, crc32c=crc32c.crc32c(data))
+                position += len(data)
         yield pb.DownloadAdapterResponse(offset=position, sha256=digest)
 
     async def AttachEngine(
@@ -240,12 +226,12 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         """Serve one engine while its stream is open."""
         hello = await read_hello(request_iterator, wire.hello)
         messages = (wire.from_engine(message) async for message in request_iterator)
-        session = run_session(self._parts.attached, hello, messages, owner=current_principal().name)
+        session = run_session(self._attached, hello, messages, owner=current_principal().name)
         async with aclosing(session) as outgoing:
             async for message in outgoing:
                 if isinstance(message, EngineSession):
                     welcome = pb.AttachEngineResponse.Welcome(
-                        store_id=self._parts.store_id, shared_memory=message.shared_memory
+                        store_id=self._store_id, shared_memory=message.shared_memory
                     )
                     yield pb.AttachEngineResponse(welcome=welcome)
                 else:
@@ -255,7 +241,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         return await self._revisions.find(text, current_principal(), field=field, name=name)
 
     async def _adapter(self, record: AdapterRecord) -> Any:
-        latest = await self._parts.lifecycle.latest_of([record])
+        latest = await self._lifecycle.latest_of([record])
         return wire.adapter(record, latest.get(wire.latest_of(record) or ""))
 
 

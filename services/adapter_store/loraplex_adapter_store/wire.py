@@ -8,7 +8,8 @@ import crc32c
 from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex.v1 import adapter_pb2, adapter_store_pb2
 from loraplex_common.adapter_image import Geometry, ImageError
-from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError, to_status
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
 from loraplex_common.ids import DEFAULT_LABEL, is_digest
 
 from loraplex_adapter_store.attach.messages import (

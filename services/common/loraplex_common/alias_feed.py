@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -12,6 +11,7 @@ import grpc
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 from loraplex_common.log import get_logger
+from loraplex_common.reconnect import keep_connected
 from loraplex_common.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
@@ -71,21 +71,24 @@ class AliasFeed:
     def __init__(self, channel: PeerChannel, tables: Sequence[AliasTable]) -> None:
         self._channel = channel
         self._tables = tables
-        self._backoff_s = FIRST_BACKOFF_S
         self._is_away = False
+        self._has_heard = False
         self._history_id, self._sequence = "", 0
 
     async def run(self) -> None:
         """Follow the store for ever."""
-        while True:
-            try:
-                await self._follow()
-            except grpc.aio.AioRpcError as error:
-                say = _log.debug if self._is_away else _log.warning
-                say("lost the adapter store; names stay as last known", cause=error.details())
-                self._is_away = True
-            await asyncio.sleep(self._backoff_s * random.uniform(0.5, 1.0))
-            self._backoff_s = min(self._backoff_s * 2, MAX_BACKOFF_S)
+        await keep_connected(self._follow_once, first_pause_s=FIRST_BACKOFF_S, max_pause_s=MAX_BACKOFF_S)
+
+    async def _follow_once(self) -> bool:
+        """Follow over one connection to its end; return whether the store said anything."""
+        self._has_heard = False
+        try:
+            await self._follow()
+        except grpc.aio.AioRpcError as error:
+            say = _log.debug if self._is_away else _log.warning
+            say("lost the adapter store; names stay as last known", cause=error.details())
+            self._is_away = True
+        return self._has_heard
 
     async def _follow(self) -> None:
         async with self._channel.use() as channel:
@@ -101,7 +104,7 @@ class AliasFeed:
         staged: list[AdapterEntry] | None = None
         response: Any = await self._first_word(call)
         while response is not None and response is not grpc.aio.EOF:
-            self._backoff_s, self._is_away = FIRST_BACKOFF_S, False
+            self._has_heard, self._is_away = True, False
             entries = [_entry(entry) for entry in response.entries]
             if response.snapshot_start:
                 staged = []

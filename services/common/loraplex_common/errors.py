@@ -1,7 +1,7 @@
-"""The exception tree of loraplex and its mapping to the wire.
+"""The exception tree of loraplex.
 
 One class per row of the error table in docs/errors.md: gRPC code, reason, HTTP status and retry advice are class
-attributes, so raising the right class is all a caller does. `grpc_server` turns them into statuses; nothing else does.
+attributes, so raising the right class is all a caller does. `error_status` has their form on the wire.
 """
 
 from __future__ import annotations
@@ -9,21 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
-from google.rpc import error_details_pb2, status_pb2
-
-from loraplex_common.http_status import http_status
-from loraplex_common.quota_failure import ExceededLimit, from_failure, to_failure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-DOMAIN = "loraplex"
-# gRPC refuses trailers beyond 8 KiB, and messages quote what the caller sent: the message goes out twice, in
-# grpc-message (up to three bytes per byte) and in the details.
-MAX_MESSAGE_BYTES = 1024
-MAX_VIOLATIONS = 8
-MAX_VIOLATION_BYTES = 128
+    from loraplex_common.quota_failure import ExceededLimit
 
 
 class LoraplexError(Exception):
@@ -82,7 +72,7 @@ class ContextLengthError(InvalidParameterError):
 
 
 class AdapterNotFoundError(LoraplexError):
-    """Unknown adapter, revision or alias. Also unknown base model."""
+    """Unknown adapter, revision or alias."""
 
     code, reason, http_status = grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", 404
 
@@ -296,70 +286,3 @@ class RemoteError(LoraplexError):
         self.code = code  # type: ignore[misc]
         self.reason = reason  # type: ignore[misc]
         self.http_status = http_status  # type: ignore[misc]
-
-
-def _subclasses(root: type[LoraplexError]) -> list[type[LoraplexError]]:
-    return [cls for child in root.__subclasses__() for cls in (child, *_subclasses(child))]
-
-
-def _clip(text: str, max_bytes: int) -> str:
-    data = text.encode(errors="replace")  # a lone surrogate has no UTF-8
-    return data.decode() if len(data) <= max_bytes else data[: max_bytes - 3].decode(errors="ignore") + "..."
-
-
-def to_status(error: LoraplexError) -> status_pb2.Status:
-    """Return the `google.rpc.Status` of an error, with `ErrorInfo` and what else the error carries."""
-    metadata = {key: value.encode(errors="replace").decode() for key, value in error.metadata.items()}  # as in `_clip`
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
-    if error.retry_after_s is not None:
-        delay = duration_pb2.Duration()
-        delay.FromMilliseconds(max(1, round(error.retry_after_s * 1000)))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    if error.violations:
-        violation = error_details_pb2.BadRequest.FieldViolation
-        violations = [
-            violation(field=_clip(field, MAX_VIOLATION_BYTES), description=_clip(text, MAX_VIOLATION_BYTES))
-            for field, text in error.violations[:MAX_VIOLATIONS]
-        ]
-        details.append(error_details_pb2.BadRequest(field_violations=violations))
-    if isinstance(error, TenantQuotaError) and error.exceeded:
-        details.append(to_failure(error.exceeded))
-    status = status_pb2.Status(code=error.code.value[0], message=_clip(error.message, MAX_MESSAGE_BYTES))
-    for detail in details:
-        packed = any_pb2.Any()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return status
-
-
-def from_status(status: status_pb2.Status) -> LoraplexError:
-    """Rebuild the error that `to_status` encoded; an unknown reason becomes a `RemoteError` with the same code."""
-    info, retry, bad = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
-    quota = error_details_pb2.QuotaFailure()
-    retry_after_s: float | None = None
-    violations: list[tuple[str, str]] = []
-    for detail in status.details:
-        if detail.Is(info.DESCRIPTOR):
-            detail.Unpack(info)
-        elif detail.Is(retry.DESCRIPTOR):
-            detail.Unpack(retry)
-            retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
-        elif detail.Is(bad.DESCRIPTOR):
-            detail.Unpack(bad)
-            violations = [(violation.field, violation.description) for violation in bad.field_violations]
-        elif detail.Is(quota.DESCRIPTOR):
-            detail.Unpack(quota)
-    code = next((c for c in grpc.StatusCode if c.value[0] == status.code), grpc.StatusCode.UNKNOWN)
-    keywords: dict[str, Any] = {
-        "retry_after_s": retry_after_s,
-        "metadata": dict(info.metadata),
-        "violations": violations,
-    }
-    classes: list[type[LoraplexError]] = [LoraplexError, *_subclasses(LoraplexError)]
-    for cls in classes:
-        if cls is not RemoteError and cls.reason == info.reason and cls.code == code:
-            if cls is TenantQuotaError:
-                keywords["exceeded"] = from_failure(quota)
-            return cls(status.message, **keywords)
-    reason = info.reason or code.name
-    return RemoteError(status.message, code=code, reason=reason, http_status=http_status(code), **keywords)

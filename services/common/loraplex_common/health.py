@@ -6,13 +6,13 @@ there is a coroutine; this one is a table and a wake-up.
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraplex_common.errors import RemoteError
+from loraplex_common.wake_up import WakeUp
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -27,14 +27,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # g
 
     def __init__(self) -> None:
         self._states: dict[str, bool] = {}
-        self._changed = asyncio.Event()
+        self._changed = WakeUp()
 
     def set(self, service: str, *, is_serving: bool) -> None:
         """Record a service's state and tell its watchers."""
         self._states[service] = is_serving
-        # Everybody who waits holds the old event; whoever comes later waits for the next change.
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changed.notify()
 
     def _status(self, service: str) -> int:
         if service not in self._states:
@@ -61,7 +59,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # g
         """Stream a service's state: now, and whenever it changes."""
         last: int | None = None
         while True:
-            changed, status = self._changed, self._status(request.service)
+            changed, status = self._changed.next, self._status(request.service)
             if status != last:
                 yield health_pb2.HealthCheckResponse(status=status)
                 last = status

@@ -14,7 +14,8 @@ from grpc_status import rpc_status
 
 from loraplex_common.answer_by import answering_within
 from loraplex_common.auth import Authenticator, Certificate, acting_as, current_principal
-from loraplex_common.errors import AdapterLoadingError, LoraplexError, to_status
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import AdapterLoadingError, LoraplexError
 from loraplex_common.log import get_logger
 from loraplex_common.request_arrival import RequestArrivals
 from loraplex_common.rights import OPEN_SERVICES, RIGHTS, require_right

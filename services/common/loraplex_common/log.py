@@ -32,7 +32,6 @@ def configure(service: str, level: str = "info", fmt: LogFormat = "console") -> 
         event["service"] = service
         return event
 
-    # Tracebacks without local variables: those hold prompts and keys.
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         log_bounds.clip,
@@ -40,14 +39,9 @@ def configure(service: str, level: str = "info", fmt: LogFormat = "console") -> 
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         stamp,
     ]
-    if fmt == "json":
-        frames = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        render: list[Any] = [structlog.processors.ExceptionRenderer(frames), structlog.processors.JSONRenderer()]
-    else:
-        plain = structlog.dev.plain_traceback
-        render = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+    formatter = structlog.stdlib.ProcessorFormatter
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*shared, formatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
@@ -55,12 +49,18 @@ def configure(service: str, level: str = "info", fmt: LogFormat = "console") -> 
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(log_bounds.Flood())
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
-        )
+        formatter(foreign_pre_chain=shared, processors=[formatter.remove_processors_meta, *_renderers(fmt)])
     )
     logging.basicConfig(handlers=[handler], level=number, force=True)
+
+
+def _renderers(fmt: LogFormat) -> list[Any]:
+    """Return what makes a line of an event; tracebacks are without local variables, which hold prompts and keys."""
+    if fmt == "json":
+        frames = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        return [structlog.processors.ExceptionRenderer(frames), structlog.processors.JSONRenderer()]
+    plain = structlog.dev.plain_traceback
+    return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
 
 
 def get_logger(**context: Any) -> structlog.typing.FilteringBoundLogger:

@@ -7,7 +7,8 @@ from typing import Any, Final
 import grpc
 from google.rpc import status_pb2
 
-from loraplex_common.errors import CancelledRequestError, DeadlineError, LoraplexError, RemoteError, from_status
+from loraplex_common.error_status import from_status
+from loraplex_common.errors import CancelledRequestError, DeadlineError, LoraplexError, RemoteError
 from loraplex_common.http_status import http_status
 from loraplex_common.interceptors import DROP_REASON_KEY
 

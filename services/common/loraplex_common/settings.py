@@ -89,33 +89,45 @@ def load(
     """
     environment = os.environ if environ is None else environ
     prefix = f"LORAPLEX_{service.upper()}_"
-    parser = argparse.ArgumentParser(
-        prog=f"loraplex-{service.replace('_', '-')}",
-        description=description or (config.__doc__ or "").partition("\n")[0],
-        epilog=f"Every flag can be given as {prefix}<FLAG>; lists are separated by commas there.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
-    hints = typing.get_type_hints(config)
-    fields = {field.name: field for field in dataclasses.fields(typing.cast("Any", config))}
-    for name, field in fields.items():
-        _add_flag(parser, name, field, hints[name])
+    fields = _fields(config)
+    parser = _parser(service, description or (config.__doc__ or "").partition("\n")[0], prefix, fields)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     values: dict[str, Any] = {}
     try:
-        for name, field in fields.items():
+        for name, (field, hint) in fields.items():
             variable = prefix + name.upper()
             if _is_secret(field):
                 values[name] = _read_secret(name, given, environment, variable)
             elif name in given:
-                values[name] = tuple(given[name]) if _is_list(hints[name]) else given[name]
+                values[name] = tuple(given[name]) if _is_list(hint) else given[name]
             elif (text := environment.get(variable)) is not None:
-                values[name] = _from_text(text, field, hints[name], variable)
+                values[name] = _from_text(text, field, hint, variable)
             elif field.default is dataclasses.MISSING:
                 parser.error(f"--{name.replace('_', '-')} (or {variable}) is required")
         return config(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _fields(config: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Return a configuration's fields and their types by name."""
+    hints = typing.get_type_hints(config)
+    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(config)}
+
+
+def _parser(
+    service: str, description: str, prefix: str, fields: Mapping[str, tuple[dataclasses.Field[Any], Any]]
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"loraplex-{service.replace('_', '-')}",
+        description=description,
+        epilog=f"Every flag can be given as {prefix}<FLAG>; lists are separated by commas there.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
+    for name, (field, hint) in fields.items():
+        _add_flag(parser, name, field, hint)
+    return parser
 
 
 def _is_secret(field: dataclasses.Field[Any]) -> bool:

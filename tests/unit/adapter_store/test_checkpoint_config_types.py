@@ -10,7 +10,8 @@ import pytest
 from loraplex_adapter_store.checkpoint.canonical import canonicalise
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_common.base_model import load_base_model
-from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError, LoraplexError, to_status
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError, LoraplexError
 from peft import LoraConfig
 from support.adapters import Recipe, adapter_config, adapter_tensors
 from support.safetensors_files import safetensors_bytes

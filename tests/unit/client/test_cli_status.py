@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex.v1 import adapter_pb2, engine_pb2, fleet_pb2, gateway_pb2
-from loraplex_common.errors import AdapterForbiddenError, DrainingError, LoraplexError, RoleForbiddenError, to_status
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import AdapterForbiddenError, DrainingError, LoraplexError, RoleForbiddenError
 from support.gateway_double import DIGEST
 
 if TYPE_CHECKING:

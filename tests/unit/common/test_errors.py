@@ -9,7 +9,8 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from loraplex_common import errors
-from loraplex_common.errors import LoraplexError, RemoteError, from_status, to_status
+from loraplex_common.error_status import from_status, to_status
+from loraplex_common.errors import LoraplexError, RemoteError
 from loraplex_common.quota_failure import ExceededLimit
 
 DOCS = Path(__file__).parents[3] / "docs" / "errors.md"

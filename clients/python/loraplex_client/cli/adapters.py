@@ -23,6 +23,14 @@ AnyName = Annotated[
     str,
     typer.Argument(help="NAME, NAME:LABEL or NAME@REVISION (of its digits, 8 do).", metavar="NAME", show_default=False),
 ]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A PEFT directory, or hf:ORG/REPO[/SUBFOLDER]@COMMIT (40 hex digits).",
+        metavar="SOURCE",
+        show_default=False,
+    ),
+]
 EngineId = Annotated[str, typer.Option("--engine", help="Only on this engine.", metavar="ID")]
 
 
@@ -37,14 +45,7 @@ def _group(context: typer.Context) -> None:
 def import_(
     context: typer.Context,
     name: Name,
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A PEFT directory, or hf:ORG/REPO[/SUBFOLDER]@COMMIT (40 hex digits).",
-            metavar="SOURCE",
-            show_default=False,
-        ),
-    ],
+    source: Source,
     label: Annotated[str, typer.Option(help="Label to move to the new revision besides latest.")] = "",
     base_model: Annotated[str, typer.Option(help="Base to check against instead of the one it names.")] = "",
     stage: Annotated[

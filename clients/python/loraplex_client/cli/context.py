@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from loraplex_client._client import Client
 from loraplex_client._servers import Credentials, Servers, read_key
+from loraplex_client._sync.client import Client
 
 PIPE_WIDTH: Final = 400
 # Tables in a pipe are for programs: nothing is cut to fit a screen.

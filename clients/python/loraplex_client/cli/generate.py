@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from loraplex_client._client import Client
 from loraplex_client._requests import ChatMessage, GenerateOptions
-from loraplex_client._stream import GenerateStream
+from loraplex_client._sync.client import Client
+from loraplex_client._sync.stream import GenerateStream
 from loraplex_client.cli.context import Target, connect, stderr
 from loraplex_client.events import Finished
 

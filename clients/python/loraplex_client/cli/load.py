@@ -3,49 +3,62 @@
 import asyncio
 import json
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.table import Table
 
-from loraplex_client._aio_client import AsyncClient
+from loraplex_client._aio.client import AsyncClient
 from loraplex_client.cli.context import Target, identity_of, stderr, stdout
+from loraplex_client.cli.demand_options import DemandOptions, SloTtft
 from loraplex_client.cli.generate import ModelName
+from loraplex_client.cli.option_groups import grouped
 from loraplex_client.load import DEFAULT_TIMEOUT_S, DEFAULT_VOCAB_SIZE, LoadResult, LoadTest
-from loraplex_client.plan import Demand, make_trace, read_lengths, read_popularity
+from loraplex_client.plan import make_trace
 from loraplex_client.workload import Trace, from_spec
 
 NOTABLE_LAG_S = 0.05
 
 
-def load(
-    context: typer.Context,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrafficOptions:
+    """Which requests come, and when."""
+
     workload: Annotated[
         str | None,
         typer.Option(
             help="burst:N:R, rate:N:RATE:S or slora:N:ALPHA:RATE:CV:S, instead of the options up to --cv.",
             metavar="SPEC",
         ),
-    ] = None,
-    rate: Annotated[float, typer.Option(help="Requests per second.")] = 1.0,
-    requests: Annotated[int, typer.Option(help="Requests to send.", min=1)] = 100,
+    ] = None
+    rate: Annotated[float, typer.Option(help="Requests per second.")] = 1.0
+    requests: Annotated[int, typer.Option(help="Requests to send.", min=1)] = 100
     adapter: Annotated[
         list[str] | None, typer.Option(help="Adapter to ask for, may be given again (default: all).", metavar="NAME")
-    ] = None,
-    popularity: Annotated[str, typer.Option(help="uniform, zipf[:S] or power[:ALPHA].")] = "zipf:1.0",
-    base_share: Annotated[float, typer.Option(help="Share of requests without an adapter.")] = 0.0,
-    prompt: Annotated[str, typer.Option(help="Prompt tokens: N, or LOW:HIGH uniformly.")] = "8:512",
-    output: Annotated[str, typer.Option(help="Output tokens: N, or LOW:HIGH uniformly.")] = "8:512",
-    cv: Annotated[float, typer.Option(help="Burstiness of arrivals; 1 is Poisson.")] = 1.0,
-    slo_ttft: Annotated[float, typer.Option(help="Objective for the first token, seconds.")] = 1.0,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SendingOptions:
+    """How requests are sent."""
+
+    limit: Annotated[float | None, typer.Option(help="Stop after so many seconds.", min=0.0)] = None
+    timeout: Annotated[float, typer.Option(help="Deadline of each request, seconds.")] = DEFAULT_TIMEOUT_S
+    vocab_size: Annotated[int, typer.Option(help="Prompts are random token ids below it.", min=21)] = DEFAULT_VOCAB_SIZE
+    seed: Annotated[int, typer.Option(help="Of arrivals and prompts; prompts of another seed are not cached.")] = 0
+
+
+@grouped
+def load(
+    context: typer.Context,
+    *,
+    traffic: TrafficOptions,
+    demand: DemandOptions,
+    slo_ttft: SloTtft = 1.0,
     attainment: Annotated[float, typer.Option(help="Share of requests that must finish within it.")] = 0.0,
-    limit: Annotated[float | None, typer.Option(help="Stop after so many seconds.", min=0.0)] = None,
-    timeout: Annotated[float, typer.Option(help="Deadline of each request, seconds.")] = DEFAULT_TIMEOUT_S,
-    vocab_size: Annotated[
-        int, typer.Option(help="Prompts are random token ids below it.", min=21)
-    ] = DEFAULT_VOCAB_SIZE,
-    seed: Annotated[int, typer.Option(help="Of arrivals and prompts; prompts of another seed are not cached.")] = 0,
+    sending: SendingOptions,
     model: ModelName = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     target: Target = None,
@@ -58,44 +71,10 @@ def load(
     if not 0 <= attainment <= 1:
         raise typer.BadParameter("--attainment must be in 0..1")
 
-    def trace_over(num_adapters: int) -> Trace:
-        if workload is not None:
-            return from_spec(workload)
-        kind, exponent = read_popularity(popularity)
-        return make_trace(
-            Demand(
-                num_adapters=num_adapters,
-                rate=rate,
-                cv=cv,
-                popularity=kind,
-                exponent=exponent,
-                prompt=read_lengths(prompt, "--prompt"),
-                output=read_lengths(output, "--output"),
-                num_requests=requests,
-                base_share=base_share,
-                seed=seed,
-            )
-        )
-
     async def run() -> LoadResult:
-        credentials, profile = identity_of(context)
-        client = AsyncClient(
-            target,
-            api_key=credentials.api_key,
-            tls_ca=credentials.tls_ca,
-            tls_cert=credentials.tls_cert,
-            tls_key=credentials.tls_key,
-            profile=profile,
-        )
+        client = _client(context, target)
         try:
-            names = adapter or [served.name for served in await client.list_models() if served.is_adapter]
-            try:
-                trace = trace_over(len(names))
-                test = LoadTest(client, trace, names, model=model, seed=seed, vocab_size=vocab_size, timeout_s=timeout)
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from error
-            with stderr.status(f"{len(trace)} requests over {float(trace.arrival_s[-1]):.0f} s"):
-                return await test.run(limit_s=limit)
+            return await _send(client, traffic, demand, sending, model)
         finally:
             await client.close()
 
@@ -107,6 +86,42 @@ def load(
         _print(figures, slo_ttft, result)
     if figures["attainment"] < attainment or not figures["finished"]:
         raise typer.Exit(1)
+
+
+def _client(context: typer.Context, target: str | None) -> AsyncClient:
+    credentials, profile = identity_of(context)
+    return AsyncClient(
+        target,
+        api_key=credentials.api_key,
+        tls_ca=credentials.tls_ca,
+        tls_cert=credentials.tls_cert,
+        tls_key=credentials.tls_key,
+        profile=profile,
+    )
+
+
+async def _send(
+    client: AsyncClient, traffic: TrafficOptions, demand: DemandOptions, sending: SendingOptions, model: str
+) -> LoadResult:
+    names = traffic.adapter or [served.name for served in await client.list_models() if served.is_adapter]
+    seed = sending.seed
+    try:
+        trace = _trace(traffic, demand, len(names), seed)
+        test = LoadTest(
+            client, trace, names, model=model, seed=seed, vocab_size=sending.vocab_size, timeout_s=sending.timeout
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    with stderr.status(f"{len(trace)} requests over {float(trace.arrival_s[-1]):.0f} s"):
+        return await test.run(limit_s=sending.limit)
+
+
+def _trace(traffic: TrafficOptions, demand: DemandOptions, num_adapters: int, seed: int) -> Trace:
+    if traffic.workload is not None:
+        return from_spec(traffic.workload)
+    return make_trace(
+        demand.demand(num_adapters=num_adapters, rate=traffic.rate, num_requests=traffic.requests, seed=seed)
+    )
 
 
 def _figures(result: LoadResult, slo_ttft_s: float) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -11,6 +11,8 @@ from loraplex_common.sizes import parse_size
 from rich.table import Table
 
 from loraplex_client.cli.context import stderr, stdout
+from loraplex_client.cli.demand_options import DemandOptions, SloTtft
+from loraplex_client.cli.option_groups import grouped
 from loraplex_client.plan import (
     Demand,
     DemandError,
@@ -18,8 +20,6 @@ from loraplex_client.plan import (
     Simulation,
     find_plan,
     make_trace,
-    read_lengths,
-    read_popularity,
     read_ranks,
     save_trace,
     simulate,
@@ -29,26 +29,38 @@ from loraplex_client.plan.figure import plan_chart
 BAR_WIDTH: Final = 40
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FleetOptions:
+    """What serves."""
+
+    model: Annotated[str, typer.Option(help="A known shape, e.g. llama3-8b, or a config.json.")] = "llama3-8b"
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, l40s or a10g.")] = "h100"
+    ranks: Annotated[str, typer.Option(help="Ranks; adapter i has the (i mod n)-th.", metavar="R,R,...")] = "16"
+    targets: Annotated[str, typer.Option(help="all projections, or qkvo.")] = "all"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchOptions:
+    """What is looked for, and how."""
+
+    slo_tpot: Annotated[float | None, typer.Option(help="Objective for each further token, seconds.")] = None
+    attainment: Annotated[float, typer.Option(help="Share of requests that must meet them.")] = 0.99
+    routing: Annotated[str, typer.Option(help="affinity, as the gateway does, or random.")] = "affinity"
+    arena_bytes: Annotated[str, typer.Option(help="Host memory for adapters, per GPU.")] = "64GiB"
+    max_gpus: Annotated[int, typer.Option(help="Largest fleet to try.", min=1)] = 64
+    requests: Annotated[int, typer.Option(help="Requests to simulate.", min=1)] = 4000
+    seed: Annotated[int, typer.Option(help="Of the trace.")] = 0
+
+
+@grouped
 def plan(
+    *,
     adapters: Annotated[int, typer.Option(help="Number of adapters.", show_default=False)],
     rate: Annotated[float, typer.Option(help="Requests per second.", show_default=False)],
-    model: Annotated[str, typer.Option(help="A known shape, e.g. llama3-8b, or a config.json.")] = "llama3-8b",
-    gpu: Annotated[str, typer.Option(help="h100, h200, a100, l40s or a10g.")] = "h100",
-    ranks: Annotated[str, typer.Option(help="Ranks; adapter i has the (i mod n)-th.", metavar="R,R,...")] = "16",
-    targets: Annotated[str, typer.Option(help="all projections, or qkvo.")] = "all",
-    popularity: Annotated[str, typer.Option(help="uniform, zipf[:S] or power[:ALPHA].")] = "zipf:1.0",
-    base_share: Annotated[float, typer.Option(help="Share of requests without an adapter.")] = 0.0,
-    prompt: Annotated[str, typer.Option(help="Prompt tokens: N, or LOW:HIGH uniformly.")] = "8:512",
-    output: Annotated[str, typer.Option(help="Output tokens: N, or LOW:HIGH uniformly.")] = "8:512",
-    cv: Annotated[float, typer.Option(help="Burstiness of arrivals; 1 is Poisson.")] = 1.0,
-    slo_ttft: Annotated[float, typer.Option(help="Objective for the first token, seconds.")] = 1.0,
-    slo_tpot: Annotated[float | None, typer.Option(help="Objective for each further token, seconds.")] = None,
-    attainment: Annotated[float, typer.Option(help="Share of requests that must meet them.")] = 0.99,
-    routing: Annotated[str, typer.Option(help="affinity, as the gateway does, or random.")] = "affinity",
-    arena_bytes: Annotated[str, typer.Option(help="Host memory for adapters, per GPU.")] = "64GiB",
-    max_gpus: Annotated[int, typer.Option(help="Largest fleet to try.", min=1)] = 64,
-    requests: Annotated[int, typer.Option(help="Requests to simulate.", min=1)] = 4000,
-    seed: Annotated[int, typer.Option(help="Of the trace.")] = 0,
+    fleet: FleetOptions,
+    load: DemandOptions,
+    slo_ttft: SloTtft = 1.0,
+    search: SearchOptions,
     svg: Annotated[Path | None, typer.Option(help="Write the plot here, too.", metavar="FILE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -56,42 +68,35 @@ def plan(
 
     Exit code 1 if the largest fleet allowed does not suffice.
     """
+    attainment = search.attainment
     try:
-        kind, exponent = read_popularity(popularity)
-        demand = Demand(
-            num_adapters=adapters,
-            rate=rate,
-            cv=cv,
-            popularity=kind,
-            exponent=exponent,
-            prompt=read_lengths(prompt, "--prompt"),
-            output=read_lengths(output, "--output"),
-            num_requests=requests,
-            base_share=base_share,
-            seed=seed,
-        )
-        question = _model_of(model) | {
-            "gpu": gpu,
-            "num_adapters": adapters,
-            "ranks": read_ranks(ranks),
-            "targets": targets,
-            "routing": routing,
-            "slo_ttft_s": slo_ttft,
-            "slo_tpot_s": slo_tpot,
-            "arena_bytes": parse_size(arena_bytes),
-        }
+        demand = load.demand(num_adapters=adapters, rate=rate, num_requests=search.requests, seed=search.seed)
+        question = _question(adapters, fleet, slo_ttft, search)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    found = _search(demand, question, attainment=attainment, max_gpus=max_gpus)
+    found = _search(demand, question, attainment=attainment, max_gpus=search.max_gpus)
     if svg is not None:
         svg.write_text(plan_chart(found, attainment=attainment))
     if as_json:
         document = {"num_gpus": found.num_gpus, "trials": [asdict(trial) for trial in found.trials]}
         print(json.dumps(document, indent=1))
     else:
-        _print(found, attainment, gpu)
+        _print(found, attainment, fleet.gpu)
     if found.num_gpus is None:
         raise typer.Exit(1)
+
+
+def _question(adapters: int, fleet: FleetOptions, slo_ttft: float, search: SearchOptions) -> dict[str, Any]:
+    return _model_of(fleet.model) | {
+        "gpu": fleet.gpu,
+        "num_adapters": adapters,
+        "ranks": read_ranks(fleet.ranks),
+        "targets": fleet.targets,
+        "routing": search.routing,
+        "slo_ttft_s": slo_ttft,
+        "slo_tpot_s": search.slo_tpot,
+        "arena_bytes": parse_size(search.arena_bytes),
+    }
 
 
 def _model_of(model: str) -> dict[str, Any]:

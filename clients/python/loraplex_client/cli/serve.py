@@ -9,25 +9,24 @@ import grpc
 import typer
 from loraplex_common.errors import LoraplexError
 
-from loraplex_client._aio_client import AsyncClient
+from loraplex_client._aio.client import AsyncClient
 from loraplex_client.cli.context import progress_bars, stderr
 from loraplex_client.cli.model import ensure_with_progress
+from loraplex_client.cli.option_groups import grouped
+from loraplex_client.cli.serve_checks import check_base, check_directories, demo_adapters
 from loraplex_client.cli.serve_options import (
-    absolute,
-    check_base,
-    check_directories,
-    demo_adapters,
-    flags,
-    metrics_key,
-    valkey,
+    AccessOptions,
+    AddressOptions,
+    BaseOptions,
+    DataDir,
+    EngineOptions,
+    ImportRoots,
+    ValkeyOptions,
 )
-from loraplex_client.demo import SMOLLM2_HUB_ID
 from loraplex_client.resources import ImportProgress
 from loraplex_client.serve import (
-    DEFAULT_BASE_PORT,
     ServeConfig,
     Stack,
-    assign_ports,
     default_data_dir,
     require_free_ports,
 )
@@ -36,69 +35,17 @@ PROBE_TIMEOUT_S: Final = 120.0
 PROBE_PAUSE_S: Final = 0.2
 
 
+@grouped
 def serve(
     context: typer.Context,
-    model: Annotated[Path | None, typer.Option(help="Base model in Hugging Face layout.", metavar="DIR")] = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Fetch a small base model, import the five adapters of examples/demo.")
-    ] = False,
-    demo_dir: Annotated[
-        Path | None, typer.Option(help="Where examples/demo is, if not in a checkout.", metavar="DIR")
-    ] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="Name clients use (default: the directory's).")] = None,
-    model_alias: Annotated[
-        list[str] | None, typer.Option(help="Further name under which adapters may name the base; may be given again.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "127.0.0.1",
-    base_port: Annotated[
-        int, typer.Option(help="First of the ports below: moves all that are not given; 0 picks free ones.")
-    ] = DEFAULT_BASE_PORT,
-    port: Annotated[int | None, typer.Option(help="gRPC port (default: the base port).")] = None,
-    http_port: Annotated[int | None, typer.Option(help="OpenAI-compatible HTTP port (default: base + 1).")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="The gateway's /metrics port (base + 2).")] = None,
-    store_port: Annotated[int | None, typer.Option(help="The adapter store's gRPC port (base + 10).")] = None,
-    store_metrics_port: Annotated[
-        int | None, typer.Option(help="The adapter store's /metrics port (base + 11).")
-    ] = None,
-    engine_port: Annotated[int | None, typer.Option(help="The engine's gRPC port (base + 20).")] = None,
-    engine_metrics_port: Annotated[int | None, typer.Option(help="The engine's /metrics port (base + 21).")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Keeps imported adapters and logs.", metavar="DIR", envvar="LORAPLEX_DATA_DIR")
-    ] = None,
-    redis_url: Annotated[
-        str | None,
-        typer.Option(help="Use this Valkey or Redis instead of an embedded one.", envvar="LORAPLEX_REDIS_URL"),
-    ] = None,
-    redis_password_file: Annotated[
-        Path | None, typer.Option(help="Its password.", metavar="FILE", envvar="LORAPLEX_REDIS_PASSWORD_FILE")
-    ] = None,
-    redis_tls_ca: Annotated[
-        Path | None,
-        typer.Option(help="Trust its certificate by this, PEM.", metavar="FILE", envvar="LORAPLEX_REDIS_TLS_CA"),
-    ] = None,
-    import_root: Annotated[
-        list[Path] | None, typer.Option(help="Folder below which the store may import; may be given again.")
-    ] = None,
-    pool_bytes: Annotated[str | None, typer.Option(help="Device memory for KV and adapter pages, e.g. 2GiB.")] = None,
-    arena_bytes: Annotated[str | None, typer.Option(help="Host memory for adapter images, e.g. 1GiB.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    num_threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU (default: all cores).")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences of one step.")] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of one step.")] = None,
-    api_keys_file: Annotated[Path | None, typer.Option(help="Ask clients for one of these API keys.")] = None,
-    quotas_file: Annotated[Path | None, typer.Option(help="Limits of tenants, TOML; see docs/quotas.md.")] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="The gateway's certificate, PEM.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
-    metrics_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="Show scrapers that send the key in this file restricted adapters and tenants (or LORAPLEX_METRICS_KEY).",
-            envvar="LORAPLEX_METRICS_KEY_FILE",
-            metavar="FILE",
-        ),
-    ] = None,
+    *,
+    base: BaseOptions,
+    address: AddressOptions,
+    data_dir: DataDir = None,
+    valkey: ValkeyOptions,
+    import_root: ImportRoots = None,
+    engine: EngineOptions,
+    access: AccessOptions,
     enable_reflection: Annotated[
         bool, typer.Option("--enable-reflection", help="Serve gRPC reflection, e.g. for grpcurl.")
     ] = False,
@@ -106,59 +53,29 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Run Valkey, adapter store, engine and gateway on this machine until Ctrl-C."""
-    if (model is None) == (not demo):
-        raise typer.BadParameter("give exactly one of --model DIR and --demo")
-    ports = assign_ports(
-        base_port,
-        {
-            "grpc_port": port,
-            "http_port": http_port,
-            "metrics_port": metrics_port,
-            "store_port": store_port,
-            "store_metrics_port": store_metrics_port,
-            "engine_port": engine_port,
-            "engine_metrics_port": engine_metrics_port,
-        },
-    )
-    require_free_ports(host, ports)
-    check_directories(model, import_root or [])
-    adapters = demo_adapters(demo_dir) if demo else {}
-    base = ensure_with_progress() if model is None else model
-    check_base(base, log_level)
-    aliases = [*(model_alias or ()), *([SMOLLM2_HUB_ID] if demo else ())]
-    engine_options = {
-        "--pool-bytes": pool_bytes,
-        "--arena-bytes": arena_bytes,
-        "--dtype": dtype,
-        "--device": device,
-        "--num-threads": num_threads,
-        "--max-model-len": max_model_len,
-        "--max-num-seqs": max_num_seqs,
-        "--max-num-batched-tokens": max_num_batched_tokens,
-    }
-    quota_options = {"--quotas-file": quotas_file}
-    gateway_options = {"--api-keys-file": api_keys_file, "--tls-cert": tls_cert, "--tls-key": tls_key, **quota_options}
+    base.check()
+    ports = address.ports()
+    require_free_ports(address.host, ports)
+    check_directories(base.model, import_root or [])
+    adapters = demo_adapters(base.demo_dir) if base.demo else {}
+    model = ensure_with_progress() if base.model is None else base.model
+    check_base(model, log_level)
     config = ServeConfig(
-        model=base.resolve(),
+        model=model.resolve(),
         data_dir=(data_dir or default_data_dir()).resolve(),
-        valkey=valkey(context, redis_url, redis_password_file, redis_tls_ca),
-        host=host,
+        valkey=valkey.access(context),
+        host=address.host,
         **ports,
         import_roots=tuple(root.resolve() for root in import_root or ()),
         drain_grace_s=drain_grace_s,
         log_level=log_level,
-        metrics_key=metrics_key(metrics_key_file),
-        metrics_key_file=absolute(metrics_key_file),
-        user_keys=absolute(api_keys_file),
-        base_args=(
-            *flags({"--served-model-name": served_model_name}, ("--model-alias", aliases)),
-            *(("--enable-reflection",) if enable_reflection else ()),
-        ),
-        engine_args=flags(engine_options),
-        gateway_args=flags(gateway_options),
-        store_args=flags(quota_options),
+        **access.of_stack(),
+        base_args=(*base.flags(), *(("--enable-reflection",) if enable_reflection else ())),
+        engine_args=engine.flags(),
+        gateway_args=access.gateway_flags(),
+        store_args=access.store_flags(),
     )
-    asyncio.run(_serve(config, adapters, is_public=api_keys_file is None and tls_cert is None))
+    asyncio.run(_serve(config, adapters, is_public=access.is_public))
 
 
 async def _serve(config: ServeConfig, adapters: dict[str, Path], *, is_public: bool) -> None:

@@ -1,66 +1,187 @@
-"""What the options of ``loraplex serve`` mean: checked before anything is started."""
+"""The options of ``loraplex serve`` in groups, and what the parts are started with for them."""
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import typer
-from loraplex_common import log
-from loraplex_common.base_model import BaseModelError, load_base_model
-from loraplex_common.directories import adapter_directory_problem, model_directory_problem
 
 from loraplex_client.cli.registered import refuse_password_in_view
-from loraplex_client.serve import ServeError, ValkeyAccess
+from loraplex_client.demo import SMOLLM2_HUB_ID
+from loraplex_client.serve import DEFAULT_BASE_PORT, ValkeyAccess, assign_ports
+from loraplex_client.serve.ports import Ports
+
+DataDir = Annotated[
+    Path | None, typer.Option(help="Keeps imported adapters and logs.", metavar="DIR", envvar="LORAPLEX_DATA_DIR")
+]
+ImportRoots = Annotated[
+    list[Path] | None, typer.Option(help="Folder below which the store may import; may be given again.")
+]
 
 
-def check_base(base: Path, log_level: str) -> None:
-    """Refuse a base model that no service would serve before any is started; hash its weights, once for all of them.
+class StackAccess(TypedDict):
+    """What `ServeConfig` says of access."""
 
-    Raises:
-        ServeError: If it cannot be served.
-    """
-    try:
-        log.configure("serve", log_level)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--log-level") from error
-    try:
-        load_base_model(base)
-    except BaseModelError as error:
-        raise ServeError(str(error)) from error
+    metrics_key: str | None
+    metrics_key_file: Path | None
+    user_keys: Path | None
 
 
-def valkey(
-    context: typer.Context, url: str | None, password_file: Path | None, tls_ca: Path | None
-) -> ValkeyAccess | None:
-    """Return which Valkey to use; None for an embedded one."""
-    if url is None:
-        if password_file or tls_ca:
-            raise typer.BadParameter("--redis-password-file and --redis-tls-ca go with a --redis-url")
-        return None
-    refuse_password_in_view(context, url)
-    return ValkeyAccess(url=url, password_file=absolute(password_file), tls_ca=absolute(tls_ca))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseOptions:
+    """The base model."""
+
+    model: Annotated[Path | None, typer.Option(help="Base model in Hugging Face layout.", metavar="DIR")] = None
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Fetch a small base model, import the five adapters of examples/demo.")
+    ] = False
+    demo_dir: Annotated[
+        Path | None, typer.Option(help="Where examples/demo is, if not in a checkout.", metavar="DIR")
+    ] = None
+    served_model_name: Annotated[str | None, typer.Option(help="Name clients use (default: the directory's).")] = None
+    model_alias: Annotated[
+        list[str] | None, typer.Option(help="Further name under which adapters may name the base; may be given again.")
+    ] = None
+
+    def check(self) -> None:
+        """Refuse two base models, and none."""
+        if (self.model is None) == (not self.demo):
+            raise typer.BadParameter("give exactly one of --model DIR and --demo")
+
+    def flags(self) -> tuple[str, ...]:
+        """Return the names of the base model, for all services."""
+        aliases = [*(self.model_alias or ()), *([SMOLLM2_HUB_ID] if self.demo else ())]
+        return flags({"--served-model-name": self.served_model_name}, ("--model-alias", aliases))
 
 
-def metrics_key(file: Path | None) -> str | None:
-    """Return the key that the environment has instead of a file."""
-    key = os.environ.get("LORAPLEX_METRICS_KEY")
-    if key and file:
-        raise typer.BadParameter("both --metrics-key-file and LORAPLEX_METRICS_KEY are given: which of the two counts?")
-    return key or None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AddressOptions:
+    """Where the parts listen."""
+
+    host: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "127.0.0.1"
+    base_port: Annotated[
+        int, typer.Option(help="First of the ports below: moves all that are not given; 0 picks free ones.")
+    ] = DEFAULT_BASE_PORT
+    port: Annotated[int | None, typer.Option(help="gRPC port (default: the base port).")] = None
+    http_port: Annotated[int | None, typer.Option(help="OpenAI-compatible HTTP port (default: base + 1).")] = None
+    metrics_port: Annotated[int | None, typer.Option(help="The gateway's /metrics port (base + 2).")] = None
+    store_port: Annotated[int | None, typer.Option(help="The adapter store's gRPC port (base + 10).")] = None
+    store_metrics_port: Annotated[int | None, typer.Option(help="The adapter store's /metrics port (base + 11).")] = (
+        None
+    )
+    engine_port: Annotated[int | None, typer.Option(help="The engine's gRPC port (base + 20).")] = None
+    engine_metrics_port: Annotated[int | None, typer.Option(help="The engine's /metrics port (base + 21).")] = None
+
+    def ports(self) -> Ports:
+        """Return the port of each part, by its name in `ServeConfig`."""
+        given = {
+            "grpc_port": self.port,
+            "http_port": self.http_port,
+            "metrics_port": self.metrics_port,
+            "store_port": self.store_port,
+            "store_metrics_port": self.store_metrics_port,
+            "engine_port": self.engine_port,
+            "engine_metrics_port": self.engine_metrics_port,
+        }
+        return assign_ports(self.base_port, given)
 
 
-def absolute(path: Path | None) -> Path | None:
-    """Return a path that means the same in every process."""
-    return None if path is None else path.expanduser().absolute()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValkeyOptions:
+    """Which Valkey is used."""
+
+    redis_url: Annotated[
+        str | None,
+        typer.Option(help="Use this Valkey or Redis instead of an embedded one.", envvar="LORAPLEX_REDIS_URL"),
+    ] = None
+    redis_password_file: Annotated[
+        Path | None, typer.Option(help="Its password.", metavar="FILE", envvar="LORAPLEX_REDIS_PASSWORD_FILE")
+    ] = None
+    redis_tls_ca: Annotated[
+        Path | None,
+        typer.Option(help="Trust its certificate by this, PEM.", metavar="FILE", envvar="LORAPLEX_REDIS_TLS_CA"),
+    ] = None
+
+    def access(self, context: typer.Context) -> ValkeyAccess | None:
+        """Return how it is reached; None for an embedded one."""
+        password_file, tls_ca = self.redis_password_file, self.redis_tls_ca
+        if self.redis_url is None:
+            if password_file or tls_ca:
+                raise typer.BadParameter("--redis-password-file and --redis-tls-ca go with a --redis-url")
+            return None
+        refuse_password_in_view(context, self.redis_url)
+        return ValkeyAccess(url=self.redis_url, password_file=_absolute(password_file), tls_ca=_absolute(tls_ca))
 
 
-def check_directories(model: Path | None, import_roots: list[Path]) -> None:
-    """Refuse what is not there before anything is fetched."""
-    if model is not None and (problem := model_directory_problem(model)):
-        raise typer.BadParameter(problem, param_hint="--model")
-    for root in import_roots:
-        if problem := adapter_directory_problem(root):
-            raise typer.BadParameter(problem, param_hint="--import-root")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """What the engine computes with."""
+
+    pool_bytes: Annotated[str | None, typer.Option(help="Device memory for KV and adapter pages, e.g. 2GiB.")] = None
+    arena_bytes: Annotated[str | None, typer.Option(help="Host memory for adapter images, e.g. 1GiB.")] = None
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None
+    num_threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU (default: all cores).")] = None
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences of one step.")] = None
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens of one step.")] = None
+
+    def flags(self) -> tuple[str, ...]:
+        """Return the engine's arguments."""
+        return flags(
+            {
+                "--pool-bytes": self.pool_bytes,
+                "--arena-bytes": self.arena_bytes,
+                "--dtype": self.dtype,
+                "--device": self.device,
+                "--num-threads": self.num_threads,
+                "--max-model-len": self.max_model_len,
+                "--max-num-seqs": self.max_num_seqs,
+                "--max-num-batched-tokens": self.max_num_batched_tokens,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AccessOptions:
+    """Which callers are let in, how far, and how they are sure of the gateway."""
+
+    api_keys_file: Annotated[Path | None, typer.Option(help="Ask clients for one of these API keys.")] = None
+    quotas_file: Annotated[Path | None, typer.Option(help="Limits of tenants, TOML; see docs/quotas.md.")] = None
+    tls_cert: Annotated[Path | None, typer.Option(help="The gateway's certificate, PEM.")] = None
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None
+    metrics_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Show scrapers that send the key in this file restricted adapters and tenants (or LORAPLEX_METRICS_KEY).",
+            envvar="LORAPLEX_METRICS_KEY_FILE",
+            metavar="FILE",
+        ),
+    ] = None
+
+    @property
+    def is_public(self) -> bool:
+        """Whether the gateway lets every caller in."""
+        return self.api_keys_file is None and self.tls_cert is None
+
+    def of_stack(self) -> StackAccess:
+        """Return what the stack itself has to know."""
+        return StackAccess(
+            metrics_key=_metrics_key(self.metrics_key_file),
+            metrics_key_file=_absolute(self.metrics_key_file),
+            user_keys=_absolute(self.api_keys_file),
+        )
+
+    def store_flags(self) -> tuple[str, ...]:
+        """Return the adapter store's arguments."""
+        return flags({"--quotas-file": self.quotas_file})
+
+    def gateway_flags(self) -> tuple[str, ...]:
+        """Return the gateway's arguments."""
+        given = {"--api-keys-file": self.api_keys_file, "--tls-cert": self.tls_cert, "--tls-key": self.tls_key}
+        return (*flags(given), *self.store_flags())
 
 
 def flags(options: Mapping[str, object], *repeated: tuple[str, list[str] | tuple[str, ...]]) -> tuple[str, ...]:
@@ -69,16 +190,14 @@ def flags(options: Mapping[str, object], *repeated: tuple[str, list[str] | tuple
     return (*words, *(word for flag, values in repeated for value in values for word in (flag, value)))
 
 
-def demo_adapters(demo_dir: Path | None) -> dict[str, Path]:
-    """Return the demo's adapters by name.
+def _metrics_key(file: Path | None) -> str | None:
+    """Return the key that the environment has instead of a file."""
+    key = os.environ.get("LORAPLEX_METRICS_KEY")
+    if key and file:
+        raise typer.BadParameter("both --metrics-key-file and LORAPLEX_METRICS_KEY are given: which of the two counts?")
+    return key or None
 
-    Raises:
-        ServeError: If they are nowhere.
-    """
-    checkout = Path(__file__).resolve().parents[4]
-    places = [demo_dir] if demo_dir else [checkout / "examples" / "demo", Path.cwd() / "examples" / "demo"]
-    for place in places:
-        found = {config.parent.name: config.parent for config in sorted(place.glob("adapters/*/adapter_config.json"))}
-        if found:
-            return found
-    raise ServeError(f"no adapters below {' or '.join(map(str, places))}: give --demo-dir, or run it from a checkout")
+
+def _absolute(path: Path | None) -> Path | None:
+    """Return a path that means the same in every process."""
+    return None if path is None else path.expanduser().absolute()

@@ -1,6 +1,7 @@
 """``loraplex status``: engines, their load, what they hold."""
 
 import asyncio
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,15 +13,16 @@ from rich.table import Table
 from loraplex_client._engines import EngineStatus, HeldAdapter, engine_status, fleet_status
 from loraplex_client._servers import Servers
 from loraplex_client.cli.context import StoreTarget, Target, connect, servers_of, stderr, stdout
+from loraplex_client.cli.option_groups import grouped
 from loraplex_client.cli.registered import refuse_password_in_view, registered_engines
 from loraplex_client.resources import Model
 from loraplex_client.valkey_access import ValkeyAccess
 
 
-def status(
-    context: typer.Context,
-    target: Target = None,
-    store_target: StoreTarget = None,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """Which engines are asked themselves; none by default."""
+
     engine_target: Annotated[
         list[str] | None,
         typer.Option(
@@ -28,34 +30,33 @@ def status(
             help="Ask the engine at this gRPC address itself; may be given again (default: ask the gateway for all).",
             metavar="HOST:PORT",
         ),
-    ] = None,
+    ] = None
     redis_url: Annotated[
         str | None,
         typer.Option(envvar="LORAPLEX_REDIS_URL", help="Ask all engines in this Valkey's registry themselves."),
-    ] = None,
+    ] = None
     redis_password_file: Annotated[
         Path | None,
         typer.Option(
             envvar="LORAPLEX_REDIS_PASSWORD_FILE", help="Its password for the user in the URL.", metavar="FILE"
         ),
-    ] = None,
+    ] = None
     redis_tls_ca: Annotated[
         Path | None,
         typer.Option(envvar="LORAPLEX_REDIS_TLS_CA", help="Trust its certificate by this, PEM.", metavar="FILE"),
-    ] = None,
+    ] = None
+
+
+@grouped
+def status(
+    context: typer.Context, target: Target = None, store_target: StoreTarget = None, *, asked: EngineOptions
 ) -> None:
     """Show models, engines with their load, and where each adapter is. Fails if a part does not answer."""
-    refuse_password_in_view(context, redis_url)
+    refuse_password_in_view(context, asked.redis_url)
     servers = servers_of(context, target, store_target)
     problems: list[str] = []
-    if engine_target or redis_url is not None:
-        targets = list(engine_target or ())
-        if redis_url is not None:
-            access = ValkeyAccess(url=redis_url, password_file=redis_password_file, tls_ca=redis_tls_ca)
-            targets += _registered(access, servers, problems)
-            if not targets and not problems:
-                problems.append("no engine is registered")
-        engines = _ask_engines(targets, servers, problems)
+    if asked.engine_target or asked.redis_url is not None:
+        engines = _ask_engines(_targets(asked, servers, problems), servers, problems)
     else:
         engines = _ask_gateway(servers, problems)
     stdout.print(_engine_table(engines))
@@ -71,6 +72,17 @@ def status(
         stderr.print(f"error: {problem}", soft_wrap=True)
     if problems:
         raise typer.Exit(1)
+
+
+def _targets(asked: EngineOptions, servers: Servers, problems: list[str]) -> list[str]:
+    """Return the addresses of the engines that are asked themselves; adds to ``problems`` why there is none."""
+    targets = list(asked.engine_target or ())
+    if asked.redis_url is not None:
+        access = ValkeyAccess(url=asked.redis_url, password_file=asked.redis_password_file, tls_ca=asked.redis_tls_ca)
+        targets += _registered(access, servers, problems)
+        if not targets and not problems:
+            problems.append("no engine is registered")
+    return targets
 
 
 def _ask_gateway(servers: Servers, problems: list[str]) -> list[EngineStatus]:

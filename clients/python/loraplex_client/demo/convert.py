@@ -50,11 +50,9 @@ PER_LAYER: Final = {
 def convert(gguf_path: Path, out_dir: Path, progress: Progress | None = None, *, hub_id: str = SMOLLM2_HUB_ID) -> Path:
     """Write a GGUF model as config.json, model.safetensors (bf16), tokenizer and generation config.
 
-    The directory appears only once it is complete.
-
     Args:
         gguf_path: The file to read; architecture ``llama``, byte-level BPE tokenizer.
-        out_dir: Directory to create; replaced if it exists.
+        out_dir: Directory to create; replaced if it exists. It appears only once it is complete.
         progress: Told of the bf16 bytes converted so far.
         hub_id: Public name of the model, under which adapters name their base.
 
@@ -68,8 +66,8 @@ def convert(gguf_path: Path, out_dir: Path, progress: Progress | None = None, *,
 
     reader = gguf.GGUFReader(gguf_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    if fields.get("general.architecture") != "llama":
-        raise ConversionError(f"{gguf_path}: architecture {fields.get('general.architecture')!r} is not 'llama'")
+    if (architecture := fields.get("general.architecture")) != "llama":
+        raise ConversionError(f"{gguf_path}: architecture {architecture!r} is not 'llama'")
     documents = {
         "config.json": _config(fields, {tensor.name for tensor in reader.tensors}, hub_id),
         "generation_config.json": _generation_config(fields),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import AdapterCorruptError, InvalidParameterError, LoraplexError, SaturatedError
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
-from loraplex_adapter_store.attach.arena import SharedArena
+from loraplex_adapter_store.attach.image_writer import ImageWriter
 from loraplex_adapter_store.attach.messages import (
     Ack,
-    Chunk,
     Decline,
     Drop,
     Filled,
@@ -36,18 +36,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
     from concurrent.futures import Executor
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from loraplex_adapter_store.metrics import StoreMetrics
 
 _log = get_logger()
 MAX_TRANSFERS: Final = 4096
 MAX_PREPARING: Final = 4
 MAX_ATTEMPTS: Final = 2
-MAX_CHUNK_BYTES: Final = 1024 * 1024
-STRETCH_BYTES: Final = 16 * 1024 * 1024
-"""Bytes written to shared memory before looking whether something more urgent waits."""
 _WORKING: Final = frozenset({TransferState.PREPARING, TransferState.FILLING})
 
 
@@ -55,19 +49,18 @@ class EngineSession:
     """The store's side of one AttachEngine stream.
 
     Args:
-        executor: Copies into shared memory run there.
+        executor: Runs the copies into shared memory.
     """
 
     def __init__(self, hello: Hello, images: ImageCache, metrics: StoreMetrics, executor: Executor) -> None:
         self.hello = hello
         self._images = images
         self._metrics = metrics
-        self._executor = executor
         self._fit = Fit(hello.base_fingerprint, hello.max_image_pages)
-        self._arenas = [SharedArena.open(info, hello.geometry.page_bytes) for info in hello.arenas]
         self._held = {held.digest: held for held in hello.held}
         self._sequence = hello.sequence
         self._outbox = Outbox()
+        self._writer = ImageWriter(hello, self._outbox, executor, metrics)
         self._transfers: dict[str, Transfer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._preparing = UrgencyGate(MAX_PREPARING)
@@ -77,7 +70,7 @@ class EngineSession:
     @property
     def shared_memory(self) -> list[bool]:
         """Per rank, whether pages are written straight into the arena."""
-        return [arena is not None for arena in self._arenas]
+        return self._writer.shared_memory
 
     @property
     def held(self) -> dict[str, HeldImage]:
@@ -161,10 +154,7 @@ class EngineSession:
     async def close(self) -> None:
         """End all transfers and let go of the arenas."""
         await cancel_and_wait(*self._tasks)
-        for arena in self._arenas:
-            if arena is not None:
-                arena.close()
-        self._arenas.clear()
+        self._writer.close()
 
     def _grant(self, grant: Grant) -> None:
         transfer = self._transfers.get(grant.digest)
@@ -264,7 +254,7 @@ class EngineSession:
             return
         transfer.advance(TransferState.FILLING)
         for rank, image in enumerate(await self._prepare(transfer)):
-            await self._fill(transfer, rank, image, slots[rank])
+            await self._writer.write(transfer.digest, rank, image, slots[rank], partial(self._let_wants_pass, transfer))
         transfer.advance(TransferState.SENT)
         await self._tell_waiting()
         for rank in range(len(slots)):
@@ -283,29 +273,6 @@ class EngineSession:
             if transfer.state is TransferState.OFFERED:
                 await self._outbox.put(offer)
 
-    async def _fill(self, transfer: Transfer, rank: int, image: Image, slots: tuple[int, ...]) -> None:
-        page_bytes = self.hello.geometry.page_bytes
-        step = max(1, STRETCH_BYTES // page_bytes)
-        arena = self._arenas[rank]
-        for start in range(0, len(slots), step):
-            await self._let_wants_pass(transfer)
-            pages = image.pages[start : start + step]
-            if arena is None:
-                await self._send_chunks(transfer.digest, rank, start * page_bytes, pages)
-            else:
-                stretch = slots[start : start + step]
-                # Shielded: the thread goes on writing although its waiter is cancelled, so the waiter must wait.
-                copy = asyncio.get_running_loop().run_in_executor(self._executor, _copy, arena, stretch, pages)
-                await _uninterrupted(copy)
-            self._metrics.push_bytes.labels("chunks" if arena is None else "shared_memory").inc(pages.nbytes)
-
-    async def _send_chunks(self, digest: str, rank: int, offset: int, pages: NDArray[np.uint8]) -> None:
-        for page in pages:
-            for start in range(0, len(page), MAX_CHUNK_BYTES):
-                data = page[start : start + MAX_CHUNK_BYTES].tobytes()
-                await self._outbox.put(Chunk(digest, rank, offset + start, data))
-            offset += len(page)
-
     async def _let_wants_pass(self, transfer: Transfer) -> None:
         """Hold an unsolicited transfer back while wanted ones have work to do."""
         if transfer.is_wanted:
@@ -319,17 +286,3 @@ class EngineSession:
     async def _tell_waiting(self) -> None:
         async with self._wants_changed:
             self._wants_changed.notify_all()
-
-
-def _copy(arena: SharedArena, slots: tuple[int, ...], pages: NDArray[np.uint8]) -> None:
-    for slot, page in zip(slots, pages, strict=True):
-        arena.write(slot, page)
-
-
-async def _uninterrupted(work: asyncio.Future[None]) -> None:
-    """Wait for work in a thread to its end, even if cancelled; the cancellation is raised afterwards."""
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait({work})
-        raise

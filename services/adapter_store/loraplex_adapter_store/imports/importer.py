@@ -11,28 +11,18 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
 
-from loraplex_common.errors import AdapterIncompatibleError, LoraplexError, StoreUnavailableError
-from loraplex_common.image_geometry import ImageError
+from loraplex_common.errors import LoraplexError, StoreUnavailableError
 from loraplex_common.log import get_logger
-from loraplex_common.rank_limits import check_servable
 
-from loraplex_adapter_store.checkpoint.canonical import CanonicalForm, canonicalise
-from loraplex_adapter_store.checkpoint.confinement import Confinement
-from loraplex_adapter_store.checkpoint.peft_config import parse_peft_config
-from loraplex_adapter_store.checkpoint.reader import read_checkpoint
-from loraplex_adapter_store.checkpoint.tokenizer_check import check_strange_tokenizer
 from loraplex_adapter_store.imports.files import CheckpointFiles
 from loraplex_adapter_store.imports.shared_work import SharedWork
 from loraplex_adapter_store.records import AdapterRecord, Answer, Revision
 from loraplex_adapter_store.repository.catalog import Catalog, RevisionGoneError, Told
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
-    from loraplex_common.rank_limits import EngineLimits
-
-    from loraplex_adapter_store.bases import KnownBases
+    from loraplex_adapter_store.checkpoint.canonical import CanonicalForm
     from loraplex_adapter_store.imports.budget import ImportBudget
+    from loraplex_adapter_store.imports.checker import CheckpointChecker
     from loraplex_adapter_store.metrics import StoreMetrics
     from loraplex_adapter_store.repository.blobs import Blobs
 
@@ -111,29 +101,24 @@ class Importer:
 
     Args:
         told: An import ends once it has waited for this.
-        engines: Tells what the engines known can take.
     """
 
     def __init__(
         self,
-        bases: KnownBases,
+        checker: CheckpointChecker,
         catalog: Catalog,
         blobs: Blobs,
         budget: ImportBudget,
         metrics: StoreMetrics,
         *,
         told: Told,
-        engines: Callable[[], tuple[EngineLimits, ...]],
-        executor: Executor,
     ) -> None:
-        self._bases = bases
+        self._checker = checker
         self._catalog = catalog
         self._blobs = blobs
         self._budget = budget
         self._metrics = metrics
         self._told = told
-        self._engines = engines
-        self._executor = executor
         self._shared: SharedWork[tuple[CanonicalForm, str]] = SharedWork()
 
     @property
@@ -192,35 +177,11 @@ class Importer:
             async with self._budget.place():
                 num_bytes = len(files.weights)
                 progress.advance(Stage.VALIDATING, bytes_done=num_bytes, bytes_total=num_bytes)
-                yield await self._check(files, base_model), files.source
+                yield await self._checker.check(files, base_model), files.source
 
     async def _import_files(self, files: CheckpointFiles, target: ImportTarget, progress: Progress) -> ImportOutcome:
-        form = await self._check(files, target.base_model)
+        form = await self._checker.check(files, target.base_model)
         return await self._store(form, files.source, target, progress)
-
-    async def _check(self, files: CheckpointFiles, base_model: str) -> CanonicalForm:
-        confinement = Confinement()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._check_blocking, files, base_model, self._engines(), confinement
-            )
-        finally:
-            confinement.close()  # if this is cancelled, the thread still works
-
-    def _check_blocking(
-        self, files: CheckpointFiles, base_model: str, engines: tuple[EngineLimits, ...], confinement: Confinement
-    ) -> CanonicalForm:
-        """Check a checkpoint against its base model and build its canonical form; runs in a thread."""
-        config = parse_peft_config(files.config)
-        chosen = self._bases.choose(config.base_model_name_or_path, base_model)
-        base = chosen.base
-        check_strange_tokenizer(files.tokenizer, base.directory, confinement)
-        form = canonicalise(read_checkpoint(files.config, files.weights, base.info, confinement))
-        try:
-            check_servable(form.spec.ranks, base.info, engines)
-        except ImageError as error:
-            raise AdapterIncompatibleError(f"{error}; train or convert the adapter to a lower rank") from error
-        return replace(form, warnings=(*chosen.warnings, *form.warnings))
 
     async def _store(self, form: CanonicalForm, source: str, target: ImportTarget, progress: Progress) -> ImportOutcome:
         progress.advance(Stage.STORING)

@@ -4,61 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from google.protobuf.message import Message
-from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError
+from loraplex_common.errors import AdapterNotFoundError
 
-from loraplex_adapter_store.imports.importer import Fetch, Importer, ImportOutcome, ImportTarget, Progress, Stage
+from loraplex_adapter_store.imports.importer import Importer, ImportOutcome, ImportTarget, Progress, Stage
 from loraplex_adapter_store.imports.uploads import AnnouncedFile, check_announced, receive
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from google.longrunning import operations_pb2
 
-    from loraplex_adapter_store.credentials import Credentials
-    from loraplex_adapter_store.imports.directory import ImportRoots
-    from loraplex_adapter_store.imports.hub import Hub, HubSource
-    from loraplex_adapter_store.imports.long_running import LongRunning
+    from loraplex_adapter_store.imports.budget import ImportBudget
+    from loraplex_adapter_store.imports.hub import HubSource
+    from loraplex_adapter_store.imports.long_running import LongRunning, Report
+    from loraplex_adapter_store.imports.sources import Sources
     from loraplex_adapter_store.records import Answer
     from loraplex_adapter_store.repository.catalog import Catalog
 
-Describe = Callable[[Progress], Message]
-Conclude = Callable[[ImportOutcome], Message]
 _ID_CHARS: Final = 32
 
 
 class Intake:
-    """Starts imports.
-
-    Args:
-        describe: Turns progress into an operation's metadata.
-        conclude: Turns an outcome into an operation's response.
-    """
+    """Starts imports from directories and the hub, and takes uploads in."""
 
     def __init__(
         self,
         importer: Importer,
         operations: LongRunning,
         catalog: Catalog,
-        roots: ImportRoots,
-        hub: Hub,
-        credentials: Credentials,
+        budget: ImportBudget,
+        sources: Sources,
         *,
         max_adapter_bytes: int,
-        describe: Describe,
-        conclude: Conclude,
     ) -> None:
         self._importer = importer
         self._operations = operations
         self._catalog = catalog
-        self._roots = roots
-        self._hub = hub
-        self._credentials = credentials
+        self._budget = budget
+        self._sources = sources
         self._max_adapter_bytes = max_adapter_bytes
-        self._describe = describe
-        self._conclude = conclude
 
     async def start(
         self, source: str | HubSource, target: ImportTarget, *, credential: str
@@ -71,21 +58,21 @@ class Intake:
             SaturatedError: If too many imports wait.
         """
         self._catalog.check_name(target.name)
-        identity, fetch = self._fetcher(source, credential)
+        identity, fetch = self._sources.fetcher(source, credential)
         if (answer := await self._catalog.answer_to(target.request_id)) is not None:
             target.asked.repeated(answer)
-        self._importer.budget.check_pending()
+        self._budget.check_pending()
         fingerprint = f"{target.request_id}" if target.request_id else str(uuid.uuid4())
         operation_id = hashlib.sha256(fingerprint.encode()).hexdigest()[:_ID_CHARS]
         progress = Progress(target.name)
 
-        async def work(report: Callable[[Message], None]) -> Message:
-            progress.on_change = lambda: report(self._describe(progress))
+        async def work(report: Report) -> ImportOutcome:
+            progress.on_change = partial(report, progress)
             outcome = await self._importer.import_from(identity, fetch, target, progress)
             progress.advance(Stage.DONE)
-            return self._conclude(outcome)
+            return outcome
 
-        return await self._operations.start(operation_id, self._describe(progress), work, asked=target.asked)
+        return await self._operations.start(operation_id, progress, work, asked=target.asked)
 
     async def upload(
         self, files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes], target: ImportTarget
@@ -99,19 +86,8 @@ class Intake:
             return await self._repeated(target.asked.repeated(answer))
         self._catalog.check_name(target.name)
         num_bytes = check_announced(files, self._max_adapter_bytes)
-        async with self._importer.budget.arrival(num_bytes) as arrival:
+        async with self._budget.arrival(num_bytes) as arrival:
             return await self._importer.import_files(await receive(files, parts, arrival.take), target)
-
-    def _fetcher(self, source: str | HubSource, credential: str) -> tuple[str, Fetch]:
-        if isinstance(source, str):
-            if credential:
-                raise InvalidParameterError("a directory needs no credential", field="credential_ref")
-            self._roots.locate(source)  # refuse at once what can be refused at once
-            return source, partial(self._roots.fetch, source, self._max_adapter_bytes)
-        source.check()
-        token = self._credentials.get(credential)
-        # Not shared between credentials: one may see what the other may not.
-        return f"{source}#{credential}", partial(self._hub.fetch, source, token, self._max_adapter_bytes)
 
     async def _repeated(self, answer: Answer) -> ImportOutcome:
         record = await self._catalog.get(answer.name)

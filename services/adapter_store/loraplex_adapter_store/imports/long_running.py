@@ -15,18 +15,15 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 from google.longrunning import operations_pb2
-from google.protobuf.message import Message
 from loraplex_common.answer_by import answering_within
-from loraplex_common.errors import (
-    CancelledRequestError,
-    InvalidParameterError,
-    LoraplexError,
-    to_status,
-)
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import CancelledRequestError, InvalidParameterError, LoraplexError
 from loraplex_common.housekeeping import Trouble
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
 
+from loraplex_adapter_store import wire
+from loraplex_adapter_store.imports.importer import ImportOutcome, Progress
 from loraplex_adapter_store.repository import keys
 
 if TYPE_CHECKING:
@@ -40,8 +37,9 @@ POLL_S: Final = 0.1
 MAX_LISTED: Final = 1000
 PREFIX: Final = "operations/"
 
-Work = Callable[[Callable[[Message], None]], Awaitable[Message]]
-"""Does the work, calling back with new metadata as it goes, and returns the response."""
+Report = Callable[[Progress], None]
+Work = Callable[[Report], Awaitable[ImportOutcome]]
+"""Imports, reporting its progress as it goes, and returns the outcome."""
 
 
 class OperationNotFoundError(LoraplexError):
@@ -67,16 +65,16 @@ class LongRunning:
         self._is_closing = False
 
     async def start(
-        self, operation_id: str, metadata: Message, work: Work, *, asked: Answer
+        self, operation_id: str, progress: Progress, work: Work, *, asked: Answer
     ) -> operations_pb2.Operation:
-        """Start work under an id, or return the operation that already has it.
+        """Start an import under an id, or return the operation that already has it.
 
         Raises:
             AlreadyExistsError: If that operation does something else than what is asked.
             StoreUnavailableError: If Valkey cannot be reached; nothing has started then.
         """
         running = _Running(operations_pb2.Operation(name=PREFIX + operation_id))
-        running.operation.metadata.Pack(metadata)
+        running.operation.metadata.Pack(wire.import_metadata(progress))
         with keys.translated():
             used: bytes | None = await self._client.set(
                 keys.operation_use(operation_id), asked.to_json(), nx=True, get=True, ex=FINISHED_TTL_S
@@ -167,13 +165,13 @@ class LongRunning:
         await cancel_and_wait(*(running.task for running in self._running.values() if running.task is not None))
 
     async def _run(self, operation_id: str, running: _Running, work: Work) -> None:
-        def report(metadata: Message) -> None:
-            running.operation.metadata.Pack(metadata)
+        def report(progress: Progress) -> None:
+            running.operation.metadata.Pack(wire.import_metadata(progress))
             running.is_dirty = True
 
         heartbeat = asyncio.create_task(self._renew(operation_id, running), name=f"renew {operation_id}")
         try:
-            running.operation.response.Pack(await work(report))
+            running.operation.response.Pack(wire.import_result(await work(report)))
         except LoraplexError as error:
             running.operation.error.CopyFrom(to_status(error))
         except asyncio.CancelledError:

@@ -150,7 +150,7 @@ class Catalog:
     async def change(
         self, name: str, apply: Change, *, answer: Answer, revision: Revision | None = None, request_id: str = ""
     ) -> AdapterRecord:
-        """Apply a change to one name's record, however many others try the same.
+        """Apply a change to one name's record, however many others try the same; return the record after it.
 
         Args:
             name: The adapter.
@@ -158,9 +158,6 @@ class Catalog:
             answer: What is asked, and what to remember of it under ``request_id``.
             revision: A revision whose blob has just been written; all others must exist already.
             request_id: Makes a repeated call harmless; may be empty.
-
-        Returns:
-            The record after the change.
 
         Raises:
             InvalidParameterError: If no adapter may have the name.
@@ -179,12 +176,11 @@ class Catalog:
             status, detail = await self._commit(old, new, revision, request_id, answer.to_json(), shares)
             if status == b"ok":
                 return new
-            if status == b"quota":
-                number, others, before = (int(word) for word in detail.split())
-                raise shares.refusal(name, number, others, before)
             if status == b"duplicate":  # the same call ran twice at once, and the other one was faster
                 answer.repeated(detail)
                 return await self.get(name) or new
+            if status == b"quota":
+                raise shares.refusal(name, *(int(word) for word in detail.split()))
             if status == b"missing":
                 raise RevisionGoneError(detail.decode())
             await asyncio.sleep(0.002 * attempt)

@@ -5,10 +5,10 @@ Lives on the asyncio side: the step loop hands events over with ``call_soon_thre
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 
 from loraplex_common.errors import SequenceGapError
+from loraplex_common.wake_up import WakeUp
 
 from loraplex_engine.messages import ResidencyChanged, ResidencyState
 
@@ -28,7 +28,7 @@ class ResidencyFeed:
     def __init__(self, capacity: int) -> None:
         self._ring: deque[ResidencyChanged] = deque(maxlen=capacity)
         self._latest: dict[str, ResidencyChanged] = {}
-        self._changed = asyncio.Event()
+        self._changed = WakeUp()
         self.sequence = 0
         self.resident: set[str] = set()
         self.resident_version = 0
@@ -50,8 +50,7 @@ class ResidencyFeed:
         if (event.state is ResidencyState.RESIDENT) != (event.digest in self.resident):
             self.resident ^= {event.digest}
             self.resident_version += 1
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changed.notify()
 
     @property
     def held(self) -> list[ResidencyChanged]:
@@ -78,5 +77,4 @@ class ResidencyFeed:
 
     async def wait_beyond(self, sequence: int) -> None:
         """Return once an event after the sequence exists."""
-        while self.sequence <= sequence:
-            await self._changed.wait()
+        await self._changed.wait_until(lambda: self.sequence > sequence)

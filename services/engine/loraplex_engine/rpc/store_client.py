@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import grpc
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
-from loraplex_common.errors import (
-    LoraplexError,
-    StoreUnavailableError,
-    from_status,
-    to_status,
-)
+from loraplex_common.error_status import from_status, to_status
+from loraplex_common.errors import LoraplexError, StoreUnavailableError
 from loraplex_common.log import get_logger
+from loraplex_common.reconnect import keep_connected
 from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_engine.adapters.arena import HEADER_BYTES
@@ -119,20 +115,17 @@ class AdapterClient:
     async def run(self) -> None:
         """Stay attached until cancelled."""
         expiry = asyncio.create_task(self._expire_wants(), name="want-expiry")
-        backoff_s = FIRST_BACKOFF_S
         try:
-            while True:
-                # A new channel each time: an old one would wait out gRPC's own, longer, backoff, with the credentials of then.
-                async with self._dial() as channel:
-                    was_welcomed = await self._attach_once(adapter_store_pb2_grpc.AdapterStoreServiceStub(channel))
-                if was_welcomed:
-                    backoff_s = FIRST_BACKOFF_S
-                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
-                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+            await keep_connected(self._dial_once, first_pause_s=FIRST_BACKOFF_S, max_pause_s=MAX_BACKOFF_S)
         finally:
             await cancel_and_wait(expiry)
             await self._transfers.abandon_all()
             self._transfers.close()
+
+    async def _dial_once(self) -> bool:
+        # A new channel each time: an old one would wait out gRPC's own, longer, backoff, with the credentials of then.
+        async with self._dial() as channel:
+            return await self._attach_once(adapter_store_pb2_grpc.AdapterStoreServiceStub(channel))
 
     async def _attach_once(self, stub: adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub) -> bool:
         """Hold one stream to its end; return whether it was ever welcomed."""

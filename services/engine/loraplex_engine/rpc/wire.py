@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 from google.protobuf.duration_pb2 import Duration
 from loraplex.v1 import adapter_pb2, engine_pb2, gateway_pb2
-from loraplex_common.errors import DeadlineError, to_status
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import DeadlineError
 from loraplex_common.request_limits import MAX_INT32
 
 from loraplex_engine.messages import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from google.protobuf import duration_pb2
 from loraplex.v1 import engine_pb2, gateway_pb2
-from loraplex_common.errors import LoraplexError, from_status
+from loraplex_common.error_status import from_status
 
 from loraplex_gateway.types import (
     AdapterLoading,
@@ -24,6 +24,7 @@ from loraplex_gateway.types import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from loraplex_common.errors import LoraplexError
     from loraplex_common.registry import EngineRecord
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from loraplex.v1 import engine_pb2, engine_pb2_grpc, fleet_pb2, fleet_pb2_grpc
-from loraplex_common.errors import DrainingError, LoraplexError, to_status
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import DrainingError, LoraplexError
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.rpc_errors import error_from_rpc
 

@@ -10,6 +10,7 @@ import crc32c
 import pytest
 from grpc import aio
 from loraplex.v1 import adapter_pb2, adapter_store_pb2_grpc
+from loraplex_common.error_status import from_status, to_status
 from loraplex_common.errors import (
     AdapterCorruptError,
     AdapterIncompatibleError,
@@ -17,8 +18,6 @@ from loraplex_common.errors import (
     LoraplexError,
     RequestTooLargeError,
     StoreUnavailableError,
-    from_status,
-    to_status,
 )
 from support.adapter_line import DIGEST, Line, Response, ScriptedStore, close, make_line
 from support.base_models import write_base_model

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_common.auth import ANYBODY, Principal
-from loraplex_common.errors import PriorityForbiddenError, from_status, to_status
+from loraplex_common.error_status import from_status, to_status
+from loraplex_common.errors import PriorityForbiddenError
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.types import Priority
 

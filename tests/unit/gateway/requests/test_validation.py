@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from loraplex.v1 import gateway_pb2
-from loraplex_common.errors import ContextLengthError, InvalidParameterError, to_status
+from loraplex_common.error_status import to_status
+from loraplex_common.errors import ContextLengthError, InvalidParameterError
 from loraplex_common.request_limits import MAX_MESSAGES
 from loraplex_gateway.grpc import wire
 from loraplex_gateway.requests.validation import (

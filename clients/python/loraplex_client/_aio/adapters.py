@@ -1,4 +1,4 @@
-"""Adapter management, blocking."""
+"""Adapter management, for asyncio."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from google.longrunning.operations_proto_pb2 import Operation, WaitOperationRequ
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 
 from loraplex_client import _store_messages as messages
+from loraplex_client._aio.waiting import in_thread, read_in_thread
 from loraplex_client._errors import translated
 from loraplex_client._requests import duration
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     import grpc
@@ -25,25 +26,25 @@ if TYPE_CHECKING:
 WAIT_S: Final = 0.5  # longest silence between two reports of an import's progress
 
 
-class Adapters:
+class AsyncAdapters:
     """The adapters of one store. Names are ``name``, ``name:label`` or ``name@revision`` where one is looked up."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._metadata = connection.metadata
-        self._opened: grpc.Channel | None = None
+        self._opened: grpc.aio.Channel | None = None
 
     @property
-    def _channel(self) -> grpc.Channel:
+    def _channel(self) -> grpc.aio.Channel:
         if self._opened is None:
-            self._opened = self._connection.open()
+            self._opened = self._connection.open_aio()
         return self._opened
 
     @cached_property
-    def _stub(self) -> adapter_store_pb2_grpc.AdapterStoreServiceStub:
+    def _stub(self) -> adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub:
         return adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
-    def import_hub(
+    async def import_hub(
         self,
         name: str,
         repo: str,
@@ -75,9 +76,9 @@ class Adapters:
         source = adapter_store_pb2.HuggingFaceSource(repo=repo, revision=revision, subfolder=subfolder)
         request = messages.import_request(name, label, base_model, credential_ref, stage=stage)
         request.hf.CopyFrom(source)
-        return self._import(request, progress)
+        return await self._import(request, progress)
 
-    def import_directory(
+    async def import_directory(
         self,
         name: str,
         directory: Path,
@@ -89,10 +90,10 @@ class Adapters:
     ) -> ImportResult:
         """Let the store read a directory on its own machine, below one of its import roots; as `import_hub`."""
         request = messages.import_request(name, label, base_model, stage=stage)
-        request.uri = directory.absolute().as_uri()
-        return self._import(request, progress)
+        request.uri = messages.directory_uri(directory)
+        return await self._import(request, progress)
 
-    def upload(
+    async def upload(
         self,
         name: str,
         directory: Path,
@@ -103,43 +104,48 @@ class Adapters:
         progress: ProgressCallback | None = None,
     ) -> ImportResult:
         """Send a PEFT directory of this machine to the store; return when it is stored. As `import_hub`."""
-        header = messages.upload_header(name, directory, label=label, base_model=base_model, stage=stage)
-        stream = messages.upload_messages(header, directory, progress)
+        header = await in_thread(
+            messages.upload_header, name, directory, label=label, base_model=base_model, stage=stage
+        )
+        stream = read_in_thread(messages.upload_messages(header, directory, progress))
         with translated(self._connection.target):
-            return messages.import_result(self._stub.UploadAdapter(stream, metadata=self._metadata))
+            response = await self._stub.UploadAdapter(stream, metadata=self._metadata)
+        return messages.import_result(response)
 
-    def list(self, *, prefix: str = "", show_deleted: bool = False) -> Iterator[Adapter]:
+    async def list(self, *, prefix: str = "", show_deleted: bool = False) -> AsyncIterator[Adapter]:
         """Yield adapters by name, fetching page after page."""
         request = adapter_store_pb2.AdapterStoreServiceListAdaptersRequest(
             name_prefix=prefix, show_deleted=show_deleted
         )
         while True:
             with translated(self._connection.target):
-                page = self._stub.ListAdapters(request, metadata=self._metadata)
-            yield from (messages.adapter(message) for message in page.adapters)
+                page = await self._stub.ListAdapters(request, metadata=self._metadata)
+            for message in page.adapters:
+                yield messages.adapter(message)
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
 
-    def get(self, name: str) -> Adapter:
+    async def get(self, name: str) -> Adapter:
         """Return an adapter and the revision that the name resolves to."""
         request = adapter_store_pb2.GetAdapterRequest(name=name)
         with translated(self._connection.target):
-            response = self._stub.GetAdapter(request, metadata=self._metadata)
+            response = await self._stub.GetAdapter(request, metadata=self._metadata)
         return messages.adapter(response.adapter, response.revision)
 
-    def revisions(self, name: str) -> Iterator[Revision]:
+    async def revisions(self, name: str) -> AsyncIterator[Revision]:
         """Yield the revisions of a name, newest first."""
         request = adapter_store_pb2.ListAdapterRevisionsRequest(name=name)
         while True:
             with translated(self._connection.target):
-                page = self._stub.ListAdapterRevisions(request, metadata=self._metadata)
-            yield from (messages.revision(message) for message in page.revisions)
+                page = await self._stub.ListAdapterRevisions(request, metadata=self._metadata)
+            for message in page.revisions:
+                yield messages.revision(message)
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
 
-    def alias(self, name: str, label: str, revision: str, *, expected_revision: str | None = None) -> Adapter:
+    async def alias(self, name: str, label: str, revision: str, *, expected_revision: str | None = None) -> Adapter:
         """Point ``name:label`` at a revision, atomically; an empty revision removes the label.
 
         Args:
@@ -157,49 +163,51 @@ class Adapters:
             request_id=messages.new_request_id(),
         )
         with translated(self._connection.target):
-            return messages.adapter(self._stub.SetAlias(request, metadata=self._metadata).adapter)
+            response = await self._stub.SetAlias(request, metadata=self._metadata)
+        return messages.adapter(response.adapter)
 
-    def delete(self, name: str, *, force: bool = False, etag: str = "") -> Adapter:
+    async def delete(self, name: str, *, force: bool = False, etag: str = "") -> Adapter:
         """Soft-delete a name; refused while running requests use it, unless forced (they finish all the same)."""
         request = adapter_store_pb2.DeleteAdapterRequest(
             name=name, force=force, etag=etag, request_id=messages.new_request_id()
         )
         with translated(self._connection.target):
-            return messages.adapter(self._stub.DeleteAdapter(request, metadata=self._metadata).adapter)
+            response = await self._stub.DeleteAdapter(request, metadata=self._metadata)
+        return messages.adapter(response.adapter)
 
-    def prefetch(self, name: str, *, engine_id: str = "", wanted_in_s: float | None = None) -> None:
+    async def prefetch(self, name: str, *, engine_id: str = "", wanted_in_s: float | None = None) -> None:
         """Hint that an adapter will be wanted; the store picks the engine if none is named."""
         request = adapter_store_pb2.PrefetchAdapterRequest(
-            revision=self._resolve(name),
+            revision=await self._resolve(name),
             engine_id=engine_id,
             wanted_in=None if wanted_in_s is None else duration(wanted_in_s),
         )
         with translated(self._connection.target):
-            self._stub.PrefetchAdapter(request, metadata=self._metadata)
+            await self._stub.PrefetchAdapter(request, metadata=self._metadata)
 
-    def evict(self, name: str, *, engine_id: str = "") -> None:
+    async def evict(self, name: str, *, engine_id: str = "") -> None:
         """Hint that an adapter will not be wanted, on one engine or on all."""
         request = adapter_store_pb2.AdapterStoreServiceEvictAdapterRequest(
-            revision=self._resolve(name), engine_id=engine_id
+            revision=await self._resolve(name), engine_id=engine_id
         )
         with translated(self._connection.target):
-            self._stub.EvictAdapter(request, metadata=self._metadata)
+            await self._stub.EvictAdapter(request, metadata=self._metadata)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connection."""
         if self._opened is not None:
-            self._opened.close()
+            await self._opened.close()
 
-    def _resolve(self, name: str) -> str:
-        return messages.resolved_digest(self.get(name), name)
+    async def _resolve(self, name: str) -> str:
+        return messages.resolved_digest(await self.get(name), name)
 
-    def _import(
+    async def _import(
         self, request: adapter_store_pb2.ImportAdapterRequest, progress: ProgressCallback | None
     ) -> ImportResult:
         operations = operations_pb2_grpc.OperationsStub(self._channel)
         with translated(self._connection.target):
-            operation: Operation = self._stub.ImportAdapter(request, metadata=self._metadata)
+            operation: Operation = await self._stub.ImportAdapter(request, metadata=self._metadata)
             while (result := messages.report_operation(operation, progress)) is None:
                 wait = WaitOperationRequest(name=operation.name, timeout=duration(WAIT_S))
-                operation = operations.WaitOperation(wait, metadata=self._metadata)
+                operation = await operations.WaitOperation(wait, metadata=self._metadata)
         return result

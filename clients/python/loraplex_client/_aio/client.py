@@ -1,4 +1,4 @@
-"""The blocking client."""
+"""The asyncio client."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
 from loraplex_common.errors import LoraplexError
 
 from loraplex_client import _requests, _responses
-from loraplex_client._adapters import Adapters
-from loraplex_client._engine_operations import Engines
+from loraplex_client._aio.adapters import AsyncAdapters
+from loraplex_client._aio.engines import AsyncEngines
+from loraplex_client._aio.stream import AsyncGenerateStream
 from loraplex_client._errors import translated
 from loraplex_client._gateways import Gateways, can_help_elsewhere
 from loraplex_client._resume import StreamProgress
 from loraplex_client._servers import Credentials, Servers
-from loraplex_client._stream import GenerateStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from pathlib import Path
 
     from loraplex_client._requests import ChatMessage, GenerateOptions
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from loraplex_client.resources import Model
 
 T = TypeVar("T")
-_Stub: TypeAlias = "gateway_pb2_grpc.GatewayServiceStub"
+_Stub: TypeAlias = "gateway_pb2_grpc.GatewayServiceAsyncStub"
 
 
-class Client:
-    """Generates text through a gateway and manages adapters in a store; blocking, safe to share between threads.
+class AsyncClient:
+    """Generates text through a gateway and manages adapters in a store; asyncio, on one event loop.
 
     Calls that find no server are retried by gRPC itself (UNAVAILABLE only, until a stream's first message), then by the
     next gateway. A stream that has begun goes on through another connection or gateway when its own is lost. All failures
@@ -72,18 +72,18 @@ class Client:
             profile=profile,
         )
         self._metadata = servers.gateways[0].metadata
-        self._channels = [gateway.open() for gateway in servers.gateways]
+        self._channels = [gateway.open_aio() for gateway in servers.gateways]
         stubs: list[_Stub] = [gateway_pb2_grpc.GatewayServiceStub(channel) for channel in self._channels]
         self._gateways = Gateways([gateway.target for gateway in servers.gateways], stubs)
-        self.adapters = Adapters(servers.store)
-        self.engines = Engines(servers.engine)
+        self.adapters = AsyncAdapters(servers.store)
+        self.engines = AsyncEngines(servers.engine)
 
-    def generate(self, **options: Unpack[GenerateOptions]) -> GenerateStream:
+    def generate(self, **options: Unpack[GenerateOptions]) -> AsyncGenerateStream:
         """Start a generation and return its events; see `GenerateOptions` for the arguments.
 
         Example::
 
-            for event in client.generate(prompt="Once upon a time", adapter="kjv", max_new_tokens=64):
+            async for event in client.generate(prompt="Once upon a time", adapter="kjv", max_new_tokens=64):
                 print(event.text, end="", flush=True)
 
         Raises:
@@ -97,17 +97,17 @@ class Client:
             owns_id=not options.get("request_id"),
             has_choice=len(self._gateways) > 1,
         )
-        return GenerateStream(self._gateways, progress, self._metadata)
+        return AsyncGenerateStream(self._gateways, progress, self._metadata)
 
-    def generate_once(self, **options: Unpack[GenerateOptions]) -> Completion:
+    async def generate_once(self, **options: Unpack[GenerateOptions]) -> Completion:
         """Return the whole result of a generation; arguments as `generate`."""
         request = gateway_pb2.GenerateOnceRequest(request=_requests.generate_request(options))
         timeout = options.get("timeout")
         return _responses.completion(
-            self._call(lambda stub: stub.GenerateOnce(request, timeout=timeout, metadata=self._metadata))
+            await self._call(lambda stub: stub.GenerateOnce(request, timeout=timeout, metadata=self._metadata))
         )
 
-    def tokenize(
+    async def tokenize(
         self,
         *,
         prompt: str | None = None,
@@ -141,53 +141,56 @@ class Client:
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
         )
-        return tuple(self._call(lambda stub: stub.Tokenize(request, metadata=self._metadata)).token_ids)
+        response = await self._call(lambda stub: stub.Tokenize(request, metadata=self._metadata))
+        return tuple(response.token_ids)
 
-    def detokenize(self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = False) -> str:
+    async def detokenize(self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = False) -> str:
         """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
         request = gateway_pb2.DetokenizeRequest(
             model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
         )
-        return self._call(lambda stub: stub.Detokenize(request, metadata=self._metadata)).text
+        response = await self._call(lambda stub: stub.Detokenize(request, metadata=self._metadata))
+        return response.text
 
-    def list_models(self) -> list[Model]:
+    async def list_models(self) -> list[Model]:
         """Return the base models, then the adapters the caller may use."""
         models: list[Model] = []
         request = gateway_pb2.ListModelsRequest()
         while True:
-            page = self._call(lambda stub: stub.ListModels(request, metadata=self._metadata))
+            page = await self._call(lambda stub: stub.ListModels(request, metadata=self._metadata))
             models.extend(_responses.model(card) for card in page.models)
             if not page.next_page_token:
                 return models
             request.page_token = page.next_page_token
 
-    def cancel(self, request_id: str) -> bool:
+    async def cancel(self, request_id: str) -> bool:
         """End a running request whose stream was lost; False if there was none."""
         request = gateway_pb2.CancelRequestRequest(request_id=request_id)
-        return self._call(lambda stub: stub.CancelRequest(request, metadata=self._metadata)).was_running
+        response = await self._call(lambda stub: stub.CancelRequest(request, metadata=self._metadata))
+        return response.was_running
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Cancel what runs and close the connections."""
         self._gateways.is_closed = True
-        self.adapters.close()
+        await self.adapters.close()
         for channel in self._channels:
-            channel.close()
+            await channel.close()
 
-    def _call(self, call: Callable[[_Stub], T]) -> T:
+    async def _call(self, call: Callable[[_Stub], Awaitable[T]]) -> T:
         """Return what a gateway answers, the next one if the first cannot."""
         gateway = self._gateways.pick()
         for num_left in reversed(range(len(self._gateways))):
             try:
                 with translated(gateway.target):
-                    return call(gateway.stub)
+                    return await call(gateway.stub)
             except LoraplexError as error:
                 if not num_left or not can_help_elsewhere(error):
                     raise
                 gateway = self._gateways.after(gateway, error)
         raise AssertionError  # there is a gateway
 
-    def __enter__(self) -> Client:
+    async def __aenter__(self) -> AsyncClient:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()

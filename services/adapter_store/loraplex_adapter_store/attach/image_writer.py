@@ -1,0 +1,102 @@
+"""Writes images into the arenas of one engine: into shared memory where it can be reached, else over the stream."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from loraplex_adapter_store.attach.arena import SharedArena
+from loraplex_adapter_store.attach.messages import Chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from concurrent.futures import Executor
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from loraplex_adapter_store.attach.messages import Hello
+    from loraplex_adapter_store.attach.outbox import Outbox
+    from loraplex_adapter_store.images import Image
+    from loraplex_adapter_store.metrics import StoreMetrics
+
+MAX_CHUNK_BYTES: Final = 1024 * 1024
+STRETCH_BYTES: Final = 16 * 1024 * 1024
+"""Bytes written to shared memory before more urgent transfers get their turn."""
+
+
+class ImageWriter:
+    """Writes images, one stretch of pages after another.
+
+    Args:
+        hello: The engine's arenas and the size of their pages.
+        outbox: Takes the chunks for arenas that cannot be reached from here.
+        executor: Runs the copies into shared memory.
+        metrics: Counts the bytes.
+    """
+
+    def __init__(self, hello: Hello, outbox: Outbox, executor: Executor, metrics: StoreMetrics) -> None:
+        self._page_bytes = hello.geometry.page_bytes
+        self._outbox = outbox
+        self._executor = executor
+        self._metrics = metrics
+        self._arenas = [SharedArena.open(info, self._page_bytes) for info in hello.arenas]
+
+    @property
+    def shared_memory(self) -> list[bool]:
+        """Per rank, whether pages are written straight into the arena."""
+        return [arena is not None for arena in self._arenas]
+
+    async def write(
+        self, digest: str, rank: int, image: Image, slots: tuple[int, ...], let_pass: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Write one image.
+
+        Args:
+            digest: The revision, for chunks.
+            rank: The engine's rank, which has an arena of its own.
+            image: Pages, ``[num_pages, page_bytes]``.
+            slots: Arena slot of each page.
+            let_pass: Waited for before each stretch of `STRETCH_BYTES`.
+        """
+        step = max(1, STRETCH_BYTES // self._page_bytes)
+        arena = self._arenas[rank]
+        for start in range(0, len(slots), step):
+            await let_pass()
+            pages = image.pages[start : start + step]
+            if arena is None:
+                await self._send_chunks(digest, rank, start * self._page_bytes, pages)
+            else:
+                stretch = slots[start : start + step]
+                # Shielded: the thread goes on writing although its waiter is cancelled, so the waiter must wait.
+                copy = asyncio.get_running_loop().run_in_executor(self._executor, _copy, arena, stretch, pages)
+                await _uninterrupted(copy)
+            self._metrics.push_bytes.labels("chunks" if arena is None else "shared_memory").inc(pages.nbytes)
+
+    def close(self) -> None:
+        """Let go of the arenas; nothing may be writing."""
+        for arena in self._arenas:
+            if arena is not None:
+                arena.close()
+        self._arenas.clear()
+
+    async def _send_chunks(self, digest: str, rank: int, offset: int, pages: NDArray[np.uint8]) -> None:
+        for page in pages:
+            for start in range(0, len(page), MAX_CHUNK_BYTES):
+                data = page[start : start + MAX_CHUNK_BYTES].tobytes()
+                await self._outbox.put(Chunk(digest, rank, offset + start, data))
+            offset += len(page)
+
+
+def _copy(arena: SharedArena, slots: tuple[int, ...], pages: NDArray[np.uint8]) -> None:
+    for slot, page in zip(slots, pages, strict=True):
+        arena.write(slot, page)
+
+
+async def _uninterrupted(work: asyncio.Future[None]) -> None:
+    """Wait for work in a thread to its end, even if cancelled; the cancellation is raised afterwards."""
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        raise

@@ -1,0 +1,58 @@
+"""Canonical forms read back out of Valkey, in parts of a message's size."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import AdapterCorruptError, AdapterNotFoundError, InvalidParameterError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from loraplex_adapter_store.repository.blobs import Blobs
+    from loraplex_adapter_store.repository.catalog import Catalog
+
+PART_BYTES: Final = 1024 * 1024
+
+
+class Downloads:
+    """Reads the canonical forms of revisions."""
+
+    def __init__(self, catalog: Catalog, blobs: Blobs) -> None:
+        self._catalog = catalog
+        self._blobs = blobs
+
+    async def read(self, digest: str, offset: int, limit: int) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes ``[offset, offset + limit)`` of a canonical form in parts of at most `PART_BYTES`.
+
+        Args:
+            digest: The revision.
+            offset: First byte.
+            limit: Number of bytes; 0 for all that follow.
+
+        Raises:
+            AdapterNotFoundError: If there is no such revision.
+            AdapterCorruptError: If its bytes are gone or damaged.
+            InvalidParameterError: If the offset lies behind the end.
+        """
+        manifest = await self._blobs.manifest(digest)
+        if manifest is None:
+            if await self._catalog.get_revisions([digest]):
+                raise AdapterCorruptError(
+                    f"revision {digest}: its weights are gone from Valkey; import the adapter again"
+                )
+            raise AdapterNotFoundError(f"revision {digest} does not exist")
+        position, size = offset, manifest.num_bytes
+        end = min(size, position + limit) if limit else size
+        if position > size:
+            raise InvalidParameterError(f"{position} lies behind the end, {size} bytes", field="offset")
+        async with aclosing(self._blobs.read(digest, manifest, position)) as chunks:
+            async for chunk in chunks:
+                for start in range(0, len(chunk), PART_BYTES):
+                    data = chunk[start : min(start + PART_BYTES, len(chunk), start + end - position)]
+                    if data:
+                        yield data
+                    position += len(data)
+                if position >= end:
+                    break

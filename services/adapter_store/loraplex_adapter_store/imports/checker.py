@@ -1,0 +1,73 @@
+"""Whether a checkpoint can be served, and its canonical form if so."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_common.image_geometry import ImageError
+from loraplex_common.rank_limits import check_servable
+
+from loraplex_adapter_store.checkpoint.canonical import CanonicalForm, canonicalise
+from loraplex_adapter_store.checkpoint.confinement import Confinement
+from loraplex_adapter_store.checkpoint.peft_config import parse_peft_config
+from loraplex_adapter_store.checkpoint.reader import read_checkpoint
+from loraplex_adapter_store.checkpoint.tokenizer_check import check_strange_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Executor
+
+    from loraplex_common.rank_limits import EngineLimits
+
+    from loraplex_adapter_store.bases import KnownBases
+    from loraplex_adapter_store.imports.files import CheckpointFiles
+
+
+class CheckpointChecker:
+    """Checks checkpoints against their base models and the engines.
+
+    Args:
+        bases: The base models known here.
+        engines: Tells what the engines known can take.
+        executor: Runs the checks.
+    """
+
+    def __init__(self, bases: KnownBases, engines: Callable[[], tuple[EngineLimits, ...]], executor: Executor) -> None:
+        self._bases = bases
+        self._engines = engines
+        self._executor = executor
+
+    async def check(self, files: CheckpointFiles, base_model: str) -> CanonicalForm:
+        """Return the canonical form of a checkpoint.
+
+        Args:
+            files: The checkpoint.
+            base_model: Overrides the base model that the checkpoint names; may be empty.
+
+        Raises:
+            LoraplexError: If it cannot be served; the message says what does not fit.
+        """
+        confinement = Confinement()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._executor, self._check_blocking, files, base_model, self._engines(), confinement
+            )
+        finally:
+            confinement.close()  # if this is cancelled, the thread still works
+
+    def _check_blocking(
+        self, files: CheckpointFiles, base_model: str, engines: tuple[EngineLimits, ...], confinement: Confinement
+    ) -> CanonicalForm:
+        config = parse_peft_config(files.config)
+        chosen = self._bases.choose(config.base_model_name_or_path, base_model)
+        base = chosen.base
+        check_strange_tokenizer(files.tokenizer, base.directory, confinement)
+        form = canonicalise(read_checkpoint(files.config, files.weights, base.info, confinement))
+        try:
+            check_servable(form.spec.ranks, base.info, engines)
+        except ImageError as error:
+            raise AdapterIncompatibleError(f"{error}; train or convert the adapter to a lower rank") from error
+        return replace(form, warnings=(*chosen.warnings, *form.warnings))
