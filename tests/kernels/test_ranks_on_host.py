@@ -9,11 +9,12 @@ import pytest
 import torch
 from kernels.host_kernels import HostLibrary
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
-from loraplex_common.adapter_image import KIND_A, OPS, layout
+from loraplex_common.adapter_image import KIND_A, layout
 from loraplex_kernels.items import op_shapes
 from loraplex_kernels.lora_decode import LoraDecode
 from loraplex_kernels.lora_prefill import WHOLE_STEPS
 from loraplex_kernels.tables import MAX_STACKED_RANK, AdapterTables
+from support.decoder_shapes import OPS
 
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}

@@ -10,7 +10,7 @@ from loraplex_client._client import Client
 from loraplex_client.cli.context import StoreTarget, connect, stderr, stdout
 from loraplex_client.demo import demo_model_dir
 from loraplex_client.plan import DemandError, read_ranks
-from loraplex_client.random_adapters import RandomAdapterError, RandomAdapters, read_geometry, read_targets
+from loraplex_client.random_adapters import RandomAdapterError, RandomAdapters, read_layers, read_targets
 
 NUM_UPLOADS: Final = 4
 """At once: each waits for the store's disk."""
@@ -41,11 +41,12 @@ def make_random(
     """Make N random adapters, valid for the base model, to test a deployment with."""
     base = model or demo_model_dir()
     try:
+        layers = read_layers(base)
         family = RandomAdapters(
-            geometry=read_geometry(base),
+            layers=layers,
             base_model=base_model or base.resolve().name,
             ranks=tuple(read_ranks(ranks)),
-            targets=read_targets(targets),
+            targets=read_targets(targets, layers),
             dtype=dtype,
             seed=seed,
         )

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from loraplex_common.adapter_image import OPS
 from torch import Tensor
 
 from loraplex_engine.model.layers import Dense, RmsNorm, new_activation
 from loraplex_engine.model.rope import rope_table
-from loraplex_engine.model.weights import BLOCKS
 
 if TYPE_CHECKING:
     from loraplex_common.decoder_config import ModelConfig
@@ -110,7 +108,7 @@ def _read_dense(config: ModelConfig, reader: WeightSource, layer: int, op: str, 
         "up_proj": (config.intermediate_size, config.hidden_size),
         "down_proj": (config.hidden_size, config.intermediate_size),
     }
-    names = {name: f"model.layers.{layer}.{BLOCKS[name]}.{name}" for name in OPS[op]}
+    names = {each.name: f"model.layers.{layer}.{each.path}" for each in config.layers[layer] if each.op == op}
     weight = reader.read_stacked((f"{full}.weight", shapes[name]) for name, full in names.items())
     if not has_bias:
         return Dense(weight)

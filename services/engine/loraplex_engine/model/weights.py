@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
-from loraplex_common.adapter_image import OPS, ROW_PARALLEL
 from loraplex_common.base_model import BaseModelError
 from loraplex_common.weight_files import IGNORED_SUFFIXES, find_weights
 from safetensors import safe_open
@@ -18,9 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BLOCKS: Final = {
-    name: "mlp" if op in ("gate_up", "down") else "self_attn" for op, names in OPS.items() for name in names
-}
+COLUMN_PARALLEL: Final = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+ROW_PARALLEL: Final = frozenset({"o_proj", "down_proj"})
 
 
 class Split(enum.Enum):
@@ -41,7 +39,7 @@ class WeightLayout:
     def split_of(self, name: str) -> Split:
         """Return how ranks divide the weight of that name."""
         parts = name.split(".")
-        if len(parts) < 2 or parts[-2] not in BLOCKS:
+        if len(parts) < 2 or parts[-2] not in COLUMN_PARALLEL | ROW_PARALLEL:
             return Split.NONE
         if parts[-2] not in ROW_PARALLEL:
             return Split.OUTPUTS

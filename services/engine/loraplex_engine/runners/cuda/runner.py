@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from loraplex_common.decoder_config import model_config
 from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_common.image_geometry import ImageError
 from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
-from loraplex_kernels.tables import AdapterTables, RankLimitError, check_ranks
+from loraplex_kernels.tables import AdapterTables, RankLimitError, check_parts
 
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import DTYPES
 from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
 from loraplex_engine.runners.cuda.decoder import CudaDecoder, DecoderLimits
-from loraplex_engine.runners.cuda.graphs import VARIANTS, DecodeGraphs, bucket_sizes
+from loraplex_engine.runners.cuda.graphs import DecodeGraphs, bucket_sizes
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
 from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig, tile_capacity
 from loraplex_engine.runners.cuda.sampling import DeviceSampler
@@ -110,7 +111,7 @@ class CudaRunner:
             max_rows=limits.max_rows,
             num_sms=torch.cuda.get_device_properties(self._device).multi_processor_count,
         )
-        self._num_variants = len(VARIANTS)
+        self._num_variants = len(self._decode_lora.variants)
         self._token_lora = make_token_lora(
             self._library,
             self._tables,
@@ -253,7 +254,9 @@ class CudaRunner:
     def check_adapter(self, spec: AdapterSpec) -> None:
         """Refuse an adapter that our kernels cannot compute; see `ModelRunner`."""
         try:
-            check_ranks(spec)
+            check_parts(spec)
+        except ImageError as error:
+            raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}") from error
         except RankLimitError as error:
             raise AdapterIncompatibleError(
                 f"adapter {spec.digest}: {error}; serve it with --backend torch or train it with a lower rank"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from loraplex_common.adapter_image import OP_INDEX
 from torch import Tensor
 
 from loraplex_engine.model.layers import new_activation
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from loraplex_engine.runners.torch.attention_plan import AttentionStep
     from loraplex_engine.runners.torch.lora import LoraStep
 
-QKV, O, GATE_UP, DOWN = (OP_INDEX[op] for op in ("qkv", "o", "gate_up", "down"))  # noqa: E741
+QKV, O, GATE_UP, DOWN = ("qkv", "o", "gate_up", "down")  # noqa: E741
 
 
 class Activations:
@@ -89,7 +88,7 @@ class LlamaForward:
         return hidden
 
     @staticmethod
-    def _project(layer: int, op: int, dense: Dense, x: Tensor, out: Tensor, lora: LoraStep | None) -> None:
+    def _project(layer: int, op: str, dense: Dense, x: Tensor, out: Tensor, lora: LoraStep | None) -> None:
         dense.into(x, out)
         if lora is not None:
             lora.apply(layer, op, x, out)
