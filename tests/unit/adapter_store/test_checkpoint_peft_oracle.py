@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canonical
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
-from loraplex_adapter_store.checkpoint.tensor_names import module_name
 from loraplex_common.adapter_image import LOW_RANK
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterIncompatibleError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from support.adapters import module_name
 from support.decoder_shapes import PROJECTIONS
 from support.store_rig import tiny_base_dir
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -38,13 +38,13 @@ class Case:
     tensors: dict[tuple[int, str], tuple[Any, Any]]
 
 
-def make_geometry(**changes: Any) -> Geometry:
+def make_geometry(*, intermediate_size: int = 512, **changes: Any) -> Geometry:
     base = decoder_geometry(
         dtype="bfloat16",
         page_bytes=64 * 1024,
         num_layers=3,
         hidden_size=256,
-        intermediate_size=512,
+        intermediate_size=intermediate_size,
         num_heads=4,
         num_kv_heads=2,
         head_dim=64,
