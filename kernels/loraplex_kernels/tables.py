@@ -93,10 +93,11 @@ def make_entries(
         entries[kind.name] = np.zeros((geometry.num_layers, len(geometry.ops)), dtype=kind.table_dtype)
         is_its = np.isin(tiles["kind"][firsts], list(kind.entries))
         kind.write_entries(entries[kind.name], Matrices(tiles[firsts[is_its]], firsts[is_its], begins[is_its]))
-    for module in spec.modules:
-        place = (module.layer, *geometry.place(module.layer, module.projection))
-        for part in module.parts:
-            KINDS[part.kind].write_numbers(entries[part.kind], place, part)
+    parts = [(part, module) for module in spec.modules for part in module.parts]
+    for kind in KINDS.values():
+        if found := [(part, module) for part, module in parts if part.kind == kind.name]:
+            places = [(module.layer, *geometry.place(module.layer, module.projection)) for _, module in found]
+            kind.write_numbers(entries[kind.name], tuple(zip(*places, strict=True)), [part for part, _ in found])
     return entries, offsets
 
 

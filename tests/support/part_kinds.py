@@ -75,5 +75,7 @@ class OutVectorKind:
         entries["first"][at], entries["step"][at] = matrices.numbers, tiles["cols"]
         entries["offset"][at] = matrices.offsets
 
-    def write_numbers(self, entries: NDArray[np.void], place: tuple[int, int, int], part: OutVector) -> None:
-        entries["strength"][place] = part.strength
+    def write_numbers(
+        self, entries: NDArray[np.void], places: tuple[tuple[int, ...], ...], parts: Sequence[OutVector]
+    ) -> None:
+        entries["strength"][places] = [part.strength for part in parts]

@@ -60,7 +60,10 @@ class ModuleSpec:
     @property
     def pair(self) -> LowRank | None:
         """Its low-rank pair, if it has one."""
-        return next((part for part in self.parts if isinstance(part, LowRank)), None)
+        for part in self.parts:  # read for every module of each load
+            if isinstance(part, LowRank):
+                return part
+        return None
 
     @property
     def rank(self) -> int:

@@ -127,6 +127,8 @@ class LowRankKind:
         entries["b_first"][at_b], entries["b_step"][at_b] = matrices.numbers[~is_a], b["rows"]
         entries["rank"][at_b], entries["b_offset"][at_b] = b["cols"], matrices.offsets[~is_a]
 
-    def write_numbers(self, entries: NDArray[np.void], place: tuple[int, int, int], part: LowRank) -> None:
+    def write_numbers(
+        self, entries: NDArray[np.void], places: tuple[tuple[int, ...], ...], parts: Sequence[LowRank]
+    ) -> None:
         """See `PartKind`."""
-        entries["scaling"][place] = part.scaling
+        entries["scaling"][places] = [part.scaling for part in parts]

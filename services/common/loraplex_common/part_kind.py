@@ -140,13 +140,15 @@ class PartKind(Protocol):
         """
         ...
 
-    def write_numbers(self, entries: NDArray[np.void], place: tuple[int, int, int], part: Any) -> None:
-        """Add one part's own numbers, such as a scaling, to the table.
+    def write_numbers(
+        self, entries: NDArray[np.void], places: tuple[tuple[int, ...], ...], parts: Sequence[Any]
+    ) -> None:
+        """Add the parts' own numbers, such as a scaling, to the table.
 
         Args:
             entries: ``[layers, ops]`` of ``table_dtype``.
-            place: Layer, op and slice.
-            part: Of ``part``.
+            places: Layers, ops and slices of the parts.
+            parts: All of this kind, at least one.
         """
         ...
 
