@@ -30,7 +30,6 @@ from loraplex_bench.steps.attention_cases import (
 )
 from loraplex_bench.steps.kernel_timer import require_close, time_us
 from loraplex_bench.steps.lora_case import LoraCase
-from loraplex_common.adapter_image import OPS
 from loraplex_engine.runners.cuda import lora_paths
 from loraplex_kernels.lora.decode import LoraDecode
 from loraplex_kernels.lora.prefill import LoraPrefill
@@ -56,11 +55,11 @@ def decode_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict[
     """Time shrink + expand of one decode case."""
     tokens, num_adapters = int(row["M"]), int(row["adapters"])
     case = LoraCase(DEVICE, row["outs"], row["rank"], num_adapters, int(row["weight_sets"]))
-    shape = case.shapes[list(OPS).index(case.op)]
+    shape = case.shapes[case.op_index]
     lora = LoraDecode(library, case.tables, case.pool, case.shapes, max_rows=tokens, max_items=1 << 16)
     adapters = baseline_adapters(tokens, row["popularity"])
     built = lora.prepare(adapters)
-    op = list(OPS).index(case.op)
+    op = case.op_index
     most = lora_paths.Grids.of(1 << 10, 132)
     grids = min(int(built.counts[2 * op]), most.shrink), min(int(built.counts[2 * op + 1]), most.expand)
     x = torch.randn(tokens, shape.columns, device=DEVICE, dtype=torch.bfloat16)
@@ -95,7 +94,7 @@ def prefill_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict
     """Time one prefill case, shrink and expand in one launch."""
     tokens, num_adapters = int(row["tokens"]), int(row["adapters"])
     case = LoraCase(DEVICE, row["outs"], row["rank"], num_adapters, int(row["weight_sets"]))
-    shape = case.shapes[list(OPS).index(case.op)]
+    shape = case.shapes[case.op_index]
     lora = LoraPrefill(library, case.tables, case.pool, case.shapes, max_items=1 << 17)
     lengths = ragged(tokens, num_adapters)
     lora.prepare(np.arange(num_adapters, dtype=np.int32), lengths)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, ModuleSpec
+from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
 from loraplex_engine.adapters.arena import HostArena
 from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
@@ -28,6 +28,7 @@ from loraplex_engine.messages import Submission
 from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from loraplex_engine.scheduler.scheduler import Scheduler
+from loraplex_engine.simulation.shapes import ALL_TARGETS
 from loraplex_engine.step import StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def digest_of(number: int) -> str:
 def make_spec(number: int) -> AdapterSpec:
     """Return what is known of an adapter of a 7B model: 224 modules, in one of eight recipes."""
     rank = 8 * (1 + number % 8)
-    modules = (ModuleSpec(layer, name, rank, 2.0) for layer in range(NUM_LAYERS) for name in PROJECTIONS)
+    modules = (ModuleSpec.low_rank(layer, name, rank, 2.0) for layer in range(NUM_LAYERS) for name in ALL_TARGETS)
     return AdapterSpec(digest_of(number), tuple(modules))
 
 

@@ -192,6 +192,7 @@ def test_no_benchmark_patches_the_import_path() -> None:
 
     assert patching == []
 
+
 # --- so can the services' common ground, the store and the client ---
 
 

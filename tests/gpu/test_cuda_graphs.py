@@ -10,7 +10,6 @@ import torch
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_engine.runners.cuda.decode_lora import MAX_ROWS_BESIDE
-from loraplex_engine.runners.cuda.graphs import VARIANTS
 from support.cuda_rig import add_sequences, make_cuda_runner, make_rig
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def test_a_graph_computes_the_same_bits_beside_a_copy_and_behind_a_prefill(
         with torch.inference_mode(), torch.cuda.stream(runner._stream):
             runner._buffers.inputs.copy_(inputs)
             runner._decoder.last_sampled.copy_(fed)
-            runner.graphs.replay(bucket, len(VARIANTS) - 1)
+            runner.graphs.replay(bucket, len(runner._decode_lora.variants) - 1)
             found = runner._decoder.work.logits[:rows].clone()
         torch.cuda.synchronize()
         return found
@@ -92,7 +91,7 @@ def test_a_graph_computes_the_same_bits_however_its_warps_get_on(
         first = None
         for _ in range(JITTERED_STEPS):
             runner._decoder.last_sampled.copy_(fed)
-            runner.graphs.replay(bucket, len(VARIANTS) - 1)
+            runner.graphs.replay(bucket, len(runner._decode_lora.variants) - 1)
             found = runner._decoder.work.logits[:rows]
             first = found.clone() if first is None else first
             different += (found != first).any()

@@ -12,7 +12,6 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
-from loraplex_engine.runners.cuda.graphs import VARIANTS
 from loraplex_engine.runners.cuda.runner import CudaRunner
 from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
 from support.base_models import write_base_model
@@ -57,4 +56,4 @@ def test_a_backend_without_lora_draws_the_same_tokens_with_a_third_of_the_graphs
     with_lora, many = generate(model_dir, 16)
 
     assert without == with_lora
-    assert many == len(VARIANTS) * few
+    assert many == 3 * few

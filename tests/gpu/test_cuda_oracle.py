@@ -10,13 +10,14 @@ import torch
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
-from loraplex_common.adapter_image import PROJECTIONS, TILE_BYTES, pack
+from loraplex_common.adapter_image import TILE_BYTES, pack
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.step import TokenLogprobs
 from support.adapters import Recipe, random_recipe, write_adapter
 from support.base_models import TinyBase, write_base_model
 from support.cuda_rig import BASES, PLAIN_BASES, Agreement, make_cuda_runner
+from support.decoder_shapes import PROJECTIONS
 from support.engine_harness import recipe_adapter
 from support.oracle import Oracle, adapter_image
 from support.plans import Draw, Harness, Sequence_

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from loraplex.v1 import adapter_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
-from loraplex_common.adapter_image import KIND_A, OPS, AdapterSpec, layout, tile_values
+from loraplex_common.adapter_image import KIND_A, AdapterSpec, layout, tile_values
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.error_status import from_status
 from loraplex_common.errors import (
@@ -21,6 +21,7 @@ from loraplex_common.errors import (
 from loraplex_common.registry import hints_key
 from loraplex_common.valkey import connect
 from support.adapters import Recipe, adapter_tensors, module_name
+from support.decoder_shapes import OPS
 from support.store_engine_peer import EnginePeer, attached_peer
 from support.store_rig import (
     StoreClient,
@@ -64,7 +65,7 @@ def assert_image_is(peer: EnginePeer, digest: str, recipe: Recipe, base: BaseMod
         assert module.rank == recipe.rank_of(module_name(module.layer, module.projection))
         assert module.scaling == pytest.approx(recipe.scaling_of(module_name(module.layer, module.projection)))
     num_compared = 0
-    for tile in layout(geometry, spec.ranks).tiles:
+    for tile in layout(geometry, spec.sizes).tiles:
         if tile["kind"] == KIND_A:
             continue
         name = OPS[tuple(OPS)[tile["op"]]][tile["slice"]]

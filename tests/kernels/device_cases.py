@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
 OPS = ("qkv", "o", "gate_up", "down")
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 BLOCK = 16
 
 
@@ -48,9 +49,9 @@ class Cases:
             dtype="float32" if self._dtype == torch.float32 else "bfloat16",
             hidden=136,
             inter=208,
-            heads=4,
-            kv_heads=2,
-            head_dim=64,
+            heads=HEADS,
+            kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
             layers=1,
             page_bytes=64 * 1024,
         )
@@ -69,13 +70,13 @@ class Cases:
 
     def _layout(self, layers: int = 1) -> KvLayout:
         geometry = self._geometry
-        page_bytes = layers * 2 * geometry.num_kv_heads * BLOCK * geometry.head_dim * self._dtype.itemsize
+        page_bytes = layers * 2 * KV_HEADS * BLOCK * HEAD_DIM * self._dtype.itemsize
         return KvLayout(
             page_bytes=max(page_bytes, geometry.page_bytes),
             block_tokens=BLOCK,
-            num_heads=geometry.num_heads,
-            num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
         )
 
     def pointwise(self) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import OPS, PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, layout, pack, to_bfloat16
+from loraplex_common.adapter_image import AdapterSpec, Geometry, ModuleSpec, layout, pack, to_bfloat16
 from loraplex_kernels.reference import lora_delta
 from numpy.typing import NDArray
+from support.decoder_shapes import OPS, PROJECTIONS, decoder_geometry, pair_tensors
 
 PATTERNS = ("same", "distinct", "uniform", "zipf", "skewed")
 
@@ -24,7 +25,7 @@ def make_geometry(
     layers: int = 2,
     page_bytes: int = 256 * 1024,
 ) -> Geometry:
-    return Geometry(
+    return decoder_geometry(
         dtype=dtype,
         page_bytes=page_bytes,
         num_layers=layers,
@@ -86,10 +87,10 @@ class AdapterPool:
     def add(self, ranks: dict[tuple[int, str], int]) -> ResidentAdapter:
         """Pack an adapter of these (layer, projection) -> rank."""
         rng, modules, tensors = self._rng, [], {}
-        for layer, projection in sorted(ranks, key=lambda key: (key[0], PROJECTIONS.index(key[1]))):
+        for layer, projection in sorted(ranks, key=lambda key: (key[0], *self.geometry.place(*key))):
             rank = ranks[layer, projection]
-            columns, outputs = self.geometry.projection_shape(projection)
-            modules.append(ModuleSpec(layer, projection, rank, float(0.5 + rng.random())))
+            columns, outputs = self.geometry.projection(layer, projection).shape
+            modules.append(ModuleSpec.low_rank(layer, projection, rank, float(0.5 + rng.random())))
             a = round_to(
                 rng.standard_normal((rank, columns), dtype=np.float32) / np.sqrt(columns).astype(np.float32),
                 self.geometry.dtype,
@@ -100,8 +101,8 @@ class AdapterPool:
             )
             tensors[layer, projection] = (a, b)
         spec = AdapterSpec(f"{len(self.adapters):064x}", tuple(modules))
-        pages = self.take(layout(self.geometry, spec.ranks).num_pages)
-        self.pages[pages] = pack(self.geometry, spec, tensors)
+        pages = self.take(layout(self.geometry, spec.sizes).num_pages)
+        self.pages[pages] = pack(self.geometry, spec, pair_tensors(tensors))
         self.adapters.append(ResidentAdapter(spec, pages, tensors))
         return self.adapters[-1]
 
@@ -113,7 +114,7 @@ class AdapterPool:
         self, adapters: NDArray[np.int32], scales: NDArray[np.float32], x: torch.Tensor, layer: int, op: str
     ) -> torch.Tensor:
         """What LoRA adds to an op's output, fp32 ``[rows, outputs]``, on x's device."""
-        widths = [self.geometry.projection_shape(name)[1] for name in OPS[op]]
+        widths = [self.geometry.projection(0, name).shape[1] for name in OPS[op]]
         out = torch.zeros(len(adapters), sum(widths), dtype=torch.float32, device=x.device)
         factors = torch.from_numpy(scales).to(x.device)[:, None]
         for index in {int(adapter) for adapter in adapters} - {-1}:

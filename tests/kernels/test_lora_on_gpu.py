@@ -73,12 +73,12 @@ def make_lora(shape: str, lib: KernelLibrary) -> tuple[LoraDecode, AdapterPool, 
     layout = KvLayout(
         page_bytes=geometry.page_bytes,
         block_tokens=16,
-        num_heads=geometry.num_heads,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
+        num_heads=SHAPES[shape]["heads"],
+        num_kv_heads=SHAPES[shape]["kv_heads"],
+        head_dim=SHAPES[shape]["head_dim"],
     )
     pool = pool.clone()
-    rope = RopeKv(lib, layout, pool, reference.rotary_table(64, geometry.head_dim).cuda())
+    rope = RopeKv(lib, layout, pool, reference.rotary_table(64, SHAPES[shape]["head_dim"]).cuda())
     lora = LoraDecode(lib, tables, pool, op_shapes(geometry, complete=frozenset(OPS)), max_rows=64, max_items=1 << 16)
     return lora, resident, pool, rope
 
@@ -114,14 +114,14 @@ def test_followers_add_the_delta_of_adapted_rows(shape: str, pattern: str, dtype
     rng = np.random.default_rng()
     for lib in libraries(dtype):
         lora, resident, pool, rope = make_lora(shape, lib)
-        geometry, rows = resident.geometry, 30
+        rows = 30
         adapters = make_adapters(pattern, rows, len(resident.adapters), rng)
         scales = rng.uniform(0.5, 2, rows).astype(np.float32)
         device_scales, built = torch.from_numpy(scales).cuda(), lora.prepare(adapters)
         grid = int(built.counts.max()) // 3 + 1
 
-        width = geometry.intermediate_size
-        x, gate_up = randn(rows, geometry.hidden_size, dtype=dtype), randn(rows, 2 * width, dtype=dtype)
+        width = SHAPES[shape]["inter"]
+        x, gate_up = randn(rows, SHAPES[shape]["hidden"], dtype=dtype), randn(rows, 2 * width, dtype=dtype)
         h, out = lora.new_scratch().fill_(float("nan")), poisoned(rows, width, dtype=dtype)
         lora.shrink(0, "gate_up", x, h, grid)
         delta = poisoned(rows, 2 * width, dtype=torch.float32)
@@ -130,7 +130,7 @@ def test_followers_add_the_delta_of_adapted_rows(shape: str, pattern: str, dtype
         expected = reference.silu_mul(gate_up + resident.delta(adapters, scales, x, 0, "gate_up"))
         assert relative_error(out, expected) < 2 * TOLERANCE[dtype]
 
-        heads, kv_heads, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
+        heads, kv_heads, head_dim = SHAPES[shape]["heads"], SHAPES[shape]["kv_heads"], SHAPES[shape]["head_dim"]
         qkv = randn(rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
         total = (qkv + resident.delta(adapters, scales, x, 0, "qkv")).view(rows, -1, head_dim)
         page = int(resident._free[-1])
@@ -144,7 +144,11 @@ def test_followers_add_the_delta_of_adapted_rows(shape: str, pattern: str, dtype
         got = qkv.view(rows, -1, head_dim)[:, :heads]
         assert relative_error(got, reference.rope(total[:, :heads], rotary, positions)) < 2 * TOLERANCE[dtype]
         layout = KvLayout(
-            page_bytes=geometry.page_bytes, block_tokens=16, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim
+            page_bytes=resident.geometry.page_bytes,
+            block_tokens=16,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
         )
         key, value = reference.read_kv(pool, layout, dtype, 0, ints([page]), 16)
         rotated = reference.rope(total[:, heads : heads + kv_heads], rotary, positions)

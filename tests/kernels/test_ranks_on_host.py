@@ -9,11 +9,12 @@ import pytest
 import torch
 from kernels.host_kernels import HostLibrary
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
-from loraplex_common.adapter_image import KIND_A, OPS, layout
+from loraplex_common.adapter_image import KIND_A, layout, pair_sizes
 from loraplex_kernels.lora.decode import LoraDecode
 from loraplex_kernels.lora.items import op_shapes
 from loraplex_kernels.lora.prefill import WHOLE_STEPS
 from loraplex_kernels.lora.tables import MAX_STACKED_RANK, AdapterTables
+from support.decoder_shapes import OPS
 
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
@@ -31,7 +32,7 @@ def test_tiles_of_a_hold_whole_steps_or_whole_parts_of_a_step(columns: int) -> N
     for stacked in range(1, MAX_STACKED_RANK + 1):
         split = (min(stacked, 256), min(max(stacked - 256, 0), 256), max(stacked - 512, 0))
         ranks = tuple((0, name, rank) for name, rank in zip(OPS["qkv"], split, strict=True) if rank)
-        tiles = layout(geometry, ranks).tiles
+        tiles = layout(geometry, pair_sizes(ranks)).tiles
         step = int(tiles["cols"][tiles["kind"] == KIND_A][0])
 
         assert step == columns or step % (64 if stacked <= WHOLE_STEPS else 16) == 0

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry
-from loraplex_common.adapter_image import ITEM_BYTES, OPS, AdapterSpec, Geometry, ModuleSpec, from_bfloat16, layout
+from loraplex_common.adapter_image import ITEM_BYTES, AdapterSpec, Geometry, ModuleSpec, from_bfloat16, layout
+from loraplex_common.low_rank import LOW_RANK, PAIR_DTYPE
 from loraplex_kernels.attention.decode import num_splits
 from loraplex_kernels.attention.prefill import TILE_ROWS, make_tiles
 from loraplex_kernels.lora.items import (
@@ -19,10 +20,10 @@ from loraplex_kernels.lora.items import (
     GROUP_INTS,
     GROUP_TOKENS,
     GROUP_TOKENS_AT,
-    HEADER_INTS,
     TWO_GROUPS,
     ItemBuilder,
     OpShape,
+    header_ints,
     make_groups,
     op_shapes,
     range_index,
@@ -30,14 +31,14 @@ from loraplex_kernels.lora.items import (
 from loraplex_kernels.lora.prefill import make_segments, plan_op, table_size
 from loraplex_kernels.lora.prefill_cut import CLUSTERS, RESIDENCIES, WAVE, choose_cut
 from loraplex_kernels.lora.tables import (
-    ENTRY_DTYPE,
     AdapterTables,
     RangeAllocator,
     RankLimitError,
     TableFullError,
-    check_ranks,
+    check_parts,
     make_entries,
 )
+from support.decoder_shapes import OPS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,7 +56,7 @@ def read_matrix(
         return from_bfloat16(raw.view(np.uint16)) if size == 2 else raw.view(np.float32)
 
     if slice_index is None:
-        columns = geometry.hidden_size
+        columns = geometry.projection(0, "q_proj").in_features
         out = np.empty((entry["stacked_rank"], columns), dtype=np.float32)
         for start in range(0, columns, int(entry["a_step"])):
             width = min(int(entry["a_step"]), columns - start)
@@ -64,7 +65,7 @@ def read_matrix(
                 out[rank_row, start : start + width] = row(base + rank_row * width * size, width)
         return out
     rank, step, first = (int(entry[key][slice_index]) for key in ("rank", "b_step", "b_first"))
-    outputs = geometry.projection_shape(OPS["qkv"][slice_index])[1]
+    outputs = geometry.projection(0, OPS["qkv"][slice_index]).shape[1]
     return np.stack([row(int(tiles[first + n // step]) + n % step * rank * size, rank) for n in range(outputs)])
 
 
@@ -74,7 +75,8 @@ def test_entries_address_every_element_of_a_and_b(dtype: str, ranks: tuple[int, 
     pool = AdapterPool(make_geometry(dtype=dtype, hidden=648, page_bytes=48 * 1024), 128, np.random.default_rng(0))
     adapter = pool.add({(1, name): rank for name, rank in zip(OPS["qkv"], ranks, strict=True) if rank})
 
-    entries, tiles = make_entries(pool.geometry, adapter.spec, adapter.pages)
+    made, tiles = make_entries(pool.geometry, adapter.spec, adapter.pages)
+    entries = made[LOW_RANK]
 
     entry = entries[1, 0]
     assert list(entry["rank"]) == list(ranks)
@@ -95,7 +97,8 @@ def test_matrices_that_no_page_divides_need_no_tile_table(dtype: str) -> None:
     pool = AdapterPool(make_geometry(dtype=dtype, hidden=648, page_bytes=48 * 1024), 64, np.random.default_rng(0))
     adapter = pool.add({(1, "q_proj"): 33, (1, "v_proj"): 8, (0, "o_proj"): 24, (0, "down_proj"): 4})
 
-    entries, tiles = make_entries(pool.geometry, adapter.spec, adapter.pages)
+    made, tiles = make_entries(pool.geometry, adapter.spec, adapter.pages)
+    entries = made[LOW_RANK]
 
     size, divided = ITEM_BYTES[dtype], 0
     for entry in entries.reshape(-1):
@@ -125,7 +128,7 @@ def _matrices(entry: np.void) -> list[tuple[int, int]]:
 def test_binding_again_after_unbinding_reuses_the_tiles() -> None:
     pool = AdapterPool(make_geometry(), 16, np.random.default_rng(1))
     adapter = pool.add_uniform(8)
-    count = len(layout(pool.geometry, adapter.spec.ranks).tiles)
+    count = len(layout(pool.geometry, adapter.spec.sizes).tiles)
     tables = AdapterTables(pool.geometry, max_adapters=2, tile_capacity=count, device=torch.device("cpu"))
     tables.bind(0, adapter.spec, adapter.pages)
 
@@ -145,12 +148,12 @@ def test_the_entry_behind_the_last_one_may_be_prefetched() -> None:
     tables = AdapterTables(big_geometry(), max_adapters=2, tile_capacity=0, device=torch.device("cpu"))
 
     begin = tables.entries.data_ptr() - tables.entries.untyped_storage().data_ptr()
-    assert tables.entries.untyped_storage().nbytes() >= begin + tables.entries.nbytes + ENTRY_DTYPE.itemsize
+    assert tables.entries.untyped_storage().nbytes() >= begin + tables.entries.nbytes + PAIR_DTYPE.itemsize
 
 
 def test_too_few_pages_are_refused() -> None:
     geometry = make_geometry()
-    spec = AdapterSpec("0" * 64, (ModuleSpec(0, "q_proj", 256, 1.0),))
+    spec = AdapterSpec("0" * 64, (ModuleSpec.low_rank(0, "q_proj", 256, 1.0),))
 
     with pytest.raises(ValueError, match="needs 1 pages, got 0"):
         make_entries(geometry, spec, np.zeros(0, dtype=np.int32))
@@ -166,18 +169,18 @@ def test_too_few_pages_are_refused() -> None:
 )
 def test_ranks_the_kernels_cannot_take_are_refused_by_name(ranks: dict[str, int], message: str) -> None:
     geometry = make_geometry()
-    spec = AdapterSpec("0" * 64, tuple(ModuleSpec(1, name, rank, 1.0) for name, rank in ranks.items()))
-    pages = np.arange(layout(geometry, spec.ranks).num_pages, dtype=np.int32)
+    spec = AdapterSpec("0" * 64, tuple(ModuleSpec.low_rank(1, name, rank, 1.0) for name, rank in ranks.items()))
+    pages = np.arange(layout(geometry, spec.sizes).num_pages, dtype=np.int32)
     tables = AdapterTables(geometry, max_adapters=1, tile_capacity=4096, device=torch.device("cpu"))
 
     if message:
         with pytest.raises(RankLimitError, match=message):
-            check_ranks(spec)
+            check_parts(spec)
         with pytest.raises(RankLimitError, match=message):
             tables.bind(0, spec, pages)
-        spec = AdapterSpec("1" * 64, (ModuleSpec(0, "q_proj", 1, 1.0),))  # a refusal leaves the index free
+        spec = AdapterSpec("1" * 64, (ModuleSpec.low_rank(0, "q_proj", 1, 1.0),))  # a refusal leaves the index free
     else:
-        check_ranks(spec)
+        check_parts(spec)
     tables.bind(0, spec, pages)
     tables.check_integrity()
 
@@ -240,11 +243,10 @@ def test_items_cover_every_groups_work_exactly_once(rows: int, pattern: str, has
 
     built = ItemBuilder(shapes, 2).build(adapters, max_ranks, stacked)
 
-    groups = built.buffer[HEADER_INTS : HEADER_INTS + GROUP_INTS * built.num_groups].reshape(-1, GROUP_INTS)
-    items = built.buffer[HEADER_INTS + GROUP_INTS * built.num_groups :].reshape(-1, 4)
+    groups = built.buffer[header_ints(4) : header_ints(4) + GROUP_INTS * built.num_groups].reshape(-1, GROUP_INTS)
+    items = built.buffer[header_ints(4) + GROUP_INTS * built.num_groups :].reshape(-1, 4)
     for op, shape in enumerate(shapes):
-        name = list(OPS)[op]
-        first, count = built.buffer[2 * range_index(name, expand=False) :][:2]
+        first, count = built.buffer[2 * range_index(op, expand=False) :][:2]
         done = [
             (int(item[0]) + second, int(item[2]), int(item[3]) % TWO_GROUPS)
             for item in items[first : first + count]
@@ -259,7 +261,7 @@ def test_items_cover_every_groups_work_exactly_once(rows: int, pattern: str, has
             for block in range(-(-int(stacked[groups[group, 0], op]) // 16))
             for plane in range(shape.num_planes)
         }
-        first, count = built.buffer[2 * range_index(name, expand=True) :][:2]
+        first, count = built.buffer[2 * range_index(op, expand=True) :][:2]
         covered = np.zeros((len(groups), shape.slice_begin[-1]), dtype=np.int32)
         for group, adapter, begin, extent in items[first : first + count]:
             assert adapter == groups[group, 0]

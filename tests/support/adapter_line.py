@@ -19,6 +19,7 @@ from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import CloseSession, Ended, ResidencyChanged, Submission, Submit, WantImage
 from loraplex_engine.rpc.store_client import AdapterClient, Attachment
 from loraplex_engine.sampling_params import SamplingParams, StoppingParams
+from support.decoder_shapes import pair_tensors
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -109,14 +110,16 @@ class Line:
     def image(self, digest: str = DIGEST) -> tuple[AdapterSpec, NDArray[np.uint8]]:
         """Return a valid image."""
         geometry = self.engine.params.geometry
-        spec = AdapterSpec(digest, (ModuleSpec(0, "q_proj", 4, 2.0), ModuleSpec(1, "down_proj", 8, 1.0)))
+        spec = AdapterSpec(
+            digest, (ModuleSpec.low_rank(0, "q_proj", 4, 2.0), ModuleSpec.low_rank(1, "down_proj", 8, 1.0))
+        )
         rng = np.random.default_rng(0)
         tensors = {}
-        for layer, projection, rank in spec.ranks:
-            inputs, outputs = geometry.projection_shape(projection)
+        for layer, projection, _, rank in spec.sizes:
+            inputs, outputs = geometry.projection(0, projection).shape
             a = rng.standard_normal((rank, inputs)).astype(np.float32)
             tensors[layer, projection] = (a, rng.standard_normal((outputs, rank)).astype(np.float32) * 0.1)
-        return spec, pack(geometry, spec, tensors)
+        return spec, pack(geometry, spec, pair_tensors(tensors))
 
     def offer(self, adapter: AdapterSpec, image: NDArray[np.uint8], **changes: Any) -> None:
         """Let the store offer an image."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from loraplex_common.adapter_image import PROJECTIONS
 from loraplex_common.base_model import BaseModelInfo, load_base_model
+from support.decoder_shapes import PROJECTIONS
 from support.safetensors_files import safetensors_bytes
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def adapter_tensors(base: BaseModelInfo, recipe: Recipe) -> dict[str, NDArray[np
     for layer in range(base.num_layers) if recipe.layers is None else recipe.layers:
         for projection in recipe.targets:
             module = module_name(layer, projection)
-            inputs, outputs = geometry.projection_shape(projection)
+            inputs, outputs = geometry.projection(0, projection).shape
             rank = recipe.rank_of(module)
             b_std = recipe.strength / (recipe.scaling_of(module) * math.sqrt(rank))
             prefix = f"base_model.model.{module}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, Tensors, pack
+from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, Tensors, pack
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterNotFoundError
 from loraplex_engine.limits import EngineParams, SchedulingPolicy
@@ -37,6 +37,7 @@ from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from loraplex_engine.step import TokenLogprobs
 from numpy.typing import NDArray
 from support.adapters import Recipe, adapter_tensors, module_name
+from support.decoder_shapes import PROJECTIONS, decoder_geometry, pair_tensors
 from support.fake_runner import FakeRunner, fake_image, fake_spec
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def running_engine(params: EngineParams, runner_factory: RunnerFactory) -> Itera
 
 
 FAKE_PAGE_BYTES = 128
-FAKE_GEOMETRY = Geometry(
+FAKE_GEOMETRY = decoder_geometry(
     dtype="float32",
     page_bytes=FAKE_PAGE_BYTES,
     num_layers=1,
@@ -305,9 +306,9 @@ def recipe_adapter(info: BaseModelInfo, recipe: Recipe, digest: str) -> tuple[Ad
             key = f"base_model.model.{name}.lora_A.weight"
             if key in files:
                 a, b = files[key], files[key.replace("lora_A", "lora_B")]
-                modules.append(ModuleSpec(layer, projection, a.shape[0], recipe.scaling_of(name)))
+                modules.append(ModuleSpec.low_rank(layer, projection, a.shape[0], recipe.scaling_of(name)))
                 tensors[layer, projection] = (a, b)
-    return AdapterSpec(digest, tuple(modules)), tensors
+    return AdapterSpec(digest, tuple(modules)), pair_tensors(tensors)
 
 
 @contextmanager

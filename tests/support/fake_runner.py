@@ -45,7 +45,7 @@ def draw(tokens: NDArray[np.int32], digest: str, scale: float, seed: int, banned
 
 def fake_spec(digest: str, rank: int = 8) -> AdapterSpec:
     """Return a spec of one module."""
-    return AdapterSpec(digest, (ModuleSpec(0, "q_proj", rank, 1.0),))
+    return AdapterSpec(digest, (ModuleSpec.low_rank(0, "q_proj", rank, 1.0),))
 
 
 def fake_image(digest: str, num_pages: int, page_bytes: int) -> NDArray[np.uint8]:

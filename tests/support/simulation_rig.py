@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from loraplex_common.base_model import BaseModelInfo
+from loraplex_common.projections import gated_decoder_layer
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.copies import Link
 from loraplex_engine.simulation.fleet import Fleet
@@ -36,6 +37,8 @@ TINY = ModelShape(
         vocab_size=256,
         max_position_embeddings=1024,
         config={},
+        layers=(gated_decoder_layer(hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=16),)
+        * 2,
     ),
     num_block_tokens=4,
 )

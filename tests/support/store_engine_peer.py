@@ -14,6 +14,7 @@ import crc32c
 import numpy as np
 from loraplex.v1 import adapter_pb2, adapter_store_pb2_grpc
 from loraplex.v1 import adapter_store_pb2 as pb
+from loraplex_common import geometry_wire
 from loraplex_common.arena_file import create_arena_file
 
 if TYPE_CHECKING:
@@ -70,22 +71,10 @@ class EnginePeer:
             header_bytes=HEADER_BYTES,
             nonce=self.nonce,
         )
-        g = self._geometry
         hello = _Request.Hello(
             engine_id=self.engine_id,
             base_model=adapter_pb2.BaseModel(name=self._base.name, fingerprint=self._base.fingerprint),
-            geometry=adapter_pb2.Geometry(
-                layout_version=g.layout_version,
-                dtype=g.dtype,
-                page_bytes=g.page_bytes,
-                num_layers=g.num_layers,
-                hidden_size=g.hidden_size,
-                intermediate_size=g.intermediate_size,
-                num_heads=g.num_heads,
-                num_kv_heads=g.num_kv_heads,
-                head_dim=g.head_dim,
-                tp_degree=1,
-            ),
+            geometry=geometry_wire.to_message(self._geometry),
             arenas=[arena],
             held=[self._held(digest) for digest in self.images],
             sequence=self._sequence,

@@ -42,7 +42,7 @@ def kv_bytes_per_token(shape: Shape) -> int:
 def adapter_bytes(shape: Shape, family: AdapterFamily, index: int) -> int:
     """Return the bytes of an adapter's weights, without padding."""
     spec = family.spec(shape, index)
-    sizes = (sum(shape.geometry.local_shape(m.projection)) * m.rank for m in spec.modules)
+    sizes = (sum(shape.geometry.local_shape(0, m.projection)) * m.rank for m in spec.modules)
     return sum(sizes) * ITEM_BYTES[shape.dtype]
 
 

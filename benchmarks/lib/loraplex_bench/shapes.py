@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, layout
 from loraplex_common.base_model import BaseModelInfo
+from loraplex_common.projections import gated_decoder_layer
 from loraplex_engine.pool_geometry import PoolGeometry, choose_pool_geometry
 
 if TYPE_CHECKING:
@@ -69,13 +70,13 @@ class AdapterFamily:
         """Return an adapter's modules."""
         rank, layers = self.ranks[index % len(self.ranks)], range(shape.info.num_layers)
         modules = tuple(
-            ModuleSpec(layer, name, rank, ALPHA / rank) for layer in layers for name in TARGETS[self.targets]
+            ModuleSpec.low_rank(layer, name, rank, ALPHA / rank) for layer in layers for name in TARGETS[self.targets]
         )
         return AdapterSpec(f"{index:064x}", modules)
 
     def num_pages(self, shape: Shape, index: int) -> int:
         """Return the pages of an adapter's image."""
-        return layout(shape.geometry, self.spec(shape, index).ranks).num_pages
+        return layout(shape.geometry, self.spec(shape, index).sizes).num_pages
 
     def total_pages(self, shape: Shape, count: int) -> int:
         """Return the pages of the first ``count`` adapters together."""
@@ -96,6 +97,9 @@ def llama(name: str, *, inter: int, kv_heads: int, vocab: int) -> BaseModelInfo:
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     }
+    layer = gated_decoder_layer(
+        hidden_size=4096, intermediate_size=inter, num_heads=32, num_kv_heads=kv_heads, head_dim=128
+    )
     return BaseModelInfo(
         name=name,
         fingerprint="0" * 64,
@@ -109,6 +113,7 @@ def llama(name: str, *, inter: int, kv_heads: int, vocab: int) -> BaseModelInfo:
         vocab_size=vocab,
         max_position_embeddings=4096,
         config=config,
+        layers=(layer,) * 32,
     )
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from loraplex_common.adapter_image import PROJECTIONS, Geometry, ImageError, to_bfloat16
+from loraplex_common.bfloat16 import to_bfloat16
 from loraplex_common.directories import model_directory_problem
+from loraplex_common.projections import LayerProjections, gated_decoder_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-TARGETS: Final = {"all": PROJECTIONS, "qkvo": ATTENTION}
 STRENGTH: Final = 0.02
 """Standard deviation of B: answers differ from the base model's, and stay text."""
 
@@ -40,15 +40,16 @@ class RandomAdapters:
     """A family of adapters: number i has the (i mod n)-th rank, and always the same weights.
 
     Attributes:
-        geometry: Of the base model.
+        layers: What each layer of the base model offers to adapters.
         base_model: Name of the base model, written into each ``adapter_config.json``.
+        targets: Names of the adapted projections, where a layer has them.
         dtype: One of `DTYPES`.
     """
 
-    geometry: Geometry
+    layers: tuple[LayerProjections, ...]
     base_model: str
+    targets: tuple[str, ...]
     ranks: tuple[int, ...] = (8,)
-    targets: tuple[str, ...] = PROJECTIONS
     dtype: str = "bfloat16"
     seed: int = 0
 
@@ -83,31 +84,32 @@ class RandomAdapters:
         generator = np.random.default_rng([self.seed, number])
         rank = self.rank_of(number)
         tensors: dict[str, NDArray[np.float32]] = {}
-        for layer in range(self.geometry.num_layers):
-            for projection in self.targets:
-                block = "self_attn" if projection in ATTENTION else "mlp"
-                prefix = f"base_model.model.model.layers.{layer}.{block}.{projection}"
-                inputs, outputs = self.geometry.projection_shape(projection)
+        for layer, offered in enumerate(self.layers):
+            by_name = {projection.name: projection for projection in offered}
+            for projection in (by_name[name] for name in self.targets if name in by_name):
+                prefix = f"base_model.model.model.layers.{layer}.{projection.path}"
+                inputs, outputs = projection.shape
                 a = generator.standard_normal((rank, inputs), dtype=np.float32) / np.float32(math.sqrt(inputs))
                 b = generator.standard_normal((outputs, rank), dtype=np.float32) * np.float32(STRENGTH)
                 tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
         return tensors
 
 
-def read_targets(text: str) -> tuple[str, ...]:
+def read_targets(text: str, layers: tuple[LayerProjections, ...]) -> tuple[str, ...]:
     """Return the projections of ``all``, ``qkvo`` or a list such as ``q_proj,v_proj``.
 
     Raises:
         RandomAdapterError: If one is none.
     """
-    names = TARGETS.get(text) or tuple(text.split(","))
-    if unknown := [name for name in names if name not in PROJECTIONS]:
-        raise RandomAdapterError(f"--targets {unknown[0]!r} is not all, qkvo or some of {', '.join(PROJECTIONS)}")
+    offered = tuple(dict.fromkeys(projection.name for layer in layers for projection in layer))
+    names = {"all": offered, "qkvo": ATTENTION}.get(text) or tuple(text.split(","))
+    if unknown := [name for name in names if name not in offered]:
+        raise RandomAdapterError(f"--targets {unknown[0]!r} is not all, qkvo or some of {', '.join(offered)}")
     return tuple(dict.fromkeys(names))
 
 
-def read_geometry(model: Path) -> Geometry:
-    """Return the shapes of a base model from its directory's ``config.json``.
+def read_layers(model: Path) -> tuple[LayerProjections, ...]:
+    """Return what each layer of a base model offers to adapters, from its directory's ``config.json``.
 
     Raises:
         RandomAdapterError: If there is none, or it lacks a shape.
@@ -118,21 +120,19 @@ def read_geometry(model: Path) -> Geometry:
     try:
         config = json.loads(path.read_text())
         num_heads = int(config["num_attention_heads"])
-        return Geometry(
-            dtype="float32",
-            page_bytes=4096,
-            num_layers=int(config["num_hidden_layers"]),
+        layer = gated_decoder_layer(
             hidden_size=int(config["hidden_size"]),
             intermediate_size=int(config["intermediate_size"]),
             num_heads=num_heads,
             num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
             head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_heads),
         )
+        return (layer,) * int(config["num_hidden_layers"])
     except OSError as error:
         raise RandomAdapterError(f"{path}: {error.strerror}") from error
     except KeyError as error:
         raise RandomAdapterError(f"{path}: {error.args[0]} is missing") from error
-    except (ValueError, TypeError, ZeroDivisionError, ImageError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise RandomAdapterError(f"{path}: {error}") from error
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import torch
-from loraplex_common.adapter_image import OP_INDEX
 
 from loraplex_kernels.lora.items import (
     GROUP_INTS,
-    HEADER_INTS,
     ITEM_INTS,
     ItemBuilder,
     ItemRanges,
     OpShape,
+    header_ints,
     range_index,
 )
 from loraplex_kernels.lora.tables import MAX_RANK
@@ -38,9 +37,10 @@ class StepItems:
     Groups lie at a fixed place, items behind the room for ``max_groups``, so that graphs stay valid.
     """
 
-    def __init__(self, *, max_rows: int, max_items: int, device: torch.device) -> None:
+    def __init__(self, *, num_ops: int, max_rows: int, max_items: int, device: torch.device) -> None:
         self._max_groups, self._max_items = max_rows, max_items
-        self._items_at = HEADER_INTS + max_rows * GROUP_INTS
+        self._header_ints = header_ints(num_ops)
+        self._items_at = self._header_ints + max_rows * GROUP_INTS
         size = self._items_at + max_items * ITEM_INTS
         self.buffer = torch.zeros(size, dtype=torch.int32, device=device)
         self._pinned = device.type == "cuda"
@@ -51,22 +51,22 @@ class StepItems:
         Raises:
             ValueError: If they are more than the buffers hold.
         """
-        items = (len(built.buffer) - HEADER_INTS) // ITEM_INTS - built.num_groups * GROUP_INTS // ITEM_INTS
+        items = (len(built.buffer) - self._header_ints) // ITEM_INTS - built.num_groups * GROUP_INTS // ITEM_INTS
         if built.num_groups > self._max_groups or items > self._max_items:
             raise ValueError(
                 f"{built.num_groups} groups, {items} items exceed {self._max_groups} and {self._max_items}"
             )
         host = torch.from_numpy(built.buffer)
         host = host.pin_memory() if self._pinned else host
-        head = HEADER_INTS + built.num_groups * GROUP_INTS
+        head = self._header_ints + built.num_groups * GROUP_INTS
         self.buffer[:head].copy_(host[:head], non_blocking=self._pinned)
         self.buffer[self._items_at : self._items_at + items * ITEM_INTS].copy_(host[head:], non_blocking=self._pinned)
 
-    def fill(self, lora: LoraTables, op: str, *, expand: bool) -> None:
+    def fill(self, lora: LoraTables, op_index: int, *, expand: bool) -> None:
         """Point a kernel's parameters at the items of an op."""
         base = self.buffer.data_ptr()
-        lora.range = base + 2 * INT_BYTES * range_index(op, expand=expand)
-        lora.groups = base + HEADER_INTS * INT_BYTES
+        lora.range = base + 2 * INT_BYTES * range_index(op_index, expand=expand)
+        lora.groups = base + self._header_ints * INT_BYTES
         lora.items = base + self._items_at * INT_BYTES
 
 
@@ -77,7 +77,7 @@ class LoraDecode:
         library: Compiles and loads them.
         tables: The resident adapters.
         pool: uint8 ``[num_pages, page_bytes]``; the unified pool.
-        shapes: Of the four ops, as the item builder has them.
+        shapes: Of the model's ops, as the item builder has them.
         max_rows: Most rows of a step.
         max_items: Most items of a step.
     """
@@ -94,7 +94,7 @@ class LoraDecode:
     ) -> None:
         item_bytes = 2 if library.dtype == torch.bfloat16 else 4
         self.builder = ItemBuilder(shapes, item_bytes)
-        self.items = StepItems(max_rows=max_rows, max_items=max_items, device=library.device)
+        self.items = StepItems(num_ops=len(shapes), max_rows=max_rows, max_items=max_items, device=library.device)
         self._library, self._tables, self._shapes = library, tables, shapes
         self._kept = (pool,)  # the kernels have its address
         planes = max(shape.num_planes for shape in shapes)
@@ -122,14 +122,15 @@ class LoraDecode:
 
         Args:
             layer: Decoder layer.
-            op: One of ``OPS``.
+            op: One of the layer's ops.
             x: ``[tokens, in_features]``.
             h: From `new_scratch`.
             grid: CTAs; they stride over the items.
         """
-        params, shape = self._shrink.params, self._shapes[OP_INDEX[op]]
+        params, index = self._shrink.params, self._tables.op_index(layer, op)
+        shape = self._shapes[index]
         params.x = self._library.check("x", x, self._library.dtype, -1, shape.columns)
-        self._fill_lora(params.lora, layer, op, expand=False)
+        self._fill_lora(params.lora, layer, index, expand=False)
         params.h, params.h_plane, params.h_stride = h.data_ptr(), h.stride(0), h.stride(1)
         params.columns, params.plane_columns = shape.columns, shape.plane_columns
         self._shrink.launch(grid)
@@ -139,16 +140,17 @@ class LoraDecode:
 
         Args:
             layer: Decoder layer.
-            op: One of ``OPS``.
+            op: One of the layer's ops.
             h: What `shrink` wrote.
             scale: fp32 ``[tokens]``.
             y: ``[tokens, out_features of all slices]``, updated in place.
             grid: CTAs.
         """
-        params, shape = self._expand.params, self._shapes[OP_INDEX[op]]
+        params, index = self._expand.params, self._tables.op_index(layer, op)
+        shape = self._shapes[index]
         params.y = self._library.check("y", y, self._library.dtype, -1, shape.slice_begin[-1])
         params.delta, params.accumulates = None, True
-        self._launch_expand(layer, op, h, scale, grid)
+        self._launch_expand(layer, index, h, scale, grid)
 
     def expand_delta(
         self, layer: int, op: str, h: torch.Tensor, scale: torch.Tensor, delta: torch.Tensor, grid: int
@@ -157,7 +159,7 @@ class LoraDecode:
 
         Args:
             layer: Decoder layer.
-            op: One of ``OPS``; its shape must be complete.
+            op: One of the layer's ops; its shape must be complete.
             h: What `shrink` wrote.
             scale: fp32 ``[tokens]``.
             delta: ``[tokens, out_features of all slices]``; fp32 for a kernel that adds it later, the element type for a
@@ -167,7 +169,8 @@ class LoraDecode:
         Raises:
             ValueError: If the op's shape is not complete.
         """
-        params, shape = self._expand.params, self._shapes[OP_INDEX[op]]
+        params, index = self._expand.params, self._tables.op_index(layer, op)
+        shape = self._shapes[index]
         if not shape.complete:
             raise ValueError(f"items of {op} leave outputs out that no adapter adapts")
         address = self._library.check("delta", delta, delta.dtype, -1, shape.slice_begin[-1])
@@ -176,18 +179,18 @@ class LoraDecode:
             raise ValueError(f"delta: {self._library.dtype} or torch.float32, not {delta.dtype}")
         params.y, params.delta = (address, None) if is_element else (None, address)
         params.accumulates = False
-        self._launch_expand(layer, op, h, scale, grid)
+        self._launch_expand(layer, index, h, scale, grid)
 
-    def _launch_expand(self, layer: int, op: str, h: torch.Tensor, scale: torch.Tensor, grid: int) -> None:
-        params, shape = self._expand.params, self._shapes[OP_INDEX[op]]
+    def _launch_expand(self, layer: int, op_index: int, h: torch.Tensor, scale: torch.Tensor, grid: int) -> None:
+        params, shape = self._expand.params, self._shapes[op_index]
         params.y_stride = shape.slice_begin[-1]
-        self._fill_lora(params.lora, layer, op, expand=True)
+        self._fill_lora(params.lora, layer, op_index, expand=True)
         self._fill_expand(params.expand, shape, h, scale)
         self._expand.launch(grid)
 
-    def _fill_lora(self, lora: LoraTables, layer: int, op: str, *, expand: bool) -> None:
-        lora.entries = self._tables.entry_address(layer, op)
-        self.items.fill(lora, op, expand=expand)
+    def _fill_lora(self, lora: LoraTables, layer: int, op_index: int, *, expand: bool) -> None:
+        lora.entries = self._tables.entry_address(layer, op_index)
+        self.items.fill(lora, op_index, expand=expand)
 
     def _fill_expand(self, expand: ExpandParams, shape: OpShape, h: torch.Tensor, scale: torch.Tensor) -> None:
         expand.h, expand.h_plane, expand.h_stride = h.data_ptr(), h.stride(0), h.stride(1)

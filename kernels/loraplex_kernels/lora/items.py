@@ -4,7 +4,7 @@ Rows are grouped by adapter, at most 8 to a group; a group's work is cut into it
 follows the sum of the ranks in the batch and not their maximum. Ranks may differ between layers: items cover the
 largest, and a kernel skips what its layer does not have.
 
-Everything a step needs is one int32 buffer: ranges ``[8, 2]`` (padded), groups, items.
+Everything a step needs is one int32 buffer: ranges ``[2 * ops, 2]`` (padded), groups, items.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
-from loraplex_common.adapter_image import OP_INDEX, OPS
-
-from loraplex_kernels.lora.tables import MAX_SLICES
+from loraplex_common.low_rank import MAX_SLICES
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
@@ -33,7 +31,7 @@ MAX_PLANES: Final = 6
 GROUP_TOKENS_AT: Final = 4
 GROUP_INTS: Final = GROUP_TOKENS_AT + GROUP_TOKENS
 ITEM_INTS: Final = 4
-HEADER_INTS: Final = 32
+HEADER_STEP: Final = 32  # a whole line of the cache: groups and items begin on 128 bytes
 EXPAND_ITEM_BYTES: Final = 16 * 1024
 WAVE_ITEMS: Final = 660  # five CTAs for each multiprocessor of an H100: with fewer items, runs are cut shorter
 BLOCK_ROWS: Final = 64  # kBlockRows
@@ -77,7 +75,7 @@ class OpShape:
 
 
 def op_shapes(geometry: Geometry, *, complete: frozenset[str] = frozenset()) -> tuple[OpShape, ...]:
-    """Return the shapes of the four ops of one tensor-parallel rank.
+    """Return the shapes of a model's ops, of one tensor-parallel rank, in the order of ``geometry.ops``.
 
     Args:
         geometry: Shapes of the base model.
@@ -85,11 +83,11 @@ def op_shapes(geometry: Geometry, *, complete: frozenset[str] = frozenset()) -> 
     """
     return tuple(
         OpShape(
-            columns=geometry.local_shape(projections[0])[0],
-            outputs=tuple(geometry.local_shape(p)[1] for p in projections),
-            complete=op in complete,
+            columns=op.local_columns(geometry.tp_degree),
+            outputs=op.local_outputs(geometry.tp_degree),
+            complete=op.name in complete,
         )
-        for op, projections in OPS.items()
+        for op in geometry.ops
     )
 
 
@@ -99,7 +97,7 @@ class ItemRanges(NamedTuple):
     Attributes:
         buffer: int32; header ``[(first item, items)]`` by `range_index`, then groups, then items.
         num_groups: Groups in it.
-        counts: ``[8]`` items by `range_index`.
+        counts: ``[2 * ops]`` items by `range_index`.
     """
 
     buffer: NDArray[np.int32]
@@ -107,9 +105,14 @@ class ItemRanges(NamedTuple):
     counts: NDArray[np.int32]
 
 
-def range_index(op: str, *, expand: bool) -> int:
+def range_index(op_index: int, *, expand: bool) -> int:
     """Return the place of an op's shrink or expand items in the header."""
-    return 2 * OP_INDEX[op] + expand
+    return 2 * op_index + expand
+
+
+def header_ints(num_ops: int) -> int:
+    """Return the length of the header of a model with that many ops: two ranges of two ints each, padded."""
+    return -(-4 * num_ops // HEADER_STEP) * HEADER_STEP
 
 
 def make_groups(adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
@@ -206,7 +209,7 @@ class ItemBuilder:
     """Builds the items of a step.
 
     Args:
-        shapes: Of the four ops, in the order of ``OPS``.
+        shapes: Of the model's ops, from `op_shapes`.
         item_bytes: Bytes of an element.
     """
 
@@ -232,7 +235,8 @@ class ItemBuilder:
         groups = make_groups(adapters, rows)
         has_adapter = groups[:, 0] >= 0
         of_group = np.maximum(groups[:, 0], 0)
-        header, counts = np.zeros(HEADER_INTS, dtype=np.int32), np.zeros(2 * len(self.shapes), dtype=np.int32)
+        num_ops = len(self.shapes)
+        header, counts = np.zeros(header_ints(num_ops), dtype=np.int32), np.zeros(2 * num_ops, dtype=np.int32)
         parts: list[NDArray[np.int32]] = []
         first = 0
         for op, shape in enumerate(self.shapes):

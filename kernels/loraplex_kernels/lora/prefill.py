@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import OP_INDEX, TILE_BYTES
+from loraplex_common.adapter_image import TILE_BYTES
 
 from loraplex_kernels.lora.items import ITEM_INTS, OpShape, within_runs
 from loraplex_kernels.lora.prefill_cut import CLUSTERS, RESIDENCIES, choose_cut, num_shares
@@ -190,7 +190,7 @@ class LoraPrefill:
         library: Compiles and loads it; bf16.
         tables: The resident adapters.
         pool: uint8 ``[num_pages, page_bytes]``; the unified pool.
-        shapes: Of the four ops.
+        shapes: Of the model's ops.
         max_items: Most items of a step.
         clusters: Sizes to choose from; those of the library's architecture if unset.
         residencies: CTAs per SM to choose from.
@@ -263,7 +263,7 @@ class LoraPrefill:
 
         Args:
             layer: Decoder layer.
-            op: One of ``OPS``.
+            op: One of the layer's ops.
             x: ``[tokens, in_features]``.
             scale: fp32 ``[tokens]``.
             y: ``[tokens, out_features of all slices]``, updated in place.
@@ -271,7 +271,8 @@ class LoraPrefill:
         Raises:
             ValueError: If a shape, dtype or device differs.
         """
-        shape, plan = self._shapes[OP_INDEX[op]], self._plans[OP_INDEX[op]]
+        index = self._tables.op_index(layer, op)
+        shape, plan = self._shapes[index], self._plans[index]
         begin, check = shape.slice_begin, self._library.check
         kernel = self._kernels[plan.cluster, plan.ranks, plan.ctas_per_sm]
         params = kernel.params
@@ -280,6 +281,6 @@ class LoraPrefill:
         params.y = check("y", y, self._library.dtype, -1, begin[-1])
         params.y_stride, params.columns, params.log_shares = begin[-1], shape.columns, plan.shares.bit_length() - 1
         params.slice_begin[:] = shape.kernel_slice_begin
-        params.lora.entries = self._tables.entry_address(layer, op)
+        params.lora.entries = self._tables.entry_address(layer, index)
         params.lora.items = self.buffer.data_ptr() + 4 * ITEM_INTS * plan.first
         kernel.launch(plan.num_items * plan.cluster)

@@ -10,49 +10,42 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import ITEM_BYTES, KIND_A, KIND_B, OP_INDEX, OPS, TILE_ALIGN, layout
+from loraplex_common.adapter_image import ITEM_BYTES, TILE_ALIGN, layout
+from loraplex_common.adapter_parts import KINDS, check_kinds
+from loraplex_common.low_rank import LOW_RANK, MAX_SLICES
+from loraplex_common.part_kind import Matrices
 from loraplex_common.rank_limits import CUDA_MAX_RANK
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
 
-NUM_OPS: Final = len(OPS)
-MAX_SLICES: Final = 3
+COMPUTED_KINDS: Final = (LOW_RANK,)
+"""Kinds of parts that kernels exist for."""
 MAX_RANK: Final = CUDA_MAX_RANK  # kMaxRank, of one projection
 MAX_STACKED_RANK: Final = MAX_SLICES * MAX_RANK  # of an op
-ENTRY_DTYPE: Final = np.dtype(
-    [
-        ("a_first", np.int32),
-        ("a_step", np.int32),
-        ("stacked_rank", np.int32),
-        ("reserved", np.int32),
-        ("rank", np.int32, MAX_SLICES),
-        ("b_first", np.int32, MAX_SLICES),
-        ("b_step", np.int32, MAX_SLICES),
-        ("scaling", np.float32, MAX_SLICES),
-        ("a_offset", np.int64),
-        ("b_offset", np.int64, MAX_SLICES),
-    ]
-)
-"""One OpEntry of csrc/lora/table.cuh, 96 bytes."""
-_PLACE: Final = {name: (OP_INDEX[op], index) for op, names in OPS.items() for index, name in enumerate(names)}
 
 
 class TableFullError(RuntimeError):
     """The tile table has no room for an adapter; the message holds the arithmetic."""
 
 
+class OpLimitError(ValueError):
+    """The model fuses more projections than the kernels take; the message names op, number and limit."""
+
+
 class RankLimitError(ValueError):
     """A module's rank exceeds what the kernels take; the message names layer, projection, rank and limit."""
 
 
-def check_ranks(spec: AdapterSpec) -> None:
-    """Refuse an adapter whose ranks the kernels cannot take.
+def check_parts(spec: AdapterSpec) -> None:
+    """Refuse an adapter whose parts the kernels cannot take.
 
     Raises:
+        ImageError: If a module has a part that no kernel computes.
         RankLimitError: If a module's rank exceeds `MAX_RANK`; ops of such modules stay within `MAX_STACKED_RANK`.
     """
+    check_kinds(spec, COMPUTED_KINDS, "cuda")
     for module in spec.modules:
         if module.rank > MAX_RANK:
             raise RankLimitError(
@@ -61,38 +54,50 @@ def check_ranks(spec: AdapterSpec) -> None:
             )
 
 
+def check_ops(geometry: Geometry) -> None:
+    """Refuse a model whose ops the kernels cannot take.
+
+    Raises:
+        OpLimitError: If an op has more than `MAX_SLICES` projections.
+    """
+    for op in geometry.ops:
+        if len(op.projections) > MAX_SLICES:
+            raise OpLimitError(
+                f"op {op.name} fuses {len(op.projections)} projections ({', '.join(op.slices)}); the CUDA kernels take "
+                f"{MAX_SLICES} of one op: use --backend torch"
+            )
+
+
 def make_entries(
     geometry: Geometry, spec: AdapterSpec, pages: NDArray[np.int32]
-) -> tuple[NDArray[np.void], NDArray[np.int64]]:
-    """Return an adapter's ``[layers, 4]`` entries of `ENTRY_DTYPE` and its tiles' byte offsets in the pool.
+) -> tuple[dict[str, NDArray[np.void]], NDArray[np.int64]]:
+    """Return an adapter's ``[layers, ops]`` entries, by kind of part, and its tiles' byte offsets in the pool.
 
     Tile numbers in the entries count from the adapter's first tile.
 
     Raises:
         ValueError: If pages are too few.
         RankLimitError: If a module's rank exceeds what the kernels take.
+        ImageError: If a module has a part that no kernel computes.
     """
-    check_ranks(spec)
-    plan = layout(geometry, spec.ranks)
+    check_parts(spec)
+    plan = layout(geometry, spec.sizes)
     if len(pages) < plan.num_pages:
         raise ValueError(f"adapter {spec.digest[:12]} needs {plan.num_pages} pages, got {len(pages)}")
     tiles = plan.tiles
-    entries = np.zeros((geometry.num_layers, NUM_OPS), dtype=ENTRY_DTYPE)
-    firsts = np.flatnonzero(tiles["start"] == 0)
-    first_a, first_b = firsts[tiles["kind"][firsts] == KIND_A], firsts[tiles["kind"][firsts] == KIND_B]
-    at_a = tiles["layer"][first_a], tiles["op"][first_a]
-    entries["a_first"][at_a], entries["a_step"][at_a] = first_a, tiles["cols"][first_a]
-    entries["stacked_rank"][at_a] = tiles["rows"][first_a]
-    at_b = tiles["layer"][first_b], tiles["op"][first_b], tiles["slice"][first_b]
-    entries["b_first"][at_b], entries["b_step"][at_b] = first_b, tiles["rows"][first_b]
-    entries["rank"][at_b] = tiles["cols"][first_b]
-    for module in spec.modules:
-        op, slice_index = _PLACE[module.projection]
-        entries["scaling"][module.layer, op, slice_index] = module.scaling
     offsets = pages[tiles["page"]].astype(np.int64) * geometry.page_bytes + tiles["offset"]
+    firsts = np.flatnonzero(tiles["start"] == 0)
     begins = _undivided(geometry, tiles, firsts, offsets)
-    entries["a_offset"][at_a] = begins[tiles["kind"][firsts] == KIND_A]
-    entries["b_offset"][at_b] = begins[tiles["kind"][firsts] == KIND_B]
+    entries: dict[str, NDArray[np.void]] = {}
+    for kind in KINDS.values():
+        entries[kind.name] = np.zeros((geometry.num_layers, len(geometry.ops)), dtype=kind.table_dtype)
+        is_its = np.isin(tiles["kind"][firsts], list(kind.entries))
+        kind.write_entries(entries[kind.name], Matrices(tiles[firsts[is_its]], firsts[is_its], begins[is_its]))
+    parts = [(part, module) for module in spec.modules for part in module.parts]
+    for kind in KINDS.values():
+        if found := [(part, module) for part, module in parts if part.kind == kind.name]:
+            places = [(module.layer, *geometry.place(module.layer, module.projection)) for _, module in found]
+            kind.write_numbers(entries[kind.name], tuple(zip(*places, strict=True)), [part for part, _ in found])
     return entries, offsets
 
 
@@ -167,33 +172,54 @@ class AdapterTables:
 
     Attributes:
         geometry: Of adapter images.
-        entries: uint8 ``[max_adapters, layers, 4, 96]`` on the device.
         tiles: int64 ``[tile_capacity]`` on the device; byte offsets in the pool.
-        max_ranks: int32 ``[max_adapters, 4, 3]`` on the host; largest rank of each slice over the layers.
-        max_stacked: int32 ``[max_adapters, 4]`` on the host; largest stacked rank over the layers.
+        max_ranks: int32 ``[max_adapters, ops, 3]`` on the host; largest rank of each slice over the layers.
+        max_stacked: int32 ``[max_adapters, ops]`` on the host; largest stacked rank over the layers.
+
+    Raises:
+        OpLimitError: If an op has more slices than the kernels take.
     """
 
     def __init__(self, geometry: Geometry, *, max_adapters: int, tile_capacity: int, device: torch.device) -> None:
-        shape = (max_adapters, geometry.num_layers, NUM_OPS, ENTRY_DTYPE.itemsize)
+        check_ops(geometry)
         self.geometry = geometry
         self._allocator = RangeAllocator(tile_capacity)
         self._ranges: dict[int, tuple[int, int]] = {}
         self._pinned = device.type == "cuda"
-        spare = ENTRY_DTYPE.itemsize  # kernels prefetch the entry behind the one they read
-        storage = torch.zeros(int(np.prod(shape)) + spare, dtype=torch.uint8, device=device)
-        self.entries = storage[:-spare].view(shape)
+        num_ops = len(geometry.ops)
+        self._entries: dict[str, torch.Tensor] = {}
+        for kind in KINDS.values():
+            shape = (max_adapters, geometry.num_layers, num_ops, kind.table_dtype.itemsize)
+            spare = kind.table_dtype.itemsize  # kernels prefetch the entry behind the one they read
+            storage = torch.zeros(int(np.prod(shape)) + spare, dtype=torch.uint8, device=device)
+            self._entries[kind.name] = storage[:-spare].view(shape)
+        self._op_indices = [geometry.op_indices(layer) for layer in range(geometry.num_layers)]
         self.tiles = torch.zeros(tile_capacity, dtype=torch.int64, device=device)
-        self.max_ranks = np.zeros((max_adapters, NUM_OPS, MAX_SLICES), dtype=np.int32)
-        self.max_stacked = np.zeros((max_adapters, NUM_OPS), dtype=np.int32)
+        self.max_ranks = np.zeros((max_adapters, num_ops, MAX_SLICES), dtype=np.int32)
+        self.max_stacked = np.zeros((max_adapters, num_ops), dtype=np.int32)
+
+    @property
+    def entries(self) -> torch.Tensor:
+        """Entries of low-rank pairs, see `entries_of`."""
+        return self._entries[LOW_RANK]
+
+    def entries_of(self, kind: str) -> torch.Tensor:
+        """Return the entries of a kind of part: uint8 ``[max_adapters, layers, ops, bytes of an entry]`` on the device."""
+        return self._entries[kind]
 
     @property
     def entry_stride(self) -> int:
         """Entries from one adapter to the next."""
-        return self.geometry.num_layers * NUM_OPS
+        return self.geometry.num_layers * len(self.geometry.ops)
 
-    def entry_address(self, layer: int, op: str) -> int:
+    def op_index(self, layer: int, op: str) -> int:
+        """Return the place in ``geometry.ops`` of a layer's op."""
+        return self._op_indices[layer][op]
+
+    def entry_address(self, layer: int, op_index: int, kind: str = LOW_RANK) -> int:
         """Return the device address of adapter 0's entry for a layer and op."""
-        return self.entries.data_ptr() + (layer * NUM_OPS + OP_INDEX[op]) * ENTRY_DTYPE.itemsize
+        entries = self._entries[kind]
+        return entries.data_ptr() + (layer * entries.shape[2] + op_index) * entries.shape[3]
 
     def bind(self, index: int, spec: AdapterSpec, pages: NDArray[np.int32]) -> None:
         """Write an adapter's rows on the current stream.
@@ -207,16 +233,18 @@ class AdapterTables:
             raise RuntimeError(f"index {index} is bound already")
         entries, offsets = make_entries(self.geometry, spec, pages)
         start = self._allocator.allocate(len(offsets))
-        entries["a_first"] += start
-        entries["b_first"] += start
         self._ranges[index] = (start, len(offsets))
-        self.max_ranks[index] = entries["rank"].max(axis=0)
-        self.max_stacked[index] = entries["stacked_rank"].max(axis=0)
+        self.max_ranks[index] = entries[LOW_RANK]["rank"].max(axis=0)
+        self.max_stacked[index] = entries[LOW_RANK]["stacked_rank"].max(axis=0)
         self._upload(self.tiles[start : start + len(offsets)], torch.from_numpy(offsets))
-        self._upload(self.entries[index], torch.from_numpy(entries.view(np.uint8).reshape(self.entries.shape[1:])))
+        for name, rows in entries.items():
+            for field in KINDS[name].tile_fields:
+                rows[field] += start
+            target = self._entries[name][index]
+            self._upload(target, torch.from_numpy(rows.view(np.uint8).reshape(target.shape)))
 
     def unbind(self, index: int) -> None:
-        """Forget an adapter; its rows on the device stay until the index is bound again, and nobody names them.
+        """Forget an adapter; its rows on the device stay until the index is bound again, and no step names them.
 
         Raises:
             KeyError: If the index is not bound.

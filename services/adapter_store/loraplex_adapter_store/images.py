@@ -150,7 +150,7 @@ class ImageCache:
         manifest = await self._manifest(key.digest)
         fit.check_base(key.digest, manifest.base_fingerprint)
         try:
-            plan = layout(key.geometry, manifest.spec.ranks)
+            plan = layout(key.geometry, manifest.spec.sizes)
         except ImageError as error:
             raise AdapterIncompatibleError(f"revision {key.digest}: {error}") from error
         fit.check_pages(key.digest, plan.num_pages, key.geometry.page_bytes, manifest.spec.max_rank)

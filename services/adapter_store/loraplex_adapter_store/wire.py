@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import crc32c
 from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex.v1 import adapter_pb2, adapter_store_pb2
-from loraplex_common.adapter_image import Geometry, ImageError
+from loraplex_common import geometry_wire
+from loraplex_common.adapter_image import ImageError
 from loraplex_common.error_status import to_status
 from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
 from loraplex_common.ids import DEFAULT_LABEL, is_digest
@@ -32,6 +33,8 @@ from loraplex_adapter_store.attach.messages import (
 )
 
 if TYPE_CHECKING:
+    from loraplex_common.adapter_image import Geometry
+
     from loraplex_adapter_store.aliases import AliasUpdate
     from loraplex_adapter_store.imports.importer import ImportOutcome, Progress
     from loraplex_adapter_store.records import AdapterRecord, AdapterView, Revision
@@ -149,21 +152,10 @@ def geometry(message: adapter_pb2.Geometry) -> Geometry:
     """Convert a geometry.
 
     Raises:
-        AdapterIncompatibleError: If this store does not know its layout version or dtype.
+        AdapterIncompatibleError: If this store does not know its layout version or dtype, or it makes no sense.
     """
     try:
-        return Geometry(
-            layout_version=message.layout_version,
-            dtype=message.dtype,
-            page_bytes=message.page_bytes,
-            num_layers=message.num_layers,
-            hidden_size=message.hidden_size,
-            intermediate_size=message.intermediate_size,
-            num_heads=message.num_heads,
-            num_kv_heads=message.num_kv_heads,
-            head_dim=message.head_dim,
-            tp_degree=message.tp_degree or 1,
-        )
+        return geometry_wire.from_message(message)
     except ImageError as error:
         raise AdapterIncompatibleError(f"engine and store do not agree on the image: {error}") from error
 

@@ -16,6 +16,7 @@ from loraplex_common.base_names import folder_name, hub_id_of
 from loraplex_common.config_values import BaseModelError as BaseModelError
 from loraplex_common.decoder_config import ModelConfig
 from loraplex_common.directories import model_directory_problem
+from loraplex_common.projections import LayerProjections
 from loraplex_common.weight_digests import FileState, weight_digests
 from loraplex_common.weight_files import Weights, find_weights
 
@@ -41,6 +42,7 @@ class BaseModelInfo:
         aliases: Other names adapters may use for it (``base_model_name_or_path``), e.g. its hub id.
         max_position_embeddings: Longest sequence the model was trained for, in tokens.
         config: config.json as read.
+        layers: What each decoder layer offers to adapters.
     """
 
     name: str
@@ -55,20 +57,11 @@ class BaseModelInfo:
     vocab_size: int
     max_position_embeddings: int
     config: dict[str, Any]
+    layers: tuple[LayerProjections, ...]
 
     def geometry(self, *, dtype: str, page_bytes: int, tp_degree: int = 1) -> Geometry:
         """Return the image geometry of an engine that serves this model."""
-        return Geometry(
-            dtype=dtype,
-            page_bytes=page_bytes,
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            tp_degree=tp_degree,
-        )
+        return Geometry.of(self.layers, dtype=dtype, page_bytes=page_bytes, tp_degree=tp_degree)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +148,7 @@ def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[
         vocab_size=shape.vocab_size,
         max_position_embeddings=shape.max_position_embeddings,
         config=checked.config,
+        layers=shape.layers,
     )
 
 

@@ -1,33 +1,20 @@
-"""What an adapter's page image depends on: the engine's geometry, and which projections the adapter adapts."""
+"""What an adapter's page image depends on besides the adapter: the engine's geometry."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.projections import LayerProjections, Op, Projection, Split, ops_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
+"""1 knew the seven projections of the Llama family only."""
 TILE_BYTES: Final = 32 * 1024
 TILE_ALIGN: Final = 128
-
-OPS: Final[Mapping[str, tuple[str, ...]]] = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
-OP_SLICES: Final = tuple(OPS.values())
-OP_INDEX: Final = {op: index for index, op in enumerate(OPS)}
-PROJECTIONS: Final = tuple(projection for slices in OPS.values() for projection in slices)
-ROW_PARALLEL: Final = frozenset({"o_proj", "down_proj"})  # split along their inputs under tensor parallelism
 ITEM_BYTES: Final = {"float32": 4, "bfloat16": 2}
-
-
-Ranks: TypeAlias = tuple[tuple[int, str, int], ...]
-"""``(layer, projection, rank)`` of every module: what the layout depends on, and a key to cache it by."""
 
 
 class ImageError(ValueError):
@@ -38,22 +25,28 @@ class ImageError(ValueError):
 class Geometry:
     """All that an image depends on besides the adapter.
 
+    Layers that offer the same projections share one description, so that a geometry is compared, hashed and sent in a few
+    numbers. `Geometry.of` makes one from the layers as the model declares them.
+
     Attributes:
         dtype: ``float32`` (CPU) or ``bfloat16`` (GPU): the engine's compute dtype.
         page_bytes: Bytes of a page of the pool.
+        distinct_layers: The different descriptions of layers, in the order of the first layer that each describes.
+        layer_indices: Per decoder layer, its description in ``distinct_layers``.
         tp_degree: Tensor-parallel degree; there is one image per rank.
+        ops: All different ops of the model. Two ops of one name differ in their projections, in different layers.
     """
 
     layout_version: int = LAYOUT_VERSION
     dtype: str
     page_bytes: int
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    distinct_layers: tuple[LayerProjections, ...]
+    layer_indices: tuple[int, ...]
     tp_degree: int = 1
+    ops: tuple[Op, ...] = field(init=False, compare=False, repr=False)
+    _op_indices: tuple[dict[str, int], ...] = field(init=False, compare=False, repr=False)
+    _projections: tuple[dict[str, Projection], ...] = field(init=False, compare=False, repr=False)
+    _places: tuple[dict[str, tuple[int, int]], ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.layout_version != LAYOUT_VERSION:
@@ -62,78 +55,110 @@ class Geometry:
             raise ImageError(f"dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}")
         if self.page_bytes <= 0 or self.page_bytes % TILE_ALIGN:
             raise ImageError(f"page_bytes {self.page_bytes} is not a positive multiple of {TILE_ALIGN}")
-        for name in ("num_heads", "num_kv_heads", "intermediate_size"):
-            if self.tp_degree <= 0 or getattr(self, name) % self.tp_degree:
-                raise ImageError(f"{name} {getattr(self, name)} cannot be split over tp_degree {self.tp_degree}")
+        for index in self.layer_indices:
+            if not 0 <= index < len(self.distinct_layers):
+                raise ImageError(f"layer description {index} does not exist: there are {len(self.distinct_layers)}")
+        for layer in self.distinct_layers:
+            _check_layer(layer, self.tp_degree)
+        per_layer = [ops_of(layer) for layer in self.distinct_layers]
+        ops = tuple(dict.fromkeys(op for layer in per_layer for op in layer))
+        place = {op: index for index, op in enumerate(ops)}
+        derived = {
+            "ops": ops,
+            "_op_indices": tuple({op.name: place[op] for op in layer} for layer in per_layer),
+            "_projections": tuple({each.name: each for each in layer} for layer in self.distinct_layers),
+            "_places": tuple(
+                {name: (place[op], index) for op in layer for index, name in enumerate(op.slices)}
+                for layer in per_layer
+            ),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, layers: Iterable[LayerProjections], *, dtype: str, page_bytes: int, tp_degree: int = 1) -> Geometry:
+        """Return the geometry of a model whose layers offer these projections.
+
+        Raises:
+            ImageError: If it is none: a dtype, size or layer makes no sense.
+        """
+        layers = tuple(layers)
+        distinct = {layer: index for index, layer in enumerate(dict.fromkeys(layers))}
+        return cls(
+            dtype=dtype,
+            page_bytes=page_bytes,
+            distinct_layers=tuple(distinct),
+            layer_indices=tuple(distinct[layer] for layer in layers),
+            tp_degree=tp_degree,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layer_indices)
+
+    @property
+    def layers(self) -> tuple[LayerProjections, ...]:
+        """What each layer offers to adapters."""
+        return tuple(self.distinct_layers[index] for index in self.layer_indices)
+
+    @property
+    def projection_names(self) -> tuple[str, ...]:
+        """Names of all projections that any layer offers, without repetition."""
+        return tuple(dict.fromkeys(each.name for layer in self.distinct_layers for each in layer))
 
     @property
     def tile_bytes(self) -> int:
         """Largest tile, in bytes."""
         return min(TILE_BYTES, self.page_bytes)
 
-    def projection_shape(self, projection: str) -> tuple[int, int]:
-        """Return a projection's unsharded ``(in_features, out_features)``."""
-        query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
-            "q_proj": (self.hidden_size, query),
-            "k_proj": (self.hidden_size, key_value),
-            "v_proj": (self.hidden_size, key_value),
-            "o_proj": (query, self.hidden_size),
-            "gate_proj": (self.hidden_size, self.intermediate_size),
-            "up_proj": (self.hidden_size, self.intermediate_size),
-            "down_proj": (self.intermediate_size, self.hidden_size),
-        }[projection]
+    def projection(self, layer: int, name: str) -> Projection:
+        """Return one projection.
 
-    def local_shape(self, projection: str) -> tuple[int, int]:
-        """Return the ``(in_features, out_features)`` that one tensor-parallel rank computes."""
-        rows_in, rows_out = self.projection_shape(projection)
-        if projection in ROW_PARALLEL:
-            return rows_in // self.tp_degree, rows_out
-        return rows_in, rows_out // self.tp_degree
+        Raises:
+            ImageError: If the layer does not exist or has no such projection.
+        """
+        if not 0 <= layer < len(self.layer_indices):
+            raise ImageError(f"layer {layer} does not exist: the base model has {self.num_layers}")
+        offered = self._projections[self.layer_indices[layer]]
+        if name not in offered:
+            raise ImageError(f"projection {name!r} is not one of {', '.join(offered)}, which layer {layer} offers")
+        return offered[name]
+
+    def local_shape(self, layer: int, name: str) -> tuple[int, int]:
+        """Return the ``(in_features, out_features)`` that one tensor-parallel rank computes.
+
+        Raises:
+            ImageError: As `projection`.
+        """
+        return self.projection(layer, name).local_shape(self.tp_degree)
+
+    def place(self, layer: int, name: str) -> tuple[int, int]:
+        """Return where a projection that the layer offers is computed: an index into ``ops``, and the slice of that op."""
+        return self._places[self.layer_indices[layer]][name]
+
+    def op_indices(self, layer: int) -> Mapping[str, int]:
+        """Return, by name and in the layer's order, where its ops stand in ``ops``."""
+        return self._op_indices[self.layer_indices[layer]]
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleSpec:
-    """One adapted projection of one layer.
+def _check_layer(layer: LayerProjections, tp_degree: int) -> None:
+    """Refuse a layer whose projections cannot be told apart, fused or divided.
 
-    Attributes:
-        scaling: Factor on B·A·x: alpha / rank, or alpha / sqrt(rank) for rsLoRA; fp32 in the device table.
+    Raises:
+        ImageError: If so; the message names the projection.
     """
-
-    layer: int
-    projection: str
-    rank: int
-    scaling: float
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSpec:
-    """What an engine must know of an adapter besides its pages.
-
-    Attributes:
-        digest: The revision: sha256 over canonical config and tensors, 64 hex digits.
-        modules: Adapted projections, sorted by (layer, order of ``PROJECTIONS``).
-    """
-
-    digest: str
-    modules: tuple[ModuleSpec, ...]
-
-    @property
-    def max_rank(self) -> int:
-        """Largest rank of any module."""
-        return max((module.rank for module in self.modules), default=0)
-
-    @property
-    def ranks(self) -> Ranks:
-        """``(layer, projection, rank)`` of every module."""
-        return tuple((module.layer, module.projection, module.rank) for module in self.modules)
-
-    def to_json(self) -> bytes:
-        """Encode for the wire."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> AdapterSpec:
-        """Decode what `to_json` wrote."""
-        fields: dict[str, Any] = json.loads(data)
-        return cls(fields["digest"], tuple(ModuleSpec(**module) for module in fields["modules"]))
+    names = [projection.name for projection in layer]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ImageError(f"a layer has two projections named {repeated[0]!r}")
+    for projection in layer:
+        if min(projection.shape) <= 0:
+            raise ImageError(f"{projection.path}: {projection.in_features} x {projection.out_features} is no matrix")
+        width = projection.in_features if projection.split is Split.INPUTS else projection.out_features
+        if tp_degree <= 0 or width % tp_degree:
+            raise ImageError(
+                f"{width} {projection.split.value} of {projection.path} cannot be split over tp_degree {tp_degree}"
+            )
+    for op in ops_of(layer):
+        if len({(projection.in_features, projection.split) for projection in op.projections}) > 1:
+            raise ImageError(f"the projections of {op.name}, {', '.join(op.slices)}, do not share one input")

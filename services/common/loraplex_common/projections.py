@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 
@@ -38,9 +38,52 @@ class Projection:
         """Last part of the path, for example ``q_proj``: unique within a layer."""
         return self.path.rpartition(".")[2]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(in_features, out_features)``, before any split over ranks."""
+        return self.in_features, self.out_features
+
+    def local_shape(self, tp_degree: int) -> tuple[int, int]:
+        """Return the ``(in_features, out_features)`` that one of ``tp_degree`` tensor-parallel ranks computes."""
+        if self.split is Split.INPUTS:
+            return self.in_features // tp_degree, self.out_features
+        return self.in_features, self.out_features // tp_degree
+
 
 LayerProjections: TypeAlias = tuple[Projection, ...]
 """Projections of one layer, in the order of their ops and of each op's outputs. A layer may lack some that others have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One fused product: its projections share an input, and their outputs lie one after another.
+
+    Attributes:
+        name: What the layer calls it. Two layers may have different ops of one name.
+        projections: Its *slices*, in the order of their outputs.
+        slices: Names of them.
+    """
+
+    name: str
+    projections: LayerProjections
+    slices: tuple[str, ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slices", tuple(projection.name for projection in self.projections))
+
+    def local_columns(self, tp_degree: int) -> int:
+        """Return the input features that one tensor-parallel rank computes with."""
+        return self.projections[0].local_shape(tp_degree)[0]
+
+    def local_outputs(self, tp_degree: int) -> tuple[int, ...]:
+        """Return the output features of each slice that one tensor-parallel rank computes."""
+        return tuple(projection.local_shape(tp_degree)[1] for projection in self.projections)
+
+
+def ops_of(layer: LayerProjections) -> tuple[Op, ...]:
+    """Return the ops of a layer, in the order in which it first names them."""
+    names = dict.fromkeys(projection.op for projection in layer)
+    return tuple(Op(name, tuple(projection for projection in layer if projection.op == name)) for name in names)
 
 
 def gated_decoder_layer(

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.adapter_image import TILE_STEPS, layout
+from loraplex_common.adapter_image import layout
 from loraplex_common.image_geometry import ITEM_BYTES, Geometry, ImageError
+from loraplex_common.low_rank import LOW_RANK
+from loraplex_common.part_kind import TILE_STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from loraplex_common.adapter_parts import PartSizes
     from loraplex_common.base_model import BaseModelInfo
-    from loraplex_common.image_geometry import Ranks
 
 CUDA_MAX_RANK: Final = 256
 """Largest rank of one projection that the CUDA kernels take (kMaxRank); stacked, q, k and v have three times that."""
@@ -33,20 +35,20 @@ class EngineLimits:
     geometry: Geometry
     max_rank: int = 0
 
-    def check(self, ranks: Ranks) -> None:
-        """Return if the engine can take an adapter of these ranks.
+    def check(self, sizes: PartSizes) -> None:
+        """Return if the engine can take an adapter whose parts have these sizes.
 
         Raises:
             ImageError: If it cannot; the message has the arithmetic.
         """
-        for layer, projection, rank in ranks:
-            if self.max_rank and rank > self.max_rank:
+        for layer, projection, kind, rank in sizes:
+            if kind == LOW_RANK and self.max_rank and rank > self.max_rank:
                 raise ImageError(
                     f"layer {layer} {projection}: rank {rank} exceeds the {self.max_rank} that the kernels of {self.name} "
                     "take for one projection"
                 )
         try:
-            layout(self.geometry, ranks)
+            layout(self.geometry, sizes)
         except ImageError as error:
             bound = f"{self.name} takes at most rank {max_stacked_rank(self.geometry)} there"
             raise ImageError(f"{error}; {bound}") from error
@@ -57,11 +59,11 @@ def max_stacked_rank(geometry: Geometry) -> int:
     return geometry.tile_bytes // (TILE_STEPS[-1] * ITEM_BYTES[geometry.dtype])
 
 
-def check_servable(ranks: Ranks, base: BaseModelInfo, engines: Sequence[EngineLimits]) -> None:
+def check_servable(sizes: PartSizes, base: BaseModelInfo, engines: Sequence[EngineLimits]) -> None:
     """Return if every engine of the base model can take an adapter; where none is known, if there could be one.
 
     Args:
-        ranks: The adapter's.
+        sizes: Of the adapter's parts.
         base: Its base model.
         engines: All engines known, of whichever base model.
 
@@ -70,7 +72,7 @@ def check_servable(ranks: Ranks, base: BaseModelInfo, engines: Sequence[EngineLi
     """
     known = [engine for engine in engines if engine.base_fingerprint == base.fingerprint]
     for engine in known or (_most_capable(base),):
-        engine.check(ranks)
+        engine.check(sizes)
 
 
 def _most_capable(base: BaseModelInfo) -> EngineLimits:

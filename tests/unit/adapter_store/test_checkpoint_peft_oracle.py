@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canonical
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
-from loraplex_adapter_store.checkpoint.tensor_names import module_name
-from loraplex_common.adapter_image import PROJECTIONS
+from loraplex_common.adapter_image import LOW_RANK
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterIncompatibleError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from support.adapters import module_name
+from support.decoder_shapes import PROJECTIONS
 from support.store_rig import tiny_base_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -102,7 +103,7 @@ def test_ranks_scalings_and_weights_are_those_of_peft(fields: dict[str, Any], dt
         layer: Any = expected[module_name(module.layer, module.projection)]
         assert module.rank == layer.r["default"]
         assert module.scaling == pytest.approx(layer.scaling["default"], rel=1e-12)
-        a, b = adapter.tensors[module.layer, module.projection]
+        a, b = adapter.tensors[module.layer, module.projection, LOW_RANK]
         assert torch.equal(torch.from_numpy(a.copy()), layer.lora_A["default"].weight.detach().float())
         assert torch.equal(torch.from_numpy(b.copy()), layer.lora_B["default"].weight.detach().float())
 

@@ -12,6 +12,7 @@ from loraplex_adapter_store.checkpoint.patterns import PatternMatcher
 from loraplex_adapter_store.checkpoint.reader import Checkpoint, read_checkpoint
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterCorruptError, AdapterCorruptUploadError, AdapterIncompatibleError
+from loraplex_common.projections import gated_decoder_layer
 from support.adapters import Recipe
 from support.checkpoints import read
 from support.store_rig import tiny_base_dir
@@ -233,6 +234,8 @@ def test_the_demo_adapters_have_their_ranks_and_scalings(
         vocab_size=49152,
         max_position_embeddings=8192,
         config={},
+        layers=(gated_decoder_layer(hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64),)
+        * 30,
     )
     folder = DEMO / name
 

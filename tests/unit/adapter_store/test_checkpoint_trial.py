@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from loraplex_common.adapter_image import PROJECTIONS
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterCorruptUploadError
 from support.adapters import Recipe, write_adapter
 from support.checkpoints import read
+from support.decoder_shapes import PROJECTIONS
 from support.oracle import Oracle
 from support.store_rig import tiny_base_dir
 

@@ -15,7 +15,7 @@ from loraplex_adapter_store.attach.messages import ArenaInfo, Hello, Want
 from loraplex_adapter_store.attach.session import EngineSession
 from loraplex_adapter_store.attach.transfer import Transfer
 from loraplex_adapter_store.attach.urgency import UrgencyGate
-from loraplex_common.adapter_image import Geometry
+from support.decoder_shapes import decoder_geometry
 
 
 def make_transfer(digest: str, *, is_wanted: bool = True, time_left_s: float | None = None) -> Transfer:
@@ -155,7 +155,7 @@ async def test_what_was_foreseen_for_soon_does_not_go_before_more_urgent_wants_o
 
 def make_session() -> tuple[EngineSession, AttachedEngines]:
     """Return a session that never gets an image, and the engines it is one of."""
-    geometry = Geometry(
+    geometry = decoder_geometry(
         dtype="float32",
         page_bytes=512,
         num_layers=1,

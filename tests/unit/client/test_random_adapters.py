@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
-from loraplex_client.random_adapters import DTYPES, RandomAdapterError, RandomAdapters, read_geometry, read_targets
-from loraplex_common.adapter_image import PROJECTIONS
+from loraplex_client.random_adapters import DTYPES, RandomAdapterError, RandomAdapters, read_layers, read_targets
 from loraplex_common.base_model import load_base_model
 from safetensors.torch import load_file
 from support.base_models import CLASSES, TinyBase, write_base_model
+from support.decoder_shapes import PROJECTIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,9 @@ def files_of(directory: Path) -> tuple[bytes, bytes]:
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_a_random_adapter_is_valid_for_its_base_model(tmp_path: Path, architecture: Architecture, dtype: str) -> None:
     model = write_base_model(tmp_path / "tiny", TinyBase(architecture=architecture, head_dim=8))
-    family = RandomAdapters(geometry=read_geometry(model), base_model="tiny", ranks=(3, 5), dtype=dtype)
+    family = RandomAdapters(
+        layers=read_layers(model), targets=PROJECTIONS, base_model="tiny", ranks=(3, 5), dtype=dtype
+    )
 
     family.write(1, tmp_path / "adapter")
 
@@ -41,10 +43,10 @@ def test_a_random_adapter_is_valid_for_its_base_model(tmp_path: Path, architectu
 
 
 def test_other_readers_see_the_same_tensors(base: Path, tmp_path: Path) -> None:
-    geometry = read_geometry(base)
+    layers = read_layers(base)
     values = {}
     for dtype in DTYPES:
-        RandomAdapters(geometry=geometry, base_model="tiny", dtype=dtype).write(0, tmp_path / dtype)
+        RandomAdapters(layers=layers, targets=PROJECTIONS, base_model="tiny", dtype=dtype).write(0, tmp_path / dtype)
         values[dtype] = load_file(tmp_path / dtype / "adapter_model.safetensors")
 
     for name, exact in values["float32"].items():
@@ -55,7 +57,9 @@ def test_other_readers_see_the_same_tensors(base: Path, tmp_path: Path) -> None:
 
 def test_adapters_differ_and_the_same_seed_makes_the_same_ones(base: Path, tmp_path: Path) -> None:
     def write(number: int, seed: int, directory: str) -> tuple[bytes, bytes]:
-        RandomAdapters(geometry=read_geometry(base), base_model="tiny", seed=seed).write(number, tmp_path / directory)
+        RandomAdapters(layers=read_layers(base), targets=PROJECTIONS, base_model="tiny", seed=seed).write(
+            number, tmp_path / directory
+        )
         return files_of(tmp_path / directory)
 
     first = write(0, 0, "a")
@@ -68,8 +72,8 @@ def test_adapters_differ_and_the_same_seed_makes_the_same_ones(base: Path, tmp_p
     ("text", "targets"),
     [("all", PROJECTIONS), ("qkvo", ("q_proj", "k_proj", "v_proj", "o_proj")), ("v_proj,q_proj", ("v_proj", "q_proj"))],
 )
-def test_targets_are_read(text: str, targets: tuple[str, ...]) -> None:
-    assert read_targets(text) == targets
+def test_targets_are_read(base: Path, text: str, targets: tuple[str, ...]) -> None:
+    assert read_targets(text, read_layers(base)) == targets
 
 
 @pytest.mark.parametrize(
@@ -80,4 +84,4 @@ def test_a_config_without_shapes_is_named(tmp_path: Path, config: str, said: str
     (tmp_path / "config.json").write_text(config)
 
     with pytest.raises(RandomAdapterError, match=f"config.json.*{said}"):
-        read_geometry(tmp_path)
+        read_layers(tmp_path)

@@ -14,9 +14,6 @@ from loraplex_common import adapter_image
 from loraplex_common.adapter_image import (
     ITEM_BYTES,
     KIND_A,
-    OPS,
-    PROJECTIONS,
-    ROW_PARALLEL,
     TILE_ALIGN,
     AdapterSpec,
     Geometry,
@@ -25,10 +22,11 @@ from loraplex_common.adapter_image import (
     image_sha256,
     layout,
     pack,
-    slice_rows,
+    pair_sizes,
     tile_values,
 )
 from loraplex_common.bfloat16 import from_bfloat16, is_finite, to_bfloat16
+from support.decoder_shapes import OPS, PROJECTIONS, ROW_PARALLEL, decoder_geometry, pair_tensors
 
 DIGEST = "ab" * 32
 
@@ -40,13 +38,13 @@ class Case:
     tensors: dict[tuple[int, str], tuple[Any, Any]]
 
 
-def make_geometry(**changes: Any) -> Geometry:
-    base = Geometry(
+def make_geometry(*, intermediate_size: int = 512, **changes: Any) -> Geometry:
+    base = decoder_geometry(
         dtype="bfloat16",
         page_bytes=64 * 1024,
         num_layers=3,
         hidden_size=256,
-        intermediate_size=512,
+        intermediate_size=intermediate_size,
         num_heads=4,
         num_kv_heads=2,
         head_dim=64,
@@ -57,14 +55,14 @@ def make_geometry(**changes: Any) -> Geometry:
 def make_case(geometry: Geometry, ranks: dict[tuple[int, str], int], seed: int = 0) -> Case:
     rng = np.random.default_rng(seed)
     modules = tuple(
-        ModuleSpec(layer, projection, ranks[layer, projection], 0.5)
+        ModuleSpec.low_rank(layer, projection, ranks[layer, projection], 0.5)
         for layer in range(geometry.num_layers)
         for projection in PROJECTIONS
         if (layer, projection) in ranks
     )
     tensors = {}
     for key, rank in ranks.items():
-        columns, outputs = geometry.projection_shape(key[1])
+        columns, outputs = geometry.projection(0, key[1]).shape
         a = rng.standard_normal((rank, columns), dtype=np.float32)
         tensors[key] = (a, rng.standard_normal((outputs, rank), dtype=np.float32))
     return Case(geometry, AdapterSpec(DIGEST, modules), tensors)
@@ -75,7 +73,7 @@ def cases(draw: st.DrawFn) -> Case:
     tp_degree = draw(st.sampled_from([1, 2]))
     head_dim = draw(st.sampled_from([8, 32, 64]))
     num_kv_heads = draw(st.sampled_from([2, 4]))
-    geometry = Geometry(
+    geometry = decoder_geometry(
         dtype=draw(st.sampled_from(list(ITEM_BYTES))),
         page_bytes=draw(st.sampled_from([16 * 1024, 40 * 1024 + 128, 64 * 1024, 256 * 1024])),
         num_layers=draw(st.integers(1, 3)),
@@ -100,6 +98,20 @@ def local_tensors(case: Case, layer: int, projection: str, tp_rank: int) -> tupl
     return a, np.split(b, degree, axis=0)[tp_rank]
 
 
+def stacked_rows(spec: AdapterSpec) -> dict[tuple[int, str], tuple[int, int]]:
+    """By (layer, projection), the half-open rows that a slice takes in its op's stacked A."""
+    rank_of = {(module.layer, module.projection): module.rank for module in spec.modules}
+    rows: dict[tuple[int, str], tuple[int, int]] = {}
+    for layer in {layer for layer, _ in rank_of}:
+        for slices in OPS.values():
+            present = [name for name in slices if (layer, name) in rank_of]
+            stops = list(itertools.accumulate(rank_of[layer, name] for name in present))
+            rows |= {
+                (layer, name): (stop - rank_of[layer, name], stop) for name, stop in zip(present, stops, strict=True)
+            }
+    return rows
+
+
 def rounded(case: Case, values: Any) -> Any:
     return from_bfloat16(to_bfloat16(values)) if case.geometry.dtype == "bfloat16" else values
 
@@ -108,12 +120,12 @@ def rounded(case: Case, values: Any) -> Any:
 @given(cases())
 def test_tiles_cover_every_element_exactly_once_and_read_back_equal(case: Case) -> None:
     for tp_rank in range(case.geometry.tp_degree):
-        image = pack(case.geometry, case.spec, case.tensors, tp_rank)
-        rows = slice_rows(case.spec.ranks)
+        image = pack(case.geometry, case.spec, pair_tensors(case.tensors), tp_rank)
+        rows = stacked_rows(case.spec)
         read = {key: [np.full_like(t, np.nan) for t in local_tensors(case, *key, tp_rank)] for key in case.tensors}
         counts = {key: [np.zeros(t.shape, int) for t in pair] for key, pair in read.items()}
 
-        for tile in layout(case.geometry, case.spec.ranks).tiles:
+        for tile in layout(case.geometry, case.spec.sizes).tiles:
             values, layer, start = tile_values(case.geometry, image, tile), int(tile["layer"]), int(tile["start"])
             slices = OPS[tuple(OPS)[tile["op"]]]
             if tile["kind"] == KIND_A:
@@ -136,7 +148,7 @@ def test_tiles_cover_every_element_exactly_once_and_read_back_equal(case: Case) 
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_tiles_are_aligned_disjoint_and_within_one_page(case: Case) -> None:
-    geometry, plan = case.geometry, layout(case.geometry, case.spec.ranks)
+    geometry, plan = case.geometry, layout(case.geometry, case.spec.sizes)
     sizes = plan.tiles["rows"].astype(np.int64) * plan.tiles["cols"] * ITEM_BYTES[geometry.dtype]
     starts = plan.tiles["page"].astype(np.int64) * geometry.page_bytes + plan.tiles["offset"]
 
@@ -151,7 +163,7 @@ def test_tiles_are_aligned_disjoint_and_within_one_page(case: Case) -> None:
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_waste_is_less_than_a_tile_a_page_and_alignment(case: Case) -> None:
-    geometry, plan = case.geometry, layout(case.geometry, case.spec.ranks)
+    geometry, plan = case.geometry, layout(case.geometry, case.spec.sizes)
     payload = int((plan.tiles["rows"].astype(np.int64) * plan.tiles["cols"]).sum()) * ITEM_BYTES[geometry.dtype]
 
     bound = plan.num_pages * geometry.tile_bytes + len(plan.tiles) * TILE_ALIGN
@@ -161,8 +173,8 @@ def test_waste_is_less_than_a_tile_a_page_and_alignment(case: Case) -> None:
 
 def test_bytes_of_no_tile_are_zero() -> None:
     case = make_case(make_geometry(), {(0, "q_proj"): 3, (2, "down_proj"): 5})
-    image = pack(case.geometry, case.spec, case.tensors).reshape(-1)
-    plan = layout(case.geometry, case.spec.ranks)
+    image = pack(case.geometry, case.spec, pair_tensors(case.tensors)).reshape(-1)
+    plan = layout(case.geometry, case.spec.sizes)
     is_payload = np.zeros(image.size, bool)
     for tile in plan.tiles:
         start = int(tile["page"]) * case.geometry.page_bytes + int(tile["offset"])
@@ -175,8 +187,8 @@ def test_bytes_of_no_tile_are_zero() -> None:
 def test_a_missing_slice_takes_no_rows_of_the_stacked_a() -> None:
     case = make_case(make_geometry(), {(0, "q_proj"): 4, (0, "v_proj"): 6, (1, "v_proj"): 2})
 
-    rows = slice_rows(case.spec.ranks)
-    tiles = layout(case.geometry, case.spec.ranks).tiles
+    rows = stacked_rows(case.spec)
+    tiles = layout(case.geometry, case.spec.sizes).tiles
 
     assert dict(rows) == {(0, "q_proj"): (0, 4), (0, "v_proj"): (4, 10), (1, "v_proj"): (0, 2)}
     assert {int(tile["rows"]) for tile in tiles if tile["kind"] == KIND_A and tile["layer"] == 0} == {10}
@@ -184,7 +196,7 @@ def test_a_missing_slice_takes_no_rows_of_the_stacked_a() -> None:
 
 def test_neighbouring_b_tiles_in_a_page_are_contiguous() -> None:
     case = make_case(make_geometry(intermediate_size=4096), {(0, "gate_proj"): 48})
-    tiles = [tile for tile in layout(case.geometry, case.spec.ranks).tiles if tile["kind"] != KIND_A]
+    tiles = [tile for tile in layout(case.geometry, case.spec.sizes).tiles if tile["kind"] != KIND_A]
 
     assert len(tiles) > 2
     for left, right in itertools.pairwise(tiles):
@@ -196,9 +208,9 @@ def test_neighbouring_b_tiles_in_a_page_are_contiguous() -> None:
 def test_large_ranks_on_all_of_qkv_fit(dtype: str, rank: int) -> None:
     case = make_case(make_geometry(dtype=dtype), {(0, name): rank for name in OPS["qkv"]})
 
-    image = pack(case.geometry, case.spec, case.tensors)
+    image = pack(case.geometry, case.spec, pair_tensors(case.tensors))
 
-    tile = layout(case.geometry, case.spec.ranks).tiles[0]
+    tile = layout(case.geometry, case.spec.sizes).tiles[0]
     assert tile["cols"] % 8 == 0
     np.testing.assert_array_equal(
         tile_values(case.geometry, image, tile)[:rank], rounded(case, case.tensors[0, "q_proj"][0][:, : tile["cols"]])
@@ -207,24 +219,24 @@ def test_large_ranks_on_all_of_qkv_fit(dtype: str, rank: int) -> None:
 
 def test_a_rank_beyond_any_tile_is_refused_by_name() -> None:
     with pytest.raises(ImageError, match=r"layer 0 qkv: stacked rank 6000"):
-        layout(make_geometry(), ((0, "q_proj", 6000),))
+        layout(make_geometry(), pair_sizes([(0, "q_proj", 6000)]))
 
 
 def test_the_same_ranks_share_one_cached_layout() -> None:
     first = make_case(make_geometry(), {(0, "q_proj"): 4}, seed=1)
     second = make_case(make_geometry(), {(0, "q_proj"): 4}, seed=2)
 
-    assert layout(first.geometry, first.spec.ranks) is layout(second.geometry, second.spec.ranks)
+    assert layout(first.geometry, first.spec.sizes) is layout(second.geometry, second.spec.sizes)
     with pytest.raises(ValueError, match="read-only"):
-        layout(first.geometry, first.spec.ranks).tiles["page"] = 0
+        layout(first.geometry, first.spec.sizes).tiles["page"] = 0
 
 
 def test_an_image_depends_on_the_tensors_alone() -> None:
     case = make_case(make_geometry(), {(0, "q_proj"): 4, (1, "o_proj"): 8})
     shuffled = dict(reversed(case.tensors.items()))
 
-    assert image_sha256(pack(case.geometry, case.spec, case.tensors)) == image_sha256(
-        pack(case.geometry, case.spec, shuffled)
+    assert image_sha256(pack(case.geometry, case.spec, pair_tensors(case.tensors))) == image_sha256(
+        pack(case.geometry, case.spec, pair_tensors(shuffled))
     )
 
 
@@ -232,7 +244,10 @@ def test_strided_tensors_pack_like_contiguous_ones() -> None:
     case = make_case(make_geometry(), {(0, "q_proj"): 4})
     strided = {key: (np.asfortranarray(a), np.asfortranarray(b)) for key, (a, b) in case.tensors.items()}
 
-    assert (pack(case.geometry, case.spec, strided) == pack(case.geometry, case.spec, case.tensors)).all()
+    assert (
+        pack(case.geometry, case.spec, pair_tensors(strided))
+        == pack(case.geometry, case.spec, pair_tensors(case.tensors))
+    ).all()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +261,7 @@ def test_strided_tensors_pack_like_contiguous_ones() -> None:
 )
 def test_modules_that_do_not_exist_are_refused(ranks: tuple[tuple[int, str, int], ...], message: str) -> None:
     with pytest.raises(ImageError, match=message):
-        layout(make_geometry(), ranks)
+        layout(make_geometry(), pair_sizes(ranks))
 
 
 def test_a_wrong_shape_is_refused_with_both_shapes() -> None:
@@ -254,7 +269,7 @@ def test_a_wrong_shape_is_refused_with_both_shapes() -> None:
     a, b = case.tensors[0, "q_proj"]
 
     with pytest.raises(ImageError, match=r"layer 0 q_proj lora_A has shape \(4, 255\), expected \(4, 256\)"):
-        pack(case.geometry, case.spec, {(0, "q_proj"): (a[:, :-1], b)})
+        pack(case.geometry, case.spec, pair_tensors({(0, "q_proj"): (a[:, :-1], b)}))
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])
@@ -267,7 +282,7 @@ def test_tensors_that_the_spec_does_not_name_are_refused(change: str) -> None:
         tensors[1, "v_proj"] = tensors[1, "k_proj"]
 
     with pytest.raises(ImageError, match=r"layer 1 [kv]_proj: in only one of spec and tensors"):
-        pack(case.geometry, case.spec, tensors)
+        pack(case.geometry, case.spec, pair_tensors(tensors))
 
 
 @pytest.mark.parametrize("dtype", list(ITEM_BYTES))
@@ -278,7 +293,7 @@ def test_values_that_are_not_finite_are_refused(dtype: str, value: float, matrix
     case.tensors[0, "q_proj"][matrix][1, 2] = value
 
     with pytest.raises(ImageError, match=f"not finite in {dtype}"):
-        pack(case.geometry, case.spec, case.tensors)
+        pack(case.geometry, case.spec, pair_tensors(case.tensors))
 
 
 def test_a_value_that_overflows_bfloat16_only_is_refused_there() -> None:
@@ -287,10 +302,10 @@ def test_a_value_that_overflows_bfloat16_only_is_refused_there() -> None:
         case = make_case(make_geometry(dtype=dtype), {(0, "q_proj"): 4})
         case.tensors[0, "q_proj"][0][0, 0] = largest
         if dtype == "float32":
-            pack(case.geometry, case.spec, case.tensors)
+            pack(case.geometry, case.spec, pair_tensors(case.tensors))
         else:
             with pytest.raises(ImageError, match="not finite in bfloat16"):
-                pack(case.geometry, case.spec, case.tensors)
+                pack(case.geometry, case.spec, pair_tensors(case.tensors))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +314,7 @@ def test_a_value_that_overflows_bfloat16_only_is_refused_there() -> None:
         {"dtype": "float16"},
         {"page_bytes": 0},
         {"page_bytes": 1000},
-        {"layout_version": 2},
+        {"layout_version": 1},
         {"tp_degree": 3},
         {"tp_degree": 0},
     ],
@@ -313,7 +328,7 @@ def test_a_tensor_parallel_rank_that_does_not_exist_is_refused() -> None:
     case = make_case(make_geometry(tp_degree=2), {(0, "q_proj"): 4})
 
     with pytest.raises(ImageError, match="rank 2 does not exist"):
-        pack(case.geometry, case.spec, case.tensors, tp_rank=2)
+        pack(case.geometry, case.spec, pair_tensors(case.tensors), tp_rank=2)
 
 
 def test_a_spec_survives_json() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from loraplex_common.adapter_image import OPS, ROW_PARALLEL, Geometry
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.projections import Split
+from support.decoder_shapes import OPS, ROW_PARALLEL, decoder_geometry
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -21,7 +21,7 @@ CONFIG = {
 
 def test_each_layer_lists_the_projections_of_the_image_layout_in_its_order() -> None:
     config = model_config(CONFIG)
-    geometry = Geometry(
+    geometry = decoder_geometry(
         dtype="float32",
         page_bytes=4096,
         num_layers=3,
@@ -35,7 +35,7 @@ def test_each_layer_lists_the_projections_of_the_image_layout_in_its_order() -> 
     for layer in config.layers:
         assert [(each.op, each.name) for each in layer] == [(op, name) for op, names in OPS.items() for name in names]
         for each in layer:
-            assert (each.in_features, each.out_features) == geometry.projection_shape(each.name)
+            assert (each.in_features, each.out_features) == geometry.projection(0, each.name).shape
             assert (each.split is Split.INPUTS) == (each.name in ROW_PARALLEL)
 
 

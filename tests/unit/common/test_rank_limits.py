@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from loraplex_common.adapter_parts import pair_sizes
 from loraplex_common.base_model import BaseModelInfo, load_base_model
-from loraplex_common.image_geometry import Geometry, ImageError
+from loraplex_common.image_geometry import ImageError
 from loraplex_common.rank_limits import CUDA_MAX_RANK, EngineLimits, check_servable, max_stacked_rank
 from support.base_models import TinyBase, write_base_model
+from support.decoder_shapes import decoder_geometry
 
 if TYPE_CHECKING:
-    from loraplex_common.image_geometry import Ranks
+    from loraplex_common.adapter_parts import PartSizes
 
 MIB = 1024 * 1024
 
@@ -29,8 +31,8 @@ def engine(base: BaseModelInfo, dtype: str = "float32", page_bytes: int = MIB, m
     return EngineLimits(name="engine e1", base_fingerprint=base.fingerprint, geometry=geometry, max_rank=max_rank)
 
 
-def ranks(**of_projection: int) -> Ranks:
-    return tuple((1, projection, rank) for projection, rank in of_projection.items())
+def ranks(**of_projection: int) -> PartSizes:
+    return pair_sizes((1, projection, rank) for projection, rank in of_projection.items())
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_kernels_bound_each_projection(base: BaseModelInfo) -> None:
 
 
 def test_every_engine_of_the_base_model_counts_and_no_other(base: BaseModelInfo) -> None:
-    geometry = Geometry(
+    geometry = decoder_geometry(
         dtype="float32", page_bytes=4096, num_layers=1, hidden_size=64, intermediate_size=64, num_heads=1, num_kv_heads=1, head_dim=64
     )  # fmt: skip
     other = EngineLimits(name="other", base_fingerprint="0" * 64, geometry=geometry, max_rank=1)

@@ -115,7 +115,7 @@ def op_bytes(stack: DecodeStack, case: OpCase) -> int:
     """Return the bytes of one adapter's weights of one op in one layer."""
     projections = ("q_proj", "k_proj", "v_proj") if case.op == "qkv" else ("o_proj",)
     geometry = stack.shape.geometry
-    return sum(sum(geometry.local_shape(name)) for name in projections) * case.rank * stack.library.dtype.itemsize
+    return sum(sum(geometry.local_shape(0, name)) for name in projections) * case.rank * stack.library.dtype.itemsize
 
 
 def _row(case: str, metric: str, value: float, floor: float | None, peer: Peer) -> Row:

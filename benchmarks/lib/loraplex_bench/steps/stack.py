@@ -152,11 +152,11 @@ class StackAdapters:
         )
         self.pool = values.normal_(0, VALUE_STD).view(torch.uint8).view(-1, page_bytes)
         specs = [family.spec(shape, index) for index in range(count)]
-        tiles = sum(len(layout(geometry, spec.ranks).tiles) for spec in specs)
+        tiles = sum(len(layout(geometry, spec.sizes).tiles) for spec in specs)
         self.tables = AdapterTables(geometry, max_adapters=count, tile_capacity=tiles, device=device)
         begin = 0
         for index, spec in enumerate(specs):
-            pages = np.arange(begin, begin + layout(geometry, spec.ranks).num_pages, dtype=np.int32)
+            pages = np.arange(begin, begin + layout(geometry, spec.sizes).num_pages, dtype=np.int32)
             self.tables.bind(index, spec, pages)
             begin += len(pages)
         self.lora = DecodeLora(

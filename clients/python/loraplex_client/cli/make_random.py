@@ -12,7 +12,7 @@ from loraplex_client.cli.context import StoreTarget, connect, stderr, stdout
 from loraplex_client.cli.option_groups import grouped
 from loraplex_client.demo import demo_model_dir
 from loraplex_client.plan import DemandError, read_ranks
-from loraplex_client.random_adapters import RandomAdapterError, RandomAdapters, read_geometry, read_targets
+from loraplex_client.random_adapters import RandomAdapterError, RandomAdapters, read_layers, read_targets
 
 NUM_UPLOADS: Final = 4
 """At once: each waits for the store's disk."""
@@ -39,11 +39,12 @@ class FamilyOptions:
         """Return what writes them."""
         base = self.model or demo_model_dir()
         try:
+            layers = read_layers(base)
             return RandomAdapters(
-                geometry=read_geometry(base),
+                layers=layers,
                 base_model=self.base_model or base.resolve().name,
                 ranks=tuple(read_ranks(self.ranks)),
-                targets=read_targets(self.targets),
+                targets=read_targets(self.targets, layers),
                 dtype=self.dtype,
                 seed=self.seed,
             )

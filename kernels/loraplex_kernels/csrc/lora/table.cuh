@@ -1,4 +1,4 @@
-// The device tables of resident adapters and the work items of a step; tables.py and items.py fill them.
+// The device table of low-rank pairs and the work items of a step; tables.py and items.py fill them.
 #pragma once
 #include "common.cuh"
 
@@ -20,7 +20,7 @@ struct alignas(16) OpEntry {
     i64 a_offset;  // of the first A tile; -1: ask the tile table
     i64 b_offset[kSlices];
 };
-static_assert(sizeof(OpEntry) == 96, "tables.py writes 96 bytes");
+static_assert(sizeof(OpEntry) == 96, "low_rank.py writes 96 bytes");
 constexpr int kTileAlign = 128;
 
 // Up to kGroupTokens tokens of one adapter.
@@ -43,7 +43,7 @@ struct alignas(16) Item {
 struct LoraTables {
     const u8* pool;          // the unified page pool
     const i64* tiles;        // byte offset of each tile in the pool
-    const OpEntry* entries;  // [adapters][layers][4], already advanced to this layer and op
+    const OpEntry* entries;  // [adapters][layers][ops], already advanced to this layer and op
     i64 entry_stride;        // entries from one adapter to the next
     const Group* groups;
     const Item* items;

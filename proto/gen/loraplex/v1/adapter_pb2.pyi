@@ -280,6 +280,91 @@ class BaseModel(_message.Message):
 Global___BaseModel: _TypeAlias = BaseModel  # noqa: Y015
 
 @_typing.final
+class Projection(_message.Message):
+    """Projection is one dense product of a decoder layer that adapters may adapt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Split:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _SplitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Projection._Split.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        SPLIT_UNSPECIFIED: Projection._Split.ValueType  # 0
+        """Not set."""
+        SPLIT_OUTPUTS: Projection._Split.ValueType  # 1
+        """Each rank computes some of the outputs."""
+        SPLIT_INPUTS: Projection._Split.ValueType  # 2
+        """Each rank computes with some of the inputs."""
+
+    class Split(_Split, metaclass=_SplitEnumTypeWrapper):
+        """Split tells how tensor-parallel ranks divide a projection."""
+
+    SPLIT_UNSPECIFIED: Projection.Split.ValueType  # 0
+    """Not set."""
+    SPLIT_OUTPUTS: Projection.Split.ValueType  # 1
+    """Each rank computes some of the outputs."""
+    SPLIT_INPUTS: Projection.Split.ValueType  # 2
+    """Each rank computes with some of the inputs."""
+
+    PATH_FIELD_NUMBER: _builtins.int
+    OP_FIELD_NUMBER: _builtins.int
+    IN_FEATURES_FIELD_NUMBER: _builtins.int
+    OUT_FEATURES_FIELD_NUMBER: _builtins.int
+    SPLIT_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Name of the module inside its layer, e.g. `self_attn.q_proj`; its last part is unique within the layer."""
+    op: _builtins.str
+    """The fused product that computes it, e.g. `qkv`."""
+    in_features: _builtins.int
+    """Width of its input, before any split over ranks."""
+    out_features: _builtins.int
+    """Width of its output, before any split over ranks."""
+    split: Global___Projection.Split.ValueType
+    """How ranks divide it."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        op: _builtins.str = ...,
+        in_features: _builtins.int = ...,
+        out_features: _builtins.int = ...,
+        split: Global___Projection.Split.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_features", b"in_features", "op", b"op", "out_features", b"out_features", "path", b"path", "split", b"split"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Projection: _TypeAlias = Projection  # noqa: Y015
+
+@_typing.final
+class DecoderLayer(_message.Message):
+    """DecoderLayer is what a decoder layer offers to adapters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def projections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Projection]:
+        """Its projections, in the order of their ops and of each op's outputs."""
+
+    def __init__(
+        self,
+        *,
+        projections: _abc.Iterable[Global___Projection] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["projections", b"projections"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecoderLayer: _TypeAlias = DecoderLayer  # noqa: Y015
+
+@_typing.final
 class Geometry(_message.Message):
     """Geometry is all that an adapter's page image depends on besides the adapter itself."""
 
@@ -288,50 +373,38 @@ class Geometry(_message.Message):
     LAYOUT_VERSION_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     PAGE_BYTES_FIELD_NUMBER: _builtins.int
-    NUM_LAYERS_FIELD_NUMBER: _builtins.int
-    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
-    INTERMEDIATE_SIZE_FIELD_NUMBER: _builtins.int
-    NUM_HEADS_FIELD_NUMBER: _builtins.int
-    NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
-    HEAD_DIM_FIELD_NUMBER: _builtins.int
     TP_DEGREE_FIELD_NUMBER: _builtins.int
+    DISTINCT_LAYERS_FIELD_NUMBER: _builtins.int
+    LAYER_INDICES_FIELD_NUMBER: _builtins.int
     layout_version: _builtins.int
     """Version of the image layout."""
     dtype: _builtins.str
     """Element type of the image: `float32` or `bfloat16`."""
     page_bytes: _builtins.int
     """Bytes of one page of the pool."""
-    num_layers: _builtins.int
-    """Decoder layers."""
-    hidden_size: _builtins.int
-    """Width of the residual stream."""
-    intermediate_size: _builtins.int
-    """Width of the MLP."""
-    num_heads: _builtins.int
-    """Query heads."""
-    num_kv_heads: _builtins.int
-    """Key/value heads."""
-    head_dim: _builtins.int
-    """Width of one head."""
     tp_degree: _builtins.int
     """Tensor-parallel degree; one image per rank."""
+    @_builtins.property
+    def distinct_layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecoderLayer]:
+        """The different descriptions of decoder layers."""
+
+    @_builtins.property
+    def layer_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Per decoder layer, its place in `distinct_layers`."""
+
     def __init__(
         self,
         *,
         layout_version: _builtins.int = ...,
         dtype: _builtins.str = ...,
         page_bytes: _builtins.int = ...,
-        num_layers: _builtins.int = ...,
-        hidden_size: _builtins.int = ...,
-        intermediate_size: _builtins.int = ...,
-        num_heads: _builtins.int = ...,
-        num_kv_heads: _builtins.int = ...,
-        head_dim: _builtins.int = ...,
         tp_degree: _builtins.int = ...,
+        distinct_layers: _abc.Iterable[Global___DecoderLayer] | None = ...,
+        layer_indices: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "head_dim", b"head_dim", "hidden_size", b"hidden_size", "intermediate_size", b"intermediate_size", "layout_version", b"layout_version", "num_heads", b"num_heads", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "page_bytes", b"page_bytes", "tp_degree", b"tp_degree"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distinct_layers", b"distinct_layers", "dtype", b"dtype", "layer_indices", b"layer_indices", "layout_version", b"layout_version", "page_bytes", b"page_bytes", "tp_degree", b"tp_degree"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from loraplex_common.adapter_image import PROJECTIONS, AdapterSpec, ModuleSpec
+from loraplex_common.adapter_image import LOW_RANK, AdapterSpec, ModuleSpec, Tensors
 from loraplex_common.errors import AdapterCorruptError
-from numpy.typing import NDArray
 
 from loraplex_adapter_store.checkpoint.safetensors_file import Tensor, read_tensors
-from loraplex_adapter_store.checkpoint.tensor_names import tensor_name
+from loraplex_adapter_store.checkpoint.tensor_names import parse_tensor_name, tensor_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from loraplex_common.part_kind import Arrays
 
     from loraplex_adapter_store.checkpoint.reader import Checkpoint
 
@@ -71,7 +72,7 @@ class CanonicalAdapter:
 
     base_fingerprint: str
     spec: AdapterSpec
-    tensors: dict[tuple[int, str], tuple[NDArray[np.float32], NDArray[np.float32]]]
+    tensors: Tensors
 
 
 def canonicalise(checkpoint: Checkpoint) -> CanonicalForm:
@@ -83,8 +84,8 @@ def canonicalise(checkpoint: Checkpoint) -> CanonicalForm:
     }
     named: dict[str, Tensor] = {}
     for module in checkpoint.modules:
-        named[tensor_name(module.layer, module.projection, "A")] = module.lora_a
-        named[tensor_name(module.layer, module.projection, "B")] = module.lora_b
+        named[tensor_name(module.name, "A")] = module.lora_a
+        named[tensor_name(module.name, "B")] = module.lora_b
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "loraplex": _dumps(config)}}
     position = 0
     ordered = sorted(named.items())
@@ -99,7 +100,7 @@ def canonicalise(checkpoint: Checkpoint) -> CanonicalForm:
     for piece in pieces:
         digest.update(piece)
     revision = digest.hexdigest()
-    modules = tuple(ModuleSpec(m.layer, m.projection, m.rank, m.scaling) for m in checkpoint.modules)
+    modules = tuple(ModuleSpec.low_rank(m.layer, m.projection, m.rank, m.scaling) for m in checkpoint.modules)
     return CanonicalForm(
         revision=revision,
         base_fingerprint=checkpoint.base_fingerprint,
@@ -125,13 +126,14 @@ def read_canonical(data: bytes | bytearray, revision: str) -> CanonicalAdapter:
     tensors = read_tensors(data, file=revision)
     (length,) = struct.unpack_from("<Q", data)
     config = json.loads(json.loads(bytes(data[8 : 8 + length]))["__metadata__"]["loraplex"])
+    named = {parse_tensor_name(name): tensor.values() for name, tensor in tensors.items()}
+    matrices = {(found.layer, found.projection, found.matrix): values for found, values in named.items()}
     modules: list[ModuleSpec] = []
-    values: dict[tuple[int, str], tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+    values: dict[tuple[int, str, str], Arrays] = {}
     for layer, projection, scaling in config["modules"]:
-        a = tensors[tensor_name(layer, projection, "A")].values()
-        values[layer, projection] = (a, tensors[tensor_name(layer, projection, "B")].values())
-        modules.append(ModuleSpec(layer, projection, a.shape[0], scaling))
-    modules.sort(key=lambda module: (module.layer, PROJECTIONS.index(module.projection)))
+        pair = matrices[layer, projection, "A"], matrices[layer, projection, "B"]
+        values[layer, projection, LOW_RANK] = pair
+        modules.append(ModuleSpec.low_rank(layer, projection, pair[0].shape[0], scaling))
     return CanonicalAdapter(config["base"], AdapterSpec(revision, tuple(modules)), values)
 
 

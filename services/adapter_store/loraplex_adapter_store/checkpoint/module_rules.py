@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.adapter_folder import CONFIG_FILE
-from loraplex_common.adapter_image import PROJECTIONS
 from loraplex_common.errors import AdapterIncompatibleError
 
 from loraplex_adapter_store.checkpoint.patterns import Answer, PatternMatcher, Question, ends, resolved
@@ -13,6 +12,7 @@ from loraplex_adapter_store.checkpoint.tensor_names import module_name
 
 if TYPE_CHECKING:
     from loraplex_common.base_model import BaseModelInfo
+    from loraplex_common.projections import Projection
 
     from loraplex_adapter_store.checkpoint.peft_config import PeftConfig
 
@@ -32,8 +32,12 @@ class ModuleRules:
     def __init__(self, config: PeftConfig, base: BaseModelInfo, matcher: PatternMatcher) -> None:
         self._config = config
         self._base = base
-        keys = tuple(module_name(layer, name) for layer in range(base.num_layers) for name in PROJECTIONS)
-        questions = _questions(config, (*_UNSERVED_MODULES, *keys))
+        self._modules = [
+            (layer, each, module_name(layer, each.path))
+            for layer, offered in enumerate(base.layers)
+            for each in offered
+        ]
+        questions = _questions(config, (*_UNSERVED_MODULES, *(name for _, _, name in self._modules)))
         self._answers: dict[str, dict[str, Answer]] = {
             question.setting: dict(zip(question.keys, found, strict=True))
             for question, found in zip(questions, matcher.ask(questions), strict=True)
@@ -41,7 +45,7 @@ class ModuleRules:
         self._targets = _listed(config.target_modules)
         self._excluded = _listed(config.exclude_modules)
 
-    def targeted(self) -> list[tuple[int, str]]:
+    def targeted(self) -> list[tuple[int, Projection]]:
         """Return (layer, projection) of all modules that PEFT would adapt, in layer order.
 
         Raises:
@@ -52,12 +56,7 @@ class ModuleRules:
         for name in _UNSERVED_MODULES:
             if not self._is_all_linear() and self._is_targeted(name, None):
                 raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules includes {name}, which is not served")
-        found = [
-            (layer, projection)
-            for layer in range(self._base.num_layers)
-            for projection in PROJECTIONS
-            if self._is_targeted(module_name(layer, projection), layer)
-        ]
+        found = [(layer, projection) for layer, projection, name in self._modules if self._is_targeted(name, layer)]
         if not found:
             raise AdapterIncompatibleError(
                 f"{CONFIG_FILE}: target_modules (with exclude_modules and layers_to_transform) matches no projection of base "

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from loraplex_common.base_model import BaseModelInfo
+    from loraplex_common.projections import Projection
 
     from loraplex_adapter_store.checkpoint.confinement import Confinement
 
@@ -30,12 +31,14 @@ class Module:
     """One adapted projection: ``y += scaling * B A x``.
 
     Attributes:
+        name: Its dotted name in the base model.
         lora_a: ``[rank, in_features]``.
         lora_b: ``[out_features, rank]``.
     """
 
     layer: int
     projection: str
+    name: str
     rank: int
     scaling: float
     lora_a: Tensor
@@ -47,7 +50,7 @@ class Checkpoint:
     """A checked adapter.
 
     Attributes:
-        modules: Sorted by (layer, order of ``PROJECTIONS``).
+        modules: By layer, then in the layer's order.
         warnings: What is odd about it though it can be served, for whoever imports it.
     """
 
@@ -78,7 +81,8 @@ def read_checkpoint(
     config = parse_peft_config(config_data)
     found = _group_tensors(read_tensors(weights, file=WEIGHTS_FILE), base)
     rules = ModuleRules(config, base, PatternMatcher(confinement=confinement))
-    expected = frozenset(targeted := rules.targeted())
+    targeted = rules.targeted()
+    expected = {(layer, projection.name) for layer, projection in targeted}
     for key, pair in found.items():
         if key not in expected:
             name = next(iter(pair.values())).name
@@ -87,11 +91,11 @@ def read_checkpoint(
             )
     modules: list[Module] = []
     for layer, projection in targeted:
-        pair = found.get((layer, projection), {})
+        pair = found.get((layer, projection.name), {})
         for matrix in "AB":
             if matrix not in pair:
                 raise AdapterIncompatibleError(
-                    f"tensor {tensor_name(layer, projection, matrix)} is missing, although {CONFIG_FILE} targets it"
+                    f"tensor {tensor_name(module_name(layer, projection.path), matrix)} is missing, although {CONFIG_FILE} targets it"
                 )
         modules.append(_check_module(config, rules, base, layer, projection, pair["A"], pair["B"]))
     check_trial(modules, base)
@@ -100,10 +104,13 @@ def read_checkpoint(
 
 def _group_tensors(tensors: dict[str, Tensor], base: BaseModelInfo) -> dict[tuple[int, str], dict[str, Tensor]]:
     found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    paths = {projection.path for layer in base.layers for projection in layer}
     for name, tensor in tensors.items():
-        part = parse_tensor_name(name)
+        part = parse_tensor_name(name, paths)
         if part.layer >= base.num_layers:
             raise AdapterIncompatibleError(f"tensor {name}: the base model {base.name} has {base.num_layers} layers")
+        if all(projection.path != part.path for projection in base.layers[part.layer]):
+            raise AdapterIncompatibleError(f"tensor {name}: layer {part.layer} of {base.name} has no {part.path}")
         pair = found.setdefault((part.layer, part.projection), {})
         if part.matrix in pair:
             raise AdapterCorruptUploadError(f"tensor {name} appears twice, with and without '.default'")
@@ -112,13 +119,18 @@ def _group_tensors(tensors: dict[str, Tensor], base: BaseModelInfo) -> dict[tupl
 
 
 def _check_module(
-    config: PeftConfig, rules: ModuleRules, base: BaseModelInfo, layer: int, projection: str, a: Tensor, b: Tensor
+    config: PeftConfig,
+    rules: ModuleRules,
+    base: BaseModelInfo,
+    layer: int,
+    projection: Projection,
+    a: Tensor,
+    b: Tensor,
 ) -> Module:
-    name = module_name(layer, projection)
+    name = module_name(layer, projection.path)
     rank = rules.rank(name)
     alpha, alpha_setting = rules.alpha(name)
-    geometry = base.geometry(dtype="float32", page_bytes=1024 * 1024)
-    columns, outputs = geometry.projection_shape(projection)
+    columns, outputs = projection.shape
     for tensor, shape in ((a, (rank, columns)), (b, (outputs, rank))):
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             raise AdapterIncompatibleError(
@@ -132,7 +144,7 @@ def _check_module(
             )
     scaling = _checked_scaling(config, rank, alpha, f"{CONFIG_FILE}: {alpha_setting} = {alpha:g}", name)
     _check_values(a, b, scaling, name)
-    return Module(layer, projection, rank, scaling, a, b)
+    return Module(layer, projection.name, name, rank, scaling, a, b)
 
 
 def _checked_scaling(config: PeftConfig, rank: int, alpha: float, setting: str, name: str) -> float:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from loraplex_common.adapter_image import PROJECTIONS
 from loraplex_common.errors import AdapterIncompatibleError
 
-BLOCKS: Final = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in PROJECTIONS}
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
 _KEY: Final = re.compile(
-    r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<block>self_attn|mlp)\."
-    r"(?P<projection>[a-z]+_proj))\.lora_(?P<matrix>[AB])(?:\.default)?\.weight",
+    r"base_model\.model\.model\.layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<path>\w+(?:\.\w+)*)"
+    r"\.lora_(?P<matrix>[AB])(?:\.default)?\.weight",
     re.ASCII,
 )
 _BASE_WEIGHT: Final = "a weight of the base model: save the adapter alone (save_pretrained of the PEFT model)"
@@ -44,11 +45,11 @@ _WRAPPERS: Final = {
     "_checkpoint_wrapped_module": "activation checkpointing",
     "language_model": "a model that also sees or hears",
 }
-_PROJECTION: Final = re.compile(
-    r"(?P<prefix>.*?)layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<between>(?:\w+\.)*?)(?P<block>self_attn|mlp)\.(?P<projection>[a-z]+_proj)"
-    r"\.(?P<inside>(?:\w+\.)*?)lora_(?P<matrix>[AB])(?P<rest>(?:\.\w+)*)",
-    re.ASCII,
+_MISPLACED: Final = (
+    r"(?P<prefix>.*?)layers\.(?P<layer>0|[1-9]\d{{0,5}})\.(?P<between>(?:\w+\.)*?)(?P<path>{paths})"
+    r"\.(?P<inside>(?:\w+\.)*?)lora_(?P<matrix>[AB])(?P<rest>(?:\.\w+)*)"
 )
+"""A tensor of one of the paths under another name than PEFT's."""
 _MAX_SHOWN: Final = 200
 
 
@@ -57,45 +58,56 @@ class TensorName:
     """What a tensor is: one matrix of one projection.
 
     Attributes:
+        path: Of the projection inside its layer.
         matrix: ``A`` or ``B``.
     """
 
     layer: int
-    projection: str
+    path: str
     matrix: str
 
-
-def module_name(layer: int, projection: str) -> str:
-    """Return a projection's dotted name in the base model."""
-    return f"model.layers.{layer}.{BLOCKS[projection]}.{projection}"
-
-
-def tensor_name(layer: int, projection: str, matrix: str) -> str:
-    """Return PEFT's name of a matrix in a file."""
-    return f"base_model.model.{module_name(layer, projection)}.lora_{matrix}.weight"
+    @property
+    def projection(self) -> str:
+        """Name of the projection, unique within its layer."""
+        return self.path.rpartition(".")[2]
 
 
-def parse_tensor_name(name: str) -> TensorName:
+def module_name(layer: int, path: str) -> str:
+    """Return a projection's dotted name in the base model from its path inside the layer."""
+    return f"model.layers.{layer}.{path}"
+
+
+def tensor_name(module: str, matrix: str) -> str:
+    """Return PEFT's name of a module's matrix in a file."""
+    return f"base_model.model.{module}.lora_{matrix}.weight"
+
+
+def parse_tensor_name(name: str, paths: Collection[str] | None = None) -> TensorName:
     """Read a tensor's name.
 
+    Args:
+        name: In the file.
+        paths: Of the base model's projections inside their layers; all paths if None.
+
     Raises:
-        AdapterIncompatibleError: If it is none that PEFT loads into a served projection; the message says what it is.
+        AdapterIncompatibleError: If it is none that PEFT loads into one of them; the message says what it is.
     """
     match = _KEY.fullmatch(name)
-    if match is None or BLOCKS.get(match["projection"]) != match["block"]:
-        raise AdapterIncompatibleError(f"tensor {name[:_MAX_SHOWN]}: {_explained(name)}")
-    return TensorName(int(match["layer"]), match["projection"], match["matrix"])
+    if match is None or (paths is not None and match["path"] not in paths):
+        raise AdapterIncompatibleError(f"tensor {name[:_MAX_SHOWN]}: {_explained(name, paths or ())}")
+    return TensorName(int(match["layer"]), match["path"], match["matrix"])
 
 
-def _explained(name: str) -> str:
+def _explained(name: str, paths: Collection[str]) -> str:
     for part, text in _TELLTALES:
         if part in name:
             return text
-    match = _PROJECTION.fullmatch(name[:1000])
-    if match is None or BLOCKS.get(match["projection"]) != match["block"]:
+    pattern = _MISPLACED.format(paths="|".join(map(re.escape, paths)))
+    match = re.fullmatch(pattern, name[:1000], re.ASCII) if paths else None
+    if match is None:
         is_base = name.startswith("base_model.model.") and name.endswith(".weight") and "lora" not in name
         return _BASE_WEIGHT if is_base else "no projection of a served decoder layer"
-    expected = tensor_name(int(match["layer"]), match["projection"], match["matrix"])
+    expected = tensor_name(module_name(int(match["layer"]), match["path"]), match["matrix"])
     reasons = [f"'{part}.' comes from {_WRAPPERS[part]}" for part in _WRAPPERS if part in name.split(".")]
     adapter = match["rest"].removesuffix(".weight").strip(".")
     if adapter and adapter != "default":

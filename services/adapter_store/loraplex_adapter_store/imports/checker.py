@@ -67,7 +67,7 @@ class CheckpointChecker:
         check_strange_tokenizer(files.tokenizer, base.directory, confinement)
         form = canonicalise(read_checkpoint(files.config, files.weights, base.info, confinement))
         try:
-            check_servable(form.spec.ranks, base.info, engines)
+            check_servable(form.spec.sizes, base.info, engines)
         except ImageError as error:
             raise AdapterIncompatibleError(f"{error}; train or convert the adapter to a lower rank") from error
         return replace(form, warnings=(*chosen.warnings, *form.warnings))

@@ -34,7 +34,7 @@ class StepTimes:
 
     def __init__(self, costs: StepCosts, geometry: Geometry, *, backend: str) -> None:
         self._costs = costs
-        self._hidden_size = geometry.hidden_size
+        self._hidden_size = geometry.distinct_layers[0][0].in_features  # the first projection reads the residual stream
         self._slow_token_s = 2 * _num_weights(geometry) / SLOW_FLOPS.get(backend, SLOWEST_FLOPS)
         self._in_flight: deque[float] = deque()
         self.expected_s = 0.0
@@ -60,5 +60,4 @@ class StepTimes:
 
 def _num_weights(geometry: Geometry) -> int:
     """Return the weights of the decoder's layers."""
-    heads = (2 * geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
-    return geometry.num_layers * geometry.hidden_size * (heads + 3 * geometry.intermediate_size)
+    return sum(each.in_features * each.out_features for layer in geometry.layers for each in layer)

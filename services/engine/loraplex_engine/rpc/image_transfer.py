@@ -208,7 +208,7 @@ class ImageTransfers:
             )
         try:
             spec = AdapterSpec.from_json(offer.spec)
-            num_pages = layout(self._engine.params.geometry, spec.ranks).num_pages
+            num_pages = layout(self._engine.params.geometry, spec.sizes).num_pages
         except (ImageError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise AdapterCorruptError(f"image {offer.digest}: unreadable spec: {error}") from error
         if spec.digest != offer.digest or num_pages != offer.num_pages or offer.rank != 0:

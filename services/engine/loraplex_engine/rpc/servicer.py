@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex.v1 import adapter_pb2, engine_pb2, engine_pb2_grpc
-from loraplex_common.adapter_image import PROJECTIONS
+from loraplex_common import geometry_wire
 from loraplex_common.errors import DrainingError, InvalidParameterError
 
 from loraplex_engine.messages import ResidencyChanged, ResidencyState
@@ -136,8 +136,8 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         return engine_pb2.GetEngineInfoResponse(
             engine_id=self._identity.engine_id,
             base_model=self._identity.base_model,
-            geometry=wire.geometry(params.geometry),
-            target_modules=PROJECTIONS,
+            geometry=geometry_wire.to_message(params.geometry),
+            target_modules=params.geometry.projection_names,
             num_pages=params.num_pages,
             block_tokens=params.block_tokens,
             max_num_batched_tokens=params.max_num_batched_tokens,

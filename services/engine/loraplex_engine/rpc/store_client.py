@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
+from loraplex_common import geometry_wire
 from loraplex_common.error_status import from_status, to_status
 from loraplex_common.errors import LoraplexError, StoreUnavailableError
 from loraplex_common.log import get_logger
@@ -165,7 +166,7 @@ class AdapterClient:
         return _Request.Hello(
             engine_id=self._attachment.engine_id,
             base_model=self._attachment.base_model,
-            geometry=wire.geometry(self._engine.params.geometry),
+            geometry=geometry_wire.to_message(self._engine.params.geometry),
             arenas=[
                 _Request.Arena(
                     num_slots=arena.num_slots,

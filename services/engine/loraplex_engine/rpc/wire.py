@@ -34,8 +34,6 @@ from loraplex_engine.rpc.validation import (
 )
 
 if TYPE_CHECKING:
-    from loraplex_common.adapter_image import Geometry
-
     from loraplex_engine.step import TokenLogprobs
 
 _PRIORITIES: Final = {
@@ -223,19 +221,3 @@ def tier(state: ResidencyState) -> adapter_pb2.Tier.ValueType:
 def resident_state(state: ResidencyState) -> engine_pb2.ResidentAdapter.State.ValueType:
     """Return the wire's name of a state of residency."""
     return _STATES[state]
-
-
-def geometry(value: Geometry) -> adapter_pb2.Geometry:
-    """Encode what adapter images depend on."""
-    return adapter_pb2.Geometry(
-        layout_version=value.layout_version,
-        dtype=value.dtype,
-        page_bytes=value.page_bytes,
-        num_layers=value.num_layers,
-        hidden_size=value.hidden_size,
-        intermediate_size=value.intermediate_size,
-        num_heads=value.num_heads,
-        num_kv_heads=value.num_kv_heads,
-        head_dim=value.head_dim,
-        tp_degree=value.tp_degree,
-    )

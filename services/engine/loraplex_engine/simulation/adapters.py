@@ -45,7 +45,7 @@ class Adapters:
         self.weight_bytes = _column([size.weight_bytes for size in self.sizes], which)
         self.traffic_bytes = _column([size.traffic_bytes for size in self.sizes], which)
         self.digests = [f"{index:064x}" for index in range(num_adapters)]
-        self._modules = [(ModuleSpec(0, "q_proj", rank, 1.0),) for rank in ranks]
+        self._modules = [(ModuleSpec.low_rank(0, "q_proj", rank, 1.0),) for rank in ranks]
 
     def __len__(self) -> int:
         return len(self.digests)

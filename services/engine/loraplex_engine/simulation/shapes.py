@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from loraplex_common.adapter_image import ITEM_BYTES, OPS, PROJECTIONS, ImageError, layout
+from loraplex_common.adapter_image import ITEM_BYTES, ImageError, layout, pair_sizes
 from loraplex_common.base_model import BaseModelInfo
 from loraplex_common.projections import gated_decoder_layer
 
 from loraplex_engine.pool_geometry import PoolGeometry, choose_pool_geometry
 
 ATTENTION_TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_TARGETS: Final = PROJECTIONS
+ALL_TARGETS: Final = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
 
 # name -> layers, hidden, intermediate, heads, KV heads, head size, vocabulary; from the models' config.json
 _KNOWN: Final = {
@@ -72,6 +72,13 @@ def base_model_from_config(name: str, config: dict[str, Any]) -> BaseModelInfo:
 def _info(
     name: str, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, vocab: int
 ) -> BaseModelInfo:
+    layer = gated_decoder_layer(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+    )
     return BaseModelInfo(
         name=name,
         fingerprint="0" * 64,
@@ -85,6 +92,7 @@ def _info(
         vocab_size=vocab,
         max_position_embeddings=131072,
         config={},
+        layers=(layer,) * layers,
     )
 
 
@@ -193,13 +201,14 @@ class ModelShape:
         geometry = self.info.geometry(dtype=self.dtype, page_bytes=self.pool.page_bytes)
         ranks = tuple((layer, target, rank) for layer in range(self.info.num_layers) for target in targets)
         try:
-            num_pages = layout(geometry, ranks).num_pages
+            num_pages = layout(geometry, pair_sizes(ranks)).num_pages
         except ImageError as error:
             raise ShapeError(f"an adapter of rank {rank}: {error}") from error
-        shapes = [geometry.projection_shape(target) for target in targets]
+        projections = [geometry.projection(0, target) for target in targets]
+        shapes = [projection.shape for projection in projections]
         widths = sum(inputs + outputs for inputs, outputs in shapes)
         traffic = sum(inputs + 2 * outputs for inputs, outputs in shapes)
         layers, item = self.info.num_layers, self.item_bytes
-        num_ops = sum(not set(slices).isdisjoint(targets) for slices in OPS.values())
+        num_ops = len({projection.op for projection in projections})
         weights, activations = layers * rank * widths * item, layers * traffic * item
         return AdapterSize(rank, num_pages, weights, activations, num_ops, len(targets))

@@ -16,7 +16,7 @@ import torch
 from loraplex_kernels.lora.decode import LoraDecode
 from loraplex_kernels.lora.items import op_shapes
 
-from loraplex_engine.runners.cuda.graphs import VARIANTS, variant_of
+from loraplex_engine.runners.cuda.graphs import lora_variants, variant_of
 from loraplex_engine.runners.cuda.lora_paths import BasePath, BesideLoraPath, Fork, Grids, InLineLoraPath
 from loraplex_engine.runners.cuda.token_lora import max_decode_items
 
@@ -46,6 +46,9 @@ class DecodeLora:
         max_rows: The largest bucket.
         num_sms: Multiprocessors of the device.
         max_rows_beside: Steps of up to so many rows take `BesideLoraPath`.
+
+    Attributes:
+        variants: The graphs that it has a path for, see `lora_variants`.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class DecodeLora:
         max_rows_beside: int = MAX_ROWS_BESIDE,
     ) -> None:
         self._tables = tables
+        self.variants = lora_variants(tables.geometry)
         self._followers = followers
         self._num_sms, self._max_rows_beside = num_sms, max_rows_beside
         self._fork = Fork(library.device)
@@ -83,7 +87,7 @@ class DecodeLora:
 
     def path(self, bucket: int, variant: int) -> LayerPath:
         """Return how a graph of that many rows and that variant goes through the projections."""
-        ops = VARIANTS[variant]
+        ops = self.variants[variant]
         if not ops:
             return BasePath(self._followers)
         lora, grids = self._kernels_of(bucket), Grids.of(bucket, self._num_sms)
@@ -115,7 +119,10 @@ class DecodeLora:
         sent = self._sent.get(lora)
         if sent is None or sent[0] != key:
             lora.prepare(adapters)
-            sent = self._sent[lora] = key, variant_of(self._tables.max_stacked[used])
+            sent = self._sent[lora] = (
+                key,
+                variant_of(self.variants, self._tables.geometry, self._tables.max_stacked[used]),
+            )
         return sent[1]
 
     def _kernels_of(self, bucket: int) -> LoraDecode:

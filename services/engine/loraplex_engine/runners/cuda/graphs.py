@@ -11,16 +11,15 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, Final
 
 import torch
-from loraplex_common.adapter_image import OPS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy as np
+    from loraplex_common.adapter_image import Geometry
     from numpy.typing import NDArray
 
-VARIANTS: Final = (frozenset[str](), frozenset({"qkv", "o"}), frozenset(OPS))
-"""Ops with LoRA of each variant, smallest first; the last serves any mix."""
+ATTENTION: Final = "self_attn."  # what the paths of attention's projections begin with
 SMALL_BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32)
 STEPS: Final = ((256, 16), (1024, 64), (1 << 30, 256))
 """(up to, distance): beyond the small ones, buckets are this far apart."""
@@ -37,14 +36,26 @@ def bucket_sizes(max_rows: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def variant_of(max_stacked: NDArray[np.int32]) -> int:
+def lora_variants(geometry: Geometry) -> tuple[frozenset[str], ...]:
+    """Return the names of the ops with LoRA of each variant, smallest first: none, attention's, all.
+
+    The last serves any mix.
+    """
+    attention = {op.name for op in geometry.ops if all(each.path.startswith(ATTENTION) for each in op.projections)}
+    every = {op.name for op in geometry.ops}
+    return tuple(dict.fromkeys((frozenset[str](), frozenset(attention), frozenset(every))))
+
+
+def variant_of(variants: tuple[frozenset[str], ...], geometry: Geometry, max_stacked: NDArray[np.int32]) -> int:
     """Return the smallest variant that serves a batch.
 
     Args:
-        max_stacked: int32 ``[adapters, 4]``; stacked rank by op of each adapter in the batch.
+        variants: From `lora_variants`.
+        geometry: Of adapter images.
+        max_stacked: int32 ``[adapters, ops]``; stacked rank by op of each adapter in the batch.
     """
-    used = {op for column, op in enumerate(OPS) if max_stacked[:, column].any()}
-    return next(index for index, ops in enumerate(VARIANTS) if ops >= used)
+    used = {op.name for column, op in enumerate(geometry.ops) if max_stacked[:, column].any()}
+    return next(index for index, ops in enumerate(variants) if ops >= used)
 
 
 class DecodeGraphs:
@@ -54,7 +65,7 @@ class DecodeGraphs:
         sizes: Buckets in rising order.
         run: Launches one decode step of (bucket, variant) on the current stream; reads and writes fixed buffers.
         stream: Steps run on it.
-        num_variants: Capture only the first of `VARIANTS`; one where there is no LoRA.
+        num_variants: Of `lora_variants`; one where there is no LoRA.
 
     Attributes:
         capture_s: How long capture took.
@@ -66,7 +77,7 @@ class DecodeGraphs:
         run: Callable[[int, int], None],
         stream: torch.cuda.Stream,
         *,
-        num_variants: int = len(VARIANTS),
+        num_variants: int,
     ) -> None:
         self.sizes = sizes
         self._num_variants = num_variants

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.errors import AdapterIncompatibleError
-from loraplex_kernels.lora.tables import AdapterTables, RankLimitError, check_ranks
+from loraplex_common.image_geometry import ImageError
+from loraplex_kernels.lora.tables import AdapterTables, RankLimitError, check_parts
 from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
 
 from loraplex_engine.model.registry import read_model
@@ -21,7 +22,7 @@ from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
 from loraplex_engine.runners.cuda.decoder import DecoderLimits
 from loraplex_engine.runners.cuda.forwards import forward_of
-from loraplex_engine.runners.cuda.graphs import VARIANTS, DecodeGraphs, bucket_sizes
+from loraplex_engine.runners.cuda.graphs import DecodeGraphs, bucket_sizes
 from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
 from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig, tile_capacity
@@ -112,7 +113,7 @@ class CudaRunner:
             max_rows=limits.max_rows,
             num_sms=torch.cuda.get_device_properties(self._device).multi_processor_count,
         )
-        self._num_variants = len(VARIANTS)
+        self._num_variants = len(self._decode_lora.variants)
         self._token_lora = make_token_lora(
             self._library,
             self._tables,
@@ -255,7 +256,9 @@ class CudaRunner:
     def check_adapter(self, spec: AdapterSpec) -> None:
         """Refuse an adapter that our kernels cannot compute; see `ModelRunner`."""
         try:
-            check_ranks(spec)
+            check_parts(spec)
+        except ImageError as error:
+            raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}") from error
         except RankLimitError as error:
             raise AdapterIncompatibleError(
                 f"adapter {spec.digest}: {error}; serve it with --backend torch or train it with a lower rank"

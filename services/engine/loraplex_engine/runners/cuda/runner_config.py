@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.adapter_image import OPS, TILE_BYTES
+from loraplex_common.adapter_image import TILE_BYTES
 from loraplex_common.base_model import BaseModelInfo
 
 from loraplex_engine.pool_geometry import PoolGeometry
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
 
 HEAD_DIMS: Final = (64, 128)  # what the attention kernels are written for
-PROJECTIONS_PER_LAYER: Final = sum(len(slices) for slices in OPS.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,5 +71,7 @@ def tile_capacity(geometry: Geometry, *, num_pages: int, max_adapters: int) -> i
     tile_bytes = min(TILE_BYTES, geometry.page_bytes)
     if max_adapters == 0:
         return 0
-    small = min(max_adapters, num_pages) * geometry.num_layers * (PROJECTIONS_PER_LAYER + len(OPS))
+    # A of each op, and B of each projection.
+    num_matrices = sum(len(layer) + len({each.op for each in layer}) for layer in geometry.layers)
+    small = min(max_adapters, num_pages) * num_matrices
     return small + 2 * num_pages * (geometry.page_bytes // tile_bytes)

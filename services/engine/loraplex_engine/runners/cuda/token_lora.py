@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import OPS
 from loraplex_kernels.lora.decode import LoraDecode
 from loraplex_kernels.lora.items import BLOCK_ROWS, GROUP_TOKENS, SHRINK_ROWS, op_shapes
 from loraplex_kernels.lora.prefill import TILE_TOKENS, LoraPrefill
@@ -95,6 +94,7 @@ class GroupedLora:
         max_groups: int,
     ) -> None:
         shapes = op_shapes(geometry)
+        self._tables = tables
         self._kernels = LoraDecode(
             library,
             tables,
@@ -104,7 +104,7 @@ class GroupedLora:
             max_items=max_decode_items(shapes, max_groups),
         )
         self._hidden = self._kernels.new_scratch()
-        self._grids: dict[str, tuple[int, int]] = {}
+        self._grids: dict[int, tuple[int, int]] = {}  # by index of the op
 
     @property
     def fixed_tensors(self) -> tuple[Tensor, ...]:
@@ -123,13 +123,14 @@ class GroupedLora:
             tokens: int32 ``[N]``; their numbers in the step, below ``max_tokens``; 0..N-1 if unset.
         """
         counts = self._kernels.prepare(adapters, tokens).counts.reshape(-1, 2).tolist()
-        self._grids = {op: (shrink, expand) for op, (shrink, expand) in zip(OPS, counts, strict=True) if expand}
+        self._grids = {index: (shrink, expand) for index, (shrink, expand) in enumerate(counts) if expand}
 
     def apply(self, layer: int, op: str, x: Tensor, y: Tensor, scales: Tensor) -> None:
         """See `TokenLora`."""
-        if op not in self._grids:
+        grids = self._grids.get(self._tables.op_index(layer, op))
+        if grids is None:
             return
-        shrink, expand = self._grids[op]
+        shrink, expand = grids
         self._kernels.shrink(layer, op, x, self._hidden, shrink)
         self._kernels.expand_add(layer, op, self._hidden, scales, y, expand)
 

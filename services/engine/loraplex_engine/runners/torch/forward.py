@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from loraplex_common.adapter_image import OP_INDEX
 from torch import Tensor
 
 from loraplex_engine.model.layers import new_activation
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from loraplex_engine.runners.torch.attention_plan import AttentionStep
     from loraplex_engine.runners.torch.lora import LoraStep
 
-QKV, O, GATE_UP, DOWN = (OP_INDEX[op] for op in ("qkv", "o", "gate_up", "down"))  # noqa: E741
+QKV, O, GATE_UP, DOWN = ("qkv", "o", "gate_up", "down")  # noqa: E741
 
 ModelT = TypeVar("ModelT", bound="DecoderModel[Any]")
 
@@ -94,7 +93,7 @@ class TorchForward(ABC, Generic[ModelT]):
         return torch.cat((cos, cos), dim=-1), sin
 
     @staticmethod
-    def _project(layer: int, op: int, linear: Linear, x: Tensor, out: Tensor, lora: LoraStep | None) -> None:
+    def _project(layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, lora: LoraStep | None) -> None:
         """Compute a fused projection of one layer with the step's adapters."""
         linear.into(x, out)
         if lora is not None:

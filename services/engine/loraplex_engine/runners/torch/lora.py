@@ -13,18 +13,15 @@ Source: Hu et al., "LoRA", arXiv:2106.09685; batching by segments as SGMV in Che
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from loraplex_common.adapter_image import ITEM_BYTES, KIND_A, OPS, AdapterSpec, Geometry, layout
+from loraplex_common.adapter_image import ITEM_BYTES, KIND_A, KIND_B, AdapterSpec, Geometry, layout
 from torch import Tensor
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-
-OP_SLICES: Final = tuple(OPS.values())
 
 
 class ShrinkTile(NamedTuple):
@@ -54,9 +51,11 @@ class AdapterOp:
     """One adapter's part in one fused projection of one layer.
 
     Attributes:
+        index: The op's place in ``Geometry.ops``.
         slice_ranks: Ranks of the adapted slices, in the order in which A stacks them.
     """
 
+    index: int
     shrink: tuple[ShrinkTile, ...]
     expand: tuple[ExpandTile, ...]
     slice_ranks: list[int]
@@ -78,44 +77,46 @@ class AdapterTable:
         self._page_items = geometry.page_bytes // self._item
         self._pages = pages
         self._pool = pool
-        modules = {(module.layer, module.projection): module for module in spec.modules}
+        self.num_ops = len(geometry.ops)
+        scalings = {
+            (module.layer, *geometry.place(module.layer, module.projection)): module.pair.scaling
+            for module in spec.modules
+            if module.pair is not None
+        }
         shrinks: dict[tuple[int, int], list[ShrinkTile]] = {}
         expands: dict[tuple[int, int], list[ExpandTile]] = {}
         slices: dict[tuple[int, int], dict[int, int]] = {}  # (layer, op) -> slice -> rank, in stacking order
-        tiles = layout(geometry, spec.ranks).tiles
+        tiles = layout(geometry, spec.sizes).tiles
         for layer, op, _, _, start, rows, cols, page, offset in tiles[tiles["kind"] == KIND_A].tolist():
             view = self._view(page, offset, rows, cols)
             shrinks.setdefault((layer, op), []).append(ShrinkTile(start, start + cols, view))
         for layer, op, index, start, rows, cols, page, offset in _merged_b_tiles(tiles, self._item):
             ranks = slices.setdefault((layer, op), {})
             ranks[index] = cols
-            base = _output_offset(geometry, op, index) + start
+            base = sum(geometry.ops[op].local_outputs(geometry.tp_degree)[:index]) + start
             view = self._view(page, offset, rows, cols)
-            scaling = modules[layer, OP_SLICES[op][index]].scaling
-            tile = ExpandTile(base, base + rows, list(ranks).index(index), view, scaling)
+            tile = ExpandTile(base, base + rows, list(ranks).index(index), view, scalings[layer, op, index])
             expands.setdefault((layer, op), []).append(tile)
         self._ops = {
-            key: AdapterOp(tuple(shrinks[key]), tuple(expands[key]), list(slices[key].values())) for key in shrinks
+            (layer, geometry.ops[op].name): AdapterOp(
+                op, tuple(shrinks[layer, op]), tuple(expands[layer, op]), list(slices[layer, op].values())
+            )
+            for layer, op in shrinks
         }
 
     def _view(self, page: int, offset: int, rows: int, cols: int) -> Tensor:
         start = int(self._pages[page]) * self._page_items + offset // self._item
         return self._pool.as_strided((rows, cols), (cols, 1), start)
 
-    def op(self, layer: int, op: int) -> AdapterOp | None:
+    def op(self, layer: int, op: str) -> AdapterOp | None:
         """Return what the adapter does in one fused projection of one layer, if anything."""
         return self._ops.get((layer, op))
-
-
-def _output_offset(geometry: Geometry, op: int, slice_index: int) -> int:
-    """Return where a slice's outputs begin in its fused projection."""
-    return sum(geometry.local_shape(name)[1] for name in OP_SLICES[op][:slice_index])
 
 
 def _merged_b_tiles(tiles: NDArray[np.void], item: int) -> list[list[int]]:
     """Return B tiles as [layer, op, slice, start, rows, cols, page, offset], those that follow each other merged."""
     merged: list[list[int]] = []
-    for layer, op, _, slice_index, start, rows, cols, page, offset in tiles[tiles["kind"] != KIND_A].tolist():
+    for layer, op, _, slice_index, start, rows, cols, page, offset in tiles[tiles["kind"] == KIND_B].tolist():
         if merged:
             last = merged[-1]
             is_next = last[:3] == [layer, op, slice_index] and last[6] == page
@@ -145,8 +146,8 @@ class Segment:
         self.table = table
         self.scales = scales
         self._tokens = slice(first, last)
-        self._inputs: list[dict[int, Tensor]] = [{} for _ in OPS]
-        self._outputs: list[dict[tuple[int, int], Tensor]] = [{} for _ in OPS]
+        self._inputs: list[dict[int, Tensor]] = [{} for _ in range(table.num_ops)]
+        self._outputs: list[dict[tuple[int, int], Tensor]] = [{} for _ in range(table.num_ops)]
 
     def input_of(self, op: int, x: Tensor, start: int, stop: int) -> Tensor:
         """Return columns [start, stop) of the segment's rows of an op's input, transposed: ``[stop - start, tokens]``."""
@@ -172,23 +173,24 @@ class LoraStep:
         self._segments = segments
         self._apply = _apply_fp32 if dtype == torch.float32 else _apply_widened
 
-    def apply(self, layer: int, op: int, x: Tensor, y: Tensor) -> None:
+    def apply(self, layer: int, op: str, x: Tensor, y: Tensor) -> None:
         """Add the adapters' part to a fused projection.
 
         Args:
             layer: Decoder layer.
-            op: Index into ``OPS``.
+            op: One of the layer's ops.
             x: The projection's input, ``[T, in_features]``; the same buffer for this op in every layer.
             y: Its output, ``[T, out_features]``; likewise, and added to in place.
         """
         for segment in self._segments:
             adapter = segment.table.op(layer, op)
             if adapter is not None:
-                self._apply(adapter, segment, op, x, y)
+                self._apply(adapter, segment, x, y)
 
 
-def _apply_fp32(adapter: AdapterOp, segment: Segment, op: int, x: Tensor, y: Tensor) -> None:
+def _apply_fp32(adapter: AdapterOp, segment: Segment, x: Tensor, y: Tensor) -> None:
     """Compute with weights as the left factor: for a few tokens a quarter faster than ``x @ A.T`` in either memory order."""
+    op = adapter.index
     (start, stop, a), *more = adapter.shrink
     shrunk = torch.mm(a, segment.input_of(op, x, start, stop))
     for start, stop, a in more:
@@ -200,8 +202,9 @@ def _apply_fp32(adapter: AdapterOp, segment: Segment, op: int, x: Tensor, y: Ten
         segment.output_of(op, y, start, stop).addmm_(b, parts[part], alpha=scaling)
 
 
-def _apply_widened(adapter: AdapterOp, segment: Segment, op: int, x: Tensor, y: Tensor) -> None:
+def _apply_widened(adapter: AdapterOp, segment: Segment, x: Tensor, y: Tensor) -> None:
     """Compute in fp32 and round once, at the end: the reference of kernels with fp32 accumulators."""
+    op = adapter.index
     shrunk = sum(a.float() @ segment.input_of(op, x, start, stop).float() for start, stop, a in adapter.shrink)
     assert isinstance(shrunk, torch.Tensor)
     if segment.scales is not None:

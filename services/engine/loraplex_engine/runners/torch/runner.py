@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
+from loraplex_common.adapter_parts import check_kinds
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import BaseModelInfo
+from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_common.image_geometry import ImageError
+from loraplex_common.low_rank import LOW_RANK
 from torch import Tensor
 
 from loraplex_engine.model.layers import TORCH_LINEARS
@@ -208,7 +212,11 @@ class TorchRunner:
         return buffers
 
     def check_adapter(self, spec: AdapterSpec) -> None:
-        """Return: torch computes every adapter that an image can hold."""
+        """Refuse an adapter with a part that is not computed here; see `ModelRunner`."""
+        try:
+            check_kinds(spec, (LOW_RANK,), "torch")
+        except ImageError as error:
+            raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}") from error
 
     def pin_host_memory(self, arena: NDArray[np.uint8]) -> object:
         """Leave the arena as it is: copies here are plain."""

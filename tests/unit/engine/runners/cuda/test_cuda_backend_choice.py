@@ -47,7 +47,7 @@ def test_a_rank_our_kernels_cannot_take_names_module_and_remedy() -> None:
 
     runner = object.__new__(CudaRunner)  # the check needs no device
     modules = tuple(
-        ModuleSpec(3, name, rank, 1.0) for name, rank in (("q_proj", 256), ("k_proj", 256), ("v_proj", 257))
+        ModuleSpec.low_rank(3, name, rank, 1.0) for name, rank in (("q_proj", 256), ("k_proj", 256), ("v_proj", 257))
     )
 
     runner.check_adapter(AdapterSpec("a" * 64, modules[:2]))

@@ -9,10 +9,11 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
-from loraplex_common.adapter_image import OPS, PROJECTIONS, AdapterSpec, Geometry, ModuleSpec, layout
+from loraplex_common.adapter_image import AdapterSpec, Geometry, ModuleSpec, layout
 from loraplex_common.base_model import BaseModelInfo
+from loraplex_common.projections import Projection
 from loraplex_engine.pool_geometry import PoolGeometry
-from loraplex_engine.runners.cuda.graphs import VARIANTS, bucket_sizes, variant_of
+from loraplex_engine.runners.cuda.graphs import bucket_sizes, lora_variants, variant_of
 from loraplex_engine.runners.cuda.lora_paths import EXPAND_CTAS_PER_SM, SHRINK_CTAS_PER_SM
 from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig, tile_capacity
 from loraplex_engine.runners.cuda.token_lora import max_decode_items, max_prefill_items
@@ -20,8 +21,9 @@ from loraplex_kernels.compiler import sources
 from loraplex_kernels.lora.items import ItemBuilder, op_shapes
 from loraplex_kernels.lora.prefill import make_segments, plan_op
 from loraplex_kernels.lora.prefill_cut import CLUSTERS
+from support.decoder_shapes import OPS, PROJECTIONS, decoder_geometry
 
-GEOMETRY = Geometry(
+GEOMETRY = decoder_geometry(
     dtype="bfloat16",
     page_bytes=2 << 20,
     num_layers=2,
@@ -71,9 +73,9 @@ def test_item_bounds_hold_for_rows_of_distinct_adapters(num_rows: int, ranks: tu
 @pytest.mark.parametrize("rank", [1, 8, 16, 33, 64, 85, 86, 171, 256])
 def test_adapters_that_fill_a_pool_fit_its_tile_table(rank: int) -> None:
     spec = AdapterSpec(
-        "0" * 64, tuple(ModuleSpec(layer, name, rank, 1.0) for layer in range(2) for name in PROJECTIONS)
+        "0" * 64, tuple(ModuleSpec.low_rank(layer, name, rank, 1.0) for layer in range(2) for name in PROJECTIONS)
     )
-    plan = layout(GEOMETRY, spec.ranks)
+    plan = layout(GEOMETRY, spec.sizes)
     num_adapters = 100
 
     capacity = tile_capacity(GEOMETRY, num_pages=num_adapters * plan.num_pages, max_adapters=num_adapters)
@@ -97,7 +99,20 @@ def test_without_adapters_there_is_no_tile_table() -> None:
     ],
 )
 def test_a_batch_gets_the_smallest_variant_with_all_its_ops(ranks: list[list[int]], expected: set[str]) -> None:
-    assert VARIANTS[variant_of(np.array(ranks, dtype=np.int32))] == expected
+    variants = lora_variants(GEOMETRY)
+
+    assert variants[variant_of(variants, GEOMETRY, np.array(ranks, dtype=np.int32))] == expected
+
+
+def test_variants_are_those_that_the_models_ops_allow() -> None:
+    attention, mlp = Projection("self_attn.qkv_proj", "qkv", 64, 96), Projection("mlp.up_proj", "up", 64, 96)
+
+    def variants(*projections: Projection) -> tuple[frozenset[str], ...]:
+        return lora_variants(Geometry.of([projections], dtype="bfloat16", page_bytes=4096))
+
+    assert [set(ops) for ops in lora_variants(GEOMETRY)] == [set(), {"qkv", "o"}, set(OPS)]
+    assert [set(ops) for ops in variants(attention, mlp)] == [set(), {"qkv"}, {"qkv", "up"}]
+    assert [set(ops) for ops in variants(mlp)] == [set(), {"up"}]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +134,7 @@ def test_models_our_kernels_cannot_compute_are_refused_with_the_remedy(
         vocab_size=100,
         max_position_embeddings=64,
         config={},
+        layers=(),
     )
     pool = PoolGeometry(dtype="bfloat16", num_layers=num_layers, num_kv_heads=1, head_dim=head_dim, block_tokens=16)
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from kernels.host_kernels import COMPILER, HostLibrary
 from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry, relative_error
 from kernels.recording_kernels import RecordingLibrary
-from loraplex_common.adapter_image import OPS
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
 from loraplex_engine.step import NO_ADAPTER, StepPlan
 from loraplex_kernels.lora.items import op_shapes
 from loraplex_kernels.lora.tables import MAX_RANK, AdapterTables
+from support.decoder_shapes import OPS
 from support.plans import Draw, sampling_arrays
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def is_adapted(of_token: NDArray[np.int32], op: str) -> NDArray[np.bool_]:
     columns = []
     for name in OPS[op]:
         has = np.array([name in ranks for ranks in RANKS] + [False])  # the last is nobody's
-        columns.append(np.repeat(has[of_token][:, None], GEOMETRY.projection_shape(name)[1], axis=1))
+        columns.append(np.repeat(has[of_token][:, None], GEOMETRY.projection(0, name).shape[1], axis=1))
     return np.concatenate(columns, axis=1)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from loraplex_common.adapter_image import OPS, AdapterSpec, Geometry, ModuleSpec, pack
+from loraplex_common.adapter_image import AdapterSpec, Geometry, ModuleSpec, pack
+from loraplex_common.projections import Projection
 from loraplex_engine.runners.torch.lora import AdapterTable, LoraStep, Segment
+from support.decoder_shapes import OPS, decoder_geometry, pair_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def make_geometry(dtype: str, page_bytes: int) -> Geometry:
-    return Geometry(
+    return decoder_geometry(
         dtype=dtype,
         page_bytes=page_bytes,
         num_layers=2,
@@ -30,18 +32,22 @@ def make_adapter(
     rng = np.random.default_rng(seed)
     tensors = {}
     for module in modules:
-        inputs, outputs = geometry.projection_shape(module.projection)
+        inputs, outputs = geometry.projection(module.layer, module.projection).shape
         a = rng.standard_normal((module.rank, inputs)) / np.sqrt(inputs)
         b = rng.standard_normal((outputs, module.rank)) / np.sqrt(module.rank)
         tensors[module.layer, module.projection] = (a.astype(np.float32), b.astype(np.float32))
     spec = AdapterSpec(f"{seed:064x}", tuple(modules))
-    return spec, tensors, pack(geometry, spec, tensors)
+    return spec, tensors, pack(geometry, spec, pair_tensors(tensors))
 
 
 ADAPTERS = [
-    [ModuleSpec(0, "q_proj", 3, 2.0), ModuleSpec(0, "v_proj", 64, 0.25), ModuleSpec(1, "down_proj", 17, 1.0)],
-    [ModuleSpec(layer, name, 8, 4.0) for layer in (0, 1) for names in OPS.values() for name in names],
-    [ModuleSpec(1, "up_proj", 1, 3.0)],
+    [
+        ModuleSpec.low_rank(0, "q_proj", 3, 2.0),
+        ModuleSpec.low_rank(0, "v_proj", 64, 0.25),
+        ModuleSpec.low_rank(1, "down_proj", 17, 1.0),
+    ],
+    [ModuleSpec.low_rank(layer, name, 8, 4.0) for layer in (0, 1) for names in OPS.values() for name in names],
+    [ModuleSpec.low_rank(1, "up_proj", 1, 3.0)],
 ]
 
 
@@ -63,8 +69,11 @@ def test_every_fused_projection_gets_its_adapters_part(dtype: str, page_bytes: i
         tables.append(AdapterTable(geometry, spec, pages, pool.view(DTYPES[dtype]).view(-1)))
 
     for layer in range(2):
-        for op, names in enumerate(OPS.values()):
-            inputs, outputs = geometry.projection_shape(names[0])[0], [geometry.projection_shape(n)[1] for n in names]
+        for op, names in OPS.items():
+            inputs, outputs = (
+                geometry.projection(0, names[0]).shape[0],
+                [geometry.projection(0, n).shape[1] for n in names],
+            )
             x, y = torch.randn(10, inputs).to(DTYPES[dtype]), torch.randn(10, sum(outputs)).to(DTYPES[dtype])
             expected = y.double()
             for (spec, tensors, _), (first, last), scale in zip(adapters, bounds, scales, strict=True):
@@ -89,3 +98,30 @@ def test_every_fused_projection_gets_its_adapters_part(dtype: str, page_bytes: i
 
             assert (y.double() - expected).abs().max() < (1e-4 if dtype == "float32" else 0.15)
             assert torch.equal(y[:2].double(), expected[:2])
+
+
+def test_ops_of_one_name_may_differ_between_layers() -> None:
+    layers = (
+        (Projection("mlp.up_proj", "up", 64, 96), Projection("mlp.down_proj", "down", 96, 64)),
+        (Projection("mlp.up_proj", "up", 64, 192), Projection("mlp.extra_proj", "extra", 64, 32)),
+    )
+    geometry = Geometry.of(layers, dtype="float32", page_bytes=8192)
+    modules = [
+        ModuleSpec.low_rank(layer, each.name, 4, 2.0) for layer, offered in enumerate(layers) for each in offered
+    ]
+    spec, tensors, image = make_adapter(geometry, modules, 0)
+    table = AdapterTable(
+        geometry, spec, np.arange(len(image), dtype=np.int32), torch.from_numpy(image).view(-1).view(torch.float32)
+    )
+    step = LoraStep([Segment(first=0, last=3, table=table, scales=None)], torch.float32)
+
+    for layer, offered in enumerate(layers):
+        for each in offered:
+            x, y = torch.randn(3, each.in_features), torch.zeros(3, each.out_features)
+            a, b = (torch.from_numpy(matrix) for matrix in tensors[layer, each.name])
+
+            step.apply(layer, each.op, x, y)
+
+            torch.testing.assert_close(y, 2.0 * x @ a.t() @ b.t(), rtol=1e-4, atol=1e-4)
+    assert table.op(1, "down") is None
+    assert table.op(0, "extra") is None

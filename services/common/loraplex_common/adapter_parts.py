@@ -1,0 +1,165 @@
+"""The kinds of parts that adapters may have, and what an adapter's spec says of its parts.
+
+A new kind is one class (`loraplex_common.part_kind.PartKind`) and one line in `KINDS`; what it takes of the kernels, the
+checkpoint reader and the runners is listed in ADR 26.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+from loraplex_common.image_geometry import ImageError
+from loraplex_common.low_rank import LOW_RANK, LowRank, LowRankKind
+from loraplex_common.part_kind import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from loraplex_common.part_kind import PartKind
+
+KINDS: Final[dict[str, PartKind]] = {kind.name: kind for kind in (LowRankKind(),)}
+"""All kinds of parts by name, in the order in which an op's parts follow each other in an image."""
+
+
+class PartSize(NamedTuple):
+    """What the layout depends on of one part.
+
+    Attributes:
+        size: `Part.size`.
+    """
+
+    layer: int
+    projection: str
+    kind: str
+    size: int
+
+
+PartSizes: TypeAlias = tuple[PartSize, ...]
+"""Of every part of an adapter: a key to cache its layout by."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpec:
+    """One adapted projection of one layer.
+
+    Attributes:
+        parts: At most one of each kind.
+    """
+
+    layer: int
+    projection: str
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def low_rank(cls, layer: int, projection: str, rank: int, scaling: float) -> ModuleSpec:
+        """Return a module of plain LoRA; arguments as of `LowRank`."""
+        return cls(layer, projection, (LowRank(rank, scaling),))
+
+    @property
+    def pair(self) -> LowRank | None:
+        """Its low-rank pair, if it has one."""
+        for part in self.parts:  # read for every module of each load
+            if isinstance(part, LowRank):
+                return part
+        return None
+
+    @property
+    def rank(self) -> int:
+        """Rank of its low-rank pair; 0 without one."""
+        return self.pair.rank if self.pair is not None else 0
+
+    @property
+    def scaling(self) -> float:
+        """Scaling of its low-rank pair; 0 without one."""
+        return self.pair.scaling if self.pair is not None else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """What an engine must know of an adapter besides its pages.
+
+    Attributes:
+        digest: The revision: sha256 over canonical config and tensors, 64 hex digits.
+        modules: Adapted projections, by layer.
+    """
+
+    digest: str
+    modules: tuple[ModuleSpec, ...]
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank of any module."""
+        return max((module.rank for module in self.modules), default=0)
+
+    @property
+    def sizes(self) -> PartSizes:
+        """What the layout depends on."""
+        return tuple(
+            PartSize(module.layer, module.projection, part.kind, part.size)
+            for module in self.modules
+            for part in module.parts
+        )
+
+    def to_json(self) -> bytes:
+        """Encode for the wire and for the adapter's manifest."""
+        modules = [_module_fields(module) for module in self.modules]
+        return json.dumps({"digest": self.digest, "modules": modules}, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> AdapterSpec:
+        """Decode what `to_json` wrote.
+
+        Raises:
+            ImageError: If a part is of a kind that this version does not know.
+            KeyError: If a field is missing; TypeError: if there is one too many.
+        """
+        fields: dict[str, Any] = json.loads(data)
+        return cls(fields["digest"], tuple(_module_of(module) for module in fields["modules"]))
+
+
+def pair_sizes(ranks: Iterable[tuple[int, str, int]]) -> PartSizes:
+    """Return the sizes of an adapter of plain LoRA from its modules' ``(layer, projection, rank)``."""
+    return tuple(PartSize(layer, projection, LOW_RANK, rank) for layer, projection, rank in ranks)
+
+
+def check_kinds(spec: AdapterSpec, computed: Collection[str], backend: str) -> None:
+    """Refuse an adapter with a part that a backend does not compute.
+
+    Raises:
+        ImageError: If it has one; the message names module, kind and what the backend computes.
+    """
+    for module in spec.modules:
+        for part in module.parts:
+            if part.kind not in computed:
+                raise ImageError(
+                    f"layer {module.layer} {module.projection}: backend {backend} does not compute parts of kind "
+                    f"{part.kind!r}, only {', '.join(computed)}"
+                )
+
+
+def _module_fields(module: ModuleSpec) -> dict[str, Any]:
+    """Return a module's JSON. A pair's fields are the module's own, as in all specs written so far."""
+    fields: dict[str, Any] = {"layer": module.layer, "projection": module.projection}
+    others: dict[str, Any] = {}
+    for part in module.parts:
+        values: dict[str, Any] = asdict(part)  # type: ignore[call-overload]
+        if part.kind == LOW_RANK:
+            fields |= values
+        else:
+            others[part.kind] = values
+    return fields | {"parts": others} if others else fields
+
+
+def _module_of(fields: dict[str, Any]) -> ModuleSpec:
+    fields = dict(fields)
+    layer, projection, others = fields.pop("layer"), fields.pop("projection"), fields.pop("parts", {})
+    parts: list[Part] = [LowRank(**fields)] if fields else []
+    for name, values in others.items():
+        if name not in KINDS:
+            raise ImageError(
+                f"layer {layer} {projection}: part kind {name!r} is not one of {', '.join(KINDS)}: upgrade the older side"
+            )
+        parts.append(KINDS[name].part(**values))
+    return ModuleSpec(layer, projection, tuple(parts))

@@ -1,0 +1,69 @@
+"""The geometry of images on the wire: engines say it, the adapter store reads it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from loraplex.v1 import adapter_pb2
+
+from loraplex_common.image_geometry import LAYOUT_VERSION, Geometry, ImageError
+from loraplex_common.projections import Projection, Split
+
+_SPLITS: Final[dict[adapter_pb2.Projection.Split.ValueType, Split]] = {
+    adapter_pb2.Projection.SPLIT_OUTPUTS: Split.OUTPUTS,
+    adapter_pb2.Projection.SPLIT_INPUTS: Split.INPUTS,
+}
+_WIRE_SPLITS: Final = {split: value for value, split in _SPLITS.items()}
+
+
+def to_message(geometry: Geometry) -> adapter_pb2.Geometry:
+    """Encode a geometry."""
+    return adapter_pb2.Geometry(
+        layout_version=geometry.layout_version,
+        dtype=geometry.dtype,
+        page_bytes=geometry.page_bytes,
+        tp_degree=geometry.tp_degree,
+        distinct_layers=[
+            adapter_pb2.DecoderLayer(projections=[_projection_message(each) for each in layer])
+            for layer in geometry.distinct_layers
+        ],
+        layer_indices=geometry.layer_indices,
+    )
+
+
+def from_message(message: adapter_pb2.Geometry) -> Geometry:
+    """Decode a geometry.
+
+    Raises:
+        ImageError: If it is of another layout version, or makes no sense; the message says what, and the remedy.
+    """
+    is_known = message.layout_version == LAYOUT_VERSION  # what another version says of layers is not read
+    return Geometry(
+        layout_version=message.layout_version,
+        dtype=message.dtype,
+        page_bytes=message.page_bytes,
+        tp_degree=message.tp_degree or 1,
+        distinct_layers=tuple(
+            tuple(_projection(each) for each in layer.projections)
+            for layer in (message.distinct_layers if is_known else ())
+        ),
+        layer_indices=tuple(message.layer_indices),
+    )
+
+
+def _projection_message(projection: Projection) -> adapter_pb2.Projection:
+    return adapter_pb2.Projection(
+        path=projection.path,
+        op=projection.op,
+        in_features=projection.in_features,
+        out_features=projection.out_features,
+        split=_WIRE_SPLITS[projection.split],
+    )
+
+
+def _projection(message: adapter_pb2.Projection) -> Projection:
+    if message.split not in _SPLITS:
+        raise ImageError(
+            f"projection {message.path!r}: split {message.split} is none that this version knows: upgrade the older side"
+        )
+    return Projection(message.path, message.op, message.in_features, message.out_features, _SPLITS[message.split])

@@ -1,0 +1,173 @@
+"""What a kind of adapter part has to declare: its numbers, tensors, tiles and the entry of the device table.
+
+An adapter's module is a set of *parts*, at most one of each kind; ADR 26 has the algebra that they make up. A kind is one
+class with this protocol, listed in `loraplex_common.adapter_parts.KINDS`. Layout, packing and tables know no kind.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex_common.image_geometry import ITEM_BYTES, ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from loraplex_common.image_geometry import Geometry
+    from loraplex_common.projections import Op, Projection
+
+# Columns and outputs are cut at multiples of the first of these that fits a tile: of 64, so that tiles stay aligned without
+# padding; of less where the (stacked) rank is so large that 64 exceed a tile; of 8 at least, for 16-byte vectors of bf16.
+TILE_STEPS: Final = (64, 32, 16, 8)
+
+Arrays: TypeAlias = tuple[NDArray[np.float32], ...]
+"""The tensors of one part, fp32, in the order of `PartKind.shapes`."""
+
+
+class Part(Protocol):
+    """One part of a module, as the spec holds it: a frozen dataclass whose fields go into the spec's JSON."""
+
+    kind: ClassVar[str]
+
+    @property
+    def size(self) -> int:
+        """What the layout depends on besides the projection: a rank, a number of non-zeros, 1 for a vector."""
+        ...
+
+
+class Tile(NamedTuple):
+    """A piece of a part, before it has a place.
+
+    Attributes:
+        entry: Which of the kind's image entries it is a piece of; the ``kind`` of `TILE_DTYPE`.
+        slice: Slice of the op; 0 for what all slices share.
+        start: First column or output in it.
+        rows: Rows, as the kernels read it.
+        cols: Columns, as the kernels read it.
+    """
+
+    entry: int
+    slice: int
+    start: int
+    rows: int
+    cols: int
+
+
+class Entry(NamedTuple):
+    """One sort of matrix that a kind puts into an image.
+
+    Attributes:
+        name: Its name in messages.
+        is_per_slice: Whether each slice of an op has its own; else there is one for all of them.
+    """
+
+    name: str
+    is_per_slice: bool
+
+
+class Matrices(NamedTuple):
+    """Where a kind's matrices of one adapter lie, for its entries in the device table; one row for each matrix.
+
+    Attributes:
+        tiles: ``[matrices]`` of `TILE_DTYPE`; the first tile of each.
+        numbers: Number of that tile, counted from the adapter's first.
+        offsets: Bytes in the pool where a matrix begins whose tiles lie behind each other there; -1 for other ones.
+    """
+
+    tiles: NDArray[np.void]
+    numbers: NDArray[np.intp]
+    offsets: NDArray[np.int64]
+
+
+class PartKind(Protocol):
+    """One kind of part.
+
+    Attributes:
+        name: Its name in specs and tensors.
+        part: The dataclass that describes one.
+        entries: What it puts into an image, by number: ``kind`` in `TILE_DTYPE`, of no other kind.
+        table_dtype: One entry of its device table, as its kernels read it.
+        tile_fields: Fields of it that hold tile numbers; they count from the adapter's first tile until it is bound.
+    """
+
+    name: str
+    part: type[Any]
+    entries: Mapping[int, Entry]
+    table_dtype: np.dtype[np.void]
+    tile_fields: tuple[str, ...]
+
+    def shapes(self, projection: Projection, size: int) -> Mapping[str, tuple[int, ...]]:
+        """Return the unsharded shape of each tensor of a part, by its name in messages."""
+        ...
+
+    def local(self, projection: Projection, arrays: Arrays, tp_rank: int, tp_degree: int) -> Arrays:
+        """Return views of what one tensor-parallel rank computes with."""
+        ...
+
+    def tiles(self, geometry: Geometry, layer: int, op: Op, sizes: Sequence[int]) -> Iterator[Tile]:
+        """Cut the parts of one op into tiles, in the order of the image; only the first of a matrix has ``start`` 0.
+
+        Args:
+            geometry: Of the image.
+            layer: Decoder layer, for messages.
+            op: The op.
+            sizes: Size of each slice's part; 0 for a slice without one.
+
+        Raises:
+            ImageError: If a part does not fit; the message has layer, name and arithmetic.
+        """
+        ...
+
+    def fill(self, tile: Tile, parts: Sequence[Arrays | None], out: NDArray[np.float32]) -> None:
+        """Write a tile's values.
+
+        Args:
+            tile: One that `tiles` returned.
+            parts: Each slice's local tensors; None for a slice without a part.
+            out: ``[rows, cols]``.
+        """
+        ...
+
+    def write_entries(self, entries: NDArray[np.void], matrices: Matrices) -> None:
+        """Fill an adapter's rows of the device table with where its matrices lie.
+
+        Args:
+            entries: ``[layers, ops]`` of ``table_dtype``, zeros.
+            matrices: The kind's matrices.
+        """
+        ...
+
+    def write_numbers(
+        self, entries: NDArray[np.void], places: tuple[tuple[int, ...], ...], parts: Sequence[Any]
+    ) -> None:
+        """Add the parts' own numbers, such as a scaling, to the table.
+
+        Args:
+            entries: ``[layers, ops]`` of ``table_dtype``.
+            places: Layers, ops and slices of the parts.
+            parts: All of this kind, at least one.
+        """
+        ...
+
+
+def cut(geometry: Geometry, length: int, unit_items: int, what: str) -> list[tuple[int, int]]:
+    """Cut ``length`` columns or outputs of ``unit_items`` elements each into half-open [start, stop) that fit a tile.
+
+    Raises:
+        ImageError: If the least that a kernel reads at once exceeds a tile.
+    """
+    unit_bytes = unit_items * ITEM_BYTES[geometry.dtype]
+    for granule in TILE_STEPS:
+        if step := geometry.tile_bytes // unit_bytes // granule * granule:
+            break
+    else:
+        if length * unit_bytes > geometry.tile_bytes:
+            least = TILE_STEPS[-1] * unit_bytes
+            raise ImageError(
+                f"{what}: {TILE_STEPS[-1]} x {unit_bytes} = {least} bytes exceed a tile of {geometry.tile_bytes} bytes"
+            )
+        step = length
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
