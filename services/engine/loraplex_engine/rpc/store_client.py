@@ -172,7 +172,7 @@ class AdapterClient:
         return _Request.Hello(
             engine_id=self._attachment.engine_id,
             base_model=self._attachment.base_model,
-            geometry=wire.geometry(self._engine.params.geometry),
+            geometry=wire.geometry(self._engine.geometry),
             arenas=[
                 _Request.Arena(
                     num_slots=arena.num_slots,
