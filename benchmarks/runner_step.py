@@ -18,8 +18,11 @@ from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canon
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import BaseModelInfo, load_base_model
+from loraplex_engine.limits import EngineLimits
+from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
-from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.runner_config import RunnerConfig
+from loraplex_engine.runners.torch.runner import TorchRunner
 from loraplex_engine.step import NO_ADAPTER
 from support.plans import Harness
 
@@ -73,16 +76,13 @@ def main() -> None:
     args = parser.parse_args()
     info = load_base_model(args.model)
     geometry = choose_pool_geometry(info, dtype="float32")
+    torch.set_num_threads(1)
+    limits = EngineLimits(
+        pool=geometry, num_pages=NUM_PAGES, max_num_seqs=NUM_ROWS * 2 * (args.rounds + 1), max_model_len=2048
+    )
     runner = TorchRunner(
-        RunnerConfig(
-            model_dir=args.model,
-            info=info,
-            geometry=geometry,
-            num_pages=NUM_PAGES,
-            max_num_seqs=NUM_ROWS * 2 * (args.rounds + 1),
-            max_model_len=2048,
-            num_threads=1,
-        )
+        RunnerConfig(info=info, limits=limits),
+        WeightReader(args.model, dtype=torch.float32, device=torch.device("cpu")),
     )
     harness = Harness(runner, geometry, NUM_PAGES)
     indices = load_adapters(harness, runner, info)

@@ -16,18 +16,16 @@ import argparse
 import sys
 import time
 import tracemalloc
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
 from loraplex_engine.adapters.arena import HostArena
-from loraplex_engine.adapters.cache import AdapterCache
-from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
+from loraplex_engine.limits import EngineLimits, SchedulingPolicy
+from loraplex_engine.loop.engine_state import EngineState
 from loraplex_engine.messages import Submission
-from loraplex_engine.pages.page_pool import PagePool
+from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_engine.sampling_params import SamplingParams, StoppingParams
-from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.simulation.shapes import ALL_TARGETS
 from loraplex_engine.step import StepPlan, StepResult
 
@@ -42,22 +40,11 @@ MOST_MEDIAN_US = 300.0
 MOST_ADAPTER_BYTES = 2048
 
 
-@dataclass
-class Bench:
-    """A scheduler, and the arena it has to keep."""
-
-    scheduler: Scheduler
-    cache: AdapterCache
-    pool: PagePool
-    arena: HostArena
-
-
-def make_bench(arguments: argparse.Namespace, num_pages: int) -> Bench:
-    pool = PagePool(num_pages)
-    arena = HostArena(max(1, arguments.adapters), 64)
-    cache = AdapterCache(pool=pool, arena=arena, max_resident=4096, emit=lambda _event: None, clock=time.monotonic)
-    limits = SchedulerLimits(
-        block_tokens=BLOCK_TOKENS,
+def make_state(arguments: argparse.Namespace, num_pages: int) -> EngineState:
+    limits = EngineLimits(
+        pool=PoolGeometry(dtype="bfloat16", num_layers=1, num_kv_heads=1, head_dim=64, block_tokens=BLOCK_TOKENS),
+        num_pages=num_pages,
+        num_arena_slots=max(1, arguments.adapters),
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=arguments.running,
         max_num_batched_tokens=8192,
@@ -65,8 +52,8 @@ def make_bench(arguments: argparse.Namespace, num_pages: int) -> Bench:
         eos_token_ids=(2,),
         policy=SchedulingPolicy(growth_quantile=0.0),
     )
-    scheduler = Scheduler(limits=limits, pool=pool, cache=cache, page_bytes=4096, clock=time.monotonic)
-    return Bench(scheduler, cache, pool, arena)
+    arena = HostArena(limits.num_arena_slots, 1)  # accounts only: no image is ever written
+    return EngineState(limits, arena, emit=lambda _event: None, clock=time.monotonic)
 
 
 def digest_of(number: int) -> str:
@@ -80,25 +67,25 @@ def make_spec(number: int) -> AdapterSpec:
     return AdapterSpec(digest_of(number), tuple(modules))
 
 
-def know_adapters(bench: Bench, count: int) -> float:
+def know_adapters(state: EngineState, count: int) -> float:
     """Have all adapters asked for and their images arrive; returns bytes of memory per adapter."""
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     for number in range(count):
-        bench.cache.states.count_arrival(digest_of(number))
-        slots = bench.arena.allocate(1)
+        state.cache.states.count_arrival(digest_of(number))
+        slots = state.arena.allocate(1)
         assert slots is not None
-        bench.cache.image_arrived(make_spec(number), slots)
-    bench.cache.states.take_changed()
+        state.cache.image_arrived(make_spec(number), slots)
+    state.cache.states.take_changed()
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return (after - before) / max(1, count)
 
 
-def submit(bench: Bench, count: int, num_adapters: int) -> None:
+def submit(state: EngineState, count: int, num_adapters: int) -> None:
     rng = np.random.default_rng(0)
     for slot in range(count):
-        bench.scheduler.submit(
+        state.scheduler.submit(
             Submission(
                 session_id=1 + slot % 2,
                 session_slot=slot,
@@ -113,12 +100,12 @@ def submit(bench: Bench, count: int, num_adapters: int) -> None:
         )
 
 
-def fill_with_cached_blocks(bench: Bench) -> None:
+def fill_with_cached_blocks(state: EngineState) -> None:
     """Let requests that are over leave their blocks in all of the pool."""
     rng = np.random.default_rng(1)
     slot = 1_000_000
-    while bench.pool.num_free > 600:
-        bench.scheduler.submit(
+    while state.pool.num_free > 600:
+        state.scheduler.submit(
             Submission(
                 session_id=1,
                 session_slot=slot,
@@ -130,11 +117,11 @@ def fill_with_cached_blocks(bench: Bench) -> None:
             )
         )
         slot += 1
-        while bench.scheduler.num_open:
-            plan = bench.scheduler.schedule()
+        while state.scheduler.num_open:
+            plan = state.scheduler.schedule()
             assert plan is not None
-            bench.scheduler.update(result_of(plan))
-        bench.scheduler.take_outputs()
+            state.scheduler.update(result_of(plan))
+        state.scheduler.take_outputs()
 
 
 def result_of(plan: StepPlan) -> StepResult:
@@ -143,19 +130,19 @@ def result_of(plan: StepPlan) -> StepResult:
     return StepResult(step_id=plan.step_id, slots=slots, token_ids=np.full(len(slots), 5, dtype=np.int32))
 
 
-def move_adapters(bench: Bench) -> None:
+def move_adapters(state: EngineState) -> None:
     """Have all loads done at once."""
-    bench.cache.loads.take_unloads()
-    for load in bench.cache.loads.take_loads():
-        bench.cache.load_finished(load.digest)
+    state.cache.loads.take_unloads()
+    for load in state.cache.loads.take_loads():
+        state.cache.load_finished(load.digest)
 
 
-def measure(bench: Bench, num_running: int, num_steps: int) -> NDArray[np.float64]:
+def measure(state: EngineState, num_running: int, num_steps: int) -> NDArray[np.float64]:
     """Return seconds of schedule and update per steady step, ``[num_steps, 2]``."""
-    scheduler = bench.scheduler
+    scheduler = state.scheduler
     in_flight = scheduler.schedule()
     while in_flight is None or scheduler.batch.num_prefill_tokens or len(scheduler.batch) < num_running:
-        move_adapters(bench)
+        move_adapters(state)
         following = scheduler.schedule()
         if in_flight is not None:
             scheduler.update(result_of(in_flight))
@@ -166,7 +153,7 @@ def measure(bench: Bench, num_running: int, num_steps: int) -> NDArray[np.float6
         begin = time.perf_counter()
         plan = scheduler.schedule()
         middle = time.perf_counter()
-        move_adapters(bench)
+        move_adapters(state)
         assert in_flight is not None
         result = result_of(in_flight)
         resumed = time.perf_counter()
@@ -200,15 +187,15 @@ def main() -> int:
     medians, bytes_per_adapter = {}, 0.0
     for case in ("base", "adapters", "pressure"):
         num_pages = 200_000 if case != "pressure" else 12_000 + arguments.running * arguments.steps // BLOCK_TOKENS
-        bench = make_bench(arguments, num_pages)
+        state = make_state(arguments, num_pages)
         num_adapters = 0 if case == "base" else arguments.adapters
         if num_adapters:
-            bytes_per_adapter = know_adapters(bench, num_adapters)
+            bytes_per_adapter = know_adapters(state, num_adapters)
         if case == "pressure":
-            fill_with_cached_blocks(bench)
-        submit(bench, arguments.running + arguments.waiting, num_adapters)
-        medians[case] = report(case, measure(bench, arguments.running, arguments.steps))
-        bench.arena.close()
+            fill_with_cached_blocks(state)
+        submit(state, arguments.running + arguments.waiting, num_adapters)
+        medians[case] = report(case, measure(state, arguments.running, arguments.steps))
+        state.arena.close()
     print(f"host memory per known adapter: {bytes_per_adapter:.0f} bytes of {arguments.adapters} adapters")
     holds = max(medians.values()) < MOST_MEDIAN_US and bytes_per_adapter < MOST_ADAPTER_BYTES
     shown = ", ".join(f"{case} {median:.0f} us" for case, median in medians.items())

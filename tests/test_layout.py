@@ -99,7 +99,7 @@ def test_there_is_no_conftest_in_the_root() -> None:
 # --- the engine can be read: small files, few things to hand to a constructor ---
 
 ENGINE = PACKAGES["loraplex_engine"]
-MOST_LINES = 300
+MOST_LINES, MOST_FUNCTION_LINES = 300, 40
 MEDIAN_ARGUMENTS, MOST_ARGUMENTS = 3, 7
 
 
@@ -120,6 +120,17 @@ def test_no_file_of_the_engine_is_longer_than_contributing_says() -> None:
     lines = {str(path.relative_to(ENGINE)): len(path.read_text().splitlines()) for path in ENGINE.rglob("*.py")}
 
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_no_function_of_the_engine_is_longer_than_contributing_says() -> None:
+    lengths = {
+        f"{path.relative_to(ENGINE)}:{node.name}": node.end_lineno - node.lineno + 1
+        for path in ENGINE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
+    }
+
+    assert {name: count for name, count in lengths.items() if count > MOST_FUNCTION_LINES} == {}
 
 
 def test_constructors_of_the_engine_take_few_arguments() -> None:

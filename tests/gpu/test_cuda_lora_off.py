@@ -10,10 +10,11 @@ import torch
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_common.base_model import load_base_model
+from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda.runner import CudaRunner
-from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
+from loraplex_engine.runners.runner_config import RunnerConfig
 from support.base_models import write_base_model
 from support.cuda_rig import BASES
 from support.plans import Harness
@@ -32,15 +33,15 @@ def generate(model_dir: Path, max_resident_adapters: int) -> tuple[list[list[int
     """Return tokens of three sequences and the number of graphs."""
     info = load_base_model(model_dir)
     geometry = choose_pool_geometry(info, dtype="bfloat16")
-    config = CudaRunnerConfig(
-        info=info,
-        geometry=geometry,
+    limits = EngineLimits(
+        pool=geometry,
         num_pages=64,
         max_num_seqs=8,
         max_model_len=128,
         max_num_batched_tokens=128,
         max_resident_adapters=max_resident_adapters,
     )
+    config = RunnerConfig(info=info, limits=limits, device="cuda:0")
     runner = CudaRunner(config, WeightReader(model_dir, dtype=torch.bfloat16, device=torch.device("cuda", 0)))
     harness = Harness(runner, geometry, 64)
     sequences = [harness.add(list(range(5, 5 + length))) for length in (1, 17, 40)]

@@ -14,12 +14,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterNotFoundError, LoraplexError
+from loraplex_engine.limits import EngineLimits
 from loraplex_engine.messages import FinishReason, Priority, ResidencyState
+from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
-from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.runner_config import RunnerConfig
+from loraplex_engine.runners.torch.runner import TorchRunner
 from support.adapters import Recipe
 from support.base_models import TinyBase, write_base_model
 from support.engine_harness import recipe_adapter
@@ -72,26 +76,18 @@ class Model:
             self.images[spec.digest] = (spec, pack(geometry, spec, tensors))
 
     def rig(self, *, num_pages: int, num_arena_slots: int, emulate_async: bool, **fields: object) -> Rig:
+        limits = EngineLimits(pool=self.geometry, num_pages=num_pages, max_num_seqs=8, max_model_len=MAX_MODEL_LEN)
         runner = TorchRunner(
-            RunnerConfig(
-                model_dir=self.directory,
-                info=self.info,
-                geometry=self.geometry,
-                num_pages=num_pages,
-                max_num_seqs=8,
-                max_model_len=MAX_MODEL_LEN,
-                num_threads=1,
-                emulate_async=emulate_async,
-            )
+            RunnerConfig(info=self.info, limits=limits, emulate_async=emulate_async),
+            WeightReader(self.directory, dtype=torch.float32, device=torch.device("cpu")),
         )
         return Rig(
+            pool=self.geometry,
             num_pages=num_pages,
-            block_tokens=self.geometry.block_tokens,
             max_num_seqs=8,
             max_num_batched_tokens=64,
             max_model_len=MAX_MODEL_LEN,
             num_arena_slots=num_arena_slots,
-            page_bytes=self.geometry.page_bytes,
             runner=runner,
             images=self.images,
             step_s=0.005,

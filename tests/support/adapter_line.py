@@ -109,7 +109,7 @@ class Line:
 
     def image(self, digest: str = DIGEST) -> tuple[AdapterSpec, NDArray[np.uint8]]:
         """Return a valid image."""
-        geometry = self.engine.params.geometry
+        geometry = self.engine.geometry
         spec = AdapterSpec(
             digest, (ModuleSpec.low_rank(0, "q_proj", 4, 2.0), ModuleSpec.low_rank(1, "down_proj", 8, 1.0))
         )
@@ -163,13 +163,13 @@ def make_line(model: Path, target: str, store: ScriptedStore, *, wait_s: float) 
 
     (info, files), device = build.read_base_model(config), build.resolve_device(config)
     engine = Engine(
-        build.engine_params(config, info, device),
+        build.engine_limits(config, info, device),
         build.runner_factory(config, info, device, files=files),
         on_store_event=hand_over,
         on_crash=lambda cause: None,
     )
     base = adapter_pb2.BaseModel(name=info.name, fingerprint=info.fingerprint)
-    attachment = Attachment(engine_id="e1", base_model=base, max_image_pages=build.max_image_pages(engine.params))
+    attachment = Attachment(engine_id="e1", base_model=base, max_image_pages=engine.limits.max_image_pages)
     client = AdapterClient(lambda: open_channel(target), engine, feed, attachment, wait_s=wait_s)
     lines.append(Line(engine, feed, store, engine.open_session(), client))
     return lines[0]

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
-from loraplex_engine.limits import EngineParams
+from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda.runner import CudaRunner
-from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
-from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.runner_config import RunnerConfig
+from loraplex_engine.runners.torch.runner import TorchRunner
 from loraplex_engine.step import MIN_DECODE_RUNS
 from support.adapters import Recipe
 from support.base_models import TinyBase
@@ -109,14 +109,18 @@ def make_cuda_runner(
 ) -> CudaRunner:
     """Build the CUDA backend over a model directory."""
     info = load_base_model(model_dir)
-    config = CudaRunnerConfig(
-        info=info,
-        geometry=choose_pool_geometry(info, dtype=dtype),
+    limits = EngineLimits(
+        pool=choose_pool_geometry(info, dtype=dtype),
         num_pages=num_pages,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         max_resident_adapters=64,
+    )
+    config = RunnerConfig(
+        info=info,
+        limits=limits,
+        device="cuda:0",
         arch=arch,
         dependent_launch=dependent_launch,
         min_decode_runs=min_decode_runs,
@@ -136,12 +140,10 @@ def cuda_engine(
     eos_token_ids: tuple[int, ...] = (),
 ) -> Iterator[EngineHarness]:
     """Run an engine on the CUDA backend."""
-    pool = choose_pool_geometry(load_base_model(model_dir), dtype=dtype)
-    params = EngineParams(
-        geometry=load_base_model(model_dir).geometry(dtype=dtype, page_bytes=pool.page_bytes),
-        block_tokens=pool.block_tokens,
-        pool_bytes=num_pages * pool.page_bytes,
-        arena_bytes=400 * pool.page_bytes,
+    limits = EngineLimits(
+        pool=choose_pool_geometry(load_base_model(model_dir), dtype=dtype),
+        num_pages=num_pages,
+        num_arena_slots=400,
         eos_token_ids=eos_token_ids,
         max_model_len=max_model_len,
         max_num_seqs=16,
@@ -149,33 +151,29 @@ def cuda_engine(
         max_resident_adapters=64,
     )
 
-    def make(params: EngineParams) -> CudaRunner:
+    def make(limits: EngineLimits) -> CudaRunner:
         return make_cuda_runner(
             model_dir,
             dtype,
-            num_pages=params.num_pages,
-            max_num_seqs=params.max_num_seqs,
-            max_model_len=params.max_model_len,
-            max_num_batched_tokens=params.max_num_batched_tokens,
+            num_pages=limits.num_pages,
+            max_num_seqs=limits.max_num_seqs,
+            max_model_len=limits.max_model_len,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
         )
 
-    with running_engine(params, make) as harness:
+    with running_engine(limits, make) as harness:
         yield harness
 
 
 def make_torch_runner(model_dir: Path, dtype: str, *, num_pages: int = 512, max_num_seqs: int = 40) -> TorchRunner:
     """Build the torch backend on the same GPU."""
     info = load_base_model(model_dir)
+    limits = EngineLimits(
+        pool=choose_pool_geometry(info, dtype=dtype), num_pages=num_pages, max_num_seqs=max_num_seqs, max_model_len=256
+    )
     return TorchRunner(
-        RunnerConfig(
-            model_dir=model_dir,
-            info=info,
-            geometry=choose_pool_geometry(info, dtype=dtype),
-            num_pages=num_pages,
-            max_num_seqs=max_num_seqs,
-            max_model_len=256,
-            device="cuda",
-        )
+        RunnerConfig(info=info, limits=limits, device="cuda"),
+        WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device("cuda")),
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, Tensors, pack
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterNotFoundError
-from loraplex_engine.limits import EngineParams, SchedulingPolicy
+from loraplex_engine.limits import EngineLimits, SchedulingPolicy
 from loraplex_engine.loop.engine import Engine, RunnerFactory
 from loraplex_engine.loop.outbox import SessionOutbox
 from loraplex_engine.messages import (
@@ -37,8 +37,8 @@ from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from loraplex_engine.step import TokenLogprobs
 from numpy.typing import NDArray
 from support.adapters import Recipe, adapter_tensors, module_name
-from support.decoder_shapes import PROJECTIONS, decoder_geometry, pair_tensors
-from support.fake_runner import FakeRunner, fake_image, fake_spec
+from support.decoder_shapes import PROJECTIONS, pair_tensors
+from support.fake_runner import FakeRunner, fake_image, fake_pool, fake_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +86,7 @@ class EngineHarness:
 
     def add_adapter(self, spec: AdapterSpec, tensors: Tensors) -> None:
         """Let the store have an adapter, packed for this engine's geometry."""
-        self.images[spec.digest] = (spec, pack(self.engine.params.geometry, spec, tensors))
+        self.images[spec.digest] = (spec, pack(self.engine.geometry, spec, tensors))
 
     def add_image(self, digest: str) -> None:
         """Put a store's image into the arena now, as an unsolicited push."""
@@ -227,10 +227,10 @@ class _Store:
 
 
 @contextmanager
-def running_engine(params: EngineParams, runner_factory: RunnerFactory) -> Iterator[EngineHarness]:
+def running_engine(limits: EngineLimits, runner_factory: RunnerFactory) -> Iterator[EngineHarness]:
     """Run an engine until the block ends."""
     store, crashes = _Store(), list[BaseException]()
-    engine = Engine(params, runner_factory, on_store_event=store.on_event, on_crash=crashes.append)
+    engine = Engine(limits, runner_factory, on_store_event=store.on_event, on_crash=crashes.append)
     store.engine = engine
     harness = EngineHarness(engine, store.images, crashes, store.events)
     try:
@@ -240,29 +240,13 @@ def running_engine(params: EngineParams, runner_factory: RunnerFactory) -> Itera
 
 
 FAKE_PAGE_BYTES = 128
-FAKE_GEOMETRY = decoder_geometry(
-    dtype="float32",
-    page_bytes=FAKE_PAGE_BYTES,
-    num_layers=1,
-    hidden_size=4,
-    intermediate_size=4,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=4,
-)
 
 
-def fake_params(**fields: int) -> EngineParams:
+def fake_limits(*, block_tokens: int = 4, **fields: int) -> EngineLimits:
     """Return sizes for a `FakeRunner`: 32 pages of 4 tokens; every field can be replaced."""
-    sizes: dict[str, int] = {"num_pages": 32, "num_arena_slots": 32, "block_tokens": 4, "max_model_len": 64, **fields}
-    return EngineParams(
-        geometry=FAKE_GEOMETRY,
-        pool_bytes=sizes.pop("num_pages") * FAKE_PAGE_BYTES,
-        arena_bytes=sizes.pop("num_arena_slots") * FAKE_PAGE_BYTES,
-        eos_token_ids=(7,),
-        policy=NO_GROWTH,
-        **sizes,
-    )
+    sizes = {"num_pages": 32, "num_arena_slots": 32, "max_model_len": 64, **fields}
+    pool = fake_pool(block_tokens, FAKE_PAGE_BYTES)
+    return EngineLimits(pool=pool, eos_token_ids=(7,), policy=NO_GROWTH, **sizes)
 
 
 @contextmanager
@@ -272,21 +256,21 @@ def fake_engine(
     """Run an engine on a `FakeRunner`."""
     runners = []
 
-    def make(params: EngineParams) -> FakeRunner:
+    def make(limits: EngineLimits) -> FakeRunner:
         runners.append(
             FakeRunner(
-                num_pages=params.num_pages,
-                page_bytes=params.geometry.page_bytes,
-                block_tokens=params.block_tokens,
+                num_pages=limits.num_pages,
+                page_bytes=limits.page_bytes,
+                block_tokens=limits.block_tokens,
                 pipeline_depth=depth,
                 loads_at_once=loads_at_once,
-                max_num_batched_tokens=params.max_num_batched_tokens,
+                max_num_batched_tokens=limits.max_num_batched_tokens,
             )
         )
         return runners[0]
 
-    params = replace(fake_params(**fields), step_patience_s=step_patience_s)
-    with running_engine(params, make) as harness:
+    limits = replace(fake_limits(**fields), step_patience_s=step_patience_s)
+    with running_engine(limits, make) as harness:
         yield harness, runners[0]
 
 
@@ -326,18 +310,20 @@ def torch_engine(
     policy: SchedulingPolicy = NO_GROWTH,
 ) -> Iterator[EngineHarness]:
     """Run an engine on the torch backend in fp32 on the CPU; a small ``block_tokens`` makes small pages."""
+    import torch
+    from loraplex_engine.model.weights import WeightReader
     from loraplex_engine.pool_geometry import choose_pool_geometry
-    from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+    from loraplex_engine.runners.runner_config import RunnerConfig
+    from loraplex_engine.runners.torch.runner import TorchRunner
 
     info = load_base_model(model_dir)
     pool = choose_pool_geometry(info, dtype="float32")
     if block_tokens is not None:
         pool = replace(pool, block_tokens=block_tokens)
-    params = EngineParams(
-        geometry=info.geometry(dtype="float32", page_bytes=pool.page_bytes),
-        block_tokens=pool.block_tokens,
-        pool_bytes=num_pages * pool.page_bytes,
-        arena_bytes=num_arena_slots * pool.page_bytes,
+    limits = EngineLimits(
+        pool=pool,
+        num_pages=num_pages,
+        num_arena_slots=num_arena_slots,
         eos_token_ids=eos_token_ids,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -345,19 +331,11 @@ def torch_engine(
         policy=policy,
     )
 
-    def make(params: EngineParams) -> TorchRunner:
+    def make(limits: EngineLimits) -> TorchRunner:
         return TorchRunner(
-            RunnerConfig(
-                model_dir=model_dir,
-                info=info,
-                geometry=pool,
-                num_pages=params.num_pages,
-                max_num_seqs=params.max_num_seqs,
-                max_model_len=params.max_model_len,
-                num_threads=1,
-                emulate_async=emulate_async,
-            )
+            RunnerConfig(info=info, limits=limits, emulate_async=emulate_async),
+            WeightReader(model_dir, dtype=torch.float32, device=torch.device("cpu")),
         )
 
-    with running_engine(params, make) as harness:
+    with running_engine(limits, make) as harness:
         yield harness

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
-from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
+from loraplex_common.adapter_image import AdapterSpec, Geometry, ModuleSpec
 from loraplex_common.errors import LoraplexError
+from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, SlotSetup, StepPlan, StepResult, TokenLogprobs
 from numpy.typing import NDArray
+from support.decoder_shapes import decoder_geometry
 
 VOCAB_SIZE = 50
 NO_OWNER = -1
@@ -41,6 +43,28 @@ def draw(tokens: NDArray[np.int32], digest: str, scale: float, seed: int, banned
     while token in banned:
         token = (token + 1) % VOCAB_SIZE
     return token
+
+
+def fake_pool(block_tokens: int, page_bytes: int) -> PoolGeometry:
+    """Return the geometry of pages of so many tokens and bytes: one layer and head in bf16."""
+    head_dim = page_bytes // (4 * block_tokens)  # keys and values, of two bytes each
+    pool = PoolGeometry(dtype="bfloat16", num_layers=1, num_kv_heads=1, head_dim=head_dim, block_tokens=block_tokens)
+    assert pool.page_bytes == page_bytes, f"{page_bytes} bytes are no page of {block_tokens} tokens"
+    return pool
+
+
+def fake_geometry(page_bytes: int) -> Geometry:
+    """Return the geometry of images in pages of so many bytes."""
+    return decoder_geometry(
+        dtype="float32",
+        page_bytes=page_bytes,
+        num_layers=1,
+        hidden_size=4,
+        intermediate_size=4,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=4,
+    )
 
 
 def fake_spec(digest: str, rank: int = 8) -> AdapterSpec:
@@ -143,6 +167,10 @@ class FakeRunner:
         self.gate.set()
         self.num_tokens = 0
         self.is_closed = False
+
+    @property
+    def geometry(self) -> Geometry:
+        return fake_geometry(self._memory.shape[1])
 
     @property
     def pipeline_depth(self) -> int:

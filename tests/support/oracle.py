@@ -16,8 +16,11 @@ from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canon
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
+from loraplex_engine.limits import EngineLimits
+from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
-from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.runner_config import RunnerConfig
+from loraplex_engine.runners.torch.runner import TorchRunner
 from peft import PeftModel
 from support.plans import Harness
 from transformers import AutoModelForCausalLM
@@ -137,18 +140,10 @@ def make_rig(
     """Build a runner over a model directory and load adapters from PEFT directories."""
     info = load_base_model(model_dir)
     geometry = choose_pool_geometry(info, dtype=dtype)
+    limits = EngineLimits(pool=geometry, num_pages=num_pages, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
     runner = TorchRunner(
-        RunnerConfig(
-            model_dir=model_dir,
-            info=info,
-            geometry=geometry,
-            num_pages=num_pages,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            device=device,
-            num_threads=1,
-            emulate_async=emulate_async,
-        )
+        RunnerConfig(info=info, limits=limits, device=device, emulate_async=emulate_async),
+        WeightReader(model_dir, dtype=DTYPES[dtype], device=torch.device(device)),
     )
     harness = Harness(runner, geometry, num_pages, seed=seed)
     indices: dict[str | None, int] = {None: -1}

@@ -12,10 +12,9 @@ import numpy as np
 from loraplex_common.adapter_image import AdapterSpec
 from loraplex_common.errors import AdapterNotFoundError, LoraplexError
 from loraplex_engine.adapters.arena import HostArena
-from loraplex_engine.adapters.cache import AdapterCache
-from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
+from loraplex_engine.limits import EngineLimits, SchedulingPolicy
 from loraplex_engine.loop.adapter_operations import AdapterOperations
-from loraplex_engine.loop.arena_grants import ArenaGrants
+from loraplex_engine.loop.engine_state import EngineState
 from loraplex_engine.messages import (
     Ended,
     FinishReason,
@@ -29,13 +28,12 @@ from loraplex_engine.messages import (
     TokenWithLogprobs,
     WantImage,
 )
-from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.sampling_params import SamplingParams, StoppingParams
-from loraplex_engine.scheduler.scheduler import Scheduler
 from numpy.typing import NDArray
-from support.fake_runner import FakeRunner, draw, fake_image, fake_spec
+from support.fake_runner import FakeRunner, draw, fake_image, fake_pool, fake_spec
 
 if TYPE_CHECKING:
+    from loraplex_engine.pool_geometry import PoolGeometry
     from loraplex_engine.step import LoadHandle, ModelRunner, StepHandle
 
 PAGE_BYTES = 64
@@ -147,7 +145,8 @@ class Rig:
     """Drives a `Scheduler` as `EngineLoop` does, but one `turn` at a time and on a clock of its own.
 
     Admission expects no growth unless told otherwise, so that small pools come under pressure. A step takes ``step_s``
-    and ``token_s`` for each token of a prefill. ``runner`` and ``images`` replace the fake ones.
+    and ``token_s`` for each token of a prefill. ``runner``, ``images`` and ``pool`` replace the fake
+    ones.
     """
 
     def __init__(
@@ -155,6 +154,7 @@ class Rig:
         *,
         num_pages: int = 16,
         block_tokens: int = 4,
+        pool: PoolGeometry | None = None,
         max_num_seqs: int = 4,
         max_num_batched_tokens: int = 16,
         max_model_len: int = 64,
@@ -166,7 +166,6 @@ class Rig:
         growth_quantile: float = 0.0,
         step_s: float = 0.0,
         token_s: float = 0.0,
-        page_bytes: int = PAGE_BYTES,
         runner: ModelRunner | None = None,
         images: Images | None = None,
         **policy: object,
@@ -174,39 +173,29 @@ class Rig:
         self.now_s = 100.0
         self.step_s = step_s
         self.token_s = token_s
-        self.pool = PagePool(num_pages)
-        self.arena = HostArena(num_arena_slots, page_bytes)
+        limits = EngineLimits(
+            pool=pool or fake_pool(block_tokens, PAGE_BYTES),
+            num_pages=num_pages,
+            num_arena_slots=num_arena_slots,
+            max_resident_adapters=max_resident_adapters,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_pass_over_s=max_pass_over_s,
+            eos_token_ids=(EOS,),
+            policy=SchedulingPolicy(growth_quantile=growth_quantile, **policy),  # type: ignore[arg-type]
+        )
+        self.arena = HostArena(num_arena_slots, limits.page_bytes)
         self._images = images or {}
         weakref.finalize(self, self.arena.close)
         self.store_events: list[StoreEvent] = []
-        self.cache = AdapterCache(
-            pool=self.pool,
-            arena=self.arena,
-            max_resident=max_resident_adapters,
-            emit=self.store_events.append,
-            clock=self.clock,
-        )
+        state = self._state = EngineState(limits, self.arena, emit=self.store_events.append, clock=self.clock)
+        self.pool, self.cache, self.scheduler, self.grants = state.pool, state.cache, state.scheduler, state.grants
         self.operations = AdapterOperations(cache=self.cache, pool=self.pool)
-        self.scheduler = Scheduler(
-            limits=SchedulerLimits(
-                block_tokens=block_tokens,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                max_pass_over_s=max_pass_over_s,
-                eos_token_ids=(EOS,),
-                policy=SchedulingPolicy(growth_quantile=growth_quantile, **policy),  # type: ignore[arg-type]
-            ),
-            pool=self.pool,
-            cache=self.cache,
-            page_bytes=page_bytes,
-            clock=self.clock,
-        )
-        self.grants = ArenaGrants(cache=self.cache, arena=self.arena, queue=self.scheduler.queue)
         self.runner: FakeRunner = runner or FakeRunner(  # type: ignore[assignment]
             num_pages=num_pages,
-            page_bytes=page_bytes,
-            block_tokens=block_tokens,
+            page_bytes=limits.page_bytes,
+            block_tokens=limits.block_tokens,
             pipeline_depth=depth,
             loads_at_once=loads_at_once,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -329,8 +318,7 @@ class Rig:
 
     def check_integrity(self) -> None:
         """Check every account."""
-        self.scheduler.check_integrity()
-        self.arena.check_integrity()
+        self._state.check_integrity()
         held = sum(status.num_pages for status in self.cache.states.statuses() if status.is_in_arena)
         assert held + self.arena.num_free + self._num_granted() == self.arena.num_slots
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from loraplex_common.base_model import BaseModelInfo
 from loraplex_common.projections import gated_decoder_layer
+from loraplex_engine.limits import EngineLimits
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.copies import Link
 from loraplex_engine.simulation.fleet import Fleet
-from loraplex_engine.simulation.setup import EngineSetup
+from loraplex_engine.simulation.setup import SimulationSetup
 from loraplex_engine.simulation.shapes import ModelShape
 from loraplex_engine.simulation.step_cost import StepCost, StepRates
 from loraplex_engine.simulation.trace import NO_CONVERSATION, SavedTrace
@@ -94,19 +95,22 @@ def make_setup(
     shape: ModelShape = TINY,
     jumps: bool = True,
     fill_arena: bool = True,
-) -> EngineSetup:
+) -> SimulationSetup:
     """Return an engine of few pages; every size can be replaced."""
-    page_bytes = shape.pool.page_bytes
-    return EngineSetup(
-        cost=StepCost(shape, RATES),
-        pool_bytes=num_pages * page_bytes,
-        arena_bytes=num_arena_slots * page_bytes,
-        copy=Link(bytes_per_s=1e6, latency_s=1e-4),
-        store=Link(bytes_per_s=2e5, latency_s=1e-3),
+    limits = EngineLimits(
+        pool=shape.pool,
+        num_pages=num_pages,
+        num_arena_slots=num_arena_slots,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_resident_adapters=16,
+    )
+    return SimulationSetup(
+        limits=limits,
+        cost=StepCost(shape, RATES),
+        copy=Link(bytes_per_s=1e6, latency_s=1e-4),
+        store=Link(bytes_per_s=2e5, latency_s=1e-3),
         fill_arena=fill_arena,
         jumps=jumps,
     )
@@ -114,7 +118,7 @@ def make_setup(
 
 def replay(
     trace: TraceArrays,
-    setup: EngineSetup,
+    setup: SimulationSetup,
     *,
     num_adapters: int = 8,
     ranks: Sequence[int] = (4, 8),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
-from loraplex_engine.limits import GPU_STEP, EngineParams, SchedulingPolicy
+from loraplex_engine.limits import EngineLimits, SchedulingPolicy
 from loraplex_engine.loop.engine import Engine
 from loraplex_engine.messages import ImageArrived, ResidencyState
-from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.model.weights import DTYPES, WeightReader
+from loraplex_engine.runners.runner_config import RunnerConfig
+from loraplex_engine.runners.torch.runner import TorchRunner
 
 from loraplex_bench.shapes import AdapterFamily, Shape
 
@@ -36,88 +38,60 @@ DEVICE = torch.device("cuda", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSetup:
-    """Sizes of an engine; equal setups may share one.
+class RigSetup:
+    """An engine to measure; equal setups may share one.
 
     Attributes:
+        shape: The model.
         family: Kind of its adapters.
         num_adapters: Images in the arena at t = 0.
-        pool_bytes: Of the page pool.
-        max_resident_adapters: Size of the adapter table; 0 is an engine without LoRA.
+        limits: What bounds the engine, but for its arena, which has room for the adapters.
         dependent_launch: Launch our kernels programmatically dependent on those before them.
-        policy: How requests and pages are chosen.
     """
 
     shape: Shape
     family: AdapterFamily
     num_adapters: int
-    pool_bytes: int
-    max_num_seqs: int = GPU_STEP[0]
-    max_num_batched_tokens: int = GPU_STEP[1]
-    max_model_len: int = 1280
-    max_resident_adapters: int = 256
+    limits: EngineLimits
     dependent_launch: bool | None = None
-    policy: SchedulingPolicy = COMPARABLE
 
     @property
-    def params(self) -> EngineParams:
-        """The engine's parameters."""
-        geometry = self.shape.geometry
-        arena_pages = self.family.total_pages(self.shape, self.num_adapters) + 2
-        return EngineParams(
-            geometry=geometry,
-            block_tokens=self.shape.pool.block_tokens,
-            pool_bytes=self.pool_bytes,
-            arena_bytes=arena_pages * geometry.page_bytes,
-            eos_token_ids=(),
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_resident_adapters=self.max_resident_adapters,
-            policy=self.policy,
-        )
+    def engine_limits(self) -> EngineLimits:
+        """What bounds the engine, with its arena."""
+        return replace(self.limits, num_arena_slots=self.family.total_pages(self.shape, self.num_adapters) + 2)
 
     @property
-    def limits(self) -> str:
-        """The limits in words."""
-        pages = self.pool_bytes // self.shape.geometry.page_bytes
+    def pool_bytes(self) -> int:
+        """Bytes of the page pool."""
+        return self.limits.num_pages * self.limits.page_bytes
+
+    @property
+    def description(self) -> str:
+        """The setup in words."""
+        limits = self.limits
         return (
-            f"{self.shape.name}, {self.family.name}: at most {self.max_num_seqs} sequences, "
-            f"{self.max_num_batched_tokens} batched tokens, max_model_len {self.max_model_len}, pool of {pages} pages "
-            f"({self.pool_bytes / 2**30:.1f} GiB; {self.shape.pool.block_tokens} tokens each), "
-            f"{self.max_resident_adapters} table entries, {self.num_adapters} adapters in the arena"
+            f"{self.shape.name}, {self.family.name}: at most {limits.max_num_seqs} sequences, "
+            f"{limits.max_num_batched_tokens} batched tokens, max_model_len {limits.max_model_len}, pool of "
+            f"{limits.num_pages} pages ({self.pool_bytes / 2**30:.1f} GiB; {limits.block_tokens} tokens each), "
+            f"{limits.max_resident_adapters} table entries, {self.num_adapters} adapters in the arena"
         )
 
+    def with_limits(self, **limits: Any) -> RigSetup:
+        """Return the same setup with other limits; names as in `EngineLimits`."""
+        return replace(self, limits=replace(self.limits, **limits))
 
-def make_runner(setup: EngineSetup, params: EngineParams, weights: WeightSource | None) -> ModelRunner:
+
+def make_runner(setup: RigSetup, limits: EngineLimits, weights: WeightSource | None) -> ModelRunner:
     """Build the backend: ours over given weights, the torch backend where the shape has files."""
     shape = setup.shape
     if shape.model_dir is not None:
-        return TorchRunner(
-            RunnerConfig(
-                model_dir=shape.model_dir,
-                info=shape.info,
-                geometry=shape.pool,
-                num_pages=params.num_pages,
-                max_num_seqs=params.max_num_seqs,
-                max_model_len=params.max_model_len,
-                num_threads=1,
-            )
-        )
+        torch.set_num_threads(1)
+        reader = WeightReader(shape.model_dir, dtype=DTYPES[limits.pool.dtype], device=torch.device("cpu"))
+        return TorchRunner(RunnerConfig(info=shape.info, limits=limits), reader)
     from loraplex_engine.runners.cuda.runner import CudaRunner  # needs cuda-python
-    from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
 
     assert weights is not None
-    config = CudaRunnerConfig(
-        info=shape.info,
-        geometry=shape.pool,
-        num_pages=params.num_pages,
-        max_num_seqs=params.max_num_seqs,
-        max_model_len=params.max_model_len,
-        max_num_batched_tokens=params.max_num_batched_tokens,
-        max_resident_adapters=params.max_resident_adapters,
-        dependent_launch=setup.dependent_launch,
-    )
+    config = RunnerConfig(info=shape.info, limits=limits, device=str(DEVICE), dependent_launch=setup.dependent_launch)
     return CudaRunner(config, weights)
 
 
@@ -144,7 +118,7 @@ class Rig:
         capture_s: Of that, capturing graphs.
     """
 
-    def __init__(self, setup: EngineSetup, weights: WeightSource | None) -> None:
+    def __init__(self, setup: RigSetup, weights: WeightSource | None) -> None:
         self.setup = setup
         self._crashes: list[BaseException] = []
         self._pinned: object = None
@@ -152,8 +126,8 @@ class Rig:
         self._touch_s = 0.0
         began_s = time.perf_counter()
         self.engine = Engine(
-            setup.params,
-            lambda params: self._make_runner(params, weights),
+            setup.engine_limits,
+            lambda limits: self._make_runner(limits, weights),
             on_store_event=self._on_store_event,
             on_crash=self._crashes.append,
         )
@@ -197,8 +171,8 @@ class Rig:
             if status.state is ResidencyState.RESIDENT:
                 self.engine.evict(status.digest).result(ANSWER_S)
 
-    def _make_runner(self, params: EngineParams, weights: WeightSource | None) -> ModelRunner:
-        runner = make_runner(self.setup, params, weights)
+    def _make_runner(self, limits: EngineLimits, weights: WeightSource | None) -> ModelRunner:
+        runner = make_runner(self.setup, limits, weights)
         graphs = getattr(runner, "graphs", None)
         self.capture_s = graphs.capture_s if graphs is not None else 0.0
         pin = runner.pin_host_memory

@@ -19,12 +19,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-async def serve(config: EngineConfig) -> None:
-    """Run an engine until a signal, then drain it."""
+def prepare_process(config: EngineConfig) -> None:
+    """Set what holds for the whole process: no other module of the engine does."""
     # Weights on a CPU in huge pages where the kernel lets programs ask: a decode step reads all of them, and misses in
     # the TLB cost up to a tenth of it. Torch reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from loraplex_engine.service import EXIT_HUNG, EngineService  # torch takes seconds; --help should not
+    import torch  # takes seconds; --help should not
+
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+
+
+async def serve(config: EngineConfig) -> None:
+    """Run an engine until a signal, then drain it."""
+    prepare_process(config)
+    from loraplex_engine.service import EXIT_HUNG, EngineService  # imports torch
 
     stop = lifecycle.stop_on_signals()
     service = EngineService(config)

@@ -1,4 +1,8 @@
-"""From the configuration to an engine: what the model, the device and the flags together come to."""
+"""From the configuration to an engine: what the model, the device and the flags together come to.
+
+`EngineConfig` is what the flags say; `EngineLimits` the sizes that follow from it here; `RunnerConfig` what a backend needs
+besides. Every size is declared in `EngineLimits`, every default in `limits`.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,12 @@ from loraplex_common.end_of_text import read_eos_token_ids
 from loraplex_common.rank_limits import CUDA_MAX_RANK
 from loraplex_common.weight_files import find_weights
 
-from loraplex_engine.config import MIB, ConfigError, EngineConfig
-from loraplex_engine.limits import CPU_STEP, GPU_STEP, EngineParams, QueuePolicy, SchedulingPolicy
+from loraplex_engine.config import ConfigError, EngineConfig
+from loraplex_engine.limits import CPU_POOL_BYTES, CPU_STEP, GPU_STEP, EngineLimits, QueuePolicy, SchedulingPolicy
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
-from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.runner_config import RunnerConfig
+from loraplex_engine.runners.torch.runner import TorchRunner
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +30,6 @@ if TYPE_CHECKING:
     from loraplex_engine.loop.engine import RunnerFactory
     from loraplex_engine.step import ModelRunner
 
-CPU_POOL_BYTES: Final = 1024 * MIB
 STEP_SIZES: Final = {"cpu": CPU_STEP, "cuda": GPU_STEP}
 """Default sequences and tokens of one step by device."""
 MIN_POOL_PAGES: Final = 2  # one for an adapter, one for a sequence
@@ -60,20 +64,17 @@ def read_base_model(config: EngineConfig) -> tuple[BaseModelInfo, tuple[FileStat
     return load_base_model(config.model, name=config.served_model_name, aliases=config.model_alias), files
 
 
-def engine_params(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> EngineParams:
-    """Return the sizes of the engine.
+def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> EngineLimits:
+    """Return what bounds the engine.
 
     Raises:
         ConfigError: If a size does not work out; the message names the flag.
     """
-    dtype = resolve_dtype(config, device)
-    pool = choose_pool_geometry(info, dtype=dtype)
-    pool_bytes = config.pool_bytes or _default_pool_bytes(config.model, device)
+    pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device))
+    num_pages = (config.pool_bytes or _default_pool_bytes(config.model, device)) // pool.page_bytes
+    num_arena_slots = config.arena_bytes // pool.page_bytes
     max_model_len = config.max_model_len or info.max_position_embeddings
-    for flag, size in (
-        ("--pool-bytes", pool_bytes // pool.page_bytes),
-        ("--arena-bytes", config.arena_bytes // pool.page_bytes),
-    ):
+    for flag, size in (("--pool-bytes", num_pages), ("--arena-bytes", num_arena_slots)):
         if size < MIN_POOL_PAGES:
             raise ConfigError(
                 f"{flag} is {size} pages of {pool.page_bytes} bytes; at least {MIN_POOL_PAGES} are needed"
@@ -83,11 +84,10 @@ def engine_params(config: EngineConfig, info: BaseModelInfo, device: torch.devic
             f"--max-model-len {max_model_len} exceeds the {info.max_position_embeddings} the model was trained for"
         )
     max_num_seqs, max_num_batched_tokens = step_sizes(config, device)
-    return EngineParams(
-        geometry=info.geometry(dtype=dtype, page_bytes=pool.page_bytes),
-        block_tokens=pool.block_tokens,
-        pool_bytes=pool_bytes,
-        arena_bytes=config.arena_bytes,
+    return EngineLimits(
+        pool=pool,
+        num_pages=num_pages,
+        num_arena_slots=num_arena_slots,
         eos_token_ids=read_eos_token_ids(config.model, info.vocab_size),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -162,60 +162,27 @@ def runner_factory(
             have another one once the weights are loaded, for these may not be those that the fingerprint names.
     """
     is_cuda = resolve_backend(config, device) == "cuda"
-    make = (_cuda_runner_factory if is_cuda else _torch_runner_factory)(config, info, device)
 
-    def make_checked(params: EngineParams) -> ModelRunner:
-        runner = make(params)
+    def make(limits: EngineLimits) -> ModelRunner:
+        runner_config = RunnerConfig(info=info, limits=limits, device=_torch_name(device))
+        weights = WeightReader(config.model, dtype=DTYPES[limits.pool.dtype], device=device)
+        runner = _cuda_runner(runner_config, weights) if is_cuda else TorchRunner(runner_config, weights)
         if state_of_files(config.model) != files:
             runner.close()
             raise BaseModelError(f"{config.model}: changed while it was loaded; start again once it is whole")
         return runner
 
-    return make_checked
-
-
-def _torch_runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:
-    def make(params: EngineParams) -> ModelRunner:
-        return TorchRunner(
-            RunnerConfig(
-                model_dir=config.model,
-                info=info,
-                geometry=choose_pool_geometry(info, dtype=params.geometry.dtype),
-                num_pages=params.num_pages,
-                max_num_seqs=params.max_num_seqs,
-                max_model_len=params.max_model_len,
-                device=device.type,
-                num_threads=config.num_threads,
-            )
-        )
-
     return make
 
 
-def _cuda_runner_factory(config: EngineConfig, info: BaseModelInfo, device: torch.device) -> RunnerFactory:
+def _torch_name(device: torch.device) -> str:
+    return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
+
+
+def _cuda_runner(config: RunnerConfig, weights: WeightReader) -> ModelRunner:
     from loraplex_engine.runners.cuda.runner import CudaRunner  # needs cuda-python
-    from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
 
-    def make(params: EngineParams) -> ModelRunner:
-        dtype = params.geometry.dtype
-        sizes = CudaRunnerConfig(
-            info=info,
-            geometry=choose_pool_geometry(info, dtype=dtype),
-            num_pages=params.num_pages,
-            max_num_seqs=params.max_num_seqs,
-            max_model_len=params.max_model_len,
-            max_num_batched_tokens=params.max_num_batched_tokens,
-            max_resident_adapters=params.max_resident_adapters,
-            device=device.index or 0,
-        )
-        return CudaRunner(sizes, WeightReader(config.model, dtype=DTYPES[dtype], device=device))
-
-    return make
-
-
-def max_image_pages(params: EngineParams) -> int:
-    """Return the largest adapter image that can ever be used: it needs the arena, and a page for a sequence beside it."""
-    return min(params.num_pages - 1, params.num_arena_slots)
+    return CudaRunner(config, weights)
 
 
 def _default_pool_bytes(model: Path, device: torch.device) -> int:

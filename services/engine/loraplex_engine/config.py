@@ -12,9 +12,13 @@ from loraplex_common.service_settings import ServiceSettings, require_identity, 
 from loraplex_common.settings import secret, setting, size
 
 from loraplex_engine.limits import (
+    ARENA_BYTES,
+    CPU_POOL_BYTES,
+    CPU_STEP,
     DEFAULT_GROWTH_QUANTILE,
     DEFAULT_HALF_LIFE_S,
     DEFAULT_PROMOTE_AFTER_S,
+    GPU_STEP,
     MAX_BACKLOG_BYTES,
     MAX_BACKLOG_S,
     STEP_PATIENCE_S,
@@ -36,75 +40,50 @@ class ConfigError(ValueError):
 class EngineConfig(ServiceSettings):
     """Serve one base model and any number of LoRA adapters of it on one device.
 
-    Attributes:
-        model: Base model in Hugging Face layout.
-        served_model_name: Name clients use; the directory's name if None.
-        model_alias: Other names under which adapters may name the base, e.g. its hub id.
-        redis_url: Valkey or Redis to register in; None serves only those who know the address.
-        store_target: ``host:port`` of the adapter store; None serves the base model and what the arena was given.
-        host: Address to listen on.
-        port: gRPC port; 0 picks a free one.
-        advertise: ``host`` or ``host:port`` under which gateways reach this engine; None means what is bound.
-        metrics_port: HTTP port of /metrics; 0 picks a free one.
-        metrics_key: Shows scrapers that send it the names of restricted adapters, as do the API keys of the roles admin
-            and metrics.
-        store_tls_name: What the adapter store's certificate must be for; None means its host.
-        allow_anonymous: Listens beyond this machine although it asks nobody who they are.
-        max_connection_age_s: Time after which a connection takes no further calls; sessions under way go on. 0 for never.
-        max_model_len: Longest sequence in tokens; None means what the model was trained for.
-        max_num_seqs: Most sequences of one step; None means 64 on a CPU and 256 on a GPU.
-        max_num_batched_tokens: Most tokens of one step; None means 1024 on a CPU and 8192 on a GPU.
-        pool_bytes: Device memory of the page pool; None means 1 GiB on a CPU, on a GPU most of what the weights leave.
-        arena_bytes: Host memory for adapter images behind the pool.
-        dtype: Compute type; auto is float32 on a CPU and bfloat16 on a GPU.
-        device: Where to compute; auto is the GPU if there is one.
-        backend: What computes; auto is our kernels on a GPU and torch on a CPU.
-        num_threads: Threads of the compute backend on a CPU; None means all cores.
-        store_wait_s: Longest wait of a request for an adapter while the store cannot be reached.
-        session_grace_s: How long requests of a lost session go on before they are aborted.
-        load_report_s: Longest silence on a session; a LoadReport is sent at least this often.
-        residency_events: How many residency changes WatchAdapters can go back.
-        outbox_max_bytes: Unread output of one session at which it is aborted.
-        outbox_max_age_s: Age of unread output at which its session is aborted.
-        step_patience_s: A step that takes longer than this, and than five times what it should, hangs: the engine ends.
-            0 never takes one for hung.
-        prefix_cache: Whether requests share computed blocks of equal adapter, tokens and salt.
-        warm_adapters: Whether likely adapters are loaded before anybody asks, into room that nobody needs.
-        half_life_s: After which a use of a prefix or an adapter counts half in the worth of its pages.
-        growth_quantile: Of recent output lengths: the growth that admission reckons with; 0 reckons with none.
-        queue_policy: Who goes first and who is ended early; see docs/scheduling.md.
-        ttft_slo_s: Objective for the time to the first token, for the policies that go by one.
-        max_running_per_key: Most requests of one fairness key that run at once.
-        promote_after_s: Waiting time after which a request rises a class of service.
-        drain_settle_s: Between NOT_SERVING and refusing connections, for balancers to notice.
-        drain_grace_s: How long running requests may go on once the engine drains.
+    Each field is a flag; its ``help`` says what it means. Fields that are None take what suits the model and the device
+    (`build`).
     """
 
     model: Path = setting(help="base model in Hugging Face layout", metavar="DIR")
     served_model_name: str | None = setting(None, help="name clients use (default: the directory's name)")
-    model_alias: tuple[str, ...] = setting((), help="further name under which adapters may name the base")
-    redis_url: str | None = valkey_url(None, help="Valkey or Redis to register in")
-    store_target: str | None = setting(None, help="adapter store", metavar="HOST:PORT")
+    model_alias: tuple[str, ...] = setting(
+        (), help="further name under which adapters may name the base, e.g. its hub id"
+    )
+    redis_url: str | None = valkey_url(
+        None, help="Valkey or Redis to register in (default: none, gateways must know the address)"
+    )
+    store_target: str | None = setting(
+        None, help="adapter store (default: none, only the base model and what the arena holds)", metavar="HOST:PORT"
+    )
     host: str = setting("127.0.0.1", help="address to listen on")
     port: int = setting(8520, help="gRPC port, 0 picks a free one")
     advertise: str | None = setting(None, help="address for gateways (default: what is bound)", metavar="HOST[:PORT]")
     metrics_port: int = setting(8521, help="HTTP port of /metrics, 0 picks a free one")
-    metrics_key: Secret | None = secret(help="the key that lets a scraper see restricted adapters")
+    metrics_key: Secret | None = secret(
+        help="the key that lets a scraper see restricted adapters, as do API keys of the roles admin and metrics"
+    )
     store_tls_name: str | None = setting(
         None, help="name in the adapter store's certificate (default: its host)", metavar="NAME"
     )
     allow_anonymous: bool = setting(False, help="listen on a network without --api-keys-file")
     max_connection_age_s: float = setting(
-        1800.0, help="time after which a connection takes no further calls, so that peers dial anew; 0 for never"
+        1800.0,
+        help="time after which a connection takes no further calls, so that peers dial anew; open sessions go on; 0 for never",
     )
     enable_reflection: bool = setting(False, help="serve gRPC reflection")
     max_model_len: int | None = setting(None, help="longest sequence in tokens (default: the model's own limit)")
-    max_num_seqs: int | None = setting(None, help="most sequences of one step (default: 64 on a CPU, 256 on a GPU)")
-    max_num_batched_tokens: int | None = setting(
-        None, help="most tokens of one step (default: 1024 on a CPU, 8192 on a GPU)"
+    max_num_seqs: int | None = setting(
+        None, help=f"most sequences of one step (default: {CPU_STEP[0]} on a CPU, {GPU_STEP[0]} on a GPU)"
     )
-    pool_bytes: int | None = size(None, help="device memory of the page pool (default: 1GiB on a CPU)")
-    arena_bytes: int = size(512 * MIB, help="host memory for adapter images")
+    max_num_batched_tokens: int | None = setting(
+        None, help=f"most tokens of one step (default: {CPU_STEP[1]} on a CPU, {GPU_STEP[1]} on a GPU)"
+    )
+    pool_bytes: int | None = size(
+        None,
+        help=f"device memory of the page pool (default: {CPU_POOL_BYTES // MIB}MiB on a CPU, on a GPU most of what the weights "
+        "leave)",
+    )
+    arena_bytes: int = size(ARENA_BYTES, help="host memory for adapter images")
     dtype: DtypeName = setting("auto", help="compute type; auto is float32 on a CPU, bfloat16 on a GPU")
     device: DeviceName = setting("auto", help="where to compute; auto is the GPU if there is one")
     backend: BackendName = setting("auto", help="what computes; auto is our kernels on a GPU, torch on a CPU")
@@ -112,22 +91,30 @@ class EngineConfig(ServiceSettings):
     log_level: str = setting("info", help="debug, info, warning or error")
     log_format: LogFormat = setting("console", help="log lines for people or for collectors")
     store_wait_s: float = setting(30.0, help="longest wait for an adapter while the store cannot be reached")
-    session_grace_s: float = setting(2.0, help="how long requests of a lost session go on")
-    load_report_s: float = setting(1.0, help="longest silence on a session")
+    session_grace_s: float = setting(2.0, help="how long requests of a lost session go on before they are aborted")
+    load_report_s: float = setting(1.0, help="longest silence on a session: a load report is sent at least this often")
     residency_events: int = setting(1024, help="residency changes that WatchAdapters can go back")
     outbox_max_bytes: int = size(MAX_BACKLOG_BYTES, help="unread output of a session at which it is aborted")
     outbox_max_age_s: float = setting(MAX_BACKLOG_S, help="age of unread output at which its session is aborted")
     step_patience_s: float = setting(
-        STEP_PATIENCE_S, help="least time after which a step hangs and the engine ends, 0 for never"
+        STEP_PATIENCE_S,
+        help="a step that takes longer than this, and than five times what it should, hangs and the engine ends; 0 for never",
     )
-    prefix_cache: bool = setting(True, help="share computed blocks among requests")
-    warm_adapters: bool = setting(True, help="load likely adapters before anybody asks, into idle room")
-    half_life_s: float = setting(DEFAULT_HALF_LIFE_S, help="after which a use of a prefix or an adapter counts half")
+    prefix_cache: bool = setting(True, help="share computed blocks among requests of equal adapter, tokens and salt")
+    warm_adapters: bool = setting(True, help="load likely adapters before a request asks, into idle room")
+    half_life_s: float = setting(
+        DEFAULT_HALF_LIFE_S, help="time after which a use of a prefix or an adapter counts half"
+    )
     growth_quantile: float = setting(
-        DEFAULT_GROWTH_QUANTILE, help="of recent output lengths that admission reckons with, 0 to 1"
+        DEFAULT_GROWTH_QUANTILE,
+        help="quantile of recent output lengths that admission expects requests to grow to; 0 expects no growth",
     )
-    queue_policy: QueuePolicyName = setting("fcfs", help="fcfs, slo-abort or newest-first")
-    ttft_slo_s: float | None = setting(None, help="objective for the time to the first token (default: none)")
+    queue_policy: QueuePolicyName = setting(
+        "fcfs", help="fcfs, slo-abort or newest-first: which request goes first, which ends early (docs/scheduling.md)"
+    )
+    ttft_slo_s: float | None = setting(
+        None, help="objective for the time to the first token, for the policies that use one"
+    )
     max_running_per_key: int | None = setting(None, help="most requests of one fairness key at once (default: any)")
     promote_after_s: float = setting(
         DEFAULT_PROMOTE_AFTER_S, help="waiting time after which a request rises a class of service"

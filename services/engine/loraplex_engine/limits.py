@@ -6,12 +6,15 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
-from loraplex_common.adapter_image import Geometry
+from loraplex_engine.pool_geometry import PoolGeometry
 
 CPU_STEP: Final = (64, 1024)
 """Default sequences and tokens of one step where torch computes on a CPU."""
 GPU_STEP: Final = (256, 8192)
 """The same on a GPU."""
+CPU_POOL_BYTES: Final = 1024 * 1024 * 1024
+"""Default page pool on a CPU; on a GPU it is most of what the weights leave."""
+ARENA_BYTES: Final = 512 * 1024 * 1024
 MAX_PASS_OVER_S: Final = 2.0
 MAX_RESIDENT_ADAPTERS: Final = 4096
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
@@ -23,13 +26,13 @@ DEFAULT_GROWTH_QUANTILE: Final = 0.9
 
 
 class QueuePolicy(enum.Enum):
-    """Which of a fairness key's requests goes first, and who is ended early.
+    """Which request of a fairness key goes first, and which requests end early.
 
     Whatever the policy, a request whose deadline cannot be met any more ends early.
     """
 
-    FCFS = "fcfs"  # the oldest; objectives end nobody
-    SLO_ABORT = "slo-abort"  # the oldest; who cannot have a first token within the objective ends early
+    FCFS = "fcfs"  # the oldest; no request ends for its objective
+    SLO_ABORT = "slo-abort"  # the oldest; a request whose first token cannot come within the objective ends early
     NEWEST_FIRST = (
         "newest-first"  # as slo-abort, and the newest goes first while older ones wait for half the objective
     )
@@ -41,12 +44,12 @@ class SchedulingPolicy:
 
     Attributes:
         enable_prefix_cache: Whether requests share blocks.
-        enable_warming: Whether likely adapters are loaded before anybody asks, into room that nobody needs.
-        half_life_s: After which a use of a prefix or an adapter counts half in its worth.
-        growth_quantile: Of recent output lengths: how far running requests are expected to grow when another is admitted;
-            0 expects nothing, 1 all they may draw.
+        enable_warming: Whether likely adapters are loaded before a request asks for them, into idle room.
+        half_life_s: Time after which a use of a prefix or an adapter counts half in its worth.
+        growth_quantile: Quantile of recent output lengths that running requests are expected to reach when another is
+            admitted; 0 expects no growth, 1 all that they may draw.
         queue_policy: Which request of a fairness key goes first.
-        ttft_slo_s: Objective for the time to the first token; what the policies beyond FCFS go by.
+        ttft_slo_s: Objective for the time to the first token, which every policy but FCFS uses.
         max_running_per_key: Most requests of one fairness key that run at once; None for no limit.
         promote_after_s: Waiting time after which a request rises a class of service.
     """
@@ -66,25 +69,38 @@ class SchedulingPolicy:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SchedulerLimits:
-    """What bounds a step and a request.
+class EngineLimits:
+    """What bounds one engine: its memory, its steps, its requests, and what it waits for.
 
     Attributes:
+        pool: Shape of a page of the pool.
+        num_pages: Pages of the pool.
+        num_arena_slots: Pages of host memory for adapter images.
+        max_resident_adapters: Size of the runner's adapter table; 0 serves the base model alone.
         max_model_len: Longest sequence, prompt and output together, in tokens.
         max_num_seqs: Most sequences of one step.
         max_num_batched_tokens: Most tokens of one step.
-        max_pass_over_s: How long others may go first while a request waits for pages.
+        max_pass_over_s: How long other requests may go first while one waits for pages.
         eos_token_ids: The model's end-of-text ids.
         policy: How requests and pages are chosen.
+        max_backlog_bytes: Unread output at which a session is given up.
+        max_backlog_s: Age of unread output at which a session is given up.
+        step_patience_s: The least time after which a step that does not end hangs; None never takes one for hung.
     """
 
-    block_tokens: int
+    pool: PoolGeometry
+    num_pages: int
+    num_arena_slots: int = 0
+    max_resident_adapters: int = MAX_RESIDENT_ADAPTERS
     max_model_len: int
     max_num_seqs: int = CPU_STEP[0]
     max_num_batched_tokens: int = CPU_STEP[1]
     max_pass_over_s: float = MAX_PASS_OVER_S
     eos_token_ids: tuple[int, ...] = ()
     policy: SchedulingPolicy = SchedulingPolicy()
+    max_backlog_bytes: int = MAX_BACKLOG_BYTES
+    max_backlog_s: float = MAX_BACKLOG_S
+    step_patience_s: float | None = STEP_PATIENCE_S
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -93,38 +109,20 @@ class SchedulerLimits:
                 "each running sequence takes a token of every step"
             )
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineParams(SchedulerLimits):
-    """What an engine is built from, besides its runner: the scheduler's limits, and memory.
-
-    Attributes:
-        geometry: Of the base model on this device; what adapter images depend on.
-        pool_bytes: Device memory of the page pool; rounded down to whole pages.
-        arena_bytes: Host memory of the arena; rounded down to whole pages.
-        max_resident_adapters: Size of the runner's adapter table.
-        max_backlog_bytes: Unread output at which a session is given up.
-        max_backlog_s: Age of unread output at which a session is given up.
-        step_patience_s: The least time after which a step that does not end hangs; None never takes one for hung.
-    """
-
-    geometry: Geometry
-    pool_bytes: int
-    arena_bytes: int
-    max_resident_adapters: int = MAX_RESIDENT_ADAPTERS
-    max_backlog_bytes: int = MAX_BACKLOG_BYTES
-    max_backlog_s: float = MAX_BACKLOG_S
-    step_patience_s: float | None = STEP_PATIENCE_S
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a KV page."""
+        return self.pool.block_tokens
 
     @property
-    def num_pages(self) -> int:
-        """Pages of the pool."""
-        return self.pool_bytes // self.geometry.page_bytes
+    def page_bytes(self) -> int:
+        """Bytes of a page, of KV or of an adapter."""
+        return self.pool.page_bytes
 
     @property
-    def num_arena_slots(self) -> int:
-        """Slots of the arena."""
-        return self.arena_bytes // self.geometry.page_bytes
+    def max_image_pages(self) -> int:
+        """Largest adapter image that can ever be used: it needs the arena, and beside it the pool a page for a sequence."""
+        return min(self.num_pages - 1, self.num_arena_slots)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import grpc
+    from prometheus_client import CollectorRegistry
 
     from loraplex_engine.config import EngineConfig
 
@@ -75,16 +76,16 @@ class EngineService:
         self._crashed: asyncio.Future[None] = self._loop.create_future()
         self._info, files = build.read_base_model(config)
         device = build.resolve_device(config)
-        params = build.engine_params(config, self._info, device)
+        limits = build.engine_limits(config, self._info, device)
         self.engine_id = f"{uuid.uuid4().hex}"
         registry = new_registry("engine")
         self._names = AdapterNames()
         self._feed = ResidencyFeed(config.residency_events)
         self._residency_metrics = ResidencyMetrics(registry)
-        self._prefetch_metrics = PrefetchMetrics(registry, params.geometry.page_bytes)
+        self._prefetch_metrics = PrefetchMetrics(registry, limits.page_bytes)
         self._client: AdapterClient | None = None
         self.engine = Engine(
-            params,
+            limits,
             build.runner_factory(config, self._info, device, files=files),
             on_store_event=lambda event: self._call_soon(self._on_store_event, event),
             on_crash=self._on_crash,
@@ -101,6 +102,14 @@ class EngineService:
         )
         self._authenticator = Authenticator.from_file(config.api_keys_file)
         self._peers = config.peers()
+        self._grpc = self._make_grpc(RpcMetrics(registry))
+        self._metrics_http = self._make_metrics_http(registry)
+        self._supervisor = Supervisor()
+        self._valkey = config.connect_valkey(config.redis_url) if config.redis_url else None
+        self._registration: Registration | None = None
+
+    def _make_grpc(self, metrics: RpcMetrics) -> GrpcServer:
+        config = self._config
         listen = config.listen_config(
             config.host,
             config.port,
@@ -108,16 +117,16 @@ class EngineService:
             max_concurrent_streams=MAX_STREAMS,
             max_connection_age_s=config.max_connection_age_s,
         )
-        self._grpc = GrpcServer(listen, authenticator=self._authenticator, metrics=RpcMetrics(registry))
+        return GrpcServer(listen, authenticator=self._authenticator, metrics=metrics)
+
+    def _make_metrics_http(self, registry: CollectorRegistry) -> MetricsServer:
+        config = self._config
         exposition = Exposition(
             registry,
             audience=Audience(config.metrics_key, self._authenticator),
             vllm_labels={"model_name": self._info.name, "engine": ENGINE_LABEL},
         )
-        self._metrics_http = MetricsServer(exposition, config.host, config.metrics_port)
-        self._supervisor = Supervisor()
-        self._valkey = config.connect_valkey(config.redis_url) if config.redis_url else None
-        self._registration: Registration | None = None
+        return MetricsServer(exposition, config.host, config.metrics_port)
 
     async def start(self) -> tuple[int, int]:
         """Open the ports, attach and register; return the gRPC and the metrics port."""
@@ -238,7 +247,7 @@ class EngineService:
             name=self._info.name,
             fingerprint=self._info.fingerprint,
             aliases=self._info.aliases,
-            max_model_len=self.engine.params.max_model_len,
+            max_model_len=self.engine.limits.max_model_len,
             vocab_size=self._info.vocab_size,
         )
 
@@ -253,24 +262,24 @@ class EngineService:
         return Attachment(
             engine_id=self.engine_id,
             base_model=self._base_model(),
-            max_image_pages=build.max_image_pages(self.engine.params),
+            max_image_pages=self.engine.limits.max_image_pages,
             max_rank=build.max_rank(self._config, build.resolve_device(self._config)),
         )
 
     def _record(self, port: int) -> EngineRecord:
-        params = self.engine.params
+        limits = self.engine.limits
         return EngineRecord(
             engine_id=self.engine_id,
             target=_advertised(self._config, port),
             base_model=self._info.name,
             base_fingerprint=self._info.fingerprint,
             base_aliases=self._info.aliases,
-            max_model_len=params.max_model_len,
+            max_model_len=limits.max_model_len,
             vocab_size=self._info.vocab_size,
-            num_pages=params.num_pages,
-            block_tokens=params.block_tokens,
-            page_bytes=params.geometry.page_bytes,
-            max_image_pages=build.max_image_pages(params),
+            num_pages=limits.num_pages,
+            block_tokens=limits.block_tokens,
+            page_bytes=limits.page_bytes,
+            max_image_pages=limits.max_image_pages,
             version=importlib.metadata.version("loraplex"),
         )
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_common.adapter_image import AdapterSpec, Geometry
 
 FROM_DEVICE: Final = -1
 """In ``StepPlan.token_ids``: use the token last sampled for this slot, which the host may not know yet."""
@@ -238,6 +238,11 @@ class ModelRunner(Protocol):
     """
 
     backend: ClassVar[str]
+
+    @property
+    def geometry(self) -> Geometry:
+        """What adapter images must be laid out for, as announced to the store."""
+        ...
 
     @property
     def pipeline_depth(self) -> int:

@@ -113,17 +113,21 @@ def test_two_engines_fit_beside_one_copy_of_the_weights() -> None:
 
 
 def test_default_limits_are_the_engines() -> None:
-    setup = default_limits(LLAMA2_7B, QKVO)
+    limits = default_limits(LLAMA2_7B, QKVO).limits
 
-    assert (setup.max_num_seqs, setup.max_num_batched_tokens, setup.max_model_len) == (256, 8192, 4096)
-    assert setup.params.max_resident_adapters == 4096
+    assert (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len) == (256, 8192, 4096)
+    assert limits.max_resident_adapters == 4096
 
 
 def test_the_arena_holds_every_adapter() -> None:
     for setup in (setup_of(LLAMA2_7B, MIXED), setup_of(LLAMA3_8B, ALL_LINEAR, 7)):
         pages = [setup.family.num_pages(setup.shape, index) for index in range(setup.num_adapters)]
 
-        assert setup.family.total_pages(setup.shape, setup.num_adapters) == sum(pages) <= setup.params.num_arena_slots
+        assert (
+            setup.family.total_pages(setup.shape, setup.num_adapters)
+            == sum(pages)
+            <= setup.engine_limits.num_arena_slots
+        )
 
 
 def test_every_case_says_what_it_does_in_time() -> None:

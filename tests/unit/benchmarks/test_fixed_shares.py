@@ -39,8 +39,7 @@ def test_neither_side_of_a_cut_pool_takes_from_the_other(
         output_tokens=rng.integers(1, 40, 40).tolist(),
     )
     setup = replace(
-        make_setup(num_pages=100),
-        policy=SchedulingPolicy(enable_warming=enable_warming),
+        make_setup(num_pages=100).with_limits(policy=SchedulingPolicy(enable_warming=enable_warming)),
         page_worth=page_worth,
         page_sources=FixedShares(kv_share),
     )

@@ -16,18 +16,20 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from loraplex_bench import rig as rig_module
 from loraplex_bench.end_to_end.cases import setup_of
 from loraplex_bench.end_to_end.replay import Replay
-from loraplex_bench.rig import EngineSetup, Rig
+from loraplex_bench.rig import Rig, RigSetup
 from loraplex_bench.shapes import AdapterFamily, Shape
 from loraplex_bench.steps import step_bench
 from loraplex_client.workload import burst
 from loraplex_common.base_model import load_base_model
-from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.limits import EngineLimits
+from loraplex_engine.model.weights import DTYPES, WeightReader
+from loraplex_engine.runners.runner_config import RunnerConfig
+from loraplex_engine.runners.torch.runner import TorchRunner
 from support.base_models import TinyBase, write_base_model
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from loraplex_engine.limits import EngineParams
     from numpy.typing import NDArray
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "profile_step.py"
@@ -70,16 +72,10 @@ def shape(tmp_path: Path) -> Shape:
 
 
 def make_runner(model_dir: Path, shape: Shape, num_pages: int, max_num_seqs: int) -> PinningRunner:
+    limits = EngineLimits(pool=shape.pool, num_pages=num_pages, max_num_seqs=max_num_seqs, max_model_len=512)
     runner = PinningRunner(
-        RunnerConfig(
-            model_dir=model_dir,
-            info=shape.info,
-            geometry=shape.pool,
-            num_pages=num_pages,
-            max_num_seqs=max_num_seqs,
-            max_model_len=512,
-            num_threads=1,
-        )
+        RunnerConfig(info=shape.info, limits=limits),
+        WeightReader(model_dir, dtype=DTYPES[shape.dtype], device=CPU),
     )
     runner.graphs = Graphs([1, 2])
     return runner
@@ -90,9 +86,9 @@ def test_the_arena_is_pinned_before_it_is_filled_with_distinct_values(
 ) -> None:
     runners: list[PinningRunner] = []
 
-    def make(setup: EngineSetup, params: EngineParams, weights: object) -> PinningRunner:
+    def make(setup: RigSetup, limits: EngineLimits, weights: object) -> PinningRunner:
         del weights
-        runners.append(make_runner(tmp_path / "tiny", setup.shape, params.num_pages, params.max_num_seqs))
+        runners.append(make_runner(tmp_path / "tiny", setup.shape, limits.num_pages, limits.max_num_seqs))
         return runners[-1]
 
     monkeypatch.setattr(rig_module, "DEVICE", CPU)
@@ -133,11 +129,10 @@ def test_hand_made_steps_are_timed_over_loaded_adapters(
 
     def make(config: Any, weights: object) -> PinningRunner:
         del weights
-        return make_runner(tmp_path / "tiny", shape, config.num_pages, config.max_num_seqs)
+        return make_runner(tmp_path / "tiny", shape, config.limits.num_pages, config.limits.max_num_seqs)
 
     monkeypatch.setattr(step_bench, "DEVICE", CPU)
     monkeypatch.setattr(step_bench, "CudaRunner", make)
-    monkeypatch.setattr(step_bench, "CudaRunnerConfig", lambda **sizes: type("Config", (), sizes))
     monkeypatch.setattr(step_bench, "TIMED_STEPS", 3)
     wanted = {
         name: (replace(size, num_prompts=min(size.num_prompts, 2), prompt_tokens=32), count)

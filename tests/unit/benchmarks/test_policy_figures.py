@@ -121,9 +121,9 @@ def test_tenants_send_the_same_beside_whatever_others() -> None:
 
 
 def test_slora_s_pool_holds_its_tokens() -> None:
-    setup = slora_setup()
+    limits = slora_setup().limits
 
-    assert setup.num_pages * setup.cost.shape.pool.block_tokens == 65_000
+    assert limits.num_pages * limits.block_tokens == 65_000
 
 
 def test_the_service_gap_is_the_spread_while_both_wait() -> None:

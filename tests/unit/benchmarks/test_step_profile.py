@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from loraplex_bench.steps.kernel_table import DeviceEvent, markdown, read_trace, rows, summarise
 from loraplex_bench.steps.plan import StepSize, make_plan
 from loraplex_common.base_model import load_base_model
+from loraplex_engine.limits import EngineLimits
+from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
-from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.runner_config import RunnerConfig
+from loraplex_engine.runners.torch.runner import TorchRunner
 from loraplex_engine.step import NO_ADAPTER
 from support.base_models import TinyBase, write_base_model
 
@@ -77,16 +81,9 @@ def test_a_table_shows_the_longest_kernels_and_adds_up_the_rest() -> None:
 def test_hand_made_steps_are_computed(tmp_path: Path, size: StepSize) -> None:
     info = load_base_model(write_base_model(tmp_path / "tiny", TinyBase()))
     pool = choose_pool_geometry(info, dtype="float32")
-    config = RunnerConfig(
-        model_dir=tmp_path / "tiny",
-        info=info,
-        geometry=pool,
-        num_pages=size.num_pages(pool),
-        max_num_seqs=size.num_rows,
-        max_model_len=64,
-        num_threads=1,
-    )
-    runner = TorchRunner(config)
+    limits = EngineLimits(pool=pool, num_pages=size.num_pages(pool), max_num_seqs=size.num_rows, max_model_len=64)
+    weights = WeightReader(tmp_path / "tiny", dtype=torch.float32, device=torch.device("cpu"))
+    runner = TorchRunner(RunnerConfig(info=info, limits=limits), weights)
     plan = make_plan(size, pool, np.full(size.num_rows, NO_ADAPTER, dtype=np.int32), step_id=1)
 
     result = runner.launch(plan).wait()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loraplex_client.workload import Trace
 
     from loraplex_bench.end_to_end.context import Bench
-    from loraplex_bench.rig import EngineSetup, Rig
+    from loraplex_bench.rig import Rig, RigSetup
 
 STANDARD_REQUESTS: Final = 512
 HOST_TIMES: Final = ("schedule_s", "launch_s", "wait_s", "update_s")
@@ -44,25 +44,25 @@ def warm_up(bench: Bench, rig: Rig, size: BurstSize) -> None:
     few = replace(size, num_requests=max(2, size.num_requests // 8))
     bench.replay(rig, few.trace(0)).require_complete()
     setup = rig.setup
-    if setup.num_adapters and setup.max_resident_adapters:
+    if setup.num_adapters and setup.limits.max_resident_adapters:
         bench.replay(rig, few.trace(min(8, setup.num_adapters))).require_complete()
     rig.evict_all()
 
 
-def peer_of(setup: EngineSetup, size: BurstSize, num_adapters: int) -> Peer:
+def peer_of(setup: RigSetup, size: BurstSize, num_adapters: int) -> Peer:
     """Return vLLM's best tokens per second on the same burst."""
     if size != BurstSize():
         return NOBODY
     return best_end_to_end(setup.shape, setup.family, BURST_OF_BASELINES, num_adapters, "out_tok_per_s")
 
 
-def case_name(setup: EngineSetup, workload: str, label: str = "") -> str:
+def case_name(setup: RigSetup, workload: str, label: str = "") -> str:
     """Return a row's case."""
     return "/".join(part for part in (setup.shape.name, setup.family.name, workload, label) if part)
 
 
 def run_bursts(
-    bench: Bench, setup: EngineSetup, counts: tuple[int, ...], *, size: BurstSize, label: str = ""
+    bench: Bench, setup: RigSetup, counts: tuple[int, ...], *, size: BurstSize, label: str = ""
 ) -> dict[int, float]:
     """Measure bursts over several numbers of adapters, all of them in the arena and none on the device at t = 0.
 
@@ -76,7 +76,7 @@ def run_bursts(
         measured = [_one_burst(bench, rig, size.trace(num_adapters)) for _ in range(bench.repeats)]
         rates[num_adapters] = statistics.median(measured)
         trace = size.trace(num_adapters)
-        floor_s = burst_floor_s(setup.shape, setup.family, trace, setup.max_num_seqs)
+        floor_s = burst_floor_s(setup.shape, setup.family, trace, setup.limits.max_num_seqs)
         peer = peer_of(setup, size, num_adapters)
         case = case_name(setup, f"burst:{num_adapters}:{size.num_requests}", label)
         bench.add(
@@ -112,7 +112,7 @@ def _one_burst(bench: Bench, rig: Rig, trace: Trace) -> float:
     return measured.output_tokens_per_s
 
 
-def _add_share(bench: Bench, setup: EngineSetup, size: BurstSize, case: str, share: float, num_adapters: int) -> None:
+def _add_share(bench: Bench, setup: RigSetup, size: BurstSize, case: str, share: float, num_adapters: int) -> None:
     base, peer = peer_of(setup, size, 0), peer_of(setup, size, num_adapters)
     peer_share = peer.value / base.value if peer.value and base.value else None
     bench.add(
@@ -128,7 +128,7 @@ def _add_share(bench: Bench, setup: EngineSetup, size: BurstSize, case: str, sha
     )
 
 
-def run_registered(bench: Bench, setup: EngineSetup, *, few: int, size: BurstSize) -> None:
+def run_registered(bench: Bench, setup: RigSetup, *, few: int, size: BurstSize) -> None:
     """Compare a burst over all registered adapters, most of which are loaded during it, with one over a few."""
     rates = run_bursts(bench, setup, (few, setup.num_adapters), size=size, label=f"{setup.num_adapters} registered")
     bench.add(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_client.workload import SloraParams
-from loraplex_engine.build import STEP_SIZES
-from loraplex_engine.limits import EngineParams
+from loraplex_engine.limits import GPU_STEP, MAX_RESIDENT_ADAPTERS, EngineLimits
 
 from loraplex_bench.end_to_end.bursts import BurstSize, run_bursts, run_registered
 from loraplex_bench.end_to_end.context import Bench
@@ -18,7 +17,7 @@ from loraplex_bench.end_to_end.rates import run_rates
 from loraplex_bench.end_to_end.startup import run_startup
 from loraplex_bench.end_to_end.traces import run_no_cliff, run_slora
 from loraplex_bench.paths import ROOT
-from loraplex_bench.rig import EngineSetup
+from loraplex_bench.rig import COMPARABLE, RigSetup
 from loraplex_bench.shapes import LLAMA2_7B, LLAMA3_8B, AdapterFamily, Shape
 
 if TYPE_CHECKING:
@@ -49,40 +48,49 @@ class Case:
     run: Callable[[Bench], object]
 
 
-def setup_of(shape: Shape, family: AdapterFamily, num_adapters: int = 200, **sizes: Any) -> EngineSetup:
-    """Return the baselines' limits on a shape; ``sizes`` replaces some."""
-    pool_bytes = sizes.pop("pool_bytes", int(shape.pool_gib * GIB))
-    return EngineSetup(shape=shape, family=family, num_adapters=num_adapters, pool_bytes=pool_bytes, **sizes)
+def setup_of(shape: Shape, family: AdapterFamily, num_adapters: int = 200, **sizes: Any) -> RigSetup:
+    """Return the baselines' limits on a shape; ``sizes``, named as in `EngineLimits`, replaces some."""
+    limits = EngineLimits(
+        pool=shape.pool,
+        num_pages=int(shape.pool_gib * GIB) // shape.pool.page_bytes,
+        max_model_len=1280,
+        max_num_seqs=GPU_STEP[0],
+        max_num_batched_tokens=GPU_STEP[1],
+        max_resident_adapters=256,
+        policy=COMPARABLE,
+    )
+    return RigSetup(shape=shape, family=family, num_adapters=num_adapters, limits=replace(limits, **sizes))
+
+
+def kv_pages(shape: Shape, num_seqs: int, size: BurstSize) -> int:
+    """Return the pool's pages for that many sequences of a burst."""
+    return num_seqs * shape.pool.num_blocks(size.prompt_tokens + size.output_tokens)
 
 
 def kv_bytes(shape: Shape, num_seqs: int, size: BurstSize) -> int:
     """Return pool bytes for that many sequences of a burst."""
-    pages = num_seqs * shape.pool.num_blocks(size.prompt_tokens + size.output_tokens)
-    return pages * shape.geometry.page_bytes
+    return kv_pages(shape, num_seqs, size) * shape.pool.page_bytes
 
 
-def default_limits(shape: Shape, family: AdapterFamily) -> EngineSetup:
+def default_limits(shape: Shape, family: AdapterFamily) -> RigSetup:
     """Return the engine's own defaults for sequences, batched tokens, table and length on a GPU."""
-    max_num_seqs, max_num_batched_tokens = STEP_SIZES["cuda"]
-    table = {field.name: field.default for field in fields(EngineParams)}["max_resident_adapters"]
     return setup_of(
         shape,
         family,
         max_model_len=shape.info.max_position_embeddings,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_resident_adapters=table,
+        max_num_seqs=GPU_STEP[0],
+        max_num_batched_tokens=GPU_STEP[1],
+        max_resident_adapters=MAX_RESIDENT_ADAPTERS,
     )
 
 
-def side_by_side(shape: Shape, family: AdapterFamily, num_seqs: int, size: BurstSize) -> EngineSetup:
+def side_by_side(shape: Shape, family: AdapterFamily, num_seqs: int, size: BurstSize) -> RigSetup:
     """Return an engine of which two fit a device: KV for ``num_seqs``, room for growth, and 32 adapters.
 
     Without that room, the pages that admission keeps free would keep the last sequence out for a whole generation.
     """
-    adapters = family.total_pages(shape, 32) * shape.geometry.page_bytes
-    pool_bytes = kv_bytes(shape, num_seqs + SPARE_SEQS, size) + adapters
-    return setup_of(shape, family, 32, pool_bytes=pool_bytes, max_num_seqs=num_seqs)
+    pages = kv_pages(shape, num_seqs + SPARE_SEQS, size) + family.total_pages(shape, 32)
+    return setup_of(shape, family, 32, num_pages=pages, max_num_seqs=num_seqs)
 
 
 def startup_case(shape: Shape) -> Case:

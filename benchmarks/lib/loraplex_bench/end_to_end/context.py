@@ -11,7 +11,7 @@ import torch
 
 from loraplex_bench.end_to_end.replay import CUTOFF_S, Replay
 from loraplex_bench.results import Results, Row
-from loraplex_bench.rig import EngineSetup, Rig
+from loraplex_bench.rig import Rig, RigSetup
 from loraplex_bench.weights import SharedWeights
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Bench:
         self.repeats = repeats
         self._dependent_launch = dependent_launch
         self._weights: dict[str, SharedWeights] = {}
-        self._kept: tuple[EngineSetup, Rig] | None = None
+        self._kept: tuple[RigSetup, Rig] | None = None
         self._workloads = itertools.count()
 
     def weights(self, shape: Shape) -> SharedWeights | None:
@@ -53,7 +53,7 @@ class Bench:
             self._weights[shape.name] = SharedWeights(source)
         return self._weights[shape.name]
 
-    def rig(self, setup: EngineSetup) -> Rig:
+    def rig(self, setup: RigSetup) -> Rig:
         """Return an engine of a setup: the last one if it has the same, else a new one in its place."""
         if self._kept is not None and self._kept[0] == setup:
             return self._kept[1]
@@ -62,13 +62,13 @@ class Bench:
         self._kept = (setup, rig)
         return rig
 
-    def new_rig(self, setup: EngineSetup) -> Rig:
+    def new_rig(self, setup: RigSetup) -> Rig:
         """Return an engine that the caller closes."""
         weights = self.weights(setup.shape)
         rig = Rig(replace(setup, dependent_launch=self._dependent_launch), weights)
         allocated = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         self.results.note(
-            f"{setup.limits}; ready in {rig.ready_s:.1f} s, graphs captured in {rig.capture_s:.2f} s, "
+            f"{setup.description}; ready in {rig.ready_s:.1f} s, graphs captured in {rig.capture_s:.2f} s, "
             f"{allocated:.1f} GiB allocated on the device"
         )
         return rig

@@ -12,10 +12,10 @@ from loraplex_bench.results import Row
 
 if TYPE_CHECKING:
     from loraplex_bench.end_to_end.context import Bench
-    from loraplex_bench.rig import EngineSetup, Rig
+    from loraplex_bench.rig import Rig, RigSetup
 
 
-def run_pairs(bench: Bench, enabled: EngineSetup, *, size: BurstSize, num_pairs: int = 5) -> None:
+def run_pairs(bench: Bench, enabled: RigSetup, *, size: BurstSize, num_pairs: int = 5) -> None:
     """Burst without adapters on both engines, pair by pair; the order changes within each pair.
 
     The engine with LoRA has all its adapters on the device, and as many pages more as they take. The other has no
@@ -24,10 +24,7 @@ def run_pairs(bench: Bench, enabled: EngineSetup, *, size: BurstSize, num_pairs:
     bench.close_rig()
     pages = enabled.family.total_pages(enabled.shape, enabled.num_adapters)
     disabled = replace(
-        enabled,
-        num_adapters=0,
-        max_resident_adapters=0,
-        pool_bytes=enabled.pool_bytes - pages * enabled.shape.geometry.page_bytes,
+        enabled.with_limits(max_resident_adapters=0, num_pages=enabled.limits.num_pages - pages), num_adapters=0
     )
     with bench.new_rig(disabled) as off, bench.new_rig(enabled) as on:
         bench.replay(on, size.trace(enabled.num_adapters)).require_complete()

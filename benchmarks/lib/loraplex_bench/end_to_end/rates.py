@@ -13,14 +13,14 @@ from loraplex_bench.results import Row
 
 if TYPE_CHECKING:
     from loraplex_bench.end_to_end.context import Bench
-    from loraplex_bench.rig import EngineSetup
+    from loraplex_bench.rig import RigSetup
 
 SLOS_S: Final = (0.5, 1.0, 2.0, 6.0)
 
 
 def run_rates(
     bench: Bench,
-    setup: EngineSetup,
+    setup: RigSetup,
     rates: tuple[float, ...],
     *,
     duration_s: float,

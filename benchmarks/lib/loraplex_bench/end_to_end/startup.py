@@ -19,7 +19,7 @@ from loraplex_bench.rig import Rig
 
 if TYPE_CHECKING:
     from loraplex_bench.end_to_end.context import Bench
-    from loraplex_bench.rig import EngineSetup
+    from loraplex_bench.rig import RigSetup
     from loraplex_bench.weights import SharedWeights
 
 CHILD_LIMIT_S: Final = 300
@@ -27,7 +27,7 @@ VLLM_STARTUP_S: Final = 94.0
 """vLLM 0.26.0 with 200 slots, random weights, from the baselines' notes; with LoRA off 80 s."""
 
 
-def first_token(setup: EngineSetup, weights: SharedWeights | None, *, started_at_s: float) -> dict[str, float]:
+def first_token(setup: RigSetup, weights: SharedWeights | None, *, started_at_s: float) -> dict[str, float]:
     """Start an engine, generate two tokens for one request, and return where the time went, in seconds.
 
     Args:

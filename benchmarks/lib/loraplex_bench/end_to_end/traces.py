@@ -17,7 +17,7 @@ from loraplex_bench.results import Row
 
 if TYPE_CHECKING:
     from loraplex_bench.end_to_end.context import Bench
-    from loraplex_bench.rig import EngineSetup
+    from loraplex_bench.rig import RigSetup
 
 SLO_S: Final = 6.0
 LOWEST: Final = frozenset({"ttft_p50_s", "ttft_p99_s", "tpot_p50_ms", "tpot_p99_ms", "unfinished"})
@@ -38,7 +38,7 @@ def figures(measured: Measured) -> dict[str, tuple[float, str]]:
 
 
 def run_slora(
-    bench: Bench, setup: EngineSetup, params: SloraParams, *, warm: BurstSize, cutoff_s: float = CUTOFF_S
+    bench: Bench, setup: RigSetup, params: SloraParams, *, warm: BurstSize, cutoff_s: float = CUTOFF_S
 ) -> None:
     """Replay the S-LoRA trace after a warm-up; with no adapters the same requests go to the base model."""
     rig = bench.rig(setup)
@@ -73,25 +73,25 @@ def run_slora(
         )
 
 
-def no_cliff_setups(base: EngineSetup, *, num_resident: int, kv_tokens: int) -> tuple[EngineSetup, EngineSetup]:
+def no_cliff_setups(base: RigSetup, *, num_resident: int, kv_tokens: int) -> tuple[RigSetup, RigSetup]:
     """Return the setup in which every adapter fits and the one with room for ``num_resident``, of equal KV pages.
 
     Args:
-        base: Its pool size is replaced; its ``max_num_seqs`` is how many sequences KV has room for.
+        base: Its pool size is replaced; its ``limits.max_num_seqs`` is how many sequences KV has room for.
         num_resident: Adapters that fit the smaller pool.
         kv_tokens: Of one sequence.
     """
-    pages = base.max_num_seqs * base.shape.pool.num_blocks(kv_tokens)
+    pages = base.limits.max_num_seqs * base.shape.pool.num_blocks(kv_tokens)
 
-    def with_room_for(count: int) -> EngineSetup:
+    def with_room_for(count: int) -> RigSetup:
         total = pages + base.family.total_pages(base.shape, count)
-        return replace(base, pool_bytes=total * base.shape.geometry.page_bytes)
+        return base.with_limits(num_pages=total)
 
     return with_room_for(base.num_adapters), with_room_for(num_resident)
 
 
 def run_no_cliff(
-    bench: Bench, base: EngineSetup, *, num_resident: int, size: BurstSize, duration_s: float, load: float = 0.7
+    bench: Bench, base: RigSetup, *, num_resident: int, size: BurstSize, duration_s: float, load: float = 0.7
 ) -> None:
     """Compare a pool that holds all adapters with one that holds a few of them, at the same rate of requests.
 
@@ -127,7 +127,7 @@ def run_no_cliff(
 
 
 def _compare(
-    bench: Bench, base: EngineSetup, roomy: dict[str, tuple[float, str]], capped: dict[str, tuple[float, str]]
+    bench: Bench, base: RigSetup, roomy: dict[str, tuple[float, str]], capped: dict[str, tuple[float, str]]
 ) -> None:
     case = case_name(base, "no-cliff")
     throughput = capped["out_tok_per_s"][0] / roomy["out_tok_per_s"][0]

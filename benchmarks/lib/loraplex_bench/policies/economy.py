@@ -81,7 +81,7 @@ TRACES: Final = {"many adapters": many_adapters, "long contexts": long_contexts,
 def throughput(trace: Trace, kv_share: float | None) -> float:
     """Return output tokens per second under one split, or under the economy."""
     adapters = Adapters(LLAMA_8B, NUM_ADAPTERS, (16,), ALL_TARGETS)
-    setup = replace(h100_setup(pool_gib=POOL_GIB), max_model_len=MAX_LEN)
+    setup = h100_setup(pool_gib=POOL_GIB).with_limits(max_model_len=MAX_LEN)
     if kv_share is not None:
         setup = replace(setup, page_sources=FixedShares(kv_share))
     return replay(setup, adapters, trace).summary.output_tokens_per_s

@@ -19,7 +19,7 @@ from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.calibration import fit
 from loraplex_engine.simulation.devices import GIB, H100_PRIORS
 from loraplex_engine.simulation.measured import SUITES, TARGETS, measured_steps
-from loraplex_engine.simulation.setup import EngineSetup
+from loraplex_engine.simulation.setup import SimulationSetup, gpu_limits
 from loraplex_engine.simulation.shapes import ModelShape, base_model
 from loraplex_engine.simulation.step_cost import StepCost, StepRates
 
@@ -162,14 +162,14 @@ def _predict(one: Measurement, trace: Trace, rates: StepRates, slo_s: float) -> 
     shape = ModelShape(base_model(one.shape))
     num_adapters = max(200, int(trace.adapter.max()) + 1)
     adapters = Adapters(shape, num_adapters, one.ranks, TARGETS[one.targets])
-    setup = EngineSetup(
-        cost=StepCost(shape, rates),
+    limits = gpu_limits(
+        shape,
         pool_bytes=int(POOL_GIB[one.shape] * GIB),
         arena_bytes=(int(adapters.num_pages.sum()) + 2) * shape.pool.page_bytes,
         max_model_len=1280,
-        max_resident_adapters=256,
-        policy=COMPARABLE,  # as the engine was measured
     )
+    setup = SimulationSetup(limits=limits, cost=StepCost(shape, rates))
+    setup = setup.with_limits(max_resident_adapters=256, policy=COMPARABLE)  # as the engine was measured
     summary = replay(setup, adapters, trace, slo_ttft_s=slo_s).summary
     return summary.output_tokens_per_s, summary.attainment
 

@@ -147,8 +147,8 @@ def _services(report: Report, share: float) -> None:
     """Two tenants of which each wants more than the engine has; one of them twice as much as the other."""
     gap = Gap()
     _, replayed = simulate([8 * share, 16 * share], DURATION_S / 4, watch=gap)
-    setup = replayed.engine.setup
-    most_tokens = min(setup.max_num_seqs * (LENGTHS[1] + LENGTHS[1]), setup.num_pages * LLAMA_8B.pool.block_tokens)
+    limits = replayed.engine.setup.limits
+    most_tokens = min(limits.max_num_seqs * (LENGTHS[1] + LENGTHS[1]), limits.num_pages * limits.block_tokens)
     bound = 2 * max(PROMPT_WEIGHT * LENGTHS[1], OUTPUT_WEIGHT * most_tokens)
     report.add(
         Figure(

@@ -5,7 +5,6 @@ Source: Sheng et al., "S-LoRA: Serving Thousands of Concurrent LoRA Adapters", a
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_client.charts import Axis, Series, line_chart
@@ -57,7 +56,7 @@ def run(report: Report) -> None:
 
 def simulate(policy: QueuePolicy, rate: float, *, cv: float = 1.0) -> Summary:
     """Replay S-LoRA's trace under one policy."""
-    setup = replace(slora_setup(), policy=SchedulingPolicy(queue_policy=policy, ttft_slo_s=SLO_S))
+    setup = slora_setup().with_limits(policy=SchedulingPolicy(queue_policy=policy, ttft_slo_s=SLO_S))
     params = SloraParams(num_adapters=400, rate=rate, cv=cv, duration_s=DURATION_S)
     return replay(setup, slora_adapters(), slora_trace(params), slo_ttft_s=SLO_S).summary
 

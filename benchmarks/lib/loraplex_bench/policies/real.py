@@ -8,18 +8,18 @@ away and idles gains nothing. That its batch was full is a figure of its own.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loraplex_client.workload import Measured, SloraParams, Trace, slora_trace
 from loraplex_common.base_model import load_base_model
-from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
+from loraplex_engine.limits import EngineLimits, QueuePolicy, SchedulingPolicy
 from support.base_models import TinyBase, write_base_model
 
 from loraplex_bench.end_to_end.replay import Replay
 from loraplex_bench.policies.figures import Figure
-from loraplex_bench.rig import EngineSetup, Rig
+from loraplex_bench.rig import Rig, RigSetup
 from loraplex_bench.shapes import AdapterFamily, Shape
 
 if TYPE_CHECKING:
@@ -36,22 +36,22 @@ SHARE: Final = 0.95
 MODEL: Final = TinyBase(num_layers=4, hidden_size=256, intermediate_size=512, num_heads=8, head_dim=32)
 
 
-def make_setup(model_dir: Path, policy: SchedulingPolicy) -> EngineSetup:
+def make_setup(model_dir: Path, policy: SchedulingPolicy) -> RigSetup:
     """Return an engine of eight sequences over forty adapters of which a dozen fit beside them."""
     info = load_base_model(model_dir, name="small")
     shape = Shape(info=info, pool_gib=0.0, dtype="float32", model_dir=model_dir)
     family = AdapterFamily(ranks=(8, 16))
     pages = 8 * shape.pool.num_blocks(2 * LENGTHS[1]) + family.total_pages(shape, 12)
-    return EngineSetup(
-        shape=shape,
-        family=family,
-        num_adapters=NUM_ADAPTERS,
-        pool_bytes=pages * shape.geometry.page_bytes,
+    limits = EngineLimits(
+        pool=shape.pool,
+        num_pages=pages,
+        max_model_len=2 * LENGTHS[1],
         max_num_seqs=8,
         max_num_batched_tokens=256,
-        max_model_len=2 * LENGTHS[1],
+        max_resident_adapters=256,
         policy=policy,
     )
+    return RigSetup(shape=shape, family=family, num_adapters=NUM_ADAPTERS, limits=limits)
 
 
 def make_trace(rate: float, num_requests: int) -> Trace:
@@ -96,14 +96,14 @@ def run(report: Report) -> None:
             flood.measured.require_complete()
         offered = OVERLOAD * max(flood.capacity for flood in floods)
         trace = make_trace(offered, int(offered * DURATION_S))
-        ours = _replay(replace(setup, policy=abort), trace, workload=3)
+        ours = _replay(setup.with_limits(policy=abort), trace, workload=3)
         fcfs = _replay(setup, trace, workload=4)
     report.note(
         f"floods: {floods[0].capacity:.1f} and {floods[1].capacity:.1f} requests/s; offered {offered:.1f} for "
         f"{DURATION_S:.0f} s, capacity meanwhile {ours.capacity:.1f}, objective {SLO_S:g} s; "
         f"{len(ours.measured.failures)} of {len(trace)} ended early"
     )
-    _report_figures(report, offered, ours, fcfs, setup.max_num_seqs)
+    _report_figures(report, offered, ours, fcfs, setup.limits.max_num_seqs)
 
 
 def _report_figures(report: Report, offered: float, ours: Run, fcfs: Run, max_num_seqs: int) -> None:
@@ -134,7 +134,7 @@ def _report_figures(report: Report, offered: float, ours: Run, fcfs: Run, max_nu
     )
 
 
-def _replay(setup: EngineSetup, trace: Trace, *, workload: int) -> Run:
+def _replay(setup: RigSetup, trace: Trace, *, workload: int) -> Run:
     with Rig(setup, None) as rig:
         measured = Replay(rig, trace, workload=workload, cutoff_s=6 * DURATION_S).run()
         totals = rig.engine.totals

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import resource
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from loraplex_client.workload import Trace, zipf_adapters
 from loraplex_engine.simulation.adapters import Adapters
-from loraplex_engine.simulation.devices import GIB
 
 from loraplex_bench.policies.figures import Figure
 from loraplex_bench.policies.runs import LLAMA_8B, h100_setup, replay
@@ -42,7 +40,7 @@ def run(report: Report) -> None:
     """Replay; most adapters have to come from the store, whose images the arena holds a part of."""
     num_requests = report.replay_requests or NUM_REQUESTS
     adapters = Adapters(LLAMA_8B, NUM_ADAPTERS, (8, 16, 32))
-    setup = replace(h100_setup(), arena_bytes=200 * GIB)
+    setup = h100_setup(arena_gib=200)
     trace = make_trace(num_requests)
     cpu_s, began_s = time.process_time(), time.perf_counter()
     replayed = replay(setup, adapters, trace, slo_ttft_s=1.0)

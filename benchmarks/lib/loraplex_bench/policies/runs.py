@@ -10,7 +10,7 @@ from loraplex_engine.simulation.devices import DEVICES, GIB, H100
 from loraplex_engine.simulation.engine import SimulatedEngine
 from loraplex_engine.simulation.fleet import Fleet
 from loraplex_engine.simulation.outcomes import Outcomes, Summary, summarize
-from loraplex_engine.simulation.setup import EngineSetup
+from loraplex_engine.simulation.setup import SimulationSetup, gpu_limits
 from loraplex_engine.simulation.shapes import ModelShape, base_model
 from loraplex_engine.simulation.step_cost import StepCost, StepRates
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LLAMA_13B: Final = ModelShape(base_model("llama2-13b"))
 LLAMA_8B: Final = ModelShape(base_model("llama3-8b"))
+MAX_MODEL_LEN: Final = 2048
 SLORA_POOL_TOKENS: Final = 65_000
 SLORA_SLOWDOWN: Final = 1.75
 """How much longer each term of a step takes on S-LoRA's A100 than the data sheet's share of our H100 figures.
@@ -40,7 +41,7 @@ class Replayed:
 
 
 def replay(
-    setup: EngineSetup,
+    setup: SimulationSetup,
     adapters: Adapters,
     trace: TraceArrays,
     *,
@@ -66,17 +67,21 @@ def slora_adapters(num_adapters: int = 400) -> Adapters:
     return Adapters(LLAMA_13B, num_adapters, (64, 32, 16))
 
 
-def slora_setup() -> EngineSetup:
+def slora_setup() -> SimulationSetup:
     """Return S-LoRA's setting S4: Llama-13B on one A100 80GB, a pool of 65,000 tokens, adapters in host memory."""
-    return EngineSetup(
-        cost=slora_cost(),
+    limits = gpu_limits(
+        LLAMA_13B,
         pool_bytes=SLORA_POOL_TOKENS * LLAMA_13B.kv_bytes_per_token,
         arena_bytes=400 * GIB,
-        copy=DEVICES["a100"].copy,
+        max_model_len=MAX_MODEL_LEN,
     )
+    return SimulationSetup(limits=limits, cost=slora_cost(), copy=DEVICES["a100"].copy)
 
 
-def h100_setup(*, pool_gib: float | None = None, shape: ModelShape = LLAMA_8B) -> EngineSetup:
+def h100_setup(
+    *, pool_gib: float | None = None, arena_gib: int = 1024, shape: ModelShape = LLAMA_8B
+) -> SimulationSetup:
     """Return Llama-3-8B on one H100 80GB; every adapter in host memory."""
     pool_bytes = H100.pool_bytes(shape) if pool_gib is None else int(pool_gib * GIB)
-    return EngineSetup(cost=StepCost(shape, H100.rates), pool_bytes=pool_bytes, arena_bytes=1024 * GIB)
+    limits = gpu_limits(shape, pool_bytes=pool_bytes, arena_bytes=arena_gib * GIB, max_model_len=MAX_MODEL_LEN)
+    return SimulationSetup(limits=limits, cost=StepCost(shape, H100.rates))

@@ -21,7 +21,7 @@ from loraplex_bench.policies.fixed_shares import RECENCY, FixedShares
 from loraplex_bench.policies.runs import LLAMA_8B, h100_setup, replay
 
 if TYPE_CHECKING:
-    from loraplex_engine.simulation.setup import EngineSetup
+    from loraplex_engine.simulation.setup import SimulationSetup
 
     from loraplex_bench.policies.figures import Report
 
@@ -52,22 +52,23 @@ class Point:
     resident_share: float
 
 
-def setups() -> dict[str, EngineSetup]:
+def setups() -> dict[str, SimulationSetup]:
     """Return the policies by name; all have the same pool."""
     kv_pages = NUM_SEQS * LLAMA_8B.pool.num_blocks(1024)
     adapter_pages = FITTING * LLAMA_8B.adapter(16, ALL_TARGETS).num_pages
-    pool_bytes = (kv_pages + adapter_pages) * LLAMA_8B.pool.page_bytes
-    ours = replace(h100_setup(), pool_bytes=pool_bytes, max_num_seqs=NUM_SEQS)
-    lru = replace(ours, policy=SchedulingPolicy(enable_warming=False), page_worth=RECENCY)
+    ours = h100_setup().with_limits(num_pages=kv_pages + adapter_pages, max_num_seqs=NUM_SEQS)
+    lru = replace(ours.with_limits(policy=SchedulingPolicy(enable_warming=False)), page_worth=RECENCY)
     kv_share = kv_pages / (kv_pages + adapter_pages)
     return {
         "loraplex": ours,
         "LRU": lru,
-        f"{FITTING} fixed slots": replace(lru, page_sources=FixedShares(kv_share), max_resident_adapters=FITTING),
+        f"{FITTING} fixed slots": replace(
+            lru.with_limits(max_resident_adapters=FITTING), page_sources=FixedShares(kv_share)
+        ),
     }
 
 
-def measure(setup: EngineSetup, factor: float, capacity: float) -> Point:
+def measure(setup: SimulationSetup, factor: float, capacity: float) -> Point:
     """Replay an overload for throughput and a moderate load for waits."""
     num_adapters = round(FITTING * factor)
     adapters = Adapters(LLAMA_8B, num_adapters, (16,), ALL_TARGETS)
@@ -94,7 +95,7 @@ def run(report: Report) -> None:
     _plots(report, found)
 
 
-def _capacity(setup: EngineSetup) -> float:
+def _capacity(setup: SimulationSetup) -> float:
     """Return the requests per second that an engine serves when all adapters fit."""
     adapters = Adapters(LLAMA_8B, FITTING, (16,), ALL_TARGETS)
     trace = slora_trace(SloraParams(num_adapters=FITTING, rate=200.0, duration_s=10.0))

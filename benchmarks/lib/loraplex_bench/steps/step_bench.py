@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
+from loraplex_engine.limits import EngineLimits
 from loraplex_engine.runners.cuda.runner import CudaRunner
-from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
+from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.step import NO_ADAPTER, StepPlan
 
 from loraplex_bench.random_weights import RandomWeights
@@ -33,15 +34,15 @@ class StepBench:
         self.shape = shape
         self._kv_pages = max(size.num_pages(shape.pool) for size in sizes)
         tokens = max(size.num_decode + size.num_prompts * size.prompt_tokens for size in sizes)
-        config = CudaRunnerConfig(
-            info=shape.info,
-            geometry=shape.pool,
+        limits = EngineLimits(
+            pool=shape.pool,
             num_pages=self._kv_pages + family.total_pages(shape, num_adapters),
             max_num_seqs=max(size.num_rows for size in sizes),
             max_model_len=1280,
             max_num_batched_tokens=tokens,
             max_resident_adapters=max(num_adapters, 1),
         )
+        config = RunnerConfig(info=shape.info, limits=limits, device=str(DEVICE))
         self.runner = CudaRunner(config, RandomWeights(dtype=torch.bfloat16, device=DEVICE))
         self._step_id = 0
         self._load(family, num_adapters)

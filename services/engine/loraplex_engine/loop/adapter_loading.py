@@ -12,10 +12,8 @@ from loraplex_common.errors import LoraplexError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loraplex_engine.adapters.arena import HostArena
-    from loraplex_engine.adapters.cache import AdapterCache
+    from loraplex_engine.loop.engine_state import EngineState
     from loraplex_engine.messages import ImageArrived
-    from loraplex_engine.scheduler.scheduler import Scheduler
     from loraplex_engine.step import LoadHandle, ModelRunner
 
 
@@ -26,16 +24,9 @@ class AdapterLoading:
         wake: Called from any thread when a load ended.
     """
 
-    def __init__(
-        self,
-        *,
-        cache: AdapterCache,
-        scheduler: Scheduler,
-        arena: HostArena,
-        runner: ModelRunner,
-        wake: Callable[[], None],
-    ) -> None:
-        self._cache, self._scheduler, self._arena, self._runner = cache, scheduler, arena, runner
+    def __init__(self, state: EngineState, runner: ModelRunner, *, wake: Callable[[], None]) -> None:
+        self._cache, self._scheduler, self._arena = state.cache, state.scheduler, state.arena
+        self._runner = runner
         self._wake = wake
         self._handles: dict[str, LoadHandle] = {}
 

@@ -11,22 +11,19 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from loraplex_engine.adapters.arena import HostArena
-from loraplex_engine.adapters.cache import AdapterCache
-from loraplex_engine.limits import EngineParams
+from loraplex_engine.limits import EngineLimits
 from loraplex_engine.loop.adapter_operations import AdapterOperations
-from loraplex_engine.loop.arena_grants import ArenaGrants
+from loraplex_engine.loop.calls import failing_into
+from loraplex_engine.loop.engine_state import EngineState
 from loraplex_engine.loop.load_report import LoadReport
 from loraplex_engine.loop.outbox import SessionOutbox
-from loraplex_engine.loop.parts import LoopParts
 from loraplex_engine.loop.step_loop import EngineLoop
 from loraplex_engine.loop.step_times import StepTimes
 from loraplex_engine.messages import Call, Command, LoadSnapshot, StoreEvent
-from loraplex_engine.pages.page_pool import PagePool
-from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.step import ModelRunner
 
 if TYPE_CHECKING:
-    from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_common.adapter_image import AdapterSpec, Geometry
 
     from loraplex_engine.adapters.adapter import AdapterStatus
     from loraplex_engine.adapters.warm_order import WarmCounts
@@ -36,14 +33,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-RunnerFactory = Callable[[EngineParams], ModelRunner]
+RunnerFactory = Callable[[EngineLimits], ModelRunner]
 
 
 class Engine:
     """A running engine. All methods may be called from any thread unless they say otherwise.
 
     Args:
-        params: Sizes and limits.
+        limits: What bounds it.
         runner_factory: Makes the compute backend; called once, in the constructor.
         on_store_event: Gets `WantImage` and `ResidencyChanged`, on the loop's thread, in order; must be quick
             (``asyncio_loop.call_soon_threadsafe(queue.put_nowait, event)``).
@@ -51,57 +48,33 @@ class Engine:
             then refuses everything.
 
     Attributes:
-        params: Sizes and limits.
+        limits: What bounds it.
         arena: Host memory for images; its `view` may be written in granted slots from any thread.
     """
 
     def __init__(
         self,
-        params: EngineParams,
+        limits: EngineLimits,
         runner_factory: RunnerFactory,
         *,
         on_store_event: Callable[[StoreEvent], None],
         on_crash: Callable[[BaseException], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.params = params
+        self.limits = limits
         self._clock = clock
-        self._pool = PagePool(params.num_pages)
-        self.arena = HostArena(params.num_arena_slots, params.geometry.page_bytes)
+        self.arena = HostArena(limits.num_arena_slots, limits.page_bytes)
         try:
-            self._cache = AdapterCache(
-                pool=self._pool,
-                arena=self.arena,
-                max_resident=params.max_resident_adapters,
-                emit=on_store_event,
-                clock=clock,
-                half_life_s=params.policy.half_life_s,
-            )
-            self._operations = AdapterOperations(cache=self._cache, pool=self._pool)
-            self._scheduler = Scheduler(
-                limits=params,
-                pool=self._pool,
-                cache=self._cache,
-                page_bytes=params.geometry.page_bytes,
-                clock=clock,
-            )
-            self._grants = ArenaGrants(cache=self._cache, arena=self.arena, queue=self._scheduler.queue)
-            self._report = LoadReport(scheduler=self._scheduler, pool=self._pool, cache=self._cache, now_s=clock())
-            runner = self._runner = runner_factory(params)
+            state = self._state = EngineState(limits, self.arena, emit=on_store_event, clock=clock)
+            runner = self._runner = runner_factory(limits)
             runner.pin_host_memory(self.arena.view)
-            parts = LoopParts(
-                scheduler=self._scheduler,
-                cache=self._cache,
-                grants=self._grants,
-                arena=self.arena,
-                runner=runner,
-                report=self._report,
-                times=StepTimes(self._scheduler.costs, params.geometry, backend=runner.backend),
-            )
+            times = StepTimes(state.scheduler.costs, runner.geometry, backend=runner.backend)
         except BaseException:
             self.arena.close()
             raise
-        self._loop = EngineLoop(parts, on_crash=on_crash, patience_s=params.step_patience_s, clock=clock)
+        self._operations = AdapterOperations(cache=state.cache, pool=state.pool)
+        self._report = LoadReport(state, now_s=clock())
+        self._loop = EngineLoop(state, runner, report=self._report, times=times, on_crash=on_crash, clock=clock)
         self._loop.start()
 
     def post(self, command: Command) -> None:
@@ -113,8 +86,8 @@ class Engine:
         return self._loop.open_session(
             lambda session_id: SessionOutbox(
                 session_id,
-                max_backlog_bytes=self.params.max_backlog_bytes,
-                max_backlog_s=self.params.max_backlog_s,
+                max_backlog_bytes=self.limits.max_backlog_bytes,
+                max_backlog_s=self.limits.max_backlog_s,
                 clock=self._clock,
             )
         )
@@ -129,6 +102,11 @@ class Engine:
         return self._runner.backend
 
     @property
+    def geometry(self) -> Geometry:
+        """What adapter images must be laid out for."""
+        return self._runner.geometry
+
+    @property
     def totals(self) -> LoopTotals:
         """Where the step loop's time went."""
         return self._loop.totals
@@ -136,22 +114,22 @@ class Engine:
     @property
     def counters(self) -> SchedulerCounters:
         """What happened to requests so far."""
-        return self._scheduler.counters
+        return self._state.scheduler.counters
 
     @property
     def warm(self) -> WarmCounts:
         """What became of adapters that were loaded before anybody asked."""
-        return self._cache.warm
+        return self._state.cache.warm
 
     @property
     def num_evicted_blocks(self) -> int:
         """Cached blocks that gave way so far."""
-        return self._scheduler.prefix.num_evicted
+        return self._state.scheduler.prefix.num_evicted
 
     @property
     def measured_costs(self) -> dict[str, float]:
         """Seconds that things take, as measured lately: what -> seconds."""
-        steps, copies = self._scheduler.costs, self._cache.ranking.costs
+        steps, copies = self._state.scheduler.costs, self._state.cache.ranking.costs
         return {
             "decode_step": steps.decode_step_s,
             "prefill_token": steps.prefill_s_per_token,
@@ -162,14 +140,14 @@ class Engine:
     @property
     def num_leases(self) -> int:
         """Leases of running requests on adapters."""
-        return self._cache.num_leases
+        return self._state.cache.num_leases
 
     def list_adapters(self) -> Future[list[AdapterStatus]]:
         """Ask for all adapters the engine knows, by digest; WANTED ones included.
 
         From asyncio: ``await asyncio.wrap_future(engine.list_adapters())``. All futures of this class are alike.
         """
-        return self._call(self._cache.states.statuses)
+        return self._call(self._state.cache.states.statuses)
 
     def pin(self, digest: str) -> Future[AdapterStatus]:
         """Keep an adapter in the pool whatever the pressure; it is loaded if it is only in the arena.
@@ -198,8 +176,11 @@ class Engine:
         or it can never fit. Slots granted are given back by `return_slots`, or handed over by posting `ImageArrived`.
         """
         future: Future[tuple[int, ...] | None] = Future()
-        asked = self._call(lambda: self._grants.ask(digest, num_pages, is_wanted=is_wanted, future=future))
-        asked.add_done_callback(lambda done: _pass_failure_on(done, future))
+
+        def ask() -> None:
+            self._state.grants.ask(digest, num_pages, is_wanted=is_wanted, future=future)
+
+        self._loop.post(Call(ask, failing_into(future)))
         return future
 
     def check_adapter(self, spec: AdapterSpec) -> None:
@@ -213,7 +194,7 @@ class Engine:
     def return_slots(self, slots: tuple[int, ...]) -> None:
         """Give granted slots back unused: the transfer failed."""
         self.arena.free(slots)
-        self._call(self._grants.serve)
+        self._call(self._state.grants.serve)
 
     def drain(self, timeout_s: float) -> Future[int]:
         """Refuse new requests (DrainingError), let the others finish for that long, then end them.
@@ -228,7 +209,7 @@ class Engine:
 
     def check_integrity(self) -> Future[None]:
         """Recount pages, leases, slots and requests; the future raises RuntimeError if something is lost."""
-        return self._call(self._check_integrity)
+        return self._call(self._state.check_integrity)
 
     @property
     def is_healthy(self) -> bool:
@@ -248,13 +229,3 @@ class Engine:
         future: Future[T] = Future()
         self._loop.post(Call(function, cast("Future[object]", future)))
         return future
-
-    def _check_integrity(self) -> None:
-        self._scheduler.check_integrity()
-        self.arena.check_integrity()
-
-
-def _pass_failure_on(done: Future[None], future: Future[tuple[int, ...] | None]) -> None:
-    error = done.exception()
-    if error is not None and future.set_running_or_notify_cancel():
-        future.set_exception(error)

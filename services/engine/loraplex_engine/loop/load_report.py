@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_engine.messages import LoadSnapshot
 
 if TYPE_CHECKING:
-    from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.pages.page_pool import PagePool
-    from loraplex_engine.scheduler.scheduler import Scheduler
+    from loraplex_engine.loop.engine_state import EngineState
 
 RATE_WINDOW_S: Final = 5.0
 
@@ -30,10 +28,8 @@ class LoadReport:
     ``tokens_per_s`` is an exponential average over `RATE_WINDOW_S`, and fades while nothing is published.
     """
 
-    def __init__(self, *, scheduler: Scheduler, pool: PagePool, cache: AdapterCache, now_s: float) -> None:
-        self._scheduler = scheduler
-        self._pool = pool
-        self._cache = cache
+    def __init__(self, state: EngineState, *, now_s: float) -> None:
+        self._scheduler, self._pool, self._cache = state.scheduler, state.pool, state.cache
         self._num_tokens = 0
         self._published = _Published(self._measure(sequence=1, tokens_per_s=0.0), now_s)
 

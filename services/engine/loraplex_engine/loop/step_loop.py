@@ -30,8 +30,11 @@ from loraplex_engine.step import NO_ADAPTER, StepHandle, StepPlan
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from loraplex_engine.loop.engine_state import EngineState
+    from loraplex_engine.loop.load_report import LoadReport
     from loraplex_engine.loop.outbox import SessionOutbox
-    from loraplex_engine.loop.parts import LoopParts
+    from loraplex_engine.loop.step_times import StepTimes
+    from loraplex_engine.step import ModelRunner
 
 
 JOIN_S: Final = 0.1
@@ -41,9 +44,11 @@ class EngineLoop:
     """Owner of the step loop's thread.
 
     Args:
-        parts: What it drives.
+        state: What it decides with; belongs to the loop's thread once that runs, the arena's allocator excepted.
+        runner: What computes its steps.
+        report: Told of the load after each turn.
+        times: Says how long steps should take.
         on_crash: Called once, with what killed it; on the loop's thread, or on the watchdog's if it hangs.
-        patience_s: The least time after which a step that does not end hangs; None never takes one for hung.
         clock: Seconds, monotonic.
 
     Attributes:
@@ -52,26 +57,23 @@ class EngineLoop:
 
     def __init__(
         self,
-        parts: LoopParts,
+        state: EngineState,
+        runner: ModelRunner,
         *,
+        report: LoadReport,
+        times: StepTimes,
         on_crash: Callable[[BaseException], None],
-        patience_s: float | None,
         clock: Callable[[], float],
     ) -> None:
-        self._parts = parts
+        self._scheduler, self._cache, self._grants = state.scheduler, state.cache, state.grants
+        self._runner, self._report, self._times = runner, report, times
         self._on_crash = on_crash
         self._clock = clock
         self._sessions = Sessions()
         self._inbox = Inbox(self._sessions)
         self._is_stopping = False
         self._steps: deque[StepHandle] = deque()
-        self._loading = AdapterLoading(
-            cache=parts.cache,
-            scheduler=parts.scheduler,
-            arena=parts.arena,
-            runner=parts.runner,
-            wake=self._inbox.wake,
-        )
+        self._loading = AdapterLoading(state, runner, wake=self._inbox.wake)
         self._drains = Drains()
         self._num_ended_by_drain = 0
         self.totals = LoopTotals()
@@ -79,7 +81,10 @@ class EngineLoop:
         self._is_hung = False
         self._pulse = Pulse()
         self._watchdog = StepWatchdog(
-            self._pulse, has_work=lambda: self._inbox.has_commands, patience_s=patience_s, on_hang=self._give_up
+            self._pulse,
+            has_work=lambda: self._inbox.has_commands,
+            patience_s=state.limits.step_patience_s,
+            on_hang=self._give_up,
         )
 
     # --- any thread ---
@@ -108,7 +113,7 @@ class EngineLoop:
         drain = Drain(self._clock() + timeout_s, future)
 
         def begin() -> None:
-            self._parts.scheduler.start_draining()
+            self._scheduler.start_draining()
             self._drains.add(drain)
 
         self.post(Call(begin, failing_into(future)))
@@ -148,22 +153,21 @@ class EngineLoop:
             self._pulse.sleeps()
 
     def _turn(self) -> None:
-        parts = self._parts
         self._pulse.works()
         self._take_commands()
         self._loading.take_finished()
         self._advance_drains()
         began_s = time.perf_counter()
-        plan = parts.scheduler.schedule()
+        plan = self._scheduler.schedule()
         self.totals.schedule_s += time.perf_counter() - began_s
-        parts.grants.serve()
+        self._grants.serve()
         self._loading.start()
         if plan is not None:
             self._launch(plan)
         has_step = bool(self._steps)
-        if has_step and (plan is None or len(self._steps) >= parts.runner.pipeline_depth):
+        if has_step and (plan is None or len(self._steps) >= self._runner.pipeline_depth):
             self._complete(self._steps.popleft())
-        parts.report.publish(self._clock())
+        self._report.publish(self._clock())
         self._send()
         self._resolve_drains()
         if not has_step:
@@ -171,9 +175,9 @@ class EngineLoop:
 
     def _launch(self, plan: StepPlan) -> None:
         began_s = time.perf_counter()
-        self._parts.times.launched(plan)
-        self._pulse.works(self._parts.times.expected_s)
-        self._steps.append(self._parts.runner.launch(plan))
+        self._times.launched(plan)
+        self._pulse.works(self._times.expected_s)
+        self._steps.append(self._runner.launch(plan))
         totals = self.totals
         totals.launch_s += time.perf_counter() - began_s
         totals.add_step(len(plan.token_ids))
@@ -181,17 +185,17 @@ class EngineLoop:
 
     def _complete(self, step: StepHandle) -> None:
         began_s = time.perf_counter()
-        self._pulse.works(self._parts.times.expected_s)
+        self._pulse.works(self._times.expected_s)
         result = step.wait()
-        self._parts.times.completed()
+        self._times.completed()
         self._pulse.works()
         waited_s = time.perf_counter()
-        self._parts.scheduler.update(result)
+        self._scheduler.update(result)
         self.totals.wait_s += waited_s - began_s
         self.totals.update_s += time.perf_counter() - waited_s
 
     def _sleep(self) -> None:
-        until_s = min(self._parts.scheduler.next_deadline_s, self._drains.next_deadline_s)
+        until_s = min(self._scheduler.next_deadline_s, self._drains.next_deadline_s)
         self._pulse.sleeps()
         self._inbox.wait(None if until_s == math.inf else max(0.0, until_s - self._clock()))
 
@@ -200,7 +204,7 @@ class EngineLoop:
             self._handle(command)
 
     def _handle(self, command: Command) -> None:
-        scheduler = self._parts.scheduler
+        scheduler = self._scheduler
         match command:
             case Submit(submission):
                 if submission.session_id in self._sessions:
@@ -214,37 +218,37 @@ class EngineLoop:
             case ImageRefused(digest, error):
                 scheduler.image_refused(digest, error)
             case DropAdapter(digest):
-                self._parts.cache.drop(digest)
+                self._cache.drop(digest)
             case Call():
                 run_call(command)
 
     def _submit(self, command: Submit) -> None:
         try:
-            self._parts.scheduler.submit(command.submission)
+            self._scheduler.submit(command.submission)
         except SlotInUseError as error:  # the gateway reuses a slot: nothing it says can be told apart any more
             self._close_session(command.submission.session_id, InvalidParameterError(str(error), field="slot"))
 
     def _close_session(self, session_id: int, error: LoraplexError | None) -> None:
-        self._parts.scheduler.close_session(session_id)
+        self._scheduler.close_session(session_id)
         self._sessions.close(session_id, error)
 
     def _send(self) -> None:
-        for session_id, outputs in self._parts.scheduler.take_outputs().items():
+        for session_id, outputs in self._scheduler.take_outputs().items():
             if not self._sessions.put(session_id, outputs):
                 self._close_session(session_id, None)  # given up for its backlog
 
     def _advance_drains(self) -> None:
         if self._drains.next_deadline_s <= self._clock():
             error = DrainingError("this engine is shutting down", drop_reason="rejected-shutting-down")
-            self._num_ended_by_drain += self._parts.scheduler.end_all(error)
+            self._num_ended_by_drain += self._scheduler.end_all(error)
 
     def _stop_draining(self) -> None:
-        self._parts.scheduler.stop_draining()
+        self._scheduler.stop_draining()
         self._drains.fail(ConflictError("Undrain has ended this drain: the engine takes requests again"))
         self._num_ended_by_drain = 0
 
     def _resolve_drains(self) -> None:
-        if self._drains and self._parts.scheduler.num_open == 0:
+        if self._drains and self._scheduler.num_open == 0:
             self._drains.resolve(self._num_ended_by_drain)
 
     # --- the end ---
@@ -253,13 +257,13 @@ class EngineLoop:
         """End everything in order: requests first, then steps and loads in flight, then the device."""
         error = DrainingError("this engine is shutting down", drop_reason="rejected-shutting-down")
         self._take_commands()
-        self._num_ended_by_drain += self._parts.scheduler.end_all(error)
+        self._num_ended_by_drain += self._scheduler.end_all(error)
         while self._steps:
             self._complete(self._steps.popleft())
         self._send()
         self._resolve_drains()
         self._shut(error)
-        self._parts.runner.close()
+        self._runner.close()
 
     def _give_up(self, trouble: str) -> None:
         """End every session from the watchdog's thread: the loop's own hangs, and gateways send requests elsewhere."""
@@ -278,7 +282,7 @@ class EngineLoop:
         self._on_crash(error)
 
     def _send_rest(self, error: LoraplexError) -> None:
-        scheduler = self._parts.scheduler
+        scheduler = self._scheduler
         for session_id, outputs in scheduler.take_outputs().items():
             self._sessions.put(session_id, outputs)
         for session_id, session_slot in scheduler.open_keys():
@@ -287,6 +291,6 @@ class EngineLoop:
     def _shut(self, error: LoraplexError) -> None:
         """Answer what is in the inbox and refuse what comes later."""
         self._inbox.shut(error)
-        self._parts.grants.cancel()
+        self._grants.cancel()
         self._drains.fail(error)
         self._sessions.close_all()

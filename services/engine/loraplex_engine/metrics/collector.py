@@ -96,7 +96,7 @@ class EngineCollector(Collector):
             ),
         ):
             yield CounterMetricFamily(name, text, value=value)
-        page_bytes = self._engine.params.geometry.page_bytes
+        page_bytes = self._engine.limits.page_bytes
         warmed = CounterMetricFamily(
             "loraplex_engine_warm_bytes",
             "Bytes of adapters loaded before anybody asked, by what became of them.",
@@ -115,11 +115,11 @@ class EngineCollector(Collector):
         yield costs
 
     def _cache_config(self) -> GaugeMetricFamily:
-        params = self._engine.params
+        limits = self._engine.limits
         family = GaugeMetricFamily(
             "vllm:cache_config_info", "Layout of the pool.", labels=["block_size", "num_gpu_blocks"]
         )
-        family.add_metric([str(params.block_tokens), str(params.num_pages)], 1)
+        family.add_metric([str(limits.block_tokens), str(limits.num_pages)], 1)
         return family
 
     def _lora(self, load: LoadSnapshot, held: list[ResidencyChanged]) -> Iterator[GaugeMetricFamily]:

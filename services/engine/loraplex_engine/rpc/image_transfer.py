@@ -203,12 +203,12 @@ class ImageTransfers:
         limit = min(self._max_image_pages, self._engine.arena.num_slots)
         if offer.num_pages > limit:
             raise RequestTooLargeError(
-                f"adapter {offer.digest} takes {offer.num_pages} pages of {self._engine.params.geometry.page_bytes} bytes; "
+                f"adapter {offer.digest} takes {offer.num_pages} pages of {self._engine.limits.page_bytes} bytes; "
                 f"the pool has room for {self._max_image_pages} and the arena for {self._engine.arena.num_slots}"
             )
         try:
             spec = AdapterSpec.from_json(offer.spec)
-            num_pages = layout(self._engine.params.geometry, spec.sizes).num_pages
+            num_pages = layout(self._engine.geometry, spec.sizes).num_pages
         except (ImageError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise AdapterCorruptError(f"image {offer.digest}: unreadable spec: {error}") from error
         if spec.digest != offer.digest or num_pages != offer.num_pages or offer.rank != 0:

@@ -11,7 +11,8 @@ from loraplex.v1 import adapter_pb2, engine_pb2, engine_pb2_grpc
 from loraplex_common import geometry_wire
 from loraplex_common.errors import DrainingError, InvalidParameterError
 
-from loraplex_engine.messages import ResidencyChanged, ResidencyState
+from loraplex_engine.adapters.adapter import AdapterStatus
+from loraplex_engine.messages import ResidencyState
 from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.session import GatewaySession
 from loraplex_engine.rpc.validation import RequestLimits, check_digest
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     from google.protobuf.duration_pb2 import Duration
     from loraplex_common.errors import LoraplexError
 
-    from loraplex_engine.adapters.adapter import AdapterStatus
     from loraplex_engine.config import EngineConfig
     from loraplex_engine.loop.engine import Engine
     from loraplex_engine.loop.residency_feed import ResidencyFeed
+    from loraplex_engine.messages import ResidencyChanged
     from loraplex_engine.metrics.requests import RequestMetrics
     from loraplex_engine.rpc.draining import Draining
 
@@ -85,7 +86,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._limits = RequestLimits(
             vocab_size=base.vocab_size,
             max_model_len=base.max_model_len,
-            eos_token_ids=engine.params.eos_token_ids,
+            eos_token_ids=engine.limits.eos_token_ids,
         )
         self._is_closing = asyncio.Event()
         self._sessions: set[GatewaySession] = set()
@@ -132,16 +133,16 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self, request: engine_pb2.GetEngineInfoRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> engine_pb2.GetEngineInfoResponse:
         """Describe the engine."""
-        params = self._engine.params
+        limits = self._engine.limits
         return engine_pb2.GetEngineInfoResponse(
             engine_id=self._identity.engine_id,
             base_model=self._identity.base_model,
-            geometry=geometry_wire.to_message(params.geometry),
-            target_modules=params.geometry.projection_names,
-            num_pages=params.num_pages,
-            block_tokens=params.block_tokens,
-            max_num_batched_tokens=params.max_num_batched_tokens,
-            max_num_seqs=params.max_num_seqs,
+            geometry=geometry_wire.to_message(self._engine.geometry),
+            target_modules=self._engine.geometry.projection_names,
+            num_pages=limits.num_pages,
+            block_tokens=limits.block_tokens,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_num_seqs=limits.max_num_seqs,
             backend=self._engine.backend,
             api_revisions=API_REVISIONS,
             version=self._identity.version,
@@ -186,7 +187,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         while not self._is_closing.is_set():
             for event in self._feed.since(position):
                 position = event.sequence
-                yield engine_pb2.WatchAdaptersResponse(sequence=event.sequence, adapter=_changed_adapter(event))
+                yield engine_pb2.WatchAdaptersResponse(sequence=event.sequence, adapter=_resident_adapter(event))
             await self._until_closing(self._feed.wait_beyond(position))
 
     async def PinAdapter(
@@ -258,28 +259,16 @@ def _is_held(status: AdapterStatus) -> bool:
     return status.state not in (ResidencyState.ABSENT, ResidencyState.WANTED)
 
 
-def _resident_adapter(status: AdapterStatus) -> engine_pb2.ResidentAdapter:
+def _resident_adapter(news: AdapterStatus | ResidencyChanged) -> engine_pb2.ResidentAdapter:
+    """Return an adapter's status, or what has become of it, on the wire; only a status says for how long it is idle."""
     return engine_pb2.ResidentAdapter(
-        digest=status.digest,
-        tier=wire.tier(status.state),
-        state=wire.resident_state(status.state),
-        num_pages=status.num_pages,
-        pinned=status.is_pinned,
-        num_leases=status.num_leases,
-        generation=status.generation,
-        idle=wire.duration(status.idle_s),
-        max_rank=status.max_rank,
-    )
-
-
-def _changed_adapter(event: ResidencyChanged) -> engine_pb2.ResidentAdapter:
-    return engine_pb2.ResidentAdapter(
-        digest=event.digest,
-        tier=wire.tier(event.state),
-        state=wire.resident_state(event.state),
-        num_pages=event.num_pages,
-        pinned=event.is_pinned,
-        num_leases=event.num_leases,
-        generation=event.generation,
-        max_rank=event.max_rank,
+        digest=news.digest,
+        tier=wire.tier(news.state),
+        state=wire.resident_state(news.state),
+        num_pages=news.num_pages,
+        pinned=news.is_pinned,
+        num_leases=news.num_leases,
+        generation=news.generation,
+        idle=wire.duration(news.idle_s) if isinstance(news, AdapterStatus) else None,
+        max_rank=news.max_rank,
     )

@@ -166,7 +166,7 @@ class AdapterClient:
         return _Request.Hello(
             engine_id=self._attachment.engine_id,
             base_model=self._attachment.base_model,
-            geometry=geometry_wire.to_message(self._engine.params.geometry),
+            geometry=geometry_wire.to_message(self._engine.geometry),
             arenas=[
                 _Request.Arena(
                     num_slots=arena.num_slots,

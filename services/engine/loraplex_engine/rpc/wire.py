@@ -85,14 +85,7 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         InvalidParameterError: If a field is out of its range; `field` names it.
         DeadlineError: If the client's deadline has passed already.
     """
-    require(submit.slot <= MAX_INT32, "slot", f"{submit.slot} exceeds {MAX_INT32}")
-    require(
-        len(submit.request_id.encode()) <= MAX_REQUEST_ID_BYTES,
-        "request_id",
-        f"longer than {MAX_REQUEST_ID_BYTES} bytes",
-    )
-    require(submit.priority in _PRIORITIES, "priority", f"{submit.priority} is not a class of service")
-    require(submit.load_policy in _FAIL_FAST, "load_policy", f"{submit.load_policy} is not a policy")
+    _check_header(submit)
     prompt, resumed = check_tokens(submit, limits)
     scale = submit.adapter_scale if submit.HasField("adapter_scale") else 1.0
     deadline_s = _moment(submit, "time_left", now_s)
@@ -119,6 +112,18 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         fail_fast=_FAIL_FAST[submit.load_policy],
         arrived_s=now_s,
     )
+
+
+def _check_header(submit: engine_pb2.Submit) -> None:
+    """Check the fields that say which request it is and how urgent, not what it computes."""
+    require(submit.slot <= MAX_INT32, "slot", f"{submit.slot} exceeds {MAX_INT32}")
+    require(
+        len(submit.request_id.encode()) <= MAX_REQUEST_ID_BYTES,
+        "request_id",
+        f"longer than {MAX_REQUEST_ID_BYTES} bytes",
+    )
+    require(submit.priority in _PRIORITIES, "priority", f"{submit.priority} is not a class of service")
+    require(submit.load_policy in _FAIL_FAST, "load_policy", f"{submit.load_policy} is not a policy")
 
 
 def _moment(submit: engine_pb2.Submit, field: str, now_s: float) -> float | None:

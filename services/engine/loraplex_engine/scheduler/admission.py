@@ -21,7 +21,7 @@ from loraplex_engine.scheduler.request import Request, RequestState
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.limits import SchedulerLimits
+    from loraplex_engine.limits import EngineLimits
     from loraplex_engine.scheduler.adapter_fetching import AdapterFetching
     from loraplex_engine.scheduler.feasibility import Feasibility
     from loraplex_engine.scheduler.request_book import RequestBook
@@ -45,7 +45,7 @@ class Admission:
     def __init__(
         self,
         *,
-        limits: SchedulerLimits,
+        limits: EngineLimits,
         book: RequestBook,
         cache: AdapterCache,
         fetching: AdapterFetching,

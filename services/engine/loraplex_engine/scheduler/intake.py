@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from loraplex_common.errors import AdapterLoadingError, DrainingError, InvalidParameterError, LoraplexError
 
 from loraplex_engine.faults import internal_error
-from loraplex_engine.limits import QueuePolicy, SchedulerLimits
+from loraplex_engine.limits import EngineLimits, QueuePolicy
 from loraplex_engine.messages import FinishReason, ResidencyState, Submission
 from loraplex_engine.scheduler.request import Request, RequestState, make_request
 
@@ -37,7 +37,7 @@ class RequestIntake:
     def __init__(
         self,
         *,
-        limits: SchedulerLimits,
+        limits: EngineLimits,
         book: RequestBook,
         cache: AdapterCache,
         feasibility: Feasibility,

@@ -19,7 +19,7 @@ from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.limits import SchedulerLimits
+    from loraplex_engine.limits import EngineLimits
     from loraplex_engine.pages.page_pool import Pages
     from loraplex_engine.scheduler.eviction import PageSource
     from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
@@ -47,7 +47,7 @@ class Placement:
     def __init__(
         self,
         *,
-        limits: SchedulerLimits,
+        limits: EngineLimits,
         book: RequestBook,
         pool: PagePool,
         cache: AdapterCache,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from loraplex_engine.faults import internal_error
 from loraplex_engine.limits import SchedulerCounters
 from loraplex_engine.messages import Ended, FinishReason, Loading, Started
+from loraplex_engine.scheduler.expected_lengths import ExpectedLengths
 from loraplex_engine.scheduler.outputs import OutputCollector
 from loraplex_engine.scheduler.request import Request, RequestState
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.adapters.cache import AdapterCache
+    from loraplex_engine.limits import EngineLimits
     from loraplex_engine.messages import Submission
-    from loraplex_engine.scheduler.expected_lengths import ExpectedLengths
     from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
     from loraplex_engine.scheduler.running_batch import RunningBatch
     from loraplex_engine.scheduler.waiting_queue import WaitingQueue
@@ -32,11 +33,10 @@ class RequestBook:
     """Moves requests between queue, batch and end, with all they hold, and tells their sessions.
 
     Args:
+        limits: Size of a page, and the quantile of lengths that requests are expected to reach.
         queue: Waiting requests.
         batch: Running requests.
         sharing: Keeps the blocks of requests that leave.
-        lengths: Learns what requests draw.
-        page_bytes: Size of a pool page, for progress in bytes.
 
     Attributes:
         queue: Waiting requests.
@@ -50,22 +50,21 @@ class RequestBook:
     def __init__(
         self,
         *,
+        limits: EngineLimits,
         queue: WaitingQueue,
         batch: RunningBatch,
         cache: AdapterCache,
         sharing: PrefixSharing,
-        lengths: ExpectedLengths,
-        page_bytes: int,
         clock: Callable[[], float],
     ) -> None:
         self.queue = queue
         self.batch = batch
-        self.lengths = lengths
+        self.lengths = ExpectedLengths(limits.policy.growth_quantile)
         self.outputs = OutputCollector()
         self.counters = SchedulerCounters()
         self._cache = cache
         self._sharing = sharing
-        self._page_bytes = page_bytes
+        self._page_bytes = limits.page_bytes
         self._clock = clock
         self._requests: dict[tuple[int, int], Request] = {}
         self.last_launched = -1

@@ -145,16 +145,7 @@ class RunningBatch:
         if not chunks and len(decode_rows) == 0:
             return None
         state = self.state
-        num_decode = len(decode_rows)
-        rows = decode_rows
-        num_tokens, token_ids = np.ones(num_decode, np.int32), np.full(num_decode, FROM_DEVICE, np.int32)
-        sample_rows = np.arange(num_decode, dtype=np.int32)
-        if chunks:
-            rows = np.concatenate([rows, np.array([chunk.request.slot for chunk in chunks], np.intp)])
-            num_tokens = np.concatenate([num_tokens, np.array([chunk.num_tokens for chunk in chunks], np.int32)])
-            token_ids = np.concatenate([token_ids, *inputs])
-            last = [num_decode + index for index, chunk in enumerate(chunks) if chunk.is_last]
-            sample_rows = np.concatenate([sample_rows, np.array(last, np.int32)])
+        rows, num_tokens, token_ids, sample_rows = _rows_of(decode_rows, chunks, inputs)
         sampled = rows[sample_rows] if chunks else rows
         plan = StepPlan(
             step_id=step_id,
@@ -165,25 +156,28 @@ class RunningBatch:
             block_tables=state.block_tables(rows),
             adapters=state.adapters.take(rows),
             adapter_scales=state.adapter_scales.take(rows),
-            num_decode_rows=num_decode,
+            num_decode_rows=len(decode_rows),
             sample_rows=sample_rows,
             sampling=state.sampling(sampled),
             setups=tuple(self._take_setups(rows)),
         )
-        launched = LaunchedStep(
-            step_id=step_id,
-            rows=rows,
-            occupancy=state.occupancy.take(rows),
-            sample_rows=sample_rows,
-            sampled=sampled,
-            positions=plan.sampling.position,
-            num_decode_rows=num_decode,
-            chunks=tuple(chunks),
-            launched_s=now_s,
-        )
+        launched = self._remember(plan, rows, sampled, chunks, now_s)
         state.advance(rows, num_tokens, sampled)
         self._advance(chunks)
         return plan, launched
+
+    def _remember(self, plan: StepPlan, rows: Rows, sampled: Rows, chunks: list[Chunk], now_s: float) -> LaunchedStep:
+        return LaunchedStep(
+            step_id=plan.step_id,
+            rows=rows,
+            occupancy=self.state.occupancy.take(rows),
+            sample_rows=plan.sample_rows,
+            sampled=sampled,
+            positions=plan.sampling.position,
+            num_decode_rows=plan.num_decode_rows,
+            chunks=tuple(chunks),
+            launched_s=now_s,
+        )
 
     def _cut_chunks(self, budget: int) -> tuple[list[Chunk], list[NDArray[np.int32]]]:
         """Share ``budget`` tokens out to prefills, first admitted first; returns chunks and their tokens."""
@@ -224,6 +218,23 @@ class RunningBatch:
             if chunk.is_last:
                 self.state.is_decoding[chunk.request.slot] = True
                 self._prefilling.remove(chunk.request)
+
+
+def _rows_of(
+    decode_rows: Rows, chunks: list[Chunk], inputs: list[NDArray[np.int32]]
+) -> tuple[Rows, NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Return ``slots``, ``num_tokens``, ``token_ids`` and ``sample_rows`` of a `StepPlan`: decode rows, then chunks."""
+    num_decode = len(decode_rows)
+    rows = decode_rows
+    num_tokens, token_ids = np.ones(num_decode, np.int32), np.full(num_decode, FROM_DEVICE, np.int32)
+    sample_rows = np.arange(num_decode, dtype=np.int32)
+    if chunks:
+        rows = np.concatenate([rows, np.array([chunk.request.slot for chunk in chunks], np.intp)])
+        num_tokens = np.concatenate([num_tokens, np.array([chunk.num_tokens for chunk in chunks], np.int32)])
+        token_ids = np.concatenate([token_ids, *inputs])
+        last = [num_decode + index for index, chunk in enumerate(chunks) if chunk.is_last]
+        sample_rows = np.concatenate([sample_rows, np.array(last, np.int32)])
+    return rows, num_tokens, token_ids, sample_rows
 
 
 def _setup_of(request: Request, slot: int, stop_ids: tuple[int, ...]) -> SlotSetup:

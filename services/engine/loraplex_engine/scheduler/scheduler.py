@@ -20,7 +20,6 @@ from loraplex_engine.scheduler.deadlines import TimeLimits
 from loraplex_engine.scheduler.decode_growth import DecodeGrowth
 from loraplex_engine.scheduler.decode_state import DecodeState
 from loraplex_engine.scheduler.eviction import PageSources, one_market
-from loraplex_engine.scheduler.expected_lengths import ExpectedLengths
 from loraplex_engine.scheduler.fair_shares import FairShares
 from loraplex_engine.scheduler.feasibility import Feasibility
 from loraplex_engine.scheduler.intake import RequestIntake
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.adapters.cache import AdapterCache
-    from loraplex_engine.limits import SchedulerLimits, SchedulingPolicy
+    from loraplex_engine.limits import EngineLimits, SchedulingPolicy
     from loraplex_engine.messages import StepOutputs, Submission
     from loraplex_engine.pages.page_pool import PagePool
     from loraplex_engine.scheduler.decode_state import Rows
@@ -60,7 +59,6 @@ class Scheduler:
         limits: Sizes.
         pool: Pages.
         cache: Adapters, over the same pool.
-        page_bytes: Size of a pool page, for progress in bytes.
         clock: Seconds, monotonic.
         page_sources: Where pages come from when they are short: one market for KV and adapters, unless a benchmark
             compares another rule.
@@ -81,10 +79,9 @@ class Scheduler:
     def __init__(
         self,
         *,
-        limits: SchedulerLimits,
+        limits: EngineLimits,
         pool: PagePool,
         cache: AdapterCache,
-        page_bytes: int,
         clock: Callable[[], float],
         page_sources: PageSources = one_market,
     ) -> None:
@@ -95,15 +92,8 @@ class Scheduler:
         self.prefix = PrefixCache(pool, half_life_s=policy.half_life_s, page_worth=cache.ranking.page_worth)
         self.costs = StepCosts()
         sharing = PrefixSharing(prefix=self.prefix, state=self.batch.state, is_enabled=policy.enable_prefix_cache)
-        lengths = ExpectedLengths(policy.growth_quantile)
         self.book = book = RequestBook(
-            queue=self.queue,
-            batch=self.batch,
-            cache=cache,
-            sharing=sharing,
-            lengths=lengths,
-            page_bytes=page_bytes,
-            clock=clock,
+            limits=limits, queue=self.queue, batch=self.batch, cache=cache, sharing=sharing, clock=clock
         )
         self.counters = book.counters
         self.kv_source, source = page_sources(pool, cache, self.prefix, self.costs, limits.block_tokens)
@@ -291,7 +281,7 @@ def _make_queue(policy: SchedulingPolicy) -> WaitingQueue:
     )
 
 
-def _make_state(limits: SchedulerLimits) -> DecodeState:
+def _make_state(limits: EngineLimits) -> DecodeState:
     return DecodeState(
         max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len, block_tokens=limits.block_tokens
     )

@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loraplex_engine.adapters.arena import HostArena
-from loraplex_engine.adapters.cache import AdapterCache
-from loraplex_engine.loop.arena_grants import ArenaGrants
+from loraplex_engine.loop.engine_state import EngineState
 from loraplex_engine.messages import (
     ResidencyState,
     StoreEvent,
     WantImage,
 )
-from loraplex_engine.pages.page_pool import PagePool
-from loraplex_engine.scheduler.scheduler import Scheduler
 from loraplex_engine.simulation.copies import (
     CopyStream,
     SimulatedStore,
@@ -40,7 +37,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.scheduler.decode_state import Rows
     from loraplex_engine.simulation.adapters import Adapters
-    from loraplex_engine.simulation.setup import EngineSetup
+    from loraplex_engine.simulation.setup import SimulationSetup
     from loraplex_engine.simulation.trace import TraceArrays
     from loraplex_engine.step import StepPlan
 
@@ -70,7 +67,7 @@ class SimulatedEngine:
 
     def __init__(
         self,
-        setup: EngineSetup,
+        setup: SimulationSetup,
         adapters: Adapters,
         trace: TraceArrays,
         *,
@@ -90,39 +87,29 @@ class SimulatedEngine:
         self._stretch: Stretch | None = None
         self._quiet_until_s = -math.inf
         self._build()
-        self._requests = TraceRequests(trace, adapters, self.outcomes, max_model_len=setup.max_model_len)
+        self._requests = TraceRequests(trace, adapters, self.outcomes, max_model_len=setup.limits.max_model_len)
         if setup.fill_arena:
             self._fill_arena()
 
     def _build(self) -> None:
-        setup = self.setup
-        page_bytes = setup.cost.shape.pool.page_bytes
-        self.pool = PagePool(setup.num_pages)
-        self.arena = HostArena(setup.num_arena_slots, 1)  # accounts only: nobody writes an image
-        self.cache = AdapterCache(
-            pool=self.pool,
-            arena=self.arena,
-            max_resident=setup.max_resident_adapters,
+        setup, limits = self.setup, self.setup.limits
+        self.arena = HostArena(limits.num_arena_slots, 1)  # accounts only: no image is ever written
+        state = EngineState(
+            limits,
+            self.arena,
             emit=self._on_store_event,
             clock=self.clock,
-            half_life_s=setup.policy.half_life_s,
             page_worth=setup.page_worth,
-        )
-        self.scheduler = Scheduler(
-            limits=setup.limits,
-            pool=self.pool,
-            cache=self.cache,
-            page_bytes=page_bytes,
-            clock=self.clock,
             page_sources=setup.page_sources,
         )
+        self.pool, self.cache, self.scheduler, self.grants = state.pool, state.cache, state.scheduler, state.grants
         self._steady = SteadyDecode(self.scheduler, pool=self.pool, cache=self.cache, clock=self.clock)
-        grants = ArenaGrants(cache=self.cache, arena=self.arena, queue=self.scheduler.queue)
-        self.grants = grants
+        self._page_bytes = limits.page_bytes
         self.copies = CopyStream(setup.copy)
-        self.store = SimulatedStore(adapters=self._adapters, grants=grants, link=setup.store, page_bytes=page_bytes)
-        self._page_bytes = page_bytes
-        self._loads = StepLoads(self._adapters, setup.max_resident_adapters)
+        self.store = SimulatedStore(
+            adapters=self._adapters, grants=self.grants, link=setup.store, page_bytes=limits.page_bytes
+        )
+        self._loads = StepLoads(self._adapters, limits.max_resident_adapters)
 
     def clock(self) -> float:
         """Return the virtual time."""

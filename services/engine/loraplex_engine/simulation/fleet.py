@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loraplex_engine.simulation.adapters import Adapters
-    from loraplex_engine.simulation.setup import EngineSetup
+    from loraplex_engine.simulation.setup import SimulationSetup
     from loraplex_engine.simulation.trace import TraceArrays
 
 # The gateway's rule (loraplex_gateway.engines.routing): services do not import each other, so its two numbers are repeated here.
@@ -51,7 +51,7 @@ class Fleet:
 
     def __init__(
         self,
-        setup: EngineSetup,
+        setup: SimulationSetup,
         adapters: Adapters,
         trace: TraceArrays,
         *,

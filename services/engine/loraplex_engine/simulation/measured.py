@@ -75,9 +75,8 @@ def measured_step(case: str, seconds: float) -> MeasuredStep:
     of_prompts = (
         [weights[row % num_adapters] for row in range(rows, rows + min(prompts, num_adapters))] if is_split else []
     )
-    num_tokens = rows + prompts * tokens
     load = StepLoad(
-        num_tokens=num_tokens,
+        num_tokens=rows + prompts * tokens,
         num_sampled=rows + prompts,
         kv_tokens=rows * (context + 1),
         attention_pairs=prompts * tokens * (tokens + 1) // 2,

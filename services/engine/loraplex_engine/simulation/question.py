@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from loraplex_engine.limits import GPU_STEP, EngineLimits
 from loraplex_engine.simulation.adapters import Adapters
 from loraplex_engine.simulation.devices import DEVICES, GIB, Device
 from loraplex_engine.simulation.fleet import Fleet, Routing
 from loraplex_engine.simulation.measured import TARGETS
 from loraplex_engine.simulation.outcomes import summarize
-from loraplex_engine.simulation.setup import EngineSetup
+from loraplex_engine.simulation.setup import SimulationSetup, gpu_limits
 from loraplex_engine.simulation.shapes import ModelShape, ShapeError, base_model, base_model_from_config
 from loraplex_engine.simulation.step_cost import StepCost
 from loraplex_engine.simulation.trace import TraceArrays, TraceError, load_trace
@@ -60,8 +61,8 @@ class Question:
     slo_tpot_s: float | None = None
     arena_bytes: int = 64 * GIB
     pool_bytes: int | None = None
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = GPU_STEP[0]
+    max_num_batched_tokens: int = GPU_STEP[1]
 
     def __post_init__(self) -> None:
         if self.gpu not in DEVICES:
@@ -127,7 +128,7 @@ def answer(question: Question) -> dict[str, Any]:
             }
             for engine in fleet.engines
         ],
-        "sizes": _sizes(setup, adapters),
+        "sizes": _sizes(setup.limits, adapters),
         "device": {"name": device.name, "is_measured": device.is_measured, "source": device.source},
         "took_s": time.perf_counter() - began_s,
     }
@@ -135,31 +136,29 @@ def answer(question: Question) -> dict[str, Any]:
 
 def _setup(
     question: Question, device: Device, shape: ModelShape, trace: TraceArrays, adapters: Adapters
-) -> EngineSetup:
-    setup = EngineSetup(
-        cost=StepCost(shape, device.rates),
+) -> SimulationSetup:
+    limits = gpu_limits(
+        shape,
         pool_bytes=question.pool_bytes or device.pool_bytes(shape),
         arena_bytes=question.arena_bytes,
-        copy=device.copy,
         max_model_len=int((trace.prompt_tokens + trace.output_tokens).max()) + 1,
-        max_num_seqs=question.max_num_seqs,
-        max_num_batched_tokens=question.max_num_batched_tokens,
     )
+    limits = replace(limits, max_num_seqs=question.max_num_seqs, max_num_batched_tokens=question.max_num_batched_tokens)
     largest = int(adapters.num_pages.max(initial=0))
-    for what, room in (("pool", setup.num_pages), ("arena", setup.num_arena_slots)):
+    for what, room in (("pool", limits.num_pages), ("arena", limits.num_arena_slots)):
         if largest > room:
             raise ShapeError(f"the largest adapter takes {largest} pages, the {what} has {room}")
-    return setup
+    return SimulationSetup(limits=limits, cost=StepCost(shape, device.rates), copy=device.copy)
 
 
-def _sizes(setup: EngineSetup, adapters: Adapters) -> dict[str, float]:
+def _sizes(limits: EngineLimits, adapters: Adapters) -> dict[str, float]:
     """Return what fits where, for people."""
     mean_pages = float(np.mean(adapters.num_pages)) if len(adapters) else 0.0
     return {
-        "page_bytes": setup.cost.shape.pool.page_bytes,
-        "pool_pages": setup.num_pages,
-        "pool_kv_tokens": setup.num_pages * setup.cost.shape.pool.block_tokens,
+        "page_bytes": limits.page_bytes,
+        "pool_pages": limits.num_pages,
+        "pool_kv_tokens": limits.num_pages * limits.block_tokens,
         "adapter_pages_mean": mean_pages,
-        "arena_adapters": setup.num_arena_slots / mean_pages if mean_pages else 0.0,
-        "pool_adapters": setup.num_pages / mean_pages if mean_pages else 0.0,
+        "arena_adapters": limits.num_arena_slots / mean_pages if mean_pages else 0.0,
+        "pool_adapters": limits.num_pages / mean_pages if mean_pages else 0.0,
     }

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from loraplex_engine.limits import (
-    GPU_STEP,
-    MAX_PASS_OVER_S,
-    MAX_RESIDENT_ADAPTERS,
-    SchedulerLimits,
-    SchedulingPolicy,
-)
+from loraplex_engine.limits import GPU_STEP, EngineLimits
 from loraplex_engine.pages.page_worth import EXPECTED_COST, PageWorth
 from loraplex_engine.scheduler.eviction import PageSources, one_market
 from loraplex_engine.simulation.copies import PINNED_COPY, SHARED_MEMORY_STORE, Link
 from loraplex_engine.simulation.step_cost import StepCost
 
-DEFAULT_POLICY: Final = SchedulingPolicy()
+if TYPE_CHECKING:
+    from loraplex_engine.simulation.shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EngineSetup:
-    """An engine to simulate; sizes as in `EngineParams`.
+class SimulationSetup:
+    """An engine to simulate.
 
     Attributes:
+        limits: What bounds it; no `eos_token_ids`, as the trace says how many tokens each request draws.
         cost: Seconds of a step.
         copy: From the arena to the pool.
         store: From the adapter store to the arena.
@@ -34,41 +30,34 @@ class EngineSetup:
         jumps: Take steady decode steps at once; the outcome is the same, sooner.
     """
 
+    limits: EngineLimits
     cost: StepCost
-    pool_bytes: int
-    arena_bytes: int
     copy: Link = PINNED_COPY
     store: Link = SHARED_MEMORY_STORE
-    max_model_len: int = 2048
-    max_num_seqs: int = GPU_STEP[0]
-    max_num_batched_tokens: int = GPU_STEP[1]
-    max_pass_over_s: float = MAX_PASS_OVER_S
-    max_resident_adapters: int = MAX_RESIDENT_ADAPTERS
-    policy: SchedulingPolicy = DEFAULT_POLICY
     page_worth: PageWorth = EXPECTED_COST
     page_sources: PageSources = one_market
     fill_arena: bool = True
     jumps: bool = True
 
-    @property
-    def num_pages(self) -> int:
-        """Pages of the pool."""
-        return self.pool_bytes // self.cost.shape.pool.page_bytes
+    def with_limits(self, **limits: Any) -> SimulationSetup:
+        """Return the same setup with other limits; names as in `EngineLimits`."""
+        return replace(self, limits=replace(self.limits, **limits))
 
-    @property
-    def num_arena_slots(self) -> int:
-        """Slots of the arena."""
-        return self.arena_bytes // self.cost.shape.pool.page_bytes
 
-    @property
-    def limits(self) -> SchedulerLimits:
-        """The scheduler's share."""
-        return SchedulerLimits(
-            block_tokens=self.cost.shape.pool.block_tokens,
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_pass_over_s=self.max_pass_over_s,
-            eos_token_ids=(),
-            policy=self.policy,
-        )
+def gpu_limits(shape: ModelShape, *, pool_bytes: int, arena_bytes: int, max_model_len: int) -> EngineLimits:
+    """Return the limits of an engine on a GPU, with the sizes of steps and table that it takes by itself.
+
+    Args:
+        shape: The model, which says how large a page is.
+        pool_bytes: Device memory of the page pool; rounded down to whole pages.
+        arena_bytes: Host memory of the arena; rounded down to whole pages.
+        max_model_len: Longest sequence, in tokens.
+    """
+    return EngineLimits(
+        pool=shape.pool,
+        num_pages=pool_bytes // shape.pool.page_bytes,
+        num_arena_slots=arena_bytes // shape.pool.page_bytes,
+        max_model_len=max_model_len,
+        max_num_seqs=GPU_STEP[0],
+        max_num_batched_tokens=GPU_STEP[1],
+    )

@@ -11,7 +11,8 @@ from loraplex_common.errors import EngineHungError
 from loraplex_engine.loop.step_times import StepTimes
 from loraplex_engine.loop.step_watchdog import LOOK_S, Pulse, StepWatchdog
 from loraplex_engine.scheduler.step_costs import StepCosts
-from support.engine_harness import FAKE_GEOMETRY, WAIT_S, fake_engine
+from support.engine_harness import FAKE_PAGE_BYTES, WAIT_S, fake_engine
+from support.fake_runner import fake_geometry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,7 +86,7 @@ def test_a_process_that_was_stopped_does_not_take_its_loop_for_hung() -> None:
 def test_a_first_long_prompt_on_a_slow_device_is_given_time_and_later_ones_what_was_measured() -> None:
     costs = StepCosts()
     prompt = np.array([0], dtype=np.int32), np.array([1024], dtype=np.int32)
-    slow, fast = (StepTimes(costs, FAKE_GEOMETRY, backend=backend) for backend in ("torch", "cuda"))
+    slow, fast = (StepTimes(costs, fake_geometry(FAKE_PAGE_BYTES), backend=backend) for backend in ("torch", "cuda"))
     first_s = slow.of(*prompt)
     assert first_s > fast.of(*prompt)
 

@@ -55,14 +55,14 @@ def test_what_was_read_stays_whatever_becomes_of_the_file(tmp_path: Path) -> Non
 def test_a_model_that_changes_between_its_fingerprint_and_its_loading_is_not_served(tmp_path: Path, name: str) -> None:
     config = EngineConfig(model=write_base_model(tmp_path), device="cpu", pool_bytes=2**20, arena_bytes=2**20)
     info, files = build.read_base_model(config)
-    params = build.engine_params(config, info, CPU)
+    limits = build.engine_limits(config, info, CPU)
     make = build.runner_factory(config, info, CPU, files=files)
-    make(params).close()
+    make(limits).close()
 
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes())
 
     with pytest.raises(BaseModelError, match="changed while it was loaded"):
-        make(params)
+        make(limits)
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])

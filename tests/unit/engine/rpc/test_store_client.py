@@ -54,7 +54,7 @@ async def test_the_hello_describes_the_arena_and_what_is_held(line: Line) -> Non
     (hello,) = line.store.hellos
 
     assert (hello.engine_id, hello.max_image_pages) == ("e1", line.engine.arena.num_slots)
-    assert hello.geometry.page_bytes == line.engine.params.geometry.page_bytes
+    assert hello.geometry.page_bytes == line.engine.limits.page_bytes
     assert hello.arenas[0].num_slots == hello.arenas[0].num_free == line.engine.arena.num_slots
     assert hello.arenas[0].nonce == line.engine.arena.nonce
     assert not hello.held

@@ -23,16 +23,16 @@ from loraplex_engine.runners.cuda.decode_lora import DecodeLora
 from loraplex_engine.runners.cuda.decoder import DecoderLimits
 from loraplex_engine.runners.cuda.forwards import forward_of
 from loraplex_engine.runners.cuda.graphs import DecodeGraphs, bucket_sizes
+from loraplex_engine.runners.cuda.kernel_limits import require_kernels, tile_capacity
 from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
-from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig, tile_capacity
 from loraplex_engine.runners.cuda.sampling import DeviceSampler
 from loraplex_engine.runners.cuda.step_buffers import StepBuffers
 from loraplex_engine.runners.cuda.step_handle import CudaStepHandle, ResultBuffers
 from loraplex_engine.runners.cuda.step_input import is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
-from loraplex_engine.runners.slot_faults import blaming
+from loraplex_engine.runners.step_results import take_over_slots
 from loraplex_engine.runners.top_tokens import likeliest_tokens
 
 if TYPE_CHECKING:
@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from loraplex_engine.limits import EngineLimits
     from loraplex_engine.model.weights import WeightSource
     from loraplex_engine.runners.cuda.adapter_loads import CudaLoadHandle
     from loraplex_engine.runners.cuda.host_memory import PinnedArena
+    from loraplex_engine.runners.runner_config import RunnerConfig
     from loraplex_engine.runners.slot_faults import SlotFaults
     from loraplex_engine.step import StepPlan, TokenLogprobs
 
@@ -61,41 +63,38 @@ class CudaRunner:
 
     backend: ClassVar[str] = "cuda"
 
-    def __init__(self, config: CudaRunnerConfig, weights: WeightSource) -> None:
+    def __init__(self, config: RunnerConfig, weights: WeightSource) -> None:
+        limits = config.limits
+        require_kernels(limits.pool)
         self._config = config
-        self._device = device = torch.device("cuda", config.device)
-        page_bytes = config.geometry.page_bytes
-        self.geometry: Geometry = config.info.geometry(dtype=config.geometry.dtype, page_bytes=page_bytes)
+        self._device = device = torch.device(config.device)
+        self.geometry: Geometry = config.info.geometry(dtype=limits.pool.dtype, page_bytes=limits.page_bytes)
         torch.cuda.set_device(device)
         model = model_config(config.info.config)
         make_decoder = forward_of(model)
-        self._model = read_model(model, weights, CUDA_LINEARS, max_model_len=config.max_model_len, device=device)
+        self._model = read_model(model, weights, CUDA_LINEARS, max_model_len=limits.max_model_len, device=device)
         weights.close()
-        self._pool = torch.zeros((config.num_pages, page_bytes), dtype=torch.uint8, device=device)
+        self._pool = torch.zeros((limits.num_pages, limits.page_bytes), dtype=torch.uint8, device=device)
         self._library = _make_library(config, device)
-        sizes = bucket_sizes(config.max_num_seqs)
-        self._limits = DecoderLimits(
-            max_tokens=max(config.max_num_batched_tokens, sizes[-1]),
-            max_rows=sizes[-1],
-            max_context=config.max_model_len,
-        )
+        sizes = bucket_sizes(limits.max_num_seqs)
+        self._largest = _largest_step(limits, max_rows=sizes[-1])
         self._decoder = make_decoder(
-            self._model, self._library, self._pool, config.geometry, self._limits, num_slots=config.max_num_seqs
+            self._model, self._library, self._pool, limits.pool, self._largest, num_slots=limits.max_num_seqs
         )
         self._tables = _make_tables(config, self.geometry, device)
         self._base_path = BasePath(self._decoder.followers)
         self._num_variants = 1
-        if config.max_resident_adapters:
+        if limits.max_resident_adapters:
             self._make_lora_paths()
         self._sampler = DeviceSampler(
             self._library,
             vocab_size=self._model.config.vocab_size,
-            num_slots=config.max_num_seqs,
-            max_rows=self._limits.max_rows,
+            num_slots=limits.max_num_seqs,
+            max_rows=self._largest.max_rows,
         )
         self._prompt_logprobs = PromptLogprobTracker(self._model)
         self._loads = AdapterLoads(self._pool, self._tables)
-        self._buffers = StepBuffers(config, self._limits, sizes, device)
+        self._buffers = StepBuffers(config, self._largest, sizes, device)
         self._drawn = torch.zeros(2 * sizes[-1], dtype=torch.int32, device=device)
         self._results = ResultBuffers()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -104,13 +103,13 @@ class CudaRunner:
             self.graphs = DecodeGraphs(sizes, self._run_decode, self._stream, num_variants=self._num_variants)
 
     def _make_lora_paths(self) -> None:
-        config, limits = self._config, self._limits
+        config, largest = self._config, self._largest
         self._decode_lora = DecodeLora(
             self._library,
             self._tables,
             self._pool,
             followers=self._decoder.followers,
-            max_rows=limits.max_rows,
+            max_rows=largest.max_rows,
             num_sms=torch.cuda.get_device_properties(self._device).multi_processor_count,
         )
         self._num_variants = len(self._decode_lora.variants)
@@ -119,8 +118,8 @@ class CudaRunner:
             self._tables,
             self._pool,
             self.geometry,
-            max_rows=config.max_num_seqs,
-            max_tokens=limits.max_tokens,
+            max_rows=config.limits.max_num_seqs,
+            max_tokens=largest.max_tokens,
             min_decode_runs=config.min_decode_runs,
         )
         self._added_path = AddedLoraPath(self._decoder.followers, self._token_lora)
@@ -144,7 +143,7 @@ class CudaRunner:
         """Start a step."""
         torch.cuda.set_device(self._device)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            faults = self._take_over_slots(plan)
+            faults = take_over_slots(plan, self._sampler, self._prompt_logprobs)
             return self._launch_decode(plan, faults) if is_pure_decode(plan) else self._launch_mixed(plan, faults)
 
     def _launch_decode(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
@@ -185,18 +184,6 @@ class CudaRunner:
         path = self._decode_lora.path(bucket, variant) if variant else self._base_path
         rest = self._decoder.forward(step, path, num_decode=bucket)
         self._draw_greedily(self._decoder.logits(step, rest), step.sample_slots)
-
-    def _take_over_slots(self, plan: StepPlan) -> SlotFaults:
-        """Replace what is kept of slots whose sequence begins in this step; returns those that could not be set up."""
-        faults: SlotFaults = {}
-        begun = plan.begun_slots
-        if begun.size:
-            self._sampler.vacate(begun)
-            self._prompt_logprobs.vacate(begun)
-        for setup in plan.setups:
-            with blaming(faults, [setup.slot], "while its slot was set up"):
-                self._sampler.occupy(setup)
-        return faults
 
     def _is_greedy(self, plan: StepPlan) -> bool:
         """Tell whether every row takes its likeliest token and nothing else is asked."""
@@ -274,21 +261,26 @@ class CudaRunner:
         self._loads.close()
         del self.graphs, self._decoder, self._model, self._pool, self._tables
         del self._base_path
-        if self._config.max_resident_adapters:
+        if self._config.limits.max_resident_adapters:
             del self._added_path, self._token_lora, self._decode_lora
         del self._prompt_logprobs, self._sampler, self._loads, self._buffers
         torch.cuda.empty_cache()
 
 
-def _make_library(config: CudaRunnerConfig, device: torch.device) -> KernelLibrary:
+def _largest_step(limits: EngineLimits, *, max_rows: int) -> DecoderLimits:
+    max_tokens = max(limits.max_num_batched_tokens, max_rows)
+    return DecoderLimits(max_tokens=max_tokens, max_rows=max_rows, max_context=limits.max_model_len)
+
+
+def _make_library(config: RunnerConfig, device: torch.device) -> KernelLibrary:
     dependent = config.dependent_launch
     if dependent is None:
         dependent = has_dependent_launch(config.arch or device_arch(device))
-    dtype = DTYPES[config.geometry.dtype]
+    dtype = DTYPES[config.limits.pool.dtype]
     return KernelLibrary(device, dtype, arch=config.arch, dependent=dependent, jitter=config.jitter)
 
 
-def _make_tables(config: CudaRunnerConfig, geometry: Geometry, device: torch.device) -> AdapterTables:
-    max_adapters = config.max_resident_adapters
-    capacity = tile_capacity(geometry, num_pages=config.num_pages, max_adapters=max_adapters)
+def _make_tables(config: RunnerConfig, geometry: Geometry, device: torch.device) -> AdapterTables:
+    max_adapters = config.limits.max_resident_adapters
+    capacity = tile_capacity(geometry, num_pages=config.limits.num_pages, max_adapters=max_adapters)
     return AdapterTables(geometry, max_adapters=max_adapters, tile_capacity=capacity, device=device)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loraplex_engine.runners.cuda.decoder import DecoderLimits
-    from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig
     from loraplex_engine.runners.cuda.step_input import StepInputs
+    from loraplex_engine.runners.runner_config import RunnerConfig
     from loraplex_engine.step import StepPlan
 
 STAGING_BUFFERS: Final = 4  # steps in flight, and some
@@ -30,7 +30,7 @@ class StepBuffers:
 
     Args:
         config: Of the runner.
-        limits: Largest step.
+        largest: Largest step.
         sizes: Rows of the decode graphs.
         device: Where the inputs go.
 
@@ -39,27 +39,28 @@ class StepBuffers:
     """
 
     def __init__(
-        self, config: CudaRunnerConfig, limits: DecoderLimits, sizes: tuple[int, ...], device: torch.device
+        self, config: RunnerConfig, largest: DecoderLimits, sizes: tuple[int, ...], device: torch.device
     ) -> None:
-        width = config.geometry.num_blocks(config.max_model_len) + 1
+        limits = config.limits
+        width = limits.pool.num_blocks(limits.max_model_len) + 1
         self._layouts = {
             size: InputLayout(StepShape(num_tokens=size, num_rows=size, width=width, num_samples=size))
             for size in sizes
         }
         self._group_size = config.info.num_heads // config.info.num_kv_heads
-        self._has_tiles = config.geometry.dtype != "float32"
+        self._has_tiles = limits.pool.dtype != "float32"
         largest_mixed = StepShape(
-            num_tokens=limits.max_tokens,
-            num_rows=config.max_num_seqs,
+            num_tokens=largest.max_tokens,
+            num_rows=limits.max_num_seqs,
             width=width,
-            num_samples=config.max_num_seqs,
-            num_tiles=limits.max_tokens * self._group_size // 64 + config.max_num_seqs,
+            num_samples=limits.max_num_seqs,
+            num_tiles=largest.max_tokens * self._group_size // 64 + limits.max_num_seqs,
         )
         num_ints = max(InputLayout(largest_mixed).size, self._layouts[sizes[-1]].size)
         self.inputs = torch.zeros(num_ints, dtype=torch.int32, device=device)
         self._steps = {size: layout.views(self.inputs) for size, layout in self._layouts.items()}
         self._staging = PinnedRing(num_ints, STAGING_BUFFERS)
-        self._writer = InputWriter(block_tokens=config.geometry.block_tokens, pad_slot=config.max_num_seqs)
+        self._writer = InputWriter(block_tokens=limits.pool.block_tokens, pad_slot=limits.max_num_seqs)
 
     def of_bucket(self, bucket: int) -> StepInputs:
         """Return where a graph of that many rows finds its inputs."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from loraplex_engine.runners.slot_faults import blaming
-from loraplex_engine.step import StepResult, TokenLogprobs, not_finite
+from loraplex_engine.runners.step_results import make_result
+from loraplex_engine.step import StepResult, TokenLogprobs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,23 +110,19 @@ class CudaStepHandle:
         return self._result
 
     def _read(self) -> StepResult:
-        plan, count = self._plan, len(self._plan.sample_rows)
-        drawn = _ints(self._drawn, self._shape)[:, :count].copy()
-        slots = plan.slots[plan.sample_rows]
-        failed = {int(slots[row]): not_finite() for row in np.flatnonzero(drawn[1] == 0)} | self._faults
-        logprobs: dict[int, TokenLogprobs] = {}
-        if self._report is not None:
-            asked = slots[plan.sampling.num_logprobs >= 0].tolist()
-            with blaming(failed, asked, "while its probabilities were read"):
-                logprobs = read_report(_ints(self._report, self._report_shape), drawn[0], plan.sampling.num_logprobs)
-        return StepResult(
-            step_id=plan.step_id,
-            slots=slots,
-            token_ids=drawn[0],
-            logprobs=logprobs,
+        plan, report = self._plan, self._report
+        drawn = _ints(self._drawn, self._shape)[:, : len(plan.sample_rows)].copy()
+        return make_result(
+            plan,
+            drawn[0],
+            drawn[1] != 0,
+            self._faults,
             prompt_logprobs=self._prompt_logprobs,
-            failed_slots=failed,
+            read_logprobs=None if report is None else lambda: self._read_report(report, drawn[0]),
         )
+
+    def _read_report(self, report: Tensor, token_ids: NDArray[np.int32]) -> dict[int, TokenLogprobs]:
+        return read_report(_ints(report, self._report_shape), token_ids, self._plan.sampling.num_logprobs)
 
 
 def _ints(pinned: Tensor, shape: tuple[int, ...]) -> NDArray[np.int32]:

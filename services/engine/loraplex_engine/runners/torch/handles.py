@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from loraplex_engine.runners.sampled import Sampled
-from loraplex_engine.runners.slot_faults import SlotFaults, blaming
-from loraplex_engine.step import StepPlan, StepResult, TokenLogprobs, not_finite
+from loraplex_engine.runners.slot_faults import SlotFaults
+from loraplex_engine.runners.step_results import make_result
+from loraplex_engine.step import StepPlan, StepResult, TokenLogprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,20 +85,13 @@ class StepOutput:
         """Wait for the device and convert."""
         if self.event is not None:
             self.event.synchronize()
-        slots = plan.slots[plan.sample_rows]
-        failed = {int(slots[row]): not_finite() for row in np.flatnonzero(~self.is_valid.numpy())} | self.faults
-        logprobs: dict[int, TokenLogprobs] = {}
-        if self.sampled.logprobs:
-            asked = slots[plan.sampling.num_logprobs >= 0].tolist()
-            with blaming(failed, asked, "while its probabilities were read"):
-                logprobs = self.sampled.logprobs_to_host()
-        return StepResult(
-            step_id=plan.step_id,
-            slots=slots,
-            token_ids=self.token_ids.numpy().astype(np.int32),
-            logprobs=logprobs,
+        return make_result(
+            plan,
+            self.token_ids.numpy().astype(np.int32),
+            self.is_valid.numpy(),
+            self.faults,
             prompt_logprobs=self.prompt_logprobs,
-            failed_slots=failed,
+            read_logprobs=self.sampled.logprobs_to_host if self.sampled.logprobs else None,
         )
 
 

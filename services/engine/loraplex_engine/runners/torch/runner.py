@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
 from loraplex_common.adapter_parts import check_kinds
 from loraplex_common.architectures.registry import model_config
-from loraplex_common.base_model import BaseModelInfo
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_common.image_geometry import ImageError
 from loraplex_common.low_rank import LOW_RANK
@@ -23,11 +20,10 @@ from torch import Tensor
 
 from loraplex_engine.model.layers import TORCH_LINEARS
 from loraplex_engine.model.registry import read_model
-from loraplex_engine.model.weights import DTYPES, WeightReader
-from loraplex_engine.pool_geometry import PoolGeometry
+from loraplex_engine.model.weights import DTYPES
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.runners.sampler import Sampler
-from loraplex_engine.runners.slot_faults import blaming
+from loraplex_engine.runners.step_results import take_over_slots
 from loraplex_engine.runners.torch.attention import PagedPool
 from loraplex_engine.runners.torch.attention_plan import AttentionStep
 from loraplex_engine.runners.torch.forwards import make_forward
@@ -39,7 +35,8 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
 
-    from loraplex_engine.runners.slot_faults import SlotFaults
+    from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.runners.runner_config import RunnerConfig
     from loraplex_engine.runners.torch.forward import Activations
 
 
@@ -47,34 +44,12 @@ KEPT_BUFFERS: Final = 4  # step sizes whose activation buffers are kept; batches
 MAX_KEPT_TOKENS: Final = 256  # of such a step: the buffers of large prefills go back to the allocator
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunnerConfig:
-    """What a `TorchRunner` is built from.
-
-    Attributes:
-        model_dir: In Hugging Face layout.
-        num_pages: Pages of the pool, allocated at once.
-        max_num_seqs: Slots.
-        max_model_len: Longest sequence, in tokens.
-        device: ``cpu`` or ``cuda``.
-        num_threads: Threads of torch's CPU kernels in this process; None leaves torch's choice.
-        emulate_async: For tests: behave like a device that lags behind. `launch` computes nothing; `wait` computes all
-            plans up to its own, and only then are they done.
-    """
-
-    model_dir: Path
-    info: BaseModelInfo
-    geometry: PoolGeometry
-    num_pages: int
-    max_num_seqs: int
-    max_model_len: int
-    device: str = "cpu"
-    num_threads: int | None = None
-    emulate_async: bool = False
-
-
 class TorchRunner:
     """Computes steps of one base model and any number of its adapters; see `ModelRunner`.
+
+    Args:
+        config: Sizes.
+        weights: Where the base model comes from, on the device already; closed here.
 
     Attributes:
         geometry: Of adapter images, as announced to the store.
@@ -82,25 +57,22 @@ class TorchRunner:
 
     backend: ClassVar[str] = "torch"
 
-    def __init__(self, config: RunnerConfig) -> None:
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+    def __init__(self, config: RunnerConfig, weights: WeightSource) -> None:
+        limits = config.limits
         self._device = torch.device(config.device)
-        self._dtype = DTYPES[config.geometry.dtype]
-        page_bytes = config.geometry.page_bytes
-        self.geometry: Geometry = config.info.geometry(dtype=config.geometry.dtype, page_bytes=page_bytes)
+        self._dtype = DTYPES[limits.pool.dtype]
+        self.geometry: Geometry = config.info.geometry(dtype=limits.pool.dtype, page_bytes=limits.page_bytes)
         self._emulate_async = config.emulate_async
         model = model_config(config.info.config)
-        reader = WeightReader(config.model_dir, dtype=self._dtype, device=self._device)
-        self._model = read_model(model, reader, TORCH_LINEARS, max_model_len=config.max_model_len, device=self._device)
+        self._model = read_model(model, weights, TORCH_LINEARS, max_model_len=limits.max_model_len, device=self._device)
         self._forward = make_forward(self._model)
-        reader.close()
-        pages = torch.zeros((config.num_pages, page_bytes), dtype=torch.uint8, device=self._device)
-        self._pool = PagedPool(pages, config.geometry, model.num_heads, self._dtype)
+        weights.close()
+        pages = torch.zeros((limits.num_pages, limits.page_bytes), dtype=torch.uint8, device=self._device)
+        self._pool = PagedPool(pages, limits.pool, model.num_heads, self._dtype)
         self._windows = set(model.windows)
         self._sampler = Sampler(vocab_size=model.vocab_size, device=self._device)
         self._prompt_logprobs = PromptLogprobTracker(self._model)
-        self._last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self._device)
+        self._last_tokens = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=self._device)
         self._adapters: dict[int, AdapterTable] = {}
         self._buffers: dict[int, Activations] = {}
         self._launched: deque[TorchStepHandle] = deque()
@@ -131,7 +103,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def _compute(self, plan: StepPlan, tables: dict[int, AdapterTable]) -> StepOutput:
-        faults = self._take_over_slots(plan)
+        faults = take_over_slots(plan, self._sampler, self._prompt_logprobs)
         order = np.argsort(plan.adapters, kind="stable")
         attention = AttentionStep(self._pool, plan, order, self._windows)
         attention.clear_new_pages()
@@ -159,17 +131,6 @@ class TorchRunner:
             faults=faults | sampled.faults,
             event=event,
         )
-
-    def _take_over_slots(self, plan: StepPlan) -> SlotFaults:
-        """Replace what is kept of slots whose sequence begins in this step; returns those that could not be set up."""
-        faults: SlotFaults = {}
-        begun = plan.begun_slots
-        self._sampler.vacate(begun)
-        self._prompt_logprobs.vacate(begun)
-        for setup in plan.setups:
-            with blaming(faults, [setup.slot], "while its slot was set up"):
-                self._sampler.occupy(setup)
-        return faults
 
     def _input_tokens(self, plan: StepPlan, order: NDArray[np.int64]) -> Tensor:
         """Return the step's input, int64 ``[T]``, rows in the order of computation; sampled tokens come from the device."""

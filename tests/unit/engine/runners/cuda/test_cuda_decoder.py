@@ -15,6 +15,7 @@ from kernels.kernel_cases import relative_error
 from loraplex_common.adapter_image import pack
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import load_base_model
+from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
@@ -25,7 +26,8 @@ from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
-from loraplex_engine.runners.torch.runner import RunnerConfig, TorchRunner
+from loraplex_engine.runners.runner_config import RunnerConfig
+from loraplex_engine.runners.torch.runner import TorchRunner
 from loraplex_engine.step import MIN_DECODE_RUNS, NO_ADAPTER, StepResult
 from loraplex_kernels.attention.scalar import AttentionScalar
 from loraplex_kernels.lora.tables import AdapterTables
@@ -206,16 +208,10 @@ def host_library(dtype: torch.dtype, tmp_path: Path, tmp_path_factory: pytest.Te
 
 
 def make_oracle(model_dir: Path, geometry: PoolGeometry) -> TorchRunner:
+    limits = EngineLimits(pool=geometry, num_pages=NUM_PAGES, max_num_seqs=NUM_SLOTS, max_model_len=128)
     return TorchRunner(
-        RunnerConfig(
-            model_dir=model_dir,
-            info=load_base_model(model_dir),
-            geometry=geometry,
-            num_pages=NUM_PAGES,
-            max_num_seqs=NUM_SLOTS,
-            max_model_len=128,
-            num_threads=1,
-        )
+        RunnerConfig(info=load_base_model(model_dir), limits=limits),
+        WeightReader(model_dir, dtype=torch.float32, device=torch.device("cpu")),
     )
 
 

@@ -10,12 +10,11 @@ import pytest
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_common.adapter_image import AdapterSpec, Geometry, ModuleSpec, layout
-from loraplex_common.base_model import BaseModelInfo
 from loraplex_common.projections import Projection
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_engine.runners.cuda.graphs import bucket_sizes, lora_variants, variant_of
+from loraplex_engine.runners.cuda.kernel_limits import require_kernels, tile_capacity
 from loraplex_engine.runners.cuda.lora_paths import EXPAND_CTAS_PER_SM, SHRINK_CTAS_PER_SM
-from loraplex_engine.runners.cuda.runner_config import CudaRunnerConfig, tile_capacity
 from loraplex_engine.runners.cuda.token_lora import max_decode_items, max_prefill_items
 from loraplex_kernels.compiler import sources
 from loraplex_kernels.lora.items import ItemBuilder, op_shapes
@@ -121,27 +120,10 @@ def test_variants_are_those_that_the_models_ops_allow() -> None:
 def test_models_our_kernels_cannot_compute_are_refused_with_the_remedy(
     head_dim: int, num_layers: int, reason: str
 ) -> None:
-    info = BaseModelInfo(
-        name="base",
-        fingerprint="0" * 64,
-        aliases=(),
-        num_layers=num_layers,
-        hidden_size=head_dim * 2,
-        intermediate_size=256,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=head_dim,
-        vocab_size=100,
-        max_position_embeddings=64,
-        config={},
-        layers=(),
-    )
     pool = PoolGeometry(dtype="bfloat16", num_layers=num_layers, num_kv_heads=1, head_dim=head_dim, block_tokens=16)
 
     with pytest.raises(ValueError, match=f"{reason}.*--backend torch"):
-        CudaRunnerConfig(
-            info=info, geometry=pool, num_pages=8, max_num_seqs=4, max_model_len=64, max_num_batched_tokens=64
-        )
+        require_kernels(pool)
 
 
 def test_grids_are_what_the_kernels_registers_are_bounded_for() -> None:

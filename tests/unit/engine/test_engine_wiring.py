@@ -1,0 +1,69 @@
+"""Sizes are declared once, and what decides is wired in one place: the engine, the simulator, benchmarks and tests share it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from loraplex_engine.__main__ import prepare_process
+from loraplex_engine.config import EngineConfig
+
+if TYPE_CHECKING:
+    import pytest
+
+ROOT = Path(__file__).parents[3]
+ENGINE = ROOT / "services" / "engine" / "loraplex_engine"
+WIRED = ("Scheduler", "AdapterCache", "ArenaGrants")
+SIZES = ("max_num_seqs", "max_num_batched_tokens", "max_resident_adapters", "max_model_len", "num_arena_slots")
+DECLARING = {
+    "config.py:EngineConfig",  # the flags
+    "limits.py:EngineLimits",
+    "simulation/question.py:Question",  # what a simulation is asked, in JSON
+    "rpc/validation.py:RequestLimits",  # of one request
+}
+
+
+def test_only_the_engine_s_state_wires_scheduler_cache_and_grants() -> None:
+    files = [*(ROOT / "services").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    files.append(ROOT / "tests" / "support" / "scheduler_rig.py")
+    made = {
+        (path.name, node.func.id)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in WIRED
+    }
+
+    assert made == {("engine_state.py", name) for name in WIRED}
+
+
+def test_a_size_is_declared_by_the_flags_and_by_the_limits_and_nowhere_else() -> None:
+    declared = {
+        f"{path.relative_to(ENGINE)}:{node.name}"
+        for path in ENGINE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        for line in node.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id in SIZES
+    }
+
+    assert declared == DECLARING
+
+
+def test_every_flag_of_the_engine_says_what_it_means() -> None:
+    fields = EngineConfig.__dataclass_fields__.values()
+
+    assert [field.name for field in fields if not field.metadata.get("help")] == []
+
+
+def test_compute_threads_are_the_process_s_and_set_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # which it sets, too
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+
+    prepare_process(EngineConfig(model=Path("base")))
+    prepare_process(EngineConfig(model=Path("base"), num_threads=3))
+
+    setters = [path.name for path in ENGINE.rglob("*.py") if "set_num_threads(" in path.read_text()]
+    assert (chosen, setters) == ([3], ["__main__.py"])
