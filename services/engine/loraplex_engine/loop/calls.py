@@ -1,4 +1,4 @@
-"""Functions that other threads have run by the step loop's."""
+"""Functions that other threads have the step loop's thread run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def run_call(call: Call) -> None:
-    """Run a function for another thread; what it raises is the caller's affair."""
+    """Run a function for another thread; its exception goes to the calling thread's future."""
     if not call.future.set_running_or_notify_cancel():
         return
     try:
@@ -22,7 +22,7 @@ def run_call(call: Call) -> None:
 
 
 def failing_into(future: Future[int]) -> Future[object]:
-    """Return a future whose failure is passed on to ``future``; its success is not."""
+    """Return a future that passes its failure on to ``future``, but not its success."""
     first: Future[object] = Future()
 
     def pass_on(done: Future[object]) -> None:

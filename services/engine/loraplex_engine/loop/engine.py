@@ -48,11 +48,11 @@ class Engine:
         on_store_event: Gets `WantImage` and `ResidencyChanged`, on the loop's thread, in order; must be quick
             (``asyncio_loop.call_soon_threadsafe(queue.put_nowait, event)``).
         on_crash: Called once, on a thread of the engine, if the step loop dies, or hangs (EngineHungError); the engine
-            then refuses everything.
+            then refuses every command.
 
     Attributes:
         params: Sizes and limits.
-        arena: Host memory for images; its `view` may be written in granted slots from any thread.
+        arena: Host memory for images; any thread may write into granted slots of its `view`.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Engine:
         self._loop.post(command)
 
     def open_session(self) -> SessionOutbox:
-        """Open a session; its ``session_id`` goes into every `Submission` of it. Close: post `CloseSession`."""
+        """Open a session; each `Submission` of it carries its ``session_id``. Close it by posting `CloseSession`."""
         return self._loop.open_session(
             lambda session_id: SessionOutbox(
                 session_id,
@@ -125,32 +125,32 @@ class Engine:
 
     @property
     def backend(self) -> str:
-        """What computes: ``torch`` or ``cuda``."""
+        """Name of the compute backend: ``torch`` or ``cuda``."""
         return self._runner.backend
 
     @property
     def totals(self) -> LoopTotals:
-        """Where the step loop's time went."""
+        """Where the step loop has spent its time."""
         return self._loop.totals
 
     @property
     def counters(self) -> SchedulerCounters:
-        """What happened to requests so far."""
+        """Totals of requests so far."""
         return self._scheduler.counters
 
     @property
     def warm(self) -> WarmCounts:
-        """What became of adapters that were loaded before anybody asked."""
+        """What became of adapters that were loaded before a request asked for them."""
         return self._cache.warm
 
     @property
     def num_evicted_blocks(self) -> int:
-        """Cached blocks that gave way so far."""
+        """Cached blocks evicted so far."""
         return self._scheduler.prefix.num_evicted
 
     @property
     def measured_costs(self) -> dict[str, float]:
-        """Seconds that things take, as measured lately: what -> seconds."""
+        """Seconds that operations take, as measured lately: operation -> seconds."""
         steps, copies = self._scheduler.costs, self._cache.ranking.costs
         return {
             "decode_step": steps.decode_step_s,
@@ -165,9 +165,10 @@ class Engine:
         return self._cache.num_leases
 
     def list_adapters(self) -> Future[list[AdapterStatus]]:
-        """Ask for all adapters the engine knows, by digest; WANTED ones included.
+        """Ask for all adapters that the engine knows, WANTED ones included, by digest.
 
-        From asyncio: ``await asyncio.wrap_future(engine.list_adapters())``. All futures of this class are alike.
+        From asyncio: ``await asyncio.wrap_future(engine.list_adapters())``. The same holds for every future of this
+        class.
         """
         return self._call(self._cache.states.statuses)
 
@@ -185,17 +186,18 @@ class Engine:
     def evict(self, digest: str, require_generation: int | None = None) -> Future[AdapterStatus]:
         """Free an adapter's pages once its last lease is returned; its image stays in the arena.
 
-        The future raises AdapterNotFoundError, ConflictError if the generation is another, or AdapterInUseError if it is
-        pinned.
+        The future raises AdapterNotFoundError, ConflictError if the generation is another, or AdapterInUseError if the
+        adapter is pinned.
         """
         return self._call(lambda: self._operations.evict(digest, require_generation))
 
     def grant_slots(self, digest: str, num_pages: int, *, is_wanted: bool) -> Future[tuple[int, ...] | None]:
         """Ask for arena slots for an image on offer.
 
-        A wanted image waits for room (cancel the future if the store goes away); an unwanted one resolves to None at
-        once if there is no idle room, or if the engine has the image. None for a wanted one: nobody wants it any more
-        or it can never fit. Slots granted are given back by `return_slots`, or handed over by posting `ImageArrived`.
+        A wanted image waits for room (cancel the future if the store goes away). Its future resolves to None if no
+        request wants the image any more, or if it can never fit. An unwanted image's future resolves to None at once if
+        there is no idle room, or if the engine has the image. Slots granted are given back by `return_slots`, or handed
+        over by posting `ImageArrived`.
         """
         future: Future[tuple[int, ...] | None] = Future()
         asked = self._call(lambda: self._grants.ask(digest, num_pages, is_wanted=is_wanted, future=future))
@@ -203,27 +205,27 @@ class Engine:
         return future
 
     def check_adapter(self, spec: AdapterSpec) -> None:
-        """Return if the compute backend can serve an adapter, so that no image of another travels.
+        """Return if the compute backend can serve an adapter; called before its image travels.
 
         Raises:
-            AdapterIncompatibleError: If it cannot; the message names module, rank and remedy.
+            AdapterIncompatibleError: If the backend cannot serve it; the message names module, rank and remedy.
         """
         self._runner.check_adapter(spec)
 
     def return_slots(self, slots: tuple[int, ...]) -> None:
-        """Give granted slots back unused: the transfer failed."""
+        """Give granted slots back unused, as the transfer failed."""
         self.arena.free(slots)
         self._call(self._grants.serve)
 
     def drain(self, timeout_s: float) -> Future[int]:
-        """Refuse new requests (DrainingError), let the others finish for that long, then end them.
+        """Refuse new requests (DrainingError), let the others finish for ``timeout_s``, then end them.
 
-        The future resolves to the number of requests ended before their time, once none is left.
+        The future resolves, once no request is left, to the number of requests ended before their time.
         """
         return self._loop.drain(timeout_s)
 
     def undrain(self) -> Future[object]:
-        """Take requests again; drains under way end with ConflictError. The future resolves once it is so."""
+        """Take requests again; drains under way end with ConflictError. The future resolves once it is done."""
         return self._loop.undrain()
 
     def check_integrity(self) -> Future[None]:
@@ -238,7 +240,7 @@ class Engine:
     def close(self) -> None:
         """End all requests with DrainingError, stop the loop, free device and arena. Not from the loop's thread.
 
-        A loop that hangs keeps both: only the end of the process takes them from it.
+        A loop that hangs keeps device and arena: only the end of the process frees them.
         """
         if self._loop.stop():
             self.arena.close()
