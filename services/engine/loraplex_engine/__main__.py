@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 async def serve(config: EngineConfig) -> None:
     """Run an engine until a signal, then drain it."""
-    # Weights on a CPU in huge pages where the kernel lets programs ask: a decode step reads all of them, and misses in
-    # the TLB cost up to a tenth of it. Torch reads this at its first allocation.
+    # On a CPU, weights lie in huge pages where the kernel allows it: a decode step reads all of them, and TLB misses
+    # cost up to a tenth of its time. Torch reads this setting at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from loraplex_engine.service import EXIT_HUNG, EngineService  # torch takes seconds; --help should not
 

@@ -153,7 +153,7 @@ def _setup(
 
 
 def _sizes(setup: EngineSetup, adapters: Adapters) -> dict[str, float]:
-    """Return what fits where, for people."""
+    """Return how much fits where, for people to read."""
     mean_pages = float(np.mean(adapters.num_pages)) if len(adapters) else 0.0
     return {
         "page_bytes": setup.cost.shape.pool.page_bytes,

@@ -1,4 +1,4 @@
-"""What a simulated engine is built from."""
+"""The parameters of a simulated engine."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class EngineSetup:
     """An engine to simulate; sizes as in `EngineParams`.
 
     Attributes:
-        cost: Seconds of a step.
-        copy: From the arena to the pool.
-        store: From the adapter store to the arena.
-        page_worth: What a page is worth.
-        page_sources: Where pages for KV and for adapters come from.
+        cost: Gives the seconds of a step.
+        copy: Link from the arena to the pool.
+        store: Link from the adapter store to the arena.
+        page_worth: Values a page.
+        page_sources: Makes the sources of pages for KV and for adapters.
         fill_arena: Begin with as many images in the arena as it holds, lowest index first.
         jumps: Take steady decode steps at once; the outcome is the same, sooner.
     """
