@@ -39,7 +39,7 @@ class ExpandTile(NamedTuple):
     """Outputs ``[start, stop)`` of one slice's B: ``[stop - start, rank]``.
 
     Attributes:
-        part: Which of the op's adapted slices it is.
+        part: Index among the op's adapted slices.
     """
 
     start: int
@@ -51,7 +51,7 @@ class ExpandTile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdapterOp:
-    """One adapter's part in one fused projection of one layer.
+    """One adapter's part of one fused projection of one layer.
 
     Attributes:
         slice_ranks: Ranks of the adapted slices, in the order in which A stacks them.
@@ -69,7 +69,7 @@ class AdapterTable:
         """Make the views.
 
         Args:
-            geometry: Of the engine's images.
+            geometry: Geometry of the engine's images.
             spec: The adapter.
             pages: Page ids in image order.
             pool: The whole pool in the compute dtype, one-dimensional.
@@ -103,7 +103,7 @@ class AdapterTable:
         return self._pool.as_strided((rows, cols), (cols, 1), start)
 
     def op(self, layer: int, op: int) -> AdapterOp | None:
-        """Return what the adapter does in one fused projection of one layer, if anything."""
+        """Return the adapter's part of one fused projection of one layer; None if it has none."""
         return self._ops.get((layer, op))
 
 
@@ -113,7 +113,7 @@ def _output_offset(geometry: Geometry, op: int, slice_index: int) -> int:
 
 
 def _merged_b_tiles(tiles: NDArray[np.void], item: int) -> list[list[int]]:
-    """Return B tiles as [layer, op, slice, start, rows, cols, page, offset], those that follow each other merged."""
+    """Return B tiles as [layer, op, slice, start, rows, cols, page, offset], with consecutive tiles merged."""
     merged: list[list[int]] = []
     for layer, op, _, slice_index, start, rows, cols, page, offset in tiles[tiles["kind"] != KIND_A].tolist():
         if merged:

@@ -1,6 +1,6 @@
 """The torch backend: computes `StepPlan`s on a CPU or any torch device; the oracle of every faster backend.
 
-Plans are computed on the step loop's thread, adapters copied into the pool on a thread of their own.
+Plans are computed on the step loop's thread; adapters are copied into the pool on a thread of their own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 KEPT_BUFFERS: Final = 4  # step sizes whose activation buffers are kept; batches shrink and grow by a few rows
-MAX_KEPT_TOKENS: Final = 256  # of such a step: the buffers of large prefills go back to the allocator
+MAX_KEPT_TOKENS: Final = 256  # buffers of larger steps go back to the allocator
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,7 @@ class TorchRunner:
     """Computes steps of one base model and any number of its adapters; see `ModelRunner`.
 
     Attributes:
-        geometry: Of adapter images, as announced to the store.
+        geometry: Geometry of adapter images, as announced to the store.
     """
 
     backend: ClassVar[str] = "torch"
@@ -103,7 +103,7 @@ class TorchRunner:
 
     @property
     def pipeline_depth(self) -> int:
-        """Two where `launch` returns before the step is computed."""
+        """2 if `launch` returns before the step is computed."""
         return 2 if self._emulate_async or self._device.type == "cuda" else 1
 
     def launch(self, plan: StepPlan) -> TorchStepHandle:
@@ -118,7 +118,7 @@ class TorchRunner:
         return handle
 
     def compute_until(self, handle: TorchStepHandle) -> None:
-        """Compute launched plans in order up to and including a handle's."""
+        """Compute launched plans in order, up to and including a handle's plan."""
         while not handle.computed.is_set():
             first = self._launched.popleft()
             first.fulfil(self._compute(first.plan, first.adapters))
@@ -155,7 +155,7 @@ class TorchRunner:
         )
 
     def _take_over_slots(self, plan: StepPlan) -> SlotFaults:
-        """Replace what is kept of slots whose sequence begins in this step; returns those that could not be set up."""
+        """Replace the state of slots whose sequence begins in this step; returns the slots that could not be set up."""
         faults: SlotFaults = {}
         begun = plan.begun_slots
         self._sampler.vacate(begun)
@@ -209,7 +209,7 @@ class TorchRunner:
         """Return: torch computes every adapter that an image can hold."""
 
     def pin_host_memory(self, arena: NDArray[np.uint8]) -> object:
-        """Leave the arena as it is: copies here are plain."""
+        """Leave the arena unpinned: copies here are plain."""
 
     def load_adapter(
         self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
@@ -249,7 +249,7 @@ class TorchRunner:
             self._adapters[index] = AdapterTable(self.geometry, spec, pages, self._pool.values)
 
     def unload_adapter(self, index: int) -> None:
-        """Unbind an index; launched steps keep what they read."""
+        """Unbind an index; launched steps keep the adapter that they read."""
         del self._adapters[index]
 
     def close(self) -> None:
