@@ -1,4 +1,4 @@
-"""AdapterStoreService: converts requests, calls one method, converts back."""
+"""AdapterStoreService: each RPC converts the request, calls one method, and converts the result."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _Mutation: TypeAlias = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreParts:
-    """What the servicer calls."""
+    """The parts that the servicer calls."""
 
     store_id: str
     lifecycle: Lifecycle
@@ -61,7 +61,7 @@ class StoreParts:
 
 
 class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
-    """The RPCs of the store; without credentials everybody is an administrator."""
+    """The RPCs of the store; without credentials, every caller is an administrator."""
 
     def __init__(self, parts: StoreParts) -> None:
         self._parts = parts
@@ -202,7 +202,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     async def WatchAliases(
         self, request: pb.WatchAliasesRequest, context: Context
     ) -> AsyncIterator[pb.WatchAliasesResponse]:
-        """Stream the name table and its changes; for gateways, so it shows every tenant's adapters."""
+        """Stream the table of names and its changes; for gateways, so it shows every tenant's adapters."""
         async with aclosing(self._parts.aliases.watch(request.start_sequence, request.start_history_id)) as updates:
             async for update in updates:
                 yield wire.alias_update(update)
@@ -260,7 +260,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
 
 def _caller(request: _Mutation) -> Caller:
-    """Return who asks for a change, and a digest of what: the request as it is but for its request_id."""
+    """Return the caller of a change, and a digest of the request without its request_id."""
     if not request.request_id:
         return Caller(current_principal())
     try:

@@ -47,7 +47,7 @@ MAX_PREPARING: Final = 4
 MAX_ATTEMPTS: Final = 2
 MAX_CHUNK_BYTES: Final = 1024 * 1024
 STRETCH_BYTES: Final = 16 * 1024 * 1024
-"""Bytes written to shared memory before looking whether something more urgent waits."""
+"""Bytes written to shared memory before the session checks whether something more urgent waits."""
 _WORKING: Final = frozenset({TransferState.PREPARING, TransferState.FILLING})
 
 
@@ -55,7 +55,7 @@ class EngineSession:
     """The store's side of one AttachEngine stream.
 
     Args:
-        executor: Copies into shared memory run there.
+        executor: Runs the copies into shared memory.
     """
 
     def __init__(self, hello: Hello, images: ImageCache, metrics: StoreMetrics, executor: Executor) -> None:
@@ -86,16 +86,16 @@ class EngineSession:
 
     @property
     def num_transfers(self) -> int:
-        """Transfers on their way."""
+        """Transfers under way."""
         return len(self._transfers)
 
     async def outgoing(self) -> AsyncIterator[ToEngine]:
-        """Yield what is to be sent, until `end`."""
+        """Yield the messages to send, until `end`."""
         while (message := await self._outbox.get()) is not None:
             yield message
 
     def end(self) -> None:
-        """Let `outgoing` end: the engine says no more, or another stream of the same engine has taken over."""
+        """Let `outgoing` end: the engine sends no more, or another stream of the same engine has taken over."""
         self._outbox.close()
 
     def handle(self, message: FromEngine) -> None:
@@ -115,7 +115,7 @@ class EngineSession:
                 self._residency(message)
 
     def want(self, digest: str, time_left_s: float | None = None) -> None:
-        """Bring an image to the engine because a request waits for it, which may wait for that long."""
+        """Bring an image to the engine for a waiting request; ``time_left_s`` is how long the request can wait."""
         transfer = self._transfers.get(digest)
         if transfer is None:
             transfer = self._start(digest, is_wanted=True)
@@ -126,15 +126,15 @@ class EngineSession:
         transfer.needed_within(time_left_s)
         transfer.is_wanted_again = transfer.state is TransferState.SENT
         if transfer.state is TransferState.OFFERED:
-            self._spawn(self._offer(transfer), f"offer {digest[:12]}")  # an unsolicited offer may have been passed over
+            self._spawn(self._offer(transfer), f"offer {digest[:12]}")  # the engine may have declined the first offer
         self._spawn(self._tell_waiting(), f"promote {digest[:12]}")
 
     def prefetch(self, digest: str, wanted_in_s: float | None = None) -> None:
-        """Offer an image although nobody waits for it.
+        """Offer an image although no request waits for it.
 
         Args:
-            digest: Of the image.
-            wanted_in_s: When a hint says that it will be wanted; the soonest go first, those without a hint last.
+            digest: Digest of the image.
+            wanted_in_s: Seconds until a hint says it will be wanted; soonest first, images without a hint last.
         """
         if digest in self._held:
             return
@@ -143,7 +143,7 @@ class EngineSession:
             transfer.foreseen_within(wanted_in_s)
 
     def fill_idle_room(self) -> None:
-        """Offer recently used images of this geometry that the engine lacks, as far as its free slots go."""
+        """Offer recently used images of this geometry that the engine lacks, up to the number of its free slots."""
         free = min((arena.num_free for arena in self.hello.arenas), default=0)
         for digest in self._images.recent(self.hello.geometry):
             if digest in self._held:
@@ -159,7 +159,7 @@ class EngineSession:
         await self._outbox.put(Drop(digest))
 
     async def close(self) -> None:
-        """End all transfers and let go of the arenas."""
+        """End all transfers and release the arenas."""
         await cancel_and_wait(*self._tasks)
         for arena in self._arenas:
             if arena is not None:
@@ -172,12 +172,12 @@ class EngineSession:
             raise InvalidParameterError(f"grant for {grant.digest}: nothing is offered", field="grant")
         if transfer.state is TransferState.OFFERED:
             transfer.grant(grant, self.hello.arenas[grant.rank].num_slots if grant.rank < len(self.hello.arenas) else 0)
-        # else: the second grant after a repeated offer; the first one is being filled
+        # else: the second grant after a repeated offer; the slots of the first are being filled
 
     def _decline(self, message: Decline) -> None:
         transfer = self._transfers.get(message.digest)
         if transfer is not None and transfer.state is TransferState.OFFERED and transfer.decline():
-            del self._transfers[message.digest]  # at once, so that a want right behind starts anew
+            del self._transfers[message.digest]  # at once, so that a want that follows starts anew
 
     def _residency(self, event: Residency) -> None:
         self._sequence = max(self._sequence, event.sequence)
@@ -211,7 +211,7 @@ class EngineSession:
             _log.error("transfer failed", engine=self.hello.engine_id, task=task.get_name(), exc_info=task.exception())
 
     async def _transfer(self, transfer: Transfer) -> None:
-        """Bring one image into the engine; a want that cannot be met ends in exactly one refusal."""
+        """Bring one image into the engine; if a want cannot be met, exactly one refusal is sent."""
         try:
             await self._carry_out(transfer)
         except LoraplexError as error:
@@ -224,7 +224,7 @@ class EngineSession:
             if self._transfers.get(transfer.digest) is transfer:
                 del self._transfers[transfer.digest]
                 if transfer.is_wanted_again and transfer.digest not in self._held:
-                    self.want(transfer.digest)  # the engine dropped what it got, and now needs it after all
+                    self.want(transfer.digest)  # the engine dropped the image, and needs it after all
             await self._tell_waiting()
 
     async def _refuse(self, transfer: Transfer, error: LoraplexError) -> None:
@@ -294,7 +294,7 @@ class EngineSession:
                 await self._send_chunks(transfer.digest, rank, start * page_bytes, pages)
             else:
                 stretch = slots[start : start + step]
-                # Shielded: the thread goes on writing although its waiter is cancelled, so the waiter must wait.
+                # Shielded: the thread goes on writing even if its waiter is cancelled, so the waiter must wait.
                 copy = asyncio.get_running_loop().run_in_executor(self._executor, _copy, arena, stretch, pages)
                 await _uninterrupted(copy)
             self._metrics.push_bytes.labels("chunks" if arena is None else "shared_memory").inc(pages.nbytes)
@@ -307,7 +307,7 @@ class EngineSession:
             offset += len(page)
 
     async def _let_wants_pass(self, transfer: Transfer) -> None:
-        """Hold an unsolicited transfer back while wanted ones have work to do."""
+        """Hold an unsolicited transfer back while wanted transfers have work to do."""
         if transfer.is_wanted:
             return
         async with self._wants_changed:
@@ -327,7 +327,7 @@ def _copy(arena: SharedArena, slots: tuple[int, ...], pages: NDArray[np.uint8]) 
 
 
 async def _uninterrupted(work: asyncio.Future[None]) -> None:
-    """Wait for work in a thread to its end, even if cancelled; the cancellation is raised afterwards."""
+    """Wait until work in a thread has ended, even if cancelled; the cancellation is raised afterwards."""
     try:
         await asyncio.shield(work)
     except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""Where imports begin: a request names a source, or brings the files."""
+"""Starts imports: a request names a source, or brings the files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class Intake:
         """Start an import from a ``file:`` URI or the hub; a repeated request_id returns the operation it started.
 
         Raises:
-            InvalidParameterError: If the source is malformed or outside the import roots, or no adapter may have the name.
+            InvalidParameterError: If the source is malformed or outside the import roots, or no adapter may have the
+                name.
             AlreadyExistsError: If the request_id belongs to another call.
             SaturatedError: If too many imports wait.
         """
@@ -90,10 +91,10 @@ class Intake:
     async def upload(
         self, files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes], target: ImportTarget
     ) -> ImportOutcome:
-        """Take an upload in; nothing is visible before all of it has come and is checked.
+        """Take an upload in; nothing is visible before all of it has arrived and been checked.
 
         Raises:
-            LoraplexError: Whatever is wrong with it.
+            LoraplexError: If anything is wrong with it.
         """
         if (answer := await self._catalog.answer_to(target.request_id)) is not None:
             return await self._repeated(target.asked.repeated(answer))
@@ -106,11 +107,11 @@ class Intake:
         if isinstance(source, str):
             if credential:
                 raise InvalidParameterError("a directory needs no credential", field="credential_ref")
-            self._roots.locate(source)  # refuse at once what can be refused at once
+            self._roots.locate(source)  # refuse a bad path at once
             return source, partial(self._roots.fetch, source, self._max_adapter_bytes)
         source.check()
         token = self._credentials.get(credential)
-        # Not shared between credentials: one may see what the other may not.
+        # Work is not shared between credentials: one may see a source that another may not.
         return f"{source}#{credential}", partial(self._hub.fetch, source, token, self._max_adapter_bytes)
 
     async def _repeated(self, answer: Answer) -> ImportOutcome:
