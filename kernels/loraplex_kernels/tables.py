@@ -1,7 +1,7 @@
-"""The device tables of resident adapters: where each tile of each (adapter, layer, op) lies in the pool.
+"""The device tables of resident adapters: the place in the pool of each tile of each (adapter, layer, op).
 
-Fixed buffers, so that a captured graph outlives every load and unload. Rows are written through pinned copies on the
-caller's current stream; who orders that stream before the first step that names the adapter is the caller.
+The buffers are fixed, so that a captured graph outlives every load and unload. Rows are written through pinned copies
+on the caller's current stream; the caller orders that stream before the first step that names the adapter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NUM_OPS: Final = len(OPS)
 MAX_SLICES: Final = 3
 MAX_RANK: Final = CUDA_MAX_RANK  # kMaxRank, of one projection
-MAX_STACKED_RANK: Final = MAX_SLICES * MAX_RANK  # of an op
+MAX_STACKED_RANK: Final = MAX_SLICES * MAX_RANK  # largest stacked rank of an op
 ENTRY_DTYPE: Final = np.dtype(
     [
         ("a_first", np.int32),
@@ -48,7 +48,7 @@ class RankLimitError(ValueError):
 
 
 def check_ranks(spec: AdapterSpec) -> None:
-    """Refuse an adapter whose ranks the kernels cannot take.
+    """Refuse an adapter with a rank that the kernels cannot take.
 
     Raises:
         RankLimitError: If a module's rank exceeds `MAX_RANK`; ops of such modules stay within `MAX_STACKED_RANK`.
@@ -99,7 +99,7 @@ def make_entries(
 def _undivided(
     geometry: Geometry, tiles: NDArray[np.void], firsts: NDArray[np.intp], offsets: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return where each matrix begins whose tiles lie behind each other in the pool, and -1 for one that does not.
+    """Return where each matrix begins if its tiles lie one after another in the pool, else -1.
 
     Args:
         geometry: For the element size.
@@ -216,7 +216,7 @@ class AdapterTables:
         self._upload(self.entries[index], torch.from_numpy(entries.view(np.uint8).reshape(self.entries.shape[1:])))
 
     def unbind(self, index: int) -> None:
-        """Forget an adapter; its rows on the device stay until the index is bound again, and nobody names them.
+        """Forget an adapter; its rows on the device stay until the index is bound again, but no step names them.
 
         Raises:
             KeyError: If the index is not bound.
