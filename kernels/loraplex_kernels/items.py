@@ -95,7 +95,9 @@ def op_shapes(geometry: Geometry, *, complete: frozenset[str] = frozenset()) -> 
 
 
 class ItemRanges(NamedTuple):
-    """The places of a step's items. Ints of the buffer, with H the header's length and G groups:
+    """The places of a step's items.
+
+    Ints of the buffer, with H the header's length and G groups:
 
         [0, H)              (first item, items) of each range, padded
         [H, H + 12 * G)     groups

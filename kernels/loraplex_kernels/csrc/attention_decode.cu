@@ -12,7 +12,7 @@
 
 constexpr int kWarps = 4;
 constexpr int kHeads = 8;    // query heads per CTA: the N of mma.m16n8k16
-constexpr int kTokens = 16;  // tokens per warp and round
+constexpr int kTokens = 16;  // tokens of a warp in a round
 constexpr int kBlocks = kHeadDim / 32;
 
 struct Params {
@@ -24,7 +24,7 @@ struct Params {
     float* partial_stats;       // [units][splits][8][2]: maximum (base 2), sum
     int* arrivals;              // [units], zero between launches
     i64 q_stride;
-    int min_split;              // tokens a split is worth, a multiple of 64
+    int min_split;              // least tokens of a split, a multiple of 64
     int reserved;
 };
 static_assert(sizeof(Params) == 120, "params.py mirrors it");

@@ -14,11 +14,11 @@ struct alignas(16) SampleRow {
     float repetition, presence, frequency;
     u32 seed_low, seed_high;
     int position;
-    int num_top;       // -1: no probabilities; else report the drawn token's and so many likeliest
+    int num_top;       // -1: no report; else the drawn token and that many likeliest
     int is_banning;    // stop ids cannot be drawn
-    int edit_row;      // of edits and their bitmap; -1: none
+    int edit_row;      // row of the edits and of their bitmap; -1: none
     int num_edits;     // negative: -n edits, and tokens without one cannot be drawn
-    int count_row;     // of counts; -1: no penalties
+    int count_row;     // row of the counts; -1: no penalties
 };
 static_assert(sizeof(SampleRow) == 64, "sample.py mirrors it");
 
@@ -81,7 +81,7 @@ __device__ __forceinline__ float special_logit(const Source& s, const SampleRow&
     }
     if (!s.counts) return x;
     const u32 count = as_global(s.counts)[token];
-    // A tiny penalty makes a likely token certain, never infinite: that would be a row without a valid draw.
+    // A tiny penalty makes a likely token certain, never infinite: an infinite logit would leave no valid draw.
     if (row.repetition != 1.f && count)
         x = x > 0.f && x <= kMaxLogit ? fminf(__fdiv_rn(x, row.repetition), kMaxLogit) : __fmul_rn(x, row.repetition);
     if (const u32 drawn = count & kMostCounted) {
