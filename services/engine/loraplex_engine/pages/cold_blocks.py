@@ -1,9 +1,10 @@
 """What published blocks are worth, and which of the blocks without a holder are evicted first.
 
 A block is worth the decayed number of sequences that have left it behind, kept as ``log2(sum of 2 ** (t / half_life))``
-over the moments t of leaving: two blocks compare the same way at any later time, so nothing is updated as time passes. A sequence that leaves a block leaves all blocks before it at the same moment, so a block is
-never worth more than its predecessor. Of blocks of equal worth the later one is evicted first, so no prefix loses its
-beginning before its end.
+over the moments t of leaving: two blocks compare the same way at any later time, so nothing is updated as time passes. A
+sequence that leaves a block leaves all blocks before it at the same moment, so a block is never worth more than its
+predecessor. If two blocks are worth the same, the later one is evicted first, so no prefix loses its beginning before its
+end.
 """
 
 from __future__ import annotations
