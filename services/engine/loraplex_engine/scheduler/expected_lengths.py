@@ -69,12 +69,12 @@ def peak_growth(
     """Return the most pages that running requests and one more will need beyond those they hold.
 
     Requests give pages back as they end, so the need is highest just before one of them ends. With the requests in
-    order of falling ``more``, remaining outputs, the moment before request k ends (all have drawn ``more[k]``) is:
+    order of falling ``more``, the outputs that each will still draw, this holds just before request k ends:
 
-        [0, k + 1)        run: each has known + more[k] tokens, in half a page more than that takes on average
-        [k + 1, N + 1)    have ended: the pages of their own, not shared with others, are given back
+        [0, k + 1)        run: each has known + more[k] tokens; rounding up to pages costs half a page on average
+        [k + 1, N + 1)    have ended, and gave back their own pages, those not shared with other requests
 
-    Each k is looked at.
+    The result is the largest need over all k.
 
     Args:
         state: Rows.

@@ -23,7 +23,7 @@ VARIANTS: Final = (frozenset[str](), frozenset({"qkv", "o"}), frozenset(OPS))
 """Ops with LoRA in each variant, smallest variant first; the last serves any mix."""
 SMALL_BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32)
 STEPS: Final = ((256, 16), (1024, 64), (1 << 30, 256))
-"""(up to, distance): up to a size, buckets are this far apart."""
+"""(upper bound, distance): buckets of more than 32 rows, up to the bound, are this far apart."""
 
 
 def bucket_sizes(max_rows: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OS_PAGE: Final = 4096
-CHUNK_BYTES: Final = 256 * 1024 * 1024  # pinning takes 0.56 s a GiB on an H100's host, so it stops soon
+CHUNK_BYTES: Final = 256 * 1024 * 1024  # pinning takes 0.56 s a GiB on an H100's host; small chunks stop soon
 
 
 class CudaError(RuntimeError):
