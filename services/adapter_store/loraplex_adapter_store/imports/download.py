@@ -127,7 +127,9 @@ class Download:
         if response.status_code >= 400:
             hf_raise_for_status(_in_brief(response))
         if response.headers.get("content-encoding", "identity") != "identity":
-            raise StoreUnavailableError(f"{self._what}: the answer is compressed, which nobody asked for")
+            raise StoreUnavailableError(
+                f"{self._what}: the answer is compressed, although the request did not ask for it"
+            )
         if self._data and response.status_code != httpx2.codes.PARTIAL_CONTENT:
             self._data.clear()  # the body begins anew; its room is taken already
 

@@ -60,7 +60,7 @@ class Fleet:
         watch: Callable[[SimulatedEngine], None] | None = None,
     ) -> None:
         if num_engines < 1:
-            raise ValueError(f"{num_engines} engines serve nobody")
+            raise ValueError(f"{num_engines} engines serve no request")
         self.engines = [SimulatedEngine(setup, adapters, trace, watch=watch) for _ in range(num_engines)]
         self._trace = trace
         self._routing = routing
