@@ -107,8 +107,7 @@ class StepPlan:
         num_decode_rows: Rows ``[0, num_decode_rows)`` are decode rows with one token each, the others prefill chunks.
         sample_rows: int32 ``[S]``; rows whose last token's logits are sampled; all but unfinished prefill chunks.
         sampling: How the sampling rows draw.
-        setups: Slots with a new occupant in this step; the occupant may begin beyond position 0, after a prefix that
-            others computed.
+        setups: Slots with a new occupant in this step, which begins behind a prefix that others computed, if any.
     """
 
     step_id: int
@@ -248,8 +247,7 @@ class ModelRunner(Protocol):
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step. Plans execute in the order of launches.
 
-        An exception in computing one row is in the result's ``failed_slots``; an exception raised here ends the step
-        loop.
+        A row's exception is among the result's ``failed_slots``; an exception raised here ends the step loop.
         """
         ...
 
@@ -279,8 +277,7 @@ class ModelRunner(Protocol):
             index: Free index of the adapter table; plans may name it once the handle is done.
             spec: Modules, ranks and scalings.
             pages: int32 ``[num_pages]``; page ids in image order.
-            source: ``[num_pages, page_bytes]`` of host memory, not necessarily contiguous in dim 0; unchanged until
-                done.
+            source: Host memory ``[num_pages, page_bytes]``, not always contiguous in dim 0; unchanged until done.
 
         Raises:
             LoraplexError: If this one adapter cannot be bound. Nothing is bound or copied then, and the runner goes on;

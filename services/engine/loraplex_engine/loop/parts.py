@@ -1,4 +1,4 @@
-"""The objects that the step loop drives."""
+"""What the step loop drives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loraplex_engine.step import ModelRunner
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopParts:
-    """The objects that the loop drives; once it runs they belong to its thread, except for the arena's allocator."""
+    """What the loop drives; all of it belongs to the loop's thread once it runs, the arena's allocator excepted."""
 
     scheduler: Scheduler
     cache: AdapterCache
