@@ -1,4 +1,4 @@
-"""CUDA C++ to machine code through NVRTC, with a cache of cubins on disk. Needs no GPU."""
+"""Compiles CUDA C++ to machine code through NVRTC, with a cache of cubins on disk. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Program:
     """A compiled kernel.
 
     Attributes:
-        image: Cubin, or PTX where the architecture is ``compute_NN``.
-        registers: Per thread; 0 for PTX, which is assembled later.
+        image: Cubin, or PTX if the architecture is ``compute_NN``.
+        registers: Registers per thread; 0 for PTX, which is assembled later.
         spill_bytes: Spilled stores and loads per thread.
         shared_bytes: Static shared memory per block.
     """
@@ -112,7 +112,7 @@ def source_of(build: Build) -> Path:
 
 
 def cache_key(build: Build, arch: str) -> str:
-    """Return a digest of all that the machine code depends on."""
+    """Return a digest of everything that the machine code depends on."""
     parts = [
         source_of(build).read_text(),
         *headers().items(),
@@ -128,7 +128,7 @@ def compile_kernel(build: Build, arch: str) -> Program:
     """Compile a kernel for ``sm_NN`` (cubin) or ``compute_NN`` (PTX).
 
     Raises:
-        CompileError: With NVRTC's log.
+        CompileError: If NVRTC refuses it; the message has NVRTC's log.
     """
     path = source_of(build)
     source, file = path.read_text(), path.relative_to(SOURCES).as_posix()
@@ -159,7 +159,7 @@ def _largest(pattern: str, log: str) -> int:
 
 
 class CubinCache:
-    """Compiled kernels in a directory; safe to share between processes, since files are complete once they have their name."""
+    """Compiled kernels in a directory; processes may share it, since a file gets its name only when it is complete."""
 
     def __init__(self, directory: Path = DEFAULT_CACHE) -> None:
         self._directory = directory
@@ -168,7 +168,7 @@ class CubinCache:
         """Return the compiled kernel, compiling it unless an equal one is cached.
 
         Raises:
-            CompileError: With NVRTC's log.
+            CompileError: If NVRTC refuses it; the message has NVRTC's log.
         """
         path = self._directory / f"{build.name}-{arch}-{cache_key(build, arch)[:32]}"
         try:

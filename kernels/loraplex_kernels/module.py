@@ -1,7 +1,7 @@
-"""Loading compiled kernels and launching them on torch's streams, capturable in CUDA graphs.
+"""Loads compiled kernels and launches them on torch's streams, capturable in CUDA graphs.
 
-A kernel takes one struct by value. Its ctypes mirror is allocated once per `Kernel`, so a launch sets fields and makes one
-driver call: the driver copies the struct before it returns.
+A kernel takes one struct by value. Its ctypes mirror is allocated once per `Kernel`, so a launch only sets fields and
+makes one driver call: the driver copies the struct before it returns.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def device_arch(device: torch.device) -> str:
 
 
 def has_dependent_launch(arch: str) -> bool:
-    """Tell whether code for a target can be launched programmatically dependent: ``sm_90`` and up, as machine code or PTX."""
+    """Tell whether a target supports programmatic dependent launch: ``sm_90`` and up, as machine code or PTX."""
     return int("".join(filter(str.isdigit, arch))) >= 90
 
 
@@ -132,8 +132,8 @@ class KernelLibrary:
     Args:
         device: A CUDA device; must be current whenever a kernel is launched.
         dtype: Element type of activations, weights and pages: bfloat16 or float32.
-        cache: Where cubins are kept.
-        arch: Target; the device's own if unset. ``compute_80`` runs the sm_80 path on a newer device.
+        cache: Cache of cubins.
+        arch: Target; the device's own if unset. ``compute_80`` runs the sm_80 code on a newer device.
         dependent: Launch with programmatic dependent launch (sm_90 and up).
         jitter: Let warps idle at random, so that races show; for tests.
     """
@@ -164,7 +164,7 @@ class KernelLibrary:
         """Compile (or find in the cache) and load one kernel.
 
         Raises:
-            CompileError: With NVRTC's log.
+            CompileError: If NVRTC refuses it; the message has NVRTC's log.
             DriverError: If the image does not load on this device.
         """
         build = Build(name=name, defines=(*defines, *dtype_defines(self.dtype), *self._launch_defines()))
@@ -175,12 +175,12 @@ class KernelLibrary:
         return (DEPENDENT_LAUNCH_MACRO,) * self.dependent + (JITTER_MACRO,) * self.jitter
 
     def check(self, name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> int:
-        """Return a tensor's address once dtype, device, shape and contiguity hold; a size of -1 matches any.
+        """Return a tensor's address after checking dtype, device, shape and contiguity; a size of -1 matches any.
 
         Raises:
-            ValueError: Naming the tensor and what was expected.
+            ValueError: If one differs; names the tensor and what was expected.
         """
-        # On every launch's path: the cheapest tests that say no, and no temporary objects.
+        # Every launch passes here, so these are the cheapest tests, without temporary objects.
         fits = tensor.dtype is dtype and tensor.is_contiguous() and tensor.get_device() == self._device_index
         actual = tensor.shape
         if fits and len(actual) == len(shape):

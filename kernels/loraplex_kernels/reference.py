@@ -1,4 +1,4 @@
-"""What every kernel computes, in plain torch and fp32: the oracle of the tests. Slow on purpose."""
+"""The computation of every kernel in plain torch and fp32: the oracle of the tests. Slow on purpose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``weight * v / sqrt(mean(v^2) + eps)`` with ``v = x + residual``; fp32 ``[rows, hidden]``.
 
-    The sum is rounded to x's dtype first, since that is what the next layer's residual holds.
+    The sum is rounded to x's dtype first, since the next layer's residual holds it in that type.
     """
     value = x if residual is None else x + residual
     wide = value.float()
@@ -53,8 +53,8 @@ def read_kv(
 
     Args:
         pool: uint8 ``[pages, page_bytes]``.
-        layout: Of K and V in pages.
-        dtype: Of K and V.
+        layout: Place of K and V in pages.
+        dtype: Type of K and V.
         layer: Decoder layer.
         pages: int ``[>= blocks]``; the sequence's page ids.
         length: Tokens wanted.
@@ -76,7 +76,7 @@ def attention(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: in
     Args:
         q: ``[tokens, heads, head_dim]``; positions start, start + 1, ...
         key: ``[start + tokens, kv_heads, head_dim]``.
-        value: Likewise.
+        value: The same shape as ``key``.
         start: Position of the first token.
         layout: Heads, window and scale.
     """

@@ -1,4 +1,4 @@
-"""An engine's line to an adapter store that says what a test tells it to say."""
+"""An engine's connection to an adapter store that a test scripts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DIGEST = "ab" * 32
 
 
 class ScriptedStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
-    """Says what a test tells it to say, and writes down what it hears."""
+    """Sends what a test tells it to send, and records what it receives."""
 
     def __init__(self) -> None:
         self.heard: list[Request] = []
@@ -57,18 +57,18 @@ class ScriptedStore(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 self.heard.append(request)
 
     def all_of(self, kind: str) -> list[Any]:
-        """Return everything of one kind that was heard."""
+        """Return all received messages of one kind."""
         return [getattr(request, kind) for request in self.heard if request.WhichOneof("message") == kind]
 
     async def next_of(self, kind: str, count: int = 1) -> Any:
-        """Wait until the engine has said something of a kind ``count`` times and return the last."""
+        """Wait until the engine has sent ``count`` messages of a kind and return the last."""
         await eventually(lambda: len(self.all_of(kind)) >= count, what=f"{count} x {kind}")
         return self.all_of(kind)[count - 1]
 
 
 @dataclass
 class Line:
-    """An engine, its client and the store it talks to."""
+    """An engine, its client and the store that it is connected to."""
 
     engine: Engine
     feed: ResidencyFeed
@@ -104,7 +104,7 @@ class Line:
         raise AssertionError("the session ended")
 
     def say(self, **message: Any) -> None:
-        """Let the store send a message."""
+        """Have the store send a message."""
         self.store.outgoing.put_nowait(Response(**message))
 
     def image(self, digest: str = DIGEST) -> tuple[AdapterSpec, NDArray[np.uint8]]:
@@ -122,7 +122,7 @@ class Line:
         return spec, pack(geometry, spec, pair_tensors(tensors))
 
     def offer(self, adapter: AdapterSpec, image: NDArray[np.uint8], **changes: Any) -> None:
-        """Let the store offer an image."""
+        """Have the store offer an image."""
         fields: dict[str, Any] = {
             "digest": adapter.digest,
             "num_pages": len(image),
@@ -133,7 +133,7 @@ class Line:
         self.say(offer=Response.Offer(**(fields | changes)))
 
     def send(self, image: NDArray[np.uint8], *, flip: int | None = None, checksum: int | None = None) -> None:
-        """Let the store send an image's bytes and say that it is filled."""
+        """Have the store send an image's bytes and report that it is filled."""
         data = bytearray(image.tobytes())
         if flip is not None:
             data[flip] ^= 1

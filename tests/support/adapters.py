@@ -1,4 +1,4 @@
-"""Random PEFT adapter directories for any base model directory: every knob a loader has to get right."""
+"""Random PEFT adapter directories for any base model directory, with every setting that a loader must handle."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Recipe:
 
     Attributes:
         layers: Adapted layers, written as ``layers_to_transform``; None means all.
-        rank_pattern: PEFT's: suffix or regular expression of a module name -> rank.
+        rank_pattern: PEFT's rank_pattern: suffix or regular expression of a module name -> rank.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         strength: Size of the adapter's contribution relative to the base projection's; 0.5 changes most outputs.
-        config: Entries of adapter_config.json that replace what the recipe says.
+        config: Entries of adapter_config.json that replace those of the recipe.
     """
 
     rank: int = 8

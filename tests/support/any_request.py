@@ -1,4 +1,4 @@
-"""Requests that mix every legal and boundary value of every option, and what must be true of their answers."""
+"""Requests that mix legal and boundary values of every option, and the properties that their answers must have."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOAT_MIN: Final = 1.2e-38
 INT32_MAX: Final = 2**31 - 1
 ALL_TOKENS: Final = tuple(range(VOCAB_SIZE))
 
-# None: the field is absent. Wherever a value is common, it is there more than once.
+# None: the field is absent. A common value is in its list more than once.
 SAMPLING: Final[dict[str, Sequence[Any]]] = {
     "temperature": (None, 0.0, 0.0, 0.0, FLOAT_MIN, 0.7, 1.0, 100.0),
     "top_k": (None, None, -1, 0, 1, 2, VOCAB_SIZE - 1, VOCAB_SIZE, INT32_MAX),
@@ -65,7 +65,7 @@ class AnyRequest:
     """A request.
 
     Attributes:
-        submit: As it is sent.
+        submit: The request as it is sent.
         most: Output tokens, resumed ones included, at which it ends.
         stops: Ids that end it.
     """
@@ -106,7 +106,7 @@ def make_request(rng: random.Random, slot: int) -> AnyRequest:
 
 
 def check(request: AnyRequest, outcome: Outcome) -> None:
-    """Assert that an answer is what was asked for.
+    """Assert that an answer is what the request asked for.
 
     Raises:
         AssertionError: If it is not.
@@ -122,7 +122,7 @@ def check(request: AnyRequest, outcome: Outcome) -> None:
 
 
 def _may_fail(request: AnyRequest, error: LoraplexError) -> bool:
-    """Tell whether what was asked for can end so: its time was over, or it forbade every token itself."""
+    """Tell whether a request can end so: its time was over, or it banned every token itself."""
     submit = request.submit
     allowed = submit.sampling.allowed_token_ids
     is_impossible = bool(allowed) and set(allowed) <= request.stops and submit.stopping.min_new_tokens > 0

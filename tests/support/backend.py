@@ -1,4 +1,4 @@
-"""Which compute backend the engines of whole-stack tests run on: `LORAPLEX_TEST_BACKEND`, ``cpu`` (default) or ``cuda``.
+"""The compute backend of the engines in whole-stack tests: `LORAPLEX_TEST_BACKEND`, ``cpu`` (default) or ``cuda``.
 
 Both compute in fp32, so one set of expectations serves both. Our kernels want heads of 64 and pages of a whole tile, so
 on ``cuda`` every width of the tiny model, and with it every adapter, page, pool and arena, is `SCALE` times as large:

@@ -35,7 +35,7 @@ CORPUS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TinyBase:
-    """What a tiny base model looks like; the defaults make a two-layer Llama with grouped-query attention.
+    """The shape of a tiny base model; the defaults make a two-layer Llama with grouped-query attention.
 
     Attributes:
         rope_scaling: As in config.json, e.g. the ``llama3`` rule; None for plain RoPE.
@@ -44,7 +44,7 @@ class TinyBase:
             largest, so greedy choices are far from ties (docs/testing.md).
         successor_logit: Logit that a token's embedding, undisturbed by the layers, gives to one successor of its own; 0
             for none. Comparisons in bf16 need it (ADR 12).
-        num_shards: Files the weights are spread over; more than one writes an index too.
+        num_shards: Number of weight files; more than one also writes an index.
     """
 
     architecture: Architecture = "llama"

@@ -1,4 +1,4 @@
-"""A certificate authority for tests: everything it issues is made on the fly and lies in the test's own folder."""
+"""A certificate authority for tests: everything it issues is made during the test and is in the test's own folder."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Issued:
 
 
 class TestAuthority:
-    """An authority of its own.
+    """A certificate authority.
 
     Args:
-        folder: Gets its certificate and all that it issues.
-        name: Two of one name sign what the other did not.
+        folder: Gets its certificate and all certificates that it issues.
+        name: Name of the authority; two authorities of one name do not accept each other's certificates.
     """
 
     __test__ = False
@@ -82,7 +82,7 @@ class TestAuthority:
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """Replace a file at once, as whoever rotates credentials should."""
+    """Replace a file in one step, as a program that rotates credentials should."""
     new = path.with_name(f".{path.name}.new")
     new.write_bytes(data.encode() if isinstance(data, str) else data)
     os.replace(new, path)

@@ -1,4 +1,4 @@
-"""``loraplex ARGUMENTS`` in this process, against doubles of the servers; as pytest fixtures."""
+"""Runs ``loraplex ARGUMENTS`` in this process, against doubles of the servers; as pytest fixtures."""
 
 from __future__ import annotations
 

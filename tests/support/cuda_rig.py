@@ -66,7 +66,7 @@ BASES = {  # with KV pages of at least a tile, 32 KiB, in bf16
     ),
 }
 PLAIN_BASES = {name: replace(base, successor_logit=50.0) for name, base in BASES.items()}
-"""The same with a next token that is plain at nineteen positions of twenty, for comparisons in bf16 (ADR 12)."""
+"""The same bases, with a clear next token at nineteen of twenty positions, for comparisons in bf16 (ADR 12)."""
 RECIPES = (
     Recipe(rank=8, seed=1, strength=0.3),
     Recipe(rank=16, targets=("q_proj", "v_proj"), seed=2, strength=0.3),
@@ -208,7 +208,7 @@ def largest_logit(entry: TokenLogprobs) -> float:
 
 
 def gap_and_limit(dtype: str, entry: TokenLogprobs) -> tuple[float, float]:
-    """Return by how much the best logit leads the second, and below what lead another choice counts as a tie."""
+    """Return the lead of the best logit over the second, and the lead below which another choice counts as a tie."""
     ulp = 2.0 ** (np.floor(np.log2(largest_logit(entry))) - 7)
     return float(entry.logprobs[1] - entry.logprobs[2]), TIE_GAP_FP32 if dtype == "float32" else TIE_ULPS_BF16 * ulp
 
@@ -229,7 +229,7 @@ class Agreement:
         self.positions += 1
         gap, limit = gap_and_limit(self.dtype, oracle)
         self.gaps.append(gap / largest_logit(oracle))
-        choice = int(oracle.token_ids[0])  # drawn greedily; where the best two are equal, not always the first listed
+        choice = int(oracle.token_ids[0])  # drawn greedily; not always the first listed if the best two are equal
         if token == choice:
             return
         note = f"{what}: drew {token}, oracle {choice}, gap {gap:.2e}, limit {limit:.2e}"
@@ -245,7 +245,7 @@ class Agreement:
         """Assert agreement; ties are shown.
 
         Args:
-            min_ties: Ties that are let pass whatever their share, where positions are too few for one to be rare.
+            min_ties: Ties that are accepted whatever their share, for too few positions to make one rare.
         """
         for tie in self.ties:
             print("tie", tie)

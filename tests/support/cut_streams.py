@@ -1,4 +1,4 @@
-"""Streams that are cut, and what their clients send to go on with them."""
+"""Streams that break off, and the requests with which their clients resume them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def long_text(**fields: Any) -> gateway_pb2.GenerateRequest:
 
 @dataclass
 class Cut:
-    """A request, and what had come of it when its stream broke."""
+    """A request, and the part of its stream that came before it broke off."""
 
     request: gateway_pb2.GenerateRequest
     responses: list[gateway_pb2.GenerateResponse]
@@ -47,7 +47,7 @@ class Cut:
         return "".join(response.chunk.text for response in self.responses)
 
     def resumed(self, **changes: Any) -> gateway_pb2.GenerateRequest:
-        """Return the request that goes on; `changes` are of it, or of its `resume`."""
+        """Return the request that resumes it; `changes` are applied to it, or to its `resume`."""
         request, resume = gateway_pb2.GenerateRequest(), gateway_pb2.Resume()
         request.CopyFrom(self.request)
         resume.resume_token = self.started.resume_token
@@ -75,7 +75,7 @@ async def read_up_to(call: Any, request: gateway_pb2.GenerateRequest, num_tokens
 
 
 async def cut(rig: Rig, request: gateway_pb2.GenerateRequest, *, at: int = CUT) -> Cut:
-    """Read a stream up to a position in the output, then lose it."""
+    """Read a stream up to a position in the output, then break it off."""
     for engine in rig.engines:
         engine.hold_at = at
     call = rig.stub.Generate(request)
@@ -88,7 +88,7 @@ async def cut(rig: Rig, request: gateway_pb2.GenerateRequest, *, at: int = CUT) 
 
 
 async def rest_of(call: Any) -> list[gateway_pb2.GenerateResponse]:
-    """Read a stream to its end, also one that has been read in part."""
+    """Read a stream to its end; it may have been read in part before."""
     responses = []
     while (response := await call.read()) is not grpc.aio.EOF:
         responses.append(response)
@@ -108,7 +108,7 @@ async def refusal(rig: Rig, request: gateway_pb2.GenerateRequest, **options: Any
 
 @asynccontextmanager
 async def another_gateway(valkey_url: str, **options: Any) -> AsyncIterator[Rig]:
-    """Run a gateway without engines of its own: it finds those that the first one's rig has registered."""
+    """Run a gateway without engines of its own; it finds the engines that the first gateway's rig has registered."""
     async with running_gateway(valkey_url, num_engines=0, **options) as rig:
         await eventually(lambda: any(link.is_candidate for link in rig.app.pool.links))
         yield rig

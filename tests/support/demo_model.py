@@ -1,4 +1,4 @@
-"""The demo's real base model, converted once per machine, or where `LORAPLEX_DEMO_MODEL_DIR` says."""
+"""The demo's real base model, converted once per machine, or the one that `LORAPLEX_DEMO_MODEL_DIR` names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def find_demo_model() -> Path:
     Workers of a parallel run take turns behind a file lock: one converts, the others find it done.
 
     Raises:
-        FetchError: If it is not there and cannot be fetched.
+        FetchError: If it is not cached and cannot be fetched.
     """
     if directory := os.environ.get("LORAPLEX_DEMO_MODEL_DIR"):
         return Path(directory)
@@ -41,7 +41,7 @@ def smollm2_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_dir_if_there() -> Path:
-    """SmolLM2-135M-Instruct; skips on machines that neither have it nor can fetch it, as GPU machines may be."""
+    """SmolLM2-135M-Instruct; skips on machines that neither have it nor can fetch it, which GPU machines may be."""
     try:
         return find_demo_model()
     except FetchError as error:

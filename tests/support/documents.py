@@ -1,4 +1,4 @@
-"""The commands and programs in our documents: found, and checked against what there is without running them."""
+"""The commands and programs in our documents, checked against the code without running them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Snippet:
     """A command, or a Python program.
 
     Attributes:
-        where: File and line, for people.
+        where: File and line, for people to read.
         kind: ``shell``, ``python`` or ``inline`` (a command named in running text).
     """
 
@@ -56,7 +56,7 @@ def fences(path: Path) -> list[tuple[int, str, str]]:
 
 
 def snippets(path: Path) -> list[Snippet]:
-    """Return what a document says to run, in order; of a Python example, the commands of its docstring."""
+    """Return what a document says to run, in order; for a Python example, the commands of its docstring."""
     relative = path.relative_to(ROOT)
     if path.suffix == ".py":
         lines = path.read_text().split('"""')[1].splitlines()
@@ -84,7 +84,7 @@ def _without_comment(line: str) -> str:
 
 
 def problem_with(command: str) -> str | None:
-    """Return what is wrong with a command, as far as that shows without running it."""
+    """Return what is wrong with a command, as far as that can be told without running it."""
     words = shlex.split(command)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]

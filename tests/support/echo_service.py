@@ -1,4 +1,4 @@
-"""A gRPC service with one RPC of each shape behind our server, whose behaviour a test chooses, and its client."""
+"""A gRPC service with one RPC of each shape behind our server; tests choose its behaviour. Also its client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine and an adapter store that are only protocol: for gateway tests that need slow, dying or flooding peers.
+"""An engine and an adapter store with only the protocol: for gateway tests that need slow, dying or flooding peers.
 
 `EngineDouble` speaks `EngineService.Session` over real gRPC, registers in a real Valkey, and draws its tokens from a
 function of the request, so that two doubles agree on how an output goes on. End-to-end tests use the real engine.
@@ -48,13 +48,13 @@ class EngineDouble:
         base: The base model it pretends to serve.
         reply: The whole output of a request, from its first token.
         refuse: If set, every request ends with this error instead.
-        tokens_per_message: How much one message carries for each request.
+        tokens_per_message: Tokens of each request in one message.
         hold_at: Requests stop at this position until `release` is called; None never holds.
-        resident: Digests said to be on the device.
+        resident: Digests that it reports as on the device.
         loading_first: Report a load in progress before every start.
-        poison: A request of so many prompt tokens ends the session that carries it, before any token.
+        poison: A request of that many prompt tokens ends the session that carries it, before any token.
         gives_up_at: Position -> the error with which a request ends there, in the message of the token before it.
-        is_silent: Say nothing any more and keep the connection, as a process does that is stopped.
+        is_silent: Send nothing any more but keep the connection, as a stopped process does.
         finish: Reason of the end after the reply's last token; a reply that ends in a stop token says so.
     """
 
@@ -100,7 +100,7 @@ class EngineDouble:
         await valkey.zrem(ENGINES_KEY, self.engine_id)
 
     def record(self) -> EngineRecord:
-        """Return what the registry holds."""
+        """Return its record in the registry."""
         return EngineRecord(
             engine_id=self.engine_id,
             target=f"127.0.0.1:{self.port}",
@@ -265,8 +265,8 @@ class _EngineServicer(engine_pb2_grpc.EngineServiceServicer):
 
 
 def servicer_of(engine: EngineDouble) -> engine_pb2_grpc.EngineServiceServicer:
-    """Return what a server of one's own can add, for a double behind TLS and keys."""
-    return _EngineServicer(engine)  # type: ignore[abstract]  # it serves sessions alone
+    """Return its servicer for a test's own server, for a double behind TLS and keys."""
+    return _EngineServicer(engine)  # type: ignore[abstract]  # it only serves sessions
 
 
 class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer):

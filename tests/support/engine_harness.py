@@ -52,7 +52,7 @@ NO_GROWTH = SchedulingPolicy(growth_quantile=0.0)
 
 @dataclass
 class Generation:
-    """What became of one request."""
+    """The outcome of one request."""
 
     session_slot: int
     tokens: list[int] = field(default_factory=list)
@@ -68,7 +68,7 @@ class EngineHarness:
 
     Attributes:
         images: digest -> (spec, image) that the "store" has; other digests are refused with AdapterNotFoundError.
-        crashes: What killed the loop, if anything did.
+        crashes: Errors that ended the loop.
     """
 
     engine: Engine
@@ -89,7 +89,7 @@ class EngineHarness:
         self.images[spec.digest] = (spec, pack(self.engine.geometry, spec, tensors))
 
     def add_image(self, digest: str) -> None:
-        """Put a store's image into the arena now, as an unsolicited push."""
+        """Put an image of the store into the arena now, as an unsolicited push."""
         spec, image = self.images[digest]
         slots = self.engine.grant_slots(digest, len(image), is_wanted=False).result(WAIT_S)
         assert slots is not None, "the arena is full"
@@ -131,7 +131,7 @@ class EngineHarness:
         """Read the session until all of these have ended.
 
         Raises:
-            TimeoutError: If they have not in time.
+            TimeoutError: If they have not ended in time.
         """
         self.wait_until(lambda: all(generation.end is not None for generation in generations), timeout_s)
         return list(generations)
@@ -140,7 +140,7 @@ class EngineHarness:
         """Read the session until a condition holds.
 
         Raises:
-            TimeoutError: If it does not in time.
+            TimeoutError: If it does not hold in time.
         """
         deadline_s = time.monotonic() + timeout_s
         while not is_done():
@@ -162,7 +162,7 @@ class EngineHarness:
         return [generation.tokens for generation in done]
 
     def take(self, outputs: StepOutputs) -> None:
-        """Sort news to the requests."""
+        """Pass outputs on to their requests."""
         for slot, position, token_id in zip(
             outputs.token_slots.tolist(), outputs.token_positions.tolist(), outputs.token_ids.tolist(), strict=True
         ):
@@ -275,7 +275,7 @@ def fake_engine(
 
 
 def add_fake_adapter(harness: EngineHarness, digest: str, num_pages: int = 1) -> None:
-    """Let the store have an image for a `FakeRunner`."""
+    """Give the store an image for a `FakeRunner`."""
     harness.images[digest] = (fake_spec(digest), fake_image(digest, num_pages, FAKE_PAGE_BYTES))
 
 

@@ -1,4 +1,4 @@
-"""A gateway's end of an engine session, for tests that speak to an engine directly."""
+"""A gateway's end of an engine session, for tests that connect to an engine directly."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ FinishReason = gateway_pb2.FinishReason
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one request so far.
+    """The outcome of one request so far.
 
     Attributes:
         first_sequence: Position of the first token that arrived.
-        error: Its status, if it failed.
+        error: Status of the request, if it failed.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Outcome:
 
     @property
     def failure(self) -> LoraplexError:
-        """The error it ended with."""
+        """The error that the request ended with."""
         assert self.error is not None, f"did not fail: {self}"
         return from_status(self.error)
 
@@ -73,7 +73,7 @@ class EngineSessionClient:
     """A session; use it as an async context manager.
 
     Attributes:
-        outcomes: By slot.
+        outcomes: Outcomes by slot.
         resident: Digests on the device, kept up to date from the deltas.
         loads: All load reports so far.
     """
@@ -108,7 +108,7 @@ class EngineSessionClient:
 
     async def send(self, request: engine_pb2.SessionRequest) -> None:
         """Write a raw message."""
-        async with self._write_lock:  # grpc.aio breaks a call that is written to twice at a time
+        async with self._write_lock:  # grpc.aio breaks a call with two concurrent writes
             await self._call.write(request)
 
     async def submit(self, slot: int, prompt: Sequence[int], max_new_tokens: int = 8, **fields: Any) -> Outcome:
@@ -142,7 +142,7 @@ class EngineSessionClient:
         return outcome.failure
 
     async def close_input(self) -> None:
-        """Say that no more requests come."""
+        """Close the input: no more requests come."""
         await self._call.done_writing()
 
     async def _end_of(self, outcome: Outcome, timeout_s: float) -> None:

@@ -1,8 +1,9 @@
-"""A model runner that computes a hash, and the scheduler's oracle: it checks every plan against what it was told before.
+"""A model runner that computes a hash, and the scheduler's oracle: it checks every plan against the plans before it.
 
-A sequence's next token is a hash of its tokens, its adapter, its seed and the position, read back from the "pool" through
-the plan's block tables: whatever the scheduler mixes up, a page, an adapter, an input, changes a token or raises. A page
-may be in several rows, but then all of them only read it, and all have the adapter and the scale it was written with.
+A sequence's next token is a hash of its tokens, its adapter, its seed and the position, read back from the "pool"
+through the plan's block tables. So if the scheduler mixes up a page, an adapter or an input, a token changes or the
+runner raises. A page may be in several rows, but then all rows only read it, and all have the adapter and the scale it
+was written with.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class FakeStep:
 
 @dataclass
 class FakeAdapter:
-    """An image in the pool; `is_done` once the runner's `finish_load` copied it."""
+    """An image in the pool; `is_done` once `finish_load` of the runner has copied it."""
 
     spec: AdapterSpec
     pages: NDArray[np.int32]
@@ -116,7 +117,7 @@ class FakeAdapter:
 
 @dataclass
 class _Slot:
-    """What the runner knows of a slot's occupant."""
+    """The runner's state of a slot's occupant."""
 
     occupant: int
     num_computed: int = 0
@@ -290,7 +291,7 @@ class FakeRunner:
                     require(goes_on or both_read, f"page {page} is reused while a step reads it")
 
     def _uses(self, plan: StepPlan) -> list[tuple[int, int, bool]]:
-        """Return (page, slot, whether the step only reads it) of all pages of a plan."""
+        """Return (page, slot, whether the step only reads it) for all pages of a plan."""
         uses = []
         for slot, start, table in zip(plan.slots.tolist(), plan.starts.tolist(), plan.block_tables, strict=True):
             for block, page in enumerate(table[table >= 0].tolist()):
@@ -340,7 +341,7 @@ class FakeRunner:
         step.result = self._sample(step, sequences)
 
     def _identity(self, step: FakeStep, row: int) -> int:
-        """Return a number for the adapter and scale of a row: what its keys and values depend on besides tokens."""
+        """Return a number for the adapter and scale of a row, on which its keys and values depend besides tokens."""
         index = int(step.plan.adapters[row])
         is_base = index == NO_ADAPTER
         scale = 1.0 if is_base else float(step.plan.adapter_scales[row])
@@ -390,7 +391,7 @@ class FakeRunner:
         return state.setup if state.occupant == step.occupants[row] else None
 
     def _prompt_logprobs(self, step: FakeStep) -> dict[int, list[TokenLogprobs]]:
-        """One entry per input token of a prefill but the sequence's first, named after its position."""
+        """Return one entry per input token of a prefill except the sequence's first, named after its position."""
         entries: dict[int, list[TokenLogprobs]] = {}
         for row, slot in enumerate(step.plan.slots.tolist()):
             setup = self._setups_of(step, row)

@@ -1,5 +1,5 @@
 # ruff: noqa: N802 -- RPC names are CamelCase
-"""A gateway and an adapter store that answer from a script: for tests of those who call them."""
+"""A scripted gateway and a scripted adapter store, for tests of their clients."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def fail(context: grpc.ServicerContext, error: LoraplexError) -> Any:
 
 
 class GatewayDouble(gateway_pb2_grpc.GatewayServiceServicer):
-    """Plays `script` and remembers what was asked; raises `failures` first, one per call."""
+    """Plays `script` and records the requests; raises `failures` first, one per call."""
 
     def __init__(self) -> None:
         self.script: Script = hello_world
@@ -144,14 +144,14 @@ class GatewayDouble(gateway_pb2_grpc.GatewayServiceServicer):
 
     def _on_end(self, context: Any) -> Callable[[], None]:
         def on_end() -> None:
-            if context.code() is None:  # ended by the caller, not by us
+            if context.code() is None:  # ended by the caller, not by this double
                 self.cancelled.set()
 
         return on_end
 
 
 class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer, operations_pb2_grpc.OperationsServicer):  # type: ignore[misc]
-    """Keeps names in a dict; an import is an Operation that is done at the third look."""
+    """Keeps names in a dict; an import is an Operation that is done when it is read for the third time."""
 
     def __init__(self) -> None:
         self.adapters: dict[str, adapter_pb2.Adapter] = {}

@@ -1,6 +1,6 @@
-"""Streams of every kind over two gateways while gateways are killed: each must end as one that nobody disturbed.
+"""Streams of every kind over two gateways while gateways are killed: each must end as an undisturbed stream does.
 
-``python -m support.gateway_kills --rounds 100`` runs as many rounds as one likes; the test suite runs a few.
+``python -m support.gateway_kills --rounds 100`` runs any number of rounds; the test suite runs a few.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FLAGS = StackFlags(gateway=("--drain-grace-s", "0.2"))
 
 @dataclass
 class Answer:
-    """What a stream said, but for times and caches."""
+    """The content of a stream, without times and caches."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Answer:
 
 @dataclass
 class Tally:
-    """What came of a campaign."""
+    """The results of a campaign."""
 
     num_streams: int = 0
     num_resumes: int = 0
@@ -86,7 +86,7 @@ def make_kind(rng: random.Random, adapters: list[str]) -> dict[str, Any]:
 
 
 class Campaign:
-    """One stack with two gateways, and streams that are compared with what they said undisturbed."""
+    """One stack with two gateways, and streams that are compared with their undisturbed answers."""
 
     def __init__(self, stack: Stack, rng: random.Random, tally: Tally) -> None:
         self._stack = stack
@@ -102,7 +102,7 @@ class Campaign:
         return AsyncClient([gateway.grpc for gateway in self.gateways], store_target=self._stack.store.grpc)
 
     async def run(self, num_rounds: int, *, gently: bool) -> None:
-        """Kill a gateway in each round, or ask it to go, while streams run; start it again where it was."""
+        """In each round, kill a gateway or ask it to end while streams run, and start it again on its ports."""
         adapters = sorted(import_all(self._stack))
         async with self.client() as client:
             self._kinds = [make_kind(self._rng, adapters) for _ in range(NUM_KINDS)]
@@ -116,7 +116,7 @@ class Campaign:
                 await asyncio.gather(*readers)
 
     async def answer(self, client: AsyncClient, kind: dict[str, Any]) -> Answer:
-        """Return what a request says."""
+        """Return the answer to a request."""
         answer, last_at = Answer(), time.monotonic()
         stream = client.generate(**kind, timeout=120)
         pause_s = 0.0
@@ -145,7 +145,7 @@ class Campaign:
     async def _lose(self, index: int, *, gently: bool) -> None:
         """End a gateway that has streams and start it again."""
         lost: ServiceProcess = self.gateways[index]
-        await asyncio.sleep(self._rng.uniform(0.05, 0.4))  # anywhere in the streams
+        await asyncio.sleep(self._rng.uniform(0.05, 0.4))  # at any point of the streams
         if gently:
             assert await asyncio.to_thread(lost.stop) == 0
         else:
@@ -157,7 +157,7 @@ class Campaign:
 
 
 async def run_campaign(directory: Path, *, num_rounds: int, seed: int, gently: bool) -> Tally:
-    """Run rounds over a stack of its own; what was wrong is in the tally."""
+    """Run rounds over a stack of their own; the tally has what was wrong."""
     tally = Tally()
     with running_stack(directory, *write_tiny_world(directory), FLAGS) as stack:
         stack.start_engine()

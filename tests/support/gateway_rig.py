@@ -41,14 +41,14 @@ def model_directory() -> Path:
 
 
 def letters(submit: engine_pb2.Submit) -> Sequence[int]:
-    """Return an output that depends on the prompt alone: printable byte tokens, counting up from its length."""
+    """Return an output that depends only on the prompt: printable byte tokens, counting up from its length."""
     first = len(submit.prompt_token_ids)
     return [10 + (first + n) % 60 for n in range(submit.stopping.max_new_tokens)]
 
 
 @dataclass(kw_only=True)
 class Rig:
-    """What a test gets hold of."""
+    """The objects that a test uses."""
 
     app: GatewayApp
     engines: list[EngineDouble]
@@ -77,7 +77,7 @@ class Rig:
         return self.engines[0]
 
     def check_idle(self) -> None:
-        """Raise unless nothing is left of any request."""
+        """Raise if anything of a request is left."""
         self.app.pool.check_integrity()
         self.app.admission.check_integrity()
         assert self.app.admission.num_running == self.app.admission.num_waiting == 0
@@ -86,7 +86,7 @@ class Rig:
 
 
 def make_config(valkey_url: str, **overrides: Any) -> GatewayConfig:
-    """Return a configuration for tests: free ports, no waiting on the way down."""
+    """Return a configuration for tests: free ports, and no waiting at the end."""
     defaults: dict[str, Any] = {
         "model": (model_directory(),),
         "redis_url": valkey_url,
@@ -134,7 +134,7 @@ async def running_gateway(
     finally:
         await app.close()
         for engine in engines:
-            with suppress(LoraplexError):  # some tests end Valkey
+            with suppress(LoraplexError):  # some tests stop Valkey
                 await engine.unregister(client)
             await engine.kill()
         await store.kill()

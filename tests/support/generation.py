@@ -1,4 +1,4 @@
-"""Greedy generation through a gateway, and a neighbour whose tokens tell whether anything disturbed it."""
+"""Greedy generation through a gateway, and a neighbour whose tokens show whether anything disturbed it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Neighbour:
 
     @asynccontextmanager
     async def undisturbed(self, client: AsyncClient) -> AsyncIterator[None]:
-        """Run it beside the block, and check that it gives what it gave alone."""
+        """Run it beside the block, and check that it gives the same tokens as alone."""
         self._alone = self._alone or await greedy(client, self._adapter, self._max_new_tokens)
         beside = asyncio.create_task(greedy(client, self._adapter, self._max_new_tokens))
         try:

@@ -1,4 +1,4 @@
-"""``python -m support.hanging_engine FILE ...``: the engine with a device that hangs for as long as there is such a file."""
+"""``python -m support.hanging_engine FILE ...``: the engine with a device that hangs as long as the file exists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOOK_S: Final = 0.02
 
 
 def hang_while_there_is(file: Path) -> None:
-    """Have every step wait until the file is gone."""
+    """Make every step wait until the file is gone."""
     launch = TorchRunner.launch
 
     def hanging_launch(runner: TorchRunner, plan: StepPlan) -> TorchStepHandle:

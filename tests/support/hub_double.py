@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback: as much of its HTTP API as `huggingface_hub` needs to download a snapshot."""
+"""A Hugging Face hub on loopback, with the part of its HTTP API that `huggingface_hub` needs to download a snapshot."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class HubDouble:
 
     Attributes:
         files: Path -> content.
-        token: If set, requests must bring it.
-        requests: Paths asked for, in order.
-        num_sent: Bytes of bodies that clients have taken.
+        token: If set, requests must carry it.
+        requests: Requested paths, in order.
+        num_sent: Bytes of bodies that clients have read.
     """
 
     def __init__(self, repo: str, commit: str, files: dict[str, bytes], token: str | None = None) -> None:
@@ -34,7 +34,7 @@ class HubDouble:
         self.num_sent = 0
 
     def parts(self, path: str) -> Iterator[bytes] | None:
-        """Return what is sent of a path in chunks, its length not announced; None for what `answer` says."""
+        """Return a path's body in chunks, sent without its length; None to use `answer`."""
         return None
 
     def answer(self, path: str, authorization: str | None) -> tuple[int, dict[str, str], bytes]:
@@ -94,18 +94,18 @@ def running_hub(hub: HubDouble) -> Iterator[HubDouble]:
             for name, value in (length | headers).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.close_connection = "Content-Length" in headers  # one that may be a lie
+            self.close_connection = "Content-Length" in headers  # the length may be wrong
             try:
                 for part in (parts or [body]) if with_body else ():
                     self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if parts else part)
                     hub.num_sent += len(part)
                 if parts and with_body:
                     self.wfile.write(b"0\r\n\r\n")
-            except ConnectionError:  # the client's doing, or ours
+            except ConnectionError:  # caused by the client, or by this double
                 self.close_connection = True
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, name="hub", daemon=True)

@@ -47,14 +47,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]
 
 @pytest.fixture
 async def session(engine: ServiceProcess) -> AsyncIterator[EngineSessionClient]:
-    """A session with it."""
+    """A session with the engine."""
     async with EngineSessionClient(engine.grpc) as client:
         yield client
 
 
 @pytest.fixture
 async def stub(engine: ServiceProcess) -> AsyncIterator[engine_pb2_grpc.EngineServiceAsyncStub]:
-    """A stub for its other calls."""
+    """A stub for the engine's other calls."""
     async with open_channel(engine.grpc) as channel:
         yield engine_pb2_grpc.EngineServiceStub(channel)
 

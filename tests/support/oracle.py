@@ -76,7 +76,7 @@ class Oracle:
 
 @dataclass(slots=True)
 class Comparison:
-    """Tallies choices and errors over many positions."""
+    """Counts choices and errors over many positions."""
 
     positions: int = 0
     ties: list[str] = field(default_factory=list)

@@ -69,7 +69,7 @@ class Sequence_:  # noqa: N801
 
     Attributes:
         forced: If not empty, tokens fed instead of the drawn ones (teacher forcing).
-        chunks: Lengths of the prefill's chunks; the rest of the prompt is one more.
+        chunks: Lengths of the prefill's chunks; the rest of the prompt is one more chunk.
         drawn: Tokens sampled so far.
         computed: Tokens in the pool.
     """
@@ -105,7 +105,7 @@ class Sequence_:  # noqa: N801
 
 
 class Harness:
-    """Runs sequences on a runner; pages come off one list, shuffled so that no order is taken for granted."""
+    """Runs sequences on a runner; pages come off one list, shuffled so that no test relies on their order."""
 
     def __init__(self, runner: ModelRunner, geometry: PoolGeometry, num_pages: int, *, seed: int = 0) -> None:
         self.runner = runner
@@ -116,7 +116,7 @@ class Harness:
         self._step_id = 0
 
     def add(self, prompt: Iterable[int], **fields: object) -> Sequence_:
-        """Make a sequence in a slot of its own."""
+        """Make a sequence in a new slot."""
         sequence = Sequence_(slot=self._num_slots, prompt=[int(token) for token in prompt], **fields)  # type: ignore[arg-type]
         self._num_slots += 1
         if sequence.setup is not None:
@@ -175,7 +175,7 @@ class Harness:
 
     @staticmethod
     def absorb(sequences: Iterable[Sequence_], result: StepResult) -> None:
-        """Hand a result's tokens to their sequences."""
+        """Pass a result's tokens on to their sequences."""
         by_slot = {sequence.slot: sequence for sequence in sequences}
         for row, (slot, token) in enumerate(zip(result.slots.tolist(), result.token_ids.tolist(), strict=True)):
             by_slot[slot].drawn.append(token)
@@ -187,13 +187,13 @@ class Harness:
             by_slot[slot].failure = error.message
 
     def step(self, sequences: Sequence[Sequence_]) -> StepResult:
-        """Run one step and absorb it."""
+        """Run one step and absorb its result."""
         result = self.runner.launch(self.plan(sequences)).wait()
         self.absorb(sequences, result)
         return result
 
     def generate(self, sequences: Sequence[Sequence_], num_tokens: int, *, eos: int | None = None) -> list[list[int]]:
-        """Step until every sequence drew ``num_tokens`` or ``eos``; return what each drew."""
+        """Step until every sequence drew ``num_tokens`` or ``eos``; return the tokens of each."""
         running = list(sequences)
         while running:
             self.step(running)
@@ -201,7 +201,7 @@ class Harness:
         return [sequence.drawn for sequence in sequences]
 
     def release(self, sequences: Iterable[Sequence_]) -> None:
-        """Give pages of finished sequences back."""
+        """Take the pages of finished sequences back."""
         for sequence in sequences:
             self.free.extend(sequence.pages)
             sequence.pages.clear()

@@ -1,4 +1,4 @@
-"""Our services as child processes: started for real, asked where they listen, ended or killed."""
+"""Our services as child processes: started for real, asked for their addresses, stopped or killed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class ServiceProcess:
     """One ``python -m MODULE`` and the addresses of its ready line.
 
     Args:
-        module: E.g. ``loraplex_engine``.
+        module: The module, e.g. ``loraplex_engine``.
         arguments: Command line.
-        log_dir: Gets ``MODULE-N.log`` with what the process writes to stderr.
-        environment: Variables besides ours.
+        log_dir: Gets ``MODULE-N.log`` with the process's stderr.
+        environment: Variables in addition to this process's.
 
     Attributes:
-        addresses: ``grpc``, ``metrics`` and of a gateway ``http`` -> ``host:port``.
+        addresses: ``grpc``, ``metrics`` and for a gateway ``http`` -> ``host:port``.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class ServiceProcess:
         return self.addresses["grpc"]
 
     def wait_ready(self) -> ServiceProcess:
-        """Return once the process says that it is ready.
+        """Return once the process reports that it is ready.
 
         Raises:
-            AssertionError: If it ends or says nothing; the message has its log.
+            AssertionError: If it ends or reports nothing; the message has its log.
         """
         try:
             line = self._lines.get(timeout=READY_TIMEOUT_S)
@@ -83,7 +83,7 @@ class ServiceProcess:
         return self
 
     def stop(self) -> int:
-        """Ask it to end with SIGTERM and return the exit status."""
+        """Send SIGTERM and return the exit status."""
         self._process.send_signal(signal.SIGTERM)
         try:
             return self.wait()
@@ -92,7 +92,7 @@ class ServiceProcess:
             raise AssertionError(f"{self.log_path.stem} ignores SIGTERM\n{self.log()}") from None
 
     def kill(self) -> None:
-        """End it at once, as a crash would."""
+        """End the process at once, as a crash would."""
         self._process.kill()
         self.wait()
 
@@ -105,18 +105,18 @@ class ServiceProcess:
         return status
 
     def log(self) -> str:
-        """Return what it wrote to stderr."""
+        """Return the process's stderr."""
         return self.log_path.read_text(errors="replace")
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._lines.put(line.decode().rstrip("\n"))
-        self._lines.put("")  # it has ended
+        self._lines.put("")  # the process has ended
 
 
 def _without_secrets(module: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Move the URL of Valkey into the environment: that of a test's own has the password, which no command line takes."""
+    """Move the URL of Valkey to the environment: a test's own URL has the password, which no command line takes."""
     words = list(arguments)
     if "--redis-url" not in words:
         return words, {}
@@ -125,5 +125,5 @@ def _without_secrets(module: str, arguments: Sequence[str]) -> tuple[list[str], 
     del words[at : at + 2]
     service = (
         module if module.startswith("loraplex_") else "loraplex_engine"
-    )  # what is not a service itself wraps an engine
+    )  # a module that is not a service wraps an engine
     return words, {f"{service.upper()}_REDIS_URL": url}

@@ -60,7 +60,7 @@ class Prometheus:
         """Return the series of an expression once there are any.
 
         Raises:
-            AssertionError: If none comes.
+            AssertionError: If none comes in time.
         """
         deadline = time.monotonic() + QUERY_TIMEOUT_S
         while not (found := self.query(expression)):
@@ -69,7 +69,7 @@ class Prometheus:
         return found
 
     def targets(self) -> list[dict[str, Any]]:
-        """Return what is scraped, with the last error of each."""
+        """Return the scraped targets, with the last error of each."""
         return list(self._get("targets")["activeTargets"])
 
     def _get(self, path: str, **parameters: str) -> Any:

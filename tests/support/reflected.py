@@ -18,7 +18,7 @@ async def list_services(channel: grpc.aio.Channel, version: str) -> set[str]:
 
 
 async def files_of(channel: grpc.aio.Channel, version: str, service: str) -> list[FileDescriptorProto]:
-    """Return what describes a service: its file and all that it imports, as a tool needs them."""
+    """Return the files that describe a service: its own and all that it imports, as a tool needs them."""
     first = await _ask(channel, version, file_containing_symbol=service)
     files = {file.name: file for file in _files(first)}
     while missing := {name for file in files.values() for name in file.dependency} - set(files):

@@ -1,7 +1,7 @@
-"""Random requests of every kind against one engine over a real session, while strangers' streams are checked.
+"""Random requests of every kind against one engine over a real session, while other requests' streams are checked.
 
-``python -m support.request_campaign --requests 100000`` (``make campaign``) runs as many as one likes and writes what came
-of it; the test suite runs some.
+``python -m support.request_campaign --requests 100000`` (``make campaign``) runs any number of requests and writes the
+results; the test suite runs some.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ STRANGERS: tuple[dict[str, Any], ...] = (
 
 @dataclass
 class Tally:
-    """What came of a campaign.
+    """The results of a campaign.
 
     Attributes:
         wrong: What went wrong, at most once per request.
-        ends: How requests ended: finish reason or class of error -> how many.
-        num_strangers: Strangers' streams that were compared with their tokens alone.
-        num_preemptions: How often a running request gave way.
+        ends: Finish reason or class of error -> how many requests ended so.
+        num_strangers: Streams of other requests that were compared with their tokens when run alone.
+        num_preemptions: How often a running request was preempted.
     """
 
     seed: int
@@ -95,17 +95,17 @@ class Tally:
 
 
 class Campaign:
-    """One session with one engine, and who uses it."""
+    """One session with one engine, and the requests that use it."""
 
     def __init__(self, client: EngineSessionClient, tally: Tally, num_requests: int) -> None:
         self._client = client
         self._tally = tally
         self._rng = random.Random(tally.seed)
         self._num_left = num_requests
-        self._free = list(range(NUM_AT_ONCE + len(STRANGERS)))  # slots are used again and again, as a gateway's are
+        self._free = list(range(NUM_AT_ONCE + len(STRANGERS)))  # slots are reused, as a gateway's are
 
     async def run(self) -> None:
-        """Run all requests beside the strangers."""
+        """Run all requests beside the streams that are compared."""
         alone = [await self._stranger(fields) for fields in STRANGERS]
         strangers = [
             asyncio.create_task(self._repeat(fields, tokens)) for fields, tokens in zip(STRANGERS, alone, strict=True)
@@ -179,13 +179,13 @@ async def serving(harness: EngineHarness) -> AsyncIterator[EngineSessionClient]:
 
 
 async def run_campaign(directory: Path, *, num_requests: int, seed: int, is_async: bool = False) -> Tally:
-    """Run requests; raises only if engine, session or a stream is lost, all else is in the tally.
+    """Run requests; raises only if engine, session or a stream is lost, every other fault is in the tally.
 
     Args:
         directory: Gets the base model.
-        num_requests: How many.
-        seed: Of all that is random.
-        is_async: The runner lags behind, as a GPU does, with two steps in flight.
+        num_requests: Number of requests.
+        seed: Seed of everything random.
+        is_async: Whether the runner lags behind, as a GPU does, with two steps in flight.
     """
     model = write_base_model(directory / "tiny", BASE)
     engine = torch_engine(
@@ -205,7 +205,7 @@ async def run_campaign(directory: Path, *, num_requests: int, seed: int, is_asyn
 async def run_campaign_on(
     engine: AbstractContextManager[EngineHarness], model: Path, *, num_requests: int, seed: int
 ) -> Tally:
-    """Run requests on an engine of a model that has `VOCAB_SIZE` tokens; else as `run_campaign`."""
+    """Run requests on an engine of a model with `VOCAB_SIZE` tokens; otherwise like `run_campaign`."""
     tally, began_s = Tally(seed), time.monotonic()
     with engine as harness:
         for digest, recipe in zip(ADAPTERS, RECIPES, strict=True):

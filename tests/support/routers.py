@@ -1,4 +1,4 @@
-"""How two routers read an engine's /metrics, written anew from their rules, to see what they would make of ours.
+"""How two routers read an engine's /metrics, rewritten from their rules, to check what they would make of ours.
 
 `gaie` follows the Gateway API Inference Extension (``pkg/epp/backend/metrics/metrics.go`` and its successor
 ``pkg/epp/datalayer/metrics/{spec,extractor}.go``), `llm_d` llm-d-router
@@ -23,10 +23,10 @@ LORA_LOADED = "vllm:lora_adapter_loaded"
 
 @dataclass(kw_only=True, slots=True)
 class EndpointState:
-    """What a router knows of an endpoint after a scrape.
+    """A router's state of an endpoint after a scrape.
 
     Attributes:
-        loaded: Adapter -> ``gpu`` or ``cpu``; llm-d's residency filter goes by it.
+        loaded: Adapter -> ``gpu`` or ``cpu``; used by llm-d's residency filter.
     """
 
     waiting_queue: int
@@ -40,7 +40,7 @@ class EndpointState:
     loaded: dict[str, str] = field(default_factory=dict)
 
     def affinity(self, model: str) -> float:
-        """Score the endpoint for a request's ``model``: the adapter is there, fits, is on its way, or none of it."""
+        """Score the endpoint for a request's ``model``: the adapter is there, fits, is on its way, or none of these."""
         if model in self.active:
             return 1.0
         if len(self.active) + len(self.waiting) < self.max_active:
@@ -75,7 +75,7 @@ def _read(text: str, *, trim: bool) -> EndpointState:
         block_size=int(layout["block_size"]),
         num_blocks=int(layout["num_gpu_blocks"]),
     )
-    # The series with the highest value, which is a time; those that list nothing are passed over.
+    # The series with the highest value, which is a time, is used; series that list nothing are skipped.
     lists = [
         s for s in _samples(text, LORA_INFO) if s.labels["running_lora_adapters"] or s.labels["waiting_lora_adapters"]
     ]

@@ -1,4 +1,4 @@
-"""Write safetensors files of any dtype with numpy alone, sound ones and broken ones."""
+"""Writes safetensors files of any dtype with numpy alone, sound ones and broken ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def safetensors_bytes(
 
 
 def assemble(header: Mapping[str, Any] | bytes, data: bytes) -> bytes:
-    """Join a header, as JSON or raw bytes, and data; nothing is checked, so that tests can write nonsense."""
+    """Join a header, as JSON or raw bytes, and data; nothing is checked, so that tests can write invalid files."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     return struct.pack("<Q", len(raw)) + raw + data

@@ -94,7 +94,7 @@ def solo(submission: Submission, max_outputs: int, eos: tuple[int, ...] = (EOS,)
 
 @dataclass
 class Client:
-    """What one request's gateway saw; checks the order of news as it comes."""
+    """The outputs that one request's gateway saw; checks their order as they come."""
 
     submission: Submission
     tokens: list[int] = field(default_factory=list)
@@ -105,13 +105,13 @@ class Client:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why it ended, as it must have."""
+        """The finish reason of the request, which must have ended without an error."""
         assert self.end is not None, f"not at its end: {self}"
         return self.end.finish_reason
 
     @property
     def error(self) -> LoraplexError | None:
-        """What it ended with, as it must have."""
+        """The error of the request, which must have ended with one."""
         assert self.end is not None, f"not at its end: {self}"
         return self.end.error
 
@@ -123,7 +123,7 @@ class Client:
         self.tokens.append(token_id)
 
     def event(self, event: object) -> None:
-        """Take anything else."""
+        """Take any other event."""
         assert self.end is None, f"{event} after the end: {self}"
         match event:
             case Started():
@@ -213,7 +213,7 @@ class Rig:
     # --- requests ---
 
     def submit(self, submission: Submission) -> Client:
-        """Submit and return what its client sees."""
+        """Submit a request and return what its client sees."""
         client = Client(submission)
         self.clients[submission.session_id, submission.session_slot] = client
         self.all_clients.append(client)
@@ -221,7 +221,7 @@ class Rig:
         return client
 
     def take_outputs(self) -> None:
-        """Hand news to the clients, in the order that messages.py promises."""
+        """Pass outputs on to the clients, in the order that messages.py promises."""
         for session_id, outputs in self.scheduler.take_outputs().items():
             self._deliver(session_id, outputs)
 
@@ -252,11 +252,11 @@ class Rig:
 
     @property
     def num_wants(self) -> int:
-        """Images ever asked for."""
+        """Number of images ever asked for."""
         return sum(isinstance(event, WantImage) for event in self.store_events)
 
     def states_of(self, digest: str) -> list[ResidencyState]:
-        """Return the states an adapter went through."""
+        """Return the states that an adapter went through."""
         return [e.state for e in self.store_events if isinstance(e, ResidencyChanged) and e.digest == digest]
 
     def deliver(self, digest: str, num_pages: int = 1, *, is_wanted: bool = True) -> bool:

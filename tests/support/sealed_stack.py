@@ -1,4 +1,4 @@
-"""A whole stack in which every hop asks who calls: mutual TLS and roles between services, password and TLS to Valkey."""
+"""A whole stack with credentials on every hop: mutual TLS and roles between services, password and TLS to Valkey."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FREE_PORTS = ("--port", "0")
 
 @dataclass(kw_only=True, slots=True)
 class SealedStack:
-    """Processes of one stack and what they are let in by.
+    """Processes of one stack and their credentials.
 
     Attributes:
         keys: The keys file of all servers.
-        secrets: Every secret there is, by whose it is.
+        secrets: Every secret, by its owner.
     """
 
     authority: TestAuthority
@@ -58,13 +58,13 @@ class SealedStack:
         )
 
     def lines(self) -> list[str]:
-        """Return what the keys file says where everybody is let in who should be."""
+        """Return the keys file's text with every service and client that should be let in."""
         users = [f"{self.secrets['admin']} ops admin", f"{self.secrets['acme']} acme"]
         return [*users, f"{self.secrets['engine']} engine-1 engine", GATEWAY_LINE]
 
     @property
     def processes(self) -> tuple[ServiceProcess, ...]:
-        """In the order of ending."""
+        """The processes in the order in which they are ended."""
         return (self.gateway, self.engine, self.store)
 
 
@@ -155,6 +155,6 @@ def _spawn(sealed: SealedStack, module: str, name: str, *flags: str) -> ServiceP
 
 @pytest.fixture(scope="module")
 def sealed_stack(tiny_world: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SealedStack]:
-    """A sealed stack; whoever takes a credential away gives it back."""
+    """A sealed stack; a test that takes a credential away gives it back."""
     with running_sealed_stack(tmp_path_factory.mktemp("sealed"), *tiny_world) as stack:
         yield stack

@@ -25,11 +25,11 @@ class ServeProcess:
 
     Attributes:
         grpc: The gateway's address.
-        http: Its OpenAI-compatible port's address.
-        metrics: Its /metrics' address.
+        http: Address of the gateway's OpenAI-compatible port.
+        metrics: Address of the gateway's /metrics.
         engine: The engine's gRPC address.
         store: The adapter store's address.
-        data_dir: What it keeps.
+        data_dir: Directory of its data.
     """
 
     def __init__(self, data_dir: Path, *arguments: str) -> None:
@@ -80,7 +80,7 @@ class ServeProcess:
         self._process.wait()
 
     def close(self) -> None:
-        """End it, however it stands."""
+        """End the process, whatever its state."""
         if self._process.poll() is None:
             try:
                 self.terminate()
@@ -141,10 +141,10 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(claim: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    """Wait until a claim holds.
+    """Wait until a condition holds.
 
     Raises:
-        AssertionError: If it does not within ``timeout_s``.
+        AssertionError: If it does not hold within ``timeout_s``.
     """
     deadline = time.monotonic() + timeout_s
     while not claim():

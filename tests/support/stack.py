@@ -29,7 +29,7 @@ FREE_PORTS = ("--port", "0")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StackFlags:
-    """Command lines on top of what connects the services."""
+    """Command-line flags in addition to those that connect the services."""
 
     engine: tuple[str, ...] = ("--pool-bytes", kibibytes(8192), "--arena-bytes", kibibytes(8192))
     store: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Stack:
     """Processes of one stack; made by `running_stack`.
 
     Attributes:
-        import_root: Directory below which the store imports.
+        import_root: Directory from which the store imports.
     """
 
     model: Path
@@ -73,12 +73,12 @@ class Stack:
         return engine.wait_ready()
 
     def restart_store(self) -> None:
-        """Start the store again where it was; the old process must be gone."""
+        """Start the store again on its ports; the old process must have ended."""
         self.store = self._spawn_store(("--port", self.store.grpc.rpartition(":")[2]))
         self.store.wait_ready()
 
     def stop(self) -> list[str]:
-        """End everything and return what did not end well."""
+        """End everything and return the processes that did not end well."""
         troubles = []
         for process in (self.gateway, *self.engines, self.store):
             if process.is_running and (status := process.stop()) != 0:
@@ -96,7 +96,7 @@ class Stack:
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
 
     def _wait_for_engine(self) -> None:
-        """Return once the gateway has found an engine: it looks for new ones now and then."""
+        """Return once the gateway has found an engine; it looks for new ones from time to time."""
         deadline = time.monotonic() + FOUND_TIMEOUT_S
         with Client(self.gateway.grpc, store_target=self.store.grpc) as client:
             while True:
@@ -109,7 +109,7 @@ class Stack:
                     return
 
     def start_gateway(self, *, port: str = "0") -> ServiceProcess:
-        """Start one more gateway and wait until it is ready; whoever does ends it."""
+        """Start one more gateway and wait until it is ready; the caller ends it."""
         ports = ("--port", port, "--http-port", "0", "--metrics-port", "0")
         flags = ("--store-target", self.store.grpc, "--redis-url", self.valkey.url)
         gateway = self._spawn("loraplex_gateway", (*ports, *flags, "--drain-settle-s", "0", *self.flags.gateway))
@@ -134,7 +134,7 @@ def running_stack(directory: Path, model: Path, import_root: Path, flags: StackF
         directory: Empty; for logs and Valkey's data.
         model: Base model.
         import_root: Directory of PEFT adapter directories.
-        flags: More command line.
+        flags: Further command-line flags.
     """
     valkey = EmbeddedValkey(directory / "valkey", max_memory_bytes=2**30)
     stack = Stack(model, import_root, directory, flags or StackFlags(), valkey)

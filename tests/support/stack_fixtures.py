@@ -50,7 +50,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def tiny_stack(tiny_world: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack with room for everything; nobody may leave it changed."""
+    """A stack with room for everything; every test must leave it unchanged."""
     with running_stack(tmp_path_factory.mktemp("stack"), *tiny_world) as stack:
         yield stack
 

@@ -30,12 +30,12 @@ _Request = pb.AttachEngineRequest
 
 
 class EnginePeer:
-    """Grants what is offered, checks what arrives and says so.
+    """Grants offers, checks the images that arrive and reports on them.
 
     Attributes:
-        auto_grant: Whether offers are granted by themselves.
-        accept_unsolicited: Whether unsolicited offers are granted; else they are declined.
-        num_to_spoil: So many of the next images are reported corrupt.
+        auto_grant: Whether offers are granted automatically.
+        accept_unsolicited: Whether unsolicited offers are granted; otherwise they are declined.
+        num_to_spoil: That many of the next images are reported corrupt.
         images: Digest -> the image that arrived and was right, ``[num_pages, page_bytes]``.
         log: Every message of the store.
     """
@@ -84,7 +84,7 @@ class EnginePeer:
         return hello
 
     def without_shared_memory(self) -> None:
-        """Make the nonce wrong, as seen from a store on another host that has a process of this number."""
+        """Make the nonce wrong, as for a store on another host that has a process with this number."""
         self.nonce = secrets.token_bytes(32)
 
     def say(self, **message: Any) -> None:
@@ -123,7 +123,7 @@ class EnginePeer:
             await asyncio.wait_for(self._changed.wait(), left)
 
     async def image(self, digest: str) -> NDArray[np.uint8]:
-        """Wait until an image has arrived and was right."""
+        """Wait until an image has arrived and been checked."""
         while digest not in self.images:
             self._changed.clear()
             await asyncio.wait_for(self._changed.wait(), 20.0)
@@ -152,7 +152,7 @@ class EnginePeer:
         os.close(self._fd)
 
     async def requests(self, hello: _Request.Hello) -> AsyncIterator[_Request]:
-        """Yield what is to be sent."""
+        """Yield the messages to send."""
         yield _Request(hello=hello)
         while (message := await self._outgoing.get()) is not None:
             yield message

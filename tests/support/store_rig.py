@@ -63,7 +63,7 @@ def store_config(redis_url: str, **changes: Any) -> StoreConfig:
 
 @dataclass(kw_only=True)
 class StoreClient:
-    """Everything a test asks of a store, over gRPC."""
+    """Every call that tests make to a store, over gRPC."""
 
     channel: grpc.aio.Channel
 
@@ -102,7 +102,7 @@ class StoreClient:
             return await self.wait(await self.stub.ImportAdapter(request))
 
     async def upload(self, name: str, files: dict[str, bytes], **header: Any) -> pb.UploadAdapterResponse:
-        """Upload files as they are."""
+        """Upload files unchanged."""
         with translated():
             response: pb.UploadAdapterResponse = await self.stub.UploadAdapter(
                 iter(upload_parts(name, files, **header))
@@ -155,7 +155,7 @@ class translated:  # noqa: N801
 async def running_rig(
     config: StoreConfig, api_key: str | None = None
 ) -> AsyncIterator[tuple[RunningStore, StoreClient]]:
-    """Run a store, give out a client, and check at the end that nothing is held."""
+    """Run a store, give out a client, and check at the end that the store holds nothing."""
     async with running_store(config) as store:
         async with open_channel(f"127.0.0.1:{store.grpc_port}", api_key=api_key) as channel:
             yield store, StoreClient(channel=channel)

@@ -1,4 +1,4 @@
-"""Ways in which somebody without the right credentials may knock at a port of ours, and what the answer was."""
+"""Calls to our ports by clients without the right credentials, and the answers to them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
-    """What a caller shows; of everything nothing by default.
+    """The credentials of a caller; by default it has none.
 
     Attributes:
-        certificate: Folder with ``tls.crt`` and ``tls.key`` shown to the server.
-        key: Folder with the ``api-key`` sent.
-        trusts: Folder with ``ca.crt``; None speaks plain text.
+        certificate: Folder with the ``tls.crt`` and ``tls.key`` that it shows.
+        key: Folder with the ``api-key`` that it sends.
+        trusts: Folder with ``ca.crt``; None means plain text.
     """
 
     trusts: Path | None = None
@@ -29,7 +29,7 @@ class Caller:
     def ask(self, target: str, method: str, request: Any = None) -> grpc.StatusCode:
         """Call a method once, with an empty message unless ``request`` is given; return the status of the answer.
 
-        A stream counts as answered with OK once its first message is there.
+        A stream counts as answered with OK once its first message has come.
         """
         shape = "stream_stream" if method.endswith(("/Session", "/AttachEngine")) else "unary_stream"
         payload = b"" if request is None else request.SerializeToString()

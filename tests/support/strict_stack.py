@@ -1,4 +1,4 @@
-"""A stack with small limits as pytest fixtures, and a client of it that may disturb nobody."""
+"""A stack with small limits as pytest fixtures, and a client of it that must not disturb other requests."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def strict_stack(tiny_world: tuple[Path, Path], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def neighbour() -> Neighbour:
-    """The generation that nothing in a module may disturb."""
+    """The generation that no test of a module may disturb."""
     return Neighbour("tiny-c")
 
 
 @asynccontextmanager
 async def undisturbed_client(stack: Stack, neighbour: Neighbour) -> AsyncIterator[AsyncClient]:
-    """Give out a client beside a neighbour whom the block must not disturb, and wait until the engine is idle."""
+    """Give out a client beside a neighbour that the block must not disturb, and wait until the engine is idle."""
     client = stack.client()
     async with neighbour.undisturbed(client):
         yield client

@@ -1,4 +1,4 @@
-"""A gateway that tells a story, breaks off where it is told to, and goes on where its listener was."""
+"""A gateway that sends known words, breaks off where it is told to, and resumes where its client was."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def token(n: int) -> str:
 
 
 class Story(GatewayDouble):
-    """A gateway that tells `WORDS`, a token each, and breaks off as it is told to.
+    """A gateway that sends `WORDS`, one token each, and breaks off as told.
 
     Attributes:
-        breaks: What each call does after so many words of its own: raises, or returns without an end. None: goes on.
+        breaks: What each call does after that many words of its own: raises, or returns without an end. None: goes on.
     """
 
     def __init__(self, *breaks: tuple[int, LoraplexError | None], has_token: bool = True) -> None:

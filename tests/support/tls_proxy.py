@@ -1,4 +1,4 @@
-"""TLS in front of a unix socket, as stunnel would do it: our Valkey's wheel is built without TLS."""
+"""TLS in front of a unix socket, as stunnel does it: our Valkey's wheel is built without TLS."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def tls_proxy(address: str, cert: Issued, client_ca: Path, *, port: int = 
 
 @contextmanager
 def tls_proxy_thread(address: str, cert: Issued, client_ca: Path) -> Iterator[int]:
-    """The same for tests whose own loop comes and goes: in a thread that ends with the block."""
+    """Do the same for tests whose own event loop comes and goes: in a thread that ends with the block."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="tls-proxy", daemon=True)
     thread.start()
@@ -59,7 +59,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         while data := await reader.read(1 << 16):
             writer.write(data)
             await writer.drain()
-    except OSError:  # a side that is gone
+    except OSError:  # one side has gone
         pass
     finally:
         writer.transport.abort()

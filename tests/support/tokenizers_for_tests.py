@@ -1,4 +1,4 @@
-"""The two kinds of tokenizer that Llama-family models bring, small: byte-level BPE, and pieces with byte fallback."""
+"""Small tokenizers of the two kinds that Llama-family models have: byte-level BPE, and pieces with byte fallback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for what another process or thread is about to do, with a deadline instead of a guess."""
+"""Waits for what another process or thread is about to do, with a deadline instead of a guess."""
 
 from __future__ import annotations
 

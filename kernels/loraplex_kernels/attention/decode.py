@@ -19,7 +19,7 @@ MIN_SPLIT_TOKENS: Final = 128
 
 
 def num_splits(units: int, num_sms: int, max_context: int) -> int:
-    """Return how many CTAs share a (sequence, KV head): one wave of CTAs, none under `MIN_SPLIT_TOKENS`.
+    """Return how many CTAs share a (sequence, KV head): one wave of CTAs, none with fewer than `MIN_SPLIT_TOKENS`.
 
     Measured on an H100: at 512 units 1 split beats 2 by 14 % (512 tokens); at 64 units 4..8 beat 16 by 15 %.
     """
@@ -31,7 +31,7 @@ class AttentionDecode:
 
     Args:
         library: Compiles and loads the kernel; bf16.
-        layout: Of K and V in pages.
+        layout: Place of K and V in pages.
         max_rows: Most sequences of a launch.
         max_context: Longest context, which bounds the splits.
     """
@@ -74,7 +74,7 @@ class AttentionDecode:
             block_tables: int32 ``[rows, width]``; page ids.
             context_lens: int32 ``[rows]``; tokens seen, the new one included; 0 for padding.
             out: ``[rows, heads * head_dim]``.
-            splits: CTAs per (sequence, KV head) at most; by `splits` if unset.
+            splits: Most CTAs per (sequence, KV head); the result of `splits` if unset.
 
         Raises:
             ValueError: If a shape, dtype or device differs, or the partial sums have no room for the splits.

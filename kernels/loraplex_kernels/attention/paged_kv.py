@@ -1,4 +1,4 @@
-"""Where K and V lie in the pool, as the kernels see it."""
+"""The place of K and V in the pool, as the kernels see it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class KvLayout:
     Attributes:
         block_tokens: Tokens of a page, a power of two.
         window: Sliding window in tokens; 0 for none.
-        softmax_scale: Of the scores; 0 for 1 / sqrt(head_dim).
+        softmax_scale: Factor on the scores; 0 for 1 / sqrt(head_dim).
     """
 
     page_bytes: int
@@ -51,8 +51,8 @@ class KvLayout:
         """Set the parameters of an attention kernel.
 
         Args:
-            params: Filled.
-            library: Of the kernel.
+            params: Struct to fill.
+            library: Library of the kernel.
             layer: Decoder layer.
             pool: uint8 ``[pages, page_bytes]``.
             block_tables: int32 ``[sequences, width]``; page ids.

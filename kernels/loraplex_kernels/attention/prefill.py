@@ -47,7 +47,7 @@ def make_tiles(
 
 
 class AttentionPrefill:
-    """``out = softmax(scale * q K^T) V`` of chunks whose K and V are in the pool already."""
+    """``out = softmax(scale * q K^T) V`` of chunks; their K and V are in the pool already."""
 
     def __init__(self, library: KernelLibrary, layout: KvLayout) -> None:
         self._library, self._layout = library, layout
@@ -74,7 +74,7 @@ class AttentionPrefill:
             q: ``[tokens, >= heads * head_dim]``; the heads first in each row.
             block_tables: int32 ``[rows, width]``; page ids.
             tiles: int32 ``[tiles, 8]``; from `make_tiles`.
-            out: ``[tokens, heads * head_dim]``; rows of no chunk are left alone.
+            out: ``[tokens, heads * head_dim]``; rows of no chunk are not written.
 
         Raises:
             ValueError: If a shape, dtype or device differs.

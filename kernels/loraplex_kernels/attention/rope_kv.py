@@ -21,10 +21,10 @@ class RopeKv:
 
     Args:
         library: Compiles and loads the kernel.
-        layout: Of K and V in pages.
+        layout: Place of K and V in pages.
         pool: uint8 ``[pages, page_bytes]``.
         rotary: fp32 ``[positions, head_dim]``; cosines of the half frequencies, then their sines.
-        norm_eps: Of qk-norm.
+        norm_eps: Epsilon of qk-norm.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class RopeKv:
             layer: Decoder layer.
             qkv: ``[tokens, (heads + 2 * kv_heads) * head_dim]``.
             positions: int32 ``[tokens]``.
-            kv_slots: int32 ``[tokens]``; page * block_tokens + token in page; -1 keeps nothing (padding).
+            kv_slots: int32 ``[tokens]``; page * block_tokens + token in page; -1 stores nothing (padding).
             q_norm: ``[head_dim]``, if the model has qk-norm.
-            k_norm: Likewise.
-            delta: fp32, as ``qkv``; added to it first.
+            k_norm: The same for k.
+            delta: fp32, same shape as ``qkv``; added to ``qkv`` first.
 
         Raises:
             ValueError: If a shape, dtype or device differs.

@@ -34,7 +34,7 @@ class AttentionScalar:
         positions: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Attend from each token to itself and everything before it in its sequence.
+        """Attend from each token to itself and all tokens before it in its sequence.
 
         Args:
             layer: Decoder layer.

@@ -105,8 +105,9 @@ __device__ __forceinline__ Quad load_weights16(const u8* from) {
     return q;
 #endif
 }
-// What is read again only after hundreds of megabytes of weights asks the L2 to keep it. In order, and never put off behind
-// a branch: loads that do not depend on each other share a trip.
+// For data that is read again only after hundreds of megabytes of weights: the load asks the L2 to keep it. The load
+// keeps
+// its order and is never moved behind a branch: loads that do not depend on each other share a trip.
 #ifdef LORAPLEX_HOST
 __device__ __forceinline__ Quad load_lasting16(const void* from) { return *reinterpret_cast<const Quad*>(from); }
 __device__ __forceinline__ i64 load_lasting8(const void* from) { return *reinterpret_cast<const i64*>(from); }
@@ -135,13 +136,14 @@ __device__ __forceinline__ u32 load_lasting4(const void* from) {
     asm volatile("ld.global.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(from), "l"(lasting()));
     return v;
 }
-// To the L2: 32 bytes.
+// Prefetches 32 bytes to the L2.
 __device__ __forceinline__ void prefetch_lasting(const void* from) {
     asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(from));
 }
 #endif
-// A pointer that came by way of shared memory: without being told, the compiler reads through it as if it could be any
-// kind of memory, which is slower.
+// A pointer that was stored in shared memory: the compiler must be told that it points to global memory, or it reads
+// through
+// it as through a pointer to any kind of memory, which is slower.
 template <class T>
 __device__ __forceinline__ T* as_global(T* p) {
 #ifndef LORAPLEX_HOST
@@ -149,8 +151,9 @@ __device__ __forceinline__ T* as_global(T* p) {
 #endif
     return p;
 }
-// A race between CTAs or warps may show once in a million steps. Built with LORAPLEX_JITTER (tests do), a kernel makes it
-// common: at its start and behind what it waits for, one warp in 128 idles for up to 20 us, another one each time.
+// A race between CTAs or warps may show once in a million steps. Built with LORAPLEX_JITTER (tests do), a kernel makes
+// it
+// common: at its start and after each wait, one warp in 128 idles for up to 20 us, another one each time.
 __device__ __forceinline__ void jitter() {
 #ifdef LORAPLEX_JITTER
     const u32 begin = static_cast<u32>(clock());
@@ -161,8 +164,9 @@ __device__ __forceinline__ void jitter() {
     while (static_cast<u32>(clock()) - begin < cycles) {}
 #endif
 }
-// Programmatic dependent launch: all that later kernels wait for is behind dependency_wait(); what a kernel reads
-// before it must not depend on an earlier kernel (weights, tables, items).
+// Programmatic dependent launch: code after dependency_wait() sees everything that earlier kernels wrote; a read before
+// it
+// must not depend on an earlier kernel (weights, tables, items).
 __device__ __forceinline__ void dependency_wait() {
 #ifdef LORAPLEX_PDL
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -176,14 +180,14 @@ __device__ __forceinline__ void allow_dependents() {
     jitter();
 }
 
-// Brings what is read later into L1 without tying up a register until then.
+// Brings data that is read later into L1 without holding a register until then.
 __device__ __forceinline__ void prefetch_to_l1(const void* from) {
 #ifndef LORAPLEX_HOST
     asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
 #endif
 }
 
-// threadIdx.x % kWarp, but read anew wherever it is asked for: what is computed from it is not kept in registers in between.
+// threadIdx.x % kWarp, but read anew at each use: values computed from it are not kept in registers in between.
 __device__ __forceinline__ int lane_id() {
 #ifdef LORAPLEX_HOST
     return threadIdx.x % kWarp;
@@ -195,7 +199,7 @@ __device__ __forceinline__ int lane_id() {
 #endif
 }
 
-// Keeps the compiler from moving memory accesses across: it would ask for everything first and run out of registers.
+// Keeps the compiler from moving memory accesses across: it would start all loads first and run out of registers.
 __device__ __forceinline__ void in_order() { asm volatile("" ::: "memory"); }
 
 // Sum over a warp; the butterfly's order is fixed, and every lane gets the same bits.
@@ -210,7 +214,7 @@ __device__ __forceinline__ float warp_max(float v) {
     return v;
 }
 
-// Sum over a block of whole warps in warp order; scratch holds one float per warp. Ends with a barrier behind the reads.
+// Sum over a block of whole warps in warp order; scratch holds one float per warp. Ends with a barrier after the reads.
 template <int kThreads>
 __device__ __forceinline__ float block_sum(float v, float* scratch) {
     constexpr int kWarps = kThreads / kWarp;
@@ -263,7 +267,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], const void* row) 
 __device__ __forceinline__ void copy_async16(void* to, const void* from, bool live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 16 : 0));
 }
-// An address in shared memory as its instructions take it: no register and no instruction for the kind of memory.
+// An address in shared memory as its instructions take it: it needs no register and no instruction for the kind of
+// memory.
 using SharedAddress = u32;
 __device__ __forceinline__ SharedAddress address_of(const void* p) { return shared_address(p); }
 // Copies 16 bytes to shared memory, and 256 around them to L2; or zeroes them, if bytes is 0; or does nothing.

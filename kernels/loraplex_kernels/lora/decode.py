@@ -1,4 +1,4 @@
-"""LoRA for decode rows: shrink, then expand, which adds to an output or writes a delta that another kernel adds."""
+"""LoRA of decode rows: shrink, then expand, which adds to an output or writes a delta that another kernel adds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INT_BYTES: Final = 4
 class StepItems:
     """A step's items on the device, in fixed buffers.
 
-    Groups lie at a fixed place, items behind the room for ``max_groups``, so that graphs stay valid.
+    Groups lie at a fixed place, and items behind the room for ``max_groups``, so that graphs stay valid.
     """
 
     def __init__(self, *, num_ops: int, max_rows: int, max_items: int, device: torch.device) -> None:
@@ -49,7 +49,7 @@ class StepItems:
         """Copy a step's items to the device on the current stream.
 
         Raises:
-            ValueError: If they are more than the buffers hold.
+            ValueError: If there are more items than the buffers hold.
         """
         items = (len(built.buffer) - self._header_ints) // ITEM_INTS - built.num_groups * GROUP_INTS // ITEM_INTS
         if built.num_groups > self._max_groups or items > self._max_items:
@@ -96,7 +96,7 @@ class LoraDecode:
         self.builder = ItemBuilder(shapes, item_bytes)
         self.items = StepItems(num_ops=len(shapes), max_rows=max_rows, max_items=max_items, device=library.device)
         self._library, self._tables, self._shapes = library, tables, shapes
-        self._kept = (pool,)  # the kernels have its address
+        self._kept = (pool,)  # kept alive: the kernels have its address
         planes = max(shape.num_planes for shape in shapes)
         self.scratch_shape = (planes, max_rows, MAX_RANK * max(len(shape.outputs) for shape in shapes))
         self._shrink = library.load("lora_shrink", ShrinkParams(), SHRINK_BLOCK)
@@ -108,7 +108,7 @@ class LoraDecode:
             kernel.params.lora.entry_stride = tables.entry_stride
 
     def new_scratch(self) -> torch.Tensor:
-        """Allocate an h: fp32 ``[planes, max_rows, stacked rank]``; one for each op in flight at a time."""
+        """Allocate an h: fp32 ``[planes, max_rows, stacked rank]``; one for each op that is in flight at a time."""
         return torch.empty(self.scratch_shape, dtype=torch.float32, device=self._library.device)
 
     def prepare(self, adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = None) -> ItemRanges:

@@ -1,8 +1,8 @@
-"""Work items of a decode step: which CTA does which share of which adapter's LoRA, built once and used by all layers.
+"""Work items of a decode step: which CTA computes which share of which adapter's LoRA; built once, used by all layers.
 
-Rows are grouped by adapter, at most 8 to a group; a group's work is cut into items of about equal bytes, so that cost
+Rows are grouped by adapter, at most 8 to a group. A group's work is cut into items of about equal bytes, so that cost
 follows the sum of the ranks in the batch and not their maximum. Ranks may differ between layers: items cover the
-largest, and a kernel skips what its layer does not have.
+largest rank, and a kernel skips what its layer does not have.
 
 Everything a step needs is one int32 buffer: ranges ``[2 * ops, 2]`` (padded), groups, items.
 """
@@ -27,7 +27,7 @@ SHRINK_CHUNK: Final = 1024
 SHRINK_WAVE_ITEMS: Final = 396  # three CTAs for each multiprocessor of an H100
 TWO_GROUPS: Final = 1 << 16  # kTwoGroups
 MAX_PLANES: Final = 6
-"""Planes of h per op: each costs whoever reads h a round of loads, and fewer make the shrink's items longer."""
+"""Planes of h per op: each costs the kernel that reads h a round of loads; fewer make the shrink's items longer."""
 GROUP_TOKENS_AT: Final = 4
 GROUP_INTS: Final = GROUP_TOKENS_AT + GROUP_TOKENS
 ITEM_INTS: Final = 4
@@ -40,13 +40,14 @@ SMALLEST_RUN: Final = 4 * BLOCK_ROWS  # a block for each warp
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpShape:
-    """What the item builder must know of one op.
+    """The facts of one op that the item builder needs.
 
     Attributes:
         columns: Input features.
         outputs: Output features of each slice.
         max_run: Longest run the kernel takes.
-        complete: Every output of every row has an item, adapted or not: whoever reads the delta reads all of it.
+        complete: Every output of every row has an item, adapted or not: the kernel that reads the delta reads all of
+            it.
         slice_begin: First fused output of each slice, and the end.
         kernel_slice_begin: The same as kernels take it; slices that the op lacks are empty.
     """
@@ -59,7 +60,7 @@ class OpShape:
     kernel_slice_begin: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        begin = tuple(accumulate(self.outputs, initial=0))  # read on the path of every launch, hence kept
+        begin = tuple(accumulate(self.outputs, initial=0))  # kept, as every launch reads it
         object.__setattr__(self, "slice_begin", begin)
         object.__setattr__(self, "kernel_slice_begin", begin + begin[-1:] * (MAX_SLICES + 1 - len(begin)))
 
@@ -92,7 +93,13 @@ def op_shapes(geometry: Geometry, *, complete: frozenset[str] = frozenset()) -> 
 
 
 class ItemRanges(NamedTuple):
-    """Where a step's items are.
+    """The places of a step's items.
+
+    Ints of the buffer, with H the header's length and G groups:
+
+        [0, H)              (first item, items) of each range, padded
+        [H, H + 12 * G)     groups
+        [H + 12 * G, end)   items of 4 ints: op by op, the shrink's before the expand's
 
     Attributes:
         buffer: int32; header ``[(first item, items)]`` by `range_index`, then groups, then items.
@@ -141,22 +148,28 @@ def make_groups(adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = No
 
 
 def within_runs(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return 0..counts[0]-1, 0..counts[1]-1, ..."""
+    """Return ``[0, counts[0])``, ``[0, counts[1])``, ... one after another."""
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def shrink_items(groups: NDArray[np.int32], stacked: NDArray[np.int32], shape: OpShape) -> NDArray[np.int32]:
-    """Return ``[items, 4]``: group, adapter, block of 16 rank rows, plane; `TWO_GROUPS` is added for the next group, too.
+    """Return ``[items, 4]``: group, adapter, block of 16 rank rows, plane.
 
-    With more items than run at a time, two groups of one adapter share theirs, so that its weights are read half as often.
+    A group has one item per block b and plane p. With C = ``shape.plane_columns``, the item covers:
+
+        [16 * b, 16 * (b + 1))    rows of the stacked A
+        [C * p, C * (p + 1))      its columns, and the columns of x
+
+    If there are more items than run at a time, two groups of one adapter share an item, so that its weights are read
+    half as often: `TWO_GROUPS` is added to the plane, and the next group has no items of its own.
 
     Args:
-        groups: From `make_groups`.
+        groups: Groups from `make_groups`.
         stacked: int32 ``[groups]``; stacked rank of each group's adapter, 0 without one.
-        shape: The op's.
+        shape: Shape of the op.
     """
     blocks = -(-stacked.astype(np.int64) // SHRINK_ROWS)
-    is_shared = np.zeros(len(groups), dtype=bool)  # with the group behind it
+    is_shared = np.zeros(len(groups), dtype=bool)  # whether a group shares items with the next group
     if int(blocks.sum()) * shape.num_planes > SHRINK_WAVE_ITEMS:
         adapters = groups[:, 0]
         starts = np.flatnonzero(np.diff(adapters, prepend=-2))
@@ -178,10 +191,14 @@ def expand_items(
 ) -> NDArray[np.int32]:
     """Return ``[items, 4]``: group, adapter, first fused output, outputs.
 
+    The outputs of a slice that begins at fused output b and has n of them are cut into runs of r, by rank:
+
+        [b + i * r, b + min((i + 1) * r, n))    outputs of item i
+
     Args:
-        groups: From `make_groups`.
+        groups: Groups from `make_groups`.
         ranks: int32 ``[groups, 3]``; ranks of each group's adapter, 0 without one.
-        shape: The op's.
+        shape: Shape of the op.
         item_bytes: Bytes of an element.
     """
     slices = [

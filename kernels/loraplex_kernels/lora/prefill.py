@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from loraplex_kernels.module import Kernel, KernelLibrary
 
 BLOCK: Final = 256
-SM_SHARED_BYTES: Final = 228 * 1024  # of an H100's multiprocessor; each CTA takes 1 KiB more than it asks for
+SM_SHARED_BYTES: Final = 228 * 1024  # of an H100's SM; each CTA takes 1 KiB more than it asks for
 CTAS_PER_SM: Final = 3  # with the shortest ring
 TILE_TOKENS: Final = 64  # kTokens
 RANK_BLOCK: Final = 64  # kStep
 WHOLE_STEPS: Final = TILE_BYTES // 128
 """Stacked rank up to which a tile of A holds the 64 columns of a step; above it 32, or 16 up to `MAX_STACKED_RANK`."""
 RANK_CLASSES: Final = (16, 32, 64, MAX_RANK, MAX_STACKED_RANK)
-"""Of which a kernel is compiled each: by the largest rank of a slice, but the last for what is stacked above `WHOLE_STEPS`."""
+"""Classes with a kernel each: by a slice's largest rank; the last one is for stacked ranks above `WHOLE_STEPS`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +37,11 @@ class Shape:
 
     Attributes:
         cluster: CTAs of a work item.
-        table: Steps of 64 columns and chunks of 64 outputs of a CTA, at most.
-        ranks: Rank rows of a block, at most: 16, 32 or 64.
-        blocks: Blocks of 64 rank rows of a slice, at most.
-        parts: Of a step's columns, each within one tile of A.
-        ctas_per_sm: That share its shared memory.
+        table: Most steps of 64 columns, and chunks of 64 outputs, of a CTA.
+        ranks: Most rank rows of a block: 16, 32 or 64.
+        blocks: Most blocks of 64 rank rows of a slice.
+        parts: Parts of a step's columns, each within one tile of A.
+        ctas_per_sm: CTAs that share a multiprocessor's shared memory.
     """
 
     cluster: int
@@ -65,13 +65,13 @@ class Shape:
 
     @property
     def stages(self) -> int:
-        """Slots of the ring: what shared memory is left to as many CTAs per SM as the registers allow, one fewer above 64."""
+        """Slots of the ring: shared memory left with as many CTAs per SM as registers allow, one fewer above 64."""
         ctas = self.ctas_per_sm if self.blocks == 1 else min(self.ctas_per_sm, CTAS_PER_SM - 1)
         return (SM_SHARED_BYTES // ctas - 1024 - self._fixed_bytes) // self._slot_bytes
 
     @property
     def shared_bytes(self) -> int:
-        """sizeof(Shared)."""
+        """Size of the kernel's struct Shared, in bytes."""
         return -(-(self.stages * self._slot_bytes + self._fixed_bytes) // 8) * 8
 
     @property
@@ -80,13 +80,13 @@ class Shape:
 
     @property
     def _fixed_bytes(self) -> int:
-        """Partial sums, h, tables, scales, mbarriers."""
+        """Bytes of partial sums, h, tables, scales and mbarriers."""
         exchanged = TILE_TOKENS * (4 * self.ranks + 128 * self.blocks + 4) + 16 * self.blocks
         return exchanged + (8 + 12 * self.parts) * self.table
 
     @property
     def defines(self) -> tuple[str, ...]:
-        """Macros."""
+        """The kernel's macros."""
         values = {
             "CLUSTER": self.cluster,
             "RANKS": self.ranks,
@@ -100,7 +100,7 @@ class Shape:
 
 
 def table_size(shapes: tuple[OpShape, ...], cluster: int) -> int:
-    """Return how many steps of 64 columns, or chunks of 64 outputs, a CTA has at most."""
+    """Return the most steps of 64 columns, or chunks of 64 outputs, that a CTA has."""
     longest = max(max(shape.columns, *shape.outputs) for shape in shapes)
     return -(-longest // 64) // cluster + 1
 
@@ -139,8 +139,8 @@ class OpPlan(NamedTuple):
         num_items: Items.
         shares: Into how many items a tile's outputs of a slice are cut; a power of two.
         cluster: CTAs of an item.
-        ranks: Of `RANK_CLASSES`.
-        ctas_per_sm: Of the kernel that takes it.
+        ranks: One of `RANK_CLASSES`.
+        ctas_per_sm: CTAs per SM of the kernel that takes it.
     """
 
     first: int
@@ -158,18 +158,18 @@ def plan_op(
     clusters: tuple[int, ...],
     residencies: tuple[int, ...] = RESIDENCIES,
 ) -> tuple[OpPlan, NDArray[np.int32]]:
-    """Return the launch of one op and its items: the adapted slices of each tile, in as many shares as fill the GPU once.
+    """Return the launch of one op and its items: each tile's adapted slices, in as many shares as fill the GPU once.
 
     Args:
-        segments: From `make_segments`.
+        segments: Segments from `make_segments`.
         ranks: int32 ``[tiles, slices]``; largest rank of each slice over the layers of the tiles' adapters.
-        shape: The op's.
-        clusters: Sizes to choose from.
-        residencies: CTAs per SM to choose from.
+        shape: Shape of the op.
+        clusters: Sizes of cluster to choose from.
+        residencies: Numbers of CTAs per SM to choose from.
 
     Returns:
-        The plan, with `first` 0 and `ranks` as up to `WHOLE_STEPS`, and int32 ``[items, 4]``: first token, tokens, adapter,
-        slice + 4 * share.
+        The plan, with `first` 0 and `ranks` for stacked ranks up to `WHOLE_STEPS`, and int32 ``[items, 4]``: first
+        token, tokens, adapter, slice + 4 * share.
     """
     tile, part = np.nonzero(ranks)
     cluster, ctas_per_sm = choose_cut(len(tile), shape, clusters, residencies)
@@ -192,8 +192,8 @@ class LoraPrefill:
         pool: uint8 ``[num_pages, page_bytes]``; the unified pool.
         shapes: Of the model's ops.
         max_items: Most items of a step.
-        clusters: Sizes to choose from; those of the library's architecture if unset.
-        residencies: CTAs per SM to choose from.
+        clusters: Sizes of cluster to choose from; those of the library's architecture if unset.
+        residencies: Numbers of CTAs per SM to choose from.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class LoraPrefill:
         residencies: tuple[int, ...] = RESIDENCIES,
     ) -> None:
         self._library, self._tables, self._shapes = library, tables, shapes
-        self._kept = (pool,)  # the kernels have its address
+        self._kept = (pool,)  # kept alive: the kernels have its address
         self._pinned = library.device.type == "cuda"
         self.buffer = torch.zeros(max_items * ITEM_INTS, dtype=torch.int32, device=library.device)
         self._clusters = clusters or (CLUSTERS if library.arch.startswith(("sm_9", "sm_1")) else (1,))

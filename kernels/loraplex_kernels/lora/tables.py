@@ -1,7 +1,7 @@
-"""The device tables of resident adapters: where each tile of each (adapter, layer, op) lies in the pool.
+"""The device tables of resident adapters: the place in the pool of each tile of each (adapter, layer, op).
 
-Fixed buffers, so that a captured graph outlives every load and unload. Rows are written through pinned copies on the
-caller's current stream; who orders that stream before the first step that names the adapter is the caller.
+The buffers are fixed, so that a captured graph outlives every load and unload. Rows are written through pinned copies
+on the caller's current stream; the caller orders that stream before the first step that names the adapter.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def make_entries(
 def _undivided(
     geometry: Geometry, tiles: NDArray[np.void], firsts: NDArray[np.intp], offsets: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return where each matrix begins whose tiles lie behind each other in the pool, and -1 for one that does not.
+    """Return where each matrix begins if its tiles lie one after another in the pool, else -1.
 
     Args:
         geometry: For the element size.

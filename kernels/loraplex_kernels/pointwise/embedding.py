@@ -1,4 +1,4 @@
-"""Token embedding, of tokens the host knows or of those just sampled."""
+"""Token embedding, for tokens that the host knows and for tokens just sampled."""
 
 from __future__ import annotations
 

@@ -43,8 +43,9 @@ class RmsNorm:
             weight: ``[hidden]``.
             out: ``[num_rows, hidden]``; num_rows CTAs are launched.
             residual: ``[tokens, hidden]``, updated in place.
-            rows: int32 ``[num_rows]``; which rows to normalise, all in order if unset; -1 gives zeros. No row twice: the
-                sum would be taken twice, or by one of the two only.
+            rows: int32 ``[num_rows]``; rows to normalise, all in order if unset; -1 gives zeros. No row may occur
+                twice: the
+                sum would be taken twice, or by only one of the two.
 
         Raises:
             ValueError: If a shape, dtype or device differs, or there is neither x nor residual.

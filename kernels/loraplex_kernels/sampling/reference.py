@@ -1,4 +1,4 @@
-"""What the sampling kernel computes, by sorting the whole vocabulary of one row: the oracle of its tests. Slow on purpose."""
+"""The computation of the sampling kernel by sorting a whole row: the oracle of its tests. Slow on purpose."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def sample(
 
 
 def kept_tokens(values: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Return the tokens that can be drawn, best first, the lower id among equals; all in order of id if none is cut off.
+    """Return the tokens to draw from, best first, the lower id first among equals; by rising id if none is cut off.
 
     Args:
-        values: fp32 ``[vocab]``, 0 at most.
+        values: fp32 ``[vocab]``, at most 0.
         top_k: 0 keeps all.
         top_p: 1 keeps all.
     """

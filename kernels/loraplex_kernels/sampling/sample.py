@@ -44,7 +44,7 @@ ROW_DTYPE: Final = np.dtype(
 reports nothing, else the drawn token's log probability and so many likeliest; ``edit_row`` and ``count_row`` -1: none;
 ``num_edits`` below 0: tokens without an edit cannot be drawn."""
 EDIT_DTYPE: Final = np.dtype([("token", np.int32), ("bias", np.float32), ("flags", np.uint32)])
-"""What happens to one token's logit: -inf if not allowed, then the bias, then -inf if a stop that is banned."""
+"""Edit of one token's logit: -inf if the token is not allowed, then the bias, then -inf if it is a banned stop."""
 ROW_INTS: Final = ROW_DTYPE.itemsize // 4
 EDIT_INTS: Final = EDIT_DTYPE.itemsize // 4
 
@@ -54,9 +54,10 @@ class Sample:
 
     Args:
         library: Compiles and loads the kernel.
-        vocab_size: At most `MAX_VOCAB`.
+        vocab_size: Size of the vocabulary, at most `MAX_VOCAB`.
         block: Threads of a CTA.
-        list_capacity: Candidates that shared memory holds, a power of two; more of them are found by passes over the row.
+        list_capacity: Candidates that shared memory holds, a power of two; more candidates are found by passes over the
+            row.
 
     Raises:
         ValueError: If the vocabulary is too large.
@@ -93,23 +94,23 @@ class Sample:
         counts: torch.Tensor | None = None,
         report: torch.Tensor | None = None,
     ) -> None:
-        """Draw one token per row; nothing here waits for the device.
+        """Draw one token per row; the host does not wait for the device.
 
         Args:
             logits: ``[rows, vocab]``.
-            rows: int32 ``[rows, ROW_INTS]``, of `ROW_DTYPE`; they must not name rows or slots beyond the other arguments'.
+            rows: int32 ``[rows, ROW_INTS]``, of `ROW_DTYPE`; each row and slot in it must exist in the other arguments.
             drawn: int32 ``[2, rows]``; tokens, and 1 where the row's largest logit is finite.
             last_sampled: int32 ``[slots]``; gets each row's token too.
             edits: int32 ``[edit rows, most edits, EDIT_INTS]``, of `EDIT_DTYPE`, tokens rising; None if no row has any.
             edit_bits: uint8 ``[edit rows, bitmap_bytes]``; bit ``t % 8`` of byte ``t // 8`` is set for a token with an edit.
-            counts: int16 ``[count rows, vocab]``; bit 15: in the prompt; else how often in the output, at most
-                `MOST_COUNTED`. The drawn token is counted. None if no row has penalties.
-            report: int32 ``[rows, 1 + 2 n]``; fp32 bits of the drawn token's log probability and the n likeliest
-                tokens', then their ids; written for rows that ask, as far as they ask. None if no row asks.
+            counts: int16 ``[count rows, vocab]``; bit 15: the token is in the prompt; other bits: its count in the
+                output, at most `MOST_COUNTED`. The drawn token is counted. None if no row has penalties.
+            report: int32 ``[rows, 1 + 2 n]``; fp32 bits of the log probabilities of the drawn token and the n likeliest
+                tokens, then the ids of these; written for rows that ask, as far as they ask. None if no row asks.
 
         Raises:
-            ValueError: If a shape, dtype or device differs, or more likeliest tokens could be asked for than there is
-                room for.
+            ValueError: If a shape, dtype or device differs, or more likeliest tokens may be asked for than fit the
+                report.
         """
         check, params, count, vocab = self._library.check, self._kernel.params, drawn.shape[1], self._vocab
         params.logits = check("logits", logits, self._library.dtype, count, vocab)

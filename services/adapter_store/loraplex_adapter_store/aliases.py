@@ -1,7 +1,7 @@
-"""The name table as gateways follow it: the whole of it once, then every change, in order.
+"""The table of names as gateways follow it: first the whole table, then every change, in order.
 
-Each replica keeps the table in memory and follows the catalog's change stream in Valkey, so all replicas tell their
-watchers the same, whoever made the change.
+Each replica keeps the table in memory and follows the catalog's change stream in Valkey. So all replicas tell their
+watchers the same, whichever replica made the change.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FOLLOW_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class AliasUpdate:
-    """Part of the table, or a change to it."""
+    """A part of the table, or a change to it."""
 
     position: Position
     views: tuple[AdapterView, ...]
@@ -51,10 +51,11 @@ class AliasUpdate:
 
 
 class AliasTable:
-    """The table of this replica and its watchers.
+    """This replica's table and its watchers.
 
     Args:
-        base_fingerprints: Of the base models known here; adapters of others are told of when the table is first read.
+        base_fingerprints: Fingerprints of the base models known here; adapters of others are reported at the first
+            read.
     """
 
     def __init__(self, client: keys.Client, catalog: Catalog, base_fingerprints: Collection[str]) -> None:
@@ -76,11 +77,11 @@ class AliasTable:
         return self._loaded.is_set()
 
     def name_of(self, digest: str) -> str:
-        """Return a name under which a revision is known, for people; the digest itself if there is none."""
+        """Return a name of a revision, for people to read; the digest itself if it has none."""
         return self._names.get(digest, digest)
 
     def label_of(self, digest: str) -> str:
-        """Return `name_of` as a label of metrics: `private` if not everybody may use the adapter."""
+        """Return `name_of` as a label of metrics; `private` if the adapter is limited to some tenants."""
         name = self.name_of(digest)
         view = self._views.get(name)
         return private(name) if view is not None and view.record.allowed_tenants else name
@@ -92,37 +93,37 @@ class AliasTable:
         return [digest for record in visible for digest in record.revisions]
 
     def end_watches(self) -> None:
-        """End all watches; the watchers will go elsewhere."""
+        """End all watches; the watchers connect to another replica."""
         for queue in self._watchers:
             queue.put_nowait(DrainingError("this store is shutting down: watch another"))
 
     async def wait_for(self, record: AdapterRecord) -> None:
-        """Wait until watchers here have been told of a change, so that whoever made it can use the name at once.
+        """Wait until this replica's watchers have been told of a change, so that its author can use the name at once.
 
-        Just after an outage of Valkey the table follows seconds later than changes are possible again. The change is on
-        disk: if it is not seen within `FOLLOW_S` seconds, that is logged, not raised.
+        Just after an outage of Valkey, changes are possible some seconds before the table follows again. The change is
+        safe then: if the table does not follow within `FOLLOW_S` seconds, that is logged, not raised.
         """
         try:
             async with asyncio.timeout(FOLLOW_S):
-                # Versions of another history say nothing: a store that went back counts them anew.
+                # Versions of another history cannot be compared: a store that went back counts them anew.
                 history_id = (await self._catalog.position()).history_id
                 await self._changed.wait_until(lambda: self._knows(record, history_id))
         except (TimeoutError, LoraplexError):
             _log.warning("a change is acknowledged before gateways know of it", name=record.name)
 
     async def run(self) -> None:
-        """Follow the catalog for ever. After each failure of Valkey the table is read anew and compared."""
+        """Follow the catalog for ever. After each failure of Valkey, read the table anew and compare."""
         await keep_doing(self._turn, name="following the name table", max_pause_s=MAX_PAUSE_S)
 
     async def watch(self, start_sequence: int, start_history_id: str = "") -> AsyncGenerator[AliasUpdate, None]:
         """Yield the table (``start_sequence`` 0) or the changes since, then every change as it happens.
 
         Args:
-            start_sequence: Where the watcher was.
-            start_history_id: In which history; empty if it does not say.
+            start_sequence: The watcher's position.
+            start_history_id: The history that the position belongs to; empty if the watcher does not know.
 
         Raises:
-            SequenceGapError: If where it was is too old or unknown, or the watcher falls too far behind.
+            SequenceGapError: If the position is too old or unknown, or the watcher falls too far behind.
             StoreUnavailableError: If the table has never been read because Valkey cannot be reached.
         """
         if not self.is_loaded:
@@ -132,7 +133,7 @@ class AliasTable:
             except TimeoutError:
                 raise StoreUnavailableError("the name table has not been read yet", retry_after_s=1.0) from None
         queue: asyncio.Queue[AliasUpdate | LoraplexError] = asyncio.Queue()  # bounded by _publish
-        # No await between reading the table and joining the watchers: nothing is missed or doubled.
+        # There is no await between reading the table and joining the watchers, so no change is missed or sent twice.
         first = self._snapshot() if start_sequence == 0 else self._since(start_sequence, start_history_id)
         self._watchers.add(queue)
         try:
@@ -170,17 +171,17 @@ class AliasTable:
         return is_same and view is not None and view.record.version >= record.version
 
     async def _turn(self) -> None:
-        is_current, self._is_current = self._is_current, False  # a failure leaves it so
+        is_current, self._is_current = self._is_current, False  # it stays False if the read below fails
         if not is_current:
             await self._reload()
         await self._follow()
         position = await self._catalog.position()
-        # The connection may be to another server than a moment ago without anything having failed.
+        # The connection may lead to another server than a moment ago without any failure.
         is_same = position.history_id == self._position.history_id
         self._is_current = is_same and position.sequence >= self._position.sequence
 
     async def _reload(self) -> None:
-        """Read everything; tell watchers what differs, or all of it if it may be an earlier state."""
+        """Read everything; send watchers the differences, or the whole table if it may be an earlier state."""
         position = await self._catalog.position()
         records: list[AdapterRecord] = []
         after = ""
@@ -205,7 +206,7 @@ class AliasTable:
         self._publish(updates)
 
     def _went_back(self, position: Position, views: list[AdapterView]) -> bool:
-        """Return whether what is stored is an earlier state than the one told, and say what is lost."""
+        """Return whether the stored state is earlier than the one sent to watchers, and log what is lost."""
         now = {view.record.name: view.record for view in views}
         lost = [name for name, view in self._views.items() if _is_lost(view.record, now.get(name))]
         went_back = bool(lost) or position.sequence < self._position.sequence
@@ -220,7 +221,7 @@ class AliasTable:
         return went_back
 
     def _report_strangers(self, views: list[AdapterView]) -> None:
-        """Say which adapters no engine of our base models will take, before a request is refused for it."""
+        """Log the adapters that no engine of these base models will take, before requests are refused for it."""
         latest = {view.record.name: view.revision(view.record.labels.get(DEFAULT_LABEL)) for view in views}
         strangers = [
             name
@@ -270,7 +271,7 @@ class AliasTable:
 
 
 def _is_lost(told: AdapterRecord, now: AdapterRecord | None) -> bool:
-    """Return whether a record that was told is not followed by the one there is now."""
+    """Return whether a record that watchers were sent is not a predecessor of the present one."""
     return now is None or now.version < told.version or (now.version == told.version and now != told)
 
 

@@ -1,4 +1,4 @@
-"""The base models this store knows, and which of them a checkpoint is for."""
+"""The base models that this store knows, and which of them a checkpoint belongs to."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class KnownBase:
-    """A base model and where its files are.
+    """A base model and the place of its files.
 
     Attributes:
-        directory: Read for its tokenizer only, to compare an adapter's with.
+        directory: Its files; only the tokenizer is read, to compare an adapter's with it.
     """
 
     info: BaseModelInfo
@@ -31,13 +31,13 @@ class KnownBase:
         return tuple(dict.fromkeys((self.info.name, *self.info.aliases)))
 
     def is_called(self, name: str) -> bool:
-        """Return whether this is one of its names; hubs tell no names apart by case."""
+        """Return whether this is one of its names; hubs ignore the case of names."""
         return name.casefold() in {known.casefold() for known in self.names}
 
     def may_be(self, declared: BaseName) -> bool:
-        """Return whether a declared name ends as one of its names does, or as its folder's.
+        """Return whether a declared name ends with one of its names, or with its folder's name.
 
-        Not if both say whose model it is: then they were compared as a whole, and are two.
+        If both names have an owner, they were compared as a whole before, and differ: the answer is False.
         """
         known = [BaseName.parse(name) for name in (*self.names, folder_name(self.directory))]
         alike = [name for name in known if name.last.casefold() == declared.last.casefold()]
@@ -49,7 +49,7 @@ class ChosenBase:
     """The base model that a checkpoint is checked against.
 
     Attributes:
-        warnings: What whoever imports should know of the choice.
+        warnings: What the author of the import should know about the choice.
     """
 
     base: KnownBase
@@ -60,7 +60,7 @@ class KnownBases:
     """Finds base models by name.
 
     Args:
-        bases: At least one; two with equal fingerprints are one model under two names, which is fine.
+        bases: At least one; two with equal fingerprints are one model under two names, which is allowed.
     """
 
     def __init__(self, bases: Sequence[KnownBase]) -> None:
@@ -70,10 +70,10 @@ class KnownBases:
 
     @classmethod
     def load(cls, directories: Sequence[Path], *, name: str | None, aliases: tuple[str, ...]) -> KnownBases:
-        """Read model directories; ``name`` and ``aliases`` are the first one's.
+        """Read model directories; ``name`` and ``aliases`` belong to the first one.
 
         Raises:
-            BaseModelError: If a directory is no base model we serve, or two models have one name.
+            BaseModelError: If a directory is no base model that can be served, or two models have one name.
         """
         infos = [
             load_base_model(directory, name=name if index == 0 else None, aliases=aliases if index == 0 else ())
@@ -88,7 +88,7 @@ class KnownBases:
         return {base.info.fingerprint: base.info.name for base in self._bases}
 
     def check_adapter_name(self, name: str) -> None:
-        """Refuse a name that means a base model: requests for it would never reach the adapter.
+        """Refuse an adapter's name that means a base model: requests for it would never reach the adapter.
 
         Raises:
             InvalidParameterError: If it is a base model's name or alias.
@@ -103,15 +103,15 @@ class KnownBases:
         """Return the base model that a checkpoint is to be checked against.
 
         Args:
-            declared: The checkpoint's ``base_model_name_or_path``. A known name decides, and so does one that ends as one
-                base's names do. Hub ids, pages and hub cache paths of other models are refused. Other paths, which say
-                nothing on another machine, and nothing at all mean the only base model: with a warning, as shapes
-                decide then, and they cannot tell two models of one shape apart.
-            override: Name given by whoever imports; beats ``declared``.
+            declared: The checkpoint's ``base_model_name_or_path``. A known name decides, and so does a name that ends
+                with exactly one base's name. Hub ids, pages and hub cache paths of other models are refused. An empty
+                value, or another path, which means nothing on this machine, stands for the only base model. That gives
+                a warning: shapes decide then, and shapes cannot separate two models of one shape.
+            override: Name given with the import; takes precedence over ``declared``.
 
         Raises:
             ModelNotFoundError: If the override names no known base model.
-            AdapterIncompatibleError: If the checkpoint is for another one, or does not say which of several.
+            AdapterIncompatibleError: If the checkpoint is for another model, or does not say which of several.
         """
         if override:
             return ChosenBase(self._overriding(override))
@@ -140,7 +140,7 @@ class KnownBases:
 
     @staticmethod
     def _distinct(bases: Sequence[KnownBase]) -> list[KnownBase]:
-        """Return the bases without those that are an earlier one under another name."""
+        """Return the bases without those that are an earlier base under another name."""
         first: dict[str, KnownBase] = {}
         for base in bases:
             first.setdefault(base.info.fingerprint, base)

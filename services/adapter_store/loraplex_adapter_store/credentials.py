@@ -1,4 +1,4 @@
-"""Credentials for private sources: callers name them, only the store knows them."""
+"""Credentials for private sources: callers name them, only the store knows their content."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Credentials:
 
     @classmethod
     def from_file(cls, path: Path | None) -> Credentials:
-        """Read ``NAME TOKEN`` lines; ``#`` starts a comment line, ``None`` means no credentials.
+        """Read ``NAME TOKEN`` lines; a line with ``#`` first is a comment; ``None`` as path means no credentials.
 
         Raises:
             CredentialsFileError: If the file cannot be read or a line is malformed.

@@ -1,4 +1,4 @@
-"""Prefetch and eviction hints: to the engine attached here, else through Valkey to the replica that has it."""
+"""Prefetch and eviction hints: given to the engine if it is attached here, else sent through Valkey to its replica."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Hints:
-    """Advice that may be lost; never an error."""
+    """Passes hints on; a hint may be lost, and never causes an error."""
 
     def __init__(
         self, attached: AttachedEngines, holdings: EngineHoldings, catalog: Catalog, images: ImageCache
@@ -28,7 +28,7 @@ class Hints:
         self._trouble = Trouble()
 
     async def prefetch(self, engine_id: str, digest: str, wanted_in_ms: int) -> None:
-        """Bring an image near an engine by when it will be wanted; an empty id lets the store pick one of its base model."""
+        """Bring an image near an engine by the time it will be wanted; an empty id lets the store choose the engine."""
         try:
             target = engine_id or await self._pick(digest)
             if target and not self._attached.prefetch(target, digest, wanted_in_ms):
@@ -37,7 +37,7 @@ class Hints:
             self._trouble.warn("a prefetch hint is lost", engine=engine_id, revision=digest, error=error.message)
 
     async def evict(self, engine_id: str, digest: str) -> None:
-        """Tell one engine, or all, that an image will not be wanted; all also means that the store forgets it."""
+        """Tell one engine, or all, that an image will not be wanted; "all" also makes the store forget it."""
         if not engine_id:
             self._images.drop(digest)
         local = [engine_id] if engine_id else self._attached.ids()
@@ -63,7 +63,7 @@ class Hints:
             self._trouble.warn("an eviction hint is lost", engine=engine_id, revision=digest, error=error.message)
 
     async def _pick(self, digest: str) -> str | None:
-        """Choose an engine by rendezvous hashing, so that the same adapter goes to the same engine."""
+        """Choose an engine by rendezvous hashing, so that one adapter always goes to the same engine."""
         known = await self._catalog.get_revisions([digest])
         if not known:
             return None

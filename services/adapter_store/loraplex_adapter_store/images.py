@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ImageKey:
-    """What an image depends on."""
+    """The facts that an image depends on."""
 
     digest: str
     geometry: Geometry
@@ -38,7 +38,7 @@ class Image:
 
     Attributes:
         pages: ``[num_pages, page_bytes]``, uint8, read-only.
-        sha256: Over the pages in order, 64 hex digits.
+        sha256: sha256 over the pages in order, 64 hex digits.
     """
 
     spec: AdapterSpec
@@ -52,7 +52,7 @@ class Fit:
     """What an engine can take.
 
     Attributes:
-        max_pages: Largest image its pool can ever hold.
+        max_pages: Pages of the largest image that its pool can ever hold.
     """
 
     base_fingerprint: str
@@ -76,10 +76,10 @@ class Fit:
 
 
 class ImageCache:
-    """Gives out images; concurrent requests for the same one share the work.
+    """Gives out images; concurrent requests for the same image share the work.
 
     Args:
-        budget_bytes: Images kept beyond their use; one larger than that is served but not kept.
+        budget_bytes: Bytes of images kept after their use; an image larger than that is served but not kept.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ImageCache:
         Raises:
             AdapterNotFoundError: If the revision does not exist.
             AdapterIncompatibleError: If it is for another base model, too large, or cannot be laid out.
-            AdapterCorruptError: If what is stored does not match its digest.
+            AdapterCorruptError: If the stored bytes do not match their digest.
             StoreUnavailableError: If it is not in RAM and Valkey cannot be reached.
         """
         began = time.monotonic()
@@ -132,7 +132,7 @@ class ImageCache:
         return list(dict.fromkeys(key.digest for key in reversed(self._kept) if key.geometry == geometry))
 
     def num_pages(self, digest: str, geometry: Geometry) -> int:
-        """Return the pages of an image in RAM, of its largest rank; 0 if it is not there."""
+        """Return the pages of an image in RAM, for its largest rank; 0 if it is not in RAM."""
         return max(
             (len(image.pages) for key, image in self._kept.items() if (key.digest, key.geometry) == (digest, geometry)),
             default=0,
@@ -169,7 +169,7 @@ class ImageCache:
             task = asyncio.create_task(self._build(key), name=f"image {key.digest[:12]}")
             self._building[key] = task
             task.add_done_callback(lambda _: self._building.pop(key, None))
-        return await asyncio.shield(task)  # others may wait for it even if this caller goes away
+        return await asyncio.shield(task)  # other callers may wait for it even if this one goes away
 
     async def _build(self, key: ImageKey) -> Image:
         manifest = await self._manifest(key.digest)

@@ -1,4 +1,4 @@
-"""What can be done to a name: create, look up, change, delete, move a label."""
+"""Operations on a name: create, look up, change, delete, move a label."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ Leases = Callable[[], Awaitable[dict[str, int]]]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks.
+    """The caller of a change.
 
     Attributes:
-        request_id: Makes a repeated mutation harmless; may be empty.
-        content: Digest of all that is asked for but the request_id.
+        request_id: Makes repeating a change harmless; may be empty.
+        content: Digest of all that the request asks for, without its request_id.
     """
 
     tenant: Principal
@@ -46,7 +46,7 @@ class Caller:
 
 
 class Lifecycle:
-    """Operations on names, each atomic, and acknowledged once gateways are told."""
+    """Operations on names; each is atomic, and acknowledged once gateways have been told."""
 
     def __init__(self, catalog: Catalog, leases: Leases, told: Told) -> None:
         self._catalog = catalog
@@ -59,7 +59,7 @@ class Lifecycle:
         """Reserve a name; a deleted one may be taken again.
 
         Raises:
-            AlreadyExistsError: If it is in use.
+            AlreadyExistsError: If the name is in use.
         """
         _check_fields(description, allowed_tenants)
 
@@ -72,10 +72,10 @@ class Lifecycle:
         return await self._change("create", name, apply, caller)
 
     async def get(self, ref: AdapterRef, caller: Caller) -> tuple[AdapterRecord, Revision | None, Revision | None]:
-        """Return a record, the revision the reference means, and the latest one.
+        """Return a record, the revision that the reference means, and the latest revision.
 
         Raises:
-            AdapterNotFoundError: If name, label or revision is unknown, deleted, or not for this tenant.
+            AdapterNotFoundError: If name, label or revision is unknown, deleted, or not visible to this tenant.
         """
         record = await self._visible(ref.name, caller)
         wanted, latest = record.resolve(ref), record.labels.get("latest")
@@ -86,7 +86,7 @@ class Lifecycle:
     async def page(
         self, *, page_size: int, after: str, prefix: str, show_deleted: bool, caller: Caller
     ) -> tuple[list[AdapterRecord], str]:
-        """Return a page of records by name, and the name to go on after; empty on the last page."""
+        """Return a page of records by name, and the name after which to go on; empty on the last page."""
         found: list[AdapterRecord] = []
         while len(found) <= page_size:
             names = await self._catalog.list_names(after=after, prefix=prefix, count=LIST_BATCH)
@@ -133,7 +133,7 @@ class Lifecycle:
         return await self._change("update", change.name, apply, caller)
 
     async def delete(self, name: str, etag: str, caller: Caller, *, force: bool) -> AdapterRecord:
-        """Delete a name softly and return the tombstone; what nothing else refers to is collected later.
+        """Delete a name softly and return the tombstone; revisions without another reference are collected later.
 
         Raises:
             AdapterInUseError: If running requests lease one of its revisions, unless ``force``.
@@ -159,7 +159,7 @@ class Lifecycle:
         """Move a label atomically; an empty revision removes it.
 
         Raises:
-            ConflictError: If the label does not point where ``expected`` says.
+            ConflictError: If the label does not point at ``expected``.
             AdapterNotFoundError: If adapter, revision or (to remove) label do not exist.
         """
 

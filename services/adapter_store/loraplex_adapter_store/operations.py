@@ -1,4 +1,4 @@
-"""google.longrunning.Operations: how imports are going (AIP-151)."""
+"""google.longrunning.Operations: the progress of imports (AIP-151)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class OperationsServicer(operations_pb2_grpc.OperationsServicer):  # type: ignor
     async def GetOperation(
         self, request: operations_pb2.GetOperationRequest, context: Context
     ) -> operations_pb2.Operation:
-        """Return an operation as it stands."""
+        """Return an operation in its present state."""
         return await self._operations.get(_operation_id(request.name))
 
     async def WaitOperation(
         self, request: operations_pb2.WaitOperationRequest, context: Context
     ) -> operations_pb2.Operation:
-        """Return an operation when it has finished, or as it stands after the timeout."""
+        """Return an operation once it has finished, or its present state after the timeout."""
         timeout_s = request.timeout.ToMilliseconds() / 1000 if request.HasField("timeout") else None
         return await self._operations.wait(_operation_id(request.name), timeout_s)
 

@@ -13,7 +13,7 @@ MAX_PAGE: Final = 1000
 
 
 def page_size(asked: int) -> int:
-    """Return the page size to use: 0 means the default, too many the most there is.
+    """Return the page size to use: the default for 0, and the maximum for larger values.
 
     Raises:
         InvalidParameterError: If it is negative.
@@ -32,7 +32,7 @@ def decode(token: str) -> str:
     """Return the position in a token.
 
     Raises:
-        InvalidParameterError: If the token is none of ours.
+        InvalidParameterError: If the token was not made by this store.
     """
     try:
         return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
@@ -41,10 +41,10 @@ def decode(token: str) -> str:
 
 
 def decode_offset(token: str) -> int:
-    """Return the position in a token of a list that counts.
+    """Return the position in a token of a list that is paged by number.
 
     Raises:
-        InvalidParameterError: If the token is none of ours.
+        InvalidParameterError: If the token was not made by this store.
     """
     text = decode(token)
     if text and not (text.isascii() and text.isdigit() and len(text) < 10):

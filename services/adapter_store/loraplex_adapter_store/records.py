@@ -1,4 +1,4 @@
-"""What the store knows of adapters: names (mutable) and revisions (immutable)."""
+"""The store's records of adapters: names (mutable) and revisions (immutable)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundErro
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, find_revision
 
 MAX_REVISIONS: Final = 100
-"""Revisions kept per name; older ones without a label are let go, so that frequent pushes do not grow without end."""
+"""Revisions kept per name; older ones without a label are released, so that frequent pushes do not grow without end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +19,7 @@ class Revision:
     """One immutable set of weights.
 
     Attributes:
-        name: Name it was imported under first.
+        name: The name it was first imported under.
         create_time: Unix seconds.
     """
 
@@ -50,7 +50,7 @@ class AdapterRecord:
     """A name with its labels.
 
     Attributes:
-        allowed_tenants: Who may use it; empty means everybody.
+        allowed_tenants: Tenants that may use it; empty means all tenants.
         labels: Label -> revision.
         revisions: All revisions of this name, newest first.
         version: Rises with every change; the etag. 0 means that the name was never stored.
@@ -87,17 +87,17 @@ class AdapterRecord:
         return is_admin or not self.allowed_tenants or tenant in self.allowed_tenants
 
     def as_shown_to(self, tenant: str, *, is_admin: bool) -> AdapterRecord:
-        """Return the record as a tenant that may use the adapter sees it: who else may is not for it to know."""
+        """Return the record as a tenant that may use the adapter sees it, without the other tenants' names."""
         if is_admin or not self.allowed_tenants:
             return self
         return dataclasses.replace(self, allowed_tenants=(tenant,))
 
     def resolve(self, ref: AdapterRef) -> str | None:
-        """Return the revision that a reference means; None for an adapter that has none yet.
+        """Return the revision that a reference means; None for an adapter without any revision.
 
         Raises:
             AdapterNotFoundError: If label or revision is unknown under this name.
-            InvalidParameterError: If several of its revisions begin as the reference says.
+            InvalidParameterError: If several of its revisions begin with the reference.
         """
         if ref.revision is not None:
             digest = find_revision(ref.revision, self.revisions, field="name")
@@ -110,12 +110,12 @@ class AdapterRecord:
         return self.labels.get(label)
 
     def touched(self, now: float, **changes: Any) -> AdapterRecord:
-        """Return the record after a change, its version risen."""
+        """Return the record after a change, with the next version."""
         created = self.create_time or now
         return dataclasses.replace(self, **changes, version=self.version + 1, create_time=created, update_time=now)
 
     def with_import(self, revision: str, label: str, now: float, *, is_staged: bool) -> AdapterRecord:
-        """Return the record after an import: ``label``, if any, points at the revision, and ``latest`` unless staged."""
+        """Return the record after an import: any ``label`` and, unless staged, ``latest`` point at the revision."""
         moved = {name for name in (label, "" if is_staged else DEFAULT_LABEL) if name}
         labels = {**self.labels, **dict.fromkeys(sorted(moved), revision)}
         ordered = (revision, *(kept for kept in self.revisions if kept != revision))
@@ -144,19 +144,19 @@ class AdapterRecord:
         return self.touched(now, labels=labels)
 
     def deleted(self, now: float) -> AdapterRecord:
-        """Return the tombstone: the name stays known, its revisions are let go."""
+        """Return the tombstone: the name stays known, its revisions are released."""
         return self.touched(now, labels={}, revisions=(), is_deleted=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is remembered of a mutation under its request_id (AIP-155).
+    """The remembered answer to a mutation with a request_id (AIP-155).
 
     Attributes:
-        kind: Which call it was, e.g. ``import``.
+        kind: The call, e.g. ``import``.
         revision: The imported revision; empty for other kinds.
-        warnings: What was said of it besides.
-        content: Digest of everything the call asked for; empty if an older version remembered it.
+        warnings: Warnings of the answer.
+        content: Digest of everything that the call asked for; empty if an older version wrote the record.
     """
 
     kind: str
@@ -166,12 +166,12 @@ class Answer:
     content: str = ""
 
     def to_json(self) -> str:
-        """Encode for Valkey; what is empty is left out, as older replicas read it."""
+        """Encode for Valkey; empty fields are left out, as older replicas read the record too."""
         fields = dataclasses.asdict(self)
         return json.dumps({key: value for key, value in fields.items() if key in ("kind", "name", "revision") or value})
 
     def repeated(self, remembered: bytes) -> Answer:
-        """Return what `to_json` wrote of an earlier call, if that was the same call as this one.
+        """Return the answer to an earlier call, if that was the same call as this one.
 
         Raises:
             AlreadyExistsError: If the request_id belongs to another call; the message names it.

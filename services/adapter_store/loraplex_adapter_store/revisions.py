@@ -1,4 +1,4 @@
-"""From what callers write for a revision, its first digits or all, to the digest."""
+"""Finds the digest of a revision that a caller names by its first digits or by all of them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 class RevisionFinder:
-    """Looks among a name's own revisions first, then among all that the caller may see."""
+    """Searches a name's own revisions first, then all revisions that the caller may see."""
 
     def __init__(self, catalog: Catalog, aliases: AliasTable) -> None:
         self._catalog = catalog
         self._aliases = aliases
 
     async def find(self, text: str, tenant: Principal, *, field: str, name: str = "") -> str:
-        """Return the digest; a whole one is taken as it is.
+        """Return the digest; a complete digest is returned unchanged.
 
         Raises:
-            InvalidParameterError: If the text cannot name a revision, or several begin so.
-            AdapterNotFoundError: If none begins so.
+            InvalidParameterError: If the text cannot name a revision, or several revisions begin with it.
+            AdapterNotFoundError: If no revision begins with it.
         """
         if is_digest(check_revision(text, field=field)):
             return text
@@ -37,10 +37,11 @@ class RevisionFinder:
         return digest
 
     async def expected(self, text: str, *, field: str, name: str) -> str:
-        """Return the digest that a label is said to point at; what is none of the name's stays, and will not match.
+        """Return the digest that a label is expected to point at; a text that names none of the name's never matches.
 
         Raises:
-            InvalidParameterError: If the text is not empty and cannot name a revision, or several begin so.
+            InvalidParameterError: If the text is not empty and cannot name a revision, or several revisions begin with
+                it.
         """
         if not text or is_digest(check_revision(text, field=field)):
             return text

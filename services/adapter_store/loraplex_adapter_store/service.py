@@ -1,4 +1,4 @@
-"""Puts the store together, runs it, takes it apart."""
+"""Builds the store, runs it, and takes it down."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 NUM_THREADS: Final = 4
-MAX_STREAMS: Final = 1024  # calls at once per connection; a gateway's watch, hints and look-ups are far fewer
+MAX_STREAMS: Final = 1024  # concurrent calls per connection; a gateway needs far fewer
 SERVICE: Final = "loraplex.v1.AdapterStoreService"
 OPERATIONS_SERVICE: Final = "google.longrunning.Operations"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunningStore:
-    """A store that listens.
+    """A store that serves.
 
     Attributes:
         supervisor: Owns the background tasks; see `Supervisor.run_until`.
@@ -72,14 +72,14 @@ class RunningStore:
     attached: AttachedEngines
 
     def check_integrity(self) -> None:
-        """Raise `RuntimeError` if an idle store holds something it should not."""
+        """Raise `RuntimeError` if an idle store holds anything it should have released."""
         self.images.check_integrity()
         self.importer.budget.check_integrity()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Core:
-    """What everything else stands on."""
+    """The parts that all other parts depend on."""
 
     config: StoreConfig
     client: keys.Client
@@ -137,7 +137,7 @@ def _core(config: StoreConfig, bases: KnownBases, stack: AsyncExitStack) -> _Cor
     client = config.connect_valkey(config.redis_url)
     stack.push_async_callback(client.aclose)
     executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
-    # From a thread: what it waits for may wait for this event loop.
+    # It runs in a thread, as what it waits for may wait for this event loop.
     stack.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
     return _Core(
         config=config,
@@ -236,7 +236,7 @@ async def _serve_metrics(core: _Core, stack: AsyncExitStack) -> int:
 
 
 async def _all_leases(attached: AttachedEngines, holdings: EngineHoldings) -> dict[str, int]:
-    """Return leases on all engines: those attached here as of now, those elsewhere as last published."""
+    """Return leases on all engines: present ones for engines attached here, else the last published ones."""
     total = await holdings.leases(without=attached.ids())
     for digest, count in attached.leases().items():
         total[digest] = total.get(digest, 0) + count
@@ -244,7 +244,7 @@ async def _all_leases(attached: AttachedEngines, holdings: EngineHoldings) -> di
 
 
 async def _drain(server: GrpcServer, config: StoreConfig, attached: AttachedEngines, aliases: AliasTable) -> None:
-    """Go out of service; the streams that never end by themselves are ended, and their clients go elsewhere."""
+    """Go out of service; streams without an end of their own are ended, and their clients connect elsewhere."""
     draining = asyncio.create_task(server.drain(settle_s=config.drain_settle_s, grace_s=config.drain_grace_s))
     await asyncio.sleep(config.drain_settle_s)
     aliases.end_watches()

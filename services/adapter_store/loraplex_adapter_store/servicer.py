@@ -1,4 +1,4 @@
-"""AdapterStoreService: converts requests, calls one method, converts back."""
+"""AdapterStoreService: each RPC converts the request, calls one method, and converts the result."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
 
 def _caller(request: _Mutation) -> Caller:
-    """Return who asks for a change, and a digest of what: the request as it is but for its request_id."""
+    """Return the caller of a change, and a digest of the request without its request_id."""
     if not request.request_id:
         return Caller(current_principal())
     try:

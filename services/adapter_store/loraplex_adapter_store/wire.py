@@ -1,4 +1,4 @@
-"""Between the contract's messages and the store's own types."""
+"""Converts between the contract's messages and the store's own types."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def hello(message: adapter_store_pb2.AttachEngineRequest) -> Hello:
     """Convert the first message of an engine.
 
     Raises:
-        InvalidParameterError: If it is not a hello, or lacks what a hello needs.
+        InvalidParameterError: If it is not a hello, or lacks a required field.
     """
     if message.WhichOneof("message") != "hello":
         raise InvalidParameterError("the first message must be a hello", field="hello")
@@ -210,7 +210,7 @@ def from_engine(message: adapter_store_pb2.AttachEngineRequest) -> FromEngine:
     """Convert any later message of an engine.
 
     Raises:
-        InvalidParameterError: If it is none that may come now.
+        InvalidParameterError: If no such message may come now.
     """
     match message.WhichOneof("message"):
         case "want":

@@ -1,4 +1,4 @@
-"""What a PEFT adapter's folder holds, and what a folder that lacks it is instead; the same words from client and store."""
+"""What a PEFT adapter's folder contains, and what another folder is instead; client and store use the same words."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ _PICKLED: Final = (
     "pickled weights are never read, because reading them runs code; save the adapter as "
     f"{WEIGHTS_FILE} (PEFT: save_pretrained with safe_serialization)"
 )
-# (what a file's path looks like, what the folder is, the remedy); the first that matches is told. PATH in a text is the path.
+# (pattern of a file's path, what the folder is, the remedy); the first match is used. PATH in a text is the file's
+# path.
 _KINDS: Final = tuple(
     (re.compile(pattern), text)
     for pattern, text in (
@@ -77,7 +78,7 @@ _KINDS: Final = tuple(
         ),
     )
 )
-# What a file that should be safetensors begins with when it is something else.
+# First bytes of files that are something else than the safetensors file they should be.
 _MAGIC: Final = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -88,7 +89,7 @@ _MAGIC: Final = (
     (b"\x80\x02}", f"a pickle; {_PICKLED}"),
     (b"\x1f\x8b", "an archive; unpack it and import the folder inside"),
 )
-_PAGES: Final = (b"<!doctype html", b"<html", b"<?xml")  # in any case, behind a byte order mark or blank lines
+_PAGES: Final = (b"<!doctype html", b"<html", b"<?xml")  # upper or lower case, after a byte order mark or blank lines
 _BLANK: Final = b"\xef\xbb\xbf \t\r\n"
 
 
@@ -96,7 +97,7 @@ def check_present(names: Iterable[str]) -> list[str]:
     """Return which files of a folder are to be read.
 
     Args:
-        names: The folder's files; those of folders inside it as ``folder/file``.
+        names: The folder's files; files of folders inside it as ``folder/file``.
 
     Raises:
         AdapterIncompatibleError: If config or weights are missing and the folder is something else that is known.
@@ -112,7 +113,7 @@ def diagnose(names: Collection[str]) -> LoraplexError:
     """Say what a folder is that lacks an adapter's config or weights.
 
     Args:
-        names: As for `check_present`.
+        names: The same as for `check_present`.
     """
     inner = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{WEIGHTS_FILE}"))
     inner = [folder for folder in inner if f"{folder}/{CONFIG_FILE}" in names]
@@ -133,7 +134,7 @@ def diagnose(names: Collection[str]) -> LoraplexError:
 
 
 def explain_content(data: bytes | bytearray | memoryview) -> str | None:
-    """Return what a file is, if its first bytes are not those of what it should be."""
+    """Return what a file is, if its first bytes show that it is not what it should be."""
     start = bytes(data[:256])
     if start.lstrip(_BLANK).lower().startswith(_PAGES):
         return "a web page, as a download without access brings; fetch the file again"
@@ -141,9 +142,9 @@ def explain_content(data: bytes | bytearray | memoryview) -> str | None:
 
 
 def list_folder(directory: Path) -> list[str]:
-    """Return the files of a folder and of the folders inside it, as `check_present` reads them.
+    """Return the files of a folder and of the folders inside it, in the form for `check_present`.
 
-    Folders inside are only looked at to say what is there: down to `MAX_DEPTH`, and `MAX_LISTED` files.
+    Folders inside are read only to name what is there: down to `MAX_DEPTH`, and `MAX_LISTED` files.
 
     Raises:
         OSError: If the folder cannot be read.
@@ -157,7 +158,7 @@ def list_folder(directory: Path) -> list[str]:
         try:
             entries = sorted(folder.iterdir())
         except PermissionError:
-            continue  # what cannot be looked into is not this adapter's
+            continue  # a folder that cannot be read is not this adapter's
         inner += [entry.relative_to(directory).as_posix() for entry in entries if entry.is_file()]
         if depth < MAX_DEPTH:
             waiting += [(entry, depth + 1) for entry in entries if _is_inside(entry)]

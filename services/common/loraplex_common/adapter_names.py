@@ -1,6 +1,6 @@
-"""From digests back to the names that clients write, for metrics.
+"""Finds the names that clients write for a digest, for metrics.
 
-Routers compare the ``model`` of a request with the adapters that an engine lists, so metrics list names; everything else
+Routers compare the ``model`` of a request with the adapters that an engine lists, so metrics list names; all other code
 behind the gateway knows adapters by digest alone.
 """
 
@@ -25,7 +25,7 @@ MAX_LISTED_BYTES: Final = 32 * 1024
 class AdapterNames:
     """Every name under which a digest can be asked for: ``name`` where ``latest`` points, ``name:label`` elsewhere.
 
-    Names of restricted adapters are `private`. It is an `AliasTable`.
+    Names of restricted adapters are `private`. The class is an `AliasTable`.
 
     Attributes:
         changed_at: Unix time of the last change.
@@ -33,18 +33,18 @@ class AdapterNames:
 
     def __init__(self) -> None:
         self.changed_at = 0.0
-        self._names: dict[str, dict[str, str]] = defaultdict(dict)  # digest -> name with label -> what metrics show
-        self._digests: dict[str, tuple[str, ...]] = {}  # adapter -> digests its labels point at
+        self._names: dict[str, dict[str, str]] = defaultdict(dict)  # digest -> name with label -> value in metrics
+        self._digests: dict[str, tuple[str, ...]] = {}  # adapter -> digests that its labels point at
 
     def of(self, digest: str) -> list[str]:
-        """Return the names of a digest as label values, in order; empty if nothing points at it."""
+        """Return the names of a digest as label values, in order; empty if no name points at it."""
         return sorted(self._names[digest].values()) if digest in self._names else []
 
     def listed(self, digests: Iterable[str]) -> list[str]:
-        """Return the names of some digests, as many as fit `MAX_LISTED_NAMES` and `MAX_LISTED_BYTES`.
+        """Return the names of several digests, as many as fit `MAX_LISTED_NAMES` and `MAX_LISTED_BYTES`.
 
         Args:
-            digests: The most important first; those behind lose their place in the list first.
+            digests: The digests, most important first; names that do not fit are left out from the end.
         """
         names: list[str] = []
         num_bytes = 0
@@ -56,13 +56,13 @@ class AdapterNames:
         return names
 
     def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
-        """Forget everything and take a whole table."""
+        """Forget everything and take over a whole table."""
         self._names.clear()
         self._digests.clear()
         self.update(entries)
 
     def update(self, entries: Iterable[AdapterEntry]) -> None:
-        """Take new truth about some names."""
+        """Take over the present state of several names."""
         self.changed_at = time.time()
         for entry in entries:
             self._forget(entry.name)

@@ -1,4 +1,4 @@
-"""Calls that run, by the credential that let them in: a call ends with it, not when it pleases."""
+"""Running calls by the credential that let them in: when the credential ends, the call is ended."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Admission:
     """One caller that was let in.
 
     Args:
-        principal: Who it is.
-        credential: What the keys file has it under; None where nobody is asked for credentials.
-        book: Where it is entered while it runs.
+        principal: The caller.
+        credential: The credential's key in the keys file; None if callers need no credentials.
+        book: Has an entry of it while its call runs.
 
     Attributes:
-        has_lapsed: Whether the credential was taken away meanwhile.
+        has_lapsed: Whether the credential has been taken away meanwhile.
     """
 
     def __init__(self, principal: Principal, credential: bytes | None, book: Admissions) -> None:
@@ -36,19 +36,19 @@ class Admission:
 
     @property
     def is_open(self) -> bool:
-        """Whether it was let in because everybody is."""
+        """Whether it was let in without a credential, as every caller is."""
         return self.credential is None
 
     @contextmanager
     def running(self, end: Callable[[], object]) -> Iterator[None]:
-        """Hold the credential good for the block, and no longer.
+        """Watch the credential during the block, and end the block when the credential ends.
 
         Args:
-            end: Called on the event loop once the credential is gone, and again after `END_AGAIN_S` if the block has not
-                ended by then. Whoever is ended by it says `error`.
+            end: Called on the event loop once the credential is gone, and again after `END_AGAIN_S` if the block has
+                not ended by then. A block that is ended so raises `error`.
 
         Raises:
-            UnauthenticatedError: If it is gone already.
+            UnauthenticatedError: If the credential is gone already.
         """
         if self.is_open:
             yield
@@ -63,15 +63,15 @@ class Admission:
             self._book.leave(self)
 
     def error(self) -> UnauthenticatedError:
-        """Return what a call ends with whose credential has been taken away."""
+        """Return the error of a call whose credential has been taken away."""
         return UnauthenticatedError("the key or certificate that this call came with is not let in any more")
 
 
 class Admissions:
-    """Those that run, and how to end each.
+    """The running calls, and how to end each of them.
 
     Args:
-        principals: What is let in now, by credential.
+        principals: Principals that are let in now, by credential.
         clock: Monotonic seconds.
     """
 
@@ -83,16 +83,16 @@ class Admissions:
 
     @property
     def num_running(self) -> int:
-        """How many there are."""
+        """Number of running calls."""
         return len(self._running)
 
     @property
     def has_lapsed(self) -> bool:
-        """Whether some were asked to end and have not yet."""
+        """Whether some calls were asked to end and have not ended yet."""
         return bool(self._ended_at)
 
     def is_good(self, admission: Admission) -> bool:
-        """Whether a credential still stands for who it stood for: the same name in the same role."""
+        """Whether a credential still stands for the same principal: the same name in the same role."""
         if admission.credential is None:
             return True
         now, then = self._principals().get(admission.credential), admission.principal
@@ -103,12 +103,12 @@ class Admissions:
         self._running[admission] = end
 
     def leave(self, admission: Admission) -> None:
-        """Note that it has ended."""
+        """Note that a call has ended."""
         self._running.pop(admission, None)
         self._ended_at.pop(admission, None)
 
     def end_lapsed(self) -> int:
-        """End the calls whose credential is gone; return how many there are that run on."""
+        """End the calls whose credential is gone; return how many of them still run."""
         now = self._clock()
         lapsed = [admission for admission in self._running if admission.has_lapsed or not self.is_good(admission)]
         for admission in lapsed:

@@ -1,4 +1,4 @@
-"""Follows the adapter store's name table, over every loss of connection."""
+"""Follows the adapter store's table of names, and reconnects after every loss of connection."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _log = get_logger()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterEntry:
-    """The truth about one adapter name.
+    """The present state of one adapter name.
 
     Attributes:
         labels: Label to digest.
         base_fingerprints: Digest of each known revision to the fingerprint of its base model.
-        allowed_tenants: Who may use it; empty means everybody.
+        allowed_tenants: Tenants that may use it; empty means all tenants.
         is_deleted: True once the name is no longer served.
     """
 
@@ -49,13 +49,13 @@ class AdapterEntry:
 
 
 class AliasTable(Protocol):
-    """What is kept equal to the store's table."""
+    """A table that is kept equal to the store's."""
 
     def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
-        """Forget everything and take a whole table."""
+        """Forget everything and take over a whole table."""
 
     def update(self, entries: Iterable[AdapterEntry]) -> None:
-        """Take new truth about some names."""
+        """Take over the present state of several names."""
 
 
 class AliasFeed:
@@ -64,8 +64,8 @@ class AliasFeed:
     Every connection starts with the whole table: it is small, and no lost event can outlive a reconnect.
 
     Args:
-        channel: To the adapter store.
-        tables: What is kept up to date; they stay as they are while the store is away.
+        channel: Channel to the adapter store.
+        tables: The tables to keep up to date; they stay unchanged while the store is away.
     """
 
     def __init__(self, channel: PeerChannel, tables: Sequence[AliasTable]) -> None:
@@ -123,7 +123,7 @@ class AliasFeed:
             response = await call.read()
 
     async def _first_word(self, call: grpc.aio.UnaryStreamCall[Any, Any]) -> Any:
-        """Return the first message; None if new credentials come first: a connection refused for the old ones never comes."""
+        """Return the first message; None if new credentials come first, as a refused connection never sends one."""
         reading = asyncio.create_task(call.read(), name="alias-feed-first-word")
         outdated = asyncio.create_task(self._channel.outdated(), name="alias-feed-credentials")
         try:
@@ -133,7 +133,7 @@ class AliasFeed:
             await cancel_and_wait(*(task for task in (reading, outdated) if not task.done()))
 
     def _compare(self, response: adapter_store_pb2.WatchAliasesResponse) -> None:
-        """Say so if what comes is an earlier state than the one known; within a history only replicas lag, by moments."""
+        """Log a warning if the new state is older than the known one; in one history only replicas lag, by moments."""
         if response.history_id != self._history_id and response.sequence < self._sequence:
             _log.warning(
                 "the adapter store went back to an earlier state; the names it has now are served",

@@ -1,7 +1,7 @@
-"""When the call that runs here must have its answer: known wherever it waits for something that may never come.
+"""The time by which the running call must have its answer, known wherever it waits for something that may never come.
 
-A client whose deadline passes learns nothing but that. Whoever waits for another server on its behalf gives up a little
-earlier, so that the reason and the time of a useful retry still reach the client.
+A client whose deadline passes gets no other information. So code that waits for another server on the client's behalf
+gives up a little earlier, and the reason and the time of a useful retry still reach the client.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _answer_by: ContextVar[float | None] = ContextVar("answer_by", default=None)
 
 @contextmanager
 def answering_within(remaining_s: float | None) -> Iterator[None]:
-    """Say how long the client of the call inside the block still waits; None for for ever."""
+    """Set how long the client of the call inside the block still waits; None for no limit."""
     margin_s = 0.0 if remaining_s is None else min(MAX_MARGIN_S, MARGIN * remaining_s)
     token = _answer_by.set(None if remaining_s is None else time.monotonic() + remaining_s - margin_s)
     try:
@@ -37,8 +37,8 @@ def answering_within(remaining_s: float | None) -> Iterator[None]:
 def given_up_in_time(error: Callable[[], Exception]) -> Iterator[None]:
     """Give up what is awaited inside the block when the call must be answered, and raise ``error()`` instead.
 
-    What `asyncio.timeout` does, for blocks that are not ``async with``. Outside of calls, and in calls without a deadline,
-    nothing happens.
+    It does what `asyncio.timeout` does, for blocks that are not ``async with``. Outside calls, and in calls without a
+    deadline, it does nothing.
     """
     answer_by, task = _answer_by.get(), asyncio.current_task()
     if answer_by is None or task is None:
@@ -62,4 +62,4 @@ def given_up_in_time(error: Callable[[], Exception]) -> Iterator[None]:
     finally:
         timer.cancel()
         if is_late and task.cancelling():
-            task.uncancel()  # it was done at the same moment, or failed otherwise
+            task.uncancel()  # the block ended at the same moment, or failed otherwise

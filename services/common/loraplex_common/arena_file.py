@@ -1,8 +1,8 @@
-"""What proves that an open file is an engine's arena, for the engine that makes one and the store that writes into one.
+"""Proves that an open file is an engine's arena, for the engine that makes one and the store that writes into one.
 
-An engine that attaches names a process and a descriptor; the store opens ``/proc/<pid>/fd/<fd>`` with its own rights,
-which reach every file that this user holds open. So the file must be one that nothing but an arena can be: a memory
-file of `NAME` with exactly `SEALS`, which no file on a disk can have and no process adds to another file by accident.
+An engine that attaches names a process and a descriptor. The store opens ``/proc/<pid>/fd/<fd>`` with its own rights,
+which reach every file that this user holds open. So the file must be one that only an arena can be: a memory file of
+`NAME` with exactly `SEALS`. No file on a disk can have seals, and no process adds them to another file by accident.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Final
 
 NAME: Final = "loraplex-arena"
 NONCE_BYTES: Final = 32
-# A file that cannot shrink cannot kill its writer with SIGBUS; F_SEAL_SEAL keeps anyone from sealing it against writes.
+# A file that cannot shrink cannot kill its writer with SIGBUS; F_SEAL_SEAL prevents further seals, such as against
+# writes.
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _LINK: Final = f"/memfd:{NAME} (deleted)"
 
 
 def create_arena_file(num_bytes: int) -> int:
-    """Return the descriptor of a new memory file of fixed size, zeros throughout.
+    """Return the descriptor of a new memory file of fixed size, filled with zeros.
 
     Raises:
         OSError: If the kernel has no room for it.
@@ -39,13 +40,13 @@ def open_arena_file(pid: int, descriptor: int) -> int:
 
     Raises:
         OSError: If the file cannot be opened from here.
-        ValueError: If it is no arena; nothing of it was read or written.
+        ValueError: If the file is not an arena; none of it was read or written.
     """
     path = f"/proc/{pid}/fd/{descriptor}"
-    if os.readlink(path) != _LINK:  # before it is opened: opening a device or a pipe may do something
+    if os.readlink(path) != _LINK:  # before the open: opening a device or a pipe may have effects
         raise ValueError("the file is no memory file of an arena")
     opened = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not _is_sealed(opened):  # of what was opened: the link may have changed since it was read
+    if not _is_sealed(opened):  # checked on the opened file: the link may have changed since
         os.close(opened)
         raise ValueError("the file is not sealed as an arena is")
     return opened
@@ -54,5 +55,5 @@ def open_arena_file(pid: int, descriptor: int) -> int:
 def _is_sealed(descriptor: int) -> bool:
     try:
         return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) == SEALS
-    except OSError:  # EINVAL: only memory files know seals
+    except OSError:  # EINVAL: only memory files have seals
         return False

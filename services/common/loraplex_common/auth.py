@@ -1,4 +1,4 @@
-"""Who calls: a key or a client certificate becomes a principal; nothing a request says about itself does."""
+"""Authentication: a key or a client certificate becomes a principal; nothing else in a request names its caller."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ HASH_PREFIX: Final = "sha256:"
 CERTIFICATE_PREFIXES: Final = ("cn=", "san=")
 _HASH: Final = re.compile(r"[0-9a-fA-F]{64}")
 CHECK_EVERY_S: Final = 1.0
-"""How old an answer about credentials may be after the keys file has changed."""
+"""Longest time after a change of the keys file during which answers may still follow the old one, in seconds."""
 
 _log = get_logger()
 
 
 class Role(enum.StrEnum):
-    """What a principal is; `rights` says what each may call."""
+    """The role of a principal; `rights` says which calls each role may make."""
 
     TENANT = "tenant"
     ADMIN = "admin"
@@ -50,11 +50,11 @@ class Principal:
     """A caller after authentication.
 
     Attributes:
-        name: What quotas, fairness and adapter permissions are counted under; of a tenant, its name.
-        role: What it may call.
-        group: Tenants of one group share cached prefixes; empty means that it shares with nobody but itself.
+        name: Name for quotas, fairness and adapter permissions; a tenant's own name.
+        role: Its role, which decides the calls it may make.
+        group: Tenants of one group share cached prefixes; if empty, the tenant shares with no other tenant.
         highest_priority: Highest class (`loraplex.v1.Priority`) that its requests may ask for.
-        is_listed: Whether a keys file says so; where there is none everybody is let in with every right.
+        is_listed: Whether it comes from a keys file; without one, every caller is let in with every right.
     """
 
     name: str
@@ -70,17 +70,17 @@ class Principal:
 
     @property
     def uses_all_adapters(self) -> bool:
-        """Whether it may use adapters that are restricted to others: an administrator may whom somebody has named one."""
+        """Whether it may use adapters restricted to other tenants: an administrator may if keys are configured."""
         return self.is_admin and self.is_listed
 
     @property
     def sharing_group(self) -> str:
-        """Whose cached prefixes it shares; a group and a tenant of the same name are two."""
+        """Key of the cached prefixes that it shares; a group and a tenant of the same name have different keys."""
         return f"group:{self.group}" if self.group else f"tenant:{self.name}"
 
 
 ANYBODY: Final = Principal(name="default", role=Role.ADMIN, highest_priority=HIGHEST_PRIORITY, is_listed=False)
-"""Everybody, where no credentials are configured."""
+"""The principal of every caller where no credentials are configured."""
 
 _current: ContextVar[Principal] = ContextVar("loraplex_principal", default=ANYBODY)
 
@@ -90,7 +90,7 @@ class Certificate:
     """Names in a client certificate that TLS has verified.
 
     Attributes:
-        common_name: Of its subject; empty if it has none.
+        common_name: Common name of its subject; empty if there is none.
         alternative_names: DNS names, addresses and URIs, such as a SPIFFE id.
     """
 
@@ -99,13 +99,13 @@ class Certificate:
 
 
 def current_principal() -> Principal:
-    """Return who makes the call being handled."""
+    """Return the principal that makes the call being handled."""
     return _current.get()
 
 
 @contextmanager
 def acting_as(principal: Principal) -> Iterator[None]:
-    """Make ``principal`` the current one within the block (and the tasks started in it)."""
+    """Make ``principal`` the current one within the block, and in the tasks started in it."""
     token = _current.set(principal)
     try:
         yield
@@ -114,10 +114,10 @@ def acting_as(principal: Principal) -> Iterator[None]:
 
 
 def lookup_key(key: str) -> bytes:
-    """Return what a key of a keys file is found by.
+    """Return the value by which a key of a keys file is found.
 
-    Secrets are found by their hash: how long a lookup takes tells nothing about how much of a guess is right. Names of
-    certificates are no secrets, and no hash equals them.
+    Secrets are found by their hash, so the time of a lookup does not tell how much of a guess is right. Names of
+    certificates are not secret, and no hash equals them.
 
     Args:
         key: A secret, ``sha256:HEX`` of one, or ``cn=NAME`` or ``san=NAME`` of a certificate.
@@ -135,7 +135,8 @@ def lookup_key(key: str) -> bytes:
             raise ValueError("cn= and san= must be followed by a name")
         return key.encode()
     if key.lower().startswith((HASH_PREFIX, *CERTIFICATE_PREFIXES)):
-        # Taken for a secret it would let in whoever sends the name of the certificate, or the hash, as a key.
+        # If it were taken as a secret, a caller that sends the certificate's name, or the hash, as a key would be let
+        # in.
         raise ValueError("sha256:, cn= and san= are written in small letters")
     return _digest(key)
 
@@ -148,9 +149,9 @@ class Authenticator:
     """Maps credentials to principals.
 
     Args:
-        principals: Key as in a keys file (see `lookup_key`) -> who that is. Empty: everybody is let in, as ``default`` or
-            under the common name of a verified certificate.
-        file: Where they come from instead; read again when it changes.
+        principals: Key as in a keys file (see `lookup_key`) -> principal. If empty, every caller is let in, as
+            ``default`` or under the common name of a verified certificate.
+        file: Source of the principals instead; read again when it changes.
         clock: Monotonic seconds.
     """
 
@@ -181,33 +182,33 @@ class Authenticator:
 
     @property
     def is_open(self) -> bool:
-        """True if no credentials are configured and everybody is let in."""
+        """True if no credentials are configured and every caller is let in."""
         return not self._principals
 
     @property
     def names_certificates(self) -> bool:
-        """Whether some are let in by a certificate."""
+        """Whether some principals are let in by a certificate."""
         prefixes = tuple(prefix.encode() for prefix in CERTIFICATE_PREFIXES)
         return any(credential.startswith(prefixes) for credential in self._principals)
 
     @property
     def num_running(self) -> int:
-        """How many calls run that a credential has let in."""
+        """Number of running calls that were let in by a credential."""
         return self._admissions.num_running
 
     def authenticate(self, authorization: str | None, *, certificate: Certificate | None = None) -> Principal:
-        """Return who makes a call, as `admit`."""
+        """Return the principal of a call, like `admit`."""
         return self.admit(authorization, certificate=certificate).principal
 
     def admit(self, authorization: str | None, *, certificate: Certificate | None = None) -> Admission:
-        """Let a call in: by its key if it brings one, else by its certificate.
+        """Let a call in: by its key if it has one, else by its certificate.
 
         Args:
             authorization: Value of the ``authorization`` metadata or header: ``Bearer KEY``.
-            certificate: The client's, if TLS verified one.
+            certificate: The client's certificate, if TLS verified one.
 
         Raises:
-            UnauthenticatedError: If keys are configured and the call brings none of them.
+            UnauthenticatedError: If keys are configured and the call has none of them.
         """
         self.refresh()
         if self.is_open:
@@ -225,10 +226,10 @@ class Authenticator:
         return Admission(self._principals[credential], credential, self._admissions)
 
     def refresh(self) -> None:
-        """Take in what the keys file says now, if it has changed; looks at most every `CHECK_EVERY_S`.
+        """Read the keys file again if it has changed; checks at most every `CHECK_EVERY_S`.
 
-        A file that cannot be used is logged, and what was known before stays good. Calls whose credential is gone are
-        ended, see `Admission.running`.
+        If the file cannot be used, that is logged, and the principals known before stay valid. Calls whose credential
+        is gone are ended, see `Admission.running`.
         """
         if self._file is None or self._clock() < self._check_at:
             return
@@ -243,13 +244,13 @@ class Authenticator:
             _log.info("ending calls whose credential is gone", num_calls=num_lapsed)
 
     async def follow(self) -> None:
-        """Refresh for ever, also while nobody calls: calls that run must not outlive their right."""
+        """Refresh for ever, also while no calls arrive: running calls must not outlive their right."""
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
             self.refresh()
 
     def _line_of(self, certificate: Certificate) -> bytes | None:
-        """Return the first of a certificate's names that the keys file has."""
+        """Return the first of a certificate's names that is in the keys file."""
         names = [f"san={name}".encode() for name in certificate.alternative_names]
         if certificate.common_name:
             names.append(f"cn={certificate.common_name}".encode())

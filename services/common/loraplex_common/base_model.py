@@ -1,4 +1,4 @@
-"""What the services must agree on about a base model: its shape, its names, its fingerprint.
+"""The facts of a base model that all services must agree on: its shape, its names, its fingerprint.
 
 Reads a directory in Hugging Face layout (config.json, tokenizer.json, *.safetensors) without torch.
 """
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-# Keys of config.json that say nothing about what the model computes.
+# Keys of config.json that do not affect what the model computes.
 VOLATILE_KEYS: Final = frozenset({"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"})
 FINGERPRINT_FORMAT: Final = 2
-"""1 knew shapes of tensors only."""
+"""Version of the fingerprint; version 1 covered only the shapes of tensors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,11 +35,11 @@ class BaseModelInfo:
     """A base model as the control plane sees it.
 
     Attributes:
-        name: Name clients use.
-        fingerprint: What the model is: sha256 over config.json (but `VOLATILE_KEYS`), tokenizer.json and the sha256 of
-            the file of each weight, 64 hex digits. Not in it: how to talk to the model (chat template, generation
-            defaults), which may be mended without turning its adapters away.
-        aliases: Other names adapters may use for it (``base_model_name_or_path``), e.g. its hub id.
+        name: Name that clients use.
+        fingerprint: Identity of the model: sha256 over config.json (except `VOLATILE_KEYS`), tokenizer.json and the
+            sha256 of the file of each weight, 64 hex digits. It does not cover how to talk to the model (chat template,
+            generation defaults), which may be corrected without refusing the model's adapters.
+        aliases: Other names that adapters may use for it (``base_model_name_or_path``), e.g. its hub id.
         max_position_embeddings: Longest sequence the model was trained for, in tokens.
         config: config.json as read.
         layers: What each decoder layer offers to adapters.
@@ -70,7 +70,7 @@ class CheckedModel:
 
     Attributes:
         config: config.json as read.
-        shape: The same, understood.
+        shape: The same, interpreted.
         tokenizer_digest: sha256 of tokenizer.json.
     """
 
@@ -81,7 +81,7 @@ class CheckedModel:
 
 
 def check_base_model(directory: Path) -> CheckedModel:
-    """Check that a directory is a model we serve, as far as can be told without reading its weights.
+    """Check that a directory is a model that can be served, as far as that is known without reading its weights.
 
     Raises:
         BaseModelError: If a file is missing or broken, the architecture or an entry of config.json is not served, or the
@@ -120,12 +120,12 @@ def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[
 
     Args:
         directory: Holds config.json, tokenizer.json and one or more ``*.safetensors``.
-        name: Name clients use; the folder's name if unset, in a hub cache the model's.
+        name: Name that clients use; if unset, the folder's name, or in a hub cache the model's.
         aliases: Further names; the hub id of a directory in a hub cache is added. ``_name_or_path`` of config.json is
-            none: in what transformers 4.36 to 4.46 saved it is the model that this one was made from.
+            not used: transformers 4.36 to 4.46 saved there the model that this one was made from.
 
     Raises:
-        BaseModelError: As `check_base_model`, or if the weights change while they are read.
+        BaseModelError: In the cases of `check_base_model`, or if the weights change while they are read.
     """
     checked = check_base_model(directory)
     shape = checked.shape
@@ -153,13 +153,13 @@ def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[
 
 
 def state_of_files(directory: Path) -> tuple[FileState, ...]:
-    """Return what the file system says of the files that a fingerprint covers.
+    """Return the file system's state of the files that a fingerprint covers.
 
-    Whoever finds the same before the fingerprint is computed and after the model has been loaded has loaded what the
-    fingerprint says.
+    If the state is the same before the fingerprint is computed and after the model has been loaded, the loaded model is
+    the one with that fingerprint.
 
     Raises:
-        BaseModelError: As `check_base_model`.
+        BaseModelError: In the cases of `check_base_model`.
     """
     shards = check_base_model(directory).weights.shards()
     files = (directory / "config.json", directory / "tokenizer.json", *shards)
@@ -167,7 +167,7 @@ def state_of_files(directory: Path) -> tuple[FileState, ...]:
 
 
 def check_distinct_names(infos: Iterable[BaseModelInfo]) -> None:
-    """Refuse models that cannot be told apart; one model in two directories needs no telling.
+    """Refuse models that have a name in common; one model in two directories is allowed.
 
     Raises:
         BaseModelError: If a name or alias belongs to two models.

@@ -9,17 +9,17 @@ from typing import Final
 from urllib.parse import urlsplit
 
 UNNAMED: Final = frozenset({"", "n/a", "none", "null"})
-"""What trainers write that do not know the base."""
+"""Values that trainers write if they do not know the base model."""
 _CACHE_FOLDER: Final = re.compile(r"models--(?:(?P<org>[^/]+?)--)?(?P<name>[^/]+)")
 _DRIVE: Final = re.compile(r"[A-Za-z]:/")
 
 
 @dataclass(frozen=True, slots=True)
 class BaseName:
-    """What a text names.
+    """The model that a text names.
 
     Attributes:
-        hub_id: ``ORG/NAME``, or ``NAME`` alone; empty for a path, which says nothing on another machine.
+        hub_id: ``ORG/NAME``, or ``NAME`` alone; empty for a path, which means nothing on another machine.
         last: Last component; empty if the text names nothing.
     """
 
@@ -28,7 +28,7 @@ class BaseName:
 
     @property
     def has_org(self) -> bool:
-        """Whether it says whose model of that name it is."""
+        """Whether it names the owner of the model."""
         return "/" in self.hub_id
 
     @classmethod
@@ -48,7 +48,7 @@ class BaseName:
 
     @classmethod
     def _of_url(cls, text: str) -> BaseName:
-        """Read the page of a model: its id begins the path, after a word like ``models`` on some hubs."""
+        """Parse the page of a model: its id begins the path, on some hubs after a word like ``models``."""
         parts = [part for part in urlsplit(text).path.split("/") if part]
         hub_id = "/".join(parts[1:3] if parts[:1] == ["models"] else parts[:2])
         return cls(hub_id, hub_id.rpartition("/")[2])
@@ -63,7 +63,7 @@ def hub_id_of(directory: Path) -> str | None:
 
 
 def folder_name(directory: Path) -> str:
-    """Return the name that a model directory gives its model: the folder's, or the hub's for one in a hub cache."""
+    """Return the name that a directory gives its model: the folder's name, or the hub's name in a hub cache."""
     hub_id = hub_id_of(directory)
     return hub_id.rpartition("/")[2] if hub_id else directory.resolve().name
 
@@ -72,6 +72,6 @@ def _hub_id_in_cache(path: PurePosixPath | Path) -> str | None:
     for folder, below in zip(path.parts, path.parts[1:], strict=False):
         if below == "snapshots" and (match := _CACHE_FOLDER.fullmatch(folder)) is not None:
             return f"{match['org']}/{match['name']}" if match["org"] else match["name"]
-    # Written by hand, or cut off: the folder of the model alone.
+    # Written by hand, or cut off: it names the model's folder alone.
     match = _CACHE_FOLDER.fullmatch(path.name)
     return f"{match['org']}/{match['name']}" if match is not None and match["org"] else None

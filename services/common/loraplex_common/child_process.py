@@ -6,8 +6,9 @@ import os
 import sys
 from typing import Final
 
-# Runs in the child before it becomes the command: the kernel ends it when its parent thread dies (PR_SET_PDEATHSIG = 1,
-# kept across exec). Not a preexec_fn, which may deadlock in a process with threads. The parent may already be gone.
+# This runs in the child before it becomes the command: the kernel ends the child when its parent thread dies
+# (PR_SET_PDEATHSIG = 1, kept across exec). A preexec_fn may deadlock in a process with threads. The parent may already
+# be gone.
 _LAUNCHER: Final = """
 import ctypes, os, signal, sys
 if ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0) != 0:

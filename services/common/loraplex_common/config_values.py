@@ -1,4 +1,4 @@
-"""Entries of a model's config.json by type: whatever is wrong is named with its file, its key and what belongs there."""
+"""Reads entries of a model's config.json by type; an error names the file, the key and what belongs there."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ConfigValues:
 
     Args:
         values: The JSON object.
-        file: Named in messages.
-        prefix: Of keys in messages, for an object within the file.
+        file: Name of the file, for messages.
+        prefix: Prefix of keys in messages, for an object within the file.
     """
 
     def __init__(self, values: Mapping[str, Any], file: str, prefix: str = "") -> None:

@@ -1,4 +1,4 @@
-"""What is said of a directory that is not there: people give hub ids where a path is meant, and the other way round."""
+"""Messages about a directory that does not exist: users give hub ids where a path is meant, and the reverse."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def adapter_directory_problem(directory: str | Path) -> str | None:
-    """Return why an adapter cannot lie here, with what to write for a hub repository; None if it is a directory."""
+    """Return why there can be no adapter, with what to write for a hub repository; None if it is a directory."""
     hint = f"; a repository of the Hugging Face hub is hf:{directory}@COMMIT (40 hex digits)"
     return _problem(directory, hint)
 
 
 def model_directory_problem(directory: str | Path) -> str | None:
-    """Return why a base model cannot lie here, with how to fetch a hub repository; None if it is a directory."""
+    """Return why there can be no base model, with how to fetch a hub repository; None if it is a directory."""
     hint = f"; if it is a repository of the Hugging Face hub: hf download {directory} --local-dir DIR, then give DIR"
     return _problem(directory, hint)
 

@@ -1,4 +1,4 @@
-"""Which tokens end an output: what the engine stops at and what the gateway takes for an end is one rule."""
+"""Decides which tokens end an output, by one rule for engine and gateway."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 def read_eos_token_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:
-    """Return a base model's end-of-text ids, none twice.
+    """Return a base model's end-of-text ids, without duplicates.
 
-    They are generation_config.json's, or config.json's if that file is missing or says nothing (null), and then the
-    tokenizer's own end-of-text token: chat templates end a turn with it, and transformers' and vLLM's users expect an
-    output to end there. Ids beyond the vocabulary are left out: no model draws them.
+    They are those of generation_config.json, or of config.json if that file is missing or has none (null), then the
+    tokenizer's own end-of-text token: chat templates end a turn with it, and users of transformers and vLLM expect an
+    output to end there. Ids beyond the vocabulary are left out, as no model draws them.
 
     Args:
         directory: Model directory.
         vocab_size: Rows of the model's embedding.
 
     Raises:
-        BaseModelError: If a file is no JSON object, or an id no integer.
+        BaseModelError: If a file is not a JSON object, or an id is not an integer.
     """
     ids = _of_model(directory)
     if (own := _of_tokenizer(directory)) is not None:
@@ -46,7 +46,7 @@ def _of_model(directory: Path) -> list[int]:
 
 
 def _of_tokenizer(directory: Path) -> int | None:
-    """Return the id of the tokenizer's eos_token; None if it has none, or no such token."""
+    """Return the id of the tokenizer's eos_token; None if it names none, or an unknown token."""
     token = read_special_tokens(read_tokenizer_config(directory)).get("eos_token")
     return None if token is None else _token_id(read_json_object(directory / "tokenizer.json"), token)
 

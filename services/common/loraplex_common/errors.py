@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 
 class LoraplexError(Exception):
-    """A failure with a place in the contract.
+    """A failure that the contract defines.
 
     Args:
-        message: What is wrong and how to mend it, for people.
+        message: What is wrong and how to correct it, for people to read.
         retry_after_s: Earliest useful retry; sent as `RetryInfo`.
         metadata: Facts for programs, sent in `ErrorInfo.metadata`.
         field: The offending request field, sent as a `BadRequest` violation.
-        violations: All offending fields as (field, what is wrong) where there are several; replaces `field`.
+        violations: All offending fields as (field, what is wrong), if there are several; replaces `field`.
         drop_reason: Value of the trailer `loraplex-drop-reason`, if the request was shed.
 
     Attributes:
         code: gRPC status code.
         reason: Stable upper-case identifier.
         http_status: Status on the OpenAI-compatible port. OpenAI's clients send a request again for 408, 409, 429 and
-            from 500 on, so a final refusal has another.
+                from 500 on, so a final refusal must have another status.
         is_retryable: Whether the same request may succeed later or elsewhere.
     """
 
@@ -84,7 +84,7 @@ class ModelNotFoundError(LoraplexError):
 
 
 class AdapterLoadingError(LoraplexError):
-    """FAIL_FAST and the adapter is on its way."""
+    """The request has FAIL_FAST and its adapter is still on its way."""
 
     code, reason, http_status, is_retryable = grpc.StatusCode.UNAVAILABLE, "ADAPTER_LOADING", 503, True
 
@@ -102,13 +102,13 @@ class AdapterInUseError(LoraplexError):
 
 
 class AdapterCorruptUploadError(LoraplexError):
-    """What the caller sent is not a sound checkpoint."""
+    """The caller sent something that is not a sound checkpoint."""
 
     code, reason, http_status = grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_CORRUPT", 400
 
 
 class AdapterCorruptError(LoraplexError):
-    """What the store or an engine holds does not match its digest."""
+    """Bytes in the store or an engine do not match their digest."""
 
     code, reason, http_status = grpc.StatusCode.DATA_LOSS, "ADAPTER_CORRUPT", 500
 
@@ -126,7 +126,7 @@ class AdapterForbiddenError(LoraplexError):
 
 
 class RoleForbiddenError(LoraplexError):
-    """The caller's role may not make this call, or not for another's resource; metadata names role, RPC and roles needed."""
+    """The caller's role may not make this call, or not for another's resource; metadata: role, RPC and roles needed."""
 
     code, reason, http_status = grpc.StatusCode.PERMISSION_DENIED, "ROLE_FORBIDDEN", 403
 
@@ -144,7 +144,7 @@ class ConflictError(LoraplexError):
 
 
 class AlreadyExistsError(LoraplexError):
-    """The name is taken, or the request_id by another call."""
+    """The name is taken, or another call has used the request_id."""
 
     code, reason, http_status = grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS", 400
 
@@ -161,9 +161,9 @@ class TenantQuotaError(LoraplexError):
     Without `retry_after_s` no retry helps: the quota allows nothing, or never so much at once.
 
     Args:
-        message: As for every error.
-        exceeded: Each limit that is in the way, and what of it is used; sent as `QuotaFailure`.
-        keywords: As for every error.
+        message: The same as for every error.
+        exceeded: Each limit that is exceeded, with the amount used; sent as `QuotaFailure`.
+        keywords: The same as for every error.
     """
 
     code, reason, http_status, is_retryable = grpc.StatusCode.RESOURCE_EXHAUSTED, "TENANT_QUOTA", 429, True
@@ -187,7 +187,7 @@ class QueueTimeoutError(LoraplexError):
 
 
 class SloUnreachableError(LoraplexError):
-    """Ended early because it could not have met its objective."""
+    """The request was ended early because it could not have met its objective."""
 
     code, reason, http_status, is_retryable = grpc.StatusCode.RESOURCE_EXHAUSTED, "SLO_UNREACHABLE", 429, True
 
@@ -223,19 +223,19 @@ class StreamInterruptedError(LoraplexError):
 
 
 class ResumeInvalidError(LoraplexError):
-    """A resume token is forged, foreign or too old, or what comes with it does not fit; `metadata` says the cause."""
+    """A resume token is forged, foreign or too old, or its request does not fit it; `metadata` has the cause."""
 
     code, reason, http_status = grpc.StatusCode.INVALID_ARGUMENT, "RESUME_INVALID", 400
 
 
 class RequestLostError(LoraplexError):
-    """Engines were lost whenever this request was sent, before it gave a token."""
+    """Each engine that this request was sent to was lost before it gave a token."""
 
     code, reason, http_status = grpc.StatusCode.INTERNAL, "REQUEST_LOST", 500
 
 
 class EngineHungError(LoraplexError):
-    """The engine's device or step loop does not get on; its process ends."""
+    """The engine's device or step loop makes no progress; its process ends."""
 
     code, reason, http_status, is_retryable = grpc.StatusCode.UNAVAILABLE, "ENGINE_HUNG", 503, True
 
@@ -277,9 +277,9 @@ class NotSupportedError(LoraplexError):
 
 
 class RemoteError(LoraplexError):
-    """A peer's status passed on unchanged; code, reason and HTTP status are the instance's, not the class's."""
+    """A peer's status passed on unchanged; code, reason and HTTP status belong to the instance, not to the class."""
 
-    is_retryable = True  # nobody here knows: the status decides
+    is_retryable = True  # not known here: the status decides
 
     def __init__(self, message: str, *, code: grpc.StatusCode, reason: str, http_status: int, **keywords: Any) -> None:
         super().__init__(message, **keywords)

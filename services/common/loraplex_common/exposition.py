@@ -1,7 +1,7 @@
-"""What a scrape gets: the same names, labels and secrets in every service, whoever asks and in whatever format.
+"""Renders the answer to a scrape: the same names, labels and secrets in every service and in every format.
 
-prometheus_client writes the colon of ``vllm:`` as an underscore when OpenMetrics is asked for, which is what Prometheus
-asks for: here names are never rewritten. They are all legal in every format, so no escaping scheme applies to them.
+prometheus_client writes the colon of ``vllm:`` as an underscore in the OpenMetrics format, which Prometheus asks for.
+Here, names are never rewritten. They are all legal in every format, so no escaping scheme applies to them.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ if TYPE_CHECKING:
 
 VLLM_PREFIX: Final = "vllm:"
 OTHER: Final = "other"
-"""Stands for the values of a label that are too many, or not for everybody."""
+"""Replaces a label's values if they are too many, or if the scraper may not see them."""
 OPENMETRICS_TYPE: Final = "application/openmetrics-text"
 LISTS: Final = frozenset({"running_lora_adapters", "waiting_lora_adapters"})
 """Labels whose value is a comma list."""
-_MARK: Final = "\ue000"  # a private-use character: in no adapter's name
+_MARK: Final = "\ue000"  # a private-use character, which no adapter's name contains
 
-# A series more for each counter and histogram, which nobody here reads.
+# This is one more series per counter and histogram, which no dashboard of ours reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 def private(value: str) -> str:
-    """Return a label value that only scrapes with a credential show; the others count it as `OTHER`."""
+    """Return a label value that only scrapes with a credential show; other scrapes count it as `OTHER`."""
     return _MARK + value
 
 
 def new_registry(service: str) -> CollectorRegistry:
-    """Return a registry with what every service says of itself: ``process_*``, ``python_info``, ``loraplex_build_info``."""
+    """Return a registry with every service's own facts: ``process_*``, ``python_info``, ``loraplex_build_info``."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
@@ -62,11 +62,11 @@ def new_registry(service: str) -> CollectorRegistry:
 
 
 class Audience:
-    """Decides who sees tenants and the names of restricted adapters.
+    """Decides which scrapes see tenants and the names of restricted adapters.
 
     Args:
         key: Credential for scrapers; None if there is none.
-        authenticator: API keys of the service; those of administrators and of the role metrics are good, too.
+        authenticator: API keys of the service; keys of the roles admin and metrics are accepted too.
     """
 
     def __init__(self, key: Secret | None = None, authenticator: Authenticator | None = None) -> None:
@@ -77,7 +77,7 @@ class Audience:
         """Return whether a scrape with this ``Authorization`` header is shown everything.
 
         Raises:
-            UnauthenticatedError: If credentials are configured and it brings a wrong one.
+            UnauthenticatedError: If credentials are configured and the header has a wrong one.
         """
         if authorization is None:
             return False
@@ -102,9 +102,9 @@ class Exposition:
     """Renders a registry.
 
     Args:
-        registry: What is shown.
-        audience: Who is shown what is private; nobody by default.
-        vllm_labels: Added to every sample whose name begins with ``vllm:``, where it lacks them.
+        registry: The metrics.
+        audience: Decides which scrapes see private values; by default none does.
+        vllm_labels: Added to every sample whose name begins with ``vllm:`` and that lacks them.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Exposition:
         """Return the page for these request headers.
 
         Raises:
-            UnauthenticatedError: If credentials are configured and the request brings a wrong one.
+            UnauthenticatedError: If credentials are configured and the request has a wrong one.
         """
         view = _View(self._registry, self._vllm_labels, is_open=self._audience.sees_private(authorization))
         if _prefers_openmetrics(accept):

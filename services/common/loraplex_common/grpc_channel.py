@@ -21,10 +21,10 @@ _RETRY_POLICY: Final = {
     "initialBackoff": "0.1s",
     "maxBackoff": "1s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],  # AIP-194: nothing else is safe to repeat
+    "retryableStatusCodes": ["UNAVAILABLE"],  # AIP-194: only this is safe to repeat
 }
-# The last matching entry with the most specific name wins. EngineService has none: the gateway reroutes instead, and
-# long-lived streams reconnect on their own terms.
+# The last matching entry with the most specific name is used. EngineService has none: the gateway reroutes instead, and
+# long-lived streams reconnect by themselves.
 _SERVICE_CONFIG: Final = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
@@ -48,11 +48,11 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    # A server that restarts should be found again in seconds, not after gRPC's two minutes.
+    # A server that restarts should be found again within seconds, not after gRPC's two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
-    # Own connection per channel, so that a pool of channels is a pool of connections.
+    # Each channel has its own connection, so that a pool of channels is a pool of connections.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
 )
@@ -112,11 +112,11 @@ def open_channel(
         tls_ca: Certificates to trust, PEM; turns TLS on.
         tls_cert: Client certificate, PEM, for mutual TLS.
         tls_key: Its private key, PEM.
-        tls_name: What the server's certificate must be for, instead of the host in ``target``.
-        api_key: Sent as ``authorization: Bearer KEY`` with every call, as it is then.
+        tls_name: Name that the server's certificate must have, instead of the host in ``target``.
+        api_key: Sent as ``authorization: Bearer KEY`` with every call, in its present value.
 
     Raises:
-        ValueError: If ``tls_cert`` and ``tls_key`` do not come together, or without ``tls_ca``.
+        ValueError: If ``tls_cert`` and ``tls_key`` are not given together, or without ``tls_ca``.
         OSError: If a file cannot be used.
     """
     if (tls_cert is None) != (tls_key is None) or (tls_cert is not None and tls_ca is None):
@@ -132,7 +132,7 @@ def open_channel(
 def make_channel(
     target: str, credentials: grpc.ChannelCredentials | None, *, tls_name: str | None, key: Secret | None
 ) -> grpc.aio.Channel:
-    """Open a channel; the caller closes it. None of ``credentials`` means plain text; otherwise as `open_channel`."""
+    """Open a channel; the caller closes it. ``credentials`` None means plain text; otherwise like `open_channel`."""
     interceptors: list[grpc.aio.ClientInterceptor] = []
     if key is not None:
         interceptors = [_UnaryUnary(key), _UnaryStream(key), _StreamUnary(key), _StreamStream(key)]

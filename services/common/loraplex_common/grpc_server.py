@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MAX_CONNECTIONS: Final = 8192
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
-# With any grace at all gRPC parts from idle connections in friendship (GOAWAY with NO_ERROR) before it cuts the others.
+# With a grace, however short, gRPC closes idle connections in order (GOAWAY with NO_ERROR) before it cuts the others.
 GOODBYE_S: Final = 0.1
 FOR_EVER_MS: Final = 2**31 - 1
 LIVENESS: Final = "liveness"
@@ -40,43 +40,43 @@ _log = get_logger()
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Our clients ping every 30 s, also between calls; gRPC's default would answer that with too_many_pings.
+    # Our clients ping every 30 s, also between calls; by default gRPC would answer that with too_many_pings.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     # A peer whose machine vanished sends no FIN; without these its streams would hold leases for hours.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Calls that arrive in a burst wait for the event loop. gRPC's own limits (1000, 3000) cancel them at random and
-    # without a reason (grpc#34782); ours shed with one.
+    # Calls that arrive in a burst wait for the event loop. gRPC's own limits (1000, 3000) would cancel them at random
+    # and without a reason (grpc#34782); ours refuse them with a reason.
     ("grpc.server.max_pending_requests", 30_000),
     ("grpc.server.max_pending_requests_hard_limit", 60_000),
-    # A connection that has no call, or not even said what it wants, is somebody else's descriptor. Clients dial again by
-    # themselves.
+    # A connection without a call, or one that has not even sent its settings, holds a descriptor that others need.
+    # Clients reconnect by themselves.
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.server_handshake_timeout_ms", 10_000),
-    # Guessing a link's bandwidth, gRPC lets every stream send megabytes that nobody has asked for. What is being read is
-    # asked for by its length all the same.
+    # While it estimates a link's bandwidth, gRPC lets every stream send megabytes that no reader has asked for. A
+    # message that is being read is still asked for by its length.
     ("grpc.http2.bdp_probe", 0),
-    # Two servers on one port must be an error, not a coin toss per connection.
+    # Two servers on one port must be an error; otherwise each connection reaches either of them at random.
     ("grpc.so_reuseport", 0),
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """Where a server listens and how.
+    """The address of a server, and how it listens.
 
     Attributes:
         port: 0 picks a free one.
         tls_cert: Server certificate chain, PEM; with ``tls_key`` turns TLS on.
-        tls_client_ca: Certificates that clients' certificates must be signed by, PEM; turns mutual TLS on.
-        max_connections: Connections at once; if unset as many as descriptors allow.
-        max_concurrent_streams: Calls at once per connection; unlimited if unset.
-        max_connection_age_s: Time, give or take a tenth, after which a connection takes no further calls; those under way
-            go on for as long as they take. Clients dial again by themselves and find servers that are new. 0 for never.
-        refuses_unknown_fields: Whether requests with fields that our protos do not have are refused. For clients'
-            requests; between our own services a newer peer's field is left unread.
+        tls_client_ca: Authorities that must have signed clients' certificates, PEM; turns mutual TLS on.
+        max_connections: Concurrent connections; if unset, as many as descriptors allow.
+        max_concurrent_streams: Concurrent calls per connection; unlimited if unset.
+        max_connection_age_s: Time, within a tenth, after which a connection takes no further calls; calls under way go
+            on for as long as they take. Clients reconnect by themselves and find new servers. 0 for no limit.
+        refuses_unknown_fields: Whether requests with fields that our protos do not have are refused. Meant for clients'
+            requests; between our own services a newer peer's field is ignored.
     """
 
     host: str = "127.0.0.1"
@@ -100,11 +100,11 @@ class ServerConfig:
 
     @property
     def most_connections(self) -> int:
-        """How many connections there may be at once."""
+        """Most concurrent connections."""
         return self.max_connections or connections_per_port(MAX_CONNECTIONS, num_ports=2)
 
     def options(self) -> list[tuple[str, int]]:
-        """Return gRPC's options for what is configured here."""
+        """Return gRPC's options for this configuration."""
         options = [("grpc.max_allowed_incoming_connections", self.most_connections)]
         if self.max_concurrent_streams is not None:
             options.append(("grpc.max_concurrent_streams", self.max_concurrent_streams))
@@ -114,7 +114,7 @@ class ServerConfig:
         return options
 
     def credentials(self) -> grpc.ServerCredentials | None:
-        """Return TLS credentials, or None for plain text. New connections are shown what the files hold by then.
+        """Return TLS credentials, or None for plain text. New connections are shown the files' present content.
 
         Raises:
             OSError: If the files cannot be used.
@@ -127,14 +127,14 @@ class ServerConfig:
 class GrpcServer:
     """A gRPC server with health, reflection, the error table, authentication, rights and RPC metrics.
 
-    Create it inside a running event loop, add servicers to ``server``, `start`, `set_ready`, and finally `drain`. Whoever
-    runs it also runs `Authenticator.follow`, so that calls end with the right to make them.
+    Create it inside a running event loop, add servicers to ``server``, `start`, `set_ready`, and finally `drain`. Its
+    owner also runs `Authenticator.follow`, so that calls end when their right to run does.
 
     Args:
-        config: Where it listens and how.
-        authenticator: Who is let in; None for everybody.
-        metrics: Told of calls.
-        rights: Which role may make which call.
+        config: The address, and how it listens.
+        authenticator: Decides which callers are let in; None lets every caller in.
+        metrics: Is told of calls.
+        rights: The calls that each role may make.
 
     Attributes:
         server: For ``add_XxxServicer_to_server(servicer, grpc_server.server)``.
@@ -186,7 +186,7 @@ class GrpcServer:
             and not self._config.tls_client_ca
         ):
             _log.info("callers need keys here: without --tls-client-ca no certificate in the keys file is asked for")
-        # Kept: the library asks it for certificates as long as it listens.
+        # The object is kept: the library asks it for certificates as long as it listens.
         credentials = self._credentials = self._config.credentials()
         try:
             if credentials is None:
@@ -210,9 +210,9 @@ class GrpcServer:
     async def drain(self, *, settle_s: float, grace_s: float) -> None:
         """Go out of service without failing a call.
 
-        Says NOT_SERVING, serves on for ``settle_s`` seconds until balancers have noticed, then answers new calls with
-        DRAINING and gives running ones ``grace_s`` seconds. Liveness stays SERVING: a draining process must not be shot.
-        gRPC's own grace would cancel calls that race with it, and wait for health watches until it is over.
+        It answers NOT_SERVING, serves on for ``settle_s`` seconds until balancers have noticed, then answers new calls
+        with DRAINING and gives running ones ``grace_s`` seconds. Liveness stays SERVING, as a draining process must not
+        be killed. gRPC's own grace would cancel calls that race with it, and wait for health watches until it is over.
         """
         self._is_draining = True
         self.set_ready(False)

@@ -1,7 +1,7 @@
 """The gRPC health service (grpc.health.v1).
 
 The servicer in grpcio-health-checking forgets every watcher of a service when one of them leaves, and setting a state
-there is a coroutine; this one is a table and a wake-up.
+there is a coroutine. This servicer is a table and a wake-up.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # g
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """Stream a service's state: now, and whenever it changes."""
+        """Stream a service's state: now, and after each change."""
         last: int | None = None
         while True:
             changed, status = self._changed.next, self._status(request.service)

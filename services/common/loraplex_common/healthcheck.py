@@ -1,8 +1,8 @@
 """``python -m loraplex_common.healthcheck HOST:PORT [SERVICE]``: exit code 0 if a server says SERVING.
 
-For container health checks; SERVICE is ``readiness`` if left out. A server with TLS is asked with ``--tls-ca``, one that
-wants client certificates with ``--tls-cert`` and ``--tls-key`` besides; ``--tls-name`` is the name in its certificate where
-that is not the host dialled. Each is also a variable, ``LORAPLEX_HEALTHCHECK_TLS_CA`` and so on. No key is needed.
+For container health checks; SERVICE is ``readiness`` if left out. ``--tls-ca`` is for a server with TLS, ``--tls-cert``
+and ``--tls-key`` for one that also requires client certificates; ``--tls-name`` is the name in its certificate if that
+is not the host dialled. Each is also a variable, ``LORAPLEX_HEALTHCHECK_TLS_CA`` and so on. No key is needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work that goes on for ever and must not end its service: what fails is said, not too often, and tried again."""
+"""Work that goes on for ever and must not end its service: failures are logged, not too often, and tried again."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _log = get_logger()
 
 
 class Trouble:
-    """Something that keeps going wrong: said at once, then once a minute with how often it happened, and when it is over.
+    """A repeated failure: logged at once, then once a minute with its count, and when it is over.
 
-    Without this a disk that is full would get a log on top.
+    Without this, a full disk would get a full log in addition.
 
     Args:
         clock: Seconds.
@@ -35,7 +35,7 @@ class Trouble:
         self._num_unsaid = 0
 
     def warn(self, event: str, **fields: Any) -> None:
-        """Log a warning, unless there was one less than a minute ago."""
+        """Log a warning, unless one was logged less than a minute ago."""
         now = self._clock()
         if self._said_at is not None and now - self._said_at < REPEAT_S:
             self._num_unsaid += 1
@@ -46,18 +46,18 @@ class Trouble:
         _log.warning(event, **fields)
 
     def over(self, event: str, **fields: Any) -> None:
-        """Log that it works again, if it did not."""
+        """Log that the work succeeds again, if it failed before."""
         if self._said_at is not None:
             _log.info(event, **fields)
         self._said_at, self._num_unsaid = None, 0
 
 
 async def keep_doing(turn: Callable[[], Awaitable[object]], *, name: str, max_pause_s: float = MAX_PAUSE_S) -> None:
-    """Take one turn after another until cancelled; after a failure there is a pause, which doubles up to ``max_pause_s``.
+    """Take one turn after another until cancelled; the pause after a failure doubles up to ``max_pause_s``.
 
     Args:
-        turn: Does the work, and waits as long as there is none.
-        name: What it does, for the log.
+        turn: Does the work, and waits while there is none.
+        name: Name of the work, for the log.
         max_pause_s: Longest pause.
     """
     trouble, pause_s = Trouble(), FIRST_PAUSE_S
@@ -66,7 +66,7 @@ async def keep_doing(turn: Callable[[], Awaitable[object]], *, name: str, max_pa
             await turn()
         except LoraplexError as error:
             trouble.warn(f"{name} failed; trying again", error=error.message)
-        except Exception as error:  # a bug, or data that nobody thought of: the service has other things to do
+        except Exception as error:  # a bug, or unforeseen data: the service must go on
             trouble.warn(f"{name} failed unexpectedly; trying again", exc_info=error)
         else:
             trouble.over(f"{name} works again")

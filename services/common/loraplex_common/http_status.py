@@ -1,4 +1,4 @@
-"""HTTP statuses for gRPC codes that come without one of our errors: from gRPC itself, a proxy, a newer peer."""
+"""HTTP statuses for gRPC codes that come without an error of ours: from gRPC itself, a proxy, a newer peer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Final
 
 import grpc
 
-# OpenAI's clients send a request again for 408, 409, 429 and from 500 on: only for what may pass are these right.
+# OpenAI's clients repeat a request after 408, 409, 429 and from 500 on, so these are only right for passing failures.
 _BY_CODE: Final = {
     grpc.StatusCode.OK: 200,
     grpc.StatusCode.CANCELLED: 499,
@@ -26,5 +26,5 @@ _BY_CODE: Final = {
 
 
 def http_status(code: grpc.StatusCode) -> int:
-    """Return the HTTP status of a gRPC code; 500 for those that are nobody's fault but the server's."""
+    """Return the HTTP status of a gRPC code; 500 for codes that mean a fault of the server."""
     return _BY_CODE.get(code, 500)

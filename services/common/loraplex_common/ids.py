@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _PART: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-_NAME: Final = re.compile(rf"{_PART}(/{_PART})?", re.ASCII)  # hub ids work as they are
+_NAME: Final = re.compile(rf"{_PART}(/{_PART})?", re.ASCII)  # hub ids are valid names
 _LABEL: Final = re.compile(_PART, re.ASCII)
 _PART_RULE: Final = "1 to 128 letters, digits, '.', '_', '-', the first a letter or a digit"
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 MIN_REVISION_DIGITS: Final = 8
 _REVISION: Final = re.compile(rf"[0-9a-f]{{{MIN_REVISION_DIGITS},64}}", re.ASCII)
 MAX_CANDIDATES: Final = 5
-MAX_SHOWN: Final = 160  # characters of a name that is refused
+MAX_SHOWN: Final = 160  # characters shown of a refused name
 DEFAULT_LABEL: Final = "latest"
 
 
@@ -52,7 +52,7 @@ def find_revision(text: str, known: Iterable[str], *, field: str = "revision") -
     """Return the one known digest that is ``text`` or begins with it; None if there is none.
 
     Raises:
-        InvalidParameterError: If several begin so; the message lists them.
+        InvalidParameterError: If several digests begin with it; the message lists them.
     """
     found = sorted({digest for digest in known if digest.startswith(text)})
     if len(found) > 1:
@@ -64,7 +64,7 @@ def find_revision(text: str, known: Iterable[str], *, field: str = "revision") -
 
 
 def check_adapter_name(name: str, *, field: str = "name") -> str:
-    """Return ``name`` if it is one an adapter can have.
+    """Return ``name`` if an adapter may have it.
 
     Raises:
         InvalidParameterError: If it is not; ``field`` names the request's field.
@@ -77,7 +77,7 @@ def check_adapter_name(name: str, *, field: str = "name") -> str:
 
 
 def check_label(label: str, *, field: str = "label") -> str:
-    """Return ``label`` if it is one an alias can have.
+    """Return ``label`` if an alias may have it.
 
     Raises:
         InvalidParameterError: If it is not.

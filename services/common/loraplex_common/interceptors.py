@@ -1,4 +1,4 @@
-"""What every call passes through: authentication, the error table, metrics. Servicers just raise."""
+"""The layer around every call: authentication, the error table, metrics. Servicers just raise."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from loraplex_common.rpc_metrics import RpcMetrics
 
 DROP_REASON_KEY: Final = "loraplex-drop-reason"
-PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"  # proposal A6: the server's say in when a retry comes
+PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"  # gRPC proposal A6: the server sets the time of a retry
 DO_NOT_RETRY: Final = "-1"
-# A client whose deadline passes hangs up at once: the server's copy of the deadline, set on arrival, is still to come.
+# A client whose deadline passes ends at once; the server's own copy of the deadline, set on arrival, passes later.
 DEADLINE_MARGIN_S: Final = 0.05
-# A status waits behind what the client has not read yet; one that reads nothing gets no status.
+# A status is queued behind data that the client has not read yet; a client that reads nothing gets no status.
 LAST_WORD_S: Final = 2.0
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -45,7 +45,7 @@ _log = get_logger()
 
 
 class _Call:
-    """One call: wraps a handler's behaviour for its four shapes."""
+    """One call; wraps the behaviour of a handler of any of the four shapes."""
 
     def __init__(self, method: str, authorization: str | None, server: LoraplexInterceptor) -> None:
         self._method = method
@@ -56,7 +56,7 @@ class _Call:
         self._is_strict = server.refuses_unknown_fields and not method.startswith(OPEN_SERVICES)
 
     def checked(self, request: Any) -> Any:
-        """Return the request, or for a stream an iterator over it, refusing what cannot be read or would be dropped."""
+        """Return the request, or for a stream an iterator over it; refuses what cannot be read or would be dropped."""
         if hasattr(request, "__aiter__"):
             return self._checked_stream(request)
         if isinstance(request, Undecodable):
@@ -66,7 +66,7 @@ class _Call:
         return request
 
     async def received(self, requests: AsyncIterator[Any], context: Context, *, is_stream: bool) -> Any:
-        """Return what the handler takes: its one request once that has come, or for a stream an iterator."""
+        """Return the handler's argument: its one request once that has arrived, or for a stream an iterator."""
         if is_stream:
             return self.checked(requests)
         return self.checked(await self._server.arrivals.receive(context.read, tenant=current_principal().name))
@@ -76,7 +76,7 @@ class _Call:
             yield self.checked(request)
 
     async def guard(self, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
-        """Run a handler as its caller; turn what it raises into a status; record the outcome."""
+        """Run a handler as its caller; turn its exception into a status; record the outcome."""
         metrics, label = self._server.metrics, self._method.lstrip("/")
         started = time.perf_counter()
         self._status = grpc.StatusCode.OK.name
@@ -97,7 +97,7 @@ class _Call:
             self._status = failure.code.name
             await abort(context, failure)
         except Exception as error:
-            if context.done():  # writing to a client that went away
+            if context.done():  # the client went away
                 self._status = grpc.StatusCode.CANCELLED.name
                 raise asyncio.CancelledError from error
             self._status = grpc.StatusCode.INTERNAL.name
@@ -119,7 +119,7 @@ class _Call:
             return await run()
 
     async def _cancelled(self, context: Context) -> None:
-        """Say why a call was cancelled, if it was by us; returns if there is nobody to say it to."""
+        """Raise the reason if this server cancelled the call; returns if no answer can reach the client."""
         if self._admission is None or not self._admission.has_lapsed or context.done():
             remaining_s: float | None = context.time_remaining()
             is_late = remaining_s is not None and remaining_s <= DEADLINE_MARGIN_S
@@ -135,12 +135,12 @@ class LoraplexInterceptor(grpc.aio.ServerInterceptor):
     """Authenticates and authorises calls, maps exceptions to rich statuses, records metrics.
 
     Args:
-        authenticator: Who is let in; None for everybody.
-        metrics: Told of calls.
+        authenticator: Decides which callers are let in; None lets every caller in.
+        metrics: Is told of calls.
         refuses_unknown_fields: Whether requests with fields that our protos do not have are refused.
-        arrivals: Requests that are on their way.
+        arrivals: Receives the requests.
         running: Calls whose callers have been recognised.
-        rights: Which role may make which call.
+        rights: The calls that each role may make.
     """
 
     def __init__(
@@ -160,11 +160,11 @@ class LoraplexInterceptor(grpc.aio.ServerInterceptor):
         self.running = RunningCalls()
 
     def admit(self, method: str, authorization: str | None, context: Context) -> Admission:
-        """Return who calls, if it may make this call.
+        """Return the caller's admission, if it may make this call.
 
         Raises:
             UnauthenticatedError: If the credentials are missing or unknown.
-            RoleForbiddenError: If its role does not have this right.
+            RoleForbiddenError: If the caller's role does not have this right.
         """
         admission = self._authenticator.admit(authorization, certificate=_certificate(context))
         require_right(admission, method, self._rights)
@@ -211,14 +211,14 @@ def _wrap(handler: Handler, call: _Call) -> Handler:
     async def respond_with_stream(requests: Any, context: Context) -> None:
         async def run() -> None:
             request = await call.received(requests, context, is_stream=is_stream)
-            # Closed here and now, not by the garbage collector: leases and pages hang on the generator's `finally`.
+            # Closed here and now, not by the garbage collector: the generator's `finally` releases leases and pages.
             async with aclosing(inner(request, context)) as messages:
                 async for message in messages:
                     await context.write(message)
 
         await call.guard(context, run)
 
-    # On the wire one request and a stream of one are the same; see `request_arrival` for why all are streams here.
+    # On the wire one request and a stream of one are the same; `request_arrival` says why all are streams here.
     make, behaviour = (
         (grpc.stream_stream_rpc_method_handler, respond_with_stream)
         if handler.response_streaming
@@ -240,26 +240,27 @@ def _status_name(context: Context) -> str:
 
 
 def internal_error(method: str, error: Exception) -> LoraplexError:
-    """Log an unexpected exception and return what the caller may know of it: an id to find the log line by."""
+    """Log an unexpected exception and return the error for the caller: an id by which the log line is found."""
     error_id = uuid.uuid4().hex[:12]
     _log.error("unexpected error in a call", method=method, error_id=error_id, exc_info=error)
     return LoraplexError(f"internal error {error_id}: see the server's log", metadata={"error_id": error_id})
 
 
 def trailers(error: LoraplexError, remaining_s: float | None = None) -> tuple[tuple[str, str], ...]:
-    """Return the trailing metadata that goes with an error besides its status.
+    """Return the trailing metadata of an error besides its status.
 
     Args:
         error: The error.
-        remaining_s: What is left of the call's time; None for all.
+        remaining_s: Time left for the call; None if it has no limit.
     """
     result: list[tuple[str, str]] = []
     if error.drop_reason is not None:
         result.append((DROP_REASON_KEY, error.drop_reason))
     is_too_late = remaining_s is not None and error.retry_after_s is not None and error.retry_after_s >= remaining_s
     if isinstance(error, AdapterLoadingError) or is_too_late:
-        # FAIL_FAST: the caller decides whether to come back (RetryInfo says when); its channel must not wait for it. Nor
-        # for a retry after the deadline: the caller would learn of nothing but that.
+        # FAIL_FAST: the caller decides whether to retry (RetryInfo says when); its channel must not wait for that. The
+        # channel must not wait for a retry after the deadline either: the caller would only learn that its deadline
+        # passed.
         result.append((PUSHBACK_KEY, DO_NOT_RETRY))
     elif error.retry_after_s is not None:
         result.append((PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1000)))))
@@ -274,8 +275,8 @@ async def abort(context: Context, error: LoraplexError) -> None:
         *status.trailing_metadata,
         *trailers(error, context.time_remaining()),
     )
-    # gRPC keeps what it raises here with the call, whose frames keep the call. With them the request would stay, megabytes
-    # perhaps, until the garbage collector looks at everything once.
+    # gRPC keeps the exception raised here with the call, and its frames keep the call. The request, perhaps megabytes,
+    # would stay with them until a full garbage collection.
     error.__traceback__ = None
     try:
         await context.abort(status.code, status.details, metadata)

@@ -1,4 +1,4 @@
-"""The file that says who is let in: ``KEY NAME [ROLE] [group=GROUP] [priority=CLASS]`` lines, ``#`` starts a comment.
+"""The file that lists the callers to let in: ``KEY NAME [ROLE] [group=GROUP] [priority=CLASS]``, ``#`` for comments.
 
 KEY is a secret that callers send, or ``sha256:HEX`` of one, so that the file holds no secret, or ``cn=NAME`` or
 ``san=NAME`` of a client certificate. ROLE is one of `Role`, ``tenant`` if left out.
@@ -28,10 +28,10 @@ class KeysFileError(ValueError):
 
 
 class KeysFile:
-    """A keys file and the state that it was last read in.
+    """A keys file, and its state when it was last read.
 
     Args:
-        path: Where it is. A mounted secret may be a link that is moved: it is followed at each look.
+        path: Path of the file. A mounted secret may be a link that is replaced: the link is followed at each read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,22 +39,22 @@ class KeysFile:
         self._seen: tuple[int, ...] | None = None
 
     def read(self) -> dict[bytes, Principal]:
-        """Return who is let in, by what `Authenticator` looks up.
+        """Return the principals to let in, by the values that `Authenticator` looks up.
 
         Raises:
             KeysFileError: If the file is missing, empty, or a line is malformed or repeats a key.
         """
         try:
-            # Before the text: a change in between is then seen at the next look.
+            # The state is read before the text, so a change in between is seen next time.
             self._seen = self._state()
-            text = self._path.read_text(encoding="utf-8-sig")  # some editors put a mark in front of it
+            text = self._path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
         except (OSError, UnicodeDecodeError) as error:
             cause = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
             raise KeysFileError(f"{self._path}: {cause}") from error
         return parse_keys(text, str(self._path))
 
     def read_if_changed(self) -> dict[bytes, Principal] | None:
-        """Return who is let in now; None if the file is as it was, or cannot be used, which is logged once."""
+        """Return the present principals; None if the file is unchanged, or cannot be used, which is logged once."""
         try:
             state = self._state()
         except OSError:
@@ -78,11 +78,11 @@ class KeysFile:
 
 
 def parse_keys(text: str, where: str) -> dict[bytes, Principal]:
-    """Return the principals of a keys file's text, by what `Authenticator` looks up.
+    """Return the principals of a keys file's text, by the values that `Authenticator` looks up.
 
     Args:
-        text: The file.
-        where: Its name, for messages.
+        text: Content of the file.
+        where: Name of the file, for messages.
 
     Raises:
         KeysFileError: If it holds no keys, or a line is malformed or repeats a key.
@@ -100,7 +100,7 @@ def parse_keys(text: str, where: str) -> dict[bytes, Principal]:
             raise KeysFileError(f"{where}:{number}: this key appears twice")
         principals[key] = principal
     if not principals:
-        # An empty file would let everybody in, which is hardly what whoever configured it meant.
+        # An empty file would let every caller in, which is hardly what its author meant.
         raise KeysFileError(f"{where}: holds no keys")
     return principals
 

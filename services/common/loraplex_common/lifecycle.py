@@ -1,4 +1,4 @@
-"""How a service process starts and ends, as its operator sees it."""
+"""The start and the end of a service process, as its operator sees them."""
 
 from __future__ import annotations
 

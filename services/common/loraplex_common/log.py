@@ -1,4 +1,4 @@
-"""Structured logs on stderr: one line per event, for people or as JSON."""
+"""Structured logs on stderr: one line per event, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def configure(service: str, level: str = "info", fmt: LogFormat = "console") -> 
     """Set up logging of the process, the standard library's included.
 
     Args:
-        service: Name stamped on every line.
+        service: Name that every line gets.
         level: ``debug``, ``info``, ``warning`` or ``error``.
-        fmt: ``console`` for people, ``json`` for collectors.
+        fmt: ``console`` for people to read, ``json`` for log collectors.
 
     Raises:
         ValueError: If the level is unknown.

@@ -1,4 +1,4 @@
-"""Bounds of the log: how long a line's values are, and how many lines alike a stranger can make us write."""
+"""Limits of the log: the length of a line's values, and how many similar lines untrusted clients can cause."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import structlog
 
 MAX_VALUE_CHARS: Final = 2_000
-# Lines alike, of level warning or above, in a window; further ones are counted and dropped.
+# Most similar lines, of level warning or above, in a window; further ones are counted and dropped.
 MAX_ALIKE: Final = 50
 WINDOW_S: Final = 10.0
 MAX_KINDS: Final = 256
@@ -21,7 +21,7 @@ _KIND_CHARS: Final = 48
 
 
 def clip(_logger: Any, _name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Return a line with every value cut to what is worth reading: a structlog processor."""
+    """Return a line with long values cut to a useful length: a structlog processor."""
     for key, value in event.items():
         if isinstance(value, str) and len(value) > MAX_VALUE_CHARS:
             event[key] = f"{value[:MAX_VALUE_CHARS]}... ({len(value)} characters)"
@@ -31,9 +31,9 @@ def clip(_logger: Any, _name: str, event: structlog.typing.EventDict) -> structl
 
 
 class Flood(logging.Filter):
-    """Drops warnings and errors that come too often, and says so; a line per request, which is info, always passes.
+    """Drops warnings and errors that come too often, and logs that; lines per request, which are info, always pass.
 
-    Lines are alike if they are of one logger and begin alike: what differs behind that are names and numbers.
+    Lines are similar if they have one logger and the same beginning; they may differ later, in names and numbers.
 
     Args:
         clock: Monotonic seconds.
@@ -45,7 +45,7 @@ class Flood(logging.Filter):
         self._kinds: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a line is written; the last one for a while says that it is."""
+        """Return whether a line is written; the last line before a pause says that lines are dropped."""
         if record.levelno < logging.WARNING:
             return True
         kind = (record.name, _event(record)[:_KIND_CHARS])

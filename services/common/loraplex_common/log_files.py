@@ -1,4 +1,4 @@
-"""Log files of child processes that stay bounded, however long the child runs."""
+"""Log files of child processes; their size is limited, however long the child runs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ NUM_OLD_FILES: Final = 3
 READ_BYTES: Final = 1 << 16
 RESERVE_BYTES: Final = 64 * 1024 * 1024
 RESERVE_SHARE: Final = 0.05
-"""Of the disk, whichever is less, is left to what matters more than logs: adapters live on the same one."""
+"""Disk space, whichever is less, that logs leave free: adapters are on the same disk."""
 KEPT_BYTES: Final = 1 << 16
 DRAIN_S: Final = 1.0
 
 
 class RotatingLog:
-    """Writes what a child prints to a file, and starts a new one when it is full: ``x.log``, ``x.log.1``, ... the oldest.
+    """Writes a child's output to a file, and starts a new one when it is full: ``x.log``, ``x.log.1``, ... the oldest.
 
-    The child writes to a pipe and never sees a file, so nothing is lost or doubled when one is exchanged. A thread reads
-    the pipe: a child never waits for the owner's event loop. While the disk has no room the last `KEPT_BYTES` stay in
-    memory, and go to the file once it has.
+    The child writes to a pipe and never sees a file, so no line is lost or doubled when files change. A thread reads
+    the pipe, so a child never waits for the owner's event loop. While the disk has no room, the last `KEPT_BYTES` stay
+    in memory; they are written to the file once there is room.
 
     Args:
         path: The current file; appended to if it exists.
-        max_file_bytes: A file that has reached this is followed by a new one at the next line.
+        max_file_bytes: Once a file has this size, the next line starts a new one.
     """
 
     def __init__(self, path: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
@@ -42,7 +42,7 @@ class RotatingLog:
         self._num_lost = 0
 
     def pipe(self) -> int:
-        """Return the write end of a new pipe into the log; the caller closes it once the child has it."""
+        """Return the write end of a new pipe into the log; the caller closes it after the child has inherited it."""
         source, sink = os.pipe()
         thread = threading.Thread(target=self._pump, args=(source,), name=f"log-{self.path.stem}", daemon=True)
         thread.start()
@@ -50,12 +50,12 @@ class RotatingLog:
         return sink
 
     def drain(self) -> None:
-        """Wait until what an ended child printed is in the file, at most `DRAIN_S`: grandchildren may hold the pipe."""
+        """Wait until an ended child's output is in the file, at most `DRAIN_S`: grandchildren may hold the pipe."""
         for thread in self._threads:
             thread.join(DRAIN_S)
 
     def tail(self, num_lines: int) -> str:
-        """Return the last lines, of the file before too where the current one has fewer."""
+        """Return the last lines; if the current file has too few, those of the file before are included."""
         lines: deque[str] = deque(maxlen=num_lines)
         for path in (self._old(1), self.path):
             if path.exists():
@@ -75,7 +75,7 @@ class RotatingLog:
                     log.close()
 
     def _put(self, log: FileIO | None, data: bytes) -> FileIO | None:
-        """Write data, or keep its end while the disk has no room: the pipe is read in any case, or the child would stop.
+        """Write data, or keep its end while the disk has no room: the pipe must be read, or the child would stop.
 
         Returns:
             The file to go on with; None if it has to be opened.
@@ -99,10 +99,10 @@ class RotatingLog:
         return log
 
     def _write(self, log: FileIO, data: bytes) -> FileIO:
-        """Write data, exchanging the file at the end of a line once it is full; returns the file to go on with."""
+        """Write data, and change files at the end of a line once one is full; returns the file to go on with."""
         room = self._max_file_bytes - log.tell()
         cut = 0 if len(data) < room else data.find(b"\n", max(0, room - 1)) + 1
-        if not cut and room > -self._max_file_bytes:  # else it prints no lines at all
+        if not cut and room > -self._max_file_bytes:  # otherwise the output has no line ends at all
             _write_all(log, data)
             return log
         _write_all(log, data[:cut])
@@ -124,5 +124,5 @@ def _has_room(directory: Path) -> bool:
 
 def _write_all(log: FileIO, data: bytes) -> None:
     left = memoryview(data)
-    while left:  # a disk that fills up takes a part
+    while left:  # a disk that fills up takes only a part
         left = left[log.write(left) :]

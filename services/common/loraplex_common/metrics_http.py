@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MAX_CONNECTIONS: Final = 64
 RENDER_TIMEOUT_S: Final = 5.0
 PLAIN_TEXT: Final = "text/plain; charset=utf-8"
-STOP_POLL_S: Final = 0.1  # how often the thread looks whether it should stop
+STOP_POLL_S: Final = 0.1  # seconds between the thread's checks whether to stop
 
 _log = get_logger()
 
@@ -32,11 +32,11 @@ _log = get_logger()
 class MetricsServer:
     """A small HTTP server for scrapers and probes.
 
-    HTTP is parsed in a thread, but metrics are collected on the event loop that called `start`: collectors read the
-    service's state without locks, and a loop that hangs fails its health check.
+    A thread parses HTTP, but metrics are collected on the event loop that called `start`: collectors read the service's
+    state without locks, and a loop that hangs fails its health check.
 
     Args:
-        exposition: What /metrics shows.
+        exposition: Content of /metrics.
         port: 0 picks a free one.
     """
 
@@ -88,7 +88,7 @@ async def _on_loop(exposition: Exposition, accept: str, authorization: str | Non
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    # Unlike the base class: a second process on the same port is an error.
+    # A second process on the same port is an error, unlike in the base class.
     allow_reuse_port = False
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
@@ -97,14 +97,14 @@ class _Server(ThreadingHTTPServer):
         self._lock = threading.Lock()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread; with `MAX_CONNECTIONS` open the oldest, which only waits, gives way."""
+        """Answer in a thread; if `MAX_CONNECTIONS` are open, the oldest, which only waits, is closed."""
         with self._lock:
             oldest = next(iter(self._open)) if len(self._open) >= MAX_CONNECTIONS else None
             self._open.pop(oldest, None)
             self._open[request] = None
         if oldest is not None:
             with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end and closes it
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread then reads the end and closes it
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
@@ -114,7 +114,7 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of scrapers that went away, and of anything else what it was."""
+        """Ignore scrapers that went away, and log every other error."""
         error = sys.exception()
         if not isinstance(error, OSError):
             _log.warning("a request for metrics failed", exc_info=error)
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.UNAUTHORIZED, body, PLAIN_TEXT, {"WWW-Authenticate": "Bearer"})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: a scrape every few seconds is no news."""
+        """Log nothing: a scrape every few seconds is not worth a line."""
 
     def _answer(self, path: str) -> None:
         if path == "/metrics":

@@ -1,4 +1,4 @@
-"""How one service reaches the others: what it trusts, what it shows, and what changes while connections are open."""
+"""How a service connects to other services: trusted authorities and credentials, renewed while connections are open."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from loraplex_common.tls_files import WatchedTls
 
 LOOK_S: Final = 1.0
-"""How often whoever waits for a connection looks whether another would have better credentials."""
+"""Seconds between checks, by a task that waits for a connection, whether there are newer credentials."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerIdentity:
-    """What a service trusts and shows towards engines, stores and Valkey.
+    """The authorities that a service trusts and the credentials it shows, towards engines, stores and Valkey.
 
     Attributes:
-        tls_ca: Authorities of their certificates, PEM; turns TLS on. None is plain text.
+        tls_ca: Authorities of the peers' certificates, PEM; turns TLS on. None is plain text.
         tls_cert: Client certificate, PEM.
-        tls_key: Its private key, PEM.
+        tls_key: The client certificate's private key, PEM.
         api_key: Sent as ``authorization: Bearer KEY`` with every call; None sends none.
     """
 
@@ -46,7 +46,7 @@ class Peers:
     """Opens channels with an identity whose files are read again when they change.
 
     Args:
-        identity: Trusted and shown; nothing by default.
+        identity: Authorities and credentials; none by default.
 
     Raises:
         OSError: If a file cannot be used.
@@ -61,29 +61,29 @@ class Peers:
 
     @property
     def version(self) -> int:
-        """Rises whenever a new connection would show or trust something else. The key does not count: calls carry it."""
+        """Rises whenever a new connection would use other TLS files. The key does not count: calls carry it."""
         return 0 if self._tls is None else self._tls.version
 
     def open(self, target: str, *, tls_name: str | None = None) -> grpc.aio.Channel:
-        """Open a channel with the identity as it is now; the caller closes it.
+        """Open a channel with the present identity; the caller closes it.
 
         Args:
             target: ``host:port`` or any gRPC name.
-            tls_name: What the server's certificate must be for, instead of the host in ``target``.
+            tls_name: Name that the server's certificate must have, instead of the host in ``target``.
         """
         credentials = None if self._tls is None else self._tls.value().channel_credentials()
         return make_channel(target, credentials, tls_name=tls_name, key=self._identity.api_key)
 
 
 class PeerChannel:
-    """A channel to one peer for as long as the service runs: another one once the identity has changed.
+    """A channel to one peer for as long as the service runs; it is replaced once the identity has changed.
 
     Calls under way end on the channel that they began on.
 
     Args:
-        peers: Opens it.
+        peers: Opens the channel.
         target: ``host:port`` or any gRPC name.
-        tls_name: What the server's certificate must be for, instead of the host in ``target``.
+        tls_name: Name that the server's certificate must have, instead of the host in ``target``.
     """
 
     def __init__(self, peers: Peers, target: str, *, tls_name: str | None = None) -> None:
@@ -96,24 +96,24 @@ class PeerChannel:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether the next user gets another channel."""
+        """Whether the next user gets a new channel."""
         return self._peers.version != self._version
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[grpc.aio.Channel]:
-        """Give out the channel for the block; it stays open as long as the block runs."""
+        """Give out the channel for the block; it stays open while the block runs."""
         await self._renew()
         channel = self._channel
         self._num_users[channel] += 1
         try:
             yield channel
         finally:
-            if channel in self._num_users:  # else `close` has been before
+            if channel in self._num_users:  # otherwise `close` has closed it
                 self._num_users[channel] -= 1
                 await self._close_unused()
 
     async def outdated(self) -> None:
-        """Return once the next user would get another channel; for those who wait for a connection."""
+        """Return once the next user would get a new channel; for tasks that wait for a connection."""
         while not self.is_outdated:  # noqa: ASYNC110 -- files have no event to wait for
             await asyncio.sleep(LOOK_S)
 

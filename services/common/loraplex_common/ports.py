@@ -1,4 +1,4 @@
-"""Whether a port can be listened on, asked before anything expensive happens. Standard library only."""
+"""Checks whether a port is free before any expensive work starts. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def problem_of(host: str, port: int) -> str | None:
-    """Return why nobody can listen on ``host:port``, e.g. ``is taken by ...``; None if one can, or if 0 asks for any port."""
+    """Return why no server can listen on ``host:port``, e.g. ``is taken by ...``; None if one can, or for port 0."""
     if port == 0:
         return None
     try:
@@ -22,7 +22,7 @@ def problem_of(host: str, port: int) -> str | None:
     for family, kind, protocol, _, address in addresses:
         try:
             with socket.socket(family, kind, protocol) as probe:
-                # As servers do: connections of an earlier one that linger are no obstacle.
+                # The same option as servers use: lingering connections of an earlier server are no obstacle.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
                 probe.listen(1)
@@ -30,7 +30,7 @@ def problem_of(host: str, port: int) -> str | None:
             if error.errno == errno.EADDRINUSE:
                 return "is taken by another process"
             problems.append(f"cannot be listened on: {error.strerror}")
-    # A name may have addresses that this machine lacks, such as ::1; one that works is enough.
+    # A name may have addresses that this machine lacks, such as ::1; one usable address is enough.
     return problems[0] if len(problems) == len(addresses) else None
 
 
@@ -42,7 +42,7 @@ def require_free(host: str, ports: Mapping[str, int]) -> None:
         ports: Flag that changes a port -> port.
 
     Raises:
-        OSError: If one cannot be listened on; the message names port and flag.
+        OSError: If a port cannot be listened on; the message names port and flag.
     """
     for flag, port in ports.items():
         if problem := problem_of(host, port):

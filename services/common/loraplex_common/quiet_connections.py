@@ -1,7 +1,7 @@
-"""Keeps room for new gRPC connections: shortly before there are as many as may be, those that have been quiet longest end.
+"""Keeps room for new gRPC connections: shortly before the limit, connections that have been quiet longest are ended.
 
-gRPC refuses everybody once its limit is reached, be all the others idle, and offers no way to end one connection. Its sockets
-are descriptors of this process, though: shutting one down is to gRPC as if its peer had hung up.
+At its limit, gRPC refuses every new connection even if all others are idle, and offers no way to end one. But its
+sockets are descriptors of this process, and shutting one down looks to gRPC as if its peer had hung up.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LOOK_S: Final = 0.5
-# Where many descriptors turned out to be others, the next look may wait: it costs a system call or four for each.
+# If many descriptors turned out to be others, the next check may wait: it costs up to four system calls for each.
 CALM_S: Final = 5.0
-# Shares of the most connections: from the first on as many are ended as it takes to come down to the second.
+# Shares of the most connections: from the first share on, as many are ended as it takes to come down to the second.
 FULL: Final = 0.9
 ROOMY: Final = 0.8
 _IN_DIRECTORY: Final = "/proc/self/fd"
 _MAPPED: Final = "::ffff:"  # how a socket for both families names an IPv4 peer; gRPC names it as IPv4
-# Of struct tcp_info: milliseconds since data last came; see linux/tcp.h.
+# Offset in struct tcp_info: milliseconds since data last came; see linux/tcp.h.
 _LAST_DATA_OFFSET: Final = 52
 
 _log = get_logger()
 
 
 class QuietConnections:
-    """Ends connections of one port that nobody uses, where others need their place.
+    """Ends unused connections of one port if others need their place.
 
     Args:
         port: Port of this process.
-        max_connections: As many are allowed.
-        is_busy: Tells whether a peer, in gRPC's spelling, has a call that runs: such a connection is never ended.
+        max_connections: The allowed number.
+        is_busy: Tells whether a peer, in gRPC's spelling, has a running call; its connection is never ended.
     """
 
     def __init__(self, port: int, max_connections: int, *, is_busy: Callable[[str], bool]) -> None:
@@ -46,7 +46,7 @@ class QuietConnections:
         self._is_busy = is_busy
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
+        """Check again and again, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_S)
             if len(os.listdir(_IN_DIRECTORY)) < FULL * self._max_connections:
@@ -55,7 +55,7 @@ class QuietConnections:
                 await asyncio.sleep(CALM_S - LOOK_S)
 
     def make_room(self) -> bool:
-        """End quiet connections if there are almost too many; return whether there were. Takes some 10 us a descriptor."""
+        """End quiet connections if there are almost too many; return whether there were. Takes 10 us a descriptor."""
         quiet = [(_silence_ms(connection), connection) for connection in self._connections()]
         num_open = len(quiet)
         num_ended = 0
@@ -78,17 +78,18 @@ class QuietConnections:
             if self._is_busy(_peer(connection)):
                 return False
             connection.shutdown(socket.SHUT_RDWR)
-        except OSError:  # it has ended by itself
+        except OSError:  # the connection has ended by itself
             return False
         return True
 
     def _connections(self) -> Iterator[socket.socket]:
-        """Yield a handle of our own on every connection of the port."""
+        """Yield an own handle on every connection of the port."""
         for entry in os.listdir(_IN_DIRECTORY):
             try:
                 if not os.readlink(f"{_IN_DIRECTORY}/{entry}").startswith("socket:"):
                     continue
-                # From here on it is looked at through our own descriptor: the other may be closed and used anew meanwhile.
+                # From here on the connection is read through an own descriptor: the other may be closed and reused
+                # meanwhile.
                 connection = socket.socket(fileno=os.dup(int(entry)))
             except OSError:  # closed meanwhile
                 continue

@@ -21,10 +21,10 @@ class ExceededLimit:
     """A limit of a tenant's quota that does not leave enough.
 
     Attributes:
-        tenant: Whose quota it is.
+        tenant: Tenant with the quota.
         limit: Key of the quotas file, e.g. ``tokens_per_minute``.
-        value: What it is set to.
-        description: What is used and what was asked for, for people.
+        value: Value of the limit.
+        description: The amounts used and asked for, for people to read.
     """
 
     tenant: str
@@ -34,7 +34,7 @@ class ExceededLimit:
 
 
 def to_failure(exceeded: Sequence[ExceededLimit]) -> error_details_pb2.QuotaFailure:
-    """Return the detail that names limits: a violation each, its subject ``tenant:NAME``."""
+    """Return the detail that names limits: one violation for each, with the subject ``tenant:NAME``."""
     violation = error_details_pb2.QuotaFailure.Violation
     return error_details_pb2.QuotaFailure(
         violations=[

@@ -1,4 +1,4 @@
-"""The file that says how much each tenant may use: TOML, read again when it changes; docs/quotas.md describes it."""
+"""The file with each tenant's quotas: TOML, read again when it changes; docs/quotas.md describes it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 UNLIMITED: Final = "unlimited"
-"""Lifts, for one tenant, a limit of ``[default]``."""
+"""Value that lifts, for one tenant, a limit of ``[default]``."""
 CHECK_EVERY_S: Final = 1.0
-"""How old a limit may be after the file has changed."""
+"""Longest time after a change of the file during which an old limit may still apply, in seconds."""
 MAX_VALUE: Final = 2**53
-"""Largest limit: beyond it Valkey's Lua does not count exactly."""
+"""Largest limit: above it, Valkey's Lua does not count exactly."""
 _BURST_OF: Final = {"requests_burst": "requests_per_minute", "tokens_burst": "tokens_per_minute"}
 
 _log = get_logger()
@@ -34,7 +34,7 @@ class QuotasFileError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TenantQuota:
-    """What one tenant may use. ``None`` is no limit, 0 allows nothing.
+    """The quota of one tenant. ``None`` is no limit, 0 allows nothing.
 
     Attributes:
         requests_per_minute: Rate at which requests become free again.
@@ -42,7 +42,7 @@ class TenantQuota:
         tokens_per_minute: Rate at which tokens, of prompts and of output, become free again.
         tokens_burst: Tokens that may be used at once after a pause.
         max_concurrent_requests: Requests under way at once, waiting ones included, on all gateways together.
-        max_adapter_bytes: Canonical bytes of all kept revisions of the adapters that are restricted to it.
+        max_adapter_bytes: Canonical bytes of all kept revisions of the adapters that are restricted to the tenant.
     """
 
     requests_per_minute: int | None = None
@@ -54,7 +54,7 @@ class TenantQuota:
 
     @property
     def limits_requests(self) -> bool:
-        """Whether a gateway has anything to count."""
+        """Whether a gateway has to count the tenant's requests."""
         limits = (self.requests_per_minute, self.tokens_per_minute, self.max_concurrent_requests)
         return any(limit is not None for limit in limits)
 
@@ -64,11 +64,11 @@ KEYS: Final = tuple(each.name for each in fields(TenantQuota))
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """What a quotas file says.
+    """The content of a quotas file.
 
     Attributes:
-        default: For tenants without a table of their own.
-        tenants: Tenant -> its quota, what it has from the default included.
+        default: Quota of tenants without a table of their own.
+        tenants: Tenant -> its quota, including the values from the default.
     """
 
     default: TenantQuota = field(default_factory=TenantQuota)
@@ -80,10 +80,10 @@ class Quotas:
 
 
 class QuotasFile:
-    """A quotas file, followed.
+    """A quotas file that is read again when it changes.
 
     Args:
-        path: Where it is. A mounted file may be a link that is moved: it is followed at each look.
+        path: Path of the file. A mounted file may be a link that is replaced: the link is followed at each read.
         clock: Monotonic seconds.
 
     Raises:
@@ -98,9 +98,9 @@ class QuotasFile:
         self._quotas = self._read()
 
     def current(self) -> Quotas:
-        """Return what the file says now: the same object until it changes; looks at most every `CHECK_EVERY_S`.
+        """Return the file's present content: the same object until it changes; checks at most every `CHECK_EVERY_S`.
 
-        A file that cannot be used is logged once, and what was known before stays good.
+        If the file cannot be used, that is logged once, and the old content stays valid.
         """
         if self._clock() < self._check_at:
             return self._quotas
@@ -120,7 +120,7 @@ class QuotasFile:
 
     def _read(self) -> Quotas:
         try:
-            # Before the text: a change in between is then seen at the next look.
+            # The state is read before the text, so a change in between is seen next time.
             self._seen = self._state()
             text = self._path.read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -137,17 +137,17 @@ def parse_quotas(text: str, where: str) -> Quotas:
     """Return the quotas of a file's text.
 
     Args:
-        text: The file.
-        where: Its name, for messages.
+        text: Content of the file.
+        where: Name of the file, for messages.
 
     Raises:
-        QuotasFileError: If it is no TOML, or has a table, key or value that means nothing here.
+        QuotasFileError: If it is not TOML, or has an unknown table, key or value.
     """
     try:
         tables = tomllib.loads(text)
     except RecursionError:
         raise QuotasFileError(f"{where}: it is nested too deeply") from None
-    except ValueError as error:  # no TOML, or a number with thousands of digits
+    except ValueError as error:  # not TOML, or a number with thousands of digits
         raise QuotasFileError(f"{where}: {error}") from None
     reader = _Reader(text, where)
     for name in tables:
@@ -162,14 +162,14 @@ def parse_quotas(text: str, where: str) -> Quotas:
 
 
 class _Reader:
-    """Reads tables of one file and says where what is wrong stands."""
+    """Reads tables of one file; its errors name the line."""
 
     def __init__(self, text: str, where: str) -> None:
         self._lines = text.splitlines()
         self._where = where
 
     def quota(self, table: Any, path: tuple[str, ...], inherited: Mapping[str, int | None]) -> TenantQuota:
-        """Return one table's quota: its own keys before inherited ones, a burst with the rate it belongs to."""
+        """Return one table's quota: its own keys override inherited ones; a burst goes with its own rate."""
         if not isinstance(table, dict):
             raise self.error(path, "must be a table")
         unknown = next((key for key in table if key not in KEYS), None)
@@ -208,7 +208,7 @@ class _Reader:
         return int(value)
 
     def _line(self, path: tuple[str, ...]) -> int:
-        """Return the line that a key or table stands in, 0 if it is not written in the plain way."""
+        """Return the line of a key or table; 0 if it is not written in the plain way."""
         *parents, key = path
         headers = ({".".join(path), ".".join(_quoted(path))}, {".".join(parents), ".".join(_quoted(tuple(parents)))})
         current = ""

@@ -1,6 +1,6 @@
 """gRPC reflection under both of its names: ``v1``, which tools ask for first, and ``v1alpha``, which older ones know.
 
-The wheel has v1alpha alone. The two differ in the package's name and in nothing that is sent.
+The wheel has only v1alpha. The two differ in the package's name and in nothing that is sent.
 """
 
 from __future__ import annotations

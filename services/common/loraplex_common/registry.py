@@ -1,6 +1,6 @@
 """Keys in Valkey that more than one service reads, and the records behind them.
 
-Everything else in Valkey belongs to one service, which keeps its key names to itself.
+All other keys in Valkey belong to one service each, which keeps their names to itself.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ ENGINES_KEY: Final = "loraplex:engines"
 ENGINE_LEASE_S: Final = 10.0
 ENGINE_RENEW_S: Final = 2.0
 ENGINE_RECORD_S: Final = 3600.0
-"""How long a record outlives its lease: a gateway that starts while no lease can be renewed learns where to look."""
+"""How long a record outlives its lease: a gateway that starts while no lease can be renewed still finds the engines."""
 
 MAX_COUNT: Final = 2**53
-"""Largest number in a record: beyond it JSON's readers differ."""
+"""Largest number in a record: above it, readers of JSON differ."""
 MAX_REMEMBERED: Final = 1000
 _NO_KEY: Final = "loraplex:nothing"
 
@@ -34,7 +34,7 @@ _log = get_logger()
 
 
 class EngineRecordError(ValueError):
-    """An entry of the engine registry is none that this version can read; the message says what is wrong with it."""
+    """An entry of the engine registry that this version cannot read; the message says what is wrong with it."""
 
 
 def engine_key(engine_id: str) -> str:
@@ -50,7 +50,7 @@ def hints_key(engine_id: str) -> str:
 def claim_key(tenant: str, request_id: str) -> str:
     """String key that claims (tenant, request_id) for one gateway while the request runs.
 
-    Both may contain colons: the tenant's length says where it ends, so that no two pairs have one key.
+    Both may contain colons; the tenant's length marks its end, so that no two pairs have one key.
     """
     return f"loraplex:claim:{len(tenant)}:{tenant}:{request_id}"
 
@@ -62,12 +62,12 @@ def gateway_key(gateway_id: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRecord:
-    """How gateways find an engine and know what it serves.
+    """What gateways need to find an engine and to know what it serves.
 
     Attributes:
         target: gRPC target, ``host:port``.
         base_model: Served name of the base model.
-        max_image_pages: Largest adapter image the pool can ever hold.
+        max_image_pages: Pages of the largest adapter image that the pool can ever hold.
         is_draining: True once it takes no new requests.
     """
 
@@ -94,7 +94,7 @@ class EngineRecord:
         """Decode what `to_json` wrote; fields of a newer version are ignored.
 
         Raises:
-            EngineRecordError: If it is anything else.
+            EngineRecordError: If the text is anything else.
         """
         try:
             found = json.loads(data)
@@ -113,12 +113,12 @@ class EngineRecord:
 
 @dataclass(frozen=True, slots=True)
 class RegistryView:
-    """What the registry says.
+    """The content of the registry.
 
     Attributes:
-        leased: Engines whose lease is good, by id.
-        lapsed: If Valkey takes no writes: engines whose lease ran out, which may be because it could not be renewed.
-        takes_writes: Whether a lease can be renewed now; only looked at if one ran out.
+        leased: Engines whose lease is valid, by id.
+        lapsed: If Valkey takes no writes: engines whose lease ran out, perhaps because it could not be renewed.
+        takes_writes: Whether a lease can be renewed now; only checked if one ran out.
     """
 
     leased: dict[str, EngineRecord]
@@ -127,7 +127,7 @@ class RegistryView:
 
 
 class RegistryReader:
-    """Reads the engine registry, for everybody who does: what cannot be read takes away only itself, with one log line.
+    """Reads the engine registry for every service; an entry that cannot be read is left out, with one log line.
 
     Args:
         client: `redis.asyncio.Redis` that answers in bytes.
@@ -140,16 +140,16 @@ class RegistryReader:
         self._unreadable: dict[bytes, str] = {}
 
     async def read(self) -> dict[str, EngineRecord]:
-        """Return the engines whose lease is good, by id.
+        """Return the engines whose lease is valid, by id.
 
         Raises:
             LoraplexError: If Valkey cannot be read.
         """
-        # Scores are lease expiries: an engine past its score is gone, even if nobody has removed it yet.
+        # Scores are lease expiries: an engine past its score is gone, even if its entry has not been removed yet.
         return await self._records(await self._client.zrangebyscore(ENGINES_KEY, self._clock(), "+inf"))
 
     async def view(self) -> RegistryView:
-        """Return the engines whose lease is good, and if leases cannot be renewed also those whose lease ran out.
+        """Return the engines whose lease is valid; if leases cannot be renewed, also those whose lease ran out.
 
         Raises:
             LoraplexError: If Valkey cannot be read.
@@ -162,9 +162,9 @@ class RegistryReader:
         return RegistryView(leased, await self._records(lapsed), takes_writes=False)
 
     async def _takes_writes(self) -> bool:
-        """Return whether an engine could renew its lease: memory that is full does not keep it, see `Registration`."""
+        """Return whether an engine could renew its lease; a full memory does not prevent that, see `Registration`."""
         try:
-            await self._client.unlink(_NO_KEY)  # a write, as far as Valkey is concerned, that changes nothing
+            await self._client.unlink(_NO_KEY)  # for Valkey a write, but it changes nothing
         except LoraplexError:
             return False
         return True
@@ -177,7 +177,7 @@ class RegistryReader:
         values = await self._client.mget([engine_key(engine_id) for engine_id in named.values()])
         for (member, engine_id), value in zip(named.items(), values, strict=True):
             if value is None:
-                continue  # it ran out in between
+                continue  # its record expired in between
             try:
                 record = EngineRecord.from_json(value)
                 if record.engine_id != engine_id:
@@ -196,7 +196,7 @@ class RegistryReader:
             return None
 
     def _skip(self, member: bytes, cause: str) -> None:
-        """Log what is wrong with an entry, once until something else is."""
+        """Log what is wrong with an entry, once until its fault changes."""
         if self._unreadable.get(member) == cause:
             return
         if len(self._unreadable) >= MAX_REMEMBERED:
@@ -233,7 +233,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(_text(name, item) for item in value)
 
 
-# By the fields' types as they are written in `EngineRecord`.
+# Readers by the type of each field of `EngineRecord`, as written there.
 _DECODERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "str": _text,
     "int": _count,

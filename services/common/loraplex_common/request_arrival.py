@@ -1,7 +1,7 @@
-"""Bounds what requests hold while they arrive: a message is taken in only once it is known whose it is, and not for ever.
+"""Limits what requests hold while they arrive: a message is received only once its caller is known, and not for ever.
 
-gRPC reads the one message of a call before it asks anybody: 4 MiB for each of thousands of calls, from whoever connects, for
-as long as they like. Our handlers read it themselves instead, after the caller has shown who it is.
+gRPC itself reads the one message of a call before any handler runs: 4 MiB for each of thousands of calls, from any
+client, for any length of time. Our handlers read it themselves instead, after the caller has been authenticated.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from loraplex_common.errors import DeadlineError, InvalidParameterError, Saturat
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-# Each may hold a whole message, 4 MiB: 256 MiB together. Messages that are sent in one go take a moment each.
+# Each may hold a whole message, 4 MiB: 256 MiB together. A message that is sent in one go takes only a moment.
 MAX_AT_ONCE: Final = 64
-# While others wait, one that takes longer than this may lose its place to them.
+# While others wait, an arrival that takes longer than this may lose its place to them.
 GRACE_S: Final = 1.0
 LONGEST_S: Final = 60.0
 RETRY_S: Final = 1.0
@@ -35,12 +35,13 @@ class _Arrival:
 
 
 class RequestArrivals:
-    """Receives the one message of calls that have one.
+    """Receives the message of calls that have exactly one.
 
     Args:
-        max_at_once: As many may be on their way; further ones wait until one of those is here.
-        grace_s: While calls wait, the oldest arrival that has taken longer is ended, of the tenant who has the most.
-        longest_s: No message may take longer.
+        max_at_once: Concurrent arrivals; further ones wait until one of them is complete.
+        grace_s: While calls wait, the oldest arrival that has taken longer than this is ended, of the tenant with the
+            most.
+        longest_s: Longest time of one arrival.
     """
 
     def __init__(
@@ -59,12 +60,12 @@ class RequestArrivals:
         return self._places.locked()
 
     async def receive(self, read: Callable[[], Awaitable[Any]], *, tenant: str) -> Any:
-        """Return the message of a call, which ``read`` gives, or `grpc.aio.EOF`.
+        """Return the message of a call, as ``read`` gives it, or `grpc.aio.EOF`.
 
         Raises:
             InvalidParameterError: If the call ends without one.
-            DeadlineError: If it takes too long.
-            SaturatedError: If it takes long and others wait for its place.
+            DeadlineError: If the message takes too long.
+            SaturatedError: If the message takes long and others wait for its place.
         """
         self._num_waiting += 1
         try:
@@ -107,13 +108,13 @@ class RequestArrivals:
             self._relief = loop.call_at(max(due_at, loop.time() + self._grace_s / 10), self._relieve)
 
     def _relieve(self) -> None:
-        """End as many slow arrivals as calls wait."""
+        """End as many slow arrivals as there are calls waiting."""
         self._relief = None
         now = asyncio.get_running_loop().time()
         slow = [a for a in self._arriving if not a.is_given_up and now - a.began_at >= self._grace_s]
         held = Counter(arrival.tenant for arrival in self._arriving)
         for _ in range(min(self._num_waiting, len(slow))):
-            victim = max(slow, key=lambda arrival: held[arrival.tenant])  # the first of them, which is the oldest
+            victim = max(slow, key=lambda arrival: held[arrival.tenant])  # the first such arrival, which is the oldest
             slow.remove(victim)
             held[victim.tenant] -= 1
             victim.is_given_up = True

@@ -1,4 +1,4 @@
-"""The numbers a request may hold: gateway and engine check them both, against this one table; gateway.proto states it."""
+"""The numbers allowed in a request: gateway and engine check them against this one table; gateway.proto states it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 MAX_INT32: Final = 2**31 - 1
 MAX_WAIT_S: Final = 7 * 86400.0
-# A prompt's probabilities travel in one message of at most 4 MiB, each with its token's text.
+# A prompt's probabilities are sent in one message of at most 4 MiB, each with its token's text.
 MAX_PROMPT_LOGPROBS: Final = 100_000
-# Turns of a conversation; a template is run over each of them.
+# Limit of the turns of a conversation; a template is run over each of them.
 MAX_MESSAGES: Final = 16_384
 
 
@@ -24,14 +24,14 @@ NOTHING_LEFT: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Numbers from `low` to `high`, written ``[low, high]``, or ``(low, high]`` if `low` itself is not one of them."""
+    """Numbers from `low` to `high`, written ``[low, high]``, or ``(low, high]`` if `low` itself is not allowed."""
 
     low: float
     high: float
     excludes_low: bool = False
 
     def __contains__(self, value: float) -> bool:
-        """Whether the value is one of them; NaN never is."""
+        """Whether the value is in the range; NaN never is."""
         return (value > self.low if self.excludes_low else value >= self.low) and value <= self.high
 
 
@@ -64,15 +64,15 @@ MAX_ENTRIES: Final[Mapping[str, int]] = {
 def leaves_nothing(
     *, allowed_token_ids: Collection[int], banned_token_ids: Collection[int], min_new_tokens: int, vocab_size: int
 ) -> bool:
-    """Return whether a request bans every token there is.
+    """Return whether a request bans every token.
 
-    A bias only makes tokens unlikely, at most by 100, so this is the one way to ban them all.
+    A bias only makes tokens unlikely, at most by 100, so this is the only way to ban all of them.
 
     Args:
-        allowed_token_ids: Those that may be drawn; empty allows all.
-        banned_token_ids: Those that may not end the output yet.
-        min_new_tokens: As long as the output has fewer.
-        vocab_size: Ids below it are the model's.
+        allowed_token_ids: Tokens that may be drawn; empty allows all.
+        banned_token_ids: Tokens that may not end the output yet.
+        min_new_tokens: They are banned while the output has fewer tokens than this.
+        vocab_size: Ids below it belong to the model.
     """
     if min_new_tokens == 0:
         return False

@@ -1,7 +1,7 @@
-"""Which role may make which call: the one table of all servers, gRPC and HTTP.
+"""The calls that each role may make: one table for all servers, gRPC and HTTP.
 
-Every server asks it before a handler runs, so a handler only has to care for whose resources it shows. Where no keys are
-configured there are no roles, and everybody may do everything.
+Every server checks it before a handler runs, so a handler only has to check which resources it shows. If no keys are
+configured there are no roles, and every caller may make every call.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from loraplex_common.admissions import Admission
 
 OPEN_SERVICES: Final = ("/grpc.health.v1.", "/grpc.reflection.")
-"""Probes and tools come without credentials; both services tell nothing about tenants."""
+"""Services for probes and tools, which come without credentials; they show nothing about tenants."""
 METRICS_READERS: Final = frozenset({Role.ADMIN, Role.METRICS})
-"""Who is shown tenants and restricted adapters in /metrics."""
+"""Roles that see tenants and restricted adapters in /metrics."""
 
 _USERS: Final = frozenset({Role.TENANT, Role.ADMIN})
 _ADMIN: Final = frozenset({Role.ADMIN})
@@ -45,7 +45,7 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         GATEWAY + "ListModels": _USERS,
         GATEWAY + "GetModel": _USERS,
         _FLEET + "ListEngines": _ADMIN,
-        # Raw tokens under any adapter and for any tenant: what a gateway checks before, an engine does not.
+        # These take raw tokens under any adapter and for any tenant: a gateway checks them before, an engine does not.
         _ENGINES + "Session": _GATEWAY,
         _ENGINES + "GetEngineInfo": _WATCHERS,
         _ENGINES + "WatchLoad": _WATCHERS,
@@ -56,7 +56,7 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         _ENGINES + "EvictAdapter": _ADMIN,
         _ENGINES + "Drain": _ADMIN,
         _ENGINES + "Undrain": _ADMIN,
-        # Tenants see their own names and everybody's: the store filters.
+        # Tenants see their own names and public ones: the store filters.
         _STORE + "GetAdapter": _USERS,
         _STORE + "ListAdapters": _USERS,
         _STORE + "ListAdapterRevisions": _USERS,
@@ -78,19 +78,19 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         _OPERATIONS + "WaitOperation": _ADMIN,
     }
 )
-"""Full method name -> the roles that may call it. What is not here, nobody may."""
+"""Full method name -> the roles that may call it. A method that is not listed may not be called by any role."""
 
 
 def require_right(admission: Admission, method: str, rights: Mapping[str, frozenset[Role]] = RIGHTS) -> None:
     """Return if a caller may make a call.
 
     Args:
-        admission: Who calls.
-        method: ``/package.Service/Method``; of HTTP, the method that the route stands for.
+        admission: The caller.
+        method: ``/package.Service/Method``; for HTTP, the method that the route stands for.
         rights: The table.
 
     Raises:
-        RoleForbiddenError: If not; its metadata has ``role``, ``rpc`` and ``roles_needed``, separated by commas.
+        RoleForbiddenError: If it may not; metadata has ``role``, ``rpc`` and ``roles_needed``, separated by commas.
     """
     if admission.is_open:
         return

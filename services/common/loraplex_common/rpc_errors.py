@@ -1,4 +1,4 @@
-"""Turns a failed call to a peer back into the error the peer raised."""
+"""Turns a failed call to a peer back into the error that the peer raised."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _DETAILS_KEY: Final = "grpc-status-details-bin"
 def error_from_rpc(error: grpc.aio.AioRpcError) -> LoraplexError:
     """Return the error behind a failed call.
 
-    A rich status gives the class the peer raised; a bare one (connection refused, deadline, proxy) a `DeadlineError`,
-    a `CancelledRequestError` or a `RemoteError` with gRPC's code as its reason.
+    A rich status gives the class that the peer raised. A bare status (connection refused, deadline, proxy) gives a
+    `DeadlineError`, a `CancelledRequestError` or a `RemoteError` with gRPC's code as its reason.
     """
     metadata: dict[str, Any] = dict(error.trailing_metadata() or ())
     if _DETAILS_KEY in metadata:

@@ -1,4 +1,4 @@
-"""RPC metrics, named and bucketed as gRPC proposal A66 says (in Prometheus spelling)."""
+"""RPC metrics, with names and buckets of gRPC proposal A66 (in Prometheus spelling)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LATENCY_BUCKETS: Final = (
 
 
 class RpcMetrics:
-    """Counts and times the calls a server handles, by method and status.
+    """Counts and times the calls that a server handles, by method and status.
 
     Args:
-        registry: Where the metrics are registered; one `RpcMetrics` per registry.
+        registry: The registry that the metrics are added to; one `RpcMetrics` per registry.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:

@@ -1,4 +1,4 @@
-"""Which calls a server runs: so that it can end without failing one, and end connections that have none."""
+"""Counts a server's running calls, so that it can stop without failing one, and end connections without calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RunningCalls:
-    """Counts calls by their peers; health watches, which never end, are no calls here."""
+    """Counts calls by their peers; health watches, which never end, are not counted."""
 
     def __init__(self) -> None:
         self._is_refusing = False
@@ -23,7 +23,7 @@ class RunningCalls:
         self._idle.set()
 
     def refuse_new(self) -> None:
-        """Answer DRAINING to every further call; running ones go on."""
+        """Answer every further call with DRAINING; running calls go on."""
         self._is_refusing = True
 
     async def wait_until_idle(self) -> None:
@@ -31,7 +31,7 @@ class RunningCalls:
         await self._idle.wait()
 
     def has_any_of(self, peer: str) -> bool:
-        """Return whether a peer, as gRPC names it, has a call that runs."""
+        """Return whether a peer, as gRPC names it, has a running call."""
         return peer in self._by_peer
 
     @contextmanager

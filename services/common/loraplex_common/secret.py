@@ -15,11 +15,11 @@ HIDDEN: Final = "********"
 
 
 class SecretFileError(ValueError):
-    """A file holds no secret; the message names it and never quotes it."""
+    """A file holds no secret; the message names the file and never quotes it."""
 
 
 class Secret:
-    """Something that only its holder should know.
+    """A value that only its holder may know.
 
     Args:
         value: The secret; it does not change.
@@ -31,11 +31,11 @@ class Secret:
 
     @classmethod
     def from_file(cls, path: Path, *, clock: Callable[[], float] = time.monotonic) -> Secret:
-        """Return the secret that a file holds on its only line.
+        """Return a secret from a file that holds it on its only line.
 
         Raises:
             OSError: If the file cannot be read.
-            SecretFileError: If it is empty, has several lines or is no UTF-8.
+            SecretFileError: If the file is empty, has several lines or is not UTF-8.
         """
         secret = cls("")
         secret._value = WatchedFiles([path], lambda: _only_line(path), what=str(path), clock=clock).value
@@ -43,7 +43,7 @@ class Secret:
         return secret
 
     def reveal(self) -> str:
-        """Return the secret as it is now."""
+        """Return the secret's present value."""
         return self._value()
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Settings that all services share: who may call them, and who they are towards each other and towards Valkey."""
+"""Settings that all services share: which callers are let in, and credentials towards other services and Valkey."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SCHEMES: Final = ("redis", TLS_SCHEME)
 
 
 def valkey_url(*default: str | None, help: str) -> Any:
-    """Declare a field with the URL of Valkey. A password in it may stand in the environment, never in a command line."""
+    """Declare a field with the URL of Valkey. Its password may come from the environment, never from a command line."""
     return setting(*default, help=help, parse=whole_url, parse_flag=without_password, show=hide_password, metavar="URL")
 
 
 def whole_url(url: str) -> str:
-    """Return a URL whose password, if it has one, is where others look for it.
+    """Return a URL whose password, if it has one, is in the usual place.
 
     Raises:
-        ValueError: If it has characters that end the host, so that the rest of it would pass for a path; it is not quoted.
+        ValueError: If characters in it end the host, so that the rest would be read as a path; the URL is not quoted.
     """
     parts = urlsplit(url)
     if parts.scheme in SCHEMES and "@" in parts.path + parts.query + parts.fragment:
@@ -39,10 +39,10 @@ def whole_url(url: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """Return a URL that shows no secret.
+    """Return a URL without secrets.
 
     Raises:
-        ValueError: If it has a password, which is not quoted.
+        ValueError: If it has a password; the password is not quoted.
     """
     parts = urlsplit(whole_url(url))
     if parts.password is not None or "password" in parse_qs(parts.query, keep_blank_values=True):
@@ -51,7 +51,7 @@ def without_password(url: str) -> str:
 
 
 def hide_password(url: str) -> str:
-    """Return a URL as it may be logged."""
+    """Return a URL in a form that may be logged."""
     password = urlsplit(url).password
     hidden = url if not password else url.replace(f":{password}@", f":{HIDDEN}@", 1)
     before, mark, query = hidden.partition("?")
@@ -66,15 +66,15 @@ class ServiceSettings:
     """Settings of every service.
 
     Attributes:
-        redis_password: Of the user that the URL names, or of the default one.
+        redis_password: Password of the user that the URL names, or of the default user.
         redis_tls_ca: Authorities of Valkey's certificate, for a ``rediss://`` URL; the system's if None.
-        api_keys_file: Who may call, see `keys_file`; None lets everybody do everything.
+        api_keys_file: The callers to let in, see `keys_file`; None lets every caller make every call.
         tls_cert: Server certificate chain; turns TLS on.
-        tls_key: Its private key.
-        tls_client_ca: Authorities that clients' certificates must be signed by; turns mutual TLS on.
+        tls_key: The server certificate's private key.
+        tls_client_ca: Authorities that must have signed clients' certificates; turns mutual TLS on.
         peer_tls_ca: Authorities of engines' and stores' certificates; turns TLS towards them on.
         peer_tls_cert: Client certificate towards engines, stores and Valkey.
-        peer_tls_key: Its private key.
+        peer_tls_key: The client certificate's private key.
         peer_api_key: Key towards engines and stores.
     """
 
@@ -98,10 +98,10 @@ class ServiceSettings:
     peer_api_key: Secret | None = secret(help="the key to send to engines and adapter stores")
 
     def check_identity(self, redis_url: str | None) -> None:
-        """Check what belongs together.
+        """Check settings that must be given together.
 
         Raises:
-            ValueError: If half of it is missing.
+            ValueError: If one of them is missing.
         """
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key belong together: give both or neither")
@@ -127,7 +127,7 @@ class ServiceSettings:
         )
 
     def peers(self) -> Peers:
-        """Return what opens channels to engines and stores.
+        """Return an object that opens channels to engines and stores.
 
         Raises:
             OSError: If a file cannot be used.
@@ -148,22 +148,22 @@ class ServiceSettings:
         Raises:
             OSError: If a file cannot be used.
         """
-        from loraplex_common.valkey import connect  # what speaks to no Valkey need not have its library
+        from loraplex_common.valkey import connect  # a service without Valkey need not have its library
 
         files = TlsFiles(cert=self.peer_tls_cert, key=self.peer_tls_key, ca=self.redis_tls_ca)
         return connect(url, password=self.redis_password, tls=files)
 
 
 def require_identity(host: str, api_keys_file: Path | None, *, allow_anonymous: bool) -> None:
-    """Check that a service which may do what it likes with all adapters is not open to a network.
+    """Check that a service with access to all adapters is not open to a network.
 
     Args:
-        host: Where it listens.
-        api_keys_file: Who may call; None for everybody.
-        allow_anonymous: Whether somebody said that this is meant.
+        host: Address that it listens on.
+        api_keys_file: The callers to let in; None lets every caller in.
+        allow_anonymous: Whether the operator has declared that this is meant.
 
     Raises:
-        ValueError: If it is.
+        ValueError: If it is open to a network and not declared so.
     """
     if api_keys_file is None and not allow_anonymous and not is_loopback(host):
         raise ValueError(
@@ -173,7 +173,7 @@ def require_identity(host: str, api_keys_file: Path | None, *, allow_anonymous: 
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address; of names only ``localhost`` is known to be one."""
+    """Whether only this machine reaches an address; of all names, only ``localhost`` counts as such."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

@@ -1,9 +1,9 @@
 """One frozen dataclass of configuration per service, read once from flags and ``LORAPLEX_*`` variables.
 
 A field is a flag: ``max_num_seqs: int = setting(256, help="...")`` is ``--max-num-seqs`` and, for the engine,
-``LORAPLEX_ENGINE_MAX_NUM_SEQS``. A flag beats the variable, the variable beats the default.
+``LORAPLEX_ENGINE_MAX_NUM_SEQS``. A flag has precedence over the variable, the variable over the default.
 
-Command lines are for everybody on the machine to read, so no flag takes a secret: ``metrics_key: Secret | None =
+Every user of the machine can read command lines, so no flag takes a secret: ``metrics_key: Secret | None =
 secret(help="...")`` is ``--metrics-key-file``, ``LORAPLEX_ENGINE_METRICS_KEY_FILE`` or ``LORAPLEX_ENGINE_METRICS_KEY``.
 """
 
@@ -31,7 +31,7 @@ Config = TypeVar("Config")
 
 
 class SettingsError(ValueError):
-    """A variable has a value that is no setting; the message names it."""
+    """A variable has a value that is not valid for its setting; the message names it."""
 
 
 def setting(
@@ -46,11 +46,11 @@ def setting(
     """Declare a field of a configuration dataclass.
 
     Args:
-        default: Value if nobody says otherwise; without one the setting is required.
+        default: Value without a flag or a variable; if there is no default, the setting is required.
         help: One line for ``--help``.
         parse: Turns text into the value; by default chosen by the field's type. See `size`.
-        parse_flag: The same on the command line, where less may be said; by default ``parse``.
-        show: Turns the value into what may be logged; by default all of it.
+        parse_flag: The same for the command line, where less is allowed; by default ``parse``.
+        show: Turns the value into its form for the log; by default the whole value is shown.
         metavar: Placeholder in ``--help``.
     """
     metadata = {"help": help, "parse": parse, "parse_flag": parse_flag, "show": show, "metavar": metavar}
@@ -79,13 +79,13 @@ def load(
 
     Args:
         config: A dataclass whose fields are declared with `setting`.
-        service: Middle of the variables' names and part of ``prog``, e.g. ``engine`` or ``adapter_store``.
-        argv: Arguments without the program's name; by default the process's.
-        environ: By default the process's.
+        service: Middle part of the variables' names and part of ``prog``, e.g. ``engine`` or ``adapter_store``.
+        argv: Arguments without the program's name; by default the process's arguments.
+        environ: The variables; by default the process's environment.
         description: Head of ``--help``; by default the first line of the class's docstring.
 
     Raises:
-        SystemExit: On ``--help``, ``--version`` and on bad input, after saying what is wrong, as argparse does.
+        SystemExit: On ``--help``, ``--version`` and on bad input, after a message in argparse's form.
     """
     environment = os.environ if environ is None else environ
     prefix = f"LORAPLEX_{service.upper()}_"
@@ -209,7 +209,7 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
 
 
 def _parse_path(text: str) -> Path:
-    if not text.strip():  # what a shell makes of a variable that nobody has set; as a path it is the current folder
+    if not text.strip():  # an unset shell variable; as a path: the current folder
         raise ValueError("it is empty: name a path, or leave it out")
     return Path(text).expanduser()
 

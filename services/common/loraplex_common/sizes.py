@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them."""
+"""Sizes in bytes in the form that people write."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def parse_size(text: str) -> int:
     """Return the bytes of ``512MiB``, ``1.5 GB`` or ``4096``; units of 1024 have an i.
 
     Raises:
-        ValueError: If the text is no size.
+        ValueError: If the text is not a size.
     """
     match = _PATTERN.fullmatch(text)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise ValueError(f"{text!r} is no size: write bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB")
     whole, _, fraction = match[1].partition(".")
-    # In integers: 0.1 GB is exactly 100,000,000 bytes.
+    # Computed in integers: 0.1 GB is exactly 100,000,000 bytes.
     return int(whole) * unit + (int(fraction) * unit // 10 ** len(fraction) if fraction else 0)
 
 
 def format_size(num_bytes: int) -> str:
-    """Return a size for people: ``512 MiB``, ``1.5 GiB``."""
+    """Return a size in the form for people: ``512 MiB``, ``1.5 GiB``."""
     value, unit = float(num_bytes), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024 or unit == "TiB":

@@ -1,4 +1,4 @@
-"""Background tasks that cannot die unnoticed."""
+"""Background tasks whose death is always noticed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
 
 
 def deliver_cancellation() -> None:
-    """Raise if this task was cancelled and nobody heard; endless loops over Valkey call it after each round trip.
+    """Raise if this task's cancellation was swallowed; endless loops over Valkey call it after each round trip.
 
-    Python 3.11's `asyncio.wait_for`, through which redis-py sends, swallows a cancellation that arrives together with its
-    result: the loop would go on, and whoever cancelled it would wait for ever.
+    Python 3.11's `asyncio.wait_for`, through which redis-py sends, swallows a cancellation that arrives together with
+    its result: the loop would go on, and the task that cancelled it would wait for ever.
 
     Raises:
-        asyncio.CancelledError: If so.
+        asyncio.CancelledError: If it was swallowed.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
@@ -48,7 +48,7 @@ def heard_cancellation() -> Iterator[None]:
     A cancellation from before the block is left alone, so that a cancelled task's clean-up may use such blocks too.
 
     Raises:
-        asyncio.CancelledError: If so.
+        asyncio.CancelledError: If it was swallowed.
     """
     task = asyncio.current_task()
     num_before = 0 if task is None else task.cancelling()
@@ -58,7 +58,7 @@ def heard_cancellation() -> Iterator[None]:
 
 
 class Supervisor:
-    """Owns a service's background tasks: each runs until `close`, and one that ends before crashes the service.
+    """Owns a service's background tasks: each runs until `close`; a task that ends earlier crashes the service.
 
     Used as an async context manager, or with `close` in a ``finally``::
 
@@ -133,4 +133,4 @@ class Supervisor:
         _log.error("background task ended", task=task.get_name(), exc_info=cause)
         if not self._failure().done():
             self._failure().set_exception(error)
-            self._failure().exception()  # marks it as seen: whoever calls run_until gets it
+            self._failure().exception()  # marks it as seen: `run_until` raises it

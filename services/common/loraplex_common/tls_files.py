@@ -1,4 +1,4 @@
-"""Certificates, keys and authorities as files that are rotated while we run."""
+"""Certificates, keys and authorities in files that are rotated while the process runs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 MAX_READS: Final = 5
 ROTATION_S: Final = 0.02
-"""How long the files of one rotation take to be replaced."""
+"""Longest time in which the files of one rotation are replaced, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TlsFiles:
-    """One side's PEM files.
+    """The PEM files of one side of a connection.
 
     Attributes:
         cert: Certificate chain.
-        key: Its private key, without a passphrase.
-        ca: Authorities that the other side's certificates must be signed by.
+        key: The certificate's private key, without a passphrase.
+        ca: Authorities that must have signed the other side's certificates.
     """
 
     cert: Path | None = None
@@ -36,11 +36,11 @@ class TlsFiles:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files that there are."""
+        """The paths that are set."""
         return tuple(path for path in (self.cert, self.key, self.ca) if path is not None)
 
     def context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
-        """Return an SSL context over the files as they are; making it proves that they fit together.
+        """Return an SSL context with the files' present content; making it proves that they fit together.
 
         Raises:
             OSError: If a file cannot be read, or OpenSSL cannot use it; the message names files.
@@ -48,7 +48,7 @@ class TlsFiles:
         context = ssl.create_default_context(purpose, cafile=self.ca if purpose is ssl.Purpose.SERVER_AUTH else None)
         try:
             if self.cert is not None:
-                # A passphrase that nobody knows: OpenSSL would ask for one on the terminal.
+                # A passphrase that cannot be given: otherwise OpenSSL would ask for one on the terminal.
                 context.load_cert_chain(self.cert, self.key, password=lambda: "")
             if self.ca is not None and purpose is ssl.Purpose.CLIENT_AUTH:
                 context.load_verify_locations(cafile=self.ca)
@@ -60,13 +60,13 @@ class TlsFiles:
         return context
 
     def contents(self, purpose: ssl.Purpose) -> TlsContents:
-        """Return the files' bytes, checked as by `context`.
+        """Return the files' bytes, checked by `context`.
 
-        Files are replaced one after another: where they do not fit together, or change meanwhile, they are read again after
-        a moment, a few times.
+        Files are replaced one after another. If they do not fit together, or change meanwhile, they are read again
+        after a moment, a few times.
 
         Raises:
-            OSError: As `context`, or if they keep changing.
+            OSError: In the cases of `context`, or if they keep changing.
         """
         for num_left in reversed(range(MAX_READS)):
             before = self._read()
@@ -88,29 +88,29 @@ class TlsFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TlsContents:
-    """What `TlsFiles` hold, PEM."""
+    """The content of `TlsFiles`, PEM."""
 
     cert: bytes | None
     key: bytes | None
     ca: bytes | None
 
     def server_configuration(self) -> grpc.ServerCertificateConfiguration:
-        """Return what a gRPC server shows and asks for."""
+        """Return the certificates that a gRPC server shows and requires."""
         assert self.key is not None
         assert self.cert is not None
         return grpc.ssl_server_certificate_configuration([(self.key, self.cert)], self.ca)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Return what a gRPC client shows and trusts."""
+        """Return the certificates that a gRPC client shows and trusts."""
         return grpc.ssl_channel_credentials(self.ca, self.key, self.cert)
 
 
 def watch_tls(files: TlsFiles, purpose: ssl.Purpose, *, clock: Callable[[], float] = time.monotonic) -> WatchedTls:
-    """Return the files' contents, read again when they change.
+    """Return the files' content, read again when they change.
 
     Args:
         files: The files.
-        purpose: Whom they authenticate: ``CLIENT_AUTH`` for servers, ``SERVER_AUTH`` for clients.
+        purpose: The peers to authenticate: ``CLIENT_AUTH`` for servers, ``SERVER_AUTH`` for clients.
         clock: Monotonic seconds.
 
     Raises:
@@ -120,7 +120,7 @@ def watch_tls(files: TlsFiles, purpose: ssl.Purpose, *, clock: Callable[[], floa
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """Return credentials of a gRPC server that shows every new connection what the files hold then.
+    """Return credentials of a gRPC server that shows every new connection the files' content at that time.
 
     Raises:
         OSError: If they cannot be used now.
@@ -138,13 +138,13 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
 
     return grpc.dynamic_ssl_server_credentials(
         shown.server_configuration(),
-        fetch,  # type: ignore[arg-type]  # None means "as before", which the stubs do not know
+        fetch,  # type: ignore[arg-type]  # None means "unchanged", which the stubs do not know
         require_client_authentication=files.ca is not None,
     )
 
 
 class RotatingServerContext:
-    """An SSL context of an asyncio server that shows every new connection what the files hold then.
+    """An SSL context of an asyncio server that shows every new connection the files' content at that time.
 
     Args:
         files: The files.
@@ -162,8 +162,8 @@ class RotatingServerContext:
             files.paths, lambda: files.context(make), what=_names(files.paths), clock=time.monotonic
         )
         self.context = files.context(make)
-        # Called for each handshake, with or without a server name: certificate and authorities are those of the context
-        # that is set here.
+        # Called for each handshake, with or without a server name: the connection uses certificate and authorities of
+        # the context that is set here.
         self.context.sni_callback = self._switch
 
     def _switch(self, connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> None:
@@ -171,7 +171,7 @@ class RotatingServerContext:
 
 
 def _forbid_resumption(context: ssl.SSLContext) -> None:
-    """Make every connection prove its certificate: a resumed session would not, and an authority may be gone by then."""
+    """Require a certificate on every connection: a resumed session would not show it, and the authority may be gone."""
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
 

@@ -1,4 +1,4 @@
-"""What the files beside tokenizer.json say about special tokens."""
+"""Reads the files beside tokenizer.json that describe special tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SPECIAL_TOKENS: Final = (
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """Return tokenizer_config.json, with special tokens of special_tokens_map.json where it has none itself.
+    """Return tokenizer_config.json, with special tokens of special_tokens_map.json if it has none itself.
 
-    As transformers: a configuration that lists its added tokens needs no such map, and the map is not read.
+    It follows transformers: a configuration that lists its added tokens needs no such map, and the map is not read.
 
     Raises:
-        BaseModelError: If a file is no JSON object.
+        BaseModelError: If a file is not a JSON object.
     """
     config = read_json_object(directory / "tokenizer_config.json")
     if "added_tokens_decoder" in config:
@@ -47,7 +47,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """Return a file's JSON object; an empty one if there is no such file.
 
     Raises:
-        BaseModelError: If it is something else.
+        BaseModelError: If the file is something else.
     """
     if not file.exists():
         return {}

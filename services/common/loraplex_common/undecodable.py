@@ -1,4 +1,4 @@
-"""Requests that cannot be parsed: they reach the handler's place, where somebody can answer for them."""
+"""Requests that cannot be parsed: they are passed on to the layer that can answer the client."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Undecodable:
-    """Stands for a request that could not be parsed until the handler can answer for it."""
+    """Stands for a request that could not be parsed, until the handler's layer answers it."""
 
     cause: str
 
     def error(self) -> InvalidParameterError:
-        """Return what the caller is told."""
+        """Return the error for the caller."""
         return InvalidParameterError(f"the request is not a valid message: {self.cause}")
 
 
 def tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """Make a deserializer return `Undecodable` instead of raising where nobody could answer the client."""
+    """Make a deserializer return `Undecodable` instead of raising at a point from which the client gets no answer."""
     if deserialize is None:
         return None
 
     def decode(data: bytes) -> Any:
         try:
             return deserialize(data)
-        except Exception as error:  # whatever the parser of foreign bytes raises
+        except Exception as error:  # any exception of the parser of untrusted bytes
             return Undecodable(str(error) or type(error).__name__)
 
     return decode

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def refuse_unknown_fields(message: Message) -> None:
-    """Refuse a request that asks for something this server has never heard of: protobuf would drop it in silence.
+    """Refuse a request with fields that this server does not know: protobuf would drop them silently.
 
     Raises:
-        InvalidParameterError: Naming the message and the field's number.
+        InvalidParameterError: Names the message and the field's number.
     """
     _refuse(message, "")
 
@@ -33,7 +33,7 @@ def _refuse(message: Message, path: str) -> None:
         )
     for field, value in message.ListFields():
         if field.message_type is None or field.message_type.GetOptions().map_entry:
-            continue  # our requests' maps hold numbers
+            continue  # the maps in our requests hold numbers
         for n, inner in _messages(value):
             _refuse(inner, f"{path}{field.name}{n}.")
 

@@ -25,7 +25,7 @@ from loraplex_common.valkey_errors import TranslatingClient
 
 __all__ = ["EmbeddedValkey", "TranslatingClient", "ValkeyError", "connect", "server_binary"]
 
-START_TIMEOUT_S: Final = 30.0  # loading a large AOF takes its time
+START_TIMEOUT_S: Final = 30.0  # loading a large AOF takes long
 STOP_TIMEOUT_S: Final = 10.0
 LOCK_TIMEOUT_S: Final = 10.0
 MAX_SOCKET_PATH: Final = 100  # sockaddr_un holds 108 bytes
@@ -56,19 +56,20 @@ def server_binary() -> Path:
 class EmbeddedValkey:
     """A Valkey server on a unix socket, owned by this process, whose data outlives it in a directory.
 
-    Appends to an AOF (fsync every second; `WAITAOF` waits for it), never evicts, writes its log beside the data. It asks
-    for a random password, which no command line shows. It is ended with its owner, also when that is killed. `start` belongs on a thread that lives as long as the server
-    should (the main thread): Linux ties the child's life to the thread.
+    The server appends to an AOF (fsync every second; `WAITAOF` waits for it), never evicts, and writes its log beside
+    the data. It requires a random password, which no command line shows. It ends with its owner, also when the owner is
+    killed. Call `start` on a thread that lives as long as the server should (the main thread): Linux ties the child's
+    life to the thread.
 
     Args:
-        data_dir: Created if missing; one server at a time.
-        max_memory_bytes: Writes are refused beyond it; by default half of the machine's memory.
+        data_dir: Directory of the data; created if missing; one server at a time.
+        max_memory_bytes: Memory at which writes are refused; by default half of the machine's memory.
 
     Attributes:
-        address: Where it is, for command lines; ``password_path`` goes with it. The same after a restart.
+        address: Address of the server, for command lines; ``password_path`` goes with it. The same after a restart.
         password_path: File with the password, which only this user can read.
         url: Address and password, for `connect` and for the environment of services; no command line takes it.
-        log_path: What the server prints.
+        log_path: File with the server's output.
     """
 
     def __init__(self, data_dir: Path, *, max_memory_bytes: int | None = None) -> None:
@@ -83,7 +84,7 @@ class EmbeddedValkey:
             self._socket_dir = tempfile.TemporaryDirectory(prefix="loraplex-")
             socket_path = Path(self._socket_dir.name) / "valkey.sock"
         self._socket_path = socket_path
-        # Hexadecimal: it stands in a URL and in the server's configuration as it is.
+        # Hexadecimal, so that it needs no quoting in a URL or in the server's configuration.
         self._password = secrets.token_hex(32)
         self.password_path = self._data_dir / "password"
         self.address = f"unix://{socket_path}"
@@ -112,14 +113,14 @@ class EmbeddedValkey:
         self._release()
         self._lock()
         self._socket_path.unlink(missing_ok=True)
-        # All of its configuration on stdin: a command line is for everybody to read.
+        # All of its configuration goes to stdin, as every user of the machine can read a command line.
         command = owned_command([str(server_binary()), "-"])
         assert self._lock_fd is not None
         self._write_password()
         log = self._log.pipe()
         try:
-            # The child shares the lock: until both are gone nobody else starts on this data.
-            # In a process group of its own, so that Ctrl-C in a terminal reaches the services first and their Valkey last.
+            # The child shares the lock: until both are gone, no other process starts on this data. The child has a
+            # process group of its own, so that Ctrl-C reaches the services first and their Valkey last.
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -148,7 +149,7 @@ class EmbeddedValkey:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if self._lock_fd is not None:  # else the socket is that of another server on this data
+        if self._lock_fd is not None:  # otherwise the socket belongs to another server on this data
             self._socket_path.unlink(missing_ok=True)
         self._release()
 
@@ -161,7 +162,7 @@ class EmbeddedValkey:
         self._release()
 
     def close(self) -> None:
-        """Stop the server and remove what it needed; the data stays."""
+        """Stop the server and remove its socket's folder; the data stays."""
         self.stop()
         if self._socket_dir is not None:
             self._socket_dir.cleanup()
@@ -180,7 +181,7 @@ class EmbeddedValkey:
         self.close()
 
     def _write_password(self) -> None:
-        """Write the password where only this user reads it, over whatever an earlier server left."""
+        """Write the password to a file that only this user can read, over an earlier server's file."""
         self.password_path.unlink(missing_ok=True)
         descriptor = os.open(self.password_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w") as file:
@@ -188,7 +189,7 @@ class EmbeddedValkey:
 
     def _configure(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin:  # one that has ended says why in its log
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # a server that has ended has logged the reason
             process.stdin.write(self._configuration().encode())
 
     def _configuration(self) -> str:
@@ -214,7 +215,7 @@ class EmbeddedValkey:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                # An orphan of a killed owner needs a moment to write its data and go.
+                # An orphan of a killed owner needs a moment to write its data and end.
                 if time.monotonic() > deadline:
                     os.close(descriptor)
                     raise ValkeyError(
@@ -254,14 +255,14 @@ class EmbeddedValkey:
                 answer = b""
                 while answer.count(b"\r\n") < 2 and (data := client.recv(256)):
                     answer += data
-                # "-LOADING ..." while it reads its data, "-MISCONF ..." once it has but its disk is full.
+                # "-LOADING ..." while the server reads its data, "-MISCONF ..." afterwards if its disk is full.
                 return answer.partition(b"\r\n")[2].startswith((b"+PONG", b"-MISCONF"))
             except OSError:
                 return False
 
 
 def _quoted(path: Path) -> str:
-    """Return a path as Valkey's configuration takes it, whatever is in it."""
+    """Return a path in the form for Valkey's configuration, whatever characters it has."""
     return (
         '"'
         + "".join(

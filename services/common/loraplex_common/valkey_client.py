@@ -1,4 +1,4 @@
-"""Connections to Valkey (or Redis): by password and TLS, both as the files say when a connection is opened."""
+"""Connections to Valkey (or Redis), with the password and TLS files' content at the time a connection is opened."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def connect(
 ) -> TranslatingClient:
     """Return a client that answers in bytes; it connects on first use and the caller closes it (``aclose``).
 
-    Lost connections are retried three times within about a second; a command may therefore run twice. What fails then
-    is a `LoraplexError`, see `valkey_errors`. A password or TLS file that has changed counts from the next connection on.
+    Lost connections are retried three times within about a second, so a command may run twice. A failure after that is
+    a `LoraplexError`, see `valkey_errors`. A changed password or TLS file takes effect with the next connection.
 
     Args:
         url: ``redis://host:port/db``, ``rediss://...`` (TLS) or ``unix:///path``.
-        password: Of the user in the URL, or of the default one; None takes the URL's, if it has one.
+        password: Password of the user in the URL, or of the default user; None takes the URL's, if it has one.
         tls: For ``rediss://``: authorities to trust (the system's if it names none), and a certificate to show.
-        socket_timeout_s: Limit for one answer; blocking commands must ask for less.
+        socket_timeout_s: Limit for one answer; blocking commands must wait for less.
 
     Raises:
         OSError: If a TLS file cannot be used.
@@ -44,7 +44,7 @@ def connect(
     if password is not None:
         url, user = _without_user(url)
         options["credential_provider"] = _Credentials(user, password)
-    # No health checks: Valkey refuses PING while its disk is full, and reads must go on then.
+    # There are no health checks: Valkey refuses PING while its disk is full, and reads must go on then.
     pool = ConnectionPool.from_url(
         url,
         socket_timeout=socket_timeout_s,
@@ -60,7 +60,7 @@ def connect(
 
 
 class _Credentials(CredentialProvider):
-    """Asked for each connection."""
+    """Gives the credentials for each new connection."""
 
     def __init__(self, user: str | None, password: Secret) -> None:
         self._user = user
@@ -75,7 +75,7 @@ class _Credentials(CredentialProvider):
 
 
 def _rotating(files: TlsFiles) -> type[SSLConnection]:
-    """Return a class of connections over TLS that are opened with what the files hold then."""
+    """Return a class of TLS connections that are opened with the files' present content."""
     watched = WatchedFiles(
         files.paths,
         lambda: files.context(ssl.Purpose.SERVER_AUTH),

@@ -1,6 +1,6 @@
-"""The one place where failures of Valkey, and of the library that talks to it, become errors of the contract.
+"""The only place where failures of Valkey, and of its client library, become errors of the contract.
 
-`TranslatingClient` raises nothing else, so that no service has to know the library's exceptions: whoever catches
+`TranslatingClient` raises nothing else, so no service has to know the library's exceptions: code that catches
 `LoraplexError` catches all of them, and an RPC that ends with one answers with its class.
 """
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ALLOWED_WHEN_FULL: Final = "#!lua flags=allow-oom\n"
-"""First line of a script that Valkey also runs when its memory is full: one that frees memory or needs next to none."""
+"""First line of a script that Valkey also runs when its memory is full: it frees memory or needs next to none."""
 
 _FULL: Final = "Valkey is full: delete adapters or raise its maxmemory"
 _DISK_FULL: Final = "Valkey takes no writes, because it cannot write to its disk: make room there"
-# By the word that Valkey's answer begins with; what is not here is passed on in Valkey's words.
+# Errors by the first word of Valkey's answer; an answer that is not listed is passed on in Valkey's words.
 _REMEDIES: Final = {
     "MISCONF": _DISK_FULL,
     "LOADING": "Valkey is loading its data",
@@ -50,7 +50,7 @@ _REMEDIES: Final = {
     "WRONGPASS": "Valkey refuses user or password: see --redis-password-file and the user in --redis-url",
     "NOPERM": "Valkey's user of --redis-url may not do this",
 }
-# The library cuts the word off where it has a class.
+# The library removes the word where it has a class for it.
 _WORDS: Final[dict[type[Exception], str]] = {
     BusyLoadingError: "LOADING",
     ReadOnlyError: "READONLY",
@@ -65,7 +65,7 @@ class ValkeyRefusedError(StoreUnavailableError):
     """Valkey answered a command with an error of its own.
 
     Attributes:
-        answer: What it said.
+        answer: Text of the answer.
     """
 
     def __init__(self, message: str, answer: str) -> None:
@@ -78,9 +78,9 @@ def translated() -> Iterator[None]:
     """Turn Valkey's failures inside the block into errors of the contract.
 
     Raises:
-        SaturatedError: If it is full.
-        ValkeyRefusedError: If it answers with an error.
-        StoreUnavailableError: If it cannot be reached; RetryInfo says one second.
+        SaturatedError: If Valkey is full.
+        ValkeyRefusedError: If Valkey answers with an error.
+        StoreUnavailableError: If Valkey cannot be reached; RetryInfo says one second.
     """
     try:
         yield
@@ -100,33 +100,34 @@ def _error(error: RedisError | OSError) -> LoraplexError:
 
 
 def _first_word(error: Exception, text: str) -> str:
-    """Return what kind of answer an error is, or nothing if there was no answer."""
+    """Return the first word of the answer that an error stands for; empty if there was no answer."""
     if isinstance(error.__cause__, AuthenticationError):
-        error = error.__cause__  # the library has retried to connect
+        error = error.__cause__  # the library raises this after its retries
     for cls, word in _WORDS.items():
         if isinstance(error, cls):
             return word
     if isinstance(error, AuthenticationError):
-        # The library opens with HELLO, which a server that asks for a password answers in words of its own.
+        # The library begins with HELLO, which a server that requires a password answers in words of its own.
         return "NOAUTH" if "required" in text or "already authenticated" in text else "WRONGPASS"
     if isinstance(error, RedisConnectionError | RedisTimeoutError | OSError):
         return ""
-    # A pipeline wraps what was answered: Command # 1 (SET a b) of pipeline caused error: ('MISCONF ...',)
+    # A pipeline wraps the answer: Command # 1 (SET a b) of pipeline caused error: ('MISCONF ...',)
     answer = text.partition("of pipeline caused error: ")[2].lstrip("('\"") or text
     return answer.split(" ", 1)[0] or "ERR"
 
 
 class TranslatingClient(redis.asyncio.Redis):
-    """`redis.asyncio.Redis` whose commands raise errors of the contract, and nothing of the library's.
+    """`redis.asyncio.Redis` whose commands raise only errors of the contract, and none of the library's.
 
-    Nor does it swallow the cancellation of who waits for it: the library sends through Python 3.11's `wait_for`, which does.
+    It does not swallow its caller's cancellation either: the library sends through Python 3.11's `wait_for`, which
+    does.
     """
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Run one command.
 
         Raises:
-            LoraplexError: As `translated`.
+            LoraplexError: In the cases of `translated`.
         """
         with translated(), heard_cancellation():
             return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The version of this build: the installed package's own word, so that it is written in one place (pyproject.toml)."""
+"""The version of this build, from the installed package, so that it is written in one place (pyproject.toml)."""
 
 from __future__ import annotations
 

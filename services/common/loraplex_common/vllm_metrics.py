@@ -1,4 +1,4 @@
-"""Histograms over requests under vLLM's names, which engine and gateway fill alike: one definition, one arithmetic.
+"""Histograms over requests under vLLM's names, defined once for engine and gateway, with the same arithmetic.
 
 Names, meanings and most buckets are those of vLLM v1 (``vllm/v1/metrics/loggers.py``), so that its dashboards read ours.
 """
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 ENGINE_LABEL: Final = "0"
 """Label ``engine`` of an engine's own samples: vLLM numbers the engines of one process."""
 FLEET_LABEL: Final = "all"
-"""Label ``engine`` of a gateway's samples, which are about all engines of a base model."""
+"""Label ``engine`` of a gateway's samples, which cover all engines of a base model."""
 FINISHED_REASONS: Final = ("stop", "length", "abort", "error")
-"""Values of ``finished_reason`` that vLLM has, too, and that are shown before they occur."""
+"""Values of ``finished_reason`` that vLLM also has, and that are shown before they occur."""
 
 _REQUEST_SECONDS: Final = (
     *(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0),
@@ -34,7 +34,7 @@ _TOKENS: Final = tuple(float(digit * 10**power) for power in range(6) for digit 
 _NUM_CHOICES: Final = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # one object each: a key of dictionaries that is hashed at once
+@dataclass(frozen=True, slots=True, eq=False)  # one object each, as keys of dictionaries with a fast hash
 class HistogramSpec:
     """A histogram: name, help text and upper bounds of its buckets."""
 
@@ -79,16 +79,16 @@ FINISHED_SPECS: Final = (
     *(E2E, QUEUE, PREFILL, DECODE, INFERENCE, REQUEST_TPOT),
     *(PROMPT, COMPUTED, GENERATION, LONGEST, MAX_TOKENS),
 )  # fmt: skip
-"""What `FinishedRequest` gives values for."""
+"""The histograms that `FinishedRequest` has values for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedRequest:
-    """What is counted of a request that ended well.
+    """The figures of a request that ended without an error.
 
     Attributes:
-        max_tokens: The most it asked for; None if it did not say.
-        e2e_s: From arrival to end.
+        max_tokens: The request's own limit on output tokens; None if it set none.
+        e2e_s: Time from arrival to end.
     """
 
     num_prompt_tokens: int

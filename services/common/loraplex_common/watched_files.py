@@ -1,4 +1,4 @@
-"""Files that others replace while we run: certificates, authorities, secrets."""
+"""Files that other programs replace while the process runs: certificates, authorities, secrets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LOOK_EVERY_S: Final = 1.0
-"""How old an answer about files may be."""
+"""Longest time after a change of the files during which the old value may still be returned, in seconds."""
 
 Value = TypeVar("Value")
 State = tuple[tuple[int, ...], ...]
@@ -22,30 +22,30 @@ _log = get_logger()
 
 
 def state_of(paths: Sequence[Path]) -> State:
-    """Return what changes whenever a file does. Links are followed: a mounted secret is a link that is moved.
+    """Return a value that changes whenever a file does. Links are followed: a mounted secret is such a link.
 
     Raises:
-        OSError: If one is missing.
+        OSError: If a file is missing.
     """
     found = [os.stat(path) for path in paths]
     return tuple((each.st_dev, each.st_ino, each.st_mtime_ns, each.st_size) for each in found)
 
 
 class WatchedFiles(Generic[Value]):
-    """What files say, read again when they change. What cannot be used is logged once, and the old value stays good.
+    """The value that files define, read again when they change. A failure is logged once; the old value stays valid.
 
-    May be asked from any thread; files are looked at no more than every `LOOK_EVERY_S`.
+    Any thread may ask for the value; files are checked at most every `LOOK_EVERY_S`.
 
     Args:
         paths: The files; all of them make one value.
         read: Reads and checks them; raises `OSError` (as `ssl` does) or `ValueError` if they cannot be used, without
             quoting them.
-        what: For the log.
+        what: Name of the files, for the log.
         clock: Monotonic seconds.
 
     Raises:
-        OSError: As `read`, at first.
-        ValueError: As `read`, at first.
+        OSError: If ``read`` raises it at the start.
+        ValueError: If ``read`` raises it at the start.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class WatchedFiles(Generic[Value]):
         self._clock = clock
         self._lock = threading.Lock()
         self._check_at = clock() + LOOK_EVERY_S
-        # Before the value: a change in between is then seen at the next look.
+        # The state is read before the value, so a change in between is seen next time.
         self._state: State | None = state_of(self._paths)
         self._value = read()
         self._version = 0
@@ -69,7 +69,7 @@ class WatchedFiles(Generic[Value]):
         return self._version
 
     def value(self) -> Value:
-        """Return what the files say now."""
+        """Return the files' present value."""
         self._refresh()
         return self._value
 

@@ -1,9 +1,9 @@
 """sha256 of weight files, as the Hugging Face hub names them; each big file is hashed once per machine.
 
-A digest is kept in a small file of its own, under what the file system says of the weights when nobody has changed
-them: path, inode, size, times of last modification and change. Whoever needs it holds a lock on that file: of gateway,
-engine and store that start together one hashes, the others wait and read. A kept digest that is unreadable or of
-another state of the weights is computed again; where none can be kept, every process hashes.
+A digest is kept in a small file of its own, under the facts of the file system that only change when the weights do:
+path, inode, size, times of last modification and change. A process that needs the digest holds a lock on that file: if
+gateway, engine and store start together, one of them hashes and the others wait and read. A kept digest that is
+unreadable, or of another state of the weights, is computed again. If no digest can be kept, every process hashes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MIN_KEPT_BYTES: Final = 64 * 1024 * 1024
 """Smaller files are hashed faster than a lock and a look-up are worth."""
 SETTLED_S: Final = 2.0
-"""A file changed less long ago may change again without its times showing it: clocks of file systems tick slowly."""
+"""A file changed less long ago may change again without a change of its times: clocks of file systems tick slowly."""
 CHUNK_BYTES: Final = 1024 * 1024
 MAX_THREADS: Final = 8
 PROGRESS_S: Final = 5.0
@@ -41,7 +41,7 @@ _log = get_logger()
 
 
 def cache_dir() -> Path:
-    """Return where loraplex keeps what can be made again: ``$LORAPLEX_CACHE``, else ``~/.cache/loraplex``.
+    """Return the folder of what loraplex can make again: ``$LORAPLEX_CACHE``, else ``~/.cache/loraplex``.
 
     Raises:
         RuntimeError: If there is no home directory.
@@ -50,7 +50,7 @@ def cache_dir() -> Path:
 
 
 def weight_digests(files: Sequence[Path]) -> dict[Path, str]:
-    """Return the sha256 of each file, hex digits in lower case, from this user's cache where it has them.
+    """Return the sha256 of each file, hex digits in lower case, from this user's cache if it has them.
 
     Raises:
         BaseModelError: If a file changes while it is read.
@@ -65,7 +65,7 @@ def weight_digests(files: Sequence[Path]) -> dict[Path, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileState:
-    """What the file system says of a file; another state means that its bytes may differ."""
+    """The file system's facts of a file; if they differ, the file's bytes may differ."""
 
     path: str
     inode: int
@@ -75,7 +75,7 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path, status: os.stat_result) -> FileState:
-        """Return the state of a file that was asked for its status."""
+        """Return the state of a file, from its status."""
         return cls(
             path=str(path),
             inode=status.st_ino,
@@ -92,7 +92,7 @@ class _Entry:
         self._file = file
 
     def read(self, state: FileState) -> str | None:
-        """Return the digest of a file in this state, if it is the one kept."""
+        """Return the kept digest, if it is that of a file in this state."""
         self._file.seek(0)
         try:
             kept = json.loads(self._file.read())
@@ -102,7 +102,7 @@ class _Entry:
         return digest if kept == asdict(state) and _SHA256.fullmatch(str(digest)) else None
 
     def write(self, state: FileState, digest: str) -> None:
-        """Keep a digest. Nobody sees it half written: the lock is ours, and what a crash leaves is no JSON."""
+        """Keep a digest. No reader sees half of it: the lock is held, and the remains of a crash are not valid JSON."""
         self._file.seek(0)
         self._file.truncate()
         self._file.write(json.dumps({**asdict(state), "sha256": digest}).encode())
@@ -110,12 +110,12 @@ class _Entry:
 
 
 class WeightDigests:
-    """Hashes files side by side and keeps what it found.
+    """Hashes files in parallel and keeps the digests.
 
     Args:
-        folder: Where digests are kept; None keeps none.
+        folder: Folder of the kept digests; None keeps none.
         min_kept_bytes: Smaller files are hashed each time.
-        settled_s: A digest is kept of files that were last changed at least so long before they were read.
+        settled_s: A digest is kept only if the file's last change was at least so long before it was read.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class WeightDigests:
                     if pending:
                         _log.info("hashing weights", done=format_size(self._done_bytes), of=format_size(total))
             finally:
-                self._stop.set()  # an interrupt or a failure ends the others too
+                self._stop.set()  # an interrupt or a failure ends the other threads too
             return {file: future.result() for file, future in running.items()}
 
     def _digest(self, path: Path) -> str:
@@ -170,7 +170,7 @@ class WeightDigests:
 
     @contextmanager
     def _entry(self, path: Path) -> Iterator[_Entry | None]:
-        """Hold the place where a file's digest is kept; None if there can be none."""
+        """Hold the entry of a file's digest; None if there can be none."""
         file = None
         if self._folder is not None:
             try:
@@ -186,7 +186,7 @@ class WeightDigests:
         if file is None:
             yield None
             return
-        with file:  # closing it lets the lock go
+        with file:  # closing it releases the lock
             yield _Entry(file)
 
     def _lock(self, descriptor: int) -> None:
@@ -208,7 +208,7 @@ class WeightDigests:
         with path.open("rb", buffering=0) as file:
             before = FileState.of(path, os.fstat(file.fileno()))
             while num_bytes := file.readinto(buffer):
-                digest.update(buffer[:num_bytes])  # lets other threads run meanwhile
+                digest.update(buffer[:num_bytes])  # other threads run meanwhile
                 self._count(num_bytes)
                 if self._stop.is_set():
                     raise BaseModelError("stopped while hashing the weights")

@@ -1,6 +1,6 @@
-"""Which files of a model directory hold its weights, and which tensors they bring; read without torch.
+"""Which files of a model directory hold its weights, and which tensors they contain; read without torch.
 
-What the engine loads and what the fingerprint covers is one list: `find_weights`.
+`find_weights` gives both the files that the engine loads and the files that the fingerprint covers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 IGNORED_SUFFIXES: Final = ("rotary_emb.inv_freq",)
-"""Tensors that old exporters wrote and nobody reads."""
+"""Tensors that old exporters wrote and no loader reads."""
 SERVED_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 OTHER_FORMATS: Final = {".gguf": "GGUF", ".bin": "PyTorch", ".pth": "PyTorch", ".pt": "PyTorch", ".npz": "MLX"}
 _LFS_POINTER: Final = b"version "
@@ -72,12 +72,12 @@ def read_safetensors_index(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]
 def find_weights(directory: Path) -> Weights:
     """Return the tensors that are a model's weights, checked to be in a type that is served.
 
-    As transformers chooses: ``model.safetensors``; without it the files that the index names; without both every
-    ``*.safetensors``, as long as no two bring the same tensor.
+    It chooses as transformers does: ``model.safetensors``; without it, the files that the index names; without both,
+    every ``*.safetensors``, as long as no two contain the same tensor.
 
     Raises:
-        BaseModelError: If there are none, a file is missing or unreadable, nothing says which of two files a tensor is to
-            come from, or weights are quantised.
+        BaseModelError: If there are none, a file is missing or unreadable, two files contain one tensor and no index
+            decides, or weights are quantised.
     """
     weight_map: dict[str, str] = {}
     if (directory / SINGLE_FILE).is_file():

@@ -1,7 +1,7 @@
-"""What crosses between the step loop's thread and the asyncio side: commands in, events out.
+"""What crosses between the step loop's thread and the asyncio side: commands go in, events come out.
 
-Domain types only; the servicer and the store client convert from and to the wire. Commands are posted to the loop's
-one inbox; events leave through one outbox per session and one for the store client.
+Domain types only; the servicer and the store client convert them from and to the wire. Commands are posted to the
+loop's one inbox; events leave through one outbox per session and one for the store client.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loraplex_engine.step import TokenLogprobs
 
 
 class Priority(enum.IntEnum):
-    """Class of service; higher goes first."""
+    """Class of service; requests of a higher class go first."""
 
     BATCH = 1
     NORMAL = 2
@@ -39,15 +39,15 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
-    """One request as a gateway handed it over.
+    """One request as a gateway submitted it.
 
     Attributes:
-        session_id: Which session's outbox gets the outputs.
+        session_id: The session whose outbox gets the outputs.
         session_slot: The gateway's number for the request, unique among its running requests.
         prompt_token_ids: int32 ``[num_prompt_tokens]``, not empty, each below the vocabulary size.
         resumed_token_ids: int32; output tokens drawn elsewhere before, continued here.
-        adapter_digest: None for the base model.
-        deadline_s: ``time.monotonic()`` at which nobody waits for the answer any more, or None.
+        adapter_digest: Digest of the adapter; None for the base model.
+        deadline_s: ``time.monotonic()`` after which no client waits for the answer, or None.
         queue_deadline_s: ``time.monotonic()`` by which it must have a place in a batch, or None.
         time_limit_at_s: ``time.monotonic()`` at which the output is cut with TIME_LIMIT, or None.
     """
@@ -91,14 +91,14 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class CloseSession:
-    """End all requests of a session whose peer is gone; nothing more is sent to its outbox."""
+    """End all requests of a session whose peer is gone; no more outputs go to its outbox."""
 
     session_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class ImageArrived:
-    """A verified image lies in arena slots that were granted for it."""
+    """A verified image is in the arena slots that were granted for it."""
 
     spec: AdapterSpec
     arena_slots: tuple[int, ...]
@@ -106,7 +106,7 @@ class ImageArrived:
 
 @dataclass(frozen=True, slots=True)
 class ImageRefused:
-    """The store cannot supply an image; requests waiting for it end with the error."""
+    """The store cannot supply an image; requests that wait for it end with the error."""
 
     digest: str
     error: LoraplexError
@@ -148,7 +148,7 @@ class Loading:
     """A request waits for its adapter.
 
     Attributes:
-        state: Where the adapter stands.
+        state: State of the adapter.
     """
 
     session_slot: int
@@ -181,8 +181,9 @@ class Ended:
     """The one terminal event of a request: `error` or a finish reason.
 
     Attributes:
-        stop_token_id: What matched, for FinishReason.STOP; it is the last token of the output.
-        queue_s: Waiting for a place in a batch; of that ``adapter_load_s`` for the adapter.
+        stop_token_id: The stop token that was drawn, for FinishReason.STOP; it is the output's last token.
+        queue_s: Time until the request got a place in a batch; it includes ``adapter_load_s``, the wait for the
+            adapter.
     """
 
     session_slot: int
@@ -200,12 +201,12 @@ SessionEvent = Started | Loading | TokenWithLogprobs | PromptLogprobs | Ended
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutputs:
-    """What one step did for one session.
+    """The outputs of one step for one session.
 
     Attributes:
         token_slots: Session slots of plain tokens; with ``token_positions`` and ``token_ids`` in parallel, int32.
-        events: Everything else, in order. `Started`, `Loading` and `PromptLogprobs` come before the plain tokens of the
-            same slot, `TokenWithLogprobs` and `Ended` after them.
+        events: All other outputs, in order. `Started`, `Loading` and `PromptLogprobs` come before the plain tokens of
+            the same slot, `TokenWithLogprobs` and `Ended` after them.
     """
 
     step_id: int
@@ -220,8 +221,8 @@ class LoadSnapshot:
     """The engine's load between two steps; fields as in engine.proto LoadReport.
 
     Attributes:
-        pages_free: Pages that can be had at once, those of cached blocks included.
-        pages_cached: Of those, pages of cached blocks.
+        pages_free: Pages that can be had at once, including those of cached blocks.
+        pages_cached: The part of ``pages_free`` that holds cached blocks.
     """
 
     sequence: int
@@ -243,7 +244,7 @@ class LoadSnapshot:
 
 
 class ResidencyState(enum.Enum):
-    """Where an adapter stands on this engine; transitions in adapters.adapter.TRANSITIONS."""
+    """State of an adapter on this engine; `adapters.adapter.TRANSITIONS` has the allowed moves."""
 
     ABSENT = "absent"
     WANTED = "wanted"
@@ -263,7 +264,7 @@ class WantImage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResidencyChanged:
-    """An adapter moved; the sequence rises by one with each event."""
+    """An adapter's state has changed; the sequence rises by one with each event."""
 
     sequence: int
     digest: str

@@ -1,4 +1,4 @@
-"""How large a page of the unified pool is, and where a token's keys and values lie in it."""
+"""The size of a page of the unified pool, and the place of a token's keys and values in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 TARGET_PAGE_BYTES: Final = 2 * 1024 * 1024
 GPU_POOL_SHARE: Final = 0.85
-"""Of the memory that the weights leave; the rest is for activations, graphs and the allocator."""
+"""Share of the memory that the weights leave; the rest is for activations, graphs and the allocator."""
 BLOCK_TOKENS: Final = (1, 2, 4, 8, 16)
 
 
@@ -20,8 +20,14 @@ BLOCK_TOKENS: Final = (1, 2, 4, 8, 16)
 class PoolGeometry:
     """Shape of a KV page, in-page order ``[layer][K|V][kv_head][token][dim]``; adapter pages have the same size.
 
+    Bytes of a page, with R = `row_bytes`, H = ``num_kv_heads``, i = (layer * 2 + (0 for K, 1 for V)) * H + kv_head, and
+    d = the bytes of one head's key of one token, R / ``block_tokens``:
+
+        [i * R, (i + 1) * R)                    one head's keys or values of the block in one layer
+        [i * R + t * d, i * R + (t + 1) * d)    the part of token t of the block
+
     Attributes:
-        dtype: ``float32`` or ``bfloat16``; of keys, values and adapter weights alike.
+        dtype: ``float32`` or ``bfloat16``: type of keys, values and adapter weights.
         num_kv_heads: Heads held by one tensor-parallel rank.
         block_tokens: Tokens per page.
     """

@@ -1,4 +1,4 @@
-"""How a request draws and where its output ends, and the most of it that a backend must have room for."""
+"""How a request draws and where its output ends, with the limits that a backend must have room for."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class StoppingParams:
     """Where a request's output ends.
 
     Attributes:
-        max_new_tokens: Over resumed and new tokens together; None means what max_model_len leaves.
-        stop_token_ids: Besides the model's end-of-text ids.
-        ignore_eos: End-of-text ids (not stop_token_ids) are ordinary tokens.
+        max_new_tokens: Most resumed and new tokens together; None means all that max_model_len leaves.
+        stop_token_ids: Stop tokens besides the model's end-of-text ids.
+        ignore_eos: Whether end-of-text ids (not stop_token_ids) are ordinary tokens.
     """
 
     max_new_tokens: int | None = None

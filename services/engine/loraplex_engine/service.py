@@ -1,4 +1,4 @@
-"""One engine process: the engine, its gRPC and metrics servers, its line to the store and its lease in Valkey."""
+"""One engine process: the engine, its gRPC and metrics servers, its connection to the store, its lease in Valkey."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from loraplex_engine.config import EngineConfig
 
 SERVICE_NAME = "loraplex.v1.EngineService"
-MAX_STREAMS = 256  # calls at once per connection; a gateway has one session on it
+MAX_STREAMS = 256  # concurrent calls per connection; a gateway has one session on it
 STOP_GRACE_S = 1.0
 EXIT_HUNG = 70
-"""Exit status of an engine whose step loop hangs (EX_SOFTWARE): start it again."""
+"""Exit status of an engine whose step loop hangs (EX_SOFTWARE): its supervisor should start it again."""
 GOODBYE_S = 3.0
-"""For everything that an engine still has to say once its step loop hangs."""
+"""Time for the last messages of an engine whose step loop hangs."""
 
 _Argument = TypeVar("_Argument")
 
@@ -60,10 +60,10 @@ _log = get_logger()
 
 
 class EngineService:
-    """Everything of one engine process; create it inside a running event loop.
+    """All parts of one engine process; create it inside a running event loop.
 
     Args:
-        config: What to serve and how.
+        config: Which model to serve, and how.
 
     Attributes:
         engine: The engine.
@@ -155,7 +155,7 @@ class EngineService:
         Raises:
             BackgroundTaskError: If a background task ends.
             RuntimeError: If the step loop dies.
-            EngineHungError: If it hangs.
+            EngineHungError: If the step loop hangs.
         """
         serving = asyncio.create_task(self._supervisor.run_until(stop), name="serving")
         await asyncio.wait([serving, self._crashed], return_when=asyncio.FIRST_COMPLETED)
@@ -165,7 +165,7 @@ class EngineService:
         await serving
 
     async def drain(self) -> None:
-        """Go out of service: no new requests, running ones get their grace, every stream gets its end."""
+        """Go out of service: new requests are refused, running ones get their grace, every stream ends."""
         await self._draining.begin_shutdown()
         self._grpc.set_ready(False)
         await asyncio.sleep(self._config.drain_settle_s)
@@ -174,7 +174,7 @@ class EngineService:
         self._servicer.close_streams()
 
     async def close(self) -> None:
-        """Release everything; what still runs ends with DRAINING."""
+        """Release everything; requests that still run end with DRAINING."""
         self._servicer.close_streams()
         if self._registration is not None:
             await self._registration.withdraw()
@@ -186,7 +186,7 @@ class EngineService:
         await asyncio.to_thread(self.engine.close)
 
     async def _follow_names(self, store_target: str) -> None:
-        """Keep the names of adapters for the metrics; nothing else here knows names."""
+        """Keep the names of adapters for the metrics; the rest of the engine knows only digests."""
         channel = PeerChannel(self._peers, store_target, tls_name=self._config.store_tls_name)
         try:
             await AliasFeed(channel, [self._names]).run()
@@ -198,7 +198,7 @@ class EngineService:
         return self._peers.open(self._config.store_target, tls_name=self._config.store_tls_name)
 
     def _call_soon(self, function: Callable[[_Argument], None], argument: _Argument) -> None:
-        """Hand something from the step loop's thread to this one; nobody is left to hear it once the loop is closed."""
+        """Call a function on this thread from the step loop's; nothing happens once the event loop is closed."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, argument)
 
@@ -220,10 +220,10 @@ class EngineService:
         self.engine.post(ImageRefused(event.digest, error))
 
     def _on_crash(self, cause: BaseException) -> None:
-        """Hear of the step loop's end, on a thread of the engine."""
+        """Handle the step loop's end, on a thread of the engine."""
         if isinstance(cause, EngineHungError):
             _log.critical("the step loop hangs; the engine ends", cause=cause.message)
-            # Whatever hangs may hold what saying goodbye needs.
+            # The thread that hangs may hold what an orderly end needs.
             last_resort = threading.Timer(GOODBYE_S, os._exit, [EXIT_HUNG])
             last_resort.daemon = True
             last_resort.start()

@@ -1,8 +1,8 @@
 """The contract between the scheduler, which decides, and a model runner, which only computes.
 
-A `StepPlan` is self-contained: everything a backend needs to run one step is in it or was handed over earlier by slot,
-so it can be executed while the host prepares the next plan, and broadcast to tensor-parallel ranks. All arrays are
-host numpy and never written again once the plan is made.
+A `StepPlan` is self-contained: all that a backend needs to run one step is in it or was handed over earlier by slot. So
+it can be executed while the host prepares the next plan, and be broadcast to tensor-parallel ranks. All arrays are host
+numpy and are not written any more once the plan is made.
 
 Legend: N = rows (sequences) of the step, T = tokens of the step, S = rows that sample, P = widest block table.
 """
@@ -37,9 +37,9 @@ class SamplingArrays:
         top_k: int32; 0 keeps all.
         top_p: fp32 in (0, 1].
         min_p: fp32 in [0, 1].
-        repetition_penalty: fp32; 1 is off. Over prompt and output.
-        presence_penalty: fp32; 0 is off. Over output only.
-        frequency_penalty: fp32; 0 is off. Over output only.
+        repetition_penalty: fp32; 1 is off. It covers prompt and output.
+        presence_penalty: fp32; 0 is off. It covers the output only.
+        frequency_penalty: fp32; 0 is off. It covers the output only.
         seed: uint64; with ``position`` the only source of randomness (a Philox counter).
         position: int32; index in the request's output of the token to be drawn, resumed tokens included.
         num_logprobs: int32; -1 none, 0 the drawn token only, k the k likeliest as well.
@@ -61,17 +61,17 @@ class SamplingArrays:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotSetup:
-    """What a runner must know of a slot's new occupant and no array carries; sent once, in the occupant's first plan.
+    """Facts of a slot's new occupant that no array carries; sent once, in the occupant's first plan.
 
-    Sent again after preemption, with the tokens so far: penalty counts are rebuilt from them.
+    They are sent again after a preemption, with the tokens so far: penalty counts are rebuilt from them.
 
     Attributes:
         prompt_token_ids: int32; only if the request uses a penalty over them, else empty.
         output_token_ids: int32; tokens drawn before this occupancy, if the request uses a penalty, else empty.
-        logit_bias: token id -> added to its logit.
-        allowed_token_ids: If not empty, nothing else can be drawn.
+        logit_bias: token id -> value added to its logit.
+        allowed_token_ids: If not empty, only these can be drawn.
         stop_token_ids: End-of-text and stop ids, for ``SamplingArrays.ban_stops``; empty if they are never banned.
-        prompt_logprobs: -1 none; else how many likeliest tokens to report per prompt position.
+        prompt_logprobs: How many likeliest tokens to report per prompt position; -1 for no report.
     """
 
     slot: int
@@ -104,10 +104,10 @@ class StepPlan:
         block_tables: int32 ``[N, P]``; page id of each block of ``block_tokens`` tokens; unused entries are -1.
         adapters: int32 ``[N]``; index into the runner's adapter table, or ``NO_ADAPTER``.
         adapter_scales: fp32 ``[N]``; the request's own factor on the adapter's scaling.
-        num_decode_rows: The first rows, each with one token.
+        num_decode_rows: Rows ``[0, num_decode_rows)`` are decode rows with one token each, the others prefill chunks.
         sample_rows: int32 ``[S]``; rows whose last token's logits are sampled; all but unfinished prefill chunks.
-        sampling: How they draw.
-        setups: Slots with a new occupant in this step; it may begin beyond 0, after a prefix that others computed.
+        sampling: How the sampling rows draw.
+        setups: Slots with a new occupant in this step, which begins behind a prefix that others computed, if any.
     """
 
     step_id: int
@@ -125,7 +125,7 @@ class StepPlan:
 
     @property
     def begun_slots(self) -> NDArray[np.int32]:
-        """Slots whose occupant has its first tokens computed in this step, int32; what is kept of the last one is void."""
+        """Slots whose occupant has its first tokens computed in this step, int32; older state of them is void."""
         begun: NDArray[np.int32] = self.slots[self.starts == 0]
         if self.setups:
             begun = np.union1d(begun, np.array([setup.slot for setup in self.setups], dtype=np.int32))
@@ -133,11 +133,11 @@ class StepPlan:
 
 
 MIN_DECODE_RUNS: Final = 64
-"""Runs of decode rows from which on the decode kernels' launches cost less than a segment for each (benchmarks/NOTES.md)."""
+"""Least runs of decode rows for which the decode kernels cost less than a segment for each (benchmarks/NOTES.md)."""
 
 
 def count_runs(adapters: NDArray[np.int32]) -> int:
-    """Return how many runs of one adapter rows make, those without adapter left out.
+    """Return how many runs of one adapter the rows make; rows without an adapter are left out.
 
     Args:
         adapters: int32 ``[N]``; adapter of each row, `NO_ADAPTER` for none.
@@ -149,9 +149,9 @@ def takes_decode_kernels(num_runs: int, *, has_prefill: bool, min_runs: int = MI
     """Tell whether a step's decode rows go through the decode kernels of LoRA, not as segments of the prefill kernel.
 
     Args:
-        num_runs: As `count_runs` counts them.
-        has_prefill: Whether the step has prefill chunks; without any, decode rows always do.
-        min_runs: From so many runs on they do beside chunks.
+        num_runs: Runs as `count_runs` counts them.
+        has_prefill: Whether the step has prefill chunks; without any, decode rows always take the decode kernels.
+        min_runs: Least runs for the decode kernels beside prefill chunks.
     """
     return num_runs >= max(1, min_runs if has_prefill else 1)
 
@@ -174,14 +174,14 @@ class StepResult:
     """What a step drew.
 
     Attributes:
-        step_id: The plan's.
+        step_id: The plan's number.
         slots: int32 ``[S]``; slots of the plan's sampling rows, in order.
         token_ids: int32 ``[S]``.
-        logprobs: index into S -> probabilities, for rows that asked.
-        prompt_logprobs: slot -> one entry per token this step took as input, but for a sequence's first: an entry is
-            the token's probability after those before it, whichever chunk they were in. A prefill that recomputes
+        logprobs: index into S -> probabilities, for rows that asked for them.
+        prompt_logprobs: slot -> one entry per token this step took as input, except for a sequence's first: an entry is
+            the token's probability after the tokens before it, whichever chunk they were in. A prefill that recomputes
             drawn tokens has entries for them too.
-        failed_slots: slot -> what its request ends with (e.g. logits are NaN); only these requests end.
+        failed_slots: slot -> error that its request ends with (e.g. logits are NaN); only these requests end.
     """
 
     step_id: int
@@ -193,7 +193,7 @@ class StepResult:
 
 
 def not_finite() -> LoraplexError:
-    """Return what a request ends with whose logits have no finite maximum."""
+    """Return the error of a request whose logits have no finite maximum."""
     return LoraplexError("the engine cannot go on with this request: the model's logits are not finite")
 
 
@@ -216,14 +216,14 @@ class LoadHandle(Protocol):
         """Tell without blocking whether a step launched now may read the pages.
 
         Raises:
-            RuntimeError: If the copy failed; the device is beyond trust and the loop ends.
+            RuntimeError: If the copy failed; the device cannot be trusted any more, and the loop ends.
         """
         ...
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called once, from any thread, when `is_done` turned true or would raise; at once if it has.
 
-        It wakes a step loop that has nothing else to do; it must be cheap and never raises.
+        The callback wakes a step loop that has nothing else to do; it must be cheap and must not raise.
         """
         ...
 
@@ -234,7 +234,7 @@ class ModelRunner(Protocol):
     The pool's memory belongs to the runner; the `PagePool` only accounts for it.
 
     Attributes:
-        backend: What computes: ``torch`` or ``cuda``.
+        backend: Name of the backend: ``torch`` or ``cuda``.
     """
 
     backend: ClassVar[str]
@@ -252,7 +252,7 @@ class ModelRunner(Protocol):
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step. Plans execute in the order of launches.
 
-        What raises for one row is among the result's ``failed_slots``; what is raised here ends the step loop.
+        A row's exception is among the result's ``failed_slots``; an exception raised here ends the step loop.
         """
         ...
 
@@ -265,7 +265,7 @@ class ModelRunner(Protocol):
         ...
 
     def pin_host_memory(self, arena: NDArray[np.uint8]) -> object:
-        """Start to pin memory that images will come from, ``[num_slots, page_bytes]``, if copies are faster from it.
+        """Start to pin the memory that images will come from, ``[num_slots, page_bytes]``, if it makes copies faster.
 
         The memory stays mapped until `close`.
         """
@@ -276,17 +276,17 @@ class ModelRunner(Protocol):
     ) -> LoadHandle:
         """Start to copy an image into pages of the pool and bind it to an index of the adapter table.
 
-        Ordered after every step launched so far, which may still read what the pages held before.
+        The copy is ordered after every step launched so far, as these may still read what the pages held before.
 
         Args:
             index: Free index of the adapter table; plans may name it once the handle is done.
             spec: Modules, ranks and scalings.
             pages: int32 ``[num_pages]``; page ids in image order.
-            source: ``[num_pages, page_bytes]`` of host memory, not necessarily contiguous in dim 0; unchanged until done.
+            source: Host memory ``[num_pages, page_bytes]``, not always contiguous in dim 0; unchanged until done.
 
         Raises:
             LoraplexError: If this one adapter cannot be bound. Nothing is bound or copied then, and the runner goes on;
-                any other exception means that the device is beyond trust.
+                any other exception means that the device cannot be trusted any more.
         """
         ...
 

@@ -1,5 +1,6 @@
 """A fleet of real processes under random faults, and clients that check every answer: ``python -m support.soak``.
 
-`fleet` has the processes, `truth` what each answer must be, `clients` those who ask, `catalogue` those who change names,
-`faults` and `abuse` what is done to the fleet, `director` when, `memory` what processes hold, `report` what came of it.
+`fleet` has the processes, `truth` the right answers, `clients` the clients that ask, `catalogue` the one that changes
+names, `faults` and `abuse` the disturbances, `director` their times, `memory` the processes' memory, `report` the
+results.
 """

@@ -1,4 +1,4 @@
-"""Clients that do what clients should not, beside those who do."""
+"""Clients that misuse the fleet, beside clients that use it well."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NUM_SLOW: Final = 4
 SLOW_S: Final = 3.0
 NUM_LARGE: Final = 6
 LARGE_BYTES: Final = 4_000_000
-NUM_IDLE: Final = 120  # far below what descriptors allow: more would turn others away
+NUM_IDLE: Final = 120  # far below what descriptors allow; more would keep other clients out
 IDLE_S: Final = 2.0
 NUM_TRICKLING: Final = 3
 TRICKLE_S: Final = 4.0
@@ -47,7 +47,7 @@ BAD_BODIES: Final[tuple[tuple[bytes, int, str], ...]] = (
 
 
 class Abuse:
-    """What may be done to gateways and stores from outside, by name; `kinds` has them all."""
+    """Ways to misuse gateways and stores from outside, by name; `kinds` has all of them."""
 
     def __init__(self, fleet: Fleet, truth: Truth, book: Book, rng: random.Random) -> None:
         self._fleet = fleet
@@ -56,7 +56,7 @@ class Abuse:
         self._rng = rng
 
     def kinds(self) -> dict[str, Callable[[], Awaitable[None]]]:
-        """Return what can be done, by its kind."""
+        """Return the ways of misuse, by kind."""
         return {
             "slow readers": self.slow_readers,
             "cut streams": self.cut_streams,
@@ -83,7 +83,7 @@ class Abuse:
         await self._each(NUM_SLOW, read_late)
 
     async def cut_streams(self) -> None:
-        """Leave streams in their midst."""
+        """Abandon streams in the middle."""
 
         async def leave(client: AsyncClient) -> None:
             options: dict[str, Any] = {"prompt_token_ids": [5, 6, 7], "max_new_tokens": MAX_TOKENS, "ignore_eos": True}
@@ -98,7 +98,7 @@ class Abuse:
         await self._each(NUM_CUT, leave)
 
     async def malformed(self) -> None:
-        """Send what is no request, over both faces; each is refused by its own reason."""
+        """Send invalid requests over both ports; each must be refused with its own reason."""
         gateway = self._rng.choice(self._fleet.gateways)
         async with httpx2.AsyncClient(timeout=DEADLINE_S) as http:
             for body, status, reason in BAD_BODIES:
@@ -109,13 +109,13 @@ class Abuse:
                 await self._expect(gateway, (0, "INVALID_PARAMETER"), self._read(call(garbage, timeout=DEADLINE_S)))
 
     async def large_bodies(self) -> None:
-        """Send prompts of four megabytes at once, over both faces: too long for the model, and refused as that."""
+        """Send prompts of four megabytes at once over both ports; too long for the model, and refused as that."""
         gateway = self._rng.choice(self._fleet.gateways)
         body = json.dumps({"model": "tiny", "prompt": "a" * LARGE_BYTES, "max_tokens": 2}).encode()
         request = gateway_pb2.GenerateRequest(text="a " * (LARGE_BYTES // 2))
         wanted = (400, "CONTEXT_LENGTH_EXCEEDED")
         async with httpx2.AsyncClient(timeout=DEADLINE_S) as http, open_channel(gateway.grpc) as channel:
-            # Connecting has 200 ms a time, which four megabytes being encoded here could take.
+            # Connecting has 200 ms for a try, which encoding four megabytes here could use up.
             await asyncio.wait_for(channel.channel_ready(), DEADLINE_S)
             stub = gateway_pb2_grpc.GatewayServiceStub(channel)
             posts = [self._expect(gateway, wanted, self._post(http, gateway, body)) for _ in range(NUM_LARGE)]
@@ -126,7 +126,7 @@ class Abuse:
             await asyncio.gather(*posts, *calls)
 
     async def idle_connections(self) -> None:
-        """Open connections that say nothing, and close them."""
+        """Open connections, send nothing, and close them."""
         addresses = [address for gateway in self._fleet.gateways for address in (gateway.grpc, gateway.http)]
         writers = []
         for address in addresses:
@@ -142,7 +142,7 @@ class Abuse:
             writer.close()
 
     async def trickling_uploads(self) -> None:
-        """Upload a few bytes at a time, and vanish."""
+        """Upload a few bytes at a time, and disappear."""
         store = self._rng.choice(self._fleet.stores)
         async with open_channel(store.grpc) as channel:
             stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
@@ -165,7 +165,7 @@ class Abuse:
             await asyncio.sleep(0.25)
 
     async def _each(self, num: int, do: Callable[[AsyncClient], Awaitable[None]]) -> None:
-        """Do something at once on many connections; what a fault beside it refuses is not for here to judge."""
+        """Do something on many connections at once; refusals because of a concurrent fault are not judged here."""
         began_s = time.monotonic()
 
         async def on_its_own() -> None:

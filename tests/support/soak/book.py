@@ -1,4 +1,4 @@
-"""What happened: every stream, every refusal, every fault, on one clock."""
+"""The record of every stream, every refusal and every fault, on one clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 from support.soak.fleet import Part
 
 LONG_GAP_S: Final = 0.3
-# What a fault leaves behind for a moment: a backoff under way, a session that is being opened.
+# A fault's effects last a moment longer: a backoff under way, a session that is being opened.
 AFTERMATH_S: Final = 8.0
 MAX_SAID: Final = 40
 
@@ -33,10 +33,10 @@ class Stream:
     """One request as its client saw it; times in monotonic seconds.
 
     Attributes:
-        gateway: Which one it went through.
-        generation: Of that gateway when it began.
-        gaps: Where it waited for long: when the wait began, and how long it was.
-        reason: Of the error that ended it.
+        gateway: The gateway that it went through.
+        generation: That gateway's generation when the stream began.
+        gaps: Long waits: when each began, and how long it was.
+        reason: Reason of the error that ended it.
     """
 
     face: str
@@ -51,7 +51,7 @@ class Stream:
     reason: str = ""
 
     def hear(self) -> None:
-        """Note that something has come."""
+        """Note that data has arrived."""
         now = time.monotonic()
         if now - self.heard_s > LONG_GAP_S:
             self.gaps.append((self.heard_s, now - self.heard_s))
@@ -66,14 +66,14 @@ class Stream:
 
 @dataclass(slots=True)
 class Fault:
-    """One thing done to the fleet.
+    """One fault of the fleet.
 
     Attributes:
-        kind: E.g. ``kill engine``.
-        part: Name of the victim.
-        healed_s: When it was over.
+        kind: Kind of fault, e.g. ``kill engine``.
+        part: Name of the affected part.
+        healed_s: When the fault was over.
         recovered_s: When requests through every gateway were answered again.
-        in_flight: Streams that had begun and not ended when it began.
+        in_flight: Streams under way when the fault began.
     """
 
     kind: str
@@ -85,11 +85,11 @@ class Fault:
 
 
 class Book:
-    """Everything that clients and director note down.
+    """The record that clients and director write.
 
     Attributes:
-        counts: What else happened, by its name.
-        errors: Whatever must not happen, in words; the soak fails with any.
+        counts: Other events, by name.
+        errors: Events that must not happen, in words; any of them fails the soak.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class Book:
         self.running.discard(id(stream))
 
     def wrong(self, what: str) -> None:
-        """Enter something that must not happen."""
+        """Enter an event that must not happen."""
         self.num_errors += 1
         if len(self.errors) < MAX_SAID:
             self.errors.append(what[:600])
@@ -126,11 +126,11 @@ class Book:
         return fault
 
     def disturbers(self, began_s: float, ended_s: float) -> set[str]:
-        """Return the kinds of faults that a time saw something of."""
+        """Return the kinds of faults during a stretch of time."""
         return {fault.kind for fault in self._during(began_s - AFTERMATH_S, ended_s)}
 
     def lost_its_gateway(self, stream: Stream) -> bool:
-        """Return whether the process that a stream went through was ended while it ran."""
+        """Return whether the process that a stream went through ended while the stream ran."""
         ended = ("kill gateway", "restart gateway")
         faults = self._during(stream.began_s, time.monotonic())
         return any(fault.kind in ended and fault.part == stream.gateway.name for fault in faults)

@@ -1,4 +1,4 @@
-"""Names that come, go and move while they are used, and what they may mean at any time."""
+"""Names that are created, deleted and moved while they are used, and the meanings that they may have at any time."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 PAUSE_S: Final = 2.0
 CALL_S: Final = 60.0
-# How old an answer may be: undisturbed, and after a fault that kept a gateway from hearing of the change.
+# Longest age of an answer: undisturbed, and after a fault that kept a gateway from learning of the change.
 LAG_S: Final = 5.0
 LAG_AFTER_FAULT_S: Final = 45.0
 
 
 @dataclass(slots=True)
 class Change:
-    """What a name was told to mean; an empty revision: nothing.
+    """A name's new meaning; an empty revision means none.
 
     Attributes:
-        acknowledged_s: Infinite if nobody knows whether it was done.
+        acknowledged_s: When the change was acknowledged; infinity if it is unknown whether it was made.
     """
 
     revision: str
@@ -45,7 +45,7 @@ class Catalogue:
     """Changes names through both stores.
 
     Attributes:
-        longest_lag_s: Oldest meaning of a name that an answer still had.
+        longest_lag_s: Age of the oldest meaning of a name that an answer still had.
     """
 
     def __init__(self, fleet: Fleet, truth: Truth, book: Book, rng: random.Random) -> None:
@@ -61,7 +61,7 @@ class Catalogue:
             self._changes[name] = [Change("", 0.0, 0.0)]
 
     async def run(self, over: asyncio.Event) -> None:
-        """Change names until it is over."""
+        """Change names until the soak ends."""
         clients = [AsyncClient(store_target=store.grpc) for store in self._fleet.stores]
         try:
             while not over.is_set():
@@ -84,7 +84,7 @@ class Catalogue:
             self._enter_lag(name, revision, lag_s, stream)
 
     def may_be_missing(self, adapter: str, stream: Stream) -> bool:
-        """Return whether a name may not have been known when a stream began; enters an error if it had to be."""
+        """Return whether a name may have been unknown when a stream began; enters an error if it had to be known."""
         if adapter not in PASSING:
             return False
         if (lag_s := self._lag_s(adapter, "", stream)) > 0:
@@ -92,7 +92,7 @@ class Catalogue:
         return True
 
     def _lag_s(self, name: str, revision: str, stream: Stream) -> float:
-        """Return for how long a name had meant something else when a stream began."""
+        """Return for how long a name had had another meaning when a stream began."""
         changes = self._changes[name]
         latest = max(i for i, change in enumerate(changes) if change.acknowledged_s <= stream.began_s)
         if any(change.revision == revision for change in changes[latest:]):
@@ -143,7 +143,7 @@ class Catalogue:
         except LoraplexError as error:
             self._book.counts[f"{what} refused: {error.reason}"] += 1
             disturbers = self._book.disturbers(change.sent_s, time.monotonic())
-            is_repeated = error.reason == "ADAPTER_NOT_FOUND" and what == "deletions"  # of one that was in doubt
+            is_repeated = error.reason == "ADAPTER_NOT_FOUND" and what == "deletions"  # of a deletion that was in doubt
             if not is_repeated and not is_expected_of_the_catalogue(error.reason, disturbers):
                 self._book.wrong(f"unexpected: {what}: {error.reason}: {error}; {sorted(disturbers)}")
             if is_repeated:

@@ -1,4 +1,4 @@
-"""Clients that ask over gRPC and HTTP through both gateways, and compare every token as it comes."""
+"""Clients that send requests over gRPC and HTTP through both gateways, and compare every token as it comes."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ OVERTIME_S: Final = 5.0
 BASE: Final = "tiny"
 HTTP_SHARE: Final = 0.3
 PAUSE_S: Final = 0.3
-# A client that resumes its streams through any gateway loses nothing with a killed one. Over HTTP, and with a client library
-# that knows no resuming, what is lost with a killed gateway is counted apart.
+# A client that resumes its streams through any gateway loses none with a killed gateway. Over HTTP, and with a client
+# library without resuming, the streams lost with a killed gateway are counted separately.
 CLIENTS_RESUME: Final = "resume" in GenerateOptions.__annotations__
 
 
 class WrongAnswerError(Exception):
-    """A token or a revision is not what it must be."""
+    """A token or a revision is not the right one."""
 
 
 class HttpRefusalError(Exception):
-    """An answer over HTTP is an error object, or the connection broke; `reason` as over gRPC."""
+    """An answer over HTTP is an error object, or the connection broke; `reason` is as over gRPC."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class HttpRefusalError(Exception):
 
 
 class Asker:
-    """One client: asks one question after another."""
+    """One client; it asks one question after another."""
 
     def __init__(self, fleet: Fleet, truth: Truth, catalogue: Catalogue, book: Book, rng: random.Random) -> None:
         self._fleet = fleet
@@ -58,7 +58,7 @@ class Asker:
         self._http = httpx2.AsyncClient(timeout=DEADLINE_S)
 
     async def run(self, over: asyncio.Event) -> None:
-        """Ask until it is over."""
+        """Ask until the soak ends."""
         try:
             while not over.is_set():
                 gateway = self._rng.choice(self._fleet.gateways)
@@ -71,7 +71,7 @@ class Asker:
                 await client.close()
 
     async def ask(self, gateway: Part, question: Question) -> Outcome:
-        """Ask one question and enter what came of it."""
+        """Ask one question and enter its outcome."""
         is_http = self._rng.random() < HTTP_SHARE
         stream = self._book.open("http" if is_http else "grpc", gateway)
         events = self._over_http(gateway, question) if is_http else self._over_grpc(gateway, question)
@@ -91,7 +91,7 @@ class Asker:
         return stream.outcome
 
     def _client(self, gateway: Part) -> AsyncClient:
-        """Return a client of a gateway, and if it can go on elsewhere, of the others."""
+        """Return a client of a gateway; if it can resume elsewhere, also of the other gateways."""
         others = [part for part in self._fleet.gateways if part is not gateway and CLIENTS_RESUME]
         return AsyncClient(",".join(part.grpc for part in (gateway, *others)))
 

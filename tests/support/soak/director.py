@@ -1,4 +1,4 @@
-"""Decides what is done to the fleet and when, by one seed, and waits after each fault until all is well."""
+"""Decides which faults happen and when, by one seed, and waits after each fault until requests are answered again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_PAUSE_S: Final = 2.0
 RECOVERED_S: Final = 60.0
 PROBE_S: Final = 10.0
 PAIR_SHARE: Final = 0.25
-# From here on the first of each kind keeps its process, so that there is a long life whose memory can be judged.
+# From here on the first part of each kind keeps its process, so that there is a long life whose memory can be judged.
 SPARING_AFTER: Final = 0.34
 
 
@@ -41,7 +41,7 @@ class Director:
         self._bag: list[str] = []
 
     async def run(self, seconds: float) -> None:
-        """Do things for so long."""
+        """Cause faults for that long."""
         began_s = time.monotonic()
         while (passed_s := time.monotonic() - began_s) < seconds:
             if passed_s > SPARING_AFTER * seconds:

@@ -1,4 +1,4 @@
-"""Which refusals are right: the reason that each may have, and what must have happened for it."""
+"""Which refusals are right: the reasons allowed, and the faults that must have happened for each."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# Reason -> words of which one must be in the kind of a fault that the request saw something of.
+# Reason -> words, one of which must be in the kind of a fault during the request.
 _OF_GENERATION: Final[dict[str, tuple[str, ...]]] = {
-    "UNAVAILABLE": ("gateway",),  # gRPC's and the socket's own: nobody listens
+    "UNAVAILABLE": ("gateway",),  # from gRPC and the socket: no process listens
     "STREAM_INTERRUPTED": ("gateway",),
     "DRAINING": ("restart gateway", "engine"),
     "NO_ENGINE": ("engine", "gateway"),
@@ -28,7 +28,7 @@ _OF_THE_CATALOGUE: Final[dict[str, tuple[str, ...]]] = {
 
 
 def is_expected_of_generation(reason: str, disturbers: Iterable[str]) -> bool:
-    """Return whether a generation may be refused so, given the kinds of faults at its time."""
+    """Return whether a generation may be refused so, given the kinds of faults during it."""
     return _is_expected(_OF_GENERATION, reason, disturbers)
 
 

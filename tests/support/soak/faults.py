@@ -1,4 +1,4 @@
-"""Faults of the fleet's processes, each of which heals what it has done."""
+"""Faults of the fleet's processes; each one is undone by the method that causes it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ MOMENT_S: Final = 0.5
 
 
 class Faults:
-    """What may be done to processes, by name; `kinds` has them all.
+    """Faults of processes, by name; `kinds` has all of them.
 
     Attributes:
-        spared: Names of parts whose process is left alive, so that its memory can be watched for long.
+        spared: Names of parts whose process is not ended, so that its memory can be watched for long.
     """
 
     def __init__(self, fleet: Fleet, book: Book, rng: random.Random) -> None:
@@ -42,7 +42,7 @@ class Faults:
         self.spared: frozenset[str] = frozenset()
 
     def kinds(self) -> dict[str, Callable[[Part], Awaitable[None]]]:
-        """Return what can be done to one part, by its kind."""
+        """Return the faults of one part, by kind."""
         return {
             **{f"kill {role.value}": self.kill for role in Role},
             **{f"stop {role.value}": self.stop for role in Role},
@@ -52,11 +52,11 @@ class Faults:
         }
 
     def valkey_kinds(self) -> dict[str, Callable[[], Awaitable[None]]]:
-        """Return what can be done to Valkey, by its kind."""
+        """Return the faults of Valkey, by kind."""
         return {"kill valkey": self.kill_valkey, "stop valkey": self.stop_valkey, "fill valkey": self.fill_valkey}
 
     def victim(self, kind: str) -> Part:
-        """Return a random part for a kind of fault, none that is spared if it would end."""
+        """Return a random part for a kind of fault; not a spared part if the fault would end it."""
         role = kind.rpartition(" ")[2]
         parts = [part for part in self._fleet.parts if part.role.value == role]
         if not kind.startswith("stop"):
@@ -84,13 +84,13 @@ class Faults:
         await part.start()
 
     async def hang(self, engine: Part) -> None:
-        """Have an engine's step never end: the process must, and is started again."""
+        """Make an engine's step hang: the process must end, and is started again."""
         assert engine.hang_file is not None
         engine.hang_file.touch()
         engine.is_leaving = True
         try:
             await eventually(lambda: not engine.process.is_running, timeout_s=HANG_ENDS_S)
-        except AssertionError:  # no step was due: it had no work to hang with
+        except AssertionError:  # no step was due, so none could hang
             self._book.counts["hangs without work"] += 1
             engine.is_leaving = False
             return
@@ -129,7 +129,7 @@ class Faults:
             os.kill(pid, signal.SIGCONT)
 
     async def fill_valkey(self) -> None:
-        """Leave Valkey no memory for anything new."""
+        """Leave Valkey no memory for new data."""
         await self._fleet.limit_valkey(1)
         try:
             await asyncio.sleep(FULL_S)

@@ -29,7 +29,7 @@ QUIET_PORT: Final = ("--metrics-port", "0")
 
 
 class Role(Enum):
-    """What a part is."""
+    """The role of a part."""
 
     STORE = "store"
     ENGINE = "engine"
@@ -37,7 +37,7 @@ class Role(Enum):
 
 
 class StartError(RuntimeError):
-    """A part does not start; the message has its log."""
+    """A part did not start; the message has its log."""
 
 
 @dataclass
@@ -45,10 +45,10 @@ class Part:
     """A process that keeps its ports when it is started again.
 
     Attributes:
-        spawn: Starts a process that listens on the ports given, 0 for free ones.
+        spawn: Starts a process that listens on the given ports; 0 means a free one.
         born_s: When the present process was ready, in monotonic seconds.
-        generation: Which number of process this is.
-        is_leaving: Whether it has been asked, or made, to end.
+        generation: Number of the present process, counted from the first.
+        is_leaving: Whether it has been asked, or forced, to end.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Part:
         await asyncio.to_thread(self._start)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal; nobody is there to hear it if the process has ended."""
+        """Send a signal; nothing happens if the process has ended."""
         if self.process.is_running:
             os.kill(self.process.pid, number)
 
@@ -100,7 +100,7 @@ class Part:
             try:
                 self.process.wait_ready()
             except AssertionError as error:
-                # Somebody's connection may have got our port while we were away.
+                # Another process's connection may have taken the port in between.
                 if "cannot listen on" not in str(error) or attempt == START_ATTEMPTS - 1:
                     raise StartError(str(error)[-4000:]) from error
                 time.sleep(1.0)
@@ -114,12 +114,12 @@ class Part:
 
 
 class Fleet:
-    """All parts.
+    """All parts of a fleet.
 
     Args:
         directory: Empty; for logs and data, an attribute, too.
         model: Base model.
-        import_root: Below it are the adapters.
+        import_root: Directory that contains the adapters.
     """
 
     def __init__(self, directory: Path, model: Path, import_root: Path) -> None:
@@ -137,17 +137,17 @@ class Fleet:
         return [*self.stores, *self.engines, *self.gateways]
 
     def store_of(self, index: int) -> Part:
-        """Return the store that the gateway or engine of a number follows."""
+        """Return the store that the gateway or engine with a number follows."""
         return self.stores[index % NUM_STORES]
 
     async def start(self) -> None:
-        """Start everything, each kind before those that look for it."""
+        """Start everything; each kind starts before the kinds that need it."""
         self.valkey.start()
         for kind in (self.stores, self.engines, self.gateways):
             await asyncio.gather(*(part.start() for part in kind))
 
     async def close(self) -> list[str]:
-        """End everything and return what did not end well."""
+        """End everything and return the parts that did not end well."""
         for part in self.parts:
             part.signal(signal.SIGCONT)
         statuses = await asyncio.gather(*(part.stop() for part in reversed(self.parts) if part.process.is_running))
@@ -156,7 +156,7 @@ class Fleet:
         return troubles
 
     def kill(self) -> None:
-        """End everything at once; for when the soak itself has failed."""
+        """End everything at once, after the soak itself has failed."""
         for part in self.parts:
             if hasattr(part, "process") and part.process.is_running:
                 part.process.kill()
@@ -165,7 +165,7 @@ class Fleet:
         self.valkey.close()
 
     def revive_valkey(self) -> None:
-        """Start Valkey again; from the main thread, whose life it shares."""
+        """Start Valkey again; call it on the main thread, as Valkey's life is tied to its thread."""
         self.valkey.start()
 
     async def limit_valkey(self, num_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""What processes hold over their lives: resident memory and descriptors, and the slopes of both."""
+"""The resident memory and descriptors of processes over their lives, and the slopes of both."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 SAMPLE_S: Final = 1.0
 WARM_UP_S: Final = 60.0
-MIN_LIFE_S: Final = 60.0  # after the warm-up; shorter lives say nothing
+MIN_LIFE_S: Final = 60.0  # after the warm-up; a shorter life has no meaningful slope
 MAX_SLOPE_MIB_PER_MIN: Final = 0.5
-# Growth in all below which a slope says nothing. A process that has seen each kind of request once keeps what the largest
-# took; watched for longer than a few rounds of faults, it has seen them all in the beginning.
+# Total growth below which a slope means nothing. A process that has seen each kind of request once keeps the memory
+# that the largest took; if it is watched for longer than a few rounds of faults, it has seen all of them early.
 SHORT_MIN: Final = 8.0
 NOISE_SHORT_MIB: Final = 160.0
 NOISE_MIB: Final = 4.0
@@ -34,7 +34,7 @@ class Slope:
 
     Attributes:
         minutes: How long it was watched.
-        last_mib: Resident memory in the end.
+        last_mib: Resident memory at the end.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Slope:
 
     @property
     def is_flat(self) -> bool:
-        """Whether it neither leaks memory nor descriptors."""
+        """Whether it leaks neither memory nor descriptors."""
         memory, descriptors = self.mib_per_min * self.minutes, self.descriptors_per_min * self.minutes
         noise = NOISE_SHORT_MIB if self.minutes < SHORT_MIN else NOISE_MIB
         return memory < max(MAX_SLOPE_MIB_PER_MIN * self.minutes, noise) and descriptors < NOISE_DESCRIPTORS
@@ -60,7 +60,7 @@ class Life:
     samples: list[tuple[float, float, int]] = field(default_factory=list)
 
     def slope(self) -> Slope | None:
-        """Return how it grew; None if it did not live for long enough."""
+        """Return the slope; None if the process did not live long enough."""
         late = np.array([sample for sample in self.samples if sample[0] >= WARM_UP_S])
         if len(late) < 2 or late[-1, 0] - late[0, 0] < MIN_LIFE_S:
             return None
@@ -88,7 +88,7 @@ class MemoryWatch:
         self.lives: dict[tuple[str, int], Life] = {}
 
     async def run(self, over: asyncio.Event) -> None:
-        """Sample until it is over."""
+        """Sample until the soak ends."""
         while not over.is_set():
             now = time.monotonic()
             for part in self._fleet.parts:
@@ -104,12 +104,12 @@ class MemoryWatch:
         file.write_text(json.dumps(curves) + "\n")
 
     def slopes(self) -> list[Slope]:
-        """Return how processes grew that lived for long enough."""
+        """Return the slopes of the processes that lived long enough."""
         return [slope for life in self.lives.values() if (slope := life.slope()) is not None]
 
 
 def held_by(pid: int) -> tuple[float, int] | None:
-    """Return MiB and descriptors that a process holds; None if it has ended."""
+    """Return a process's MiB and descriptors; None if it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * _PAGE_MIB, len(os.listdir(f"/proc/{pid}/fd"))

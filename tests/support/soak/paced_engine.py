@@ -1,6 +1,6 @@
-"""``python -m support.soak.paced_engine FILE STEP_S ...``: an engine whose steps take their time, and hang with a file.
+"""``python -m support.soak.paced_engine FILE STEP_S ...``: an engine with slow steps; it hangs while FILE exists.
 
-A tiny model's step takes a millisecond: no stream would live long enough to see a fault. Sleeping costs no CPU.
+A tiny model's step takes a millisecond: no stream would last long enough to see a fault. Sleeping costs no CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def pace(step_s: float) -> None:
-    """Have every step take so long at least."""
+    """Make every step take at least that long."""
     launch = TorchRunner.launch
 
     def paced_launch(runner: TorchRunner, plan: StepPlan) -> TorchStepHandle:

@@ -1,4 +1,4 @@
-"""What came of a soak: figures for each fault, and the verdict."""
+"""The result of a soak: figures for each fault, and the verdict."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Report:
     """A soak's result; see `verdict` for what must hold.
 
     Attributes:
-        outcomes: How many requests ended how.
-        refusals: Reason of refused requests -> how many.
-        clients_resume: Whether clients over gRPC resume streams; those over HTTP cannot.
+        outcomes: Outcome -> number of requests.
+        refusals: Reason -> number of refused requests.
+        clients_resume: Whether clients over gRPC resume streams; clients over HTTP cannot.
         faults: Kind -> how often, streams in flight, lost, longest gap and recovery.
-        processes: Growth of every process that lived for long enough.
-        errors: What must not happen and did, the first of them in words.
+        processes: Growth of every process that lived long enough.
+        errors: Events that must not happen but did, the first of them in words.
     """
 
     seed: int
@@ -44,11 +44,11 @@ class Report:
 
     @property
     def is_good(self) -> bool:
-        """Whether everything held."""
+        """Whether every requirement held."""
         return not self.verdict()
 
     def verdict(self) -> list[str]:
-        """Return what did not hold."""
+        """Return the requirements that did not hold."""
         found = [f"{self.outcomes[kind]} {kind}" for kind in ("wrong", "lost", "hung") if self.outcomes.get(kind)]
         if self.num_errors:
             found.append(f"{self.num_errors} errors")
@@ -56,12 +56,12 @@ class Report:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Return what is written to a file."""
+        """Return the report's content for its file."""
         return {"is_good": self.is_good, "verdict": self.verdict(), **asdict(self)}
 
 
 def fill(report: Report, book: Book, slopes: list[Slope]) -> Report:
-    """Fill in a report from what was noted down."""
+    """Fill in a report from the record."""
     ended = [stream for stream in book.streams if stream.outcome is not None]
     report.num_requests = len(ended)
     report.num_tokens = sum(stream.num_tokens for stream in ended)

@@ -1,4 +1,4 @@
-"""One soak: the fleet is started, asked while nothing disturbs it, disturbed, and ended."""
+"""One soak: the fleet is started, asked while undisturbed, disturbed, and ended."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NUM_ASKERS: Final = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, by which seed; ``commit`` is for the report."""
+    """Length and seed of a soak; ``commit`` is for the report."""
 
     minutes: float
     seed: int
@@ -41,7 +41,7 @@ async def soak(directory: Path, plan: Plan) -> Report:
 
     Args:
         directory: Empty; gets models, data and logs.
-        plan: What to do.
+        plan: Length and seed.
     """
     model = write_base_model(directory / "tiny", served_base(TinyBase(max_position_embeddings=1024)))
     truth = Truth(directory / "adapters")

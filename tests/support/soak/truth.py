@@ -1,4 +1,4 @@
-"""What every answer must be: tokens of each revision, prompt and way of sampling, from the fleet while nothing disturbs it."""
+"""The right answers: tokens of each revision, prompt and way of sampling, taken from the undisturbed fleet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Question:
     """A request whose whole answer is known.
 
     Attributes:
-        adapter: As a client names it; empty for the base model.
+        adapter: Its name as a client writes it; empty for the base model.
         prompt: Index into `PROMPTS`.
         sampling: Index into `SAMPLINGS`.
         num_tokens: Length of the answer.
@@ -77,11 +77,11 @@ class Truth:
         self._answers: dict[tuple[str, int, int], tuple[int, ...]] = {}
 
     def folder(self, name: str) -> Path:
-        """Return where an adapter's files are."""
+        """Return the folder of an adapter's files."""
         return self.import_root / name
 
     def answer(self, revision: str, question: Question) -> tuple[int, ...] | None:
-        """Return the tokens that a revision gives; None if nobody knows that revision."""
+        """Return the tokens that a revision gives; None if the revision is unknown."""
         known = self._answers.get((revision, question.prompt, question.sampling))
         return None if known is None else known[: question.num_tokens]
 
@@ -92,7 +92,7 @@ class Truth:
             write_adapter(self.folder(name), model, Recipe(rank=2 + 3 * (index % 6), seed=index))
 
     async def learn(self, fleet: Fleet) -> None:
-        """Import everything and ask everything."""
+        """Import everything and ask every question."""
         async with AsyncClient(fleet.gateways[0].grpc, store_target=fleet.stores[0].grpc) as client:
             await self._import(client)
             turns = asyncio.Semaphore(AT_ONCE)

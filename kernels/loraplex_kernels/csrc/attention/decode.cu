@@ -12,7 +12,7 @@
 
 constexpr int kWarps = 4;
 constexpr int kHeads = 8;    // query heads per CTA: the N of mma.m16n8k16
-constexpr int kTokens = 16;  // tokens per warp and round
+constexpr int kTokens = 16;  // tokens of a warp in a round
 constexpr int kBlocks = kHeadDim / 32;
 
 struct Params {

@@ -1,12 +1,15 @@
 // out = softmax(scale * q K^T) V, causal, for chunks of new tokens against paged bf16 K and V, the chunk's own included.
 //
 // The query heads of one KV head are packed: row r of a chunk is query head r % group of token r / group, so a K/V tile
-// in shared memory serves the whole group. Grid: (kv_heads, tiles), so that all heads of a long tile start
-// before any of a short one; a tile is 128 packed rows of one chunk. Block: 4
-// warps of 32 rows, so that each fragment of K and V serves two mma. K and V come in tiles of 64 tokens by cp.async,
-// double-buffered, their page ids one tile earlier; 16-byte chunks are XOR-swizzled by row so that ldmatrix meets no bank
-// conflict. q stays in shared memory, the scores in registers. Masks are applied where the diagonal or the window cuts a
-// tile; warps skip tiles that none of their rows sees.
+// in
+// shared memory serves the whole group. Grid: (kv_heads, tiles), so that all heads of a long tile start before any of a
+// short one; a tile is 128 packed rows of one chunk. Block: 4 warps of 32 rows, so that each fragment of K and V serves
+// two
+// mma. K and V come in tiles of 64 tokens by cp.async, double-buffered, their page ids one tile earlier; 16-byte chunks
+// are
+// XOR-swizzled by row so that ldmatrix meets no bank conflict. q stays in shared memory, the scores in registers. Masks
+// are
+// applied where the diagonal or the window cuts a tile; warps skip tiles that none of their rows sees.
 // Shared memory: (128 + 4 x 64) x HEAD_DIM x 2 bytes (96 KiB at 128). Alignment: HEAD_DIM rows on 16 bytes.
 // Registers: 2 CTAs of 128 threads per SM by shared memory, hence at most 255. Architectures: sm_80 and up.
 // Source: Dao, arXiv:2307.08691 (FlashAttention-2), algorithm 1 with its loop order.
@@ -24,7 +27,7 @@ constexpr int kSteps = kHeadDim / 16;
 struct alignas(16) Tile {
     int sequence;
     int token_begin;  // row of the chunk's first token in q and out
-    int start;        // its position
+    int start;        // position of that token in its sequence
     int count;        // tokens of the chunk
     int first_row;
     int reserved[3];
@@ -58,7 +61,7 @@ __device__ __forceinline__ int fetch_page(const PagedKv& kv, int sequence, int f
 __device__ __forceinline__ void load_tile(const PagedKv& kv, int kv_head, int page, int first, int end, u16* key, u16* value) {
     const int chunk = threadIdx.x % kChunks;
     const i64 plane = kv_plane(kv);
-#pragma unroll 2  // not more: the scores leave few registers
+#pragma unroll 2  // no more, as the scores leave few registers
     for (int i = 0; i < kTokens * kChunks / kThreads; ++i) {
         const int row = threadIdx.x / kChunks + i * (kThreads / kChunks);
         const bool live = first + row < end;
@@ -81,7 +84,7 @@ __device__ __forceinline__ void load_q(const Params& p, const Tile& tile, int kv
     }
 }
 
-// The running softmax of a warp's 32 rows: this lane's are g and g + 8 of each block of 16.
+// The running softmax of a warp's 32 rows; this lane has rows g and g + 8 of each block of 16.
 struct Rows {
     float out[kM][kHeadDim / 8][4];
     float peak[kM][2], sum[kM][2];
@@ -125,7 +128,7 @@ struct Rows {
                     if (token > last || (window > 0 && token <= last - window)) s[m][n][i] = negative_infinity();
                 }
     }
-    // Turns scores into weights under the new peaks, and what was summed under the old ones likewise.
+    // Turns scores into weights relative to the new maxima, and rescales the sums taken relative to the old ones.
     __device__ __forceinline__ void weigh(float (&s)[kM][kTokens / 8][4], float scale) {
 #pragma unroll
         for (int m = 0; m < kM; ++m)
@@ -152,7 +155,7 @@ struct Rows {
                 }
             }
     }
-    // out += p V; the scores' fragments are p's as they lie.
+    // out += p V; the fragments of the scores are those of p, in place.
     __device__ __forceinline__ void add(const float (&s)[kM][kTokens / 8][4], const u16* value, int lane) {
 #pragma unroll
         for (int step = 0; step < kTokens / 16; ++step) {
@@ -200,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attention_prefill(cons
         for (int i = 0; i < 2; ++i) {
             rows.peak[m][i] = negative_infinity();
         }
-    // What this warp's rows see: tokens up to warp_last, and all of them up to warp_first.
+    // The warp's rows see tokens up to warp_last, and all of them see tokens up to warp_first.
     const int warp_first = tile.start + first_row / group;
     const int warp_last =
         first_row / group < tile.count ? tile.start + min((first_row + kM * 16 - 1) / group, tile.count - 1) : -1;
@@ -208,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) attention_prefill(cons
 
     for (int first = begin, stage = 0; first < end; first += kTokens, stage ^= 1) {
         copy_async_wait<0>();
-        __syncthreads();  // this tile has landed, and the other buffers are done with by all
+        __syncthreads();  // this tile has landed, and no warp reads the other buffers
         if (first + kTokens < end) {
             load_tile(p.kv, kv_head, page, first + kTokens, end, shared.key[stage ^ 1], shared.value[stage ^ 1]);
             if (first + 2 * kTokens < end) page = fetch_page(p.kv, tile.sequence, first + 2 * kTokens, end);

@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) rope_kv(const Params p) {
     dependency_wait();
     const int heads = p.num_heads + 2 * p.num_kv_heads, token = blockIdx.y;
     const int index = blockIdx.x * kBlockHeads + threadIdx.x / kHeadThreads, dim = threadIdx.x % kHeadThreads * kRun;
-    const bool is_live = index < heads;  // a warp's threads stay together for the norm
+    const bool is_live = index < heads;  // all threads of a warp go on, as the norm needs them
     const int head = is_live ? index : 0;
     const bool is_q = head < p.num_heads, is_v = head >= p.num_heads + p.num_kv_heads;
     const i64 at = (static_cast<i64>(token) * heads + head) * kHeadDim + dim;

@@ -15,7 +15,7 @@ static_assert(kThreads % kWarp == 0 && kThreads <= 1024, "whole warps");
 
 struct Params {
     const elem* x;       // [rows, HIDDEN]; may be null when residual is given
-    elem* residual;      // [rows, HIDDEN], updated in place; null: none
+    elem* residual;      // [rows, HIDDEN], updated in place; null: there is none
     const elem* weight;  // [HIDDEN]
     elem* out;           // [num_rows, HIDDEN]
     const int* rows;     // [num_rows] rows to read, each at most once; null: row i; -1: padding, out is zeroed

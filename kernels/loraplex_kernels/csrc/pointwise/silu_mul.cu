@@ -11,7 +11,7 @@ static_assert(kWidth % kVec == 0, "rows are read as 16-byte vectors");
 struct Params {
     const elem* gate_up;  // [rows, 2 * WIDTH]
     elem* out;            // [rows, WIDTH]
-    const float* delta;   // as gate_up, or null
+    const float* delta;   // same shape as gate_up, or null
 };
 static_assert(sizeof(Params) == 24, "params.py mirrors it");
 

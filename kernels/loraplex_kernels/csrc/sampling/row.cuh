@@ -81,7 +81,7 @@ __device__ __forceinline__ float special_logit(const Source& s, const SampleRow&
     }
     if (!s.counts) return x;
     const u32 count = as_global(s.counts)[token];
-    // A tiny penalty makes a likely token certain, never infinite: that would be a row without a valid draw.
+    // A tiny penalty makes a likely token certain, never infinite: an infinite logit would leave no valid draw.
     if (row.repetition != 1.f && count)
         x = x > 0.f && x <= kMaxLogit ? fminf(__fdiv_rn(x, row.repetition), kMaxLogit) : __fmul_rn(x, row.repetition);
     if (const u32 drawn = count & kMostCounted) {

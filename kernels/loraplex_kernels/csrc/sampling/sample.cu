@@ -3,9 +3,10 @@
 //   x = penalize(constrain(logits)); v = (x - max x) / temperature, -inf below log(min_p)
 //   kept = the top_k likeliest of which the first make up top_p of the mass; token = argmax over kept of v + gumbel(word)
 //
-// Ties fall to the likelier token, then to the lower id. The same choice as engine's torch sampler: the integers are
-// the same, and exp, log and division are those that torch calls on a GPU. Rows do not know of each other.
-// Reported log probabilities are of x, before temperature. Rows whose maximum is not finite are marked invalid.
+// Ties fall to the likelier token, then to the lower id. The choice is that of engine's torch sampler: the integers are
+// the
+// same, and exp, log and division are those that torch calls on a GPU. Rows are independent of each other.
+// Reported log probabilities are those of x, before temperature. Rows whose maximum is not finite are marked invalid.
 //
 // Grid: one CTA per row. Block: THREADS, each taking every THREADS-th unit of 8 tokens. Passes over the row: 1 (maximum;
 // all that a greedy row needs), + 1 per draw, or + 1 to list candidates of a truncated draw, which then stays in shared
@@ -36,14 +37,14 @@ struct Params {
 static_assert(sizeof(Params) == 80, "params.py mirrors it");
 
 struct Best {
-    float own;  // this thread's largest
-    float x;    // the row's
+    float own;  // largest logit of this thread
+    float x;    // largest logit of the row
     int token;  // lowest id among equals
 };
 
 struct Choice {
     float value;
-    u64 rank;  // smaller wins among equals; the id in its low bits
+    u64 rank;  // the smaller rank wins among equals; the id is in its low bits
 };
 __device__ __forceinline__ void prefer(Choice& a, float value, u64 rank) {
     if (value > a.value || (value == a.value && rank < a.rank)) a = {value, rank};
@@ -69,7 +70,7 @@ __device__ __forceinline__ Best find_best() {
 __device__ __forceinline__ u64 nucleus_bound(float top_p, u64 mass) {
     return static_cast<u64>(ceil(static_cast<double>(top_p) * static_cast<double>(mass)));
 }
-// An order that at least `want` tokens reach, as far as the threads' own best tell.
+// An order that at least `want` tokens reach, as far as it follows from the best token of each thread.
 __device__ __forceinline__ u32 order_reached(float own_best, int want) {
     const bool has_units = threadIdx.x * kUnit < shared.source.vocab;
     return kth_smallest(has_units ? shared.ranking.order(own_best) : 0xffffffffu, want);
@@ -77,7 +78,7 @@ __device__ __forceinline__ u32 order_reached(float own_best, int want) {
 
 struct Kept {
     u64 limit;   // keys up to it can be drawn
-    int listed;  // they are the first so many entries of the sorted list; 0: not listed
+    int listed;  // how many entries of the sorted list they are; 0: not listed
 };
 constexpr u64 kEnd = static_cast<u64>(kImpossible) << kIdBits;  // keys from here on cannot be drawn
 
@@ -97,7 +98,7 @@ __device__ __forceinline__ Kept truncate(float own_best) {
             u64 own = 0;
             for (int i = threadIdx.x; i < kept; i += kThreads) own += weight_of(shared.list[i]);
             const u64 listed = block_sum(own);
-            // After top_k only what it kept counts; without it the mass is that of the whole vocabulary.
+            // After top_k, only the tokens it kept count; without top_k, the mass is that of the whole vocabulary.
             const u64 bound = nucleus_bound(row.top_p, top_k || is_complete ? listed : mass_up_to(kEnd - 1));
             is_open = listed < bound;
             kept = count_below(kept, true, 0, bound);

@@ -5,9 +5,10 @@
 // count or a mass of 40-bit fixed-point weights. Integers add up to the same sum in any order: results are exact and do
 // not depend on how threads share the row.
 //
-// A list in shared memory takes the likeliest tokens, is sorted (bitonic) and summed up. Where it cannot hold the
-// answer (flat distributions), `narrow` first closes in on the limit, 2 bits a pass over the row.
-// Loops over the row that have several callers are not inlined: what they need lies in shared memory.
+// A list in shared memory takes the likeliest tokens, is sorted (bitonic) and summed up. If it cannot hold the answer
+// (flat
+// distributions), `narrow` first closes in on the limit, 2 bits in each pass over the row.
+// Loops over the row that have several callers are not inlined: their data is in shared memory.
 // Source: Alabi et al., "Fast k-selection algorithms for graphics processing units", JEA 17 (2012), for the bisection.
 #pragma once
 #include "sampling/row.cuh"
@@ -124,7 +125,7 @@ __device__ __noinline__ u64 block_min(u64 v) {
     __syncthreads();
     return least;
 }
-// Sum of what the threads before this one hold.
+// Sum of the values of the threads before this one.
 __device__ __forceinline__ u64 sum_before(u64 v) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     u64 inclusive = v;
@@ -217,7 +218,8 @@ __device__ __noinline__ int count_below(int n, bool by_mass, u64 base, u64 bound
     return static_cast<int>(block_sum(kept));
 }
 
-// Keys in [begin, end); measure of those before `begin`; how many are before either.
+// Keys in [begin, end); measure of the keys before `begin`; counts of the keys before `begin` (below) and `end`
+// (above).
 struct Band {
     u64 begin, end, measure, below, above;
 };

@@ -1,1 +1,1 @@
-"""How adapters get out: page images pushed into attached engines."""
+"""Pushes adapters' page images into attached engines."""

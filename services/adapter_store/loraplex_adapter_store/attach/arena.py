@@ -1,4 +1,4 @@
-"""Writes page images straight into an engine's host arena where both run on one host."""
+"""Writes page images straight into an engine's host arena, if both run on one host."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _log = get_logger()
 class SharedArena:
     """An engine's arena opened through ``/proc/<pid>/fd/<fd>``.
 
-    Written with pwrite, not through a mapping: an engine's file must not be able to kill the store with SIGBUS.
+    It is written with pwrite, not through a mapping: an engine's file must not be able to kill the store with SIGBUS.
 
     Args:
-        descriptor: Open for reading and writing; owned by this object.
+        descriptor: File descriptor, open for reading and writing; owned by this object.
     """
 
     def __init__(self, descriptor: int, info: ArenaInfo, page_bytes: int) -> None:
@@ -36,8 +36,9 @@ class SharedArena:
     def open(cls, info: ArenaInfo, page_bytes: int) -> SharedArena | None:
         """Open an arena; None if it cannot be reached from here or is not this engine's (then chunks are sent).
 
-        `open_arena_file` proves that it is an arena and not some other file that this user holds open; the nonce proves
-        that it is the one the engine means, and not one that has the same number in this store's process namespace.
+        `open_arena_file` proves that the file is an arena and not another file that this user holds open. The nonce
+        proves that it is the arena the engine means, and not one with the same number in this store's process
+        namespace.
         """
         if info.pid <= 0 or info.fd < 0 or len(info.nonce) != NONCE_BYTES or info.header_bytes < NONCE_BYTES:
             return None
@@ -71,5 +72,5 @@ class SharedArena:
             position += written
 
     def close(self) -> None:
-        """Close the file; nothing may be writing."""
+        """Close the file; no thread may be writing to it."""
         os.close(self._descriptor)

@@ -1,4 +1,4 @@
-"""All engines attached to this replica: what they hold, and the hints meant for them."""
+"""All engines attached to this replica: the images they hold, and the hints for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = get_logger()
 BLOCK_MS: Final = 1000
 RETRY_S: Final = 0.5
 PUBLISH_PAUSE_S: Final = 0.1
-"""Shortest time between two publications of one engine's holdings; residency may change with every request."""
+"""Least time between two publications of one engine's holdings; residency may change with every request."""
 
 
 class AttachedEngines:
@@ -50,7 +50,7 @@ class AttachedEngines:
         self._metrics = metrics
         self._executor = executor
         self._sessions: dict[str, EngineSession] = {}
-        self._owners: dict[str, str] = {}  # of the same engines: who attached them
+        self._owners: dict[str, str] = {}  # engine id -> name of the principal that attached it
 
     def __contains__(self, engine_id: str) -> bool:
         return engine_id in self._sessions
@@ -60,11 +60,11 @@ class AttachedEngines:
         """Run a session while its stream is open. A second stream of the same engine ends the first.
 
         Args:
-            hello: What the engine says of itself.
-            owner: Name of the principal that attaches it: an engine id is its own for as long as the session lasts.
+            hello: How the engine introduces itself.
+            owner: Name of the principal that attaches it; no other principal may use the engine id during the session.
 
         Raises:
-            RoleForbiddenError: If another principal has attached an engine of this id.
+            RoleForbiddenError: If another principal has attached an engine with this id.
         """
         older = self._sessions.get(hello.engine_id)
         if older is not None and self._owners[hello.engine_id] != owner:
@@ -91,7 +91,7 @@ class AttachedEngines:
             await asyncio.shield(self._detach(session, tasks))
 
     def end_sessions(self) -> None:
-        """End all streams; the engines will attach elsewhere."""
+        """End all streams; the engines attach to another replica."""
         for session in self._sessions.values():
             session.end()
 
@@ -108,14 +108,14 @@ class AttachedEngines:
         return dict(total)
 
     def prefetch(self, engine_id: str, digest: str, wanted_in_ms: int) -> bool:
-        """Offer an image that will be wanted by then to an engine attached here; False if it is not."""
+        """Offer an image, wanted in ``wanted_in_s``, to an engine; False if the engine is not attached here."""
         if (session := self._sessions.get(engine_id)) is None:
             return False
         session.prefetch(digest, wanted_in_ms / 1000)
         return True
 
     async def drop(self, engine_id: str, digest: str) -> bool:
-        """Tell an engine attached here that an image is not wanted; False if it is not attached."""
+        """Tell an engine that an image is not wanted; False if the engine is not attached here."""
         if (session := self._sessions.get(engine_id)) is None:
             return False
         await session.drop(digest)
@@ -126,7 +126,7 @@ class AttachedEngines:
         return [i for i, session in self._sessions.items() if session.hello.base_fingerprint == base_fingerprint]
 
     def limits(self) -> tuple[EngineLimits, ...]:
-        """Return what decides which ranks the engines attached here can take."""
+        """Return what limits the ranks that the engines attached here can take."""
         return tuple(
             EngineLimits(
                 name=f"engine {hello.engine_id}",
@@ -171,7 +171,7 @@ class AttachedEngines:
                 continue  # unchanged: renew
 
     async def _follow_hints(self, session: EngineSession) -> None:
-        """Act on hints for one engine. Those from before it attached, or lost with Valkey, are not missed."""
+        """Act on hints for one engine, including hints from before it attached and hints lost with Valkey."""
         key = hints_key(session.hello.engine_id)
         position = ""
         while True:
@@ -204,7 +204,7 @@ class AttachedEngines:
 
 
 def _wanted_in_s(fields: dict[bytes, bytes]) -> float:
-    """Return when a hint's image will be wanted, in seconds; at once if it does not say, or says nonsense."""
+    """Return in how many seconds a hint's image will be wanted; 0 if the hint gives no time, or an invalid one."""
     try:
         return max(0, int(fields.get(b"wanted_in_ms", b"0"))) / 1000
     except ValueError:

@@ -1,4 +1,4 @@
-"""What store and engine say to each other, without the wire: the servicer converts."""
+"""The messages between store and engine as domain types; the servicer converts them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loraplex_common.errors import LoraplexError
 
 
 class Place(Enum):
-    """Where an engine has its best copy of an image."""
+    """The place of an engine's best copy of an image."""
 
     DEVICE = "device"
     ARENA = "arena"
@@ -48,8 +48,8 @@ class Hello:
     """An engine introduces itself.
 
     Attributes:
-        arenas: One per tensor-parallel rank.
-        max_image_pages: Largest image its pool can ever hold.
+        arenas: One arena per tensor-parallel rank.
+        max_image_pages: Pages of the largest image that the engine's pool can ever hold.
         max_rank: Largest rank of one projection that its kernels take; 0 if only the tiles limit it.
     """
 
@@ -66,10 +66,10 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """An image is needed.
+    """The engine needs an image.
 
     Attributes:
-        time_left_s: How long the most urgent request that waits for it can wait; None if that is unlimited.
+        time_left_s: How long the most urgent request that waits for it can wait; None if there is no limit.
     """
 
     digest: str
@@ -87,17 +87,17 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Decline:
-    """No room for an unsolicited image."""
+    """The engine has no room for an unsolicited image."""
 
     digest: str
 
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """Something changed on the engine.
+    """An adapter's residency on the engine has changed.
 
     Attributes:
-        failure: What was wrong with a transfer; None if nothing.
+        failure: What was wrong with a transfer; None if nothing was.
     """
 
     sequence: int
@@ -123,7 +123,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Bytes of an image, never across a page."""
+    """Bytes of an image; they never cross a page boundary."""
 
     digest: str
     rank: int
@@ -133,7 +133,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """The last byte of an image is where it belongs."""
+    """The last byte of an image has been written."""
 
     digest: str
     rank: int
@@ -156,7 +156,7 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """What the store believes, so that lost events heal."""
+    """What the store believes of an engine, so that lost events are found."""
 
     sequence: int
     num_held: int

@@ -1,4 +1,4 @@
-"""What waits to be sent to one engine: little, so that a slow engine slows its own transfers and nothing else."""
+"""Messages that wait to be sent to one engine: few, so that a slow engine slows only its own transfers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from loraplex_adapter_store.attach.messages import Ack, ToEngine
 
-LENGTH: Final = 8  # chunks of 1 MiB
+LENGTH: Final = 8  # messages; a chunk has 1 MiB
 
 
 class Outbox:
-    """A bounded queue in order, and beside it the latest acknowledgement, which never waits for room."""
+    """A bounded queue, in order, and beside it the latest acknowledgement, which never waits for room."""
 
     def __init__(self) -> None:
         self._messages: deque[ToEngine] = deque()

@@ -79,16 +79,16 @@ class EngineSession:
 
     @property
     def num_transfers(self) -> int:
-        """Transfers on their way."""
+        """Transfers under way."""
         return len(self._transfers)
 
     async def outgoing(self) -> AsyncIterator[ToEngine]:
-        """Yield what is to be sent, until `end`."""
+        """Yield the messages to send, until `end`."""
         while (message := await self._outbox.get()) is not None:
             yield message
 
     def end(self) -> None:
-        """Let `outgoing` end: the engine says no more, or another stream of the same engine has taken over."""
+        """Let `outgoing` end: the engine sends no more, or another stream of the same engine has taken over."""
         self._outbox.close()
 
     def handle(self, message: FromEngine) -> None:
@@ -108,7 +108,7 @@ class EngineSession:
                 self._residency(message)
 
     def want(self, digest: str, time_left_s: float | None = None) -> None:
-        """Bring an image to the engine because a request waits for it, which may wait for that long."""
+        """Bring an image to the engine for a waiting request; ``time_left_s`` is how long the request can wait."""
         transfer = self._transfers.get(digest)
         if transfer is None:
             transfer = self._start(digest, is_wanted=True)
@@ -119,15 +119,15 @@ class EngineSession:
         transfer.needed_within(time_left_s)
         transfer.is_wanted_again = transfer.state is TransferState.SENT
         if transfer.state is TransferState.OFFERED:
-            self._spawn(self._offer(transfer), f"offer {digest[:12]}")  # an unsolicited offer may have been passed over
+            self._spawn(self._offer(transfer), f"offer {digest[:12]}")  # the engine may have declined the first offer
         self._spawn(self._tell_waiting(), f"promote {digest[:12]}")
 
     def prefetch(self, digest: str, wanted_in_s: float | None = None) -> None:
-        """Offer an image although nobody waits for it.
+        """Offer an image although no request waits for it.
 
         Args:
-            digest: Of the image.
-            wanted_in_s: When a hint says that it will be wanted; the soonest go first, those without a hint last.
+            digest: Digest of the image.
+            wanted_in_s: Seconds until a hint says it will be wanted; soonest first, images without a hint last.
         """
         if digest in self._held:
             return
@@ -136,7 +136,7 @@ class EngineSession:
             transfer.foreseen_within(wanted_in_s)
 
     def fill_idle_room(self) -> None:
-        """Offer recently used images of this geometry that the engine lacks, as far as its free slots go."""
+        """Offer recently used images of this geometry that the engine lacks, up to the number of its free slots."""
         free = min((arena.num_free for arena in self.hello.arenas), default=0)
         for digest in self._images.recent(self.hello.geometry):
             if digest in self._held:
@@ -152,7 +152,7 @@ class EngineSession:
         await self._outbox.put(Drop(digest))
 
     async def close(self) -> None:
-        """End all transfers and let go of the arenas."""
+        """End all transfers and release the arenas."""
         await cancel_and_wait(*self._tasks)
         self._writer.close()
 
@@ -162,12 +162,12 @@ class EngineSession:
             raise InvalidParameterError(f"grant for {grant.digest}: nothing is offered", field="grant")
         if transfer.state is TransferState.OFFERED:
             transfer.grant(grant, self.hello.arenas[grant.rank].num_slots if grant.rank < len(self.hello.arenas) else 0)
-        # else: the second grant after a repeated offer; the first one is being filled
+        # else: the second grant after a repeated offer; the slots of the first are being filled
 
     def _decline(self, message: Decline) -> None:
         transfer = self._transfers.get(message.digest)
         if transfer is not None and transfer.state is TransferState.OFFERED and transfer.decline():
-            del self._transfers[message.digest]  # at once, so that a want right behind starts anew
+            del self._transfers[message.digest]  # at once, so that a want that follows starts anew
 
     def _residency(self, event: Residency) -> None:
         self._sequence = max(self._sequence, event.sequence)
@@ -201,7 +201,7 @@ class EngineSession:
             _log.error("transfer failed", engine=self.hello.engine_id, task=task.get_name(), exc_info=task.exception())
 
     async def _transfer(self, transfer: Transfer) -> None:
-        """Bring one image into the engine; a want that cannot be met ends in exactly one refusal."""
+        """Bring one image into the engine; if a want cannot be met, exactly one refusal is sent."""
         try:
             await self._carry_out(transfer)
         except LoraplexError as error:
@@ -214,7 +214,7 @@ class EngineSession:
             if self._transfers.get(transfer.digest) is transfer:
                 del self._transfers[transfer.digest]
                 if transfer.is_wanted_again and transfer.digest not in self._held:
-                    self.want(transfer.digest)  # the engine dropped what it got, and now needs it after all
+                    self.want(transfer.digest)  # the engine dropped the image, and needs it after all
             await self._tell_waiting()
 
     async def _refuse(self, transfer: Transfer, error: LoraplexError) -> None:
@@ -274,7 +274,7 @@ class EngineSession:
                 await self._outbox.put(offer)
 
     async def _let_wants_pass(self, transfer: Transfer) -> None:
-        """Hold an unsolicited transfer back while wanted ones have work to do."""
+        """Hold an unsolicited transfer back while wanted transfers have work to do."""
         if transfer.is_wanted:
             return
         async with self._wants_changed:

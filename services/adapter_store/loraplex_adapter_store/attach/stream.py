@@ -23,8 +23,8 @@ async def read_hello(messages: AsyncIterator[Wire], convert: Callable[[Wire], He
     """Return the first message of a stream.
 
     Raises:
-        InvalidParameterError: If the stream ends before it, or it is none.
-        DeadlineError: If it does not come.
+        InvalidParameterError: If the stream ends before it, or its first message is not a hello.
+        DeadlineError: If no message comes in time.
     """
     try:
         async with asyncio.timeout(HELLO_TIMEOUT_S):
@@ -38,11 +38,11 @@ async def read_hello(messages: AsyncIterator[Wire], convert: Callable[[Wire], He
 async def run_session(
     attached: AttachedEngines, hello: Hello, messages: AsyncIterator[FromEngine], *, owner: str
 ) -> AsyncGenerator[EngineSession | ToEngine, None]:
-    """Yield the session, then everything that is to be sent to the engine, until the engine says no more.
+    """Yield the session, then all messages for the engine, until the engine sends no more.
 
     Raises:
         InvalidParameterError: If the engine breaks the protocol.
-        RoleForbiddenError: If the engine is attached by another principal than ``owner``.
+        RoleForbiddenError: If another principal than ``owner`` has attached the engine.
     """
     async with attached.attach(hello, owner) as session:
         reader = asyncio.create_task(_read(session, messages), name=f"read {hello.engine_id}")

@@ -14,7 +14,7 @@ from loraplex_adapter_store.attach.messages import Grant, Offer, Place
 
 
 class TransferState(Enum):
-    """How far a transfer is."""
+    """State of a transfer."""
 
     PREPARING = "preparing"
     OFFERED = "offered"
@@ -24,7 +24,7 @@ class TransferState(Enum):
 
 
 ARRIVAL_S: Final = 5.0
-"""Longest time for an engine to check an image. It may also have dropped it without a word, as unwanted by then."""
+"""Longest time for an engine to check an image. The engine may also have dropped it silently, as unwanted by then."""
 
 _ALLOWED: Final = {  # back to PREPARING if the engine found the image corrupt
     TransferState.PREPARING: {TransferState.OFFERED, TransferState.ENDED},
@@ -39,12 +39,14 @@ class Transfer:
     """State of one transfer; the session drives it.
 
     Attributes:
-        is_wanted: Whether a request waits for it; may become true on the way.
-        offers: One per rank, once the image is known; its pages themselves are not held while the engine thinks.
+        is_wanted: Whether a request waits for the image; may become true during the transfer.
+        offers: One per rank, once the image is known; the pages themselves are not held while the engine decides.
         is_wanted_again: Whether a want came after everything had been sent.
         failure: What the engine found wrong with this attempt.
-        needed_by_s: Time of the event loop's clock by which the first request that waits needs it; infinity if it can wait.
-        foreseen_s: When it will be wanted, as hints say, on the same clock; infinity if none says. Counts until it is.
+        needed_by_s: Time of the event loop's clock by which the first waiting request needs it; infinity without a
+            limit.
+        foreseen_s: When it will be wanted, as hints say, on the same clock; infinity without a hint. Unused once it is
+            wanted.
     """
 
     def __init__(self, digest: str, *, is_wanted: bool, num_ranks: int) -> None:
@@ -64,15 +66,15 @@ class Transfer:
 
     @property
     def urgency(self) -> tuple[bool, float]:
-        """Order in which transfers get their turn, smallest first."""
+        """Sort key by which transfers get their turn, smallest first."""
         return (not self.is_wanted, self.needed_by_s if self.is_wanted else self.foreseen_s)
 
     def foreseen_within(self, wanted_in_s: float) -> None:
-        """Note a hint that the image will be wanted in so many seconds."""
+        """Note a hint that the image will be wanted in that many seconds."""
         self.foreseen_s = min(self.foreseen_s, asyncio.get_running_loop().time() + wanted_in_s)
 
     def needed_within(self, time_left_s: float | None) -> None:
-        """Note that one more request waits for the image; None if it can wait for ever."""
+        """Note that one more request waits for the image; None if it can wait without limit."""
         if time_left_s is not None:
             self.needed_by_s = min(self.needed_by_s, asyncio.get_running_loop().time() + time_left_s)
 
@@ -80,7 +82,7 @@ class Transfer:
         """Move to a state.
 
         Raises:
-            RuntimeError: If that is no way from the present one.
+            RuntimeError: If the present state does not allow it.
         """
         if state not in _ALLOWED[self.state]:
             raise RuntimeError(f"transfer of {self.digest}: {self.state.name} cannot become {state.name}")
@@ -92,7 +94,7 @@ class Transfer:
             self._arrived.clear()
 
     def current_offers(self) -> list[Offer]:
-        """Return what is to be offered now."""
+        """Return the offers of this attempt."""
         self._has_unsolicited_offer |= not self.is_wanted
         return [dataclasses.replace(offer, is_wanted=self.is_wanted) for offer in self.offers]
 
@@ -100,7 +102,7 @@ class Transfer:
         """Take an engine's slots for one rank.
 
         Raises:
-            InvalidParameterError: If the slots are not as many as pages, distinct and existing.
+            InvalidParameterError: If there is not one slot per page, or slots are not distinct or do not exist.
         """
         where = f"grant for {grant.digest} rank {grant.rank}"
         if not 0 <= grant.rank < self._num_ranks:
@@ -119,9 +121,10 @@ class Transfer:
             self._answered.set()
 
     def decline(self) -> bool:
-        """Take the engine's no; return whether it ends the transfer.
+        """Take the engine's refusal; return whether it ends the transfer.
 
-        A no to an unsolicited offer may cross a want: then the offer is being repeated as wanted, and that one counts.
+        The refusal of an unsolicited offer may cross a want: the offer is then being repeated as a wanted one, and the
+        answer to that one counts.
         """
         is_crossing = self.is_wanted and self._has_unsolicited_offer
         self._has_unsolicited_offer = False
@@ -130,22 +133,22 @@ class Transfer:
         return not is_crossing
 
     def report(self, place: Place, failure: str | None) -> None:
-        """Take the engine's word on the image: that it has it, or what was wrong with it."""
+        """Take the engine's report on the image: that it has the image, or what was wrong with it."""
         is_under_way = self.state in (TransferState.OFFERED, TransferState.FILLING, TransferState.SENT)
         if failure is not None and is_under_way:
             self.failure = failure
         if failure is not None or place is not Place.GONE:
             self._arrived.set()
-            if self.state is TransferState.OFFERED:  # it has the image already, or cannot read the offer
+            if self.state is TransferState.OFFERED:  # the engine has the image already, or cannot read the offer
                 self._answered.set()
 
     async def wait_for_slots(self) -> dict[int, tuple[int, ...]] | None:
-        """Return the slots by rank once all ranks have granted; None if they will not."""
+        """Return the slots by rank once all ranks have granted; None if one refuses."""
         await self._answered.wait()
         return self._slots if len(self._slots) == self._num_ranks else None
 
     async def wait_for_arrival(self) -> bool:
-        """Return True once the engine has said how the transfer went; False if it says nothing for long."""
+        """Return True once the engine has reported how the transfer went; False if no report comes in time."""
         try:
             async with asyncio.timeout(ARRIVAL_S):
                 await self._arrived.wait()

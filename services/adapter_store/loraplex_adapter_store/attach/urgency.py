@@ -1,4 +1,4 @@
-"""Turns at a bounded piece of work, given to whoever is needed first."""
+"""Gives turns at a bounded resource to the transfers that are needed first."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class UrgencyGate:
-    """Lets a few transfers in at a time: wanted ones first by deadline, then foreseen ones by when, each by arrival.
+    """Lets a few transfers in at a time: wanted ones first, by deadline; then foreseen ones by time; equals by arrival.
 
-    How urgent a transfer is may change while it waits: it is looked at when a turn is given away.
+    A transfer's urgency may change while it waits, so it is read when a turn becomes free.
 
     Args:
         limit: Most transfers inside.
@@ -46,7 +46,7 @@ class UrgencyGate:
             if entry in self._waiting:
                 self._waiting.remove(entry)
             else:
-                self._give_away()  # it was given a turn and cancelled before it knew
+                self._give_away()  # cancelled after it had been given a turn
             raise
 
     def _give_away(self) -> None:

@@ -1,1 +1,1 @@
-"""Reads foreign PEFT checkpoints: the only code in loraplex that parses files it did not write."""
+"""Reads foreign PEFT checkpoints: the only code in loraplex that parses files which loraplex did not write."""

@@ -1,4 +1,4 @@
-"""The base model's side of a comparison: its tokenizer and template, read once and kept while its files do not change."""
+"""The base model's tokenizer and template for comparisons, read once and kept while their files do not change."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def token_content(token: Any) -> str | None:
 
 
 def prefix_after_rule(ids: list[int], add_bos: Any, bos_id: int | None) -> list[int]:
-    """Return the ids put before a text, once ``add_bos_token`` of a tokenizer_config.json has had its say.
+    """Return the ids put before a text, with ``add_bos_token`` of a tokenizer_config.json applied.
 
     Args:
-        ids: What the tokenizer itself puts there.
-        add_bos: The setting; anything but true and false leaves it to the tokenizer.
+        ids: Ids that the tokenizer itself puts there.
+        add_bos: The setting; any value except true and false leaves ``ids`` as they are.
         bos_id: Id of the BOS token, if there is one.
     """
     if not isinstance(add_bos, bool) or bos_id is None:
@@ -51,7 +51,7 @@ class BaseTokenizer:
 
     @functools.cached_property
     def facts(self) -> TokenizerFacts:
-        """tokenizer.json, read."""
+        """Content of tokenizer.json, parsed."""
         path = self._directory / "tokenizer.json"
         return read_tokenizer(path.read_bytes(), file=str(path))
 
@@ -62,7 +62,7 @@ class BaseTokenizer:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """tokenizer_config.json, empty if there is none."""
+        """Content of tokenizer_config.json; empty if there is none."""
         return self._json_of("tokenizer_config.json")
 
     @functools.cached_property
@@ -74,7 +74,7 @@ class BaseTokenizer:
 
     @functools.cached_property
     def template(self) -> Template | None:
-        """The chat template that is served, None if there is none."""
+        """The chat template that is served; None if there is none."""
         configs = {name: self._json_of(name) for name in ("tokenizer_config.json", "chat_template.json")}
         found = effective_template(self.bytes_of("chat_template.jinja"), configs)
         return None if found is None else read_template(found[0], file=str(self._directory / found[1]))
@@ -93,7 +93,7 @@ class BaseTokenizer:
 
 
 def files_state(directory: Path) -> tuple[tuple[str, int, int], ...]:
-    """Return what changes when a base model's tokenizer files do."""
+    """Return a value that changes whenever a base model's tokenizer files do."""
     stats = ((name, (directory / name)) for name in TOKENIZER_FILES)
     return tuple((name, path.stat().st_mtime_ns, path.stat().st_size) for name, path in stats if path.is_file())
 

@@ -1,8 +1,8 @@
-"""What a stranger's file may ask of the store: every bound on bytes, numbers, memory and time. The one place that knows.
+"""Every bound on the bytes, numbers, memory and time that an untrusted file may take from the store, in one place.
 
-Reading such a file takes at most what stands here, whatever is in it: sizes are compared before anything is read, JSON is
-counted before it is parsed, and what may take long or much (regular expressions, tokenizers, templates) runs in a child
-process with a `Share` (see `confinement`).
+Reading such a file takes at most these amounts, whatever it contains. Sizes are compared before the file is read, JSON
+is counted before it is parsed, and work of unknown length or size (regular expressions, tokenizers, templates) runs in
+a child process with a `Share` (see `confinement`).
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ if TYPE_CHECKING:
 _MIB: Final = 1024 * 1024
 
 MAX_CONFIG_BYTES: Final = 4 * _MIB
-"""adapter_config.json."""
+"""Bytes of adapter_config.json."""
 MAX_CONFIG_VALUES: Final = 200_000
 """Values, keys not counted, in adapter_config.json: each takes some 100 bytes once it is parsed."""
 MAX_RANK: Final = 65_536
 MAX_PATTERNS: Final = 16_384
-"""Entries of rank_pattern, of alpha_pattern, of layers_pattern; PEFT writes one per module at most."""
+"""Entries of rank_pattern, of alpha_pattern, of layers_pattern; PEFT writes at most one per module."""
 MAX_PATTERN_CHARS: Final = 1000
 """Characters of one regular expression."""
 
 MAX_HEADER_BYTES: Final = 16 * _MIB
-"""Header of a safetensors file."""
+"""Bytes of the header of a safetensors file."""
 MAX_TENSORS: Final = 100_000
 MAX_HEADER_VALUES: Final = 10 * MAX_TENSORS
 """Values in the header; a matrix has eight."""
 MAX_DIMENSIONS: Final = 8
 
 MAX_TOKENIZER_BYTES: Final = 64 * _MIB
-"""Any one tokenizer file."""
+"""Bytes of any one tokenizer file."""
 MAX_SECTION_CHARS: Final = 64 * 1024
-"""Normaliser or pre-tokeniser of a tokenizer.json."""
+"""Bytes of the normaliser or the pre-tokeniser of a tokenizer.json."""
 MAX_TEMPLATE_CHARS: Final = 256 * 1024
-"""A chat template."""
+"""Bytes of a chat template."""
 
 MAX_LISTING_BYTES: Final = 16 * _MIB
-"""A hub's list of a repository's files."""
+"""Bytes of a hub's list of a repository's files."""
 MAX_LISTING_VALUES: Final = 1_000_000
 
 MAX_PART_BYTES: Final = 2 * _MIB
-"""One message of an upload."""
+"""Bytes of one message of an upload."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """What one child process may take.
+    """The resources of one child process.
 
     Attributes:
-        memory_bytes: Address space beyond what it has when it starts.
-        time_s: Wall time, and CPU time.
-        output_bytes: Length of its answer.
+        memory_bytes: Address space beyond what the child has when it starts.
+        time_s: Wall time, and also CPU time.
+        output_bytes: Length of the child's answer.
     """
 
     memory_bytes: int
@@ -66,26 +66,26 @@ class Share:
 
 
 PATTERN_SHARE: Final = Share(memory_bytes=512 * _MIB, time_s=5.0, output_bytes=16 * _MIB)
-"""All regular expressions of one checkpoint."""
+"""Share of all regular expressions of one checkpoint."""
 TOKENIZER_SHARE: Final = Share(memory_bytes=2048 * _MIB, time_s=60.0, output_bytes=_MIB)
-"""All tokenizer files and chat templates of one checkpoint. A tokenizer.json of 17 MB takes some 200 MB, twice."""
+"""Share of all tokenizer files and chat templates of one checkpoint; a tokenizer.json of 17 MB takes 200 MB, twice."""
 VERDICTS_KEPT: Final = 256
-"""Sets of tokenizer files whose comparison is remembered."""
+"""Sets of tokenizer files whose verdict is remembered."""
 MAX_CHILDREN: Final = 2
-"""Child processes at once, for all imports together."""
+"""Concurrent child processes of all imports together."""
 
 
 def parse_json(data: bytes | memoryview, *, what: str, max_values: int, pairs: Callable[..., Any] | None = None) -> Any:
-    """Parse JSON of at most ``max_values`` values, counted before memory is spent on them.
+    """Parse JSON with at most ``max_values`` values, which are counted before memory is spent on them.
 
     Args:
         data: Text in UTF-8; its length has been checked.
-        what: What it is, for messages.
+        what: Name of the text, for messages.
         max_values: Most values.
-        pairs: As `json.loads`'s ``object_pairs_hook``.
+        pairs: The ``object_pairs_hook`` of `json.loads`.
 
     Raises:
-        AdapterCorruptUploadError: If it is no JSON, nested too deeply or has more values.
+        AdapterCorruptUploadError: If it is not JSON, is nested too deeply or has more values.
     """
     try:
         text = str(data, "utf-8-sig")

@@ -1,8 +1,8 @@
 """The canonical form: one safetensors file whose sha256 is the adapter's revision.
 
-Its metadata holds the canonical config, only what decides what is computed: the base model's fingerprint and each
-module's scaling. Tensors keep PEFT's names and their own dtypes, sorted by name, keys sorted, no padding but the
-header's to 8 bytes. Equal weights from differently written checkpoints therefore have equal revisions.
+Its metadata holds the canonical config, with only the facts that decide what is computed: the base model's fingerprint
+and each module's scaling. Tensors keep PEFT's names and their own dtypes. They are sorted by name, keys are sorted, and
+only the header is padded, to 8 bytes. So equal weights from differently written checkpoints have equal revisions.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class CanonicalForm:
     """An adapter ready to be stored; the tensors' bytes are views of the checkpoint's.
 
     Attributes:
-        revision: sha256 of the whole, 64 hex digits.
-        spec: What engines build their tables from.
-        pieces: The file in order.
-        warnings: As `Checkpoint.warnings`; no part of the file.
+        revision: sha256 of the whole file, 64 hex digits.
+        spec: The facts that engines build their tables from.
+        pieces: The file's pieces in order.
+        warnings: The checkpoint's warnings; they are no part of the file.
     """
 
     revision: str

@@ -1,8 +1,8 @@
-"""Compares chat templates as programs: how one is spelt makes no difference, what it renders does.
+"""Compares chat templates as programs: how a template is spelt makes no difference, what it renders does.
 
-Templates come from strangers and are never run here. Two are alike if Jinja reads the same tree from them: line ends,
-comments, quotes and whitespace control are gone by then. ``{% generation %}`` marks the assistant's words for a trainer
-and renders nothing of its own, so the marks are left out.
+The templates are untrusted and are never run here. Two templates are alike if Jinja parses both to the same tree, in
+which line ends, comments, quotes and whitespace control make no difference. ``{% generation %}`` marks the assistant's
+words for a trainer and renders nothing of its own, so the marks are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEFAULT_NAME: Final = "default"
 
 
 class _GenerationTag(Extension):
-    """Reads ``{% generation %}...{% endgeneration %}`` as its body."""
+    """Parses ``{% generation %}...{% endgeneration %}`` as its body."""
 
     tags = {"generation"}  # noqa: RUF012 (the base class says set)
 
@@ -39,11 +39,11 @@ class _GenerationTag(Extension):
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What a chat template does.
+    """A chat template, as far as it matters for comparisons.
 
     Attributes:
         program: Its tree, comparable.
-        variables: Names it reads, e.g. ``bos_token``; those it gave a value itself among them.
+        variables: Names that it reads, e.g. ``bos_token``, including names that it assigns itself.
     """
 
     program: Any
@@ -60,10 +60,10 @@ def read_template(source: str, *, file: str) -> Template:
 
     Args:
         source: Jinja.
-        file: Where it stood, for messages.
+        file: Name of its file, for messages.
 
     Raises:
-        AdapterCorruptUploadError: If it is too long or no Jinja.
+        AdapterCorruptUploadError: If it is too long or not Jinja.
     """
     if len(source) > MAX_TEMPLATE_CHARS:
         raise AdapterCorruptUploadError(
@@ -71,7 +71,8 @@ def read_template(source: str, *, file: str) -> Template:
         )
     try:
         tree = _environment().parse(source)
-        # Not meta.find_undeclared_variables: it compiles, and the compiler computes constants, such as 'x' * 10**10.
+        # meta.find_undeclared_variables is not used: it compiles, and the compiler computes constants, such as 'x' *
+        # 10**10.
         names = frozenset(node.name for node in tree.find_all(nodes.Name) if node.ctx == "load")
         return Template(_program(tree), names)
     except (jinja2.TemplateError, ValueError) as error:  # ValueError: a number of more digits than Python reads
@@ -94,11 +95,11 @@ def default_template(value: Any) -> str | None:
 
 
 def effective_template(jinja: bytes | None, configs: Mapping[str, dict[str, Any]]) -> tuple[str, str] | None:
-    """Return the template that a folder's files bring, and the file it stands in; None if they bring none.
+    """Return the template that a folder's files contain, and the name of its file; None if they contain none.
 
     Args:
-        jinja: chat_template.jinja, which goes before the others.
-        configs: tokenizer_config.json and chat_template.json as read, in the order of precedence.
+        jinja: Content of chat_template.jinja, which has precedence over the others.
+        configs: tokenizer_config.json and chat_template.json, parsed, in the order of precedence.
     """
     if jinja is not None:
         return jinja.decode(errors="replace"), "chat_template.jinja"
@@ -114,11 +115,11 @@ def _program(value: Any) -> Any:
         return (type(value).__name__, *children)
     if isinstance(value, list):
         return _statements(value) if any(isinstance(item, nodes.Output) for item in value) else [*map(_program, value)]
-    return (type(value).__name__, value)  # 1, 1.0 and true are equal in Python, not when rendered
+    return (type(value).__name__, value)  # 1, 1.0 and true are equal in Python but render differently
 
 
 def _statements(body: Iterable[Any]) -> list[Any]:
-    """Return a block's statements, neighbouring outputs joined: where a text is cut makes no difference."""
+    """Return a block's statements, neighbouring outputs joined: the place of a cut in a text makes no difference."""
     result: list[Any] = []
     for statement in body:
         if not isinstance(statement, nodes.Output):
@@ -133,7 +134,7 @@ def _statements(body: Iterable[Any]) -> list[Any]:
 
 
 def _pieces(part: nodes.Expr) -> list[nodes.Expr]:
-    """Return what an output writes one after another: ``{{ 'a' + b }}`` is ``a{{ b }}``, as adding to a text is joining."""
+    """Return the pieces that an output writes in order: ``{{ 'a' + b }}`` is ``a{{ b }}``, as adding joins texts."""
     if isinstance(part, nodes.Concat):
         return [piece for node in part.nodes for piece in _pieces(node)]
     if isinstance(part, nodes.Add):

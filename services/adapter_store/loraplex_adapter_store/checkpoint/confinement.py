@@ -1,8 +1,8 @@
-"""Child processes for what strangers' files ask: each with its share of memory, time and output, and ended with its import.
+"""Child processes for untrusted files, each with its share of memory, time and output; they end with the import.
 
-A child inherits no descriptor but its input and output, which are memory files, and no environment. It sets its own limits
-before it reads the input, so nothing in there can take more. Limits are the kernel's: a library written in C or Rust that
-takes all memory or never returns ends like any other program.
+A child inherits no environment and no descriptors except its input and output, which are memory files. It sets its own
+limits before it reads the input, so the input cannot make it take more. The kernel enforces the limits: a library
+written in C or Rust that takes all memory or never returns ends like any other program.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.checkpoint.bounds import Share
 
 OUT_OF_MEMORY: Final = 77
-"""Exit code of a child that ran out of memory and could still say so."""
+"""Exit code of a child that ran out of memory and could still report it."""
 _POLL_S: Final = 0.05
-# Runs first in the child. Memory is counted from here on: libraries are in.
+# This runs first in the child. Memory is counted from here on: the libraries are loaded already.
 _LAUNCHER: Final = """
 import os, resource, runpy, sys
 program, memory, seconds, output = sys.argv[1], *map(int, sys.argv[2:5])
@@ -51,7 +51,7 @@ _places = threading.BoundedSemaphore(MAX_CHILDREN)
 
 
 class ConfinementClosedError(Exception):
-    """The import that a child worked for is gone."""
+    """The import that a child worked for has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,9 @@ class Outcome:
     """How a child ended.
 
     Attributes:
-        end: ``done``, or what it wanted more of than its share; a crash counts as memory, as that is how libraries take it.
-        output: What it wrote, complete only if it is done.
+        end: ``done``, or the part of its share that was too small; a crash counts as memory, as libraries crash without
+            it.
+        output: Output of the child; complete only if it is done.
     """
 
     end: Literal["done", "memory", "time"]
@@ -68,7 +69,7 @@ class Outcome:
 
 
 class Confinement:
-    """The child processes of one import, one at a time; `close` ends it from another thread."""
+    """The child processes of one import, one at a time; `close` may be called from another thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -76,13 +77,13 @@ class Confinement:
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, program: Path, pieces: Iterable[bytes | bytearray], share: Share, *, needs_packages: bool) -> Outcome:
-        """Run a Python file on some input and return what it wrote; blocks, for at most the share's time once it runs.
+        """Run a Python file on some input and return its output; blocks, for at most the share's time once it runs.
 
         Args:
             program: The file.
             pieces: Its standard input.
-            share: What it may take.
-            needs_packages: Whether it imports more than the standard library.
+            share: The child's resources.
+            needs_packages: Whether the program imports more than the standard library.
 
         Raises:
             ConfinementClosedError: If `close` was or is called.
@@ -111,7 +112,7 @@ class Confinement:
             raise ConfinementClosedError
 
     def close(self) -> None:
-        """End the child and start no other."""
+        """End the child, and start no other child."""
         with self._lock:
             self._is_closed = True
             if self._process is not None:
@@ -140,7 +141,7 @@ def _end(code: int, *, is_late: bool) -> Literal["done", "memory", "time"]:
 
 @contextmanager
 def _place(confinement: Confinement) -> Iterator[None]:
-    """Hold one of the places that all imports share."""
+    """Hold one of the places for children, which all imports share."""
     while not _places.acquire(timeout=_POLL_S):
         confinement.check_open()
     try:

@@ -1,4 +1,4 @@
-"""What a configuration says of each projection of a base model, by PEFT's rules: adapted or not, rank and alpha."""
+"""What a configuration says about each projection of a base model, by PEFT's rules: adapted or not, rank and alpha."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _UNSERVED_MODULES: Final = ("lm_head", "model.embed_tokens")
 
 
 class ModuleRules:
-    """A configuration's rules, all patterns of them matched at once.
+    """A configuration's rules; all their patterns are matched at once.
 
     Args:
         matcher: Matches the patterns.
 
     Raises:
-        AdapterIncompatibleError: If they take too long or too much memory; the message names the setting.
+        AdapterIncompatibleError: If matching takes too long or too much memory; the message names the setting.
     """
 
     def __init__(self, config: PeftConfig, base: BaseModelInfo, matcher: PatternMatcher) -> None:
@@ -49,7 +49,7 @@ class ModuleRules:
         """Return (layer, projection) of all modules that PEFT would adapt, in layer order.
 
         Raises:
-            AdapterIncompatibleError: If there are none, or others than are served.
+            AdapterIncompatibleError: If there are none, or if some of them are not served.
         """
         if not self._config.target_modules:
             raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules is missing")
@@ -70,7 +70,7 @@ class ModuleRules:
         return self._config.rank if index is None else list(self._config.rank_pattern.values())[index]
 
     def alpha(self, key: str) -> tuple[float, str]:
-        """Return alpha of a module, and the setting that says so."""
+        """Return alpha of a module, and the setting that gives it."""
         index = self._answer("alpha_pattern", key)
         if index is None:
             return self._config.alpha, "lora_alpha"
@@ -108,7 +108,7 @@ def _listed(names: str | tuple[str, ...]) -> frozenset[str]:
 
 
 def _questions(config: PeftConfig, keys: tuple[str, ...]) -> list[Question]:
-    """Return what has to be matched; names in lists are no patterns."""
+    """Return the questions for the matcher; names in lists are no patterns."""
     questions = [
         Question(setting=setting, kind="whole", patterns=(pattern,), keys=keys)
         for setting, pattern in (

@@ -1,7 +1,8 @@
-"""Matches strangers' regular expressions, in a process of its own: the standard library only, see `patterns`.
+"""Matches untrusted regular expressions, in a process of its own: the standard library only, see `patterns`.
 
-Standard input is a JSON list of questions; for each, one line is written: a JSON list with an answer per key, which is the
-index of the first pattern that matches (for a layer, its number), null, or a text that says what is wrong with a pattern.
+Standard input is a JSON list of questions. Each is answered with one line: a JSON list with an answer per key. An
+answer is the index of the first pattern that matches (for a layer, its number), null, or a text that says what is wrong
+with a pattern.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import warnings
 from typing import Any
 
-# As PEFT 0.21 writes them; the patterns go in as they are.
+# The templates are as in PEFT 0.21; patterns are inserted unchanged.
 TEMPLATES = {"whole": "%s", "suffix": r"(.*\.)?(%s)$", "layer": r"(?:^|.*?\.)%s\.(?P<idx>\d+)\."}
 
 
@@ -20,8 +21,8 @@ def answers(kind: str, patterns: list[str], keys: list[str], limits: list[int] |
     """Return an answer per key; patterns are compiled only once PEFT would compile them.
 
     Args:
-        kind: Of `TEMPLATES`.
-        patterns: As they stand in the file.
+        kind: One of `TEMPLATES`.
+        patterns: The patterns, as in the file.
         keys: Module names.
         limits: How many of the patterns matter for each key; None for all.
     """

@@ -1,7 +1,7 @@
-"""PEFT's rules for matching module names with patterns that come from strangers: bounded in time and memory.
+"""PEFT's rules for matching module names with untrusted patterns: bounded in time and memory.
 
-Plain names, which is what nearly all configurations have, are looked up. Anything else is a regular expression of Python's
-`re`, because it is PEFT's; compiling and matching one may take any time and memory, so that happens in a child process
+Nearly all configurations have plain names, which are looked up. Anything else is a regular expression of Python's `re`,
+as it is in PEFT. Compiling and matching such a pattern may take any time and memory, so that runs in a child process
 (`pattern_child`). Source of the rules: PEFT 0.21, `get_pattern_key` and `check_target_module_exists`.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _CHILD: Final = Path(__file__).with_name("pattern_child.py")
-# As a regular expression, such a name stands for itself, but that a dot stands for any character.
+# As a regular expression, such a name matches itself, except that a dot matches any character.
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.-]+", re.ASCII)
 
 Answer: TypeAlias = int | str | None
@@ -32,12 +32,12 @@ Answer: TypeAlias = int | str | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """Which of some patterns is the first to match each key.
+    """Asks which of several patterns is the first to match each key.
 
     Attributes:
-        setting: Where the patterns stand, for messages.
-        kind: ``whole``: the whole key; ``suffix``: the key, or its end behind a dot; ``layer``: a part of the key, and the
-            answer is the number in the part behind it.
+        setting: Name of the setting with the patterns, for messages.
+        kind: ``whole``: the whole key must match; ``suffix``: the key, or its end behind a dot; ``layer``: a part of
+            the key, and the answer is the number in the part behind it.
         keys: Module names; letters, digits, underscores and dots.
     """
 
@@ -63,7 +63,7 @@ class PatternMatcher:
         """Return whether the whole of ``key`` matches.
 
         Raises:
-            AdapterIncompatibleError: As `ask`, and if it is no regular expression.
+            AdapterIncompatibleError: In the cases of `ask`, and if it is not a regular expression.
         """
         ((answer,),) = self.ask([Question(setting=setting, kind="whole", patterns=(pattern,), keys=(key,))])
         return resolved(answer, setting) is not None
@@ -109,7 +109,7 @@ def resolved(answer: Answer, setting: str) -> int | None:
     """Return an answer.
 
     Raises:
-        AdapterIncompatibleError: If it is that a pattern is no regular expression.
+        AdapterIncompatibleError: If the answer is that a pattern is not a regular expression.
     """
     if isinstance(answer, str):
         raise AdapterIncompatibleError(f"{setting}: {answer}")
@@ -117,7 +117,7 @@ def resolved(answer: Answer, setting: str) -> int | None:
 
 
 def ends(key: str) -> Iterator[str]:
-    """Yield a dotted name and all that stands behind one of its dots."""
+    """Yield a dotted name, and its rest behind each of its dots."""
     yield key
     position = key.find(".")
     while position >= 0:
@@ -143,7 +143,7 @@ def _is_plain(pattern: str) -> bool:
 
 
 def _look_up(question: Question) -> list[int | None]:
-    """Return the index of the first plain pattern that matches each key, whatever the others do."""
+    """Return the index of the first plain pattern that matches each key, whatever the other patterns do."""
     if question.kind == "layer":
         return [None] * len(question.keys)
     names: dict[str, int] = {}
@@ -180,7 +180,7 @@ def _least(one: int | None, other: int | None) -> int | None:
 
 
 def _for_child(question: Question, looked_up: list[int | None]) -> dict[str, Any]:
-    """Return what the child is asked: the patterns that are not plain, up to the plain one that matches anyway."""
+    """Return the questions for the child: the patterns that are not plain, up to the plain one that matches anyway."""
     if question.kind == "layer":
         return {"kind": "layer", "patterns": question.patterns, "keys": question.keys, "limits": None}
     indices = [index for index, pattern in enumerate(question.patterns) if not _is_plain(pattern)]
@@ -190,7 +190,7 @@ def _for_child(question: Question, looked_up: list[int | None]) -> dict[str, Any
 
 
 def _first(plain: int | None, answer: Answer, indices: list[int] | None) -> Answer:
-    """Return the child's answer in the question's own numbering, or the plain pattern if the child found none."""
+    """Return the child's answer in the question's numbering, or the plain pattern if the child found none."""
     if answer is None:
         return plain
     return indices[answer] if indices is not None and isinstance(answer, int) else answer

@@ -1,4 +1,4 @@
-"""adapter_config.json: what of it matters, what is harmless, and what is refused by name."""
+"""adapter_config.json: which settings matter, which are harmless, and which are refused by name."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _USED: Final = frozenset(
 )
 _HARMLESS: Final = frozenset(
     {
-        # About training, or about how the file came to be; they change nothing that is computed at inference.
+        # These concern training, or how the file was made; they do not change the inference.
         *("auto_mapping", "revision", "inference_mode", "lora_dropout", "peft_version", "runtime_config"),
         *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),  # initialisation; see init_lora_weights
         *("megatron_core", "qalora_group_size"),  # act only together with megatron_config and use_qalora
-        "fan_in_fan_out",  # PEFT turns it off for layers that store weights as all served architectures do
+        "fan_in_fan_out",  # off in PEFT for layers that store weights as all served architectures do
         "ensure_weight_tying",  # acts only on embeddings, which are refused anyway
     }
 )
@@ -45,8 +45,9 @@ _REFUSED: Final = {
     "arrow_config": "Arrow routing is not served",
     "kasa_config": "KaSA is not served",
 }
-# These start from the unchanged base and leave plain LoRA (MiCA trains A alone); all other strings (pissa, olora, corda,
-# loftq, ...) change the base weights too, and such a checkpoint is only right on top of them.
+# These values start from the unchanged base and leave plain LoRA (MiCA trains A alone). All other strings (pissa,
+# olora, corda, loftq, ...) change the base weights too, and such a checkpoint is only right on top of the changed
+# weights.
 _HARMLESS_INITS: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 
@@ -55,9 +56,9 @@ class PeftConfig:
     """The settings of a LoRA checkpoint that decide what it computes.
 
     Attributes:
-        target_modules: Names, or one regular expression, or ``all-linear``.
+        target_modules: Names, one regular expression, or ``all-linear``.
         layers_to_transform: Layers that named targets are limited to; None for all.
-        layers_pattern: Names of the list of layers that indices count in; empty for any.
+        layers_pattern: Names of the lists of layers that the indices refer to; empty for any list.
     """
 
     rank: int
@@ -80,8 +81,8 @@ def parse_peft_config(data: bytes) -> PeftConfig:
     """Read adapter_config.json.
 
     Raises:
-        AdapterCorruptUploadError: If it is no JSON object or a setting has the wrong type.
-        AdapterIncompatibleError: If a setting asks for what is not served; the message names it.
+        AdapterCorruptUploadError: If it is not a JSON object or a setting has the wrong type.
+        AdapterIncompatibleError: If a setting asks for something that is not served; the message names the setting.
     """
     if len(data) > MAX_CONFIG_BYTES:
         raise AdapterCorruptUploadError(f"{FILE}: {len(data)} bytes, at most {MAX_CONFIG_BYTES} are read")
@@ -142,7 +143,7 @@ def _refuse_unserved(fields: dict[str, Any]) -> None:
 
 
 def _is_off(value: Any) -> bool:
-    # An empty object is not off: PEFT makes a variant's config of it, with that variant's defaults.
+    # An empty object is not off: PEFT makes it a variant's config, with that variant's defaults.
     return value is None or value is False or value == []
 
 

@@ -1,4 +1,4 @@
-"""Brings config, tensors and base model together: each must account for the others, or the checkpoint is refused."""
+"""Checks config, tensors and base model against each other; a checkpoint in which they disagree is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from loraplex_adapter_store.checkpoint.confinement import Confinement
 
-MIN_FLOAT32: Final = 2.0**-126  # smaller ones lose bits, or are 0 on some devices
+MIN_FLOAT32: Final = 2.0**-126  # smaller values lose bits, or are 0 on some devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,8 @@ def read_checkpoint(
         confinement: Owner of the child process that matches patterns, if there are any.
 
     Raises:
-        AdapterCorruptUploadError: If a file is not sound, or a tensor holds NaN or infinity, or a trial product
-            leaves the range of engines' dtypes.
+        AdapterCorruptUploadError: If a file is damaged, a tensor holds NaN or infinity, or a trial product leaves the
+            range of engines' dtypes.
         AdapterIncompatibleError: If it cannot be served on this base; the message names setting or tensor.
     """
     config = parse_peft_config(config_data)

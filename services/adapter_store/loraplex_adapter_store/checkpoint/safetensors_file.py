@@ -55,7 +55,7 @@ class Tensor:
         return from_bfloat16(raw) if self.dtype == "BF16" else raw.astype(np.float32, copy=False)
 
     def largest(self) -> float:
-        """Return the largest magnitude; NaN or infinity if there is one, 0 if all values are."""
+        """Return the largest magnitude; NaN or infinity if there is one, 0 if all values are 0."""
         raw = np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype])
         if not raw.size:
             return 0.0
@@ -65,14 +65,14 @@ class Tensor:
 
 
 def read_tensors(data: bytes | bytearray | memoryview, *, file: str) -> dict[str, Tensor]:
-    """Read a whole file that lies in memory.
+    """Read a whole file from memory.
 
     Args:
         data: The file; not copied.
         file: Name of the file, for messages.
 
     Raises:
-        AdapterCorruptUploadError: If anything is not as the format says; the message names it.
+        AdapterCorruptUploadError: If the file departs from the format; the message says where.
         AdapterIncompatibleError: If a tensor has a dtype other than fp32, fp16 or bf16.
     """
     view = memoryview(data).toreadonly()

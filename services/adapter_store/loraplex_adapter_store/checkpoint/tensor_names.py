@@ -1,7 +1,7 @@
-"""The names of a checkpoint's tensors: PEFT's are read, the others are explained.
+"""The names of a checkpoint's tensors: PEFT's names are read, all others are explained and refused.
 
-PEFT ignores tensors whose names it does not know, and goes on as if the adapter were untrained there. So nothing is
-renamed here: the message says what the name would have to be, and where the other one comes from.
+PEFT ignores tensors with names that it does not know, and goes on as if the adapter were untrained there. So no tensor
+is renamed here: the message says what the name would have to be, and which program writes the other name.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _MAX_SHOWN: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """What a tensor is: one matrix of one projection.
+    """The meaning of a tensor's name: one matrix of one projection.
 
     Attributes:
         path: Of the projection inside its layer.

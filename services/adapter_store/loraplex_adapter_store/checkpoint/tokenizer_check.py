@@ -1,7 +1,7 @@
-"""Has the tokenizer files of a stranger compared in a child process, with its share of time and memory.
+"""Compares untrusted tokenizer files in a child process, with its share of time and memory.
 
-Reading such a file compiles its patterns (Oniguruma) and parses its templates (Jinja): either may take any time and memory.
-Files that are the base model's own, byte by byte, need no child; verdicts are remembered.
+Reading such a file compiles its patterns (Oniguruma) and parses its templates (Jinja), which may take any time and
+memory. Files that equal the base model's byte by byte need no child; verdicts are remembered.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ def check_strange_tokenizer(
     """Compare the tokenizer files of an adapter with its base model's; blocks.
 
     Args:
-        files: As `check_tokenizer_files`.
+        files: The same as for `check_tokenizer_files`.
         base_directory: The base model's files.
         confinement: Owner of the child process.
-        share: What it may take.
+        share: The child's resources.
 
     Raises:
-        AdapterIncompatibleError: As `check_tokenizer_files`; also if reading them takes too long or too much memory.
-        AdapterCorruptUploadError: As `check_tokenizer_files`.
-        ConfinementClosedError: If the import is gone.
+        AdapterIncompatibleError: In the cases of `check_tokenizer_files`; also if reading takes too long or too much
+            memory.
+        AdapterCorruptUploadError: In the cases of `check_tokenizer_files`.
+        ConfinementClosedError: If the import has ended.
     """
     if all(_is_same(base_directory / name, data) for name, data in files.items()):
         return

@@ -1,4 +1,4 @@
-"""Compares a stranger's tokenizer files with the base model's, in a process of its own: see `tokenizer_check`.
+"""Compares untrusted tokenizer files with the base model's, in a process of its own: see `tokenizer_check`.
 
 Standard input is a line of JSON, then the files' bytes one after another; standard output is the verdict as JSON.
 """
@@ -16,7 +16,7 @@ from loraplex_adapter_store.checkpoint.tokenizer_files import check_tokenizer_fi
 
 
 def verdict(stream: IO[bytes]) -> dict[str, str]:
-    """Read the question and return the error's class and message, nothing if the files are fine."""
+    """Read the question and return the error's class and message; empty if the files are accepted."""
     question = json.loads(stream.readline())
     files = {name: stream.read(num_bytes) for name, num_bytes in question["files"]}
     try:

@@ -1,8 +1,8 @@
-"""Tokenizer files beside an adapter: accepted if they do what the base model's do, else refused by name.
+"""Tokenizer files beside an adapter: accepted if they do what the base model's files do, else refused by name.
 
-loraplex tokenises with the base model's tokenizer and template. An adapter trained with added tokens or another template
-would be served wrongly, so it is not served. Trainers write copies of the base model's files as their own libraries spell
-them; those are fine. What only concerns padding, truncation, training or the writer's version makes no difference here.
+loraplex tokenises with the base model's tokenizer and template. It would serve an adapter trained with added tokens or
+another template wrongly, so it refuses it. Trainers write copies of the base model's files in their own libraries'
+spelling; those are accepted. Padding, truncation, training settings and the writer's version make no difference here.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _TEMPLATE_CONFIGS: Final = ("tokenizer_config.json", "chat_template.json")
 def check_tokenizer_files(files: Mapping[str, bytes], base_directory: Path) -> None:
     """Compare the tokenizer files of an adapter with its base model's.
 
-    Takes whatever time and memory the files ask for: for strangers' files see `tokenizer_check`.
+    It takes whatever time and memory the files require: for untrusted files see `tokenizer_check`.
 
     Args:
-        files: Name -> content of those `TOKENIZER_FILES` that the adapter brings.
+        files: Name -> content of the `TOKENIZER_FILES` that the adapter brings.
         base_directory: The base model's files.
 
     Raises:
-        AdapterIncompatibleError: If one differs in what matters; the message names the file and the difference.
-        AdapterCorruptUploadError: If one cannot be read.
+        AdapterIncompatibleError: If a file differs in what matters; the message names the file and the difference.
+        AdapterCorruptUploadError: If a file cannot be read.
     """
     base = base_tokenizer(base_directory)
     others = {name: data for name, data in files.items() if data != base.bytes_of(name)}
@@ -96,14 +96,14 @@ def _object(name: str, data: bytes) -> dict[str, Any]:
 
 
 def _compared(data: bytes, base: BaseTokenizer) -> tuple[str | None, tuple[list[int], list[int]]]:
-    """Return how a tokenizer.json differs, and what it puts around a text."""
+    """Return how a tokenizer.json differs, and which ids it puts around a text."""
     facts = read_tokenizer(data)
     difference = tokenizer_difference(facts, base.facts)
     return difference, (([], []) if difference else around(facts))
 
 
 def _vocab_difference(vocab: dict[str, Any], base: BaseTokenizer) -> str | None:
-    """Compare a vocab.json; added tokens may stand in it or not."""
+    """Compare a vocab.json; it may contain added tokens or not."""
     if found := _added_difference(vocab, base):
         return found
     missing = next((token for token in base.vocabulary if token not in vocab and token not in base.facts.added), None)
@@ -145,7 +145,7 @@ def _config_difference(fields: dict[str, Any], base: BaseTokenizer) -> str | Non
     read = base.template.variables if base.template is not None else frozenset()
     for name in SPECIAL_TOKENS:
         content, theirs = token_content(fields.get(name)), base.special(name)
-        # The others take no part in generation, unless the template writes them.
+        # The other tokens take no part in generation, unless the template writes them.
         matters = name == "eos_token" or name in read or (name == "bos_token" and theirs is not None)
         if matters and content is not None and content != theirs:
             return f"its {name} is {content!r}, the base model's is {theirs!r}"
@@ -173,7 +173,7 @@ def _template_difference(
 def _surroundings_difference(
     surroundings: tuple[list[int], list[int]] | None, config: Mapping[str, Any], base: BaseTokenizer
 ) -> Iterator[tuple[str, str]]:
-    """Compare what stands before and after every text, if the files say anything of it."""
+    """Compare the ids before and after every text, if the files say anything about them."""
     add_bos = config.get("add_bos_token")
     if surroundings is None and not isinstance(add_bos, bool):
         return
@@ -184,6 +184,6 @@ def _surroundings_difference(
     if before != base.prefix:
         yield name, f"it puts ids {before[:8]} before every text, the base model's tokenizer {base.prefix}"
     eos = base.special("eos_token")
-    # Trainers have EOS added to each text to learn its end by; nobody wants it at the end of a prompt.
+    # Trainers add EOS to each text, so that the model learns its end; a prompt must not end with it.
     if after and after not in (around(base.facts)[1], [base.vocabulary.get(eos or "")]):
         yield name, f"it puts ids {after[:8]} after every text, the base model's tokenizer {around(base.facts)[1]}"

@@ -1,10 +1,10 @@
-"""Compares tokenizer.json files by what they do: ids for text. How one is spelt makes no difference.
+"""Compares tokenizer.json files by the ids that they give for texts. How a file is spelt makes no difference.
 
-The `tokenizers` library reads a file into one form, whatever the writer's version left out or spelt otherwise. What still
-differs then is asked for ids of many texts (`tokenizer_probes`). Nothing of a stranger's file tokenises unless it is built
-of parts that the base model's has too, or of parts without parameters that could take long: patterns and replacements are
-the base model's own, or the file is refused. Reading it compiles its patterns all the same, so for strangers' files this
-runs in a child process (`tokenizer_check`).
+The `tokenizers` library reads a file into one form, whatever the writer's version left out or spelt otherwise. If files
+still differ then, both are asked for the ids of many texts (`tokenizer_probes`). An untrusted file tokenises only if it
+is built of parts that the base model's file has too, or of parts without parameters that could take long: its patterns
+and replacements equal the base model's, or the file is refused. Reading it compiles its patterns all the same, so for
+untrusted files this runs in a child process (`tokenizer_check`).
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
 
 FILE: Final = "tokenizer.json"
 BATCH: Final = 4096
-# Parts that map text to text or to pieces in one pass, without a pattern or a replacement of their own.
+# These parts map text to text or to pieces in one pass, without a pattern or a replacement of their own.
 _PLAIN_PARTS: Final = frozenset(
     {
         *("ByteLevel", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation"),
         *("Metaspace", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt"),
     }
 )
-_STAGES: Final = ("normalizer", "pre_tokenizer")  # see `around` for the post-processor; a decoder makes no ids
+_STAGES: Final = ("normalizer", "pre_tokenizer")  # `around` compares the post-processor; a decoder makes no ids
 _TOKEN_FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 class _UnreadableError(Exception):
-    """The library cannot make anything of a file."""
+    """The library cannot read a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFacts:
-    """A tokenizer.json as the library reads it, truncation and padding taken off.
+    """A tokenizer.json as the library reads it, without truncation and padding.
 
     Attributes:
         stages: Normaliser, pre-tokeniser and the model's flags; small.
-        added: Content -> (id, flags) of tokens that are found before anything else.
-        vocab_sha256: Of the model's vocabulary, in order of ids.
-        merges_sha256: Of its merges, in order.
+        added: Content -> (id, flags) of tokens that are matched before all others.
+        vocab_sha256: sha256 of the model's vocabulary, in order of ids.
+        merges_sha256: sha256 of the model's merges, in order.
     """
 
     tokenizer: Tokenizer
@@ -67,7 +67,7 @@ def read_tokenizer(data: bytes, *, file: str = FILE) -> TokenizerFacts:
     """Read a tokenizer.json.
 
     Raises:
-        AdapterCorruptUploadError: If it is no JSON object.
+        AdapterCorruptUploadError: If it is not a JSON object.
         AdapterIncompatibleError: If the library cannot read it.
     """
     tokenizer = _load(data, file)
@@ -91,9 +91,9 @@ def read_tokenizer(data: bytes, *, file: str = FILE) -> TokenizerFacts:
 
 
 def tokenizer_difference(theirs: TokenizerFacts, base: TokenizerFacts) -> str | None:
-    """Return how a tokenizer differs from the base model's in the ids it makes; None if it does not.
+    """Return how a tokenizer differs from the base model's in the ids that it makes; None if it does not.
 
-    What is put around a text is not looked at: see `around`.
+    The ids put around a text are not compared: see `around`.
     """
     if found := _vocabulary_difference(theirs, base):
         return found
@@ -130,7 +130,7 @@ def _load(data: bytes, file: str) -> Tokenizer:
         raise AdapterCorruptUploadError(f"{file}: no JSON: {str(error)[:200]}") from error
     if not isinstance(fields, dict):
         raise AdapterCorruptUploadError(f"{file}: no JSON object")
-    try:  # truncation and padding may be what it could not read, and make no difference
+    try:  # truncation and padding make no difference; try without
         return _built(json.dumps(fields | {"truncation": None, "padding": None}).encode())
     except _UnreadableError as error:
         raise AdapterIncompatibleError(f"{file}: the tokenizers library cannot read it: {str(error)[:200]}") from error
@@ -143,7 +143,7 @@ def _built(data: bytes) -> Tokenizer:
 
 @contextlib.contextmanager
 def _panics_caught() -> Iterator[None]:
-    """Turn whatever the library raises into `_UnreadableError`; its panics are no `Exception`."""
+    """Turn every exception of the library into `_UnreadableError`; its panics are not instances of `Exception`."""
     try:
         yield
     except BaseException as error:
@@ -166,7 +166,7 @@ def _vocabulary_difference(theirs: TokenizerFacts, base: TokenizerFacts) -> str 
 
 
 def _behaviour_difference(theirs: TokenizerFacts, base: TokenizerFacts) -> str | None:
-    """Ask both for ids of many texts."""
+    """Compare the ids of many texts."""
     texts: list[str] = []
     for text in probes(base.vocabulary(), base.added.keys() | theirs.added.keys()):
         texts.append(text)
@@ -191,7 +191,7 @@ def _first_difference(texts: list[str], theirs: TokenizerFacts, base: TokenizerF
 
 
 def _parts(stage: Any) -> Iterator[dict[str, Any]]:
-    """Yield the parts of a stage in order, sequences taken apart."""
+    """Yield the parts of a stage in order; sequences are flattened."""
     if not isinstance(stage, dict):
         return
     if stage.get("type") == "Sequence":
@@ -207,5 +207,5 @@ def _key(part: dict[str, Any]) -> str:
 
 
 def _sha256(value: Any) -> str:
-    # The library writes vocabularies in order of ids; dictionaries keep it.
+    # The library writes vocabularies in order of ids; dictionaries keep that order.
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Texts that tell tokenizers apart: every token in context, all short runs over kinds of characters, numbers, spaces, code."""
+"""Texts that separate tokenizers: every token in context, short runs of kinds of characters, numbers, spaces, code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-# One or two of each kind that normalisers and pre-tokenisers treat in their own way.
+# One or two characters of each kind that normalisers and pre-tokenisers treat in a way of its own.
 _KINDS: Final = (
     *("a", "B", "s", "t", "'", "\u2019", ".", ",", "-", "_", "/", "(", '"', "$", "^"),
     *("0", "7", "\u0663", "\u00bd", "\u00b2"),  # digits, another script's, a fraction, a superscript
@@ -25,7 +25,7 @@ _KINDS: Final = (
     ),  # composed, cased, compatibility
     *("\u4f60", "\u3042", "\uac00", "\u0627", "\u05d0", "\u0939\u093f", "\u0e01\u0e33"),  # other scripts
     *("\U0001f600", "\U0001f468\u200d\U0001f469", "\U0001f1e9\U0001f1ea", "\U0001d400"),  # beyond the first plane
-    *("\u2581", "\u0120", "\ufffd", "\ufeff", "\u00ad", "\x00", "\x7f"),  # what tokenizers use themselves, and controls
+    *("\u2581", "\u0120", "\ufffd", "\ufeff", "\u00ad", "\x00", "\x7f"),  # tokenizers' own characters, and controls
 )
 _PASSAGES: Final = (
     "It's we're I'LL they'd you'Ve 'tis 'Twas don't DON'T o'clock rock'n'roll",
@@ -40,11 +40,11 @@ _AROUND: Final = (("", ""), (" ", ""), ("", " "), ("a", "b"), ("  ", "  "), ("\n
 
 
 def probes(vocabulary: Mapping[str, int], added: Collection[str]) -> Iterator[str]:
-    """Yield texts; some 200,000 and the vocabulary.
+    """Yield texts; some 200,000, plus the vocabulary.
 
     Args:
         vocabulary: Token -> id; byte-level and SentencePiece spellings are turned into text.
-        added: Tokens that are found before anything else.
+        added: Tokens that are matched before all others.
     """
     yield from _PASSAGES
     for token in added:
@@ -65,7 +65,7 @@ def probes(vocabulary: Mapping[str, int], added: Collection[str]) -> Iterator[st
 
 
 def _text_of(token: str, bytes_of: Mapping[str, int]) -> str:
-    """Return the text that a token stands for, as far as one token can tell."""
+    """Return the text that a token stands for, as far as a single token determines it."""
     if all(character in bytes_of for character in token):
         return bytes(bytes_of[character] for character in token).decode(errors="replace")
     return token.replace("\u2581", " ")

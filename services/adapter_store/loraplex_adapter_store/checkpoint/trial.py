@@ -1,9 +1,10 @@
-"""A trial product of an adapter: what it makes of ordinary inputs must stay within what engines can go on with.
+"""A trial product of an adapter: results for ordinary inputs must stay in the range that engines compute with.
 
-Engines compute in fp32 or bf16, which both end at 3.4e38. An adapter whose every number is finite may still leave that range
-in each request: the next norm squares what a layer adds to the residual stream, scores are products of q and k, and the MLP
-multiplies gate by up. So each module is multiplied with a few inputs as a norm makes them (mean square 1), and the largest
-magnitudes are put together as a layer does. Reading each matrix once, it costs about what its checksum does.
+Engines compute in fp32 or bf16, which both end at 3.4e38. An adapter may leave that range in each request although all
+its numbers are finite: the next norm squares what a layer adds to the residual stream, scores are products of q and k,
+and the MLP multiplies gate by up. So each module is multiplied with a few inputs as a norm makes them (mean square 1),
+and the largest magnitudes are combined as a layer does. It reads each matrix once and costs about as much as the
+checksum.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 
 NUM_INPUTS: Final = 4
 BASE_GAIN: Final = 64.0
-"""What the base model's own projections and norms may make of an input of 1; ordinary ones stay far below."""
+"""Largest gain that the base model's own projections and norms may have; ordinary ones stay far below."""
 
 
 def check_trial(modules: Iterable[Module], base: BaseModelInfo) -> None:
     """Refuse an adapter that makes the forward pass leave the range of fp32 and bf16.
 
     Raises:
-        AdapterCorruptUploadError: If it does; the message names the module that contributes most.
+        AdapterCorruptUploadError: If it does so; the message names the module that contributes most.
     """
     layers: dict[int, dict[str, tuple[float, Module]]] = {}
     for module in modules:
@@ -54,7 +55,7 @@ def check_trial(modules: Iterable[Module], base: BaseModelInfo) -> None:
 
 
 def gain(module: Module) -> float:
-    """Return the largest magnitude that a module makes of inputs of mean square 1; infinity if it leaves fp32."""
+    """Return the largest magnitude of a module's output for inputs of mean square 1; infinity if it leaves fp32."""
     generator = np.random.default_rng(0)
     inputs = generator.standard_normal((module.lora_a.shape[1], NUM_INPUTS), dtype=np.float32)
     with np.errstate(over="ignore", invalid="ignore"):

@@ -1,1 +1,1 @@
-"""How adapters get in: from a directory, from the hub, by upload."""
+"""Takes adapters in: from a directory, from the hub, by upload."""

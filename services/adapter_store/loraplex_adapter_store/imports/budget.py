@@ -1,4 +1,4 @@
-"""Bounds what imports may hold at once: their bytes in memory and their number."""
+"""Limits on what imports may hold at once: bytes in memory, and their number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_ROOM: Final = "other imports hold all memory for imports"
 
 
 class Arrival:
-    """What one checkpoint holds on its way in: as much as has come of it."""
+    """The memory of one arriving checkpoint: as much as has arrived."""
 
     def __init__(self, budget: ImportBudget) -> None:
         self.num_bytes = 0
@@ -28,13 +28,13 @@ class Arrival:
         """Hold more, once there is room.
 
         Raises:
-            SaturatedError: If there is none within `WAIT_S`, too many wait for some, or arrivals wait for each other and this
-                is the last of them.
+            SaturatedError: If there is no room within `WAIT_S`, too many imports wait for some, or arrivals wait for
+                each other and this is the last of them.
         """
         await self._budget.grow(self, num_bytes)
 
     def taker(self) -> Callable[[int], None]:
-        """Return a `take` for threads, which blocks; for as long as this event loop runs."""
+        """Return a `take` for threads, which blocks; usable while this event loop runs."""
         loop = asyncio.get_running_loop()
 
         def take(num_bytes: int) -> None:
@@ -49,7 +49,7 @@ class ImportBudget:
     Args:
         max_bytes: Bytes of checkpoints in memory at once.
         max_running: Imports at work at once.
-        max_pending: Imports that may wait for their turn besides those.
+        max_pending: Imports that may wait for their turn in addition.
     """
 
     def __init__(self, *, max_bytes: int, max_running: int, max_pending: int) -> None:
@@ -67,16 +67,16 @@ class ImportBudget:
         return self._max_bytes - self._free_bytes
 
     def check_pending(self) -> None:
-        """Raise `SaturatedError` if one more import would wait too long a line."""
+        """Raise `SaturatedError` if too many imports wait already."""
         if self._pending >= self._max_pending:
             raise SaturatedError(f"{self._pending} imports are waiting already", retry_after_s=5.0)
 
     @asynccontextmanager
     async def fetching(self) -> AsyncIterator[None]:
-        """Count an import as waiting while its checkpoint comes; however slowly it does, it takes no place from others.
+        """Count an import as waiting while its checkpoint arrives; a slow arrival takes no place from other imports.
 
         Raises:
-            SaturatedError: If too many wait.
+            SaturatedError: If too many imports wait.
         """
         self.check_pending()
         self._pending += 1
@@ -105,10 +105,10 @@ class ImportBudget:
 
     @asynccontextmanager
     async def arrival(self, num_bytes: int = 0) -> AsyncIterator[Arrival]:
-        """Let a checkpoint in, which takes its room as its bytes arrive: what has only been announced holds nothing.
+        """Let a checkpoint in; it takes room as its bytes arrive, and none for bytes that are only announced.
 
         Args:
-            num_bytes: Announced, if known.
+            num_bytes: Announced size; None if unknown.
 
         Raises:
             SaturatedError: If it can never fit.
@@ -130,7 +130,7 @@ class ImportBudget:
         """See `Arrival.take`."""
         async with self._changed:
             if sum(other.wants_bytes > 0 for other in self._arrivals) >= self._max_pending:
-                raise SaturatedError(NO_ROOM, retry_after_s=5.0)  # each that waits holds a part that has no room yet
+                raise SaturatedError(NO_ROOM, retry_after_s=5.0)  # each waiting import holds a part without room
             arrival.wants_bytes = num_bytes
             try:
                 self._break_deadlock()
@@ -146,7 +146,7 @@ class ImportBudget:
             arrival.num_bytes += num_bytes
 
     def _break_deadlock(self) -> None:
-        """Give up the last arrival if all that hold room wait for more, so that none would ever end."""
+        """Give up the last arrival if all that hold room wait for more, as none of them would ever end."""
         holding = [arrival for arrival in self._arrivals if arrival.num_bytes and not arrival.is_given_up]
         if not holding:
             return
@@ -155,6 +155,6 @@ class ImportBudget:
             self._changed.notify_all()
 
     def check_integrity(self) -> None:
-        """Raise `RuntimeError` if something is still held although no import runs."""
+        """Raise `RuntimeError` if room or places are held although no import runs."""
         if self._free_bytes != self._max_bytes or self._pending:
             raise RuntimeError(f"imports hold {self._max_bytes - self._free_bytes} bytes, {self._pending} wait")

@@ -1,7 +1,7 @@
-"""Import from a directory below a configured root; what lies outside the roots does not exist.
+"""Imports from a directory below a configured root; for callers, nothing exists outside the roots.
 
-The path is resolved first and then opened component by component from the root, never following a link, so exchanging a
-component for a link in between gains nothing.
+The path is resolved first, and then opened component by component from the root without ever following a link. So
+replacing a component by a link in between gains an attacker nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FILE_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC 
 
 
 class ImportRoots:
-    """The directories that may be imported from.
+    """The directories that imports may read from.
 
     Args:
         roots: Existing directories; none means that directory imports are off.
@@ -40,11 +40,12 @@ class ImportRoots:
         """Return the root that a ``file:///dir`` URI lies below, and the components below it.
 
         Raises:
-            InvalidParameterError: If it is no such URI or lies outside all roots; nothing is said about what is there.
+            InvalidParameterError: If it is not such a URI or lies outside all roots; the message does not say what
+                exists there.
         """
         try:
             parts = urlsplit(uri)
-        except ValueError as error:  # e.g. a host that is no address
+        except ValueError as error:  # e.g. a host that is not an address
             raise InvalidParameterError(f"{uri[:200]!r} is no URI: {error}", field="uri") from error
         path = unquote(parts.path)
         if parts.scheme != "file" or parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
@@ -67,14 +68,14 @@ class ImportRoots:
         """Read the checkpoint in a directory; blocks.
 
         Args:
-            uri: Where.
+            uri: The directory.
             max_adapter_bytes: Most bytes of the weights.
-            take: Waits for memory for as many bytes more; asked before each file is read.
+            take: Waits for memory for that many more bytes; called before each file is read.
 
         Raises:
             InvalidParameterError: If the directory is outside the roots or cannot be opened.
-            AdapterCorruptUploadError: If a file is missing, too large or no regular file.
-            AdapterIncompatibleError: If the folder is something else than a PEFT adapter.
+            AdapterCorruptUploadError: If a file is missing, too large or not a regular file.
+            AdapterIncompatibleError: If the folder is not a PEFT adapter.
             SaturatedError: If there is no memory for it.
         """
         root, parts = self.locate(uri)
@@ -89,7 +90,7 @@ class ImportRoots:
         return from_contents(contents, "dir:" + ("/".join(parts) or root.name))
 
     def _read_file(self, root: Path, path: Path, max_adapter_bytes: int, take: Callable[[int], None]) -> bytes:
-        resolved = Path(os.path.realpath(path))  # hub caches link files to their blobs; inside the root that is fine
+        resolved = Path(os.path.realpath(path))  # hub caches link files to their blobs; inside the root that is allowed
         if not resolved.is_relative_to(root):
             raise InvalidParameterError(f"{path.name} is a link that leaves the import root", field="uri")
         try:
@@ -123,7 +124,7 @@ def _open_below(root: Path, parts: tuple[str, ...], flags: int) -> Iterator[int]
 
 
 def _listed(directory: int, prefix: str = "", depth: int = 0) -> list[str]:
-    """Return the files below an open directory as `check_present` reads them, never following a link to a directory."""
+    """Return the files below an open directory in `check_present`'s form, never following a link to a directory."""
     names: list[str] = []
     with os.scandir(directory) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -138,7 +139,7 @@ def _listed_inside(directory: int, name: str, prefix: str, depth: int) -> list[s
     try:
         descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
     except OSError:
-        return []  # gone meanwhile, or not ours to look into: no part of this adapter
+        return []  # gone meanwhile, or not readable: no part of this adapter
     try:
         return _listed(descriptor, f"{prefix}{name}/", depth)
     finally:

@@ -1,7 +1,7 @@
-"""Reads bodies over HTTP that may be anything: nothing a server says about its body is believed, and nothing is endless.
+"""Reads untrusted bodies over HTTP: what a server says about its body is not believed, and no read is endless.
 
-The hub's library downloads to files and trusts what it is told; here bytes are counted while they come, taken out of the
-imports' room as they do, and a body that stalls or has no end is left.
+The hub's library downloads to files and trusts what the server says. Here, bytes are counted as they arrive and taken
+out of the imports' room; a body that stalls or has no end is given up.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ READ_TIMEOUT_S: Final = 30.0
 MAX_REDIRECTS: Final = 5
 MAX_ERROR_BYTES: Final = 64 * 1024
 ATTEMPTS: Final = 3
-# Room is taken in steps, as each costs a turn of the event loop: small ones first, lest who trickles hold a large one.
+# Room is taken in steps, as each step costs a turn of the event loop. The first are small: a slow sender holds little.
 MIN_STEP_BYTES: Final = 64 * 1024
 MAX_STEP_BYTES: Final = 1024 * 1024
 _DROPPED: Final = (httpx2.ReadError, httpx2.RemoteProtocolError)
 
 
 class Download:
-    """One body.
+    """The download of one body.
 
     Args:
-        url: Where.
-        token: Credential, if any; not shown to the servers that this one redirects to.
-        limit: Most bytes; one more is refused.
-        take: Waits for memory for as many bytes more; blocks.
-        what: For errors.
+        url: Address of the body.
+        token: Credential, if any; not sent to the servers that this one redirects to.
+        limit: Most bytes; a longer body is refused.
+        take: Waits for memory for that many more bytes; blocks.
+        what: Name of the body, for errors.
     """
 
     def __init__(self, url: str, token: str | None, *, limit: int, take: Callable[[int], None], what: str) -> None:
@@ -51,15 +51,15 @@ class Download:
         self._data = bytearray()
 
     def read(self) -> bytearray:
-        """Return the whole body; blocks. A connection that breaks is made again, and the rest asked for.
+        """Return the whole body; blocks. A broken connection is made again, and the rest of the body requested.
 
         Raises:
             AdapterCorruptUploadError: If it is longer than allowed, or shorter than announced.
             DeadlineError: If it comes too slowly.
-            HfHubHTTPError: What the hub answers instead.
+            HfHubHTTPError: If the hub answers with an error.
             httpx2.HTTPError: If the server cannot be reached.
-            SaturatedError: If there is no memory for what comes.
-            StoreUnavailableError: If the answer makes no sense.
+            SaturatedError: If there is no memory for the bytes.
+            StoreUnavailableError: If the answer is not valid HTTP for this request.
         """
         pace = Pace(self._what)
         for attempt in range(ATTEMPTS):
@@ -103,7 +103,7 @@ class Download:
 
     @contextmanager
     def _opened(self) -> Iterator[httpx2.Response]:
-        """Send the request, follow redirects, and check the answer's head; a redirect's body is not looked at."""
+        """Send the request, follow redirects, and check the head of the answer; bodies of redirects are not read."""
         client = get_session()
         headers = {"accept-encoding": "identity", "user-agent": f"loraplex/{package_version()}"}
         if self._token:
@@ -127,13 +127,15 @@ class Download:
         if response.status_code >= 400:
             hf_raise_for_status(_in_brief(response))
         if response.headers.get("content-encoding", "identity") != "identity":
-            raise StoreUnavailableError(f"{self._what}: the answer is compressed, which nobody asked for")
+            raise StoreUnavailableError(
+                f"{self._what}: the answer is compressed, although the request did not ask for it"
+            )
         if self._data and response.status_code != httpx2.codes.PARTIAL_CONTENT:
-            self._data.clear()  # it begins anew; the room is ours already
+            self._data.clear()  # the body begins anew; its room is taken already
 
 
 def _in_brief(response: httpx2.Response) -> httpx2.Response:
-    """Return a failed answer with as much of its body as tells why."""
+    """Return a failed answer with as much of its body as explains the failure."""
     body = bytearray()
     for chunk in response.iter_raw():
         body += chunk

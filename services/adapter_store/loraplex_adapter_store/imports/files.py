@@ -1,4 +1,4 @@
-"""What a checkpoint is made of once it has arrived, and which files are read at all."""
+"""The parts of a checkpoint once it has arrived, and which files are read at all."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _TEXTS: Final = frozenset({"chat_template.jinja", "merges.txt"})  # may begin wi
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFiles:
-    """The content of the files that matter.
+    """The content of the files that are read.
 
     Attributes:
         tokenizer: Name -> content of tokenizer files, usually none.
-        source: Where they came from, for people, e.g. ``dir:demo/json``.
+        source: Where they came from, for people to read, e.g. ``dir:demo/json``.
     """
 
     config: bytes
@@ -39,7 +39,7 @@ def limit_of(name: str, max_adapter_bytes: int) -> int:
 
 
 def check_size(name: str, num_bytes: int, max_adapter_bytes: int) -> int:
-    """Return a file's size if it may be read.
+    """Return the size of a file that may be read.
 
     Raises:
         AdapterCorruptUploadError: If it is too large.
@@ -54,7 +54,7 @@ def from_contents(contents: Mapping[str, bytes | bytearray], source: str) -> Che
     """Sort file contents into a `CheckpointFiles`.
 
     Raises:
-        AdapterCorruptUploadError: If a file's first bytes are those of something else, e.g. a pointer of git-lfs.
+        AdapterCorruptUploadError: If a file's first bytes show another format, e.g. a pointer of git-lfs.
     """
     for name, data in contents.items():
         if name not in _TEXTS and (kind := explain_content(data)) is not None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_DOWNLOADS: Final = 8
-"""At once; others wait."""
+"""Concurrent downloads; further ones wait."""
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _FOLDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*", re.ASCII)
 
@@ -76,19 +76,19 @@ class Hub:
 
     def __init__(self, endpoint: str | None) -> None:
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        # Their own: downloads may take hours, and what checks checkpoints must not wait for them.
+        # Downloads have threads of their own: they may take hours, and checks of checkpoints must not wait for them.
         self._threads = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="download")
 
     async def fetch(
         self, source: HubSource, token: str | None, max_adapter_bytes: int, take: Callable[[int], None]
     ) -> CheckpointFiles:
-        """Call `read` in a thread, once there is one."""
+        """Call `read` in a thread, once one is free."""
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, self.read, source, token, max_adapter_bytes, take
         )
 
     async def close(self) -> None:
-        """Start no further downloads and wait for those that run, which end as soon as they ask for room."""
+        """Start no further downloads and wait for those that run; they end as soon as they ask for room."""
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     def read(
@@ -97,18 +97,18 @@ class Hub:
         """Download a checkpoint; blocks.
 
         Args:
-            source: What.
+            source: The folder to download.
             token: Credential, if any.
-            max_adapter_bytes: Most bytes of the weights; cut off there, whatever the hub announced.
-            take: Waits for memory for as many bytes more.
+            max_adapter_bytes: Most bytes of the weights; enforced, whatever size the hub announced.
+            take: Waits for memory for that many more bytes.
 
         Raises:
             AdapterNotFoundError: If repository or commit do not exist, or are not visible with the credential.
             AdapterForbiddenError: If the repository is gated.
             AdapterCorruptUploadError: If a file is missing or too large.
-            AdapterIncompatibleError: If the folder is something else than a PEFT adapter.
+            AdapterIncompatibleError: If the folder is not a PEFT adapter.
             DeadlineError: If the hub sends too slowly.
-            SaturatedError: If there is no memory for what comes.
+            SaturatedError: If there is no memory for the bytes.
             StoreUnavailableError: If the hub cannot be reached.
         """
         try:
@@ -148,16 +148,16 @@ class Hub:
         return from_contents(contents, str(source))
 
     def _listed(self, source: HubSource, token: str | None) -> dict[str, int | None]:
-        """Return the files of the source's folder and their sizes; None where the hub tells none."""
+        """Return the files of the source's folder with their sizes; None as size if the hub gives none."""
         url = f"{self._endpoint}/api/models/{source.repo}/revision/{quote(source.revision, safe='')}?blobs=true"
-        # It is dropped again before anything else is read, so it takes none of the imports' room.
+        # The list is dropped before anything else is read, so it takes none of the imports' room.
         data = Download(
             url, token, limit=MAX_LISTING_BYTES, take=_take_none, what=f"{source}: its list of files"
         ).read()
         try:
             listing = parse_json(bytes(data), what="the list of files", max_values=MAX_LISTING_VALUES)
             return _sizes(listing, f"{source.subfolder}/" if source.subfolder else "")
-        # A proxy's page or another server's JSON ends like this.
+        # The page of a proxy, or another server's JSON, fails here.
         except (AdapterCorruptUploadError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise StoreUnavailableError(f"{source}: the hub's answer is not a hub's", retry_after_s=10.0) from error
 

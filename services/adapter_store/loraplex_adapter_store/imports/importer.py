@@ -1,4 +1,4 @@
-"""The way of a checkpoint into the catalog: fetch, check, store, and only then become visible."""
+"""Brings a checkpoint into the catalog: fetch, check, store, and only then make it visible."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_ATTEMPTS = 5
 
 
 class Stage(Enum):
-    """Where an import stands."""
+    """State of an import."""
 
     PENDING = 1
     FETCHING = 2
@@ -42,7 +42,7 @@ class Stage(Enum):
 
 @dataclass(slots=True)
 class Progress:
-    """What is told of a running import; changed in place, `on_change` is called after each change."""
+    """Progress of a running import; changed in place, with a call of `on_change` after each change."""
 
     name: str
     stage: Stage = Stage.PENDING
@@ -60,12 +60,12 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportTarget:
-    """Under which name, and checked against what.
+    """The name that an import is stored under, and what it is checked against.
 
     Attributes:
-        label: Label to move besides ``latest``; may be empty.
-        base_model: Overrides the checkpoint's own word; may be empty.
-        content: Digest of all that is asked for but the request_id.
+        label: Label to move in addition to ``latest``; may be empty.
+        base_model: Base model to use instead of the checkpoint's own declaration; may be empty.
+        content: Digest of all that the request asks for, without its request_id.
         is_staged: Whether ``latest`` stays where it is.
     """
 
@@ -78,7 +78,7 @@ class ImportTarget:
 
     @property
     def asked(self) -> Answer:
-        """What is asked, for whoever looks whether it has been before."""
+        """What the request asks for; compared with what an earlier request of this id asked for."""
         return Answer("import", self.name, content=self.content)
 
 
@@ -93,11 +93,11 @@ class ImportOutcome:
 
 
 Fetch = Callable[[Callable[[int], None]], Awaitable[CheckpointFiles]]
-"""Reads a checkpoint in a thread; what it is given waits there for memory for as many bytes more."""
+"""Reads a checkpoint in a thread; its argument waits, in that thread, for memory for that many more bytes."""
 
 
 class Importer:
-    """Runs imports, bounded in number and memory; the same source at the same time is fetched and checked once.
+    """Runs imports, bounded in number and memory; concurrent imports of one source are fetched and checked once.
 
     Args:
         told: An import ends once it has waited for this.
@@ -130,21 +130,21 @@ class Importer:
         """Import from a directory or the hub.
 
         Args:
-            source: Identity of the source: concurrent imports of equal ones share the work.
-            fetch: Reads it.
-            target: Under which name.
-            progress: Told how it goes.
+            source: Identity of the source: concurrent imports with equal identities share the work.
+            fetch: Reads the source.
+            target: The name to store it under.
+            progress: Updated during the import.
 
         Raises:
-            LoraplexError: Whatever is wrong with source, checkpoint or Valkey; nothing has changed then.
+            LoraplexError: If anything is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
         return await self._measured(self._import_from(source, fetch, target, progress))
 
     async def import_files(self, files: CheckpointFiles, target: ImportTarget) -> ImportOutcome:
-        """Import what has been uploaded; the caller holds room for it.
+        """Import uploaded files; the caller holds room for them.
 
         Raises:
-            LoraplexError: As `import_from`.
+            LoraplexError: In the cases of `import_from`.
         """
         async with self._budget.place():
             return await self._measured(self._import_files(files, target, Progress(target.name)))
@@ -190,7 +190,7 @@ class Importer:
             try:
                 outcome = await self._store_reserved(form, source, target)
             except RevisionGoneError:
-                continue  # collected between our look and our commit: write it again
+                continue  # collected between check and commit: write it again
             except BaseException:
                 await self._abandon(form.revision)
                 raise
@@ -223,7 +223,7 @@ class Importer:
         return ImportOutcome(record, revision, exists, form.warnings)
 
     async def _abandon(self, digest: str) -> None:
-        """Leave nothing behind of a failed import; if Valkey is away, the reservation runs out by itself."""
+        """Delete what a failed import has left; if Valkey is away, the reservation expires by itself."""
         try:
             await asyncio.shield(self._catalog.abandon(digest))
         except LoraplexError as error:

@@ -1,4 +1,4 @@
-"""Where imports begin: a request names a source, or brings the files."""
+"""Starts imports: a request names a source, or brings the files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Intake:
         """Start an import from a ``file:`` URI or the hub; a repeated request_id returns the operation it started.
 
         Raises:
-            InvalidParameterError: If the source is malformed or outside the import roots, or no adapter may have the name.
+            InvalidParameterError: If the source is malformed or outside the import roots, or no adapter may have the
+                name.
             AlreadyExistsError: If the request_id belongs to another call.
             SaturatedError: If too many imports wait.
         """
@@ -77,10 +78,10 @@ class Intake:
     async def upload(
         self, files: tuple[AnnouncedFile, ...], parts: AsyncIterator[bytes], target: ImportTarget
     ) -> ImportOutcome:
-        """Take an upload in; nothing is visible before all of it has come and is checked.
+        """Take an upload in; nothing is visible before all of it has arrived and been checked.
 
         Raises:
-            LoraplexError: Whatever is wrong with it.
+            LoraplexError: If anything is wrong with it.
         """
         if (answer := await self._catalog.answer_to(target.request_id)) is not None:
             return await self._repeated(target.asked.repeated(answer))

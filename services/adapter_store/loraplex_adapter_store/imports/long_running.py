@@ -1,8 +1,9 @@
 """Imports as long-running operations (AIP-151).
 
-The replica that runs an import is the authority on it; a copy in Valkey lets every replica answer. The copy of a running
-one lasts `RUNNING_TTL_S` unless renewed, so an operation whose replica died is NOT_FOUND soon after: repeat the import.
-Finished ones are kept for a day. The record is the wire's own `Operation`: there is nothing to translate.
+The replica that runs an import is the authority on it; a copy in Valkey lets every replica answer. The copy of a
+running operation lasts `RUNNING_TTL_S` unless it is renewed. So an operation whose replica died is NOT_FOUND soon
+after, and the import must be repeated. Finished operations are kept for a day. The record is the wire's own
+`Operation`, so it needs no conversion.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Work = Callable[[Report], Awaitable[ImportOutcome]]
 
 
 class OperationNotFoundError(LoraplexError):
-    """No such operation."""
+    """There is no such operation."""
 
     code, reason, http_status = grpc.StatusCode.NOT_FOUND, "OPERATION_NOT_FOUND", 404
 
@@ -57,7 +58,7 @@ class _Running:
 
 
 class LongRunning:
-    """Runs operations and answers for them."""
+    """Runs operations and answers questions about them."""
 
     def __init__(self, client: keys.Client) -> None:
         self._client = client
@@ -70,7 +71,7 @@ class LongRunning:
         """Start an import under an id, or return the operation that already has it.
 
         Raises:
-            AlreadyExistsError: If that operation does something else than what is asked.
+            AlreadyExistsError: If that operation does something else than this request asks for.
             StoreUnavailableError: If Valkey cannot be reached; nothing has started then.
         """
         running = _Running(operations_pb2.Operation(name=PREFIX + operation_id))
@@ -93,10 +94,10 @@ class LongRunning:
         return _copy(running.operation)
 
     async def get(self, operation_id: str) -> operations_pb2.Operation:
-        """Return an operation as it stands.
+        """Return an operation in its present state.
 
         Raises:
-            OperationNotFoundError: If it never was, is too old, or died with its replica.
+            OperationNotFoundError: If it never existed, is too old, or died with its replica.
         """
         if (running := self._running.get(operation_id)) is not None:
             return _copy(running.operation)
@@ -109,7 +110,7 @@ class LongRunning:
         return operations_pb2.Operation.FromString(data)
 
     async def wait(self, operation_id: str, timeout_s: float | None) -> operations_pb2.Operation:
-        """Return an operation once it has finished, or as it stands when the time is over."""
+        """Return an operation once it has finished, or its present state when the time is over."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             operation = await self.get(operation_id)
@@ -127,7 +128,7 @@ class LongRunning:
                 continue
 
     async def cancel(self, operation_id: str) -> None:
-        """Ask an operation to stop; one that has finished stays as it is."""
+        """Ask an operation to stop; nothing happens if it has finished."""
         if (running := self._running.get(operation_id)) is not None:
             if running.task is not None:
                 running.task.cancel()
@@ -140,7 +141,7 @@ class LongRunning:
         """Forget a finished operation.
 
         Raises:
-            InvalidParameterError: If it still runs.
+            InvalidParameterError: If the operation still runs.
         """
         if not (await self.get(operation_id)).done:
             raise InvalidParameterError(f"operation {operation_id} still runs: cancel it first", field="name")
@@ -149,7 +150,7 @@ class LongRunning:
             await self._client.zrem(keys.OPERATIONS, operation_id)
 
     async def page(self, *, page_size: int, after: str) -> tuple[list[operations_pb2.Operation], str]:
-        """Return a page of operations by id, and the id to go on from; empty on the last page."""
+        """Return a page of operations by id, and the id at which to go on; empty on the last page."""
         with keys.translated():
             expired = time.time() - FINISHED_TTL_S - RUNNING_TTL_S
             await self._client.zremrangebyscore(keys.OPERATIONS, 0, expired)
@@ -160,7 +161,7 @@ class LongRunning:
         return operations, page[page_size - 1] if len(page) > page_size else ""
 
     async def close(self) -> None:
-        """Cancel what runs."""
+        """Cancel the operations that run."""
         self._is_closing = True
         await cancel_and_wait(*(running.task for running in self._running.values() if running.task is not None))
 
@@ -176,7 +177,7 @@ class LongRunning:
             running.operation.error.CopyFrom(to_status(error))
         except asyncio.CancelledError:
             if running.task is not None:
-                running.task.uncancel()  # heard; what follows is to be done in any case
+                running.task.uncancel()  # noted; the rest is to be done in any case
             running.operation.error.CopyFrom(to_status(CancelledRequestError("the import was cancelled")))
         except Exception as error:
             _log.error("import failed unexpectedly", operation=operation_id, exc_info=error)
@@ -188,7 +189,7 @@ class LongRunning:
     async def _finish(self, operation_id: str, running: _Running) -> None:
         running.finished.set()
         trouble = Trouble()
-        while True:  # until Valkey has it, this replica goes on answering from memory
+        while True:  # until Valkey has it, this replica answers from memory
             try:
                 await self._save(operation_id, running, FINISHED_TTL_S)
                 break
@@ -200,7 +201,7 @@ class LongRunning:
         del self._running[operation_id]
 
     async def _renew(self, operation_id: str, running: _Running) -> None:
-        """Keep the copy in Valkey fresh, and look there whether somebody wants the operation cancelled."""
+        """Keep the copy in Valkey fresh, and check there whether the operation is to be cancelled."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             try:
@@ -208,7 +209,7 @@ class LongRunning:
                 with keys.translated():
                     is_cancelled = await self._client.exists(keys.cancelled(operation_id))
             except LoraplexError:
-                continue  # the import itself will find out
+                continue  # the import itself will notice
             if is_cancelled and running.task is not None:
                 running.task.cancel()
 

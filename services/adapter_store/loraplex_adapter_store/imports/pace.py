@@ -1,4 +1,4 @@
-"""What comes too slowly holds its room against all others for nothing."""
+"""Ends arrivals that are too slow: they would hold room that other imports need."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MIN_WINDOW_BYTES: Final = 256 * 1024
 
 
 class Pace:
-    """Counts what comes.
+    """Measures the pace of an arrival.
 
     Args:
-        what: What comes, for the error.
+        what: Name of what arrives, for the error.
     """
 
     def __init__(self, what: str) -> None:
@@ -23,7 +23,7 @@ class Pace:
         self._spent_s = 0.0
 
     def came(self, num_bytes: int, waited_s: float) -> None:
-        """Note bytes and how long they were waited for.
+        """Add bytes, and the time that was spent waiting for them.
 
         Raises:
             DeadlineError: If less than `MIN_WINDOW_BYTES` have come in `WINDOW_S`.

@@ -1,4 +1,4 @@
-"""Work that several callers want at the same time is done once, and what it holds is kept until the last is done with it."""
+"""Does work once that several callers want at the same time, and keeps what it holds until the last is done with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class _Shared(Generic[T]):
-    """One piece of work, in a task of its own: none of its users' ends ends it for the others."""
+    """One piece of work, in a task of its own: a user's end does not end it for the other users."""
 
     def __init__(self, work: AbstractAsyncContextManager[T], name: str) -> None:
         self.num_users = 0
@@ -33,10 +33,10 @@ class _Shared(Generic[T]):
         except Exception as error:
             if self.result.done():
                 raise
-            self.result.set_exception(error)  # for whoever waits
+            self.result.set_exception(error)  # for the users that wait
 
     async def end(self) -> None:
-        """Let go of what the work holds, or give it up if it is not done."""
+        """Release what the work holds, or cancel the work if it is not done."""
         self._is_unused.set()
         if not self.result.done():
             self._task.cancel()
@@ -53,12 +53,12 @@ class SharedWork(Generic[T]):
     async def use(
         self, key: Hashable, start: Callable[[], AbstractAsyncContextManager[T]], *, name: str
     ) -> AsyncIterator[T]:
-        """Give out the result of work that is under way under a key, else of work that is started now.
+        """Give out the result of the work under a key; it is started if it is not under way.
 
         Args:
-            key: Equal keys share.
-            start: Returns the work: entering it gives the result, and leaving it lets go of what that holds.
-            name: Of its task.
+            key: Callers with equal keys share the work.
+            start: Returns the work: entering it gives the result, leaving it releases what the work holds.
+            name: Name of its task.
         """
         shared = self._shared.get(key)
         if shared is None:

@@ -1,4 +1,4 @@
-"""Receives an upload: nothing becomes visible before every announced byte has come and its sha256 is right."""
+"""Receives an upload: nothing becomes visible before every announced byte has arrived and its sha256 is right."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class AnnouncedFile:
 
 
 def check_announced(files: tuple[AnnouncedFile, ...], max_adapter_bytes: int) -> int:
-    """Return the bytes of all announced files together.
+    """Return the sum of the announced files' bytes.
 
     Raises:
         AdapterIncompatibleError: If a file is a pickle.
@@ -82,13 +82,13 @@ async def receive(
     Args:
         files: What the header announces.
         parts: The stream.
-        take: Waits for memory for as many bytes more.
+        take: Waits for memory for that many more bytes.
 
     Raises:
-        AdapterCorruptUploadError: If the stream ends early, goes on for too long, or a sha256 is wrong.
+        AdapterCorruptUploadError: If the stream ends early or is too long, or a sha256 is wrong.
         InvalidParameterError: If a part is too large.
-        DeadlineError: If the client sends nothing for `IDLE_S`, or less than `Pace` asks for.
-        SaturatedError: If there is no memory for what comes.
+        DeadlineError: If the client sends nothing for `IDLE_S`, or less than `Pace` requires.
+        SaturatedError: If there is no memory for the bytes.
     """
     parts = _in_time(parts)
     contents: dict[str, bytearray] = {}
@@ -112,7 +112,7 @@ async def receive(
 
 
 async def _in_time(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the parts as long as enough of them come; the time that they wait here for their reader does not count."""
+    """Yield the parts while enough of them come; the time that they wait here for their reader does not count."""
     pace = Pace("the upload")
     while True:
         began_s = time.monotonic()
@@ -127,8 +127,8 @@ async def _in_time(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 async def linger(parts: AsyncIterator[bytes]) -> None:
     """Read on for a moment before an upload is refused.
 
-    A client in the middle of a write would see its stream break instead of the reason: some gRPC clients report the first of
-    the two that they notice. What else is wrong with what still comes does not matter any more.
+    Without this, a client in the middle of a write would see its stream break instead of the reason: some gRPC clients
+    report whichever of the two they notice first. Whatever else is wrong with these last parts no longer matters.
     """
     num_bytes = 0
     with contextlib.suppress(TimeoutError, LoraplexError):

@@ -1,1 +1,1 @@
-"""What the store keeps in Valkey: canonical blobs, the catalog of names, garbage, and who holds what."""
+"""The store's data in Valkey: canonical blobs, the catalog of names, garbage, and which engine holds which image."""

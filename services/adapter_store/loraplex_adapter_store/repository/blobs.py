@@ -25,10 +25,10 @@ _UNLINK_BATCH: Final = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What is needed to read a blob.
+    """The facts needed to read a blob.
 
     Attributes:
-        checksums: crc32c per chunk.
+        checksums: One crc32c per chunk.
         spec: The adapter's modules, so that an image's size is known before its bytes are read.
     """
 
@@ -63,10 +63,10 @@ class Blobs:
         self._client = client
 
     async def put(self, form: CanonicalForm) -> None:
-        """Write a blob; writing the same one again is harmless.
+        """Write a blob; writing the same blob again is harmless.
 
         Raises:
-            StoreUnavailableError: If Valkey cannot be reached. What was written is collected later.
+            StoreUnavailableError: If Valkey cannot be reached. The part written so far is collected later.
         """
         checksums: list[int] = []
         with keys.translated():
@@ -89,7 +89,7 @@ class Blobs:
         return Manifest.from_fields(fields) if fields else None
 
     async def is_complete(self, digest: str) -> bool:
-        """Return whether manifest and all chunks are there."""
+        """Return whether the manifest and all chunks exist."""
         manifest = await self.manifest(digest)
         if manifest is None:
             return False
@@ -101,8 +101,8 @@ class Blobs:
         """Yield the blob's bytes from ``start`` on, one chunk after another, each checked.
 
         Raises:
-            AdapterCorruptError: If a chunk is missing or damaged. The rest of the blob is deleted then: half an adapter is
-                no adapter, and the next import writes it anew.
+            AdapterCorruptError: If a chunk is missing or damaged. The rest of the blob is then deleted, as it is of no
+                use; the next import writes the blob anew.
         """
         for number in range(start // manifest.chunk_bytes, len(manifest.checksums)):
             with keys.translated():
@@ -116,14 +116,14 @@ class Blobs:
             yield chunk[max(0, start - number * manifest.chunk_bytes) :]
 
     async def delete(self, digest: str) -> None:
-        """Delete a blob, whole or partly written: manifest first, so that nobody reads the rest."""
+        """Delete a blob, whole or partly written: the manifest first, so that no reader starts on the rest."""
         began = time.monotonic()
         manifest = await self.manifest(digest)
         with keys.translated():
             await self._client.unlink(keys.manifest(digest))
             known = len(manifest.checksums) if manifest else 0
             first, removed = 0, 1
-            while first < known or removed:  # an abandoned write has no manifest: go on until nothing is found
+            while first < known or removed:  # an abandoned write has no manifest: go on until no chunk is found
                 batch = [keys.chunk(digest, number) for number in range(first, first + _UNLINK_BATCH)]
                 removed = await self._client.unlink(*batch)
                 first += _UNLINK_BATCH

@@ -1,7 +1,7 @@
 """Names, labels and revisions in Valkey: read freely, changed by compare-and-swap of one name's record.
 
-Every change is one script: record, references, sequence, change stream and the answer to the request_id move together or
-not at all. It is acknowledged after Valkey has written it to disk (WAITAOF).
+Every change is one script: record, references, sequence, change stream and the answer to the request_id change together
+or not at all. A change is acknowledged after Valkey has written it to disk (WAITAOF).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ RESERVATION_S: Final = 600.0
 MAX_COUNTED_AT_ONCE: Final = 500
 
 Change = Callable[[AdapterRecord], AdapterRecord]
-"""From a record (version 0 if the name is new) to the record after the change; raises what refuses it."""
+"""Maps a record (version 0 if the name is new) to the record after the change; raises if it refuses the change."""
 
 Told = Callable[[AdapterRecord], Awaitable[None]]
-"""Waits until gateways are told of a record as it is after a change."""
+"""Waits until gateways have been told of a record's state after a change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Position:
     """A state of the catalog.
 
     Attributes:
-        history_id: The run of the server and its line of replication: sequences of two histories cannot be compared,
-            because a server that starts may have an earlier state (a backup, an append-only file cut short), and so may a
+        history_id: The server's run and its line of replication. Sequences of two histories cannot be compared, because
+            a server that starts may have an earlier state (a backup, an append-only file cut short), and so may a
             replica that takes over.
         sequence: Number of changes so far.
     """
@@ -51,16 +51,17 @@ class Position:
 
 
 class RevisionGoneError(Exception):
-    """A revision that was there has been collected meanwhile; write it again. Args: the digest."""
+    """A revision that existed has been collected meanwhile; write it again. Args: the digest."""
 
 
 class Catalog:
     """The store's metadata.
 
     Args:
-        gc_grace_s: How long a revision that nothing refers to is kept, for requests that were resolved just before.
-        check_name: Refuses names that no adapter may have here, whichever way it comes; one that has it can be deleted.
-        limit_of: How many bytes of adapters a tenant may have.
+        gc_grace_s: How long a revision without references is kept, for requests that were resolved just before.
+        check_name: Refuses names that no adapter may have here, by any kind of change; an adapter with one can be
+            deleted.
+        limit_of: Gives the bytes of adapters that a tenant may have.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Catalog:
         return AdapterRecord.from_json(data) if data else None
 
     async def get_many(self, names: Sequence[str]) -> list[AdapterRecord]:
-        """Return the records of those names that exist, in order."""
+        """Return the records of the names that exist, in order."""
         if not names:
             return []
         with keys.translated():
@@ -102,7 +103,7 @@ class Catalog:
         return [name.decode() for name in found]
 
     async def get_revisions(self, digests: Sequence[str]) -> list[Revision]:
-        """Return those revisions that exist, in order."""
+        """Return the revisions that exist, in order."""
         if not digests:
             return []
         with keys.translated():
@@ -114,7 +115,7 @@ class Catalog:
         return AdapterView(record, tuple(await self.get_revisions(record.revisions)))
 
     async def position(self) -> Position:
-        """Return where the catalog stands."""
+        """Return the catalog's present position."""
         with keys.translated():
             async with self._client.pipeline(transaction=False) as pipeline:
                 pipeline.get(keys.SEQUENCE)
@@ -124,7 +125,7 @@ class Catalog:
         return Position(f"{server['run_id']}-{replication['master_replid']}", int(sequence or 0))
 
     async def answer_to(self, request_id: str) -> bytes | None:
-        """Return what the mutation with this request_id answered, if it has been made."""
+        """Return the answer of the mutation with this request_id; None if there was none."""
         if not request_id:
             return None
         with keys.translated():
@@ -139,7 +140,7 @@ class Catalog:
             for _ in range(200):
                 if await self._client.eval(scripts.RESERVE, len(names), *names, digest, str(due)):
                     return
-                await asyncio.sleep(0.05)  # its old blob is being deleted right now
+                await asyncio.sleep(0.05)  # the old blob is being deleted right now
         raise StoreUnavailableError(f"revision {digest} is still being deleted", retry_after_s=5.0)
 
     async def abandon(self, digest: str) -> None:
@@ -155,14 +156,14 @@ class Catalog:
         Args:
             name: The adapter.
             apply: The change; called anew after each lost race.
-            answer: What is asked, and what to remember of it under ``request_id``.
+            answer: What the call asks for, and what to remember of it under ``request_id``.
             revision: A revision whose blob has just been written; all others must exist already.
-            request_id: Makes a repeated call harmless; may be empty.
+            request_id: Makes repeating the call harmless; may be empty.
 
         Raises:
             InvalidParameterError: If no adapter may have the name.
             RevisionGoneError: If a revision that the new record refers to does not exist.
-            ConflictError: If others are always faster.
+            ConflictError: If other changes always come first.
             AlreadyExistsError: If another call has taken the request_id meanwhile.
             TenantQuotaError: If a tenant may not have so many bytes of adapters; nothing has changed then.
             StoreUnavailableError: If Valkey cannot be reached, or does not confirm that it wrote the change to disk.
@@ -187,10 +188,10 @@ class Catalog:
         raise ConflictError(f"adapter {name} is being changed by many at once: try again", retry_after_s=1.0)
 
     async def check_room(self, name: str, apply: Change, revision: Revision) -> None:
-        """Refuse before its blob is written what `change` would refuse for its bytes, as far as can be said already.
+        """Refuse an import that `change` would refuse for its bytes, as far as is known before its blob is written.
 
         Raises:
-            TenantQuotaError: If so.
+            TenantQuotaError: If a tenant may not have so many bytes.
         """
         old = await self.get(name) or AdapterRecord(name=name)
         shares = await self._shares(old, apply(old), revision)
@@ -214,7 +215,7 @@ class Catalog:
         return shares
 
     async def _count_what_is_not_counted(self) -> None:
-        """Count what was written before bytes were counted with every change; once in the life of a catalog."""
+        """Count adapters that were written before bytes were counted with every change; once in a catalog's life."""
         with keys.translated():
             if await self._client.exists(keys.COUNTED):
                 return
@@ -229,7 +230,7 @@ class Catalog:
         _log.info("the bytes of tenants' adapters were counted")
 
     async def _count(self, record: AdapterRecord) -> None:
-        """Count one adapter; one that has changed meanwhile was counted by who changed it."""
+        """Count one adapter, unless it has changed meanwhile: that change counted it."""
         revisions = await self.get_revisions(record.revisions)
         shares = TenantShares.of(AdapterRecord(name=record.name), record, revisions, unlimited)
         names = [keys.adapter(record.name), *shares.keys]
@@ -247,7 +248,7 @@ class Catalog:
     ) -> tuple[bytes, bytes]:
         added = [digest for digest in new.revisions if digest not in old.revisions]
         if revision is not None and revision.revision not in added:
-            added.append(revision.revision)  # heals a record that was lost
+            added.append(revision.revision)  # restores a record that was lost
         removed = [digest for digest in old.revisions if digest not in new.revisions]
         names = [
             keys.adapter(new.name),
@@ -280,7 +281,7 @@ class Catalog:
         except ValkeyRefusedError as error:
             if not error.answer.startswith(("WAITAOF", "unknown command", "ERR")):
                 raise
-            # No append-only file, or a server older than WAITAOF: the operator's choice, but one to know about.
+            # There is no append-only file, or the server is older than WAITAOF: the operator's choice, which is logged.
             _log.warning(
                 "changes are acknowledged before they are on disk: turn Valkey's appendonly on", error=error.answer
             )

@@ -1,4 +1,4 @@
-"""Which engine holds and leases which revision, told by each store replica about the engines attached to it."""
+"""Which engine holds and leases which revision; each store replica reports the engines attached to it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ HINTS_TTL_S: Final = 600
 
 
 class EngineHoldings:
-    """Shares residency between replicas, and hints with the replica an engine is attached to."""
+    """Shares residency between replicas, and passes hints to the replica that an engine is attached to."""
 
     def __init__(self, client: keys.Client) -> None:
         self._client = client
         self._registry = RegistryReader(client)
 
     async def publish(self, engine_id: str, leases: Mapping[str, int]) -> None:
-        """Tell what an engine holds: digest -> leases. Lasts `TTL_S` unless repeated."""
+        """Publish what an engine holds: digest -> leases. The record lasts `TTL_S` unless repeated."""
         key = keys.held(engine_id)
         with keys.translated():
             entries = [word for digest, count in leases.items() for word in (digest, count)]
@@ -36,7 +36,7 @@ class EngineHoldings:
             await self._client.eval(scripts.ATTACH, 1, ATTACHED, engine_id)
 
     async def withdraw(self, engine_id: str) -> None:
-        """Say that an engine has gone."""
+        """Publish that an engine has gone."""
         with keys.translated():
             await self._client.delete(keys.held(engine_id))
             await self._client.srem(ATTACHED, engine_id)
@@ -54,7 +54,7 @@ class EngineHoldings:
         return total
 
     async def registered(self) -> list[EngineRecord]:
-        """Return the engines in the shared registry whose lease is good."""
+        """Return the engines in the shared registry whose lease is valid."""
         with keys.translated():
             return list((await self._registry.read()).values())
 
@@ -68,5 +68,5 @@ class EngineHoldings:
         with keys.translated():
             async with self._client.pipeline(transaction=False) as pipeline:
                 pipeline.xadd(hints_key(engine_id), fields, maxlen=HINTS_KEPT, approximate=True)
-                pipeline.expire(hints_key(engine_id), HINTS_TTL_S)  # else hints for engines that died stay for ever
+                pipeline.expire(hints_key(engine_id), HINTS_TTL_S)  # otherwise hints for dead engines stay for ever
                 await pipeline.execute()

@@ -28,7 +28,7 @@ class GarbageCollector:
     """Runs in every replica; a lock per revision keeps them apart.
 
     Args:
-        on_garbage: Told each digest that nothing refers to any more, to forget what is cached of it and to tell engines.
+        on_garbage: Called with each digest without references, so that caches forget it and engines are told.
     """
 
     def __init__(
@@ -48,18 +48,19 @@ class GarbageCollector:
         self._settle_s = 0.0
 
     async def run(self) -> None:
-        """Collect for ever; failures of Valkey, and of one revision, are waited out."""
+        """Collect for ever; a failure of Valkey, or of one revision, is logged and the next turn tries again."""
         await keep_doing(self._turn, name="garbage collection")
 
     async def _turn(self) -> None:
         await asyncio.sleep(self._settle_s or self._interval_s)
-        # What engines hold may have run out while nobody could say so: whoever fails waits until all could again.
+        # An engine's holdings may have expired while no replica could renew them: after a failure, wait until all
+        # could.
         self._settle_s = SETTLE_S
         await self.collect()
         self._settle_s = 0.0
 
     async def collect(self) -> int:
-        """Delete what is due; return how many revisions."""
+        """Delete the revisions that are due; return how many."""
         now = round(time.time() * 1000)
         with keys.translated():
             due = await self._client.zrangebyscore(keys.GARBAGE, 0, now, start=0, num=BATCH)
@@ -68,7 +69,7 @@ class GarbageCollector:
         held = await self._holdings.leases()
         collected = 0
         for digest in (raw.decode() for raw in due):
-            if digest in held:  # look again in a while; the engine may still need to fetch it
+            if digest in held:  # try again later; the engine may still need to fetch it
                 with keys.translated():
                     due_ms = now + round(self._interval_s * 1000)
                     await self._client.eval(scripts.POSTPONE, 1, keys.GARBAGE, digest, due_ms)

@@ -1,7 +1,7 @@
 """Names of the store's own keys in Valkey.
 
-Catalog keys share one hash tag, so that the scripts over several of them also run on a cluster. Chunks are spread by
-their digest (``a:{sha}:...``).
+Catalog keys share one hash tag, so that scripts over several of them also run on a cluster. Chunks are spread by their
+digest (``a:{sha}:...``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEQUENCE: Final = _PREFIX + "sequence"
 CHANGES: Final = _PREFIX + "changes"
 """Capped stream: entry ``{sequence}-0`` has the field ``name`` of the changed adapter."""
 GARBAGE: Final = _PREFIX + "garbage"
-"""Sorted set of revisions that may have no reference, scored by the time (unix ms) they may be collected."""
+"""Sorted set of revisions that may have no reference, scored by the time (unix ms) from which they may be collected."""
 COUNTED: Final = _PREFIX + "counted"
 """String that exists once the bytes of all tenants have been counted, see `tenant_bytes`."""
 OPERATIONS: Final = "loraplex:store:{operations}:index"
@@ -62,7 +62,7 @@ def collecting(digest: str) -> str:
 
 
 def request(request_id: str) -> str:
-    """String: what a mutation with this request_id answered."""
+    """String: the answer to a mutation with this request_id."""
     return f"{_PREFIX}request:{request_id}"
 
 
@@ -92,7 +92,7 @@ def operation_use(operation_id: str) -> str:
 
 
 def cancelled(operation_id: str) -> str:
-    """String that asks whichever replica runs an operation to cancel it."""
+    """String that asks the replica which runs an operation to cancel it."""
     return f"loraplex:store:{{operations}}:{operation_id}:cancel"
 
 
@@ -100,13 +100,14 @@ def cancelled(operation_id: str) -> str:
 def translated() -> Iterator[None]:
     """Turn Valkey's failures inside the block into errors of the contract, see `valkey_errors`.
 
-    Also delivers cancellation: Python 3.11's `asyncio.wait_for`, which redis-py sends through, swallows one that comes in
-    the same moment as its result (fixed in 3.12), and a loop over Valkey would then never end.
+    It also delivers cancellation: Python 3.11's `asyncio.wait_for`, which redis-py sends through, swallows a
+    cancellation that comes in the same moment as its result (fixed in 3.12), and a loop over Valkey would then never
+    end.
 
     Raises:
-        StoreUnavailableError: If Valkey cannot be reached or refuses, or is silent until the call that runs here must be
-            answered; RetryInfo says one second.
-        SaturatedError: If it is full.
+        StoreUnavailableError: If Valkey cannot be reached or refuses, or does not answer before the call that runs here
+            must be answered; RetryInfo says one second.
+        SaturatedError: If Valkey is full.
     """
     try:
         with valkey_errors.translated(), given_up_in_time(_silent):

@@ -1,4 +1,4 @@
-"""Lua scripts over the catalog: each is one atomic step, and declares every key it touches."""
+"""Lua scripts over the catalog: each is one atomic step, and declares every key that it touches."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ return 1
 """
 
 REMOVE: Final = ALLOWED_WHEN_FULL + COMMIT
-"""`COMMIT` for changes that give something up: room is made when there is none left."""
+"""`COMMIT` for changes that free memory: they run even if no memory is left."""
 
 POSTPONE: Final = (
     ALLOWED_WHEN_FULL

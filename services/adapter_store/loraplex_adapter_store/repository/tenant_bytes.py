@@ -1,8 +1,9 @@
-"""How many bytes of adapters each tenant has: kept beside the catalog, changed in the same step as its records.
+"""Each tenant's bytes of adapters: kept beside the catalog, changed in the same step as its records.
 
-An adapter counts in full for each tenant in its `allowed_tenants`, and for nobody if everybody may use it: with the
-canonical bytes of all revisions that its name keeps. So a tenant's sum can be read off a list of adapters, and changes
-with an import, a new list of tenants, a label that brings a revision back, and a deletion; not with what others do.
+An adapter counts in full for each tenant in its `allowed_tenants`, and for no tenant if that list is empty. Its size is
+the canonical bytes of all revisions that its name keeps. So a tenant's sum follows from a list of adapters. It changes
+with an import, a new list of tenants, a label that brings a revision back, and a deletion; other tenants' actions do
+not change it.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.records import AdapterRecord, Revision
 
 TOTAL: Final = ""
-"""Field of a tenant's hash with the sum of all others; no adapter has an empty name."""
+"""Field of a tenant's hash with the sum of all other fields; no adapter has an empty name."""
 LIMIT: Final = "max_adapter_bytes"
 
 LimitOf = Callable[[str], "int | None"]
-"""Returns how many bytes of adapters a tenant may have; None for as many as it likes."""
+"""Returns the bytes of adapters that a tenant may have; None for no limit."""
 
 
 def unlimited(tenant: str) -> int | None:
-    """Limit nobody."""
+    """Return no limit for any tenant."""
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class TenantShares:
-    """What a change of one record means for tenants.
+    """The effect of one record's change on tenants.
 
     Attributes:
-        tenants: All that it concerns, the order of `keys` and `words`.
-        num_bytes: Of the adapter after the change, for each of them: 0 for those that lose it.
-        limits: Of each of them; None for none.
+        tenants: All tenants concerned; `keys` and `words` have the same order.
+        num_bytes: Bytes of the adapter after the change, for each of them: 0 for a tenant that loses it.
+        limits: Limit of each of them; None for no limit.
     """
 
     tenants: tuple[str, ...]
@@ -53,12 +54,12 @@ class TenantShares:
     def of(
         cls, old: AdapterRecord, new: AdapterRecord, revisions: Collection[Revision], limit_of: LimitOf
     ) -> TenantShares:
-        """Return what changes with a record.
+        """Return the effect of a change on tenants.
 
         Args:
-            old: Before.
-            new: After.
-            revisions: Those that `new` keeps.
+            old: Record before the change.
+            new: Record after the change.
+            revisions: Revisions that `new` keeps.
             limit_of: The quotas.
         """
         tenants = tuple(dict.fromkeys((*new.allowed_tenants, *old.allowed_tenants)))
@@ -82,13 +83,13 @@ class TenantShares:
         return [word for size, limit in pairs for word in (size, -1 if limit is None else limit)]
 
     def refusal(self, name: str, number: int, others: int, before: int) -> TenantQuotaError:
-        """Return the refusal of a change.
+        """Return the error that refuses a change.
 
         Args:
             name: The adapter.
-            number: Place of the tenant that has no room, from 0.
-            others: Bytes of its other adapters.
-            before: Bytes of this one before the change.
+            number: Index, from 0, of the tenant without room.
+            others: Bytes of the tenant's other adapters.
+            before: Bytes of this adapter before the change.
         """
         tenant, size, limit = self.tenants[number], self.num_bytes[number], self.limits[number] or 0
         text = (

@@ -1,1 +1,1 @@
-"""Adapters on one engine: where each stands, what it is worth, which leaves first, and the host memory of their images."""
+"""Adapters on one engine: each one's state and worth, which is evicted first, and the host memory of their images."""

@@ -1,4 +1,4 @@
-"""What is known of one adapter on an engine, and how it may move between store, arena and device."""
+"""What an engine knows of one adapter, and the moves allowed between store, arena and device."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TRANSITIONS: Final = {
 NEVER: Final = -1
 """A step id before all steps."""
 PATIENCE_S: Final = 10.0
-"""How long images that are needed earlier may pass one that has no deadline or a later one."""
+"""Longest time that images needed earlier may overtake an image with a later deadline or none."""
 
 
 class Room(enum.Enum):
-    """Whether pages can be had."""
+    """When pages can be had."""
 
     NOW = "now"
-    SOON = "soon"  # when steps in flight are done
+    SOON = "soon"  # once steps in flight are done
     NO = "no"
 
 
@@ -42,10 +42,10 @@ class AdapterStatus:
     """One adapter as operators and the store see it.
 
     Attributes:
-        num_pages: Pages, and arena slots, its image takes; 0 while unknown.
+        num_pages: Pages, and arena slots, that the image takes; 0 while unknown.
         is_in_arena: Whether the arena holds the image, whatever the state.
         generation: Rises each time the digest is loaded anew; 0 before the first load.
-        sequence: Of the engine's latest residency event when this was read.
+        sequence: Number of the engine's latest residency event when this was read.
     """
 
     digest: str
@@ -62,10 +62,11 @@ class AdapterStatus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterLoad:
-    """An order to the runner; as `ModelRunner.load_adapter`, with the image's place in the arena.
+    """An order to the runner: the arguments of `ModelRunner.load_adapter`, with the image's place in the arena.
 
     Attributes:
-        deadline_s: When the first of those it serves should have its first token; infinity if nobody is in a hurry.
+        deadline_s: When the first request that waits for it should have its first token; infinity if none has a
+            deadline.
     """
 
     digest: str
@@ -81,14 +82,14 @@ class Adapter:
     """Everything the cache knows of one digest.
 
     Attributes:
-        pages: Held while LOADING, RESIDENT or DRAINING, like ``index``.
+        pages: Pages held while LOADING, RESIDENT or DRAINING; the same holds for ``index``.
         last_step: Last step launched with it when its last lease was returned.
-        num_claims: Waiting requests whose turn it was and that it was loaded for.
-        is_discarded: The arena's copy goes too when it leaves the device.
-        wanted_by_s: The earliest moment by which the store was told that it is needed.
-        may_warm: It may be loaded before anybody asks; not after an operator took it off the device.
-        is_warmed: It was loaded before anybody asked, and nobody has since.
-        worth: What a page of it is worth to keep, in octaves; see `scheduler.eviction`.
+        num_claims: Waiting requests that claim it: it was loaded or kept for them when they were next.
+        is_discarded: The copy in the arena is freed too when the adapter leaves the device.
+        wanted_by_s: The earliest moment by which the adapter is needed, as the store was told.
+        may_warm: It may be loaded before a request asks for it; False after an operator took it off the device.
+        is_warmed: It was loaded before a request asked for it, and none has asked since.
+        worth: What keeping one of its pages is worth, in octaves; see `scheduler.eviction`.
     """
 
     digest: str
@@ -120,7 +121,7 @@ class Adapter:
 
     @property
     def due_s(self) -> float:
-        """When its image has its turn for room: when it is needed, or `PATIENCE_S` after it was asked for at the latest."""
+        """When its image gets its turn for room: when it is needed, or `PATIENCE_S` after it was asked for."""
         return min(self.wanted_by_s, self.wanted_since_s + PATIENCE_S)
 
     @property

@@ -1,12 +1,17 @@
-"""The host arena: the tier right behind the pool, one piece of host memory that a store on this host can write into.
+"""The host arena: the tier right behind the pool, one piece of host memory that a store on this host writes into.
 
-A sealed memory file (`loraplex_common.arena_file`, so no ``/dev/shm`` is needed): a header of `HEADER_BYTES` whose
-first 32 bytes are a random nonce, then slots of one page each. A store opens it through ``/proc``, checks seals and
-nonce, and fills the slots it was granted; without shared memory the engine's store client copies chunks into `view`.
-The kernel commits the memory as images arrive.
+It is a sealed memory file (`loraplex_common.arena_file`, so no ``/dev/shm`` is needed). Bytes of the file, with H =
+`HEADER_BYTES`, N slots and P = ``page_bytes``:
 
-Threads: the slot allocator is thread-safe. Room is made, though, by evicting images, and only the step loop's thread
-does that: ask it through `Engine.grant_slots`, not through `allocate`.
+    [0, 32)                          random nonce
+    [32, H)                          rest of the header, unused
+    [H + i * P, H + (i + 1) * P)     slot i, for i in [0, N): one page
+
+A store opens the file through ``/proc``, checks seals and nonce, and fills the slots it was granted; without shared
+memory the engine's store client copies chunks into `view`. The kernel commits the memory as images arrive.
+
+Threads: the slot allocator is thread-safe. Only the step loop's thread may make room, though, as that evicts images:
+call `Engine.grant_slots`, not `allocate`.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ _WINDOW_SLOTS: Final = 2048
 
 
 class HostArena:
-    """Slots of ``page_bytes`` in a memory file, and who has them.
+    """Slots of ``page_bytes`` in a memory file, and which of them are free.
 
     Attributes:
         fd: File descriptor of the memory file.
@@ -55,11 +60,11 @@ class HostArena:
         self._lock = threading.Lock()
         self._is_free = np.ones(num_slots, dtype=np.bool_)
         self._num_free = num_slots
-        self._cursor = 0  # where the last allocation ended: the next gap is most likely there
+        self._cursor = 0  # end of the last allocation: a gap is most likely there
 
     @property
     def num_slots(self) -> int:
-        """All slots."""
+        """All slots of the arena."""
         return len(self._is_free)
 
     @property
@@ -68,7 +73,7 @@ class HostArena:
         return self._num_free
 
     def allocate(self, count: int) -> tuple[int, ...] | None:
-        """Take ``count`` slots, neighbours if there is such a gap, or return None if fewer are free."""
+        """Take ``count`` slots, consecutive ones if there is such a gap; None if fewer are free."""
         with self._lock:
             if count > self._num_free:
                 return None
@@ -127,7 +132,7 @@ class HostArena:
         if self.fd < 0:
             return
         self.view = np.empty((0, self.view.shape[1]), dtype=np.uint8)
-        with contextlib.suppress(BufferError):  # someone still holds a view; the last one's end unmaps the memory
+        with contextlib.suppress(BufferError):  # a view is still referenced; the end of the last view unmaps the memory
             self._map.close()
         os.close(self.fd)
         self.fd = -1

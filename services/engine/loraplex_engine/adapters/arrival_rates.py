@@ -1,8 +1,8 @@
-"""How often things were asked for lately: exponentially decayed counts that need no upkeep as time passes.
+"""How often adapters and blocks were asked for lately: decayed counts that need no upkeep as time passes.
 
-The count of a thing asked for at moments t_j is ``sum of 2 ** (-(now - t_j) / half_life)``. Kept as *octaves*,
-``log2(sum of 2 ** (t_j / half_life))``, it does not change between two moments, and comparing two things by it is
-comparing their counts at any time.
+The count of a name that was asked for at moments t_j is ``sum of 2 ** (-(now - t_j) / half_life)``. It is kept in
+*octaves*, as ``log2(sum of 2 ** (t_j / half_life))``. In octaves a count does not change between two moments, and
+comparing the octaves of two names is comparing their counts at any time.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class ArrivalRates:
     """Decayed counts by name.
 
     Args:
-        half_life_s: After which an arrival counts half.
-        max_known: Names remembered; beyond it those asked for least are forgotten.
+        half_life_s: Time in seconds after which an arrival counts half.
+        max_known: Most names remembered; beyond it, the names asked for least are forgotten.
     """
 
     def __init__(self, *, half_life_s: float = DEFAULT_HALF_LIFE_S, max_known: int = MAX_KNOWN) -> None:
@@ -41,7 +41,7 @@ class ArrivalRates:
         return len(self._octaves)
 
     def count(self, name: str, now_s: float, weight: float = 1.0) -> float:
-        """Count one arrival, or what foretells one in part, and return the new octaves."""
+        """Count one arrival, or a hint of one with a ``weight`` below 1, and return the new octaves."""
         moment = now_s / self.half_life_s + math.log2(weight)
         octaves = self._octaves[name] = log2_sum(self._octaves.get(name, -math.inf), moment)
         if len(self._octaves) > self._max_known:
@@ -53,11 +53,11 @@ class ArrivalRates:
         return self._octaves.get(name, -math.inf)
 
     def per_s(self, name: str, now_s: float) -> float:
-        """Return the arrival rate of a name: a steady rate r has a count of ``r * half_life / ln 2``."""
+        """Return a name's arrivals per second: a steady rate r has a count of ``r * half_life / ln 2``."""
         return float(2.0 ** (self.octaves(name) - now_s / self.half_life_s)) * math.log(2.0) / self.half_life_s
 
     def _forget(self, moment: float) -> None:
-        """Drop what has faded, and the lesser half if that is not enough; rare, so linear cost is spread thin."""
+        """Drop names that have faded, and the lesser half if that is not enough; rare, so linear cost is fine."""
         kept = {name: octaves for name, octaves in self._octaves.items() if octaves > moment - _FORGOTTEN_AFTER}
         if len(kept) > self._max_known // 2:
             best = sorted(kept, key=kept.__getitem__)[-(self._max_known // 2) :]

@@ -1,9 +1,9 @@
-"""Residency of adapters on one engine: which image is where, who leases it, and what gives way when room is needed.
+"""Residency of adapters on one engine: where each image is, which requests lease it, and what is evicted for room.
 
-Accounting only: loads and unloads are handed to the step loop, which has the runner carry them out. Belongs to the step
-loop's thread. Three resources are behind it: pages of the pool (shared with KV), indices of the runner's adapter table, and
-slots of the host arena. An adapter without leases and pins is *idle*; idle adapters give way by worth (`ranking`), and the
-image stays in the arena if it is there. A *claim*, a waiting request's, outranks other waiting requests, not running ones.
+Accounting only: the step loop has the runner carry out the loads and unloads decided here. It belongs to the step loop's
+thread, and accounts for pages of the pool (shared with KV), indices of the runner's adapter table, and slots of the host
+arena. An adapter without leases and pins is *idle*; idle adapters are evicted by worth (`ranking`), and the arena keeps
+its copy. A waiting request's *claim* outranks other waiting requests, not running ones.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class AdapterCache:
 
     Args:
         pool: Pages, shared with KV.
-        arena: Host memory; images that arrived lie in it.
+        arena: Host memory that holds the images that arrived.
         max_resident: Size of the runner's adapter table.
         emit: Sink of `WantImage` and `ResidencyChanged`.
         clock: Seconds, monotonic.
-        half_life_s: After which an arrival counts half in an adapter's worth.
-        page_worth: What an adapter is worth.
+        half_life_s: Time in seconds after which an arrival counts half in an adapter's worth.
+        page_worth: Values an adapter.
 
     Attributes:
-        ranking: What adapters are worth, and which leaves first.
-        states: Where each adapter stands, who claims and who pinned it.
-        loads: What the runner has yet to bind and unbind.
-        warm: What became of adapters that were loaded before anybody asked.
+        ranking: What adapters are worth, and which is evicted first.
+        states: State, claims and pin of each adapter.
+        loads: Loads and unloads that the runner has yet to carry out.
+        warm: What became of adapters that were loaded before a request asked for them.
         num_leases: Leases of all adapters together.
     """
 
@@ -73,13 +73,13 @@ class AdapterCache:
         self.num_leases = 0
 
     def state_of(self, digest: str) -> ResidencyState:
-        """Return where an adapter stands; ABSENT if it was never heard of."""
+        """Return an adapter's state; ABSENT if it is unknown."""
         return self.states.state_of(digest)
 
     # --- leases ---
 
     def lease(self, digest: str) -> int:
-        """Block an adapter's eviction and return its index in the runner's table.
+        """Keep an adapter from eviction and return its index in the runner's table.
 
         Raises:
             RuntimeError: If it is not RESIDENT: the caller asks `state_of` in the same step.
@@ -92,7 +92,7 @@ class AdapterCache:
         adapter.last_used_s = self._clock()
         self.warm.settle(adapter, WarmResult.USEFUL)
         self.ranking.place(adapter)
-        if adapter.num_leases == 1:  # not every lease is news, but whether there is one is
+        if adapter.num_leases == 1:  # only whether there is a lease is reported, not each one
             self.states.report(adapter)
         return adapter.index
 
@@ -119,7 +119,7 @@ class AdapterCache:
     # --- coming ---
 
     def asked_for(self, digest: str, deadline_s: float | None) -> None:
-        """Note that one more request waits for an adapter on its way: the store hears of an earlier deadline."""
+        """Note that one more request waits for an adapter on its way; the store is told if its deadline is earlier."""
         adapter = self.states[digest]
         if adapter.state is ResidencyState.LOADING:
             self.warm.settle(adapter, WarmResult.LATE)
@@ -127,7 +127,7 @@ class AdapterCache:
             self.states.hasten(adapter, deadline_s)
 
     def image_arrived(self, spec: AdapterSpec, arena_slots: tuple[int, ...]) -> None:
-        """Take over granted arena slots that hold a verified image; a second copy is freed."""
+        """Take over granted arena slots that hold a verified image; the slots of a second copy are freed."""
         adapter = self.states.know(spec.digest)
         if adapter.arena_slots or adapter.is_discarded:
             self._arena.free(arena_slots)
@@ -149,13 +149,13 @@ class AdapterCache:
         deadline_s: float = math.inf,
         is_warming: bool = False,
     ) -> Room:
-        """Start to load an IN_ARENA adapter if pages can be had by evicting idle adapters that may go.
+        """Start to load an IN_ARENA adapter if pages can be had, by evicting idle adapters if needed.
 
         Args:
-            digest: Which.
-            may_evict: Which idle adapters may give way.
-            deadline_s: When the first of those it serves should have its first token.
-            is_warming: Whether nobody has asked for it yet.
+            digest: The adapter.
+            may_evict: Tells which idle adapters may be evicted.
+            deadline_s: When the first request that it serves should have its first token.
+            is_warming: Whether no request has asked for it yet.
         """
         adapter = self.states[digest]
         room = self._reclaim_index(may_evict)
@@ -183,7 +183,7 @@ class AdapterCache:
         self.states.move(adapter, ResidencyState.RESIDENT)
 
     def load_refused(self, digest: str) -> None:
-        """Note that the runner did not take an adapter: pages, index and image are given back, and its pin is gone."""
+        """Note that the runner refused an adapter: its pages, index, image and pin are given up."""
         adapter = self.states[digest]
         if adapter.pages is None:
             raise RuntimeError(f"adapter {digest} is {adapter.state}, nothing of it was to be loaded")
@@ -197,7 +197,7 @@ class AdapterCache:
     # --- leaving ---
 
     def reclaim(self, num_pages: int, may_evict: Callable[[Adapter], bool]) -> Room:
-        """Make ``num_pages`` free by evicting idle adapters, least worth first; none is evicted in vain."""
+        """Make ``num_pages`` free by evicting idle adapters, those worth least first; none if that is not enough."""
         if num_pages <= self._pool.num_free:
             return Room.NOW
         victims = self.ranking.choose_idle(num_pages - self._pool.num_free - self._pool.num_retiring, may_evict)
@@ -208,7 +208,7 @@ class AdapterCache:
         return Room.NOW if num_pages <= self._pool.num_free else Room.SOON
 
     def _reclaim_index(self, may_evict: Callable[[Adapter], bool]) -> Room:
-        """See to a free index of the table."""
+        """Make an index of the adapter table free."""
         if not self.loads.indices.num_free and not self.loads.indices.num_retiring:
             victims = self.ranking.choose_idle(1, may_evict)  # any adapter has a page
             if victims is None:
@@ -218,7 +218,7 @@ class AdapterCache:
         return Room.NOW if self.loads.indices.num_free else Room.SOON
 
     def drop(self, digest: str) -> None:
-        """Let an adapter go from device and arena as soon as nobody uses it; a pin does not save it."""
+        """Take an adapter off device and arena as soon as it has no lease; a pin does not save it."""
         adapter = self.states.get(digest)
         if adapter is None or adapter.state is ResidencyState.WANTED:
             return
@@ -231,7 +231,7 @@ class AdapterCache:
             self._drain(adapter)
 
     def drain(self, digest: str) -> None:
-        """Let an adapter go from the device, at once or when its last lease is returned; the arena keeps its copy."""
+        """Take an adapter off the device, at once or when its last lease is returned; the arena keeps its copy."""
         adapter = self.states[digest]
         adapter.may_warm = False
         self._drain(adapter)
@@ -261,7 +261,7 @@ class AdapterCache:
     # --- arena ---
 
     def evict_images(self, num_slots: int, may_evict: Callable[[Adapter], bool]) -> bool:
-        """Free arena slots until ``num_slots`` are free: images nobody waits for, those worth least first.
+        """Evict images that may go, those worth least first, until ``num_slots`` arena slots are free.
 
         An adapter on the device only loses its copy in the arena; one that is being loaded is not touched.
         """
@@ -286,10 +286,10 @@ class AdapterCache:
         self.loads.indices.complete(step_id)
 
     def check_integrity(self) -> None:
-        """Recount pages, indices and idleness.
+        """Recount pages, indices, claims and orders.
 
         Raises:
-            RuntimeError: If something is lost or held by two.
+            RuntimeError: If something is lost or counted twice.
         """
         on_device = [a for a in self.states.all if a.is_on_device]
         pages = sum(adapter.num_pages for adapter in on_device)

@@ -1,4 +1,4 @@
-"""Adapters on their way to the device and off it: what the step loop has to have the runner bind and unbind."""
+"""Adapters on their way to the device and off it: what the step loop must have the runner bind and unbind."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from loraplex_engine.adapters.table_indices import TableIndices
 
 
 class DeviceLoads:
-    """Indices of the runner's adapter table, and the loads and unloads that the runner has yet to hear of.
+    """Indices of the runner's adapter table, and the loads and unloads that the runner has yet to carry out.
 
     Args:
         max_resident: Size of the runner's adapter table.
 
     Attributes:
-        indices: Of the table.
+        indices: Indices of the table.
         max_resident: Size of the table.
     """
 
@@ -29,7 +29,7 @@ class DeviceLoads:
         self._generations = itertools.count(1)
 
     def start(self, adapter: Adapter, deadline_s: float = math.inf) -> None:
-        """Give an adapter that has its pages an index and a new generation, and hand its load on.
+        """Give an adapter that has its pages an index and a new generation, and queue its load.
 
         Raises:
             RuntimeError: If it has no image or no pages.
@@ -50,7 +50,7 @@ class DeviceLoads:
         )
 
     def take_unloads(self) -> list[int]:
-        """Return and forget the indices to unbind; do so before the loads of the same turn."""
+        """Return and forget the indices to unbind; the runner must unbind them before the loads of the same turn."""
         return self.indices.take_unloads()
 
     def take_loads(self) -> list[AdapterLoad]:

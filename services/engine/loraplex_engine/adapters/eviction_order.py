@@ -1,4 +1,4 @@
-"""The order in which adapters leave when room is needed."""
+"""The order in which adapters are evicted when room is needed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 
 
 class EvictionOrder:
-    """Adapters that may give way, the one worth least first; of equals the least recently used.
+    """Adapters that may be evicted, the one worth least first; of equals, the least recently used first.
 
-    A heap whose entries are looked at again when they come up: an adapter's worth changes while it lies in it.
+    A heap whose entries are checked when they reach the top, as an adapter's worth may have changed since it was
+    pushed.
 
     Args:
-        is_member: Whether an adapter may give way; asked whenever it is placed.
+        is_member: Tells whether an adapter may be evicted; called whenever the adapter is placed.
 
     Attributes:
-        num_pages: Pages that evicting them all would free.
-        num_claimed_pages: Of those, pages of adapters that waiting requests claim.
+        num_pages: Pages that evicting all of them would free.
+        num_claimed_pages: The part of ``num_pages`` that belongs to adapters which waiting requests claim.
     """
 
     def __init__(self, is_member: Callable[[Adapter], bool]) -> None:
@@ -41,12 +42,12 @@ class EvictionOrder:
         return digest in self._adapters
 
     def num_pages_of(self, digest: str) -> int:
-        """Return the pages of an adapter that may give way; 0 of one that may not."""
+        """Return the pages of an adapter that may be evicted; 0 for any other."""
         adapter = self._adapters.get(digest)
         return adapter.num_pages if adapter is not None else 0
 
     def place(self, adapter: Adapter) -> None:
-        """Put an adapter where it belongs, or take it off, as its state, leases, claims, pin and worth demand."""
+        """Put an adapter at its place, or take it off, by its present state, leases, claims, pin and worth."""
         digest = adapter.digest
         if self._adapters.pop(digest, None) is not None:
             self.num_pages -= adapter.num_pages
@@ -75,16 +76,16 @@ class EvictionOrder:
         return None
 
     def _is_current(self, entry: _Entry) -> bool:
-        """Tell whether an entry is of an adapter that may give way, and of its present worth."""
+        """Tell whether an entry belongs to an adapter that may be evicted, and has its present worth."""
         worth, used_s, _, adapter = entry
         return worth == adapter.worth and used_s == adapter.last_used_s and self._has(adapter)
 
     def _has(self, adapter: Adapter) -> bool:
-        """Tell whether an adapter may give way; one that was gone altogether and came again is another by the same name."""
+        """Tell whether an adapter may be evicted; one that was forgotten and came again is another object."""
         return self._adapters.get(adapter.digest) is adapter
 
     def in_order(self) -> AdaptersInOrder:
-        """Give an iterator over the adapters, least worth first; they may be evicted while it runs."""
+        """Return an iterator over the adapters, those worth least first; they may be evicted while it runs."""
         return AdaptersInOrder(self)
 
     def pop(self) -> _Entry | None:
@@ -96,12 +97,12 @@ class EvictionOrder:
         return None
 
     def put_back(self, entry: _Entry) -> None:
-        """Put an entry back, unless its adapter may not give way any more."""
+        """Put an entry back, unless its adapter may no longer be evicted."""
         if self._has(entry[-1]):
             heapq.heappush(self._heap, entry)
 
     def choose(self, num_pages: int, may_evict: Callable[[Adapter], bool]) -> list[Adapter] | None:
-        """Return the first adapters that may go and free ``num_pages`` together; None if all of them are too few."""
+        """Return the first adapters that may be evicted and together free ``num_pages``; None if all are too few."""
         chosen: list[Adapter] = []
         if num_pages > self.num_pages:
             return None
@@ -128,16 +129,18 @@ class EvictionOrder:
             raise RuntimeError(
                 f"{names} may give way with {pages} pages, {set(self._adapters)} are listed with {self.num_pages}"
             )
-        found = {entry[-1].digest for entry in self._heap if self._is_current(entry)}  # as it is: popping would tidy it
+        found = {entry[-1].digest for entry in self._heap if self._is_current(entry)}  # as it is: `pop` changes it
         if found != names:
             raise RuntimeError(f"{names} may give way, {found} are in the order")
 
 
 class AdaptersInOrder:
-    """Iterates over an `EvictionOrder`, and leaves it whole behind; a class, as a generator in a context costs twice as much.
+    """Iterates over an `EvictionOrder` and restores it at the end.
+
+    It is a class because a generator-based context manager costs twice as much.
 
     Args:
-        order: Whose adapters.
+        order: The order to iterate over.
     """
 
     __slots__ = ("_order", "_seen")
@@ -155,7 +158,7 @@ class AdaptersInOrder:
     def __next__(self) -> Adapter:
         while (entry := self._order.pop()) is not None:
             adapter = entry[-1]
-            if adapter.digest not in self._seen:  # else an older entry of equal worth
+            if adapter.digest not in self._seen:  # otherwise it is an older entry of equal worth
                 self._seen[adapter.digest] = entry
                 return adapter
         raise StopIteration

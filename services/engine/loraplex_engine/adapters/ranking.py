@@ -1,4 +1,4 @@
-"""What adapters are worth, and which leaves first: the orders of eviction and of warming."""
+"""What adapters are worth, and which is evicted or warmed first."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class AdapterRanking:
     """Orders of the adapters that may leave the pool, that may leave the arena, and that may be warmed.
 
     Args:
-        page_worth: What an adapter is worth.
-        half_life_s: After which an arrival counts half in an adapter's worth.
+        page_worth: Values an adapter.
+        half_life_s: Time in seconds after which an arrival counts half in an adapter's worth.
 
     Attributes:
-        rates: How often each adapter was asked for lately, known here or not.
+        rates: How often each adapter was asked for lately, including adapters that this engine does not hold.
         costs: What fetching and copying adapters takes, measured.
     """
 
@@ -40,11 +40,11 @@ class AdapterRanking:
 
     @property
     def page_worth(self) -> PageWorth:
-        """What an adapter, or a cached block beside it, is worth."""
+        """Values adapters, and cached blocks beside them."""
         return self._page_worth
 
     def place(self, adapter: Adapter) -> None:
-        """Say what an adapter is worth now, and put it where it belongs in the orders."""
+        """Set an adapter's present worth, and put the adapter at its place in the orders."""
         cost_s = self.costs.return_s_per_page(adapter.num_pages, is_in_arena=bool(adapter.arena_slots))
         adapter.worth = self._page_worth.of_adapter(
             octaves=self.rates.octaves(adapter.digest), cost_s=cost_s, used=adapter.last_used_s / self.rates.half_life_s
@@ -62,7 +62,7 @@ class AdapterRanking:
 
     @property
     def num_unclaimed_idle_pages(self) -> int:
-        """Pages that eviction could free without taking an adapter from a waiting request that is next."""
+        """Pages that eviction could free without taking an adapter that a waiting request claims."""
         return self._idle.num_pages - self._idle.num_claimed_pages
 
     def num_idle_pages_of(self, digest: str) -> int:
@@ -75,22 +75,22 @@ class AdapterRanking:
         return self._idle.first
 
     def idle_in_order(self) -> AbstractContextManager[Iterator[Adapter]]:
-        """Give an iterator over idle adapters, least worth first; they may be evicted while it runs."""
+        """Return an iterator over idle adapters, those worth least first; they may be evicted while it runs."""
         return self._idle.in_order()
 
     def choose_idle(self, num_pages: int, may_evict: Callable[[Adapter], bool]) -> list[Adapter] | None:
-        """Return the idle adapters worth least that may go and free ``num_pages`` together; None if all are too few."""
+        """Return the idle adapters worth least that together free ``num_pages``; None if all of them are too few."""
         return self._idle.choose(num_pages, may_evict)
 
     # --- images that may leave the arena, and adapters worth loading ahead ---
 
     def images_in_order(self) -> AbstractContextManager[Iterator[Adapter]]:
-        """Give an iterator over adapters whose copy in the arena may go, least worth first; they may go while it runs."""
+        """Return an iterator over adapters whose copy in the arena may be freed, least worth first."""
         return self._images.in_order()
 
     @property
     def most_warmable(self) -> Adapter | None:
-        """The adapter in the arena that is worth most on the device; None if none was ever asked for."""
+        """The adapter in the arena that is worth most on the device; None if no request ever asked for one."""
         return self._warmable.best
 
     @property
@@ -99,7 +99,7 @@ class AdapterRanking:
         return self._warmable.version
 
     def check_integrity(self, adapters: list[Adapter]) -> None:
-        """Recount what may leave.
+        """Recount the adapters in the orders.
 
         Raises:
             RuntimeError: If an order lacks an adapter or has one too many.
@@ -109,5 +109,5 @@ class AdapterRanking:
 
 
 def _has_idle_image(adapter: Adapter) -> bool:
-    """Tell whether the arena's copy may be given up: it is neither on its way in nor being read."""
+    """Tell whether the arena's copy may be freed: it is neither arriving nor being read."""
     return bool(adapter.arena_slots) and adapter.state not in (ResidencyState.WANTED, ResidencyState.LOADING)

@@ -1,4 +1,4 @@
-"""Most adapters are made by a few recipes: the same modules, ranks and scalings. Each list of modules is kept once."""
+"""Keeps each list of modules once: most adapters share their modules, ranks and scalings with many others."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MAX_LISTS: Final = 256
 
 
 class SharedModules:
-    """The module lists seen last; a 7B model's has 224 entries, far more than all else that is known of an adapter."""
+    """The module lists seen last; a 7B model's list has 224 entries, most of what the engine knows of an adapter."""
 
     def __init__(self) -> None:
         self._modules: OrderedDict[tuple[ModuleSpec, ...], tuple[ModuleSpec, ...]] = OrderedDict()
 
     def share(self, spec: AdapterSpec) -> AdapterSpec:
-        """Return an equal spec whose modules are shared with all others that have equal ones."""
+        """Return an equal spec whose list of modules is the one shared by all adapters with an equal list."""
         known = self._modules.setdefault(spec.modules, spec.modules)
         self._modules.move_to_end(known)
         if len(self._modules) > MAX_LISTS:

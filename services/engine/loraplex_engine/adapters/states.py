@@ -1,4 +1,4 @@
-"""Where every adapter on one engine stands: states, claims, pins, and the events that tell of them.
+"""State, claims and pin of every adapter on one engine, and the events that report them.
 
 `AdapterCache` decides the moves that take or free pages, table indices and arena slots.
 """
@@ -22,7 +22,7 @@ class AdapterStates:
     """All adapters that this engine holds or waits for.
 
     Args:
-        ranking: Told of every change to what an adapter is worth or whether it may leave.
+        ranking: Is told of every change to an adapter's worth, or to whether it may be evicted.
         emit: Sink of `WantImage` and `ResidencyChanged`.
         clock: Seconds, monotonic.
 
@@ -30,7 +30,7 @@ class AdapterStates:
         sequence: Number of the latest `ResidencyChanged`.
         num_resident: Adapters that can be leased.
         num_loading: Adapters being copied to the device.
-        num_hastened: Times that an image on its way turned out to be needed earlier.
+        num_hastened: How often an image on its way turned out to be needed earlier.
     """
 
     def __init__(
@@ -52,34 +52,34 @@ class AdapterStates:
         return self._adapters[digest]
 
     def get(self, digest: str) -> Adapter | None:
-        """Return what is known of an adapter; None if it was never heard of."""
+        """Return an adapter; None if it is unknown."""
         return self._adapters.get(digest)
 
     @property
     def all(self) -> list[Adapter]:
-        """Every adapter, a copy."""
+        """Every adapter, as a copy."""
         return list(self._adapters.values())
 
     # --- questions ---
 
     def state_of(self, digest: str) -> ResidencyState:
-        """Return where an adapter stands; ABSENT if it was never heard of."""
+        """Return an adapter's state; ABSENT if it is unknown."""
         adapter = self._adapters.get(digest)
         return adapter.state if adapter else ResidencyState.ABSENT
 
     def due_s(self, digest: str) -> float:
-        """Return when a WANTED adapter's image has its turn for room in the arena; -inf if it was never heard of."""
+        """Return when a WANTED adapter's image gets its turn for room in the arena; -inf if the adapter is unknown."""
         adapter = self._adapters.get(digest)
         return adapter.due_s if adapter else -math.inf
 
     def num_pages_of(self, digest: str) -> int | None:
-        """Return the pages an adapter takes, or None as long as its image was not seen."""
+        """Return the pages that an adapter takes; None until its image has been seen."""
         adapter = self._adapters.get(digest)
         return adapter.num_pages if adapter and adapter.spec else None
 
     @property
     def num_pinned(self) -> int:
-        """Pinned adapters."""
+        """Number of pinned adapters."""
         return len(self._pinned)
 
     @property
@@ -115,7 +115,7 @@ class AdapterStates:
     # --- demand ---
 
     def count_arrival(self, digest: str, weight: float = 1.0) -> None:
-        """Note that a request asks for an adapter, or something foretells one; its worth rises."""
+        """Note that a request asks for an adapter, or a hint predicts one; the adapter's worth rises."""
         self._ranking.rates.count(digest, self._clock(), weight)
         adapter = self._adapters.get(digest)
         if adapter is not None:
@@ -123,11 +123,11 @@ class AdapterStates:
             self._ranking.place(adapter)
 
     def claim(self, digest: str) -> None:
-        """Keep an adapter for a waiting request that is next."""
+        """Keep an adapter for a waiting request that is next in order."""
         self._set_claims(digest, self.num_claims_of(digest) + 1)
 
     def unclaim(self, digest: str) -> None:
-        """Take a claim back; the adapter may be gone.
+        """Take a claim back; the adapter itself may be gone.
 
         Raises:
             RuntimeError: If there is no claim.
@@ -147,7 +147,7 @@ class AdapterStates:
             self._ranking.place(adapter)
 
     def num_claims_of(self, digest: str) -> int:
-        """Return how many waiting requests an adapter is kept or brought for."""
+        """Return how many waiting requests claim an adapter."""
         return self._claims.get(digest, 0)
 
     @property
@@ -178,7 +178,7 @@ class AdapterStates:
             self._emit(WantImage(adapter.digest, deadline_s))
 
     def image_refused(self, digest: str) -> None:
-        """Note that the store has no such image; nothing happens unless it is WANTED."""
+        """Note that the store has no such image; nothing happens unless the adapter is WANTED."""
         adapter = self._adapters.get(digest)
         if adapter and adapter.state is ResidencyState.WANTED:
             self.move(adapter, ResidencyState.ABSENT)
@@ -186,14 +186,14 @@ class AdapterStates:
     # --- pins ---
 
     def set_pinned(self, digest: str, is_pinned: bool) -> None:
-        """Keep an adapter the engine holds in the pool whatever the pressure, or no longer."""
+        """Keep an adapter that the engine holds in the pool whatever the pressure, or end that."""
         adapter = self._adapters[digest]
         if adapter.is_pinned != is_pinned:
             self.pin(adapter, is_pinned)
             self.report(adapter)
 
     def pin(self, adapter: Adapter, is_pinned: bool) -> None:
-        """Pin or unpin an adapter without telling of it."""
+        """Pin or unpin an adapter without reporting it."""
         adapter.is_pinned = is_pinned
         (self._pinned.add if is_pinned else self._pinned.discard)(adapter.digest)
         self._ranking.place(adapter)
@@ -204,21 +204,21 @@ class AdapterStates:
         return [d for d in sorted(self._pinned) if self._adapters[d].state is ResidencyState.IN_ARENA]
 
     def take_changed(self) -> set[str]:
-        """Return and forget the adapters that moved."""
+        """Return and forget the adapters whose state has changed."""
         changed, self._changed = self._changed, set()
         return changed
 
     # --- moves ---
 
     def know(self, digest: str) -> Adapter:
-        """Return an adapter, ABSENT if it is heard of for the first time."""
+        """Return an adapter; an unknown one becomes known as ABSENT."""
         adapter = self._adapters.get(digest)
         if adapter is None:
             adapter = self._adapters[digest] = Adapter(digest, num_claims=self.num_claims_of(digest))
         return adapter
 
     def move(self, adapter: Adapter, state: ResidencyState) -> None:
-        """Change an adapter's state and tell of it; what is ABSENT is forgotten.
+        """Change an adapter's state and report it; an adapter that becomes ABSENT is forgotten.
 
         Raises:
             RuntimeError: If the move is not allowed.
@@ -233,7 +233,7 @@ class AdapterStates:
             del self._adapters[adapter.digest]
 
     def report(self, adapter: Adapter) -> None:
-        """Tell how an adapter stands."""
+        """Emit an adapter's present state."""
         self.sequence += 1
         self._emit(
             ResidencyChanged(

@@ -8,7 +8,7 @@ from loraplex_engine.adapters.adapter import NEVER
 
 
 class TableIndices:
-    """Free and used indices; one that steps in flight may name is unbound and free only when they are done."""
+    """Free and used indices; an index that steps in flight may name is unbound, and free, only when they are done."""
 
     def __init__(self, size: int) -> None:
         self._free = list(range(size - 1, -1, -1))
@@ -35,7 +35,7 @@ class TableIndices:
         self._free.append(index)
 
     def retire(self, index: int, last_step: int) -> None:
-        """Give an index back; ``last_step`` is the last that may name it."""
+        """Give an index back; ``last_step`` is the last step that may name it."""
         self._retiring.append((max(last_step, self._retiring[-1][0] if self._retiring else NEVER), index))
         self.complete(self._completed_step)
 
@@ -53,7 +53,7 @@ class TableIndices:
         return unloads
 
     def check_integrity(self, used: list[int]) -> None:
-        """Recount.
+        """Recount the indices.
 
         Raises:
             RuntimeError: If an index has two owners.

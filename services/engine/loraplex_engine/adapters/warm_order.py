@@ -1,4 +1,4 @@
-"""Which adapters to keep on the device although nobody asks for them now, and what came of it."""
+"""Which adapters to keep on the device although no request asks for them now, and what became of them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 
 class WarmResult(enum.Enum):
-    """What became of an adapter that was loaded before anybody asked."""
+    """What became of an adapter that was loaded before a request asked for it."""
 
-    USEFUL = "useful"  # leased after it had come
-    LATE = "late"  # asked for while it was still on its way
-    WASTED = "wasted"  # gone without a lease
+    USEFUL = "useful"  # leased after it had been loaded
+    LATE = "late"  # asked for while it was still being loaded
+    WASTED = "wasted"  # evicted without a lease
 
 
 @dataclass(slots=True)
 class WarmCounts:
-    """Pages of adapters loaded before anybody asked, by what became of them; only ever rise."""
+    """Pages of adapters that were loaded before a request asked for them, by what became of them; they only rise."""
 
     num_useful_pages: int = 0
     num_late_pages: int = 0
     num_wasted_pages: int = 0
 
     def settle(self, adapter: Adapter, result: WarmResult) -> None:
-        """Count what became of an adapter that was loaded before anybody asked; once."""
+        """Count, once, what became of an adapter that was loaded before a request asked for it."""
         if not adapter.is_warmed:
             return
         adapter.is_warmed = False
@@ -48,7 +48,7 @@ class WarmOrder:
     """Adapters in the arena that were asked for before, the one worth most first.
 
     Attributes:
-        version: Rises whenever the first may have changed.
+        version: Rises whenever the first adapter may have changed.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class WarmOrder:
         self.version = 0
 
     def place(self, adapter: Adapter) -> None:
-        """Note an adapter whose state or worth may have changed."""
+        """Add an adapter whose state or worth may have changed."""
         if _is_warmable(adapter):
             self.version += 1
             heapq.heappush(self._heap, (-adapter.worth, next(self._serials), adapter))

@@ -1,1 +1,1 @@
-"""The step loop: one thread that turns commands into steps and steps into outputs, and what it drives."""
+"""The step loop and what it drives: one thread that turns commands into steps, and steps into outputs."""

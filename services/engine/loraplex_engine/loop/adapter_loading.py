@@ -1,6 +1,6 @@
-"""Images on their way from the arena to the device, as the step loop sees them; on its thread.
+"""Images on their way from the arena to the device; runs on the step loop's thread.
 
-An adapter that the runner cannot take ends the requests that wait for it, with the reason, and nothing else.
+An adapter that the runner cannot take ends the requests that wait for it, with the reason, and no others.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class AdapterLoading:
-    """Hands images to the runner and notes which are done.
+    """Hands images to the runner and notes which loads are done.
 
     Args:
-        wake: Called from any thread when a load ended.
+        wake: Called from any thread when a load has ended.
     """
 
     def __init__(self, state: EngineState, runner: ModelRunner, *, wake: Callable[[], None]) -> None:
@@ -41,7 +41,7 @@ class AdapterLoading:
             self._scheduler.image_arrived(image.spec, image.arena_slots)
 
     def start(self) -> None:
-        """Have the runner unbind what left and load what was decided on."""
+        """Have the runner unbind the adapters that left, and start the loads that were decided on."""
         for index in self._cache.loads.take_unloads():
             self._runner.unload_adapter(index)
         for load in self._cache.loads.take_loads():
@@ -55,7 +55,7 @@ class AdapterLoading:
             handle.add_done_callback(self._wake)
 
     def take_finished(self) -> None:
-        """Note which loads are done."""
+        """Take over the loads that are done."""
         for digest in [digest for digest, handle in self._handles.items() if handle.is_done()]:
             del self._handles[digest]
             self._cache.load_finished(digest)

@@ -1,4 +1,4 @@
-"""What operators may do to the adapters an engine holds; on the step loop's thread, between two steps."""
+"""What operators may do to the adapters that an engine holds; runs on the step loop's thread, between two steps."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from loraplex_engine.pages.page_pool import PagePool
 
 MAX_PINNED_SHARE: Final = 0.5
-"""Of the pool's pages, and of the runner's table; the rest stays for sequences and other adapters."""
+"""Largest share of the pool's pages, and of the runner's table, for pinned adapters; the rest stays for others."""
 
 
 class AdapterOperations:
-    """Pin, unpin and evict, with their conditions. Every method returns the adapter's status after it."""
+    """Pins, unpins and evicts adapters, under conditions. Every method returns the adapter's status afterwards."""
 
     def __init__(self, *, cache: AdapterCache, pool: PagePool) -> None:
         self._cache = cache
@@ -29,7 +29,7 @@ class AdapterOperations:
         """Keep an adapter in the pool whatever the pressure.
 
         Raises:
-            AdapterNotFoundError: If the engine does not hold it.
+            AdapterNotFoundError: If the engine does not hold the adapter.
             SaturatedError: If pinned adapters would take more than `MAX_PINNED_SHARE` of the pool or the table.
         """
         adapter = self._held(digest)
@@ -54,19 +54,19 @@ class AdapterOperations:
         """Make an adapter evictable again.
 
         Raises:
-            AdapterNotFoundError: If the engine does not hold it.
+            AdapterNotFoundError: If the engine does not hold the adapter.
         """
         self._held(digest)
         self._cache.states.set_pinned(digest, False)
         return self._cache.states.status(digest)
 
     def evict(self, digest: str, require_generation: int | None = None) -> AdapterStatus:
-        """Let an adapter go from the device, at once or when its last lease is returned; the arena keeps its copy.
+        """Take an adapter off the device, at once or when its last lease is returned; the arena keeps its copy.
 
         Raises:
-            AdapterNotFoundError: If the engine does not hold it.
-            ConflictError: If it is of another generation.
-            AdapterInUseError: If it is pinned.
+            AdapterNotFoundError: If the engine does not hold the adapter.
+            ConflictError: If the adapter's generation is another.
+            AdapterInUseError: If the adapter is pinned.
         """
         adapter = self._held(digest)
         if require_generation is not None and require_generation != adapter.generation:

@@ -1,8 +1,8 @@
-"""Who gets arena slots for images on offer, and which images give way.
+"""Grants arena slots to images on offer, and decides which images are evicted for them.
 
-Belongs to the step loop's thread, as eviction from the arena is a matter of residency; only the allocator below is
-thread-safe. A *wanted* image waits its turn for room, the one needed first before the others; an unsolicited one gets idle
-room or nothing.
+It belongs to the step loop's thread, as an eviction from the arena changes residency; only the allocator below is
+thread-safe. A *wanted* image waits its turn for room, the image needed first before the others. An unsolicited image
+gets room that is free now, or none.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class _Demand:
 
 
 class ArenaGrants:
-    """Serves demands for slots in the order of `Adapter.due_s`; none that is due later overtakes one that finds no room.
+    """Serves demands for slots in the order of `Adapter.due_s`; no later demand overtakes one that finds no room.
 
     Args:
-        queue: Waiting requests; an image that one waits with stays.
+        queue: Waiting requests; an image that a request waits with is not evicted.
     """
 
     def __init__(self, *, cache: AdapterCache, arena: HostArena, queue: WaitingQueue) -> None:
@@ -46,22 +46,22 @@ class ArenaGrants:
         self._demands: list[_Demand] = []  # a heap
         self._num_hastened = 0
         self._numbers = itertools.count()
-        self._full_at: tuple[int, int, int] | None = None  # what held when the most urgent demand found no room
+        self._full_at: tuple[int, int, int] | None = None  # `_now()` when the most urgent demand found no room
 
     def ask(self, digest: str, num_pages: int, *, is_wanted: bool, future: Future[Granted]) -> None:
-        """Resolve ``future`` to slots now or later, or to None if there is no room or no use for the image."""
+        """Resolve ``future`` to slots now or later, or to None if there is no room or the image is not needed."""
         if is_wanted and num_pages <= self._arena.num_slots:
             demand = _Demand(self._cache.states.due_s(digest), next(self._numbers), digest, num_pages, future)
             heapq.heappush(self._demands, demand)
             if self._demands[0] is demand:
-                self._full_at = None  # what found no room was another
+                self._full_at = None  # the demand that found no room was another
             self.serve()
         elif future.set_running_or_notify_cancel():
             has_image = self._cache.states.status(digest).is_in_arena
             future.set_result(None if has_image else self._arena.allocate(num_pages))
 
     def serve(self) -> None:
-        """Grant what there is room for by now."""
+        """Grant the demands that there is room for now, the most urgent first."""
         if self._num_hastened != self._cache.states.num_hastened:
             self._reorder()
         while self._demands:
@@ -78,14 +78,14 @@ class ArenaGrants:
                 self._arena.free(slots)
 
     def _reorder(self) -> None:
-        """Some deadline was moved forward, which is rare: whoever asks later is mostly due later."""
+        """Sort the demands again: a deadline has moved forward; rare, as later requests are mostly due later."""
         self._num_hastened = self._cache.states.num_hastened
         self._demands = [replace(demand, due_s=self._cache.states.due_s(demand.digest)) for demand in self._demands]
         heapq.heapify(self._demands)
         self._full_at = None
 
     def _make_room(self, num_slots: int) -> bool:
-        """Evict images that nobody waits with; not tried again before something has changed."""
+        """Evict images that no request waits with; not tried again before something has changed."""
         if self._full_at == self._now():
             return False
         has_room = self._cache.evict_images(num_slots, lambda adapter: not self._queue.is_awaited(adapter.digest))
@@ -96,7 +96,7 @@ class ArenaGrants:
         return self._cache.states.sequence, self._queue.version, self._arena.num_free
 
     def cancel(self) -> None:
-        """Resolve all demands to None: the engine ends."""
+        """Resolve all demands to None, as the engine ends."""
         while self._demands:
             demand = self._demands.pop()
             if demand.future.set_running_or_notify_cancel():

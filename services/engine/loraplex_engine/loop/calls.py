@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def run_call(call: Call) -> None:
-    """Run a function for another thread; what it raises is the caller's affair."""
+    """Run a function for another thread; its exception goes to the calling thread's future."""
     if not call.future.set_running_or_notify_cancel():
         return
     try:

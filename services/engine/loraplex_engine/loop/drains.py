@@ -1,4 +1,4 @@
-"""Drains under way: who waits for the last request to end, and until when it may take."""
+"""Drains under way: the calls that wait for the last request to end, and until when it may take."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """One call that waits.
+    """One call that waits for a drain.
 
     Attributes:
         deadline_s: When requests that are still open are ended.
-        future: Resolves to how many were.
+        future: Resolves to the number of requests that were ended so.
     """
 
     deadline_s: float
@@ -25,7 +25,7 @@ class Drain:
 
 
 class Drains:
-    """All of them. Belongs to the step loop's thread."""
+    """All drains under way. Belongs to the step loop's thread."""
 
     def __init__(self) -> None:
         self._drains: list[Drain] = []
@@ -35,22 +35,22 @@ class Drains:
 
     @property
     def next_deadline_s(self) -> float:
-        """When the first of them is over; infinity if there is none."""
+        """When the first drain is over; infinity if there is none."""
         return min((drain.deadline_s for drain in self._drains), default=math.inf)
 
     def add(self, drain: Drain) -> None:
-        """Begin one."""
+        """Begin a drain."""
         self._drains.append(drain)
 
     def resolve(self, num_ended: int) -> None:
-        """End all: no request is left, and so many were ended before their time."""
+        """End all drains: no request is left, and ``num_ended`` requests were ended before their time."""
         for drain in self._drains:
             if drain.future.set_running_or_notify_cancel():
                 drain.future.set_result(num_ended)
         self._drains.clear()
 
     def fail(self, error: LoraplexError) -> None:
-        """End all: nobody will ever know. May be called from any thread once the loop's is not heard of any more."""
+        """End all drains with an error. Any thread may call this once the loop's thread runs no more or hangs."""
         drains, self._drains = self._drains, []
         for drain in drains:
             if drain.future.set_running_or_notify_cancel():

@@ -45,7 +45,7 @@ class Engine:
         on_store_event: Gets `WantImage` and `ResidencyChanged`, on the loop's thread, in order; must be quick
             (``asyncio_loop.call_soon_threadsafe(queue.put_nowait, event)``).
         on_crash: Called once, on a thread of the engine, if the step loop dies, or hangs (EngineHungError); the engine
-            then refuses everything.
+            then refuses every command.
 
     Attributes:
         limits: What bounds it.
@@ -82,7 +82,7 @@ class Engine:
         self._loop.post(command)
 
     def open_session(self) -> SessionOutbox:
-        """Open a session; its ``session_id`` goes into every `Submission` of it. Close: post `CloseSession`."""
+        """Open a session; each `Submission` of it carries its ``session_id``. Close it by posting `CloseSession`."""
         return self._loop.open_session(
             lambda session_id: SessionOutbox(
                 session_id,
@@ -98,7 +98,7 @@ class Engine:
 
     @property
     def backend(self) -> str:
-        """What computes: ``torch`` or ``cuda``."""
+        """Name of the compute backend: ``torch`` or ``cuda``."""
         return self._runner.backend
 
     @property
@@ -108,7 +108,7 @@ class Engine:
 
     @property
     def totals(self) -> LoopTotals:
-        """Where the step loop's time went."""
+        """Where the step loop has spent its time."""
         return self._loop.totals
 
     @property
@@ -143,9 +143,10 @@ class Engine:
         return self._state.cache.num_leases
 
     def list_adapters(self) -> Future[list[AdapterStatus]]:
-        """Ask for all adapters the engine knows, by digest; WANTED ones included.
+        """Ask for all adapters that the engine knows, WANTED ones included, by digest.
 
-        From asyncio: ``await asyncio.wrap_future(engine.list_adapters())``. All futures of this class are alike.
+        From asyncio: ``await asyncio.wrap_future(engine.list_adapters())``. The same holds for every future of this
+        class.
         """
         return self._call(self._state.cache.states.statuses)
 
@@ -163,17 +164,18 @@ class Engine:
     def evict(self, digest: str, require_generation: int | None = None) -> Future[AdapterStatus]:
         """Free an adapter's pages once its last lease is returned; its image stays in the arena.
 
-        The future raises AdapterNotFoundError, ConflictError if the generation is another, or AdapterInUseError if it is
-        pinned.
+        The future raises AdapterNotFoundError, ConflictError if the generation is another, or AdapterInUseError if the
+        adapter is pinned.
         """
         return self._call(lambda: self._operations.evict(digest, require_generation))
 
     def grant_slots(self, digest: str, num_pages: int, *, is_wanted: bool) -> Future[tuple[int, ...] | None]:
         """Ask for arena slots for an image on offer.
 
-        A wanted image waits for room (cancel the future if the store goes away); an unwanted one resolves to None at
-        once if there is no idle room, or if the engine has the image. None for a wanted one: nobody wants it any more
-        or it can never fit. Slots granted are given back by `return_slots`, or handed over by posting `ImageArrived`.
+        A wanted image waits for room (cancel the future if the store goes away). Its future resolves to None if no
+        request wants the image any more, or if it can never fit. An unwanted image's future resolves to None at once if
+        there is no idle room, or if the engine has the image. Slots granted are given back by `return_slots`, or handed
+        over by posting `ImageArrived`.
         """
         future: Future[tuple[int, ...] | None] = Future()
 
@@ -184,27 +186,27 @@ class Engine:
         return future
 
     def check_adapter(self, spec: AdapterSpec) -> None:
-        """Return if the compute backend can serve an adapter, so that no image of another travels.
+        """Return if the compute backend can serve an adapter; called before its image travels.
 
         Raises:
-            AdapterIncompatibleError: If it cannot; the message names module, rank and remedy.
+            AdapterIncompatibleError: If the backend cannot serve it; the message names module, rank and remedy.
         """
         self._runner.check_adapter(spec)
 
     def return_slots(self, slots: tuple[int, ...]) -> None:
-        """Give granted slots back unused: the transfer failed."""
+        """Give granted slots back unused, as the transfer failed."""
         self.arena.free(slots)
         self._call(self._state.grants.serve)
 
     def drain(self, timeout_s: float) -> Future[int]:
-        """Refuse new requests (DrainingError), let the others finish for that long, then end them.
+        """Refuse new requests (DrainingError), let the others finish for ``timeout_s``, then end them.
 
-        The future resolves to the number of requests ended before their time, once none is left.
+        The future resolves, once no request is left, to the number of requests ended before their time.
         """
         return self._loop.drain(timeout_s)
 
     def undrain(self) -> Future[object]:
-        """Take requests again; drains under way end with ConflictError. The future resolves once it is so."""
+        """Take requests again; drains under way end with ConflictError. The future resolves once it is done."""
         return self._loop.undrain()
 
     def check_integrity(self) -> Future[None]:
@@ -219,7 +221,7 @@ class Engine:
     def close(self) -> None:
         """End all requests with DrainingError, stop the loop, free device and arena. Not from the loop's thread.
 
-        A loop that hangs keeps both: only the end of the process takes them from it.
+        A loop that hangs keeps device and arena: only the end of the process frees them.
         """
         if self._loop.stop():
             self.arena.close()

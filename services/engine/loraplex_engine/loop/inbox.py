@@ -1,4 +1,4 @@
-"""Commands on their way to the step loop, and the registry of sessions whose outputs leave it."""
+"""Commands on their way to the step loop, and the registry of sessions that its outputs go to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
 class Sessions:
-    """Outboxes by session id. Any thread may open one; the loop's thread does the rest."""
+    """Outboxes by session id. Any thread may open one; the loop's thread does everything else."""
 
     def __init__(self) -> None:
         self._outboxes: dict[int, SessionOutbox] = {}
@@ -44,17 +44,17 @@ class Sessions:
             outbox.close(error)
 
     def close_all(self, error: LoraplexError | None = None) -> None:
-        """End every outbox; they stay known, so that late submissions can still be told."""
+        """End every outbox; the sessions stay registered, so that late submissions still get an answer."""
         for outbox in list(self._outboxes.values()):
             outbox.close(error)
 
     def put(self, session_id: int, outputs: StepOutputs) -> bool:
-        """Send to a session; False if it was given up for its backlog."""
+        """Send outputs to a session; False if the session has been closed for its backlog."""
         outbox = self._outboxes.get(session_id)
         return outbox is None or outbox.put(outputs)
 
     def refuse(self, session_id: int, session_slot: int, error: LoraplexError) -> None:
-        """Send a request's end, past all accounting: the loop is over."""
+        """Send a request's end without any accounting, as the loop is over."""
         ended = StepOutputs(
             step_id=0,
             token_slots=_NO_TOKENS,
@@ -66,23 +66,23 @@ class Sessions:
 
 
 class Inbox:
-    """Commands from any thread to the loop's; once shut, each is answered at once by who posts it."""
+    """Commands from any thread to the loop's thread; once it is shut, the posting thread answers its command."""
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
         self._wake = threading.Event()
-        self._lock = threading.Lock()  # guards against commands that come after the loop's last look
+        self._lock = threading.Lock()  # no command may come after the loop's last look unanswered
         self._commands: deque[Command] = deque()
         self._refusal: LoraplexError | None = None
 
     @property
     def is_open(self) -> bool:
-        """True while the loop reads it."""
+        """True while the loop reads the inbox."""
         return self._refusal is None
 
     @property
     def has_commands(self) -> bool:
-        """Whether something waits for the loop to take it."""
+        """Whether a command waits for the loop."""
         return bool(self._commands)
 
     def post(self, command: Command) -> None:
@@ -97,20 +97,20 @@ class Inbox:
             self._refuse(command, refusal)
 
     def wake(self) -> None:
-        """Have the loop turn without a command."""
+        """Wake the loop without a command."""
         self._wake.set()
 
     def wait(self, timeout_s: float | None) -> None:
-        """Sleep until something was posted, `wake` was called or the time is over."""
+        """Sleep until a command is posted, `wake` is called or the time is over."""
         self._wake.wait(timeout_s)
 
     def take(self) -> list[Command]:
-        """Return and forget what was posted."""
-        self._wake.clear()  # first: what is posted from here on wakes the loop again
+        """Return and forget the commands posted so far."""
+        self._wake.clear()  # first: a command posted from here on wakes the loop again
         return [self._commands.popleft() for _ in range(len(self._commands))]
 
     def shut(self, error: LoraplexError) -> None:
-        """Refuse what is left and whatever comes later."""
+        """Refuse the commands that are left and all later ones."""
         with self._lock:
             self._refusal = error
         for command in self.take():

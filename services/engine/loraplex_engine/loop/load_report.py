@@ -1,4 +1,4 @@
-"""The engine's load, as readers on other threads see it between two steps."""
+"""The engine's load, as threads other than the step loop's read it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ RATE_WINDOW_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class _Published:
-    """One immutable reading; readers take the reference, so they need no lock."""
+    """One immutable reading; a reader takes the reference, so it needs no lock."""
 
     snapshot: LoadSnapshot
     at_s: float
 
 
 class LoadReport:
-    """Published by the step loop after each turn, read from anywhere.
+    """The load, published by the step loop after each turn, read from any thread.
 
-    ``tokens_per_s`` is an exponential average over `RATE_WINDOW_S`, and fades while nothing is published.
+    ``tokens_per_s`` is an exponential average over `RATE_WINDOW_S`; it fades while no reading is published.
     """
 
     def __init__(self, state: EngineState, *, now_s: float) -> None:
@@ -34,7 +34,7 @@ class LoadReport:
         self._published = _Published(self._measure(sequence=1, tokens_per_s=0.0), now_s)
 
     def publish(self, now_s: float) -> None:
-        """Replace the reading; the sequence rises if anything but the token rate changed."""
+        """Replace the reading; the sequence rises if anything except the token rate changed."""
         before = self._published
         drawn = self._scheduler.counters.num_output_tokens
         rate = _faded(before, now_s) + (drawn - self._num_tokens) / RATE_WINDOW_S

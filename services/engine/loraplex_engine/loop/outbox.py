@@ -1,4 +1,4 @@
-"""The way from the step loop to one gateway's session: steps pile up as one message while a write is pending.
+"""The outputs from the step loop to one gateway's session; while a write is pending, steps merge into one message.
 
 The loop never waits for a reader. A reader that lets `MAX_BACKLOG_BYTES` or `MAX_BACKLOG_S` pile up loses its session.
 """
@@ -46,7 +46,7 @@ def merge(parts: list[StepOutputs]) -> StepOutputs:
 
 
 class SessionOutbox:
-    """One session's pending outputs; the loop puts, one reader takes.
+    """One session's pending outputs; the loop puts them in, one reader takes them out.
 
     Args:
         session_id: The session.
@@ -77,7 +77,7 @@ class SessionOutbox:
         """Add a step's outputs; called by the loop's thread.
 
         Returns:
-            False if the session is gone or has just been given up for its backlog: end its requests.
+            False if the session is gone, or has just been closed for its backlog: the caller ends its requests.
         """
         with self._changed:
             if self._is_closed:
@@ -95,7 +95,7 @@ class SessionOutbox:
             return not self._is_closed
 
     def close(self, error: LoraplexError | None = None) -> None:
-        """End the session from either side; the reader gets what is pending, then ``error`` or the end."""
+        """End the session from either side; the reader gets the pending outputs, then ``error`` or the end."""
         with self._changed:
             if not self._is_closed:
                 self._is_closed = True
@@ -114,11 +114,11 @@ class SessionOutbox:
             reader.get_loop().call_soon_threadsafe(_resolve, reader)
 
     def take(self) -> StepOutputs | None:
-        """Return all that is pending, merged, or None if nothing is.
+        """Return all pending outputs, merged, or None if there are none.
 
         Raises:
-            SlowConsumerError: If the session was given up for its backlog.
-            LoraplexError: What the session was closed with.
+            SlowConsumerError: If the session was closed for its backlog.
+            LoraplexError: The error that the session was closed with.
         """
         with self._changed:
             if self._pending:
@@ -133,7 +133,7 @@ class SessionOutbox:
         """Wait for outputs and take them; None once the session is closed and read to its end. One reader only.
 
         Raises:
-            LoraplexError: As `take`.
+            LoraplexError: The same errors as `take`.
         """
         while True:
             with self._changed:
@@ -145,10 +145,10 @@ class SessionOutbox:
             await reader
 
     def wait(self, timeout_s: float) -> StepOutputs | None:
-        """Wait from a plain thread and take; None after ``timeout_s`` or once closed and read to its end.
+        """Wait in a plain thread and take; None after ``timeout_s``, or once closed and read to its end.
 
         Raises:
-            LoraplexError: As `take`.
+            LoraplexError: The same errors as `take`.
         """
         with self._changed:
             self._changed.wait_for(lambda: bool(self._pending) or self._is_closed, timeout_s)

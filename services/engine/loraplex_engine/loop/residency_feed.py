@@ -1,6 +1,6 @@
 """The history of adapter residency, as sessions, watchers and the store client read it.
 
-Lives on the asyncio side: the step loop hands events over with ``call_soon_threadsafe``.
+It belongs to the asyncio thread: the step loop hands events over with ``call_soon_threadsafe``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from loraplex_engine.messages import ResidencyChanged, ResidencyState
 
 
 class ResidencyFeed:
-    """Ring of the last residency events, and the latest one of each adapter that is held or wanted.
+    """A ring of the last residency events, and the latest event of each adapter that is held or wanted.
 
     Args:
-        capacity: Events kept; a reader that is further behind must list again.
+        capacity: Events kept; a reader that is further behind must list all adapters again.
 
     Attributes:
-        sequence: Of the latest event.
+        sequence: Number of the latest event.
         resident: Digests on the device, ready to be leased.
-        resident_version: Rises with each change of `resident`; most events, such as leases, leave it alone.
+        resident_version: Rises with each change of `resident`; most events, such as leases, do not change it.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -34,10 +34,10 @@ class ResidencyFeed:
         self.resident_version = 0
 
     def append(self, event: ResidencyChanged) -> None:
-        """Take the next event and wake the readers.
+        """Add the next event and wake the readers.
 
         Raises:
-            ValueError: If an event was lost: sequences rise by one.
+            ValueError: If an event was lost: sequences must rise by one.
         """
         if self.sequence and event.sequence != self.sequence + 1:
             raise ValueError(f"residency event {event.sequence} follows {self.sequence}: one was lost")
@@ -65,7 +65,8 @@ class ResidencyFeed:
         """Return the events after a sequence.
 
         Raises:
-            SequenceGapError: If the ring does not reach back that far, or the sequence is of another engine's life.
+            SequenceGapError: If the ring does not reach back that far, or the sequence belongs to another run of
+                the engine.
         """
         oldest = self._ring[0].sequence if self._ring else self.sequence + 1
         if not oldest - 1 <= sequence <= self.sequence:

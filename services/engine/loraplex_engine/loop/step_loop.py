@@ -1,9 +1,10 @@
 """The step loop: one thread that turns commands into steps and steps into outputs, and does nothing else.
 
-It sleeps only when there is nothing to compute, and is woken by commands, finished loads and deadlines; it never waits
-for a peer. What goes wrong with one request ends that one (`faults`). If the loop itself dies, every open request ends
-with INTERNAL, later ones are refused, and ``on_crash`` is told. If it hangs, which another thread notices
-(`step_watchdog`), sessions end with ENGINE_HUNG instead, so that gateways move their requests, and ``on_crash`` is told.
+The loop sleeps only when there is nothing to compute; commands, finished loads and deadlines wake it, and it never
+waits for a peer. A fault of one request ends that request only (`faults`). If the loop itself dies, every open request
+ends with INTERNAL, later requests are refused, and ``on_crash`` is called. If the loop hangs, which another thread
+notices (`step_watchdog`), sessions end with ENGINE_HUNG instead, so that gateways move their requests, and ``on_crash``
+is called.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class EngineLoop:
         clock: Seconds, monotonic.
 
     Attributes:
-        totals: Where its time went.
+        totals: Where the loop has spent its time.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class EngineLoop:
         self._watchdog.start()
 
     def post(self, command: Command) -> None:
-        """Add a command to the inbox; after the loop's end it is answered at once."""
+        """Add a command to the inbox; a command after the loop's end is answered at once."""
         self._inbox.post(command)
 
     def open_session(self, make_outbox: Callable[[int], SessionOutbox]) -> SessionOutbox:
@@ -108,7 +109,7 @@ class EngineLoop:
         return self._sessions.open(make_outbox)
 
     def drain(self, timeout_s: float) -> Future[int]:
-        """Refuse new requests, let the open ones finish for that long, then end them; resolves to how many."""
+        """Refuse new requests, let others finish for ``timeout_s``, then end them; resolves to how many it ended."""
         future: Future[int] = Future()
         drain = Drain(self._clock() + timeout_s, future)
 
@@ -120,16 +121,16 @@ class EngineLoop:
         return future
 
     def undrain(self) -> Future[object]:
-        """Take requests again; drains under way end with ConflictError. Resolves once it is so."""
+        """Take requests again; drains under way end with ConflictError. Resolves once requests are taken."""
         future: Future[object] = Future()
         self.post(Call(self._stop_draining, future))
         return future
 
     def stop(self) -> bool:
-        """End all requests with DrainingError and the thread with them; returns when it is over.
+        """End all requests with DrainingError, then the thread; returns once the thread has ended or hangs.
 
         Returns:
-            False if the thread hangs: it may still use all that it was given.
+            False if the thread hangs: it may still use all its objects.
         """
         self._is_stopping = True
         self._inbox.wake()
@@ -235,7 +236,7 @@ class EngineLoop:
     def _send(self) -> None:
         for session_id, outputs in self._scheduler.take_outputs().items():
             if not self._sessions.put(session_id, outputs):
-                self._close_session(session_id, None)  # given up for its backlog
+                self._close_session(session_id, None)  # closed for its backlog
 
     def _advance_drains(self) -> None:
         if self._drains.next_deadline_s <= self._clock():
@@ -266,16 +267,16 @@ class EngineLoop:
         self._runner.close()
 
     def _give_up(self, trouble: str) -> None:
-        """End every session from the watchdog's thread: the loop's own hangs, and gateways send requests elsewhere."""
+        """End every session, from the watchdog's thread, as the loop's own hangs; gateways move the requests."""
         error = EngineHungError(f"{trouble}; this engine ends")
         self._is_hung = self._is_stopping = True
-        self._on_crash(error)  # first: what follows takes locks that the loop's thread may hold
+        self._on_crash(error)  # first: the calls below take locks that the loop's thread may hold
         self._inbox.shut(error)
         self._drains.fail(error)
         self._sessions.close_all(error)
 
     def _crash(self, error: BaseException) -> None:
-        """Tell every client and whoever runs the engine; trust no accounts any more."""
+        """Tell every client, and the engine's owner through ``on_crash``; the accounts are not used any more."""
         internal = LoraplexError(f"the engine failed: {type(error).__name__}: {error}")
         self._send_rest(internal)
         self._shut(internal)
@@ -289,7 +290,7 @@ class EngineLoop:
             self._sessions.refuse(session_id, session_slot, error)
 
     def _shut(self, error: LoraplexError) -> None:
-        """Answer what is in the inbox and refuse what comes later."""
+        """Refuse the commands in the inbox and all later ones."""
         self._inbox.shut(error)
         self._grants.cancel()
         self._drains.fail(error)

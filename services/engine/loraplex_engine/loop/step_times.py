@@ -1,7 +1,8 @@
-"""What the steps in flight should take, for whoever has to tell a long step from one that hangs.
+"""How long the steps in flight should take; the watchdog tells a long step from a hanging one by it.
 
-Measured costs where there are any (`step_costs`), told on the safe side: every token is taken to cost what one of a prompt
-does, and more the longer its sequence is. Before that, what a slow device would need for the model's products.
+It uses measured costs (`step_costs`) if there are any, on the safe side: every token counts as a prompt's token, and
+costs more the longer its sequence is. Before any measurement it uses the time that a slow device needs for the model's
+products.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ if TYPE_CHECKING:
     from loraplex_engine.step import StepPlan
 
 SLOW_FLOPS: Final = {"cuda": 10e12}
-"""Operations per second, by backend, that even a first step reaches."""
+"""Operations per second, by backend, that every step reaches, even the first."""
 SLOWEST_FLOPS: Final = 10e9
-"""Of every other backend: one busy core."""
+"""Operations per second of every other backend: one busy core."""
 
 
 class StepTimes:
-    """Expects what steps in flight take.
+    """Estimates how long the steps in flight take.
 
     Args:
-        costs: Measured.
-        geometry: Of the model: how much there is to compute for a token.
-        backend: What computes.
+        costs: Measured costs of steps.
+        geometry: The model's shape, which tells how much there is to compute for a token.
+        backend: Name of the compute backend.
     """
 
     def __init__(self, costs: StepCosts, geometry: Geometry, *, backend: str) -> None:
@@ -45,7 +46,7 @@ class StepTimes:
         self.expected_s = sum(self._in_flight)
 
     def completed(self) -> None:
-        """Note that the oldest of them is over."""
+        """Note that the oldest step in flight is done."""
         self._in_flight.popleft()
         self.expected_s = sum(self._in_flight)
 

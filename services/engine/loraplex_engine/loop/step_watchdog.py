@@ -1,7 +1,8 @@
-"""Notices a step loop that hangs, as in a device call that never returns: nothing on the loop's own thread could.
+"""Notices a step loop that hangs, for example in a device call that never returns; the loop's own thread could not.
 
-The loop says what it is at (`Pulse`), two words per step; a thread of its own looks at that now and then. It counts looks
-and not the clock: while the whole process has no time to run (it is stopped, or the machine is busy), nothing hangs.
+The loop notes what it begins (`Pulse`), two words per step; a thread of the watchdog's own looks at the note now and
+then. The watchdog counts its looks and not the time: while the whole process does not run (it is stopped, or the
+machine is busy), no look counts against the loop.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ if TYPE_CHECKING:
 
 LOOK_S: Final = 0.25
 SLACK: Final = 5.0
-"""A step may take this many times what it should."""
+"""A step may take this many times its expected time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What the loop began last.
+    """What the loop has begun last.
 
     Attributes:
-        expected_s: What it should take; 0 for what takes no time to speak of.
-        is_asleep: Whether the loop waits for work, and is late only for work that has come.
+        expected_s: How long it should take; 0 if it takes next to no time.
+        is_asleep: Whether the loop waits for work; it is late only if a command has come.
     """
 
     expected_s: float = 0.0
@@ -34,17 +35,17 @@ class Beat:
 
 
 class Pulse:
-    """The loop's sign of life: its thread writes, the watchdog reads.
+    """The loop's sign of life: the loop's thread writes it, the watchdog reads it.
 
     Attributes:
-        beat: The newest; another object each time.
+        beat: The newest beat; a new object each time.
     """
 
     def __init__(self) -> None:
         self.beat = Beat(is_asleep=True)
 
     def works(self, expected_s: float = 0.0) -> None:
-        """Note that something begins that should take so long."""
+        """Note that work begins which should take ``expected_s``."""
         self.beat = Beat(expected_s)
 
     def sleeps(self) -> None:
@@ -53,14 +54,14 @@ class Pulse:
 
 
 class StepWatchdog:
-    """Tells once if the step loop does not get on for too long.
+    """Reports once if the step loop makes no progress for too long.
 
     Args:
-        pulse: The loop's.
-        has_work: Whether something waits for the loop to take it.
-        patience_s: The least time that counts as too long; `SLACK` times what the loop is at should take is the other.
-            None looks at nothing.
-        on_hang: Told what is wrong, on the watchdog's thread; the loop's own cannot be reached any more.
+        pulse: The loop's sign of life.
+        has_work: Tells whether a command waits for the loop.
+        patience_s: The least time that counts as too long. The limit is this, or `SLACK` times the expected time of the
+            present work if that is longer. None turns the watchdog off.
+        on_hang: Called with a description, on the watchdog's thread, as the loop's own cannot be reached any more.
         clock: Seconds, monotonic.
     """
 
@@ -97,7 +98,7 @@ class StepWatchdog:
             self._thread.join()
 
     def look(self) -> str | None:
-        """Look once; return what is wrong, or None if the loop gets on."""
+        """Look once; return what is wrong, or None if the loop makes progress."""
         now_s, beat = self._clock(), self._pulse.beat
         passed_s = min(now_s - self._looked_s, 2 * LOOK_S)
         self._looked_s = now_s

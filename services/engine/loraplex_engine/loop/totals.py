@@ -1,4 +1,4 @@
-"""Where the step loop's time went, and how large its steps were."""
+"""Where the step loop has spent its time, and how large its steps were."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ NUM_STEP_SIZES: Final = 18  # up to 65,536 tokens, and one for more
 
 @dataclass(kw_only=True, slots=True)
 class LoopTotals:
-    """Where the step loop's time went since it began; written by its thread alone, read at any time.
+    """Totals of the step loop since it began; written by its thread alone, read at any time.
 
     Attributes:
         num_steps: Steps launched.
         num_tokens: Tokens computed, prompts and recomputed ones included.
         num_adapters: Distinct adapters of a step, summed over steps.
-        schedule_s: Making plans.
-        launch_s: Handing them to the runner; computing them, where the runner does that at once.
-        wait_s: Waiting for results.
-        update_s: Taking them in.
+        schedule_s: Time spent on making plans.
+        launch_s: Time spent on handing plans to the runner, including their computation if the runner computes at once.
+        wait_s: Time spent on waiting for results.
+        update_s: Time spent on reading results.
         step_sizes: Steps by size: entry ``k`` counts those of more than ``2 ** (k - 1)`` and at most ``2 ** k`` tokens.
     """
 

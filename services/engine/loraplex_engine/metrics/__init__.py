@@ -1,1 +1,1 @@
-"""What /metrics says of one engine."""
+"""The metrics of one engine, as /metrics shows them."""

@@ -35,10 +35,10 @@ class EngineCollector(Collector):
     """Gauges of one engine.
 
     Args:
-        engine: Whose load is shown.
-        feed: Where its adapters are.
-        residency: When that changed last.
-        names: What they are called.
+        engine: The engine whose load is shown.
+        feed: The states of its adapters.
+        residency: The time of the last change of residency.
+        names: Names of its adapters.
     """
 
     def __init__(self, engine: Engine, feed: ResidencyFeed, residency: ResidencyMetrics, names: AdapterNames) -> None:
@@ -48,7 +48,7 @@ class EngineCollector(Collector):
         self._names = names
 
     def collect(self) -> Iterator[Metric]:
-        """Show the state of this moment."""
+        """Return the gauges of this moment."""
         load, held = self._engine.snapshot(), self._feed.held
         yield _gauge("vllm:num_requests_running", "Requests in a batch.", load.running)
         yield _gauge("vllm:num_requests_waiting", "Requests waiting.", load.waiting)
@@ -126,7 +126,7 @@ class EngineCollector(Collector):
         resident = _leased_first(event for event in held if event.state is ResidencyState.RESIDENT)
         waiting = self._feed.in_state(ResidencyState.WANTED, ResidencyState.IN_ARENA, ResidencyState.LOADING)
         room = self._max_adapters(load, held)
-        # One sample, made anew each time: a labelled Gauge would leak a series per permutation.
+        # One sample, made anew each time: a labelled Gauge would keep a series per permutation.
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters on the device and adapters waited for; the value is the time of the last change.",
@@ -164,7 +164,7 @@ class EngineCollector(Collector):
 
     @staticmethod
     def _max_adapters(load: LoadSnapshot, held: list[ResidencyChanged]) -> int:
-        """Return how many adapters of the usual size the pool could hold; pages are all that bounds it."""
+        """Return how many adapters of the usual size the pool could hold; only pages limit the number."""
         sizes = [event.num_pages for event in held if event.num_pages]
         return load.pages_total * len(sizes) // sum(sizes) if sizes else load.pages_total
 
@@ -182,7 +182,7 @@ def _leased_first(events: Iterable[ResidencyChanged]) -> list[str]:
 
 
 def _iterations(totals: LoopTotals) -> HistogramMetricFamily:
-    sizes = list(totals.step_sizes)  # the loop goes on counting
+    sizes = list(totals.step_sizes)  # a copy, as the loop goes on counting
     bounds = [*(repr(float(2**power)) for power in range(len(sizes) - 1)), "+Inf"]
     buckets = list(zip(bounds, map(float, accumulate(sizes)), strict=True))
     return HistogramMetricFamily(

@@ -22,7 +22,7 @@ class ArrayHistogram(Collector):
         name: Full metric name.
         text: Help text.
         buckets: Upper bounds, rising, without infinity.
-        registry: Where it is registered; None for a histogram that another collector shows.
+        registry: The registry it is added to; None for a histogram that another collector shows.
     """
 
     def __init__(self, name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry | None) -> None:
@@ -44,7 +44,7 @@ class ArrayHistogram(Collector):
 
     @property
     def count(self) -> int:
-        """Values seen so far."""
+        """Number of values counted so far."""
         return int(self._counts.sum())
 
     def samples(self) -> tuple[list[tuple[str, float]], float]:
@@ -53,6 +53,6 @@ class ArrayHistogram(Collector):
         return list(zip(bounds, np.cumsum(self._counts).astype(float).tolist(), strict=True)), self._sum
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """Show the histogram."""
+        """Return the histogram as a metric."""
         buckets, total = self.samples()
         yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=total)

@@ -1,4 +1,4 @@
-"""What became of images that came before anybody asked: accounts of useful, late and wasted bytes."""
+"""What became of images that came before a request asked for them: useful, late and wasted bytes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 class PrefetchMetrics:
     """Follows unsolicited images from event to event.
 
-    *Useful*: leased after it came. *Late*: asked for while it was still on its way. *Wasted*: gone without a lease.
+    *Useful*: leased after it came. *Late*: asked for while it was still on its way. *Wasted*: evicted without a lease.
 
     Args:
-        registry: Where the metric is registered.
+        registry: The registry that the metric is added to.
         page_bytes: Bytes of one page of an image.
     """
 
@@ -41,7 +41,7 @@ class PrefetchMetrics:
 
         Args:
             event: The event.
-            is_under_way: Whether an image that nobody had asked for is being transferred for this adapter.
+            is_under_way: Whether an unsolicited image is being transferred for this adapter.
         """
         digest = event.digest
         if event.state is ResidencyState.WANTED and is_under_way:

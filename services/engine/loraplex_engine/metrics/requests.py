@@ -1,4 +1,4 @@
-"""What the engine tells Prometheus about requests, under the names that routers and dashboards know.
+"""Metrics of requests, under the names that routers and dashboards know.
 
 Names are those of the Gateway API Inference Extension (``vllm:*``). Everything is counted on the asyncio side, from the
 outputs on their way to the wire: the step loop spends nothing on it.
@@ -28,7 +28,7 @@ class RequestMetrics:
     """Histograms and counters over requests.
 
     Args:
-        registry: Where they are registered.
+        registry: The registry that the metrics are added to.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -62,14 +62,14 @@ class RequestMetrics:
         self._histograms[TPOT].observe(gaps_s)
 
     def finished(self, request: FinishedRequest) -> None:
-        """Count a request that ended well."""
+        """Count a request that ended without an error."""
         for spec, value in request.observations():
             self._histograms[spec].observe(value)
 
 
 @dataclass(slots=True)
 class _Open:
-    """A request between submission and end."""
+    """A request between its submission and its end."""
 
     arrived_s: float
     num_prompt_tokens: int
@@ -87,11 +87,11 @@ class SessionMeter:
         self._open: dict[int, _Open] = {}
 
     def submitted(self, slot: int, num_prompt_tokens: int, now_s: float, max_tokens: int | None = None) -> None:
-        """A request was handed to the step loop; ``max_tokens`` is the most it asks for, if it says so."""
+        """Note that a request was handed to the step loop; ``max_tokens`` is its own limit, if it sets one."""
         self._open[slot] = _Open(now_s, num_prompt_tokens, max_tokens)
 
     def record(self, outputs: StepOutputs, now_s: float) -> None:
-        """Count what a step (or several merged ones) did."""
+        """Count the outputs of a step, or of several merged steps."""
         for event in outputs.events:
             if isinstance(event, Started):
                 self._started(event)
@@ -104,7 +104,7 @@ class SessionMeter:
                 self._ended(event, now_s)
 
     def close(self) -> None:
-        """The session is gone; what still ran counts as aborted."""
+        """Count the requests that still ran as aborted, as the session is gone."""
         if self._open:
             self._metrics.outcomes.labels("abort").inc(len(self._open))
         self._open.clear()

@@ -1,4 +1,4 @@
-"""What the engine tells Prometheus about adapters: where they are, how long they take to come, why they go."""
+"""Metrics of adapters: their states, how long they take to come, and why they leave."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ResidencyMetrics:
     """Follows each adapter from event to event.
 
     Args:
-        registry: Where the metrics are registered.
+        registry: The registry that the metrics are added to.
 
     Attributes:
         changed_at: Unix time at which an adapter was last wanted, became resident or left.

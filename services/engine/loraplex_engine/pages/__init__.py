@@ -1,1 +1,1 @@
-"""The pool's pages: who owns which, what cached blocks hold, and what a page is worth when one must be evicted."""
+"""The pool's pages: which owner has which page, what cached blocks hold, and what a page is worth at an eviction."""

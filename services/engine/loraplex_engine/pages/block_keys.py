@@ -2,11 +2,12 @@
 
 A block's name is a hash over everything that its keys and values depend on: the adapter's revision (or none), the
 request's factor on the adapter's scaling, the cache salt, and *all* tokens up to the block's end. A layer's keys and
-values depend on every adapted module below it, so whatever an adapter touches, its blocks never have the base's names.
+values depend on every adapted module below it, so blocks of an adapter never have the base model's names, whichever
+modules the adapter changes.
 
-128 bits of BLAKE2b: with 2**40 blocks ever named, the odds that two differ and share a name are below 2**-48. One
-running hash per sequence names its blocks in turn, under a microsecond each, when it is admitted and when it leaves its
-slot; nothing is hashed while it decodes.
+The hash is BLAKE2b with 128 bits: with 2**40 blocks ever named, the odds that two different blocks share a name are
+below 2**-48. One running hash per sequence names its blocks in turn, in less than a microsecond each, when the sequence
+is admitted and when it leaves its slot; nothing is hashed while it decodes.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class BlockKeys:
     """Names of the full blocks of one growing sequence.
 
     Args:
-        adapter_digest: Revision of its adapter; None for the base model.
+        adapter_digest: Revision of the sequence's adapter; None for the base model.
         adapter_scale: The request's own factor on the adapter's scaling; means nothing without an adapter.
-        cache_salt: Only requests of equal salts share.
+        cache_salt: Sequences share blocks only if their salts are equal.
         block_tokens: Tokens of a block.
 
     Attributes:
-        keys: By block.
+        keys: Names of the full blocks, in order.
     """
 
     __slots__ = ("_block_tokens", "_hash", "keys")
@@ -43,12 +44,15 @@ class BlockKeys:
         self._hash = hashlib.blake2b(digest_size=KEY_BYTES)
         scale = adapter_scale if adapter_digest is not None else 1.0
         for part in ((adapter_digest or "").encode(), cache_salt.encode(), struct.pack("<f", scale)):
-            self._hash.update(struct.pack("<q", len(part)))  # no part can pass for the end of another
+            self._hash.update(struct.pack("<q", len(part)))  # with its length, no part reads as the end of another
             self._hash.update(part)
         self.keys: list[bytes] = []
 
     def extend(self, token_ids: NDArray[np.int32]) -> list[bytes]:
         """Name all full blocks of a sequence that begins with the tokens named so far, and return all names.
+
+        The name of block i covers the tokens ``[0, (i + 1) * block_tokens)``; tokens behind the last full block have
+        none.
 
         Args:
             token_ids: int32 ``[num_tokens]``; the whole sequence.

@@ -1,9 +1,10 @@
-"""What published blocks are worth, and which of those that nobody holds give way first.
+"""What published blocks are worth, and which of the blocks without a holder are evicted first.
 
-What a block is worth is the decayed number of sequences that have left it behind. It is kept as
-``log2(sum of 2 ** (t / half_life))`` over those moments: two blocks compare the same way at any later time, so nothing
-has to be updated as time passes. Who leaves a block leaves all blocks before it at the same moment, so a block is never
-worth more than its predecessor, and of equals the later one goes first: no prefix loses its beginning before its end.
+A block is worth the decayed number of sequences that have left it behind, kept as ``log2(sum of 2 ** (t / half_life))``
+over the moments t of leaving: two blocks compare the same way at any later time, so nothing is updated as time passes. A
+sequence that leaves a block leaves all blocks before it at the same moment, so a block is never worth more than its
+predecessor. If two blocks are worth the same, the later one is evicted first, so no prefix loses its beginning before its
+end.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from loraplex_engine.pages.page_worth import PageWorth
 
 _DEPTH_STEP: Final = 1e-9
-"""What a block's position takes off its worth, in octaves: orders equals, and far above a float's resolution."""
+"""What a block's position takes off its worth, in octaves: it orders equals, and is far above a float's resolution."""
 _MAX_DEPTH: Final = 1 << 20
 _MIN_CANDIDATES: Final = 512
 _MIN_LOOKED_AT: Final = 64
@@ -32,13 +33,13 @@ _MIN_LOOKED_AT: Final = 64
 class ColdBlocks:
     """The pool's cached pages, those worth least first.
 
-    Sorting is put off: pages that were left since the last sort are worth at least one use of that moment, so candidates
-    of that sort that are worth less still go first.
+    Pages are sorted rarely. A page left since the last sort is worth at least one use at that moment, so candidates of
+    the last sort that are worth less are still evicted before it.
 
     Args:
-        pool: Whose pages.
-        half_life_s: After which a use counts half.
-        page_worth: What a block is worth.
+        pool: The pool that the pages belong to.
+        half_life_s: Time in seconds after which a use counts half.
+        page_worth: Values a block.
     """
 
     def __init__(self, pool: PagePool, *, half_life_s: float, page_worth: PageWorth) -> None:
@@ -47,22 +48,22 @@ class ColdBlocks:
         self._page_worth = page_worth
         self._worth = np.full(pool.num_pages, -math.inf)  # in octaves, without `_DEPTH_STEP`
         self._depths = np.zeros(pool.num_pages, dtype=np.int32)
-        self._candidates = NO_PAGES  # cached pages when they were sorted, least worth first
+        self._candidates = NO_PAGES  # pages cached at the last sort, least worth first
         self._candidate_worth: list[float] = []  # with `_DEPTH_STEP`
-        self._next = 0  # candidate to look for the first at
+        self._next = 0  # candidate at which the search for the first starts
         self._num_gone = 0  # leading candidates that were evicted
-        self._num_revived = 0  # of the pool, when they were sorted
-        self._is_sorted = True  # no other candidate than those revived has become worth more
-        self._sure_up_to = math.inf  # no page cached since they were sorted is worth less
+        self._num_revived = 0  # the pool's count at the last sort
+        self._is_sorted = True  # False once a candidate's worth rose without its being revived
+        self._sure_up_to = math.inf  # no page cached since the last sort is worth less
 
     def begin(self, pages: Pages, depths: list[int]) -> None:
-        """Take in newly published pages, which hold blocks at some positions of their sequences."""
+        """Add newly published pages; ``depths`` are the positions of their blocks in their sequences."""
         self._worth[pages] = -math.inf
         self._depths[pages] = depths
 
     def count(self, pages: Pages, now_s: float) -> None:
         """Count one use of each page, by a sequence that is about to release them."""
-        if self._pool.is_cached(pages).any():  # it computed the same blocks once more, and has no hold on these
+        if self._pool.is_cached(pages).any():  # the sequence computed the same blocks again, in other pages
             self._is_sorted = False
         moment = now_s / self._half_life_s
         self._worth[pages] = self._page_worth.of_blocks(self._worth[pages], moment)
@@ -74,11 +75,11 @@ class ColdBlocks:
         return worth
 
     def first(self, most: int, up_to: float) -> Pages:
-        """Return cached pages that go before all others and are worth at most ``up_to``, as far as they are at hand.
+        """Return the cached pages to evict first, of those worth at most ``up_to``; the next call may find more.
 
         Args:
-            most: Return no more; of those that may go at least one is at hand.
-            up_to: Octaves.
+            most: Most pages to return; at least one is returned if any may be evicted.
+            up_to: Worth, in octaves.
         """
         pages, worth = self._first(most)
         return pages[: bisect_right(worth, up_to)]
@@ -90,11 +91,17 @@ class ColdBlocks:
 
     @property
     def _is_intact(self) -> bool:
-        """True if all candidates but those evicted are cached still, and worth what they were when they were sorted."""
+        """True if all candidates except the evicted ones are still cached, with the worth of the last sort."""
         return self._is_sorted and self._pool.num_revived == self._num_revived
 
     def _first(self, most: int) -> tuple[Pages, list[float]]:
-        """Return the pages that go first and their worth, up to ``most`` and at least one if any is cached."""
+        """Return the pages to evict first and their worth, at most ``most`` and at least one if any is cached.
+
+        Candidates, by rising worth:
+
+            [0, _num_gone)                    evicted since the last sort
+            [_next, len(_candidates))         may be first, if worth less than ``_sure_up_to``
+        """
         window = max(most, _MIN_LOOKED_AT)
         for begin in range(self._next, len(self._candidates), window):
             if self._is_intact:
@@ -108,7 +115,7 @@ class ColdBlocks:
                 worth = self.worth_of(pages)
                 still = (self._pool.is_cached(pages) & (worth < self._sure_up_to)).nonzero()[0]
                 if len(still):
-                    self._next = begin + int(still[0])  # those before it are gone or have become worth more
+                    self._next = begin + int(still[0])  # the candidates before it are gone or are worth more now
                     return pages[still[:most]], worth[still[:most]].tolist()
         self._sort(max(most, _MIN_CANDIDATES))
         return self._candidates[:most], self._candidate_worth[:most]

@@ -1,11 +1,11 @@
-"""The accounts of the unified page pool: which page is free, whose it is, and when it may be reused.
+"""The accounts of the unified page pool: which page is free, which owner has it, and when it may be reused.
 
-Only page ids live here; the memory is the runner's. A page whose owner lets go while steps that read it are still on
-the device is *retiring*: it becomes free when the last such step is done.
+Only page ids are kept here; the runner owns the memory. A page whose owner releases it while steps that read it are
+still on the device is *retiring*: it becomes free when the last such step is done.
 
-A KV page may be held by several sequences at once, each of which only reads it: such a page is *published*, its block is
-full and an entry of the prefix cache names it. Published pages that no sequence holds are *cached*: nobody needs them
-now, and they are evicted when somebody does.
+A KV page may be held by several sequences at once, each of which only reads it. Such a page is *published*: its block
+is full and an entry of the prefix cache names it. Published pages that no sequence holds are *cached*: no sequence
+needs them now, and they are evicted when one needs the room.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class PagePool:
         if num_pages <= 0:
             raise ValueError(f"num_pages {num_pages} is not positive")
         self._owners = np.full(num_pages, _FREE, dtype=np.int8)
-        self._free = np.arange(num_pages - 1, -1, -1)  # a stack; the valid part is [0, num_free)
+        self._free = np.arange(num_pages - 1, -1, -1)  # a stack: [0, num_free) are free, the rest is stale
         self._num_free = num_pages
-        self._num_held = [0] * len(PageOwner)  # by owner: KV, ADAPTER and CACHED
-        self._num_sequences = np.zeros(num_pages, dtype=np.int32)  # that hold a KV page
+        self._num_held = [0] * len(PageOwner)  # by owner; only KV, ADAPTER and CACHED are counted
+        self._num_sequences = np.zeros(num_pages, dtype=np.int32)  # how many sequences hold each KV page
         self._is_published = np.zeros(num_pages, dtype=np.bool_)
-        self._last_steps = np.full(num_pages, -1, dtype=np.int64)  # of CACHED pages: last step that may read them
+        self._last_steps = np.full(num_pages, -1, dtype=np.int64)  # last step that may read each CACHED page
         self._retiring: deque[tuple[int, Pages]] = deque()  # by rising step id
         self._num_retiring = 0
         self._completed_step = -1
@@ -63,7 +63,7 @@ class PagePool:
 
     @property
     def num_pages(self) -> int:
-        """All pages."""
+        """All pages of the pool."""
         return len(self._owners)
 
     @property
@@ -78,17 +78,17 @@ class PagePool:
 
     @property
     def num_kv(self) -> int:
-        """Pages of sequences."""
+        """Pages that sequences hold."""
         return self._num_held[_KV]
 
     @property
     def num_adapter(self) -> int:
-        """Pages of adapters."""
+        """Pages that adapters hold."""
         return self._num_held[_ADAPTER]
 
     @property
     def num_cached(self) -> int:
-        """Pages that hold a block which no sequence holds now; to be had by `evict`."""
+        """Pages with a block that no sequence holds now; `evict` frees them."""
         return self._num_held[_CACHED]
 
     @property
@@ -128,7 +128,7 @@ class PagePool:
     # --- shared KV pages ---
 
     def publish(self, pages: Pages) -> None:
-        """Note that the prefix cache names KV pages: they are kept when no sequence holds them.
+        """Note that the prefix cache names these KV pages, so they are kept when no sequence holds them.
 
         Raises:
             RuntimeError: If a page is not held by a sequence, or is published already.
@@ -155,7 +155,7 @@ class PagePool:
         self.num_revived += num_revived
 
     def release(self, pages: Pages, last_step: int) -> None:
-        """Take one sequence's hold away; who was the last leaves published pages cached and retires the others.
+        """Take one sequence's hold away; pages without another are cached if they are published, else retired.
 
         Raises:
             RuntimeError: If a page is not held by a sequence.
@@ -175,7 +175,7 @@ class PagePool:
         self._retire(left[~is_published], _KV, last_step)
 
     def evict(self, pages: Pages) -> None:
-        """Give cached pages up; they are free at once, or when the last step that may read them is done.
+        """Take cached pages out; they are free at once, or when the last step that may read them is done.
 
         Raises:
             RuntimeError: If a page is not CACHED.
@@ -196,7 +196,7 @@ class PagePool:
     # --- the way back ---
 
     def retire(self, pages: Pages, last_step: int) -> None:
-        """Give pages back; they are free once step ``last_step``, the last that may read or write them, is done.
+        """Take pages back; they are free once step ``last_step``, the last that may read or write them, is done.
 
         Raises:
             RuntimeError: If a page is not held, or is shared or published, or pages of both kinds are mixed.
@@ -262,7 +262,7 @@ class PagePool:
             raise RuntimeError("the free list and the pages' owners disagree")
 
     def check_holds(self, held: NDArray[np.int32]) -> None:
-        """Compare the sequences' holds with ``held``, all pages of all sequences one after the other.
+        """Compare the sequences' holds with ``held``, the pages of all sequences one after another.
 
         Raises:
             RuntimeError: If a page is held by more or fewer sequences than accounted.

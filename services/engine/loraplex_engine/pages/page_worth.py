@@ -1,6 +1,6 @@
-"""What a page is worth: how adapters and cached blocks are compared when something has to give way.
+"""What a page is worth: the measure by which adapters and cached blocks are compared at an eviction.
 
-`ExpectedCost` is how the engine does it (`scheduler.eviction`); benchmarks put other systems' rules in its place.
+The engine uses `ExpectedCost` (`scheduler.eviction`); benchmarks put other systems' rules in its place.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _LEAST_S: Final = 1e-12
 
 
 class PageWorth(Protocol):
-    """Worth in octaves; moments are times in half-lives."""
+    """Values pages, in octaves; moments are times in half-lives."""
 
     def of_adapter(self, *, octaves: float, cost_s: float, used: float) -> float:
         """Return an adapter's worth per page.
 
         Args:
-            octaves: How often it was asked for lately (`ArrivalRates`).
+            octaves: How often the adapter was asked for lately (`ArrivalRates`).
             cost_s: Seconds to bring one of its pages.
-            used: Moment of its last use.
+            used: Moment of the adapter's last use.
         """
         ...
 
@@ -34,20 +34,20 @@ class PageWorth(Protocol):
         ...
 
     def block_cost(self, cost_s: float) -> float:
-        """Return what the seconds to recompute a block add to its worth."""
+        """Return what the seconds to recompute a block add to the block's worth."""
         ...
 
 
 class ExpectedCost:
-    """Rate of use times the seconds it takes to bring back."""
+    """Values a page at its rate of use times the seconds it takes to bring back."""
 
     def of_adapter(self, *, octaves: float, cost_s: float, used: float) -> float:
-        """Return rate times cost, in octaves; when it was used last does not matter."""
+        """Return rate times cost, in octaves; the moment of the last use does not matter."""
         del used
         return octaves + math.log2(cost_s)
 
     def of_blocks(self, worth: NDArray[np.float64], moment: float) -> NDArray[np.float64]:
-        """Count one more use."""
+        """Add one more use."""
         counted: NDArray[np.float64] = np.logaddexp2(worth, moment)
         return counted
 

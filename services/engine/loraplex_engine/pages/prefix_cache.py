@@ -1,8 +1,8 @@
 """Blocks of keys and values under their names, so that sequences with equal beginnings share pages.
 
-Accounting only; copies nothing. A block is *published* once its tokens are known and computed, by whoever computed it
-first. Sequences that hold a page keep it from eviction; when the last one leaves, the page stays as long as its room is
-not worth more to others (`scheduler.eviction`, `cold_blocks`).
+Accounting only; nothing is copied. A block is *published* once its tokens are known and computed, by the first sequence
+that computed it. A sequence that holds a page keeps it from eviction; when the last one leaves, the page stays as long
+as its room is not worth more for something else (`scheduler.eviction`, `cold_blocks`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 class PrefixCache:
-    """Which page holds which block, and in what order cached pages give way.
+    """Knows which page holds which block, and in what order cached pages are evicted.
 
     Args:
-        pool: Whose pages hold the blocks.
-        half_life_s: After which a use counts half.
-        page_worth: What a block is worth.
+        pool: The pool whose pages hold the blocks.
+        half_life_s: Time in seconds after which a use counts half.
+        page_worth: Values a block.
 
     Attributes:
-        num_evicted: Blocks that gave way so far.
+        num_evicted: Blocks evicted so far.
     """
 
     def __init__(self, pool: PagePool, *, half_life_s: float, page_worth: PageWorth = EXPECTED_COST) -> None:
@@ -46,7 +46,7 @@ class PrefixCache:
         return len(self._pages)
 
     def match(self, keys: Sequence[bytes], most: int) -> Pages:
-        """Return the pages of the longest cached beginning, at most ``most`` blocks."""
+        """Return the pages of the longest cached beginning of ``keys``, at most ``most`` blocks."""
         found: list[int] = []
         pages = self._pages
         for key in keys[:most]:
@@ -57,10 +57,10 @@ class PrefixCache:
         return np.array(found, dtype=np.intp) if found else NO_PAGES
 
     def publish(self, keys: Sequence[bytes], pages: Pages) -> None:
-        """Name a sequence's first blocks; a block that another page holds already keeps its page.
+        """Name a sequence's first blocks; a block that another page already holds keeps that page.
 
         Args:
-            keys: Names, by block from the sequence's first.
+            keys: Names of the sequence's blocks, from its first on.
             pages: ``[len(keys)]``; the sequence's pages.
         """
         depths = [depth for depth, key in enumerate(keys) if key not in self._pages]
@@ -82,15 +82,15 @@ class PrefixCache:
 
     @property
     def least_worth(self) -> float:
-        """Worth of the cached page that goes first, in octaves; infinity if none is cached."""
+        """Worth of the cached page that is evicted first, in octaves; infinity if none is cached."""
         return min(self._cold.worth_of(self._cold.first(1, math.inf)).tolist(), default=math.inf)
 
     def num_worth(self, up_to: float, most: int) -> int:
-        """Return how many cached pages worth at most ``up_to`` octaves are at hand, up to ``most``."""
+        """Return how many cached pages worth at most ``up_to`` octaves `evict` would find at once, at most ``most``."""
         return len(self._cold.first(most, up_to))
 
     def evict(self, most: int, up_to: float) -> int:
-        """Give up to ``most`` cached pages back whose worth is at most ``up_to``, least first; returns how many."""
+        """Evict up to ``most`` cached pages worth at most ``up_to``, those worth least first; returns how many."""
         num_evicted = 0
         while num_evicted < most and len(pages := self._cold.first(most - num_evicted, up_to)):
             for page in pages.tolist():

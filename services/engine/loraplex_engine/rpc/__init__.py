@@ -1,1 +1,1 @@
-"""The engine towards others: its RPCs and sessions, its line to the adapter store, its lease in Valkey."""
+"""The engine's connections to other services: its RPCs and sessions, the adapter store, its lease in Valkey."""

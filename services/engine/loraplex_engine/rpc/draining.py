@@ -1,4 +1,4 @@
-"""Taking an engine out of service and back: what its step loop does, and what the registry says, agree in the end."""
+"""Takes an engine out of service and back, so that its step loop and the registry agree in the end."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 class Draining:
     """Whether an engine takes requests, as its operators want it. Belongs to the event loop.
 
-    Of calls that cross, the later one wins: each announces what is wanted by the time that it has been carried out.
+    If calls overlap, the later one wins: each call announces, once it has been carried out, what is wanted by then.
 
     Args:
         engine: The engine.
 
     Attributes:
-        registration: Told of every change; None without a registry.
+        registration: The record that is told of every change; None without a registry.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -31,7 +31,7 @@ class Draining:
         self.registration: Registration | None = None
 
     async def drain(self, timeout_s: float) -> int:
-        """Refuse new requests, let the others finish for that long, then end them; return how many were ended.
+        """Refuse new requests, let the others finish for ``timeout_s``, then end them; return how many were ended.
 
         Raises:
             ConflictError: If `undrain` comes first.
@@ -57,7 +57,7 @@ class Draining:
         return was_draining
 
     async def begin_shutdown(self) -> None:
-        """Tell the registry that the engine goes, for good."""
+        """Tell the registry that the engine takes no requests any more."""
         self._is_wanted = self._is_shutting_down = True
         await self._announce()
 

@@ -1,7 +1,7 @@
-"""Images on their way from the store into the arena: room, bytes, proof.
+"""Takes images from the store into the arena: asks for room, receives the bytes, verifies them.
 
-One task per offer. It asks the step loop's thread for slots, grants them, waits until the store says that they are
-filled, proves them with sha256 and hands them over. Copies and hashes run in worker threads.
+Each offer has one task. It asks the step loop's thread for slots, grants them to the store, waits until the store
+reports that they are filled, verifies the image with sha256 and hands it over. Copies and hashes run in worker threads.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from loraplex_engine.loop.engine import Engine
 
 QUARANTINE_S: Final = 5.0
-"""How long slots of a broken stream stay unused: a store that shares our memory may still be writing a page."""
+"""How long slots of a broken stream stay unused: a store that shares the arena may still be writing a page."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageOffer:
-    """What the store has for us.
+    """An image that the store offers.
 
     Attributes:
-        image_sha256: Over the image's pages in order, 64 hex digits.
-        is_wanted: False if nobody asked for it.
+        image_sha256: sha256 over the image's pages in order, 64 hex digits.
+        is_wanted: False if no request asked for the adapter.
         spec: JSON of `AdapterSpec`.
     """
 
@@ -50,7 +50,7 @@ class ImageOffer:
 
 
 class Stage(enum.Enum):
-    """Where a transfer stands."""
+    """State of a transfer."""
 
     OFFERED = "offered"
     FILLING = "filling"
@@ -62,9 +62,9 @@ class TransferCallbacks:
     """How a transfer answers the store; called on the asyncio loop.
 
     Attributes:
-        grant: (digest, rank, slots).
-        decline: (digest).
-        fail: (digest, error): the store is to send the image again.
+        grant: Called with (digest, rank, slots).
+        decline: Called with (digest).
+        fail: Called with (digest, error); the store then sends the image again.
     """
 
     grant: Callable[[str, int, tuple[int, ...]], None]
@@ -73,7 +73,7 @@ class TransferCallbacks:
 
 
 class _Transfer:
-    """One image on its way."""
+    """The transfer of one image."""
 
     def __init__(self, offer: ImageOffer) -> None:
         self.offer = offer
@@ -87,12 +87,12 @@ class ImageTransfers:
     """All transfers of one engine.
 
     Args:
-        engine: Whose arena is filled.
-        max_image_pages: Largest image the pool can ever hold.
-        callbacks: How to answer the store.
+        engine: The engine whose arena is filled.
+        max_image_pages: Pages of the largest image that the pool can ever hold.
+        callbacks: Answer the store.
 
     Attributes:
-        is_shared: Whether the store writes into our memory itself.
+        is_shared: Whether the store writes into the arena itself.
     """
 
     def __init__(self, engine: Engine, max_image_pages: int, callbacks: TransferCallbacks) -> None:
@@ -105,20 +105,20 @@ class ImageTransfers:
 
     @property
     def num_open(self) -> int:
-        """Images that are neither handed over nor given up."""
+        """Transfers that are neither complete nor given up."""
         return len(self._transfers)
 
     def is_prefetching(self, digest: str) -> bool:
-        """Tell whether slots were granted for an unsolicited image that is not handed over yet."""
+        """Tell whether slots are granted to an unsolicited image that is not complete yet."""
         transfer = self._transfers.get((digest, 0))
         return transfer is not None and transfer.stage is not Stage.OFFERED and not transfer.offer.is_wanted
 
     async def offered(self, offer: ImageOffer) -> None:
-        """Take an offer up. It may be a repetition: the store repeats an unsolicited one when the image gets wanted."""
+        """Take an offer up. The store repeats the offer of an unsolicited image when the image gets wanted."""
         known = self._transfers.get((offer.digest, offer.rank))
         if known is not None:
             if known.stage is not Stage.OFFERED:
-                return  # slots are granted already
+                return  # its slots are granted already
             await self._stop(known, is_quiet=True)
         transfer = _Transfer(offer)
         self._transfers[offer.digest, offer.rank] = transfer
@@ -128,11 +128,11 @@ class ImageTransfers:
         """Copy a chunk into its slot; chunks of a transfer that was given up are ignored.
 
         Args:
-            digest: Which image.
-            rank: Which tensor-parallel rank's part.
+            digest: Digest of the image's adapter.
+            rank: Tensor-parallel rank of the part.
             offset: Position in the image, in bytes.
-            data: The bytes; not across a page.
-            checksum: crc32c of them.
+            data: The bytes; they must not cross a page boundary.
+            checksum: crc32c of ``data``.
         """
         transfer = self._transfers.get((digest, rank))
         if transfer is None or transfer.stage is not Stage.FILLING:
@@ -143,23 +143,23 @@ class ImageTransfers:
             self._callbacks.fail(digest, AdapterCorruptError(f"image {digest}: {problem}"))
 
     def filled(self, digest: str, rank: int) -> None:
-        """The store says that the last byte is in place."""
+        """Note the store's report that the last byte is in place."""
         transfer = self._transfers.get((digest, rank))
         if transfer is not None:
             transfer.filled.set()
 
     async def abandon(self, digest: str) -> None:
-        """Give up what is under way for an adapter; the store has stopped writing it."""
+        """Give up an adapter's transfers; the store has stopped writing them."""
         for key in [key for key in self._transfers if key[0] == digest]:
             await self._stop(self._transfers[key], is_quiet=True)
 
     async def abandon_all(self) -> None:
-        """The stream is gone: give up everything, so that the next one starts from what residency says."""
+        """Give up all transfers, as the stream is gone; the next stream starts from the residency that it reports."""
         for transfer in list(self._transfers.values()):
             await self._stop(transfer, is_quiet=not self.is_shared)
 
     def close(self) -> None:
-        """Give quarantined slots back at once: the engine is about to end."""
+        """Give quarantined slots back at once, as the engine is about to end."""
         for slots, timer in self._quarantined.items():
             timer.cancel()
             self._engine.return_slots(slots)
@@ -196,7 +196,7 @@ class ImageTransfers:
         """Return the offer's spec if it describes this image.
 
         Raises:
-            AdapterCorruptError: If it does not.
+            AdapterCorruptError: If the spec describes another image.
             RequestTooLargeError: If the image can never fit.
             AdapterIncompatibleError: If the compute backend cannot serve it.
         """
@@ -223,12 +223,12 @@ class ImageTransfers:
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            # Slots may have been granted in the same moment; nobody would ever give them back.
+            # Slots may have been granted in the same moment; without this, they would never be given back.
             future.add_done_callback(functools.partial(_give_back, self._engine))
             raise
 
     async def _stop(self, transfer: _Transfer, *, is_quiet: bool) -> None:
-        """Cancel a transfer; ``is_quiet`` tells that nobody writes to its slots now."""
+        """Cancel a transfer; ``is_quiet`` tells that the store no longer writes to its slots."""
         if transfer.task is not None:
             transfer.task.cancel()
             await asyncio.wait([transfer.task])
@@ -249,7 +249,7 @@ class ImageTransfers:
         self._engine.return_slots(slots)
 
     def _copy(self, slots: tuple[int, ...], offset: int, data: bytes, checksum: int) -> str | None:
-        """Check a chunk and copy it; return what is wrong with it, if anything."""
+        """Check a chunk and copy it; return a description of what is wrong with it, or None."""
         view = self._engine.arena.view
         page_bytes = view.shape[1]
         page, start = divmod(offset, page_bytes)

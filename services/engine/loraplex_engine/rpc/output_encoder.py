@@ -1,4 +1,4 @@
-"""Turns what steps did for one session into the session's messages."""
+"""Turns the outputs of steps for one session into the session's messages."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ _BEFORE_TOKENS: Final = (Started, Loading, PromptLogprobs)
 
 
 class OutputEncoder:
-    """Encoder of one session.
+    """Encodes one session's outputs.
 
-    Its state is about two kinds of requests. Those that asked for their prompt's probabilities: these are computed chunk
-    by chunk after the start, but travel in `EngineStarted`, so the start is held back until the first token or the end.
-    And those of which something could not be encoded: nothing of them is sent any more but their end, with the error,
-    once the engine has let them go: not before, as the gateway may use a slot again as soon as it reads an end.
+    It keeps state for two kinds of requests. The first kind asked for the probabilities of its prompt. These are
+    computed chunk by chunk after the start but travel in `EngineStarted`, so the start is held back until the first
+    token or the end. The second kind could not be encoded. After that, only such a request's end is sent, with the
+    error, and only once the engine has released the request: the gateway may use a slot again as soon as it reads an
+    end.
 
     Args:
-        abort: Called with the slot of a request of which something could not be encoded; ends it in the engine.
+        abort: Called with the slot of a request that could not be encoded; ends the request in the engine.
     """
 
     def __init__(self, abort: Callable[[int], None]) -> None:
@@ -55,10 +56,10 @@ class OutputEncoder:
         self._wants_prompt_logprobs.add(session_slot)
 
     def encode(self, step: StepOutputs) -> Iterator[engine_pb2.SessionResponse]:
-        """Encode a step in as many messages as `MAX_MESSAGE_BYTES` asks for; at least one.
+        """Encode a step, in as many messages as `MAX_MESSAGE_BYTES` requires; at least one.
 
-        A start is in no later message than its request's tokens, an end in no earlier one: a message's plain tokens are
-        read first, then its outputs.
+        A request's start is never in a later message than its tokens, its end never in an earlier one: a reader takes a
+        message's plain tokens first, then its outputs.
         """
         message, num_bytes = engine_pb2.SessionResponse(step=step.step_id), 0
         for output in self._outputs(step):
@@ -83,7 +84,7 @@ class OutputEncoder:
         message.token_ids.extend(ids.tolist())
 
     def _outputs(self, step: StepOutputs) -> Iterator[engine_pb2.Output | None]:
-        """Yield what comes before the plain tokens, None for these, and what comes after them."""
+        """Yield the outputs that precede the plain tokens, then None for these, then the outputs that follow."""
         for event in step.events:
             if isinstance(event, _BEFORE_TOKENS):
                 yield from self._encode(event)
@@ -98,7 +99,7 @@ class OutputEncoder:
                 yield from self._encode(event)
 
     def _encode(self, event: SessionEvent) -> list[engine_pb2.Output]:
-        """Return an event's outputs; one that cannot be encoded ends its own request, never the session."""
+        """Return an event's outputs; an event that cannot be encoded ends its own request, never the session."""
         slot = event.session_slot
         failure = self._failed.get(slot)
         if isinstance(event, Ended):
@@ -129,7 +130,7 @@ class OutputEncoder:
         return []
 
     def _release(self, slot: int) -> list[engine_pb2.Output]:
-        """Return a start that was held back, if there is one."""
+        """Return a start that was held back; empty if there is none."""
         if slot not in self._held:
             return []
         started, entries = self._held.pop(slot)

@@ -1,4 +1,4 @@
-"""The engine's lease in Valkey: how gateways find it, and how they notice that it is gone."""
+"""The engine's lease in Valkey: gateways find the engine by it, and notice by it that the engine is gone."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ return 1
 class Registration:
     """Keeps one engine's record alive for as long as `run` runs.
 
-    Valkey may come and go: gateways fall back to what they knew last, and the record is back one renewal after Valkey is.
-    One that is full takes renewals all the same: a record is small, and there is one per engine.
+    Valkey may fail and come back: meanwhile gateways use what they last read, and one renewal after Valkey is back the
+    record is there again. A Valkey that is full still takes renewals: a record is small, and each engine has one.
 
     Args:
         client: Connection; the caller closes it.
         record: What gateways are to know.
-        renew_s: Between two renewals.
+        renew_s: Seconds between two renewals.
     """
 
     def __init__(self, client: redis.asyncio.Redis, record: EngineRecord, *, renew_s: float = ENGINE_RENEW_S) -> None:
@@ -56,12 +56,12 @@ class Registration:
         self._record = record
         self._renew_s = renew_s
         self._is_reachable = True
-        self._lock = asyncio.Lock()  # a renewal under way must not bring back what `withdraw` takes away
+        self._lock = asyncio.Lock()  # a renewal under way must not write again what `withdraw` deletes
         self._is_withdrawn = False
 
     @property
     def record(self) -> EngineRecord:
-        """What gateways are told."""
+        """The record that gateways read."""
         return self._record
 
     async def run(self) -> None:
@@ -86,7 +86,7 @@ class Registration:
         await self.renew()
 
     async def withdraw(self) -> None:
-        """Take the record away for good."""
+        """Delete the record for good."""
         async with self._lock:
             self._is_withdrawn = True
             await self._attempt(self._delete)

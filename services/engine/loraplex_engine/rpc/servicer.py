@@ -1,4 +1,4 @@
-"""EngineService on the wire: convert, call one method, convert back."""
+"""EngineService on the wire: each RPC converts, calls one method, and converts back."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ API_REVISIONS: Final = ("v1",)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineIdentity:
-    """What an engine says of itself.
+    """How an engine identifies itself.
 
     Attributes:
         engine_id: Unique among all engines that ever ran.
-        version: Of the software.
+        version: Version of the software.
     """
 
     engine_id: str
@@ -59,11 +59,11 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
 
     Args:
         engine: The engine.
-        feed: History of its residency.
-        draining: Takes it out of service and back.
-        identity: What it is.
+        feed: History of the engine's residency.
+        draining: Takes the engine out of service and back.
+        identity: How the engine identifies itself.
         config: Limits of sessions.
-        metrics: Told of requests.
+        metrics: Is told of requests.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._sessions: set[GatewaySession] = set()
 
     def close_streams(self, error: LoraplexError | None = None) -> None:
-        """End watches and sessions, and refuse new ones; what sessions have pending still goes out.
+        """End watches and sessions, and refuse new ones; sessions still send what is pending.
 
         Args:
-            error: What sessions end with; `DrainingError` if None.
+            error: The error that sessions end with; `DrainingError` if None.
         """
         self._is_closing.set()
         for session in self._sessions:
@@ -151,7 +151,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     async def WatchLoad(
         self, request: engine_pb2.WatchLoadRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[engine_pb2.WatchLoadResponse]:
-        """Stream the load: now, and whenever it changed, at most once per interval."""
+        """Stream the load: now, and after each change, at most once per interval."""
         interval_s = _seconds(request.min_interval) if request.HasField("min_interval") else DEFAULT_LOAD_INTERVAL_S
         if interval_s < 0:
             raise InvalidParameterError(f"min_interval {interval_s:g} s is negative", field="min_interval")
@@ -207,7 +207,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     async def EvictAdapter(
         self, request: engine_pb2.EvictAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> engine_pb2.EvictAdapterResponse:
-        """Free an adapter's pages at lease 0."""
+        """Free an adapter's pages once it has no lease."""
         generation = request.require_generation if request.HasField("require_generation") else None
         status = await _settled(self._engine.evict(check_digest(request.digest, "digest"), generation))
         return engine_pb2.EvictAdapterResponse(adapter=_resident_adapter(status))
@@ -215,7 +215,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     async def Drain(
         self, request: engine_pb2.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> engine_pb2.DrainResponse:
-        """Stop admission and end what has not finished by the deadline."""
+        """Stop admission, and end the requests that have not finished by the deadline."""
         timeout_s = _seconds(request.deadline) if request.HasField("deadline") else DEFAULT_DRAIN_S
         if timeout_s < 0:
             raise InvalidParameterError(f"deadline {timeout_s:g} s is negative", field="deadline")

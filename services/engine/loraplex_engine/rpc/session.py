@@ -1,8 +1,8 @@
 """One gateway's session: its requests in, one message per engine step out.
 
-Two halves share the outbox: `_read` turns messages of the gateway into commands, `responses` turns outputs into messages.
-What a request does wrong ends that request, in-band; what the gateway itself does wrong (no hello, a slot used twice)
-ends the stream, since nobody could tell any more which request an answer belongs to.
+Two halves share the outbox: `_read` turns the gateway's messages into commands, `responses` turns outputs into
+messages. A request's fault ends that request, in-band. A fault of the gateway itself (no hello, a slot used twice) ends
+the stream, since after it an answer could not be matched to its request.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class GatewaySession:
     """A session from its hello to its end.
 
     Args:
-        engine: Where requests go.
-        feed: Where residency changes come from.
-        limits: Of the served model.
-        metrics: Told of every request's milestones.
+        engine: Takes the requests.
+        feed: Gives the residency changes.
+        limits: Limits of the served model.
+        metrics: Is told of every request's milestones.
         grace_s: How long requests go on after the gateway has closed its half of the stream.
         max_silence_s: A message with the load goes out at least this often.
         max_stall_s: How long one write may wait for the gateway to read.
@@ -73,7 +73,7 @@ class GatewaySession:
         self._active: set[int] = set()
         self._is_input_over = False
         self._last_step = 0
-        self._told: set[str] = set()  # adapters on the device, as the gateway knows them
+        self._told: set[str] = set()  # adapters that the gateway knows to be on the device
         self._told_version: int | None = None
         self._num_writes = 0
         self._pending_write: int | None = None
@@ -85,7 +85,7 @@ class GatewaySession:
 
         Raises:
             InvalidParameterError: If the gateway breaks the protocol.
-            SlowConsumerError: If it does not read.
+            SlowConsumerError: If the gateway does not read.
         """
         handler = asyncio.current_task()
         assert handler is not None
@@ -108,11 +108,11 @@ class GatewaySession:
             await cancel_and_wait(reader, watchdog)
 
     def close(self, error: LoraplexError) -> None:
-        """End the session from this side; what is pending still goes out."""
+        """End the session from the engine's side; what is pending is still sent."""
         self._outbox.close(error)
 
     async def _next(self) -> list[engine_pb2.SessionResponse] | None:
-        """Wait for outputs, or for the time to say something; None at the end."""
+        """Wait for outputs, or until the next message is due; None at the end."""
         try:
             async with asyncio.timeout(self._max_silence_s):
                 outputs = await self._outbox.next()
@@ -151,7 +151,7 @@ class GatewaySession:
         except LoraplexError as error:
             self._outbox.close(error)
             return
-        except Exception as error:  # nobody reads any more what the gateway says: better no session than a deaf one
+        except Exception as error:  # the gateway's messages are not read any more: end the session
             self._outbox.close(internal_error("while the session was read", error, session=self._outbox.session_id))
             return
         self._is_input_over = True
@@ -175,7 +175,7 @@ class GatewaySession:
             for number, submit in enumerate(request.submits, start=1):
                 self._submit(submit)
                 if number % SUBMITS_PER_TURN == 0:
-                    await asyncio.sleep(0)  # a thousand requests in one message must not hold up everybody's tokens
+                    await asyncio.sleep(0)  # a thousand requests in one message must not delay the tokens
             for abort in request.aborts:
                 # An unknown slot is no error: the request's end and the gateway's abort may have crossed.
                 if abort.slot in self._active:
@@ -213,9 +213,9 @@ class GatewaySession:
         )
 
     async def _watch_stall(self, handler: asyncio.Task[object]) -> None:
-        """Reset the stream once a write has waited too long: a status would queue behind what is not being read.
+        """Reset the stream once a write has waited too long: a status would queue behind the bytes that are not read.
 
-        Counts checks, not seconds: while this process itself has no time to run, nobody else is to blame.
+        It counts checks, not seconds: while this process does not run, the gateway is not at fault.
         """
         checks, watched = 0, None
         while True:

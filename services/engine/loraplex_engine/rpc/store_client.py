@@ -1,7 +1,7 @@
-"""The engine's line to the adapter store: wants up, page images down, residency up.
+"""The engine's connection to the adapter store: wants and residency go up, page images come down.
 
-The engine dials, and dials again for as long as it lives. A stream starts with the whole truth (arena, images held), so
-nothing has to survive a broken one except what is still wanted. The step loop never waits for any of this: it posts a
+The engine connects, and reconnects for as long as it lives. A stream starts with the full state (arena, images held),
+so only what is still wanted has to survive a broken stream. The step loop never waits for the store: it posts a
 `WantImage` and gets an `ImageArrived` or an `ImageRefused`.
 """
 
@@ -38,7 +38,7 @@ MAX_BACKOFF_S: Final = 2.0
 EXPIRY_CHECK_S: Final = 0.25
 RETRY_AFTER_S: Final = 2.0
 REPORT_PAUSE_S: Final = 0.005
-"""Between two reports of residency: an adapter that comes and goes in between is one message."""
+"""Seconds between two reports of residency: an adapter that comes and goes in between is one message."""
 
 _Request = adapter_store_pb2.AttachEngineRequest
 _Response = adapter_store_pb2.AttachEngineResponse
@@ -47,11 +47,11 @@ _log = get_logger()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attachment:
-    """What an engine says of itself to a store.
+    """What an engine tells a store about itself.
 
     Attributes:
-        engine_id: Under which hints reach it.
-        max_image_pages: Largest image the pool can ever hold.
+        engine_id: The name under which hints reach the engine.
+        max_image_pages: Pages of the largest image that the pool can ever hold.
         max_rank: Largest rank of one projection that the kernels take; 0 if only the tiles limit it.
     """
 
@@ -66,10 +66,10 @@ class AdapterClient:
 
     Args:
         dial: Opens a channel to the store.
-        engine: Whose arena is filled.
-        feed: Its residency events.
-        attachment: What the hello says.
-        wait_s: How long the store may stay away before requests that need it are told so.
+        engine: The engine whose arena is filled.
+        feed: The engine's residency events.
+        attachment: Content of the hello.
+        wait_s: How long the store may stay away before the requests that need it are told.
     """
 
     def __init__(
@@ -95,15 +95,15 @@ class AdapterClient:
 
     @property
     def is_attached(self) -> bool:
-        """True while a store answers."""
+        """True while a store is connected."""
         return self._away_since_s is None
 
     def is_prefetching(self, digest: str) -> bool:
-        """Tell whether an image that nobody had asked for is on its way."""
+        """Tell whether an unsolicited image of the adapter is on its way."""
         return self._transfers.is_prefetching(digest)
 
     def want(self, event: WantImage) -> None:
-        """Ask for an image, now or as soon as there is a store."""
+        """Ask for an image, now or as soon as a store is connected."""
         self._wanted[event.digest] = event
         if self.is_attached:
             self._outgoing.put_nowait(_want(event))
@@ -129,7 +129,7 @@ class AdapterClient:
             return await self._attach_once(adapter_store_pb2_grpc.AdapterStoreServiceStub(channel))
 
     async def _attach_once(self, stub: adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub) -> bool:
-        """Hold one stream to its end; return whether it was ever welcomed."""
+        """Keep one stream to its end; return whether the store ever welcomed it."""
         self._outgoing = asyncio.Queue()
         position = self._feed.sequence
         self._outgoing.put_nowait(_Request(hello=self._hello(position)))
@@ -191,7 +191,7 @@ class AdapterClient:
             self._outgoing.put_nowait(_want(event))
 
     async def _report(self, position: int) -> None:
-        """Send how each adapter stands that changed after ``position``."""
+        """Send the state of each adapter that changed after ``position``."""
         while True:
             latest = {event.digest: event for event in self._feed.since(position)}
             for event in sorted(latest.values(), key=lambda event: event.sequence):
@@ -202,7 +202,7 @@ class AdapterClient:
             await self._feed.wait_beyond(position)
 
     async def _handle(self, response: _Response) -> bool:
-        """Act on a message; False if the stream has to be started anew."""
+        """Act on a message; False if the stream must be started anew."""
         match response.WhichOneof("message"):
             case "offer":
                 await self._transfers.offered(_offer(response.offer))
@@ -227,7 +227,7 @@ class AdapterClient:
         self._engine.post(ImageRefused(refuse.digest, from_status(refuse.status)))
 
     def _agrees(self, ack: _Response.Ack) -> bool:
-        """Compare the store's belief with ours where both are about the same event."""
+        """Compare the store's view with the engine's, if both refer to the same event."""
         held = self._feed.held
         if ack.sequence == self._feed.sequence and ack.num_held != len(held):
             _log.warning("adapter store lost track of this engine", believes=ack.num_held, held=len(held))
@@ -247,7 +247,7 @@ class AdapterClient:
         self._outgoing.put_nowait(_Request(residency=residency))
 
     async def _expire_wants(self) -> None:
-        """Tell requests that need the store when it has been away for too long."""
+        """Tell the requests that need the store when it has been away for too long."""
         while True:
             await asyncio.sleep(EXPIRY_CHECK_S)
             away_s = 0.0 if self._away_since_s is None else time.monotonic() - self._away_since_s

@@ -1,7 +1,7 @@
-"""Checks of what a gateway submits: each field has a range, and a violation names the field and the range.
+"""Checks what a gateway submits: each field has a range, and a violation names the field and the range.
 
-Ranges are those of `loraplex_common.request_limits`; the engine checks them again because a session carries requests of
-many clients and one bad value must end its own request only, before it gets near a batch.
+The ranges are those of `loraplex_common.request_limits`. The engine checks them again, because a session carries
+requests of many clients, and a bad value must end only its own request, before it gets near a batch.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ SMALLEST: Final = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestLimits:
-    """What the served model allows.
+    """Limits of the served model.
 
     Attributes:
-        max_model_len: Prompt and output together, in tokens.
+        max_model_len: Most tokens of prompt and output together.
         eos_token_ids: The model's end-of-text ids.
     """
 
@@ -51,17 +51,17 @@ def require(condition: bool, field: str, message: str) -> None:
     """Refuse the request unless the condition holds.
 
     Raises:
-        InvalidParameterError: With the field as `BadRequest` violation.
+        InvalidParameterError: Names the field in a `BadRequest` violation.
     """
     if not condition:
         raise InvalidParameterError(f"{field}: {message}", field=field)
 
 
 def check_range(value: float, field: str) -> float:
-    """Return the value if it is in the range of the field's last name.
+    """Return the value if it is in the range of the last part of the field's name.
 
     Raises:
-        InvalidParameterError: If it is not; NaN and infinities never are.
+        InvalidParameterError: If the value is out of range; NaN and infinities always are.
     """
     limits = RANGES[field.rpartition(".")[2]]
     require(
@@ -76,7 +76,7 @@ def check_token_ids(ids: Sequence[int], field: str, vocab_size: int) -> NDArray[
     """Return token ids as int32 ``[len(ids)]`` if each is below the vocabulary size.
 
     Raises:
-        InvalidParameterError: Naming the first offender.
+        InvalidParameterError: If one is not; names the first.
     """
     array = np.fromiter(ids, np.int64, count=len(ids))
     if array.size and int(array.max()) >= vocab_size:
@@ -115,7 +115,7 @@ def check_tokens(submit: engine_pb2.Submit, limits: RequestLimits) -> tuple[NDAr
 
 
 def check_sampling(submit: engine_pb2.Submit, limits: RequestLimits) -> SamplingParams:
-    """Return how the request draws, unset fields at their defaults.
+    """Return the request's sampling parameters, unset fields at their defaults.
 
     Raises:
         InvalidParameterError: If a value is out of its range.
@@ -128,7 +128,7 @@ def check_sampling(submit: engine_pb2.Submit, limits: RequestLimits) -> Sampling
     return SamplingParams(
         temperature=temperature,
         top_k=max(int(_in_range(wire, "top_k", 0)), 0),
-        # 0 keeps what the smallest number above it keeps: the likeliest token.
+        # 0 keeps what the smallest number above 0 keeps: the likeliest token.
         top_p=max(_in_range(wire, "top_p", 1.0), SMALLEST),
         min_p=_in_range(wire, "min_p", 0.0),
         repetition_penalty=_in_range(wire, "repetition_penalty", 1.0),
@@ -143,10 +143,11 @@ def check_sampling(submit: engine_pb2.Submit, limits: RequestLimits) -> Sampling
 
 
 def check_stopping(submit: engine_pb2.Submit, limits: RequestLimits) -> StoppingParams:
-    """Return where the output ends.
+    """Return the request's stopping conditions.
 
     Raises:
-        InvalidParameterError: If a value is out of its range, or stop strings are given, which the engine cannot see.
+        InvalidParameterError: If a value is out of its range, or stop strings are given, which the engine cannot
+            check.
     """
     wire, num_resumed = submit.stopping, len(submit.resumed_token_ids)
     require(
@@ -177,10 +178,10 @@ def check_stopping(submit: engine_pb2.Submit, limits: RequestLimits) -> Stopping
 
 
 def check_drawable(sampling: SamplingParams, stopping: StoppingParams, limits: RequestLimits) -> None:
-    """Refuse a request of which every token is banned.
+    """Refuse a request that bans every token.
 
     Raises:
-        InvalidParameterError: Naming the allowed ids.
+        InvalidParameterError: Names the allowed ids.
     """
     banned = (*stopping.stop_token_ids, *(() if stopping.ignore_eos else limits.eos_token_ids))
     is_empty = leaves_nothing(

@@ -1,4 +1,4 @@
-"""Wire to domain and back: the only module, besides the servicer and the store client, that knows protobuf."""
+"""Converts between wire and domain; the servicer, sessions and the store client convert only their own messages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _FINISH_REASONS: Final = {
     FinishReason.CANCELLED: gateway_pb2.FINISH_REASON_CANCELLED,
 }
 _TIERS: Final[dict[ResidencyState, adapter_pb2.Tier.ValueType]] = {
-    # Whether a store has the image in its memory, or must still make it, is not known here.
+    # The engine does not know whether a store has the image in its memory or must still make it.
     ResidencyState.ABSENT: adapter_pb2.TIER_UNSPECIFIED,
     ResidencyState.WANTED: adapter_pb2.TIER_UNSPECIFIED,
     ResidencyState.IN_ARENA: adapter_pb2.TIER_ARENA,
@@ -73,12 +73,12 @@ _STATES: Final[dict[ResidencyState, engine_pb2.ResidentAdapter.State.ValueType]]
 
 
 def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLimits, now_s: float) -> Submission:
-    """Check a request from the wire and return it in the engine's terms.
+    """Check a request from the wire and return it as a `Submission`.
 
     Args:
         submit: The request.
-        session_id: The session it came by.
-        limits: Of the served model.
+        session_id: The session that the request came by.
+        limits: Limits of the served model.
         now_s: ``time.monotonic()`` when it arrived; relative times count from here.
 
     Raises:
@@ -192,7 +192,7 @@ def ended(event: Ended) -> engine_pb2.Output:
 
 
 def position_logprobs(entry: TokenLogprobs) -> gateway_pb2.PositionLogprobs:
-    """Encode one position's probabilities; texts are the gateway's business."""
+    """Encode one position's probabilities; the gateway adds the texts."""
     tokens = [
         gateway_pb2.TokenLogprob(token_id=token_id, logprob=logprob)
         for token_id, logprob in zip(entry.token_ids.tolist(), entry.logprobs.tolist(), strict=True)
@@ -219,10 +219,10 @@ def load_report(load: LoadSnapshot) -> engine_pb2.LoadReport:
 
 
 def tier(state: ResidencyState) -> adapter_pb2.Tier.ValueType:
-    """Return where the engine's best copy of an adapter in that state lies; unspecified if it has none."""
+    """Return where the engine's best copy of an adapter in that state is; unspecified if it has none."""
     return _TIERS[state]
 
 
 def resident_state(state: ResidencyState) -> engine_pb2.ResidentAdapter.State.ValueType:
-    """Return the wire's name of a state of residency."""
+    """Return the wire's value for a state of residency."""
     return _STATES[state]

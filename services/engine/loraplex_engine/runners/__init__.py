@@ -1,1 +1,1 @@
-"""What computes steps: one folder a backend, and what the backends share (drawing, probabilities, faults)."""
+"""Backends that compute steps, one folder each, and what they share (drawing, probabilities, faults)."""

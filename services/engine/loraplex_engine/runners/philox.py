@@ -32,7 +32,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """Return the high and low 32 bits of a product of 32-bit words.
 
-    The signed 64-bit product may wrap, but its bits are those of the unsigned one.
+    The signed 64-bit product may wrap, but its bits are those of the unsigned product.
     """
     product = word * multiplier
     return (product >> 32).bitwise_and_(MASK), product.bitwise_and_(MASK)
@@ -73,7 +73,7 @@ class Noise:
         return torch.stack(philox4x32((blocks, self._positions, zero, zero), self._key), dim=-1)
 
     def of_vocabulary(self, vocab_size: int) -> Tensor:
-        """Return a word per row and token: int64 ``[R, vocab_size]``."""
+        """Return a word per row and token of the vocabulary: int64 ``[R, vocab_size]``."""
         blocks = torch.arange(-(-vocab_size // LANES), device=self._positions.device)[None]
         return self._lanes(blocks).flatten(1)[:, :vocab_size]
 
@@ -85,7 +85,8 @@ class Noise:
 def gumbel(words: Tensor) -> Tensor:
     """Turn words into standard Gumbel noise, fp32: ``-log(E)`` with ``E = -log(1 - u)``, ``u = (word + 0.5) / 2**32``.
 
-    Small ``u`` makes large noise, and fp32 is finest near zero: the tail that lets unlikely tokens win is not cut off.
+    A small ``u`` makes large noise, and fp32 is finest near zero: the tail that lets unlikely tokens win is not cut
+    off.
     """
     uniform = ((words.double() + 0.5) * 2.0**-32).float().clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()

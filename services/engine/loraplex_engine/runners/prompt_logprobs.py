@@ -22,18 +22,18 @@ CHUNK_POSITIONS: Final = 64  # positions whose logits are held at once: 64 x 128
 
 
 class KnowsSetups(Protocol):
-    """A sampler."""
+    """A sampler, as far as the tracker needs it."""
 
     def setup(self, slot: int) -> SlotSetup | None:
-        """Return what the plan's arrays do not say of a slot's occupant; None if they say all."""
+        """Return the facts of a slot's occupant that the plan's arrays do not carry; None if they carry all."""
         ...
 
 
 class PromptLogprobTracker:
     """Computes the entry of a prompt token in the step that takes it as input.
 
-    Its prediction is the output of the position before, which may have been the last of an earlier chunk: that hidden
-    state is kept by slot.
+    The entry's prediction is the output of the position before, which may have been the last position of an earlier
+    chunk: the tracker keeps that hidden state by slot.
     """
 
     def __init__(self, model: DecoderModel[Any]) -> None:
@@ -55,14 +55,19 @@ class PromptLogprobTracker:
         sampler: KnowsSetups,
         faults: SlotFaults,
     ) -> dict[int, list[TokenLogprobs]]:
-        """Return slot -> entries of the prompt tokens that this step took as input, but for a prompt's first.
+        """Return slot -> entries of the prompt tokens that this step took as input, except for a prompt's first token.
+
+        Tokens of the step, for a row with tokens ``[first, last)``:
+
+            [first, last - 1)        their hidden states predict ``[first + 1, last)``
+            [last - 1, last)         its hidden state is kept; it predicts the first token of the row's next chunk
 
         Args:
             plan: The step.
             token_ends: int64 ``[N]``; where each row's tokens end in the step.
             token_ids: int64 ``[T]``; the step's input.
             hidden: ``[T, hidden]``; the step's output.
-            sampler: Knows which slots asked.
+            sampler: Knows which slots asked for entries.
             faults: Gets the slots whose entries cannot be computed.
         """
         result: dict[int, list[TokenLogprobs]] = {}

@@ -1,4 +1,4 @@
-"""What a sampler drew and reports, still on the device.
+"""The tokens that a sampler drew, and their probabilities, still on the device.
 
 Legend: S = sampling rows, V = vocabulary.
 """
@@ -48,13 +48,13 @@ class LogprobRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampled:
-    """What was drawn, still on the device.
+    """The drawn tokens, still on the device.
 
     Attributes:
         token_ids: int64 ``[S]``.
         is_valid: Boolean ``[S]``; False where the logits have no finite maximum.
-        logprobs: Of the rows that asked, in parts.
-        faults: Slots whose request alone made something raise; their tokens mean nothing.
+        logprobs: Probabilities of the rows that asked for them, in parts.
+        faults: Slots whose request alone caused an exception; their tokens mean nothing.
     """
 
     token_ids: Tensor
@@ -70,12 +70,12 @@ class Sampled:
 def top_logprobs(
     logprobs: Tensor, token_ids: Tensor, rows: NDArray[np.int64], num_top: NDArray[np.int32]
 ) -> LogprobRows:
-    """Pick given tokens' and the likeliest tokens' entries.
+    """Pick the entries of given tokens and of the likeliest tokens.
 
     Args:
         logprobs: fp32 ``[rows, V]``.
         token_ids: int64 ``[rows]``.
-        rows: What the rows are called in the result.
+        rows: The rows' numbers in the result.
         num_top: int32 ``[rows]``.
     """
     top, top_ids = likeliest(logprobs, min(int(num_top.max()), logprobs.shape[1]))

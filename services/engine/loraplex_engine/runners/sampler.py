@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from loraplex_engine.runners.slot_faults import SlotFaults
     from loraplex_engine.step import SamplingArrays
 
-NUCLEUS_CANDIDATES: Final = 1024  # sorted first for top_p; the whole vocabulary only if they don't hold its mass
-WEIGHT_ONE: Final = 2.0**40  # fixed point of masses, whose sums are then exact in any order; fits 2**20 tokens and more
+NUCLEUS_CANDIDATES: Final = 1024  # sorted first for top_p; all tokens only if these lack its mass
+WEIGHT_ONE: Final = 2.0**40  # fixed point: sums of masses are exact in any order, for 2**20 tokens and more
 NEG_INF: Final = float("-inf")
 MAX_LOGIT: Final = torch.finfo(torch.float32).max
 
 
 @dataclass(slots=True)
 class SlotState:
-    """What a slot's occupant needs beyond the plan's arrays.
+    """What a slot's occupant needs besides the plan's arrays.
 
     Attributes:
-        setup: As the scheduler sent it.
+        setup: The setup that the scheduler sent.
         seen: Boolean ``[V]``, tokens of prompt and output; ``counts`` int32 ``[V]``, tokens of the output. None without
             penalties.
     """
@@ -50,7 +50,7 @@ class SlotState:
 
 
 class Sampler:
-    """Draws tokens; keeps what outlives a step (constraints, penalty counts) by slot."""
+    """Draws tokens; keeps by slot what outlives a step (constraints, penalty counts)."""
 
     def __init__(self, *, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -60,7 +60,8 @@ class Sampler:
     def occupy(self, setup: SlotSetup) -> None:
         """Take over a slot's new occupant; penalty counts are rebuilt from its tokens.
 
-        Nothing is kept of an occupant that the plan's arrays describe in full, so that batches of them take the fast path.
+        No state is kept of an occupant that the plan's arrays describe in full, so batches of such occupants take the
+        fast path.
         """
         if not setup.is_special:
             self._slots.pop(setup.slot, None)
@@ -75,18 +76,18 @@ class Sampler:
         self._slots[setup.slot] = state
 
     def vacate(self, slots: NDArray[np.int32]) -> None:
-        """Forget slots whose new occupant needs nothing special."""
+        """Forget slots whose new occupant needs no state."""
         if self._slots:
             for slot in slots.tolist():
                 self._slots.pop(slot, None)
 
     def setup(self, slot: int) -> SlotSetup | None:
-        """Return what the plan's arrays do not say of a slot's occupant; None if they say all."""
+        """Return the facts of a slot's occupant that the plan's arrays do not carry; None if they carry all."""
         state = self._slots.get(slot)
         return None if state is None else state.setup
 
     def has_any(self, slots: NDArray[np.int32]) -> bool:
-        """Tell whether anything is kept for any of some slots."""
+        """Tell whether the sampler keeps state for any of these slots."""
         return bool(self._slots) and any(slot in self._slots for slot in slots.tolist())
 
     def sample(self, logits: Tensor, slots: NDArray[np.int32], arrays: SamplingArrays) -> Sampled:
@@ -171,7 +172,7 @@ class Sampler:
     def _draw_truncated(
         self, work: Tensor, noise: Noise, top_k: NDArray[np.int32], top_p: NDArray[np.float32]
     ) -> Tensor:
-        """Draw among the top_k likeliest tokens that make up a mass of top_p, the likeliest always among them."""
+        """Draw among the top_k likeliest tokens with a mass of top_p together; the likeliest is always among them."""
         limits = np.where(top_k > 0, np.minimum(top_k, self._vocab_size), self._vocab_size).astype(np.int64)
         limit, nucleus = self._column(limits), self._column(top_p)
         total = _weights(work).sum(-1, keepdim=True)
@@ -179,7 +180,7 @@ class Sampler:
         ranks = torch.arange(values.shape[1], device=self._device)[None]
         values = values.masked_fill(ranks >= limit, NEG_INF)
         weights = _weights(values)
-        # After top_k only what it kept counts; without it the mass is that of the whole vocabulary.
+        # After top_k, only the tokens it kept count; without top_k, the mass is that of the whole vocabulary.
         mass = torch.where(limit < self._vocab_size, weights.sum(-1, keepdim=True), total)
         before = weights.cumsum(-1) - weights
         values.masked_fill_((nucleus < 1) & (before >= _bound(nucleus, mass)), NEG_INF)
@@ -201,12 +202,18 @@ class Sampler:
 
 
 def _weights(values: Tensor) -> Tensor:
-    """Return ``exp(values)`` in units of 1 / `WEIGHT_ONE`, int64; values are 0 at most."""
+    """Return ``exp(values)`` in units of 1 / `WEIGHT_ONE`, int64; values must be at most 0."""
     return (values.exp() * WEIGHT_ONE).to(torch.int64)
 
 
 def _bound(top_p: Tensor, mass: Tensor) -> Tensor:
-    """Return the mass, int64, before which a token must begin to be kept: ``top_p * mass`` rounded up, 1 at least."""
+    """Return the mass, int64, below which a kept token must begin: ``top_p * mass`` rounded up, 1 at least.
+
+    Tokens in order of falling probability; a token covers the masses ``[begin, begin + weight)``:
+
+        begin in [0, bound)       kept
+        begin in [bound, mass)    cut off
+    """
     return (top_p.double() * mass.double()).ceil().to(torch.int64)
 
 
@@ -241,9 +248,9 @@ def _penalize(logits: Tensor, state: SlotState, arrays: SamplingArrays, row: int
         return
     repetition = float(arrays.repetition_penalty[row])
     if repetition != 1.0:
-        # As a tensor: torch multiplies by the reciprocal of a scalar on a GPU, which rounds twice.
+        # The factor is a tensor: on a GPU, torch multiplies by the reciprocal of a scalar, which rounds twice.
         divisor = torch.full((), repetition, dtype=logits.dtype, device=logits.device)
-        # A tiny penalty makes a likely token certain, never infinite: that would be a row without a valid draw.
+        # A tiny penalty makes a likely token certain, never infinite: an infinite logit would leave no valid draw.
         is_raised = (logits > 0) & torch.isfinite(logits)
         penalized = torch.where(is_raised, (logits / divisor).clamp(max=MAX_LOGIT), logits * divisor)
         logits.copy_(torch.where(state.seen, penalized, logits))

@@ -1,4 +1,4 @@
-"""Which slots of a step an exception of the runner is laid to; see `faults`."""
+"""Decides which slots of a step are at fault for an exception of the runner; see `faults`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _log = get_logger()
 SlotFaults = dict[int, "LoraplexError"]
-"""Slot -> what its request ends with."""
+"""Slot -> error that its request ends with."""
 
 
 @contextmanager
 def blaming(faults: SlotFaults, slots: Sequence[int], doing: str) -> Iterator[None]:
-    """Lay what the block raises to some slots, and go on.
+    """Record what the block raises as the fault of some slots, and go on.
 
     Raises:
-        torch.AcceleratorError: If the device itself is broken, which is nobody's fault.
+        torch.AcceleratorError: If the device itself is broken, which is no request's fault.
     """
     try:
         yield
@@ -46,14 +46,14 @@ def together_or_apart(
     faults: SlotFaults,
     doing: str,
 ) -> list[T]:
-    """Compute something of rows at once; if that raises, of each row alone, so that only those fail that raise then.
+    """Compute rows together; if that raises, compute each row alone, so that only rows which raise then fail.
 
     Args:
         rows: int64, not empty.
         slots: int32; each row's slot.
         compute: Called with some of the rows.
         faults: Gets the slots of rows that raise alone.
-        doing: As of `internal_error`.
+        doing: Text for `internal_error`: what was being done.
 
     Raises:
         torch.AcceleratorError: If the device itself is broken.

@@ -16,7 +16,7 @@ ARGMAX_BLOCK: Final = 64  # tokens, a power of two
 def likeliest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest entries of each row and their ids, best first, the lower id first among equals.
 
-    `torch.topk` leaves open which of equals it takes; logits in bf16 are often equal.
+    `torch.topk` does not define which of several equals it takes; logits in bf16 are often equal.
 
     Args:
         values: fp32 ``[rows, V]``.
@@ -28,7 +28,7 @@ def likeliest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows, ids = (values >= edge).nonzero(as_tuple=True)  # ids rise within a row
     sizes = torch.bincount(rows, minlength=values.shape[0])
     columns = torch.arange(len(rows), device=values.device) - (sizes.cumsum(0) - sizes)[rows]
-    width = max(int(sizes.max()), count)  # NaN reaches no edge: such a row has too few
+    width = max(int(sizes.max()), count)  # NaN reaches no edge, so a row with NaN has too few
     candidates = values.new_full((values.shape[0], width), float("-inf"))
     candidate_ids = ids.new_zeros(candidates.shape)
     candidates[rows, columns], candidate_ids[rows, columns] = values[rows, ids], ids
@@ -40,8 +40,9 @@ def likeliest_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest logit of each row and its token, the lowest id among equals; NaN counts as largest.
 
     Args:
-        logits: ``[S, V]``; feature-major memory order is reduced by halving blocks of tokens, element-wise, since a
-            strided reduction with indices runs at a tenth of the memory's speed on a CPU (16 x 49152: 2.1 to 0.6 ms).
+        logits: ``[S, V]``; if its memory order is feature-major, it is reduced by halving blocks of tokens,
+            element-wise, since a strided reduction with indices runs at a tenth of the memory's speed on a CPU (16 x
+            49152: 2.1 to 0.6 ms).
     """
     num_rows, vocab_size = logits.shape
     if logits.is_contiguous() or vocab_size % ARGMAX_BLOCK:

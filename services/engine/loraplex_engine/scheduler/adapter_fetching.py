@@ -1,8 +1,8 @@
-"""Fetches the adapters of waiting requests to the device, those of the next ones first.
+"""Fetches the adapters of waiting requests to the device, those of the next requests first.
 
-The queue is the prediction of what will be needed: an adapter is asked of the store when its first request arrives, and
-copied to the device when that request is near its turn. Requests next in order *claim* their adapters, so that no load for
-a request behind them evicts these again.
+The queue predicts which adapters will be needed. The engine asks the store for an adapter when its first request
+arrives, and copies the adapter to the device when that request is near its turn. Requests that are next in order
+*claim* their adapters, so that no load for a request behind them evicts these adapters again.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from loraplex_engine.scheduler.request_book import RequestBook
 
 CLAIMS_AHEAD: Final = 8
-"""Adapters kept or loaded for those next in order, beyond the free places in the batch."""
+"""Adapters kept or loaded for the requests next in order, beyond the free places in the batch."""
 
 _ON_THE_WAY: Final = (ResidencyState.WANTED, ResidencyState.LOADING, ResidencyState.DRAINING)
 
 
 class AdapterFetching:
-    """Claims and loads.
+    """Claims adapters for waiting requests and starts their loads.
 
     Args:
         source: Makes room for adapters.
-        feasibility: Refuses what can never fit, once its adapter's size is known.
+        feasibility: Refuses a request that can never fit, once its adapter's size is known.
     """
 
     def __init__(self, *, book: RequestBook, cache: AdapterCache, source: PageSource, feasibility: Feasibility) -> None:
@@ -45,7 +45,11 @@ class AdapterFetching:
         self._feasibility = feasibility
 
     def claim(self, request: Request, *, is_reserving: bool) -> bool:
-        """Keep a request's adapter for it if it is near enough to a place, or pages are; False if it is not."""
+        """Keep a request's adapter for it.
+
+        Returns:
+            False if the request is too far from a place, and no pages are reserved for it.
+        """
         digest = request.adapter_digest
         if digest is None or request.has_claim:
             return True
@@ -60,8 +64,8 @@ class AdapterFetching:
     def _num_ahead(self) -> int:
         """Adapters fetched for more requests than there are places.
 
-        While there are places, only loads on their way count: the first in order must be able to start one, however many
-        claims those have that were first before.
+        While there are free places, only loads on their way count: the first request in order must be able to start a
+        load, however many claims are held by requests that were first before.
         """
         num_free = self._batch.state.num_free
         return self._cache.states.num_loading - num_free if num_free else self._cache.states.num_claimed
@@ -93,7 +97,7 @@ class AdapterFetching:
         return Outcome.GONE
 
     def _load(self, request: Request, digest: str, reserving: Request | None) -> Outcome | None:
-        """Start to load an adapter for a request; None if it is on its way."""
+        """Start to load an adapter for a request; None if the adapter is on its way."""
         num_pages = self._cache.states.num_pages_of(digest) or 0
         if reserving is None and not self._leaves_headroom(num_pages):
             return Outcome.NO_PAGES
@@ -125,7 +129,7 @@ class AdapterFetching:
     # --- news of images ---
 
     def image_arrived(self, digest: str) -> bool:
-        """Tell the requests that wait with an adapter how far it has come; False if none waits with it."""
+        """Tell the requests that wait with an adapter how far it has come; False if no request waits with it."""
         waiting = self._queue.of_adapter(digest)
         for request in waiting:
             with self._book.answering_for(request, "when its adapter arrived"):

@@ -1,13 +1,14 @@
-"""Which request gets the next place in the batch, and whose adapter is loaded for it.
+"""Decides which request gets the next place in the batch, and whose adapter is loaded for it.
 
-Requests are looked at in the queue's order. One that waits for its adapter or for more room than there is is passed over,
-so it blocks no other. A request passed over for lack of pages for longer than a bound, or while nothing runs that could
-free any, *reserves* them: no other is admitted and no adapter loaded until it fits, so the running requests' pages flow to
-it and it cannot starve.
+Admission looks at requests in the queue's order. It passes over a request that waits for its adapter, or that needs
+more room than there is, so such a request blocks no other. A request passed over for lack of pages for longer than a
+bound, or while nothing runs that could free any, *reserves* the pages: no other request is admitted and no adapter
+loaded until it fits, so the running requests' pages flow to it and it cannot starve.
 
-What a place takes is `placement`'s; which adapters are fetched, and for which requests, `adapter_fetching`'s. Requests next
-in order *claim* their adapters: no load evicts these again, and of places only those that go to requests further ahead. A
-load only promises progress, a place is progress, so claims cannot block each other.
+`placement` knows what a place takes; `adapter_fetching` decides which adapters are fetched, and for which requests.
+Requests next in order *claim* their adapters. No load evicts a claimed adapter. A place evicts a claimed adapter only
+for a request that is further ahead than the claiming one. A load only promises progress, a place is progress, so claims
+cannot block each other.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from loraplex_engine.scheduler.request_book import RequestBook
 
 MAX_LOOKAHEAD: Final = 16
-"""Misfits that one pass looks behind; bounds the cost of a pass when thousands wait."""
+"""Misfits that one pass looks behind; this bounds the cost of a pass when thousands of requests wait."""
 
 
 class Admission:
@@ -62,13 +63,13 @@ class Admission:
         self._feasibility = feasibility
         self._reserving: Request | None = None  # the request that all pages are kept for
         self._spared: set[str] = set()  # adapters claimed by requests that this pass has passed over
-        self._seen: tuple[int, int, int, bool] | None = None  # what held at the last pass
+        self._seen: tuple[int, int, int, bool] | None = None  # `_signature` at the last pass
         self._obtainable_seen = 0
         self._look_again_s = math.inf
 
     @property
     def reserving_digest(self) -> str | None:
-        """Adapter of the request that pages are reserved for: not to be evicted for others' growth."""
+        """Adapter of the request that pages are reserved for; the growth of other requests must not evict it."""
         return self._reserving.adapter_digest if self._reserving else None
 
     @property
@@ -151,7 +152,7 @@ class Admission:
 
     @property
     def _is_idle(self) -> bool:
-        """True if nothing under way could ever make room: the first request gets all of it, whatever others claim."""
+        """True if nothing under way can make room: the first request then gets all of it, whatever others claim."""
         return len(self._batch) == 0 and self._cache.states.num_loading == 0
 
     def _is_overdue(self, request: Request, now_s: float) -> bool:
@@ -160,20 +161,20 @@ class Admission:
         return now_s - request.misfit_since_s > self._limits.max_pass_over_s
 
     def _serve_reserving(self, request: Request, now_s: float) -> bool:
-        """Try the reserving request alone; False once it needs the reservation no more."""
+        """Try the reserving request alone; False once it no longer needs the reservation."""
         is_waiting = request.state is RequestState.WAITING
         if is_waiting and not request.is_parked:
             is_waiting = self._consider(request, now_s) is not Outcome.GONE or request.is_parked
         digest = request.adapter_digest
         if is_waiting and request.is_parked and digest is not None:
-            # what the store has yet to send, pages cannot help
+            # pages do not help while the store has yet to send the adapter
             is_waiting = self._cache.state_of(digest) is not ResidencyState.WANTED
         if not is_waiting:
             self._reserving = None
         return is_waiting
 
     def _consider(self, request: Request, now_s: float) -> Outcome:
-        outcome = Outcome.GONE  # if looking at it fails it
+        outcome = Outcome.GONE  # what is returned if the request fails while it is looked at
         with self._book.answering_for(request, "while a place was sought for it"):
             outcome = self._look_at(request, now_s)
         return outcome

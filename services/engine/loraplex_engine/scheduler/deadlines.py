@@ -1,4 +1,4 @@
-"""Moments at which requests must be looked at, whatever else happens."""
+"""Moments at which the scheduler must look at a request, whatever else happens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class Limit(enum.Enum):
-    """What passes at such a moment."""
+    """Which limit of a request passes at such a moment."""
 
     DEADLINE = "deadline"
     QUEUE_DEADLINE = "queue_deadline"
     TIME_LIMIT = "time_limit"
-    FIRST_TOKEN = "first_token"  # its first token cannot come in time any more, as estimated when it was noted
+    FIRST_TOKEN = "first_token"  # estimate: after it, the first token is late
 
 
 class Deadlines:
@@ -68,10 +68,10 @@ class Deadlines:
 
 
 class TimeLimits:
-    """Ends requests whose time has passed, and those whose first token cannot come in time any more.
+    """Ends requests whose time has passed, and requests whose first token cannot come in time any more.
 
     Args:
-        book: Ends them.
+        book: Ends the requests.
         feasibility: Knows when a first token is out of reach.
     """
 
@@ -97,10 +97,10 @@ class TimeLimits:
             self._deadlines.note(unreachable_s, Limit.FIRST_TOKEN, request)
 
     def end_overdue(self, now_s: float) -> None:
-        """End the requests of which a limit has passed."""
+        """End the requests that have passed one of their limits."""
         for limit, request in self._deadlines.pop_passed(now_s):
             if request.state is RequestState.ENDED:
-                continue  # an earlier limit of this very turn
+                continue  # an earlier limit of this turn ended it
             with self._book.answering_for(request, "when a limit of its time passed"):
                 self._pass_limit(limit, request, now_s)
 

@@ -1,4 +1,4 @@
-"""Another page for each row at the end of its last block, and who gives way for it."""
+"""Gives each row at the end of its last block another page, and decides which pages are freed for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class DecodeGrowth:
-    """Grows the running rows, and preempts the requests admitted last where nothing else gives way."""
+    """Grows the running rows, and preempts the requests admitted last if nothing else frees enough pages."""
 
     def __init__(
         self, *, book: RequestBook, pool: PagePool, cache: AdapterCache, source: PageSource, admission: Admission
@@ -36,8 +36,9 @@ class DecodeGrowth:
     def grow(self, rows: Rows) -> Rows:
         """Give rows at the end of their last block another page; returns the rows that can run now.
 
-        Cached blocks and idle adapters give way first, those that nobody claims before the others, then the requests
-        admitted last are preempted. Where pages come only once steps in flight are done, the latest rows sit this step out.
+        Cached blocks and idle adapters are evicted first, unclaimed adapters before claimed ones. If that is not
+        enough, the requests admitted last are preempted. If pages come only when steps in flight are done, the latest
+        rows skip this step.
         """
         state = self._batch.state
         growing = rows[state.needs_block(rows)]
@@ -56,11 +57,11 @@ class DecodeGrowth:
 
     @property
     def watermark(self) -> int:
-        """Pages to have free beyond present need: what the batch takes in a few steps."""
+        """Pages to have free beyond the present need: what the batch takes in a few steps."""
         return 1 + 4 * len(self._batch) // self._batch.state.block_tokens
 
     def _make_room(self, num_pages: int) -> Room:
-        """See to free pages, and to a few ahead of need if that takes nothing from a waiting request."""
+        """Make pages free, a few ahead of need if that takes nothing from a waiting request."""
         own = self._admission.reserving_digest
         spared = set() if own is None else {own}
         spare = EvictionRule(spared, spares_claimed=True)
@@ -72,7 +73,7 @@ class DecodeGrowth:
         return Room.NOW if num_pages <= self._source.num_free else room
 
     def _victim(self) -> Request:
-        """Return the request admitted last, sparing those whose adapter drains: it might not come again for them."""
+        """Return the request admitted last, except one whose adapter drains: a drained adapter might not come again."""
         requests = self._batch.requests
         for request in reversed(requests):
             digest = request.adapter_digest

@@ -1,7 +1,8 @@
-"""Everything that changes with every token, as struct of arrays over slots.
+"""The state that changes with every token, as a struct of arrays over slots.
 
-A steady decode step touches these arrays with a few vector operations and no `Request` at all. A slot is one row; an
-occupant keeps its row until it ends or is preempted, and `occupancy` tells its results from a predecessor's.
+A steady decode step touches these arrays with a few vector operations and no `Request` at all. A slot is one row. The
+request in it, its occupant, keeps the row until it ends or is preempted; `occupancy` tells its results from those of
+the occupant before.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ class DecodeState:
         tokens: int32 ``[S, L]``; prompt and known outputs; untouched rows cost no memory.
         num_prompt_tokens: int32 ``[S]``.
         num_computed: int32 ``[S]``; tokens in the pool once all launched steps are done.
-        num_outputs: int32 ``[S]``; output tokens the host knows.
+        num_outputs: int32 ``[S]``; output tokens that the host knows.
         next_position: int32 ``[S]``; output index that the next sampling step draws.
-        max_outputs: int32 ``[S]``; where LENGTH ends it.
-        min_outputs: int32 ``[S]``; before it, stop ids cannot be drawn.
-        is_decoding: bool ``[S]``; its last prefill chunk was launched.
+        max_outputs: int32 ``[S]``; number of outputs at which the request ends with LENGTH.
+        min_outputs: int32 ``[S]``; number of outputs before which stop ids cannot be drawn.
+        is_decoding: bool ``[S]``; the row's last prefill chunk was launched.
         blocks: int32 ``[S, B]``; page ids, `NO_PAGE` beyond ``num_blocks``.
         num_blocks: int32 ``[S]``.
         adapters: int32 ``[S]``; index in the runner's table.
@@ -47,9 +48,9 @@ class DecodeState:
         stop_ids: int32 ``[K, S]``; ids that end the output, filled up with -1.
         sessions: int64 ``[S]``.
         session_slots: int32 ``[S]``.
-        wants_logprobs: bool ``[S]``; its tokens travel as events.
-        shares: int32 ``[S]``; index of its fairness key.
-        num_shared_blocks: int32 ``[S]``; leading blocks that it found computed by others.
+        wants_logprobs: bool ``[S]``; the row's tokens travel as events.
+        shares: int32 ``[S]``; index of the row's fairness key.
+        num_shared_blocks: int32 ``[S]``; leading blocks that the row found computed by other requests.
     """
 
     def __init__(self, *, max_num_seqs: int, max_model_len: int, block_tokens: int) -> None:
@@ -98,7 +99,8 @@ class DecodeState:
     def seat(self, request: Request, *, adapter: int, pages: Pages, stop_ids: tuple[int, ...]) -> int:
         """Give a request a slot with its tokens, pages and settings; returns the slot.
 
-        The first pages hold its first ``request.num_cached`` tokens already. If it raises, the slot is still free.
+        The first pages already hold the request's first ``request.num_cached`` tokens. If it raises, the slot is still
+        free.
         """
         slot = self.next_slot
         submission = request.submission
@@ -162,7 +164,7 @@ class DecodeState:
         return self.tokens[slot, first : first + self.num_outputs[slot]].copy()
 
     def rows_to_decode(self, rows: Rows) -> Rows:
-        """Return those of ``rows`` that have another token to draw, in the same order."""
+        """Return the ``rows`` that have another token to draw, in the same order."""
         return rows[self.is_decoding.take(rows) & (self.next_position.take(rows) < self.max_outputs.take(rows))]
 
     def needs_block(self, rows: Rows) -> NDArray[np.bool_]:
@@ -197,7 +199,7 @@ class DecodeState:
         )
 
     def advance(self, rows: Rows, num_tokens: NDArray[np.int32], sampled: Rows) -> None:
-        """Take a step over ``rows`` as launched, which draws one token for each of ``sampled``."""
+        """Count a launched step over ``rows``, which draws one token for each row of ``sampled``."""
         self.num_computed[rows] += num_tokens
         self.next_position[sampled] += 1
 

@@ -1,9 +1,10 @@
-"""One market for the pool's pages: cold prefixes and cold adapters give way by what their return would cost.
+"""One market for the pool's pages: the cold prefixes and cold adapters that cost least to bring back are evicted first.
 
 The worth of a page is the expected cost, per second and page, of not having it: how often it was asked for lately
-(`arrival_rates`, one half-life for both kinds) times the seconds it takes to bring back, as measured: recomputing a block
-(`StepCosts.prefill_s_per_token`) or copying a page of an adapter (`AdapterCache.copy_s_per_page`, plus its share of a
-fetch from the store if the arena lost it). All in octaves (log2), in which decay needs no upkeep.
+(`arrival_rates`, one half-life for both kinds), times the measured seconds it takes to bring back. Those are the
+seconds to recompute a block (`StepCosts.prefill_s_per_token`) or to copy a page of an adapter
+(`CopyCosts.copy_s_per_page`, plus the page's share of a fetch from the store if the arena lost the image). All values
+are octaves (log2): in octaves, decay needs no upkeep.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class PageSource(Protocol):
-    """Where pages for one purpose come from: `PageEviction`, or one side of a pool that is cut in two."""
+    """A source of pages for one purpose: `PageEviction`, or one side of a pool that is cut in two."""
 
     @property
     def num_free(self) -> int:
@@ -34,15 +35,15 @@ class PageSource(Protocol):
 
     @property
     def num_obtainable(self) -> int:
-        """Pages free now or soon, or to be had by evicting what nobody claims."""
+        """Pages free now or soon, or freed by evicting what no request claims."""
         ...
 
     def num_obtainable_but(self, spared: set[str]) -> int:
-        """Return the pages free now or soon, or to be had without some adapters."""
+        """Return the pages free now or soon, or freed by evicting everything except the ``spared`` adapters."""
         ...
 
     def make_room(self, num_pages: int, may_evict: Callable[[Adapter], bool], *, up_to: float = math.inf) -> Room:
-        """Free pages by evicting what is worth least, at most ``up_to`` octaves."""
+        """Free pages by evicting those worth least, none worth more than ``up_to`` octaves."""
         ...
 
 
@@ -51,8 +52,8 @@ class PageEviction:
 
     Args:
         pool: The pages.
-        cache: Adapters, of which idle ones can be evicted.
-        prefix: Blocks, of which cached ones can be evicted.
+        cache: Adapters; idle ones can be evicted.
+        prefix: Blocks; cached ones can be evicted.
         costs: Measured costs of steps.
         block_tokens: Tokens of a block.
     """
@@ -80,11 +81,11 @@ class PageEviction:
 
     @property
     def num_obtainable(self) -> int:
-        """Pages free now or soon, or to be had by evicting blocks and adapters that nobody claims."""
+        """Pages free now or soon, or freed by evicting blocks and adapters that no request claims."""
         return self._num_without_adapters + self._cache.ranking.num_unclaimed_idle_pages
 
     def num_obtainable_but(self, spared: set[str]) -> int:
-        """Return the pages free now or soon, or to be had by evicting blocks and all adapters but some."""
+        """Return the pages free now or soon, or freed by evicting blocks and all adapters except ``spared``."""
         kept = sum(self._cache.ranking.num_idle_pages_of(digest) for digest in spared)
         return self._num_without_adapters + self._cache.ranking.num_idle_pages - kept
 
@@ -93,21 +94,29 @@ class PageEviction:
         return self._pool.num_free + self._pool.num_retiring + self._pool.num_cached
 
     def make_room(self, num_pages: int, may_evict: Callable[[Adapter], bool], *, up_to: float = math.inf) -> Room:
-        """Free ``num_pages`` by evicting what is worth least; nothing is evicted in vain.
+        """Free ``num_pages`` by evicting the pages worth least; if that is impossible, nothing is evicted.
 
         Args:
             num_pages: Pages wanted.
-            may_evict: Which idle adapters may go.
-            up_to: Worth, in octaves, beyond which nothing may go.
+            may_evict: Tells which idle adapters may be evicted.
+            up_to: Worth, in octaves, above which nothing may be evicted.
         """
         missing = num_pages - self._pool.num_free - self._pool.num_retiring
         if missing > 0 and not self._evict(missing, may_evict, up_to):
             return Room.NO
-        if num_pages > self._pool.num_free:  # rather than wait for steps in flight, let go of more cached blocks
+        if num_pages > self._pool.num_free:  # evict more blocks, do not wait for steps
             self._prefix.evict(num_pages - self._pool.num_free, up_to - self.block_cost)
         return Room.NOW if num_pages <= self._pool.num_free else Room.SOON
 
     def _evict(self, missing: int, may_evict: Callable[[Adapter], bool], up_to: float) -> bool:
+        """Evict ``missing`` pages, by rising worth of blocks and adapters together; False, evicting none, if it cannot.
+
+        With the adapters that may be evicted in order of worth, a_0 <= a_1 <= ..., the loop evicts until it has enough:
+
+            (-inf, a_0]       cached blocks worth at most as much as the first adapter, then that adapter
+            (a_i, a_i+1]      cached blocks worth at most as much as the next adapter, then that adapter
+            (a_last, up_to]   cached blocks; no adapter is left
+        """
         if missing > self._pool.num_cached + self._cache.ranking.num_idle_pages:
             return False
         rest = self._num_beyond_blocks(missing, up_to)
@@ -136,18 +145,18 @@ class PageEviction:
         return missing - self._prefix.num_worth(up_to - self.block_cost, missing)
 
     def _has_idle(self, up_to: float) -> bool:
-        """Tell whether any idle adapter is worth that little."""
+        """Tell whether any idle adapter is worth at most ``up_to``."""
         first = self._cache.ranking.least_idle
         return first is not None and first.worth <= up_to
 
     @property
     def block_cost(self) -> float:
-        """What the seconds to recompute a block add to its worth, in octaves."""
+        """What the seconds to recompute a block add to a block's worth, in octaves."""
         return self._page_worth.block_cost(self._block_tokens * self._costs.prefill_s_per_token)
 
 
 PageSources = Callable[["PagePool", "AdapterCache", "PrefixCache", "StepCosts", int], tuple[PageSource, PageSource]]
-"""Makes, of a pool, what is over it, measured costs and tokens per block, the sources for KV and for adapters."""
+"""Makes the sources for KV and for adapters from pool, cache, prefix cache, measured costs and tokens of a block."""
 
 
 def one_market(
@@ -159,7 +168,7 @@ def one_market(
 
 
 def _enough(num_pages: int, adapters: Iterator[Adapter]) -> list[Adapter] | None:
-    """Return the first adapters that have so many pages together; None if all of them do not."""
+    """Return the first adapters that together have so many pages; None if all of them together have fewer."""
     chosen: list[Adapter] = []
     while num_pages > 0:
         adapter = next(adapters, None)

@@ -1,4 +1,4 @@
-"""Which idle adapters may go for somebody."""
+"""Tells which idle adapters may be evicted for a request, a load or a growing sequence."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class EvictionRule:
-    """Which idle adapters may go for somebody.
+    """Tells which idle adapters may be evicted.
 
     Args:
-        spared: Digests that do not go.
-        spares_claimed: Adapters that waiting requests claim do not go.
-        queue: If given, no adapter that a request waits with goes.
+        spared: Digests of adapters that may not be evicted.
+        spares_claimed: True if adapters that waiting requests claim may not be evicted either.
+        queue: If given, an adapter that any request waits with may not be evicted.
     """
 
     def __init__(self, spared: AbstractSet[str], *, spares_claimed: bool, queue: WaitingQueue | None = None) -> None:
@@ -26,7 +26,7 @@ class EvictionRule:
         self._queue = queue
 
     def __call__(self, adapter: Adapter) -> bool:
-        """Tell whether an adapter may go."""
+        """Tell whether an adapter may be evicted."""
         if adapter.digest in self._spared or (self._spares_claimed and adapter.num_claims):
             return False
         return self._queue is None or not self._queue.is_awaited(adapter.digest)

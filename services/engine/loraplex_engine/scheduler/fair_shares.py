@@ -1,9 +1,9 @@
-"""Who has been served how much: virtual token counters, one per fairness key.
+"""Counts how much service each fairness key has had, in one virtual token counter per key.
 
-Each key's counter rises by one per prompt token computed, two per token drawn, and by the tokens' worth of room of each
-adapter loaded for it. Whoever has the lowest counter goes next. A key that comes back after it had nothing waiting is
-lifted to the lowest counter among those that wait: nobody saves up while away. For keys that always have requests
-waiting, services differ by a bound that does not grow with time.
+A key's counter rises by one per prompt token computed, by two per token drawn, and by the tokens' worth of room of each
+adapter loaded for it. The key with the lowest counter is served next. A key that comes back after it had nothing
+waiting is lifted to the lowest counter among the keys that wait, so no key saves up service while it is away. For keys
+that always have requests waiting, the services differ by a bound that does not grow with time.
 
 Source: Sheng et al., "Fairness in Serving Large Language Models" (VTC), arXiv:2401.00588, algorithm 2.
 """
@@ -24,7 +24,7 @@ _FIRST_SIZE: Final = 64
 
 
 class FairShares:
-    """Counters of all keys that matter still.
+    """Counters of all keys that still matter.
 
     Args:
         max_running_per_key: Most requests of a key that run at once; None for no limit.
@@ -40,7 +40,7 @@ class FairShares:
         self._num_waiting: list[int] = []  # parked ones included
         self._num_eligible: list[int] = []
         self._num_running: list[int] = []
-        self._heap: list[tuple[float, int]] = []  # keys with eligible requests; counters may have risen since
+        self._heap: list[tuple[float, int]] = []  # keys with eligible requests; a counter may have risen since
         self._is_in_heap: list[bool] = []
         self._last_left = -1  # the key that last ceased to wait
         self._sweep_at = 2 * _FIRST_SIZE
@@ -59,7 +59,7 @@ class FairShares:
         return index
 
     def leave(self, index: int) -> None:
-        """One request of a key has ended."""
+        """Count that one request of a key has ended."""
         self._num_open[index] -= 1
 
     def _add(self, key: str) -> int:
@@ -91,34 +91,34 @@ class FairShares:
     # --- waiting and running ---
 
     def wait(self, index: int) -> None:
-        """One more request of a key waits."""
+        """Count one more request of a key as waiting."""
         if self._num_waiting[index] == 0:
             self._service[index] = max(self._service[index], self._lowest())
         self._num_waiting[index] += 1
 
     def cease_to_wait(self, index: int) -> None:
-        """One request fewer of a key waits."""
+        """Count one request fewer of a key as waiting."""
         self._num_waiting[index] -= 1
         if self._num_waiting[index] == 0:
             self._last_left = index
 
     def become_eligible(self, index: int) -> None:
-        """One more waiting request of a key can be admitted."""
+        """Count one more waiting request of a key as open to admission."""
         self._num_eligible[index] += 1
         if not self._is_in_heap[index]:
             self._is_in_heap[index] = True
             heapq.heappush(self._heap, (float(self._service[index]), index))
 
     def cease_to_be_eligible(self, index: int) -> None:
-        """One waiting request fewer of a key can be admitted."""
+        """Count one waiting request fewer of a key as open to admission."""
         self._num_eligible[index] -= 1
 
     def run(self, index: int) -> None:
-        """One more request of a key has a slot."""
+        """Count one more request of a key as running."""
         self._num_running[index] += 1
 
     def cease_to_run(self, index: int) -> None:
-        """One request of a key has lost its slot."""
+        """Count that one request of a key has lost its slot."""
         self._num_running[index] -= 1
 
     def is_capped(self, index: int) -> bool:
@@ -152,7 +152,7 @@ class FairShares:
         return 0.0 if index is None else self.service(index)
 
     def charge(self, index: int, num_tokens: float) -> None:
-        """Charge prompt tokens, or what is worth as many."""
+        """Charge prompt tokens, or other service worth as many."""
         self._service[index] += PROMPT_WEIGHT * num_tokens
 
     def charge_outputs(self, indices: NDArray[np.int32], num_tokens: int = 1) -> None:
@@ -160,7 +160,7 @@ class FairShares:
         np.add.at(self._service, indices, OUTPUT_WEIGHT * num_tokens)
 
     def check_integrity(self, waiting: list[int], eligible: list[int], running: list[int]) -> None:
-        """Compare with the indices of all waiting, eligible and running requests.
+        """Compare the counts with the indices of all waiting, eligible and running requests.
 
         Raises:
             RuntimeError: If a count is off.

@@ -1,10 +1,11 @@
-"""Requests that cannot be served: those that never fit, and those whose first token cannot come in time any more.
+"""Ends requests that cannot be served: those that never fit, and those whose first token cannot come in time any more.
 
-A request that needs more pages alone than the pool has is refused at once, with the arithmetic. One that has an objective
-for its first token ends as soon as the objective is out of reach, while that still helps others. The estimate is the least
-a request has to wait if it were next: the copy of its adapter, the prefill admitted before it, and its own. It comes from
-measured costs only; no request ends on a guess. A request is looked at again at the moment from which on the estimate as
-it is now says that it cannot be met, so a waiting request costs nothing in between.
+A request that alone needs more pages than the pool has is refused at once, with the arithmetic. A request that has an
+objective for its first token ends as soon as the objective is out of reach, while ending it still helps others. The
+estimate is the least time that the request would wait if it were next: the copy of its adapter, the prefill admitted
+before it, and its own. It comes from measured costs only; no request ends on a guess. The present estimate gives the
+moment from which the objective is out of reach; the request is looked at again then, so a waiting request costs nothing
+in between.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Feasibility:
 
     Args:
         book: Ends the requests that cannot be served.
-        sharing: Knows what need not be computed.
+        sharing: Knows which tokens need not be computed.
         costs: Measured costs of steps.
     """
 
@@ -49,7 +50,7 @@ class Feasibility:
     # --- size ---
 
     def refuse_if_too_large(self, request: Request) -> bool:
-        """End a request that cannot fit even alone; an open-ended one is cut to what fits instead."""
+        """End a request that cannot fit even alone; an open-ended one is cut to the room there is instead."""
         digest = request.adapter_digest
         adapter_pages = (self._cache.states.num_pages_of(digest) or 0) if digest else 0
         pinned = self._cache.states.num_pinned_pages
@@ -91,13 +92,13 @@ class Feasibility:
         return wait_s + self._costs.prefill_s(num_tokens)
 
     def unreachable_from_s(self, request: Request) -> float | None:
-        """Return the moment from which on a waiting request misses its objective, as estimated now; None if it has none."""
+        """Return the moment from which a request misses its objective, by the present estimate; None without one."""
         if request.objective_s is None or request.first_token_s is not None:
             return None
         return request.objective_s - self.estimate_s(request)
 
     def end_if_unreachable(self, request: Request, now_s: float) -> bool:
-        """End a waiting request that cannot have its first token in time; True if it did."""
+        """End a waiting request whose first token cannot come in time; True if it was ended."""
         unreachable_s = self.unreachable_from_s(request)
         if request.state is not RequestState.WAITING or unreachable_s is None or now_s <= unreachable_s:
             return False

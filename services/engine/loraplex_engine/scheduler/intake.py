@@ -1,4 +1,4 @@
-"""New requests: which are refused at the door, and what begins for the others."""
+"""Takes new requests in: refuses some at once, and starts what the others need."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class RequestIntake:
     Args:
         limits: Longest sequence and objective.
         book: Gets every request.
-        cache: Adapters, whose arrival rates it tells.
-        feasibility: Refuses what can never fit.
-        time_limits: Watch what may pass while a request is open.
+        cache: Adapters; it is told of each arrival.
+        feasibility: Refuses a request that can never fit.
+        time_limits: Watches the limits that may pass while a request is open.
         admission: Starts to fetch adapters.
 
     Attributes:
@@ -68,7 +68,7 @@ class RequestIntake:
                 max_model_len=self._limits.max_model_len,
                 ttft_slo_s=None if policy.queue_policy is QueuePolicy.FCFS else policy.ttft_slo_s,
             )
-        except Exception as error:  # nothing holds anything of it yet
+        except Exception as error:  # no other part knows the request yet
             doing = "while it was taken in"
             self._book.refuse(submission, internal_error(doing, error, request_id=submission.request_id))
             return

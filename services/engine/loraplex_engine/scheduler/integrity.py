@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def check_requests(
     *, pool: PagePool, cache: AdapterCache, batch: RunningBatch, queue: WaitingQueue, book: RequestBook
 ) -> None:
-    """Compare what requests hold with what pool, cache and fairness keys account for.
+    """Compare what requests hold with the accounts of pool, cache and fairness keys.
 
     Raises:
         RuntimeError: If something is lost or counted twice.

@@ -1,4 +1,4 @@
-"""Collects what happens between two sends, per session."""
+"""Collects per session what happens between two sends."""
 
 from __future__ import annotations
 

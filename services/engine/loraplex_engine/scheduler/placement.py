@@ -1,8 +1,8 @@
-"""What a request gets with its place in the batch: blocks that others computed, new pages, its adapter's lease, a slot.
+"""What a request gets with its place in the batch: blocks computed by others, new pages, its adapter's lease, a slot.
 
-A request fits when its blocks, its adapter and the growth expected of all that run fit (`expected_lengths`). Pages come
-from the free list, from cached blocks and from idle adapters (`eviction`); a running request is never preempted for a
-waiting one.
+A request fits when there is room for its blocks, its adapter and the growth expected of all running requests
+(`expected_lengths`). Pages come from the free list, from cached blocks and from idle adapters (`eviction`); a running
+request is never preempted for a waiting one.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Outcome(enum.Enum):
 
 
 class Placement:
-    """Moves one request from the queue to the batch, with all it needs or with nothing.
+    """Moves one request from the queue to the batch, with everything it needs or with nothing.
 
     Args:
-        book: Told of each request that got its slot.
+        book: Is told of each request that got its slot.
         source: Makes room for KV.
-        sharing: Finds blocks that others computed.
+        sharing: Finds blocks that other requests computed.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class Placement:
 
     @property
     def num_obtainable(self) -> int:
-        """Pages free now or soon, or to be had by evicting blocks and adapters that no request claims."""
+        """Pages free now or soon, or freed by evicting blocks and adapters that no request claims."""
         return self._source.num_obtainable
 
     def seat(self, request: Request, spared: set[str]) -> Outcome:
-        """Give a waiting request its place; GONE if it has it now.
+        """Give a waiting request its place; GONE if it has its place now.
 
         Args:
-            request: Its adapter is resident.
+            request: The request; its adapter is resident.
             spared: Digests of adapters that must not be evicted for it.
         """
         found = self._sharing.find(request)
-        self._pool.share(found)  # held first, lest making room evicts them
+        self._pool.share(found)  # held first, so that making room does not evict them
         try:
             outcome = self._make_place(request, found, spared)
         except BaseException:
@@ -94,12 +94,12 @@ class Placement:
         return Outcome.GONE
 
     def _make_place(self, request: Request, found: Pages, spared: set[str]) -> Outcome:
-        """Give a request slot, pages and lease if they can be had (GONE), behind the pages it found; if it raises, none.
+        """Give a request slot, pages and lease (GONE), or none of them if they cannot be had or if it raises.
 
         Positions of the request's tokens, in blocks:
 
-            [0, len(found))                          computed by others, in shared pages
-            [len(found), len(found) + num_pages)     new pages: its known tokens, and one more
+                [0, len(found))                          computed by others, in shared pages
+                [len(found), len(found) + num_pages)     new pages: its known tokens and the first token drawn
         """
         num_tokens = min(request.num_known_tokens + 1, request.max_kv_tokens)
         num_pages = -(-num_tokens // self._limits.block_tokens) - len(found)
@@ -124,12 +124,12 @@ class Placement:
         return Outcome.GONE
 
     def _fits(self, request: Request, num_pages: int, num_found: int, spared: set[str]) -> bool:
-        """Tell whether a request's pages and the growth expected of all that run can be had; alone it always fits."""
+        """Tell whether a request's pages and the growth expected of all running requests fit; alone, it always fits."""
         if len(self._batch) == 0:
             return True
         left = self._source.num_obtainable_but(spared) - num_pages
         if left >= (len(self._batch) + 1) * self._longest_blocks:
-            return True  # however much they draw
+            return True  # it fits however many tokens they draw
         if left < len(self._batch):
             return False
         growth = peak_growth(

@@ -1,7 +1,7 @@
-"""Which blocks a request finds in the prefix cache, and which it leaves there.
+"""Decides which blocks a request finds in the prefix cache, and which blocks it leaves there.
 
-Only full blocks are shared, and only once their tokens are known to the host and their step's result has come: not the
-block that is being filled, not a speculative token's, not those of a row whose logits were not finite.
+Only full blocks are shared, and only when the host knows their tokens and their step's result has come. The block that
+is being filled is not shared, nor a speculative token's block, nor the blocks of a row whose logits were not finite.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class PrefixSharing:
-    """Between requests and the prefix cache.
+    """Connects requests and the prefix cache.
 
     Args:
         prefix: The cache.
         state: Rows of running requests.
-        is_enabled: False shares nothing.
+        is_enabled: False if nothing is shared.
     """
 
     def __init__(self, *, prefix: PrefixCache, state: DecodeState, is_enabled: bool) -> None:
@@ -39,8 +39,8 @@ class PrefixSharing:
     def find(self, request: Request) -> Pages:
         """Return the pages a waiting request can share; they are not held yet.
 
-        The last token is never among them: there must be one to compute the first draw from. A request that still owes
-        its prompt's probabilities computes all of it.
+        The request's last known token is never in them: the first draw needs one token to be computed. A request that
+        still owes its prompt's probabilities computes the whole prompt.
         """
         if not self._is_enabled or request.owes_prompt_logprobs:
             return NO_PAGES
@@ -55,7 +55,7 @@ class PrefixSharing:
         self._finished_keys(request, and_publish=True)
 
     def leave(self, request: Request, now_s: float) -> None:
-        """Offer what a running request has computed, and count one use of each block; its pages go next."""
+        """Offer what a running request has computed, and count one use of each block; its pages are freed next."""
         keys = self._finished_keys(request, and_publish=not request.is_suspect)
         self._prefix.leave(keys, now_s)
 

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class Line:
-    """A set of requests whose oldest and newest are at hand in O(log n).
+    """A set of requests that gives its oldest and its newest in O(log n).
 
-    Entries of requests that left stay in the heaps until they come up, or until they outnumber the others.
+    Entries of requests that left stay in the heaps until they reach the top, or until they outnumber the others.
 
     Args:
-        has_newest: Whether `newest` will be asked for.
+        has_newest: Whether `newest` will be used.
     """
 
     def __init__(self, *, has_newest: bool) -> None:

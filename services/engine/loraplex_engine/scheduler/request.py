@@ -1,6 +1,7 @@
-"""One request inside the scheduler: identity, limits and what became of it so far.
+"""One request inside the scheduler: its identity, its limits and its history so far.
 
-Touched on events only (arrival, admission, preemption, end); what changes with every token lives in `DecodeState`.
+These fields change on events only (arrival, admission, preemption, end); what changes with every token is in
+`DecodeState`.
 """
 
 from __future__ import annotations
@@ -33,27 +34,27 @@ TRANSITIONS: Final = {
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Request:
-    """A submission on its way to its one end.
+    """A submission from its arrival to its one end.
 
     Attributes:
         number: Rises with arrival; unique.
-        max_outputs: Output tokens, resumed ones included, at which it ends with LENGTH.
+        max_outputs: Output tokens, resumed ones included, at which the request ends with LENGTH.
         output_token_ids: int32; outputs known when it last had no slot: resumed ones, later those before preemption.
         slot: Row of the decode state while RUNNING, else -1.
-        is_parked: WAITING for its adapter to move, so admission does not look at it.
+        is_parked: WAITING for its adapter to change state, so admission does not look at it.
         parked_since_s: When it was parked last.
-        misfit_since_s: Since when it lacks pages only; None if it was not passed over yet.
-        adapter_load_s: Time parked.
+        misfit_since_s: Since when it has lacked only pages; None if it was not passed over yet.
+        adapter_load_s: Time spent parked.
         admitted_s: When it first got a slot.
         first_token_s: When its first token came.
         num_prompt_logprobs: Prompt tokens whose probabilities were sent.
-        num_prompt_logprobs_seen: Prompt tokens whose probabilities its present occupancy of a slot has computed.
-        num_cached: Tokens that its present occupancy of a slot found in the prefix cache.
-        num_confirmed: Known tokens that its present occupancy has in the pool, as results say.
-        is_suspect: Its last step went wrong: what that computed must not be shared.
+        num_prompt_logprobs_seen: Prompt tokens whose probabilities were computed since it last got a slot.
+        num_cached: Tokens found in the prefix cache when it last got a slot.
+        num_confirmed: Known tokens that are in the pool, by the results read since it last got a slot.
+        is_suspect: Its last step failed; blocks which that step computed must not be shared.
         has_claim: It claims its adapter.
-        block_keys: Names of its blocks, once they were needed.
-        level: Class of service it has by now; rises as it waits.
+        block_keys: Names of its blocks, made at their first use.
+        level: Its present class of service; rises as it waits.
         share: Index of its fairness key; -1 before it was queued.
         objective_s: Moment by which its first token must have come, or None.
     """
@@ -84,7 +85,7 @@ class Request:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The session and the gateway's number for it."""
+        """The session, and the number that the gateway gave the request in it."""
         return (self.submission.session_id, self.submission.session_slot)
 
     @property
@@ -99,7 +100,7 @@ class Request:
 
     @property
     def num_known_tokens(self) -> int:
-        """Prompt and known outputs: what a prefill computes."""
+        """Prompt and known output tokens: what a prefill computes."""
         return self.num_prompt_tokens + len(self.output_token_ids)
 
     @property
@@ -110,7 +111,7 @@ class Request:
 
     @property
     def max_kv_tokens(self) -> int:
-        """Most tokens it ever has in the pool; the last output is never an input."""
+        """The most tokens the request ever has in the pool; the last output is never an input."""
         return self.num_prompt_tokens + self.max_outputs - 1
 
     def move_to(self, state: RequestState) -> None:
@@ -125,10 +126,10 @@ class Request:
 
 
 class RequestFaultError(Exception):
-    """Something went wrong with one request, whose effects are undone; the cause is what did.
+    """A fault of one request; its effects are undone, and the exception's cause says what it was.
 
     Attributes:
-        request: The one that it went wrong with.
+        request: The request at fault.
     """
 
     def __init__(self, request: Request) -> None:
@@ -139,7 +140,7 @@ class RequestFaultError(Exception):
 def make_request(
     submission: Submission, *, number: int, now_s: float, max_model_len: int, ttft_slo_s: float | None = None
 ) -> Request:
-    """Take a submission in; its limit on outputs is what the submission and ``max_model_len`` leave."""
+    """Make a request of a submission; the submission and ``max_model_len`` limit its outputs."""
     arrived_s = submission.arrived_s or now_s
     moments = [submission.deadline_s, None if ttft_slo_s is None else arrived_s + ttft_slo_s]
     num_prompt = len(submission.prompt_token_ids)

@@ -1,4 +1,4 @@
-"""All open requests: how they begin, lose their place, and end, each in exactly one `Ended`."""
+"""All open requests: how they begin, lose their place and end, each with exactly one `Ended`."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ if TYPE_CHECKING:
 
 
 class SlotInUseError(ValueError):
-    """A session names two open requests alike: the gateway breaks the protocol."""
+    """A session has two open requests of one number: the gateway breaks the protocol."""
 
 
 class RequestBook:
-    """Moves requests between queue, batch and end, with all they hold, and tells their sessions.
+    """Moves requests, with what they hold, between queue, batch and end, and tells their sessions.
 
     Args:
         limits: Size of a page, and the quantile of lengths that requests are expected to reach.
         queue: Waiting requests.
         batch: Running requests.
+        cache: Adapters, which running requests lease and waiting ones claim.
         sharing: Keeps the blocks of requests that leave.
 
     Attributes:
         queue: Waiting requests.
         batch: Running requests.
-        lengths: What requests drew lately.
-        outputs: News that has yet to be sent.
-        counters: What happened so far.
-        last_launched: The last step launched; pages and leases given up now are in use until it is done.
+        lengths: How many tokens requests drew lately.
+        outputs: Events and tokens that have yet to be sent.
+        counters: Totals so far.
+        last_launched: Number of the last step launched; pages and leases released now stay in use until it is done.
     """
 
     def __init__(
@@ -74,12 +75,12 @@ class RequestBook:
 
     @property
     def requests(self) -> list[Request]:
-        """All open requests, a copy."""
+        """All open requests, as a copy."""
         return list(self._requests.values())
 
     @property
     def keys(self) -> list[tuple[int, int]]:
-        """Session and session slot of each."""
+        """Session and session slot of each open request."""
         return list(self._requests)
 
     def find(self, session_id: int, session_slot: int) -> Request | None:
@@ -98,7 +99,7 @@ class RequestBook:
         self.queue.add(request)
 
     def report_loading(self, request: Request, digest: str) -> None:
-        """Tell how far a waiting request's adapter has come."""
+        """Report how far a waiting request's adapter has come."""
         status = self._cache.states.status(digest)
         total = status.num_pages * self._page_bytes
         event = Loading(
@@ -110,7 +111,7 @@ class RequestBook:
         self.outputs.event(request.submission.session_id, event)
 
     def start(self, request: Request) -> None:
-        """Tell that a request has got its place, unless it only came back to it."""
+        """Report that a request has got its place, unless it has only come back after a preemption."""
         self.counters.num_looked_up_tokens += request.num_known_tokens
         self.counters.num_cached_tokens += request.num_cached
         if request.admitted_s is not None:
@@ -127,7 +128,7 @@ class RequestBook:
         self.outputs.event(request.submission.session_id, event)
 
     def preempt(self, request: Request) -> None:
-        """Take a running request's place away; it computes its tokens anew when it is admitted again."""
+        """Take a running request's place away; the request computes its tokens anew when it is admitted again."""
         request.output_token_ids = self.batch.state.outputs(request.slot)
         self._vacate(request)
         request.move_to(RequestState.WAITING)
@@ -141,7 +142,7 @@ class RequestBook:
             request.has_claim = False
 
     def _vacate(self, request: Request) -> None:
-        """Take slot, pages and lease away; full blocks stay in the prefix cache."""
+        """Take slot, pages and lease of a request away; its full blocks stay in the prefix cache."""
         self._sharing.leave(request, self._clock())
         self.batch.unseat(request, self.last_launched)
         self.queue.shares.cease_to_run(request.share)
@@ -151,25 +152,25 @@ class RequestBook:
 
     @contextmanager
     def answering_for(self, request: Request, doing: str) -> Iterator[None]:
-        """Fail a request by what the block raises, and go on with the others.
+        """Fail a request by the exception that the block raises, and go on with the other requests.
 
-        The block must leave no half of what it does behind: what it holds when it raises is what the request holds. Not
-        for plain tokens: a steady step does nothing for single requests.
+        The block must leave nothing half done: when it raises, the request must hold all that the block took for it.
+        Not meant for plain tokens: a steady step does no work for single requests.
 
         Args:
-            request: What the block is about, and nothing else.
-            doing: As of `internal_error`.
+            request: The only request that the block works on.
+            doing: Text for `internal_error`: what was being done.
         """
         try:
             yield
         except Exception as error:
             if request.state is RequestState.ENDED:
-                raise  # it was being ended: the accounts themselves are wrong
+                raise  # it failed while it was ended: the accounts themselves are wrong
             request.is_suspect = True
             self.fail(request, internal_error(doing, error, request_id=request.submission.request_id))
 
     def refuse(self, submission: Submission, error: LoraplexError) -> None:
-        """Answer a submission of which no request could be made."""
+        """Answer a submission that no request could be made of."""
         self.outputs.event(submission.session_id, Ended(session_slot=submission.session_slot, error=error))
 
     def fail(self, request: Request, error: LoraplexError) -> None:
@@ -188,7 +189,7 @@ class RequestBook:
         stop_token_id: int | None = None,
         error: LoraplexError | None = None,
     ) -> None:
-        """Take slot, pages, lease and place in the queue away, whatever it has, and send the one `Ended`."""
+        """End a request: take its slot, pages and lease, or its place in the queue, and send the one `Ended`."""
         if request.state is RequestState.RUNNING:
             self.lengths.observe(int(self.batch.state.num_outputs[request.slot]))
             self._vacate(request)

@@ -1,4 +1,4 @@
-"""What a step's result means for the requests it was computed for, and who of them has ended by it."""
+"""Reads a step's result: tokens and probabilities of the requests it was computed for, and which of them have ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class ResultReader:
     """Turns results into tokens, probabilities and ends.
 
-    Rows whose occupant has changed since the launch are speculative tokens of requests that are over: dropped.
+    A row whose occupant has changed since the launch holds a speculative token of a request that has ended; it is
+    dropped.
     """
 
     def __init__(self, *, book: RequestBook, sharing: PrefixSharing) -> None:
@@ -32,7 +33,7 @@ class ResultReader:
         self._counters = book.counters
 
     def read(self, step: LaunchedStep, result: StepResult, now_s: float) -> None:
-        """Take a result in.
+        """Read one result.
 
         Raises:
             RuntimeError: If it is the result of another plan, or does not fit it.
@@ -95,21 +96,28 @@ class ResultReader:
                 self._outputs.event(request.submission.session_id, event)
         for index, request in over:
             if request.state is RequestState.ENDED:
-                continue  # its probabilities could not be read
+                continue  # it failed above: its probabilities could not be read
             if is_stop[index]:
                 self._book.finish(request, FinishReason.STOP, int(token_ids[index]))
             else:
                 self._book.finish(request, FinishReason.LENGTH)
 
     def _occupant(self, step: LaunchedStep, slot: int) -> Request | None:
-        """Return the request that a step computed in a slot; None if it has left since."""
+        """Return the request that a step computed in a slot; None if it has left the slot since."""
         row = int(np.flatnonzero(step.rows == slot)[0])
         if self._batch.state.occupancy[slot] != step.occupancy[row]:
             return None
         return self._batch.at(slot)
 
     def _send_prompt_logprobs(self, request: Request, entries: list[TokenLogprobs]) -> None:
-        """Send what was not sent before a preemption, and nothing of recomputed outputs."""
+        """Send the probabilities that were not sent before a preemption, and none of recomputed outputs.
+
+        Prompt positions; ``entries[i]`` is the probability of position ``first + i``:
+
+            [1, num_prompt_logprobs + 1)             sent before
+            [unsent, num_prompt_tokens)              sent now, as far as ``entries`` reaches
+            [num_prompt_tokens, ...)                 outputs that are computed again after a preemption: not sent
+        """
         first = request.num_prompt_logprobs_seen + 1  # a prompt's first token has no probability
         request.num_prompt_logprobs_seen += len(entries)
         unsent = max(first, request.num_prompt_logprobs + 1)

@@ -1,4 +1,4 @@
-"""The requests that have a slot, and the plan of the next step over them."""
+"""The requests that have a slot, and the plan of their next step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NO_TOKENS = np.empty(0, dtype=np.int32)
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens ``[start, start + num_tokens)`` of a request's prefill; its first token comes with the last chunk."""
+    """Tokens ``[start, start + num_tokens)`` of a request's prefill; the last chunk draws the request's first token."""
 
     request: Request
     start: int
@@ -31,16 +31,16 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchedStep:
-    """What must be remembered of a plan until its result comes.
+    """What the scheduler remembers of a plan until the plan's result comes.
 
     Attributes:
         rows: Slots of all rows, ``[N]``.
-        occupancy: int64 ``[N]``; whose rows they were.
+        occupancy: int64 ``[N]``; each slot's occupancy at the launch.
         sample_rows: int32 ``[S]``; indices into ``rows``.
         sampled: Slots that sample, ``[S]``.
         positions: int32 ``[S]``; output index that each sampling row draws.
-        num_decode_rows: The first rows; the others are chunks.
-        chunks: By row: the prefill chunks of the step.
+        num_decode_rows: Number of decode rows, which are first; the other rows are chunks.
+        chunks: The prefill chunks, in the order of their rows.
     """
 
     step_id: int
@@ -63,8 +63,9 @@ class RunningBatch:
     """Running requests in the order of their admission.
 
     Attributes:
-        state: Their rows.
-        rows: Slots by admission; another array whenever a request comes or goes, as steps in flight keep theirs.
+        state: The requests' rows.
+        rows: Slots by admission; replaced, not changed, when a request comes or goes, as steps in flight keep the old
+            array.
         num_prefill_tokens: Tokens of running requests that have yet to be computed before their first draw.
         version: Rises whenever a request comes or goes.
     """
@@ -85,7 +86,7 @@ class RunningBatch:
 
     @property
     def requests(self) -> list[Request]:
-        """A copy, by admission."""
+        """All running requests by admission, as a copy."""
         return list(self._requests)
 
     def at(self, slot: int) -> Request:
@@ -101,9 +102,9 @@ class RunningBatch:
         new: Pages,
         stop_ids: tuple[int, ...],
     ) -> None:
-        """Give a request a slot; its prefill starts with the next plan, behind what is in the pages it found.
+        """Give a request a slot; its prefill starts with the next plan, behind the tokens in the ``found`` pages.
 
-        Nothing is changed if it raises: all that depends on what the request asks for comes first.
+        If it raises, nothing has changed: everything that depends on the request's own settings comes first.
         """
         pages = np.concatenate([found, new]) if len(found) else new
         setup = _setup_of(request, self.state.next_slot, stop_ids)
@@ -120,7 +121,7 @@ class RunningBatch:
         self.version += 1
 
     def unseat(self, request: Request, last_step: int) -> None:
-        """Take a request's slot and pages away; those that nobody else holds or may want are free after ``last_step``."""
+        """Take a request's slot and pages away; pages without another use are free once ``last_step`` is done."""
         slot = request.slot
         if request in self._prefilling:
             self.num_prefill_tokens -= request.num_known_tokens - int(self.state.num_computed[slot])
@@ -136,7 +137,12 @@ class RunningBatch:
     def plan(
         self, step_id: int, decode_rows: Rows, max_tokens: int, now_s: float
     ) -> tuple[StepPlan, LaunchedStep] | None:
-        """Build the next step: one token of each decode row, prefill chunks in what is left of ``max_tokens``.
+        """Build the next step: one token of each decode row, then prefill chunks up to ``max_tokens`` in all.
+
+        Rows of the plan, with D decode rows and C chunks:
+
+            [0, D)        one token each, the one that the device sampled last (`FROM_DEVICE`); all of them sample
+            [D, D + C)    ``num_tokens`` prompt tokens each; only rows with a request's last chunk sample
 
         Raises:
             RequestFaultError: If a chunk cannot be cut; nothing is changed then.
@@ -180,7 +186,7 @@ class RunningBatch:
         )
 
     def _cut_chunks(self, budget: int) -> tuple[list[Chunk], list[NDArray[np.int32]]]:
-        """Share ``budget`` tokens out to prefills, first admitted first; returns chunks and their tokens."""
+        """Share ``budget`` tokens out to prefills, in the order of admission; returns chunks and their tokens."""
         chunks: list[Chunk] = []
         inputs: list[NDArray[np.int32]] = []
         for request in self._prefilling:
@@ -212,7 +218,7 @@ class RunningBatch:
         return taken
 
     def _advance(self, chunks: list[Chunk]) -> None:
-        """Count chunks as computed; the last one of a prompt makes its request decode from the next plan on."""
+        """Count chunks as computed; with its last chunk, a request decodes from the next plan on."""
         for chunk in chunks:
             self.num_prefill_tokens -= chunk.num_tokens
             if chunk.is_last:

@@ -1,9 +1,9 @@
 """Decides what the next step computes and what its result means: pure accounting, no clock of its own, no threads.
 
-``schedule`` hands out a plan, ``update`` takes the results in the same order; up to the runner's pipeline depth of
-plans may be out in between. Decode inputs are always "the token last sampled", so a plan never waits for the previous
-result. A request that turns out to have ended has at most ``depth - 1`` speculative tokens behind it, which are
-dropped: its slot's occupancy has changed by then.
+``schedule`` hands out a plan, ``update`` takes the results in the same order; up to ``depth`` plans, the runner's
+pipeline depth, may be out in between. Decode inputs are always "the token last sampled", so a plan never waits for the
+previous result. A request that turns out to have ended has at most ``depth - 1`` speculative tokens behind it, which
+are dropped: by then, its slot's occupancy has changed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from loraplex_engine.step import StepPlan, StepResult
 
 FORETOLD_WEIGHT: Final = 0.5
-"""Weight of an image that no request asked for in the estimate of how often requests will."""
+"""Weight of an image that no request asked for, in the estimate of the adapter's arrival rate."""
 
 
 class Scheduler:
@@ -60,16 +60,16 @@ class Scheduler:
         pool: Pages.
         cache: Adapters, over the same pool.
         clock: Seconds, monotonic.
-        page_sources: Where pages come from when they are short: one market for KV and adapters, unless a benchmark
-            compares another rule.
+        page_sources: Makes the sources of pages when the pool is short: one market for KV and adapters, unless a
+            benchmark compares another rule.
 
     Attributes:
         queue: Waiting requests.
         batch: Running requests.
         prefix: Blocks that requests share.
-        book: All open requests, and their news.
-        costs: What steps take, measured.
-        counters: What happened so far.
+        book: All open requests, and their outputs.
+        costs: Measured costs of steps.
+        counters: Totals so far.
         kv_source: Where the pages of sequences come from.
         admission: Decides which request runs next.
         growth: Gives running requests their next page.
@@ -132,7 +132,7 @@ class Scheduler:
 
     @property
     def next_deadline_s(self) -> float:
-        """When a limit of some request passes next; infinity if none has any."""
+        """When the next limit of a request passes; infinity if no request has one."""
         return min(self._time_limits.next_s, self.admission.next_look_s)
 
     def submit(self, submission: Submission) -> None:
@@ -144,13 +144,13 @@ class Scheduler:
         self._intake.submit(submission, self._clock())
 
     def abort(self, session_id: int, session_slot: int) -> None:
-        """End a request with CANCELLED; one that has ended already is let be."""
+        """End a request with CANCELLED; nothing happens if it has ended already."""
         request = self.book.find(session_id, session_slot)
         if request is not None:
             self.book.finish(request, FinishReason.CANCELLED)
 
     def close_session(self, session_id: int) -> None:
-        """End all requests of a session; nothing is sent to it any more."""
+        """End all requests of a session; no more outputs are sent to it."""
         for request in [r for r in self.book.requests if r.submission.session_id == session_id]:
             self.book.finish(request, FinishReason.CANCELLED)
         self.book.outputs.forget(session_id)
@@ -177,10 +177,10 @@ class Scheduler:
     # --- adapters ---
 
     def image_arrived(self, spec: AdapterSpec, arena_slots: tuple[int, ...]) -> None:
-        """Take over an image in the arena, and load it if its requests are gone already but wanted it."""
+        """Take over an image in the arena; load it if a request wanted it, even if that request has ended."""
         state = self._cache.state_of(spec.digest)
         was_wanted = state is ResidencyState.WANTED
-        if state is ResidencyState.ABSENT:  # it was foretold: by a hint, or by its use elsewhere
+        if state is ResidencyState.ABSENT:  # it came ahead of any request: by a hint, or by its use elsewhere
             self._cache.states.count_arrival(spec.digest, FORETOLD_WEIGHT)
         self._cache.image_arrived(spec, arena_slots)
         is_awaited = self._fetching.image_arrived(spec.digest)
@@ -211,7 +211,7 @@ class Scheduler:
         """Make the decisions before a step: which requests end, grow, are preempted or admitted, and what is loaded.
 
         Returns:
-            The rows that draw another token; `plan` makes the step of them.
+            The rows that draw another token; `plan` makes them a step.
         """
         now_s = self._clock()
         self._time_limits.end_overdue(now_s)
@@ -224,11 +224,11 @@ class Scheduler:
         return rows
 
     def plan(self, rows: Rows) -> StepPlan | None:
-        """Make the step that was decided on, of ``rows`` and of prefills; None if there is nothing to compute now."""
+        """Make the step of the decided ``rows`` and of prefills; None if there is nothing to compute now."""
         try:
             planned = self.batch.plan(self._next_step, rows, self._limits.max_num_batched_tokens, self._clock())
         except RequestFaultError as fault:
-            # It is still in prefill, so not among the rows that decode.
+            # The request is still in prefill, so it is not among the rows that decode.
             error = fault.__cause__ or fault
             request_id = fault.request.submission.request_id
             self.book.fail(
@@ -244,10 +244,10 @@ class Scheduler:
         return plan
 
     def update(self, result: StepResult) -> None:
-        """Take in what the oldest plan in flight drew; news is in `take_outputs`.
+        """Read the result of the oldest plan in flight; `take_outputs` then returns what it drew.
 
         Raises:
-            RuntimeError: If it is the result of another plan, or does not fit it.
+            RuntimeError: If the result is another plan's, or does not fit the plan.
         """
         step = self._in_flight.popleft()
         self._pool.complete(step.step_id)
@@ -257,7 +257,7 @@ class Scheduler:
         self._reader.read(step, result, now_s)
 
     def take_outputs(self) -> dict[int, StepOutputs]:
-        """Return and forget all news: session -> outputs."""
+        """Return and forget all outputs: session -> outputs."""
         return self.book.outputs.take(max(0, self._next_step - 1))
 
     def check_integrity(self) -> None:

@@ -1,8 +1,9 @@
-"""What steps cost on this machine, measured while they run.
+"""Measures what steps cost on this machine while they run.
 
 A step of n prefill tokens beside decoding rows is modelled as ``decode_step_s + n * prefill_s_per_token``. Steps that
-only decode teach the first, steps with prefill the second. A step's time is from its launch, or from the end of the step
-before if that was later, to its result: what the device spent on it when steps overlap.
+only decode give the first term, steps with prefill the second. The time of a step ends with its result; it starts with
+its launch, or with the end of the step before if that was later. So it is the time that the device spent on the step
+when steps overlap.
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ from __future__ import annotations
 from typing import Final
 
 WEIGHT: Final = 0.1
-"""Of the newest measurement in a moving average."""
+"""Weight of the newest measurement in a moving average."""
 LONGEST_FADE: Final = 0.999
-"""Of the longest step, per step."""
+"""Factor on the longest step time, per step."""
 _MIN_PREFILL_TOKENS: Final = 8
-"""Steps with fewer say more about noise than about prefill."""
+"""Least prefill tokens of a step that is measured; with fewer, noise outweighs the prefill."""
 _PRIOR_PREFILL_S_PER_TOKEN: Final = 50e-6
 _PRIOR_DECODE_STEP_S: Final = 10e-3
 
 
 class StepCosts:
-    """Moving averages of what steps took.
+    """Moving averages of the times of steps.
 
     Attributes:
         decode_step_s: Time of a step without prefill.
-        prefill_s_per_token: What each prefill token adds.
+        prefill_s_per_token: Time that each prefill token adds.
         longest_step_s: Decaying maximum over all steps.
         has_decode: Whether a step without prefill was measured.
         last_done_s: When the last measured step was done.
@@ -40,11 +41,11 @@ class StepCosts:
 
     @property
     def is_measured(self) -> bool:
-        """True once prefill was measured; before that estimates are guesses that no request should die of."""
+        """True once prefill was measured; estimates before that are guesses, and no request may end on a guess."""
         return self._has_prefill
 
     def observe(self, *, launched_s: float, done_s: float, num_prefill_tokens: int) -> None:
-        """Take in one step; steps come in order."""
+        """Add one step's time; steps come in order."""
         took_s = done_s - max(launched_s, self.last_done_s)
         self.last_done_s = done_s
         if took_s <= 0:
@@ -62,5 +63,5 @@ class StepCosts:
             self._has_prefill = True
 
     def prefill_s(self, num_tokens: int) -> float:
-        """Return the time until the first token of a prompt of which ``num_tokens`` are to be computed."""
+        """Return the time until the first token of a prompt with ``num_tokens`` tokens to compute."""
         return self.decode_step_s + num_tokens * self.prefill_s_per_token

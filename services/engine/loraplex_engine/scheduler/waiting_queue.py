@@ -1,12 +1,13 @@
 """Requests without a place in a batch, in the order in which they are to be admitted.
 
-Order: class of service; in it the fairness key served least (`fair_shares`); in that the oldest request, or, with the
-policy `newest-first` while a line is overloaded, the newest. Who waits for long behind a higher class rises a class at a
-time, so no class waits for ever behind another. Who waits only for his own class's turn does not rise: a key that sends
-more than its share would overtake the others of its class by the age of its backlog. Each decision costs O(log n).
+Order: the class of service; within a class, the fairness key served least (`fair_shares`); within a key, the oldest
+request, or the newest with the policy `newest-first` while the line is overloaded. A request that waits long behind a
+higher class rises one class at a time, so no class waits for ever behind another. A request that only waits for its own
+class's turn does not rise: otherwise a key that sends more than its share would overtake the others of its class by the
+age of its backlog. Each decision costs O(log n).
 
-*Eligible* requests are looked at by admission. *Parked* ones wait for their adapter to move (to arrive, to be loaded, to
-be drained) and cost nothing until it does.
+Admission looks at *eligible* requests. *Parked* requests wait for their adapter to change state (to arrive, to be
+loaded, to be drained) and cost nothing until it does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 OVERLOAD_SHARE: Final = 0.5
-"""Of the objective: with an older request waiting, a line is overloaded."""
+"""Share of the objective: a line whose oldest request has waited longer is overloaded."""
 _LEVELS: Final = tuple(sorted((int(priority) for priority in Priority), reverse=True))
 
 
@@ -60,10 +61,10 @@ class WaitingQueue:
         self._lines: dict[tuple[int, int], Line] = {}  # (level, share)
         self._keys: dict[int, list[tuple[float, int, int]]] = {level: [] for level in _LEVELS}
         self._listed: set[tuple[int, int]] = set()  # lines with an entry in `_keys`
-        self._capped: set[tuple[int, int]] = set()  # lines taken off it until a request of theirs leaves its slot
+        self._capped: set[tuple[int, int]] = set()  # lines off `_keys` until a request of their key leaves its slot
         self._ages: dict[int, list[tuple[float, int, int, Request]]] = {level: [] for level in _LEVELS}
-        self._num_came = dict.fromkeys(_LEVELS, 0)  # requests that ever waited at a level
-        self._num_at = dict.fromkeys(_LEVELS, 0)  # requests that wait at it now
+        self._num_came = dict.fromkeys(_LEVELS, 0)  # requests that ever waited at each level
+        self._num_at = dict.fromkeys(_LEVELS, 0)  # requests that wait at each level now
         self._aside: list[Request] = []
         self._by_digest: dict[str, dict[int, Request]] = {}  # every waiting request with an adapter, parked or not
         self._num_requests = 0
@@ -78,7 +79,7 @@ class WaitingQueue:
 
     @property
     def eligible(self) -> list[Request]:
-        """Those worth looking at, in no particular order."""
+        """The eligible requests, in no particular order."""
         return [request for line in self._lines.values() for request in line] + self._aside
 
     # --- coming and going ---
@@ -159,7 +160,7 @@ class WaitingQueue:
     # --- order ---
 
     def first(self, now_s: float) -> Request | None:
-        """Return who is next; None if nobody eligible may run."""
+        """Return the next request; None if no eligible request may run."""
         for level in _LEVELS:
             line = self._first_line(level)
             if line is not None:
@@ -195,14 +196,14 @@ class WaitingQueue:
         self._aside.append(request)
 
     def restore(self) -> None:
-        """Take those set aside in again."""
+        """Put the requests that were set aside back into the order."""
         version, aside, self._aside = self.version, self._aside, []
         for request in aside:
             self._line_up(request)
-        self.version = version  # nothing has changed
+        self.version = version  # the same requests as before wait
 
     def uncap(self, share: int) -> None:
-        """A request of a key left its slot: another may run."""
+        """Let another request of a key run, as one has left its slot."""
         for level in _LEVELS:
             place = (level, share)
             if place in self._capped:
@@ -214,11 +215,11 @@ class WaitingQueue:
 
     @property
     def next_promotion_s(self) -> float:
-        """When somebody may rise a class next, at the earliest; infinity if nobody can."""
+        """The earliest moment at which a request may rise a class; infinity if none can."""
         return min((ages[0][0] for ages in self._ages.values() if ages), default=math.inf)
 
     def promote(self, now_s: float) -> None:
-        """Let those rise a class that have waited for long and were held back by a higher one."""
+        """Let requests rise a class if they have waited long behind a higher one."""
         for level in _LEVELS[:0:-1]:
             ages = self._ages[level]
             while ages and ages[0][0] <= now_s:

@@ -1,8 +1,8 @@
-"""Loads likely adapters before anybody asks, where that costs nobody anything.
+"""Loads likely adapters before any request asks for them, where that delays no request.
 
-At most one at a time, while the copy stream has nothing else to do. Free pages are taken for it as they are, others only
-from what is worth less than half; whatever was warmed is idle, so it goes the moment a sequence needs the room and it is
-what is worth least.
+At most one such load runs at a time, and only while the copy stream has nothing else to do. It takes free pages as they
+are, and evicts only what is worth less than half of the adapter. A warmed adapter is idle, so it is evicted as soon as
+a sequence needs the room and the adapter is worth least.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from loraplex_engine.scheduler.request_book import RequestBook
 
 MARGIN_OCTAVES: Final = 1.0
-"""What gives way for a warmed adapter is worth less than half of it, so two of about equal worth do not take turns."""
+"""What a warmed adapter evicts is worth less than half of it, so two of about equal worth do not take turns."""
 
 
 class Warming:
-    """Chooses what to load next for nobody in particular.
+    """Chooses the next adapter to load although no request waits with it.
 
     Args:
-        is_enabled: False loads nothing.
+        is_enabled: False if nothing is loaded ahead.
     """
 
     def __init__(self, *, book: RequestBook, cache: AdapterCache, source: PageSource, is_enabled: bool) -> None:
@@ -43,11 +43,11 @@ class Warming:
 
     @property
     def is_settled(self) -> bool:
-        """True if `warm` would do nothing until something happens."""
+        """True if `warm` would do nothing until something changes."""
         return not self._is_enabled or self._cache.states.num_loading > 0 or self._seen == self._signature
 
     def warm(self) -> None:
-        """Start one load if it is worth it; costs nothing while nothing changes."""
+        """Start one load if it is worth its cost; takes no time while nothing changes."""
         if self.is_settled:
             return
         self._seen = self._signature
@@ -62,5 +62,5 @@ class Warming:
 
 
 def _nobody(_adapter: object) -> bool:
-    """No adapter gives way for a place in the table."""
+    """Refuse every adapter: none is evicted for a place in the adapter table."""
     return False

@@ -1,6 +1,6 @@
 """``python -m loraplex_engine.simulation``: a `Question` as JSON on stdin, its answer as JSON on stdout.
 
-A question that cannot be answered ends with exit code 2 and ``{"error": {"kind": ..., "message": ...}}``.
+A question that cannot be answered ends the program with exit code 2 and ``{"error": {"kind": ..., "message": ...}}``.
 """
 
 from __future__ import annotations

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 class Adapters:
-    """Adapter i has rank ``ranks[i % len(ranks)]``; specs name one module only, since sizes are all that matters here.
+    """Adapter i has rank ``ranks[i % len(ranks)]``; a spec names one module only, since only sizes matter here.
 
     Attributes:
-        num_pages: int32 ``[n]``; of each image.
-        weight_bytes: int64 ``[n]``; what a step reads of it.
+        num_pages: int32 ``[n]``; pages of each image.
+        weight_bytes: int64 ``[n]``; bytes of each adapter that a step reads.
         traffic_bytes: int64 ``[n]``; activations read and written per token.
-        num_ops: Fused projections of a layer that they adapt; the same for all. ``num_projections``: each by itself.
+        num_ops: Fused projections of a layer that they adapt, the same for all adapters. ``num_projections``: the same,
+            each projection counted by itself.
         digests: By index.
     """
 

@@ -1,12 +1,12 @@
 """Fits a device's rates to steps measured on it.
 
-Weighted linear least squares on relative errors, with what is known of the device beforehand as further equations: a
-handful of steps of one model cannot tell, say, the fixed time of a layer from the reading of its weights, so those stay
-near what was measured alone (a copy's bandwidth, a large product's rate). Whether products are bound by weights or by
-operations depends on the rates, so the fit is repeated until no step changes sides.
+It solves weighted linear least squares on relative errors; what is known of the device beforehand gives further
+equations. A handful of steps of one model cannot separate, for example, the fixed time of a layer from the time to read
+its weights, so these rates stay near what was measured alone (a copy's bandwidth, a large product's rate). Whether
+weights or operations bound the products depends on the rates, so the fit is repeated until no step changes sides.
 
-What LoRA takes is read off differences: a step with adapters against the same step without. What the model gets wrong of
-the base cancels there; in 194 ms with 16 of LoRA it would hide it.
+The cost of LoRA is read off differences: a step with adapters against the same step without. The model's error for the
+base cancels in the difference; otherwise it would hide LoRA, in a step of 194 ms with 16 ms of LoRA.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Prior:
 
     Attributes:
         value: Seconds per unit.
-        spread: Relative standard deviation: 0.05 for what was measured alone, 1 for a guess.
+        spread: Relative standard deviation: 0.05 for a rate that was measured alone, 1 for a guess.
     """
 
     value: float
@@ -68,10 +68,10 @@ def fit(
     """Return the rates that explain the steps best.
 
     Args:
-        steps: Measured, of one or several models.
-        priors: By name of `StepRates`; all of them.
-        noise: Relative standard deviation of a measured step from what the model can say.
-        difference_noise: The same of a difference of two steps, relative to the longer one.
+        steps: Measured steps, of one or several models.
+        priors: One per rate, by the rate's name in `StepRates`.
+        noise: Relative standard deviation of a measured step from the model's prediction.
+        difference_noise: The same for a difference of two steps, relative to the longer one.
 
     Raises:
         CalibrationError: If a prior is missing, a step took no time or a rate comes out negative.
@@ -131,9 +131,9 @@ def _without_lora(load: StepLoad) -> StepLoad:
 
 
 def features(shape: ModelShape, load: StepLoad, rates: StepRates) -> NDArray[np.float64]:
-    """Return the units of each rate in a step, so that their scalar product with the rates is its duration.
+    """Return the units of each rate in a step, so that their scalar product with the rates is the step's duration.
 
-    Read off `StepCost` itself, one rate at a time; the side that does not bind the products counts nothing.
+    They are read off `StepCost` itself, one rate at a time; the side that does not bind the products counts nothing.
     """
     weights_s = shape.weight_bytes * rates.weight_byte_s
     flops = 2 * (load.num_tokens * shape.layer_weights + load.num_sampled * shape.head_weights)

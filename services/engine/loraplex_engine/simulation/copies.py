@@ -1,4 +1,4 @@
-"""What moves adapters in virtual time: the copy stream from the arena to the pool, and the store that fills the arena."""
+"""Moves adapters in virtual time: the copy stream from the arena to the pool, and the store that fills the arena."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Link:
 
     Attributes:
         bytes_per_s: Its rate.
-        latency_s: From the end of a copy to whoever waits for it knowing; copies may follow each other without it.
+        latency_s: From the end of a copy until the waiting side knows it; a following copy need not wait for it.
     """
 
     bytes_per_s: float
@@ -33,7 +33,7 @@ class Link:
 PINNED_COPY: Final = Link(bytes_per_s=54.6e9, latency_s=20e-6)
 """Pinned host memory to one H100 80GB HBM3, pages of 2 MiB: 54.6 GB/s measured."""
 SHARED_MEMORY_STORE: Final = Link(bytes_per_s=1.5e9, latency_s=5e-3)
-"""A store on the same host: it writes each page and the engine proves it with sha256, one image at a time."""
+"""A store on the same host: it writes each page and the engine verifies it with sha256, one image at a time."""
 
 
 class CopyStream:
@@ -51,7 +51,7 @@ class CopyStream:
         return self._loads[0][0] if self._loads else math.inf
 
     def start(self, digest: str, num_bytes: int, now_s: float) -> None:
-        """Queue a load behind those under way."""
+        """Queue a load behind the loads under way."""
         span_s = num_bytes / self._link.bytes_per_s
         self._free_s = max(now_s, self._free_s) + span_s
         self.busy_s += span_s
@@ -75,7 +75,7 @@ class _Transfer:
 class SimulatedStore:
     """Fills granted arena slots over one link, in the order of the wants.
 
-    A transfer takes the link once its slots are granted; an image whose grant is still out lets those behind it pass.
+    A transfer takes the link once its slots are granted; a transfer without its grant lets those behind it pass.
     """
 
     def __init__(self, *, adapters: Adapters, grants: ArenaGrants, link: Link, page_bytes: int) -> None:
@@ -86,7 +86,7 @@ class SimulatedStore:
         self._free_s = 0.0
         self._asked: list[_Transfer] = []
         self._sending: deque[_Transfer] = deque()
-        self._pending: set[int] = set()  # wants are repeated when somebody more urgent waits
+        self._pending: set[int] = set()  # a want is repeated when a more urgent request waits
         self.num_sent = 0
 
     @property
@@ -110,7 +110,7 @@ class SimulatedStore:
         )
 
     def begin_granted(self, now_s: float) -> None:
-        """Start to send what has got its slots."""
+        """Start to send the images whose slots are granted."""
         if not self._asked:
             return
         waiting = []
@@ -127,7 +127,7 @@ class SimulatedStore:
         self._asked = waiting
 
     def take_arrived(self, now_s: float) -> list[tuple[int, tuple[int, ...]]]:
-        """Return and forget the images that are in the arena by now: (adapter, slots)."""
+        """Return and forget the images that have arrived in the arena: (adapter, slots)."""
         arrived = []
         while self._sending and self.next_s <= now_s:
             transfer = self._sending.popleft()

@@ -1,4 +1,4 @@
-"""Devices that can be simulated, and where their rates come from."""
+"""Devices that can be simulated, and the source of their rates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OPERATIONS: Final = ("flop_s", "pair_flop_s")
 
 H100_PRIORS: Final = {
     "layer_s": Prior(45e-6, 1.0),
-    "weight_byte_s": Prior(1 / 2.998e12, 0.03),  # a copy's rate, measured alone
+    "weight_byte_s": Prior(1 / 2.998e12, 0.03),  # measured alone, on a copy
     "flop_s": Prior(1 / 752e12, 0.03),  # cuBLAS in a prefill step's profile
     "kv_byte_s": Prior(1 / 2.998e12, 0.1),
     "pair_flop_s": Prior(1 / 150e12, 0.3),  # 111..227 TFLOP/s, by length
@@ -40,7 +40,7 @@ H100_PRIORS: Final = {
     # H100_RESULTS has no such runs, so this stands; by mixed-steps-llama3-8b-20261126-014658.json it is 2.0e-7
     "lora_run_s": Prior(2e-7, 1.0),
 }
-"""What is known of one H100 80GB HBM3 before whole steps are looked at."""
+"""What is known of one H100 80GB HBM3 before whole steps are measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,7 @@ class Device:
 
     Attributes:
         source: Where the rates come from.
-        is_measured: False if they are scaled from another device's by data sheets.
+        is_measured: False if they are scaled from another device's rates by data sheets.
     """
 
     name: str

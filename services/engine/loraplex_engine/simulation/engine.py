@@ -1,8 +1,9 @@
 """One engine in virtual time.
 
 The scheduler, page pool, adapter cache, arena and grants are the engine's own; the loop does what `EngineLoop` does in
-a turn. Only the device (`StepCost`), the copy stream and the store are models. One step is in flight at a time: what
-the real loop prepares a step ahead, it learns one step later, which costs a request one step of some hundred.
+a turn. Only the device (`StepCost`), the copy stream and the store are models. One step is in flight at a time, while
+the real loop prepares a step ahead and learns of its result one step later; that costs a real request one step in some
+hundred.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _WARM: Final = (ResidencyState.RESIDENT, ResidencyState.LOADING, ResidencyState.
 
 
 class StalledError(RuntimeError):
-    """Requests are open and nothing can ever happen again: a defect of the scheduler or of its limits."""
+    """Requests are open but nothing can happen any more: a defect of the scheduler or of its limits."""
 
 
 class SimulatedEngine:
@@ -53,14 +54,14 @@ class SimulatedEngine:
 
     Args:
         setup: Sizes and rates.
-        adapters: All that the trace may name.
+        adapters: All adapters that the trace may name.
         trace: Requests.
         watch: Called after each step or jump with this engine, for figures that outcomes do not hold.
 
     Attributes:
         now_s: Virtual time.
         outcomes: What became of the requests.
-        num_turns: Passes of the loop: what a replay costs.
+        num_turns: Passes of the loop, which are the cost of a replay.
         device_s: Time in which a step ran.
         longest_step_s: Longest step.
     """
@@ -134,7 +135,7 @@ class SimulatedEngine:
 
     @property
     def load(self) -> int:
-        """Requests that are here and have not ended."""
+        """Requests that have arrived and have not ended."""
         return self.scheduler.num_open + len(self._inbox)
 
     def holds(self, adapter: int) -> bool:
@@ -178,7 +179,7 @@ class SimulatedEngine:
         return has_more
 
     def _step(self, plan: StepPlan) -> None:
-        """Take one step as it was planned."""
+        """Take one step as planned."""
         step_s = self.setup.cost.seconds(self._loads.of_plan(plan))
         self.longest_step_s = max(self.longest_step_s, step_s)
         self._pass(step_s)
@@ -200,7 +201,7 @@ class SimulatedEngine:
             self.scheduler.image_arrived(self._adapters.spec(index), slots)
 
     def _move_adapters(self) -> None:
-        """Start what the scheduler asked for: transfers and loads."""
+        """Start the transfers and loads that the scheduler asked for."""
         for index in self._wants:
             self.store.want(index)
         self._wants.clear()
@@ -216,7 +217,7 @@ class SimulatedEngine:
         return min(self.copies.next_s, self.store.next_s, self.scheduler.next_deadline_s)
 
     def _sleep(self, until_s: float) -> bool:
-        """Go to the next event, or to ``until_s`` if that comes first."""
+        """Advance to the next event, or to ``until_s`` if that comes first."""
         event_s = min(until_s, self._next_event_s)
         if math.isinf(event_s):
             if self.scheduler.num_open:
@@ -239,7 +240,7 @@ class SimulatedEngine:
         return True
 
     def _look_ahead(self) -> Stretch | None:
-        """Return the decode steps up to the next thing that happens to this engine by itself; None if that is now."""
+        """Return the decode steps up to the next event of this engine itself; None if that event is now."""
         span_s = self._next_event_s - self.now_s
         if not self.setup.jumps or self._inbox or span_s <= 0:
             return None
@@ -257,13 +258,13 @@ class SimulatedEngine:
         self._take_ends()
 
     def _settle(self, at_s: float) -> None:
-        """Take those steps of a stretch left for later that begin before ``at_s``."""
+        """Take the steps of a stretch left for later that begin before ``at_s``."""
         stretch, self._stretch, self._quiet_until_s = self._stretch, None, -math.inf
         if stretch is not None and at_s > self.now_s:
             self._take(stretch.cut(at_s - self.now_s))
 
     def _finish_stretch(self) -> None:
-        """Take what was left for later in full: time has come to its end."""
+        """Take all steps that were left for later: the virtual time has come to its end."""
         stretch, self._stretch, self._quiet_until_s = self._stretch, None, -math.inf
         if stretch is not None:
             self._take(stretch)

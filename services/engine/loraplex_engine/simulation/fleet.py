@@ -1,4 +1,4 @@
-"""Several engines of one base model and who of them gets which request."""
+"""Several engines of one base model, and the rule by which each request goes to one of them."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Fleet:
     """Engines that share a trace.
 
     Args:
-        setup: Of each engine.
-        num_engines: How many.
+        setup: Setup of each engine.
+        num_engines: Number of engines.
         watch: Passed to every engine.
 
     Attributes:
@@ -60,14 +60,14 @@ class Fleet:
         watch: Callable[[SimulatedEngine], None] | None = None,
     ) -> None:
         if num_engines < 1:
-            raise ValueError(f"{num_engines} engines serve nobody")
+            raise ValueError(f"{num_engines} engines serve no request")
         self.engines = [SimulatedEngine(setup, adapters, trace, watch=watch) for _ in range(num_engines)]
         self._trace = trace
         self._routing = routing
         self._random = random.Random(0)
 
     def run(self) -> Outcomes:
-        """Replay the whole trace and return what became of it; the engines are closed.
+        """Replay the whole trace and return its outcomes; the engines are closed.
 
         Raises:
             StalledError: If a request can never end.
@@ -112,7 +112,7 @@ class Fleet:
 
 @contextmanager
 def _without_cycle_search() -> Iterator[None]:
-    """Spare a replay Python's search for reference cycles: it makes none, and each search looks at all it keeps."""
+    """Switch off the search for reference cycles: a replay makes none, and each search looks at all its objects."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -29,11 +29,11 @@ TARGETS: Final = {"qkvo": ATTENTION_TARGETS, "all": ALL_TARGETS}
 
 
 HOST_BOUND: Final = 0.8
-"""Share of a step that the host takes from which on the device waited for it: such a step says nothing of the device."""
+"""Share of a step from which on the device waited for the host: such a step says nothing about the device."""
 
 
 def measured_steps(rows: Iterable[dict[str, Any]]) -> list[MeasuredStep]:
-    """Return the steps among a result file's rows that the device determined.
+    """Return the steps of a result file's rows whose time the device determined.
 
     Raises:
         CalibrationError: If a step's case cannot be read.
@@ -51,10 +51,10 @@ def measured_steps(rows: Iterable[dict[str, Any]]) -> list[MeasuredStep]:
 
 
 def measured_step(case: str, seconds: float) -> MeasuredStep:
-    """Return the load that a case's name says.
+    """Return the load that a case's name describes.
 
     Raises:
-        CalibrationError: If it says none.
+        CalibrationError: If the name describes none.
     """
     match = next((found for pattern in _CASES if (found := pattern.fullmatch(case))), None)
     if match is None:

@@ -1,4 +1,4 @@
-"""What became of a trace's requests, and what it comes to."""
+"""What became of a trace's requests, and figures over them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class End(enum.IntEnum):
     """How a request ended."""
 
-    OPEN = 0  # it has not
+    OPEN = 0  # it has not ended
     DONE = 1
     ABORTED = 2  # ended early: its deadline or objective could not be met
     REFUSED = 3
@@ -26,7 +26,7 @@ class End(enum.IntEnum):
 class Found(enum.IntEnum):
     """Where a request's adapter was when the request arrived."""
 
-    BASE = 0  # it has none
+    BASE = 0  # the request has no adapter
     RESIDENT = 1
     COMING = 2  # asked for already, or being loaded
     IN_ARENA = 3
@@ -52,7 +52,7 @@ class Outcomes:
         self.found = np.zeros(num_requests, dtype=np.int8)
 
     def put(self, which: NDArray[np.bool_], other: Outcomes) -> None:
-        """Take over another's entries for the requests ``which``."""
+        """Take over the entries of ``other`` for the requests ``which``."""
         for name in ("first_token_s", "end_s", "load_s", "end", "found"):
             getattr(self, name)[which] = getattr(other, name)[which]
 
@@ -63,13 +63,13 @@ class Summary:
 
     Attributes:
         wall_s: Virtual time from the first arrival to the last end.
-        requests_per_s: Finished ones over ``wall_s``; ``output_tokens_per_s`` likewise.
-        attainment: Share of all requests that met the objectives: the first token's, and that of the pace of the others
-            if there is one; aborted ones count as missed.
-        ttft_s: Time to first token of those that got one: mean, p50, p90, p99.
+        requests_per_s: Finished requests over ``wall_s``; ``output_tokens_per_s`` likewise.
+        attainment: Share of all requests that met their objectives: that for the first token, and that for the pace of
+            the others if there is one; aborted requests count as missed.
+        ttft_s: Time to first token of the requests that got one: mean, p50, p90, p99.
         tpot_s: Time per output token after the first, of finished requests: mean, p50, p99.
-        resident_share: Of requests with an adapter, those that found it on the device; ``arena_share`` in the arena or
-            on its way, ``miss_share`` neither.
+        resident_share: Share of the requests with an adapter that found it on the device; ``arena_share``: in the arena
+            or on its way; ``miss_share``: neither.
     """
 
     num_requests: int

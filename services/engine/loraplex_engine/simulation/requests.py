@@ -1,4 +1,4 @@
-"""A trace's requests as a gateway would submit them, and what it would hear of them."""
+"""A trace's requests as a gateway would submit them, and the answers that it would get."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FOUND: Final = {
 
 
 class TraceRequests:
-    """Submits requests and keeps what became of them; a request's number in its session is its index in the trace."""
+    """Submits requests and records what became of them; a request's number in its session is its index in the trace."""
 
     def __init__(self, trace: TraceArrays, adapters: Adapters, outcomes: Outcomes, *, max_model_len: int) -> None:
         self._trace = trace
@@ -43,7 +43,7 @@ class TraceRequests:
         self._streams = TokenStreams(trace, max_model_len)
 
     def submission(self, index: int, cache: AdapterCache) -> Submission:
-        """Return a request, and note where its adapter is now."""
+        """Return a request, and record where its adapter is now."""
         trace = self._trace
         adapter = int(trace.adapter[index])
         digest = None
@@ -68,7 +68,7 @@ class TraceRequests:
         return self._streams.tokens(requests.astype(np.intp), first, count)
 
     def take(self, events: Iterable[SessionEvent], now_s: float) -> None:
-        """Note who has ended."""
+        """Record which requests have ended."""
         for event in events:
             if isinstance(event, Ended):
                 self._end(event, now_s)
@@ -82,5 +82,5 @@ class TraceRequests:
             outcomes.first_token_s[index] = self._trace.arrival_s[index] + event.queue_s + event.prefill_s
             return
         outcomes.end[index] = End.ABORTED if event.queue_s > 0 else End.REFUSED
-        if event.decode_s > 0:  # it counts from the first token, which an error later does not take back
+        if event.decode_s > 0:  # decode_s counts from the first token, which remains valid after a later error
             outcomes.first_token_s[index] = now_s - event.decode_s

@@ -1,4 +1,4 @@
-"""What a simulated engine is built from."""
+"""The parameters of a simulated engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of base models and adapters: what a step's time depends on besides its batch."""
+"""Sizes of base models and adapters, on which a step's time depends besides its batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KNOWN_SHAPES: Final = tuple(_KNOWN)
 
 
 class ShapeError(ValueError):
-    """A model or adapter is not one that can be simulated; the message says what would be."""
+    """A model or adapter cannot be simulated; the message says what can be."""
 
 
 def base_model(name: str) -> BaseModelInfo:
@@ -48,7 +48,7 @@ def base_model_from_config(name: str, config: dict[str, Any]) -> BaseModelInfo:
     """Return the sizes that a Hugging Face ``config.json`` states.
 
     Raises:
-        ShapeError: If one is missing or no number.
+        ShapeError: If a size is missing or not a number.
     """
     try:
         heads = int(config["num_attention_heads"])
@@ -98,14 +98,14 @@ def _info(
 
 @dataclass(frozen=True, slots=True)
 class AdapterSize:
-    """What one adapter costs.
+    """The cost of one adapter.
 
     Attributes:
         num_pages: Pages of its image.
         weight_bytes: Bytes of A and B that a step with it reads.
         traffic_bytes: Bytes of activations that its products read and write per token.
         num_ops: Fused projections of a layer that it adapts.
-        num_projections: The same, each by itself.
+        num_projections: The same, each projection counted by itself.
     """
 
     rank: int
@@ -122,8 +122,8 @@ class ModelShape:
 
     Attributes:
         info: Its sizes.
-        dtype: Of weights, KV and adapters: ``bfloat16`` or ``float32``.
-        num_block_tokens: Tokens of a KV page; None for what the engine picks.
+        dtype: Type of weights, KV and adapters: ``bfloat16`` or ``float32``.
+        num_block_tokens: Tokens of a KV page; None for the engine's own choice.
     """
 
     info: BaseModelInfo
@@ -151,7 +151,7 @@ class ModelShape:
 
     @cached_property
     def layer_weights(self) -> int:
-        """Weights of all layers: each token multiplies with each once."""
+        """Weights of all layers: each token is multiplied with each of them once."""
         info = self.info
         layer = gated_decoder_layer(
             hidden_size=info.hidden_size,
@@ -164,7 +164,7 @@ class ModelShape:
 
     @cached_property
     def head_weights(self) -> int:
-        """Weights of the output head: each sampled row multiplies with each once."""
+        """Weights of the output head: each sampled row is multiplied with each of them once."""
         return self.info.vocab_size * self.info.hidden_size
 
     @cached_property
@@ -196,7 +196,7 @@ class ModelShape:
         """Return the size of an adapter of one rank on ``targets`` of all layers.
 
         Raises:
-            ShapeError: If it cannot be laid out.
+            ShapeError: If the adapter cannot be laid out.
         """
         geometry = self.info.geometry(dtype=self.dtype, page_bytes=self.pool.page_bytes)
         ranks = tuple((layer, target, rank) for layer in range(self.info.num_layers) for target in targets)

@@ -1,8 +1,15 @@
-"""Many identical decode steps at once: what a simulator in virtual time jumps over instead of planning each.
+"""Takes many identical decode steps at once: the simulator jumps over them instead of planning each.
 
-Steps are *steady* while every running request decodes and nothing but their own tokens changes: no request is admitted or
-preempted, no prefill is left, no step is in flight. The last steady step is the one that ends a request by its length;
-stop tokens are not foreseen.
+Steps are *steady* while every running request decodes and nothing changes except their own tokens: no request is
+admitted or preempted, no prefill is left, no step is in flight. The last steady step is the one that ends a request by
+its length; stop tokens are not foreseen.
+
+Positions of a row's tokens, with b blocks of s tokens, c = ``num_computed`` and n steps to take:
+
+    [0, c)            in the pool
+    [c, c + n)        added by the steps, one each
+    [c, b * s)        room in the row's blocks (`_room`)
+    [b * s, c + n)    beyond them, if not empty: the row lacks ceil((c + n - b * s) / s) blocks (`_missing`)
 """
 
 from __future__ import annotations
@@ -30,13 +37,13 @@ Draw = Callable[[Rows, NDArray[np.int32], int], NDArray[np.int32]]
 
 
 class SteadyDecode:
-    """Looks ahead over, and takes, steady steps of a scheduler's batch.
+    """Looks ahead over the steady steps of a scheduler's batch, and takes them.
 
     Args:
-        scheduler: Whose batch; its owners are looked into.
-        pool: Its pages.
-        cache: Its adapters.
-        clock: Its clock.
+        scheduler: The scheduler; its owners are read and changed.
+        pool: The scheduler's pages.
+        cache: The scheduler's adapters.
+        clock: The scheduler's clock.
     """
 
     def __init__(
@@ -53,8 +60,8 @@ class SteadyDecode:
     def horizon(self) -> int:
         """Decode steps from now on that are alike if nothing arrives, the last one ending a request; 0 if none are.
 
-        Requests may wait: as long as nothing changes, admission does not look at them. A step for which an adapter has to
-        give way is not steady: what that opens to admission and warming is theirs to decide.
+        Requests may wait: as long as nothing changes, admission does not look at them. A step that has to evict an
+        adapter is not steady, as the eviction lets admission and warming decide anew.
         """
         batch, source = self._batch, self._source
         if self._scheduler.num_in_flight or batch.num_prefill_tokens or len(batch) == 0 or not self._is_settled:
@@ -66,16 +73,17 @@ class SteadyDecode:
         free = source.num_free
         if needed <= free:
             return steps
-        # rows that lack pages make room for a few more (`DecodeGrowth`): so many must be to be had without an adapter
+        # rows that lack pages make a few more free (`DecodeGrowth`), so that many must be free without evicting an
+        # adapter
         watermark = self._scheduler.growth.watermark
         quiet = self._num_before_adapters(needed + watermark)
         return self._steps_within(room, steps, max(free, quiet - watermark))[0]
 
     def _num_before_adapters(self, most: int) -> int:
-        """Return how many pages are free, or cached blocks that go before any idle adapter, up to ``most``."""
+        """Return how many pages are free, or cached blocks that are evicted before any idle adapter, up to ``most``."""
         source = self._source
         if not isinstance(source, PageEviction):
-            return min(most, source.num_obtainable)  # a share of its own, in which no adapter lies
+            return min(most, source.num_obtainable)  # this source has no adapters' pages
         free = self._pool.num_free
         if free >= most or not self._pool.num_cached:
             return min(free, most)
@@ -85,7 +93,7 @@ class SteadyDecode:
 
     @property
     def _is_settled(self) -> bool:
-        """True if admission and warming would change nothing now, and until something happens."""
+        """True if admission and warming would change nothing, now or before something else happens."""
         scheduler, now_s = self._scheduler, self._clock()
         admission, queue, states = scheduler.admission, scheduler.queue, self._cache.states
         if admission.is_reserving or (states.num_pinned and states.pins_to_load):
@@ -95,11 +103,17 @@ class SteadyDecode:
         return scheduler.warming.is_settled
 
     def _steps_within(self, room: NDArray[np.int32], most: int, num_pages: int) -> tuple[int, NDArray[np.int32]]:
-        """Return how many steps that many pages suffice for, up to ``most``, and what each row lacks for them."""
+        """Return the steps that ``num_pages`` suffice for, up to ``most``, and the blocks that each row lacks for them.
+
+        Searches the largest number of steps by halving:
+
+            [0, low]        these numbers of steps need at most ``num_pages``
+            [high, most]    these need more
+        """
         missing = self._missing(room, most)
         if int(missing.sum()) <= num_pages:
             return most, missing
-        low, high, missing = 0, most, self._missing(room, 0)  # low suffices, high does not
+        low, high, missing = 0, most, self._missing(room, 0)  # ``low`` steps can be taken, ``high`` cannot
         while high - low > 1:
             middle = (low + high) // 2
             more = self._missing(room, middle)
@@ -122,23 +136,23 @@ class SteadyDecode:
         return missing
 
     def skip(self, num_steps: int, draw: Draw, *, growth_s: float = 0.0) -> None:
-        """Take steady steps as launched and done.
+        """Take steady steps as if each had been launched and read.
 
-        The clock stands at the end of the last of them, and `Scheduler.next_deadline_s` has not passed.
+        The clock stands at the end of the last of these steps, and `Scheduler.next_deadline_s` has not passed.
 
         Args:
-            num_steps: At most `horizon`.
+            num_steps: Steps to take, at most `horizon`.
             draw: Makes the tokens.
-            growth_s: By how much each takes longer than the one before it.
+            growth_s: By how much each step takes longer than the one before it.
         """
         scheduler, state, rows = self._scheduler, self._batch.state, self._batch.rows
         left = num_steps
         while left:
             count, missing = self._steps_within(self._room(rows), left, self._source.num_free)
-            if count == 0:  # blocks give way at the very step that lacks pages
+            if count == 0:  # blocks are evicted at the very step that lacks pages
                 if len(scheduler.growth.grow(rows)) != len(rows):
                     raise RuntimeError("a steady step lacks pages")
-                count = 1  # to which `grow` has given its pages
+                count = 1  # `grow` has given this step its pages
             self._append(rows, missing)
             self._advance(rows, count, draw)
             left -= count
@@ -151,7 +165,7 @@ class SteadyDecode:
             scheduler.book.finish(self._batch.at(slot), FinishReason.LENGTH)
 
     def _advance(self, rows: Rows, num_steps: int, draw: Draw) -> None:
-        """Do steps for which the rows have the blocks."""
+        """Take steps for which the rows have the blocks."""
         state = self._batch.state
         first = state.num_prompt_tokens.take(rows) + state.next_position.take(rows)
         columns = first[:, None] + np.arange(num_steps, dtype=np.int32)
@@ -174,13 +188,13 @@ class SteadyDecode:
 
 
 def observe_steady(costs: StepCosts, *, done_s: float, num_steps: int, growth_s: float = 0.0) -> None:
-    """Have costs take in steps without prefill that followed the last observed one, as if one by one.
+    """Have costs observe steps without prefill that followed the last observed step, as if one by one.
 
     Args:
-        costs: Of the scheduler that took them.
+        costs: Costs of the scheduler that took the steps.
         done_s: When the last of them was done.
-        num_steps: How many.
-        growth_s: By how much each took longer than the one before it.
+        num_steps: Number of steps.
+        growth_s: By how much each step took longer than the one before it.
     """
     first_s = (done_s - costs.last_done_s) / num_steps - growth_s * (num_steps - 1) / 2
     costs.last_done_s = done_s

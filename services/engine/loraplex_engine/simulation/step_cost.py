@@ -1,15 +1,16 @@
 """How long a step takes: a sum of its bytes and operations, each over a measured rate.
 
-The terms are those of a roofline: products are bound by the weights' bytes or by operations, whichever takes longer;
+The terms are those of a roofline. Products are bound by the weights' bytes or by operations, whichever takes longer;
 attention of decode rows by the bytes of their KV; LoRA by the bytes of the distinct adapters. `calibration` fits the
 rates to measured steps.
 
-LoRA has two families of kernels. Prompts take the prefill kernel; decode rows take the decode kernels in a step without
-prompts, and beside prompts if they make `MIN_DECODE_RUNS` runs of one adapter, else the prefill kernel too
-(docs/adr/0019-decode-rows-beside-prompts.md). Where a step takes both, it has the fixed costs of both and reads an adapter that
-both need twice. Beside prompts the decode kernels read adapters at a rate of its own, probably because such steps are no graphs
-and less of them overlaps. Without these terms LoRA of Llama-3-8B's mixed steps came out too short: with one rate for all decode
-rows beside prompts, fitted to 225 of them, a quarter at 32 rows; with the decode steps' rate for adapters, a sixth at 255.
+LoRA has two families of kernels. Prompts take the prefill kernel. Decode rows take the decode kernels in a step without
+prompts, and beside prompts if they make `MIN_DECODE_RUNS` runs of one adapter; else they take the prefill kernel too
+(docs/adr/0019-decode-rows-beside-prompts.md). A step that takes both has the fixed costs of both, and reads an adapter
+that both need twice. Beside prompts, the decode kernels read adapters at a rate of their own, probably because such
+steps are no graphs and less of them overlaps. Without these terms the estimate of LoRA in Llama-3-8B's mixed steps is
+too short: with one rate for all decode rows beside prompts, fitted to 225 of them, by a quarter at 32 rows; with the
+decode steps' rate for adapters, by a sixth at 255 rows.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ class StepLoad:
     Attributes:
         num_tokens: Tokens of all rows.
         num_sampled: Rows whose logits are computed.
-        kv_tokens: Context tokens that decode rows read, over all of them.
+        kv_tokens: Context tokens that decode rows read, summed over the rows.
         attention_pairs: Query-key pairs of prefill chunks.
-        adapter_bytes: Weights of the distinct adapters in the batch, or of its prompts if their kernel is not that of the
-            decode rows.
+        adapter_bytes: Weights of the distinct adapters in the batch; only of its prompts' adapters if prompts and
+            decode rows take different kernels.
         adapter_beside_bytes: In that case, weights of the decode rows' distinct adapters.
         lora_bytes: Activations that LoRA reads and writes, over prompt tokens with an adapter.
         lora_row_bytes: The same over decode rows.
@@ -41,7 +42,7 @@ class StepLoad:
         lora_prompt_ops: The same if the prefill kernel runs.
         lora_runs: Runs of one adapter that decode rows make for the prefill kernel, times the projections that adapters
             adapt: each is a work item, mostly for one token.
-        num_decode_rows: Rows whose context is one longer in the next step.
+        num_decode_rows: Rows whose context is one token longer in the next step.
     """
 
     num_tokens: int
@@ -68,14 +69,14 @@ class StepRates:
     """Seconds per unit of each term.
 
     Attributes:
-        layer_s: Fixed, per layer: launches and what does not overlap.
+        layer_s: Fixed time per layer: launches, and work that does not overlap.
         weight_byte_s: Reading base weights.
-        flop_s: Products, when bound by operations.
+        flop_s: Products, if operations bound them.
         kv_byte_s: Reading KV in decode attention.
         pair_flop_s: Prefill attention's operations.
         activation_byte_s: Pointwise kernels.
         row_s: Per row: sampling and bookkeeping.
-        lora_op_s: Fixed, per `StepLoad.lora_ops`, per layer; ``lora_prompt_op_s`` likewise.
+        lora_op_s: Fixed time per `StepLoad.lora_ops`, per layer; ``lora_prompt_op_s`` likewise.
         adapter_byte_s: Reading adapters; ``adapter_beside_byte_s`` by the decode kernels beside prompts.
         lora_byte_s: LoRA's reads and writes of activations at prefill.
         lora_row_byte_s: The same at decode: few bytes, and every group of rows reads its adapter anew.
@@ -105,7 +106,7 @@ class StepRates:
 
 
 class StepCost:
-    """Seconds of steps of one model on one device."""
+    """Gives the seconds of steps of one model on one device."""
 
     def __init__(self, shape: ModelShape, rates: StepRates) -> None:
         self.shape = shape
@@ -152,8 +153,8 @@ class Stretch:
     """Decode steps of the same rows, each of which takes a little longer than the one before it.
 
     Attributes:
-        first_s: Duration of the first.
-        growth_s: What each adds to the one before.
+        first_s: Duration of the first step.
+        growth_s: By how much each step takes longer than the one before it.
     """
 
     first_s: float
@@ -162,24 +163,24 @@ class Stretch:
 
     @property
     def total_s(self) -> float:
-        """Duration of all."""
+        """Duration of all steps together."""
         return self._after(self.num_steps)
 
     @property
     def longest_s(self) -> float:
-        """Duration of the last."""
+        """Duration of the last step, the longest."""
         return self.first_s + self.growth_s * (self.num_steps - 1)
 
     @property
     def last_begins_s(self) -> float:
-        """When the last one begins, from the beginning of the first."""
+        """When the last step begins, counted from the beginning of the first."""
         return self._after(self.num_steps - 1)
 
     def _after(self, num_steps: int) -> float:
         return num_steps * (self.first_s + self.growth_s * (num_steps - 1) / 2)
 
     def cut(self, span_s: float) -> Stretch:
-        """Return those steps that begin before ``span_s`` has passed; at least one."""
+        """Return the steps that begin before ``span_s`` has passed; at least one."""
         most = self.num_steps
         if most <= 1 or self._after(most - 1) < span_s:
             return self

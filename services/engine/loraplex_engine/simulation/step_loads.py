@@ -1,4 +1,4 @@
-"""What steps compute, read off plans and running batches."""
+"""Derives what steps compute from plans and running batches."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class StepLoads:
-    """Turns steps into `StepLoad`; knows which adapter lies behind which index of the adapter table."""
+    """Turns steps into `StepLoad`; knows which adapter each index of the adapter table names."""
 
     def __init__(self, adapters: Adapters, table_size: int) -> None:
         self._adapters = adapters
-        self._weight_bytes = [0] * table_size  # of the adapter behind each index of the table
+        self._weight_bytes = [0] * table_size  # bytes of the adapter that each index names
         self._traffic_bytes = np.zeros(table_size, dtype=np.int64)
-        self._decoding: Rows | None = None  # a batch, and its bytes of LoRA: another one comes with other rows
+        self._decoding: Rows | None = None  # the rows that `_decode_lora` holds for
         self._decode_lora = (0, 0)
 
     def bind(self, index: int, adapter: int) -> None:
@@ -80,7 +80,7 @@ class StepLoads:
         )
 
     def _weights(self, table: NDArray[np.int32]) -> int:
-        """Return the bytes of the distinct adapters behind int32 ``[num_rows]`` indices of the table."""
+        """Return the bytes of the distinct adapters named by int32 ``[num_rows]`` indices of the table."""
         return sum(self._weight_bytes[index] for index in set(table.tolist()) if index != NO_ADAPTER)
 
     def _traffic(self, table: NDArray[np.int32], num_tokens: NDArray[np.int32] | None) -> int:

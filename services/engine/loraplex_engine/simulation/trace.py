@@ -20,13 +20,13 @@ _STREAM_STEP: Final = 0x9E3779B1  # odd, so that streams begin at different plac
 class TraceArrays(Protocol):
     """Requests in order of arrival, one entry of each array per request; ``loraplex_client.workload.Trace`` is one.
 
-    ``arrival_s`` is float64 ``[n]`` and never falls, the others are int32 ``[n]``. Turns of one conversation share their
-    beginning.
+    ``arrival_s`` is float64 ``[n]`` and never falls, the others are int32 ``[n]``. Turns of one conversation begin with
+    the same tokens.
     """
 
     @property
     def arrival_s(self) -> NDArray[np.float64]:
-        """When each is sent, in seconds."""
+        """When each request is sent, in seconds."""
         ...
 
     @property
@@ -36,7 +36,7 @@ class TraceArrays(Protocol):
 
     @property
     def tenant(self) -> NDArray[np.int32]:
-        """Index of who sends it."""
+        """Index of the tenant that sends the request."""
         ...
 
     @property
@@ -111,10 +111,10 @@ def load_trace(path: Path) -> SavedTrace:
 
 
 class TokenStreams:
-    """Token ids without storing them: a request's prompt and answer are one stretch of one random buffer.
+    """Gives token ids without storing them: a request's prompt and answer are one stretch of one random buffer.
 
-    Requests on their own begin at different places of it, so that they share nothing; all turns of a conversation begin
-    at the same place, so that a later prompt holds the earlier answers.
+    Requests outside conversations begin at different places of the buffer, so they share nothing. All turns of a
+    conversation begin at the same place, so a later prompt holds the earlier answers.
     """
 
     def __init__(self, trace: TraceArrays, max_model_len: int) -> None:

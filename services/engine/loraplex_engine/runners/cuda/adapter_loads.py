@@ -1,7 +1,8 @@
-"""Adapter images on their way from the arena to the pool: page-sized copies on a stream of their own.
+"""Copies adapter images from the arena to the pool, page by page, on a stream of their own.
 
-Order: the copy stream waits for an event behind the last launched step, which may still read what the pages, or the
-index's rows of the tables, held before. Steps launched later read the pages only once the load's own event was seen.
+Order: the copy stream waits for an event behind the last launched step, which may still read the old content of the
+pages, or of the index's rows of the tables. Steps launched later read the pages only once the load's own event was
+seen.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-TABLE_RETRY_S: Final = 1.0  # other adapters' tiles are given back as they are evicted
+TABLE_RETRY_S: Final = 1.0  # evictions of other adapters free tiles
 HOST_TO_DEVICE = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
 
 
@@ -35,7 +36,7 @@ class CudaLoadHandle:
 
     def __init__(self, event: torch.cuda.Event, staging: Tensor | None, watcher: LoadWatcher) -> None:
         self._event = event
-        self._staging = staging  # alive until the copy has read it
+        self._staging = staging  # kept alive until the copy has read it
         self._watcher = watcher
 
     def is_done(self) -> bool:
@@ -64,7 +65,7 @@ class LoadWatcher:
         self._watched.put((event, callback))
 
     def close(self) -> None:
-        """Stop after what is being watched."""
+        """Stop after the event that is being watched."""
         self._watched.put(None)
         self._thread.join()
 
@@ -120,7 +121,7 @@ class AdapterLoads:
             source = staging.numpy()
         self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
-            self._bind(index, spec, pages)  # first: what cannot be bound leaves no copy behind
+            self._bind(index, spec, pages)  # first: an adapter that cannot be bound must start no copy
             self._copy(pages, source)
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record()
@@ -135,11 +136,11 @@ class AdapterLoads:
             raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}") from error
 
     def unload(self, index: int) -> None:
-        """Unbind an index; launched steps keep what they read."""
+        """Unbind an index; launched steps keep the adapter that they read."""
         self._tables.unbind(index)
 
     def close(self) -> None:
-        """Wait for the copies and let go of the arena."""
+        """Wait for the copies and release the arena."""
         self._stream.synchronize()
         self._watcher.close()
         if self._arena is not None:

@@ -1,11 +1,12 @@
 """LoRA of decode steps: which path a captured graph takes, and the items it reads.
 
-Few rows: what LoRA costs is launches that wait for each other, so it runs beside the products (`BesideLoraPath`). Many rows:
-what it costs is bytes, and products and LoRA would only push each other out of the multiprocessors, so it runs in line,
-each kernel's start hidden behind the end of the one before (`InLineLoraPath`). One H100, Llama-2-7B, rank 16 on everything,
-milliseconds added to a step, beside and in line, timed as `benchmarks/layers.py` does when o and down still wrote a scratch in
-line: 32 rows of one adapter 0.61, 0.78, of 32 adapters 1.61, 1.53; 64 rows of one adapter 0.69, 0.86, of 64 adapters 2.90,
-2.55; 256 rows of one adapter 2.67, 1.85.
+With few rows, LoRA's cost is launches that wait for each other, so LoRA runs beside the products (`BesideLoraPath`).
+With many rows its cost is bytes; products and LoRA side by side would only push each other out of the multiprocessors,
+so LoRA runs in line, the start of each kernel hidden behind the end of the kernel before (`InLineLoraPath`).
+Milliseconds that LoRA adds to a step, beside and in line, on one H100 with Llama-2-7B and rank 16 on all projections,
+timed as `benchmarks/layers.py` does when o and down still wrote a scratch in line: 32 rows of one adapter 0.61, 0.78,
+of 32 adapters 1.61, 1.53; 64 rows of one adapter 0.69, 0.86, of 64 adapters 2.90, 2.55; 256 rows of one adapter 2.67,
+1.85.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS_BESIDE: Final = 32
 DELTA_OPS: Final = frozenset({"qkv", "gate_up"})
-"""Ops whose expand writes a whole delta, for their follower to add or for their product to accumulate onto."""
+"""Ops whose expand writes a whole delta, which the follower adds or the product accumulates onto."""
 
 
 class DecodeLora:
@@ -109,8 +110,8 @@ class DecodeLora:
 
         Args:
             adapters: int32 ``[N]``; adapter of each row, -1 for none.
-            bucket: Of the graph that will run.
-            num_binds: Rises whenever an index of the tables means another adapter.
+            bucket: Bucket of the graph that will run.
+            num_binds: Rises whenever an index of the tables names another adapter.
         """
         used = adapters[adapters >= 0]
         if not used.size:

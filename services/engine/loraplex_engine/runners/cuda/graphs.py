@@ -1,7 +1,7 @@
 """Decode steps as CUDA graphs: one per bucket of rows and variant.
 
-Variants differ in the ops that have LoRA at all. A fused expand must visit every row of an op, adapted or not, so a
-batch whose adapters leave the MLP alone (or that has none) is faster without it: 2.1 ms of a 28.6 ms step of 256 rows.
+Variants differ in the ops that have LoRA at all. A fused expand visits every row of an op, adapted or not, so a batch
+whose adapters leave the MLP alone, or that has none, is faster without it: 2.1 ms of a 28.6 ms step of 256 rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ATTENTION: Final = "self_attn."  # what the paths of attention's projections begin with
 SMALL_BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32)
 STEPS: Final = ((256, 16), (1024, 64), (1 << 30, 256))
-"""(up to, distance): beyond the small ones, buckets are this far apart."""
+"""(upper bound, distance): buckets of more than 32 rows, up to the bound, are this far apart."""
 
 
 def bucket_sizes(max_rows: int) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ class DecodeGraphs:
         num_variants: Of `lora_variants`; one where there is no LoRA.
 
     Attributes:
-        capture_s: How long capture took.
+        capture_s: Seconds that the capture took.
     """
 
     def __init__(
@@ -107,7 +107,8 @@ class DecodeGraphs:
                         run(size, variant)
                     stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
-                # Other threads go on: they pin memory and wait for events, which a global capture would forbid.
+                # Other threads go on meanwhile: they pin memory and wait for events, which a global capture would
+                # forbid.
                 with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                     run(size, variant)
                 self._graphs[size, variant] = graph

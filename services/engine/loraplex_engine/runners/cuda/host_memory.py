@@ -1,4 +1,4 @@
-"""Host memory that the device copies from: the arena, pinned in the background, and small pinned buffers in a ring."""
+"""Host memory that the device copies from: the arena, pinned in the background, and a ring of small pinned buffers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OS_PAGE: Final = 4096
-CHUNK_BYTES: Final = 256 * 1024 * 1024  # pinning takes 0.56 s a GiB on an H100's host: small enough to stop soon
+CHUNK_BYTES: Final = 256 * 1024 * 1024  # pinning takes 0.56 s a GiB on an H100's host; small chunks stop soon
 
 
 class CudaError(RuntimeError):
@@ -31,8 +31,8 @@ def check(result: tuple[object, ...], what: str) -> None:
 class PinnedArena:
     """Registers an arena's slots with the device, chunk by chunk, on a thread of its own.
 
-    Copies from slots that are registered run at the link's full rate and return at once; others must be staged. Chunks
-    are whole slots, so that no slot's copy crosses the border of two registrations.
+    Copies from registered slots run at the link's full rate and return at once; copies from other slots must be staged.
+    Chunks are whole slots, so no slot's copy crosses the border of two registrations.
     """
 
     def __init__(self, view: NDArray[np.uint8], device: torch.device) -> None:
@@ -40,11 +40,11 @@ class PinnedArena:
         self._view = view  # keeps the memory mapped until it is unregistered
         self._begin = view.__array_interface__["data"][0]
         self._device = device
-        # A chunk's borders must not share a page of the operating system with the next chunk.
+        # The borders of two chunks must not share a page of the operating system.
         unit = math.lcm(slot_bytes, OS_PAGE)
         self._chunk_bytes = max(CHUNK_BYTES // unit, 1) * unit
         self._num_bytes = num_slots * slot_bytes
-        self._pinned_bytes = 0  # a prefix; written by the thread only
+        self._pinned_bytes = 0  # [0, _pinned_bytes) is pinned; written by the thread only
         self._is_stopping = False
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._register, name="arena-pinning", daemon=True)
@@ -83,7 +83,7 @@ class PinnedArena:
                 size = min(self._chunk_bytes, self._num_bytes - begin)
                 check(runtime.cudaHostRegister(self._begin + begin, size, 0), f"cudaHostRegister of {size} bytes")
                 self._pinned_bytes = begin + size
-        except Exception as error:  # reported by whoever copies next
+        except Exception as error:  # raised again at the next copy
             self._error = error
 
 
@@ -97,7 +97,7 @@ class PinnedBuffer:
 
 
 class PinnedRing:
-    """Host buffers used in turn; more of them than steps in flight, so that waiting for one is the exception."""
+    """Host buffers used in turn; there are more buffers than steps in flight, so waiting for one is rare."""
 
     def __init__(self, num_ints: int, count: int) -> None:
         self._buffers = [PinnedBuffer(num_ints) for _ in range(count)]

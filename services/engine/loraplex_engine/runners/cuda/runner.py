@@ -1,7 +1,7 @@
 """The CUDA backend: decode steps replay graphs, steps with prefill chunks launch the same kernels one by one.
 
-Everything runs on one stream, adapter copies excepted; the host never waits for the device in `launch`, unless a prompt
-whose probabilities are asked for is in the step.
+Everything except adapter copies runs on one stream. `launch` never makes the host wait for the device, unless the step
+has a prompt whose probabilities are asked for.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CudaRunner:
         weights: Where the base model comes from, on the device already; closed here.
 
     Attributes:
-        geometry: Of adapter images, as announced to the store.
+        geometry: Geometry of adapter images, as announced to the store.
         graphs: Captured decode steps.
     """
 
@@ -179,14 +179,14 @@ class CudaRunner:
         return self._handle(plan, len(plan.sample_rows), faults, report=report, prompt_logprobs=prompt_logprobs)
 
     def _run_decode(self, bucket: int, variant: int) -> None:
-        """Launch what a graph holds."""
+        """Launch the kernels that a graph holds."""
         step = self._buffers.of_bucket(bucket)
         path = self._decode_lora.path(bucket, variant) if variant else self._base_path
         rest = self._decoder.forward(step, path, num_decode=bucket)
         self._draw_greedily(self._decoder.logits(step, rest), step.sample_slots)
 
     def _is_greedy(self, plan: StepPlan) -> bool:
-        """Tell whether every row takes its likeliest token and nothing else is asked."""
+        """Tell whether every row takes its likeliest token and asks for nothing else."""
         sampling = plan.sampling
         return (
             not sampling.temperature.any()
@@ -207,7 +207,7 @@ class CudaRunner:
         self._decoder.last_sampled.index_copy_(0, slots.long(), drawn[0])
 
     def _sample(self, plan: StepPlan, logits: Tensor) -> Tensor | None:
-        """Draw as each row asks, into the same places; returns what rows asked to know of it."""
+        """Draw as each row asks, into the same places; returns the probabilities that rows asked for."""
         slots, drawn = plan.slots[plan.sample_rows], self._drawn_of(len(plan.sample_rows))
         return self._sampler.sample(logits, slots, plan.sampling, drawn, self._decoder.last_sampled)
 
@@ -252,7 +252,7 @@ class CudaRunner:
             ) from error
 
     def unload_adapter(self, index: int) -> None:
-        """Unbind an index; launched steps keep what they read."""
+        """Unbind an index; launched steps keep the adapter that they read."""
         self._loads.unload(index)
 
     def close(self) -> None:

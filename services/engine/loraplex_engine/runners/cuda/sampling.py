@@ -1,7 +1,7 @@
-"""Sampling on the device: what the torch `Sampler` draws, by one kernel that never makes the host wait (ADR 11).
+"""Sampling on the device: one kernel draws what the torch `Sampler` draws, and never makes the host wait (ADR 11).
 
-What outlives a step lies in device buffers by slot and is written when a slot changes its occupant; how rows draw comes
-with each plan and is sent with it. Penalty counts are the kernel's to keep.
+State that outlives a step is in device buffers by slot, written when a slot changes its occupant. How rows draw comes
+with each plan and is sent with it. The kernel itself keeps penalty counts.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ MAX_EDITS: Final = 2 * MAX_BIASED_TOKENS + MAX_STOP_TOKENS + MODEL_STOP_TOKENS
 class SlotRows:
     """Rows of device buffers, given to the slots that need one; the buffers double when none is free.
 
-    A slot in a hundred needs one, and penalty counts of 256 slots x 128k tokens are 64 MiB: hence not one for each.
+    About one slot in a hundred needs a row, and penalty counts of 256 slots x 128k tokens take 64 MiB: so not each slot
+    has one.
 
     Args:
-        num_slots: Slots are below it.
+        num_slots: Number of slots.
         columns: Buffer -> (columns, dtype).
 
     Attributes:
@@ -74,7 +75,7 @@ class SlotRows:
             self.of_slot[slot] = -1
 
     def _grow(self) -> None:
-        """Double the buffers; steps in flight read the old ones, whose memory the stream's later work alone reuses."""
+        """Double the buffers; steps in flight read the old ones, whose memory only later work of the stream reuses."""
         num_rows = max(FIRST_ROWS, 2 * self._num_rows)
         for name, (columns, dtype) in self._columns.items():
             wider = torch.zeros((num_rows, columns), dtype=dtype, device=self._device)
@@ -88,7 +89,7 @@ class SlotRows:
 def make_edits(setup: SlotSetup) -> NDArray[np.void]:
     """Return what a setup does to single logits, `EDIT_DTYPE`, tokens rising.
 
-    With allowed ids, tokens that have no edit cannot be drawn; those that are biased or stops only are marked.
+    With allowed ids, tokens without an edit cannot be drawn; tokens that are only biased or only stop are marked.
     """
     allowed, stops = set(setup.allowed_token_ids), set(setup.stop_token_ids)
     tokens = sorted({*allowed, *stops, *setup.logit_bias})
@@ -108,7 +109,7 @@ def make_bitmap(tokens: NDArray[np.int32], num_bytes: int) -> NDArray[np.uint8]:
 
 
 def pack_counts(vocab_size: int, prompt: NDArray[np.int32], output: NDArray[np.int32]) -> NDArray[np.int16]:
-    """Return int16 ``[vocab_size]``: `IN_PROMPT` for a prompt's tokens, and how often each is in the output."""
+    """Return int16 ``[vocab_size]``: `IN_PROMPT` for a prompt's tokens, plus how often each is in the output."""
     counts = np.bincount(output, minlength=vocab_size).clip(max=MOST_COUNTED).astype(np.uint16)
     counts[prompt] |= IN_PROMPT
     return counts.view(np.int16)
@@ -120,12 +121,12 @@ class DeviceSampler:
     Args:
         library: Kernels; also says the device.
         vocab_size: Columns of the logits.
-        num_slots: Slots are below it.
+        num_slots: Number of slots.
         max_rows: Most rows of one step.
-        kernel: Compiled already; made here if unset.
+        kernel: The sampling kernel, compiled already; made here if unset.
 
     Attributes:
-        kernel: What draws.
+        kernel: The sampling kernel.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class DeviceSampler:
         try:
             self._write(setup)
         except BaseException:
-            self._forget(setup.slot)  # no half of it acts on what is drawn
+            self._forget(setup.slot)  # a setup that is half written must not act on draws
             raise
 
     def _write(self, setup: SlotSetup) -> None:
@@ -167,7 +168,7 @@ class DeviceSampler:
             self._counts.put(setup.slot, counts=counts)
 
     def vacate(self, slots: NDArray[np.int32]) -> None:
-        """Forget slots whose new occupant needs nothing special."""
+        """Forget slots whose new occupant needs no state."""
         if self._setups:
             for slot in slots.tolist():
                 self._forget(slot)
@@ -178,11 +179,11 @@ class DeviceSampler:
             self._counts.release(slot)
 
     def setup(self, slot: int) -> SlotSetup | None:
-        """Return what the plan's arrays do not say of a slot's occupant; None if they say all."""
+        """Return the facts of a slot's occupant that the plan's arrays do not carry; None if they carry all."""
         return self._setups.get(slot)
 
     def has_any(self, slots: NDArray[np.int32]) -> bool:
-        """Tell whether anything is kept for any of some slots."""
+        """Tell whether the sampler keeps state for any of these slots."""
         return bool(self._setups) and any(slot in self._setups for slot in slots.tolist())
 
     def sample(
@@ -198,8 +199,8 @@ class DeviceSampler:
             last_sampled: int32 ``[num_slots]`` or more; gets each slot's token.
 
         Returns:
-            int32 ``[rows, 1 + 2 n]``, overwritten by the next step: for rows that asked, fp32 bits of the drawn token's
-            log probability and of the likeliest tokens', and their ids. None if no row asked.
+            int32 ``[rows, 1 + 2 n]``, overwritten by the next step: for rows that asked, fp32 bits of the log
+            probabilities of the drawn token and of the likeliest tokens, then the ids of these. None if no row asked.
         """
         rows = self.pack_rows(slots, arrays)
         most = int(arrays.num_logprobs.max(initial=-1))
@@ -218,7 +219,7 @@ class DeviceSampler:
         return report
 
     def device_rows(self) -> dict[str, Tensor | None]:
-        """Return what is kept of slots as `Sample.launch` takes it."""
+        """Return the state of slots in the form that `Sample.launch` takes."""
         edits = self._edits.buffers.get("edits")
         return {
             "edits": None if edits is None else edits.view(edits.shape[0], MAX_EDITS, EDIT_INTS),

@@ -26,16 +26,16 @@ STAGING_BUFFERS: Final = 4  # steps in flight, and some
 
 
 class StepBuffers:
-    """Writes plans where kernels read them, on the current stream; the host waits for no copy.
+    """Writes plans to the places where kernels read them, on the current stream; the host waits for no copy.
 
     Args:
         config: Of the runner.
         largest: Largest step.
         sizes: Rows of the decode graphs.
-        device: Where the inputs go.
+        device: The device that the inputs go to.
 
     Attributes:
-        inputs: int32; every step's inputs, from its beginning on.
+        inputs: int32; every step's inputs, from its first int on.
     """
 
     def __init__(

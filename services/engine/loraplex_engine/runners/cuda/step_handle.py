@@ -1,4 +1,4 @@
-"""A launched step's way back: tokens land in pinned memory, an event tells when, the host reads them a step late."""
+"""A launched step's result: tokens go to pinned memory, an event tells when, the host reads them a step late."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ResultBuffers:
-    """Pinned buffers for what a step drew and reports; a buffer is free again once its step's result was read."""
+    """Pinned buffers for a step's tokens and report; a buffer is free again once its step's result has been read."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[Tensor]] = {}
@@ -43,7 +43,7 @@ def read_report(
     Args:
         report: int32 ``[rows, 1 + 2 n]``; see `DeviceSampler.sample`.
         token_ids: int32 ``[rows]``; drawn.
-        num_logprobs: int32 ``[rows]``; -1 did not ask.
+        num_logprobs: int32 ``[rows]``; -1 for a row that did not ask.
     """
     most = report.shape[1] // 2
     values, ids = report[:, : 1 + most].view(np.float32), report[:, 1 + most :]
@@ -62,10 +62,10 @@ class CudaStepHandle:
     Args:
         plan: The step.
         drawn: Device tensor int32 ``[2, columns]``: tokens, and 1 where their logits are finite; sampling rows first.
-        buffers: Where pinned memory comes from.
+        buffers: Give the pinned memory.
         report: Device tensor int32 ``[sampling rows, 1 + 2 n]``, see `DeviceSampler.sample`; None if no row asked.
         prompt_logprobs: See `StepResult`.
-        faults: Slots of the step whose request alone made something raise.
+        faults: Slots of the step whose request alone caused an exception.
     """
 
     def __init__(

@@ -26,10 +26,10 @@ TILE_INTS: Final = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepShape:
-    """How large a step's arrays are.
+    """Sizes of a step's arrays.
 
     Attributes:
-        num_tokens: T; for a decode bucket its size.
+        num_tokens: T; in a decode bucket, its size.
         num_rows: N.
         width: W.
         num_samples: S.
@@ -75,10 +75,10 @@ class StepInputs:
 
 
 class InputLayout:
-    """Where each array of a step lies in the buffer.
+    """The place of each array of a step in the buffer.
 
     Attributes:
-        size: Ints in all.
+        size: Number of ints in all.
         tables_at: First int of the block tables, which come last so that unused rows need not be sent.
     """
 
@@ -120,11 +120,11 @@ def is_pure_decode(plan: StepPlan) -> bool:
 
 
 class InputWriter:
-    """Fills host buffers.
+    """Fills host buffers with plans.
 
     Args:
         block_tokens: Tokens of a KV page.
-        pad_slot: Slot that padding samples into; nobody's.
+        pad_slot: The slot that padding samples into; no request has it.
     """
 
     def __init__(self, *, block_tokens: int, pad_slot: int) -> None:
@@ -158,7 +158,13 @@ class InputWriter:
     def write_mixed(
         self, layout: InputLayout, buffer: NDArray[np.int32], plan: StepPlan, tiles: NDArray[np.int32]
     ) -> int:
-        """Fill the buffer of a step with prefill chunks and return how many ints must be sent."""
+        """Fill the buffer of a step with prefill chunks and return how many ints must be sent.
+
+        Row r has ``lengths[r]`` tokens; the same tokens are, in the step and in the row's sequence:
+
+            [ends[r] - lengths[r], ends[r])            numbers of the step's tokens
+            [starts[r], starts[r] + lengths[r])        positions in the sequence
+        """
         lengths, size = plan.num_tokens, self._block_tokens
         row = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         ends = np.cumsum(lengths)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def max_decode_items(shapes: tuple[OpShape, ...], num_groups: int) -> int:
-    """Return a bound of the items of a decode step with that many groups, whatever the ranks."""
+    """Return an upper bound of the items of a decode step with that many groups, whatever the ranks."""
     per_group = sum(
         sum(MAX_RANK // SHRINK_ROWS * shape.num_planes + -(-outputs // BLOCK_ROWS) + 1 for outputs in shape.outputs)
         for shape in shapes
@@ -36,7 +36,7 @@ def max_decode_items(shapes: tuple[OpShape, ...], num_groups: int) -> int:
 
 
 def max_prefill_items(shapes: tuple[OpShape, ...], num_tiles: int) -> int:
-    """Return a bound of the items of a step with that many tiles of `TILE_TOKENS` tokens or fewer."""
+    """Return an upper bound of the items of a step with that many tiles of at most `TILE_TOKENS` tokens."""
     return sum(max(len(shape.outputs) * num_tiles, WAVE) for shape in shapes)
 
 
@@ -63,7 +63,7 @@ class SegmentLora:
         return (self._kernels.buffer,)
 
     def prepare(self, plan: StepPlan, first_row: int = 0) -> None:
-        """Build the items of the step's rows, but for the first ``first_row``, which have one token each."""
+        """Build the items of the step's rows, without the first ``first_row`` rows, which have one token each."""
         self._kernels.prepare(plan.adapters[first_row:], plan.num_tokens[first_row:], first_row)
 
     def apply(self, layer: int, op: str, x: Tensor, y: Tensor, scales: Tensor) -> None:
@@ -78,7 +78,7 @@ class GroupedLora:
         library: Kernels.
         tables: The resident adapters.
         pool: uint8 ``[pages, page_bytes]``.
-        geometry: Of adapter images.
+        geometry: Geometry of adapter images.
         max_tokens: Most tokens of a step.
         max_groups: Most groups of a step.
     """
@@ -141,8 +141,9 @@ class SplitLora:
     Groups and segments are disjoint rows of an output, so their kernels may run in either order.
 
     Args:
-        segments: Of any step.
-        groups: Of as many tokens as a step has sequences; `DecodeLora`'s buffers belong to graphs and cannot serve.
+        segments: Takes any step.
+        groups: Takes as many tokens as a step has sequences; `DecodeLora`'s buffers belong to graphs and cannot serve
+            here.
         min_decode_runs: If decode rows make fewer runs of one adapter, they are segments.
     """
 
@@ -156,7 +157,7 @@ class SplitLora:
         return (*self._segments.fixed_tensors, *self._groups.fixed_tensors)
 
     def prepare(self, plan: StepPlan) -> None:
-        """Build the step's items, of the parts that have any."""
+        """Build the step's items, for segments, groups or both."""
         decoding = plan.adapters[: plan.num_decode_rows]
         num_runs = count_runs(decoding)  # as many segments, unless a run is long
         has_groups = takes_decode_kernels(num_runs, has_prefill=True, min_runs=self._min_decode_runs)
@@ -185,7 +186,7 @@ def make_token_lora(
     max_tokens: int,
     min_decode_runs: int,
 ) -> GroupedLora | SplitLora:
-    """Return what suits the element type."""
+    """Return the class that suits the element type."""
     if library.dtype != torch.bfloat16:
         max_groups = max_tokens // GROUP_TOKENS + max_rows  # each sequence may end in a group of its own
         return GroupedLora(library, tables, pool, geometry, max_tokens=max_tokens, max_groups=max_groups)

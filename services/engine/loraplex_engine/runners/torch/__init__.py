@@ -1,1 +1,1 @@
-"""The torch backend: any device torch has, and the oracle of the CUDA backend."""
+"""The torch backend: runs on any device that torch has, and is the oracle of the CUDA backend."""

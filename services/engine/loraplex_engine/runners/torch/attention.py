@@ -1,8 +1,9 @@
 """Paged attention over the unified pool, in torch.
 
-KV pages lie in-page as ``[layer][K|V][kv_head][token][dim]``, so the pool is also a table of
-*rows*, one per (page, layer, K or V, kv_head), each ``block_tokens * head_dim`` values in one piece. Gathering the rows
-a batch needs, in the order (K|V, sequence, kv_head, block), gives contiguous keys and values with one index_select.
+KV pages lie in-page as ``[layer][K|V][kv_head][token][dim]`` (`PoolGeometry`), so the pool is also a table of *rows*,
+one per (page, layer, K or V, kv_head), each of them ``block_tokens * head_dim`` values in one piece. Gathering the rows
+that a batch needs, in the order (K|V, sequence, kv_head, block), gives contiguous keys and values with one
+index_select.
 
 Decode rows are attended in groups of similar context length; the queries that share a KV head form the query dimension
 of one batched product. Prefill rows are attended one by one.
@@ -26,17 +27,17 @@ if TYPE_CHECKING:
 
     from loraplex_engine.pool_geometry import PoolGeometry
 
-# Gathered keys and values per layer and group. On a CPU they should still be in a core's L2 (1 to 2 MiB) when they are
-# multiplied: 16 rows of 112 tokens take 0.64 ms a layer in groups of 0.5 MiB and 0.93 ms in groups of 1.4 MiB.
+# Bytes of gathered keys and values per layer and group. On a CPU they should still be in a core's L2 (1 to 2 MiB) when
+# they are multiplied: 16 rows of 112 tokens take 0.64 ms a layer in groups of 0.5 MiB and 0.93 ms in groups of 1.4 MiB.
 MAX_GROUP_BYTES: Final = {"cpu": 768 * 1024, "cuda": 64 * 1024 * 1024}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeGroup:
-    """Decode rows that are attended together, with room for what they gather.
+    """Decode rows that are attended together, with the buffer that they gather into.
 
     Attributes:
-        tokens: Their tokens in the step: a slice if they follow each other, else int64 ``[n]``.
+        tokens: The rows' tokens in the step: a slice if they are consecutive, else int64 ``[n]``.
         rows: int64 ``[2 * n * kv_heads * B]``; rows of the pool to gather, of layer 0.
         layer_rows: Like ``rows``; overwritten by each layer with its own.
         gathered: ``[2 * n * kv_heads * B, block_tokens * head_dim]``; overwritten by each layer.
@@ -60,7 +61,7 @@ class PrefillRow:
     """One prefill chunk.
 
     Attributes:
-        tokens: Its tokens in the step.
+        tokens: The chunk's tokens in the step.
         rows: int64 ``[2 * kv_heads * B]``; rows of the pool to gather, of layer 0; None if the chunk sees only itself.
         mask: Boolean ``[chunk, keys]``; None for plain causal attention.
     """
@@ -72,7 +73,7 @@ class PrefillRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowStep:
-    """What layers of one window size attend to in a step."""
+    """The groups and rows that layers of one window size attend to in a step."""
 
     decode: list[DecodeGroup]
     prefill: list[PrefillRow]
@@ -107,7 +108,7 @@ class PagedPool:
 
         Args:
             pages: int64 ``[T]``.
-            offsets: int64 ``[T]``; of the tokens in their pages.
+            offsets: int64 ``[T]``; place of each token in its page.
         """
         rows = pages[:, None] * self.geometry.rows_per_page + np.arange(self._heads_per_layer)
         index = rows * self.geometry.block_tokens + offsets[:, None]
@@ -120,7 +121,7 @@ class PagedPool:
         return torch.from_numpy(index.reshape(-1)).to(self.device)
 
     def scratch(self, num_rows: int) -> Tensor:
-        """Return room for gathered rows; all groups share it, one after another."""
+        """Return a buffer for gathered rows; all groups share it, one after another."""
         if self._scratch.shape[0] < num_rows:
             self._scratch = self._rows.new_empty((num_rows, self._rows.shape[1]))
         return self._scratch[:num_rows]
@@ -152,7 +153,7 @@ class PagedPool:
         if self.dtype == torch.float32:
             scores = torch.baddbmm(group.mask, by_kv_head, group.keys_t, alpha=self._scale)
             attended = torch.bmm(torch.softmax(scores, dim=-1), group.values)
-        else:  # fused, for its fp32 scores
+        else:  # the fused kernel, which keeps scores in fp32
             keys = group.keys_t.transpose(1, 2)
             attended = F.scaled_dot_product_attention(
                 by_kv_head, keys, group.values, attn_mask=group.mask, scale=self._scale

@@ -1,4 +1,4 @@
-"""What a step's tokens attend to and where their keys and values go: worked out once per step, used by every layer.
+"""What a step's tokens attend to and where their keys and values go: computed once per step, used by every layer.
 
 Legend: T = tokens of the step, G = queries per KV head, B = blocks gathered per sequence.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loraplex_engine.runners.torch.attention import PagedPool
     from loraplex_engine.step import StepPlan
 
-MAX_PADDING: Final = 0.25  # of a group's blocks that may be gathered in vain
+MAX_PADDING: Final = 0.25  # largest share of a group's blocks that is gathered in vain
 
 
 class AttentionStep:
@@ -28,7 +28,7 @@ class AttentionStep:
     Attributes:
         positions: int64 ``[T]``, in the order of the step's tokens.
         write_index: int64 ``[T * 2 * kv_heads]``; where layer 0's keys and values go, see `PagedPool.token_index`.
-        windows: By size of attention window, None for unlimited.
+        windows: Attention of each window size; None is the size of unlimited attention.
     """
 
     def __init__(self, pool: PagedPool, plan: StepPlan, order: NDArray[np.int64], windows: set[int | None]) -> None:
@@ -59,7 +59,7 @@ class AttentionStep:
     def clear_new_pages(self) -> None:
         """Zero the pages that this step begins and does not fill.
 
-        Masked positions get weight zero, but zero times NaN is NaN: what an earlier owner left must not be read.
+        Masked positions get weight zero, but zero times NaN is NaN: the values of an earlier owner must not be read.
         """
         size = self._pool.geometry.block_tokens
         ends = self._starts + self._lengths
@@ -90,7 +90,7 @@ class AttentionStep:
     ) -> DecodeGroup:
         pool, geometry = self._pool, self._pool.geometry
         columns = np.arange(num_blocks.max())
-        # Padding repeats a row's own first block: its values are finite unless the row is broken anyway.
+        # Padding repeats a row's own first block: its values are finite, unless the row is broken anyway.
         blocks = first_blocks[:, None] + np.where(columns < num_blocks[:, None], columns, 0)
         index = pool.gather_index(self._tables[rows[:, None], blocks])
         keys = ((first_blocks[:, None] + columns)[:, :, None] * geometry.block_tokens) + np.arange(
@@ -147,7 +147,7 @@ def _slice_or_index(tokens: NDArray[np.int64], device: torch.device) -> slice | 
 
 
 def _cut_into_groups(num_blocks: NDArray[np.int64], max_blocks: int) -> list[NDArray[np.int64]]:
-    """Cut rows into groups that gather at most ``max_blocks`` and little of it in vain.
+    """Cut rows into groups that gather at most ``max_blocks``, and few of them in vain.
 
     Rows of about the same length stay in their order, so that a group's tokens usually follow each other.
     """

@@ -1,4 +1,4 @@
-"""What the torch backend returns for plans and loads in flight."""
+"""The torch backend's handles of plans and loads in flight."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class TorchStepHandle:
 
         Args:
             plan: The plan.
-            adapters: Index of the adapter table -> adapter, for those the plan names.
-            compute_until: Computes what was launched up to and including a handle's step.
+            adapters: Index of the adapter table -> adapter, for the adapters that the plan names.
+            compute_until: Computes all launched steps up to and including a handle's step.
         """
         self.plan = plan
         self.adapters = adapters  # as bound at the launch; an index may be unbound before the step is computed
@@ -47,7 +47,7 @@ class TorchStepHandle:
         return self.computed.is_set() and (self._pending is None or self._pending.is_done())
 
     def fulfil(self, output: StepOutput) -> None:
-        """Take the step's output, which may still be on its way through the device."""
+        """Take the step's output, which the device may still be computing."""
         self._pending = output
         self.computed.set()
 
@@ -67,7 +67,7 @@ class StepOutput:
     """A step's output on the device, on its way to the host.
 
     Attributes:
-        faults: Slots of the step whose request alone made something raise.
+        faults: Slots of the step whose request alone caused an exception.
     """
 
     token_ids: Tensor
@@ -82,7 +82,7 @@ class StepOutput:
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def to_result(self, plan: StepPlan) -> StepResult:
-        """Wait for the device and convert."""
+        """Wait for the device and convert the output."""
         if self.event is not None:
             self.event.synchronize()
         return make_result(
@@ -102,7 +102,7 @@ class TorchLoadHandle:
         self._future = future
 
     def is_done(self) -> bool:
-        """Tell whether the pages may be read; raises what the copy raised."""
+        """Tell whether the pages may be read; raises the copy's exception if it failed."""
         if not self._future.done():
             return False
         self._future.result()

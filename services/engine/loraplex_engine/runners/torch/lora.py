@@ -36,7 +36,7 @@ class ExpandTile(NamedTuple):
     """Outputs ``[start, stop)`` of one slice's B: ``[stop - start, rank]``.
 
     Attributes:
-        part: Which of the op's adapted slices it is.
+        part: Index among the op's adapted slices.
     """
 
     start: int
@@ -48,7 +48,7 @@ class ExpandTile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdapterOp:
-    """One adapter's part in one fused projection of one layer.
+    """One adapter's part of one fused projection of one layer.
 
     Attributes:
         index: The op's place in ``Geometry.ops``.
@@ -68,7 +68,7 @@ class AdapterTable:
         """Make the views.
 
         Args:
-            geometry: Of the engine's images.
+            geometry: Geometry of the engine's images.
             spec: The adapter.
             pages: Page ids in image order.
             pool: The whole pool in the compute dtype, one-dimensional.
@@ -114,7 +114,7 @@ class AdapterTable:
 
 
 def _merged_b_tiles(tiles: NDArray[np.void], item: int) -> list[list[int]]:
-    """Return B tiles as [layer, op, slice, start, rows, cols, page, offset], those that follow each other merged."""
+    """Return B tiles as [layer, op, slice, start, rows, cols, page, offset], with consecutive tiles merged."""
     merged: list[list[int]] = []
     for layer, op, _, slice_index, start, rows, cols, page, offset in tiles[tiles["kind"] == KIND_B].tolist():
         if merged:

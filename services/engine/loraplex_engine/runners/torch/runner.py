@@ -1,6 +1,6 @@
 """The torch backend: computes `StepPlan`s on a CPU or any torch device; the oracle of every faster backend.
 
-Plans are computed on the step loop's thread, adapters copied into the pool on a thread of their own.
+Plans are computed on the step loop's thread; adapters are copied into the pool on a thread of their own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 KEPT_BUFFERS: Final = 4  # step sizes whose activation buffers are kept; batches shrink and grow by a few rows
-MAX_KEPT_TOKENS: Final = 256  # of such a step: the buffers of large prefills go back to the allocator
+MAX_KEPT_TOKENS: Final = 256  # buffers of larger steps go back to the allocator
 
 
 class TorchRunner:
@@ -52,7 +52,7 @@ class TorchRunner:
         weights: Where the base model comes from, on the device already; closed here.
 
     Attributes:
-        geometry: Of adapter images, as announced to the store.
+        geometry: Geometry of adapter images, as announced to the store.
     """
 
     backend: ClassVar[str] = "torch"
@@ -81,7 +81,7 @@ class TorchRunner:
 
     @property
     def pipeline_depth(self) -> int:
-        """Two where `launch` returns before the step is computed."""
+        """2 if `launch` returns before the step is computed."""
         return 2 if self._emulate_async or self._device.type == "cuda" else 1
 
     def launch(self, plan: StepPlan) -> TorchStepHandle:
@@ -96,7 +96,7 @@ class TorchRunner:
         return handle
 
     def compute_until(self, handle: TorchStepHandle) -> None:
-        """Compute launched plans in order up to and including a handle's."""
+        """Compute launched plans in order, up to and including a handle's plan."""
         while not handle.computed.is_set():
             first = self._launched.popleft()
             first.fulfil(self._compute(first.plan, first.adapters))
@@ -180,7 +180,7 @@ class TorchRunner:
             raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}") from error
 
     def pin_host_memory(self, arena: NDArray[np.uint8]) -> object:
-        """Leave the arena as it is: copies here are plain."""
+        """Leave the arena unpinned: copies here are plain."""
 
     def load_adapter(
         self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
@@ -220,7 +220,7 @@ class TorchRunner:
             self._adapters[index] = AdapterTable(self.geometry, spec, pages, self._pool.values)
 
     def unload_adapter(self, index: int) -> None:
-        """Unbind an index; launched steps keep what they read."""
+        """Unbind an index; launched steps keep the adapter that they read."""
         del self._adapters[index]
 
     def close(self) -> None:
