@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -28,6 +27,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from loraplex_bench.rounds import paired, spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -270,23 +271,6 @@ def compare(arguments: argparse.Namespace) -> int:
         result |= {"throughput_shares": shares, "added_first_token_ms": added_ms, "runs": runs}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if is_good else 1
-
-
-def paired(base: list[dict[str, float]], other: list[dict[str, float]]) -> tuple[list[float], list[float]]:
-    """Return each round's share of throughput that is left, and the milliseconds that the first token comes later.
-
-    The limit of a gateway is the one core of its event loop: what it computes per message says more than wall time on a
-    machine that others share.
-    """
-    shares = [a["cpu_us_per_message"] / b["cpu_us_per_message"] for a, b in zip(base, other, strict=True)]
-    return shares, [b["first_token_ms"] - a["first_token_ms"] for a, b in zip(base, other, strict=True)]
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Return a 95 % interval of the median, by the binomial distribution's normal approximation."""
-    ordered, half = sorted(values), 0.98 * len(values) ** 0.5
-    middle = (len(values) - 1) / 2
-    return ordered[max(0, math.floor(middle - half))], ordered[min(len(values) - 1, math.ceil(middle + half))]
 
 
 def main() -> int:

@@ -127,7 +127,7 @@ class EngineDouble:
         self.notify()
 
     def notify(self) -> None:
-        """Wake up whoever waits for a change."""
+        """Wake up the tasks that wait for a change."""
         self._changed.notify()
 
     async def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:

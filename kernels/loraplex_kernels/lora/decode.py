@@ -77,7 +77,7 @@ class LoraDecode:
         library: Compiles and loads them.
         tables: The resident adapters.
         pool: uint8 ``[num_pages, page_bytes]``; the unified pool.
-        shapes: Of the model's ops, as the item builder has them.
+        shapes: Shapes of the model's ops, as the item builder has them.
         max_rows: Most rows of a step.
         max_items: Most items of a step.
     """

@@ -226,7 +226,7 @@ class ItemBuilder:
     """Builds the items of a step.
 
     Args:
-        shapes: Of the model's ops, from `op_shapes`.
+        shapes: Shapes of the model's ops, from `op_shapes`.
         item_bytes: Bytes of an element.
     """
 

@@ -190,7 +190,7 @@ class LoraPrefill:
         library: Compiles and loads it; bf16.
         tables: The resident adapters.
         pool: uint8 ``[num_pages, page_bytes]``; the unified pool.
-        shapes: Of the model's ops.
+        shapes: Shapes of the model's ops.
         max_items: Most items of a step.
         clusters: Sizes of cluster to choose from; those of the library's architecture if unset.
         residencies: Numbers of CTAs per SM to choose from.

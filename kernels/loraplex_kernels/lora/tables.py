@@ -110,7 +110,7 @@ def _undivided(
         geometry: For the element size.
         tiles: In stream order.
         firsts: First tile of each matrix.
-        offsets: Of each tile in the pool, bytes.
+        offsets: Offset of each tile in the pool, bytes.
     """
     sizes = tiles["rows"][firsts].astype(np.int64) * tiles["cols"][firsts] * ITEM_BYTES[geometry.dtype]
     strides = -(-sizes // TILE_ALIGN) * TILE_ALIGN
@@ -171,7 +171,7 @@ class AdapterTables:
     """Entries and tiles of up to ``max_adapters`` adapters.
 
     Attributes:
-        geometry: Of adapter images.
+        geometry: Geometry of adapter images.
         tiles: int64 ``[tile_capacity]`` on the device; byte offsets in the pool.
         max_ranks: int32 ``[max_adapters, ops, 3]`` on the host; largest rank of each slice over the layers.
         max_stacked: int32 ``[max_adapters, ops]`` on the host; largest stacked rank over the layers.

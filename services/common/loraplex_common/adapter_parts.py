@@ -37,7 +37,7 @@ class PartSize(NamedTuple):
 
 
 PartSizes: TypeAlias = tuple[PartSize, ...]
-"""Of every part of an adapter: a key to cache its layout by."""
+"""Sizes of every part of an adapter, a key to cache its layout by."""
 
 
 @dataclass(frozen=True, slots=True)

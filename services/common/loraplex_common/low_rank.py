@@ -9,7 +9,7 @@ Per op, an image holds first the A tiles, then the B tiles:
 
 ``k`` and ``n`` are multiples of 64 (of 32, 16 or 8 where the rank is so large that 64 columns exceed a tile: more than 256
 stacked in bf16) except in the last tile of a matrix; with 64, neighbouring B tiles in a page are contiguous. The scaling is
-not folded in: it is in the device table, fp32 (design.md section 4).
+not folded in: it is in the device table, fp32 (docs/lora-path.md).
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class PartKind(Protocol):
         """Cut the parts of one op into tiles, in the order of the image; only the first of a matrix has ``start`` 0.
 
         Args:
-            geometry: Of the image.
+            geometry: Geometry of the image.
             layer: Decoder layer, for messages.
             op: The op.
             sizes: Size of each slice's part; 0 for a slice without one.

@@ -22,11 +22,11 @@ _ANY_PAGE_BYTES: Final = 2 * 1024 * 1024  # holds the largest tile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EngineLimits:
+class RankLimits:
     """What decides whether an engine can take an adapter's ranks.
 
     Attributes:
-        name: Who, for messages.
+        name: Name of the engine or tool, for messages.
         max_rank: Largest rank of one projection that its kernels take; 0 if only the tiles limit it.
     """
 
@@ -59,11 +59,11 @@ def max_stacked_rank(geometry: Geometry) -> int:
     return geometry.tile_bytes // (TILE_STEPS[-1] * ITEM_BYTES[geometry.dtype])
 
 
-def check_servable(sizes: PartSizes, base: BaseModelInfo, engines: Sequence[EngineLimits]) -> None:
+def check_servable(sizes: PartSizes, base: BaseModelInfo, engines: Sequence[RankLimits]) -> None:
     """Return if every engine of the base model can take an adapter; where none is known, if there could be one.
 
     Args:
-        sizes: Of the adapter's parts.
+        sizes: Sizes of the adapter's parts.
         base: Its base model.
         engines: All engines known, of whichever base model.
 
@@ -75,7 +75,7 @@ def check_servable(sizes: PartSizes, base: BaseModelInfo, engines: Sequence[Engi
         engine.check(sizes)
 
 
-def _most_capable(base: BaseModelInfo) -> EngineLimits:
+def _most_capable(base: BaseModelInfo) -> RankLimits:
     """Return the limits of an engine that takes the largest ranks: half the bytes a value, no kernels of our own."""
     geometry = base.geometry(dtype="bfloat16", page_bytes=_ANY_PAGE_BYTES)
-    return EngineLimits(name="any engine", base_fingerprint=base.fingerprint, geometry=geometry)
+    return RankLimits(name="any engine", base_fingerprint=base.fingerprint, geometry=geometry)

@@ -99,7 +99,7 @@ class MemoryWatch:
             await asyncio.sleep(SAMPLE_S)
 
     def write(self, file: Path) -> None:
-        """Write all samples as JSON: who asks why a process grew needs the curve."""
+        """Write all samples as JSON: the curve shows when a process grew."""
         curves = [{"name": life.name, "samples": life.samples} for life in self.lives.values()]
         file.write_text(json.dumps(curves) + "\n")
 

@@ -8,7 +8,7 @@ import pytest
 from loraplex_common.adapter_parts import pair_sizes
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.image_geometry import ImageError
-from loraplex_common.rank_limits import CUDA_MAX_RANK, EngineLimits, check_servable, max_stacked_rank
+from loraplex_common.rank_limits import CUDA_MAX_RANK, RankLimits, check_servable, max_stacked_rank
 from support.base_models import TinyBase, write_base_model
 from support.decoder_shapes import decoder_geometry
 
@@ -26,9 +26,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModelInfo:
     )
 
 
-def engine(base: BaseModelInfo, dtype: str = "float32", page_bytes: int = MIB, max_rank: int = 0) -> EngineLimits:
+def engine(base: BaseModelInfo, dtype: str = "float32", page_bytes: int = MIB, max_rank: int = 0) -> RankLimits:
     geometry = base.geometry(dtype=dtype, page_bytes=page_bytes)
-    return EngineLimits(name="engine e1", base_fingerprint=base.fingerprint, geometry=geometry, max_rank=max_rank)
+    return RankLimits(name="engine e1", base_fingerprint=base.fingerprint, geometry=geometry, max_rank=max_rank)
 
 
 def ranks(**of_projection: int) -> PartSizes:
@@ -65,7 +65,7 @@ def test_every_engine_of_the_base_model_counts_and_no_other(base: BaseModelInfo)
     geometry = decoder_geometry(
         dtype="float32", page_bytes=4096, num_layers=1, hidden_size=64, intermediate_size=64, num_heads=1, num_kv_heads=1, head_dim=64
     )  # fmt: skip
-    other = EngineLimits(name="other", base_fingerprint="0" * 64, geometry=geometry, max_rank=1)
+    other = RankLimits(name="other", base_fingerprint="0" * 64, geometry=geometry, max_rank=1)
 
     check_servable(ranks(o_proj=1024), base, [other, engine(base)])
     with pytest.raises(ImageError, match="kernels"):

@@ -39,8 +39,11 @@ enum class Rows {
     kUnaligned,  // any rank, 2 bytes at a time
 };
 __device__ __forceinline__ Rows rows_of(int rank) {
-    return rank == 0 ? Rows::kNone : rank % 8 != 0 ? Rows::kUnaligned : rank == 8 ? Rows::kFour
-           : rank == 16 ? Rows::kTwo : Rows::kOne;
+    return rank == 0       ? Rows::kNone
+           : rank % 8 != 0 ? Rows::kUnaligned
+           : rank == 8     ? Rows::kFour
+           : rank == 16    ? Rows::kTwo
+                           : Rows::kOne;
 }
 // Calls f.run<rows>(): what follows is compiled for each way.
 template <class F>
@@ -66,7 +69,7 @@ __device__ __forceinline__ void with_rows(Rows rows, F f) {
 #endif
 }
 
-constexpr int kItemBlocks = 8;  // most blocks of an item
+constexpr int kItemBlocks = 8;                           // most blocks of an item
 constexpr int kWarpBlocks = kItemBlocks / kExpandWarps;  // ... of a warp: w and w + 4
 static_assert(kBatch * kItemBlocks == kExpandThreads, "a thread walks to each");
 
@@ -104,8 +107,8 @@ __device__ __forceinline__ Block find_block(const LoraTables& t, const BEntry& e
 }
 
 // Walks to the weights of up to kBatch items, `first` on; returns how many there are.
-__device__ __forceinline__ int resolve(const LoraTables& t, const ExpandParams& p, int first_item, int first,
-                                       int num_items, ExpandBatch& shared) {
+__device__ __forceinline__ int resolve(const LoraTables& t, const ExpandParams& p, int first_item, int first, int num_items,
+                                       ExpandBatch& shared) {
     const int which = threadIdx.x / kItemBlocks, block = threadIdx.x % kItemBlocks;
     if (item_index(first + which) < num_items) {
         const Item item = load_item(t, first_item + item_index(first + which));

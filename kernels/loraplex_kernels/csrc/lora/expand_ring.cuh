@@ -55,7 +55,8 @@ struct Ring {
             const int first = matrix % 2 * kVectorStride + vector_at(lane % 8, matrix / 2);
             const int second = first ^ 2 * sizeof(Quad);  // vector_at(lane % 8, matrix / 2 + 2)
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i) load_matrices(to.v[i], from + i / 2 * 2 * kVectorStride + (i % 2 ? second : first));
+            for (int i = 0; i < kLoads; ++i)
+                load_matrices(to.v[i], from + i / 2 * 2 * kVectorStride + (i % 2 ? second : first));
         } else {
             const int column = kRows == Rows::kTwo ? matrix % 2 * 2 + matrix / 2 : matrix;
 #pragma unroll

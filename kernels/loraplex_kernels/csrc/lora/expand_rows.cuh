@@ -205,8 +205,7 @@ __device__ __forceinline__ Delta block_delta(const HiddenTile& tile, int rank, N
                 for (int j = 0; j < 2; ++j)
                     multiply(d[2 * half + i], a.v[2 * i + j], hidden.high[2 * j], hidden.high[2 * j + 1]);
 #pragma unroll
-                for (int j = 0; j < 2; ++j)
-                    multiply(d[2 * half + i], a.v[2 * i + j], hidden.low[2 * j], hidden.low[2 * j + 1]);
+                for (int j = 0; j < 2; ++j) multiply(d[2 * half + i], a.v[2 * i + j], hidden.low[2 * j], hidden.low[2 * j + 1]);
             }
         }
     }

@@ -96,7 +96,7 @@ __device__ __forceinline__ void sum_partials(const Job& job, Shared& shared, u32
 struct Outputs {
     float d[4][4];
     elem* at;
-    i64 stride;  // elements to the lane's second token
+    i64 stride;         // elements to the lane's second token
     u32 tokens, limit;  // from this lane's first token and output to the end
     Warp warp;
     u32 lg;

@@ -5,14 +5,12 @@
 // A cluster's work: a run of tokens of one adapter, one slice, and a share of the slice's outputs.
 struct alignas(16) Segment {
     int token_begin;
-    int count;    // <= kTokens
+    int count;  // <= kTokens
     int adapter;
-    int part;     // slice + 4 * share
+    int part;  // slice + 4 * share
 };
 
-__device__ __forceinline__ const Segment* segments(const LoraTables& t) {
-    return reinterpret_cast<const Segment*>(t.items);
-}
+__device__ __forceinline__ const Segment* segments(const LoraTables& t) { return reinterpret_cast<const Segment*>(t.items); }
 
 // The compile-time cluster size: launches need no attribute.
 #if defined(CLUSTER) && CLUSTER > 1
@@ -29,8 +27,8 @@ __device__ __forceinline__ u8* generic_address(Shared& shared, SharedAddress at)
     return reinterpret_cast<u8*>(&shared) + (at - shared_address(&shared));
 }
 __device__ __forceinline__ void store_global16_if(void* to, const Quad& q, bool live) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}"
-                 ::"l"(to), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w), "r"(static_cast<u32>(live)));
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(to), "r"(q.x),
+                 "r"(q.y), "r"(q.z), "r"(q.w), "r"(static_cast<u32>(live)));
 }
 template <u32 kCluster>
 __device__ __forceinline__ u32 cluster_rank() {
@@ -45,8 +43,9 @@ __device__ __forceinline__ u32 cluster_rank() {
 // One thread expects what will come, once per mbarrier: with a single phase, its parity 0, no thread can miss its end.
 template <u32 kCluster>
 __device__ __forceinline__ void expect_bytes(SharedAddress landed, u32 bytes) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nmbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 ::"r"(landed), "r"(bytes) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nmbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(landed),
+                 "r"(bytes)
+                 : "memory");
 }
 // Between a thread's expect_bytes and its cluster_arrive.
 __device__ __forceinline__ void reveal_expected() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
@@ -63,9 +62,11 @@ __device__ __forceinline__ void cluster_wait() {
 template <u32 kCluster>
 __device__ __forceinline__ void await_bytes(SharedAddress landed) {
     if constexpr (kCluster == 1) return __syncthreads();
-    asm volatile("{.reg .pred p;\n"
-                 "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n"
-                 "@!p bra again;}" ::"r"(landed) : "memory");
+    asm volatile(
+        "{.reg .pred p;\n"
+        "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n"
+        "@!p bra again;}" ::"r"(landed)
+        : "memory");
 }
 // Stores 8 or 16 bytes to where `to` is in the shared memory of a CTA of the cluster; they count at its `landed`.
 template <u32 kCluster>
@@ -75,20 +76,23 @@ __device__ __forceinline__ void store_peer(SharedAddress to, SharedAddress lande
     } else {
         asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(to), "r"(cta));
         asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(landed) : "r"(landed), "r"(cta));
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%2, %3}, [%1];"
-                     ::"r"(to), "r"(landed), "r"(value.x), "r"(value.y) : "memory");
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%2, %3}, [%1];" ::"r"(to),
+                     "r"(landed), "r"(value.x), "r"(value.y)
+                     : "memory");
     }
 }
 template <u32 kCluster>
 __device__ __forceinline__ void store_peer(SharedAddress to, SharedAddress landed, u32 cta, const Quad& value) {
     if constexpr (kCluster == 1) {
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-                     ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+                     "r"(value.w)
+                     : "memory");
     } else {
         asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(to), "r"(cta));
         asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(landed) : "r"(landed), "r"(cta));
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];"
-                     ::"r"(to), "r"(landed), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(to),
+                     "r"(landed), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                     : "memory");
     }
 }
 #endif

@@ -47,18 +47,20 @@ constexpr u64 kNextColumns = 2;  // 16 elements / 16 bytes: the swizzle is of ad
 
 // d[64 tokens][N] += a[64 tokens][16] * b[N][16]^T.
 __device__ __forceinline__ void wgmma(float (&d)[2][4], u64 a, u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
-                 "%8, %9, 1, 1, 1, 0, 0;"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
-                   "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]) : "l"(a), "l"(b));
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
+        "%8, %9, 1, 1, 1, 0, 0;"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3])
+        : "l"(a), "l"(b));
 }
 __device__ __forceinline__ void wgmma(float (&d)[4][4], u64 a, u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, "
-                 "%8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, 0, 0;"
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
-                   "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
-                   "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]) : "l"(a), "l"(b));
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, "
+        "%8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, 0, 0;"
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
+          "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
+          "+f"(d[3][2]), "+f"(d[3][3])
+        : "l"(a), "l"(b));
 }
 
 // Keeps the instructions that make d before this, and those that read it behind.
@@ -81,8 +83,8 @@ __device__ __forceinline__ void multiply(float (&d)[kTiles][4], u64 a, u64 b, u3
     asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
     pin(d);
 }
-__device__ __forceinline__ void multiply_step(float (&d)[kHalfTiles][4], const Warp& warp, const Tiles&,
-                                              SharedAddress x, SharedAddress a) {
+__device__ __forceinline__ void multiply_step(float (&d)[kHalfTiles][4], const Warp& warp, const Tiles&, SharedAddress x,
+                                              SharedAddress a) {
     const u32 high = descriptor_high(3);
     multiply<kStep / 16>(d, descriptor(x, high), descriptor(a + warp.n * (kRanks / 2 * 128), high), kStep);
 }
@@ -108,8 +110,8 @@ __device__ __forceinline__ Tiles tiles_of(const Warp& warp, u32 columns) {
     return warp.n == 0 ? Tiles{0, first} : Tiles{first, columns / 8 - first};
 }
 
-__device__ __forceinline__ void multiply_step(float (&d)[kHalfTiles][4], const Warp& warp, const Tiles& tiles,
-                                              SharedAddress x, SharedAddress a) {
+__device__ __forceinline__ void multiply_step(float (&d)[kHalfTiles][4], const Warp& warp, const Tiles& tiles, SharedAddress x,
+                                              SharedAddress a) {
 #pragma unroll
     for (int k = 0; k < kStep / 8; k += 4) {
         u32 t[2][4];

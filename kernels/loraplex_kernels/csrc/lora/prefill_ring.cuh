@@ -7,15 +7,15 @@ constexpr u32 kTokens = 64;
 constexpr u32 kRanks = RANKS;  // most rank rows of a block: 16, 32 or 64
 constexpr u32 kCluster = CLUSTER;
 constexpr int kStages = STAGES;
-constexpr int kMaxBlocks = BLOCKS;  // of 64 rank rows
-constexpr int kTable = TABLE;       // most steps, and most chunks, of a CTA
+constexpr int kMaxBlocks = BLOCKS;       // of 64 rank rows
+constexpr int kTable = TABLE;            // most steps, and most chunks, of a CTA
 constexpr u32 kWarpsM = 4, kWarpsN = 2;  // 16 tokens x (half the rank rows, or 32 outputs) each
 constexpr u32 kThreads = kWarpsM * kWarpsN * kWarp;
 constexpr u32 kStep = 64;  // columns of x, rank rows of a block, outputs of a chunk: rows of 128 bytes, 8 vectors
 constexpr u32 kActivationBytes = kTokens * kStep * 2;
 constexpr u32 kSlotBytes = kActivationBytes + kRanks * kStep * 2;
 constexpr u32 kOwned = kTokens / kCluster;  // tokens whose h a CTA sums
-constexpr u32 kParts = PARTS;  // of a step's columns, each within one tile of A: 1, or 4 where tiles are narrower
+constexpr u32 kParts = PARTS;               // of a step's columns, each within one tile of A: 1, or 4 where tiles are narrower
 constexpr u32 kPartColumns = kStep / kParts;
 static_assert(kTokens == 16 * kWarpsM && kThreads == 256 && kOwned * kCluster == kTokens);
 static_assert(kMaxBlocks == 1 || kRanks == kStep, "blocks but the last are full");
@@ -111,11 +111,11 @@ struct Loader {
     const Job& job;
     Shared& shared;
     SharedAddress ring;
-    const elem* from;     // x, then y: this thread's first row and vector
-    i64 stride;           // elements to its next row
-    u32 limit;            // columns or outputs
-    u32 row, vec;         // of 8 vectors a row
-    u32 lg;               // log2 of the vectors of a row of B
+    const elem* from;  // x, then y: this thread's first row and vector
+    i64 stride;        // elements to its next row
+    u32 limit;         // columns or outputs
+    u32 row, vec;      // of 8 vectors a row
+    u32 lg;            // log2 of the vectors of a row of B
     u32 b_row, b_to, b_from;
     u32 block, at, slot = 0;  // next: rank block, and step or chunk
     bool shrinking;

@@ -20,13 +20,13 @@ constexpr int kWarpColumns = 128;
 constexpr int kChunk = kWarps * kWarpColumns;
 constexpr int kSteps = kWarpColumns / 32;  // 32 columns: 4 lanes x 16 bytes of bf16
 constexpr int kTwoGroups = 1 << 16;
-constexpr int kPiece = 64;                 // columns that lie in one tile, unless tiles are narrower
+constexpr int kPiece = 64;  // columns that lie in one tile, unless tiles are narrower
 
 struct Params {
     LoraTables lora;
-    const elem* x;      // [tokens, columns]
-    float* h;           // [planes][tokens][h_stride]
-    i64 h_plane;        // floats from one plane to the next
+    const elem* x;  // [tokens, columns]
+    float* h;       // [planes][tokens][h_stride]
+    i64 h_plane;    // floats from one plane to the next
     int h_stride;
     int columns;
     int plane_columns;  // a multiple of 1024, at most 16384
@@ -181,8 +181,7 @@ __device__ __forceinline__ void multiply_group(const Params& p, const Group& gro
 #endif
 
 // The warp's 128 columns from `column` on; `piece` is the first of its two pieces.
-__device__ __forceinline__ void warp_product(const Params& p, Shared& shared, int which, int column, int piece,
-                                             bool is_first) {
+__device__ __forceinline__ void warp_product(const Params& p, Shared& shared, int which, int column, int piece, bool is_first) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4, k0 = column + c * 8;
     const Item& item = shared.batch.items[which];
     const int row = item.begin * kRows + g, stacked = shared.stacked[which];

@@ -2,9 +2,9 @@
 #pragma once
 #include "common.cuh"
 
-constexpr int kSlices = 3;        // most projections of one op (q, k, v)
-constexpr int kGroupTokens = 8;   // tokens of one adapter that share a load of its weights: the N of mma.m16n8k16
-constexpr int kMaxRank = 256;     // most rank rows of a slice; up to as many stacked, 64 columns of them fit a 32 KiB tile
+constexpr int kSlices = 3;       // most projections of one op (q, k, v)
+constexpr int kGroupTokens = 8;  // tokens of one adapter that share a load of its weights: the N of mma.m16n8k16
+constexpr int kMaxRank = 256;    // most rank rows of a slice; up to as many stacked, 64 columns of them fit a 32 KiB tile
 
 // One (adapter, layer, op). Ranks of 0: not adapted. Tiles are numbered in the tile table, which is one load too many on
 // the way to a matrix that no page's end divides: its tiles lie behind each other from an offset of the pool on.
@@ -47,7 +47,7 @@ struct LoraTables {
     i64 entry_stride;        // entries from one adapter to the next
     const Group* groups;
     const Item* items;
-    const int* range;        // first item and number of items of this launch
+    const int* range;  // first item and number of items of this launch
 };
 static_assert(sizeof(LoraTables) == 56, "params.py mirrors it");
 
@@ -103,8 +103,8 @@ __device__ __forceinline__ BEntry load_b_entry(const LoraTables& t, int adapter,
     const i64 offset = load_lasting8(e->b_offset + slice);
     const u32 rank = slice == 0 ? ranks.x : slice == 1 ? ranks.y : ranks.z;
     const u32 first_row = slice == 0 ? 0 : slice == 1 ? ranks.x : ranks.x + ranks.y;
-    return {static_cast<int>(rank), static_cast<int>(first_row), static_cast<int>(first), static_cast<int>(step),
-            __uint_as_float(scaling), offset};
+    return {static_cast<int>(rank), static_cast<int>(first_row), static_cast<int>(first),
+            static_cast<int>(step), __uint_as_float(scaling),    offset};
 }
 
 template <class Entry>

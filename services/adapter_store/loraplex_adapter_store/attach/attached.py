@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import LoraplexError, RoleForbiddenError
 from loraplex_common.ids import is_digest
 from loraplex_common.log import get_logger
-from loraplex_common.rank_limits import EngineLimits
+from loraplex_common.rank_limits import RankLimits
 from loraplex_common.registry import hints_key
 from loraplex_common.tasks import cancel_and_wait
 
@@ -125,10 +125,10 @@ class AttachedEngines:
         """Return the ids of attached engines that serve a base model."""
         return [i for i, session in self._sessions.items() if session.hello.base_fingerprint == base_fingerprint]
 
-    def limits(self) -> tuple[EngineLimits, ...]:
+    def limits(self) -> tuple[RankLimits, ...]:
         """Return what limits the ranks that the engines attached here can take."""
         return tuple(
-            EngineLimits(
+            RankLimits(
                 name=f"engine {hello.engine_id}",
                 base_fingerprint=hello.base_fingerprint,
                 geometry=hello.geometry,

@@ -51,7 +51,7 @@ class Checkpoint:
 
     Attributes:
         modules: By layer, then in the layer's order.
-        warnings: What is odd about it though it can be served, for whoever imports it.
+        warnings: What is odd about it although it can be served, for the author of the import.
     """
 
     base_fingerprint: str

@@ -58,7 +58,7 @@ class TensorName:
     """The meaning of a tensor's name: one matrix of one projection.
 
     Attributes:
-        path: Of the projection inside its layer.
+        path: Path of the projection inside its layer.
         matrix: ``A`` or ``B``.
     """
 
@@ -87,7 +87,7 @@ def parse_tensor_name(name: str, paths: Collection[str] | None = None) -> Tensor
 
     Args:
         name: In the file.
-        paths: Of the base model's projections inside their layers; all paths if None.
+        paths: Paths of the base model's projections inside their layers; all paths if None.
 
     Raises:
         AdapterIncompatibleError: If it is none that PEFT loads into one of them; the message says what it is.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor
 
-    from loraplex_common.rank_limits import EngineLimits
+    from loraplex_common.rank_limits import RankLimits
 
     from loraplex_adapter_store.bases import KnownBases
     from loraplex_adapter_store.imports.files import CheckpointFiles
@@ -35,7 +35,7 @@ class CheckpointChecker:
         executor: Runs the checks.
     """
 
-    def __init__(self, bases: KnownBases, engines: Callable[[], tuple[EngineLimits, ...]], executor: Executor) -> None:
+    def __init__(self, bases: KnownBases, engines: Callable[[], tuple[RankLimits, ...]], executor: Executor) -> None:
         self._bases = bases
         self._engines = engines
         self._executor = executor
@@ -59,7 +59,7 @@ class CheckpointChecker:
             confinement.close()  # if this is cancelled, the thread still works
 
     def _check_blocking(
-        self, files: CheckpointFiles, base_model: str, engines: tuple[EngineLimits, ...], confinement: Confinement
+        self, files: CheckpointFiles, base_model: str, engines: tuple[RankLimits, ...], confinement: Confinement
     ) -> CanonicalForm:
         config = parse_peft_config(files.config)
         chosen = self._bases.choose(config.base_model_name_or_path, base_model)

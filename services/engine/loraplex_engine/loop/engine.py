@@ -118,7 +118,7 @@ class Engine:
 
     @property
     def warm(self) -> WarmCounts:
-        """What became of adapters that were loaded before anybody asked."""
+        """What became of adapters that were loaded before a request asked for them."""
         return self._state.cache.warm
 
     @property

@@ -2,7 +2,7 @@
 
 The order is vLLM's: allowed ids, logit bias and banned stops; repetition, frequency and presence penalties; (log
 probabilities are reported from here); temperature; min_p; top_k and top_p; draw. Steady greedy decoding is one argmax.
-Choices don't depend on who computes them (csrc/sampling/sample.cu draws the same): ties go to the lower id, masses are integers.
+Choices do not depend on the backend (csrc/sampling/sample.cu draws the same): ties go to the lower id, masses are integers.
 
 Legend: S = sampling rows, V = vocabulary, R = rows drawn at random, C = candidate tokens.
 """

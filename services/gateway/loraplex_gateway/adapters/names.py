@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_common.errors import AdapterNotFoundError, StoreUnavailableError
 from loraplex_common.ids import MAX_CANDIDATES, AdapterRef, find_revision
+from loraplex_common.wake_up import WakeUp
 
 from loraplex_gateway.adapters.close_names import NameOrder
 
@@ -39,7 +40,7 @@ class NameTable:
         self._entries: dict[str, AdapterEntry] = {}
         self._order = NameOrder()
         self._is_synced = False
-        self._changed = asyncio.Event()
+        self._changed = WakeUp()
 
     @property
     def is_synced(self) -> bool:
@@ -48,15 +49,14 @@ class NameTable:
 
     async def wait_until_synced(self) -> None:
         """Wait for the first whole table."""
-        while not self._is_synced:
-            await self._changed.wait()
+        await self._changed.wait_until(lambda: self._is_synced)
 
     def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
         """Forget everything and take a whole table."""
         self._entries = {entry.name: entry for entry in entries if not entry.is_deleted}
         self._order = NameOrder(self._entries)
         self._is_synced = True
-        self._notify()
+        self._changed.notify()
 
     def update(self, entries: Iterable[AdapterEntry]) -> None:
         """Take new truth about some names."""
@@ -67,7 +67,7 @@ class NameTable:
             else:
                 self._entries[entry.name] = entry
                 self._order.add(entry.name)
-        self._notify()
+        self._changed.notify()
 
     def visible_to(self, caller: Principal, *, after: str = "") -> Iterator[AdapterEntry]:
         """Yield the adapters with a revision that a caller may use, by name, those behind a name if one is given."""
@@ -100,7 +100,7 @@ class NameTable:
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + patience_s
         while (resolved := self._find(ref, caller)) is None:
-            changed = self._changed
+            changed = self._changed.next
             try:
                 async with asyncio.timeout_at(give_up_at):
                     await changed.wait()
@@ -158,8 +158,3 @@ class NameTable:
     def _is_listed(self, name: str, caller: Principal) -> bool:
         entry = self._entries[name]
         return bool(entry.labels) and entry.allows(caller)
-
-    def _notify(self) -> None:
-        # Waiting tasks hold the old event; a task that waits from now on waits for the next change.
-        self._changed.set()
-        self._changed = asyncio.Event()

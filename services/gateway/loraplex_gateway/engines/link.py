@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +11,7 @@ import grpc
 from loraplex.v1 import engine_pb2, engine_pb2_grpc
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.log import get_logger
+from loraplex_common.reconnect import keep_connected
 
 from loraplex_gateway.engines import wire
 from loraplex_gateway.engines.link_state import TRANSITIONS, LinkState
@@ -157,20 +157,8 @@ class EngineLink:
 
     async def run(self) -> None:
         """Keep the session up until cancelled."""
-        backoff_s = FIRST_BACKOFF_S
         try:
-            while True:
-                cause = await self._connect_once()
-                was_open = self.state is LinkState.OPEN
-                self._reset(cause)
-                if was_open:
-                    backoff_s = FIRST_BACKOFF_S
-                    _log.warning("lost the session with an engine", engine_id=self.engine_id, cause=cause)
-                elif cause != self._refusal and cause.startswith(REFUSALS):
-                    _log.error("an engine does not let this gateway in", engine_id=self.engine_id, cause=cause)
-                self._refusal = cause
-                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
-                backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+            await keep_connected(self._hold_one, first_pause_s=FIRST_BACKOFF_S, max_pause_s=MAX_BACKOFF_S)
         finally:
             self._reset("the gateway closed the session", is_ours=True)
             self._move(LinkState.CLOSED)
@@ -178,6 +166,18 @@ class EngineLink:
     def check_integrity(self) -> None:
         """Raise `RuntimeError` if slots are lost or used twice."""
         self._slots.check_integrity()
+
+    async def _hold_one(self) -> bool:
+        """Run one connection to its end; return whether the engine took requests on it."""
+        cause = await self._connect_once()
+        was_open = self.state is LinkState.OPEN
+        self._reset(cause)
+        if was_open:
+            _log.warning("lost the session with an engine", engine_id=self.engine_id, cause=cause)
+        elif cause != self._refusal and cause.startswith(REFUSALS):
+            _log.error("an engine does not let this gateway in", engine_id=self.engine_id, cause=cause)
+        self._refusal = cause
+        return was_open
 
     async def _connect_once(self) -> str:
         """Run one connection to its end and return why it ended; what arrives on it later is never read."""

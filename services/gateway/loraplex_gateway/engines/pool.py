@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from loraplex_common.grpc_channel import open_channel
 from loraplex_common.log import get_logger
 from loraplex_common.tasks import cancel_and_wait
+from loraplex_common.wake_up import WakeUp
 
 from loraplex_gateway.engines.absences import Absences
 from loraplex_gateway.engines.link import EngineLink
@@ -64,7 +65,7 @@ class EnginePool:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._listed: set[str] = set()
-        self._changed = asyncio.Event()
+        self._changed = WakeUp()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -75,7 +76,7 @@ class EnginePool:
     @property
     def changed(self) -> asyncio.Event:
         """Set once an engine comes, goes, or changes whether it takes requests; take it before looking."""
-        return self._changed
+        return self._changed.next
 
     @property
     def has_candidate(self) -> bool:
@@ -214,6 +215,4 @@ class EnginePool:
             {engine_id: self._is_candidate(link) for engine_id, link in self._links.items()},
             {engine_id: link.record.base_fingerprint for engine_id, link in self._links.items()},
         )
-        # Waiting tasks hold the old event; a task that waits from now on waits for the next change.
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changed.notify()

@@ -79,8 +79,8 @@ class PreparedRequest:
     def expected_tokens(self) -> tuple[int, int]:
         """Tokens that count against the tenant's quota: those that an engine has to read, and the output's at most.
 
-        Of a resumed stream, an engine reads the prompt and all output that the client says it has, again. How often a token
-        has been used is not known, and tokens that an engine reads for nothing would be a way around the quota.
+        An engine that goes on with a resumed stream reads the prompt and all output that the client says it has, again. How
+        often a token has been used is not known, and tokens that an engine reads for nothing would be a way around the quota.
         """
         num_resumed = len(self.resumed_ids)
         return len(self.prompt_ids) + num_resumed, max(0, self.max_new_tokens - num_resumed)

@@ -20,7 +20,7 @@ class StopResult:
 class StopMatcher:
     """Finds the first place where any stop string is complete, however the text is cut into pieces.
 
-    Of several stop strings that end at the same character the longest wins. Text before the match is let out;
+    Among stop strings that end at the same character the longest wins. Text before the match is let out;
     the match itself only with `include_stop`; what follows it is dropped.
 
     A piece may be hidden: a special token that the output has but its text does not show. Stop strings see it in its

@@ -51,7 +51,7 @@ def variant_of(variants: tuple[frozenset[str], ...], geometry: Geometry, max_sta
 
     Args:
         variants: From `lora_variants`.
-        geometry: Of adapter images.
+        geometry: Geometry of adapter images.
         max_stacked: int32 ``[adapters, ops]``; stacked rank by op of each adapter in the batch.
     """
     used = {op.name for column, op in enumerate(geometry.ops) if max_stacked[:, column].any()}

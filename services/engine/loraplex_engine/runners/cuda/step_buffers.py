@@ -29,7 +29,7 @@ class StepBuffers:
     """Writes plans to the places where kernels read them, on the current stream; the host waits for no copy.
 
     Args:
-        config: Of the runner.
+        config: The runner's sizes.
         largest: Largest step.
         sizes: Rows of the decode graphs.
         device: The device that the inputs go to.
