@@ -15,7 +15,7 @@ from loraplex_common.adapter_image import layout
 from loraplex_common.architectures.registry import model_config
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import DecoderLimits, LlamaDecoder, PagedAttention
+from loraplex_engine.runners.cuda.decoder import LargestStep, LlamaDecoder, PagedAttention
 from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import BasePath
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape
@@ -73,7 +73,7 @@ class DecodeStack:
         config = model_config(shape.info.config)
         self.model = LlamaModel(config, weights, CUDA_LINEARS, max_model_len=MAX_CONTEXT, device=device)
         self.kv_pool = torch.zeros(max_rows, shape.pool.page_bytes, dtype=torch.uint8, device=device)
-        limits = DecoderLimits(max_tokens=max_rows, max_rows=max_rows, max_context=MAX_CONTEXT)
+        limits = LargestStep(max_tokens=max_rows, max_rows=max_rows, max_context=MAX_CONTEXT)
         self.decoder = _StackDecoder(self.model, library, self.kv_pool, shape.pool, limits, num_slots=max_rows)
         self.decoder.skip_attention()
         self.base = BasePath(self.decoder.followers)

@@ -38,8 +38,8 @@ ModelT = TypeVar("ModelT", bound="DecoderModel[Any]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderLimits:
-    """Largest step.
+class LargestStep:
+    """Sizes of the largest step that the buffers hold; follows from `EngineLimits` and the sizes of the graphs.
 
     Attributes:
         max_tokens: Tokens of one step, decode bucket sizes included.
@@ -62,7 +62,7 @@ class Workspace:
         logits: ``[max_rows, vocab]``.
     """
 
-    def __init__(self, config: ModelConfig, limits: DecoderLimits, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, limits: LargestStep, *, dtype: torch.dtype, device: torch.device) -> None:
         def buffer(rows: int, columns: int) -> Tensor:
             return torch.zeros(rows, columns, dtype=dtype, device=device)
 
@@ -80,7 +80,7 @@ class Workspace:
 class PagedAttention:
     """Attention of layers with one size of window."""
 
-    def __init__(self, library: KernelLibrary, layout: KvLayout, limits: DecoderLimits) -> None:
+    def __init__(self, library: KernelLibrary, layout: KvLayout, limits: LargestStep) -> None:
         self._scalar: AttentionScalar | None = None
         if library.dtype == torch.float32:
             self._scalar = AttentionScalar(library, layout)
@@ -127,7 +127,7 @@ class CudaDecoder(ABC, Generic[ModelT]):
         library: KernelLibrary,
         pool: Tensor,
         geometry: PoolGeometry,
-        limits: DecoderLimits,
+        limits: LargestStep,
         *,
         num_slots: int,
     ) -> None:

@@ -20,7 +20,7 @@ from loraplex_engine.model.registry import read_model
 from loraplex_engine.model.weights import DTYPES
 from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import DecoderLimits
+from loraplex_engine.runners.cuda.decoder import LargestStep
 from loraplex_engine.runners.cuda.forwards import forward_of
 from loraplex_engine.runners.cuda.graphs import DecodeGraphs, bucket_sizes
 from loraplex_engine.runners.cuda.kernel_limits import require_kernels, tile_capacity
@@ -267,9 +267,9 @@ class CudaRunner:
         torch.cuda.empty_cache()
 
 
-def _largest_step(limits: EngineLimits, *, max_rows: int) -> DecoderLimits:
+def _largest_step(limits: EngineLimits, *, max_rows: int) -> LargestStep:
     max_tokens = max(limits.max_num_batched_tokens, max_rows)
-    return DecoderLimits(max_tokens=max_tokens, max_rows=max_rows, max_context=limits.max_model_len)
+    return LargestStep(max_tokens=max_tokens, max_rows=max_rows, max_context=limits.max_model_len)
 
 
 def _make_library(config: RunnerConfig, device: torch.device) -> KernelLibrary:

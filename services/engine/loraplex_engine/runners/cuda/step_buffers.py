@@ -17,7 +17,7 @@ from loraplex_engine.runners.cuda.step_input import TILE_INTS, InputLayout, Inpu
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loraplex_engine.runners.cuda.decoder import DecoderLimits
+    from loraplex_engine.runners.cuda.decoder import LargestStep
     from loraplex_engine.runners.cuda.step_input import StepInputs
     from loraplex_engine.runners.runner_config import RunnerConfig
     from loraplex_engine.step import StepPlan
@@ -39,7 +39,7 @@ class StepBuffers:
     """
 
     def __init__(
-        self, config: RunnerConfig, largest: DecoderLimits, sizes: tuple[int, ...], device: torch.device
+        self, config: RunnerConfig, largest: LargestStep, sizes: tuple[int, ...], device: torch.device
     ) -> None:
         limits = config.limits
         width = limits.pool.num_blocks(limits.max_model_len) + 1

@@ -21,7 +21,7 @@ from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda import decoder
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
-from loraplex_engine.runners.cuda.decoder import DecoderLimits, LlamaDecoder
+from loraplex_engine.runners.cuda.decoder import LargestStep, LlamaDecoder
 from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
@@ -90,7 +90,7 @@ class HostRunner:
         reader = WeightReader(model_dir, dtype=library.dtype, device=CPU)
         model = LlamaModel(model_config(info.config), reader, CUDA_LINEARS, max_model_len=128, device=CPU)
         self.pool = torch.zeros(NUM_PAGES, self.pool_geometry.page_bytes, dtype=torch.uint8)
-        limits = DecoderLimits(max_tokens=64, max_rows=NUM_SLOTS, max_context=128)
+        limits = LargestStep(max_tokens=64, max_rows=NUM_SLOTS, max_context=128)
         self.decoder = LlamaDecoder(model, library, self.pool, self.pool_geometry, limits, num_slots=NUM_SLOTS)
         self.tables = AdapterTables(self.geometry, max_adapters=4, tile_capacity=4096, device=CPU)
         self.lora = DecodeLora(
@@ -244,7 +244,7 @@ def test_prefill_mixed_and_padded_decode_steps_draw_what_the_torch_backend_draws
 class ScalarAttention:
     """Attention in bf16 by the kernel of fp32, as that of decode rows does not run on a CPU."""
 
-    def __init__(self, library: HostLibrary, layout: KvLayout, limits: DecoderLimits) -> None:
+    def __init__(self, library: HostLibrary, layout: KvLayout, limits: LargestStep) -> None:
         del limits
         self._kernel = AttentionScalar(library, layout)
 
