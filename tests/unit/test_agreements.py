@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
 from loraplex_adapter_store.checkpoint.bounds import MAX_PART_BYTES
 from loraplex_adapter_store.config import StoreConfig
 from loraplex_client._connection import DEFAULT_STORE_PORT, DEFAULT_TARGET
 from loraplex_client._store_messages import CHUNK_BYTES
 from loraplex_client.serve import ServeConfig
 from loraplex_engine.config import EngineConfig
-from loraplex_engine.simulation import fleet
-from loraplex_gateway import routing
 from loraplex_gateway.config import GatewayConfig
 
 
 def defaults(config: type[Any]) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(config)}
-
-
-def simulated_choice(engines: list[tuple[int, bool]]) -> int:
-    """Return the engine that the simulator sends a request of an adapter to; engines are (load, has the adapter)."""
-    simulated = fleet.Fleet.__new__(fleet.Fleet)
-    simulated._routing = fleet.Routing.AFFINITY
-    doubles: list[Any] = [
-        SimpleNamespace(load=load, holds=lambda _, is_warm=is_warm: is_warm) for load, is_warm in engines
-    ]
-    simulated.engines = doubles
-    return simulated._choose(0)
-
-
-# Equal loads are told apart by hashes, which differ on purpose: the simulator knows no digests.
-@given(st.lists(st.tuples(st.integers(0, 300), st.booleans()), min_size=1, max_size=8, unique_by=lambda pair: pair[0]))
-def test_the_simulator_routes_as_the_gateway_does(engines: list[tuple[int, bool]]) -> None:
-    candidates = [
-        routing.Candidate(engine_id=str(number), load=load, is_warm=is_warm)
-        for number, (load, is_warm) in enumerate(engines)
-    ]
-
-    chosen = routing.choose(candidates, adapter_digest="a", affinity_key="")
-
-    assert chosen == str(simulated_choice(engines))
 
 
 def test_the_client_uploads_in_parts_that_the_store_takes() -> None:
