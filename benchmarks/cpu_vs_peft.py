@@ -58,7 +58,7 @@ class Workload:
 
 @dataclass(kw_only=True, slots=True)
 class Rival:
-    """Somebody who serves the workload.
+    """A system that serves the workload.
 
     Attributes:
         generate: Returns the new tokens of each request; told how many.
@@ -165,7 +165,7 @@ async def measure(rivals: list[Rival]) -> None:
 
 
 async def run(model_dir: Path) -> list[Rival]:
-    """Start the stack, import the adapters, measure everybody, end the stack."""
+    """Start the stack, import the adapters, measure every rival, end the stack."""
     from loraplex_client import AsyncClient
     from loraplex_client.serve import ServeConfig, Stack
 

@@ -3,13 +3,14 @@
 Usage: ``python benchmarks/gateway.py [--streams 256] [--tokens 400] [--clients 4] [--rounds 3] [--out FILE]``
 
 Every part is a process of its own: Valkey, engine doubles that give each running request a token per step as fast as
-they are read, one gateway, and clients. Three modes are run in turn, `rounds` times: *open* (nobody is asked who they
-are), *mtls* (mutual TLS and keys on every hop, API keys for clients) and *mtls+quotas* (besides, every limit of a quota
-on a tenant that never reaches it). Per mode: tokens and messages per second of all streams together, what the gateway
-computes per message, and the time from a request to its first token while few requests run. With eight cores or more the
-gateway has two of its own. Every second round runs the modes backwards, and each round is compared with itself, since a
-shared machine changes its pace within minutes. The exit code is 0 if, by the medians over rounds, a message of the first
-mode costs the gateway at least 0.95 of one of the last, and the first token comes at most 1 ms later.
+they are read, one gateway, and clients. Three modes are run in turn, `rounds` times: *open* (no call is asked for
+credentials), *mtls* (mutual TLS and keys on every hop, API keys for clients) and *mtls+quotas* (besides, every limit of
+a quota on a tenant that never reaches it). Per mode: tokens and messages per second of all streams together, what the
+gateway computes per message, and the time from a request to its first token while few requests run. With eight cores or
+more the gateway has two of its own. Every second round runs the modes backwards, and each round is compared with
+itself, since a shared machine changes its pace within minutes. The exit code is 0 if, by the medians over rounds, a
+message of the first mode costs the gateway at least 0.95 of one of the last, and the first token comes at most 1 ms
+later.
 """
 
 from __future__ import annotations

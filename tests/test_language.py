@@ -22,7 +22,9 @@ FOLDERS = (
     "services/engine/loraplex_engine",
     "services/gateway/loraplex_gateway",
     "kernels/loraplex_kernels",
-    "tests/support",
+    "clients/python/loraplex_client",
+    "benchmarks",
+    "tests",
 )
 # A request, an adapter, a page, a caller or a process is called by its name.
 PERSON = re.compile(

@@ -1,4 +1,4 @@
-"""The contract can be built by those who have nothing of ours but this repository."""
+"""A user that has nothing of ours but this repository can build the contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every mix of legal values of every option is answered as asked by the CUDA backend too, and hurts nobody else."""
+"""The CUDA backend, too, answers every mix of legal values of every option as asked; it hurts no other request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
 NUM_REQUESTS = int(os.environ.get("LORAPLEX_TEST_REQUESTS", "2000"))
 SEED = int(os.environ.get("LORAPLEX_TEST_SEED", "12"))
 NUM_PAGES = 48
-"""Of 12 requests of 4 blocks, some with an adapter: too few for all."""
+"""Pages of the pool: too few for 12 requests of 4 blocks, some with an adapter, at once."""
 
 
 async def test_random_requests_are_answered_as_asked_and_disturb_no_stranger(tmp_path: Path) -> None:

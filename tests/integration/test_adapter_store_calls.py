@@ -1,4 +1,4 @@
-"""Calls of the store over gRPC: repeated ones, operations, watches, downloads, and who may make them."""
+"""Calls of the store over gRPC: repeated ones, operations, watches, downloads, and the roles that may make them."""
 
 from __future__ import annotations
 

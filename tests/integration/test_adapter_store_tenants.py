@@ -1,4 +1,4 @@
-"""Tenants of one adapter store: who may not use an adapter learns nothing of it, who may learns of nobody else."""
+"""Tenants of one adapter store: one that may not use an adapter learns nothing of it, one that may, of no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every mix of legal values of every option is answered as asked, and hurts nobody else."""
+"""Every mix of legal values of every option is answered as asked, and hurts no other request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients may get wrong, over the wire: a clear status with details, and nobody else disturbed."""
+"""What clients may get wrong, over the wire: a clear status with details, and no other request disturbed."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ async def test_a_client_that_stops_reading_delays_nobody(
     stuck = [gateway.Generate(request) for _ in range(4)]
     await asyncio.gather(*(call.read() for call in stuck))
 
-    # Nobody reads on; the engine still finishes, or the gateway gives the request up.
+    # No client reads on; the engine still finishes, or the gateway gives the request up.
     await assert_idle_but_for_neighbour(strict_stack)
 
     for call in stuck:

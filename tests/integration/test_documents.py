@@ -47,7 +47,7 @@ EVERYTHING = [snippet for path in (*DOCUMENTS, *EXAMPLES) for snippet in snippet
 
 
 class Reader:
-    """Somebody who follows the documents, in a folder that has what a checkout has."""
+    """A reader that follows the documents, in a folder that has what a checkout has."""
 
     def __init__(self, folder: Path, stack: ServeProcess) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""An engine process whose device hangs: everybody is told, and it ends so that it is started again."""
+"""An engine process whose device hangs: every caller is told, and the process ends so that it is started again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections and bodies that only wait keep nobody out and hold no memory to speak of."""
+"""Connections and bodies that only wait keep no other caller out and hold no memory to speak of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trace id is shared, echoed and logged; a request's own id is nobody else's."""
+"""A trace id is shared, echoed and logged; a request's own id is no other request's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Valkey takes no writes: leases run out although their engines live, and nobody is refused for it."""
+"""Valkey takes no writes: leases run out although their engines live, and no request is refused for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Once = gateway_pb2.GenerateOnceRequest
 
 
 async def forget(rig: Rig) -> None:
-    """Take the engine out of the registry, as a lease that nobody renews does."""
+    """Take the engine out of the registry, as a lease that no engine renews does."""
     await rig.valkey.zadd(ENGINES_KEY, {rig.engine.engine_id: time.time() - 1})
     await rig.valkey.delete(engine_key(rig.engine.engine_id))
 

@@ -1,4 +1,4 @@
-"""What those who read our metrics make of them: a real Prometheus, its linter, and the routers that go by vLLM's names."""
+"""What readers make of our metrics: a real Prometheus, its linter, and the routers that go by vLLM's names."""
 
 from __future__ import annotations
 

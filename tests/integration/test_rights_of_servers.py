@@ -1,4 +1,4 @@
-"""The rights of every role at real servers: who may is let in, everybody else is refused before the handler runs."""
+"""The rights of every role at real servers: one with the right is let in, every other is refused before the handler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stack that runs longer than its certificates are good: nobody notices."""
+"""A stack that runs longer than its certificates are good: no caller notices."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_a_stack_outlives_its_certificates(tmp_path: Path, monkeypatch: py
     first = read_certificate(certificate).ends.timestamp()
     num_answers = 0
 
-    # Twice its lifetime: whoever goes on with the first certificate, or the first authority alone, is refused by then.
+    # Twice its lifetime: a part that still has the first certificate, or the first authority alone, is refused by then.
     deadline = time.monotonic() + DEADLINE_S
     while time.time() < first + LIFETIME_S:
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""Who has no credentials of a running ``loraplex serve`` gets nothing of it; its user's command line needs no flags."""
+"""A caller without credentials gets nothing of a running ``loraplex serve``; its user's command line needs no flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Three minutes of random faults against a whole fleet: no token is wrong, nothing hangs, nobody is refused without a reason."""
+"""Random faults against a whole fleet for three minutes: no token is wrong, nothing hangs, refusals have a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Undrain: an engine that was drained takes requests again, whenever it is asked, and everybody is told so."""
+"""Undrain: an engine that was drained takes requests again, and the registry and the callers of Drain are told."""
 
 from __future__ import annotations
 

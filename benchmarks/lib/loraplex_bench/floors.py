@@ -49,8 +49,8 @@ def adapter_bytes(shape: Shape, family: AdapterFamily, index: int) -> int:
 def burst_floor_s(shape: Shape, family: AdapterFamily, trace: Trace, max_num_seqs: int) -> float:
     """Return the least time in which a burst of equal requests can be computed.
 
-    Prompts cost arithmetic. Of the decode steps there are at least as many as ``max_num_seqs`` allows, each of which
-    reads the weights and the adapters in use once; each token reads the keys and values before it.
+    Prompts cost arithmetic. ``max_num_seqs`` bounds the number of decode steps from below. Each step reads the weights
+    and the adapters in use once; each token reads the keys and values before it.
     """
     prompt, output = trace.prompt_tokens.astype(np.int64), trace.output_tokens.astype(np.int64)
     tokens = int(prompt.sum())

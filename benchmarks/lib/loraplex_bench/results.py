@@ -28,7 +28,7 @@ class Row:
         case: What was run, its parts joined by ``/``.
         metric: What was measured; lower is better unless ``unit`` ends in ``/s`` or is ``share``.
         floor: What the hardware allows at best, in the same unit.
-        peer: Who reaches ``peer_value`` on the same work.
+        peer: Name of the system that reaches ``peer_value`` on the same work.
     """
 
     suite: str

@@ -115,7 +115,7 @@ class Rig:
     Attributes:
         ready_s: From the start of construction until the engine could serve; committing and filling the arena is not
             in it.
-        capture_s: Of that, capturing graphs.
+        capture_s: The part of it that capturing graphs took.
     """
 
     def __init__(self, setup: RigSetup, weights: WeightSource | None) -> None:

@@ -17,7 +17,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Connection:
-    """Where a server is and how to prove who we are.
+    """Where a server is, and the credentials that the client shows it.
 
     Attributes:
         target: ``host:port`` or any gRPC name.

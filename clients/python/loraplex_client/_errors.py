@@ -17,7 +17,7 @@ def loraplex_error(error: grpc.RpcError, target: str) -> LoraplexError:
     """Return the error behind a failed call; an unreachable server is named."""
     # The blocking API raises the call itself, which has the same accessors.
     result = error_from_rpc(cast("grpc.aio.AioRpcError", error))
-    # gRPC's own status, without a reason of ours, means that nobody answered.
+    # gRPC's own status, without a reason of ours, means that no server answered.
     if isinstance(result, RemoteError) and result.reason == grpc.StatusCode.UNAVAILABLE.name:
         return RemoteError(
             f"cannot reach {target}: {result.message}",

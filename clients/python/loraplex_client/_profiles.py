@@ -51,7 +51,7 @@ class Profile:
     """One deployment.
 
     Attributes:
-        lock: Locked by the ``loraplex serve`` that left it as long as that runs; None for one that nobody has to hold.
+        lock: File that ``loraplex serve`` keeps locked while it runs; None for a profile that no process has to hold.
     """
 
     gateway: ServerProfile = ServerProfile()
@@ -148,7 +148,7 @@ def found_profile(kind: str, target: str) -> Profile | None:
 
 
 def _candidates(kind: str, target: str) -> list[Path]:
-    """Return the files that may name a server; those of other users are none, whoever put them there."""
+    """Return the files that may name a server; files of other users are left out."""
     paths = [profile_path(target)] if kind == "gateway" else sorted(profiles_dir().glob("*.json"))
     found = []
     for path in paths:

@@ -46,7 +46,7 @@ class StreamProgress:
         request: What was asked for; belongs to this object from now on.
         timeout_s: Deadline of the whole stream, from now.
         resumes: Whether to go on after a break.
-        owns_id: Whether the request's id was drawn here: whoever runs under it is this stream.
+        owns_id: Whether the request's id was drawn here: a request that runs under it is then this stream's.
         has_choice: Whether there are other gateways for a stream that has not begun.
         clock: Monotonic seconds.
 

@@ -56,7 +56,7 @@ class LoadTest:
     was said; where the turn before failed, it fails, too. Answers are greedy and exactly as long as the trace says.
 
     Args:
-        client: Of the gateway.
+        client: Client of the gateway.
         trace: The requests.
         adapters: Names of the trace's adapters, by index.
         model: Base model, where the gateway fronts several.

@@ -43,7 +43,7 @@ def test_the_largest_alpha_that_is_accepted_gives_finite_logits(
     base: BaseModelInfo, targets: tuple[str, ...], tmp_path: Path
 ) -> None:
     exponent = max(n for n in range(29) if is_accepted(base, targets, 10.0**n))
-    assert exponent > 4  # nothing that anybody trains comes near
+    assert exponent > 4  # no trained adapter comes near
     adapter = write_adapter(tmp_path / "a", tiny_base_dir(), Recipe(targets=targets, rank=4, alpha=10.0**exponent))
     oracle = Oracle(tiny_base_dir(), {"a": adapter})
 

@@ -1,4 +1,4 @@
-"""Uploads hold what has come of them: who announces much and sends little keeps nobody out."""
+"""Uploads hold what has come of them: one that announces much and sends little keeps no other out."""
 
 from __future__ import annotations
 

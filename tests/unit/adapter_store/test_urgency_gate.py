@@ -1,4 +1,4 @@
-"""Whoever is needed first gets the next turn."""
+"""The adapter that is needed first gets the next turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other systems' memory policies in our classes: shares that nobody crosses, and least-recently-used order."""
+"""Other systems' memory policies in our classes: shares that KV and adapters keep to, and least-recently-used order."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 class Pinned:
-    """Memory that is pinned once somebody waited for it."""
+    """Memory that is pinned once a caller has waited for it."""
 
     def __init__(self, arena: NDArray[np.uint8]) -> None:
         self.arena = arena

@@ -1,4 +1,4 @@
-"""``loraplex status``: what is shown of engines and adapters, and who has to answer for it."""
+"""``loraplex status``: what is shown of engines and adapters, and which server has to answer for it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_status_shows_each_revision_with_its_own_labels_and_residency(loraplex: 
 
 
 def test_status_needs_to_reach_the_gateway_alone(loraplex: Runner) -> None:
-    # From outside a compose stack nobody knows a host `engine`.
+    # Outside a compose stack no machine knows a host `engine`.
     result = loraplex("status")
 
     assert (result.code, result.err) == (0, "")

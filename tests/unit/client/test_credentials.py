@@ -1,4 +1,4 @@
-"""The maker of credentials: chains that openssl verifies, least rights, renewal in which nobody is refused for a moment."""
+"""The maker of credentials: chains that openssl verifies, least rights, renewal that never refuses a caller."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_folder_holds_its_holders_secrets_and_of_the_others_nothing(tmp_path: 
     for file, value in secret.items():
         holders = {other.parts[-2] for other in made.path.rglob("*") if other.is_file() and value in other.read_bytes()}
         assert holders == {file.parts[-2]}
-    assert not (made.path / "ca").exists()  # nobody can sign further certificates
+    assert not (made.path / "ca").exists()  # no process can sign further certificates
 
 
 def test_each_server_knows_the_callers_it_serves_and_no_others(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def is_cut_short(made: CredentialsFolder, plan: Plan, num_written: int, monkeypa
 
 
 def strangers(made: CredentialsFolder) -> list[str]:
-    """Return whose certificate, key or password somebody does not take who should."""
+    """Return the certificates, keys and passwords that a server which should take them does not."""
     found = []
     for holder in HOLDERS:
         for party in PARTIES:

@@ -365,5 +365,5 @@ def test_our_own_first_attempt_is_gone_on_with_where_it_still_runs() -> None:
         assert [request.resume.resume_token for request in gateway.requests] == ["", "", "found"]
 
         gateway.breaks = [(-1, running)]
-        with pytest.raises(RequestRunningError):  # somebody else's, for all we know
+        with pytest.raises(RequestRunningError):  # another caller's, for all we know
             list(client.generate(prompt="once", request_id="given"))

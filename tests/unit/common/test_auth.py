@@ -79,7 +79,7 @@ def test_a_certificate_is_a_credential_only_through_its_own_entry() -> None:
     with pytest.raises(UnauthenticatedError):
         authenticator.authenticate(None, certificate=Certificate(common_name="node-2"))
     with pytest.raises(UnauthenticatedError):
-        authenticator.authenticate("Bearer cn=node-1")  # a name everybody can know
+        authenticator.authenticate("Bearer cn=node-1")  # a name that any caller can know
 
 
 def test_a_wrong_key_is_not_excused_by_a_known_certificate() -> None:

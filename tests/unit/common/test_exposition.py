@@ -1,4 +1,4 @@
-"""One page of metrics for every scraper: names as they are, private values only for those who may see them."""
+"""One page of metrics for every scraper: names as they are, private values only for scrapers that may see them."""
 
 from __future__ import annotations
 

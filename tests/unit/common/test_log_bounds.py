@@ -1,4 +1,4 @@
-"""Nobody fills the log: lines are clipped, and the same warning over and over is dropped and counted."""
+"""No caller fills the log: lines are clipped, and the same warning over and over is dropped and counted."""
 
 from __future__ import annotations
 

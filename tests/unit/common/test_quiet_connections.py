@@ -1,4 +1,4 @@
-"""Connections that say nothing keep nobody out of a gRPC server, and those with calls are never ended for others."""
+"""Connections that say nothing keep no caller out of a gRPC server, and those with calls are never ended for others."""
 
 from __future__ import annotations
 

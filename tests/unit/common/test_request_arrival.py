@@ -1,4 +1,4 @@
-"""Requests that come slowly, or not at all, hold little memory and nobody up."""
+"""Requests that come slowly, or not at all, hold little memory and delay no other request."""
 
 from __future__ import annotations
 

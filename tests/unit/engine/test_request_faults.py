@@ -1,4 +1,4 @@
-"""An exception while one request is prepared or read ends that request with an error id, and nobody else notices."""
+"""An exception while one request is prepared or read ends that request with an error id, and no other."""
 
 from __future__ import annotations
 

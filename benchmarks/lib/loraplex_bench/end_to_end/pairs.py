@@ -1,4 +1,4 @@
-"""What LoRA costs those who do not use it: the engine with it beside the engine built without, run in turn."""
+"""What LoRA costs requests that do not use it: the engine with it beside the engine built without, run in turn."""
 
 from __future__ import annotations
 

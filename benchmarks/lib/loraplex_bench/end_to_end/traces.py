@@ -79,7 +79,7 @@ def no_cliff_setups(base: RigSetup, *, num_resident: int, kv_tokens: int) -> tup
     Args:
         base: Its pool size is replaced; its ``limits.max_num_seqs`` is how many sequences KV has room for.
         num_resident: Adapters that fit the smaller pool.
-        kv_tokens: Of one sequence.
+        kv_tokens: Tokens of one sequence, for which the pool holds keys and values.
     """
     pages = base.limits.max_num_seqs * base.shape.pool.num_blocks(kv_tokens)
 

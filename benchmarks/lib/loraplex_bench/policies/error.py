@@ -50,7 +50,7 @@ class Measurement:
     """A workload that the real engine ran.
 
     Attributes:
-        commit: Of the engine.
+        commit: Commit of the engine.
         figures: Metric -> value.
     """
 

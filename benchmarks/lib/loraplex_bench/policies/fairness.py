@@ -74,14 +74,14 @@ class Gap:
     """Watches how far the services of two backlogged tenants are apart.
 
     Attributes:
-        largest: Greatest change of the difference over any stretch in which both have somebody waiting.
+        largest: Greatest change of the difference over any stretch in which both have requests waiting.
     """
 
     largest: float = 0.0
     _differences: list[float] = field(default_factory=list)
 
     def __call__(self, engine: SimulatedEngine) -> None:
-        """Look at the counters; a stretch ends when one of the two has nobody waiting."""
+        """Look at the counters; a stretch ends when one of the two has no request waiting."""
         queue = engine.scheduler.queue
         waiting = {request.submission.fairness_key for request in queue.eligible}
         if len(waiting) < 2:

@@ -21,7 +21,7 @@ class Figure:
         section: What it belongs to: ``overload``, ``fairness`` and so on.
         value: NaN if it was not measured.
         at_least: It must not be below this; ``at_most`` not above. Neither: it is printed for comparison.
-        peer: Who reaches ``peer_value`` on the same work: a baseline policy, or a published figure.
+        peer: What reaches ``peer_value`` on the same work: a baseline policy, or a published figure.
     """
 
     section: str

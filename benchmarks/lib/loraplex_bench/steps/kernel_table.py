@@ -52,7 +52,7 @@ class StepProfile:
 
     Attributes:
         wall_us: From the first launch's begin to the last one's end.
-        idle_us: Of that, with nothing running.
+        idle_us: The part of it in which no kernel ran.
     """
 
     name: str

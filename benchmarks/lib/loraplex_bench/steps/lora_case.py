@@ -22,18 +22,18 @@ class LoraCase:
     """Adapters of one op, resident in a pool of random values; each layer is a set of weights.
 
     Args:
-        device: Where.
+        device: Device that holds pool and tables.
         outs: The op as the baselines name it: ``qkv``, ``4096`` (o) or ``14336`` (gate alone).
-        rank: Of all adapters, or ``mixed``: 64, 8, 16 and 32 in turn.
-        num_adapters: How many.
+        rank: Rank of all adapters, or ``mixed``: 64, 8, 16 and 32 in turn.
+        num_adapters: Number of adapters.
         sets: Sets of weights, so that no call finds its own in the L2.
 
     Attributes:
         op: Name of the op.
         pool: uint8 ``[pages, page_bytes]``.
         op_index: Its place in ``geometry.ops``.
-        tables: Of all adapters, adapter i at index i.
-        shapes: Of all ops.
+        tables: Tables of all adapters, adapter i at index i.
+        shapes: Shapes of all ops.
     """
 
     def __init__(self, device: torch.device, outs: str, rank: str, num_adapters: int, sets: int) -> None:

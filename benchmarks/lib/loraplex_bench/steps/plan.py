@@ -21,7 +21,7 @@ class StepSize:
         num_decode: Sequences with one token each.
         context: Tokens each of them has in the pool.
         num_prompts: Whole prompts beside them.
-        prompt_tokens: Of each prompt.
+        prompt_tokens: Length of each prompt.
     """
 
     num_decode: int

@@ -63,7 +63,7 @@ class DecodeStack:
     Args:
         shape: The model.
         library: Kernels; says device and element type.
-        weights: Of the model.
+        weights: Weights of the model.
         max_rows: Largest batch.
     """
 

@@ -1,4 +1,4 @@
-"""What all commands share: where the servers are, who we are, how progress is shown."""
+"""What all commands share: where the servers are, which credentials they are shown, how progress is shown."""
 
 import contextlib
 import os

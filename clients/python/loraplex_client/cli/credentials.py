@@ -111,7 +111,7 @@ def make(directory: Folder, options: MakeOptions) -> None:
 @app.command()
 @local
 def show(directory: Folder) -> None:
-    """Say who has a certificate, for which names, and until when. Fails if one has ended."""
+    """List the certificates: holder, names, and until when each is good. Fails if one has ended."""
     from loraplex_client.credentials.folder import CredentialsFolder
     from loraplex_client.credentials.parties import PARTIES
 

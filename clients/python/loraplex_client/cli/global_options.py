@@ -1,4 +1,4 @@
-"""Options that every command takes, before its name and after it: ``--version``, and who we are."""
+"""Options that every command takes, before its name and after it: ``--version``, and the caller's credentials."""
 
 import functools
 import inspect

@@ -25,10 +25,10 @@ class CertificateRequest:
     """What a certificate is to say.
 
     Attributes:
-        common_name: Of the subject.
+        common_name: Common name of the subject.
         hosts: DNS names and IP addresses at which the holder is reached; none for one that only calls.
         is_server: Whether it may answer with it, too, and not only call.
-        lifetime: From now.
+        lifetime: How long the certificate is good, from now.
     """
 
     common_name: str

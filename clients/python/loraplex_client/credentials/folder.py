@@ -1,6 +1,6 @@
 """A folder of credentials: one folder per participant, made once, renewed without a moment in which two do not get on.
 
-Whoever renews keeps what was good before beside what is new, until `Plan.drops_old`: authorities in ``ca.crt``, hashes of
+A renewal keeps what was good before beside what is new, until `Plan.drops_old`: authorities in ``ca.crt``, hashes of
 keys in keys files, hashes of passwords in Valkey's users. So services may read their files again in any order.
 """
 
@@ -51,7 +51,7 @@ class Plan:
     Attributes:
         hosts: Folder of a participant -> DNS names and IP addresses at which it is reached, on top of the local ones and of
             those that its certificate names already.
-        lifetime: Of certificates.
+        lifetime: How long a certificate is good.
         keeps_ca_key: Whether the authority's key stays in ``ca/``, to sign further certificates.
         renews: Whether certificates are issued anew.
         renews_within: Certificates that end within this are issued anew, too.
@@ -77,7 +77,7 @@ class CredentialsFolder:
 
     Args:
         path: Made if it is missing.
-        parties: Who takes part.
+        parties: Services and users that take part.
         pause: Waits, in seconds, between what verifies and what is verified.
     """
 
@@ -166,7 +166,7 @@ class CredentialsFolder:
         return ["made certificates, API keys and Valkey passwords"]
 
     def issue(self, authority: Authority, plan: Plan) -> None:
-        """Issue everybody a new certificate. Of a pair the key is written first: whoever reads in between finds no pair."""
+        """Issue every holder a new certificate. The key is written first: a reader in between finds no pair."""
         for party in self._holders:
             issued = authority.issue(
                 CertificateRequest(
@@ -210,7 +210,7 @@ class CredentialsFolder:
         return True
 
     def _certify(self, plan: Plan) -> None:
-        """Issue all certificates; the authority is trusted by everybody before the first of them is there."""
+        """Issue all certificates; every party trusts the authority before the first of them is there."""
         authority = self._kept_authority(plan) or Authority.create()
         before = [pem for pem in self._authorities() if pem != authority.certificate]
         # More than one if the last renewal was cut short: what it has not come to is in use as well.

@@ -1,4 +1,4 @@
-"""Who takes part in a deployment, whom each lets in, and what each may do in Valkey: least rights, in one table."""
+"""The parties of a deployment, the callers each lets in, and what each may do in Valkey: least rights, in one table."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ ADAPTER_STORE: Final = Party(
 VALKEY: Final = Party(
     folder="valkey",
     tls_name=f"valkey.{DOMAIN}",
-    valkey_rights="allkeys allchannels +@all",  # who operates it: ACL LOAD, CONFIG, SHUTDOWN
+    valkey_rights="allkeys allchannels +@all",  # its operator: ACL LOAD, CONFIG, SHUTDOWN
 )
 ADMIN: Final = Party(
     folder="admin", role=Role.ADMIN, valkey_rights="resetchannels %R~loraplex:engine* +@read +@connection +info"
@@ -74,4 +74,4 @@ TENANT: Final = Party(folder="tenant", role=Role.TENANT, has_certificate=False)
 
 PARTIES: Final = (GATEWAY, ENGINE, ADAPTER_STORE, VALKEY, METRICS, TENANT, ADMIN)
 HEALTH_CHECKER: Final = "user default reset on nopass resetchannels +ping"
-"""Valkey's user of connections that do not say who they are: it can find out that the server answers, and no more."""
+"""Valkey's user of connections without credentials: it can find out that the server answers, and no more."""

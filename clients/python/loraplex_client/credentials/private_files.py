@@ -1,4 +1,4 @@
-"""Files that nobody but their owner may read, written whole or not at all."""
+"""Files that only their owner may read, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_private_folder(path: Path) -> None:
 
 
 def write_private(path: Path, content: bytes | str) -> None:
-    """Write a file that only its owner may read; whoever reads it meanwhile sees the old one or the new one.
+    """Write a file that only its owner may read; a reader meanwhile sees the old file or the new one.
 
     Raises:
         OSError: If it cannot be written.

@@ -1,4 +1,4 @@
-"""API keys and Valkey's passwords: each lies with its holder; those who check it have its hash."""
+"""API keys and Valkey's passwords: each lies with its holder; the servers that check it have its hash."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SecretsBook:
 
     Args:
         path: The folder.
-        parties: Who takes part.
+        parties: Services and users that take part.
         pause: Called between writing what lets callers in and what they call with.
     """
 
@@ -48,7 +48,7 @@ class SecretsBook:
         ]
 
     def write(self, *, renews: bool, drops_old: bool) -> None:
-        """Write all files: first what lets callers in, then what they call with; at last what lets in nobody else.
+        """Write all files: first what lets callers in, then what they call with; at last what lets no other caller in.
 
         Whenever it is cut short, every secret that lies with its holder is good.
 
@@ -82,7 +82,7 @@ class SecretsBook:
         return [file for file in self.files() if file.name in (API_KEY, VALKEY_PASSWORD)]
 
     def _keys_file(self, server: Party, good: dict[Path, list[str]], new: set[str]) -> str:
-        """Return a server's keys file: our lines, less those that somebody has removed, and then everybody else's."""
+        """Return a server's keys file: our lines, less those that an operator has removed, and then all other lines."""
         file = self._path / server.folder / KEYS_FILE
         before = file.read_text().splitlines() if file.exists() else None
         lines = [f"# Who may call {server.folder}, by the hash of the key. Made by `loraplex credentials make`."]

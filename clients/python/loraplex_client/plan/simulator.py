@@ -29,7 +29,7 @@ class Simulation:
     """What the simulator answered; the fields are those of its summary.
 
     Attributes:
-        busy_share: Of the time in which the mean GPU computed.
+        busy_share: Share of the time in which the mean GPU computed.
         num_preemptions: Requests that were recomputed, over all engines.
         sizes: Pages, and how many adapters fit.
         is_measured: Whether the device's rates were measured on it, or scaled from another's.

@@ -123,7 +123,7 @@ class ServiceChild:
     def _command(self) -> list[str]:
         command = [sys.executable, "-m", self._spec.module, *self._spec.arguments]
         for kind, (flag, port) in self._spec.ports.items():
-            bound = self.addresses.get(kind)  # after a restart: where everybody knows it
+            bound = self.addresses.get(kind)  # after a restart: the address that the other parts know
             command += [flag, bound.rpartition(":")[2] if bound else str(port)]
         return command
 

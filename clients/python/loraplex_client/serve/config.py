@@ -44,7 +44,7 @@ class ServeConfig:
 
     Attributes:
         model: Base model in Hugging Face layout.
-        data_dir: Keeps the embedded Valkey's data and everyone's logs.
+        data_dir: Keeps the embedded Valkey's data and the logs of all parts.
         valkey: Valkey or Redis to use; None starts an embedded one.
         host: Address the gateway listens on; engine and store stay on the loopback.
         grpc_port: The gateway's gRPC port. 0 picks a free one, as for every port.
@@ -58,8 +58,8 @@ class ServeConfig:
         drain_grace_s: How long running requests may go on after Ctrl-C, in seconds.
         metrics_key: Shows scrapers that send it what is private.
         metrics_key_file: Holds that key instead; read again when it changes.
-        user_keys: Keys file of those who may call the gateway.
-        certificate_lifetime_s: Of the parts' certificates towards each other, in seconds; renewed well before.
+        user_keys: Keys file of the users that may call the gateway.
+        certificate_lifetime_s: How long the parts' certificates are good, in seconds; renewed well before.
         base_args: Arguments that all services get, such as the base model's name.
         engine_args: Further arguments of the engine.
         gateway_args: Further arguments of the gateway.

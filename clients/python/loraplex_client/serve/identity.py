@@ -43,9 +43,9 @@ class ServeIdentity:
     """The credentials of one run, below the data folder, where only this user gets at them.
 
     Args:
-        data_dir: Of the stack; runs that share it have a folder each.
-        user_keys: Keys file of the gateway's users, who are known at the store by the same keys.
-        lifetime_s: Of certificates, in seconds; they are renewed after two thirds of it.
+        data_dir: Data folder of the stack; runs that share it have a folder each.
+        user_keys: Keys file of the gateway's users; the store knows them by the same keys.
+        lifetime_s: How long certificates are good, in seconds; they are renewed after two thirds of it.
 
     Raises:
         ChildError: If files cannot be written or the keys file cannot be used.
@@ -81,7 +81,7 @@ class ServeIdentity:
         return (*self._server_flags(ENGINE), *self._peer_flags(ENGINE), "--store-tls-name", ADAPTER_STORE.tls_name)
 
     def gateway_flags(self) -> tuple[str, ...]:
-        """Return what the gateway is started with; who may call it is for the user to say."""
+        """Return what the gateway is started with; the user says which callers it lets in."""
         names = ("--engine-tls-name", ENGINE.tls_name, "--store-tls-name", ADAPTER_STORE.tls_name)
         return (*self._peer_flags(GATEWAY), *names)
 
@@ -196,7 +196,7 @@ def _claim_folder(parent: Path) -> tuple[Path, int]:
         The folder and the descriptor of its lock.
     """
     make_private_folder(parent)
-    with _locked(parent / ".lock"):  # nobody takes a folder for a dead run's before its lock is held
+    with _locked(parent / ".lock"):  # no run takes a folder for a dead run's before its lock is held
         for other in parent.iterdir():
             if other.is_dir():
                 _remove_if_dead(other)

@@ -1,4 +1,6 @@
-"""Workloads: who asks for what, when. One definition for the simulator, the benchmarks and `loraplex load`.
+"""Workloads: which tenant asks for which adapter, and when.
+
+There is one definition for the simulator, the benchmarks and `loraplex load`.
 
 A `Trace` is a struct of numpy arrays, so that a million requests over a hundred thousand adapters cost memory and time
 of arrays; `TraceRequest` is one row of it. Generators that reproduce a published workload keep its random generator and

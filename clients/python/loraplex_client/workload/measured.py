@@ -1,4 +1,4 @@
-"""What became of a trace's requests, whoever replayed it."""
+"""What became of a trace's requests, in the simulator or at a server."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class TraceRequest:
         index: Place in its trace; arrivals never fall with it.
         arrival_s: When it is sent, in seconds from the start.
         adapter: Index of the adapter; ``NO_ADAPTER`` for the base model.
-        tenant: Index of who sends it.
+        tenant: Index of the tenant that sends it.
         prompt_tokens: Length of the prompt, the shared prefix included.
         output_tokens: Exact length of the answer.
         conversation: Index of the conversation; ``NO_CONVERSATION`` for a request on its own.

@@ -1,4 +1,4 @@
-"""Who gets slots of the host arena, and in which order."""
+"""Which images get slots of the host arena, and in which order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which silence of the step loop is a hang, and what becomes of everybody then."""
+"""Which silence of the step loop is a hang, and what becomes of its requests then."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def test_arrival_rates_decay_and_are_bounded() -> None:
 
 
 class EvictionMachine(RuleBasedStateMachine):
-    """Adapters and prefixes come, are used and give way; whoever goes is worth no more than whoever stays."""
+    """Adapters and prefixes come, are used and give way; one that goes is worth no more than any that stays."""
 
     @initialize(num_pages=st.integers(4, 12), block_s=st.floats(1e-4, 1e-1), page_s=st.floats(1e-4, 1e-1))
     def start(self, num_pages: int, block_s: float, page_s: float) -> None:

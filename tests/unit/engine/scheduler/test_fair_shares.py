@@ -1,4 +1,4 @@
-"""Virtual token counters: who is next, what is saved up, what is forgotten."""
+"""Virtual token counters: which key is next, what is saved up, what is forgotten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that share blocks, on a fake runner that checks who wrote what it reads."""
+"""Requests that share blocks, on a fake runner that checks which request wrote what it reads."""
 
 from __future__ import annotations
 

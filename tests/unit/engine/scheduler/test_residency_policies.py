@@ -66,7 +66,7 @@ def test_idle_room_keeps_likely_adapters_warm_and_gives_them_up_to_sequences_at_
     rig.operations.evict("a")
     rig.cache.states.count_arrival("a")
     rig.run()
-    assert rig.cache.state_of("a") is ResidencyState.RESIDENT  # nobody asked, but it is likely and there is room
+    assert rig.cache.state_of("a") is ResidencyState.RESIDENT  # no request asked, but it is likely and there is room
 
     large = rig.submit(make_submission(slot=10, prompt=[1] * 30, max_new_tokens=18))  # 12 pages
     rig.turn()
@@ -126,7 +126,7 @@ def test_two_adapters_of_equal_worth_do_not_take_turns_in_one_place() -> None:
 
 
 def test_claims_of_requests_further_back_never_keep_places_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Order changes with every charge: whoever is first now must get its adapter although others claim theirs."""
+    """Order changes with every charge: the request that is first now gets its adapter although others claim theirs."""
     monkeypatch.setattr(Warming, "warm", lambda _self: None)
     rig = Rig(
         num_pages=2000, num_arena_slots=600, max_num_seqs=64, max_num_batched_tokens=256, max_resident_adapters=600

@@ -137,7 +137,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "rig"):
             return
         rig = self.rig
-        for _ in range(200 + 50 * self.next_slot):  # nobody starves: the bound is generous, but it is one
+        for _ in range(200 + 50 * self.next_slot):  # no request starves: the bound is generous, but it is one
             rig.now_s += 0.1
             for digest in rig.wanted:
                 if not rig.deliver(digest, ADAPTER_PAGES[digest]) and ADAPTER_PAGES[digest] > rig.arena.num_slots:

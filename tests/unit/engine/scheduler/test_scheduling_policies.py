@@ -1,4 +1,4 @@
-"""Who is admitted, who is ended early: the policies on a whole scheduler."""
+"""Which requests are admitted, and which are ended early: the policies on a whole scheduler."""
 
 from __future__ import annotations
 

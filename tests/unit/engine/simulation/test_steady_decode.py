@@ -108,14 +108,14 @@ def test_the_horizon_is_the_steps_until_the_first_request_ends() -> None:
     rig.now_s += 11 * STEP_S
     steady_of(rig).skip(11, draw)
     assert len(rig.scheduler.batch) == 1
-    assert steady_of(rig).horizon == 0  # somebody waits and now there is a place
+    assert steady_of(rig).horizon == 0  # a request waits and now there is a place
     step(rig)
     assert len(rig.scheduler.batch) == 2
 
 
 def test_there_is_no_horizon_while_something_is_to_be_decided() -> None:
     rig = make_rig([(40, 20), (4, 12)], num_waiting=0, num_pages=64)
-    assert steady_of(rig).horizon == 0  # nobody runs
+    assert steady_of(rig).horizon == 0  # no request runs
 
     plan = rig.scheduler.schedule()
     assert plan is not None

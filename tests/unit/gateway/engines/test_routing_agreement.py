@@ -47,7 +47,7 @@ def test_both_have_the_same_constants() -> None:
 @example([(0, False), (routing.WARM_LOAD_SLACK + 1, True)])
 @example([(8, False), (16, True)])
 def test_both_send_a_request_of_an_adapter_to_an_equally_good_engine(engines: list[tuple[int, bool]]) -> None:
-    # Of equals each takes the adapter's home by a hash of its own: which one it is does not matter.
+    # Each takes, among equal engines, the adapter's home by a hash of its own: which one it is does not matter.
     assert engines[simulators_choice(engines, ADAPTER)] == engines[gateways_choice(engines, ADAPTER)]
 
 

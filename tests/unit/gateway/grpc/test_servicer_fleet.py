@@ -1,4 +1,4 @@
-"""What a gateway shows of its engines, and to whom."""
+"""What a gateway shows of its engines."""
 
 from __future__ import annotations
 

@@ -325,7 +325,7 @@ async def test_a_valkey_that_hangs_holds_up_nobody_and_each_gateway_counts_on_fr
             # It knew of 6 of the 7: those of the other gateway since its own last word it cannot know.
             assert sum(verdict.is_admitted for verdict in alone) == 4
             await eventually(lambda: a._is_reached)
-            # What was used meanwhile counts for everybody.
+            # What was used meanwhile counts at every gateway.
             await eventually(lambda: not on_a.is_apart)
             assert not (await b.admit(on_b, ONE)).is_admitted
 

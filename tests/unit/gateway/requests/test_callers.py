@@ -1,4 +1,4 @@
-"""What a credential decides: classes of service, and who shares prefixes and homes."""
+"""What a credential decides: classes of service, and which callers share prefixes and homes."""
 
 from __future__ import annotations
 

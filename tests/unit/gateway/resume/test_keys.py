@@ -71,7 +71,7 @@ async def test_gateways_agree_on_a_key_whoever_comes_first(valkey_url: str) -> N
     client = valkey.connect(valkey_url)
     try:
         first, second, late = (ResumeKeys(valkey=client) for _ in range(3))
-        early = seal(POINT, second.sealing)  # before it has agreed with anybody
+        early = seal(POINT, second.sealing)  # before it has agreed with another gateway
         assert await first.agree()
         assert await second.agree()
 

@@ -127,7 +127,7 @@ def is_adapted(of_token: NDArray[np.int32], op: str) -> NDArray[np.bool_]:
     """Tell of each output of each token whether its adapter adapts it."""
     columns = []
     for name in OPS[op]:
-        has = np.array([name in ranks for ranks in RANKS] + [False])  # the last is nobody's
+        has = np.array([name in ranks for ranks in RANKS] + [False])  # the last is no adapter
         columns.append(np.repeat(has[of_token][:, None], GEOMETRY.projection(0, name).shape[1], axis=1))
     return np.concatenate(columns, axis=1)
 
