@@ -49,7 +49,7 @@ PAIR_DTYPE: Final = np.dtype(
         ("b_offset", np.int64, MAX_SLICES),
     ]
 )
-"""One OpEntry of the kernels' csrc/lora_table.cuh, 96 bytes."""
+"""One OpEntry of the kernels' csrc/lora/table.cuh, 96 bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from support.soak.abuse import NUM_IDLE
 
 if TYPE_CHECKING:
     from support.soak.fleet import Fleet
@@ -25,6 +26,9 @@ SHORT_MIN: Final = 8.0
 NOISE_SHORT_MIB: Final = 160.0
 NOISE_MIB: Final = 4.0
 NOISE_DESCRIPTORS: Final = 24.0
+NOISE_SHORT_DESCRIPTORS: Final = (
+    2.0 * NUM_IDLE
+)  # idle connections of both faces in the end of a short window tilt its slope
 _PAGE_MIB: Final = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -48,8 +52,10 @@ class Slope:
     def is_flat(self) -> bool:
         """Whether it leaks neither memory nor descriptors."""
         memory, descriptors = self.mib_per_min * self.minutes, self.descriptors_per_min * self.minutes
-        noise = NOISE_SHORT_MIB if self.minutes < SHORT_MIN else NOISE_MIB
-        return memory < max(MAX_SLOPE_MIB_PER_MIN * self.minutes, noise) and descriptors < NOISE_DESCRIPTORS
+        is_short = self.minutes < SHORT_MIN
+        noise = NOISE_SHORT_MIB if is_short else NOISE_MIB
+        most = NOISE_SHORT_DESCRIPTORS if is_short else NOISE_DESCRIPTORS
+        return memory < max(MAX_SLOPE_MIB_PER_MIN * self.minutes, noise) and descriptors < most
 
 
 @dataclass
