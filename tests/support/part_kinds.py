@@ -76,6 +76,6 @@ class OutVectorKind:
         entries["offset"][at] = matrices.offsets
 
     def write_numbers(
-        self, entries: NDArray[np.void], places: tuple[tuple[int, ...], ...], parts: Sequence[OutVector]
+        self, entries: NDArray[np.void], places: tuple[NDArray[np.intp], ...], parts: Sequence[OutVector]
     ) -> None:
         entries["strength"][places] = [part.strength for part in parts]

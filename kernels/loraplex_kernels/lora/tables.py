@@ -6,7 +6,8 @@ on the caller's current stream; the caller orders that stream before the first s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import functools
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from loraplex_common.rank_limits import CUDA_MAX_RANK
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
+    from loraplex_common.adapter_parts import PartSizes
     from numpy.typing import NDArray
 
 COMPUTED_KINDS: Final = (LOW_RANK,)
@@ -46,11 +48,11 @@ def check_parts(spec: AdapterSpec) -> None:
         RankLimitError: If a module's rank exceeds `MAX_RANK`; ops of such modules stay within `MAX_STACKED_RANK`.
     """
     check_kinds(spec, COMPUTED_KINDS, "cuda")
-    for module in spec.modules:
-        if module.rank > MAX_RANK:
+    for layer, projection, kind, size in spec.sizes:
+        if kind == LOW_RANK and size > MAX_RANK:
             raise RankLimitError(
-                f"layer {module.layer}: rank {module.rank} ({module.projection}) exceeds the {MAX_RANK} that the CUDA "
-                "kernels take for one projection"
+                f"layer {layer}: rank {size} ({projection}) exceeds the {MAX_RANK} that the CUDA kernels take for one "
+                "projection"
             )
 
 
@@ -81,24 +83,65 @@ def make_entries(
         ImageError: If a module has a part that no kernel computes.
     """
     check_parts(spec)
-    plan = layout(geometry, spec.sizes)
+    plan = _plan(geometry, spec.sizes)
     if len(pages) < plan.num_pages:
         raise ValueError(f"adapter {spec.digest[:12]} needs {plan.num_pages} pages, got {len(pages)}")
-    tiles = plan.tiles
-    offsets = pages[tiles["page"]].astype(np.int64) * geometry.page_bytes + tiles["offset"]
-    firsts = np.flatnonzero(tiles["start"] == 0)
-    begins = _undivided(geometry, tiles, firsts, offsets)
+    offsets = pages[plan.tiles["page"]].astype(np.int64) * geometry.page_bytes + plan.tiles["offset"]
+    begins = _undivided(geometry, plan.tiles, plan.firsts, offsets)
     entries: dict[str, NDArray[np.void]] = {}
-    for kind in KINDS.values():
-        entries[kind.name] = np.zeros((geometry.num_layers, len(geometry.ops)), dtype=kind.table_dtype)
-        is_its = np.isin(tiles["kind"][firsts], list(kind.entries))
-        kind.write_entries(entries[kind.name], Matrices(tiles[firsts[is_its]], firsts[is_its], begins[is_its]))
-    parts = [(part, module) for module in spec.modules for part in module.parts]
-    for kind in KINDS.values():
-        if found := [(part, module) for part, module in parts if part.kind == kind.name]:
-            places = [(module.layer, *geometry.place(module.layer, module.projection)) for _, module in found]
-            kind.write_numbers(entries[kind.name], tuple(zip(*places, strict=True)), [part for part, _ in found])
+    for name, its in plan.kinds.items():
+        kind = KINDS[name]
+        rows = entries[name] = np.zeros((geometry.num_layers, len(geometry.ops)), dtype=kind.table_dtype)
+        kind.write_entries(rows, Matrices(its.tiles, plan.firsts[its.matrices], begins[its.matrices]))
+        if its.places:
+            parts = [part for module in spec.modules for part in module.parts if part.kind == name]
+            kind.write_numbers(rows, its.places, parts)
     return entries, offsets
+
+
+class _KindPlan(NamedTuple):
+    """One kind's part of a `_Plan`.
+
+    Attributes:
+        matrices: Numbers of its matrices among all.
+        tiles: First tile of each of them.
+        places: Layers, ops and slices of its parts, in the order of the modules; empty without parts.
+    """
+
+    matrices: NDArray[np.intp]
+    tiles: NDArray[np.void]
+    places: tuple[NDArray[np.intp], ...]
+
+
+class _Plan(NamedTuple):
+    """What the entries of all adapters with parts of the same sizes have in common.
+
+    Attributes:
+        num_pages: Pages of the image.
+        tiles: All tiles, in stream order.
+        firsts: First tile of each matrix.
+        kinds: By kind of part.
+    """
+
+    num_pages: int
+    tiles: NDArray[np.void]
+    firsts: NDArray[np.intp]
+    kinds: dict[str, _KindPlan]
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(geometry: Geometry, sizes: PartSizes) -> _Plan:
+    image = layout(geometry, sizes)
+    firsts = np.flatnonzero(image.tiles["start"] == 0)
+    kinds = {}
+    for kind in KINDS.values():
+        matrices = np.flatnonzero(np.isin(image.tiles["kind"][firsts], list(kind.entries)))
+        places = [
+            (part.layer, *geometry.place(part.layer, part.projection)) for part in sizes if part.kind == kind.name
+        ]
+        columns = tuple(np.array(column, dtype=np.intp) for column in zip(*places, strict=True))
+        kinds[kind.name] = _KindPlan(matrices, image.tiles[firsts[matrices]], columns)
+    return _Plan(image.num_pages, image.tiles, firsts, kinds)
 
 
 def _undivided(

@@ -7,7 +7,7 @@ checkpoint reader and the runners is listed in ADR 26.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from loraplex_common.image_geometry import ImageError
@@ -83,24 +83,23 @@ class AdapterSpec:
     Attributes:
         digest: The revision: sha256 over canonical config and tensors, 64 hex digits.
         modules: Adapted projections, by layer.
+        sizes: What the layout depends on.
     """
 
     digest: str
     modules: tuple[ModuleSpec, ...]
+    sizes: PartSizes = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sizes = [
+            PartSize(each.layer, each.projection, part.kind, part.size) for each in self.modules for part in each.parts
+        ]
+        object.__setattr__(self, "sizes", tuple(sizes))
 
     @property
     def max_rank(self) -> int:
         """Largest rank of any module."""
-        return max((module.rank for module in self.modules), default=0)
-
-    @property
-    def sizes(self) -> PartSizes:
-        """What the layout depends on."""
-        return tuple(
-            PartSize(module.layer, module.projection, part.kind, part.size)
-            for module in self.modules
-            for part in module.parts
-        )
+        return max((size for _, _, kind, size in self.sizes if kind == LOW_RANK), default=0)
 
     def to_json(self) -> bytes:
         """Encode for the wire and for the adapter's manifest."""
@@ -130,13 +129,15 @@ def check_kinds(spec: AdapterSpec, computed: Collection[str], backend: str) -> N
     Raises:
         ImageError: If it has one; the message names module, kind and what the backend computes.
     """
-    for module in spec.modules:
-        for part in module.parts:
-            if part.kind not in computed:
-                raise ImageError(
-                    f"layer {module.layer} {module.projection}: backend {backend} does not compute parts of kind "
-                    f"{part.kind!r}, only {', '.join(computed)}"
-                )
+    for layer, projection, kind, _ in spec.sizes:
+        if kind not in computed:
+            raise ImageError(
+                f"layer {layer} {projection}: backend {backend} does not compute parts of kind {kind!r}, only "
+                f"{', '.join(computed)}"
+            )
+
+
+_PLAIN_FIELDS: Final = frozenset({"layer", "projection", "rank", "scaling"})
 
 
 def _module_fields(module: ModuleSpec) -> dict[str, Any]:
@@ -153,6 +154,8 @@ def _module_fields(module: ModuleSpec) -> dict[str, Any]:
 
 
 def _module_of(fields: dict[str, Any]) -> ModuleSpec:
+    if fields.keys() == _PLAIN_FIELDS:
+        return ModuleSpec.low_rank(**fields)
     fields = dict(fields)
     layer, projection, others = fields.pop("layer"), fields.pop("projection"), fields.pop("parts", {})
     parts: list[Part] = [LowRank(**fields)] if fields else []

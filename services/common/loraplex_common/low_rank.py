@@ -128,7 +128,7 @@ class LowRankKind:
         entries["rank"][at_b], entries["b_offset"][at_b] = b["cols"], matrices.offsets[~is_a]
 
     def write_numbers(
-        self, entries: NDArray[np.void], places: tuple[tuple[int, ...], ...], parts: Sequence[LowRank]
+        self, entries: NDArray[np.void], places: tuple[NDArray[np.intp], ...], parts: Sequence[LowRank]
     ) -> None:
         """See `PartKind`."""
         entries["scaling"][places] = [part.scaling for part in parts]

@@ -141,7 +141,7 @@ class PartKind(Protocol):
         ...
 
     def write_numbers(
-        self, entries: NDArray[np.void], places: tuple[tuple[int, ...], ...], parts: Sequence[Any]
+        self, entries: NDArray[np.void], places: tuple[NDArray[np.intp], ...], parts: Sequence[Any]
     ) -> None:
         """Add the parts' own numbers, such as a scaling, to the table.
 
