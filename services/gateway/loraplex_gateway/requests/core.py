@@ -1,7 +1,7 @@
 """The one way a request takes, whichever API it came in by.
 
-prepare -> reserve (`quotas`) -> admit (`admission`) and claim (`claims`) -> wait (`waiting`) -> route and submit (`relay`) ->
-detokenise and stop (`run`, `output`) -> events.
+prepare -> enter a place (`admission`) -> claim the id (`claims`) while the quota is reserved (`quotas`) -> wait (`waiting`) ->
+route and submit (`relay`) -> detokenise and stop (`run`, `output`) -> events.
 """
 
 from __future__ import annotations
