@@ -46,7 +46,7 @@ class Account:
         num_elsewhere: Its requests under way on other gateways when Valkey was last asked.
         heard_at: When Valkey was last asked, in this gateway's clock.
         is_apart: Whether something was used that Valkey has not heard of.
-        is_full: Whether no more requests might be under way when Valkey was last asked.
+        is_full: Whether no more requests might be under way when Valkey was last told or asked.
         lent: What was given at once and has not been said yet.
         saying: What was given at once and is being said: Valkey may not have heard of it either.
         settlement: What ended calls used that has not been said yet.
@@ -95,6 +95,8 @@ class Account:
         """Take over what Valkey has, and what it has not heard of yet."""
         self.ledger, self.num_elsewhere, self.is_apart = ledger, num_elsewhere, False
         self.saying = Lent()
+        most = self.quota.max_concurrent_requests
+        self.is_full = most is not None and self.num_running + num_elsewhere >= most
         # It is at least this old, so what is read from it errs towards what the tenant has used.
         ledger.at = self.heard_at = asked_at
         ledger.requests += self.lent.requests

@@ -60,3 +60,15 @@ def test_a_small_limit_is_never_given_without_asking(limit: int) -> None:
 
 def test_a_rate_of_nothing_gives_nothing_however_large_its_burst() -> None:
     assert account_of(TenantQuota(requests_per_minute=0, requests_burst=LIMIT)).lend(ONE, 0.0) is None
+
+
+def test_an_account_is_full_only_until_valkey_hears_that_requests_have_ended() -> None:
+    account = account_of(TenantQuota(max_concurrent_requests=LIMIT))
+    account.num_running = LIMIT - 4
+    account.hear(Ledger(at=0.0), 4, asked_at=0.0)
+    assert account.is_full
+
+    account.num_running = 3  # what follows is given without asking, and no verdict comes any more
+    account.hear(Ledger(at=0.0), 4, asked_at=0.0)
+
+    assert not account.is_full
