@@ -125,9 +125,9 @@ class Account:
         return taken
 
     def take_waiting(self) -> list[Waiting]:
-        """Return the calls that wait for a verdict, once."""
+        """Return the calls that wait for a verdict, once; one that has been given up is not asked about."""
         taken, self.waiting = self.waiting, []
-        return taken
+        return [each for each in taken if not each.verdict.cancelled()]
 
 
 @dataclass(slots=True)

@@ -1,10 +1,12 @@
-"""What one gateway gives a tenant far from its limits before Valkey hears of it."""
+"""What one gateway knows of a tenant, gives it before Valkey hears of it, and asks for it."""
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from loraplex_common.quotas_file import TenantQuota
-from loraplex_gateway.quotas.account import LENT, Account
+from loraplex_gateway.quotas.account import LENT, Account, Waiting
 from loraplex_gateway.quotas.ledger import Ask, Ledger
 
 ONE = Ask(1, 10, 10)
@@ -72,3 +74,13 @@ def test_an_account_is_full_only_until_valkey_hears_that_requests_have_ended() -
     account.hear(Ledger(at=0.0), 4, asked_at=0.0)
 
     assert not account.is_full
+
+
+async def test_a_call_that_was_given_up_takes_no_place_from_the_next_one() -> None:
+    account = account_of(TenantQuota(max_concurrent_requests=1))
+    given_up, next_one = (Waiting(ONE, asyncio.get_running_loop().create_future()) for _ in range(2))
+    account.waiting += [given_up, next_one]
+    given_up.verdict.cancel()
+
+    assert account.take_waiting() == [next_one]
+    assert account.take_waiting() == []
