@@ -6,7 +6,8 @@ import ctypes
 import os
 from typing import Final
 
-# Parameters of glibc's mallopt(3), and the environment variables that set the same.
+# Parameters of glibc's mallopt(3), and the environment variables that set the same; so do glibc's tunables, all in one
+# variable.
 _TRIM_THRESHOLD: Final = -1
 _MMAP_THRESHOLD: Final = -3
 _ARENA_MAX: Final = -8
@@ -23,11 +24,13 @@ def keep_heap_small() -> None:
     Once a large buffer has been freed, glibc takes the next one out of its heap, up to 32 MiB, and any small object behind
     it keeps the heap from shrinking; each thread has a heap of its own besides. A gateway that refused a prompt of four
     megabytes now and then grew by 1.3 MiB a minute. Fixed thresholds end that; what an operator sets by environment
-    variable stays. Call it before threads are started. Does nothing with another C library.
+    variable or tunable stays. Call it before threads are started. Does nothing with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
     for variable, parameter, value in SETTINGS:
-        if variable not in os.environ:
+        tunable = f"glibc.malloc.{variable.removeprefix('MALLOC_').rstrip('_').lower()}="
+        if variable not in os.environ and tunable not in tunables:
             mallopt(parameter, value)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 MANY_LARGE_BUFFERS = """
 import sys
 from pathlib import Path
@@ -39,5 +41,13 @@ def test_freed_buffers_of_megabytes_go_back_to_the_system() -> None:
     assert grown_mib("as it is", {}) > 50, "this C library gives memory back by itself: the module can go"
 
 
-def test_what_an_operator_sets_stays() -> None:
-    assert grown_mib("small", {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "1073741824"}) > 50
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "1073741824"},
+        {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824"},
+    ],
+    ids=["variables", "tunables"],
+)
+def test_what_an_operator_sets_stays(environment: dict[str, str]) -> None:
+    assert grown_mib("small", environment) > 50

@@ -14,7 +14,7 @@ from loraplex_gateway.quotas.ledger import Ask, Ledger, Settlement, Verdict
 FAR: Final = 0.5
 """Share of a limit below which a call is admitted without asking Valkey first."""
 LENT: Final = 1 / 32
-"""Share of a limit that a gateway gives in this way between two turns: the most by which it can be ahead."""
+"""Share of a limit that a gateway gives in this way before Valkey has answered: the most by which it can be ahead."""
 FRESH_S: Final = 0.1
 """How old what Valkey said may be for that."""
 
@@ -46,8 +46,9 @@ class Account:
         num_elsewhere: Its requests under way on other gateways when Valkey was last asked.
         heard_at: When Valkey was last asked, in this gateway's clock.
         is_apart: Whether something was used that Valkey has not heard of.
-        is_full: Whether no more requests might be under way when Valkey was last asked.
+        is_full: Whether no more requests might be under way when Valkey was last told or asked.
         lent: What was given at once and has not been said yet.
+        saying: What was given at once and is being said: Valkey may not have heard of it either.
         settlement: What ended calls used that has not been said yet.
         waiting: Calls that have not been asked about yet.
     """
@@ -61,6 +62,7 @@ class Account:
     is_apart: bool = False
     is_full: bool = False
     lent: Lent = field(default_factory=Lent)
+    saying: Lent = field(default_factory=Lent)
     settlement: Settlement = field(default_factory=Settlement)
     waiting: list[Waiting] = field(default_factory=list)
 
@@ -74,10 +76,11 @@ class Account:
             return None
         ledger.advance(quota, now)
         cost, wanted = ledger.cost(ask), ask.num_requests
+        unheard_requests = self.lent.requests + self.saying.requests + wanted
         limits = (
-            (quota.requests_burst, ledger.requests + wanted, self.lent.requests + wanted),
-            (quota.tokens_burst, ledger.tokens + cost, self.lent.tokens + cost),
-            (quota.max_concurrent_requests, num_running + wanted, self.lent.requests + wanted),
+            (quota.requests_burst, ledger.requests + wanted, unheard_requests),
+            (quota.tokens_burst, ledger.tokens + cost, self.lent.tokens + self.saying.tokens + cost),
+            (quota.max_concurrent_requests, num_running + wanted, unheard_requests),
         )
         if any(limit is not None and (used > FAR * limit or lent > LENT * limit) for limit, used, lent in limits):
             return None
@@ -91,6 +94,9 @@ class Account:
     def hear(self, ledger: Ledger, num_elsewhere: int, asked_at: float) -> None:
         """Take over what Valkey has, and what it has not heard of yet."""
         self.ledger, self.num_elsewhere, self.is_apart = ledger, num_elsewhere, False
+        self.saying = Lent()
+        most = self.quota.max_concurrent_requests
+        self.is_full = most is not None and self.num_running + num_elsewhere >= most
         # It is at least this old, so what is read from it errs towards what the tenant has used.
         ledger.at = self.heard_at = asked_at
         ledger.requests += self.lent.requests
@@ -110,8 +116,8 @@ class Account:
 
     def take_lent(self) -> Lent:
         """Return what has been given at once and not been said yet, once."""
-        taken, self.lent = self.lent, Lent()
-        return taken
+        self.saying, self.lent = self.lent, Lent()
+        return self.saying
 
     def take_settlement(self) -> Settlement:
         """Return what has not been said yet, once."""
@@ -119,9 +125,9 @@ class Account:
         return taken
 
     def take_waiting(self) -> list[Waiting]:
-        """Return the calls that wait for a verdict, once."""
+        """Return the calls that wait for a verdict, once; one that has been given up is not asked about."""
         taken, self.waiting = self.waiting, []
-        return taken
+        return [each for each in taken if not each.verdict.cancelled()]
 
 
 @dataclass(slots=True)

@@ -79,9 +79,13 @@ class RequestClaims:
     Args:
         valkey: Client, or None for a gateway on its own.
         gateway_id: Value of the claims.
+
+    Attributes:
+        gateway_id: This gateway, as `owner` names it.
     """
 
     def __init__(self, valkey: Redis | None, gateway_id: str) -> None:
+        self.gateway_id = gateway_id
         self._valkey = valkey
         self._gateway_id = gateway_id.encode()
         self._running: dict[tuple[str, str], Claim] = {}

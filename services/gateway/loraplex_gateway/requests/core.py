@@ -132,7 +132,7 @@ class GatewayCore:
             running.cancel()
             return True
         owner = await self._claims.owner(tenant, request_id)
-        if owner is not None:
+        if owner is not None and owner != self._claims.gateway_id:  # ours, without a request: it has just ended
             raise NotSupportedError(
                 f"request {request_id} runs on gateway {owner}; cancelling across gateways is not built yet, "
                 "cancel the stream's RPC instead",
