@@ -111,8 +111,9 @@ class AdapterSpec:
         """Decode what `to_json` wrote.
 
         Raises:
-            ImageError: If a part is of a kind that this version does not know.
-            KeyError: If a field is missing; TypeError: if there is one too many.
+            ImageError: If a module has no part, or one of a kind that this version does not know.
+            KeyError: If a field is missing.
+            TypeError: If there is a field too many, or a module is not an object or its parts are none.
         """
         fields: dict[str, Any] = json.loads(data)
         return cls(fields["digest"], tuple(_module_of(module) for module in fields["modules"]))
@@ -153,11 +154,12 @@ def _module_fields(module: ModuleSpec) -> dict[str, Any]:
     return fields | {"parts": others} if others else fields
 
 
-def _module_of(fields: dict[str, Any]) -> ModuleSpec:
+def _module_of(module: Any) -> ModuleSpec:
+    fields = _object(module, "a module")
     if fields.keys() == _PLAIN_FIELDS:
         return ModuleSpec.low_rank(**fields)
-    fields = dict(fields)
-    layer, projection, others = fields.pop("layer"), fields.pop("projection"), fields.pop("parts", {})
+    layer, projection = fields.pop("layer"), fields.pop("projection")
+    others = _object(fields.pop("parts", {}), f"layer {layer} {projection}: parts")
     parts: list[Part] = [LowRank(**fields)] if fields else []
     for name, values in others.items():
         if name not in KINDS:
@@ -165,4 +167,19 @@ def _module_of(fields: dict[str, Any]) -> ModuleSpec:
                 f"layer {layer} {projection}: part kind {name!r} is not one of {', '.join(KINDS)}: upgrade the older side"
             )
         parts.append(KINDS[name].part(**values))
+    if not parts:
+        raise ImageError(
+            f"layer {layer} {projection}: no part; a module without one would leave the base model as it is"
+        )
     return ModuleSpec(layer, projection, tuple(parts))
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    """Return a copy of a JSON object.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if not isinstance(value, dict):
+        raise TypeError(f"{what}: expected an object, got {type(value).__name__}")
+    return dict(value)

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from loraplex_common.adapter_image import Geometry
+from loraplex_common.adapter_image import Geometry, ImageError
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_names import folder_name, hub_id_of
 from loraplex_common.config_values import BaseModelError as BaseModelError
@@ -60,7 +60,14 @@ class BaseModelInfo:
     layers: tuple[LayerProjections, ...]
 
     def geometry(self, *, dtype: str, page_bytes: int, tp_degree: int = 1) -> Geometry:
-        """Return the image geometry of an engine that serves this model."""
+        """Return the image geometry of an engine that serves this model.
+
+        Raises:
+            ImageError: If it is none, or tensor-parallel ranks would share a head.
+        """
+        for name, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.num_kv_heads)):
+            if tp_degree <= 0 or heads % tp_degree:  # a projection only tells how wide its heads are together
+                raise ImageError(f"{name} {heads} cannot be split over tp_degree {tp_degree}")
         return Geometry.of(self.layers, dtype=dtype, page_bytes=page_bytes, tp_degree=tp_degree)
 
 

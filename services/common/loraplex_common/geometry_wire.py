@@ -15,6 +15,11 @@ _SPLITS: Final[dict[adapter_pb2.Projection.Split.ValueType, Split]] = {
 }
 _WIRE_SPLITS: Final = {split: value for value, split in _SPLITS.items()}
 
+MAX_LAYERS: Final = 4096
+"""Most decoder layers, and most descriptions of them, that are read; far more than any model has."""
+MAX_PROJECTIONS: Final = 4096
+"""Most projections of all descriptions together."""
+
 
 def to_message(geometry: Geometry) -> adapter_pb2.Geometry:
     """Encode a geometry."""
@@ -35,9 +40,12 @@ def from_message(message: adapter_pb2.Geometry) -> Geometry:
     """Decode a geometry.
 
     Raises:
-        ImageError: If it is of another layout version, or makes no sense; the message says what, and the remedy.
+        ImageError: If it is of another layout version or too large, or makes no sense; the message says what, and the
+            remedy.
     """
     is_known = message.layout_version == LAYOUT_VERSION  # what another version says of layers is not read
+    if is_known:
+        _check_sizes(message)
     return Geometry(
         layout_version=message.layout_version,
         dtype=message.dtype,
@@ -47,8 +55,24 @@ def from_message(message: adapter_pb2.Geometry) -> Geometry:
             tuple(_projection(each) for each in layer.projections)
             for layer in (message.distinct_layers if is_known else ())
         ),
-        layer_indices=tuple(message.layer_indices),
+        layer_indices=tuple(message.layer_indices if is_known else ()),
     )
+
+
+def _check_sizes(message: adapter_pb2.Geometry) -> None:
+    """Refuse a geometry of which reading, comparing and keeping would cost the reader much.
+
+    Raises:
+        ImageError: If it has too many layers or projections.
+    """
+    for what, number in (
+        ("decoder layers", len(message.layer_indices)),
+        ("layer descriptions", len(message.distinct_layers)),
+    ):
+        if number > MAX_LAYERS:
+            raise ImageError(f"{number} {what} exceed the {MAX_LAYERS} that are read")
+    if (number := sum(len(layer.projections) for layer in message.distinct_layers)) > MAX_PROJECTIONS:
+        raise ImageError(f"{number} projections exceed the {MAX_PROJECTIONS} that are read")
 
 
 def _projection_message(projection: Projection) -> adapter_pb2.Projection:

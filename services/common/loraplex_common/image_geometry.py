@@ -63,13 +63,14 @@ class Geometry:
         per_layer = [ops_of(layer) for layer in self.distinct_layers]
         ops = tuple(dict.fromkeys(op for layer in per_layer for op in layer))
         place = {op: index for index, op in enumerate(ops)}
+        numbered = [[(op, place[op]) for op in layer] for layer in per_layer]
         derived = {
             "ops": ops,
-            "_op_indices": tuple({op.name: place[op] for op in layer} for layer in per_layer),
+            "_op_indices": tuple({op.name: number for op, number in layer} for layer in numbered),
             "_projections": tuple({each.name: each for each in layer} for layer in self.distinct_layers),
             "_places": tuple(
-                {name: (place[op], index) for op in layer for index, name in enumerate(op.slices)}
-                for layer in per_layer
+                {name: (number, index) for op, number in layer for index, name in enumerate(op.slices)}
+                for layer in numbered
             ),
         }
         for name, value in derived.items():
@@ -148,10 +149,11 @@ def _check_layer(layer: LayerProjections, tp_degree: int) -> None:
     Raises:
         ImageError: If so; the message names the projection.
     """
-    names = [projection.name for projection in layer]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise ImageError(f"a layer has two projections named {repeated[0]!r}")
+    names: set[str] = set()
     for projection in layer:
+        if projection.name in names:
+            raise ImageError(f"a layer has two projections named {projection.name!r}")
+        names.add(projection.name)
         if min(projection.shape) <= 0:
             raise ImageError(f"{projection.path}: {projection.in_features} x {projection.out_features} is no matrix")
         width = projection.in_features if projection.split is Split.INPUTS else projection.out_features

@@ -82,8 +82,10 @@ class Op:
 
 def ops_of(layer: LayerProjections) -> tuple[Op, ...]:
     """Return the ops of a layer, in the order in which it first names them."""
-    names = dict.fromkeys(projection.op for projection in layer)
-    return tuple(Op(name, tuple(projection for projection in layer if projection.op == name)) for name in names)
+    found: dict[str, list[Projection]] = {}
+    for projection in layer:
+        found.setdefault(projection.op, []).append(projection)
+    return tuple(Op(name, tuple(projections)) for name, projections in found.items())
 
 
 def gated_decoder_layer(

@@ -130,6 +130,11 @@ class Asker:
         disturbers = self._book.disturbers(stream.began_s, time.monotonic())
         told = f"{reason} to {question} over {stream.face} after {stream.num_tokens} tokens; {sorted(disturbers)}: {message}"
         if stream.num_tokens:
+            is_deleted = reason == "ADAPTER_NOT_FOUND" and self._catalogue.may_be_missing(question.adapter, stream)
+            if is_deleted and self._book.lost_its_gateway(stream):  # nothing outlives its name: a resume is refused
+                self._book.counts["resumes of deleted adapters refused"] += 1
+                self._book.close(stream, Outcome.REFUSED, reason)
+                return
             cannot_resume = stream.face == "http" or not CLIENTS_RESUME
             is_with_gateway = cannot_resume and self._book.lost_its_gateway(stream)
             is_with_gateway = is_with_gateway and is_expected_of_generation(reason, disturbers)

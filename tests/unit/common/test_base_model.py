@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from loraplex_common import weight_files
+from loraplex_common.adapter_image import ImageError
 from loraplex_common.base_model import BaseModelError, load_base_model
 from loraplex_common.weight_files import read_safetensors_index
 from safetensors.numpy import load_file, save_file
@@ -40,6 +41,14 @@ def test_the_facts_are_those_of_the_directory(model: Path) -> None:
     geometry = info.geometry(dtype="bfloat16", page_bytes=4096, tp_degree=2)
     assert (geometry.num_layers, geometry.dtype, geometry.tp_degree) == (2, "bfloat16", 2)
     assert geometry.projection(1, "k_proj").shape == (tiny.hidden_size, tiny.num_kv_heads * 16)
+
+
+@pytest.mark.parametrize("tp_degree", [0, 4])
+def test_ranks_that_would_share_a_head_are_refused(model: Path, tp_degree: int) -> None:
+    info = replace(load_base_model(model), num_heads=4, num_kv_heads=2)
+
+    with pytest.raises(ImageError, match=f"heads [24] cannot be split over tp_degree {tp_degree}"):
+        info.geometry(dtype="float32", page_bytes=4096, tp_degree=tp_degree)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -140,3 +141,40 @@ def test_a_message_that_names_no_layer_or_split_is_refused() -> None:
     message.distinct_layers[0].projections[0].split = adapter_pb2.Projection.SPLIT_UNSPECIFIED
     with pytest.raises(ImageError, match=r"projection 'attn.qkv_proj': split 0 is none that this version knows"):
         geometry_wire.from_message(message)
+
+
+def wire_layers(num_projections: int, *, op: str) -> adapter_pb2.Geometry:
+    """Return a message of one layer; ``op`` is formatted with each projection's number."""
+    message = adapter_pb2.Geometry(layout_version=2, dtype="float32", page_bytes=4096, layer_indices=[0])
+    layer = message.distinct_layers.add()
+    for index in range(num_projections):
+        split = adapter_pb2.Projection.SPLIT_OUTPUTS
+        layer.projections.add(path=f"p{index}", op=op.format(index), in_features=8, out_features=8, split=split)
+    return message
+
+
+def test_a_message_larger_than_any_model_is_refused_before_it_is_read() -> None:
+    many = [0] * (geometry_wire.MAX_LAYERS + 1)
+    layers = adapter_pb2.Geometry(layout_version=2, dtype="float32", page_bytes=4096, layer_indices=many)
+    layers.distinct_layers.add()
+    with pytest.raises(ImageError, match="4097 decoder layers exceed the 4096"):
+        geometry_wire.from_message(layers)
+
+    empty = [adapter_pb2.DecoderLayer() for _ in many]
+    described = adapter_pb2.Geometry(layout_version=2, dtype="float32", page_bytes=4096, distinct_layers=empty)
+    with pytest.raises(ImageError, match="4097 layer descriptions exceed the 4096"):
+        geometry_wire.from_message(described)
+
+    with pytest.raises(ImageError, match="4097 projections exceed the 4096"):
+        geometry_wire.from_message(wire_layers(geometry_wire.MAX_PROJECTIONS + 1, op="one"))
+
+
+@pytest.mark.parametrize("op", ["one", "op {}"])
+def test_reading_the_largest_message_costs_little(op: str) -> None:
+    message = wire_layers(geometry_wire.MAX_PROJECTIONS, op=op)
+    began_s = time.process_time()
+
+    geometry = geometry_wire.from_message(message)
+
+    assert time.process_time() - began_s < 2, "it takes some 0.1 s; 10 s if the work grows with the number's square"
+    assert geometry.place(0, "p4095")[0] == len(geometry.ops) - 1

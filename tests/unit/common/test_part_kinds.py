@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from loraplex_common.adapter_image import (
@@ -105,6 +107,32 @@ def test_a_kind_that_this_version_does_not_know_is_refused_with_the_remedy(monke
         AdapterSpec.from_json(data)
     with pytest.raises(ImageError, match="layer 0 v_proj: part kind 'out_vector' is not one of low_rank"):
         layout.__wrapped__(GEOMETRY, SPEC.sizes)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("ab", "a module: expected an object, got str"),
+        ({"layer": 0, "projection": "q_proj"}, "layer 0 q_proj: no part"),
+        ({"layer": 0, "projection": "q_proj", "parts": {}}, "layer 0 q_proj: no part"),
+        (
+            {"layer": 0, "projection": "q_proj", "parts": None},
+            "layer 0 q_proj: parts: expected an object, got NoneType",
+        ),
+        (
+            {"layer": 0, "projection": "q_proj", "parts": [LOW_RANK]},
+            "layer 0 q_proj: parts: expected an object, got list",
+        ),
+        ({"layer": 0, "projection": "q_proj", "parts": {OUT_VECTOR: 3}}, "must be a mapping, not int"),
+        ({"layer": 0, "projection": "q_proj", "rank": 4}, "scaling"),
+    ],
+    ids=str,
+)
+def test_a_module_that_no_version_writes_is_refused(module: object, message: str) -> None:
+    data = json.dumps({"digest": SPEC.digest, "modules": [module]}).encode()
+
+    with pytest.raises((ImageError, TypeError), match=message):
+        AdapterSpec.from_json(data)
 
 
 def test_a_backend_without_the_kind_refuses_the_adapter_by_name() -> None:

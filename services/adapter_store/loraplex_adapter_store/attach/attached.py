@@ -171,7 +171,7 @@ class AttachedEngines:
                 continue  # unchanged: renew
 
     async def _follow_hints(self, session: EngineSession) -> None:
-        """Act on hints for one engine, including hints from before it attached and hints lost with Valkey."""
+        """Act on hints for one engine; hints from before it attached, or lost with Valkey, are not made up for."""
         key = hints_key(session.hello.engine_id)
         position = ""
         while True:

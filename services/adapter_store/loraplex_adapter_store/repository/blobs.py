@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import crc32c
-from loraplex_common.adapter_image import AdapterSpec
-from loraplex_common.errors import AdapterCorruptError
+from loraplex_common.adapter_image import AdapterSpec, ImageError
+from loraplex_common.errors import AdapterCorruptError, AdapterIncompatibleError
 from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.checkpoint.canonical import CHUNK_BYTES, CanonicalForm
@@ -83,10 +83,17 @@ class Blobs:
             await self._client.hset(keys.manifest(form.revision), mapping=manifest.to_fields())
 
     async def manifest(self, digest: str) -> Manifest | None:
-        """Return a blob's manifest; None if there is no such blob."""
+        """Return a blob's manifest; None if there is no such blob.
+
+        Raises:
+            AdapterIncompatibleError: If a newer version wrote it, of an adapter with parts that this one does not know.
+        """
         with keys.translated():
             fields = await self._client.hgetall(keys.manifest(digest))
-        return Manifest.from_fields(fields) if fields else None
+        try:
+            return Manifest.from_fields(fields) if fields else None
+        except ImageError as error:
+            raise AdapterIncompatibleError(f"revision {digest}: {error}") from error
 
     async def is_complete(self, digest: str) -> bool:
         """Return whether the manifest and all chunks exist."""
@@ -118,10 +125,10 @@ class Blobs:
     async def delete(self, digest: str) -> None:
         """Delete a blob, whole or partly written: the manifest first, so that no reader starts on the rest."""
         began = time.monotonic()
-        manifest = await self.manifest(digest)
         with keys.translated():
+            shape = await self._client.hget(keys.manifest(digest), "blob")  # the spec may be of a newer version
             await self._client.unlink(keys.manifest(digest))
-            known = len(manifest.checksums) if manifest else 0
+            known = len(json.loads(shape)["crc32c"]) if shape else 0
             first, removed = 0, 1
             while first < known or removed:  # an abandoned write has no manifest: go on until no chunk is found
                 batch = [keys.chunk(digest, number) for number in range(first, first + _UNLINK_BATCH)]

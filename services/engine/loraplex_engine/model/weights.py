@@ -120,6 +120,8 @@ class WeightReader:
 
     def _stacked(self, tensors: Iterable[tuple[str, tuple[int, ...], Split | None]]) -> Tensor:
         mapped = [self._mapped(name, shape, split) for name, shape, split in tensors]
+        if len(mapped) == 1:  # lm_head may be gigabytes: not converted first and copied then
+            return mapped[0].to(device=self._device, dtype=self._dtype, copy=True)
         return torch.cat([part.to(device=self._device, dtype=self._dtype) for part in mapped])
 
     def _mapped(self, name: str, shape: tuple[int, ...], split: Split | None) -> Tensor:

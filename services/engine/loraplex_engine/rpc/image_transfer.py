@@ -10,14 +10,13 @@ import asyncio
 import enum
 import functools
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import crc32c
 import numpy as np
-from loraplex_common.adapter_image import AdapterSpec, ImageError, layout
+from loraplex_common.adapter_image import AdapterSpec, layout
 from loraplex_common.errors import AdapterCorruptError, AdapterIncompatibleError, LoraplexError, RequestTooLargeError
 
 from loraplex_engine.messages import ImageArrived, ImageRefused
@@ -209,7 +208,7 @@ class ImageTransfers:
         try:
             spec = AdapterSpec.from_json(offer.spec)
             num_pages = layout(self._engine.geometry, spec.sizes).num_pages
-        except (ImageError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:  # ImageError and what json raises among them
             raise AdapterCorruptError(f"image {offer.digest}: unreadable spec: {error}") from error
         if spec.digest != offer.digest or num_pages != offer.num_pages or offer.rank != 0:
             raise AdapterCorruptError(

@@ -19,7 +19,7 @@ class RunnerConfig:
         limits: Sizes of the pool, of steps, of sequences and of the adapter table. A `CudaRunner` of which the table has
             0 entries has LoRA switched off: no tables, kernels or graphs for it are made, and no plan may name an adapter.
             What LoRA costs requests without an adapter is measured against that.
-        device: torch's name of the device: ``cpu``, ``cuda`` or ``cuda:1``.
+        device: torch's name of the device, such as ``cpu`` or ``cuda:1``; a `CudaRunner` needs the number.
         emulate_async: For tests of the torch backend, which then behaves like a device that lags behind: `launch` computes
             nothing; `wait` computes all plans up to its own, and only then are they done.
         min_decode_runs: In steps of the CUDA backend with prefill chunks, in bf16, decode rows that make so many runs of one

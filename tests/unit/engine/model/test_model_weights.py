@@ -51,6 +51,15 @@ def test_what_was_read_stays_whatever_becomes_of_the_file(tmp_path: Path) -> Non
     assert all(torch.equal(weight, as_it_was) for weight, as_it_was in zip(read, before, strict=True))
 
 
+def test_a_linear_layer_alone_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = reader_of(write_base_model(tmp_path))
+    monkeypatch.setattr(torch, "cat", lambda tensors: pytest.fail(f"{len(tensors)} converted tensor is copied again"))
+
+    weight = read_dense(reader, O_PROJ).weight
+
+    assert torch.equal(weight, reader.read(O_PROJ.weight, (64, 64)))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_model_that_changes_between_its_fingerprint_and_its_loading_is_not_served(tmp_path: Path, name: str) -> None:
     config = EngineConfig(model=write_base_model(tmp_path), device="cpu", pool_bytes=2**20, arena_bytes=2**20)

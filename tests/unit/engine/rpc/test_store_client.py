@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,25 @@ async def test_a_corrupt_transfer_is_reported_and_may_come_again(line: Line, fau
     assert (await line.end()).error is None
 
 
-@pytest.mark.parametrize("change", [{"spec": b"no json"}, {"num_pages": 2}, {"rank": 1}])
+def spec_of(module: object) -> dict[str, bytes]:
+    """Return an offer's spec with one module that no version writes."""
+    return {"spec": json.dumps({"digest": DIGEST, "modules": [module]}).encode()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_pages": 2},
+        {"rank": 1},
+        {"spec": b"no json"},
+        {"spec": b"\xff\xff"},
+        spec_of("ab"),
+        spec_of({"layer": 0, "projection": "q_proj"}),
+        spec_of({"layer": 0, "projection": "q_proj", "rank": 4, "scaling": 1.0, "parts": None}),
+        spec_of({"layer": 0, "projection": "q_proj", "parts": {"of_a_newer_version": {}}}),
+    ],
+    ids=str,
+)
 async def test_an_offer_that_does_not_fit_its_spec_is_corrupt(line: Line, change: dict[str, Any]) -> None:
     spec, image = line.image()
     line.submit()

@@ -211,7 +211,7 @@ def make_oracle(model_dir: Path, geometry: PoolGeometry) -> TorchRunner:
     limits = EngineLimits(pool=geometry, num_pages=NUM_PAGES, max_num_seqs=NUM_SLOTS, max_model_len=128)
     return TorchRunner(
         RunnerConfig(info=load_base_model(model_dir), limits=limits),
-        WeightReader(model_dir, dtype=torch.float32, device=torch.device("cpu")),
+        WeightReader(model_dir, dtype=DTYPES[geometry.dtype], device=torch.device("cpu")),
     )
 
 
