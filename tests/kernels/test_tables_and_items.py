@@ -30,11 +30,10 @@ from loraplex_kernels.lora.items import (
 )
 from loraplex_kernels.lora.prefill import make_segments, plan_op, table_size
 from loraplex_kernels.lora.prefill_cut import CLUSTERS, RESIDENCIES, WAVE, choose_cut
+from loraplex_kernels.lora.ranges import RangeAllocator, TableFullError
 from loraplex_kernels.lora.tables import (
     AdapterTables,
-    RangeAllocator,
     RankLimitError,
-    TableFullError,
     check_parts,
     make_entries,
 )

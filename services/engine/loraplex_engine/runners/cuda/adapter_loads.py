@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from cuda.bindings import runtime
 from loraplex_common.errors import AdapterIncompatibleError, SaturatedError
-from loraplex_kernels.lora.tables import TableFullError
+from loraplex_kernels.lora.ranges import TableFullError
 
 from loraplex_engine.runners.cuda.host_memory import PinnedArena, check
 
