@@ -106,8 +106,7 @@ __device__ __forceinline__ Quad load_weights16(const u8* from) {
 #endif
 }
 // For data that is read again only after hundreds of megabytes of weights: the load asks the L2 to keep it. The load
-// keeps
-// its order and is never moved behind a branch: loads that do not depend on each other share a trip.
+// keeps its order and is never moved behind a branch: loads that do not depend on each other share a trip.
 #ifdef LORAPLEX_HOST
 __device__ __forceinline__ Quad load_lasting16(const void* from) { return *reinterpret_cast<const Quad*>(from); }
 __device__ __forceinline__ i64 load_lasting8(const void* from) { return *reinterpret_cast<const i64*>(from); }
@@ -142,8 +141,7 @@ __device__ __forceinline__ void prefetch_lasting(const void* from) {
 }
 #endif
 // A pointer that was stored in shared memory: the compiler must be told that it points to global memory, or it reads
-// through
-// it as through a pointer to any kind of memory, which is slower.
+// through it as through a pointer to any kind of memory, which is slower.
 template <class T>
 __device__ __forceinline__ T* as_global(T* p) {
 #ifndef LORAPLEX_HOST
@@ -152,8 +150,7 @@ __device__ __forceinline__ T* as_global(T* p) {
     return p;
 }
 // A race between CTAs or warps may show once in a million steps. Built with LORAPLEX_JITTER (tests do), a kernel makes
-// it
-// common: at its start and after each wait, one warp in 128 idles for up to 20 us, another one each time.
+// it common: at its start and after each wait, one warp in 128 idles for up to 20 us, another one each time.
 __device__ __forceinline__ void jitter() {
 #ifdef LORAPLEX_JITTER
     const u32 begin = static_cast<u32>(clock());
@@ -165,8 +162,7 @@ __device__ __forceinline__ void jitter() {
 #endif
 }
 // Programmatic dependent launch: code after dependency_wait() sees everything that earlier kernels wrote; a read before
-// it
-// must not depend on an earlier kernel (weights, tables, items).
+// it must not depend on an earlier kernel (weights, tables, items).
 __device__ __forceinline__ void dependency_wait() {
 #ifdef LORAPLEX_PDL
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,15 +1,12 @@
 // out = softmax(scale * q K^T) V, causal, for chunks of new tokens against paged bf16 K and V, the chunk's own included.
 //
 // The query heads of one KV head are packed: row r of a chunk is query head r % group of token r / group, so a K/V tile
-// in
-// shared memory serves the whole group. Grid: (kv_heads, tiles), so that all heads of a long tile start before any of a
-// short one; a tile is 128 packed rows of one chunk. Block: 4 warps of 32 rows, so that each fragment of K and V serves
-// two
-// mma. K and V come in tiles of 64 tokens by cp.async, double-buffered, their page ids one tile earlier; 16-byte chunks
-// are
-// XOR-swizzled by row so that ldmatrix meets no bank conflict. q stays in shared memory, the scores in registers. Masks
-// are
-// applied where the diagonal or the window cuts a tile; warps skip tiles that none of their rows sees.
+// in shared memory serves the whole group. Grid: (kv_heads, tiles), so that all heads of a long tile start before any of
+// a short one; a tile is 128 packed rows of one chunk. Block: 4 warps of 32 rows, so that each fragment of K and V
+// serves two mma. K and V come in tiles of 64 tokens by cp.async, double-buffered, their page ids one tile earlier;
+// 16-byte chunks are XOR-swizzled by row so that ldmatrix meets no bank conflict. q stays in shared memory, the scores
+// in registers. Masks are applied where the diagonal or the window cuts a tile; warps skip tiles that none of their rows
+// sees.
 // Shared memory: (128 + 4 x 64) x HEAD_DIM x 2 bytes (96 KiB at 128). Alignment: HEAD_DIM rows on 16 bytes.
 // Registers: 2 CTAs of 128 threads per SM by shared memory, hence at most 255. Architectures: sm_80 and up.
 // Source: Dao, arXiv:2307.08691 (FlashAttention-2), algorithm 1 with its loop order.

@@ -4,9 +4,8 @@
 //   kept = the top_k likeliest of which the first make up top_p of the mass; token = argmax over kept of v + gumbel(word)
 //
 // Ties fall to the likelier token, then to the lower id. The choice is that of engine's torch sampler: the integers are
-// the
-// same, and exp, log and division are those that torch calls on a GPU. Rows are independent of each other.
-// Reported log probabilities are those of x, before temperature. Rows whose maximum is not finite are marked invalid.
+// the same, and exp, log and division are those that torch calls on a GPU. Rows are independent of each other. Reported
+// log probabilities are those of x, before temperature. Rows whose maximum is not finite are marked invalid.
 //
 // Grid: one CTA per row. Block: THREADS, each taking every THREADS-th unit of 8 tokens. Passes over the row: 1 (maximum;
 // all that a greedy row needs), + 1 per draw, or + 1 to list candidates of a truncated draw, which then stays in shared

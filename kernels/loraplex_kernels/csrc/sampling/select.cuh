@@ -6,8 +6,7 @@
 // not depend on how threads share the row.
 //
 // A list in shared memory takes the likeliest tokens, is sorted (bitonic) and summed up. If it cannot hold the answer
-// (flat
-// distributions), `narrow` first closes in on the limit, 2 bits in each pass over the row.
+// (flat distributions), `narrow` first closes in on the limit, 2 bits in each pass over the row.
 // Loops over the row that have several callers are not inlined: their data is in shared memory.
 // Source: Alabi et al., "Fast k-selection algorithms for graphics processing units", JEA 17 (2012), for the bisection.
 #pragma once
