@@ -196,6 +196,8 @@ class EngineLoop:
         self.totals.update_s += time.perf_counter() - waited_s
 
     def _sleep(self) -> None:
+        if self._is_stopping:  # `stop` came before this turn took its commands, which forgot the wake-up
+            return
         until_s = min(self._scheduler.next_deadline_s, self._drains.next_deadline_s)
         self._pulse.sleeps()
         self._inbox.wait(None if until_s == math.inf else max(0.0, until_s - self._clock()))

@@ -41,6 +41,23 @@ def test_prompts_with_and_without_adapters_run_together_and_leave_nothing(depth:
         harness.check_idle()
 
 
+def test_a_stop_that_comes_while_a_turn_begins_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_engine() as (harness, _):
+        loop = harness.engine._loop
+        take_commands = loop._take_commands
+
+        def stop_and_take_commands() -> None:
+            loop._is_stopping = True
+            loop._inbox.wake()
+            take_commands()
+
+        monkeypatch.setattr(loop, "_take_commands", stop_and_take_commands)
+        loop._inbox.wake()
+        loop._thread.join(WAIT_S)
+
+        assert not loop._thread.is_alive()
+
+
 def test_an_idle_loop_does_not_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_engine() as (harness, _):
         harness.generate([[1, 2, 3]])
