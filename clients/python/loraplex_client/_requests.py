@@ -214,7 +214,7 @@ def _chat_messages(
     for n, message in enumerate(messages):
         if message.get("content") is None:
             raise ValueError(f"message {n} has no content")
-        turns.append(gateway_pb2.ChatMessage(**message))
+        turns.append(gateway_pb2.ChatMessage(**message))  # type: ignore[arg-type]
     chat = gateway_pb2.ChatMessages(messages=turns, **flags)  # type: ignore[arg-type]
     for name, value in (chat_template_kwargs or {}).items():
         try:

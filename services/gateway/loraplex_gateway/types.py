@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from loraplex_common.structured_output import StructuredOutput
+
 
 class FinishReason(enum.IntEnum):
     """Why an output ended; values equal `loraplex.v1.FinishReason`."""
@@ -26,12 +28,30 @@ class Priority(enum.IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ToolCall:
+    """One call of a function that an assistant's turn made; the arguments are a JSON object's text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChatMessage:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        tool_calls: Of an assistant's turn.
+        tool_call_id: The call that a turn of role ``tool`` answers.
+        reasoning: What an assistant's turn thought before its content.
+    """
 
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,12 +75,14 @@ class ChatPrompt:
 
     Attributes:
         template_kwargs: Further variables of the template, JSON values by name.
+        tools: JSON objects of OpenAI's ``tools[].function``, in their order.
     """
 
     messages: tuple[ChatMessage, ...]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
@@ -80,6 +102,7 @@ class Sampling:
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +162,8 @@ class GenerationRequest:
         num_choices: Choices of the call, counted with the first of them; 0 for the others.
         is_resumable: Whether its stream is one that a client can resume.
         resume: The stream that it goes on with; None starts one.
+        structured_output: What the output must look like; None for anything.
+        truncate_prompt_tokens: Number of the prompt's last tokens to keep; -1 as many as have room; None for all.
     """
 
     prompt: Prompt | None
@@ -161,6 +186,8 @@ class GenerationRequest:
     num_choices: int = 1
     is_resumable: bool = False
     resume: Resume | None = None
+    structured_output: StructuredOutput | None = None
+    truncate_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -103,6 +103,8 @@ class Submit(_message.Message):
     LOAD_POLICY_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
+    BAD_TOKEN_SEQUENCES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The client's request id, for logs and traces."""
     slot: _builtins.int
@@ -153,6 +155,14 @@ class Submit(_message.Message):
     def time_limit(self) -> _duration_pb2.Duration:
         """Longest time from now until the output is cut with TIME_LIMIT; unset means none."""
 
+    @_builtins.property
+    def structured_output(self) -> _gateway_pb2.StructuredOutput:
+        """What the output must look like; resumed tokens are part of it. Unset: anything."""
+
+    @_builtins.property
+    def bad_token_sequences(self) -> _containers.RepeatedCompositeFieldContainer[_gateway_pb2.TokenIds]:
+        """Token sequences whose last token cannot be drawn after the others; SamplingParams.bad_words is the gateway's business."""
+
     def __init__(
         self,
         *,
@@ -174,10 +184,12 @@ class Submit(_message.Message):
         load_policy: _gateway_pb2.LoadPolicy.ValueType = ...,
         logprobs: _builtins.int | None = ...,
         prompt_logprobs: _builtins.int | None = ...,
+        structured_output: _gateway_pb2.StructuredOutput | None = ...,
+        bad_token_sequences: _abc.Iterable[_gateway_pb2.TokenIds] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter_scale", b"adapter_scale", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stopping", b"stopping", "time_left", b"time_left", "time_limit", b"time_limit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter_scale", b"adapter_scale", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "time_left", b"time_left", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter_digest", b"adapter_digest", "adapter_scale", b"adapter_scale", "cache_salt", b"cache_salt", "fairness_key", b"fairness_key", "load_policy", b"load_policy", "logprobs", b"logprobs", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "slot", b"slot", "stopping", b"stopping", "time_left", b"time_left", "time_limit", b"time_limit", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter_digest", b"adapter_digest", "adapter_scale", b"adapter_scale", "bad_token_sequences", b"bad_token_sequences", "cache_salt", b"cache_salt", "fairness_key", b"fairness_key", "load_policy", b"load_policy", "logprobs", b"logprobs", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "slot", b"slot", "stopping", b"stopping", "structured_output", b"structured_output", "time_left", b"time_left", "time_limit", b"time_limit", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_scale: _TypeAlias = _typing.Literal["adapter_scale"]  # noqa: Y015
     _WhichOneofArgType__adapter_scale: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale"]  # noqa: Y015

@@ -1,0 +1,1 @@
+"""What a chat's output is made of: thoughts, content, tool calls."""
