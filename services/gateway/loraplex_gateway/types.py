@@ -244,7 +244,7 @@ class AdapterLoading:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Started:
-    """An engine runs the request."""
+    """An engine runs the request; `sampling` is how, the model's defaults filled in."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -253,6 +253,7 @@ class Started:
     seed: int
     resume_token: str = ""
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    sampling: Sampling = Sampling()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 from collections import Counter
@@ -12,7 +13,7 @@ import msgspec
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway.openai.fields import CHAT, COMPLETION, WHICH_MODEL, Rule
-from loraplex_gateway.openai.schema import ChatBody, CommonBody, CompletionBody
+from loraplex_gateway.openai.schema import ChatBody, CompletionBody
 from loraplex_gateway.requests.validation import MAX_VIOLATIONS_TOLD
 
 if TYPE_CHECKING:
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.openai.fields import Field, Table
 
-Body = TypeVar("Body", bound=CommonBody)
+Body = TypeVar("Body", bound=msgspec.Struct)
+Object = TypeVar("Object", bound=msgspec.Struct)
 Violation = tuple[str, str]
 
-BODIES: Final[dict[type[CommonBody], Table]] = {ChatBody: CHAT, CompletionBody: COMPLETION}
+BODIES: Final[dict[type[msgspec.Struct], Table]] = {ChatBody: CHAT, CompletionBody: COMPLETION}
 
 # Names are quoted in messages and compared with ours: no field of the API is longer.
 MAX_FIELD_CHARS: Final = 64
@@ -32,14 +34,14 @@ _REMEDIES: Final = {"model": f": {WHICH_MODEL}"}
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def decode(data: bytes, body: type[Body]) -> Body:
-    """Read a request body by the table of its type. Null means absent.
+def decode(data: bytes, body: type[Body], table: Table | None = None) -> Body:
+    """Read a request body by a table, by default that of its type. Null means absent.
 
     Raises:
         InvalidParameterError: If it is no JSON object, or a field is unknown, not served, missing or of a wrong type;
             with one violation per field.
     """
-    members, table = _read(data), BODIES[body]
+    members, table = _read(data), table or BODIES[body]
     found: list[Violation] = []
     for violation in _violations(members, table, "", members):
         found.append(violation)
@@ -47,7 +49,25 @@ def decode(data: bytes, body: type[Body]) -> Body:
             break  # what a body of a million unknown names costs
     if found:
         raise InvalidParameterError("; ".join(text for _, text in found), violations=found)
-    return _convert(_served(members, table), body)
+    return _convert(_served(members, table), body, table)
+
+
+def read_object(value: dict[str, Any], struct: type[Object], table: Table, where: str) -> Object:
+    """Read an object inside a body by the table of its kind.
+
+    Args:
+        value: What the body has there.
+        struct: The served fields with their types.
+        table: What becomes of each field.
+        where: Its path in the body.
+
+    Raises:
+        InvalidParameterError: As `decode`, with the whole path of each field.
+    """
+    found = list(itertools.islice(_violations(value, table, f"{where}.", value), MAX_VIOLATIONS_TOLD))
+    if found:
+        raise InvalidParameterError("; ".join(text for _, text in found), violations=found)
+    return _convert(_served(value, table), struct, table, f"{where}.")
 
 
 def _read(data: bytes) -> dict[str, Any]:
@@ -148,19 +168,15 @@ def _served_inside(value: Any, table: Table) -> Any:
     return _served(value, table) if isinstance(value, dict) else value
 
 
-def _convert(members: dict[str, Any], body: type[Body]) -> Body:
+def _convert(members: dict[str, Any], struct: type[Object], table: Table, prefix: str = "") -> Object:
     try:
-        return msgspec.convert(members, body, strict=False)
+        return msgspec.convert(members, struct, strict=False)
     except msgspec.ValidationError as error:
         what, _, path = str(error).rstrip("`").partition(" - at `$.")
         missing = _MISSING.fullmatch(what)
         field = f"{path}.{missing[1]}".lstrip(".") if missing else path
-        known = BODIES[body].fields.get(field)
+        known = table.fields.get(field)
         values = f"; {known.note}" if known and what.startswith("Invalid enum value") else ""
-        text = f"{field} is missing{_REMEDIES.get(field, '')}" if missing else f"{field}: {what}{values}"
-        raise InvalidParameterError(text.replace("`", ""), field=field) from error
-
-
-def _quotable(name: str) -> str:
-    shown = name if len(name) <= MAX_FIELD_CHARS else name[:MAX_FIELD_CHARS] + "..."
-    return shown.encode(errors="replace").decode()
+        remedy = "" if prefix else _REMEDIES.get(field, "")
+        text = f"{prefix}{field} is missing{remedy}" if missing else f"{prefix}{field}: {what}{values}"
+        raise InvalidParameterError(text.replace("`", ""), field=f"{prefix}{field}") from error

@@ -73,6 +73,10 @@ def _table(name: str, *fields: Field, **nested: Table) -> Table:
     return Table(name, {field.name: field for field in fields}, nested)
 
 
+# For the tables of the other APIs.
+served, ignored, refused, table = _served, _ignored, _refused, _table
+
+
 NO_CONSTRAINTS: Final = "output is not constrained; ask for the format in the prompt"
 NO_TOOLS: Final = "tool calling is not served; describe the functions in a message"
 NO_MEDIA: Final = "only text is served"

@@ -149,11 +149,12 @@ class Renderer:
         if self._plan.logprobs is None or not entries:
             return None
         if self._plan.is_chat:
-            return {"content": [_chat_logprob(entry, self._plan.logprobs) for entry in entries]}
+            return {"content": [chat_logprob(entry, self._plan.logprobs) for entry in entries]}
         return _completion_logprobs(entries, self._plan.logprobs)
 
 
-def _chat_logprob(entry: PositionLogprobs, num_top: int) -> Json:
+def chat_logprob(entry: PositionLogprobs, num_top: int) -> Json:
+    """Return one position as chat completions and Responses have it."""
     return {**_chat_token(entry.chosen), "top_logprobs": [_chat_token(token) for token in entry.top[:num_top]]}
 
 

@@ -177,6 +177,7 @@ class RequestRun:
             engine_id=engine_id,
             adapter_revision=self.prepared.adapter_digest,
             seed=self.prepared.sampling.seed or 0,
+            sampling=self.prepared.sampling,
             resume_token=self.resume_token,
             prompt_logprobs=started.prompt_logprobs if started is not None else (),
         )

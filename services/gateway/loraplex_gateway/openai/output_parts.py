@@ -1,0 +1,156 @@
+"""The parts of one output in their order: thoughts, text, calls; a part ends where the next one begins."""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from loraplex_gateway.chat_output.deltas import ContentDelta, ReasoningDelta, ToolCallStart
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from loraplex_gateway.chat_output.deltas import ChatParser, Delta
+    from loraplex_gateway.types import Chunk, PositionLogprobs
+
+
+class PartKind(enum.Enum):
+    """What a part is."""
+
+    REASONING = "reasoning"
+    TEXT = "text"
+    CALL = "call"
+
+
+@dataclass(kw_only=True, slots=True)
+class Part:
+    """One part.
+
+    Attributes:
+        index: Its place in the output, from 0.
+        call_id: Of a call.
+        name: The function that a call names.
+        texts: What has come of its text, or of a call's arguments.
+        logprobs: Of the text's tokens, if they are asked for.
+    """
+
+    kind: PartKind
+    index: int
+    call_id: str = ""
+    name: str = ""
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All of its text."""
+        return "".join(self.texts)
+
+
+@dataclass(frozen=True, slots=True)
+class PartBegins:
+    """A new part."""
+
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class PartGrows:
+    """More text of the current part."""
+
+    part: Part
+    text: str
+    logprobs: Sequence[PositionLogprobs] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PartEnds:
+    """The part is whole, or cut with the output."""
+
+    part: Part
+
+
+Step: TypeAlias = PartBegins | PartGrows | PartEnds
+
+
+class OutputParts:
+    """Follows one output.
+
+    Args:
+        parser: Splits its text.
+
+    Attributes:
+        parts: So far.
+        num_reasoning_tokens: Tokens of the chunks whose text ended in a thought.
+    """
+
+    def __init__(self, parser: ChatParser) -> None:
+        self.parts: list[Part] = []
+        self.num_reasoning_tokens = 0
+        self._parser = parser
+        self._current: Part | None = None
+        self._pending: list[PositionLogprobs] = []  # of tokens whose text the parser still holds
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a function was called."""
+        return any(part.kind is PartKind.CALL for part in self.parts)
+
+    def push(self, chunk: Chunk) -> Iterator[Step]:
+        """Take a chunk of the output; yield what it changes."""
+        self._pending.extend(chunk.logprobs)
+        yield from self._steps(self._parser.push(chunk.text))
+        if self._current is not None and self._current.kind is PartKind.REASONING:
+            self.num_reasoning_tokens += len(chunk.token_ids)
+
+    def finish(self) -> Iterator[Step]:
+        """End the output; yield what was held back, and the end of the last part. An output without any is empty text."""
+        yield from self._steps(self._parser.finish())
+        if not self.parts:
+            yield from self._begin(PartKind.TEXT)
+        if self._current is not None and self._current.kind is PartKind.TEXT:
+            self._current.logprobs.extend(self._pending)  # of tokens without text of their own
+        yield from self._end()
+
+    def _steps(self, deltas: Sequence[Delta]) -> Iterator[Step]:
+        for delta in deltas:
+            if isinstance(delta, ToolCallStart):
+                yield from self._begin(PartKind.CALL, call_id=delta.id, name=delta.name)
+                continue
+            if isinstance(delta, ContentDelta):
+                kind = PartKind.TEXT
+            else:
+                kind = PartKind.REASONING if isinstance(delta, ReasoningDelta) else PartKind.CALL
+            if not delta.text:
+                continue
+            if self._current is None or self._current.kind is not kind:
+                yield from self._begin(kind)
+            yield self._grow(delta.text)
+
+    def _begin(self, kind: PartKind, *, call_id: str = "", name: str = "") -> Iterator[Step]:
+        yield from self._end()
+        self._current = Part(kind=kind, index=len(self.parts), call_id=call_id, name=name)
+        self.parts.append(self._current)
+        yield PartBegins(self._current)
+
+    def _grow(self, text: str) -> PartGrows:
+        part = self._current
+        assert part is not None
+        part.texts.append(text)
+        logprobs, self._pending = self._pending, []
+        if part.kind is not PartKind.TEXT:
+            return PartGrows(part, text)
+        part.logprobs.extend(logprobs)
+        return PartGrows(part, text, logprobs)
+
+    def _end(self) -> Iterator[Step]:
+        if self._current is not None:
+            ended, self._current = self._current, None
+            yield PartEnds(ended)
+
+
+def consume(steps: Iterator[Step]) -> None:
+    """Go through steps that no stream tells of: the parts keep what they bring."""
+    deque(steps, maxlen=0)
