@@ -25,7 +25,8 @@ from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.choices import generate_choices
 from loraplex_gateway.openai.connections import certificate_of
 from loraplex_gateway.openai.errors import BodyNames, error_response
-from loraplex_gateway.openai.render import Renderer, model_object
+from loraplex_gateway.openai.openai_answer import OpenAIAnswer
+from loraplex_gateway.openai.render import model_object
 from loraplex_gateway.openai.responses import GenerationResponse
 from loraplex_gateway.openai.schema import ChatBody, CompletionBody
 from loraplex_gateway.openai.tracing import TraceIds, origin_of
@@ -154,9 +155,8 @@ class _Routes:
         context = self._context
         quota = context.quotas.call(admission.principal.name, len(plan.requests))
         events = generate_choices(context.core, plan.requests, caller=admission.principal, quota=quota)
-        renderer = Renderer(plan, request_id=plan.requests[0].request_id)
         return GenerationResponse(
-            plan, events, renderer, admission=admission, quota=quota, slow_client_s=context.slow_client_s
+            events, OpenAIAnswer(plan), admission=admission, quota=quota, slow_client_s=context.slow_client_s
         )
 
     def _admit(self, request: Request, rpc: str) -> Admission:

@@ -61,6 +61,10 @@ class Renderer:
             return self._chunk(choice, text="", finished=event)
         return None
 
+    def is_plain(self, choice: int, chunk: Chunk) -> bool:
+        """Whether this choice's streamed objects differ from chunk to chunk in `text` and `token_ids` alone."""
+        return not chunk.logprobs and not self._plan.has_running_usage
+
     def usage_chunk(self) -> Json:
         """Return the last streamed object, for stream_options.include_usage."""
         return {**self._head(streamed=True), "choices": [], "usage": self._usage()}
