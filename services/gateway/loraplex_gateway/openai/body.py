@@ -180,3 +180,8 @@ def _convert(members: dict[str, Any], struct: type[Object], table: Table, prefix
         remedy = "" if prefix else _REMEDIES.get(field, "")
         text = f"{prefix}{field} is missing{remedy}" if missing else f"{prefix}{field}: {what}{values}"
         raise InvalidParameterError(text.replace("`", ""), field=f"{prefix}{field}") from error
+
+
+def _quotable(name: str) -> str:
+    shown = name if len(name) <= MAX_FIELD_CHARS else name[:MAX_FIELD_CHARS] + "..."
+    return shown.encode(errors="replace").decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -9,11 +10,11 @@ import msgspec
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway.openai.body import read_object
+from loraplex_gateway.openai.fields import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from loraplex_gateway.openai.fields import Table
 
 MAX_TYPE_CHARS = 64
 Object = TypeVar("Object", bound=msgspec.Struct)

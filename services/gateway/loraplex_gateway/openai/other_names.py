@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -11,11 +12,10 @@ from loraplex_common.errors import InvalidParameterError
 from loraplex_gateway.openai.errors import BodyNames
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    import msgspec
+    from collections.abc import Iterable
 
     from loraplex_gateway.openai.fields import Table
+    from loraplex_gateway.openai.schema import CommonBody
 
 _TURN: Final = re.compile(r"messages\[(\d+)\]")
 Rename = tuple[re.Pattern[str], str]
@@ -50,7 +50,7 @@ class OtherNames(BodyNames):
     """
 
     def __init__(
-        self, table: Table, body: msgspec.Struct | None, *, paths: Sequence[str] = (), renames: Iterable[Rename] = ()
+        self, table: Table, body: CommonBody | None, *, paths: Sequence[str] = (), renames: Iterable[Rename] = ()
     ) -> None:
         super().__init__(table, body)
         self._paths = paths

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from loraplex_gateway.chat_output.deltas import ContentDelta, ReasoningDelta, ToolCallStart
+from loraplex_gateway.types import PositionLogprobs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from loraplex_gateway.chat_output.deltas import ChatParser, Delta
-    from loraplex_gateway.types import Chunk, PositionLogprobs
+    from loraplex_gateway.types import Chunk
 
 
 class PartKind(enum.Enum):

@@ -122,7 +122,8 @@ _TEXT: Final = Kind(table=fields.TEXT_BLOCK, struct=TextBlock)
 _REFUSED: Final = {
     "redacted_thinking": "another server has encrypted it; leave the block out",
     **dict.fromkeys(
-        ("image", "document", "search_result", "container_upload", "tool_reference"), f"{fields.ONLY_TEXT}; leave it out"
+        ("image", "document", "search_result", "container_upload", "tool_reference"),
+        f"{fields.ONLY_TEXT}; leave it out",
     ),
 }
 

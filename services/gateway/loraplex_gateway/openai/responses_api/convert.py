@@ -10,12 +10,13 @@ from loraplex_common.errors import InvalidParameterError
 from loraplex_gateway.openai import objects
 from loraplex_gateway.openai.as_chat import as_chat, chat_plan_of
 from loraplex_gateway.openai.body import decode
+from loraplex_gateway.openai.convert import Plan
 from loraplex_gateway.openai.other_names import OtherNames, renames
 from loraplex_gateway.openai.responses_api import fields, items, schema
 from loraplex_gateway.openai.responses_api.schema import FunctionTool, ResponsesBody
 
 if TYPE_CHECKING:
-    from loraplex_gateway.openai.convert import IsBase, Plan
+    from loraplex_gateway.openai.convert import IsBase
     from loraplex_gateway.openai.tracing import Origin
 
 RENAMES: Final = renames(
@@ -46,9 +47,7 @@ def responses_request(data: bytes, is_base: IsBase, *, origin: Origin) -> Asked:
     body = decode(data, ResponsesBody, fields.RESPONSES)
     chat = items.conversation(body.input, body.instructions)
     tools = tuple(
-        tool
-        for tool in objects.read_all(body.tools or [], schema.TOOLS, "tools")
-        if isinstance(tool, FunctionTool)
+        tool for tool in objects.read_all(body.tools or [], schema.TOOLS, "tools") if isinstance(tool, FunctionTool)
     )
     names = OtherNames(fields.RESPONSES, body, paths=chat.paths, renames=RENAMES)
     own = {

@@ -53,7 +53,8 @@ RESPONSES: Final = table_with_inherited(
     served("parallel_tool_calls", "true if absent"),
     served("text", "see below"),
     served(
-        "max_output_tokens", "together with the input at most max_model_len, which is the limit if it is absent",
+        "max_output_tokens",
+        "together with the input at most max_model_len, which is the limit if it is absent",
         "stopping.max_new_tokens",
     ),
     served("top_logprobs", f"0 to 20, with `{LOGPROBS}` in `include`", "response_options.logprobs"),

@@ -42,8 +42,8 @@ ENDS: Final = {
 LAST: Final = {COMPLETED: "response.completed"}
 
 
-class ResponseRenderer:
-    """Writes one Response.
+class ResponsesAnswer:
+    """Writes one Response; see `answer.Answer`.
 
     Args:
         asked: What was asked for.
@@ -51,6 +51,7 @@ class ResponseRenderer:
     """
 
     def __init__(self, asked: Asked, parser: ChatParser) -> None:
+        self._is_stream = asked.plan.is_stream
         self._request_id = asked.plan.requests[0].request_id
         self._num_top = asked.plan.logprobs
         self._names = asked.plan.names
@@ -60,7 +61,17 @@ class ResponseRenderer:
         self._delta_head = self._delta_tail = b""
         self._sequence = 0
 
-    def frames(self, choice: int, event: Event) -> bytes:
+    @property
+    def is_stream(self) -> bool:
+        """Whether events are sent as they come."""
+        return self._is_stream
+
+    @property
+    def num_choices(self) -> int:
+        """There is one output."""
+        return 1
+
+    def frame(self, choice: int, event: Event) -> bytes:
         """Return the events that tell of an event of the core."""
         if isinstance(event, Chunk):
             return b"".join([self._told(step) for step in self._output.push(event)])
@@ -70,7 +81,7 @@ class ResponseRenderer:
             return self._frame("response.created", response=empty) + self._frame("response.in_progress", response=empty)
         return self._ended(event) if isinstance(event, Finished) else b""
 
-    def tail(self) -> bytes:
+    def end(self) -> bytes:
         """Return the end of the stream."""
         return DONE
 
@@ -89,16 +100,16 @@ class ResponseRenderer:
         items = [self._item(part, self._status_of(part, ending)) for part in parts]
         return msgspec.json.encode(self._resource.object(items, ending))
 
-    def broken(self, failure: LoraplexError) -> bytes:
+    def failure(self, error: LoraplexError) -> bytes:
         """Return the events of a stream that fails: the error, and the Response that it leaves."""
-        told = error_object(failure, self._names)["error"]
-        error = self._frame("error", code=told["code"], message=told["message"], param=told["param"])
-        failed = self._resource.object(self._items, Ending(failure=failure))
-        return error + self._frame("response.failed", response=failed) + DONE
+        told = error_object(error, self._names)["error"]
+        first = self._frame("error", code=told["code"], message=told["message"], param=told["param"])
+        failed = self._resource.object(self._items, Ending(failure=error))
+        return first + self._frame("response.failed", response=failed) + DONE
 
-    def refusal(self, failure: LoraplexError) -> Response:
+    def refusal(self, error: LoraplexError) -> Response:
         """Return the response of a request that fails before anything was sent."""
-        return error_response(failure, self._names)
+        return error_response(error, self._names)
 
     def _ended(self, event: Finished) -> bytes:
         ending = Ending(finished=event, num_reasoning_tokens=self._output.num_reasoning_tokens)

@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from loraplex_common.errors import LoraplexError
+
 from loraplex_gateway.types import Finished, FinishReason, Started
 
 if TYPE_CHECKING:
-    from loraplex_common.errors import LoraplexError
-
     from loraplex_gateway.openai.responses_api.convert import Asked
     from loraplex_gateway.openai.responses_api.schema import FunctionTool, ResponsesBody
 
