@@ -1,0 +1,101 @@
+"""POST /v1/completions and /v1/chat/completions."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.rights import GATEWAY
+
+from loraplex_gateway.openai import convert, fields
+from loraplex_gateway.openai.choices import generate_choices
+from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
+from loraplex_gateway.openai.render import Renderer
+from loraplex_gateway.openai.responses import GenerationResponse
+from loraplex_gateway.openai.schema import ChatBody, CompletionBody
+from loraplex_gateway.openai.tracing import origin_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_common.admissions import Admission
+    from starlette.requests import Request
+    from starlette.types import ASGIApp
+
+    from loraplex_gateway.openai.context import HttpContext
+    from loraplex_gateway.openai.convert import Plan
+
+# A millisecond or two of reading JSON.
+INLINE_MAX_BODY_BYTES: Final = 32 * 1024
+
+
+def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
+    """Return the routes that generate text."""
+    routes = _Generation(context)
+    return [
+        Endpoint(
+            path="/v1/completions",
+            right=GATEWAY + "Generate",
+            handler=routes.completions,
+            summary="Continue text.",
+            body=CompletionBody,
+            table=fields.COMPLETION,
+            is_streamed=True,
+        ),
+        Endpoint(
+            path="/v1/chat/completions",
+            right=GATEWAY + "Generate",
+            handler=routes.chat_completions,
+            summary="Continue a conversation.",
+            body=ChatBody,
+            table=fields.CHAT,
+            is_streamed=True,
+        ),
+    ]
+
+
+class _Generation:
+    def __init__(self, context: HttpContext) -> None:
+        self._context = context
+
+    async def completions(self, request: Request, admission: Admission) -> ASGIApp:
+        """Continue text."""
+        origin = origin_of(request.scope)
+        return await self._planned(
+            request,
+            admission,
+            lambda data, is_base: convert.completion_plan(convert.decode(data, CompletionBody), is_base, origin=origin),
+        )
+
+    async def chat_completions(self, request: Request, admission: Admission) -> ASGIApp:
+        """Continue a conversation."""
+        origin = origin_of(request.scope)
+        return await self._planned(
+            request,
+            admission,
+            lambda data, is_base: convert.chat_plan(convert.decode(data, ChatBody), is_base, origin=origin),
+        )
+
+    async def _planned(
+        self, request: Request, admission: Admission, plan: Callable[[bytes, convert.IsBase], Plan]
+    ) -> ASGIApp:
+        context, caller = self._context, admission.principal
+
+        def is_base(name: str) -> bool:
+            return context.catalog.find(name, caller) is not None
+
+        async with context.bodies.read(request, tenant=caller.name) as data:
+            if len(data) <= INLINE_MAX_BODY_BYTES:
+                return self._generate(plan(data, is_base), admission)
+            work = functools.partial(plan, data, is_base)
+            prepared = await context.workers.run(work, tenant=caller.name, num_bytes=len(data))
+            return self._generate(prepared, admission)
+
+    def _generate(self, plan: Plan, admission: Admission) -> ASGIApp:
+        context = self._context
+        quota = context.quotas.call(admission.principal.name, len(plan.requests))
+        events = generate_choices(context.core, plan.requests, caller=admission.principal, quota=quota)
+        renderer = Renderer(plan, request_id=plan.requests[0].request_id)
+        return GenerationResponse(
+            plan, events, renderer, admission=admission, quota=quota, slow_client_s=context.slow_client_s
+        )
