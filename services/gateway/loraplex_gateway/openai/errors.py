@@ -87,8 +87,8 @@ def error_object(error: LoraplexError, names: BodyNames | None = None) -> dict[s
     return {"error": body}
 
 
-def error_response(error: LoraplexError, names: BodyNames | None = None) -> Response:
-    """Return the HTTP response of an error, with Retry-After where a retry makes sense."""
+def error_headers(error: LoraplexError) -> dict[str, str]:
+    """Return the headers of an error's response, with Retry-After where a retry makes sense."""
     headers: dict[str, str] = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -99,5 +99,10 @@ def error_response(error: LoraplexError, names: BodyNames | None = None) -> Resp
         headers[DROP_REASON_KEY] = error.drop_reason
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+def error_response(error: LoraplexError, names: BodyNames | None = None) -> Response:
+    """Return the HTTP response of an error."""
     body = msgspec.json.encode(error_object(error, names))
-    return Response(body, error.http_status, headers, media_type="application/json")
+    return Response(body, error.http_status, error_headers(error), media_type="application/json")

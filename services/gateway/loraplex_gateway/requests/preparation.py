@@ -125,6 +125,17 @@ class Preparer:
         validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
         return prompt_ids
 
+    async def count_tokens(self, request: GenerationRequest, *, caller: Principal) -> int:
+        """Return the length of a request's prompt in tokens of the model that it names, an adapter's included.
+
+        Raises:
+            LoraplexError: The refusals of `prepare` that are about the prompt and the names.
+        """
+        validation.check_prompt(request.prompt)
+        assert request.prompt is not None  # check_prompt
+        model, _ = await self._select(request, caller)
+        return len((await self.encode(model, request.prompt, tenant=caller.name)).ids)
+
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return a prompt's token ids.
 
