@@ -49,6 +49,11 @@ def _others(table: Table, shared: list[Field]) -> list[Field]:
     return [field for field in table.fields.values() if field not in shared]
 
 
+def field_table(table: Table) -> str:
+    """Return one table as Markdown."""
+    return _table(table.fields.values())
+
+
 def _table(rows: Iterable[Field]) -> str:
     lines = ["| field | rule | |", "| --- | --- | --- |"]
     grouped: dict[tuple[str, str], list[str]] = {}

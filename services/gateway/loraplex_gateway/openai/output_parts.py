@@ -32,10 +32,10 @@ class Part:
 
     Attributes:
         index: Its place in the output, from 0.
-        call_id: Of a call.
-        name: The function that a call names.
+        call_id: The call's own id; empty for the others.
+        name: The function that a call names; empty for the others.
         texts: What has come of its text, or of a call's arguments.
-        logprobs: Of the text's tokens, if they are asked for.
+        logprobs: Those of the text's tokens, if they are asked for.
     """
 
     kind: PartKind

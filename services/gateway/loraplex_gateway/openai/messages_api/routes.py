@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 API_KEY: Final = b"x-api-key"
 AUTHORIZATION: Final = b"authorization"
-VERSION: Final = "2023-06-01"
+# Their answers have one shape. The later one has no sampling fields; here they are served as extra fields in both.
+VERSIONS: Final = ("2023-06-01", "2026-10-21")
 ALL_METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 NO_BATCHES: Final = "is not served here: there are POST /v1/messages and POST /v1/messages/count_tokens, no batches"
 
@@ -79,7 +80,7 @@ class MessagesEndpoint(Endpoint):
             trace_id = origin_of(request.scope).trace_id
             try:
                 admission = context.admit(_with_key(request), self.right)
-                _check_version(request.headers.get("anthropic-version", VERSION))
+                _check_version(request.headers.get("anthropic-version", VERSIONS[0]))
                 return _WithId(await self.handler(request, admission), trace_id)
             except LoraplexError as error:
                 return errors.refusal(error, trace_id)
@@ -142,17 +143,17 @@ class _WithId:
 
 
 def _with_key(request: Request) -> Request:
-    """Return a request whose key stands where the other APIs have it; an Authorization header goes before x-api-key."""
+    """Return a request whose key stands where the other APIs have it; x-api-key goes before Authorization, as at Anthropic's."""
     key = next((value for name, value in request.scope["headers"] if name == API_KEY), None)
-    if key is None or AUTHORIZATION in dict(request.scope["headers"]):
+    if key is None:
         return request
-    headers = [*request.scope["headers"], (AUTHORIZATION, b"Bearer " + key)]
-    return Request({**request.scope, "headers": headers}, request.receive)
+    others = [(name, value) for name, value in request.scope["headers"] if name != AUTHORIZATION]
+    return Request({**request.scope, "headers": [*others, (AUTHORIZATION, b"Bearer " + key)]}, request.receive)
 
 
 def _check_version(version: str) -> None:
-    if version != VERSION:
+    if version not in VERSIONS:
         raise InvalidParameterError(
-            f"anthropic-version {version[:64]!r} is not served; send {VERSION} or leave the header out",
+            f"anthropic-version {version[:64]!r} is not served; send {' or '.join(VERSIONS)}, or leave the header out",
             field="anthropic-version",
         )
