@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 import msgspec
 from loraplex_common.errors import InvalidParameterError
 
+from loraplex_gateway.openai.errors import BodyError
 from loraplex_gateway.openai.fields import CHAT, COMPLETION, WHICH_MODEL, Rule
 from loraplex_gateway.openai.schema import ChatBody, CommonBody, CompletionBody
 from loraplex_gateway.requests.validation import MAX_VIOLATIONS_TOLD
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from loraplex_gateway.openai.fields import Field, Table
 
 Body = TypeVar("Body", bound=CommonBody)
-Violation = tuple[str, str]
+Violation = tuple[str, str, str]
+"""A field, what is wrong with it, and OpenAI's code for that."""
 
 BODIES: Final[dict[type[CommonBody], Table]] = {ChatBody: CHAT, CompletionBody: COMPLETION}
 
@@ -40,13 +43,11 @@ def decode(data: bytes, body: type[Body]) -> Body:
             with one violation per field.
     """
     members, table = _read(data), BODIES[body]
-    found: list[Violation] = []
-    for violation in _violations(members, table, "", members):
-        found.append(violation)
-        if len(found) == MAX_VIOLATIONS_TOLD:
-            break  # what a body of a million unknown names costs
+    # No more than are told: a body may have a million unknown names.
+    found = list(itertools.islice(_violations(members, table, "", members), MAX_VIOLATIONS_TOLD))
     if found:
-        raise InvalidParameterError("; ".join(text for _, text in found), violations=found)
+        told = [(field, text) for field, text, _ in found]
+        raise BodyError("; ".join(text for _, text in told), openai_code=found[0][2], violations=told)
     return _convert(_served(members, table), body)
 
 
@@ -97,9 +98,10 @@ def _violations(members: dict[str, Any], table: Table, path: str, body: dict[str
         field = table.fields.get(name)
         where = f"{path}{_quotable(name)}"
         if field is None:
-            yield where, f"unknown field {where}{_suggestion(name, table)}"
+            yield where, f"unknown field {where}{_suggestion(name, table)}", "unknown_parameter"
         elif field.rule is Rule.REFUSED and not _is_harmless(value, field, body):
-            yield where, f"{where} is not supported: {field.note}"
+            code = "unsupported_value" if field.harmless or field.same_as else "unsupported_parameter"
+            yield where, f"{where} is not supported: {field.note}", code
         elif name in table.nested:
             for suffix, inner in _objects_in(value):
                 yield from _violations(inner, table.nested[name], f"{where}{suffix}.", body)
@@ -158,7 +160,9 @@ def _convert(members: dict[str, Any], body: type[Body]) -> Body:
         known = BODIES[body].fields.get(field)
         values = f"; {known.note}" if known and what.startswith("Invalid enum value") else ""
         text = f"{field} is missing{_REMEDIES.get(field, '')}" if missing else f"{field}: {what}{values}"
-        raise InvalidParameterError(text.replace("`", ""), field=field) from error
+        code = "missing_required_parameter" if missing else "invalid_type"
+        code = "invalid_value" if what.startswith("Invalid enum value") else code
+        raise BodyError(text.replace("`", ""), openai_code=code, field=field) from error
 
 
 def _quotable(name: str) -> str:
