@@ -41,7 +41,7 @@ class ChatMessage:
     """One turn of a conversation.
 
     Attributes:
-        tool_calls: Of an assistant's turn.
+        tool_calls: The calls that an assistant's turn made.
         tool_call_id: The call that a turn of role ``tool`` answers.
         reasoning: What an assistant's turn thought before its content.
     """
@@ -119,13 +119,18 @@ class Stopping:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResponseOptions:
-    """What the chunks carry; logprobs counts are `None` for none at all."""
+    """What the chunks carry; logprobs counts are `None` for none at all.
+
+    Attributes:
+        prompt_text: Whether `Started` brings the prompt's text.
+    """
 
     text: bool = True
     token_ids: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    prompt_text: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +169,7 @@ class GenerationRequest:
         resume: The stream that it goes on with; None starts one.
         structured_output: What the output must look like; None for anything.
         truncate_prompt_tokens: Number of the prompt's last tokens to keep; -1 as many as have room; None for all.
+        truncates_end: Keep the first tokens of a prompt that is truncated, not the last ones.
     """
 
     prompt: Prompt | None
@@ -188,6 +194,7 @@ class GenerationRequest:
     resume: Resume | None = None
     structured_output: StructuredOutput | None = None
     truncate_prompt_tokens: int | None = None
+    truncates_end: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,8 +250,29 @@ class AdapterLoading:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PromptText:
+    """A prompt as text: as it was sent, or what its token ids stand for.
+
+    Attributes:
+        offsets: Characters of the text before each of the prompt's tokens.
+        first_token: The bytes that its first token stands for: it is the one without a log-probability.
+    """
+
+    text: str
+    offsets: tuple[int, ...]
+    first_token: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Started:
-    """An engine runs the request; `sampling` is how, the model's defaults filled in."""
+    """An engine runs the request.
+
+    Attributes:
+        prompt_token_ids: The prompt's tokens.
+        prompt_logprobs: For each of the prompt's tokens after the first, if they were asked for.
+        prompt_text: If it was asked for.
+        sampling: How tokens are drawn, the model's defaults filled in.
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -254,6 +282,8 @@ class Started:
     resume_token: str = ""
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     sampling: Sampling = Sampling()
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_text: PromptText | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway.openai.convert import chat_plan
+from loraplex_gateway.openai.field_rules import Table
+from loraplex_gateway.openai.other_names import OtherNames, Rename
+from loraplex_gateway.openai.output_format import constraint_field
 from loraplex_gateway.openai.schema import ChatBody, CommonBody
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from loraplex_gateway.openai.convert import IsBase, Plan
-    from loraplex_gateway.openai.other_names import OtherNames
     from loraplex_gateway.openai.tracing import Origin
 
 
@@ -35,12 +38,36 @@ def as_chat(body: CommonBody, own: Mapping[str, Any]) -> ChatBody:
     return chat
 
 
-def chat_plan_of(chat: ChatBody, is_base: IsBase, *, origin: Origin, names: OtherNames) -> Plan:
-    """Return the plan of a chat body, its errors in the words of the body that it was made from.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Words:
+    """How a body calls its fields.
+
+    Attributes:
+        table: Its own fields.
+        renames: What chat completions call otherwise.
+        paths: Where in it each turn of the conversation comes from.
+    """
+
+    table: Table
+    renames: tuple[Rename, ...]
+    paths: Sequence[str]
+
+
+def chat_plan_of(body: CommonBody, own: Mapping[str, Any], is_base: IsBase, *, origin: Origin, words: Words) -> Plan:
+    """Return the plan of the chat completion that a body asks for, its errors in the body's own words.
+
+    Args:
+        body: The other API's body.
+        own: As `as_chat` takes it.
+        is_base: Tells base models from adapters.
+        origin: How the request is known.
+        words: How the body calls its fields.
 
     Raises:
         InvalidParameterError: For what is not served.
     """
+    chat = as_chat(body, own)
+    names = OtherNames(words.table, body, paths=words.paths, renames=words.renames, constraint=constraint_field(chat))
     try:
         return replace(chat_plan(chat, is_base, origin=origin), names=names)
     except InvalidParameterError as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 import msgspec
 from loraplex_common.errors import InvalidParameterError
 
+from loraplex_gateway.openai.errors import BodyError
 from loraplex_gateway.openai.fields import CHAT, COMPLETION, WHICH_MODEL, Rule
 from loraplex_gateway.openai.schema import ChatBody, CompletionBody
 from loraplex_gateway.requests.validation import MAX_VIOLATIONS_TOLD
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 Object = TypeVar("Object", bound=msgspec.Struct)
-Violation = tuple[str, str]
+Violation = tuple[str, str, str]
+"""A field, what is wrong with it, and OpenAI's code for that."""
 
 BODIES: Final[dict[type[msgspec.Struct], Table]] = {ChatBody: CHAT, CompletionBody: COMPLETION}
 
@@ -42,13 +44,7 @@ def decode(data: bytes, body: type[Body], table: Table | None = None) -> Body:
             with one violation per field.
     """
     members, table = _read(data), table or BODIES[body]
-    found: list[Violation] = []
-    for violation in _violations(members, table, "", members):
-        found.append(violation)
-        if len(found) == MAX_VIOLATIONS_TOLD:
-            break  # what a body of a million unknown names costs
-    if found:
-        raise InvalidParameterError("; ".join(text for _, text in found), violations=found)
+    _check(members, table, "")
     return _convert(_served(members, table), body, table)
 
 
@@ -64,10 +60,16 @@ def read_object(value: dict[str, Any], struct: type[Object], table: Table, where
     Raises:
         InvalidParameterError: As `decode`, with the whole path of each field.
     """
-    found = list(itertools.islice(_violations(value, table, f"{where}.", value), MAX_VIOLATIONS_TOLD))
-    if found:
-        raise InvalidParameterError("; ".join(text for _, text in found), violations=found)
+    _check(value, table, f"{where}.")
     return _convert(_served(value, table), struct, table, f"{where}.")
+
+
+def _check(members: dict[str, Any], table: Table, path: str) -> None:
+    # No more than are told: a body may have a million unknown names.
+    found = list(itertools.islice(_violations(members, table, path, members), MAX_VIOLATIONS_TOLD))
+    if found:
+        told = [(field, text) for field, text, _ in found]
+        raise BodyError("; ".join(text for _, text in told), openai_code=found[0][2], violations=told)
 
 
 def _read(data: bytes) -> dict[str, Any]:
@@ -117,9 +119,10 @@ def _violations(members: dict[str, Any], table: Table, path: str, body: dict[str
         field = table.fields.get(name)
         where = f"{path}{_quotable(name)}"
         if field is None:
-            yield where, f"unknown field {where}{_suggestion(name, table)}"
+            yield where, f"unknown field {where}{_suggestion(name, table)}", "unknown_parameter"
         elif field.rule is Rule.REFUSED and not _is_harmless(value, field, body):
-            yield where, f"{where} is not supported: {field.note}"
+            code = "unsupported_value" if field.harmless or field.same_as else "unsupported_parameter"
+            yield where, f"{where} is not supported: {field.note}", code
         elif name in table.nested:
             for suffix, inner in _objects_in(value):
                 yield from _violations(inner, table.nested[name], f"{where}{suffix}.", body)
@@ -179,7 +182,9 @@ def _convert(members: dict[str, Any], struct: type[Object], table: Table, prefix
         values = f"; {known.note}" if known and what.startswith("Invalid enum value") else ""
         remedy = "" if prefix else _REMEDIES.get(field, "")
         text = f"{prefix}{field} is missing{remedy}" if missing else f"{prefix}{field}: {what}{values}"
-        raise InvalidParameterError(text.replace("`", ""), field=f"{prefix}{field}") from error
+        code = "missing_required_parameter" if missing else "invalid_type"
+        code = "invalid_value" if what.startswith("Invalid enum value") else code
+        raise BodyError(text.replace("`", ""), openai_code=code, field=f"{prefix}{field}") from error
 
 
 def _quotable(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.fields import Rule
+from loraplex_gateway.openai.output_fields import RESPONSE_FORMAT, STRUCTURED_OUTPUTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -43,6 +44,7 @@ def tables() -> str:
 def _nested() -> Iterator[Table]:
     messages = fields.CHAT.nested["messages"]
     yield from (messages, messages.nested["content"], fields.STREAM_OPTIONS)
+    yield from (RESPONSE_FORMAT, RESPONSE_FORMAT.nested["json_schema"], STRUCTURED_OUTPUTS)
 
 
 def _others(table: Table, shared: list[Field]) -> list[Field]:

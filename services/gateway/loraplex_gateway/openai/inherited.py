@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraplex_gateway.openai.fields import CHAT, COMPLETION, Table, table
+from loraplex_gateway.openai.field_rules import Table, table
+from loraplex_gateway.openai.fields import CHAT, COMPLETION
 
 if TYPE_CHECKING:
-    from loraplex_gateway.openai.fields import Field
+    from loraplex_gateway.openai.field_rules import Field
 
 ALSO_TAKEN = ("chat_template_kwargs",)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import InvalidParameterError
 
-from loraplex_gateway.openai.errors import BodyNames
+from loraplex_gateway.openai.errors import BodyError, BodyNames
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,18 +47,25 @@ class OtherNames(BodyNames):
         body: The body.
         paths: Where in it each turn of the conversation comes from.
         renames: What else is called otherwise.
+        constraint: The field of the chat body that constrains the output; empty if none does.
     """
 
     def __init__(
-        self, table: Table, body: CommonBody | None, *, paths: Sequence[str] = (), renames: Iterable[Rename] = ()
+        self,
+        table: Table,
+        body: CommonBody | None,
+        *,
+        paths: Sequence[str] = (),
+        renames: Iterable[Rename] = (),
+        constraint: str = "",
     ) -> None:
-        super().__init__(table, body)
+        super().__init__(table, body, constraint=constraint)
         self._paths = paths
         self._renames = tuple(renames)
 
     def field(self, core: str) -> str:
         """Return the body's name of a field of chat completions, or of the gateway's other parts."""
-        return super().field(self._renamed(core))
+        return self._called(super().field(self._renamed(core)))
 
     def text(self, text: str, core: str | None = None) -> str:
         """Return a message in the body's words."""
@@ -68,12 +75,17 @@ class OtherNames(BodyNames):
         """Return the refusal of the body as chat completions, in this body's words."""
         told = [(self.field(field), self.text(text, field)) for field, text in error.violations]
         message = "; ".join(text for _, text in told) if told else self.text(error.message)
+        if isinstance(error, BodyError):
+            return BodyError(message, openai_code=error.openai_code, violations=told)
         return InvalidParameterError(message, violations=told)
 
     def _renamed(self, text: str) -> str:
+        return _TURN.sub(self._path, self._called(text))
+
+    def _called(self, text: str) -> str:
         for pattern, replacement in self._renames:
             text = pattern.sub(replacement, text)
-        return _TURN.sub(self._path, text)
+        return text
 
     def _path(self, match: re.Match[str]) -> str:
         turn = int(match[1])

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import ANYBODY
-from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_common.errors import AdapterIncompatibleError, NotSupportedError
 
-from loraplex_gateway.requests import validation
+from loraplex_gateway.requests import lengths, validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.requests.prepared import PreparedRequest
+from loraplex_gateway.types import PromptText
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Principal
@@ -89,22 +90,26 @@ class Preparer:
             AdapterNotFoundError: And the other refusals of `NameTable.resolve`.
             ModelNotFoundError: If there is no such base model.
             AdapterIncompatibleError: If the adapter is for another base model.
+            NotSupportedError: If no engine of the base model does what the request asks for.
         """
         validation.check_request(request)
         priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
         model, adapter = await self._select(request, caller)
-        prompt_ids = await self._prompt_ids(request, model, tenant=caller.name)
-        room = self._max_model_len(model) - len(prompt_ids)
+        self._check_engines(request, model)
+        tokens = await self._tokens(request, model, tenant=caller.name)
+        room = self._max_model_len(model) - len(tokens.prompt)
         limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
         waits = request.queue_timeout_s is not None and continuation is None  # a resumed stream had its place
         return PreparedRequest(
             request=request,
             model=model,
             adapter=adapter,
-            prompt_ids=prompt_ids,
+            prompt_ids=tokens.prompt,
+            prompt_text=tokens.prompt_text,
+            bad_token_sequences=tokens.bad_sequences,
             sampling=_drawable(model.defaults.fill(request.sampling)),
             stop_token_ids=_stop_token_ids(request, model),
-            max_new_tokens=continuation.max_new_tokens if continuation else request.stopping.max_new_tokens or room,
+            max_new_tokens=_max_new_tokens(request, continuation, room=room),
             priority=priority,
             fairness_key=_fairness_key(model, adapter, caller),
             cache_salt=cache_salt(caller, request.cache_salt),
@@ -114,16 +119,34 @@ class Preparer:
             continuation=continuation,
         )
 
-    async def _prompt_ids(self, request: GenerationRequest, model: ServedModel, *, tenant: str) -> tuple[int, ...]:
-        """Return the prompt's tokens, checked together with all that the request says about tokens of its model."""
+    async def _tokens(self, request: GenerationRequest, model: ServedModel, *, tenant: str) -> _Tokens:
+        """Return a request's texts as tokens, checked together with all that it says about tokens of its model."""
         assert request.prompt is not None  # check_request
-        prompt_ids = (await self.encode(model, request.prompt, tenant=tenant)).ids
+        max_model_len, tokenizer = self._max_model_len(model), model.tokenizer
+        all_ids = (await self.encode(model, request.prompt, tenant=tenant)).ids
+        prompt_ids = lengths.truncated(all_ids, request, max_model_len)
         # The length first: it costs nothing, a look at each of a million ids does.
-        validation.check_length(len(prompt_ids), request.stopping.max_new_tokens, self._max_model_len(model))
+        lengths.check_length(len(prompt_ids), request.stopping.max_new_tokens, max_model_len)
         validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
         validation.check_drawable(request, model.defaults.eos_token_ids, model.info.vocab_size)
-        validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
-        return prompt_ids
+        lengths.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
+        bad_words, text = request.sampling.bad_words, None
+        if request.options.prompt_text:
+            is_whole = len(prompt_ids) == len(all_ids)
+            text = await tokenizer.prompt_text(request.prompt, prompt_ids, is_whole=is_whole, tenant=tenant)
+        return _Tokens(
+            prompt=prompt_ids,
+            prompt_text=text,
+            bad_sequences=await tokenizer.bad_token_sequences(bad_words, tenant=tenant) if bad_words else (),
+        )
+
+    def _check_engines(self, request: GenerationRequest, model: ServedModel) -> None:
+        """Refuse a constraint if the engines are there but none of them knows constraints: they would pass over it."""
+        is_constrained = request.structured_output is not None or bool(request.sampling.bad_words)
+        if is_constrained and self._pool.can_constrain(model.fingerprint) is False:
+            raise NotSupportedError(
+                f"no engine of {model.name} constrains outputs: all of them are of an earlier version; update one"
+            )
 
     async def count_tokens(self, request: GenerationRequest, *, caller: Principal) -> int:
         """Return the length of a request's prompt in tokens of the model that it names, an adapter's included.
@@ -174,6 +197,22 @@ class Preparer:
             f"adapter {request.adapter!r} was made for {made_for}, not for {names}{remedy}",
             metadata={"adapter": request.adapter, "base_fingerprint": adapter.base_fingerprint},
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tokens:
+    """A request's texts as tokens: its prompt, the prompt's text if it is wanted, and its bad words."""
+
+    prompt: tuple[int, ...]
+    prompt_text: PromptText | None
+    bad_sequences: tuple[tuple[int, ...], ...]
+
+
+def _max_new_tokens(request: GenerationRequest, continuation: Continuation | None, *, room: int) -> int:
+    if continuation is not None:
+        return continuation.max_new_tokens
+    wanted = request.stopping.max_new_tokens
+    return room if wanted is None else wanted
 
 
 def _stop_token_ids(request: GenerationRequest, model: ServedModel) -> frozenset[int]:

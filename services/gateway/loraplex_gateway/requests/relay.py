@@ -187,6 +187,7 @@ class EngineRelay:
                 affinity_key=prepared.affinity_key,
                 num_tokens=len(prepared.prompt_ids) + len(self._tokens),
                 excluded=self._excluded,
+                is_constrained=prepared.is_constrained,
             )
             if link is not None:
                 return link
@@ -244,7 +245,7 @@ class EngineRelay:
             prompt_ids=prepared.prompt_ids,
             resumed_ids=tuple(self._tokens),
             sampling=prepared.sampling,
-            stopping=replace(request.stopping, max_new_tokens=min(prepared.max_new_tokens, room)),
+            stopping=replace(request.stopping, max_new_tokens=max(1, min(prepared.max_new_tokens, room))),
             adapter_digest=prepared.adapter_digest,
             adapter_scale=request.adapter_scale,
             time_left_s=left_s(prepared.deadline),
@@ -257,6 +258,8 @@ class EngineRelay:
             fail_fast=request.fail_fast and not has_started,
             logprobs=request.options.logprobs,
             prompt_logprobs=None if has_started else request.options.prompt_logprobs,
+            structured_output=request.structured_output,
+            bad_token_sequences=prepared.bad_token_sequences,
         )
 
     def _check_worth_another(self, cause: Exception) -> None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway.openai import objects
-from loraplex_gateway.openai.as_chat import as_chat, chat_plan_of
+from loraplex_gateway.openai.as_chat import Words, chat_plan_of
 from loraplex_gateway.openai.body import decode
 from loraplex_gateway.openai.messages_api import fields, schema, turns
 from loraplex_gateway.openai.messages_api.schema import CountTokensBody, CustomTool, MessagesBody
-from loraplex_gateway.openai.other_names import OtherNames, renames
+from loraplex_gateway.openai.other_names import renames
 
 if TYPE_CHECKING:
     from loraplex_gateway.openai.convert import IsBase, Plan
@@ -57,7 +57,7 @@ def count_tokens_plan(data: bytes, is_base: IsBase, *, origin: Origin) -> Plan:
 
 def _plan(body: Body, table: Table, limits: dict[str, Any], is_base: IsBase, *, origin: Origin) -> Plan:
     chat = turns.conversation(body.messages, body.system)
-    names = OtherNames(table, body, paths=chat.paths, renames=RENAMES)
+    words = Words(table=table, renames=RENAMES, paths=chat.paths)
     own = {
         "messages": chat.turns,
         "chat_template_kwargs": _template_kwargs(body),
@@ -66,7 +66,7 @@ def _plan(body: Body, table: Table, limits: dict[str, Any], is_base: IsBase, *, 
         **_tools(body),
         **_output(body),
     }
-    return chat_plan_of(as_chat(body, own), is_base, origin=origin, names=names)
+    return chat_plan_of(body, own, is_base, origin=origin, words=words)
 
 
 def _continuation(chat: Chat) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from loraplex_gateway.openai.fields import CHAT, Field, Rule, ignored, refused, served, table
+from loraplex_gateway.openai.field_rules import Field, Rule, ignored, refused, served, table
+from loraplex_gateway.openai.fields import CHAT
 from loraplex_gateway.openai.inherited import table_with_inherited
 
 NO_SERVER_TOOLS: Final = "the tools of Anthropic's servers are not here; send tools with an input_schema"
@@ -67,6 +68,7 @@ MESSAGES: Final = table_with_inherited(
     *refused("response_format", "it is output_config.format here", {"type": "text"}),
     *refused("logprobs", "Anthropic's API has none; use /v1/chat/completions or /v1/responses", False),
     *refused("n", "there is one output; send the request again for another", 1),
+    *refused("prompt_logprobs", "use /v1/chat/completions"),
     *refused("return_token_ids", "blocks have text only; use /v1/chat/completions", False),
     thinking=THINKING,
     tool_choice=TOOL_CHOICE,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway.openai import objects
-from loraplex_gateway.openai.as_chat import as_chat, chat_plan_of
+from loraplex_gateway.openai.as_chat import Words, chat_plan_of
 from loraplex_gateway.openai.body import decode
 from loraplex_gateway.openai.convert import Plan
-from loraplex_gateway.openai.other_names import OtherNames, renames
+from loraplex_gateway.openai.other_names import renames
 from loraplex_gateway.openai.responses_api import fields, items, schema
 from loraplex_gateway.openai.responses_api.schema import FunctionTool, ResponsesBody
 
@@ -49,7 +49,7 @@ def responses_request(data: bytes, is_base: IsBase, *, origin: Origin) -> Asked:
     tools = tuple(
         tool for tool in objects.read_all(body.tools or [], schema.TOOLS, "tools") if isinstance(tool, FunctionTool)
     )
-    names = OtherNames(fields.RESPONSES, body, paths=chat.paths, renames=RENAMES)
+    words = Words(table=fields.RESPONSES, renames=RENAMES, paths=chat.paths)
     own = {
         "messages": chat.turns,
         "max_completion_tokens": body.max_output_tokens,
@@ -59,7 +59,7 @@ def responses_request(data: bytes, is_base: IsBase, *, origin: Origin) -> Asked:
         **_format(body),
         **({"reasoning_effort": body.reasoning.effort} if body.reasoning and body.reasoning.effort else {}),
     }
-    plan = chat_plan_of(as_chat(body, own), is_base, origin=origin, names=names)
+    plan = chat_plan_of(body, own, is_base, origin=origin, words=words)
     if body.truncation == "auto":
         requests = tuple(replace(request, truncate_prompt_tokens=-1) for request in plan.requests)
         plan = replace(plan, requests=requests)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from loraplex_gateway.openai.fields import CHAT, Field, Rule, ignored, refused, served, table
+from loraplex_gateway.openai.field_rules import Field, Rule, ignored, refused, served, table
+from loraplex_gateway.openai.fields import CHAT
 from loraplex_gateway.openai.inherited import table_with_inherited
 
 NOTHING_KEPT: Final = "nothing is kept between calls; send all items of the conversation as input"
@@ -78,6 +79,7 @@ RESPONSES: Final = table_with_inherited(
     *refused("reasoning_effort", "it is reasoning.effort here"),
     *refused("logprobs", f"ask for `{LOGPROBS}` in `include`", False),
     *refused("n", "there is one output; send the request again for another", 1),
+    *refused("prompt_logprobs", "use /v1/chat/completions"),
     *refused("return_token_ids", "items have text only; use /v1/chat/completions", False),
     stream_options=STREAM_OPTIONS,
     text=TEXT,

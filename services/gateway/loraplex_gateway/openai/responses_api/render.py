@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from loraplex_gateway.openai.errors import error_object, error_response
+from loraplex_gateway.openai.logprobs import chat_logprob
 from loraplex_gateway.openai.output_parts import OutputParts, Part, PartBegins, PartGrows, PartKind, consume
-from loraplex_gateway.openai.render import chat_logprob
 from loraplex_gateway.openai.responses_api.resource import COMPLETED, IN_PROGRESS, INCOMPLETE, Ending, Resource
 from loraplex_gateway.types import Chunk, Finished, Started
 
