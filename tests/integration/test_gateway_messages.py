@@ -11,6 +11,7 @@ import anthropic
 import httpx
 import pytest
 from anthropic.types import Message
+from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import AdapterLoadingError
 from support.gateway_rig import DIGEST, Rig, running_gateway
 
@@ -29,6 +30,11 @@ async def client_of(rig: Rig, **credentials: Any) -> AsyncIterator[Any]:
     credentials = credentials or {"api_key": "none"}
     async with anthropic.AsyncAnthropic(base_url=rig.http, max_retries=0, timeout=60, **credentials) as client:
         yield client
+
+
+def error_of(failure: anthropic.APIStatusError) -> dict[str, Any]:
+    body: Any = failure.body
+    return dict(body["error"])
 
 
 def prompt_of(rig: Rig, n: int = -1) -> str:
@@ -56,7 +62,7 @@ async def test_a_message_has_all_that_the_object_must_have(valkey_url: str) -> N
 
 async def test_a_stream_has_every_event_in_its_order_and_adds_up(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig, client_of(rig) as client:
-        rig.engine.finish, rig.engine.stop_token_id = 1, 1
+        rig.engine.finish, rig.engine.stop_token_id = gateway_pb2.FINISH_REASON_STOP, 1
         whole = await client.messages.create(**CALL)
         stream = await client.messages.create(**CALL, stream=True)
         events = [event async for event in stream]
@@ -97,6 +103,16 @@ async def test_stop_sequences_end_the_text_and_are_told(valkey_url: str) -> None
         assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", whole[2:4])
 
 
+async def test_no_tokens_at_all_may_be_asked_for(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, client_of(rig) as client, httpx.AsyncClient() as http:
+        message = await client.messages.create(**{**CALL, "max_tokens": 0})
+        body = {"model": "tiny", "input": "hi", "max_output_tokens": 0}
+        response = (await http.post(f"{rig.http}/v1/responses", json=body)).json()
+
+        assert (message.content[0].text, message.stop_reason, message.usage.output_tokens) == ("", "max_tokens", 0)
+        assert (response["status"], response["usage"]["output_tokens"]) == ("incomplete", 0)
+
+
 async def test_blocks_become_the_turns_of_the_conversation(valkey_url: str) -> None:
     system = [{"type": "text", "text": "be brief", "cache_control": {"type": "ephemeral"}}]
     messages = [
@@ -125,18 +141,18 @@ async def test_an_assistants_last_words_are_gone_on_with(valkey_url: str) -> Non
 async def test_tokens_are_counted_as_a_message_would_use_them(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig, client_of(rig) as client:
         for model in ("tiny", "poet"):
-            call = {"model": model, "messages": USER, "system": "be brief"}
+            call: dict[str, Any] = {"model": model, "messages": USER, "system": "be brief"}
             count = await client.messages.count_tokens(**call)
             message = await client.messages.create(**call, max_tokens=1)
 
             assert count.input_tokens == message.usage.input_tokens
-        for call, error in (
+        for wrong, error in (
             ({"model": "nobody"}, anthropic.NotFoundError),
             ({"model": "secret"}, anthropic.NotFoundError),
             ({"model": "tiny", "messages": []}, anthropic.BadRequestError),
         ):
             with pytest.raises(error):
-                await client.messages.count_tokens(**{"messages": USER, **call})
+                await client.messages.count_tokens(**{"messages": USER, **wrong})
 
 
 TOOL = {"name": "f", "input_schema": {"type": "object"}}
@@ -182,7 +198,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": ["x"]}, "messages[0]"),
     ({"messages": []}, "messages"),
     ({"system": [IMAGE]}, "system[0].type"),
-    ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 10**9}, "max_tokens"),
     ({"stop_sequences": [""]}, "stop_sequences[0]"),
@@ -239,7 +254,7 @@ async def test_a_key_is_taken_from_either_header_and_errors_are_anthropics(valke
         async with client_of(rig, auth_token="wrong") as client:
             with pytest.raises(anthropic.AuthenticationError) as caught:
                 await client.messages.create(**CALL)
-            assert caught.value.body["error"]["type"] == "authentication_error"
+            assert error_of(caught.value)["type"] == "authentication_error"
         async with httpx.AsyncClient() as http:
             for headers, status in (
                 ({"x-api-key": "sesame"}, 200),
@@ -257,7 +272,7 @@ async def test_other_failures_have_anthropics_types_and_tell_when_to_retry(valke
         rig.engine.refuse = AdapterLoadingError("on its way", retry_after_s=1.5)
         with pytest.raises(anthropic.InternalServerError) as caught:
             await client.messages.create(**{**CALL, "model": "poet"})
-        assert caught.value.body["error"]["type"] == "overloaded_error"
+        assert error_of(caught.value)["type"] == "overloaded_error"
         assert caught.value.response.headers["retry-after"] == "2"
         for method, path, status in (
             ("GET", "messages", 405),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
+from loraplex.v1 import gateway_pb2
 from openai.types.responses import Response
 from support.gateway_rig import DIGEST, Rig, running_gateway
 
@@ -51,7 +52,7 @@ async def test_a_response_has_all_that_the_object_must_have(valkey_url: str) -> 
 
 async def test_an_output_that_stops_is_completed(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig, client_of(rig) as client:
-        rig.engine.finish, rig.engine.stop_token_id = 1, 1
+        rig.engine.finish, rig.engine.stop_token_id = gateway_pb2.FINISH_REASON_STOP, 1
 
         response = await client.responses.create(model="tiny", input="hi", max_output_tokens=4)
 
@@ -77,7 +78,7 @@ ORDER = [
 
 async def test_a_stream_has_every_event_in_its_order_and_adds_up(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig, client_of(rig) as client:
-        rig.engine.finish, rig.engine.stop_token_id = 1, 1
+        rig.engine.finish, rig.engine.stop_token_id = gateway_pb2.FINISH_REASON_STOP, 1
         whole = await client.responses.create(model="tiny", input="hi", max_output_tokens=6)
         stream = await client.responses.create(model="tiny", input="hi", max_output_tokens=6, stream=True)
         events = [event async for event in stream]
@@ -108,7 +109,7 @@ async def test_a_cut_stream_ends_in_response_incomplete(valkey_url: str) -> None
 
 async def test_the_clients_own_stream_helper_puts_the_response_together(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig, client_of(rig) as client:
-        rig.engine.finish, rig.engine.stop_token_id = 1, 1
+        rig.engine.finish, rig.engine.stop_token_id = gateway_pb2.FINISH_REASON_STOP, 1
         async with client.responses.stream(model="tiny", input="hi", max_output_tokens=5) as stream:
             snapshots = [event.snapshot async for event in stream if event.type == "response.output_text.delta"]
             response = await stream.get_final_response()
@@ -207,7 +208,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"role": "user"}]}, "input[0].content"),
     ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
     ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input[0].encrypted_content"),
-    ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"max_output_tokens": -1}, "max_output_tokens"),
     ({"max_output_tokens": 10**9}, "max_output_tokens"),
     ({"temperature": 101}, "temperature"),
     ({"top_p": -0.1}, "top_p"),
