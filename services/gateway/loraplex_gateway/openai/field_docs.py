@@ -41,8 +41,9 @@ def tables() -> str:
 
 
 def _nested() -> Iterator[Table]:
-    messages = fields.CHAT.nested["messages"]
-    yield from (messages, messages.nested["content"], fields.STREAM_OPTIONS)
+    messages, calls = fields.CHAT.nested["messages"], fields.TURN_TOOL_CALL
+    yield from (messages, messages.nested["content"], calls, calls.nested["function"])
+    yield from (fields.TOOL, fields.OFFERED_FUNCTION, fields.STREAM_OPTIONS)
 
 
 def _others(table: Table, shared: list[Field]) -> list[Field]:

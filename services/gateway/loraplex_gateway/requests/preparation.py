@@ -7,16 +7,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import ANYBODY
-from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
 
+from loraplex_gateway.chat_output.formats import output_format
+from loraplex_gateway.chat_output.reading import chat_reading
 from loraplex_gateway.requests import validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.requests.prepared import PreparedRequest
+from loraplex_gateway.types import ChatPrompt
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.names import NameTable, ResolvedAdapter
+    from loraplex_gateway.chat_output.reading import ChatReading
     from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.requests.prepared import Continuation
     from loraplex_gateway.text.models import ModelCatalog, ServedModel
@@ -35,10 +39,12 @@ class RequestLimits:
     Attributes:
         max_stream_s: Deadline of requests that come without one.
         max_bytes_per_token: A prompt's text of more bytes than this x the longest sequence is not tokenised.
+        takes_chat_templates: Whether a request may bring a chat template.
     """
 
     max_stream_s: float
     max_bytes_per_token: int
+    takes_chat_templates: bool = False
 
 
 class Preparer:
@@ -93,7 +99,10 @@ class Preparer:
         validation.check_request(request)
         priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
         model, adapter = await self._select(request, caller)
-        prompt_ids = await self._prompt_ids(request, model, tenant=caller.name)
+        encoded = await self._encoded(request, model, tenant=caller.name)
+        prompt_ids, reading = encoded.ids, _reading(request, model, encoded)
+        if reading is not None:
+            request = replace(request, structured_output=reading.structured_output)
         room = self._max_model_len(model) - len(prompt_ids)
         limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
         waits = request.queue_timeout_s is not None and continuation is None  # a resumed stream had its place
@@ -112,18 +121,29 @@ class Preparer:
             deadline=arrived_at + limit_s - DEADLINE_MARGIN_S,
             queue_deadline=arrived_at + (request.queue_timeout_s or 0.0) if waits else None,
             continuation=continuation,
+            reading=reading,
         )
 
-    async def _prompt_ids(self, request: GenerationRequest, model: ServedModel, *, tenant: str) -> tuple[int, ...]:
-        """Return the prompt's tokens, checked together with all that the request says about tokens of its model."""
+    async def _encoded(self, request: GenerationRequest, model: ServedModel, *, tenant: str) -> Encoded:
+        """Return the prompt, checked together with all that the request says about tokens of its model."""
         assert request.prompt is not None  # check_request
-        prompt_ids = (await self.encode(model, request.prompt, tenant=tenant)).ids
+        self._check_template(request.prompt)
+        encoded = await self.encode(model, request.prompt, tenant=tenant)
+        prompt_ids = encoded.ids
         # The length first: it costs nothing, a look at each of a million ids does.
         validation.check_length(len(prompt_ids), request.stopping.max_new_tokens, self._max_model_len(model))
         validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
         validation.check_drawable(request, model.defaults.eos_token_ids, model.info.vocab_size)
         validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
-        return prompt_ids
+        return encoded
+
+    def _check_template(self, prompt: Prompt) -> None:
+        if isinstance(prompt, ChatPrompt) and prompt.template is not None and not self._limits.takes_chat_templates:
+            raise InvalidParameterError(
+                "chat_template is not supported: conversations are rendered by the model's own template unless the "
+                "operator allows others (--allow-request-chat-template); send a prompt you rendered",
+                field="chat_template",
+            )
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return a prompt's token ids.
@@ -163,6 +183,24 @@ class Preparer:
             f"adapter {request.adapter!r} was made for {made_for}, not for {names}{remedy}",
             metadata={"adapter": request.adapter, "base_fingerprint": adapter.base_fingerprint},
         )
+
+
+def _reading(request: GenerationRequest, model: ServedModel, encoded: Encoded) -> ChatReading | None:
+    """Return how the output of a chat is to be taken apart; None if it is not."""
+    prompt, template = request.prompt, encoded.template
+    if request.parsing is None or not isinstance(prompt, ChatPrompt) or template is None:
+        return None
+    output = output_format(
+        template.source, reads_tools=template.reads_tools, response_template=template.response_template
+    )
+    return chat_reading(
+        prompt,
+        request.parsing,
+        output=output,
+        rendered=encoded.rendered,
+        token_id=model.tokenizer.token_id,
+        constraint=request.structured_output,
+    )
 
 
 def _stop_token_ids(request: GenerationRequest, model: ServedModel) -> frozenset[int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplex_gateway.adapters.names import ResolvedAdapter
+from loraplex_gateway.chat_output.reading import ChatReading
 from loraplex_gateway.engines.wire import EngineFinish
 from loraplex_gateway.text.models import ServedModel
 from loraplex_gateway.types import FinishReason, GenerationRequest, Priority, Sampling, Timings
@@ -48,6 +49,7 @@ class PreparedRequest:
         deadline: When the caller's deadline passes (monotonic seconds), less a margin.
         queue_deadline: When queue_timeout passes (monotonic seconds); None for never.
         continuation: The stream that it resumes; None if it starts one.
+        reading: How the output is taken apart; None leaves it as it is.
     """
 
     request: GenerationRequest
@@ -64,6 +66,7 @@ class PreparedRequest:
     deadline: float
     queue_deadline: float | None
     continuation: Continuation | None = None
+    reading: ChatReading | None = None
 
     @property
     def adapter_digest(self) -> str:
