@@ -151,7 +151,8 @@ def output_format(source: str, *, reads_tools: bool, response_template: str = ""
 
 def _spec(response_template: str) -> Mapping[str, Any]:
     """Return the fields of transformers' `response_template`, each a region of the text; none of the older schema."""
-    fields = json.loads(response_template).get("fields") if response_template else None
+    described = json.loads(response_template) if response_template else None
+    fields = described.get("fields") if isinstance(described, dict) else None
     return fields if isinstance(fields, dict) else {}
 
 
@@ -172,7 +173,8 @@ def _tools_of(fields: Mapping[str, Any]) -> ToolFormat | None:
     if ends is None or not ends[0]:
         return None
     key = "parameters" if "parameters" in json.dumps(field.get("transform", "")) else "arguments"
-    known = next((fmt for _, fmt in _BY_TEXT if fmt is not None and (fmt.opening, fmt.closing) == ends), None)
+    formats = (fmt for _, fmt in _BY_TEXT if fmt is not None and fmt.syntax is Syntax.JSON)
+    known = next((fmt for fmt in formats if (fmt.opening, fmt.closing) == ends), None)
     return known or ToolFormat(
         name="response_template", syntax=Syntax.JSON, opening=ends[0], closing=ends[1], arguments_key=key
     )

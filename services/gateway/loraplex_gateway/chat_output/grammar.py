@@ -47,7 +47,12 @@ class Thoughts:
 
 def literal(text: str) -> str:
     """Return a text in Lark's quotes; nothing for none."""
-    return json.dumps(text, ensure_ascii=False) if text else ""
+    return schema_text(text) if text else ""
+
+
+def schema_text(value: Any) -> str:
+    """Return JSON in which nothing looks like llama.cpp's notation, by which engines tell grammars of that kind."""
+    return json.dumps(value, ensure_ascii=False).replace("::=", "\\u003a\\u003a=")
 
 
 def marker(text: str, token_id: TokenId) -> str:
@@ -64,7 +69,7 @@ def call_rules(fmt: ToolFormat, functions: Sequence[Mapping[str, Any]], token_id
     closing = marker(fmt.closing, token_id)
     for n, function in enumerate(functions):
         name = function["name"]
-        lines.append(f"args_{n}: %json {json.dumps(parameters_of(function))}")
+        lines.append(f"args_{n}: %json {schema_text(parameters_of(function))}")
         if fmt.syntax is Syntax.NAMED:
             lines.append(f"one_{n}: {literal(name)} {marker(fmt.middle, token_id)} args_{n}")
             continue
@@ -157,7 +162,7 @@ def after_thoughts(constraint: StructuredOutput, thoughts: Thoughts) -> Structur
         raise InvalidParameterError(
             f"a {constraint.kind.value} is not possible here: the model may think first, and what ends its thoughts, "
             f"{thoughts.tags.closing}, is no token of its own; send a JSON schema, a regex or a choice",
-            field="structured_outputs",
+            field="structured_output",
         )
     return constrained(body[0], body[1], thoughts)
 
@@ -168,7 +173,9 @@ def body_of(constraint: StructuredOutput) -> tuple[str, str] | None:
     if kind is ConstraintKind.JSON_OBJECT:
         return "body", 'body: %json {"type": "object"}\n'
     if kind is ConstraintKind.JSON_SCHEMA:
-        return "body", f"body: %json {json.dumps(json.loads(text))}\n"
+        schema = json.loads(text)
+        schema = schema if isinstance(schema, dict) else {} if schema else {"not": {}}
+        return "body", f"body: %json {schema_text(schema)}\n"
     if kind is ConstraintKind.CHOICE:
         return "body", f"body: {' | '.join(literal(choice) for choice in json.loads(text))}\n"
     if kind is ConstraintKind.REGEX:

@@ -145,7 +145,7 @@ def tool_constraint(
             raise InvalidParameterError(
                 f"a {content.kind.value} is not possible beside tools that the model may call; ask for JSON, or for "
                 'tool_choice "none" or "required"',
-                field="structured_outputs",
+                field="structured_output",
             )
         return grammar.constrained(f"(calls | {body[0]})", rules + body[1], thoughts)
     if not any(function.get("strict") for function in functions):

@@ -30,8 +30,11 @@ def as_tools(functions: Sequence[Mapping[str, Any]]) -> list[Turn]:
 
 
 def _described(function: Mapping[str, Any]) -> Turn:
-    # What a model is trained to see: `strict` is said to the server.
-    return {key: value for key, value in function.items() if key != "strict"}
+    # What models are trained to see: `strict` is said to the server, and templates go through the parameters unasked.
+    described = {key: value for key, value in function.items() if key != "strict"}
+    return (
+        described if described.get("parameters") else {**described, "parameters": {"type": "object", "properties": {}}}
+    )
 
 
 def _turn(n: int, message: ChatMessage) -> Turn:

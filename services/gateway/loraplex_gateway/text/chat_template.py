@@ -81,6 +81,12 @@ RESERVED_VARIABLES: Final = frozenset(
 )
 
 
+@functools.lru_cache(maxsize=256)
+def variables_of(source: str) -> frozenset[str]:
+    """Return the names that a template reads and does not set itself; the source must be valid Jinja."""
+    return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
+
+
 class ChatTemplateError(ValueError):
     """The model's chat template cannot be read; the message names the file."""
 
@@ -103,10 +109,9 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, response_template: str = "") -> None:
-        environment = _environment()
         try:
-            self._template = environment.from_string(source)
-            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+            self._template = _environment().from_string(source)
+            self.variables = variables_of(source)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"chat template, line {error.lineno}: {error.message}") from error
         self.source = source

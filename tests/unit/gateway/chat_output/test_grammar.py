@@ -246,3 +246,13 @@ def test_parsers_see_the_special_tokens_of_their_format_alone() -> None:
     assert made.shown_ids >= ids
     assert tokenizer(has_markers=True).token_to_id("<|tool_call|>") not in made.shown_ids
     assert reading(None, ToolMode.NONE).rules is None
+
+
+def test_no_schema_makes_a_grammar_look_like_llama_cpps() -> None:
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"const": "x ::= y"}}}}
+
+    constraint = reading(formats.HERMES, ToolMode.REQUIRED, function).structured_output
+
+    assert constraint is not None
+    assert "::=" not in constraint.text
+    assert accepts(constraint, forced(formats.HERMES, ("f", '{"a": "x ::= y"}')))
