@@ -245,7 +245,9 @@ async def test_one_bad_prompt_among_several_refuses_the_call_at_once(valkey_url:
 
 
 NOT_SERVED: list[dict[str, Any]] = [
-    {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    {"tools": [{"type": "web_search"}]},
+    {"extra_body": {"documents": [{"text": "x"}]}},
+    {"reasoning_effort": "low"},
     {"response_format": {"type": "xml"}},
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
     {"top_logprobs": 3},

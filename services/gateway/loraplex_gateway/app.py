@@ -258,7 +258,9 @@ class GatewayApp:
             self.names,
             self.pool,
             limits=RequestLimits(
-                max_stream_s=self.config.max_stream_s, max_bytes_per_token=self.config.max_prompt_bytes_per_token
+                max_stream_s=self.config.max_stream_s,
+                max_bytes_per_token=self.config.max_prompt_bytes_per_token,
+                takes_chat_templates=self.config.allow_request_chat_template,
             ),
         )
         return GatewayCore(

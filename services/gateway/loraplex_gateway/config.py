@@ -33,6 +33,8 @@ class GatewayConfig(ServiceSettings):
         max_connections: Most connections at once, of gRPC and of HTTP each; fewer where descriptors are short.
         max_connection_age_s: Time after which a connection takes no further requests; those under way end undisturbed.
         max_prompt_bytes_per_token: Text of more bytes than this x the longest sequence is refused before it is tokenised.
+        allow_request_chat_template: Whether a chat may bring a template of its own: a program of the client's, in a sandbox
+            that bounds what it reaches, not how long it runs. For trusted clients only.
         resume_key_file: Keys of at least 32 characters, one a line, that seal resume tokens: the first seals, all of them open.
             Read again when it changes. None: the gateways agree on a key in Valkey.
         resume_window_s: How long after its start a client may resume a broken stream; 0 turns that off.
@@ -72,6 +74,7 @@ class GatewayConfig(ServiceSettings):
     max_prompt_bytes_per_token: int = setting(
         16, help="a prompt's bytes are at most this x the longest sequence's tokens; longer text is not tokenised"
     )
+    allow_request_chat_template: bool = setting(False, help="take chat templates from (trusted) clients' requests")
     resume_key_file: Path | None = setting(
         None, help="keys that seal resume tokens, one a line (default: agreed on in Valkey)", metavar="FILE"
     )

@@ -12,15 +12,13 @@ from loraplex_common.ids import new_request_id
 
 from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.body import decode as decode
+from loraplex_gateway.openai.chat_body import chat_prompt, names_function
 from loraplex_gateway.openai.errors import BodyNames
 from loraplex_gateway.openai.output_format import constraint_field, structured_output
 from loraplex_gateway.openai.prompts import MAX_CHOICES, completion_prompts
 from loraplex_gateway.openai.schema import ChatBody, StreamOptions
 from loraplex_gateway.requests.validation import REQUEST_ID_RULE, is_request_id
-from loraplex_gateway.text.prompt_size import check_num_messages
 from loraplex_gateway.types import (
-    ChatMessage,
-    ChatPrompt,
     GenerationRequest,
     Priority,
     ResponseOptions,
@@ -29,7 +27,7 @@ from loraplex_gateway.types import (
 )
 
 if TYPE_CHECKING:
-    from loraplex_gateway.openai.schema import ChatTurn, CommonBody, CompletionBody, ContentPart
+    from loraplex_gateway.openai.schema import CommonBody, CompletionBody
     from loraplex_gateway.openai.tracing import Origin
 
 IsBase = Callable[[str], bool]
@@ -51,6 +49,8 @@ class Plan:
         logprobs: Number of alternatives to show per position; None shows none.
         prompt_logprobs: As logprobs, for the prompt's tokens, in vLLM's form.
         is_echo: Whether a completion begins with the prompt.
+        names_function: Whether tool_choice names the function to call: then the end is "stop", as OpenAI has it.
+        shows_thoughts: Whether a chat's thoughts are part of the answer.
     """
 
     requests: tuple[GenerationRequest, ...]
@@ -64,6 +64,8 @@ class Plan:
     return_token_ids: bool
     prompt_logprobs: int | None = None
     is_echo: bool = False
+    names_function: bool = False
+    shows_thoughts: bool = True
 
 
 def completion_plan(body: CompletionBody, is_base: IsBase, *, origin: Origin) -> Plan:
@@ -96,14 +98,8 @@ def chat_plan(body: ChatBody, is_base: IsBase, *, origin: Origin) -> Plan:
             field="max_tokens",
         )
     request = _request(body, is_base, origin=origin, max_tokens=max_tokens, logprobs=logprobs)
-    check_num_messages(len(body.messages))
-    prompt = ChatPrompt(
-        messages=tuple(_message(n, turn) for n, turn in enumerate(body.messages)),
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        template_kwargs=body.chat_template_kwargs or {},
-    )
-    return _plan(body, [replace(request, prompt=prompt)], logprobs=logprobs)
+    prompt, parsing = chat_prompt(body)
+    return _plan(body, [replace(request, prompt=prompt, parsing=parsing)], logprobs=logprobs)
 
 
 def _with_prompt(options: ResponseOptions) -> ResponseOptions:
@@ -206,6 +202,8 @@ def _plan(body: CommonBody, requests: list[GenerationRequest], *, logprobs: int 
         logprobs=logprobs,
         return_token_ids=body.return_token_ids,
         prompt_logprobs=body.prompt_logprobs,
+        names_function=isinstance(body, ChatBody) and names_function(body.tool_choice),
+        shows_thoughts=not isinstance(body, ChatBody) or body.include_reasoning,
     )
 
 
@@ -216,26 +214,6 @@ def _choice(request: GenerationRequest, index: int, draw: int) -> GenerationRequ
     seed = request.sampling.seed
     sampling = request.sampling if seed is None else replace(request.sampling, seed=(seed + draw) % 2**64)
     return replace(request, request_id=new_request_id(), sampling=sampling)
-
-
-def _message(n: int, turn: ChatTurn) -> ChatMessage:
-    content = turn.content
-    if isinstance(content, list):
-        content = "\n".join(_part(f"messages[{n}].content[{i}]", part) for i, part in enumerate(content))
-    # Newer clients say developer where models and their templates know system.
-    role = "system" if turn.role == "developer" else turn.role
-    return ChatMessage(role=role, content=content, name=turn.name)
-
-
-def _part(field: str, part: ContentPart) -> str:
-    if part.type != "text":
-        raise InvalidParameterError(
-            f"{field}.type is not supported: parts of type {part.type[:64]!r} are not served, only text",
-            field=f"{field}.type",
-        )
-    if part.text is None:
-        raise InvalidParameterError(f"{field}.text is missing", field=f"{field}.text")
-    return part.text
 
 
 def _priority(given: int | str | None) -> Priority | None:

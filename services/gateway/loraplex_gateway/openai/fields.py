@@ -18,7 +18,8 @@ from loraplex_gateway.openai.field_rules import served as _served
 from loraplex_gateway.openai.field_rules import table as _table
 from loraplex_gateway.openai.output_fields import ONE_BACKEND, RESPONSE_FORMAT, STRUCTURED_OUTPUTS
 
-NO_TOOLS: Final = "tool calling is not served; describe the functions in a message"
+OLD_TOOLS: Final = "OpenAI's older way; send tools and tool_choice, tool_calls and turns of the role tool"
+ONLY_FUNCTIONS: Final = "only functions are served: type `function` with a function"
 NO_MEDIA: Final = "only text is served"
 WHICH_MODEL: Final = "name an adapter, or the base model for none; GET /v1/models lists them"
 ADAPTER_IS_MODEL: Final = "put the adapter's name into model"
@@ -40,15 +41,49 @@ CONTENT_PART: Final = _table(
     *_refused("image_url image input_audio audio_url video_url file refusal thinking", NO_MEDIA),
 )
 
+CALLED_FUNCTION: Final = _table(
+    "messages[].tool_calls[].function",
+    _served("name", "the function's name"),
+    _served("arguments", "the text of a JSON object, or the object; empty for none"),
+)
+
+TURN_TOOL_CALL: Final = _table(
+    "messages[].tool_calls[]",
+    _served("id", "the call's id, for templates that use it"),
+    _served("type", "`function`"),
+    _served("function", "see below"),
+    *_ignored("index", "it is the place in the list"),
+    function=CALLED_FUNCTION,
+)
+
+OFFERED_FUNCTION: Final = _table(
+    "tools[].function",
+    _served("name", "1 to 64 letters, digits, `_` and `-`"),
+    _served("description", "for the model"),
+    _served("parameters", "a JSON schema of an object; absent: no parameters"),
+    _served("strict", "whether a call's arguments are held to the schema also where the model need not call"),
+    *_ignored("cache_control", "prefixes are cached by themselves"),
+)
+
+TOOL: Final = _table(
+    "tools[]",
+    _served("type", "`function`; other types are refused"),
+    _served("function", "see below"),
+    *_ignored("cache_control", "prefixes are cached by themselves"),
+    function=OFFERED_FUNCTION,
+)
+
 MESSAGE: Final = _table(
     "messages[]",
     _served("role", "`developer` means `system`"),
-    _served("content", "text, or a list of parts of type `text`"),
+    _served("content", "text, or a list of parts of type `text`; null beside tool_calls"),
     _served("name", "for templates that use it"),
-    *_refused("tool_calls", NO_TOOLS, []),
-    *_refused("function_call tool_call_id", NO_TOOLS),
+    _served("tool_calls", "calls that an assistant's turn made, see below"),
+    _served("tool_call_id", "the call that a turn of the role `tool` answers"),
+    _served("reasoning_content", "vLLM's; what an assistant's turn thought, for templates that show it"),
+    _served("reasoning", "vLLM's other name of reasoning_content"),
+    *_refused("function_call", OLD_TOOLS),
     *_refused("refusal", "write it into content", ""),
-    *_refused("reasoning reasoning_content", "write it into content as the model's template has it", ""),
     *_refused("annotations", "write them into content", []),
     *_refused("type", NO_MEDIA, "text"),
     *_ignored("cache_control", "prefixes are cached by themselves"),
@@ -177,24 +212,35 @@ CHAT: Final = _table(
     _served("add_generation_prompt", "vLLM's"),
     _served("continue_final_message", "vLLM's"),
     _served("chat_template_kwargs", "vLLM's; further variables of the model's template, e.g. `enable_thinking`"),
-    *_refused("tools functions", NO_TOOLS, []),
-    *_refused("tool_choice function_call", NO_TOOLS, "none", "auto"),
-    *_ignored("parallel_tool_calls", "it matters with tools only, which are refused"),
-    *_refused("chat_template", "conversations are rendered by the model's own template; send a prompt you rendered"),
+    _served("tools", "up to 128 functions, 256 KiB; see below", "tools"),
+    _served(
+        "tool_choice", "`auto`, `none`, `required`, a function by name, or OpenAI's `allowed_tools`", "tool_choice"
+    ),
+    _served("parallel_tool_calls", "false: at most one call; true: up to 16 where they are constrained"),
+    *_refused("functions", OLD_TOOLS, []),
+    *_refused("function_call", OLD_TOOLS, "none", "auto"),
+    _served(
+        "chat_template", "vLLM's; only where the operator allows it (`--allow-request-chat-template`)", "chat_template"
+    ),
+    _served("documents", "vLLM's; up to 128 objects for templates that read them, refused for others", "documents"),
+    _served(
+        "reasoning_effort",
+        "for templates that read it, refused for others; `none` also turns off thinking by `enable_thinking`",
+        "reasoning_effort",
+    ),
+    _served("include_reasoning", "vLLM's; false leaves the thoughts out of the answer"),
     *_refused("add_special_tokens", "the template writes the special tokens", False),
-    *_refused("documents", "put them into a message", []),
     *_refused("echo", "the prompt is not repeated", False),
     *_refused("modalities", NO_MEDIA, ["text"], []),
     *_refused("audio web_search_options", NO_MEDIA),
     *_refused("media_io_kwargs mm_processor_kwargs", NO_MEDIA, {}),
     *_refused("verbosity", "ask for it in a message", "medium"),
-    *_refused("reasoning_effort", "the model's thinking is not steered; leave it out", "none"),
     *_refused("thinking_token_budget", "the model's thinking is not limited; see max_completion_tokens", -1),
-    *_refused("include_reasoning", "the model's thinking is part of the text", True),
     stream_options=STREAM_OPTIONS,
     response_format=RESPONSE_FORMAT,
     structured_outputs=STRUCTURED_OUTPUTS,
-    messages=_table(MESSAGE.name, *MESSAGE.fields.values(), content=CONTENT_PART),
+    messages=_table(MESSAGE.name, *MESSAGE.fields.values(), content=CONTENT_PART, tool_calls=TURN_TOOL_CALL),
+    tools=TOOL,
 )
 
 MODEL_PATH: Final = _table("GET /v1/models/{model}", _served("model", "as in the bodies", "adapter"))

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from loraplex_gateway.chat_output.deltas import ContentDelta, ReasoningDelta, ToolCallStart
+from loraplex_gateway.openai.plain_text import PlainText
 from loraplex_gateway.types import PositionLogprobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from loraplex_gateway.chat_output.deltas import ChatParser, Delta
-    from loraplex_gateway.types import Chunk
+    from loraplex_gateway.types import Chunk, Started
 
 
 class PartKind(enum.Enum):
@@ -80,18 +81,16 @@ Step: TypeAlias = PartBegins | PartGrows | PartEnds
 class OutputParts:
     """Follows one output.
 
-    Args:
-        parser: Splits its text.
-
     Attributes:
         parts: So far.
-        num_reasoning_tokens: Tokens of the chunks whose text ended in a thought.
     """
 
-    def __init__(self, parser: ChatParser) -> None:
+    def __init__(self) -> None:
         self.parts: list[Part] = []
-        self.num_reasoning_tokens = 0
-        self._parser = parser
+        self._parser: ChatParser = PlainText()
+        self._thought_end_id: int | None = None
+        self._num_tokens = 0  # until the thoughts end
+        self._is_past_thoughts = False
         self._current: Part | None = None
         self._pending: list[PositionLogprobs] = []  # of tokens whose text the parser still holds
 
@@ -100,12 +99,24 @@ class OutputParts:
         """Whether a function was called."""
         return any(part.kind is PartKind.CALL for part in self.parts)
 
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens of the thoughts, what ends them included."""
+        return self._num_tokens if any(part.kind is PartKind.REASONING for part in self.parts) else 0
+
+    def start(self, started: Started) -> None:
+        """Take the parser that the model's format asks for."""
+        if started.make_parser is not None:
+            self._parser = started.make_parser()
+        self._thought_end_id = started.thought_end_id
+
     def push(self, chunk: Chunk) -> Iterator[Step]:
         """Take a chunk of the output; yield what it changes."""
         self._pending.extend(chunk.logprobs)
-        yield from self._steps(self._parser.push(chunk.text))
-        if self._current is not None and self._current.kind is PartKind.REASONING:
-            self.num_reasoning_tokens += len(chunk.token_ids)
+        deltas = self._parser.push(chunk.text)
+        if not self._is_past_thoughts:
+            self._count(chunk.token_ids, deltas)
+        yield from self._steps(deltas)
 
     def finish(self) -> Iterator[Step]:
         """End the output; yield what was held back, and the end of the last part. An output without any is empty text."""
@@ -115,6 +126,16 @@ class OutputParts:
         if self._current is not None and self._current.kind is PartKind.TEXT:
             self._current.logprobs.extend(self._pending)  # of tokens without text of their own
         yield from self._end()
+
+    def _count(self, token_ids: Sequence[int], deltas: Sequence[Delta]) -> None:
+        end_id = self._thought_end_id
+        if end_id is not None and end_id in token_ids:
+            self._num_tokens += token_ids.index(end_id) + 1
+            self._is_past_thoughts = True
+        elif deltas and not isinstance(deltas[-1], ReasoningDelta):
+            self._is_past_thoughts = True  # its tokens are at most those of what ends the thoughts, and of blanks
+        else:
+            self._num_tokens += len(token_ids)
 
     def _steps(self, deltas: Sequence[Delta]) -> Iterator[Step]:
         for delta in deltas:

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from loraplex_gateway.openai import prompt_parts
+from loraplex_gateway.openai.chat_parts import ChatParts
 from loraplex_gateway.openai.logprobs import chat_logprob, completion_logprobs
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
 
@@ -41,6 +42,7 @@ class Renderer:
         self._revision: str | None = None
         self._started: dict[int, Started] = {}
         self._finished: dict[int, Finished] = {}
+        self._parts: dict[int, ChatParts] = {}  # of choices that are more than content
         self._num_prompt_tokens = [0] * len(plan.requests)
         self._num_output_tokens = [0] * len(plan.requests)
 
@@ -55,18 +57,38 @@ class Renderer:
             self._revision = event.adapter_revision or None
             self._started[choice] = event
             self._num_prompt_tokens[choice] = event.prompt_tokens
+            self._begin(choice, event)
             return self._first_chunk(choice, event)
         if isinstance(event, Chunk):
             self._num_output_tokens[choice] += len(event.token_ids)
+            if choice in self._parts:
+                return self._chunk_of_parts(choice, event)
             return self._chunk(choice, text=event.text, chunk=event)
         if isinstance(event, Finished):
             self._finished[choice] = event
-            return self._chunk(choice, text="", finished=event)
+            parts = self._parts[choice].finish() if choice in self._parts else None
+            return self._chunk(choice, text="", finished=event, parts=parts)
         return None
 
     def is_plain(self, choice: int, chunk: Chunk) -> bool:
         """Whether this choice's streamed objects differ from chunk to chunk in `text` and `token_ids` alone."""
-        return not chunk.logprobs and not self._plan.has_running_usage
+        return not chunk.logprobs and not self._plan.has_running_usage and choice not in self._parts
+
+    def _begin(self, choice: int, started: Started) -> None:
+        if started.make_parser is not None:
+            self._parts[choice] = ChatParts(started, shows_thoughts=self._plan.shows_thoughts)
+
+    def _chunk_of_parts(self, choice: int, chunk: Chunk) -> Json | None:
+        """Return the object for a chunk of a parsed choice; None while all that it brings is held back."""
+        parts = self._parts[choice].push(chunk)
+        if not (parts or chunk.logprobs or self._plan.return_token_ids):
+            return None
+        return self._chunk(choice, text="", chunk=chunk, parts=parts)
+
+    def _finish_reason(self, choice: int, finished: Finished) -> str:
+        calls = choice in self._parts and self._parts[choice].has_calls and not self._plan.names_function
+        is_whole = finished.finish_reason is FinishReason.STOP
+        return "tool_calls" if calls and is_whole else FINISH_REASONS[finished.finish_reason]
 
     def usage_chunk(self) -> Json:
         """Return the last streamed object, for stream_options.include_usage."""
@@ -110,17 +132,19 @@ class Renderer:
         role: str | None = None,
         chunk: Chunk | None = None,
         finished: Finished | None = None,
+        parts: Json | None = None,
     ) -> Json:
         body: Json = {"index": choice}
         if self._plan.is_chat:
             delta: Json = {} if finished else {"content": text}
+            delta = delta if parts is None else parts
             body["delta"] = {"role": role, **delta} if role else delta
         else:
             body["text"] = text
         body["logprobs"] = self._logprobs(choice, chunk.logprobs) if chunk is not None else None
         if chunk is not None and self._plan.return_token_ids:
             body["token_ids"] = list(chunk.token_ids)
-        body["finish_reason"] = FINISH_REASONS[finished.finish_reason] if finished else None
+        body["finish_reason"] = self._finish_reason(choice, finished) if finished else None
         if finished is not None:
             body["stop_reason"] = _stop_reason(finished)
         usage: Json = {"usage": None} if self._plan.include_usage else {}
@@ -138,24 +162,34 @@ class Renderer:
             if isinstance(event, Started):
                 self._revision = event.adapter_revision or None
                 self._started[choice] = event
+                self._begin(choice, event)
             elif isinstance(event, Finished):
                 self._finished[choice] = event
         finished = self._finished[choice]
-        text = "".join(chunk.text for chunk in chunks)
         body: Json = {"index": choice}
         if self._plan.is_chat:
-            body["message"] = {"role": "assistant", "content": text, "refusal": None}
+            body["message"] = self._message(choice, chunks)
         else:
+            text = "".join(chunk.text for chunk in chunks)
             body["text"] = prompt_parts.echoed_text(self._started.get(choice)) + text
         output = self._logprobs(choice, [entry for chunk in chunks for entry in chunk.logprobs])
         body["logprobs"] = self._with_echo(choice, output)
         if self._plan.return_token_ids:
             body["token_ids"] = [token_id for chunk in chunks for token_id in chunk.token_ids]
-        body["finish_reason"] = FINISH_REASONS[finished.finish_reason]
+        body["finish_reason"] = self._finish_reason(choice, finished)
         body["stop_reason"] = _stop_reason(finished)
         if not self._plan.is_chat and choice in self._started:
             body |= prompt_parts.prompt_fields(self._plan, self._started[choice])
         return body
+
+    def _message(self, choice: int, chunks: Sequence[Chunk]) -> Json:
+        parts = self._parts.get(choice)
+        if parts is None:
+            return {"role": "assistant", "content": "".join(chunk.text for chunk in chunks), "refusal": None}
+        for chunk in chunks:
+            parts.push(chunk)
+        parts.finish()
+        return parts.message()
 
     def _usage(self) -> Json:
         # The choices of one prompt share it: it is counted once.
@@ -163,12 +197,16 @@ class Renderer:
         prompts = [self._finished[n].usage for n in self._finished if n % per_prompt == 0]
         prompt = sum(usage.prompt_tokens for usage in prompts)
         output = sum(finished.usage.output_tokens for finished in self._finished.values())
-        return {
+        body: Json = {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in prompts)},
         }
+        if self._parts:
+            num_thought = sum(parts.num_thought_tokens for parts in self._parts.values())
+            body["completion_tokens_details"] = {"reasoning_tokens": num_thought}
+        return body
 
     def _num_prompts(self) -> int:
         return len({id(request.prompt) for request in self._plan.requests})

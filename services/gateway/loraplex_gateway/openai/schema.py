@@ -110,12 +110,47 @@ class ContentPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The function of a call: arguments are the text of a JSON object, or the object."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class TurnToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A call that an assistant's turn made."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class OfferedFunction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool: only functions are served."""
+
+    type: str
+    function: OfferedFunction | None = None
+
+
 class ChatTurn(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One message of a conversation."""
 
     role: str
-    content: str | list[ContentPart]
+    content: str | list[ContentPart] | None = None
     name: str | None = None
+    tool_calls: list[TurnToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChatBody(CommonBody, kw_only=True):
@@ -129,3 +164,10 @@ class ChatBody(CommonBody, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    chat_template: str | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool = True

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplex_gateway.adapters.names import ResolvedAdapter
+from loraplex_gateway.chat_output.reading import ChatReading
 from loraplex_gateway.engines.wire import EngineFinish
 from loraplex_gateway.text.models import ServedModel
 from loraplex_gateway.types import FinishReason, GenerationRequest, Priority, PromptText, Sampling, Timings
@@ -50,6 +51,7 @@ class PreparedRequest:
         bad_token_sequences: Token sequences that its bad words are written with.
         prompt_text: The prompt as text, if the answer shall begin with it.
         continuation: The stream that it resumes; None if it starts one.
+        reading: How the output is taken apart; None leaves it as it is.
     """
 
     request: GenerationRequest
@@ -68,6 +70,7 @@ class PreparedRequest:
     bad_token_sequences: tuple[tuple[int, ...], ...] = ()
     prompt_text: PromptText | None = None
     continuation: Continuation | None = None
+    reading: ChatReading | None = None
 
     @property
     def adapter_digest(self) -> str:

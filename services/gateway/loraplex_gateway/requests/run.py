@@ -62,6 +62,7 @@ class RequestRun:
             stopping=prepared.request.stopping,
             stop_token_ids=prepared.stop_token_ids,
             prompt_ids=prepared.prompt_ids,
+            shown_ids=prepared.reading.shown_ids if prepared.reading is not None else frozenset(),
         )
 
     @property
@@ -172,6 +173,7 @@ class RequestRun:
             self._queue_s += started.queue_s
             self._adapter_load_s = started.adapter_load_s
         self.resume_token = self._token(self)
+        reading = self.prepared.reading
         return Started(
             prompt_tokens=len(self.prepared.prompt_ids),
             cached_tokens=self._cached_tokens,
@@ -183,6 +185,8 @@ class RequestRun:
             prompt_logprobs=started.prompt_logprobs if started is not None else (),
             prompt_token_ids=self.prepared.prompt_ids,
             prompt_text=self.prepared.prompt_text,
+            make_parser=reading.parser if reading is not None and reading.rules is not None else None,
+            thought_end_id=reading.thought_end_id if reading is not None else None,
         )
 
     def _push(self, update: EngineUpdate) -> Chunk | None:

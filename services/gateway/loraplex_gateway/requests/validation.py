@@ -16,7 +16,7 @@ from loraplex_common import request_limits
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway.requests import constraints
-from loraplex_gateway.text import template_variables
+from loraplex_gateway.text import template_variables, tool_rules
 from loraplex_gateway.types import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
@@ -201,6 +201,7 @@ def _chat(prompt: ChatPrompt) -> Iterator[Violation]:
         yield from _unicode(f"messages[{n}].role", message.role)
         yield from _unicode(f"messages[{n}].content", message.content)
     yield from template_variables.violations(prompt.template_kwargs)
+    yield from tool_rules.violations(prompt)
 
 
 def _names(request: GenerationRequest) -> Iterator[Violation]:

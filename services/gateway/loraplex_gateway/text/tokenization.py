@@ -19,6 +19,7 @@ from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from loraplex_gateway.text.fair_workers import FairWorkers
@@ -32,10 +33,11 @@ INLINE_MAX_TOKENS: Final = 128
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt's token ids, and its text after the chat template for a conversation."""
+    """A prompt's token ids, and for a conversation its text after the chat template, and that template."""
 
     ids: tuple[int, ...]
     rendered: str = ""
+    template: ChatTemplate | None = None
 
 
 class PromptTokenizer:
@@ -46,6 +48,11 @@ class PromptTokenizer:
         config: tokenizer_config.json as read.
         template: The chat template, if the model has one.
         workers: Run long prompts.
+
+    Attributes:
+        table: What single tokens stand for.
+        template: The chat template; None if the model has none.
+        token_id: Returns the id of the token with this text; None if there is none.
     """
 
     def __init__(
@@ -58,8 +65,9 @@ class PromptTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.table = TokenTable(tokenizer)
+        self.token_id: Callable[[str], int | None] = tokenizer.token_to_id
         self._tokenizer = tokenizer
-        self._template = template
+        self.template = template
         self._workers = workers
         self._shared: dict[int, asyncio.Task[Encoded]] = {}
         self._waiters: dict[asyncio.Task[Encoded], int] = {}
@@ -91,7 +99,9 @@ class PromptTokenizer:
             return Encoded(prompt.ids)
         num_bytes = prompt_bytes(prompt)
         check_bytes(num_bytes, max_bytes)
-        is_short = isinstance(prompt, TextPrompt) or len(prompt.messages) <= INLINE_MAX_MESSAGES
+        is_short = isinstance(prompt, TextPrompt) or (
+            len(prompt.messages) <= INLINE_MAX_MESSAGES and prompt.template is None
+        )
         if is_short and num_bytes <= INLINE_MAX_CHARS:
             return self.encode_now(prompt, max_bytes=max_bytes)
         return await self._encode_away(prompt, tenant, num_bytes, max_bytes)
@@ -122,17 +132,18 @@ class PromptTokenizer:
         """Return the prompt's token ids, computed in the calling thread."""
         if isinstance(prompt, TextPrompt):
             return Encoded(self._encode_text(prompt.text, add_special_tokens=prompt.add_special_tokens))
-        if self._template is None:
+        if self.template is None:
             raise InvalidParameterError(
                 "this model has no chat template (neither chat_template.jinja nor tokenizer_config.json brings one); "
                 "send the prompt as text or token ids",
                 field="messages",
             )
-        rendered = self._template.render(prompt)
+        template = self.template if prompt.template is None else self.template.of_request(prompt.template)
+        rendered = template.render(prompt)
         # What a template repeats, or writes around every message, no count of what was sent can know.
         check_bytes(num_bytes_of(rendered), max_bytes)
         # A template writes the special tokens itself, BOS included if the model wants one.
-        return Encoded(self._encode_text(rendered, add_special_tokens=False), rendered)
+        return Encoded(self._encode_text(rendered, add_special_tokens=False), rendered, template)
 
     async def prompt_text(
         self, prompt: Prompt, token_ids: tuple[int, ...], *, is_whole: bool, tenant: str = ANYBODY.name

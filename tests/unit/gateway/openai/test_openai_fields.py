@@ -100,9 +100,8 @@ def test_an_adapter_named_as_other_servers_do_is_told_its_place(call: Any, name:
 @pytest.mark.parametrize(
     "asked",
     [
-        {"tool_choice": "required"},
-        {"tool_choice": {"type": "function", "function": {"name": "f"}}},
-        {"tools": [{}]},
+        {"function_call": {"name": "f"}},
+        {"functions": [{"name": "f"}]},
         {"length_penalty": 1.2},
         {"logits_processors": ["x"]},
         {"use_beam_search": True},
@@ -191,13 +190,12 @@ def test_an_echoed_answer_passes_with_all_its_nulls() -> None:
     ("message", "field"),
     [
         ({"function_call": {"name": "f", "arguments": "{}"}}, "messages[0].function_call"),
-        ({"tool_call_id": "c1"}, "messages[0].tool_call_id"),
-        ({"tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"tool_calls": [{}]}, "messages[0].tool_calls[0].function"),
+        ({"tool_calls": [{"function": {"name": "f", "x": 1}}]}, "messages[0].tool_calls[0].function.x"),
+        ({"tool_calls": [{"type": "custom", "function": {"name": "f"}}]}, "messages[0].tool_calls[0].type"),
         ({"refusal": "no"}, "messages[0].refusal"),
-        ({"reasoning_content": "hm"}, "messages[0].reasoning_content"),
         ({"audio": {"id": "a"}}, "messages[0].audio"),
         ({"weight": 0}, "messages[0].weight"),
-        ({"content": None}, "messages[0].content"),
         ({"content": [{"type": "text", "text": "x", "bold": True}]}, "messages[0].content[0].bold"),
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[0].content[0].image_url"),
         ({"role": 5}, "messages[0].role"),

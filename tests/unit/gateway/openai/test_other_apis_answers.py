@@ -49,19 +49,29 @@ SCRIPT: dict[str, Sequence[Delta]] = {
 }
 
 
-def events(text: str = "abcde", reason: FinishReason = FinishReason.STOP) -> list[Event]:
-    started = Started(prompt_tokens=5, cached_tokens=2, engine_id="e", adapter_revision="", seed=0)
+def events(
+    text: str = "abcde", reason: FinishReason = FinishReason.STOP, script: dict[str, Sequence[Delta]] = SCRIPT
+) -> list[Event]:
+    started = Started(
+        prompt_tokens=5,
+        cached_tokens=2,
+        engine_id="e",
+        adapter_revision="",
+        seed=0,
+        make_parser=lambda: Scripted(**script),
+        thought_end_id=1,
+    )
     chunks = [Chunk(sequence=n, index=n, token_ids=(n,), text=letter) for n, letter in enumerate(text)]
     usage = Usage(prompt_tokens=5, output_tokens=len(text), cached_tokens=2)
     return [started, *chunks, Finished(finish_reason=reason, usage=usage, timings=Timings())]
 
 
-def response(**script: Sequence[Delta]) -> ResponsesAnswer:
-    return ResponsesAnswer(responses_request(RESPONSE, lambda _: True, origin=ORIGIN), Scripted(**script))
+def response() -> ResponsesAnswer:
+    return ResponsesAnswer(responses_request(RESPONSE, lambda _: True, origin=ORIGIN))
 
 
-def message(**script: Sequence[Delta]) -> MessagesAnswer:
-    return MessagesAnswer(messages_plan(MESSAGE, lambda _: True, origin=ORIGIN), Scripted(**script), trace_id="t")
+def message() -> MessagesAnswer:
+    return MessagesAnswer(messages_plan(MESSAGE, lambda _: True, origin=ORIGIN), trace_id="t")
 
 
 def told(answer: Any, happened: list[Event]) -> list[dict[str, Any]]:
@@ -77,7 +87,7 @@ def told(answer: Any, happened: list[Event]) -> list[dict[str, Any]]:
 
 
 def test_a_response_tells_of_thoughts_text_and_calls_in_their_order() -> None:
-    seen = told(response(**SCRIPT), events())
+    seen = told(response(), events())
 
     assert [body["type"].removeprefix("response.") for body in seen] == [
         *("created", "in_progress"),
@@ -98,13 +108,13 @@ def test_a_response_tells_of_thoughts_text_and_calls_in_their_order() -> None:
     added = [body["item"]["id"] for body in seen if body["type"] == "response.output_item.added"]
     assert added == [item["id"] for item in items]
     assert len(set(added)) == 4
-    whole = json.loads(response(**SCRIPT).whole([events()]))
+    whole = json.loads(response().whole([events()]))
     assert whole["output"] == items
     Response.model_validate(whole)
 
 
 def test_a_whole_response_has_what_the_model_thought_said_and_called() -> None:
-    whole: Any = Response.model_validate_json(response(**SCRIPT).whole([events()]))
+    whole: Any = Response.model_validate_json(response().whole([events()]))
 
     reasoning, text, first, second = whole.output
     assert (reasoning.type, text.type, first.type, second.type) == (
@@ -119,13 +129,13 @@ def test_a_whole_response_has_what_the_model_thought_said_and_called() -> None:
     assert (first.call_id, first.name, first.arguments) == ("call_1", "f", '{"x":1}')
     assert (second.call_id, second.arguments, second.status) == ("call_2", "{}", "completed")
     assert whole.usage is not None
-    assert whole.usage.output_tokens_details.reasoning_tokens == 1
+    assert whole.usage.output_tokens_details.reasoning_tokens == 2
     assert whole.usage.input_tokens_details.cached_tokens == 2
 
 
 @pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.TIME_LIMIT, FinishReason.CANCELLED])
 def test_only_the_last_item_of_a_cut_response_is_incomplete(reason: FinishReason) -> None:
-    last = told(response(**SCRIPT), events("abcd", reason))[-1]
+    last = told(response(), events("abcd", reason))[-1]
 
     assert last["type"] == "response.incomplete"
     assert last["response"]["status"] == ("cancelled" if reason is FinishReason.CANCELLED else "incomplete")
@@ -140,7 +150,7 @@ def test_a_response_without_any_text_is_an_empty_message() -> None:
 
 
 def test_a_response_that_fails_keeps_the_items_that_were_whole() -> None:
-    answer = response(**SCRIPT)
+    answer = response()
     for event in events()[:4]:
         answer.frame(0, event)
 
@@ -151,7 +161,7 @@ def test_a_response_that_fails_keeps_the_items_that_were_whole() -> None:
 
 
 def test_a_message_tells_of_thoughts_text_and_calls_in_their_order() -> None:
-    seen = told(message(**SCRIPT), events())
+    seen = told(message(), events())
 
     block = ["content_block_start", "content_block_delta", "content_block_stop"]
     kinds = [body["type"] for body in seen]
@@ -171,7 +181,7 @@ def test_a_message_tells_of_thoughts_text_and_calls_in_their_order() -> None:
 
 
 def test_a_whole_message_has_what_the_model_thought_said_and_called() -> None:
-    whole: Any = Message.model_validate_json(message(**SCRIPT).whole([events()]))
+    whole: Any = Message.model_validate_json(message().whole([events()]))
 
     thinking, text, first, second = whole.content
     assert thinking.type == "thinking"
@@ -185,7 +195,7 @@ def test_a_whole_message_has_what_the_model_thought_said_and_called() -> None:
 
 
 def test_the_arguments_of_a_cut_call_are_told_to_be_no_json() -> None:
-    whole = json.loads(message(**SCRIPT).whole([events("abcd", FinishReason.LENGTH)]))
+    whole = json.loads(message().whole([events("abcd", FinishReason.LENGTH)]))
 
     assert whole["content"][-1]["input"] == {"INVALID_JSON": '{"x":'}
     assert whole["stop_reason"] == "max_tokens"
@@ -195,13 +205,15 @@ def test_the_arguments_of_a_cut_call_are_told_to_be_no_json() -> None:
     ("reason", "told_as"), [(FinishReason.TIME_LIMIT, "max_tokens"), (FinishReason.CANCELLED, "abort")]
 )
 def test_a_message_says_why_it_was_cut(reason: FinishReason, told_as: str) -> None:
-    assert told(message(**SCRIPT), events("a", reason))[-2]["delta"]["stop_reason"] == told_as
+    assert told(message(), events("a", reason))[-2]["delta"]["stop_reason"] == told_as
 
 
 def test_what_the_parser_held_back_comes_before_the_end() -> None:
     held: dict[str, Sequence[Delta]] = {"a": (), "end": [ContentDelta("late")]}
 
-    assert json.loads(message(**held).whole([events("a")]))["content"] == [{"type": "text", "text": "late"}]
-    deltas = [body["delta"] for body in told(message(**held), events("a")) if body["type"] == "content_block_delta"]
+    assert json.loads(message().whole([events("a", script=held)]))["content"] == [{"type": "text", "text": "late"}]
+    deltas = [
+        body["delta"] for body in told(message(), events("a", script=held)) if body["type"] == "content_block_delta"
+    ]
     assert deltas == [{"type": "text_delta", "text": "late"}]
-    assert json.loads(response(**held).whole([events("a")]))["output"][0]["content"][0]["text"] == "late"
+    assert json.loads(response().whole([events("a", script=held)]))["output"][0]["content"][0]["text"] == "late"

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
     from starlette.responses import Response
 
-    from loraplex_gateway.chat_output.deltas import ChatParser
     from loraplex_gateway.openai.convert import Plan
     from loraplex_gateway.openai.output_parts import Step
     from loraplex_gateway.types import Event
@@ -49,14 +48,13 @@ class MessagesAnswer:
 
     Args:
         plan: What was asked for.
-        parser: Splits the output's text.
         trace_id: The caller's id of the request, repeated in errors.
     """
 
-    def __init__(self, plan: Plan, parser: ChatParser, *, trace_id: str) -> None:
+    def __init__(self, plan: Plan, *, trace_id: str) -> None:
         self._plan = plan
         self._trace_id = trace_id
-        self._output = OutputParts(parser)
+        self._output = OutputParts()
         self._revision: str | None = None
         self._delta_head = b""
 
@@ -75,7 +73,7 @@ class MessagesAnswer:
         if isinstance(event, Chunk):
             return b"".join([self._told(step) for step in self._output.push(event)])
         if isinstance(event, Started):
-            self._revision = event.adapter_revision or None
+            self._start(event)
             usage = _usage(event.prompt_tokens, event.cached_tokens, 0)
             return _frame("message_start", message=self._message([], usage)) + _frame("ping")
         return self._ended(event) if isinstance(event, Finished) else b""
@@ -91,7 +89,7 @@ class MessagesAnswer:
             if isinstance(event, Chunk):
                 consume(self._output.push(event))
             elif isinstance(event, Started):
-                self._revision = event.adapter_revision or None
+                self._start(event)
             elif isinstance(event, Finished):
                 finished = event
                 consume(self._output.finish())
@@ -106,6 +104,10 @@ class MessagesAnswer:
     def refusal(self, error: LoraplexError) -> Response:
         """Return the response of a request that fails before anything was sent."""
         return errors.refusal(error, self._trace_id, self._plan.names)
+
+    def _start(self, started: Started) -> None:
+        self._revision = started.adapter_revision or None
+        self._output.start(started)
 
     def _message(self, content: list[Json], usage: Json) -> Json:
         return {

@@ -18,7 +18,6 @@ from loraplex_gateway.openai.messages_api import errors, fields
 from loraplex_gateway.openai.messages_api.convert import count_tokens_plan, messages_plan
 from loraplex_gateway.openai.messages_api.render import MessagesAnswer
 from loraplex_gateway.openai.messages_api.schema import CountTokensBody, MessagesBody
-from loraplex_gateway.openai.plain_text import PlainText
 from loraplex_gateway.openai.tracing import origin_of
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class _Messages:
         plan = await read_body(
             self._context, request, admission, lambda data, is_base: messages_plan(data, is_base, origin=origin)
         )
-        answer = MessagesAnswer(plan, PlainText(), trace_id=origin.trace_id)
+        answer = MessagesAnswer(plan, trace_id=origin.trace_id)
         return generation(self._context, plan.requests, answer, admission)
 
     async def count_tokens(self, request: Request, admission: Admission) -> ASGIApp:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
     from starlette.responses import Response
 
-    from loraplex_gateway.chat_output.deltas import ChatParser
     from loraplex_gateway.openai.output_parts import PartEnds, Step
     from loraplex_gateway.openai.responses_api.convert import Asked
     from loraplex_gateway.types import Event, PositionLogprobs
@@ -47,16 +46,15 @@ class ResponsesAnswer:
 
     Args:
         asked: What was asked for.
-        parser: Splits the output's text.
     """
 
-    def __init__(self, asked: Asked, parser: ChatParser) -> None:
+    def __init__(self, asked: Asked) -> None:
         self._is_stream = asked.plan.is_stream
         self._request_id = asked.plan.requests[0].request_id
         self._num_top = asked.plan.logprobs
         self._names = asked.plan.names
         self._resource = Resource(asked, self._request_id)
-        self._output = OutputParts(parser)
+        self._output = OutputParts()
         self._items: list[Json] = []
         self._delta_head = self._delta_tail = b""
         self._sequence = 0
@@ -77,6 +75,7 @@ class ResponsesAnswer:
             return b"".join([self._told(step) for step in self._output.push(event)])
         if isinstance(event, Started):
             self._resource.started(event)
+            self._output.start(event)
             empty = self._resource.object([])
             return self._frame("response.created", response=empty) + self._frame("response.in_progress", response=empty)
         return self._ended(event) if isinstance(event, Finished) else b""
@@ -93,6 +92,7 @@ class ResponsesAnswer:
                 consume(self._output.push(event))
             elif isinstance(event, Started):
                 self._resource.started(event)
+                self._output.start(event)
             elif isinstance(event, Finished):
                 consume(self._output.finish())
                 ending = Ending(finished=event, num_reasoning_tokens=self._output.num_reasoning_tokens)

@@ -9,7 +9,6 @@ from starlette.exceptions import HTTPException
 
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
 from loraplex_gateway.openai.generating import generation, read_body
-from loraplex_gateway.openai.plain_text import PlainText
 from loraplex_gateway.openai.responses_api import fields
 from loraplex_gateway.openai.responses_api.convert import responses_request
 from loraplex_gateway.openai.responses_api.render import ResponsesAnswer
@@ -63,7 +62,7 @@ class _Responses:
         asked = await read_body(
             self._context, request, admission, lambda data, is_base: responses_request(data, is_base, origin=origin)
         )
-        return generation(self._context, asked.plan.requests, ResponsesAnswer(asked, PlainText()), admission)
+        return generation(self._context, asked.plan.requests, ResponsesAnswer(asked), admission)
 
     async def kept(self, request: Request, admission: Admission) -> ASGIApp:
         """Say why nothing is found."""
