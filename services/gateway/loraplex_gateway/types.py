@@ -41,7 +41,7 @@ class ChatMessage:
     """One turn of a conversation.
 
     Attributes:
-        tool_calls: The calls that an assistant's turn made.
+        tool_calls: Calls that an assistant's turn made.
         tool_call_id: The call that a turn of role ``tool`` answers.
         reasoning: What an assistant's turn thought before its content.
     """
