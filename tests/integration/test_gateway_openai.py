@@ -368,3 +368,18 @@ async def test_metrics_and_health(valkey_url: str) -> None:
         while rig.app.pool.has_candidate:
             await rig.app.pool.changed.wait()
         assert (await http.get(f"{rig.http}/health")).status_code == 503
+
+
+async def test_chunks_without_counts_say_so_if_counts_are_asked_for(valkey_url: str) -> None:
+    call: dict[str, Any] = {"model": "tiny", "messages": USER, "max_tokens": 3, "stream": True}
+    async with running_gateway(valkey_url) as rig, httpx.AsyncClient(base_url=rig.http) as http:
+        asked = await http.post("/v1/chat/completions", json={**call, "stream_options": {"include_usage": True}})
+        plain = await http.post("/v1/chat/completions", json=call)
+
+    chunks, others = (
+        [json.loads(line.removeprefix("data: ")) for line in response.text.splitlines() if line.startswith("data: {")]
+        for response in (asked, plain)
+    )
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1]["usage"]["completion_tokens"] == 3
+    assert not any("usage" in chunk for chunk in others)

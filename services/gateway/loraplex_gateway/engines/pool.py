@@ -42,6 +42,9 @@ class EnginePool:
         failover_wait_s: How long an engine that does not take requests is expected to come (back).
         clock: Monotonic seconds.
         dial: Opens a channel to an engine's address; anew for each session, with the credentials of then.
+
+    Attributes:
+        failover_wait_s: As above.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class EnginePool:
         self._gateway_id = gateway_id
         self._max_buffered_tokens = max_buffered_tokens
         self._silence_s = silence_s
+        self.failover_wait_s = failover_wait_s
         self._absences = Absences(failover_wait_s, clock)
         self._links: dict[str, EngineLink] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}

@@ -177,7 +177,7 @@ _COMMON: Final = (
 
 COMPLETION: Final = _table(
     "POST /v1/completions",
-    _served("prompt", "a string, token ids, or a list of either", "prompt", "text", "token_ids"),
+    _served("prompt", "a string, token ids, or a list of either", "prompt", "text", "token_ids", "prompt_token_ids"),
     *_COMMON,
     _served(
         "max_tokens",
@@ -203,7 +203,7 @@ COMPLETION: Final = _table(
 
 CHAT: Final = _table(
     "POST /v1/chat/completions",
-    _served("messages", "see below", "messages", "prompt"),
+    _served("messages", "see below", "messages", "prompt", "prompt_token_ids"),
     *_COMMON,
     _served("max_completion_tokens", "together with the prompt at most max_model_len", "stopping.max_new_tokens"),
     _served("max_tokens", "OpenAI's older name of max_completion_tokens", "stopping.max_new_tokens"),
