@@ -266,7 +266,7 @@ def test_a_value_of_another_type_is_named(value: Any) -> None:
     "message",
     [
         {"role": "assistant", "content": "x", "function_call": {"name": "f"}},
-        {"role": "assistant", "content": "x", "tool_calls": []},
+        {"role": "assistant", "content": "x", "tool_calls": [{"id": "c1", "type": "custom"}]},
         {"role": "user"},
         {"role": "user", "content": None},
         {"role": "user", "content": [{"type": "text", "text": "x"}]},
