@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 from loraplex.v1 import gateway_pb2
+from loraplex_client import AsyncClient
 from loraplex_common.base_model import load_base_model
 from support.gateway_rig import Rig, model_directory, running_gateway
 from tokenizers import AddedToken, Tokenizer
@@ -214,6 +215,24 @@ async def test_a_request_may_bring_its_template_where_the_operator_says_so(valke
         assert caught.value.param == "chat_template"
         ids = list(rig.engine.submits[0].prompt_token_ids)
         assert rig.app.catalog.models[0].tokenizer.decode_now(ids, skip_special_tokens=False) == "hi!"
+
+
+async def test_grpc_renders_what_http_renders_and_leaves_the_output_as_it_is(valkey_url: str, thinker: Path) -> None:
+    called = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Paris"}'}}
+    turns: list[dict[str, Any]] = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [called], "reasoning": "Hm."},
+        {"role": "tool", "tool_call_id": "c", "content": "sunny"},
+    ]
+    async with answering(valkey_url, CALL, thinker) as (rig, client):
+        await client.chat.completions.create(model="thinker", messages=turns, tools=[WEATHER])
+        async with AsyncClient(f"127.0.0.1:{rig.app.grpc_port}") as grpc_client:
+            answer = await grpc_client.generate_once(messages=turns, tools=[WEATHER], skip_special_tokens=False)
+            ids = await grpc_client.tokenize(messages=turns, tools=[WEATHER])
+
+        first, second = (tuple(submit.prompt_token_ids) for submit in rig.engine.submits)
+        assert first == second == ids
+        assert answer.text == CALL
 
 
 async def test_without_tools_and_thoughts_the_text_is_the_answer_to_the_letter(valkey_url: str) -> None:

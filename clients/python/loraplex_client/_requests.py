@@ -11,8 +11,9 @@ from google.protobuf.duration_pb2 import Duration
 from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import InvalidParameterError
 
-ChatMessage = Mapping[str, str]
-"""One turn: ``{"role": ..., "content": ...}`` and optionally ``"name"``."""
+ChatMessage = Mapping[str, Any]
+"""One turn: ``{"role": ..., "content": ...}``, optionally with ``"name"``, ``"tool_calls"`` (OpenAI's, of an assistant's turn,
+whose content may then be None), ``"tool_call_id"`` (of a turn of the role ``tool``) and ``"reasoning"``."""
 
 
 class PromptOptions(TypedDict, total=False):
@@ -23,6 +24,7 @@ class PromptOptions(TypedDict, total=False):
         prompt_token_ids: Token ids, used as they are.
         messages: A conversation, rendered through the model's chat template.
         chat_template_kwargs: Further variables of the chat template, JSON values; e.g. ``{"enable_thinking": False}``.
+        tools: Functions that the model is told of, OpenAI's ``tools``; the output is text as the model writes it.
         model: Base model; may be left out where the gateway fronts exactly one.
     """
 
@@ -30,6 +32,7 @@ class PromptOptions(TypedDict, total=False):
     prompt_token_ids: Sequence[int] | None
     messages: Sequence[ChatMessage] | None
     chat_template_kwargs: Mapping[str, Any] | None
+    tools: Sequence[Mapping[str, Any]] | None
     model: str | None
 
 
@@ -126,7 +129,7 @@ _ENUMS: Final[Mapping[str, Callable[[str], int]]] = {
     "load_policy": lambda value: gateway_pb2.LoadPolicy.Value(f"LOAD_POLICY_{value.upper()}"),
 }
 _PROMPTS: Final = ("prompt", "prompt_token_ids", "messages")
-_CHAT_FLAGS: Final = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_CHAT_FLAGS: Final = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 
 
 def generate_request(options: GenerateOptions) -> gateway_pb2.GenerateRequest:
@@ -161,6 +164,7 @@ def tokenize_request(
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
     chat_template_kwargs: Mapping[str, Any] | None,
+    tools: Sequence[Mapping[str, Any]] | None,
 ) -> gateway_pb2.TokenizeRequest:
     """Build a TokenizeRequest from a prompt or messages; None leaves an option to the server.
 
@@ -174,6 +178,7 @@ def tokenize_request(
         "add_generation_prompt": add_generation_prompt,
         "continue_final_message": continue_final_message,
         "chat_template_kwargs": chat_template_kwargs,
+        "tools": tools,
     }
     _set_prompt(request, {name: value for name, value in options.items() if value is not None})
     return request
@@ -201,28 +206,57 @@ def _set_prompt(request: gateway_pb2.GenerateRequest | gateway_pb2.TokenizeReque
 
 
 def _chat_messages(
-    messages: Iterable[ChatMessage], *, chat_template_kwargs: Mapping[str, Any] | None = None, **flags: bool
+    messages: Iterable[ChatMessage],
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Iterable[Mapping[str, Any]] | None = None,
+    **flags: bool,
 ) -> gateway_pb2.ChatMessages:
     """Return the conversation.
 
     Raises:
-        InvalidParameterError: If a variable is no JSON value.
-        ValueError: If a message has a key that is not served, or no content.
+        InvalidParameterError: If a variable or a function is no JSON value.
+        ValueError: If a message has a key that is not served, or neither content nor calls.
         TypeError: If a message is no mapping, or a value no string.
     """
-    turns = []
-    for n, message in enumerate(messages):
-        if message.get("content") is None:
-            raise ValueError(f"message {n} has no content")
-        turns.append(gateway_pb2.ChatMessage(**message))  # type: ignore[arg-type]
+    turns = [_turn(n, message) for n, message in enumerate(messages)]
     chat = gateway_pb2.ChatMessages(messages=turns, **flags)  # type: ignore[arg-type]
     for name, value in (chat_template_kwargs or {}).items():
-        try:
-            chat.chat_template_kwargs[name] = json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            field = f"chat_template_kwargs.{name}"
-            raise InvalidParameterError(f"{field} is no JSON value: {error}", field=field) from error
+        chat.chat_template_kwargs[name] = _json(f"chat_template_kwargs.{name}", value)
+    chat.tools.extend(_json(f"tools[{n}]", tool.get("function", tool)) for n, tool in enumerate(tools or ()))
     return chat
+
+
+def _turn(n: int, message: ChatMessage) -> gateway_pb2.ChatMessage:
+    fields = dict(message)
+    calls = [
+        _tool_call(f"messages[{n}].tool_calls[{i}]", call)
+        for i, call in enumerate(fields.pop("tool_calls", None) or ())
+    ]
+    if fields.get("content") is None:
+        if not calls:
+            raise ValueError(f"message {n} has no content")
+        fields["content"] = ""
+    if "reasoning_content" in fields:  # vLLM's other name
+        fields["reasoning"] = fields.pop("reasoning_content")
+    return gateway_pb2.ChatMessage(**fields, tool_calls=calls)
+
+
+def _tool_call(field: str, call: Mapping[str, Any]) -> gateway_pb2.ToolCall:
+    """Return a call of OpenAI's shape; its arguments may be an object as well as an object's text."""
+    function = call["function"] if isinstance(call.get("function"), Mapping) else {}
+    name, arguments = function.get("name"), function.get("arguments", "")
+    if name is None:
+        raise InvalidParameterError(f"{field} names no function", field=field)
+    text = arguments if isinstance(arguments, str) else _json(f"{field}.function.arguments", arguments)
+    return gateway_pb2.ToolCall(id=call.get("id") or "", name=name, arguments=text)
+
+
+def _json(field: str, value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidParameterError(f"{field} is no JSON value: {error}", field=field) from error
 
 
 def _set_option(request: gateway_pb2.GenerateRequest, name: str, value: Any) -> None:

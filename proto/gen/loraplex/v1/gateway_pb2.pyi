@@ -129,7 +129,7 @@ class ChatMessage(_message.Message):
     """What an assistant's turn thought before its content, for templates that show it."""
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
-        """Calls that an assistant's turn made; templates without tools refuse them."""
+        """Calls that an assistant's turn made; written between Hermes' tags where the template has no place for tools."""
 
     def __init__(
         self,
@@ -239,7 +239,8 @@ class ChatMessages(_message.Message):
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Functions that the template tells the model of, each the JSON object of OpenAI's `tools[].function`; at most 128.
+        """Functions that the model is told of, each the JSON object of OpenAI's `tools[].function`; at most 128, 256 KiB. A template
+        without a place for them gets them as words in the system's turn.
         The output is text as the model writes it: calls are parsed by the HTTP API only.
         """
 

@@ -12,7 +12,7 @@ from loraplex_common.structured_output import ConstraintKind, StructuredOutput
 
 from loraplex_gateway import types
 from loraplex_gateway.engines.wire import from_duration, to_duration
-from loraplex_gateway.text import template_variables
+from loraplex_gateway.text import template_variables, tool_rules
 from loraplex_gateway.text.prompt_size import check_num_messages
 
 if TYPE_CHECKING:
@@ -89,14 +89,24 @@ def prompt(
 
 def _chat(chat: gateway_pb2.ChatMessages) -> types.ChatPrompt:
     check_num_messages(len(chat.messages))
-    messages = tuple(
-        types.ChatMessage(role=turn.role, content=turn.content, name=_optional(turn, "name")) for turn in chat.messages
-    )
     return types.ChatPrompt(
-        messages=messages,
+        messages=tuple(_turn(turn) for turn in chat.messages),
         add_generation_prompt=_optional(chat, "add_generation_prompt", default=True),
         continue_final_message=_optional(chat, "continue_final_message", default=False),
         template_kwargs=template_variables.from_json(chat.chat_template_kwargs),
+        tools=tool_rules.from_json(chat.tools),
+    )
+
+
+def _turn(turn: gateway_pb2.ChatMessage) -> types.ChatMessage:
+    calls = (types.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in turn.tool_calls)
+    return types.ChatMessage(
+        role=turn.role,
+        content=turn.content,
+        name=_optional(turn, "name"),
+        tool_calls=tuple(calls),
+        tool_call_id=_optional(turn, "tool_call_id"),
+        reasoning=_optional(turn, "reasoning"),
     )
 
 

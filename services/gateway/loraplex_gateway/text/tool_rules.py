@@ -6,10 +6,12 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from loraplex_common.errors import InvalidParameterError
+
 from loraplex_gateway.text.template_variables import is_unicode, json_problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from loraplex_gateway.types import ChatMessage, ChatPrompt
 
@@ -23,6 +25,28 @@ MAX_ID_CHARS: Final = 256
 MAX_DOCUMENTS: Final = 128
 MAX_TEMPLATE_BYTES: Final = 64 * 1024
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def from_json(texts: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
+    """Read functions that are JSON texts.
+
+    Raises:
+        InvalidParameterError: If there are too many, or one is no JSON object; it is named.
+    """
+    if len(texts) > MAX_TOOLS or sum(len(text) for text in texts) > MAX_BYTES:
+        raise InvalidParameterError(
+            f"tools are too many: at most {MAX_TOOLS} functions and {MAX_BYTES} bytes are allowed", field="tools"
+        )
+    functions = []
+    for n, text in enumerate(texts):
+        try:
+            function = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InvalidParameterError(f"tools[{n}] is no JSON: {error}", field=f"tools[{n}]") from error
+        if not isinstance(function, dict):
+            raise InvalidParameterError(f"tools[{n}] is no JSON object", field=f"tools[{n}]")
+        functions.append(function)
+    return tuple(functions)
 
 
 def violations(prompt: ChatPrompt) -> Iterator[Violation]:
