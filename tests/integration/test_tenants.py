@@ -221,6 +221,7 @@ ASKING = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
     ("GET", "/version"),
+    ("GET", "/load"),
 ]
 
 
@@ -244,5 +245,5 @@ def test_these_are_all_routes_but_health_and_the_sign_to_the_metrics() -> None:
 
     paths = {endpoint.path for endpoint in known if isinstance(endpoint, Endpoint)}
 
-    assert {endpoint.path for endpoint in known} - paths == {"/health", "/healthz", "/metrics"}
+    assert {endpoint.path for endpoint in known} - paths == {"/health", "/healthz", "/ping", "/metrics"}
     assert paths == {path.replace(MODEL_NAME, "{name:path}") for _, path in ASKING}

@@ -28,6 +28,7 @@ from loraplex_gateway.metrics.gateway import GatewayMetrics
 from loraplex_gateway.openai.app import make_app
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.context import HttpContext
+from loraplex_gateway.openai.model_list import ModelList
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.admission import AdmissionController
 from loraplex_gateway.requests.claims import RequestClaims
@@ -100,6 +101,7 @@ class GatewayApp:
         self.quotas = self._make_quotas()
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
+        self._models = ModelList(self._listing, created=int(time.time()))
         self._grpc = self._make_grpc()
         self.http = self._make_http()
         self._metrics_server = metrics_server(config, self._authenticator, self._metrics_registry)
@@ -130,6 +132,7 @@ class GatewayApp:
         if self._store is not None:
             feed = AliasFeed(self._store, [self.names, self._adapter_names])
             self._supervisor.spawn(feed.run(), name="alias-feed")
+            self._supervisor.spawn(self._models.run(), name="model-list")
         self._supervisor.spawn(self.pool.run(), name="engine-pool")
         self._supervisor.spawn(self._report_readiness(), name="readiness")
         try:
@@ -285,11 +288,13 @@ class GatewayApp:
             quotas=self.quotas,
             catalog=self.catalog,
             listing=self._listing,
+            models=self._models,
             authenticator=self._authenticator,
             metrics_address=lambda: f"port {self.metrics_port}",
             bodies=BodyReader(on_large_gone=self.workers.give_memory_back),
             workers=self.workers,
             slow_client_s=self.config.slow_client_s,
             is_ready=lambda: self.is_ready,
+            num_requests=lambda: self.admission.num_running + self.admission.num_waiting,
         )
         return http_server(self.config, make_app(context))

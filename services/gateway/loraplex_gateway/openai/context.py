@@ -11,6 +11,7 @@ from loraplex_common.rights import require_right
 
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.connections import certificate_of
+from loraplex_gateway.openai.model_list import ModelList
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.core import GatewayCore
 from loraplex_gateway.requests.listing import ModelListing
@@ -30,12 +31,14 @@ class HttpContext:
     quotas: TenantQuotas
     catalog: ModelCatalog
     listing: ModelListing
+    models: ModelList
     authenticator: Authenticator
     metrics_address: Callable[[], str]
     bodies: BodyReader
     workers: FairWorkers
     slow_client_s: float
     is_ready: Callable[[], bool]
+    num_requests: Callable[[], int]
 
     def admit(self, request: Request, right: str) -> Admission:
         """Return the caller, by key or certificate as over gRPC, if it may make the call that a route stands for.

@@ -113,7 +113,11 @@ MESSAGE: Final = _table(
 )
 
 _COMMON: Final = (
-    _served("model", "the adapter's name, `name:label` or `name@revision`; the base model's name for none", "adapter"),
+    _served(
+        "model",
+        "the adapter's name, `name:label` or `name@revision`, also as `base|name`; the base model's name for none",
+        "adapter",
+    ),
     _served("n", "choices, each with a seed of its own"),
     _served("stream", "server-sent events"),
     _served("stream_options", "see below"),
@@ -220,3 +224,10 @@ CHAT: Final = _table(
 )
 
 MODEL_PATH: Final = _table("GET /v1/models/{model}", _served("model", "as in the bodies", "adapter"))
+
+MODEL_LIST: Final = _table(
+    "GET /v1/models",
+    _served("limit", "most entries, 1 to 1000; without it and `after` the whole list"),
+    _served("after", "id of the last entry of the page before: its `last_id`"),
+    _served("after_id", "Anthropic's name of after"),
+)

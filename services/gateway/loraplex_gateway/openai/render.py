@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loraplex_gateway.openai.convert import Plan
-    from loraplex_gateway.types import Event, ModelCard, PositionLogprobs, TokenLogprob
+    from loraplex_gateway.types import Event, PositionLogprobs, TokenLogprob
 
 Json = dict[str, Any]
 MIN_LOGPROB: Final = -9999.0
@@ -196,16 +196,3 @@ def _completion_alternatives(entry: PositionLogprobs, num_top: int) -> dict[str,
 def _stop_reason(finished: Finished) -> str | int | None:
     """Return what matched, as vLLM reports it."""
     return finished.stop_string if finished.stop_string is not None else finished.stop_token_id
-
-
-def model_object(card: ModelCard, created: int) -> Json:
-    """Return the object of one entry of /v1/models."""
-    return {
-        "id": card.name,
-        "object": "model",
-        "created": created,
-        "owned_by": "loraplex",
-        "root": card.revision or card.name,
-        "parent": card.base_model if card.revision else None,
-        "max_model_len": card.max_model_len,
-    }

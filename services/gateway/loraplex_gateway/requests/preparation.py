@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import ANYBODY
-from loraplex_common.errors import AdapterIncompatibleError
 
 from loraplex_gateway.requests import validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.requests.prepared import PreparedRequest
+from loraplex_gateway.requests.selection import select
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Principal
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 # Taken off the caller's deadline, so that the engine's verdict still reaches the caller in time.
 DEADLINE_MARGIN_S: Final = 0.05
-NAME_PATIENCE_S: Final = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +91,7 @@ class Preparer:
         """
         validation.check_request(request)
         priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
-        model, adapter = await self._select(request, caller)
+        model, adapter = await self.select(request.model, request.adapter, caller)
         prompt_ids = await self._prompt_ids(request, model, tenant=caller.name)
         room = self._max_model_len(model) - len(prompt_ids)
         limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
@@ -138,31 +137,9 @@ class Preparer:
     def _max_model_len(self, model: ServedModel) -> int:
         return self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
 
-    async def _select(
-        self, request: GenerationRequest, caller: Principal
-    ) -> tuple[ServedModel, ResolvedAdapter | None]:
-        if not request.adapter:
-            return self._catalog.select(request.model), None
-        adapter = await self._names.resolve(request.adapter, caller=caller, patience_s=NAME_PATIENCE_S)
-        model = self._catalog.by_fingerprint(adapter.base_fingerprint)
-        wanted = self._catalog.select(request.model) if request.model else model
-        # Compared by what they are: one model may be served under two names.
-        if wanted is not None and wanted.fingerprint == adapter.base_fingerprint:
-            return wanted, adapter
-        names = ", ".join(served.name for served in self._catalog.models) if wanted is None else wanted.name
-        made_for = f"{model.name}, another base model" if model else f"fingerprint {adapter.base_fingerprint[:12]}"
-        remedy = (
-            ""
-            if model
-            else (
-                "; if that is an earlier state of it, or was imported before fingerprints covered the weights, import the "
-                "adapter again"
-            )
-        )
-        raise AdapterIncompatibleError(
-            f"adapter {request.adapter!r} was made for {made_for}, not for {names}{remedy}",
-            metadata={"adapter": request.adapter, "base_fingerprint": adapter.base_fingerprint},
-        )
+    async def select(self, model: str, adapter: str, caller: Principal) -> tuple[ServedModel, ResolvedAdapter | None]:
+        """Return the base model and the adapter that a request means, like `selection.select`."""
+        return await select(self._catalog, self._names, model=model, adapter=adapter, caller=caller)
 
 
 def _stop_token_ids(request: GenerationRequest, model: ServedModel) -> frozenset[int]:

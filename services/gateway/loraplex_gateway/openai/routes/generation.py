@@ -10,6 +10,7 @@ from loraplex_common.rights import GATEWAY
 from loraplex_gateway.openai import convert, fields
 from loraplex_gateway.openai.choices import generate_choices
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
+from loraplex_gateway.openai.model_names import bases_of
 from loraplex_gateway.openai.render import Renderer
 from loraplex_gateway.openai.responses import GenerationResponse
 from loraplex_gateway.openai.schema import ChatBody, CompletionBody
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.openai.context import HttpContext
     from loraplex_gateway.openai.convert import Plan
+    from loraplex_gateway.openai.model_names import IsBase
 
 # A millisecond or two of reading JSON.
 INLINE_MAX_BODY_BYTES: Final = 32 * 1024
@@ -76,14 +78,10 @@ class _Generation:
             lambda data, is_base: convert.chat_plan(convert.decode(data, ChatBody), is_base, origin=origin),
         )
 
-    async def _planned(
-        self, request: Request, admission: Admission, plan: Callable[[bytes, convert.IsBase], Plan]
-    ) -> ASGIApp:
+    async def _planned(self, request: Request, admission: Admission, plan: Callable[[bytes, IsBase], Plan]) -> ASGIApp:
         context, caller = self._context, admission.principal
 
-        def is_base(name: str) -> bool:
-            return context.catalog.find(name, caller) is not None
-
+        is_base = bases_of(context.catalog, caller)
         async with context.bodies.read(request, tenant=caller.name) as data:
             if len(data) <= INLINE_MAX_BODY_BYTES:
                 return self._generate(plan(data, is_base), admission)
