@@ -222,6 +222,8 @@ ASKING = [
     ("POST", "/v1/chat/completions"),
     ("GET", "/version"),
     ("GET", "/load"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
 ]
 
 

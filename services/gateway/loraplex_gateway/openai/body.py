@@ -12,7 +12,7 @@ import msgspec
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway.openai.fields import CHAT, COMPLETION, WHICH_MODEL, Rule
-from loraplex_gateway.openai.schema import ChatBody, CommonBody, CompletionBody
+from loraplex_gateway.openai.schema import ChatBody, CompletionBody
 from loraplex_gateway.requests.validation import MAX_VIOLATIONS_TOLD
 
 if TYPE_CHECKING:
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.openai.fields import Field, Table
 
-Body = TypeVar("Body", bound=CommonBody)
+Body = TypeVar("Body", bound=msgspec.Struct)
 Violation = tuple[str, str]
 
-BODIES: Final[dict[type[CommonBody], Table]] = {ChatBody: CHAT, CompletionBody: COMPLETION}
+BODIES: Final[dict[type[msgspec.Struct], Table]] = {ChatBody: CHAT, CompletionBody: COMPLETION}
+"""The table of each kind of body; a further endpoint adds its own."""
 
 # Names are quoted in messages and compared with ours: no field of the API is longer.
 MAX_FIELD_CHARS: Final = 64

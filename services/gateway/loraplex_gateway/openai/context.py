@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from loraplex_common.auth import Authenticator
 from loraplex_common.rights import require_right
@@ -20,7 +20,12 @@ from loraplex_gateway.text.models import ModelCatalog
 
 if TYPE_CHECKING:
     from loraplex_common.admissions import Admission
+    from loraplex_common.auth import Principal
     from starlette.requests import Request
+
+Result = TypeVar("Result")
+# A millisecond or two of reading JSON.
+INLINE_MAX_BODY_BYTES: Final = 32 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,3 +60,14 @@ class HttpContext:
         admission = self.authenticator.admit(authorization, certificate=certificate)
         require_right(admission, right)
         return admission
+
+    async def away(self, work: Callable[[], Result], caller: Principal, *, num_bytes: int) -> Result:
+        """Return what some work on a body returns, done in a thread if the body is long.
+
+        Raises:
+            SaturatedError: If too many long bodies wait already.
+            LoraplexError: What the work raises.
+        """
+        if num_bytes <= INLINE_MAX_BODY_BYTES:
+            return work()
+        return await self.workers.run(work, tenant=caller.name, num_bytes=num_bytes)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
 
     from loraplex_gateway.openai.fields import Table
-    from loraplex_gateway.openai.schema import CommonBody
 
 # OpenAI's clients look at the status first; these are the types that its API sends with it.
 TYPES: Final = {409: "conflict_error", 429: "rate_limit_error", 499: "client_closed_request"}
@@ -43,7 +42,7 @@ class BodyNames:
         body: The body, where one has been read: of two names for one field, the one it uses is told.
     """
 
-    def __init__(self, table: Table, body: CommonBody | None = None) -> None:
+    def __init__(self, table: Table, body: msgspec.Struct | None = None) -> None:
         self._table = table
         self._body = body
 

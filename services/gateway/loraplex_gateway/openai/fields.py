@@ -231,3 +231,50 @@ MODEL_LIST: Final = _table(
     _served("after", "id of the last entry of the page before: its `last_id`"),
     _served("after_id", "Anthropic's name of after"),
 )
+
+_WHICH_TOKENIZER: Final = _served(
+    "model", "as in the other bodies; if there is one base model, it may be left out for that", "adapter"
+)
+
+TOKENIZE: Final = _table(
+    "POST /tokenize",
+    _WHICH_TOKENIZER,
+    _served("prompt", "the text; either this or messages", "prompt", "text"),
+    _served("messages", "as in `POST /v1/chat/completions`", "messages", "prompt"),
+    _served("add_special_tokens", "whether a text begins with BOS; true if absent; messages take only false"),
+    _served("return_token_strs", "also returns each token as the vocabulary has it"),
+    _served("add_generation_prompt", "with messages; true if absent"),
+    _served("continue_final_message", "with messages"),
+    _served("chat_template_kwargs", "with messages; further variables of the model's template"),
+    _served("tools", "with messages; functions, as in `POST /v1/chat/completions`"),
+    *_refused("chat_template", "conversations are rendered by the model's own template; send a prompt you rendered"),
+    *_refused("media_io_kwargs mm_processor_kwargs", NO_MEDIA, {}),
+    messages=_table(MESSAGE.name, *MESSAGE.fields.values(), content=CONTENT_PART),
+)
+
+DETOKENIZE: Final = _table(
+    "POST /detokenize",
+    _WHICH_TOKENIZER,
+    _served("tokens", "token ids", "token_ids"),
+)
+
+LOAD_ADAPTER: Final = _table(
+    "POST /v1/load_lora_adapter",
+    _served("lora_name", "the adapter's name, without label or revision", "name"),
+    _served(
+        "lora_path",
+        "a directory below an import root of the adapter store, or a repository of the hub: `org/name`, "
+        "`hf:org/name` or `hf:org/name@commit`",
+        "uri",
+        "source",
+    ),
+    _served("load_inplace", "if the name has an adapter: import a new revision and move `latest` to it"),
+    _served("base_model_name", "the base model that the adapter must be for, instead of what it names itself"),
+    *_refused("is_3d_lora_weight", "weights of experts are not served", False),
+)
+
+UNLOAD_ADAPTER: Final = _table(
+    "POST /v1/unload_lora_adapter",
+    _served("lora_name", "the adapter's name, without label or revision", "name"),
+    *_ignored("lora_int_id", "adapters are known by name"),
+)

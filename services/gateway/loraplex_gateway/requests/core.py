@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from loraplex_common.auth import Principal
 
-    from loraplex_gateway.adapters.names import ResolvedAdapter
     from loraplex_gateway.adapters.prefetch import PrefetchHints
     from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.metrics.gateway import GatewayMetrics
@@ -118,9 +117,9 @@ class GatewayCore:
             finally:
                 share.settle(*(run.used_tokens if run is not None else (0, 0)))
 
-    async def select(self, model: str, adapter: str, caller: Principal) -> tuple[ServedModel, ResolvedAdapter | None]:
-        """Return the base model and the adapter that names mean; refuses as `selection.select` does."""
-        return await self._preparer.select(model, adapter, caller)
+    async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
+        """Return the model that tokenises for two names, for `encode`; refuses them as `generate` does."""
+        return await self._preparer.voice(model, adapter, caller=caller)
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return the token ids that `generate` would use; refuses as `Preparer.encode` does."""

@@ -60,7 +60,7 @@ class ModelListing:
     def bases(self) -> tuple[ServedBase, ...]:
         """Return the base models, in the order of their flags, with their present lengths."""
         return tuple(
-            ServedBase(model.name, model.fingerprint, self._max_model_len(model)) for model in self._catalog.models
+            ServedBase(model.name, model.fingerprint, self.max_model_len(model)) for model in self._catalog.models
         )
 
     def all(self, caller: Principal, *, after: str = "") -> Iterator[ModelCard]:
@@ -130,7 +130,7 @@ class ModelListing:
         return ModelCard(
             name=model.name,
             base_model=model.name,
-            max_model_len=self._max_model_len(model),
+            max_model_len=self.max_model_len(model),
             num_engines_resident=sum(link.is_candidate for link in links),
         )
 
@@ -145,11 +145,12 @@ class ModelListing:
             base_model=model.name,
             revision=digest,
             labels=entry.labels,
-            max_model_len=self._max_model_len(model),
+            max_model_len=self.max_model_len(model),
             num_engines_resident=self._pool.num_resident(digest),
         )
 
-    def _max_model_len(self, model: ServedModel) -> int:
+    def max_model_len(self, model: ServedModel) -> int:
+        """Return the longest sequence of a base model that is served, in tokens."""
         return self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
 
 

@@ -91,7 +91,7 @@ class Preparer:
         """
         validation.check_request(request)
         priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
-        model, adapter = await self.select(request.model, request.adapter, caller)
+        model, adapter = await self._select(request, caller)
         prompt_ids = await self._prompt_ids(request, model, tenant=caller.name)
         room = self._max_model_len(model) - len(prompt_ids)
         limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
@@ -124,6 +124,11 @@ class Preparer:
         validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
         return prompt_ids
 
+    async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
+        """Return the model that tokenises for two names; refuses them as `prepare` does."""
+        served, _ = await select(self._catalog, self._names, model=model, adapter=adapter, caller=caller)
+        return served
+
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return a prompt's token ids.
 
@@ -137,9 +142,10 @@ class Preparer:
     def _max_model_len(self, model: ServedModel) -> int:
         return self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
 
-    async def select(self, model: str, adapter: str, caller: Principal) -> tuple[ServedModel, ResolvedAdapter | None]:
-        """Return the base model and the adapter that a request means, like `selection.select`."""
-        return await select(self._catalog, self._names, model=model, adapter=adapter, caller=caller)
+    async def _select(
+        self, request: GenerationRequest, caller: Principal
+    ) -> tuple[ServedModel, ResolvedAdapter | None]:
+        return await select(self._catalog, self._names, model=request.model, adapter=request.adapter, caller=caller)
 
 
 def _stop_token_ids(request: GenerationRequest, model: ServedModel) -> frozenset[int]:

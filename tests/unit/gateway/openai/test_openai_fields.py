@@ -23,6 +23,7 @@ from loraplex_gateway.openai.schema import (
     ContentPart,
     StreamOptions,
 )
+from loraplex_gateway.openai.tokenize_bodies import DetokenizeBody, TokenizeBody
 from loraplex_gateway.requests.validation import COUNTS, RANGES
 
 DOCS = Path(__file__).parents[4] / "docs" / "openai.md"
@@ -47,6 +48,8 @@ def completion(**changes: Any) -> CompletionBody:
         (MESSAGES, ChatTurn),
         (MESSAGES.nested["content"], ContentPart),
         (fields.STREAM_OPTIONS, StreamOptions),
+        (fields.TOKENIZE, TokenizeBody),
+        (fields.DETOKENIZE, DetokenizeBody),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

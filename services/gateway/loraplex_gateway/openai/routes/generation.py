@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from loraplex_common.rights import GATEWAY
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from loraplex_gateway.openai.context import HttpContext
     from loraplex_gateway.openai.convert import Plan
     from loraplex_gateway.openai.model_names import IsBase
-
-# A millisecond or two of reading JSON.
-INLINE_MAX_BODY_BYTES: Final = 32 * 1024
 
 
 def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
@@ -83,10 +80,7 @@ class _Generation:
 
         is_base = bases_of(context.catalog, caller)
         async with context.bodies.read(request, tenant=caller.name) as data:
-            if len(data) <= INLINE_MAX_BODY_BYTES:
-                return self._generate(plan(data, is_base), admission)
-            work = functools.partial(plan, data, is_base)
-            prepared = await context.workers.run(work, tenant=caller.name, num_bytes=len(data))
+            prepared = await context.away(functools.partial(plan, data, is_base), caller, num_bytes=len(data))
             return self._generate(prepared, admission)
 
     def _generate(self, plan: Plan, admission: Admission) -> ASGIApp:
