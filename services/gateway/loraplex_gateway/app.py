@@ -12,13 +12,13 @@ from loraplex_common.alias_feed import AliasFeed
 from loraplex_common.auth import Authenticator
 from loraplex_common.exposition import new_registry
 from loraplex_common.log import get_logger
-from loraplex_common.peers import PeerChannel
 from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.service_settings import is_loopback
 from loraplex_common.tasks import Supervisor, cancel_and_wait
 
 from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.prefetch import PrefetchHints
+from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.engines.collector import FleetCollector
 from loraplex_gateway.engines.pool import EnginePool
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
@@ -37,9 +37,9 @@ from loraplex_gateway.requests.listing import ModelListing
 from loraplex_gateway.requests.preparation import Preparer, RequestLimits
 from loraplex_gateway.requests.resumption import Resumption
 from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
-from loraplex_gateway.servers import add_services, grpc_server, http_server, metrics_server
+from loraplex_gateway.servers import add_services, grpc_server, http_server, metrics_server, store_channel
 from loraplex_gateway.text.fair_workers import FairWorkers
-from loraplex_gateway.text.models import ModelCatalog, load_served_model
+from loraplex_gateway.text.models import ModelCatalog, load_served_models
 
 if TYPE_CHECKING:
     import grpc
@@ -82,7 +82,8 @@ class GatewayApp:
         self.workers = FairWorkers()
         self._valkey = config.connect_valkey(config.redis_url)
         self._peers = config.peers()
-        self._store = self._open_store()
+        self._store = store_channel(config, self._peers)
+        self._store_admin = StoreAdmin.over(store_channel(config, self._peers.without_key()))
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
         self.names = NameTable()
         self._adapter_names = AdapterNames()
@@ -178,6 +179,8 @@ class GatewayApp:
         await self.claims.close()
         if self._store is not None:
             await self._store.close()
+        if self._store_admin is not None:
+            await self._store_admin.close()
         await self._valkey.aclose()
         self.workers.close()
 
@@ -210,22 +213,13 @@ class GatewayApp:
             self._grpc.set_ready(self.is_ready)
             await changed.wait()
 
-    def _open_store(self) -> PeerChannel | None:
-        config = self.config
-        if not config.store_target:
-            return None
-        return PeerChannel(self._peers, config.store_target, tls_name=config.store_tls_name)
-
     def _dial_engine(self, target: str) -> grpc.aio.Channel:
         return self._peers.open(target, tls_name=self.config.engine_tls_name)
 
     def _load_models(self) -> ModelCatalog:
         config = self.config
-        first, *others = config.model
-        models = [
-            load_served_model(first, self.workers, name=config.served_model_name, aliases=tuple(config.model_alias))
-        ]
-        models += [load_served_model(directory, self.workers) for directory in others]
+        aliases = tuple(config.model_alias)
+        models = load_served_models(config.model, self.workers, name=config.served_model_name, aliases=aliases)
         return ModelCatalog(models, self.names)
 
     def _make_pool(self) -> EnginePool:
@@ -289,6 +283,8 @@ class GatewayApp:
             catalog=self.catalog,
             listing=self._listing,
             models=self._models,
+            store_admin=self._store_admin,
+            is_local=is_loopback(self.config.host),
             authenticator=self._authenticator,
             metrics_address=lambda: f"port {self.metrics_port}",
             bodies=BodyReader(on_large_gone=self.workers.give_memory_back),

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from loraplex_gateway.openai.context import HttpContext
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
 from loraplex_gateway.openai.errors import error_response
-from loraplex_gateway.openai.routes import generation, models, service, text
+from loraplex_gateway.openai.routes import adapters, generation, models, service, text
 from loraplex_gateway.openai.tracing import TraceIds
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     models.endpoints,
     generation.endpoints,
     text.endpoints,
+    adapters.endpoints,
     service.endpoints,
 )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from loraplex_common.auth import Authenticator
 from loraplex_common.rights import require_right
 
+from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.connections import certificate_of
 from loraplex_gateway.openai.model_list import ModelList
@@ -30,13 +31,21 @@ INLINE_MAX_BODY_BYTES: Final = 32 * 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HttpContext:
-    """What the routes call."""
+    """What the routes call.
+
+    Attributes:
+        store_admin: Imports and deletes adapters; None without an adapter store.
+        is_local: Whether only this machine reaches the port.
+        num_requests: Returns how many requests run or wait.
+    """
 
     core: GatewayCore
     quotas: TenantQuotas
     catalog: ModelCatalog
     listing: ModelListing
     models: ModelList
+    store_admin: StoreAdmin | None
+    is_local: bool
     authenticator: Authenticator
     metrics_address: Callable[[], str]
     bodies: BodyReader

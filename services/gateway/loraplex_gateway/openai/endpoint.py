@@ -36,7 +36,7 @@ class Endpoint:
         body: Struct of the request's body; None if it has none.
         query: Parameters behind the question mark; None if there are none.
         table: What the fields of the body are for; None takes the struct alone.
-        answer: Struct of the answer with status 200; None if the document says no more than that it is JSON.
+        answer: Struct of the answer with status 200, str for plain text; None if the document says no more than that it is JSON.
         is_streamed: Whether the answer may be server-sent events instead.
     """
 
@@ -48,7 +48,7 @@ class Endpoint:
     body: type[msgspec.Struct] | None = None
     query: Table | None = None
     table: Table | None = None
-    answer: type[msgspec.Struct] | None = None
+    answer: type[msgspec.Struct | str] | None = None
     is_streamed: bool = False
 
     def route(self, context: HttpContext) -> Route:

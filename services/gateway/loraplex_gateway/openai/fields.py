@@ -265,11 +265,12 @@ LOAD_ADAPTER: Final = _table(
         "lora_path",
         "a directory below an import root of the adapter store, or a repository of the hub: `org/name`, "
         "`hf:org/name` or `hf:org/name@commit`",
-        "uri",
-        "source",
+        *("uri", "source", "hf.repo", "hf.revision", "hf.subfolder"),
     ),
     _served("load_inplace", "if the name has an adapter: import a new revision and move `latest` to it"),
-    _served("base_model_name", "the base model that the adapter must be for, instead of what it names itself"),
+    _served(
+        "base_model_name", "the base model that the adapter must be for, instead of what it names itself", "base_model"
+    ),
     *_refused("is_3d_lora_weight", "weights of experts are not served", False),
 )
 

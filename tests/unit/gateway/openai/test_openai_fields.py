@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from loraplex_common.errors import InvalidParameterError
 from loraplex_gateway.openai import fields
+from loraplex_gateway.openai.adapter_bodies import LoadAdapterBody, UnloadAdapterBody
 from loraplex_gateway.openai.body import decode
 from loraplex_gateway.openai.errors import CODES, BodyNames
 from loraplex_gateway.openai.field_docs import with_tables
@@ -50,6 +51,8 @@ def completion(**changes: Any) -> CompletionBody:
         (fields.STREAM_OPTIONS, StreamOptions),
         (fields.TOKENIZE, TokenizeBody),
         (fields.DETOKENIZE, DetokenizeBody),
+        (fields.LOAD_ADAPTER, LoadAdapterBody),
+        (fields.UNLOAD_ADAPTER, UnloadAdapterBody),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
