@@ -292,5 +292,6 @@ class GatewayApp:
             slow_client_s=self.config.slow_client_s,
             is_ready=lambda: self.is_ready,
             num_requests=lambda: self.admission.num_running + self.admission.num_waiting,
+            cors_origins=self.config.cors_allow_origin,
         )
         return http_server(self.config, make_app(context))

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from loraplex_gateway.openai.context import HttpContext
+from loraplex_gateway.openai.cors import Cors
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
 from loraplex_gateway.openai.errors import error_response
 from loraplex_gateway.openai.routes import adapters, generation, models, service, text
@@ -47,7 +48,8 @@ def make_app(context: HttpContext) -> ASGIApp:
         routes=[endpoint.route(context) for endpoint in endpoints(context)],
         exception_handlers={LoraplexError: _on_error, HTTPException: _on_no_route, Exception: _on_unexpected},
     )
-    return TraceIds(app)
+    traced = TraceIds(app)
+    return Cors(traced, context.cors_origins) if context.cors_origins else traced
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

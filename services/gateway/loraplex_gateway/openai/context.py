@@ -37,6 +37,7 @@ class HttpContext:
         store_admin: Imports and deletes adapters; None without an adapter store.
         is_local: Whether only this machine reaches the port.
         num_requests: Returns how many requests run or wait.
+        cors_origins: Origins of web pages that may read answers.
     """
 
     core: GatewayCore
@@ -53,6 +54,7 @@ class HttpContext:
     slow_client_s: float
     is_ready: Callable[[], bool]
     num_requests: Callable[[], int]
+    cors_origins: tuple[str, ...] = ()
 
     def admit(self, request: Request, right: str) -> Admission:
         """Return the caller, by key or certificate as over gRPC, if it may make the call that a route stands for.
