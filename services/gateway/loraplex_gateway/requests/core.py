@@ -18,6 +18,7 @@ from loraplex_gateway.engines.ticket import LocalCancelError
 from loraplex_gateway.requests.access_log import RequestRecord
 from loraplex_gateway.requests.relay import EngineRelay
 from loraplex_gateway.requests.run import RequestRun
+from loraplex_gateway.requests.tap import Tap
 from loraplex_gateway.requests.times import RequestTimes
 from loraplex_gateway.requests.waiting import Waiting
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.adapters.prefetch import PrefetchHints
     from loraplex_gateway.engines.pool import EnginePool
+    from loraplex_gateway.engines.ticket import EngineUpdate
     from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.quotas.calls import QuotaCall, QuotaShare
     from loraplex_gateway.requests.admission import AdmissionController, Place
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.requests.preparation import Preparer
     from loraplex_gateway.requests.prepared import PreparedRequest
     from loraplex_gateway.requests.resumption import Resumption
+    from loraplex_gateway.requests.tap import Sink
     from loraplex_gateway.text.models import ServedModel
     from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import Event, GenerationRequest, Prompt
@@ -73,7 +76,13 @@ class GatewayCore:
         self._metrics = metrics
 
     async def generate(
-        self, request: GenerationRequest, *, caller: Principal, time_left_s: float | None, quota: QuotaCall
+        self,
+        request: GenerationRequest,
+        *,
+        caller: Principal,
+        time_left_s: float | None,
+        quota: QuotaCall,
+        sink: Sink | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Yield a request's events, the last of them `Finished`.
 
@@ -84,6 +93,7 @@ class GatewayCore:
             caller: The principal that asks.
             time_left_s: Until the caller's deadline; None for no deadline.
             quota: The call that this request is one of.
+            sink: Writes plain chunks to the client by itself, see `tap`; None has all of them yielded.
 
         Raises:
             LoraplexError: If the request is refused or fails.
@@ -92,6 +102,7 @@ class GatewayCore:
         with record:
             try:
                 run = await self._begin(record, share, caller)
+                run.tap = _tap(run, record, sink)
                 async with self._holding(run, share, caller.name) as (place, claim):
                     try:
                         with Waiting(place, claim, run, self._metrics) as waiting:
@@ -111,7 +122,7 @@ class GatewayCore:
                             if run.is_finished:
                                 return
                             try:
-                                events = run.events(*await anext(updates))
+                                events = await _next(run, updates)
                             except LocalCancelError:
                                 events = _cancelled(run, claim)
             finally:
@@ -230,6 +241,22 @@ class GatewayCore:
         return EngineRelay(run, claim, pool=self._pool, hints=self._hints, metrics=self._metrics)
 
 
+def _tap(run: RequestRun, record: RequestRecord, sink: Sink | None) -> Tap | None:
+    """Return what takes plain tokens to the sink; None where each of them may be an end."""
+    has_stops = bool(run.prepared.request.stopping.stop_strings)
+    return None if sink is None or has_stops else Tap(run, record, sink)
+
+
+async def _next(run: RequestRun, updates: AsyncGenerator[tuple[str, EngineUpdate], None]) -> Sequence[Event]:
+    """Return the events of the next news that the tap has not taken, behind those of what it has."""
+    tap = run.tap
+    if tap is None:
+        return run.events(*await anext(updates))
+    tap.is_open = run.times.started_at is not None
+    engine_id, update = await anext(updates)
+    return [*tap.rest(), *run.events(engine_id, update)]
+
+
 def _cancelled(run: RequestRun, claim: Claim) -> Sequence[Event]:
     """Return the last events of a request that was ended by its id.
 
@@ -238,4 +265,4 @@ def _cancelled(run: RequestRun, claim: Claim) -> Sequence[Event]:
     """
     if claim.failure is not None:
         raise claim.failure from None
-    return run.cancelled()
+    return [*(run.tap.rest() if run.tap is not None else ()), *run.cancelled()]

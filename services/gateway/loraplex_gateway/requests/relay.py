@@ -142,6 +142,8 @@ class EngineRelay:
         if self._hints is not None and digest and digest not in link.resident:
             self._hints.hint(digest, link.engine_id)
         ticket = link.submit(self._submission(link.record.max_model_len))
+        if (tap := self._run.tap) is not None:
+            tap.output, ticket.take = self._tokens, tap.take
 
         def cancel() -> None:
             ticket.cancel()

@@ -15,10 +15,11 @@ from loraplex_gateway.requests.prepared import unsaid_finish
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started, Timings, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from loraplex_gateway.engines.wire import EngineFinish
+    from loraplex_gateway.engines.wire import EngineFinish, LogprobsMessage
     from loraplex_gateway.requests.prepared import PreparedRequest
+    from loraplex_gateway.requests.tap import Tap
     from loraplex_gateway.requests.times import RequestTimes
     from loraplex_gateway.types import Event, Resume
 
@@ -42,6 +43,7 @@ class RequestRun:
         time_limit_at: When the output is cut (monotonic seconds); None for never. Known once the request is admitted.
         is_finished: True once `Finished` has been made.
         resume_token: Empty until the stream starts, or if it cannot be resumed.
+        tap: Takes its plain tokens the short way; None has all go the long one.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class RequestRun:
         self.time_limit_at = prepared.continuation.time_limit_at if prepared.continuation is not None else None
         self.resume_token = ""
         self.is_finished = False
+        self.tap: Tap | None = None
         self._token = token
         self._has_engine = False
         self._cached_tokens = 0
@@ -91,7 +94,7 @@ class RequestRun:
                 events.append(update.loading)
             if update.started is not None or update.token_ids:
                 events.append(self._start(engine_id, update))
-        chunk = self._push(update) if update.token_ids else None
+        chunk = self.push(update.token_ids, update.logprobs) if update.token_ids else None
         if self._output.matched_stop is not None:
             return [*events, *_present(chunk), self.finished(FinishReason.STOP)]
         if update.end is None:
@@ -99,6 +102,11 @@ class RequestRun:
         # A chunk of its own: a client that has these tokens may or may not have what was held back until the end.
         last = self._output.finish(stop_token_id=update.end.stop_token_id)
         return [*events, *_present(chunk), *_present(last), self._end(update.end)]
+
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[LogprobsMessage] = ()) -> Chunk | None:
+        """Return what a client is told about tokens that came, `logprobs` parallel to them where asked for."""
+        self.times.tokens_came()
+        return self._output.push(token_ids, logprobs)
 
     async def replay(self, resume: Resume) -> list[Event]:
         """Go through what the client has of the output; return its end if there is nothing more to come.
@@ -180,10 +188,6 @@ class RequestRun:
             resume_token=self.resume_token,
             prompt_logprobs=started.prompt_logprobs if started is not None else (),
         )
-
-    def _push(self, update: EngineUpdate) -> Chunk | None:
-        self.times.tokens_came()
-        return self._output.push(update.token_ids, update.logprobs)
 
     def _end(self, finish: EngineFinish) -> Finished:
         # A stop string completed by the text that was held to the very end.
