@@ -102,7 +102,7 @@ class GatewayCore:
         with record:
             try:
                 run = await self._begin(record, share, caller)
-                run.tap = _tap(run, record, sink)
+                tap = _tap(run, record, sink)
                 async with self._holding(run, share, caller.name) as (place, claim):
                     try:
                         with Waiting(place, claim, run, self._metrics) as waiting:
@@ -110,8 +110,8 @@ class GatewayCore:
                                 yield news
                         events = await self._replayed(run)
                     except LocalCancelError:
-                        events = _cancelled(run, claim)
-                    async with aclosing(self._relay(run, claim).updates()) as updates:
+                        events = _cancelled(run, claim, tap)
+                    async with aclosing(self._relay(run, claim, tap).updates()) as updates:
                         while True:
                             for event in events:
                                 record.see(event, num_tokens=run.num_tokens)
@@ -122,9 +122,9 @@ class GatewayCore:
                             if run.is_finished:
                                 return
                             try:
-                                events = await _next(run, updates)
+                                events = await _next(run, updates, tap)
                             except LocalCancelError:
-                                events = _cancelled(run, claim)
+                                events = _cancelled(run, claim, tap)
             finally:
                 share.settle(*(run.used_tokens if run is not None else (0, 0)))
 
@@ -237,8 +237,8 @@ class GatewayCore:
         self._metrics.client_resumes.labels("ended" if last else "continued").inc()
         return last
 
-    def _relay(self, run: RequestRun, claim: Claim) -> EngineRelay:
-        return EngineRelay(run, claim, pool=self._pool, hints=self._hints, metrics=self._metrics)
+    def _relay(self, run: RequestRun, claim: Claim, tap: Tap | None) -> EngineRelay:
+        return EngineRelay(run, claim, pool=self._pool, hints=self._hints, metrics=self._metrics, tap=tap)
 
 
 def _tap(run: RequestRun, record: RequestRecord, sink: Sink | None) -> Tap | None:
@@ -247,9 +247,10 @@ def _tap(run: RequestRun, record: RequestRecord, sink: Sink | None) -> Tap | Non
     return None if sink is None or has_stops else Tap(run, record, sink)
 
 
-async def _next(run: RequestRun, updates: AsyncGenerator[tuple[str, EngineUpdate], None]) -> Sequence[Event]:
+async def _next(
+    run: RequestRun, updates: AsyncGenerator[tuple[str, EngineUpdate], None], tap: Tap | None
+) -> Sequence[Event]:
     """Return the events of the next news that the tap has not taken, behind those of what it has."""
-    tap = run.tap
     if tap is None:
         return run.events(*await anext(updates))
     tap.is_open = run.times.started_at is not None
@@ -257,7 +258,7 @@ async def _next(run: RequestRun, updates: AsyncGenerator[tuple[str, EngineUpdate
     return [*tap.rest(), *run.events(engine_id, update)]
 
 
-def _cancelled(run: RequestRun, claim: Claim) -> Sequence[Event]:
+def _cancelled(run: RequestRun, claim: Claim, tap: Tap | None) -> Sequence[Event]:
     """Return the last events of a request that was ended by its id.
 
     Raises:
@@ -265,4 +266,4 @@ def _cancelled(run: RequestRun, claim: Claim) -> Sequence[Event]:
     """
     if claim.failure is not None:
         raise claim.failure from None
-    return [*(run.tap.rest() if run.tap is not None else ()), *run.cancelled()]
+    return [*(tap.rest() if tap is not None else ()), *run.cancelled()]

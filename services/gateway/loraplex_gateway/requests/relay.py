@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.requests.claims import Claim
     from loraplex_gateway.requests.run import RequestRun
+    from loraplex_gateway.requests.tap import Tap
 
 MAX_REFUSALS: Final = 4
 """Engines that may refuse a request between two of its tokens, each for reasons of its own."""
@@ -66,6 +67,7 @@ class EngineRelay:
         pool: The engines.
         hints: Told when the chosen engine lacks the adapter; None without an adapter store.
         metrics: Where moves between engines are counted.
+        tap: Takes plain tokens the short way; None has all go the long one.
     """
 
     def __init__(
@@ -76,21 +78,20 @@ class EngineRelay:
         pool: EnginePool,
         hints: PrefetchHints | None,
         metrics: GatewayMetrics,
+        tap: Tap | None = None,
     ) -> None:
-        self._run = run
+        self._run, self._tap = run, tap
         self._prepared = run.prepared
         self._time_limit_at = run.time_limit_at
         self._clock = run.times.clock
         self._claim = claim
         self._pool = pool
-        self._hints = hints
-        self._metrics = metrics
+        self._hints, self._metrics = hints, metrics
         self._tokens: list[int] = list(run.prepared.resumed_ids)
         self._has_started = run.prepared.continuation is not None
         self._was_interrupted = False
         self._excluded: frozenset[str] = frozenset()
-        self._num_fruitless_losses = 0
-        self._num_refusals = 0
+        self._num_fruitless_losses = self._num_refusals = 0
 
     async def updates(self) -> AsyncGenerator[tuple[str, EngineUpdate], None]:
         """Yield (engine id, news); the last update has a normal end.
@@ -142,8 +143,8 @@ class EngineRelay:
         if self._hints is not None and digest and digest not in link.resident:
             self._hints.hint(digest, link.engine_id)
         ticket = link.submit(self._submission(link.record.max_model_len))
-        if (tap := self._run.tap) is not None:
-            tap.output, ticket.take = self._tokens, tap.take
+        if self._tap is not None:
+            self._tap.output, ticket.take = self._tokens, self._tap.take
 
         def cancel() -> None:
             ticket.cancel()

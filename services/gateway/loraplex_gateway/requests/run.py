@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.engines.wire import EngineFinish, LogprobsMessage
     from loraplex_gateway.requests.prepared import PreparedRequest
-    from loraplex_gateway.requests.tap import Tap
     from loraplex_gateway.requests.times import RequestTimes
     from loraplex_gateway.types import Event, Resume
 
@@ -43,7 +42,6 @@ class RequestRun:
         time_limit_at: When the output is cut (monotonic seconds); None for never. Known once the request is admitted.
         is_finished: True once `Finished` has been made.
         resume_token: Empty until the stream starts, or if it cannot be resumed.
-        tap: Takes its plain tokens the short way; None has all go the long one.
     """
 
     def __init__(
@@ -54,7 +52,6 @@ class RequestRun:
         self.time_limit_at = prepared.continuation.time_limit_at if prepared.continuation is not None else None
         self.resume_token = ""
         self.is_finished = False
-        self.tap: Tap | None = None
         self._token = token
         self._has_engine = False
         self._cached_tokens = 0
