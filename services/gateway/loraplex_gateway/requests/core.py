@@ -23,7 +23,7 @@ from loraplex_gateway.requests.times import RequestTimes
 from loraplex_gateway.requests.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 
     from loraplex_common.auth import Principal
 
@@ -54,7 +54,13 @@ class GatewayCore:
         resumption: Gives out resume tokens and takes them back.
         hints: Prefetch hints; None without an adapter store.
         metrics: Where requests are counted.
+
+    Attributes:
+        cancel_elsewhere: Has another process (gateway id, tenant, request id) end a request, and returns whether it ran
+            there; None if it cannot be asked.
     """
+
+    cancel_elsewhere: Callable[[str, str, str], Awaitable[bool | None]] | None = None
 
     def __init__(
         self,
@@ -138,18 +144,26 @@ class GatewayCore:
         Raises:
             NotSupportedError: If another gateway runs it.
         """
-        running = self._claims.find(tenant, request_id)
-        if running is not None:
-            running.cancel()
+        if await self.cancel_here(tenant, request_id):
             return True
         owner = await self._claims.owner(tenant, request_id)
-        if owner is not None and owner != self._claims.gateway_id:  # ours, without a request: it has just ended
+        if owner is None or owner == self._claims.gateway_id:  # ours, without a request: it has just ended
+            return False
+        ended = await self.cancel_elsewhere(owner, tenant, request_id) if self.cancel_elsewhere is not None else None
+        if ended is None:
             raise NotSupportedError(
                 f"request {request_id} runs on gateway {owner}; cancelling across gateways is not built yet, "
                 "cancel the stream's RPC instead",
                 metadata={"gateway_id": owner},
             )
-        return False
+        return ended
+
+    async def cancel_here(self, tenant: str, request_id: str) -> bool:
+        """End a running request of the tenant in this process; return whether there was one."""
+        running = self._claims.find(tenant, request_id)
+        if running is not None:
+            running.cancel()
+        return running is not None
 
     def _record(self, request: GenerationRequest, caller: Principal, time_left_s: float | None) -> RequestRecord:
         """Return the record of a request that comes at this moment."""
