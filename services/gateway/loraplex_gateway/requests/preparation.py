@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import ANYBODY
-from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
+from loraplex_common.request_limits import MAX_ENTRIES
 
 from loraplex_gateway.requests import validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.requests.prepared import PreparedRequest
+from loraplex_gateway.types import GenerationRequest
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Principal
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from loraplex_gateway.requests.prepared import Continuation
     from loraplex_gateway.text.models import ModelCatalog, ServedModel
     from loraplex_gateway.text.tokenization import Encoded
-    from loraplex_gateway.types import GenerationRequest, Prompt, Sampling
+    from loraplex_gateway.text.voices import Voices
+    from loraplex_gateway.types import Prompt, Sampling
 
 # Taken off the caller's deadline, so that the engine's verdict still reaches the caller in time.
 DEADLINE_MARGIN_S: Final = 0.05
@@ -48,6 +51,7 @@ class Preparer:
         catalog: Base models.
         names: Adapter names.
         pool: Knows how long sequences may be.
+        voices: Models as adapters speak.
         limits: What is refused.
     """
 
@@ -57,11 +61,13 @@ class Preparer:
         names: NameTable,
         pool: EnginePool,
         *,
+        voices: Voices,
         limits: RequestLimits,
     ) -> None:
         self._catalog = catalog
         self._names = names
         self._pool = pool
+        self._voices = voices
         self._limits = limits
 
     async def prepare(
@@ -93,6 +99,7 @@ class Preparer:
         validation.check_request(request)
         priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
         model, adapter = await self._select(request, caller)
+        model = await self._voices.of(model, adapter)
         prompt_ids = await self._prompt_ids(request, model, tenant=caller.name)
         room = self._max_model_len(model) - len(prompt_ids)
         limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
@@ -124,6 +131,12 @@ class Preparer:
         validation.check_drawable(request, model.defaults.eos_token_ids, model.info.vocab_size)
         validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
         return prompt_ids
+
+    async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
+        """Return a model as an adapter speaks, or by itself if that name is empty; refuses names as `prepare` does."""
+        return await self._voices.of(
+            *await self._select(GenerationRequest(model=model, adapter=adapter, prompt=None), caller)
+        )
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return a prompt's token ids.
@@ -166,7 +179,18 @@ class Preparer:
 
 
 def _stop_token_ids(request: GenerationRequest, model: ServedModel) -> frozenset[int]:
-    """Return the ids that end the output."""
+    """Return the ids that end the output.
+
+    Raises:
+        InvalidParameterError: If an engine takes no list of so many: the adapter's own are sent with the request's.
+    """
+    added = frozenset() if request.stopping.ignore_eos else model.defaults.added_stop_ids
+    num_sent = len(added | frozenset(request.stopping.stop_token_ids))
+    if num_sent > (most := MAX_ENTRIES["stop_token_ids"]):
+        raise InvalidParameterError(
+            f"stop_token_ids has {num_sent} ids together with the adapter's own; at most {most} are allowed",
+            field="stopping.stop_token_ids",
+        )
     eos_ids = frozenset() if request.stopping.ignore_eos else model.defaults.eos_token_ids
     return eos_ids | frozenset(request.stopping.stop_token_ids)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ from loraplex_common.tokenizer_config import read_special_tokens, read_tokenizer
 from tokenizers import Tokenizer
 
 from loraplex_gateway.text.chat_template import ChatTemplate, load_chat_template
+from loraplex_gateway.text.confined_templates import ConfinedTemplate
 from loraplex_gateway.text.prompt_size import check_bytes, num_bytes_of, prompt_bytes
 from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
@@ -39,6 +41,9 @@ class Encoded:
 class PromptTokenizer:
     """One model's tokenizer and chat template.
 
+    Attributes:
+        special_tokens: Role -> special token, as the chat template sees them.
+
     Args:
         tokenizer: Hugging Face tokenizer.
         config: tokenizer_config.json as read.
@@ -50,7 +55,7 @@ class PromptTokenizer:
         self,
         tokenizer: Tokenizer,
         config: dict[str, Any],
-        template: ChatTemplate | None,
+        template: ChatTemplate | ConfinedTemplate | None,
         workers: FairWorkers,
     ) -> None:
         tokenizer.no_truncation()
@@ -61,7 +66,8 @@ class PromptTokenizer:
         self._workers = workers
         self._shared: dict[int, asyncio.Task[Encoded]] = {}
         self._waiters: dict[asyncio.Task[Encoded], int] = {}
-        self._bos_token = read_special_tokens(config).get("bos_token", "")
+        self.special_tokens = read_special_tokens(config)
+        self._bos_token = self.special_tokens.get("bos_token", "")
         self._bos_id = tokenizer.token_to_id(self._bos_token) if self._bos_token else None
         self._add_bos: bool | None = config.get("add_bos_token")
 
@@ -71,6 +77,13 @@ class PromptTokenizer:
         config = read_tokenizer_config(directory)
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         return cls(tokenizer, config, load_chat_template(directory, config), workers)
+
+    def with_template(self, template: ConfinedTemplate) -> PromptTokenizer:
+        """Return this tokenizer with the chat template of an adapter."""
+        other = copy.copy(self)
+        other._template = template
+        other._shared, other._waiters = {}, {}
+        return other
 
     async def encode(self, prompt: Prompt, *, tenant: str = ANYBODY.name, max_bytes: int | None = None) -> Encoded:
         """Return the prompt's token ids.
@@ -89,7 +102,11 @@ class PromptTokenizer:
             return Encoded(prompt.ids)
         num_bytes = prompt_bytes(prompt)
         check_bytes(num_bytes, max_bytes)
-        is_short = isinstance(prompt, TextPrompt) or len(prompt.messages) <= INLINE_MAX_MESSAGES
+        if isinstance(prompt, TextPrompt):
+            is_short = True
+        else:
+            is_confined = isinstance(self._template, ConfinedTemplate)  # waits for another process
+            is_short = len(prompt.messages) <= INLINE_MAX_MESSAGES and not is_confined
         if is_short and num_bytes <= INLINE_MAX_CHARS:
             return self.encode_now(prompt, max_bytes=max_bytes)
         return await self._encode_away(prompt, tenant, num_bytes, max_bytes)
