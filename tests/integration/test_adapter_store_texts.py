@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
+from loraplex.v1 import adapter_pb2
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_adapter_store import wire
 from loraplex_adapter_store.aliases import AliasUpdate
@@ -17,16 +18,20 @@ from loraplex_adapter_store.repository.catalog import Position
 from loraplex_common import text_parts_wire
 from loraplex_common.adapter_image import AdapterSpec, ImageError
 from loraplex_common.base_model import load_base_model
-from loraplex_common.errors import AdapterNotFoundError
+from loraplex_common.errors import AdapterNotFoundError, TenantQuotaError
 from loraplex_common.text_parts import TextParts, TextPartsInfo
 from support.adapter_texts import PIRATE, POET, files_with, pirate_texts
 from support.adapters import Recipe, write_adapter
+from support.hub_double import HubDouble, running_hub
 from support.store_engine_peer import attached_peer
 from support.store_rig import StoreClient, delete, refused, running_rig, store_config, tiny_base_dir, translated
+from support.valkey import fresh_database
 from support.waiting import eventually
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from loraplex_common.valkey import EmbeddedValkey
 
 pytestmark = pytest.mark.integration
 
@@ -173,3 +178,31 @@ async def test_two_imports_at_once_of_one_folder_bring_the_same(redis_url: str, 
         results = await asyncio.gather(*(client.import_dir(f"poet-{n}", folder) for n in range(3)))
 
     assert {tuple(result.revision.text_parts.kinds) for result in results} == {("chat_template",)}
+
+
+async def test_texts_count_as_a_tenants_bytes(redis_url: str, tmp_path: Path) -> None:
+    plain, own = files_with({}), files_with({"chat_template.jinja": POET.encode() + b"{# " + b"x" * 4000 + b" #}"})
+    async with running_rig(store_config(redis_url)) as (_, client):
+        size = (await client.upload("measured", plain)).revision.canonical_bytes
+    quotas = tmp_path / "quotas.toml"
+    quotas.write_text(f"[tenants.acme]\nmax_adapter_bytes = {size + 1000}\n")
+    async with running_rig(store_config(redis_url, quotas_file=quotas)) as (_, client):
+        adapter = adapter_pb2.Adapter(name="a", allowed_tenants=["acme"])
+        await client.stub.CreateAdapter(pb.CreateAdapterRequest(adapter=adapter))
+        with refused(TenantQuotaError, "max_adapter_bytes"):
+            await client.upload("a", own)
+
+        assert (await client.upload("a", plain)).revision.canonical_bytes == size
+
+
+async def test_texts_come_from_the_hub_as_from_a_folder(store_valkey: EmbeddedValkey) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub = HubDouble("org/pirate", commit, files_with(pirate_texts()))
+    with running_hub(hub):
+        async with running_rig(store_config(fresh_database(store_valkey), hf_endpoint=hub.url)) as (_, client):
+            source = pb.HuggingFaceSource(repo="org/pirate", revision=commit)
+            result = await client.wait(await client.stub.ImportAdapter(pb.ImportAdapterRequest(name="a", hf=source)))
+            uploaded = await client.upload("b", files_with(pirate_texts()))
+
+    assert list(result.revision.text_parts.kinds) == KINDS
+    assert result.revision.revision == uploaded.revision.revision

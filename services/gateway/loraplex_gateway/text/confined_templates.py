@@ -121,10 +121,10 @@ class TemplateProcesses:
             InvalidParameterError: If the template refuses the conversation, or takes more than its share.
             SaturatedError: If no child is free in time.
         """
-        if time.monotonic() < self._refused_until.get(digest, 0.0):
-            raise self._too_much()
+        self._check_not_refused(digest)
         child = self._take()
         try:
+            self._check_not_refused(digest)  # it may have been meanwhile
             if child is None:
                 child = self._start()
             answer = child.ask(pickle.dumps((digest, source, special_tokens, prompt)))
@@ -149,7 +149,7 @@ class TemplateProcesses:
 
     def _take(self) -> _Child | None:
         try:
-            return self._places.get(timeout=self._time_s)
+            return self._places.get(timeout=2 * self._time_s)
         except queue.Empty:
             raise SaturatedError(
                 "other adapters' chat templates take all processes that render them; try again",
@@ -168,6 +168,10 @@ class TemplateProcesses:
         with self._lock:
             if child is not None:
                 self._running.discard(child)
+
+    def _check_not_refused(self, digest: str) -> None:
+        if time.monotonic() < self._refused_until.get(digest, 0.0):
+            raise self._too_much()
 
     def _refuse(self, digest: str) -> None:
         now = time.monotonic()
