@@ -87,7 +87,7 @@ def test_generation_defaults_are_brought_if_one_of_them_differs() -> None:
 
     assert dict(found.parts.generation) == {"temperature": 0.5, "top_k": 20, "top_p": 1.0}
     assert found.parts.stop_token_ids == (2, 7)  # 3 is the base's already
-    assert found.warnings == ("generation_config.json: max_new_tokens are not taken over",)
+    assert found.warnings == ("generation_config.json: not taken over: max_new_tokens",)
 
 
 def test_generation_defaults_that_equal_the_bases_bring_nothing(tmp_path: Path) -> None:

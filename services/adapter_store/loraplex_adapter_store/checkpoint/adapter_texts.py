@@ -169,7 +169,7 @@ def _generation_defaults(fields: Mapping[str, Any], base: BaseTokenizer) -> tupl
         raise AdapterIncompatibleError(f"{GENERATION_FILE}: repetition_penalty is 0; requests take more than 0")
     theirs = base.generation
     ignored = [name for name in _NOT_SERVED if fields.get(name) not in (None, theirs.get(name))]
-    warnings = (f"{GENERATION_FILE}: {', '.join(ignored)} are not taken over",) if ignored else ()
+    warnings = (f"{GENERATION_FILE}: not taken over: {', '.join(ignored)}",) if ignored else ()
     is_same = all(theirs.get(name) == value for name, value in defaults.items())
     return ({} if is_same else defaults), warnings
 

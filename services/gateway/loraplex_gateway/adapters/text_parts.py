@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import grpc
@@ -46,7 +47,7 @@ class TextPartsSource:
         if task is None:
             task = asyncio.create_task(self._fetch(adapter), name="text-parts")
             self._fetching[adapter.text_parts] = task
-            task.add_done_callback(lambda _: self._fetching.pop(adapter.text_parts, None))
+            task.add_done_callback(partial(self._ended, adapter.text_parts))
         return await asyncio.shield(task)  # others may wait for it, too
 
     async def close(self) -> None:
@@ -55,6 +56,11 @@ class TextPartsSource:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ended(self, digest: str, task: asyncio.Task[TextParts]) -> None:
+        del self._fetching[digest]
+        if not task.cancelled():
+            task.exception()  # every request that waited for it may be gone
 
     async def _fetch(self, adapter: ResolvedAdapter) -> TextParts:
         try:

@@ -62,7 +62,6 @@ def _read(stream: IO[bytes]) -> bytes | None:
 def main(memory_bytes: int, time_s: float) -> None:
     """Answer requests until the input ends."""
     _limit_memory(memory_bytes)
-    os.nice(5)
     renderer, incoming, outgoing = Renderer(), sys.stdin.buffer, sys.stdout.buffer
     while (request := _read(incoming)) is not None:
         signal.setitimer(signal.ITIMER_REAL, time_s)  # ends this process, if the gateway is not there to do it
