@@ -11,6 +11,7 @@ from loraplex_engine.runners.cuda.sampling import DeviceSampler, make_edits, pac
 from loraplex_engine.runners.cuda.step_handle import read_report
 from loraplex_engine.step import SlotSetup, TokenLogprobs
 from loraplex_kernels.sampling import reference as reference_sampling
+from loraplex_kernels.sampling.sample import VALID
 from numpy.typing import NDArray
 from support.plans import Draw, sampling_arrays
 
@@ -113,7 +114,7 @@ def draw_on_device(
     report = sampler.sample(logits, slots, arrays, drawn, last)
     tokens = drawn[0].cpu().numpy()
     logprobs = {} if report is None else read_report(report.cpu().numpy(), tokens, arrays.num_logprobs)
-    return Drawn(tokens.tolist(), (drawn[1] != 0).tolist(), last.cpu()[slots.tolist()].tolist(), logprobs)
+    return Drawn(tokens.tolist(), (drawn[1] == VALID).tolist(), last.cpu()[slots.tolist()].tolist(), logprobs)
 
 
 def draw_with_torch(

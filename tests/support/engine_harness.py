@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
+    from loraplex_engine.constraints.types import MaskFiller
+
 WAIT_S = 60.0
 NO_GROWTH = SchedulingPolicy(growth_quantile=0.0)
 """Admission that expects no growth, so that small pools come under pressure."""
@@ -227,10 +229,12 @@ class _Store:
 
 
 @contextmanager
-def running_engine(limits: EngineLimits, runner_factory: RunnerFactory) -> Iterator[EngineHarness]:
+def running_engine(
+    limits: EngineLimits, runner_factory: RunnerFactory, filler: MaskFiller | None = None
+) -> Iterator[EngineHarness]:
     """Run an engine until the block ends."""
     store, crashes = _Store(), list[BaseException]()
-    engine = Engine(limits, runner_factory, on_store_event=store.on_event, on_crash=crashes.append)
+    engine = Engine(limits, runner_factory, on_store_event=store.on_event, on_crash=crashes.append, filler=filler)
     store.engine = engine
     harness = EngineHarness(engine, store.images, crashes, store.events)
     try:
@@ -251,7 +255,12 @@ def fake_limits(*, block_tokens: int = 4, **fields: int) -> EngineLimits:
 
 @contextmanager
 def fake_engine(
-    *, depth: int = 1, loads_at_once: bool = True, step_patience_s: float | None = None, **fields: int
+    *,
+    depth: int = 1,
+    loads_at_once: bool = True,
+    step_patience_s: float | None = None,
+    filler: MaskFiller | None = None,
+    **fields: int,
 ) -> Iterator[tuple[EngineHarness, FakeRunner]]:
     """Run an engine on a `FakeRunner`."""
     runners = []
@@ -270,7 +279,7 @@ def fake_engine(
         return runners[0]
 
     limits = replace(fake_limits(**fields), step_patience_s=step_patience_s)
-    with running_engine(limits, make) as harness:
+    with running_engine(limits, make, filler) as harness:
         yield harness, runners[0]
 
 
@@ -308,6 +317,7 @@ def torch_engine(
     emulate_async: bool = False,
     eos_token_ids: tuple[int, ...] = (),
     policy: SchedulingPolicy = NO_GROWTH,
+    filler: MaskFiller | None = None,
 ) -> Iterator[EngineHarness]:
     """Run an engine on the torch backend in fp32 on the CPU; a small ``block_tokens`` makes small pages."""
     import torch
@@ -337,5 +347,5 @@ def torch_engine(
             WeightReader(model_dir, dtype=torch.float32, device=torch.device("cpu")),
         )
 
-    with running_engine(limits, make) as harness:
+    with running_engine(limits, make, filler) as harness:
         yield harness
