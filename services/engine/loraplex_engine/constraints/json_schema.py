@@ -25,9 +25,10 @@ from loraplex_engine.constraints.patterns import to_library
 from loraplex_engine.constraints.references import Reference, check_references
 from loraplex_engine.constraints.repeated_factors import check_factors
 from loraplex_engine.constraints.schema_values import (
-    check_length,
+    check_least_names,
     check_names,
     check_number,
+    check_text,
     check_type,
     check_value,
     escaped,
@@ -62,7 +63,7 @@ def prepare_schema(text: str, *, compact: bool = False) -> Schema:
     compact = _read_options(schema.pop("x-guidance", {})) or compact
     reader = _SchemaReader(schema)
     prepared: Schema = reader.read(schema, _Spot("#", "#"))
-    check_references(reader.references, prepared, reader.places)
+    check_references(reader.references, prepared, reader.places, has_ids=reader.has_ids)
     check_factors(reader.factors)
     form = {"whitespace_flexible": False} if compact else {"whitespace_pattern": BLANKS}
     prepared["x-guidance"] = form | {"json_allowed_escapes": ESCAPES}
@@ -105,6 +106,7 @@ class _SchemaReader:
         self.places: set[str] = set()
         self.references: list[Reference] = []
         self.factors: set[float] = set()
+        self.has_ids = False
 
     def read(self, schema: Any, spot: _Spot) -> Any:
         """Return one (sub)schema as the library shall read it.
@@ -123,10 +125,12 @@ class _SchemaReader:
             schema = {key: value for key, value in schema.items() if key in ("$ref", "$defs", "definitions")}
         if not str(schema.get("$id", "#")).startswith("#"):
             spot = spot._replace(base=spot.place)
+            self.has_ids = True
         if "$ref" in schema:
             self.references.append(Reference(schema["$ref"], spot.place, spot.base))
         extra: list[Schema] = []
         prepared = {key: self._value(key, value, spot, extra) for key, value in schema.items()}
+        check_least_names(prepared, spot.place)
         return self._in_order(self._with_alternatives(prepared), extra)
 
     def _refuse(self, schema: Schema, place: str) -> None:
@@ -179,7 +183,7 @@ class _SchemaReader:
             raise unsupported(key, spot.place, "two of its patterns mean the same")
         if key == "properties":
             for name in names:
-                check_length(name, key, spot.place)
+                check_text(name, key, spot.place)
         return {
             name: self.read(item, spot.at(key, original))
             for name, (original, item) in zip(names, value.items(), strict=True)

@@ -152,9 +152,10 @@ class _Translator:
             digits = self._text[self._at + 1 : end - 1]
         self._at = end
         try:
-            return literal(chr(int(digits, 16)))
+            char = chr(int(digits, 16))
         except (ValueError, OverflowError):
             raise PatternError(f"{digits!r} is no character's code") from None
+        return literal(char)
 
     def _control(self) -> str:
         letter = self._text[self._at : self._at + 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -22,12 +23,13 @@ class Reference(NamedTuple):
     base: str
 
 
-def check_references(references: list[Reference], prepared: Any, places: set[str]) -> None:
+def check_references(references: list[Reference], prepared: Any, places: set[str], *, has_ids: bool) -> None:
     """Check all references of a schema.
 
     Args:
         references: What is checked.
         prepared: The schema as the library reads it.
+        has_ids: Whether the schema has documents of its own, named by $id.
         places: Where (sub)schemas are that have been made ready, as JSON pointers with a leading #.
 
     Raises:
@@ -38,6 +40,8 @@ def check_references(references: list[Reference], prepared: Any, places: set[str
             raise ConstraintTextError(f"keyword '$ref' at {place} must have a text")
         pointer = unquote(target)
         document, _, fragment = pointer.partition("#")
+        if document and (not has_ids or re.match("https?://json-schema[.]org/", document)):
+            raise _unsupported(place, "it points to another document, which is not read")
         if not fragment.startswith("/"):
             continue  # "#", an anchor or another document: the library finds it among the schema's own, or refuses it
         if document:

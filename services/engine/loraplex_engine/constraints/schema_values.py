@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 from loraplex_engine.constraints.json_text import MAX_EXACT_INTEGER, ConstraintTextError
@@ -9,6 +10,8 @@ from loraplex_engine.constraints.limits import MAX_LITERAL_BYTES
 from loraplex_engine.constraints.patterns import PatternError, to_library
 
 TYPES: Final = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
+_UNSPEAKABLE: Final = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f\ud800-\udfff]")
+"""Characters that JSON spells with \\u only, and halves of characters."""
 
 
 def not_numbers() -> list[dict[str, str]]:
@@ -54,15 +57,17 @@ def check_value(value: Any, key: str, place: str) -> None:
         elif isinstance(item, list):
             pending += item
         elif isinstance(item, str):
-            check_length(item, key, place)
+            check_text(item, key, place)
         elif isinstance(item, int | float) and abs(item) > MAX_EXACT_INTEGER:
             raise unsupported(key, place, f"{item} is too large to be compared exactly")
 
 
-def check_length(text: str, key: str, place: str) -> None:
-    """Refuse a text that makes masks slow."""
+def check_text(text: str, key: str, place: str) -> None:
+    """Refuse a text that makes masks slow, or that outputs cannot spell."""
     if len(text.encode("utf-8", "surrogatepass")) > MAX_LITERAL_BYTES:
         raise unsupported(key, place, f"a text is longer than {MAX_LITERAL_BYTES} bytes")
+    if found := _UNSPEAKABLE.search(text):
+        raise unsupported(key, place, f"outputs cannot have the character U+{ord(found[0]):04X}")
 
 
 def escaped(key: str) -> str:
@@ -87,4 +92,11 @@ def check_names(value: Any, key: str, place: str) -> None:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ConstraintTextError(f"keyword {key!r} at {place} must have a list of names")
     for name in value:
-        check_length(name, key, place)
+        check_text(name, key, place)
+
+
+def check_least_names(schema: dict[str, Any], place: str) -> None:
+    """Refuse to count names that an output may repeat: JSON keeps the last of them only."""
+    least = schema.get("minProperties", 0)
+    if least > len(schema.get("required", ())) + 1:
+        raise unsupported("minProperties", place, "more than one name beyond the required ones may be the same twice")

@@ -203,6 +203,8 @@ EXPLANATIONS: Final = {
     "patternProperty regexes": "keyword 'patternProperties' cannot be enforced unless no name matches two of its patterns",
     "circular references": "keyword '$ref' cannot be enforced where a circle of references has other keywords beside it",
     "Schema intersection stack level": "keywords 'allOf' and '$ref' cannot be enforced where they are intersected without end",
+    "NoExtension": "no output satisfies it; perhaps a keyword 'pattern' or an expression asks for characters that outputs "
+    "cannot have",
     "min/maxProperties": "keywords 'minProperties' and 'maxProperties' cannot be enforced beside optional properties",
 }
 """Part of what the library says -> what is said to the caller before it."""
