@@ -35,6 +35,7 @@ serve: ## Serve the demo model and its adapters on this machine until Ctrl-C
 .PHONY: test
 test: $(VENV)/.dev-installed ## Run the tests that need no GPU
 	@tests/tools/ensure-prometheus.sh
+	@tests/tools/ensure-json-schema-suite.sh
 	@$(BIN)/pytest -n $(JOBS) -m "not gpu" -q -ra $(PYTEST_ARGS)
 
 .PHONY: test-gpu
