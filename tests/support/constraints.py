@@ -13,6 +13,7 @@ from loraplex_engine.constraints.types import ConstraintError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from loraplex_engine.constraints.types import ConstraintState
     from numpy.typing import NDArray
 
 STEP = 5
@@ -81,12 +82,13 @@ class StrideFiller:
     before: Callable[[], None] = lambda: None
     num_rows: list[int] = field(default_factory=list)
 
-    def fill(self, states: Sequence[StrideState], out: NDArray[np.int32]) -> None:
+    def fill(self, states: Sequence[ConstraintState], out: NDArray[np.int32]) -> None:
         self.before()
         assert out.shape == (len(states), -(-self.vocab_size // 32))
         assert len({id(state) for state in states}) == len(states)
         self.num_rows.append(len(states))
         for row, state in enumerate(states):
+            assert isinstance(state, StrideState)
             position = len(state.token_ids)
             bits = [
                 not state.is_ended and state.constraint.allows(position, token) for token in range(32 * out.shape[1])

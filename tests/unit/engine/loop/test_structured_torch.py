@@ -176,7 +176,7 @@ def test_banned_sequences_hold_beside_a_structure(
         for seed in range(12)
     ]
     with torch_engine(model_dir, eos_token_ids=EOS, filler=constraints.filler) as harness:
-        found = harness.wait(submit_all(harness, constraints, jobs))  # type: ignore[arg-type]
+        found = harness.wait(submit_all(harness, constraints, jobs))
 
     texts = {tokenizer.decode(each.tokens, skip_special_tokens=True) for each in found}
     assert texts <= {"no", "perhaps"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,12 +41,13 @@ def ruled(
 
 def expected(submission: Submission, stride: Stride) -> list[int]:
     """Return the new tokens of a structured request without eos that runs alone, to its structure's end."""
-    prompt, output = submission.prompt_token_ids.tolist(), submission.resumed_token_ids.tolist()
+    prompt: list[int] = submission.prompt_token_ids.tolist()
+    output: list[int] = submission.resumed_token_ids.tolist()
     num_resumed = len(output)
     while len(output) < stride.most:
-        position = len(output)
         tokens = np.array(prompt + output, dtype=np.int32)
-        token = draw(tokens, "", 1.0, submission.sampling.seed, (), lambda each, at=position: stride.allows(at, each))
+        allows = partial(stride.allows, len(output))
+        token = draw(tokens, "", 1.0, submission.sampling.seed, (), allows)
         output.append(token)
     return output[num_resumed:]
 
@@ -100,7 +102,7 @@ def test_steps_without_structured_rows_have_no_masks(depth: int) -> None:
 def first_with_eos(stride: Stride, **fields: object) -> Client:
     """Return the first of many requests that drew end-of-text."""
     rig = Rig(depth=2, num_pages=64, max_num_seqs=8)
-    clients = [rig.submit(ruled(stride, slot=n, sampling=seeded(n), **fields)) for n in range(40)]
+    clients = [rig.submit(ruled(stride, slot=n, sampling=seeded(n), **fields))  # type: ignore[arg-type] for n in range(40)]
     rig.run()
     assert all(client.finish_reason is FinishReason.STOP for client in clients)
     return next(client for client in clients if EOS in client.tokens)
