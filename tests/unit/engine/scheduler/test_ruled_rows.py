@@ -99,17 +99,17 @@ def test_steps_without_structured_rows_have_no_masks(depth: int) -> None:
     assert len(masked) > 15
 
 
-def first_with_eos(stride: Stride, **fields: object) -> Client:
+def first_with_eos(stride: Stride, *, ignore_eos: bool) -> Client:
     """Return the first of many requests that drew end-of-text."""
-    rig = Rig(depth=2, num_pages=64, max_num_seqs=8)
-    clients = [rig.submit(ruled(stride, slot=n, sampling=seeded(n), **fields))  # type: ignore[arg-type] for n in range(40)]
+    rig, make = Rig(depth=2, num_pages=64, max_num_seqs=8), partial(ruled, stride, ignore_eos=ignore_eos)
+    clients = [rig.submit(make(slot=n, sampling=seeded(n), max_new_tokens=50)) for n in range(40)]
     rig.run()
     assert all(client.finish_reason is FinishReason.STOP for client in clients)
     return next(client for client in clients if EOS in client.tokens)
 
 
 def test_end_of_text_ends_the_output_where_the_structure_allows_it() -> None:
-    client = first_with_eos(Stride(least=2, most=40), ignore_eos=False, max_new_tokens=50)
+    client = first_with_eos(Stride(least=2, most=40), ignore_eos=False)
 
     assert client.tokens.index(EOS) == len(client.tokens) - 1 >= 2
     assert client.end is not None
@@ -117,7 +117,7 @@ def test_end_of_text_ends_the_output_where_the_structure_allows_it() -> None:
 
 
 def test_end_of_text_ends_a_structured_output_with_ignore_eos_too() -> None:
-    client = first_with_eos(Stride(least=2, most=40), ignore_eos=True, max_new_tokens=50)
+    client = first_with_eos(Stride(least=2, most=40), ignore_eos=True)
 
     assert client.tokens.index(EOS) == len(client.tokens) - 1
     assert client.end is not None
