@@ -68,6 +68,14 @@ STRANGERS: tuple[dict[str, Any], ...] = (
         "adapter_digest": ADAPTERS[2],
         "sampling": gateway_pb2.SamplingParams(temperature=0.8, seed=7, top_k=20, frequency_penalty=0.5),
     },
+    {
+        "prompt": [31, 32],
+        "max_new_tokens": 20,
+        "adapter_digest": ADAPTERS[0],
+        "sampling": gateway_pb2.SamplingParams(temperature=1.0, seed=3),
+        "structured_output": gateway_pb2.StructuredOutput(regex=r"[a-z]{30,40}"),
+        "bad_token_sequences": [gateway_pb2.TokenIds(ids=[40, 41])],
+    },
 )
 
 
