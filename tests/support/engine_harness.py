@@ -62,6 +62,12 @@ class Generation:
     start: Started | None = None
     num_loading: int = 0
     end: Ended | None = None
+    num_resumed: int = 0
+
+    @property
+    def next_position(self) -> int:
+        """Position in the output of the next token to come."""
+        return self.num_resumed + len(self.tokens)
 
 
 @dataclass
@@ -126,7 +132,9 @@ class EngineHarness:
         )
         self.next_slot += 1
         generation = self.generations[submission.session_slot] = Generation(submission.session_slot)
-        self.engine.post(Submit(replace(submission, **fields)))  # type: ignore[arg-type]
+        submission = replace(submission, **fields)  # type: ignore[arg-type]
+        generation.num_resumed = len(submission.resumed_token_ids)
+        self.engine.post(Submit(submission))
         return generation
 
     def wait(self, generations: Sequence[Generation], timeout_s: float = WAIT_S) -> list[Generation]:
@@ -168,14 +176,14 @@ class EngineHarness:
         for slot, position, token_id in zip(
             outputs.token_slots.tolist(), outputs.token_positions.tolist(), outputs.token_ids.tolist(), strict=True
         ):
-            assert position == len(self.generations[slot].tokens)
+            assert position == self.generations[slot].next_position
             self.generations[slot].tokens.append(token_id)
         for event in outputs.events:
             generation = self.generations[event.session_slot]
             assert generation.end is None, f"{event} after the end"
             match event:
                 case TokenWithLogprobs():
-                    assert event.position == len(generation.tokens)
+                    assert event.position == generation.next_position
                     generation.tokens.append(event.token_id)
                     generation.logprobs.append(event.logprobs)
                 case Started():

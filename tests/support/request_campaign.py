@@ -68,6 +68,14 @@ STRANGERS: tuple[dict[str, Any], ...] = (
         "adapter_digest": ADAPTERS[2],
         "sampling": gateway_pb2.SamplingParams(temperature=0.8, seed=7, top_k=20, frequency_penalty=0.5),
     },
+    {
+        "prompt": [31, 32],
+        "max_new_tokens": 20,
+        "adapter_digest": ADAPTERS[0],
+        "sampling": gateway_pb2.SamplingParams(temperature=1.0, seed=3),
+        "structured_output": gateway_pb2.StructuredOutput(regex=r"[a-z]{30,40}"),
+        "bad_token_sequences": [gateway_pb2.TokenIds(ids=[40, 41])],
+    },
 )
 
 
@@ -158,10 +166,9 @@ class Campaign:
 
 
 @asynccontextmanager
-async def serving(harness: EngineHarness, constraints: Constraints | None = None) -> AsyncIterator[EngineSessionClient]:
-    """Serve a harness's engine on a free port and open a session with it."""
+async def serving(harness: EngineHarness, rules: RuleMaker | None = None) -> AsyncIterator[EngineSessionClient]:
+    """Serve a harness's engine on a free port and open a session with it; ``rules`` makes what outputs must keep to."""
     registry = CollectorRegistry()
-    constraints = constraints or constraints_of(Path())
     base = adapter_pb2.BaseModel(name="tiny", vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
     servicer = EngineServicer(
         harness.engine,
@@ -170,7 +177,7 @@ async def serving(harness: EngineHarness, constraints: Constraints | None = None
         identity=EngineIdentity(engine_id="e", base_model=base, version="0"),
         config=EngineConfig(model=Path()),
         metrics=RequestMetrics(registry),
-        rules=RuleMaker(constraints.compiler, harness.engine.limits.eos_token_ids),
+        rules=rules or RuleMaker(constraints_of(Path()).compiler, EOS_IDS),
     )
     server = GrpcServer(ServerConfig(), metrics=RpcMetrics(registry))
     engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server.server)
@@ -182,7 +189,6 @@ async def serving(harness: EngineHarness, constraints: Constraints | None = None
     finally:
         servicer.close_streams()
         await server.drain(settle_s=0.0, grace_s=0.0)
-        await constraints.close()
 
 
 def constraints_of(model: Path) -> Constraints:
@@ -223,8 +229,9 @@ async def run_campaign_on(
     with engine(filler=constraints.filler) as harness:
         for digest, recipe in zip(ADAPTERS, RECIPES, strict=True):
             harness.add_adapter(*recipe_adapter(load_base_model(model), recipe, digest))
-        async with serving(harness, constraints) as client:
+        async with serving(harness, RuleMaker(constraints.compiler, EOS_IDS)) as client:
             await Campaign(client, tally, num_requests).run()
+        await constraints.close()
         assert harness.engine.is_healthy, harness.crashes
         await asyncio.to_thread(harness.check_idle)
         tally.num_preemptions = harness.engine.counters.num_preemptions

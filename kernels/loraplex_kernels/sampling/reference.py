@@ -40,9 +40,9 @@ def processed_logits(
     """Return fp32 ``[vocab]``: logits after mask, allowed ids, bias, banned stops and penalties."""
     x = logits.float().clone()
     if mask is not None:
-        for token in range(len(x)):
-            if not int(mask[token // 32]) >> (token % 32) & 1:
-                x[token] = -math.inf
+        token = torch.arange(len(x))
+        word = torch.from_numpy(mask.astype(np.int64))[token // 32]
+        x.masked_fill_((word >> (token % 32)) & 1 == 0, -math.inf)
     if edits is not None:
         ids, flags = torch.from_numpy(edits["token"].astype(np.int64)), edits["flags"]
         kept = x[ids].masked_fill(torch.from_numpy((flags & EDIT_NOT_ALLOWED) != 0), -math.inf)
