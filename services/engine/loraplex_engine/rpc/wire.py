@@ -21,6 +21,7 @@ from loraplex_engine.messages import (
     Submission,
     TokenWithLogprobs,
 )
+from loraplex_engine.rpc.output_fields import check_bad_sequences, check_structured_output
 from loraplex_engine.rpc.validation import (
     MAX_REQUEST_ID_BYTES,
     RequestLimits,
@@ -111,6 +112,8 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         cache_salt=submit.cache_salt,
         fail_fast=_FAIL_FAST[submit.load_policy],
         arrived_s=now_s,
+        structured_output=check_structured_output(submit, limits),
+        bad_token_sequences=check_bad_sequences(submit, limits),
     )
 
 
