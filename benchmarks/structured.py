@@ -3,10 +3,10 @@
     python benchmarks/structured.py --out benchmarks/results
 
 64 rows of Llama-2-7B in bf16, random weights, over 32 adapters of rank 16 on q, k, v, o, each in the pool before the clock
-starts; the same rows of the base model without LoRA beside them. Of 64 structured rows: the median time between tokens and
-the tokens per second, to those of 64 plain rows. Of 64 plain rows beside 64 structured ones: the same, to those of 64
-beside 64 plain ones. Kinds of rows take turns in each round, and ratios are those of one round. The vocabulary of 32,000
-tokens is made in code. ``--smoke`` runs everything on a tiny model and the torch backend.
+starts; the same rows of the base model without LoRA beside them. It compares 64 structured rows with 64 plain rows, and 64
+plain rows beside 64 structured ones with 64 beside 64 plain ones, by the median time between tokens and the tokens per
+second. Kinds of rows take turns in each round, and each ratio is one round's. The vocabulary of 32,000 tokens is made in
+code. ``--smoke`` runs everything on a tiny model and the torch backend.
 """
 
 from __future__ import annotations
