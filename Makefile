@@ -91,6 +91,10 @@ bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machin
 campaign: $(VENV)/.dev-installed ## Random requests of every kind against one engine: CAMPAIGN_ARGS="--requests 100000 --seed 1"
 	@$(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 
+.PHONY: structured-campaign
+structured-campaign: $(VENV)/.dev-installed ## Random schemas through adapters at any temperature: CAMPAIGN_ARGS="--requests 500 --seed 1"
+	@$(BIN)/python -m support.structured_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
+
 .PHONY: kill-gateways
 kill-gateways: $(VENV)/.dev-installed ## Kill gateways under streams of every kind: KILL_ARGS="--rounds 100 --seed 1 --gently"
 	@$(BIN)/python -m support.gateway_kills $(KILL_ARGS)

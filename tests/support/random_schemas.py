@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from random import Random
 
 PATTERNS = ("^[a-c]{1,4}$", "^\\d{2,3}-[A-Z]$", "^(red|green)?$", "x", "^\\w{0,3} ?$", '^[^a-z"]{1,2}$')
@@ -14,7 +15,7 @@ NAMES = ("a", "id", "näme", 'quote"d', "two words", "x/y")
 
 def random_schema(rng: Random, depth: int = 2) -> Any:
     """Return a schema; most have values that are short, none has a keyword that is refused by design."""
-    makers = [_boolean, _integer, _number, _string, _choice, _constant]
+    makers: list[Callable[[Random, int], Any]] = [_boolean, _integer, _number, _string, _choice, _constant]
     if depth > 0:
         makers += [_object, _object, _array, _union, _intersection, _reference]
     return rng.choice(makers)(rng, depth)
@@ -109,15 +110,12 @@ def _union(rng: Random, depth: int) -> Any:
 
 
 def _intersection(rng: Random, depth: int) -> Any:
-    base = {"type": "object", "properties": {"a": {"type": "integer"}, "b": random_schema(rng, depth - 1)}}
-    bound = {
-        "properties": {"a": {"minimum": 1, "maximum": 30}},
-        "required": ["a"],
-        "additionalProperties": {"type": "null"},
+    properties = {"a": {"type": "integer"}, "b": random_schema(rng, depth - 1)}
+    bounds = {"a": {"minimum": 1, "maximum": 30}, "b": True}
+    more = {"required": ["a"], "additionalProperties": {"type": "null"}, "maxProperties": 4}
+    return {
+        "allOf": [{"type": "object", "properties": properties, "required": ["a", "b"]}, {"properties": bounds} | more]
     }
-    bound["properties"]["b"] = True  # type: ignore[index]
-    bound["maxProperties"] = 4
-    return {"allOf": [base | {"required": ["a", "b"]}, bound]}
 
 
 def _reference(rng: Random, depth: int) -> Any:

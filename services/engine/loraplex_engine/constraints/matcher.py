@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_REBUILD_S: Final = 0.05
 """Longest compile that a running output may wait for."""
+MAX_REBUILDS: Final = 2
+"""Lexers of its own that one output may use up: the first end may be another output's doing, the second is not."""
 LEXER_ERROR: Final = "lexer error"
 """How the library begins what it says of a lexer, which outputs share."""
 
@@ -80,7 +82,7 @@ class GrammarState:
         starts_after: Token ids that must come, in this order, before the constraint holds.
     """
 
-    __slots__ = ("_error", "_free_for", "_grammar", "_recent", "_tokens", "matcher")
+    __slots__ = ("_error", "_free_for", "_grammar", "_num_rebuilds", "_recent", "_tokens", "matcher")
 
     def __init__(self, grammar: Grammar, starts_after: tuple[int, ...]) -> None:
         self._grammar = grammar
@@ -88,6 +90,7 @@ class GrammarState:
         self._recent: list[int] = []
         self._tokens: list[int] = []
         self._error = ""
+        self._num_rebuilds = 0
         self.matcher = grammar.matcher()
 
     @property
@@ -141,8 +144,9 @@ class GrammarState:
     def _rebuild(self, *further: int) -> bool:
         if LEXER_ERROR in self.matcher.get_error():
             self._grammar.is_spent = True  # further outputs would see the same error
-        if not self._grammar.is_quick:
+        if not self._grammar.is_quick or self._num_rebuilds == MAX_REBUILDS:
             return False
+        self._num_rebuilds += 1
         matcher = self._grammar.compile()
         if not matcher.consume_tokens([*self._tokens, *further]):
             return False

@@ -11,6 +11,7 @@ no lock.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -41,6 +42,7 @@ MAX_MASK_S: Final = 0.5
 WALL_FACTOR: Final = 4
 """Wall time of a trial in processor times, for machines with more to do."""
 MAX_REASON_CHARS: Final = 900
+PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +136,7 @@ def _run(trial: Trial, vocabulary: Vocabulary, limits: ConstraintLimits) -> None
     """Do one trial in a process of its own, which ends here."""
     status = 1
     try:
+        _end_with_parent()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # the library tells of its end at length
@@ -144,6 +147,14 @@ def _run(trial: Trial, vocabulary: Vocabulary, limits: ConstraintLimits) -> None
         status = 0
     finally:
         os._exit(status)
+
+
+def _end_with_parent() -> None:
+    """Let the system kill this fork when the process that it came from ends, however that happens."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _bound(limits: ConstraintLimits) -> None:
