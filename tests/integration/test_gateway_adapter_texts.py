@@ -242,3 +242,27 @@ async def test_adapters_that_bring_the_same_share_one_copy(redis_url: str, valke
 
         assert prompts == 4 * [expected(POET)]
         assert here.rig.app.voices.num_bytes == before
+
+
+async def test_calls_are_read_in_the_format_of_the_adapters_template(redis_url: str, valkey_url: str) -> None:
+    caller = (
+        "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for m in messages %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{% endfor %}"
+    )
+    answer = '<tool_call>\n{"name": "turn", "arguments": {"page": 3}}\n</tool_call>'
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_base_dir())
+    ids = tokenizer.encode(answer, add_special_tokens=False)
+    tools = [{"type": "function", "function": {"name": "turn", "parameters": {"type": "object", "properties": {}}}}]
+    async with running_rig(store_config(redis_url)) as (store, client):
+        await client.upload("caller", files_with({"chat_template.jinja": caller.encode()}))
+        target = f"127.0.0.1:{store.grpc_port}"
+        async with running_gateway(valkey_url, store_target=target, reply=lambda _: ids) as rig:
+            rig.engine.finish = gateway_pb2.FINISH_REASON_STOP
+            async with httpx.AsyncClient() as http:
+                body = {"model": "caller", "messages": MESSAGES[:1], "tools": tools}
+                response = await http.post(f"{rig.http}/v1/chat/completions", json=body)
+            (submit,) = rig.engine.submits
+
+    (call,) = response.json()["choices"][0]["message"]["tool_calls"]
+    assert (call["function"]["name"], call["function"]["arguments"]) == ("turn", '{"page": 3}')
+    assert tokenizer.decode(list(submit.prompt_token_ids)).startswith('<tools>[{"type": "function"')

@@ -62,7 +62,8 @@ class TextParts:
             ``{"eos_token": "<|im_end|>"}``; none without a template.
         generation: Sampling defaults, by the names of `GENERATION_RANGES`; ``top_k`` is an int, the others are floats.
         stop_token_ids: Ids that end an output besides the base model's end-of-text ids, ascending.
-        response_schema: ``response_schema`` of a tokenizer_config.json as compact JSON, for parsers of the output.
+        response_schema: ``response_template``, else ``response_schema``, of a tokenizer_config.json as compact JSON: how an
+            answer is taken apart.
     """
 
     chat_template: str = ""

@@ -1141,7 +1141,7 @@ class GetTextPartsResponse(_message.Message):
     chat_template: _builtins.str
     """Jinja source, at most 64 KiB."""
     response_schema: _builtins.str
-    """`response_schema` of tokenizer_config.json, JSON, at most 64 KiB."""
+    """`response_template`, else `response_schema`, of tokenizer_config.json: how an answer is taken apart; JSON, at most 64 KiB."""
     @_builtins.property
     def special_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Role -> special token, e.g. `eos_token`: those that the template reads and that differ from the base model's."""

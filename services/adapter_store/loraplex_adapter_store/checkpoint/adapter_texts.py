@@ -195,8 +195,10 @@ def _stop_token_ids(fields: Mapping[str, Any], own: Mapping[str, str], base: Bas
 
 
 def _response_schema(config: Mapping[str, Any], base: BaseTokenizer) -> str:
-    schema = config.get("response_schema")
-    if schema is None or schema == base.config.get("response_schema"):
+    schema, theirs = (
+        fields.get("response_template") or fields.get("response_schema") for fields in (config, base.config)
+    )
+    if not schema or schema == theirs:
         return ""
     if not isinstance(schema, dict):
         raise AdapterIncompatibleError(f"{CONFIG_FILE}: response_schema is no JSON object")

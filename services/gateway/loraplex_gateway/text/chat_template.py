@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import secrets
@@ -83,6 +84,12 @@ class ChatTemplate:
     def reads_tools(self) -> bool:
         """Whether it writes out functions itself; else they are put into words."""
         return "tools" in self.variables
+
+    def answering(self, response_template: str) -> ChatTemplate:
+        """Return this template with other words on how its model's answers are taken apart."""
+        other = copy.copy(self)
+        other.response_template = response_template
+        return other
 
     def of_request(self, source: str) -> ChatTemplate:
         """Return a request's own template, with the same special tokens.

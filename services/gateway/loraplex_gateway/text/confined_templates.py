@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import InvalidParameterError, SaturatedError
 
-from loraplex_gateway.text.chat_template import variables_of
 from loraplex_gateway.text.template_child import LENGTH
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from loraplex_gateway.types import ChatPrompt
 
 NUM_CHILDREN: Final = 2
@@ -58,7 +59,7 @@ class _Child:
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, request: bytes) -> dict[str, str]:
+    def ask(self, request: bytes) -> dict[str, Any]:
         give_up_at = time.monotonic() + (self._time_s if self._has_answered else START_S)
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
@@ -68,7 +69,7 @@ class _Child:
             (length,) = LENGTH.unpack(_read(stdout.fileno(), LENGTH.size, give_up_at))
             if length > MAX_ANSWER_BYTES:
                 raise _ShareTakenError
-            answer: dict[str, str] = json.loads(_read(stdout.fileno(), length, give_up_at))
+            answer: dict[str, Any] = json.loads(_read(stdout.fileno(), length, give_up_at))
         except (OSError, _ShareTakenError) as error:
             self.close()
             raise _ShareTakenError from error
@@ -81,6 +82,14 @@ class _Child:
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text, and whether its template reads functions."""
+
+    text: str
+    reads_tools: bool
 
 
 class TemplateProcesses:
@@ -110,8 +119,8 @@ class TemplateProcesses:
         """Process ids of the children that run."""
         return tuple(child.pid for child in tuple(self._running))
 
-    def render(self, digest: str, source: str, special_tokens: dict[str, str], prompt: ChatPrompt) -> str:
-        """Return the conversation as text; blocks.
+    def render(self, digest: str, source: str, special_tokens: Mapping[str, str], prompt: ChatPrompt) -> Rendered:
+        """Render a conversation; blocks.
 
         Args:
             digest: Names the template.
@@ -138,8 +147,8 @@ class TemplateProcesses:
         finally:
             self._places.put(child)
         if "refusal" in answer:
-            raise InvalidParameterError(answer["refusal"], field="messages")
-        return answer["text"]
+            raise InvalidParameterError(answer["refusal"], field=answer["field"])
+        return Rendered(answer["text"], bool(answer["reads_tools"]))
 
     def close(self) -> None:
         """End all children."""
@@ -151,7 +160,7 @@ class TemplateProcesses:
 
     def _take(self) -> _Child | None:
         try:
-            return self._places.get(timeout=2 * self._time_s)
+            return self._places.get(timeout=START_S)  # they may be starting
         except queue.Empty:
             raise SaturatedError(
                 "other adapters' chat templates take all processes that render them; try again",
@@ -189,35 +198,46 @@ class TemplateProcesses:
         )
 
 
-@dataclass(frozen=True, slots=True)
 class ConfinedTemplate:
-    """A template of an adapter; to be rendered away from the event loop, as it waits for a child.
+    """A template of an adapter, used as a `ChatTemplate`; to be rendered away from the event loop, as it waits for a child.
+
+    Args:
+        processes: Render it.
+        source: Jinja.
+        special_tokens: As the template sees them.
+        response_template: As of a `ChatTemplate`.
 
     Attributes:
-        digest: Names template and special tokens.
-        special_tokens: As the template sees them.
-        response_template: As of `ChatTemplate`.
+        source: As given.
+        response_template: As given.
+        reads_tools: Whether it writes out functions itself; known once it has rendered a conversation.
     """
 
-    processes: TemplateProcesses
-    digest: str
-    source: str
-    special_tokens: dict[str, str]
-    response_template: str = ""
-
-    @property
-    def reads_tools(self) -> bool:
-        """Whether it writes out functions itself; else they are put into words."""
-        return "tools" in variables_of(self.source)
+    def __init__(
+        self,
+        processes: TemplateProcesses,
+        source: str,
+        special_tokens: Mapping[str, str],
+        *,
+        response_template: str = "",
+    ) -> None:
+        self._processes = processes
+        self._special_tokens = dict(special_tokens)
+        named = json.dumps([source, self._special_tokens], sort_keys=True)
+        self._digest = hashlib.sha256(named.encode(errors="surrogatepass")).hexdigest()
+        self.source = source
+        self.response_template = response_template
+        self.reads_tools = False
 
     def of_request(self, source: str) -> ConfinedTemplate:
-        """Return a request's own template, confined as well, with the same special tokens."""
-        digest = hashlib.sha256(f"{self.digest}\0{source}".encode("utf-8", errors="surrogatepass")).hexdigest()
-        return ConfinedTemplate(self.processes, digest, source, self.special_tokens)
+        """Return a request's own template, with the same special tokens."""
+        return ConfinedTemplate(self._processes, source, self._special_tokens)
 
     def render(self, prompt: ChatPrompt) -> str:
         """Return the conversation as text; see `TemplateProcesses.render`."""
-        return self.processes.render(self.digest, self.source, self.special_tokens, prompt)
+        answer = self._processes.render(self._digest, self.source, self._special_tokens, prompt)
+        self.reads_tools = answer.reads_tools
+        return answer.text
 
 
 def _wait(descriptor: int, give_up_at: float, *, writes: bool) -> None:

@@ -21,6 +21,8 @@ from loraplex_common.errors import InvalidParameterError
 from loraplex_gateway.text.chat_template import ChatTemplate, ChatTemplateError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from loraplex_gateway.types import ChatPrompt
 
 LENGTH: Final = struct.Struct(">I")
@@ -33,17 +35,21 @@ class Renderer:
     def __init__(self) -> None:
         self._compiled: OrderedDict[str, ChatTemplate] = OrderedDict()
 
-    def answer(self, digest: str, source: str, special_tokens: dict[str, str], prompt: ChatPrompt) -> dict[str, str]:
-        """Return ``text``, or ``refusal`` in the template's words."""
+    def answer(
+        self, digest: str, source: str, special_tokens: Mapping[str, str], prompt: ChatPrompt
+    ) -> dict[str, str | bool]:
+        """Return ``text`` and ``reads_tools``, or ``refusal`` in the template's words and the ``field`` that it is about."""
         try:
             template = self._compiled.get(digest) or ChatTemplate(source, special_tokens)
             self._compiled[digest] = template
             self._compiled.move_to_end(digest)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-            return {"text": template.render(prompt)}
-        except (InvalidParameterError, ChatTemplateError) as error:
-            return {"refusal": str(error)}
+            return {"text": template.render(prompt), "reads_tools": template.reads_tools}
+        except InvalidParameterError as error:
+            return {"refusal": error.message, "field": error.field or "messages"}
+        except (ChatTemplateError, RecursionError) as error:
+            return {"refusal": str(error), "field": "chat_template"}
 
 
 def _limit_memory(num_bytes: int) -> None:

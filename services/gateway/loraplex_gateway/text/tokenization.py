@@ -88,7 +88,7 @@ class PromptTokenizer:
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         return cls(tokenizer, config, load_chat_template(directory, config), workers)
 
-    def with_template(self, template: ConfinedTemplate) -> PromptTokenizer:
+    def with_template(self, template: ChatTemplate | ConfinedTemplate) -> PromptTokenizer:
         """Return this tokenizer with the chat template of an adapter."""
         other = copy.copy(self)
         other.template = template

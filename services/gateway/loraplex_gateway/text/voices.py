@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import StoreUnavailableError
 
 from loraplex_gateway.adapters.text_parts import TextPartsSource
+from loraplex_gateway.text.chat_template import ChatTemplate
 from loraplex_gateway.text.confined_templates import ConfinedTemplate, TemplateProcesses
 
 if TYPE_CHECKING:
@@ -73,18 +74,15 @@ class Voices:
         self._processes.close()
 
     def _make(self, model: ServedModel, parts: TextParts) -> ServedModel:
-        tokenizer = model.tokenizer
+        tokenizer, bases = model.tokenizer, model.tokenizer.template
         if parts.chat_template:
             tokens = {**tokenizer.special_tokens, **parts.special_tokens}
-            tokenizer = tokenizer.with_template(
-                ConfinedTemplate(
-                    self._processes,
-                    parts.digest,
-                    parts.chat_template,
-                    tokens,
-                    response_template=parts.response_schema,
-                )
+            own = ConfinedTemplate(
+                self._processes, parts.chat_template, tokens, response_template=parts.response_schema
             )
+            tokenizer = tokenizer.with_template(own)
+        elif parts.response_schema and isinstance(bases, ChatTemplate):
+            tokenizer = tokenizer.with_template(bases.answering(parts.response_schema))
         return dataclasses.replace(
             model, tokenizer=tokenizer, defaults=model.defaults.with_parts(parts), text_parts=parts
         )

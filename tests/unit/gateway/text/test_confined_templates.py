@@ -33,7 +33,9 @@ def prompt(content: str, **kwargs: object) -> ChatPrompt:
 
 def test_templates_of_many_adapters_are_rendered_side_by_side(processes: TemplateProcesses) -> None:
     def render(number: int) -> str:
-        return processes.render(f"d{number % 3}", SAYS + str(number % 3), {"eos_token": "<e>"}, prompt("hi", mood="!"))
+        return processes.render(
+            f"d{number % 3}", SAYS + str(number % 3), {"eos_token": "<e>"}, prompt("hi", mood="!")
+        ).text
 
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(render, range(60)))
@@ -55,7 +57,7 @@ def test_a_template_beyond_its_share_ends_its_own_request_and_is_refused_for_a_w
         hostile = pool.submit(processes.render, name, template, {}, prompt("go"))
         others = [pool.submit(processes.render, "good", SAYS, {}, prompt(f"{n}")) for n in range(20)]
 
-        assert [other.result() for other in others] == [f"{n}" for n in range(20)]
+        assert [other.result().text for other in others] == [f"{n}" for n in range(20)]
         with pytest.raises(InvalidParameterError, match="takes more than 2 s or 256 MiB"):
             hostile.result()
 
@@ -64,7 +66,7 @@ def test_a_template_beyond_its_share_ends_its_own_request_and_is_refused_for_a_w
     with pytest.raises(InvalidParameterError, match="takes more than 2 s"):
         processes.render(name, template, {}, prompt("go"))
     assert time.monotonic() - began < 0.5
-    assert processes.render("good", SAYS, {}, prompt("still")) == "still"
+    assert processes.render("good", SAYS, {}, prompt("still")).text == "still"
 
 
 def test_a_child_sees_nothing_of_the_gateways_environment(processes: TemplateProcesses) -> None:
