@@ -12,13 +12,13 @@ from loraplex_common.alias_feed import AliasFeed
 from loraplex_common.auth import Authenticator
 from loraplex_common.exposition import new_registry
 from loraplex_common.log import get_logger
-from loraplex_common.peers import PeerChannel
 from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.service_settings import is_loopback
 from loraplex_common.tasks import Supervisor, cancel_and_wait
 
 from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.prefetch import PrefetchHints
+from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.engines.collector import FleetCollector
 from loraplex_gateway.engines.pool import EnginePool
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
@@ -28,6 +28,7 @@ from loraplex_gateway.metrics.gateway import GatewayMetrics
 from loraplex_gateway.openai.app import make_app
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.context import HttpContext
+from loraplex_gateway.openai.model_list import ModelList
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.admission import AdmissionController
 from loraplex_gateway.requests.claims import RequestClaims
@@ -36,9 +37,9 @@ from loraplex_gateway.requests.listing import ModelListing
 from loraplex_gateway.requests.preparation import Preparer, RequestLimits
 from loraplex_gateway.requests.resumption import Resumption
 from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
-from loraplex_gateway.servers import add_services, grpc_server, http_server, metrics_server
+from loraplex_gateway.servers import add_services, grpc_server, http_server, metrics_server, store_channel
 from loraplex_gateway.text.fair_workers import FairWorkers
-from loraplex_gateway.text.models import ModelCatalog, load_served_model
+from loraplex_gateway.text.models import ModelCatalog, load_served_models
 
 if TYPE_CHECKING:
     import grpc
@@ -81,7 +82,8 @@ class GatewayApp:
         self.workers = FairWorkers()
         self._valkey = config.connect_valkey(config.redis_url)
         self._peers = config.peers()
-        self._store = self._open_store()
+        self._store = store_channel(config, self._peers)
+        self._store_admin = StoreAdmin.over(store_channel(config, self._peers.without_key()))
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
         self.names = NameTable()
         self._adapter_names = AdapterNames()
@@ -100,6 +102,7 @@ class GatewayApp:
         self.quotas = self._make_quotas()
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
+        self._models = ModelList(self._listing, created=int(time.time()))
         self._grpc = self._make_grpc()
         self.http = self._make_http()
         self._metrics_server = metrics_server(config, self._authenticator, self._metrics_registry)
@@ -130,6 +133,7 @@ class GatewayApp:
         if self._store is not None:
             feed = AliasFeed(self._store, [self.names, self._adapter_names])
             self._supervisor.spawn(feed.run(), name="alias-feed")
+            self._supervisor.spawn(self._models.run(), name="model-list")
         self._supervisor.spawn(self.pool.run(), name="engine-pool")
         self._supervisor.spawn(self._report_readiness(), name="readiness")
         try:
@@ -175,6 +179,8 @@ class GatewayApp:
         await self.claims.close()
         if self._store is not None:
             await self._store.close()
+        if self._store_admin is not None:
+            await self._store_admin.close()
         await self._valkey.aclose()
         self.workers.close()
 
@@ -207,22 +213,13 @@ class GatewayApp:
             self._grpc.set_ready(self.is_ready)
             await changed.wait()
 
-    def _open_store(self) -> PeerChannel | None:
-        config = self.config
-        if not config.store_target:
-            return None
-        return PeerChannel(self._peers, config.store_target, tls_name=config.store_tls_name)
-
     def _dial_engine(self, target: str) -> grpc.aio.Channel:
         return self._peers.open(target, tls_name=self.config.engine_tls_name)
 
     def _load_models(self) -> ModelCatalog:
         config = self.config
-        first, *others = config.model
-        models = [
-            load_served_model(first, self.workers, name=config.served_model_name, aliases=tuple(config.model_alias))
-        ]
-        models += [load_served_model(directory, self.workers) for directory in others]
+        aliases = tuple(config.model_alias)
+        models = load_served_models(config.model, self.workers, name=config.served_model_name, aliases=aliases)
         return ModelCatalog(models, self.names)
 
     def _make_pool(self) -> EnginePool:
@@ -287,11 +284,16 @@ class GatewayApp:
             quotas=self.quotas,
             catalog=self.catalog,
             listing=self._listing,
+            models=self._models,
+            store_admin=self._store_admin,
+            is_local=is_loopback(self.config.host),
             authenticator=self._authenticator,
             metrics_address=lambda: f"port {self.metrics_port}",
             bodies=BodyReader(on_large_gone=self.workers.give_memory_back),
             workers=self.workers,
             slow_client_s=self.config.slow_client_s,
             is_ready=lambda: self.is_ready,
+            num_requests=lambda: self.admission.num_running + self.admission.num_waiting,
+            cors_origins=self.config.cors_allow_origin,
         )
         return http_server(self.config, make_app(context))

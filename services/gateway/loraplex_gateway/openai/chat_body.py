@@ -37,7 +37,7 @@ def chat_prompt(body: ChatBody) -> tuple[ChatPrompt, OutputParsing]:
     offered = tuple(_function(n, tool) for n, tool in enumerate(body.tools or ()))
     mode, functions = chosen_functions(body.tool_choice, offered)
     prompt = ChatPrompt(
-        messages=tuple(_message(n, turn) for n, turn in enumerate(body.messages)),
+        messages=tuple(chat_message(n, turn) for n, turn in enumerate(body.messages)),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template_kwargs=body.chat_template_kwargs or {},
@@ -124,7 +124,12 @@ def _text_of(call: TurnToolCall) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def _message(n: int, turn: ChatTurn) -> ChatMessage:
+def chat_message(n: int, turn: ChatTurn) -> ChatMessage:
+    """Return one turn of a conversation.
+
+    Raises:
+        InvalidParameterError: For a turn without content, or a part that is no text; `n` is its place.
+    """
     content, calls = turn.content, _calls(turn.tool_calls or [])
     if content is None:
         if not calls and not (turn.role == "assistant" and (turn.reasoning_content or turn.reasoning)):

@@ -117,13 +117,13 @@ class GatewayCore:
             finally:
                 share.settle(*(run.used_tokens if run is not None else (0, 0)))
 
+    async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
+        """Return the model that tokenises for two names, for `encode`; refuses them as `generate` does."""
+        return await self._preparer.voice(model, adapter, caller=caller)
+
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return the token ids that `generate` would use; refuses as `Preparer.encode` does."""
         return await self._preparer.encode(model, prompt, tenant=tenant)
-
-    async def count_tokens(self, request: GenerationRequest, *, caller: Principal) -> int:
-        """Return the length of the prompt that `generate` would use; refuses as `Preparer.count_tokens` does."""
-        return await self._preparer.count_tokens(request, caller=caller)
 
     async def cancel(self, tenant: str, request_id: str) -> bool:
         """End a running request of the tenant; return whether there was one.

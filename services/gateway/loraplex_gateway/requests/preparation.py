@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import ANYBODY
-from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError, NotSupportedError
+from loraplex_common.errors import InvalidParameterError, NotSupportedError
 
 from loraplex_gateway.chat_output.formats import output_format
 from loraplex_gateway.chat_output.reading import ChatReading, chat_reading
 from loraplex_gateway.requests import lengths, validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.requests.prepared import PreparedRequest
+from loraplex_gateway.requests.selection import select
 from loraplex_gateway.types import ChatPrompt, PromptText
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 # Taken off the caller's deadline, so that the engine's verdict still reaches the caller in time.
 DEADLINE_MARGIN_S: Final = 0.05
-NAME_PATIENCE_S: Final = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,17 +157,6 @@ class Preparer:
                 f"no engine of {model.name} constrains outputs: all of them are of an earlier version; update one"
             )
 
-    async def count_tokens(self, request: GenerationRequest, *, caller: Principal) -> int:
-        """Return the length of a request's prompt in tokens of the model that it names, an adapter's included.
-
-        Raises:
-            LoraplexError: The refusals of `prepare` that are about the prompt and the names.
-        """
-        validation.check_prompt(request.prompt)
-        assert request.prompt is not None  # check_prompt
-        model, _ = await self._select(request, caller)
-        return len((await self.encode(model, request.prompt, tenant=caller.name)).ids)
-
     def _check_template(self, prompt: Prompt) -> None:
         if isinstance(prompt, ChatPrompt) and prompt.template is not None and not self._limits.takes_chat_templates:
             raise InvalidParameterError(
@@ -175,6 +164,11 @@ class Preparer:
                 "operator allows others (--allow-request-chat-template); send a prompt you rendered",
                 field="chat_template",
             )
+
+    async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
+        """Return the model that tokenises for two names; refuses them as `prepare` does."""
+        served, _ = await select(self._catalog, self._names, model=model, adapter=adapter, caller=caller)
+        return served
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return a prompt's token ids.
@@ -192,28 +186,7 @@ class Preparer:
     async def _select(
         self, request: GenerationRequest, caller: Principal
     ) -> tuple[ServedModel, ResolvedAdapter | None]:
-        if not request.adapter:
-            return self._catalog.select(request.model), None
-        adapter = await self._names.resolve(request.adapter, caller=caller, patience_s=NAME_PATIENCE_S)
-        model = self._catalog.by_fingerprint(adapter.base_fingerprint)
-        wanted = self._catalog.select(request.model) if request.model else model
-        # Compared by what they are: one model may be served under two names.
-        if wanted is not None and wanted.fingerprint == adapter.base_fingerprint:
-            return wanted, adapter
-        names = ", ".join(served.name for served in self._catalog.models) if wanted is None else wanted.name
-        made_for = f"{model.name}, another base model" if model else f"fingerprint {adapter.base_fingerprint[:12]}"
-        remedy = (
-            ""
-            if model
-            else (
-                "; if that is an earlier state of it, or was imported before fingerprints covered the weights, import the "
-                "adapter again"
-            )
-        )
-        raise AdapterIncompatibleError(
-            f"adapter {request.adapter!r} was made for {made_for}, not for {names}{remedy}",
-            metadata={"adapter": request.adapter, "base_fingerprint": adapter.base_fingerprint},
-        )
+        return await select(self._catalog, self._names, model=request.model, adapter=request.adapter, caller=caller)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

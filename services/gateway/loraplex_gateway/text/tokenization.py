@@ -19,7 +19,7 @@ from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from loraplex_gateway.text.fair_workers import FairWorkers
@@ -187,6 +187,10 @@ class PromptTokenizer:
         if len(token_ids) <= INLINE_MAX_CHARS:
             return work()
         return await self._workers.run(work, tenant=tenant, num_bytes=4 * len(token_ids))
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Return tokens as the vocabulary has them; empty for an id without a token."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def decode_now(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Return the text of all ids at once, computed in the calling thread."""
