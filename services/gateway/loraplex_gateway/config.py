@@ -30,6 +30,7 @@ class GatewayConfig(ServiceSettings):
         store_tls_name: What the adapter store's certificate must be for; None means its host.
         quotas_file: What tenants may use, see `loraplex_common.quotas_file`; None sets no limits.
         cors_allow_origin: Web pages of these origins may read answers of the HTTP port; ``*`` means all.
+        workers: Processes that share the two ports for clients; limits and memory are each one's own.
         metrics_port: Port of /metrics, for scrapers: it shows what no client needs to know.
         metrics_key: Shows scrapers that send it restricted adapters and tenants, as do the API keys of the roles admin
             and metrics.
@@ -69,6 +70,7 @@ class GatewayConfig(ServiceSettings):
     cors_allow_origin: tuple[str, ...] = setting(
         (), help="let web pages of this origin call the HTTP port, * for all (repeat for several)", metavar="ORIGIN"
     )
+    workers: int = setting(1, help="processes that share the gRPC and the HTTP port; limits count for each")
     metrics_port: int = setting(8502, help="HTTP port of /metrics, 0 picks a free one")
     metrics_key: Secret | None = secret(help="the key that lets a scraper see restricted adapters and tenants")
     quotas_file: Path | None = setting(None, help="limits of tenants, TOML; see docs/quotas.md", metavar="FILE")
@@ -116,7 +118,7 @@ class GatewayConfig(ServiceSettings):
             "slow_client_s",
             "engine_silence_s",
         )
-        for name in (*positive, "max_prompt_bytes_per_token", "max_connections"):
+        for name in (*positive, "max_prompt_bytes_per_token", "max_connections", "workers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         for name in (

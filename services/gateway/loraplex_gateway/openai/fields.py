@@ -155,6 +155,7 @@ _COMMON: Final = (
         "bad_words",
         "vLLM's; up to 64 strings that are never generated, at their beginning or after a space",
         "sampling.bad_words",
+        "bad_token_sequences",
     ),
     _served(
         "truncate_prompt_tokens",

@@ -39,9 +39,9 @@ async def read_body(
         LoraplexError: If the body does not come, or asks for something that is not served.
     """
     caller = admission.principal
-    is_base = bases_of(context.catalog, caller)
     async with context.bodies.read(request, tenant=caller.name) as data:
-        return await context.away(functools.partial(read, data, is_base), caller, num_bytes=len(data))
+        work = functools.partial(read, data, bases_of(context.catalog, caller))
+        return await context.away(work, caller, num_bytes=len(data))
 
 
 def generation(
