@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from loraplex_gateway.openai.adapter_fields import LOAD_ADAPTER as LOAD_ADAPTER
+from loraplex_gateway.openai.adapter_fields import UNLOAD_ADAPTER as UNLOAD_ADAPTER
 from loraplex_gateway.openai.field_rules import Field as Field
 from loraplex_gateway.openai.field_rules import Rule as Rule
 from loraplex_gateway.openai.field_rules import Table as Table
@@ -281,26 +283,4 @@ DETOKENIZE: Final = _table(
     "POST /detokenize",
     _WHICH_TOKENIZER,
     _served("tokens", "token ids", "token_ids"),
-)
-
-LOAD_ADAPTER: Final = _table(
-    "POST /v1/load_lora_adapter",
-    _served("lora_name", "the adapter's name, without label or revision", "name"),
-    _served(
-        "lora_path",
-        "a directory below an import root of the adapter store, or a repository of the hub: `org/name`, "
-        "`hf:org/name` or `hf:org/name@commit`",
-        *("uri", "source", "hf.repo", "hf.revision", "hf.subfolder"),
-    ),
-    _served("load_inplace", "if the name has an adapter: import a new revision and move `latest` to it"),
-    _served(
-        "base_model_name", "the base model that the adapter must be for, instead of what it names itself", "base_model"
-    ),
-    *_refused("is_3d_lora_weight", "weights of experts are not served", False),
-)
-
-UNLOAD_ADAPTER: Final = _table(
-    "POST /v1/unload_lora_adapter",
-    _served("lora_name", "the adapter's name, without label or revision", "name"),
-    *_ignored("lora_int_id", "adapters are known by name"),
 )

@@ -163,17 +163,6 @@ class Preparer:
                 f"no engine of {model.name} constrains outputs: all of them are of an earlier version; update one"
             )
 
-    async def count_tokens(self, request: GenerationRequest, *, caller: Principal) -> int:
-        """Return the length of a request's prompt in tokens of the model that it names, an adapter's included.
-
-        Raises:
-            LoraplexError: The refusals of `prepare` that are about the prompt and the names.
-        """
-        validation.check_prompt(request.prompt)
-        assert request.prompt is not None  # check_prompt
-        model = await self.voice(request.model, request.adapter, caller=caller)
-        return len((await self.encode(model, request.prompt, tenant=caller.name)).ids)
-
     def _check_template(self, prompt: Prompt) -> None:
         if isinstance(prompt, ChatPrompt) and prompt.template is not None and not self._limits.takes_chat_templates:
             raise InvalidParameterError(
