@@ -67,6 +67,7 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         _STORE + "ImportAdapter": _ADMIN,
         _STORE + "UploadAdapter": _ADMIN,
         _STORE + "DownloadAdapter": _ADMIN,
+        _STORE + "GetTextParts": _WATCHERS,
         _STORE + "PrefetchAdapter": _WATCHERS,
         _STORE + "EvictAdapter": _WATCHERS,
         _STORE + "WatchAliases": frozenset({Role.ADMIN, Role.GATEWAY, Role.ENGINE}),

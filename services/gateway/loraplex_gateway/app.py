@@ -38,6 +38,7 @@ from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
 from loraplex_gateway.servers import add_services, grpc_server, http_server, metrics_server
 from loraplex_gateway.text.fair_workers import FairWorkers
 from loraplex_gateway.text.models import ModelCatalog, load_served_model
+from loraplex_gateway.text.voices import Voices
 
 if TYPE_CHECKING:
     import grpc
@@ -67,6 +68,7 @@ class GatewayApp:
         metrics_port: Bound port of /metrics, once started.
         http: The HTTP server.
         workers: Prepare prompts away from the event loop.
+        voices: Models as adapters speak.
     """
 
     def __init__(self, config: GatewayConfig) -> None:
@@ -84,6 +86,7 @@ class GatewayApp:
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
         self.names = NameTable()
         self._adapter_names = AdapterNames()
+        self.voices = Voices.over(self._store)
         self.catalog = self._load_models()
         self.pool = self._make_pool()
         self._registry = RegistryWatcher(self._valkey, self.pool)
@@ -170,6 +173,7 @@ class GatewayApp:
         await self.pool.close()
         if self._hints is not None:
             await self._hints.close()
+        await self.voices.close()
         await self.quotas.close()
         await self.claims.close()
         if self._store is not None:
@@ -256,11 +260,8 @@ class GatewayApp:
             self.catalog,
             self.names,
             self.pool,
-            limits=RequestLimits(
-                max_stream_s=self.config.max_stream_s,
-                max_bytes_per_token=self.config.max_prompt_bytes_per_token,
-                takes_chat_templates=self.config.allow_request_chat_template,
-            ),
+            voices=self.voices,
+            limits=RequestLimits.of(self.config),
         )
         return GatewayCore(
             preparer,

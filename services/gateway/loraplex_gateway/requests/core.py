@@ -117,6 +117,10 @@ class GatewayCore:
             finally:
                 share.settle(*(run.used_tokens if run is not None else (0, 0)))
 
+    async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
+        """Return a model as an adapter speaks, for `encode`; refuses names as `generate` does."""
+        return await self._preparer.voice(model, adapter, caller=caller)
+
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return the token ids that `generate` would use; refuses as `Preparer.encode` does."""
         return await self._preparer.encode(model, prompt, tenant=tenant)

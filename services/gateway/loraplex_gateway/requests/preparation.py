@@ -8,24 +8,27 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
+from loraplex_common.request_limits import MAX_ENTRIES
 
 from loraplex_gateway.chat_output.formats import output_format
 from loraplex_gateway.chat_output.reading import chat_reading
 from loraplex_gateway.requests import validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.requests.prepared import PreparedRequest
-from loraplex_gateway.types import ChatPrompt
+from loraplex_gateway.types import ChatPrompt, GenerationRequest
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.names import NameTable, ResolvedAdapter
     from loraplex_gateway.chat_output.reading import ChatReading
+    from loraplex_gateway.config import GatewayConfig
     from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.requests.prepared import Continuation
     from loraplex_gateway.text.models import ModelCatalog, ServedModel
     from loraplex_gateway.text.tokenization import Encoded
-    from loraplex_gateway.types import GenerationRequest, Prompt, Sampling
+    from loraplex_gateway.text.voices import Voices
+    from loraplex_gateway.types import Prompt, Sampling
 
 # Taken off the caller's deadline, so that the engine's verdict still reaches the caller in time.
 DEADLINE_MARGIN_S: Final = 0.05
@@ -46,6 +49,15 @@ class RequestLimits:
     max_bytes_per_token: int
     takes_chat_templates: bool = False
 
+    @classmethod
+    def of(cls, config: GatewayConfig) -> RequestLimits:
+        """Return what a configuration says."""
+        return cls(
+            max_stream_s=config.max_stream_s,
+            max_bytes_per_token=config.max_prompt_bytes_per_token,
+            takes_chat_templates=config.allow_request_chat_template,
+        )
+
 
 class Preparer:
     """Validates, resolves and tokenises.
@@ -54,6 +66,7 @@ class Preparer:
         catalog: Base models.
         names: Adapter names.
         pool: Knows how long sequences may be.
+        voices: Models as adapters speak.
         limits: What is refused.
     """
 
@@ -63,11 +76,13 @@ class Preparer:
         names: NameTable,
         pool: EnginePool,
         *,
+        voices: Voices,
         limits: RequestLimits,
     ) -> None:
         self._catalog = catalog
         self._names = names
         self._pool = pool
+        self._voices = voices
         self._limits = limits
 
     async def prepare(
@@ -99,6 +114,7 @@ class Preparer:
         validation.check_request(request)
         priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
         model, adapter = await self._select(request, caller)
+        model = await self._voices.of(model, adapter)
         encoded = await self._encoded(request, model, tenant=caller.name)
         prompt_ids, reading = encoded.ids, _reading(request, model, encoded)
         if reading is not None:
@@ -127,7 +143,6 @@ class Preparer:
     async def _encoded(self, request: GenerationRequest, model: ServedModel, *, tenant: str) -> Encoded:
         """Return the prompt, checked together with all that the request says about tokens of its model."""
         assert request.prompt is not None  # check_request
-        self._check_template(request.prompt)
         encoded = await self.encode(model, request.prompt, tenant=tenant)
         prompt_ids = encoded.ids
         # The length first: it costs nothing, a look at each of a million ids does.
@@ -137,13 +152,23 @@ class Preparer:
         validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
         return encoded
 
-    def _check_template(self, prompt: Prompt) -> None:
-        if isinstance(prompt, ChatPrompt) and prompt.template is not None and not self._limits.takes_chat_templates:
+    def _with_template(self, model: ServedModel, prompt: Prompt) -> ServedModel:
+        """Return the model with the template that a prompt brings, if it brings one."""
+        if not isinstance(prompt, ChatPrompt) or prompt.template is None:
+            return model
+        if not self._limits.takes_chat_templates:
             raise InvalidParameterError(
                 "chat_template is not supported: conversations are rendered by the model's own template unless the "
                 "operator allows others (--allow-request-chat-template); send a prompt you rendered",
                 field="chat_template",
             )
+        return self._voices.with_template(model, prompt.template)
+
+    async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
+        """Return a model as an adapter speaks, or by itself if that name is empty; refuses names as `prepare` does."""
+        return await self._voices.of(
+            *await self._select(GenerationRequest(model=model, adapter=adapter, prompt=None), caller)
+        )
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return a prompt's token ids.
@@ -153,7 +178,8 @@ class Preparer:
             LoraplexError: And the other refusals of `PromptTokenizer.encode`.
         """
         max_bytes = self._max_model_len(model) * self._limits.max_bytes_per_token
-        return await model.tokenizer.encode(prompt, tenant=tenant, max_bytes=max_bytes)
+        tokenizer = self._with_template(model, prompt).tokenizer
+        return await tokenizer.encode(prompt, tenant=tenant, max_bytes=max_bytes)
 
     def _max_model_len(self, model: ServedModel) -> int:
         return self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
@@ -191,7 +217,7 @@ def _reading(request: GenerationRequest, model: ServedModel, encoded: Encoded) -
     if request.parsing is None or not isinstance(prompt, ChatPrompt) or template is None:
         return None
     output = output_format(
-        template.source, reads_tools=template.reads_tools, response_template=template.response_template
+        template.source, reads_tools=encoded.reads_tools, response_template=template.response_template
     )
     return chat_reading(
         prompt,
@@ -204,7 +230,18 @@ def _reading(request: GenerationRequest, model: ServedModel, encoded: Encoded) -
 
 
 def _stop_token_ids(request: GenerationRequest, model: ServedModel) -> frozenset[int]:
-    """Return the ids that end the output."""
+    """Return the ids that end the output.
+
+    Raises:
+        InvalidParameterError: If an engine takes no list of so many: the adapter's own are sent with the request's.
+    """
+    added = frozenset() if request.stopping.ignore_eos else model.defaults.added_stop_ids
+    num_sent = len(added | frozenset(request.stopping.stop_token_ids))
+    if num_sent > (most := MAX_ENTRIES["stop_token_ids"]):
+        raise InvalidParameterError(
+            f"stop_token_ids has {num_sent} ids together with the adapter's own; at most {most} are allowed",
+            field="stopping.stop_token_ids",
+        )
     eos_ids = frozenset() if request.stopping.ignore_eos else model.defaults.eos_token_ids
     return eos_ids | frozenset(request.stopping.stop_token_ids)
 

@@ -244,7 +244,7 @@ class EngineRelay:
             prompt_ids=prepared.prompt_ids,
             resumed_ids=tuple(self._tokens),
             sampling=prepared.sampling,
-            stopping=replace(request.stopping, max_new_tokens=min(prepared.max_new_tokens, room)),
+            stopping=replace(prepared.stopping, max_new_tokens=min(prepared.max_new_tokens, room)),
             adapter_digest=prepared.adapter_digest,
             adapter_scale=request.adapter_scale,
             time_left_s=left_s(prepared.deadline),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
+import copy
 import functools
 import json
 import secrets
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import meta
+from loraplex_common.chat_sandbox import chat_environment
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.tokenizer_config import SPECIAL_TOKENS, read_special_tokens
 
@@ -21,8 +20,6 @@ from loraplex_gateway.text.default_tools import in_words
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    from jinja2.parser import Parser
 
     from loraplex_gateway.text.chat_messages import Turn
     from loraplex_gateway.types import ChatPrompt
@@ -34,41 +31,6 @@ _MARK: Final = "ENDOFTHEFINALMESSAGE"
 _TEMPLATES_OWN_ERRORS: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
-class _GenerationTag(Extension):
-    """``{% generation %}`` marks the assistant's words for training; here it only renders them."""
-
-    tags = {"generation"}  # noqa: RUF012 (the base class says set)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the block's body unchanged."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None, **keywords: Any) -> str:
-    # Jinja's own filter escapes HTML, which a prompt must not.
-    keywords.setdefault("ensure_ascii", False)
-    return json.dumps(value, indent=indent, **keywords)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
 # Variables that loraplex sets itself, the sandbox's own, and the arguments of transformers' apply_chat_template.
 RESERVED_VARIABLES: Final = frozenset(
     {
@@ -76,7 +38,7 @@ RESERVED_VARIABLES: Final = frozenset(
         *("conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
         *("return_assistant_tokens_mask", "tokenizer_kwargs", "loop", "self", "caller", "varargs", "kwargs"),
         *SPECIAL_TOKENS,
-        *_environment().globals,
+        *chat_environment().globals,
     }
 )
 
@@ -84,7 +46,7 @@ RESERVED_VARIABLES: Final = frozenset(
 @functools.lru_cache(maxsize=256)
 def variables_of(source: str) -> frozenset[str]:
     """Return the names that a template reads and does not set itself; the source must be valid Jinja."""
-    return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
+    return frozenset(meta.find_undeclared_variables(chat_environment().parse(source)))
 
 
 class ChatTemplateError(ValueError):
@@ -102,7 +64,6 @@ class ChatTemplate:
     Attributes:
         source: As given.
         response_template: As given.
-        variables: Names that it reads and does not set itself.
 
     Raises:
         ChatTemplateError: If the source is no valid Jinja.
@@ -110,10 +71,11 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, response_template: str = "") -> None:
         try:
-            self._template = _environment().from_string(source)
-            self.variables = variables_of(source)
+            self._template = chat_environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"chat template, line {error.lineno}: {error.message}") from error
+        except RecursionError as error:
+            raise ChatTemplateError("chat template: it is nested too deeply") from error
         self.source = source
         self.response_template = response_template
         self._special_tokens = dict(special_tokens)
@@ -121,18 +83,13 @@ class ChatTemplate:
     @property
     def reads_tools(self) -> bool:
         """Whether it writes out functions itself; else they are put into words."""
-        return "tools" in self.variables
+        return "tools" in variables_of(self.source)
 
-    def of_request(self, source: str) -> ChatTemplate:
-        """Return a request's own template, with the same special tokens.
-
-        Raises:
-            InvalidParameterError: If it is no valid Jinja.
-        """
-        try:
-            return ChatTemplate(source, self._special_tokens)
-        except (ChatTemplateError, RecursionError) as error:
-            raise InvalidParameterError(str(error)[:MAX_REASON_CHARS], field="chat_template") from error
+    def with_response_template(self, response_template: str) -> ChatTemplate:
+        """Return this template with another description of the answers."""
+        other = copy.copy(self)
+        other.response_template = response_template
+        return other
 
     def render(self, prompt: ChatPrompt) -> str:
         """Return the conversation as text, special tokens written out.
@@ -159,11 +116,11 @@ class ChatTemplate:
             InvalidParameterError: For what OpenAI's API or vLLM has and this template has no use for.
         """
         variables, effort = dict(prompt.template_kwargs), prompt.reasoning_effort
-        if prompt.documents and "documents" not in self.variables:
+        if prompt.documents and "documents" not in variables_of(self.source):
             raise _unused("documents", "has no place for them; put them into a message")
-        if effort == "none" and "enable_thinking" in self.variables:
+        if effort == "none" and "enable_thinking" in variables_of(self.source):
             variables.setdefault("enable_thinking", False)
-        if effort is not None and "reasoning_effort" in self.variables:
+        if effort is not None and "reasoning_effort" in variables_of(self.source):
             variables.setdefault("reasoning_effort", effort)
         elif effort not in (None, "none"):
             raise _unused("reasoning_effort", "does not read it; leave it out")

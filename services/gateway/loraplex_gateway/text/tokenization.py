@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ from loraplex_common.tokenizer_config import read_special_tokens, read_tokenizer
 from tokenizers import Tokenizer
 
 from loraplex_gateway.text.chat_template import ChatTemplate, load_chat_template
+from loraplex_gateway.text.confined_templates import ConfinedTemplate
 from loraplex_gateway.text.prompt_size import check_bytes, num_bytes_of, prompt_bytes
 from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
@@ -31,15 +33,25 @@ INLINE_MAX_MESSAGES: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt's token ids, and for a conversation its text after the chat template, and that template."""
+    """A prompt's token ids, and for a conversation what has come of it.
+
+    Attributes:
+        rendered: The text after the chat template.
+        template: That template.
+        reads_tools: Whether the template has a place for functions.
+    """
 
     ids: tuple[int, ...]
     rendered: str = ""
-    template: ChatTemplate | None = None
+    template: ChatTemplate | ConfinedTemplate | None = None
+    reads_tools: bool = False
 
 
 class PromptTokenizer:
     """One model's tokenizer and chat template.
+
+    Attributes:
+        special_tokens: Role -> special token, as the chat template sees them.
 
     Args:
         tokenizer: Hugging Face tokenizer.
@@ -49,7 +61,6 @@ class PromptTokenizer:
 
     Attributes:
         table: What single tokens stand for.
-        template: The chat template; None if the model has none.
         token_id: Returns the id of the token with this text; None if there is none.
     """
 
@@ -57,7 +68,7 @@ class PromptTokenizer:
         self,
         tokenizer: Tokenizer,
         config: dict[str, Any],
-        template: ChatTemplate | None,
+        template: ChatTemplate | ConfinedTemplate | None,
         workers: FairWorkers,
     ) -> None:
         tokenizer.no_truncation()
@@ -65,11 +76,12 @@ class PromptTokenizer:
         self.table = TokenTable(tokenizer)
         self.token_id: Callable[[str], int | None] = tokenizer.token_to_id
         self._tokenizer = tokenizer
-        self.template = template
+        self._template = template
         self._workers = workers
         self._shared: dict[int, asyncio.Task[Encoded]] = {}
         self._waiters: dict[asyncio.Task[Encoded], int] = {}
-        self._bos_token = read_special_tokens(config).get("bos_token", "")
+        self.special_tokens = read_special_tokens(config)
+        self._bos_token = self.special_tokens.get("bos_token", "")
         self._bos_id = tokenizer.token_to_id(self._bos_token) if self._bos_token else None
         self._add_bos: bool | None = config.get("add_bos_token")
 
@@ -79,6 +91,22 @@ class PromptTokenizer:
         config = read_tokenizer_config(directory)
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         return cls(tokenizer, config, load_chat_template(directory, config), workers)
+
+    def with_template(self, template: ConfinedTemplate) -> PromptTokenizer:
+        """Return this tokenizer with the chat template of an adapter or a request."""
+        return self._with(template)
+
+    def with_response_template(self, response_template: str) -> PromptTokenizer:
+        """Return this tokenizer with an adapter's word on how answers are taken apart."""
+        if not isinstance(self._template, ChatTemplate):
+            return self
+        return self._with(self._template.with_response_template(response_template))
+
+    def _with(self, template: ChatTemplate | ConfinedTemplate) -> PromptTokenizer:
+        other = copy.copy(self)
+        other._template = template
+        other._shared, other._waiters = {}, {}
+        return other
 
     async def encode(self, prompt: Prompt, *, tenant: str = ANYBODY.name, max_bytes: int | None = None) -> Encoded:
         """Return the prompt's token ids.
@@ -97,9 +125,11 @@ class PromptTokenizer:
             return Encoded(prompt.ids)
         num_bytes = prompt_bytes(prompt)
         check_bytes(num_bytes, max_bytes)
-        is_short = isinstance(prompt, TextPrompt) or (
-            len(prompt.messages) <= INLINE_MAX_MESSAGES and prompt.template is None
-        )
+        if isinstance(prompt, TextPrompt):
+            is_short = True
+        else:
+            is_confined = isinstance(self._template, ConfinedTemplate)  # waits for another process
+            is_short = len(prompt.messages) <= INLINE_MAX_MESSAGES and not is_confined
         if is_short and num_bytes <= INLINE_MAX_CHARS:
             return self.encode_now(prompt, max_bytes=max_bytes)
         return await self._encode_away(prompt, tenant, num_bytes, max_bytes)
@@ -130,18 +160,22 @@ class PromptTokenizer:
         """Return the prompt's token ids, computed in the calling thread."""
         if isinstance(prompt, TextPrompt):
             return Encoded(self._encode_text(prompt.text, add_special_tokens=prompt.add_special_tokens))
-        if self.template is None:
+        if self._template is None:
             raise InvalidParameterError(
                 "this model has no chat template (neither chat_template.jinja nor tokenizer_config.json brings one); "
                 "send the prompt as text or token ids",
                 field="messages",
             )
-        template = self.template if prompt.template is None else self.template.of_request(prompt.template)
-        rendered = template.render(prompt)
+        rendered = self._template.render(prompt)
         # What a template repeats, or writes around every message, no count of what was sent can know.
         check_bytes(num_bytes_of(rendered), max_bytes)
         # A template writes the special tokens itself, BOS included if the model wants one.
-        return Encoded(self._encode_text(rendered, add_special_tokens=False), rendered, template)
+        return Encoded(
+            self._encode_text(rendered, add_special_tokens=False),
+            rendered,
+            self._template,
+            reads_tools=self._template.reads_tools,
+        )
 
     async def decode(self, token_ids: list[int], *, skip_special_tokens: bool, tenant: str = ANYBODY.name) -> str:
         """Return the text of all ids at once; bytes that are no UTF-8 become U+FFFD.
