@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from typing import TYPE_CHECKING
 
 from loraplex_common import log, settings
 from loraplex_common.base_model import BaseModelError
@@ -18,6 +19,9 @@ from loraplex_gateway.app import GatewayApp
 from loraplex_gateway.config import GatewayConfig
 from loraplex_gateway.resume.keys import ResumeKeyError
 from loraplex_gateway.text.chat_template import ChatTemplateError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
 
 
 async def serve(config: GatewayConfig) -> None:
@@ -34,6 +38,16 @@ async def serve(config: GatewayConfig) -> None:
         await app.close()
 
 
+def run(main: Coroutine[None, None, None]) -> None:
+    """Run a coroutine to its end, on uvloop where there is a wheel of it: it takes a third of an event's cost away."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
+
+
 def main() -> None:
     """Read the configuration and serve."""
     config = settings.load(GatewayConfig, service="gateway")
@@ -44,7 +58,7 @@ def main() -> None:
     try:
         ports = {"--port": config.port, "--http-port": config.http_port, "--metrics-port": config.metrics_port}
         require_free(config.host, ports)
-        asyncio.run(serve(config))
+        run(serve(config))
     except (BaseModelError, ChatTemplateError, KeysFileError, QuotasFileError, ResumeKeyError, OSError) as error:
         sys.exit(f"loraplex-gateway: {error}")
 

@@ -25,8 +25,9 @@ from loraplex_gateway.engines.registry_watcher import RegistryWatcher
 from loraplex_gateway.grpc.servicer import GatewayServicer
 from loraplex_gateway.grpc.servicer_fleet import FleetServicer
 from loraplex_gateway.metrics.gateway import GatewayMetrics
-from loraplex_gateway.openai.app import HttpContext, make_app
+from loraplex_gateway.openai.app import make_app
 from loraplex_gateway.openai.body_reader import BodyReader
+from loraplex_gateway.openai.context import HttpContext
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.admission import AdmissionController
 from loraplex_gateway.requests.claims import RequestClaims

@@ -94,3 +94,17 @@ class ChatPrompt:
 
 
 Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptText:
+    """A prompt as text: as it was sent, or what its token ids stand for.
+
+    Attributes:
+        offsets: Characters of the text before each of the prompt's tokens.
+        first_token: The bytes that its first token stands for: it is the one without a log-probability.
+    """
+
+    text: str
+    offsets: tuple[int, ...]
+    first_token: bytes

@@ -13,6 +13,7 @@ from loraplex_gateway.prompts import ChatMessage as ChatMessage
 from loraplex_gateway.prompts import ChatPrompt as ChatPrompt
 from loraplex_gateway.prompts import OutputParsing as OutputParsing
 from loraplex_gateway.prompts import Prompt as Prompt
+from loraplex_gateway.prompts import PromptText as PromptText
 from loraplex_gateway.prompts import TextPrompt as TextPrompt
 from loraplex_gateway.prompts import TokenPrompt as TokenPrompt
 from loraplex_gateway.prompts import ToolCall as ToolCall
@@ -67,13 +68,18 @@ class Stopping:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResponseOptions:
-    """What the chunks carry; logprobs counts are `None` for none at all."""
+    """What the chunks carry; logprobs counts are `None` for none at all.
+
+    Attributes:
+        prompt_text: Whether `Started` brings the prompt's text.
+    """
 
     text: bool = True
     token_ids: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    prompt_text: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +118,7 @@ class GenerationRequest:
         resume: The stream that it goes on with; None starts one.
         structured_output: What the output must look like; None for anything.
         truncate_prompt_tokens: Number of the prompt's last tokens to keep; -1 as many as have room; None for all.
+        truncates_end: Keep the first tokens of a prompt that is truncated, not the last ones.
         parsing: How the output of a chat is taken apart; None leaves it as the model writes it.
     """
 
@@ -137,6 +144,7 @@ class GenerationRequest:
     resume: Resume | None = None
     structured_output: StructuredOutput | None = None
     truncate_prompt_tokens: int | None = None
+    truncates_end: bool = False
     parsing: OutputParsing | None = None
 
 
@@ -197,6 +205,10 @@ class Started:
     """An engine runs the request.
 
     Attributes:
+        prompt_token_ids: The prompt's tokens.
+        prompt_logprobs: For each of the prompt's tokens after the first, if they were asked for.
+        prompt_text: If it was asked for.
+        sampling: How tokens are drawn, the model's defaults filled in.
         make_parser: Returns a new `chat_output.deltas.ChatParser` for the text of the chunks; None: all of it is content.
         thought_end_id: The token that ends the thoughts of an output that begins with them; None if there is none.
     """
@@ -208,6 +220,9 @@ class Started:
     seed: int
     resume_token: str = ""
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    sampling: Sampling = Sampling()
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_text: PromptText | None = None
     make_parser: Callable[[], Any] | None = None
     thought_end_id: int | None = None
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from loraplex_gateway.openai import prompt_parts
 from loraplex_gateway.openai.chat_parts import ChatParts
+from loraplex_gateway.openai.logprobs import chat_logprob, completion_logprobs
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loraplex_gateway.openai.convert import Plan
-    from loraplex_gateway.types import Event, ModelCard, PositionLogprobs, TokenLogprob
+    from loraplex_gateway.openai.logprobs import Json
+    from loraplex_gateway.types import Event, ModelCard, PositionLogprobs
 
-Json = dict[str, Any]
-MIN_LOGPROB: Final = -9999.0
 
 # time_limit cuts as max_tokens does; "abort" is what vLLM calls a cancelled request.
 FINISH_REASONS: Final = {
@@ -39,6 +40,7 @@ class Renderer:
         self._id = f"{'chatcmpl' if plan.is_chat else 'cmpl'}-{request_id}"
         self._created = int(time.time())
         self._revision: str | None = None
+        self._started: dict[int, Started] = {}
         self._finished: dict[int, Finished] = {}
         self._parts: dict[int, ChatParts] = {}  # of choices that are more than content
         self._num_prompt_tokens = [0] * len(plan.requests)
@@ -53,9 +55,10 @@ class Renderer:
         """Return the streamed object for an event; None for events that OpenAI's API does not have."""
         if isinstance(event, Started):
             self._revision = event.adapter_revision or None
+            self._started[choice] = event
             self._num_prompt_tokens[choice] = event.prompt_tokens
             self._begin(choice, event)
-            return self._chunk(choice, text="", role="assistant") if self._plan.is_chat else None
+            return self._first_chunk(choice, event)
         if isinstance(event, Chunk):
             self._num_output_tokens[choice] += len(event.token_ids)
             if choice in self._parts:
@@ -66,6 +69,10 @@ class Renderer:
             parts = self._parts[choice].finish() if choice in self._parts else None
             return self._chunk(choice, text="", finished=event, parts=parts)
         return None
+
+    def is_plain(self, choice: int, chunk: Chunk) -> bool:
+        """Whether this choice's streamed objects differ from chunk to chunk in `text` and `token_ids` alone."""
+        return not chunk.logprobs and not self._plan.has_running_usage and choice not in self._parts
 
     def _begin(self, choice: int, started: Started) -> None:
         if started.make_parser is not None:
@@ -90,7 +97,22 @@ class Renderer:
     def whole(self, events: Sequence[Sequence[Event]]) -> Json:
         """Return the response object for the events of every choice."""
         choices = [self._whole_choice(choice, seen) for choice, seen in enumerate(events)]
-        return {**self._head(streamed=False), "choices": choices, "usage": self._usage()}
+        # All choices of a chat have one prompt.
+        prompt = (
+            prompt_parts.prompt_fields(self._plan, self._started[0]) if self._plan.is_chat and self._started else {}
+        )
+        return {**self._head(streamed=False), "choices": choices, "usage": self._usage(), **prompt}
+
+    def _first_chunk(self, choice: int, started: Started) -> Json | None:
+        """Return what a streamed choice begins with: a chat's role, a completion's prompt."""
+        prompt = prompt_parts.prompt_fields(self._plan, started)
+        if self._plan.is_chat:
+            return {**self._chunk(choice, text="", role="assistant"), **prompt}
+        if not (self._plan.is_echo or prompt):
+            return None
+        chunk = self._chunk(choice, text=prompt_parts.echoed_text(started))
+        chunk["choices"][0] |= {"logprobs": self._with_echo(choice, None), **prompt}
+        return chunk
 
     def _head(self, *, streamed: bool) -> Json:
         return {
@@ -119,13 +141,15 @@ class Renderer:
             body["delta"] = {"role": role, **delta} if role else delta
         else:
             body["text"] = text
-        body["logprobs"] = self._logprobs(chunk.logprobs) if chunk is not None else None
+        body["logprobs"] = self._logprobs(choice, chunk.logprobs) if chunk is not None else None
         if chunk is not None and self._plan.return_token_ids:
             body["token_ids"] = list(chunk.token_ids)
         body["finish_reason"] = self._finish_reason(choice, finished) if finished else None
         if finished is not None:
             body["stop_reason"] = _stop_reason(finished)
-        usage = {"usage": self._running_usage(choice)} if self._plan.has_running_usage else {}
+        usage: Json = {"usage": None} if self._plan.include_usage else {}
+        if self._plan.has_running_usage:
+            usage = {"usage": self._running_usage(choice)}
         return {**self._head(streamed=True), "choices": [body], **usage}
 
     def _running_usage(self, choice: int) -> Json:
@@ -137,6 +161,7 @@ class Renderer:
         for event in events:
             if isinstance(event, Started):
                 self._revision = event.adapter_revision or None
+                self._started[choice] = event
                 self._begin(choice, event)
             elif isinstance(event, Finished):
                 self._finished[choice] = event
@@ -145,12 +170,16 @@ class Renderer:
         if self._plan.is_chat:
             body["message"] = self._message(choice, chunks)
         else:
-            body["text"] = "".join(chunk.text for chunk in chunks)
-        body["logprobs"] = self._logprobs([entry for chunk in chunks for entry in chunk.logprobs])
+            text = "".join(chunk.text for chunk in chunks)
+            body["text"] = prompt_parts.echoed_text(self._started.get(choice)) + text
+        output = self._logprobs(choice, [entry for chunk in chunks for entry in chunk.logprobs])
+        body["logprobs"] = self._with_echo(choice, output)
         if self._plan.return_token_ids:
             body["token_ids"] = [token_id for chunk in chunks for token_id in chunk.token_ids]
         body["finish_reason"] = self._finish_reason(choice, finished)
         body["stop_reason"] = _stop_reason(finished)
+        if not self._plan.is_chat and choice in self._started:
+            body |= prompt_parts.prompt_fields(self._plan, self._started[choice])
         return body
 
     def _message(self, choice: int, chunks: Sequence[Chunk]) -> Json:
@@ -182,52 +211,19 @@ class Renderer:
     def _num_prompts(self) -> int:
         return len({id(request.prompt) for request in self._plan.requests})
 
-    def _logprobs(self, entries: Sequence[PositionLogprobs]) -> Json | None:
+    def _with_echo(self, choice: int, output: Json | None) -> Json | None:
+        """Return the log-probabilities of an output, those of an echoed prompt before them."""
+        if not self._plan.is_echo or self._plan.logprobs is None or choice not in self._started:
+            return output
+        return prompt_parts.joined(prompt_parts.echoed_logprobs(self._started[choice], self._plan.logprobs), output)
+
+    def _logprobs(self, choice: int, entries: Sequence[PositionLogprobs]) -> Json | None:
         if self._plan.logprobs is None or not entries:
             return None
         if self._plan.is_chat:
-            return {"content": [_chat_logprob(entry, self._plan.logprobs) for entry in entries]}
-        return _completion_logprobs(entries, self._plan.logprobs)
-
-
-def _chat_logprob(entry: PositionLogprobs, num_top: int) -> Json:
-    return {**_chat_token(entry.chosen), "top_logprobs": [_chat_token(token) for token in entry.top[:num_top]]}
-
-
-def _chat_token(token: TokenLogprob) -> Json:
-    return {"token": token.text, "logprob": _json_logprob(token), "bytes": list(token.data)}
-
-
-def _completion_logprobs(entries: Sequence[PositionLogprobs], num_top: int) -> Json:
-    return {
-        "tokens": [_completion_token(entry.chosen) for entry in entries],
-        "token_logprobs": [_json_logprob(entry.chosen) for entry in entries],
-        "top_logprobs": [_completion_alternatives(entry, num_top) for entry in entries],
-        "text_offset": [entry.text_offset for entry in entries],
-    }
-
-
-def _json_logprob(token: TokenLogprob) -> float:
-    """Return the log-probability as OpenAI's API has it: JSON has no minus infinity, and its field is no optional."""
-    return max(token.logprob, MIN_LOGPROB)
-
-
-def _completion_token(token: TokenLogprob) -> str:
-    """Return a token as /v1/completions names it: its text, or its bytes if they are only part of a character."""
-    try:
-        return token.data.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(
-            chr(byte) if 32 <= byte < 127 and byte != 92 else f"\\x{byte:02x}" for byte in token.data
-        )
-
-
-def _completion_alternatives(entry: PositionLogprobs, num_top: int) -> dict[str, float]:
-    """Return the likeliest tokens and the drawn one; of several with one name the likeliest counts."""
-    alternatives: dict[str, float] = {}
-    for token in (*entry.top[:num_top], entry.chosen):
-        alternatives.setdefault(_completion_token(token), _json_logprob(token))
-    return alternatives
+            return {"content": [chat_logprob(entry, self._plan.logprobs) for entry in entries]}
+        num_before = len(prompt_parts.echoed_text(self._started.get(choice)))
+        return completion_logprobs(entries, self._plan.logprobs, num_before=num_before)
 
 
 def _stop_reason(finished: Finished) -> str | int | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import uvicorn
 from loraplex_common.tls_files import RotatingServerContext
 
-from loraplex_gateway.openai.connections import Connections
+from loraplex_gateway.openai.connections import MAX_HEADER_BYTES, Connections
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from loraplex_common.tls_files import TlsFiles
     from starlette.types import ASGIApp
 
-MAX_HEADER_BYTES: Final = 64 * 1024
 KEEP_ALIVE_S: Final = 5
 # Also what asyncio accepts at one go, and how often it logs at one go if it cannot.
 BACKLOG: Final = 256

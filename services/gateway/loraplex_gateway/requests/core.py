@@ -125,6 +125,10 @@ class GatewayCore:
         """Return the token ids that `generate` would use; refuses as `Preparer.encode` does."""
         return await self._preparer.encode(model, prompt, tenant=tenant)
 
+    async def count_tokens(self, request: GenerationRequest, *, caller: Principal) -> int:
+        """Return the length of the prompt that `generate` would use; refuses as `Preparer.count_tokens` does."""
+        return await self._preparer.count_tokens(request, caller=caller)
+
     async def cancel(self, tenant: str, request_id: str) -> bool:
         """End a running request of the tenant; return whether there was one.
 

@@ -7,21 +7,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import ANYBODY
-from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
+from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError, NotSupportedError
 from loraplex_common.request_limits import MAX_ENTRIES
 
-from loraplex_gateway.chat_output.formats import output_format
-from loraplex_gateway.chat_output.reading import chat_reading
-from loraplex_gateway.requests import validation
+from loraplex_gateway.chat_output.reading import ChatReading
+from loraplex_gateway.requests import lengths, validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
+from loraplex_gateway.requests.parsing import reading_of
 from loraplex_gateway.requests.prepared import PreparedRequest
-from loraplex_gateway.types import ChatPrompt, GenerationRequest
+from loraplex_gateway.types import ChatPrompt, GenerationRequest, PromptText
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.names import NameTable, ResolvedAdapter
-    from loraplex_gateway.chat_output.reading import ChatReading
     from loraplex_gateway.config import GatewayConfig
     from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.requests.prepared import Continuation
@@ -110,26 +109,29 @@ class Preparer:
             AdapterNotFoundError: And the other refusals of `NameTable.resolve`.
             ModelNotFoundError: If there is no such base model.
             AdapterIncompatibleError: If the adapter is for another base model.
+            NotSupportedError: If no engine of the base model does what the request asks for.
         """
         validation.check_request(request)
         priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
         model, adapter = await self._select(request, caller)
         model = await self._voices.of(model, adapter)
-        encoded = await self._encoded(request, model, tenant=caller.name)
-        prompt_ids, reading = encoded.ids, _reading(request, model, encoded)
-        if reading is not None:
-            request = replace(request, structured_output=reading.structured_output)
-        room = self._max_model_len(model) - len(prompt_ids)
+        tokens = await self._tokens(request, model, tenant=caller.name)
+        if tokens.reading is not None:
+            request = replace(request, structured_output=tokens.reading.structured_output)
+        self._check_engines(request, model)
+        room = self._max_model_len(model) - len(tokens.prompt)
         limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
         waits = request.queue_timeout_s is not None and continuation is None  # a resumed stream had its place
         return PreparedRequest(
             request=request,
             model=model,
             adapter=adapter,
-            prompt_ids=prompt_ids,
+            prompt_ids=tokens.prompt,
+            prompt_text=tokens.prompt_text,
+            bad_token_sequences=tokens.bad_sequences,
             sampling=_drawable(model.defaults.fill(request.sampling)),
             stop_token_ids=_stop_token_ids(request, model),
-            max_new_tokens=continuation.max_new_tokens if continuation else request.stopping.max_new_tokens or room,
+            max_new_tokens=_max_new_tokens(request, continuation, room=room),
             priority=priority,
             fairness_key=_fairness_key(model, adapter, caller),
             cache_salt=cache_salt(caller, request.cache_salt),
@@ -137,20 +139,49 @@ class Preparer:
             deadline=arrived_at + limit_s - DEADLINE_MARGIN_S,
             queue_deadline=arrived_at + (request.queue_timeout_s or 0.0) if waits else None,
             continuation=continuation,
-            reading=reading,
+            reading=tokens.reading,
         )
 
-    async def _encoded(self, request: GenerationRequest, model: ServedModel, *, tenant: str) -> Encoded:
-        """Return the prompt, checked together with all that the request says about tokens of its model."""
+    async def _tokens(self, request: GenerationRequest, model: ServedModel, *, tenant: str) -> _Tokens:
+        """Return a request's texts as tokens, checked together with all that it says about tokens of its model."""
         assert request.prompt is not None  # check_request
+        max_model_len, tokenizer = self._max_model_len(model), model.tokenizer
         encoded = await self.encode(model, request.prompt, tenant=tenant)
-        prompt_ids = encoded.ids
+        prompt_ids = lengths.truncated(encoded.ids, request, max_model_len)
         # The length first: it costs nothing, a look at each of a million ids does.
-        validation.check_length(len(prompt_ids), request.stopping.max_new_tokens, self._max_model_len(model))
+        lengths.check_length(len(prompt_ids), request.stopping.max_new_tokens, max_model_len)
         validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
         validation.check_drawable(request, model.defaults.eos_token_ids, model.info.vocab_size)
-        validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
-        return encoded
+        lengths.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
+        bad_words, text = request.sampling.bad_words, None
+        if request.options.prompt_text:
+            is_whole = len(prompt_ids) == len(encoded.ids)
+            text = await tokenizer.prompt_text(request.prompt, prompt_ids, is_whole=is_whole, tenant=tenant)
+        return _Tokens(
+            prompt=prompt_ids,
+            prompt_text=text,
+            reading=reading_of(request, model, encoded),
+            bad_sequences=await tokenizer.bad_token_sequences(bad_words, tenant=tenant) if bad_words else (),
+        )
+
+    def _check_engines(self, request: GenerationRequest, model: ServedModel) -> None:
+        """Refuse a constraint if the engines are there but none of them knows constraints: they would pass over it."""
+        is_constrained = request.structured_output is not None or bool(request.sampling.bad_words)
+        if is_constrained and self._pool.can_constrain(model.fingerprint) is False:
+            raise NotSupportedError(
+                f"no engine of {model.name} constrains outputs: all of them are of an earlier version; update one"
+            )
+
+    async def count_tokens(self, request: GenerationRequest, *, caller: Principal) -> int:
+        """Return the length of a request's prompt in tokens of the model that it names, an adapter's included.
+
+        Raises:
+            LoraplexError: The refusals of `prepare` that are about the prompt and the names.
+        """
+        validation.check_prompt(request.prompt)
+        assert request.prompt is not None  # check_prompt
+        model = await self.voice(request.model, request.adapter, caller=caller)
+        return len((await self.encode(model, request.prompt, tenant=caller.name)).ids)
 
     def _with_template(self, model: ServedModel, prompt: Prompt) -> ServedModel:
         """Return the model with the template that a prompt brings, if it brings one."""
@@ -211,22 +242,21 @@ class Preparer:
         )
 
 
-def _reading(request: GenerationRequest, model: ServedModel, encoded: Encoded) -> ChatReading | None:
-    """Return how the output of a chat is to be taken apart; None if it is not."""
-    prompt, template = request.prompt, encoded.template
-    if request.parsing is None or not isinstance(prompt, ChatPrompt) or template is None:
-        return None
-    output = output_format(
-        template.source, reads_tools=encoded.reads_tools, response_template=template.response_template
-    )
-    return chat_reading(
-        prompt,
-        request.parsing,
-        output=output,
-        rendered=encoded.rendered,
-        token_id=model.tokenizer.token_id,
-        constraint=request.structured_output,
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tokens:
+    """A request's texts as tokens: its prompt, the prompt's text if it is wanted, how its output is read, its bad words."""
+
+    prompt: tuple[int, ...]
+    prompt_text: PromptText | None
+    reading: ChatReading | None
+    bad_sequences: tuple[tuple[int, ...], ...]
+
+
+def _max_new_tokens(request: GenerationRequest, continuation: Continuation | None, *, room: int) -> int:
+    if continuation is not None:
+        return continuation.max_new_tokens
+    wanted = request.stopping.max_new_tokens
+    return room if wanted is None else wanted
 
 
 def _stop_token_ids(request: GenerationRequest, model: ServedModel) -> frozenset[int]:

@@ -92,7 +92,8 @@ class RequestRun:
                 events.append(update.loading)
             if update.started is not None or update.token_ids:
                 events.append(self._start(engine_id, update))
-        chunk = self._push(update) if update.token_ids else None
+        # An engine draws one token at least, in the step that ends the prompt; it is dropped if none is wanted.
+        chunk = self._push(update) if update.token_ids and self.prepared.max_new_tokens else None
         if self._output.matched_stop is not None:
             return [*events, *_present(chunk), self.finished(FinishReason.STOP)]
         if update.end is None:
@@ -179,8 +180,11 @@ class RequestRun:
             engine_id=engine_id,
             adapter_revision=self.prepared.adapter_digest,
             seed=self.prepared.sampling.seed or 0,
+            sampling=self.prepared.sampling,
             resume_token=self.resume_token,
             prompt_logprobs=started.prompt_logprobs if started is not None else (),
+            prompt_token_ids=self.prepared.prompt_ids,
+            prompt_text=self.prepared.prompt_text,
             make_parser=reading.parser if reading is not None and reading.rules is not None else None,
             thought_end_id=reading.thought_end_id if reading is not None else None,
         )
@@ -193,6 +197,8 @@ class RequestRun:
         # A stop string completed by the text that was held to the very end.
         if self._output.matched_stop is not None:
             return self.finished(FinishReason.STOP)
+        if not self.prepared.max_new_tokens and finish.reason is FinishReason.STOP:  # of the token that is dropped
+            return self.finished(FinishReason.LENGTH, timings=self._merged_timings(finish))
         return self.finished(finish.reason, stop_token_id=finish.stop_token_id, timings=self._merged_timings(finish))
 
     def _merged_timings(self, finish: EngineFinish) -> Timings:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from loraplex_gateway.text.chat_template import ChatTemplate, load_chat_template
 from loraplex_gateway.text.confined_templates import ConfinedTemplate
 from loraplex_gateway.text.prompt_size import check_bytes, num_bytes_of, prompt_bytes
+from loraplex_gateway.text.prompt_text import prompt_text
 from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
 
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loraplex_gateway.text.fair_workers import FairWorkers
-    from loraplex_gateway.types import Prompt
+    from loraplex_gateway.types import Prompt, PromptText
 
 # About 0.3 ms of BPE: below it a thread's hand-over costs more than it saves the event loop.
 INLINE_MAX_CHARS: Final = 1024
 INLINE_MAX_MESSAGES: Final = 16
+INLINE_MAX_TOKENS: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,38 @@ class PromptTokenizer:
             reads_tools=self._template.reads_tools,
         )
 
+    async def prompt_text(
+        self, prompt: Prompt, token_ids: tuple[int, ...], *, is_whole: bool, tenant: str = ANYBODY.name
+    ) -> PromptText:
+        """Return a prompt as text with the place of each token, see `prompt_text.prompt_text`.
+
+        Raises:
+            SaturatedError: If too many long outputs and prompts wait already.
+        """
+        work = functools.partial(prompt_text, self.table, prompt, token_ids, is_whole=is_whole)
+        if len(token_ids) <= INLINE_MAX_TOKENS:
+            return work()
+        return await self._workers.run(work, tenant=tenant, num_bytes=4 * len(token_ids))
+
+    async def bad_token_sequences(
+        self, words: tuple[str, ...], *, tenant: str = ANYBODY.name
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return the token sequences that write these words, at the beginning of a text and after a space.
+
+        Raises:
+            SaturatedError: If too many long prompts wait already.
+        """
+        num_bytes = sum(num_bytes_of(word) for word in words)
+        if num_bytes <= INLINE_MAX_CHARS:
+            return self._token_sequences(words)
+        work = functools.partial(self._token_sequences, words)
+        return await self._workers.run(work, tenant=tenant, num_bytes=num_bytes)
+
+    def _token_sequences(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        texts = [text for word in words for text in _spaced(word)]
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return tuple(dict.fromkeys(tuple(encoding.ids) for encoding in found if encoding.ids))
+
     async def decode(self, token_ids: list[int], *, skip_special_tokens: bool, tenant: str = ANYBODY.name) -> str:
         """Return the text of all ids at once; bytes that are no UTF-8 become U+FFFD.
 
@@ -205,3 +239,9 @@ class PromptTokenizer:
             elif not self._add_bos and starts_with_bos:
                 ids = ids[1:]
         return tuple(ids)
+
+
+def _spaced(word: str) -> tuple[str, str]:
+    """Return a word as it begins a text and as it follows a space."""
+    bare = word.lstrip(" ") or word
+    return bare, f" {bare}"

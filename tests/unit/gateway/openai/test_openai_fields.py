@@ -15,13 +15,17 @@ from loraplex_gateway.openai.body import decode
 from loraplex_gateway.openai.errors import CODES, BodyNames
 from loraplex_gateway.openai.field_docs import with_tables
 from loraplex_gateway.openai.fields import Rule, Table
+from loraplex_gateway.openai.output_fields import RESPONSE_FORMAT, STRUCTURED_OUTPUTS
 from loraplex_gateway.openai.schema import (
     ChatBody,
     ChatTurn,
     CommonBody,
     CompletionBody,
     ContentPart,
+    JsonSchemaFormat,
+    ResponseFormat,
     StreamOptions,
+    StructuredOutputs,
 )
 from loraplex_gateway.requests.validation import COUNTS, RANGES
 
@@ -47,6 +51,9 @@ def completion(**changes: Any) -> CompletionBody:
         (MESSAGES, ChatTurn),
         (MESSAGES.nested["content"], ContentPart),
         (fields.STREAM_OPTIONS, StreamOptions),
+        (RESPONSE_FORMAT, ResponseFormat),
+        (RESPONSE_FORMAT.nested["json_schema"], JsonSchemaFormat),
+        (STRUCTURED_OUTPUTS, StructuredOutputs),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -74,7 +81,6 @@ def test_every_field_that_validation_names_has_a_name_in_the_body(table: Table) 
     reported = [rule.field for rule in RANGES] + [field for field, _ in COUNTS]
     reported += ["adapter", "model", "request_id", "cache_salt", "affinity_key", "prompt"]
     reported += ["messages"] if table is fields.CHAT else ["text", "token_ids"]
-    reported.remove("response_options.prompt_logprobs")  # no field of a body
 
     for field in reported:
         assert names.field(field) in table.fields, field
@@ -99,9 +105,9 @@ def test_an_adapter_named_as_other_servers_do_is_told_its_place(call: Any, name:
         {"length_penalty": 1.2},
         {"logits_processors": ["x"]},
         {"use_beam_search": True},
-        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
+        {"guided_whitespace_pattern": " "},
         {"store": True},
-        {"bad_words": ["x"]},
         {"verbosity": "low"},
         {"modalities": ["text", "audio"]},
         {"stream_options": {"include_obfuscation": True}},

@@ -1,0 +1,54 @@
+"""What the HTTP routes share: the objects that they call, and how each of them lets its callers in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loraplex_common.auth import Authenticator
+from loraplex_common.rights import require_right
+
+from loraplex_gateway.openai.body_reader import BodyReader
+from loraplex_gateway.openai.connections import certificate_of
+from loraplex_gateway.quotas.calls import TenantQuotas
+from loraplex_gateway.requests.core import GatewayCore
+from loraplex_gateway.requests.listing import ModelListing
+from loraplex_gateway.text.fair_workers import FairWorkers
+from loraplex_gateway.text.models import ModelCatalog
+
+if TYPE_CHECKING:
+    from loraplex_common.admissions import Admission
+    from starlette.requests import Request
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HttpContext:
+    """What the routes call."""
+
+    core: GatewayCore
+    quotas: TenantQuotas
+    catalog: ModelCatalog
+    listing: ModelListing
+    authenticator: Authenticator
+    metrics_address: Callable[[], str]
+    bodies: BodyReader
+    workers: FairWorkers
+    slow_client_s: float
+    is_ready: Callable[[], bool]
+
+    def admit(self, request: Request, right: str) -> Admission:
+        """Return the caller, by key or certificate as over gRPC, if it may make the call that a route stands for.
+
+        Args:
+            request: The request, its body not read yet.
+            right: Full name of the method that the route stands for, as `rights.RIGHTS` has it.
+
+        Raises:
+            UnauthenticatedError: If its credential is missing or unknown.
+            RoleForbiddenError: If its role may not make that call.
+        """
+        authorization, certificate = request.headers.get("authorization"), certificate_of(request.scope)
+        admission = self.authenticator.admit(authorization, certificate=certificate)
+        require_right(admission, right)
+        return admission
