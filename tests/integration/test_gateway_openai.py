@@ -36,7 +36,7 @@ async def test_models_are_base_and_adapters(valkey_url: str) -> None:
         models = [model async for model in client.models.list()]
         poet = await client.models.retrieve("poet")
 
-        assert [model.id for model in models] == ["tiny", "poet"]
+        assert [model.id for model in models] == ["tiny", "poet", "poet:prod"]
         assert (poet.parent, poet.root) == ("tiny", DIGEST)
 
 
@@ -349,7 +349,7 @@ async def test_api_keys_hold_on_http_too(valkey_url: str, tmp_path: Path) -> Non
             with pytest.raises(openai.AuthenticationError):
                 await client.completions.create(model="tiny", prompt="x")
         async with client_of(rig, "sesame") as client:
-            assert [model.id async for model in client.models.list()] == ["tiny", "poet", "secret"]
+            assert [model.id async for model in client.models.list()] == ["tiny", "poet", "poet:prod", "secret"]
             await client.completions.create(model="secret", prompt="x", max_tokens=1)
         assert rig.engine.submits[-1].fairness_key == "vip"
 

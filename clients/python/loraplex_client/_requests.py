@@ -44,7 +44,7 @@ class GenerateOptions(PromptOptions, total=False):
         adapter_scale: Multiplies the adapter's own scaling, 0 to 100.
         add_generation_prompt: Whether the chat template opens the assistant's turn. Default true.
         continue_final_message: Whether the last assistant turn is continued, not closed.
-        max_new_tokens: Most tokens to generate. Default: what is left of the longest sequence.
+        max_new_tokens: Most tokens to generate; 0 only reads the prompt. Default: what is left of the longest sequence.
         min_new_tokens: Tokens before which nothing may end the output.
         stop: String or strings that end the output.
         stop_token_ids: Token ids that end the output, besides the model's end-of-text ids.
@@ -60,6 +60,10 @@ class GenerateOptions(PromptOptions, total=False):
         frequency_penalty: Subtracted per occurrence in the output.
         logit_bias: Token id -> what is added to its logit.
         allowed_token_ids: If given, only these can be drawn.
+        bad_words: String or strings that are never generated, at their beginning or after a space.
+        structured_output: What the output must look like: a mapping with one of ``json_schema`` (the schema, or its text),
+            ``regex``, ``choice`` (strings), ``grammar``, ``structural_tag`` (as JSON or its text) and ``json_object`` (True).
+        truncate_prompt_tokens: Keep only so many of the prompt's last tokens; -1 as many as leave room for the output.
         logprobs: Probabilities of the drawn token and this many likeliest ones.
         prompt_logprobs: As ``logprobs``, for the prompt.
         skip_special_tokens: Whether special tokens are left out of the text. Default true.
@@ -95,6 +99,9 @@ class GenerateOptions(PromptOptions, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     allowed_token_ids: Sequence[int] | None
+    bad_words: str | Sequence[str] | None
+    structured_output: Mapping[str, Any] | None
+    truncate_prompt_tokens: int | None
     logprobs: int | None
     prompt_logprobs: int | None
     skip_special_tokens: bool | None
@@ -113,6 +120,7 @@ class GenerateOptions(PromptOptions, total=False):
 # Options that are a field of the same name: option -> submessage ("" means the request itself).
 _SCALARS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("model", "adapter", "adapter_scale", "cache_salt", "affinity_key", "progress_events"), ""),
+    "truncate_prompt_tokens": "",
     **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "seed"), "sampling"),
     **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), "sampling"),
     **dict.fromkeys(("max_new_tokens", "min_new_tokens", "ignore_eos", "include_stop"), "stopping"),
@@ -122,6 +130,7 @@ _REPEATED: Final[Mapping[str, tuple[str, str]]] = {
     "stop": ("stopping", "stop_strings"),
     "stop_token_ids": ("stopping", "stop_token_ids"),
     "allowed_token_ids": ("sampling", "allowed_token_ids"),
+    "bad_words": ("sampling", "bad_words"),
 }
 _DURATIONS: Final[Mapping[str, str]] = {"queue_timeout_s": "queue_timeout", "time_limit_s": "time_limit"}
 _ENUMS: Final[Mapping[str, Callable[[str], int]]] = {
@@ -273,9 +282,22 @@ def _set_option(request: gateway_pb2.GenerateRequest, name: str, value: Any) -> 
         getattr(request, _DURATIONS[name]).CopyFrom(duration(value))
     elif name in _ENUMS:
         setattr(request, name, _ENUMS[name](value))
+    elif name == "structured_output":
+        request.structured_output.CopyFrom(_structured_output(value))
     else:
         assert name == "logit_bias", name  # all others of GenerateOptions have been named above
         request.sampling.logit_bias.update(value)
+
+
+def _structured_output(wanted: Mapping[str, Any]) -> gateway_pb2.StructuredOutput:
+    if len(wanted) != 1:
+        raise ValueError("it must have exactly one constraint")
+    ((kind, value),) = wanted.items()
+    if kind == "choice":
+        value = gateway_pb2.StructuredOutput.Choices(choices=value)
+    elif kind in ("json_schema", "structural_tag") and not isinstance(value, str):
+        value = json.dumps(value, allow_nan=False)
+    return gateway_pb2.StructuredOutput(**{kind: value})
 
 
 def duration(seconds: float) -> Duration:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.adapter_names import AdapterNames
@@ -12,13 +13,13 @@ from loraplex_common.alias_feed import AliasFeed
 from loraplex_common.auth import Authenticator
 from loraplex_common.exposition import new_registry
 from loraplex_common.log import get_logger
-from loraplex_common.peers import PeerChannel
 from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.service_settings import is_loopback
 from loraplex_common.tasks import Supervisor, cancel_and_wait
 
 from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.prefetch import PrefetchHints
+from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.engines.collector import FleetCollector
 from loraplex_gateway.engines.pool import EnginePool
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
@@ -28,6 +29,7 @@ from loraplex_gateway.metrics.gateway import GatewayMetrics
 from loraplex_gateway.openai.app import make_app
 from loraplex_gateway.openai.body_reader import BodyReader
 from loraplex_gateway.openai.context import HttpContext
+from loraplex_gateway.openai.model_list import ModelList
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.admission import AdmissionController
 from loraplex_gateway.requests.claims import RequestClaims
@@ -36,17 +38,26 @@ from loraplex_gateway.requests.listing import ModelListing
 from loraplex_gateway.requests.preparation import Preparer, RequestLimits
 from loraplex_gateway.requests.resumption import Resumption
 from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
-from loraplex_gateway.servers import add_services, grpc_server, http_server, metrics_server
+from loraplex_gateway.servers import (
+    add_services,
+    control_server,
+    grpc_server,
+    http_server,
+    metrics_server,
+    store_channel,
+)
 from loraplex_gateway.text.fair_workers import FairWorkers
-from loraplex_gateway.text.models import ModelCatalog, load_served_model
+from loraplex_gateway.text.models import ModelCatalog, load_served_models
 from loraplex_gateway.text.voices import Voices
+from loraplex_gateway.workers.setup import new_gateway_id
 
 if TYPE_CHECKING:
-    import grpc
     from loraplex_common.grpc_server import GrpcServer
 
     from loraplex_gateway.config import GatewayConfig
     from loraplex_gateway.openai.server import HttpServer
+    from loraplex_gateway.workers.control import ControlServer
+    from loraplex_gateway.workers.setup import WorkerSetup
 
 # How long `start` waits for the first look at engines and names, so that "ready" means ready where all is well.
 FIRST_SYNC_S: Final = 5.0
@@ -62,6 +73,7 @@ class GatewayApp:
 
     Args:
         config: Its ports, its peers and its limits.
+        setup: What a worker shares with its siblings; None for a gateway of one process.
 
     Attributes:
         grpc_port: Bound gRPC port, once started.
@@ -72,18 +84,22 @@ class GatewayApp:
         voices: Models as adapters speak.
     """
 
-    def __init__(self, config: GatewayConfig) -> None:
-        self.config = config
+    def __init__(self, config: GatewayConfig, setup: WorkerSetup | None = None) -> None:
+        if setup is not None:
+            config = replace(config, port=setup.port, http_port=setup.http_port)
+        self.config, self._setup = config, setup
         self.grpc_port = 0
         self.http_port = 0
         self.metrics_port = 0
-        self.gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
+        self.gateway_id = new_gateway_id() if setup is None else setup.gateway_id
         self._metrics_registry = new_registry("gateway")
         self._authenticator = Authenticator.from_file(config.api_keys_file)
         self.workers = FairWorkers()
         self._valkey = config.connect_valkey(config.redis_url)
         self._peers = config.peers()
-        self._store = self._open_store()
+        self._dial = partial(self._peers.open, tls_name=config.engine_tls_name)
+        self._store = store_channel(config, self._peers)
+        self._store_admin = StoreAdmin.over(store_channel(config, self._peers.without_key()))
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
         self.names = NameTable()
         self._adapter_names = AdapterNames()
@@ -103,9 +119,10 @@ class GatewayApp:
         self.quotas = self._make_quotas()
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
+        self._models = ModelList(self._listing, created=int(time.time()))
         self._grpc = self._make_grpc()
         self.http = self._make_http()
-        self._metrics_server = metrics_server(config, self._authenticator, self._metrics_registry)
+        self._metrics_server = metrics_server(config, self._authenticator, self._metrics_registry, self._as_worker())
         self._supervisor = Supervisor()
         self._is_draining = False
 
@@ -133,13 +150,18 @@ class GatewayApp:
         if self._store is not None:
             feed = AliasFeed(self._store, [self.names, self._adapter_names])
             self._supervisor.spawn(feed.run(), name="alias-feed")
+            self._supervisor.spawn(self._models.run(), name="model-list")
         self._supervisor.spawn(self.pool.run(), name="engine-pool")
         self._supervisor.spawn(self._report_readiness(), name="readiness")
         try:
             async with asyncio.timeout(FIRST_SYNC_S):
                 await self._first_sync()
         except TimeoutError:
-            _log.warning("started without a full view", has_engine=self.pool.has_candidate, has_names=self._has_names())
+            _log.warning(
+                "started without a full view",
+                has_engine=self.pool.has_candidate,
+                has_names=self._store is None or self.names.is_synced,
+            )
         self._supervisor.spawn(self._registry.run(), name="registry-watcher")
 
     async def run_until(self, stop: asyncio.Event) -> None:
@@ -179,6 +201,8 @@ class GatewayApp:
         await self.claims.close()
         if self._store is not None:
             await self._store.close()
+        if self._store_admin is not None:
+            await self._store_admin.close()
         await self._valkey.aclose()
         self.workers.close()
 
@@ -202,31 +226,16 @@ class GatewayApp:
         if self._store is not None:
             await self.names.wait_until_synced()
 
-    def _has_names(self) -> bool:
-        return self._store is None or self.names.is_synced
-
     async def _report_readiness(self) -> None:
         while True:
             changed = self.pool.changed
             self._grpc.set_ready(self.is_ready)
             await changed.wait()
 
-    def _open_store(self) -> PeerChannel | None:
-        config = self.config
-        if not config.store_target:
-            return None
-        return PeerChannel(self._peers, config.store_target, tls_name=config.store_tls_name)
-
-    def _dial_engine(self, target: str) -> grpc.aio.Channel:
-        return self._peers.open(target, tls_name=self.config.engine_tls_name)
-
     def _load_models(self) -> ModelCatalog:
         config = self.config
-        first, *others = config.model
-        models = [
-            load_served_model(first, self.workers, name=config.served_model_name, aliases=tuple(config.model_alias))
-        ]
-        models += [load_served_model(directory, self.workers) for directory in others]
+        aliases = tuple(config.model_alias)
+        models = load_served_models(config.model, self.workers, name=config.served_model_name, aliases=aliases)
         return ModelCatalog(models, self.names)
 
     def _make_pool(self) -> EnginePool:
@@ -237,7 +246,7 @@ class GatewayApp:
             max_buffered_tokens=config.max_buffered_tokens,
             silence_s=config.engine_silence_s,
             failover_wait_s=config.failover_wait_s,
-            dial=self._dial_engine,
+            dial=self._dial,
         )
 
     def _make_metrics(self) -> GatewayMetrics:
@@ -246,6 +255,14 @@ class GatewayApp:
         fleet = FleetCollector(self.catalog, self.pool, self._adapter_names, metrics.vllm.num_waiting)
         self._metrics_registry.register(fleet)
         return metrics
+
+    def _as_worker(self) -> ControlServer | None:
+        """Return what shows this process's metrics to a parent, and how its siblings reach it; None without any."""
+        return (
+            None
+            if self._setup is None
+            else control_server(self._setup, self.core, self.metrics, self._metrics_registry)
+        )
 
     def _make_quotas(self) -> TenantQuotas:
         config = self.config
@@ -257,13 +274,8 @@ class GatewayApp:
         )
 
     def _make_core(self) -> GatewayCore:
-        preparer = Preparer(
-            self.catalog,
-            self.names,
-            self.pool,
-            voices=self.voices,
-            limits=RequestLimits.of(self.config),
-        )
+        limits = RequestLimits.of(self.config)
+        preparer = Preparer(self.catalog, self.names, self.pool, voices=self.voices, limits=limits)
         return GatewayCore(
             preparer,
             self.admission,
@@ -278,8 +290,10 @@ class GatewayApp:
         generation = GatewayServicer(
             self.core, self.quotas, self.catalog, self._listing, slow_client_s=self.config.slow_client_s
         )
-        server = grpc_server(self.config, self._authenticator, self._metrics_registry)
-        add_services(server, generation, FleetServicer(self.pool, self._dial_engine))
+        server = grpc_server(
+            self.config, self._authenticator, self._metrics_registry, shares_port=self._setup is not None
+        )
+        add_services(server, generation, FleetServicer(self.pool, self._dial))
         return server
 
     def _make_http(self) -> HttpServer:
@@ -288,11 +302,16 @@ class GatewayApp:
             quotas=self.quotas,
             catalog=self.catalog,
             listing=self._listing,
+            models=self._models,
+            store_admin=self._store_admin,
+            is_local=is_loopback(self.config.host),
             authenticator=self._authenticator,
             metrics_address=lambda: f"port {self.metrics_port}",
             bodies=BodyReader(on_large_gone=self.workers.give_memory_back),
             workers=self.workers,
             slow_client_s=self.config.slow_client_s,
             is_ready=lambda: self.is_ready,
+            num_requests=lambda: self.admission.num_running + self.admission.num_waiting,
+            cors_origins=self.config.cors_allow_origin,
         )
-        return http_server(self.config, make_app(context))
+        return http_server(self.config, make_app(context), shares_port=self._setup is not None)

@@ -46,6 +46,9 @@ def test_every_option_reaches_its_field() -> None:
         frequency_penalty=-0.5,
         logit_bias={3: -100.0},
         allowed_token_ids=[3, 4],
+        bad_words="never",
+        structured_output={"regex": "a+"},
+        truncate_prompt_tokens=-1,
         logprobs=0,
         prompt_logprobs=2,
         skip_special_tokens=False,
@@ -76,7 +79,10 @@ def test_every_option_reaches_its_field() -> None:
             "frequency_penalty": -0.5,
             "logit_bias": {"3": -100.0},
             "allowed_token_ids": [3, 4],
+            "bad_words": ["never"],
         },
+        "structured_output": {"regex": "a+"},
+        "truncate_prompt_tokens": -1,
         "stopping": {
             "max_new_tokens": 8,
             "min_new_tokens": 2,
@@ -98,6 +104,7 @@ def test_every_option_reaches_its_field() -> None:
 
 def test_every_documented_option_is_served() -> None:
     values: dict[str, Any] = {"stop": "x", "priority": "batch", "load_policy": "wait", "logit_bias": {1: 1.0}}
+    values |= {"bad_words": "x", "structured_output": {"json_object": True}}
     flags = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
     prompts = ("prompt", "prompt_token_ids", "messages", *flags)
     texts = ("model", "adapter", "cache_salt", "affinity_key", "request_id")
@@ -106,6 +113,30 @@ def test_every_documented_option_is_served() -> None:
         if name not in prompts:
             value = values.get(name, "x" if name in texts else [1] if name.endswith("_ids") else 1)
             generate_request(cast("GenerateOptions", {"prompt": "hi", name: value}))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sent"),
+    [
+        ({"json_object": True}, {"json_object": True}),
+        ({"json_schema": {"type": "null"}}, {"json_schema": '{"type": "null"}'}),
+        ({"json_schema": "{}"}, {"json_schema": "{}"}),
+        ({"choice": ["a", "b"]}, {"choice": {"choices": ["a", "b"]}}),
+        ({"structural_tag": {"format": {}}}, {"structural_tag": '{"format": {}}'}),
+    ],
+)
+def test_a_structure_may_be_sent_as_json_or_as_its_text(wanted: dict[str, Any], sent: dict[str, Any]) -> None:
+    assert request(prompt="hi", structured_output=wanted)["structured_output"] == sent
+
+
+@pytest.mark.parametrize(
+    "wanted", [{}, {"regex": "a", "choice": ["b"]}, {"jason": {}}, {"json_schema": float("nan")}, "json", {"choice": 5}]
+)
+def test_a_structure_that_is_none_is_named(wanted: Any) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        request(prompt="hi", structured_output=wanted)
+
+    assert caught.value.field == "structured_output"
 
 
 def test_options_that_are_none_are_left_to_the_server() -> None:

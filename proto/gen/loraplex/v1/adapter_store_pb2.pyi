@@ -423,7 +423,7 @@ Global___SetAliasResponse: _TypeAlias = SetAliasResponse  # noqa: Y015
 
 @_typing.final
 class HuggingFaceSource(_message.Message):
-    """HuggingFaceSource is a repository on the hub, pinned."""
+    """HuggingFaceSource is a repository on the hub at a commit."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -433,7 +433,7 @@ class HuggingFaceSource(_message.Message):
     repo: _builtins.str
     """`org/name`."""
     revision: _builtins.str
-    """Commit, 40 hex digits."""
+    """Commit, 40 hex digits; empty means the commit where the default branch is when the import begins."""
     subfolder: _builtins.str
     """Folder inside the repository; empty means its root."""
     def __init__(

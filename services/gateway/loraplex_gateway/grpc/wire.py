@@ -212,7 +212,8 @@ def _(event: types.Started) -> gateway_pb2.GenerateResponse:
 
 
 @response.register
-def _(event: types.Chunk) -> gateway_pb2.GenerateResponse:
+def chunk_response(event: types.Chunk) -> gateway_pb2.GenerateResponse:
+    """Convert a chunk."""
     chunk = gateway_pb2.Chunk(sequence=event.sequence, index=event.index, token_ids=event.token_ids, text=event.text)
     if event.logprobs:
         chunk.logprobs.extend(positions(event.logprobs))

@@ -15,11 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from loraplex_gateway.openai.context import HttpContext
+from loraplex_gateway.openai.cors import Cors
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
 from loraplex_gateway.openai.errors import error_response
 from loraplex_gateway.openai.messages_api import routes as messages
 from loraplex_gateway.openai.responses_api import routes as responses
-from loraplex_gateway.openai.routes import generation, models, service
+from loraplex_gateway.openai.routes import adapters, generation, models, service, text
 from loraplex_gateway.openai.tracing import TraceIds
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ FAMILIES: Final[tuple[Family, ...]] = (
     generation.endpoints,
     responses.endpoints,
     messages.endpoints,
+    text.endpoints,
+    adapters.endpoints,
     service.endpoints,
 )
 
@@ -49,7 +52,8 @@ def make_app(context: HttpContext) -> ASGIApp:
         routes=[endpoint.route(context) for endpoint in endpoints(context)],
         exception_handlers={LoraplexError: _on_error, HTTPException: _on_no_route, Exception: _on_unexpected},
     )
-    return TraceIds(app)
+    traced = TraceIds(app)
+    return Cors(traced, context.cors_origins) if context.cors_origins else traced
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

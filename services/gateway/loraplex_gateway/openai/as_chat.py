@@ -18,7 +18,8 @@ from loraplex_gateway.openai.schema import ChatBody, CommonBody
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from loraplex_gateway.openai.convert import IsBase, Plan
+    from loraplex_gateway.openai.convert import Plan
+    from loraplex_gateway.openai.model_names import IsBase
     from loraplex_gateway.openai.tracing import Origin
 
 

@@ -28,6 +28,7 @@ Violation = tuple[str, str, str]
 """A field, what is wrong with it, and OpenAI's code for that."""
 
 BODIES: Final[dict[type[msgspec.Struct], Table]] = {ChatBody: CHAT, CompletionBody: COMPLETION}
+"""The table of each kind of body; a further endpoint adds its own."""
 
 # Names are quoted in messages and compared with ours: no field of the API is longer.
 MAX_FIELD_CHARS: Final = 64

@@ -34,10 +34,10 @@ def chat_prompt(body: ChatBody) -> tuple[ChatPrompt, OutputParsing]:
         InvalidParameterError: For what is not served, or a choice of a function that is not offered.
     """
     check_num_messages(len(body.messages))
-    offered = tuple(_function(n, tool) for n, tool in enumerate(body.tools or ()))
+    offered = tuple(offered_function(n, tool) for n, tool in enumerate(body.tools or ()))
     mode, functions = chosen_functions(body.tool_choice, offered)
     prompt = ChatPrompt(
-        messages=tuple(_message(n, turn) for n, turn in enumerate(body.messages)),
+        messages=tuple(chat_message(n, turn) for n, turn in enumerate(body.messages)),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template_kwargs=body.chat_template_kwargs or {},
@@ -107,7 +107,12 @@ def _named(offered: Functions, choices: list[Any], field: str) -> Functions:
     return tuple(known for known in offered if known["name"] in names)
 
 
-def _function(n: int, tool: Tool) -> Mapping[str, Any]:
+def offered_function(n: int, tool: Tool) -> Mapping[str, Any]:
+    """Return one function of a body's `tools`.
+
+    Raises:
+        InvalidParameterError: If it is none.
+    """
     if tool.type != "function" or tool.function is None:
         field = f"tools[{n}].type" if tool.type != "function" else f"tools[{n}].function"
         raise InvalidParameterError(f"{field} is not supported: {ONLY_FUNCTIONS}", field=field)
@@ -124,7 +129,12 @@ def _text_of(call: TurnToolCall) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def _message(n: int, turn: ChatTurn) -> ChatMessage:
+def chat_message(n: int, turn: ChatTurn) -> ChatMessage:
+    """Return one turn of a body.
+
+    Raises:
+        InvalidParameterError: If it has no content, or one that is no text.
+    """
     content, calls = turn.content, _calls(turn.tool_calls or [])
     if content is None:
         if not calls and not (turn.role == "assistant" and (turn.reasoning_content or turn.reasoning)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -14,6 +13,7 @@ from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.body import decode as decode
 from loraplex_gateway.openai.chat_body import chat_prompt, names_function
 from loraplex_gateway.openai.errors import BodyNames
+from loraplex_gateway.openai.model_names import read_model_name
 from loraplex_gateway.openai.output_format import constraint_field, structured_output
 from loraplex_gateway.openai.prompts import MAX_CHOICES, completion_prompts
 from loraplex_gateway.openai.schema import ChatBody, StreamOptions
@@ -27,11 +27,10 @@ from loraplex_gateway.types import (
 )
 
 if TYPE_CHECKING:
+    from loraplex_gateway.openai.model_names import IsBase
     from loraplex_gateway.openai.schema import CommonBody, CompletionBody
     from loraplex_gateway.openai.tracing import Origin
 
-IsBase = Callable[[str], bool]
-"""Whether a name is a base model's, as the caller sees it: the others are adapters'. Refuses a name of both."""
 SEEDS: Final = range(-(2**63), 2**64)
 _TOKEN_ID: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
 
@@ -112,17 +111,15 @@ def _request(
     body: CommonBody, is_base: IsBase, *, origin: Origin, max_tokens: int | None, logprobs: int | None
 ) -> GenerationRequest:
     """Return the request without its prompt. `model` names a base model or an adapter."""
-    if not body.model:
-        raise InvalidParameterError(f"model is empty: {fields.WHICH_MODEL}", field="model")
-    means_base = is_base(body.model)
+    name = read_model_name(body.model, is_base)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return GenerationRequest(
         prompt=None,
         request_id=_own_id(body) or origin.request_id,
         trace_id=origin.trace_id,
         traceparent=origin.traceparent,
-        model=body.model if means_base else "",
-        adapter="" if means_base else body.model,
+        model=name.base,
+        adapter=name.adapter,
         sampling=_sampling(body),
         stopping=Stopping(
             max_new_tokens=max_tokens,
@@ -194,7 +191,7 @@ def _plan(body: CommonBody, requests: list[GenerationRequest], *, logprobs: int 
     return Plan(
         requests=tuple(choices),
         model=body.model,
-        names=BodyNames(table, body, constraint=constraint_field(body)),
+        names=BodyNames(table, body, constraint=constraint_field(body) or _tools_field(body)),
         is_chat=is_chat,
         is_stream=body.stream,
         include_usage=options.include_usage,
@@ -205,6 +202,11 @@ def _plan(body: CommonBody, requests: list[GenerationRequest], *, logprobs: int 
         names_function=isinstance(body, ChatBody) and names_function(body.tool_choice),
         shows_thoughts=not isinstance(body, ChatBody) or body.include_reasoning,
     )
+
+
+def _tools_field(body: CommonBody) -> str:
+    """Return what an output is constrained by that must or may be a call."""
+    return "tools" if isinstance(body, ChatBody) and body.tools else ""
 
 
 def _choice(request: GenerationRequest, index: int, draw: int) -> GenerationRequest:

@@ -34,8 +34,9 @@ class Endpoint:
         handler: Answers; it runs for callers that have the right.
         summary: One sentence for people.
         body: Struct of the request's body; None if it has none.
+        query: Parameters behind the question mark; None if there are none.
         table: What the fields of the body are for; None takes the struct alone.
-        answer: Struct of the answer with status 200; None if the document says no more than that it is JSON.
+        answer: Struct of the answer with status 200, str for plain text; None if the document says no more than that it is JSON.
         is_streamed: Whether the answer may be server-sent events instead.
     """
 
@@ -45,8 +46,9 @@ class Endpoint:
     handler: Handler
     summary: str
     body: type[msgspec.Struct] | None = None
+    query: Table | None = None
     table: Table | None = None
-    answer: type[msgspec.Struct] | None = None
+    answer: type[msgspec.Struct | str] | None = None
     is_streamed: bool = False
 
     def route(self, context: HttpContext) -> Route:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
 
     from loraplex_gateway.openai.fields import Table
-    from loraplex_gateway.openai.schema import CommonBody
 
 # OpenAI's clients look at the status first; these are the types that its API sends with it.
 TYPES: Final = {409: "conflict_error", 429: "rate_limit_error", 499: "client_closed_request"}
@@ -73,7 +72,7 @@ class BodyNames:
         constraint: The body's field that constrains the output, its path included; empty if none does.
     """
 
-    def __init__(self, table: Table, body: CommonBody | None = None, *, constraint: str = "") -> None:
+    def __init__(self, table: Table, body: msgspec.Struct | None = None, *, constraint: str = "") -> None:
         self._table = table
         self._body = body
         self._constraint = constraint

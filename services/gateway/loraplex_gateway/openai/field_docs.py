@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 START: Final = "<!-- tables: written by loraplex_gateway.openai.field_docs -->\n"
 END: Final = "<!-- end of tables -->\n"
+# Endpoints that have nothing in common with the two that generate.
+OTHERS: Final = (fields.MODEL_LIST, fields.TOKENIZE, fields.DETOKENIZE, fields.LOAD_ADAPTER, fields.UNLOAD_ADAPTER)
 
 
 def with_tables(page: str) -> str:
@@ -36,7 +38,7 @@ def tables() -> str:
     sections = [
         ("Both endpoints", shared),
         *((f"Only `{table.name}`", _others(table, shared)) for table in (fields.COMPLETION, fields.CHAT)),
-        *((f"`{table.name}`", list(table.fields.values())) for table in _nested()),
+        *((f"`{table.name}`", list(table.fields.values())) for table in (*_nested(), *OTHERS)),
     ]
     return "".join(f"\n### {title}\n\n{_table(rows)}" for title, rows in sections) + "\n"
 

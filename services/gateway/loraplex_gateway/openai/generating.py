@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from loraplex_gateway.openai.choices import generate_choices
+from loraplex_gateway.openai.model_names import bases_of
 from loraplex_gateway.openai.responses import GenerationResponse
 
 if TYPE_CHECKING:
@@ -17,12 +18,10 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.openai.answer import Answer
     from loraplex_gateway.openai.context import HttpContext
-    from loraplex_gateway.openai.convert import IsBase
+    from loraplex_gateway.openai.model_names import IsBase
     from loraplex_gateway.types import GenerationRequest
 
 Asked = TypeVar("Asked")
-# A millisecond or two of reading JSON.
-INLINE_MAX_BODY_BYTES: Final = 32 * 1024
 
 
 async def read_body(
@@ -40,15 +39,9 @@ async def read_body(
         LoraplexError: If the body does not come, or asks for something that is not served.
     """
     caller = admission.principal
-
-    def is_base(name: str) -> bool:
-        return context.catalog.find(name, caller) is not None
-
     async with context.bodies.read(request, tenant=caller.name) as data:
-        if len(data) <= INLINE_MAX_BODY_BYTES:
-            return read(data, is_base)
-        work = functools.partial(read, data, is_base)
-        return await context.workers.run(work, tenant=caller.name, num_bytes=len(data))
+        work = functools.partial(read, data, bases_of(context.catalog, caller))
+        return await context.away(work, caller, num_bytes=len(data))
 
 
 def generation(

@@ -34,7 +34,8 @@ STRUCTURED_OUTPUTS: Final = table(
     served("grammar", "a context-free grammar in Lark's or GBNF's notation"),
     served("structural_tag", "free text with constrained parts, as JSON or its text"),
     served("json_object", "`true` for any JSON object"),
-    *refused("disable_any_whitespace disable_additional_properties", "write it into the schema", False),
+    *refused("disable_any_whitespace", "blanks between JSON's parts are what JSON allows", False),
+    *refused("disable_additional_properties", "say additionalProperties false in the schema", False),
     *refused("whitespace_pattern", "whitespace between JSON's parts is what JSON allows"),
     *ignored("_backend _backend_was_auto", ONE_BACKEND),
 )

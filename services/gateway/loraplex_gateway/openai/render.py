@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.openai.convert import Plan
     from loraplex_gateway.openai.logprobs import Json
-    from loraplex_gateway.types import Event, ModelCard, PositionLogprobs
+    from loraplex_gateway.types import Event, PositionLogprobs
 
 
 # time_limit cuts as max_tokens does; "abort" is what vLLM calls a cancelled request.
@@ -229,16 +229,3 @@ class Renderer:
 def _stop_reason(finished: Finished) -> str | int | None:
     """Return what matched, as vLLM reports it."""
     return finished.stop_string if finished.stop_string is not None else finished.stop_token_id
-
-
-def model_object(card: ModelCard, created: int) -> Json:
-    """Return the object of one entry of /v1/models."""
-    return {
-        "id": card.name,
-        "object": "model",
-        "created": created,
-        "owned_by": "loraplex",
-        "root": card.revision or card.name,
-        "parent": card.base_model if card.revision else None,
-        "max_model_len": card.max_model_len,
-    }

@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import CancelledRequestError, LoraplexError, SlowConsumerError
 from loraplex_common.interceptors import internal_error
 
+from loraplex_gateway.openai.direct import DirectWriter, direct_writer
 from loraplex_gateway.requests.stall import StallGuard
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from loraplex_common.admissions import Admission
     from starlette.types import Receive, Scope, Send
 
     from loraplex_gateway.openai.answer import Answer
+    from loraplex_gateway.openai.choices import Choices
     from loraplex_gateway.quotas.calls import QuotaCall
+    from loraplex_gateway.requests.tap import Sink, Tap
     from loraplex_gateway.types import Event
-
-    Events = AsyncGenerator[tuple[int, Event], None]
 
 JSON: Final = b"application/json"
 SSE: Final = b"text/event-stream; charset=utf-8"
@@ -33,7 +32,7 @@ class GenerationResponse:
     Headers are sent with the first event of a streamed answer, so that a refusal still has its own HTTP status.
 
     Args:
-        events: What the core yields.
+        choices: What is generated.
         answer: Writes the API's answer.
         admission: The caller; the answer ends with its right to ask.
         quota: What the tenant may use, for the headers.
@@ -42,7 +41,7 @@ class GenerationResponse:
 
     def __init__(
         self,
-        events: Events,
+        choices: Choices,
         answer: Answer,
         *,
         admission: Admission,
@@ -50,7 +49,7 @@ class GenerationResponse:
         slow_client_s: float,
     ) -> None:
         self._admission = admission
-        self._events = events
+        self._choices = choices
         self._answer = answer
         self._quota = quota
         self._slow_client_s = slow_client_s
@@ -84,8 +83,10 @@ class GenerationResponse:
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with aclosing(self._events):
-                await (self._stream(send) if self._answer.is_stream else self._whole(send))
+            if self._answer.is_stream:
+                await self._stream(scope, send)
+            else:
+                await self._whole(send)
         except asyncio.CancelledError:
             if not self._admission.has_lapsed:
                 raise
@@ -106,18 +107,26 @@ class GenerationResponse:
 
     async def _whole(self, send: Send) -> None:
         seen: list[list[Event]] = [[] for _ in range(self._answer.num_choices)]
-        async for choice, event in self._events:
-            seen[choice].append(event)
+        sinks = [_Collector(self._choices, events) for events in seen]
+        async with aclosing(self._choices.run(sinks.__getitem__)) as events:
+            async for choice, event in events:
+                seen[choice].append(event)
         body = self._answer.whole(seen)
         await self._start(send, JSON, (b"content-length", str(len(body)).encode()))
         await self._write(send, body, more=False)
 
-    async def _stream(self, send: Send) -> None:
-        async for choice, event in self._events:
-            if not self._has_headers:
-                await self._start(send, SSE, (b"cache-control", b"no-cache"))
-            if frame := self._answer.frame(choice, event):
-                await self._write(send, frame)
+    async def _stream(self, scope: Scope, send: Send) -> None:
+        direct = direct_writer(scope)
+
+        def sink_of(choice: int) -> Sink | None:
+            return None if direct is None else _Frames(self._choices, self._answer, choice, direct)
+
+        async with aclosing(self._choices.run(sink_of)) as events:
+            async for choice, event in events:
+                if not self._has_headers:
+                    await self._start(send, SSE, (b"cache-control", b"no-cache"))
+                if frame := self._answer.frame(choice, event):
+                    await self._write(send, frame)
         await self._write(send, self._answer.end(), more=False)
 
     async def _start(self, send: Send, content_type: bytes, *headers: tuple[bytes, bytes]) -> None:
@@ -137,6 +146,39 @@ class GenerationResponse:
                 raise guard.error() from None
             raise
         guard.written()
+
+
+class _Collector:
+    """A sink that keeps the chunks of one choice for a whole answer."""
+
+    def __init__(self, choices: Choices, events: list[Event]) -> None:
+        self._choices = choices
+        self._events = events
+
+    def is_ready(self) -> bool:
+        return self._choices.is_waiting
+
+    def notify(self, tap: Tap) -> None:
+        if (chunk := tap.pull()) is not None:
+            self._events.append(chunk)
+
+
+class _Frames:
+    """A sink that writes the frames of one choice, in the turn of the event loop in which their tokens come."""
+
+    def __init__(self, choices: Choices, answer: Answer, choice: int, direct: DirectWriter) -> None:
+        self._choices = choices
+        self._answer = answer
+        self._choice = choice
+        self._direct = direct
+
+    def is_ready(self) -> bool:
+        return self._choices.is_waiting and self._direct.is_ready
+
+    def notify(self, tap: Tap) -> None:
+        chunk = tap.pull()
+        if chunk is not None and (frame := self._answer.frame(self._choice, chunk)):
+            self._direct.write(frame)
 
 
 async def _disconnected(receive: Receive) -> None:

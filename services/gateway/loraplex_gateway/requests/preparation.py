@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import ANYBODY
-from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError, NotSupportedError
+from loraplex_common.errors import InvalidParameterError, NotSupportedError
 from loraplex_common.request_limits import MAX_ENTRIES
 
 from loraplex_gateway.chat_output.reading import ChatReading
@@ -15,6 +15,7 @@ from loraplex_gateway.requests import lengths, validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.requests.parsing import reading_of
 from loraplex_gateway.requests.prepared import PreparedRequest
+from loraplex_gateway.requests.selection import select
 from loraplex_gateway.types import ChatPrompt, GenerationRequest, PromptText
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 # Taken off the caller's deadline, so that the engine's verdict still reaches the caller in time.
 DEADLINE_MARGIN_S: Final = 0.05
-NAME_PATIENCE_S: Final = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,7 +198,7 @@ class Preparer:
     async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
         """Return a model as an adapter speaks, or by itself if that name is empty; refuses names as `prepare` does."""
         return await self._voices.of(
-            *await self._select(GenerationRequest(model=model, adapter=adapter, prompt=None), caller)
+            *await select(self._catalog, self._names, model=model, adapter=adapter, caller=caller)
         )
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
@@ -218,28 +218,7 @@ class Preparer:
     async def _select(
         self, request: GenerationRequest, caller: Principal
     ) -> tuple[ServedModel, ResolvedAdapter | None]:
-        if not request.adapter:
-            return self._catalog.select(request.model), None
-        adapter = await self._names.resolve(request.adapter, caller=caller, patience_s=NAME_PATIENCE_S)
-        model = self._catalog.by_fingerprint(adapter.base_fingerprint)
-        wanted = self._catalog.select(request.model) if request.model else model
-        # Compared by what they are: one model may be served under two names.
-        if wanted is not None and wanted.fingerprint == adapter.base_fingerprint:
-            return wanted, adapter
-        names = ", ".join(served.name for served in self._catalog.models) if wanted is None else wanted.name
-        made_for = f"{model.name}, another base model" if model else f"fingerprint {adapter.base_fingerprint[:12]}"
-        remedy = (
-            ""
-            if model
-            else (
-                "; if that is an earlier state of it, or was imported before fingerprints covered the weights, import the "
-                "adapter again"
-            )
-        )
-        raise AdapterIncompatibleError(
-            f"adapter {request.adapter!r} was made for {made_for}, not for {names}{remedy}",
-            metadata={"adapter": request.adapter, "base_fingerprint": adapter.base_fingerprint},
-        )
+        return await select(self._catalog, self._names, model=request.model, adapter=request.adapter, caller=caller)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.requests.claims import Claim
     from loraplex_gateway.requests.run import RequestRun
+    from loraplex_gateway.requests.tap import Tap
 
 FIRST_WAIT_S: Final = 5.0
 """For an engine that is being dialled, of a request that no engine has had yet; the others wait as the pool says."""
@@ -53,6 +54,7 @@ class EngineRelay:
         pool: The engines.
         hints: Told when the chosen engine lacks the adapter; None without an adapter store.
         metrics: Where moves between engines are counted.
+        tap: Takes plain tokens the short way; None has all go the long one.
     """
 
     def __init__(
@@ -63,15 +65,15 @@ class EngineRelay:
         pool: EnginePool,
         hints: PrefetchHints | None,
         metrics: GatewayMetrics,
+        tap: Tap | None = None,
     ) -> None:
-        self._run = run
+        self._run, self._tap = run, tap
         self._prepared = run.prepared
         self._time_limit_at = run.time_limit_at
         self._clock = run.times.clock
         self._claim = claim
         self._pool = pool
-        self._hints = hints
-        self._metrics = metrics
+        self._hints, self._metrics = hints, metrics
         self._tokens: list[int] = list(run.prepared.resumed_ids)
         self._has_started = run.prepared.continuation is not None
         self._was_interrupted = False
@@ -134,6 +136,8 @@ class EngineRelay:
         if self._hints is not None and digest and digest not in link.resident:
             self._hints.hint(digest, link.engine_id)
         ticket = link.submit(self._submission(link.record.max_model_len))
+        if self._tap is not None:
+            self._tap.output, ticket.take = self._tokens, self._tap.take
 
         def cancel() -> None:
             ticket.cancel()

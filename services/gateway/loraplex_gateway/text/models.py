@@ -14,7 +14,7 @@ from loraplex_gateway.text.generation_defaults import GenerationDefaults, load_g
 from loraplex_gateway.text.tokenization import PromptTokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from loraplex_common.auth import Principal
@@ -62,6 +62,15 @@ def load_served_model(
         tokenizer=PromptTokenizer.from_directory(directory, workers),
         defaults=load_generation_defaults(directory, info.vocab_size),
     )
+
+
+def load_served_models(
+    directories: Sequence[Path], workers: FairWorkers, *, name: str | None, aliases: tuple[str, ...]
+) -> list[ServedModel]:
+    """Read model directories, like `load_served_model`; the name and the aliases are the first one's."""
+    first, *others = directories
+    models = [load_served_model(first, workers, name=name, aliases=aliases)]
+    return models + [load_served_model(directory, workers) for directory in others]
 
 
 class ModelCatalog:

@@ -50,8 +50,8 @@ def check_bytes(num_bytes: int, max_bytes: int | None) -> None:
     """
     if max_bytes is not None and num_bytes > max_bytes:
         raise ContextLengthError(
-            f"the prompt has {num_bytes} bytes, its roles and names and what the chat template adds included; more than "
-            f"{max_bytes} are taken for no sequence of this model's maximum context length; shorten the prompt",
+            f"This model's maximum context length is exceeded: the prompt has {num_bytes} bytes, its roles and names and what "
+            f"the chat template adds included; no sequence of this model has more than {max_bytes}; shorten the prompt",
             field="prompt",
             metadata={"prompt_bytes": str(num_bytes), "max_prompt_bytes": str(max_bytes)},
         )

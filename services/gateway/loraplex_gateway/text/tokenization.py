@@ -21,7 +21,7 @@ from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from loraplex_gateway.text.fair_workers import FairWorkers
@@ -78,7 +78,7 @@ class PromptTokenizer:
         self.table = TokenTable(tokenizer)
         self.token_id: Callable[[str], int | None] = tokenizer.token_to_id
         self._tokenizer = tokenizer
-        self._template = template
+        self.template = template
         self._workers = workers
         self._shared: dict[int, asyncio.Task[Encoded]] = {}
         self._waiters: dict[asyncio.Task[Encoded], int] = {}
@@ -100,13 +100,13 @@ class PromptTokenizer:
 
     def with_response_template(self, response_template: str) -> PromptTokenizer:
         """Return this tokenizer with an adapter's word on how answers are taken apart."""
-        if not isinstance(self._template, ChatTemplate):
+        if not isinstance(self.template, ChatTemplate):
             return self
-        return self._with(self._template.with_response_template(response_template))
+        return self._with(self.template.with_response_template(response_template))
 
     def _with(self, template: ChatTemplate | ConfinedTemplate) -> PromptTokenizer:
         other = copy.copy(self)
-        other._template = template
+        other.template = template
         other._shared, other._waiters = {}, {}
         return other
 
@@ -130,7 +130,7 @@ class PromptTokenizer:
         if isinstance(prompt, TextPrompt):
             is_short = True
         else:
-            is_confined = isinstance(self._template, ConfinedTemplate)  # waits for another process
+            is_confined = isinstance(self.template, ConfinedTemplate)  # waits for another process
             is_short = len(prompt.messages) <= INLINE_MAX_MESSAGES and not is_confined
         if is_short and num_bytes <= INLINE_MAX_CHARS:
             return self.encode_now(prompt, max_bytes=max_bytes)
@@ -162,21 +162,21 @@ class PromptTokenizer:
         """Return the prompt's token ids, computed in the calling thread."""
         if isinstance(prompt, TextPrompt):
             return Encoded(self._encode_text(prompt.text, add_special_tokens=prompt.add_special_tokens))
-        if self._template is None:
+        if self.template is None:
             raise InvalidParameterError(
                 "this model has no chat template (neither chat_template.jinja nor tokenizer_config.json brings one); "
                 "send the prompt as text or token ids",
                 field="messages",
             )
-        rendered = self._template.render(prompt)
+        rendered = self.template.render(prompt)
         # What a template repeats, or writes around every message, no count of what was sent can know.
         check_bytes(num_bytes_of(rendered), max_bytes)
         # A template writes the special tokens itself, BOS included if the model wants one.
         return Encoded(
             self._encode_text(rendered, add_special_tokens=False),
             rendered,
-            self._template,
-            reads_tools=self._template.reads_tools,
+            self.template,
+            reads_tools=self.template.reads_tools,
         )
 
     async def prompt_text(
@@ -221,6 +221,10 @@ class PromptTokenizer:
         if len(token_ids) <= INLINE_MAX_CHARS:
             return work()
         return await self._workers.run(work, tenant=tenant, num_bytes=4 * len(token_ids))
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Return tokens as the vocabulary has them; empty for an id without a token."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def decode_now(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Return the text of all ids at once, computed in the calling thread."""

@@ -86,7 +86,7 @@ class Voices:
         if parts.chat_template:
             tokens = {**tokenizer.special_tokens, **parts.special_tokens}
             template = ConfinedTemplate(
-                self._processes, parts.digest, parts.chat_template, tokens, parts.response_schema
+                self._processes, parts.digest, parts.chat_template, tokens, response_template=parts.response_schema
             )
             tokenizer = tokenizer.with_template(template)
         elif parts.response_schema:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from loraplex_common.errors import InvalidParameterError
 from loraplex_gateway.openai import fields
+from loraplex_gateway.openai.adapter_bodies import LoadAdapterBody, UnloadAdapterBody
 from loraplex_gateway.openai.body import decode
 from loraplex_gateway.openai.errors import CODES, BodyNames
 from loraplex_gateway.openai.field_docs import with_tables
@@ -27,6 +28,7 @@ from loraplex_gateway.openai.schema import (
     StreamOptions,
     StructuredOutputs,
 )
+from loraplex_gateway.openai.tokenize_bodies import DetokenizeBody, TokenizeBody
 from loraplex_gateway.requests.validation import COUNTS, RANGES
 
 DOCS = Path(__file__).parents[4] / "docs" / "openai.md"
@@ -54,6 +56,10 @@ def completion(**changes: Any) -> CompletionBody:
         (RESPONSE_FORMAT, ResponseFormat),
         (RESPONSE_FORMAT.nested["json_schema"], JsonSchemaFormat),
         (STRUCTURED_OUTPUTS, StructuredOutputs),
+        (fields.TOKENIZE, TokenizeBody),
+        (fields.DETOKENIZE, DetokenizeBody),
+        (fields.LOAD_ADAPTER, LoadAdapterBody),
+        (fields.UNLOAD_ADAPTER, UnloadAdapterBody),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

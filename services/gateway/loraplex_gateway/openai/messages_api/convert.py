@@ -14,8 +14,9 @@ from loraplex_gateway.openai.messages_api.schema import CountTokensBody, CustomT
 from loraplex_gateway.openai.other_names import renames
 
 if TYPE_CHECKING:
-    from loraplex_gateway.openai.convert import IsBase, Plan
+    from loraplex_gateway.openai.convert import Plan
     from loraplex_gateway.openai.fields import Table
+    from loraplex_gateway.openai.model_names import IsBase
     from loraplex_gateway.openai.other_names import Chat
     from loraplex_gateway.openai.tracing import Origin
 

@@ -16,7 +16,7 @@ from loraplex_gateway.openai.responses_api import fields, items, schema
 from loraplex_gateway.openai.responses_api.schema import FunctionTool, ResponsesBody
 
 if TYPE_CHECKING:
-    from loraplex_gateway.openai.convert import IsBase
+    from loraplex_gateway.openai.model_names import IsBase
     from loraplex_gateway.openai.tracing import Origin
 
 RENAMES: Final = renames(

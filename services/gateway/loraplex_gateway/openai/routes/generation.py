@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.openai.context import HttpContext
     from loraplex_gateway.openai.convert import Plan
+    from loraplex_gateway.openai.model_names import IsBase
 
 
 def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
@@ -71,8 +72,6 @@ class _Generation:
             lambda data, is_base: convert.chat_plan(convert.decode(data, ChatBody), is_base, origin=origin),
         )
 
-    async def _planned(
-        self, request: Request, admission: Admission, plan: Callable[[bytes, convert.IsBase], Plan]
-    ) -> ASGIApp:
+    async def _planned(self, request: Request, admission: Admission, plan: Callable[[bytes, IsBase], Plan]) -> ASGIApp:
         planned = await read_body(self._context, request, admission, plan)
         return generation(self._context, planned.requests, OpenAIAnswer(planned), admission)

@@ -1,15 +1,16 @@
-"""What tools and probes ask: /health, /version, and a sign to /metrics."""
+"""What tools and probes ask: /health, /ping, /version, /load, and a sign to /metrics."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
 from loraplex_common.rights import GATEWAY
 from loraplex_common.version import package_version
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
+from loraplex_gateway.openai.answers import Health, Load, Version
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
+from loraplex_gateway.openai.json_responses import json_response
 
 if TYPE_CHECKING:
     from loraplex_common.admissions import Admission
@@ -23,14 +24,32 @@ def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
     routes = _Service(context)
     return [
         OpenEndpoint(path="/metrics", handler=routes.metrics, summary="Say where metrics are."),
-        OpenEndpoint(path="/health", handler=routes.health, summary="Say whether requests can be served."),
-        OpenEndpoint(path="/healthz", handler=routes.health, summary="As /health."),
+        OpenEndpoint(
+            path="/health", handler=routes.health, summary="Say whether requests can be served.", answer=Health
+        ),
+        OpenEndpoint(path="/healthz", handler=routes.health, summary="As /health.", answer=Health),
+        OpenEndpoint(
+            methods=("GET", "POST"),
+            path="/ping",
+            handler=routes.health,
+            summary="As /health, for SageMaker.",
+            answer=Health,
+        ),
         Endpoint(
             methods=("GET",),
             path="/version",
             right=GATEWAY + "ListModels",
             handler=routes.version,
             summary="Say which build this is.",
+            answer=Version,
+        ),
+        Endpoint(
+            methods=("GET",),
+            path="/load",
+            right=GATEWAY + "ListModels",
+            handler=routes.load,
+            summary="Say how many requests this gateway has.",
+            answer=Load,
         ),
     ]
 
@@ -47,9 +66,12 @@ class _Service:
     async def health(self, request: Request) -> Response:
         """Say whether requests can be served."""
         is_ready = self._context.is_ready()
-        body = {"status": "ok" if is_ready else "not ready"}
-        return Response(msgspec.json.encode(body), 200 if is_ready else 503, media_type="application/json")
+        return json_response(Health(status="ok" if is_ready else "not ready"), 200 if is_ready else 503)
 
     async def version(self, request: Request, admission: Admission) -> Response:
         """Say which build this is, as vLLM does."""
-        return JSONResponse({"version": package_version()})
+        return json_response(Version(version=package_version()))
+
+    async def load(self, request: Request, admission: Admission) -> Response:
+        """Say how many requests run or wait here, as vLLM does."""
+        return json_response(Load(server_load=self._context.num_requests()))
