@@ -274,11 +274,7 @@ class GatewayApp:
         )
 
     def _make_core(self) -> GatewayCore:
-        limits = RequestLimits(
-            max_stream_s=self.config.max_stream_s,
-            max_bytes_per_token=self.config.max_prompt_bytes_per_token,
-            takes_chat_templates=self.config.allow_request_chat_template,
-        )
+        limits = RequestLimits.of(self.config)
         preparer = Preparer(self.catalog, self.names, self.pool, voices=self.voices, limits=limits)
         return GatewayCore(
             preparer,
