@@ -262,8 +262,7 @@ class GatewayCore:
 def _tap(run: RequestRun, record: RequestRecord, sink: Sink | None) -> Tap | None:
     """Return what takes plain tokens to the sink; None where each of them may be an end."""
     has_stops = bool(run.prepared.request.stopping.stop_strings)
-    wants_none = run.prepared.max_new_tokens == 0  # and gets one, which is dropped
-    return None if sink is None or has_stops or wants_none else Tap(run, record, sink)
+    return None if sink is None or has_stops else Tap(run, record, sink)
 
 
 async def _next(
