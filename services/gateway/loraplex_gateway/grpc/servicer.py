@@ -84,11 +84,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             await writer.close()
             guard.close()
             _tell_quota(context, quota)
-            if writer.failure is not None:
-                await events.athrow(writer.failure)
             if guard.has_fired:
                 await events.athrow(guard.error())
             await events.aclose()
+            if writer.failure is not None:
+                raise writer.failure
 
     async def GenerateOnce(
         self, request: gateway_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext[Any, Any]
