@@ -63,6 +63,17 @@ async def test_only_the_files_of_the_allow_list_are_fetched(store_valkey: Embedd
         assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+async def test_without_a_commit_the_one_of_the_default_branch_is_imported_and_written_down(
+    store_valkey: EmbeddedValkey,
+) -> None:
+    hub = HubDouble("org/adapter", COMMIT, adapter_files(tiny_base_dir()))
+    async with store_with_hub(store_valkey, hub) as client:
+        result = await import_from(client, revision="")
+
+        assert result.revision.source == f"hf:org/adapter@{COMMIT}"
+        assert {path.split("/")[4] for path in hub.requests if "/resolve/" in path} == {COMMIT}
+
+
 async def test_a_subfolder_is_imported_with_a_credential_by_name(store_valkey: EmbeddedValkey, tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text("# private\nours hf_secret\n")
     files = {f"checkpoints/last/{name}": data for name, data in adapter_files(tiny_base_dir()).items()}

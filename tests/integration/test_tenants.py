@@ -14,7 +14,8 @@ from loraplex.v1 import gateway_pb2
 from loraplex_common.auth import Principal
 from loraplex_common.errors import AdapterNotFoundError, LoraplexError, PriorityForbiddenError, RequestRunningError
 from loraplex_common.rpc_errors import error_from_rpc
-from loraplex_gateway.openai.app import make_app
+from loraplex_gateway.openai.app import endpoints
+from loraplex_gateway.openai.endpoint import Endpoint
 from support.gateway_rig import DIGEST, MODEL_NAME, OTHER_DIGEST, Rig, running_gateway, text_request
 from support.waiting import eventually
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from loraplex_gateway.openai.app import HttpContext
+    from loraplex_gateway.openai.context import HttpContext
 
 pytestmark = pytest.mark.integration
 KEYS = """
@@ -110,11 +111,11 @@ async def test_lists_have_what_their_reader_may_use(rig: Rig) -> None:
         async with httpx.AsyncClient(base_url=rig.http, headers=http_as(name)) as http:
             data = (await http.get("/v1/models")).json()["data"]
         names = [card.name for card in models.models]
-        assert [card["id"] for card in data] == names
-        return names
+        assert [card["id"] for card in data if ":" not in card["id"]] == names
+        return [card["id"] for card in data]
 
-    assert await listed("me") == [MODEL_NAME, "poet"]
-    assert await listed("vip") == await listed("ops") == [MODEL_NAME, "poet", "secret"]
+    assert await listed("me") == [MODEL_NAME, "poet", "poet:prod"]
+    assert await listed("vip") == await listed("ops") == [MODEL_NAME, "poet", "poet:prod", "secret"]
 
 
 @pytest.mark.parametrize("name", ["vip", "ops"])
@@ -220,7 +221,11 @@ ASKING = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
     ("GET", "/version"),
+    ("GET", "/load"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
 ]
+ADMINS_ALONE = [("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter")]
 
 
 @pytest.mark.parametrize(("method", "path"), ASKING)
@@ -238,11 +243,21 @@ async def test_every_route_but_health_asks_who_calls(rig: Rig, method: str, path
     assert all("it takes the role admin or tenant" in answer.json()["error"]["message"] for answer in others)
 
 
+@pytest.mark.parametrize(("method", "path"), ADMINS_ALONE)
+async def test_a_tenant_or_a_service_changes_no_adapters(rig: Rig, method: str, path: str) -> None:
+    async with httpx.AsyncClient(base_url=rig.http) as http:
+        answers = [await http.request(method, path, headers=http_as(name)) for name in ("me", "engine", "gateway")]
+        stranger = await http.request(method, path)
+
+    assert stranger.status_code == 401
+    assert {answer.status_code for answer in answers} == {403}
+    assert all("it takes the role admin" in answer.json()["error"]["message"] for answer in answers)
+
+
 def test_these_are_all_routes_but_health_and_the_sign_to_the_metrics() -> None:
-    app: Any = make_app(cast("HttpContext", SimpleNamespace()))
+    known = endpoints(cast("HttpContext", SimpleNamespace()))
 
-    paths = {route.path for route in app._app.routes}
+    paths = {endpoint.path for endpoint in known if isinstance(endpoint, Endpoint)}
 
-    assert paths - {"/health", "/healthz", "/metrics"} == {
-        path.replace(MODEL_NAME, "{name:path}") for _, path in ASKING
-    }
+    assert {endpoint.path for endpoint in known} - paths == {"/health", "/healthz", "/ping", "/metrics"}
+    assert paths == {path.replace(MODEL_NAME, "{name:path}") for _, path in ASKING + ADMINS_ALONE}

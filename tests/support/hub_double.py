@@ -58,7 +58,7 @@ class HubDouble:
         return 200, {"Content-Type": "application/json"}, json.dumps(files).encode()
 
     def _info(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        if not path.endswith(f"/revision/{self.commit}"):
+        if not path.endswith((f"/revision/{self.commit}", "/revision/main")):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         siblings = [{"rfilename": name, "size": len(data), "blobId": "0" * 40} for name, data in self.files.items()]
         body = {"_id": "1", "id": self.repo, "modelId": self.repo, "sha": self.commit, "siblings": siblings}

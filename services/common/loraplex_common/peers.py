@@ -6,7 +6,7 @@ import asyncio
 import ssl
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -58,6 +58,10 @@ class Peers:
         if self._identity.tls_ca is not None:
             files = TlsFiles(cert=self._identity.tls_cert, key=self._identity.tls_key, ca=self._identity.tls_ca)
             self._tls = watch_tls(files, ssl.Purpose.SERVER_AUTH, clock=time.monotonic)
+
+    def without_key(self) -> Peers:
+        """Return the same without the key: its calls carry the key of another party, or none."""
+        return Peers(replace(self._identity, api_key=None))
 
     @property
     def version(self) -> int:

@@ -31,7 +31,7 @@ _WATCHERS: Final = frozenset({Role.ADMIN, Role.GATEWAY})
 GATEWAY: Final = "/loraplex.v1.GatewayService/"
 _FLEET: Final = "/loraplex.v1.FleetService/"
 _ENGINES: Final = "/loraplex.v1.EngineService/"
-_STORE: Final = "/loraplex.v1.AdapterStoreService/"
+STORE: Final = "/loraplex.v1.AdapterStoreService/"
 _OPERATIONS: Final = "/google.longrunning.Operations/"
 
 RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
@@ -57,20 +57,21 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         _ENGINES + "Drain": _ADMIN,
         _ENGINES + "Undrain": _ADMIN,
         # Tenants see their own names and public ones: the store filters.
-        _STORE + "GetAdapter": _USERS,
-        _STORE + "ListAdapters": _USERS,
-        _STORE + "ListAdapterRevisions": _USERS,
-        _STORE + "CreateAdapter": _ADMIN,
-        _STORE + "UpdateAdapter": _ADMIN,
-        _STORE + "DeleteAdapter": _ADMIN,
-        _STORE + "SetAlias": _ADMIN,
-        _STORE + "ImportAdapter": _ADMIN,
-        _STORE + "UploadAdapter": _ADMIN,
-        _STORE + "DownloadAdapter": _ADMIN,
-        _STORE + "PrefetchAdapter": _WATCHERS,
-        _STORE + "EvictAdapter": _WATCHERS,
-        _STORE + "WatchAliases": frozenset({Role.ADMIN, Role.GATEWAY, Role.ENGINE}),
-        _STORE + "AttachEngine": _ENGINE,
+        STORE + "GetAdapter": _USERS,
+        STORE + "ListAdapters": _USERS,
+        STORE + "ListAdapterRevisions": _USERS,
+        STORE + "CreateAdapter": _ADMIN,
+        STORE + "UpdateAdapter": _ADMIN,
+        STORE + "DeleteAdapter": _ADMIN,
+        STORE + "SetAlias": _ADMIN,
+        STORE + "ImportAdapter": _ADMIN,
+        STORE + "UploadAdapter": _ADMIN,
+        STORE + "DownloadAdapter": _ADMIN,
+        STORE + "GetTextParts": _WATCHERS,
+        STORE + "PrefetchAdapter": _WATCHERS,
+        STORE + "EvictAdapter": _WATCHERS,
+        STORE + "WatchAliases": frozenset({Role.ADMIN, Role.GATEWAY, Role.ENGINE}),
+        STORE + "AttachEngine": _ENGINE,
         _OPERATIONS + "ListOperations": _ADMIN,
         _OPERATIONS + "GetOperation": _ADMIN,
         _OPERATIONS + "DeleteOperation": _ADMIN,

@@ -13,21 +13,23 @@ from loraplex_common.alias_feed import AliasFeed
 from loraplex_common.auth import Authenticator
 from loraplex_common.exposition import new_registry
 from loraplex_common.log import get_logger
-from loraplex_common.peers import PeerChannel
 from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.service_settings import is_loopback
 from loraplex_common.tasks import Supervisor, cancel_and_wait
 
 from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.prefetch import PrefetchHints
+from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.engines.collector import FleetCollector
 from loraplex_gateway.engines.pool import EnginePool
 from loraplex_gateway.engines.registry_watcher import RegistryWatcher
 from loraplex_gateway.grpc.servicer import GatewayServicer
 from loraplex_gateway.grpc.servicer_fleet import FleetServicer
 from loraplex_gateway.metrics.gateway import GatewayMetrics
-from loraplex_gateway.openai.app import HttpContext, make_app
+from loraplex_gateway.openai.app import make_app
 from loraplex_gateway.openai.body_reader import BodyReader
+from loraplex_gateway.openai.context import HttpContext
+from loraplex_gateway.openai.model_list import ModelList
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.admission import AdmissionController
 from loraplex_gateway.requests.claims import RequestClaims
@@ -36,9 +38,17 @@ from loraplex_gateway.requests.listing import ModelListing
 from loraplex_gateway.requests.preparation import Preparer, RequestLimits
 from loraplex_gateway.requests.resumption import Resumption
 from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
-from loraplex_gateway.servers import add_services, control_server, grpc_server, http_server, metrics_server
+from loraplex_gateway.servers import (
+    add_services,
+    control_server,
+    grpc_server,
+    http_server,
+    metrics_server,
+    store_channel,
+)
 from loraplex_gateway.text.fair_workers import FairWorkers
-from loraplex_gateway.text.models import ModelCatalog, load_served_model
+from loraplex_gateway.text.models import ModelCatalog, load_served_models
+from loraplex_gateway.text.voices import Voices
 from loraplex_gateway.workers.setup import new_gateway_id
 
 if TYPE_CHECKING:
@@ -71,6 +81,7 @@ class GatewayApp:
         metrics_port: Bound port of /metrics, once started.
         http: The HTTP server.
         workers: Prepare prompts away from the event loop.
+        voices: Models as adapters speak.
     """
 
     def __init__(self, config: GatewayConfig, setup: WorkerSetup | None = None) -> None:
@@ -87,11 +98,12 @@ class GatewayApp:
         self._valkey = config.connect_valkey(config.redis_url)
         self._peers = config.peers()
         self._dial = partial(self._peers.open, tls_name=config.engine_tls_name)
-        store = config.store_target
-        self._store = PeerChannel(self._peers, store, tls_name=config.store_tls_name) if store else None
+        self._store = store_channel(config, self._peers)
+        self._store_admin = StoreAdmin.over(store_channel(config, self._peers.without_key()))
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
         self.names = NameTable()
         self._adapter_names = AdapterNames()
+        self.voices = Voices.over(self._store)
         self.catalog = self._load_models()
         self.pool = self._make_pool()
         self._registry = RegistryWatcher(self._valkey, self.pool)
@@ -107,6 +119,7 @@ class GatewayApp:
         self.quotas = self._make_quotas()
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
+        self._models = ModelList(self._listing, created=int(time.time()))
         self._grpc = self._make_grpc()
         self.http = self._make_http()
         self._metrics_server = metrics_server(config, self._authenticator, self._metrics_registry, self._as_worker())
@@ -137,6 +150,7 @@ class GatewayApp:
         if self._store is not None:
             feed = AliasFeed(self._store, [self.names, self._adapter_names])
             self._supervisor.spawn(feed.run(), name="alias-feed")
+            self._supervisor.spawn(self._models.run(), name="model-list")
         self._supervisor.spawn(self.pool.run(), name="engine-pool")
         self._supervisor.spawn(self._report_readiness(), name="readiness")
         try:
@@ -182,10 +196,13 @@ class GatewayApp:
         await self.pool.close()
         if self._hints is not None:
             await self._hints.close()
+        await self.voices.close()
         await self.quotas.close()
         await self.claims.close()
         if self._store is not None:
             await self._store.close()
+        if self._store_admin is not None:
+            await self._store_admin.close()
         await self._valkey.aclose()
         self.workers.close()
 
@@ -217,11 +234,8 @@ class GatewayApp:
 
     def _load_models(self) -> ModelCatalog:
         config = self.config
-        first, *others = config.model
-        models = [
-            load_served_model(first, self.workers, name=config.served_model_name, aliases=tuple(config.model_alias))
-        ]
-        models += [load_served_model(directory, self.workers) for directory in others]
+        aliases = tuple(config.model_alias)
+        models = load_served_models(config.model, self.workers, name=config.served_model_name, aliases=aliases)
         return ModelCatalog(models, self.names)
 
     def _make_pool(self) -> EnginePool:
@@ -261,9 +275,11 @@ class GatewayApp:
 
     def _make_core(self) -> GatewayCore:
         limits = RequestLimits(
-            max_stream_s=self.config.max_stream_s, max_bytes_per_token=self.config.max_prompt_bytes_per_token
+            max_stream_s=self.config.max_stream_s,
+            max_bytes_per_token=self.config.max_prompt_bytes_per_token,
+            takes_chat_templates=self.config.allow_request_chat_template,
         )
-        preparer = Preparer(self.catalog, self.names, self.pool, limits=limits)
+        preparer = Preparer(self.catalog, self.names, self.pool, voices=self.voices, limits=limits)
         return GatewayCore(
             preparer,
             self.admission,
@@ -290,11 +306,16 @@ class GatewayApp:
             quotas=self.quotas,
             catalog=self.catalog,
             listing=self._listing,
+            models=self._models,
+            store_admin=self._store_admin,
+            is_local=is_loopback(self.config.host),
             authenticator=self._authenticator,
             metrics_address=lambda: f"port {self.metrics_port}",
             bodies=BodyReader(on_large_gone=self.workers.give_memory_back),
             workers=self.workers,
             slow_client_s=self.config.slow_client_s,
             is_ready=lambda: self.is_ready,
+            num_requests=lambda: self.admission.num_running + self.admission.num_waiting,
+            cors_origins=self.config.cors_allow_origin,
         )
         return http_server(self.config, make_app(context), shares_port=self._setup is not None)

@@ -1,4 +1,4 @@
-"""The gateway's three ports: gRPC, HTTP and /metrics, as its configuration has them."""
+"""The gateway's three ports, gRPC, HTTP and /metrics, and its way to the store, as its configuration has them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from loraplex_common.descriptors import connections_per_port
 from loraplex_common.exposition import Audience, Exposition
 from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.metrics_http import MetricsServer
+from loraplex_common.peers import PeerChannel
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tls_files import TlsFiles
 from loraplex_common.vllm_metrics import FLEET_LABEL
@@ -19,6 +20,7 @@ from loraplex_gateway.workers.control import ControlServer, cancel_at_sibling
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Authenticator
+    from loraplex_common.peers import Peers
     from prometheus_client import CollectorRegistry
     from starlette.types import ASGIApp
 
@@ -59,6 +61,11 @@ def add_services(server: GrpcServer, generation: GatewayServicer, fleet: FleetSe
     server.add_service_name("loraplex.v1.GatewayService")
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server.server)
     server.add_service_name("loraplex.v1.FleetService")
+
+
+def store_channel(config: GatewayConfig, peers: Peers) -> PeerChannel | None:
+    """Return the channel to the adapter store; None without one. The caller closes it."""
+    return PeerChannel(peers, config.store_target, tls_name=config.store_tls_name) if config.store_target else None
 
 
 def http_server(config: GatewayConfig, app: ASGIApp, *, shares_port: bool) -> HttpServer:

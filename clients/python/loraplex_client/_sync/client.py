@@ -114,10 +114,12 @@ class Client:
         prompt: str | None = None,
         messages: Sequence[ChatMessage] | None = None,
         model: str | None = None,
+        adapter: str = "",
         add_special_tokens: bool | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[int, ...]:
         """Return the token ids of ``prompt`` or ``messages``, as `generate` would use them.
 
@@ -125,10 +127,12 @@ class Client:
             prompt: Text.
             messages: A conversation, rendered through the model's chat template.
             model: Base model; may be left out where the gateway fronts exactly one.
+            adapter: ``name``, ``name:label`` or ``name@revision``, whose chat template is used if it brings one.
             add_special_tokens: Whether text gets special tokens (BOS). Default true.
             add_generation_prompt: Whether the chat template opens the assistant's turn. Default true.
             continue_final_message: Whether the last assistant turn is continued, not closed.
             chat_template_kwargs: Further variables of the chat template, JSON values.
+            tools: Functions that the model is told of, OpenAI's ``tools``.
 
         Raises:
             InvalidParameterError: If there is not exactly one of prompt and messages.
@@ -137,10 +141,12 @@ class Client:
             prompt=prompt,
             messages=messages,
             model=model,
+            adapter=adapter,
             add_special_tokens=add_special_tokens,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
         )
         response = self._call(lambda stub: stub.Tokenize(request, metadata=self._metadata))
         return tuple(response.token_ids)

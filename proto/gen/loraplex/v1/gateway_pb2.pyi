@@ -129,7 +129,7 @@ class ChatMessage(_message.Message):
     """What an assistant's turn thought before its content, for templates that show it."""
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
-        """Calls that an assistant's turn made; templates without tools refuse them."""
+        """Calls that an assistant's turn made; written between Hermes' tags where the template has no place for tools."""
 
     def __init__(
         self,
@@ -239,7 +239,8 @@ class ChatMessages(_message.Message):
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Functions that the template tells the model of, each the JSON object of OpenAI's `tools[].function`; at most 128.
+        """Functions that the model is told of, each the JSON object of OpenAI's `tools[].function`; at most 128, 256 KiB. A template
+        without a place for them gets them as words in the system's turn.
         The output is text as the model writes it: calls are parsed by the HTTP API only.
         """
 
@@ -499,7 +500,9 @@ class StoppingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
-    """Most tokens to generate; with the prompt at most max_model_len. Default: what is left of max_model_len."""
+    """Most tokens to generate; with the prompt at most max_model_len. Default: what is left of max_model_len. 0 only reads the
+    prompt, for its prompt_logprobs; max_model_len must have room for one token more all the same.
+    """
     min_new_tokens: _builtins.int
     """End-of-text and stop token ids cannot be drawn, and stop strings are not looked for, before this many tokens. Default 0."""
     ignore_eos: _builtins.bool
@@ -700,8 +703,8 @@ class GenerateRequest(_message.Message):
     adapter_scale: _builtins.float
     """Multiplies the adapter's own scaling, 0 to 100. Default 1."""
     truncate_prompt_tokens: _builtins.int
-    """Keep only this many of the prompt's last tokens; -1 keeps as many as leave room for one output token. Unset: a prompt
-    that is too long is refused.
+    """Keep only this many of the prompt's last tokens; -1 keeps as many as leave room for max_new_tokens, or for one token
+    where that is unset. Unset: a prompt that is too long is refused.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -1266,12 +1269,15 @@ class TokenizeRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Base model; may be empty where the gateway fronts exactly one."""
     text: _builtins.str
     """Text."""
     add_special_tokens: _builtins.bool
     """Whether special tokens (BOS) are added to text. Default true."""
+    adapter: _builtins.str
+    """As GenerateRequest.adapter: a conversation is rendered through the adapter's chat template, if it brings one."""
     @_builtins.property
     def messages(self) -> Global___ChatMessages:
         """A conversation."""
@@ -1283,15 +1289,20 @@ class TokenizeRequest(_message.Message):
         text: _builtins.str = ...,
         messages: Global___ChatMessages | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
+        adapter: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "messages", b"messages", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "messages", b"messages", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "messages", b"messages", "model", b"model", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "messages", b"messages", "model", b"model", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__adapter: _TypeAlias = _typing.Literal["adapter"]  # noqa: Y015
+    _WhichOneofArgType__adapter: _TypeAlias = _typing.Literal["_adapter", b"_adapter"]  # noqa: Y015
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter) -> _WhichOneofReturnType__adapter | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
     @_typing.overload
@@ -1392,10 +1403,13 @@ class CountTokensRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Base model; may be empty where the gateway fronts exactly one."""
     text: _builtins.str
     """Text."""
+    adapter: _builtins.str
+    """As TokenizeRequest.adapter."""
     @_builtins.property
     def messages(self) -> Global___ChatMessages:
         """A conversation."""
@@ -1406,13 +1420,19 @@ class CountTokensRequest(_message.Message):
         model: _builtins.str = ...,
         text: _builtins.str = ...,
         messages: Global___ChatMessages | None = ...,
+        adapter: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "adapter", b"adapter", "messages", b"messages", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "model", b"model", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "adapter", b"adapter", "messages", b"messages", "model", b"model", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__adapter: _TypeAlias = _typing.Literal["adapter"]  # noqa: Y015
+    _WhichOneofArgType__adapter: _TypeAlias = _typing.Literal["_adapter", b"_adapter"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter) -> _WhichOneofReturnType__adapter | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___CountTokensRequest: _TypeAlias = CountTokensRequest  # noqa: Y015

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
@@ -33,20 +34,21 @@ from loraplex_adapter_store.imports.download import Download
 from loraplex_adapter_store.imports.files import CheckpointFiles, check_size, from_contents, limit_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 MAX_DOWNLOADS: Final = 8
 """Concurrent downloads; further ones wait."""
+DEFAULT_BRANCH: Final = "main"
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _FOLDER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubSource:
-    """A folder of a repository at a commit."""
+    """A folder of a repository at a commit; without a commit, at the one where its default branch is when it is read."""
 
     repo: str
-    revision: str
+    revision: str = ""
     subfolder: str = ""
 
     def check(self) -> None:
@@ -54,7 +56,7 @@ class HubSource:
         check_adapter_name(self.repo, field="hf.repo")
         if "/" not in self.repo:
             raise InvalidParameterError(f"{self.repo!r} is not of the form org/name", field="hf.repo")
-        if _COMMIT.fullmatch(self.revision) is None:
+        if self.revision and _COMMIT.fullmatch(self.revision) is None:
             raise InvalidParameterError(
                 f"{self.revision[:80]!r} is no commit: 40 lower-case hex digits, because branches and tags move",
                 field="hf.revision",
@@ -64,7 +66,8 @@ class HubSource:
 
     def __str__(self) -> str:
         folder = f"/{self.subfolder}" if self.subfolder else ""
-        return f"hf:{self.repo}@{self.revision}{folder}"
+        commit = f"@{self.revision}" if self.revision else ""
+        return f"hf:{self.repo}{commit}{folder}"
 
 
 class Hub:
@@ -134,7 +137,8 @@ class Hub:
     def _read(
         self, source: HubSource, token: str | None, max_adapter_bytes: int, take: Callable[[int], None]
     ) -> CheckpointFiles:
-        sizes = self._listed(source, token)
+        listing = self._listing(source, token)
+        source, sizes = _pinned(source, listing), _sizes(source, listing)
         names = check_present(sizes)
         for name in names:
             check_size(name, sizes[name] or 0, max_adapter_bytes)
@@ -147,27 +151,47 @@ class Hub:
             contents[name] = Download(url, token, limit=limit, take=take, what=f"{source}: {name}").read()
         return from_contents(contents, str(source))
 
-    def _listed(self, source: HubSource, token: str | None) -> dict[str, int | None]:
-        """Return the files of the source's folder with their sizes; None as size if the hub gives none."""
-        url = f"{self._endpoint}/api/models/{source.repo}/revision/{quote(source.revision, safe='')}?blobs=true"
+    def _listing(self, source: HubSource, token: str | None) -> Any:
+        """Return what the hub says of the source's commit."""
+        revision = quote(source.revision or DEFAULT_BRANCH, safe="")
+        url = f"{self._endpoint}/api/models/{source.repo}/revision/{revision}?blobs=true"
         # The list is dropped before anything else is read, so it takes none of the imports' room.
         data = Download(
             url, token, limit=MAX_LISTING_BYTES, take=_take_none, what=f"{source}: its list of files"
         ).read()
-        try:
-            listing = parse_json(bytes(data), what="the list of files", max_values=MAX_LISTING_VALUES)
-            return _sizes(listing, f"{source.subfolder}/" if source.subfolder else "")
-        # The page of a proxy, or another server's JSON, fails here.
-        except (AdapterCorruptUploadError, ValueError, TypeError, LookupError, AttributeError) as error:
-            raise StoreUnavailableError(f"{source}: the hub's answer is not a hub's", retry_after_s=10.0) from error
+        with _read_as_hubs(source):
+            return parse_json(bytes(data), what="the list of files", max_values=MAX_LISTING_VALUES)
 
 
-def _sizes(listing: Any, prefix: str) -> dict[str, int | None]:
+@contextmanager
+def _read_as_hubs(source: HubSource) -> Iterator[None]:
+    """Turn what the page of a proxy, or another server's JSON, leads to into the error that it is."""
+    try:
+        yield
+    except (AdapterCorruptUploadError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise StoreUnavailableError(f"{source}: the hub's answer is not a hub's", retry_after_s=10.0) from error
+
+
+def _pinned(source: HubSource, listing: Any) -> HubSource:
+    """Return the source at the commit that the list is of."""
+    if source.revision:
+        return source
+    with _read_as_hubs(source):
+        commit = listing["sha"]
+        if _COMMIT.fullmatch(commit) is None:
+            raise ValueError("no commit")
+    return replace(source, revision=commit)
+
+
+def _sizes(source: HubSource, listing: Any) -> dict[str, int | None]:
+    """Return the files of the source's folder with their sizes; None as size if the hub gives none."""
+    prefix = f"{source.subfolder}/" if source.subfolder else ""
     sizes: dict[str, int | None] = {}
-    for sibling in listing["siblings"]:
-        name, size = sibling["rfilename"], sibling.get("size")
-        if name.startswith(prefix):
-            sizes[name.removeprefix(prefix)] = None if size is None else int(size)
+    with _read_as_hubs(source):
+        for sibling in listing["siblings"]:
+            name, size = sibling["rfilename"], sibling.get("size")
+            if name.startswith(prefix):
+                sizes[name.removeprefix(prefix)] = None if size is None else int(size)
     return sizes
 
 

@@ -11,12 +11,15 @@ from loraplex_common.ids import MAX_CANDIDATES, AdapterRef, find_revision
 from loraplex_common.wake_up import WakeUp
 
 from loraplex_gateway.adapters.close_names import NameOrder
+from loraplex_gateway.adapters.name_blocks import NameBlocks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from loraplex_common.alias_feed import AdapterEntry
     from loraplex_common.auth import Principal
+
+    from loraplex_gateway.adapters.name_blocks import NameBlock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +28,31 @@ class ResolvedAdapter:
 
     Attributes:
         is_restricted: True if only some tenants may use it.
+        text_parts: Digest of what the revision brings besides weights; empty for nothing.
     """
 
     name: str
     digest: str
     base_fingerprint: str
     is_restricted: bool = False
+    text_parts: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """The callers that may use one adapter of several.
+
+    Attributes:
+        has_public: Whether there is an adapter that every caller may use.
+        tenants: Tenants that restricted adapters are for.
+    """
+
+    has_public: bool
+    tenants: frozenset[str]
+
+    def include(self, caller: Principal) -> bool:
+        """Whether a caller is one of them."""
+        return self.has_public or caller.name in self.tenants or caller.uses_all_adapters
 
 
 class NameTable:
@@ -39,6 +61,7 @@ class NameTable:
     def __init__(self) -> None:
         self._entries: dict[str, AdapterEntry] = {}
         self._order = NameOrder()
+        self._blocks = NameBlocks()
         self._is_synced = False
         self._changed = WakeUp()
 
@@ -55,6 +78,7 @@ class NameTable:
         """Forget everything and take a whole table."""
         self._entries = {entry.name: entry for entry in entries if not entry.is_deleted}
         self._order = NameOrder(self._entries)
+        self._blocks = NameBlocks(self._entries)
         self._is_synced = True
         self._changed.notify()
 
@@ -64,16 +88,50 @@ class NameTable:
             if entry.is_deleted:
                 self._entries.pop(entry.name, None)
                 self._order.discard(entry.name)
+                self._blocks.discard(entry.name)
             else:
                 self._entries[entry.name] = entry
                 self._order.add(entry.name)
+                self._blocks.changed(entry.name)
         self._changed.notify()
 
     def visible_to(self, caller: Principal, *, after: str = "") -> Iterator[AdapterEntry]:
-        """Yield the adapters with a revision that a caller may use, by name, those behind a name if one is given."""
-        for name in self._order.after(after):
-            if self._is_listed(name, caller):
-                yield self._entries[name]
+        """Yield the adapters with a revision that a caller may use, by name, those behind a name if one is given.
+
+        Blocks of adapters none of which the caller may use are passed over as a whole.
+        """
+        for block in self._blocks.blocks(after):
+            if not self.readers(block).include(caller):
+                continue
+            for name in block.names:
+                if name > after and (entry := self._entries.get(name)) is not None and _is_listed(entry, caller):
+                    yield entry
+
+    def blocks(self, at: str = "") -> list[NameBlock]:
+        """Return the names in blocks, beginning with the one that has a name, or would have it."""
+        return self._blocks.blocks(at)
+
+    def entries_of(self, block: NameBlock) -> list[AdapterEntry]:
+        """Return what is known of the names of a block."""
+        return [entry for name in block.names if (entry := self._entries.get(name)) is not None]
+
+    def readers(self, block: NameBlock) -> Readers:
+        """Return the callers that may use an adapter of a block."""
+        readers = block.memo.get(Readers)
+        if readers is None:
+            allowed = [entry.allowed_tenants for entry in self.entries_of(block)]
+            readers = Readers(not all(allowed), frozenset().union(*allowed))
+            block.memo[Readers] = readers
+        return readers
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """The event that the next change sets; take it before looking at the table."""
+        return self._changed.next
+
+    async def wait_until(self, is_true: Callable[[], bool]) -> None:
+        """Return once a condition on the table holds; it is checked now and after each change."""
+        await self._changed.wait_until(is_true)
 
     def entry(self, name: str, caller: Principal) -> AdapterEntry | None:
         """Return what is known of a name; None if there is none that the caller may use."""
@@ -123,6 +181,7 @@ class NameTable:
             digest=digest,
             base_fingerprint=entry.base_fingerprints[digest],
             is_restricted=bool(entry.allowed_tenants),
+            text_parts=entry.text_parts.get(digest, ""),
         )
 
     def _not_found(self, ref: AdapterRef, caller: Principal) -> Exception:
@@ -134,7 +193,7 @@ class NameTable:
         metadata = {"adapter": str(ref)}
         entry = self.entry(ref.name, caller)
         if entry is None:
-            close = self._order.like(ref.name, is_visible=lambda known: self._is_listed(known, caller))
+            close = self._order.like(ref.name, is_visible=lambda known: _is_listed(self._entries[known], caller))
             hint = (
                 f"; did you mean {', '.join(close)}?"
                 if close
@@ -155,6 +214,6 @@ class NameTable:
             f"adapter {ref.name!r} has no label {ref.label!r}; its labels are {labels}", metadata=metadata
         )
 
-    def _is_listed(self, name: str, caller: Principal) -> bool:
-        entry = self._entries[name]
-        return bool(entry.labels) and entry.allows(caller)
+
+def _is_listed(entry: AdapterEntry, caller: Principal) -> bool:
+    return bool(entry.labels) and entry.allows(caller)

@@ -14,6 +14,8 @@ from loraplex_common.ids import new_request_id
 from loraplex_gateway.openai.direct import offer_direct
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER: Final = b"x-request-id"
@@ -21,6 +23,7 @@ HEADER: Final = b"x-request-id"
 _TRACE_ID: Final = re.compile(rb"[!-~]{1,256}")
 _TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _KEY: Final = "loraplex.origin"
+_HEADERS: Final = "loraplex.headers"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,11 +57,17 @@ class TraceIds:
 
         async def send_traced(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [*message.get("headers", ()), (HEADER, origin.trace_id.encode("ascii"))]
+                added = ((HEADER, origin.trace_id.encode("ascii")), *scope.get(_HEADERS, ()))
+                headers = [*message.get("headers", ()), *added]
                 message = {**message, "headers": headers}
             await send(message)
 
         await self._app(scope, receive, send_traced)
+
+
+def add_headers(scope: Scope, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Have `TraceIds` write further headers into the answer to a request that has not reached it yet."""
+    scope[_HEADERS] = (*scope.get(_HEADERS, ()), *headers)
 
 
 def origin_of(scope: Scope) -> Origin:

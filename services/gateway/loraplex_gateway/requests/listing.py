@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import InvalidParameterError, ModelNotFoundError
 from loraplex_common.ids import DEFAULT_LABEL
 
-from loraplex_gateway.requests.preparation import NAME_PATIENCE_S
+from loraplex_gateway.requests.selection import NAME_PATIENCE_S, select
 from loraplex_gateway.types import ModelCard
 
 if TYPE_CHECKING:
@@ -28,6 +29,15 @@ MAX_PAGE_SIZE: Final = 1000
 ADAPTER_KEY: Final = "1"
 
 
+@dataclass(frozen=True, slots=True)
+class ServedBase:
+    """A base model, and how long its sequences may be, in tokens."""
+
+    name: str
+    fingerprint: str
+    max_model_len: int
+
+
 class ModelListing:
     """Answers ListModels and GetModel from what the gateway knows.
 
@@ -41,6 +51,17 @@ class ModelListing:
         self._catalog = catalog
         self._names = names
         self._pool = pool
+
+    @property
+    def names(self) -> NameTable:
+        """The adapters."""
+        return self._names
+
+    def bases(self) -> tuple[ServedBase, ...]:
+        """Return the base models, in the order of their flags, with their present lengths."""
+        return tuple(
+            ServedBase(model.name, model.fingerprint, self.max_model_len(model)) for model in self._catalog.models
+        )
 
     def all(self, caller: Principal, *, after: str = "") -> Iterator[ModelCard]:
         """Yield base models, then the adapters the caller may use by name; those behind a page's last key if given."""
@@ -74,17 +95,27 @@ class ModelListing:
             return ADAPTER_KEY + card.name
         return _base_key([model.name for model in self._catalog.models].index(card.name))
 
-    async def get(self, name: str, caller: Principal) -> ModelCard:
+    async def get(self, name: str, caller: Principal, *, base: str = "") -> ModelCard:
         """Return one base model or adapter revision.
 
+        Args:
+            name: A base model, or an adapter as `NameTable.resolve` takes it.
+            caller: The principal that asks.
+            base: The base model that the adapter must be for; empty means any. If it is set, `name` is an adapter.
+
         Raises:
+            AdapterIncompatibleError: If the adapter is for another base model than `base`.
             AdapterNotFoundError: And the other refusals of `NameTable.resolve`.
             ModelNotFoundError: If the adapter's base model is not served here.
         """
-        model = self._catalog.find(name, caller)
-        if model is not None:
-            return self._base(model)
-        resolved = await self._names.resolve(name, caller=caller, patience_s=NAME_PATIENCE_S)
+        if base:
+            _, resolved = await select(self._catalog, self._names, model=base, adapter=name, caller=caller)
+            assert resolved is not None  # an adapter was named
+        else:
+            model = self._catalog.find(name, caller)
+            if model is not None:
+                return self._base(model)
+            resolved = await self._names.resolve(name, caller=caller, patience_s=NAME_PATIENCE_S)
         entry = self._names.entry(resolved.name, caller)
         assert entry is not None  # it has just been resolved
         card = self._adapter(entry, resolved.digest)
@@ -99,7 +130,7 @@ class ModelListing:
         return ModelCard(
             name=model.name,
             base_model=model.name,
-            max_model_len=self._max_model_len(model),
+            max_model_len=self.max_model_len(model),
             num_engines_resident=sum(link.is_candidate for link in links),
         )
 
@@ -114,11 +145,12 @@ class ModelListing:
             base_model=model.name,
             revision=digest,
             labels=entry.labels,
-            max_model_len=self._max_model_len(model),
+            max_model_len=self.max_model_len(model),
             num_engines_resident=self._pool.num_resident(digest),
         )
 
-    def _max_model_len(self, model: ServedModel) -> int:
+    def max_model_len(self, model: ServedModel) -> int:
+        """Return the longest sequence of a base model that is served, in tokens."""
         return self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loraplex_common.base_model import BaseModelInfo, check_distinct_names, load_base_model
 from loraplex_common.errors import InvalidParameterError, ModelNotFoundError
+from loraplex_common.text_parts import TextParts
 
 from loraplex_gateway.adapters.close_names import MAX_NAME_CHARS, NameOrder
 from loraplex_gateway.text.generation_defaults import GenerationDefaults, load_generation_defaults
 from loraplex_gateway.text.tokenization import PromptTokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from loraplex_common.auth import Principal
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedModel:
-    """One base model as the gateway needs it."""
+    """One base model as the gateway needs it, by itself or as an adapter speaks (`voices`).
+
+    Attributes:
+        text_parts: What the adapter brings; empty for the model by itself.
+    """
 
     info: BaseModelInfo
     tokenizer: PromptTokenizer
     defaults: GenerationDefaults
+    text_parts: TextParts = field(default_factory=TextParts)
 
     @property
     def name(self) -> str:
@@ -56,6 +62,15 @@ def load_served_model(
         tokenizer=PromptTokenizer.from_directory(directory, workers),
         defaults=load_generation_defaults(directory, info.vocab_size),
     )
+
+
+def load_served_models(
+    directories: Sequence[Path], workers: FairWorkers, *, name: str | None, aliases: tuple[str, ...]
+) -> list[ServedModel]:
+    """Read model directories, like `load_served_model`; the name and the aliases are the first one's."""
+    first, *others = directories
+    models = [load_served_model(first, workers, name=name, aliases=aliases)]
+    return models + [load_served_model(directory, workers) for directory in others]
 
 
 class ModelCatalog:

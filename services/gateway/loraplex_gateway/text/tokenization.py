@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -13,55 +14,70 @@ from loraplex_common.tokenizer_config import read_special_tokens, read_tokenizer
 from tokenizers import Tokenizer
 
 from loraplex_gateway.text.chat_template import ChatTemplate, load_chat_template
+from loraplex_gateway.text.confined_templates import ConfinedTemplate
 from loraplex_gateway.text.prompt_size import check_bytes, num_bytes_of, prompt_bytes
+from loraplex_gateway.text.prompt_text import prompt_text
 from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from loraplex_gateway.text.fair_workers import FairWorkers
-    from loraplex_gateway.types import Prompt
+    from loraplex_gateway.types import Prompt, PromptText
 
 # About 0.3 ms of BPE: below it a thread's hand-over costs more than it saves the event loop.
 INLINE_MAX_CHARS: Final = 1024
 INLINE_MAX_MESSAGES: Final = 16
+INLINE_MAX_TOKENS: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt's token ids, and its text after the chat template for a conversation."""
+    """A prompt's token ids, and for a conversation its text after the chat template, and that template."""
 
     ids: tuple[int, ...]
     rendered: str = ""
+    template: ChatTemplate | ConfinedTemplate | None = None
 
 
 class PromptTokenizer:
     """One model's tokenizer and chat template.
+
+    Attributes:
+        special_tokens: Role -> special token, as the chat template sees them.
 
     Args:
         tokenizer: Hugging Face tokenizer.
         config: tokenizer_config.json as read.
         template: The chat template, if the model has one.
         workers: Run long prompts.
+
+    Attributes:
+        table: What single tokens stand for.
+        template: The chat template; None if the model has none.
+        token_id: Returns the id of the token with this text; None if there is none.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         config: dict[str, Any],
-        template: ChatTemplate | None,
+        template: ChatTemplate | ConfinedTemplate | None,
         workers: FairWorkers,
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.table = TokenTable(tokenizer)
+        self.token_id: Callable[[str], int | None] = tokenizer.token_to_id
         self._tokenizer = tokenizer
-        self._template = template
+        self.template = template
         self._workers = workers
         self._shared: dict[int, asyncio.Task[Encoded]] = {}
         self._waiters: dict[asyncio.Task[Encoded], int] = {}
-        self._bos_token = read_special_tokens(config).get("bos_token", "")
+        self.special_tokens = read_special_tokens(config)
+        self._bos_token = self.special_tokens.get("bos_token", "")
         self._bos_id = tokenizer.token_to_id(self._bos_token) if self._bos_token else None
         self._add_bos: bool | None = config.get("add_bos_token")
 
@@ -71,6 +87,13 @@ class PromptTokenizer:
         config = read_tokenizer_config(directory)
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         return cls(tokenizer, config, load_chat_template(directory, config), workers)
+
+    def with_template(self, template: ConfinedTemplate) -> PromptTokenizer:
+        """Return this tokenizer with the chat template of an adapter."""
+        other = copy.copy(self)
+        other.template = template
+        other._shared, other._waiters = {}, {}
+        return other
 
     async def encode(self, prompt: Prompt, *, tenant: str = ANYBODY.name, max_bytes: int | None = None) -> Encoded:
         """Return the prompt's token ids.
@@ -89,7 +112,12 @@ class PromptTokenizer:
             return Encoded(prompt.ids)
         num_bytes = prompt_bytes(prompt)
         check_bytes(num_bytes, max_bytes)
-        is_short = isinstance(prompt, TextPrompt) or len(prompt.messages) <= INLINE_MAX_MESSAGES
+        if isinstance(prompt, TextPrompt):
+            is_short = True
+        else:
+            # A confined template waits for another process, and a request's own has not been seen before.
+            is_ready = not isinstance(self.template, ConfinedTemplate) and prompt.template is None
+            is_short = len(prompt.messages) <= INLINE_MAX_MESSAGES and is_ready
         if is_short and num_bytes <= INLINE_MAX_CHARS:
             return self.encode_now(prompt, max_bytes=max_bytes)
         return await self._encode_away(prompt, tenant, num_bytes, max_bytes)
@@ -120,17 +148,50 @@ class PromptTokenizer:
         """Return the prompt's token ids, computed in the calling thread."""
         if isinstance(prompt, TextPrompt):
             return Encoded(self._encode_text(prompt.text, add_special_tokens=prompt.add_special_tokens))
-        if self._template is None:
+        if self.template is None:
             raise InvalidParameterError(
                 "this model has no chat template (neither chat_template.jinja nor tokenizer_config.json brings one); "
                 "send the prompt as text or token ids",
                 field="messages",
             )
-        rendered = self._template.render(prompt)
+        template = self.template if prompt.template is None else self.template.of_request(prompt.template)
+        rendered = template.render(prompt)
         # What a template repeats, or writes around every message, no count of what was sent can know.
         check_bytes(num_bytes_of(rendered), max_bytes)
         # A template writes the special tokens itself, BOS included if the model wants one.
-        return Encoded(self._encode_text(rendered, add_special_tokens=False), rendered)
+        return Encoded(self._encode_text(rendered, add_special_tokens=False), rendered, template)
+
+    async def prompt_text(
+        self, prompt: Prompt, token_ids: tuple[int, ...], *, is_whole: bool, tenant: str = ANYBODY.name
+    ) -> PromptText:
+        """Return a prompt as text with the place of each token, see `prompt_text.prompt_text`.
+
+        Raises:
+            SaturatedError: If too many long outputs and prompts wait already.
+        """
+        work = functools.partial(prompt_text, self.table, prompt, token_ids, is_whole=is_whole)
+        if len(token_ids) <= INLINE_MAX_TOKENS:
+            return work()
+        return await self._workers.run(work, tenant=tenant, num_bytes=4 * len(token_ids))
+
+    async def bad_token_sequences(
+        self, words: tuple[str, ...], *, tenant: str = ANYBODY.name
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return the token sequences that write these words, at the beginning of a text and after a space.
+
+        Raises:
+            SaturatedError: If too many long prompts wait already.
+        """
+        num_bytes = sum(num_bytes_of(word) for word in words)
+        if num_bytes <= INLINE_MAX_CHARS:
+            return self._token_sequences(words)
+        work = functools.partial(self._token_sequences, words)
+        return await self._workers.run(work, tenant=tenant, num_bytes=num_bytes)
+
+    def _token_sequences(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        texts = [text for word in words for text in _spaced(word)]
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return tuple(dict.fromkeys(tuple(encoding.ids) for encoding in found if encoding.ids))
 
     async def decode(self, token_ids: list[int], *, skip_special_tokens: bool, tenant: str = ANYBODY.name) -> str:
         """Return the text of all ids at once; bytes that are no UTF-8 become U+FFFD.
@@ -142,6 +203,10 @@ class PromptTokenizer:
         if len(token_ids) <= INLINE_MAX_CHARS:
             return work()
         return await self._workers.run(work, tenant=tenant, num_bytes=4 * len(token_ids))
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Return tokens as the vocabulary has them; empty for an id without a token."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def decode_now(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """Return the text of all ids at once, computed in the calling thread."""
@@ -160,3 +225,9 @@ class PromptTokenizer:
             elif not self._add_bos and starts_with_bos:
                 ids = ids[1:]
         return tuple(ids)
+
+
+def _spaced(word: str) -> tuple[str, str]:
+    """Return a word as it begins a text and as it follows a space."""
+    bare = word.lstrip(" ") or word
+    return bare, f" {bare}"

@@ -1,0 +1,1 @@
+"""The families of routes of the HTTP port: each module returns its endpoints."""

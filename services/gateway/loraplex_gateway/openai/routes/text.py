@@ -1,0 +1,119 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+from loraplex_common.errors import InvalidParameterError, LoraplexError
+from loraplex_common.rights import GATEWAY
+
+from loraplex_gateway.openai import fields
+from loraplex_gateway.openai.answers import DetokenizeAnswer, TokenizeAnswer
+from loraplex_gateway.openai.body import decode
+from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
+from loraplex_gateway.openai.errors import BodyNames, error_response
+from loraplex_gateway.openai.json_responses import json_response
+from loraplex_gateway.openai.model_names import ModelName, bases_of, read_model_name
+from loraplex_gateway.openai.tokenize_bodies import DetokenizeBody, TokenizeBody, prompt_of
+from loraplex_gateway.requests import validation
+from loraplex_gateway.types import ChatPrompt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loraplex_common.admissions import Admission
+    from loraplex_common.auth import Principal
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from loraplex_gateway.openai.context import HttpContext
+    from loraplex_gateway.text.models import ServedModel
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
+    """Return the routes about text and its tokens."""
+    routes = _Text(context)
+    return [
+        Endpoint(
+            path="/tokenize",
+            right=GATEWAY + "Tokenize",
+            handler=routes.tokenize,
+            summary="Return the token ids of a text or a conversation.",
+            body=TokenizeBody,
+            table=fields.TOKENIZE,
+            answer=TokenizeAnswer,
+        ),
+        Endpoint(
+            path="/detokenize",
+            right=GATEWAY + "Detokenize",
+            handler=routes.detokenize,
+            summary="Return the text of token ids.",
+            body=DetokenizeBody,
+            table=fields.DETOKENIZE,
+            answer=DetokenizeAnswer,
+        ),
+    ]
+
+
+class _Text:
+    def __init__(self, context: HttpContext) -> None:
+        self._context = context
+
+    async def tokenize(self, request: Request, admission: Admission) -> Response:
+        """Return the token ids that a generation would use."""
+        caller = admission.principal
+        async with self._context.bodies.read(request, tenant=caller.name) as data:
+            body = await self._decoded(data, TokenizeBody, caller)
+            try:
+                return json_response(await self._tokens(body, caller))
+            except LoraplexError as error:
+                return error_response(error, BodyNames(fields.TOKENIZE, body))
+
+    async def detokenize(self, request: Request, admission: Admission) -> Response:
+        """Return the text of all token ids at once, special tokens written out."""
+        caller = admission.principal
+        async with self._context.bodies.read(request, tenant=caller.name) as data:
+            body = await self._decoded(data, DetokenizeBody, caller)
+            try:
+                return json_response(await self._text(body, caller))
+            except LoraplexError as error:
+                return error_response(error, BodyNames(fields.DETOKENIZE, body))
+
+    async def _tokens(self, body: TokenizeBody, caller: Principal) -> TokenizeAnswer:
+        model, prompt = await self._model(body.model, caller), prompt_of(body)
+        if isinstance(prompt, ChatPrompt):
+            validation.check_prompt(prompt)  # an empty text has its tokens
+        ids = (await self._context.core.encode(model, prompt, tenant=caller.name)).ids
+        return TokenizeAnswer(
+            count=len(ids),
+            max_model_len=self._context.listing.max_model_len(model),
+            tokens=list(ids),
+            token_strs=model.tokenizer.token_strings(ids) if body.return_token_strs else None,
+        )
+
+    async def _text(self, body: DetokenizeBody, caller: Principal) -> DetokenizeAnswer:
+        model = await self._model(body.model, caller)
+        check = functools.partial(_check_ids, body.tokens, model.info.vocab_size)
+        await self._context.away(check, caller, num_bytes=4 * len(body.tokens))
+        text = await model.tokenizer.decode(body.tokens, skip_special_tokens=False, tenant=caller.name)
+        return DetokenizeAnswer(prompt=text)
+
+    async def _model(self, text: str | None, caller: Principal) -> ServedModel:
+        is_base = bases_of(self._context.catalog, caller)
+        name = ModelName("", "") if text is None else read_model_name(text, is_base)
+        return await self._context.core.voice(name.base, name.adapter, caller=caller)
+
+    async def _decoded(self, data: bytes, kind: type[Body], caller: Principal) -> Body:
+        return await self._context.away(functools.partial(decode, data, kind), caller, num_bytes=len(data))
+
+
+def _check_ids(tokens: Sequence[int], vocab_size: int) -> None:
+    bad = next((token for token in tokens if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise InvalidParameterError(
+            f"tokens holds {bad}; token ids of this model are 0 to {vocab_size - 1}", field="tokens"
+        )

@@ -1,0 +1,220 @@
+"""/v1/load_lora_adapter and /v1/unload_lora_adapter: an administrator's imports, over a real store."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from loraplex_common.ids import new_request_id
+from loraplex_common.secret import Secret
+from loraplex_gateway.app import GatewayApp
+from support.adapters import Recipe, adapter_files
+from support.gateway_rig import make_config
+from support.hub_double import HubDouble, running_hub
+from support.store_rig import StoreClient, other_base_dir, running_rig, store_config, tiny_base_dir
+from support.valkey import fresh_database
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from loraplex_common.valkey import EmbeddedValkey
+
+pytestmark = pytest.mark.integration
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+KEYS = "key-ops ops admin\nkey-me me\nkey-gateway gateway-1 gateway\n"
+ADDED, REMOVED = (
+    "Success: LoRA adapter 'json' added successfully.",
+    "Success: LoRA adapter 'json' removed successfully.",
+)
+LOADED = (
+    "The lora adapter 'json' has already been loaded. If you want to load the adapter in place, set 'load_inplace' to "
+    "True."
+)
+
+
+@dataclass
+class AdminRig:
+    """A gateway and a store, and a client of each."""
+
+    app: GatewayApp
+    store: StoreClient
+    http: httpx.AsyncClient
+    root: Path
+    hub: HubDouble
+
+    def folder(self, name: str, seed: int = 0, base: Path | None = None) -> str:
+        """Write an adapter below the import root."""
+        folder = self.root / name
+        folder.mkdir()
+        for file, data in adapter_files(base or tiny_base_dir(), Recipe(seed=seed)).items():
+            (folder / file).write_bytes(data)
+        return str(folder)
+
+    async def load(self, name: str = "json", *, key: str = "", **body: Any) -> httpx.Response:
+        headers = {"idempotency-key": key} if key else {}
+        return await self.http.post("/v1/load_lora_adapter", json={"lora_name": name, **body}, headers=headers)
+
+    async def unload(self, name: str = "json", **body: Any) -> httpx.Response:
+        return await self.http.post("/v1/unload_lora_adapter", json={"lora_name": name, **body})
+
+    async def root_of(self, name: str) -> str:
+        answer = await self.http.get(f"/v1/models/{name}")
+        return str(answer.json().get("root") or answer.json()["error"]["code"])
+
+
+@asynccontextmanager
+async def running(
+    valkey: EmbeddedValkey, tmp_path: Path, *, keys: str = KEYS, **gateway: Any
+) -> AsyncIterator[AdminRig]:
+    keys_file, root, redis_url = tmp_path / "keys", tmp_path / "imports", fresh_database(valkey)
+    keys_file.write_text(keys)
+    root.mkdir()
+    hub = HubDouble("org/adapter", COMMIT, adapter_files(tiny_base_dir(), Recipe(seed=9)))
+    identity: dict[str, Any] = {"api_keys_file": keys_file, "peer_api_key": Secret("key-gateway")} if keys else {}
+    store_keys = keys_file if keys else None
+    with running_hub(hub):
+        config = store_config(redis_url, import_root=(root,), hf_endpoint=hub.url, api_keys_file=store_keys)
+        async with running_rig(config, api_key="key-ops") as (store, client):
+            target = f"127.0.0.1:{store.grpc_port}"
+            app = GatewayApp(
+                make_config(redis_url, model=(tiny_base_dir(),), store_target=target, **{**identity, **gateway})
+            )
+            try:
+                await app.start()
+                url, headers = f"http://127.0.0.1:{app.http_port}", {"authorization": "Bearer key-ops"}
+                async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as http:
+                    yield AdminRig(app, client, http, root, hub)
+            finally:
+                await app.close()
+
+
+@pytest.fixture
+async def rig(store_valkey: EmbeddedValkey, tmp_path: Path) -> AsyncIterator[AdminRig]:
+    async with running(store_valkey, tmp_path) as rig:
+        yield rig
+
+
+async def test_a_loaded_adapter_is_listed_at_once_and_an_unloaded_one_no_more(rig: AdminRig) -> None:
+    loaded = await rig.load(lora_path=rig.folder("a"))
+    names = [card["id"] for card in (await rig.http.get("/v1/models")).json()["data"]]
+    again = await rig.load(lora_path=rig.folder("b", seed=1))
+    unloaded = await rig.unload(lora_int_id=7)
+    unknown = await rig.unload()
+    back = await rig.load(lora_path=str(rig.root / "a"))
+
+    assert (loaded.status_code, loaded.text) == (200, ADDED)
+    assert names == ["tiny", "json"]
+    assert (again.status_code, again.json()["error"]["message"], again.json()["error"]["param"]) == (
+        400,
+        LOADED,
+        "lora_name",
+    )
+    assert (unloaded.status_code, unloaded.text) == (200, REMOVED)
+    assert (unknown.status_code, unknown.json()["error"]["message"]) == (
+        404,
+        "The lora adapter 'json' cannot be found.",
+    )
+    assert back.text == ADDED
+
+
+async def test_in_place_is_a_new_revision_and_a_moved_label(rig: AdminRig) -> None:
+    await rig.load(lora_path=rig.folder("a"))
+    before = await rig.root_of("json")
+
+    loaded = await rig.load(lora_path=rig.folder("b", seed=1), load_inplace=True)
+
+    after = await rig.root_of("json")
+    assert loaded.text == ADDED
+    assert after == (await rig.store.get("json")).adapter.latest.revision != before
+    assert await rig.root_of(f"json@{before}") == before
+
+
+@pytest.mark.parametrize("path", ["org/adapter", "hf:org/adapter", f"hf:org/adapter@{COMMIT}"])
+async def test_an_adapter_comes_from_the_hub_at_a_commit(rig: AdminRig, path: str) -> None:
+    assert (await rig.load(lora_path=path)).text == ADDED
+
+    assert (await rig.store.get("json")).adapter.latest.source == f"hf:org/adapter@{COMMIT}"
+
+
+async def test_a_repeated_call_with_its_key_is_done_once(rig: AdminRig) -> None:
+    folder, key = rig.folder("a"), new_request_id()
+
+    both = await asyncio.gather(rig.load(lora_path=folder, key=key), rig.load(lora_path=folder, key=key))
+    later = await rig.load(lora_path=folder, key=key)
+    other = await rig.load(lora_path=rig.folder("b", seed=1), key=key)
+
+    assert {answer.text for answer in (*both, later)} == {ADDED}
+    assert (other.status_code, other.json()["error"]["param"]) == (400, "idempotency-key")
+    assert (await rig.store.get("json")).adapter.latest.source.endswith("dir:a")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "says"),
+    [
+        ({"lora_path": "/etc"}, 400, "lora_path", "is not below an import root"),
+        ({"lora_path": "ROOT/../../etc"}, 400, "lora_path", "is not below an import root"),
+        ({"lora_path": "ROOT/nothing"}, 400, "lora_path", "cannot be read"),
+        ({"lora_path": "./here"}, 400, "lora_path", "absolute path"),
+        ({"lora_path": "hf:org/adapter@v1"}, 400, "lora_path", "no commit"),
+        ({"lora_path": "org/other"}, 404, None, "no such repository"),
+        ({"lora_path": "ROOT/a", "lora_name": "a b"}, 400, "lora_name", "is no adapter name"),
+        ({"lora_path": "ROOT/a", "lora_name": "json:prod"}, 400, "lora_name", "is no adapter name"),
+        ({"lora_path": "ROOT/a", "lora_name": "tiny"}, 400, "lora_name", "tiny"),
+        ({"lora_path": "ROOT/a", "base_model_name": "other"}, 404, None, "base model 'other' is not known"),
+        ({"lora_path": "ROOT/a", "is_3d_lora_weight": True}, 400, "is_3d_lora_weight", "not supported"),
+        ({"lora_path": "ROOT/strange"}, 422, None, "tiny"),
+        ({}, 400, "lora_path", "missing"),
+    ],
+)
+async def test_what_cannot_be_loaded_is_refused_by_name_and_leaves_no_name(
+    rig: AdminRig, body: dict[str, Any], status: int, param: str | None, says: str
+) -> None:
+    rig.folder("a")
+    rig.folder("strange", base=other_base_dir())
+    asked = {key: value.replace("ROOT", str(rig.root)) if key == "lora_path" else value for key, value in body.items()}
+
+    answer = await rig.load(asked.pop("lora_name", "json"), **asked)
+
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param), error
+    assert says in error["message"]
+    assert await rig.store.names() == []
+
+
+async def test_the_store_asks_for_the_right_again_and_the_gateway_has_none(
+    store_valkey: EmbeddedValkey, tmp_path: Path
+) -> None:
+    async with running(store_valkey, tmp_path, api_keys_file=None) as rig:
+        del rig.http.headers["authorization"]
+        answer = await rig.load(lora_path=rig.folder("a"))
+
+        assert answer.status_code == 403
+        assert "the request came without one" in answer.json()["error"]["message"]
+        assert await rig.store.names() == []
+
+
+async def test_a_web_page_cannot_have_its_readers_browser_load_an_adapter(
+    store_valkey: EmbeddedValkey, tmp_path: Path
+) -> None:
+    async with running(store_valkey, tmp_path, keys="") as rig:
+        body = b'{"lora_name": "json", "lora_path": "org/adapter"}'
+        simple = await rig.http.post("/v1/load_lora_adapter", content=body, headers={"content-type": "text/plain"})
+        real = await rig.load(lora_path="org/adapter")
+
+        assert (simple.status_code, simple.json()["error"]["param"]) == (400, "content-type")
+        assert real.text == ADDED
+
+
+async def test_a_gateway_without_keys_changes_adapters_for_its_own_machine_alone(
+    store_valkey: EmbeddedValkey, tmp_path: Path
+) -> None:
+    async with running(store_valkey, tmp_path, keys="", host="0.0.0.0") as rig:
+        answers = [await rig.load(lora_path="org/adapter"), await rig.unload()]
+
+        assert {answer.status_code for answer in answers} == {403}
+        assert all("--api-keys-file" in answer.json()["error"]["message"] for answer in answers)
