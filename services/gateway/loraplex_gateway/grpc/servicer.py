@@ -78,7 +78,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 yield wire.response(event)
                 guard.written()
         except LoraplexError:
-            await writer.idle()  # tokens that came before the failure
+            await writer.settled()  # tokens that came before the failure
             raise
         finally:
             await writer.close()
@@ -87,8 +87,6 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             if guard.has_fired:
                 await events.athrow(guard.error())
             await events.aclose()
-            if writer.failure is not None:
-                raise writer.failure
 
     async def GenerateOnce(
         self, request: gateway_pb2.GenerateOnceRequest, context: grpc.aio.ServicerContext[Any, Any]
