@@ -8,9 +8,10 @@ import re
 import socket
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import httpx
 import pytest
-from loraplex.v1 import gateway_pb2
+from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
 from support.gateway_rig import MODEL_NAME, running_gateway, text_request
 from support.streams import rest
 from support.waiting import eventually
@@ -89,3 +90,28 @@ async def test_the_tokens_of_a_client_that_does_not_read_come_together(valkey_ur
         assert len(texts) < MANY_TOKENS / 2
         assert max(map(len, texts)) > 100
         assert "".join(texts) == await expected_text(rig, MANY_TOKENS)
+
+
+async def test_clients_that_vanish_in_the_middle_of_a_write_are_cancelled_and_no_error(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        rig.engine.max_model_len = 200_000
+        await rig.engine.register(rig.valkey)
+        await eventually(lambda: rig.app.pool.links[0].record.max_model_len == 200_000)
+        stopping = gateway_pb2.StoppingParams(max_new_tokens=MANY_TOKENS)
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{rig.app.grpc_port}")
+        calls = [
+            gateway_pb2_grpc.GatewayServiceStub(channel).Generate(text_request(stopping=stopping)) for _ in range(32)
+        ]
+        for call in calls:
+            for _ in range(4):
+                await call.read()
+
+        await channel.close(None)
+        await eventually(lambda: rig.app.claims.num_running == 0)
+
+        async with httpx.AsyncClient(timeout=30) as client:
+            page = (await client.get(rig.metrics)).text
+        statuses = set(re.findall(r'GatewayService/Generate",grpc_status="(\w+)"', page))
+        codes = set(re.findall(r'loraplex_gateway_requests_total\{.*code="(\w+)"', page))
+        assert (statuses, codes) == ({"CANCELLED"}, {"CANCELLED"})
+        rig.check_idle()
