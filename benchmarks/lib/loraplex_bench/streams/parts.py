@@ -104,7 +104,7 @@ class Load:
     Args:
         script: Runs the parts.
         folder: Where the parts share numbers and leave what they saw.
-        arguments: Of the script.
+        arguments: The script's.
         run: Part of the request ids.
     """
 
