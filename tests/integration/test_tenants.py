@@ -259,5 +259,11 @@ def test_these_are_all_routes_but_health_and_the_sign_to_the_metrics() -> None:
 
     paths = {endpoint.path for endpoint in known if isinstance(endpoint, Endpoint)}
 
-    assert {endpoint.path for endpoint in known} - paths == {"/health", "/healthz", "/ping", "/metrics"}
+    assert {endpoint.path for endpoint in known} - paths == {
+        "/health",
+        "/healthz",
+        "/ping",
+        "/metrics",
+        "/openapi.json",
+    }
     assert paths == {path.replace(MODEL_NAME, "{name:path}") for _, path in ASKING + ADMINS_ALONE}
