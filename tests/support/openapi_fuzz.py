@@ -87,7 +87,9 @@ def _fuzz_operation(
         nonlocal num_asked
         num_asked += 1
         if isinstance(case.body, dict) and num_asked % 3:
-            case.body |= {name: values[num_asked // 3 % len(values)] for name, values in fills.items() if name in case.body}
+            case.body |= {
+                name: values[num_asked // 3 % len(values)] for name, values in fills.items() if name in case.body
+            }
         answer = case.call(base_url=url, headers=dict(headers), timeout=TIMEOUT_S)
         outcome.statuses[answer.status_code] += 1
         if answer.status_code >= 500:

@@ -56,8 +56,13 @@ def _table(rows: Iterable[Field]) -> str:
     grouped: dict[tuple[str, str], list[str]] = {}
     for field in rows:
         grouped.setdefault((_rule(field), field.note), []).append(f"`{field.name}`")
-    lines += [f"| {', '.join(names)} | {rule} | {note} |" for (rule, note), names in grouped.items()]
+    lines += [f"| {', '.join(names)} | {rule} | {_cell(note)} |" for (rule, note), names in grouped.items()]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Return a text as a cell of a table, whose columns a bar would end."""
+    return text.replace("|", "\\|")
 
 
 def _rule(field: Field) -> str:
