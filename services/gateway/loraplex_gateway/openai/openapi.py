@@ -39,7 +39,7 @@ _RANGED["sampling.seed"] = (SEEDS.start, SEEDS.stop - 1, False)  # as the body h
 
 def document(endpoints: Iterable[Endpoint | OpenEndpoint]) -> Json:
     """Return the document of all endpoints."""
-    known = list(endpoints)
+    known = [endpoint for endpoint in endpoints if not isinstance(endpoint, Endpoint) or endpoint.is_served]
     bodies = [endpoint for endpoint in known if isinstance(endpoint, Endpoint) and endpoint.body is not None]
     answers = {endpoint.answer for endpoint in known if endpoint.answer not in (None, str)}
     structs = {*(endpoint.body for endpoint in bodies), *answers, ErrorBody}
