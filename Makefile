@@ -37,6 +37,12 @@ test: $(VENV)/.dev-installed ## Run the tests that need no GPU
 	@tests/tools/ensure-prometheus.sh
 	@$(BIN)/pytest -n $(JOBS) -m "not gpu" -q -ra $(PYTEST_ARGS)
 
+# Client libraries pin what ours do not: they have an environment of their own, which the tests start them in.
+CLIENTS_VENV ?= .venv-clients
+.PHONY: test-clients
+test-clients: $(VENV)/.dev-installed $(CLIENTS_VENV)/.installed ## Run client libraries of others against a stack
+	@LORAPLEX_CLIENTS_VENV=$(abspath $(CLIENTS_VENV)) $(BIN)/pytest -q -ra tests/clients $(PYTEST_ARGS)
+
 .PHONY: test-gpu
 test-gpu: $(VENV)/.dev-installed ## Run the tests that need an NVIDIA GPU
 	@$(BIN)/pytest -m gpu -ra $(PYTEST_ARGS)
@@ -119,6 +125,13 @@ $(VENV)/.dev-installed: pyproject.toml $(VENV)/.torch-installed
 	@echo "Installing loraplex and its development tools into $(VENV)."
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.demo-installed
+
+$(CLIENTS_VENV)/.installed: tests/clients/requirements.txt
+	@$(need-python)
+	@echo "Installing client libraries into $(CLIENTS_VENV)."
+	@$(PYTHON) -m venv $(CLIENTS_VENV)
+	@$(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check -qq install -r tests/clients/requirements.txt
+	@touch $@
 
 $(VENV)/.demo-installed: pyproject.toml $(VENV)/.torch-installed
 	@echo "Installing loraplex into $(VENV)."

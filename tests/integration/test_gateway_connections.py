@@ -154,3 +154,28 @@ async def test_a_body_that_trickles_is_given_up() -> None:
         async with reader.read(Trickle(b"x").request(), tenant="a"):
             pass
     reader.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"GET /health HTTP/1.1\r\nx-long: ",
+        b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nx-trailer: ",
+        b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1;extension=",
+    ],
+    ids=["header", "trailer", "extension of a chunk"],
+)
+async def test_what_is_no_body_has_a_longest_size(valkey_url: str, start: bytes) -> None:
+    async with running_gateway(valkey_url) as rig:
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.app.http_port)
+        writer.write(start)
+        async with asyncio.timeout(20):
+            with suppress(ConnectionError):
+                for _ in range(64):
+                    writer.write(b"x" * 16384)
+                    await writer.drain()
+                while await reader.read(65536):
+                    pass
+        writer.close()
+
+        assert await complete(rig) == 200

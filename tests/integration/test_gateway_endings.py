@@ -10,7 +10,7 @@ from loraplex.v1 import gateway_pb2
 from loraplex_common.alias_feed import AdapterEntry
 from loraplex_common.errors import AdapterNotFoundError, DeadlineError, LoraplexError, ModelNotFoundError
 from loraplex_common.rpc_errors import error_from_rpc
-from loraplex_gateway.requests import relay
+from loraplex_gateway.requests import attempts, relay
 from support.engine_double import EngineDouble
 from support.gateway_rig import DIGEST, Rig, letters, running_gateway, text_request
 from support.waiting import eventually
@@ -50,7 +50,7 @@ async def test_an_engine_that_hangs_cannot_hold_a_request_beyond_the_longest_dea
 async def test_a_complete_output_is_no_failure_however_many_engines_were_lost(
     valkey_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "MAX_FRUITLESS_LOSSES", 0)
+    monkeypatch.setattr(attempts, "MAX_FRUITLESS_LOSSES", 0)
     async with running_gateway(valkey_url, reply=lambda submit: [*letters(submit), 99]) as rig:
         rig.engine.hold_at = 8  # all of max_new_tokens is out, the end is not
         rig.engine.reply = letters

@@ -17,8 +17,10 @@ from loraplex_common.errors import (
     EngineHungError,
     EngineOomError,
     NoEngineError,
+    StoreUnavailableError,
     StreamInterruptedError,
 )
+from loraplex_common.ids import new_request_id
 from loraplex_common.rpc_errors import error_from_rpc
 from loraplex_common.secret import Secret
 from loraplex_common.valkey import EmbeddedValkey
@@ -138,6 +140,84 @@ async def test_an_engine_that_registers_in_time_takes_over(valkey_url: str) -> N
         await new.kill()
         assert responses[-1].HasField("finished")
         assert len(new.submits) == 1
+
+
+OUTAGE = StoreUnavailableError("the store cannot read the adapter", retry_after_s=1.0)
+
+
+async def _moved_into_an_outage(rig: Rig, request: gateway_pb2.GenerateRequest) -> tuple[Any, list[Any], Any]:
+    """Return a stream of three tokens, those tokens, and the engine that cannot get its adapter now that its own is dead."""
+    for engine in rig.engines:
+        engine.hold_at = 3
+    call = rig.stub.Generate(request)
+    responses: list[Any] = []
+    while len(tokens_of(responses)) < 3:
+        responses.append(await call.read())
+    first = next(engine for engine in rig.engines if engine.submits)
+    second = next(engine for engine in rig.engines if engine is not first)
+    second.refuse = OUTAGE
+    second.release()
+    await first.kill()
+    await eventually(lambda: len(second.submits) >= 2)
+    return call, responses, second
+
+
+async def test_a_moved_stream_outlasts_an_outage_of_the_store(valkey_url: str) -> None:
+    stopping = gateway_pb2.StoppingParams(max_new_tokens=20)
+    async with running_gateway(valkey_url, num_engines=2) as rig:
+        call, responses, second = await _moved_into_an_outage(rig, text_request(adapter="poet", stopping=stopping))
+        second.refuse = None
+
+        responses += await rest(call)
+
+        assert tokens_of(responses) == list(letters(second.submits[-1]))
+        assert responses[-1].finished.usage.output_tokens == 20
+        rig.check_idle()
+
+
+async def test_a_moved_stream_is_interrupted_once_the_outage_lasts_too_long(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, num_engines=2, failover_wait_s=0.6) as rig:
+        call, _, _ = await _moved_into_an_outage(rig, text_request(adapter="poet"))
+
+        error = await failure_of(call)
+
+        assert isinstance(error, StreamInterruptedError)
+        assert "cannot read the adapter" in error.message
+        assert error.metadata["resume_token"]
+        rig.check_idle()
+
+
+async def test_a_moved_stream_ends_by_its_time_limit_during_an_outage(valkey_url: str) -> None:
+    request = text_request(adapter="poet")
+    request.time_limit.FromMilliseconds(1500)
+    async with running_gateway(valkey_url, num_engines=2) as rig:
+        call, responses, _ = await _moved_into_an_outage(rig, request)
+
+        responses += await rest(call)
+
+        assert responses[-1].finished.finish_reason == gateway_pb2.FINISH_REASON_TIME_LIMIT
+        rig.check_idle()
+
+
+async def test_a_moved_stream_can_be_cancelled_during_an_outage(valkey_url: str) -> None:
+    request = text_request(adapter="poet", request_id=new_request_id())
+    async with running_gateway(valkey_url, num_engines=2) as rig:
+        call, responses, _ = await _moved_into_an_outage(rig, request)
+
+        await rig.stub.CancelRequest(gateway_pb2.CancelRequestRequest(request_id=request.request_id))
+        responses += await rest(call)
+
+        assert responses[-1].finished.finish_reason == gateway_pb2.FINISH_REASON_CANCELLED
+        rig.check_idle()
+
+
+async def test_a_request_that_no_engine_began_hears_of_the_outage_at_once(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        rig.engine.refuse = OUTAGE
+
+        assert isinstance(await failure_of(rig.stub.Generate(text_request(adapter="poet"))), StoreUnavailableError)
+        sent = [submit.request_id for submit in rig.engine.submits]
+        assert len(sent) == len(set(sent))  # the channel's own retries are calls of their own
 
 
 async def test_a_request_that_an_engine_cannot_take_goes_elsewhere(valkey_url: str) -> None:

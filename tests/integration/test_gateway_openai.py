@@ -205,7 +205,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], type[openai.APIStatusError], str | N
     ({"model": ""}, openai.BadRequestError, "model"),
     ({"model": "no name"}, openai.BadRequestError, "model"),
     ({"model": "secret"}, openai.NotFoundError, None),
-    ({"echo": True}, openai.BadRequestError, "echo"),
+    ({"echo": "maybe"}, openai.BadRequestError, "echo"),
     ({"suffix": "x"}, openai.BadRequestError, "suffix"),
     ({"best_of": 3}, openai.BadRequestError, "best_of"),
     ({"n": 0}, openai.BadRequestError, "n"),
@@ -245,12 +245,14 @@ async def test_one_bad_prompt_among_several_refuses_the_call_at_once(valkey_url:
 
 
 NOT_SERVED: list[dict[str, Any]] = [
-    {"tools": [{"type": "function", "function": {"name": "f"}}]},
-    {"response_format": {"type": "json_object"}},
+    {"tools": [{"type": "web_search"}]},
+    {"extra_body": {"documents": [{"text": "x"}]}},
+    {"reasoning_effort": "low"},
+    {"response_format": {"type": "xml"}},
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
     {"top_logprobs": 3},
-    {"extra_body": {"guided_json": {"type": "object"}}},
-    {"extra_body": {"guided_regex": "a+"}},
+    {"extra_body": {"structured_outputs": {"json": {}, "whitespace_pattern": " "}}},
+    {"extra_body": {"ebnf": "root ::= 'x'"}},
     {"extra_body": {"echo": True}},
     {"extra_body": {"chat_template": "x"}},
 ]
@@ -366,3 +368,18 @@ async def test_metrics_and_health(valkey_url: str) -> None:
         while rig.app.pool.has_candidate:
             await rig.app.pool.changed.wait()
         assert (await http.get(f"{rig.http}/health")).status_code == 503
+
+
+async def test_chunks_without_counts_say_so_if_counts_are_asked_for(valkey_url: str) -> None:
+    call: dict[str, Any] = {"model": "tiny", "messages": USER, "max_tokens": 3, "stream": True}
+    async with running_gateway(valkey_url) as rig, httpx.AsyncClient(base_url=rig.http) as http:
+        asked = await http.post("/v1/chat/completions", json={**call, "stream_options": {"include_usage": True}})
+        plain = await http.post("/v1/chat/completions", json=call)
+
+    chunks, others = (
+        [json.loads(line.removeprefix("data: ")) for line in response.text.splitlines() if line.startswith("data: {")]
+        for response in (asked, plain)
+    )
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1]["usage"]["completion_tokens"] == 3
+    assert not any("usage" in chunk for chunk in others)

@@ -26,7 +26,9 @@ VALUES = [
     *('"\\u0000"', '"1e999"', "[]", "[null]", "[[]]", "[0, true]", "[-1]", '["x", 1]', '["", ""]', "{}", '{"a": 1}'),
     *('{"1": 1e300}', '{"-1": 1}', '{"1_0": 1}', '{"9999999999999": 1}', '[{"a": {"b": null}}]', '{"type": "text"}'),
 ]
-INTERNAL = re.compile(r"sampling\.|stopping\.|response_options|max_new_tokens|min_new_tokens|stop_strings|ListModels")
+INTERNAL = re.compile(
+    r"sampling\.|stopping\.|response_options|max_new_tokens|min_new_tokens|stop_strings|ListModels|structured_output\."
+)
 
 
 def with_value(body: dict[str, Any], name: str, value: str) -> bytes:
@@ -53,6 +55,28 @@ async def test_every_field_takes_every_value_or_is_named(
                 error = response.json()["error"]
                 assert str(error["param"]).startswith(name), told
                 assert not INTERNAL.search(error["message"]), told
+        rig.check_idle()
+
+
+NESTED = {
+    "response_format": ({"type": "json_schema", "json_schema": {"schema": {}}}, fields.CHAT.nested["response_format"]),
+    "structured_outputs": ({}, fields.CHAT.nested["structured_outputs"]),
+}
+
+
+async def test_every_part_of_a_constraint_takes_every_value_or_is_named(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig, httpx.AsyncClient(base_url=rig.http) as http:
+        for outer, (whole, table) in NESTED.items():
+            for name, value in ((name, value) for name in table.fields for value in VALUES):
+                inner = with_value(whole, name, value).decode().replace("{, ", "{")
+                response = await http.post("/v1/completions", content=with_value(COMPLETION, outer, inner))
+
+                told = f"{outer}.{name} = {value[:50]}: {response.status_code} {response.text[:300]}"
+                assert response.status_code in (200, 400), told
+                if response.status_code == 400:
+                    error = response.json()["error"]
+                    assert str(error["param"]).startswith((outer, "body")), told
+                    assert not INTERNAL.search(error["message"]), told
         rig.check_idle()
 
 

@@ -54,6 +54,7 @@ class EngineDouble:
         loading_first: Report a load in progress before every start.
         poison: A request of that many prompt tokens ends the session that carries it, before any token.
         gives_up_at: Position -> the error with which a request ends there, in the message of the token before it.
+        constrains: Whether its record says that it knows constraints.
         is_silent: Send nothing any more but keep the connection, as a stopped process does.
         finish: Reason of the end after the reply's last token; a reply that ends in a stop token says so.
     """
@@ -71,6 +72,7 @@ class EngineDouble:
     poison: int | None = None
     gives_up_at: dict[int, LoraplexError] = field(default_factory=dict)
     is_silent: bool = False
+    constrains: bool = True
 
     def __post_init__(self) -> None:
         self.engine_id = f"engine-{uuid.uuid4().hex[:8]}"
@@ -112,6 +114,7 @@ class EngineDouble:
             block_tokens=16,
             page_bytes=65536,
             max_image_pages=32,
+            constrains=self.constrains,
         )
 
     async def kill(self) -> None:

@@ -108,6 +108,7 @@ async def running_gateway(
     base: BaseModelInfo | None = None,
     resident_on: dict[int, set[str]] | None = None,
     channel_options: dict[str, Any] | None = None,
+    max_model_len: int = 512,
     **overrides: Any,
 ) -> AsyncIterator[Rig]:
     """Run a gateway with engine doubles; adapter `poet` has the labels latest and prod, `secret` is for tenant vip."""
@@ -119,7 +120,8 @@ async def running_gateway(
     store.put("stranger", {"latest": "ef" * 32}, fingerprint="00" * 32)
     client = valkey.connect(valkey_url)
     engines = [
-        EngineDouble(base=base, reply=reply, resident=(resident_on or {}).get(n, set())) for n in range(num_engines)
+        EngineDouble(base=base, reply=reply, resident=(resident_on or {}).get(n, set()), max_model_len=max_model_len)
+        for n in range(num_engines)
     ]
     for engine in engines:
         await engine.start()

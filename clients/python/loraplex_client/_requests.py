@@ -11,8 +11,9 @@ from google.protobuf.duration_pb2 import Duration
 from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import InvalidParameterError
 
-ChatMessage = Mapping[str, str]
-"""One turn: ``{"role": ..., "content": ...}`` and optionally ``"name"``."""
+ChatMessage = Mapping[str, Any]
+"""One turn: ``{"role": ..., "content": ...}``, optionally with ``"name"``, ``"tool_calls"`` (OpenAI's, of an assistant's turn,
+whose content may then be None), ``"tool_call_id"`` (of a turn of the role ``tool``) and ``"reasoning"``."""
 
 
 class PromptOptions(TypedDict, total=False):
@@ -23,6 +24,7 @@ class PromptOptions(TypedDict, total=False):
         prompt_token_ids: Token ids, used as they are.
         messages: A conversation, rendered through the model's chat template.
         chat_template_kwargs: Further variables of the chat template, JSON values; e.g. ``{"enable_thinking": False}``.
+        tools: Functions that the model is told of, OpenAI's ``tools``; the output is text as the model writes it.
         model: Base model; may be left out where the gateway fronts exactly one.
     """
 
@@ -30,6 +32,7 @@ class PromptOptions(TypedDict, total=False):
     prompt_token_ids: Sequence[int] | None
     messages: Sequence[ChatMessage] | None
     chat_template_kwargs: Mapping[str, Any] | None
+    tools: Sequence[Mapping[str, Any]] | None
     model: str | None
 
 
@@ -41,7 +44,7 @@ class GenerateOptions(PromptOptions, total=False):
         adapter_scale: Multiplies the adapter's own scaling, 0 to 100.
         add_generation_prompt: Whether the chat template opens the assistant's turn. Default true.
         continue_final_message: Whether the last assistant turn is continued, not closed.
-        max_new_tokens: Most tokens to generate. Default: what is left of the longest sequence.
+        max_new_tokens: Most tokens to generate; 0 only reads the prompt. Default: what is left of the longest sequence.
         min_new_tokens: Tokens before which nothing may end the output.
         stop: String or strings that end the output.
         stop_token_ids: Token ids that end the output, besides the model's end-of-text ids.
@@ -57,6 +60,10 @@ class GenerateOptions(PromptOptions, total=False):
         frequency_penalty: Subtracted per occurrence in the output.
         logit_bias: Token id -> what is added to its logit.
         allowed_token_ids: If given, only these can be drawn.
+        bad_words: String or strings that are never generated, at their beginning or after a space.
+        structured_output: What the output must look like: a mapping with one of ``json_schema`` (the schema, or its text),
+            ``regex``, ``choice`` (strings), ``grammar``, ``structural_tag`` (as JSON or its text) and ``json_object`` (True).
+        truncate_prompt_tokens: Keep only so many of the prompt's last tokens; -1 as many as leave room for the output.
         logprobs: Probabilities of the drawn token and this many likeliest ones.
         prompt_logprobs: As ``logprobs``, for the prompt.
         skip_special_tokens: Whether special tokens are left out of the text. Default true.
@@ -92,6 +99,9 @@ class GenerateOptions(PromptOptions, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     allowed_token_ids: Sequence[int] | None
+    bad_words: str | Sequence[str] | None
+    structured_output: Mapping[str, Any] | None
+    truncate_prompt_tokens: int | None
     logprobs: int | None
     prompt_logprobs: int | None
     skip_special_tokens: bool | None
@@ -110,6 +120,7 @@ class GenerateOptions(PromptOptions, total=False):
 # Options that are a field of the same name: option -> submessage ("" means the request itself).
 _SCALARS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("model", "adapter", "adapter_scale", "cache_salt", "affinity_key", "progress_events"), ""),
+    "truncate_prompt_tokens": "",
     **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "seed"), "sampling"),
     **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), "sampling"),
     **dict.fromkeys(("max_new_tokens", "min_new_tokens", "ignore_eos", "include_stop"), "stopping"),
@@ -119,6 +130,7 @@ _REPEATED: Final[Mapping[str, tuple[str, str]]] = {
     "stop": ("stopping", "stop_strings"),
     "stop_token_ids": ("stopping", "stop_token_ids"),
     "allowed_token_ids": ("sampling", "allowed_token_ids"),
+    "bad_words": ("sampling", "bad_words"),
 }
 _DURATIONS: Final[Mapping[str, str]] = {"queue_timeout_s": "queue_timeout", "time_limit_s": "time_limit"}
 _ENUMS: Final[Mapping[str, Callable[[str], int]]] = {
@@ -126,7 +138,7 @@ _ENUMS: Final[Mapping[str, Callable[[str], int]]] = {
     "load_policy": lambda value: gateway_pb2.LoadPolicy.Value(f"LOAD_POLICY_{value.upper()}"),
 }
 _PROMPTS: Final = ("prompt", "prompt_token_ids", "messages")
-_CHAT_FLAGS: Final = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_CHAT_FLAGS: Final = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 
 
 def generate_request(options: GenerateOptions) -> gateway_pb2.GenerateRequest:
@@ -161,6 +173,7 @@ def tokenize_request(
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
     chat_template_kwargs: Mapping[str, Any] | None,
+    tools: Sequence[Mapping[str, Any]] | None,
 ) -> gateway_pb2.TokenizeRequest:
     """Build a TokenizeRequest from a prompt or messages; None leaves an option to the server.
 
@@ -174,6 +187,7 @@ def tokenize_request(
         "add_generation_prompt": add_generation_prompt,
         "continue_final_message": continue_final_message,
         "chat_template_kwargs": chat_template_kwargs,
+        "tools": tools,
     }
     _set_prompt(request, {name: value for name, value in options.items() if value is not None})
     return request
@@ -201,28 +215,57 @@ def _set_prompt(request: gateway_pb2.GenerateRequest | gateway_pb2.TokenizeReque
 
 
 def _chat_messages(
-    messages: Iterable[ChatMessage], *, chat_template_kwargs: Mapping[str, Any] | None = None, **flags: bool
+    messages: Iterable[ChatMessage],
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Iterable[Mapping[str, Any]] | None = None,
+    **flags: bool,
 ) -> gateway_pb2.ChatMessages:
     """Return the conversation.
 
     Raises:
-        InvalidParameterError: If a variable is no JSON value.
-        ValueError: If a message has a key that is not served, or no content.
+        InvalidParameterError: If a variable or a function is no JSON value.
+        ValueError: If a message has a key that is not served, or neither content nor calls.
         TypeError: If a message is no mapping, or a value no string.
     """
-    turns = []
-    for n, message in enumerate(messages):
-        if message.get("content") is None:
-            raise ValueError(f"message {n} has no content")
-        turns.append(gateway_pb2.ChatMessage(**message))  # type: ignore[arg-type]
+    turns = [_turn(n, message) for n, message in enumerate(messages)]
     chat = gateway_pb2.ChatMessages(messages=turns, **flags)  # type: ignore[arg-type]
     for name, value in (chat_template_kwargs or {}).items():
-        try:
-            chat.chat_template_kwargs[name] = json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            field = f"chat_template_kwargs.{name}"
-            raise InvalidParameterError(f"{field} is no JSON value: {error}", field=field) from error
+        chat.chat_template_kwargs[name] = _json(f"chat_template_kwargs.{name}", value)
+    chat.tools.extend(_json(f"tools[{n}]", tool.get("function", tool)) for n, tool in enumerate(tools or ()))
     return chat
+
+
+def _turn(n: int, message: ChatMessage) -> gateway_pb2.ChatMessage:
+    fields = dict(message)
+    calls = [
+        _tool_call(f"messages[{n}].tool_calls[{i}]", call)
+        for i, call in enumerate(fields.pop("tool_calls", None) or ())
+    ]
+    if fields.get("content") is None:
+        if not calls:
+            raise ValueError(f"message {n} has no content")
+        fields["content"] = ""
+    if "reasoning_content" in fields:  # vLLM's other name
+        fields["reasoning"] = fields.pop("reasoning_content")
+    return gateway_pb2.ChatMessage(**fields, tool_calls=calls)
+
+
+def _tool_call(field: str, call: Mapping[str, Any]) -> gateway_pb2.ToolCall:
+    """Return a call of OpenAI's shape; its arguments may be an object as well as an object's text."""
+    function = call["function"] if isinstance(call.get("function"), Mapping) else {}
+    name, arguments = function.get("name"), function.get("arguments", "")
+    if name is None:
+        raise InvalidParameterError(f"{field} names no function", field=field)
+    text = arguments if isinstance(arguments, str) else _json(f"{field}.function.arguments", arguments)
+    return gateway_pb2.ToolCall(id=call.get("id") or "", name=name, arguments=text)
+
+
+def _json(field: str, value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidParameterError(f"{field} is no JSON value: {error}", field=field) from error
 
 
 def _set_option(request: gateway_pb2.GenerateRequest, name: str, value: Any) -> None:
@@ -236,9 +279,22 @@ def _set_option(request: gateway_pb2.GenerateRequest, name: str, value: Any) -> 
         getattr(request, _DURATIONS[name]).CopyFrom(duration(value))
     elif name in _ENUMS:
         setattr(request, name, _ENUMS[name](value))
+    elif name == "structured_output":
+        request.structured_output.CopyFrom(_structured_output(value))
     else:
         assert name == "logit_bias", name  # all others of GenerateOptions have been named above
         request.sampling.logit_bias.update(value)
+
+
+def _structured_output(wanted: Mapping[str, Any]) -> gateway_pb2.StructuredOutput:
+    if len(wanted) != 1:
+        raise ValueError("it must have exactly one constraint")
+    ((kind, value),) = wanted.items()
+    if kind == "choice":
+        value = gateway_pb2.StructuredOutput.Choices(choices=value)
+    elif kind in ("json_schema", "structural_tag") and not isinstance(value, str):
+        value = json.dumps(value, allow_nan=False)
+    return gateway_pb2.StructuredOutput(**{kind: value})
 
 
 def duration(seconds: float) -> Duration:

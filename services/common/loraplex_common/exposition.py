@@ -27,7 +27,7 @@ from loraplex_common.errors import UnauthenticatedError
 from loraplex_common.rights import METRICS_READERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
     from prometheus_client.core import Metric
     from prometheus_client.samples import Sample
@@ -105,15 +105,18 @@ class Exposition:
         registry: The metrics.
         audience: Decides which scrapes see private values; by default none does.
         vllm_labels: Added to every sample whose name begins with ``vllm:`` and that lacks them.
+        refresh: Awaited before each scrape; gathers what the registry shows, where that is not in this process.
     """
 
     def __init__(
         self,
-        registry: CollectorRegistry,
+        registry: CollectorRegistry | Collector,
         *,
         audience: Audience | None = None,
         vllm_labels: Mapping[str, str] | None = None,
+        refresh: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        self.refresh = refresh
         self._registry = registry
         self._audience = audience or Audience()
         self._vllm_labels = dict(vllm_labels or {})
@@ -134,7 +137,9 @@ class Exposition:
 class _View(Collector):
     """A registry as one scrape sees it."""
 
-    def __init__(self, registry: CollectorRegistry, vllm_labels: Mapping[str, str], *, is_open: bool) -> None:
+    def __init__(
+        self, registry: CollectorRegistry | Collector, vllm_labels: Mapping[str, str], *, is_open: bool
+    ) -> None:
         self._registry = registry
         self._vllm_labels = vllm_labels
         self._is_open = is_open

@@ -58,8 +58,6 @@ _OPTIONS: Final = (
     # While it estimates a link's bandwidth, gRPC lets every stream send megabytes that no reader has asked for. A
     # message that is being read is still asked for by its length.
     ("grpc.http2.bdp_probe", 0),
-    # Two servers on one port must be an error; otherwise each connection reaches either of them at random.
-    ("grpc.so_reuseport", 0),
 )
 
 
@@ -77,6 +75,8 @@ class ServerConfig:
             on for as long as they take. Clients reconnect by themselves and find new servers. 0 for no limit.
         refuses_unknown_fields: Whether requests with fields that our protos do not have are refused. Meant for clients'
             requests; between our own services a newer peer's field is ignored.
+        shares_port: Whether other processes of the same service may listen on the port. Two servers on one port are an
+            error otherwise: each connection would reach either of them at random.
     """
 
     host: str = "127.0.0.1"
@@ -89,6 +89,7 @@ class ServerConfig:
     max_concurrent_streams: int | None = None
     max_connection_age_s: float = 0.0
     refuses_unknown_fields: bool = False
+    shares_port: bool = False
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -106,6 +107,7 @@ class ServerConfig:
     def options(self) -> list[tuple[str, int]]:
         """Return gRPC's options for this configuration."""
         options = [("grpc.max_allowed_incoming_connections", self.most_connections)]
+        options.append(("grpc.so_reuseport", int(self.shares_port)))
         if self.max_concurrent_streams is not None:
             options.append(("grpc.max_concurrent_streams", self.max_concurrent_streams))
         if self.max_connection_age_s:

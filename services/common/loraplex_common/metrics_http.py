@@ -83,6 +83,8 @@ class MetricsServer:
 
 
 async def _on_loop(exposition: Exposition, accept: str, authorization: str | None) -> Page:
+    if exposition.refresh is not None:
+        await exposition.refresh()
     return exposition.render(accept=accept, authorization=authorization)
 
 

@@ -69,6 +69,8 @@ class EngineRecord:
         base_model: Served name of the base model.
         max_image_pages: Pages of the largest adapter image that the pool can ever hold.
         is_draining: True once it takes no new requests.
+        constrains: Whether it knows constraints on outputs: structured output and sequences that are never drawn. Engines
+            of earlier versions pass over what they do not know.
     """
 
     engine_id: str
@@ -83,6 +85,7 @@ class EngineRecord:
     page_bytes: int
     max_image_pages: int
     is_draining: bool = False
+    constrains: bool = False
     version: str = field(default_factory=package_version)
 
     def to_json(self) -> str:

@@ -14,6 +14,11 @@ MAX_WAIT_S: Final = 7 * 86400.0
 MAX_PROMPT_LOGPROBS: Final = 100_000
 # Limit of the turns of a conversation; a template is run over each of them.
 MAX_MESSAGES: Final = 16_384
+# A constraint's text: schemas of thousands of fields are a few hundred KiB.
+MAX_CONSTRAINT_BYTES: Final = 512 * 1024
+MAX_CONSTRAINT_DEPTH: Final = 128
+MAX_CHOICES: Final = 1024
+MAX_BAD_WORD_BYTES: Final = 256
 
 
 NOTHING_LEFT: Final = (
@@ -45,7 +50,7 @@ RANGES: Final[Mapping[str, Range]] = {
     "presence_penalty": Range(-2, 2),
     "frequency_penalty": Range(-2, 2),
     "logit_bias": Range(-100, 100),
-    "max_new_tokens": Range(1, MAX_INT32),
+    "max_new_tokens": Range(1, MAX_INT32),  # of a gateway 0 as well, see `loraplex_gateway.requests.validation`
     "min_new_tokens": Range(0, MAX_INT32),
     "logprobs": Range(0, 20),
     "prompt_logprobs": Range(0, 20),
@@ -56,6 +61,7 @@ RANGES: Final[Mapping[str, Range]] = {
 MAX_ENTRIES: Final[Mapping[str, int]] = {
     "logit_bias": 1024,
     "allowed_token_ids": 1024,
+    "bad_words": 64,
     "stop_strings": 16,
     "stop_token_ids": 64,
 }

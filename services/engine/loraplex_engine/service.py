@@ -280,6 +280,7 @@ class EngineService:
             block_tokens=limits.block_tokens,
             page_bytes=limits.page_bytes,
             max_image_pages=limits.max_image_pages,
+            constrains=True,
             version=importlib.metadata.version("loraplex"),
         )
 

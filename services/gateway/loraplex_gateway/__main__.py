@@ -6,36 +6,17 @@ import asyncio
 import sys
 
 from loraplex_common import log, settings
-from loraplex_common.base_model import BaseModelError
 from loraplex_common.descriptors import raise_limit
 from loraplex_common.heap import keep_heap_small
-from loraplex_common.keys_file import KeysFileError
-from loraplex_common.lifecycle import announce_ready, stop_on_signals
 from loraplex_common.ports import require_free
-from loraplex_common.quotas_file import QuotasFileError
 
-from loraplex_gateway.app import GatewayApp
 from loraplex_gateway.config import GatewayConfig
-from loraplex_gateway.resume.keys import ResumeKeyError
-from loraplex_gateway.text.chat_template import ChatTemplateError
-
-
-async def serve(config: GatewayConfig) -> None:
-    """Run one gateway until SIGTERM or SIGINT, then drain it."""
-    stop = stop_on_signals()
-    app = GatewayApp(config)
-    try:
-        await app.start()
-        ports = {"grpc": app.grpc_port, "http": app.http_port, "metrics": app.metrics_port}
-        announce_ready("gateway", **{kind: f"{config.host}:{port}" for kind, port in ports.items()})
-        await app.run_until(stop)
-        await app.drain()
-    finally:
-        await app.close()
+from loraplex_gateway.process import STARTING_ERRORS, run, serve
+from loraplex_gateway.workers.parent import Parent
 
 
 def main() -> None:
-    """Read the configuration and serve."""
+    """Read the configuration and serve, in this process or in those that it keeps."""
     config = settings.load(GatewayConfig, service="gateway")
     log.configure("gateway", config.log_level, config.log_format)
     raise_limit()
@@ -44,8 +25,11 @@ def main() -> None:
     try:
         ports = {"--port": config.port, "--http-port": config.http_port, "--metrics-port": config.metrics_port}
         require_free(config.host, ports)
-        asyncio.run(serve(config))
-    except (BaseModelError, ChatTemplateError, KeysFileError, QuotasFileError, ResumeKeyError, OSError) as error:
+        if config.workers > 1:
+            asyncio.run(Parent(config, sys.argv[1:]).serve())
+        else:
+            run(serve(config))
+    except STARTING_ERRORS as error:
         sys.exit(f"loraplex-gateway: {error}")
 
 

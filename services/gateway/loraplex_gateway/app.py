@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.adapter_names import AdapterNames
@@ -37,16 +38,25 @@ from loraplex_gateway.requests.listing import ModelListing
 from loraplex_gateway.requests.preparation import Preparer, RequestLimits
 from loraplex_gateway.requests.resumption import Resumption
 from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
-from loraplex_gateway.servers import add_services, grpc_server, http_server, metrics_server, store_channel
+from loraplex_gateway.servers import (
+    add_services,
+    control_server,
+    grpc_server,
+    http_server,
+    metrics_server,
+    store_channel,
+)
 from loraplex_gateway.text.fair_workers import FairWorkers
 from loraplex_gateway.text.models import ModelCatalog, load_served_models
+from loraplex_gateway.workers.setup import new_gateway_id
 
 if TYPE_CHECKING:
-    import grpc
     from loraplex_common.grpc_server import GrpcServer
 
     from loraplex_gateway.config import GatewayConfig
     from loraplex_gateway.openai.server import HttpServer
+    from loraplex_gateway.workers.control import ControlServer
+    from loraplex_gateway.workers.setup import WorkerSetup
 
 # How long `start` waits for the first look at engines and names, so that "ready" means ready where all is well.
 FIRST_SYNC_S: Final = 5.0
@@ -62,6 +72,7 @@ class GatewayApp:
 
     Args:
         config: Its ports, its peers and its limits.
+        setup: What a worker shares with its siblings; None for a gateway of one process.
 
     Attributes:
         grpc_port: Bound gRPC port, once started.
@@ -71,17 +82,20 @@ class GatewayApp:
         workers: Prepare prompts away from the event loop.
     """
 
-    def __init__(self, config: GatewayConfig) -> None:
-        self.config = config
+    def __init__(self, config: GatewayConfig, setup: WorkerSetup | None = None) -> None:
+        if setup is not None:
+            config = replace(config, port=setup.port, http_port=setup.http_port)
+        self.config, self._setup = config, setup
         self.grpc_port = 0
         self.http_port = 0
         self.metrics_port = 0
-        self.gateway_id = f"gateway-{uuid.uuid4().hex[:12]}"
+        self.gateway_id = new_gateway_id() if setup is None else setup.gateway_id
         self._metrics_registry = new_registry("gateway")
         self._authenticator = Authenticator.from_file(config.api_keys_file)
         self.workers = FairWorkers()
         self._valkey = config.connect_valkey(config.redis_url)
         self._peers = config.peers()
+        self._dial = partial(self._peers.open, tls_name=config.engine_tls_name)
         self._store = store_channel(config, self._peers)
         self._store_admin = StoreAdmin.over(store_channel(config, self._peers.without_key()))
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
@@ -105,7 +119,7 @@ class GatewayApp:
         self._models = ModelList(self._listing, created=int(time.time()))
         self._grpc = self._make_grpc()
         self.http = self._make_http()
-        self._metrics_server = metrics_server(config, self._authenticator, self._metrics_registry)
+        self._metrics_server = metrics_server(config, self._authenticator, self._metrics_registry, self._as_worker())
         self._supervisor = Supervisor()
         self._is_draining = False
 
@@ -140,7 +154,11 @@ class GatewayApp:
             async with asyncio.timeout(FIRST_SYNC_S):
                 await self._first_sync()
         except TimeoutError:
-            _log.warning("started without a full view", has_engine=self.pool.has_candidate, has_names=self._has_names())
+            _log.warning(
+                "started without a full view",
+                has_engine=self.pool.has_candidate,
+                has_names=self._store is None or self.names.is_synced,
+            )
         self._supervisor.spawn(self._registry.run(), name="registry-watcher")
 
     async def run_until(self, stop: asyncio.Event) -> None:
@@ -204,17 +222,11 @@ class GatewayApp:
         if self._store is not None:
             await self.names.wait_until_synced()
 
-    def _has_names(self) -> bool:
-        return self._store is None or self.names.is_synced
-
     async def _report_readiness(self) -> None:
         while True:
             changed = self.pool.changed
             self._grpc.set_ready(self.is_ready)
             await changed.wait()
-
-    def _dial_engine(self, target: str) -> grpc.aio.Channel:
-        return self._peers.open(target, tls_name=self.config.engine_tls_name)
 
     def _load_models(self) -> ModelCatalog:
         config = self.config
@@ -230,7 +242,7 @@ class GatewayApp:
             max_buffered_tokens=config.max_buffered_tokens,
             silence_s=config.engine_silence_s,
             failover_wait_s=config.failover_wait_s,
-            dial=self._dial_engine,
+            dial=self._dial,
         )
 
     def _make_metrics(self) -> GatewayMetrics:
@@ -239,6 +251,14 @@ class GatewayApp:
         fleet = FleetCollector(self.catalog, self.pool, self._adapter_names, metrics.vllm.num_waiting)
         self._metrics_registry.register(fleet)
         return metrics
+
+    def _as_worker(self) -> ControlServer | None:
+        """Return what shows this process's metrics to a parent, and how its siblings reach it; None without any."""
+        return (
+            None
+            if self._setup is None
+            else control_server(self._setup, self.core, self.metrics, self._metrics_registry)
+        )
 
     def _make_quotas(self) -> TenantQuotas:
         config = self.config
@@ -250,14 +270,12 @@ class GatewayApp:
         )
 
     def _make_core(self) -> GatewayCore:
-        preparer = Preparer(
-            self.catalog,
-            self.names,
-            self.pool,
-            limits=RequestLimits(
-                max_stream_s=self.config.max_stream_s, max_bytes_per_token=self.config.max_prompt_bytes_per_token
-            ),
+        limits = RequestLimits(
+            max_stream_s=self.config.max_stream_s,
+            max_bytes_per_token=self.config.max_prompt_bytes_per_token,
+            takes_chat_templates=self.config.allow_request_chat_template,
         )
+        preparer = Preparer(self.catalog, self.names, self.pool, limits=limits)
         return GatewayCore(
             preparer,
             self.admission,
@@ -272,8 +290,10 @@ class GatewayApp:
         generation = GatewayServicer(
             self.core, self.quotas, self.catalog, self._listing, slow_client_s=self.config.slow_client_s
         )
-        server = grpc_server(self.config, self._authenticator, self._metrics_registry)
-        add_services(server, generation, FleetServicer(self.pool, self._dial_engine))
+        server = grpc_server(
+            self.config, self._authenticator, self._metrics_registry, shares_port=self._setup is not None
+        )
+        add_services(server, generation, FleetServicer(self.pool, self._dial))
         return server
 
     def _make_http(self) -> HttpServer:
@@ -294,4 +314,4 @@ class GatewayApp:
             num_requests=lambda: self.admission.num_running + self.admission.num_waiting,
             cors_origins=self.config.cors_allow_origin,
         )
-        return http_server(self.config, make_app(context))
+        return http_server(self.config, make_app(context), shares_port=self._setup is not None)

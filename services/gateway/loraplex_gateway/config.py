@@ -30,6 +30,7 @@ class GatewayConfig(ServiceSettings):
         store_tls_name: What the adapter store's certificate must be for; None means its host.
         quotas_file: What tenants may use, see `loraplex_common.quotas_file`; None sets no limits.
         cors_allow_origin: Web pages of these origins may read answers of the HTTP port; ``*`` means all.
+        workers: Processes that share the two ports for clients; limits and memory are each one's own.
         metrics_port: Port of /metrics, for scrapers: it shows what no client needs to know.
         metrics_key: Shows scrapers that send it restricted adapters and tenants, as do the API keys of the roles admin
             and metrics.
@@ -39,6 +40,8 @@ class GatewayConfig(ServiceSettings):
         max_connections: Most connections at once, of gRPC and of HTTP each; fewer where descriptors are short.
         max_connection_age_s: Time after which a connection takes no further requests; those under way end undisturbed.
         max_prompt_bytes_per_token: Text of more bytes than this x the longest sequence is refused before it is tokenised.
+        allow_request_chat_template: Whether a chat may bring a template of its own: a program of the client's, in a sandbox
+            that bounds what it reaches, not how long it runs. For trusted clients only.
         resume_key_file: Keys of at least 32 characters, one a line, that seal resume tokens: the first seals, all of them open.
             Read again when it changes. None: the gateways agree on a key in Valkey.
         resume_window_s: How long after its start a client may resume a broken stream; 0 turns that off.
@@ -67,6 +70,7 @@ class GatewayConfig(ServiceSettings):
     cors_allow_origin: tuple[str, ...] = setting(
         (), help="let web pages of this origin call the HTTP port, * for all (repeat for several)", metavar="ORIGIN"
     )
+    workers: int = setting(1, help="processes that share the gRPC and the HTTP port; limits count for each")
     metrics_port: int = setting(8502, help="HTTP port of /metrics, 0 picks a free one")
     metrics_key: Secret | None = secret(help="the key that lets a scraper see restricted adapters and tenants")
     quotas_file: Path | None = setting(None, help="limits of tenants, TOML; see docs/quotas.md", metavar="FILE")
@@ -81,6 +85,7 @@ class GatewayConfig(ServiceSettings):
     max_prompt_bytes_per_token: int = setting(
         16, help="a prompt's bytes are at most this x the longest sequence's tokens; longer text is not tokenised"
     )
+    allow_request_chat_template: bool = setting(False, help="take chat templates from (trusted) clients' requests")
     resume_key_file: Path | None = setting(
         None, help="keys that seal resume tokens, one a line (default: agreed on in Valkey)", metavar="FILE"
     )
@@ -113,7 +118,7 @@ class GatewayConfig(ServiceSettings):
             "slow_client_s",
             "engine_silence_s",
         )
-        for name in (*positive, "max_prompt_bytes_per_token", "max_connections"):
+        for name in (*positive, "max_prompt_bytes_per_token", "max_connections", "workers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         for name in (

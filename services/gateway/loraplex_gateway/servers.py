@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from loraplex.v1 import fleet_pb2_grpc, gateway_pb2_grpc
@@ -15,6 +16,7 @@ from loraplex_common.tls_files import TlsFiles
 from loraplex_common.vllm_metrics import FLEET_LABEL
 
 from loraplex_gateway.openai.server import HttpServer
+from loraplex_gateway.workers.control import ControlServer, cancel_at_sibling
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Authenticator
@@ -25,13 +27,18 @@ if TYPE_CHECKING:
     from loraplex_gateway.config import GatewayConfig
     from loraplex_gateway.grpc.servicer import GatewayServicer
     from loraplex_gateway.grpc.servicer_fleet import FleetServicer
+    from loraplex_gateway.metrics.gateway import GatewayMetrics
+    from loraplex_gateway.requests.core import GatewayCore
+    from loraplex_gateway.workers.setup import WorkerSetup
 
 # Per connection. A call beyond them waits at its client without a word, so saturation must be told long before.
 MAX_STREAMS: Final = 16_384
 
 
-def grpc_server(config: GatewayConfig, authenticator: Authenticator, registry: CollectorRegistry) -> GrpcServer:
-    """Return the gRPC server, without a service yet."""
+def grpc_server(
+    config: GatewayConfig, authenticator: Authenticator, registry: CollectorRegistry, *, shares_port: bool
+) -> GrpcServer:
+    """Return the gRPC server, without a service yet; `shares_port` lets further workers listen where it does."""
     return GrpcServer(
         config.listen_config(
             config.host,
@@ -41,6 +48,7 @@ def grpc_server(config: GatewayConfig, authenticator: Authenticator, registry: C
             max_concurrent_streams=MAX_STREAMS,
             max_connection_age_s=config.max_connection_age_s,
             refuses_unknown_fields=True,
+            shares_port=shares_port,
         ),
         authenticator=authenticator,
         metrics=RpcMetrics(registry),
@@ -60,26 +68,39 @@ def store_channel(config: GatewayConfig, peers: Peers) -> PeerChannel | None:
     return PeerChannel(peers, config.store_target, tls_name=config.store_tls_name) if config.store_target else None
 
 
-def http_server(config: GatewayConfig, app: ASGIApp) -> HttpServer:
-    """Return the server of the OpenAI-compatible API."""
+def http_server(config: GatewayConfig, app: ASGIApp, *, shares_port: bool) -> HttpServer:
+    """Return the server of the OpenAI-compatible API; `shares_port` lets further workers listen where it does."""
     return HttpServer(
         app,
         host=config.host,
         port=config.http_port,
+        shares_port=shares_port,
         max_connections=_max_connections(config),
         max_connection_age_s=config.max_connection_age_s,
         tls=TlsFiles(cert=config.tls_cert, key=config.tls_key, ca=config.tls_client_ca),
     )
 
 
-def metrics_server(config: GatewayConfig, authenticator: Authenticator, registry: CollectorRegistry) -> MetricsServer:
-    """Return the server of /metrics."""
+def metrics_server(
+    config: GatewayConfig, authenticator: Authenticator, registry: CollectorRegistry, control: ControlServer | None
+) -> MetricsServer | ControlServer:
+    """Return what shows the metrics: the server of /metrics, or in a worker `control`, as its parent has that."""
+    if control is not None:
+        return control
     exposition = Exposition(
         registry,
         audience=Audience(config.metrics_key, authenticator),
         vllm_labels={"engine": FLEET_LABEL},
     )
     return MetricsServer(exposition, config.host, config.metrics_port)
+
+
+def control_server(
+    setup: WorkerSetup, core: GatewayCore, metrics: GatewayMetrics, registry: CollectorRegistry
+) -> ControlServer:
+    """Return a worker's control socket, and have its core ask its siblings by theirs."""
+    core.cancel_elsewhere = partial(cancel_at_sibling, setup)
+    return ControlServer(setup, registry, metrics.vllm.num_waiting, core.cancel_here)
 
 
 def _max_connections(config: GatewayConfig) -> int:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from loraplex_common.structured_output import StructuredOutput
+
+from loraplex_gateway.prompts import ChatMessage as ChatMessage
+from loraplex_gateway.prompts import ChatPrompt as ChatPrompt
+from loraplex_gateway.prompts import OutputParsing as OutputParsing
+from loraplex_gateway.prompts import Prompt as Prompt
+from loraplex_gateway.prompts import PromptText as PromptText
+from loraplex_gateway.prompts import TextPrompt as TextPrompt
+from loraplex_gateway.prompts import TokenPrompt as TokenPrompt
+from loraplex_gateway.prompts import ToolCall as ToolCall
+from loraplex_gateway.prompts import ToolMode as ToolMode
 
 
 class FinishReason(enum.IntEnum):
@@ -25,67 +35,6 @@ class Priority(enum.IntEnum):
     BATCH = 1
     NORMAL = 2
     HIGH = 3
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ToolCall:
-    """One call of a function that an assistant's turn made; the arguments are a JSON object's text."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChatMessage:
-    """One turn of a conversation.
-
-    Attributes:
-        tool_calls: Of an assistant's turn.
-        tool_call_id: The call that a turn of role ``tool`` answers.
-        reasoning: What an assistant's turn thought before its content.
-    """
-
-    role: str
-    content: str
-    name: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str | None = None
-    reasoning: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextPrompt:
-    """Text, tokenised with the model's special tokens unless told otherwise."""
-
-    text: str
-    add_special_tokens: bool = True
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenPrompt:
-    """Token ids, used as they are."""
-
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChatPrompt:
-    """A conversation, rendered through the chat template.
-
-    Attributes:
-        template_kwargs: Further variables of the template, JSON values by name.
-        tools: JSON objects of OpenAI's ``tools[].function``, in their order.
-    """
-
-    messages: tuple[ChatMessage, ...]
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    tools: tuple[Mapping[str, Any], ...] = ()
-
-
-Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,13 +68,18 @@ class Stopping:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResponseOptions:
-    """What the chunks carry; logprobs counts are `None` for none at all."""
+    """What the chunks carry; logprobs counts are `None` for none at all.
+
+    Attributes:
+        prompt_text: Whether `Started` brings the prompt's text.
+    """
 
     text: bool = True
     token_ids: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    prompt_text: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +118,8 @@ class GenerationRequest:
         resume: The stream that it goes on with; None starts one.
         structured_output: What the output must look like; None for anything.
         truncate_prompt_tokens: Number of the prompt's last tokens to keep; -1 as many as have room; None for all.
+        truncates_end: Keep the first tokens of a prompt that is truncated, not the last ones.
+        parsing: How the output of a chat is taken apart; None leaves it as the model writes it.
     """
 
     prompt: Prompt | None
@@ -188,6 +144,8 @@ class GenerationRequest:
     resume: Resume | None = None
     structured_output: StructuredOutput | None = None
     truncate_prompt_tokens: int | None = None
+    truncates_end: bool = False
+    parsing: OutputParsing | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,7 +202,16 @@ class AdapterLoading:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Started:
-    """An engine runs the request."""
+    """An engine runs the request.
+
+    Attributes:
+        prompt_token_ids: The prompt's tokens.
+        prompt_logprobs: For each of the prompt's tokens after the first, if they were asked for.
+        prompt_text: If it was asked for.
+        sampling: How tokens are drawn, the model's defaults filled in.
+        make_parser: Returns a new `chat_output.deltas.ChatParser` for the text of the chunks; None: all of it is content.
+        thought_end_id: The token that ends the thoughts of an output that begins with them; None if there is none.
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -253,6 +220,11 @@ class Started:
     seed: int
     resume_token: str = ""
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    sampling: Sampling = Sampling()
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_text: PromptText | None = None
+    make_parser: Callable[[], Any] | None = None
+    thought_end_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

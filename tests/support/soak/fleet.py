@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import secrets
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +29,9 @@ PATIENCE_S: Final = 2.0
 VALKEY_BYTES: Final = 2**30
 START_ATTEMPTS: Final = 5
 QUIET_PORT: Final = ("--metrics-port", "0")
+# Below the ports that Linux gives to whichever process asks for a free one: else a stranger may hold a part's port when
+# the part is started again.
+STEADY_PORTS: Final = range(12_000, 32_000)
 
 
 class Role(Enum):
@@ -34,6 +40,15 @@ class Role(Enum):
     STORE = "store"
     ENGINE = "engine"
     GATEWAY = "gateway"
+
+
+def steady_port() -> str:
+    """Return a port that no process listens on, and that none is given unasked."""
+    while True:
+        port = secrets.choice(STEADY_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 class StartError(RuntimeError):
@@ -45,7 +60,7 @@ class Part:
     """A process that keeps its ports when it is started again.
 
     Attributes:
-        spawn: Starts a process that listens on the given ports; 0 means a free one.
+        spawn: Starts a process that listens on the given ports.
         born_s: When the present process was ready, in monotonic seconds.
         generation: Number of the present process, counted from the first.
         is_leaving: Whether it has been asked, or forced, to end.
@@ -55,7 +70,7 @@ class Part:
     role: Role
     spawn: Callable[[Sequence[str]], ServiceProcess]
     hang_file: Path | None = None
-    ports: tuple[str, ...] = ("0", "0")
+    ports: tuple[str, ...] = field(default_factory=lambda: (steady_port(), steady_port()))
     process: ServiceProcess = field(init=False)
     born_s: float = 0.0
     generation: int = 0
@@ -101,13 +116,12 @@ class Part:
                 self.process.wait_ready()
             except AssertionError as error:
                 # Another process's connection may have taken the port in between.
-                if "cannot listen on" not in str(error) or attempt == START_ATTEMPTS - 1:
+                is_taken = "cannot listen on" in str(error) or "is taken by another process" in str(error)
+                if not is_taken or attempt == START_ATTEMPTS - 1:
                     raise StartError(str(error)[-4000:]) from error
                 time.sleep(1.0)
             else:
                 break
-        addresses = self.process.addresses
-        self.ports = tuple(addresses.get(kind, ":0").rpartition(":")[2] for kind in ("grpc", "http"))
         self.born_s = time.monotonic()
         self.generation += 1
         self.is_leaving = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import uuid
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,6 +46,9 @@ def test_every_option_reaches_its_field() -> None:
         frequency_penalty=-0.5,
         logit_bias={3: -100.0},
         allowed_token_ids=[3, 4],
+        bad_words="never",
+        structured_output={"regex": "a+"},
+        truncate_prompt_tokens=-1,
         logprobs=0,
         prompt_logprobs=2,
         skip_special_tokens=False,
@@ -75,7 +79,10 @@ def test_every_option_reaches_its_field() -> None:
             "frequency_penalty": -0.5,
             "logit_bias": {"3": -100.0},
             "allowed_token_ids": [3, 4],
+            "bad_words": ["never"],
         },
+        "structured_output": {"regex": "a+"},
+        "truncate_prompt_tokens": -1,
         "stopping": {
             "max_new_tokens": 8,
             "min_new_tokens": 2,
@@ -97,7 +104,8 @@ def test_every_option_reaches_its_field() -> None:
 
 def test_every_documented_option_is_served() -> None:
     values: dict[str, Any] = {"stop": "x", "priority": "batch", "load_policy": "wait", "logit_bias": {1: 1.0}}
-    flags = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+    values |= {"bad_words": "x", "structured_output": {"json_object": True}}
+    flags = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
     prompts = ("prompt", "prompt_token_ids", "messages", *flags)
     texts = ("model", "adapter", "cache_salt", "affinity_key", "request_id")
 
@@ -105,6 +113,30 @@ def test_every_documented_option_is_served() -> None:
         if name not in prompts:
             value = values.get(name, "x" if name in texts else [1] if name.endswith("_ids") else 1)
             generate_request(cast("GenerateOptions", {"prompt": "hi", name: value}))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sent"),
+    [
+        ({"json_object": True}, {"json_object": True}),
+        ({"json_schema": {"type": "null"}}, {"json_schema": '{"type": "null"}'}),
+        ({"json_schema": "{}"}, {"json_schema": "{}"}),
+        ({"choice": ["a", "b"]}, {"choice": {"choices": ["a", "b"]}}),
+        ({"structural_tag": {"format": {}}}, {"structural_tag": '{"format": {}}'}),
+    ],
+)
+def test_a_structure_may_be_sent_as_json_or_as_its_text(wanted: dict[str, Any], sent: dict[str, Any]) -> None:
+    assert request(prompt="hi", structured_output=wanted)["structured_output"] == sent
+
+
+@pytest.mark.parametrize(
+    "wanted", [{}, {"regex": "a", "choice": ["b"]}, {"jason": {}}, {"json_schema": float("nan")}, "json", {"choice": 5}]
+)
+def test_a_structure_that_is_none_is_named(wanted: Any) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        request(prompt="hi", structured_output=wanted)
+
+    assert caught.value.field == "structured_output"
 
 
 def test_options_that_are_none_are_left_to_the_server() -> None:
@@ -143,6 +175,38 @@ def test_a_template_variable_that_is_no_json_is_refused_by_name(value: Any) -> N
     with pytest.raises(InvalidParameterError) as caught:
         request(messages=[], chat_template_kwargs={"x": value})
     assert caught.value.field == "chat_template_kwargs.x"
+
+
+def test_functions_and_calls_travel_in_openais_shape() -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": {"zone": "\u4f60"}}}
+    turns: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "content": "noon", "tool_call_id": "c1"},
+    ]
+
+    built = tokenize(messages=turns, tools=[tool, tool["function"]]).messages
+
+    assert [json.loads(text) for text in built.tools] == [tool["function"]] * 2
+    assistant, answer = built.messages
+    assert (assistant.content, assistant.reasoning, assistant.tool_calls[0].id) == ("", "hm", "c1")
+    assert json.loads(assistant.tool_calls[0].arguments) == {"zone": "\u4f60"}
+    assert (answer.role, answer.tool_call_id) == ("tool", "c1")
+    assert request(messages=turns, tools=[tool])["messages"]["tools"] == [json.dumps(tool["function"])]
+
+
+@pytest.mark.parametrize(
+    ("turn", "field"),
+    [
+        ({"role": "assistant", "tool_calls": [{"id": "c"}]}, "messages[0].tool_calls[0]"),
+        ({"role": "assistant", "content": None}, "messages"),
+        ({"role": "user", "content": "hi", "weight": "1"}, "messages"),
+    ],
+)
+def test_a_turn_that_says_nothing_or_too_much_is_refused(turn: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        request(messages=[turn])
+    assert caught.value.field == field
 
 
 def test_template_variables_go_with_messages_only() -> None:
@@ -233,7 +297,7 @@ def test_a_value_of_another_type_is_named(value: Any) -> None:
     "message",
     [
         {"role": "assistant", "content": "x", "function_call": {"name": "f"}},
-        {"role": "assistant", "content": "x", "tool_calls": []},
+        {"role": "assistant", "content": "x", "tool_calls": [{"id": "c1", "type": "custom"}]},
         {"role": "user"},
         {"role": "user", "content": None},
         {"role": "user", "content": [{"type": "text", "text": "x"}]},

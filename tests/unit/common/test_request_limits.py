@@ -75,14 +75,19 @@ def values_at_the_edges(name: str) -> list[tuple[Any, bool]]:
     return found + ([(math.nan, False), (math.inf, False), (-math.inf, False)] if name in FRACTIONS else [])
 
 
-@pytest.mark.parametrize("name", [name for name in RANGES if name not in WAITS])
+@pytest.mark.parametrize("name", [name for name in RANGES if name not in (*WAITS, "max_new_tokens")])
 def test_both_take_a_range_to_its_ends_and_nothing_beyond(name: str) -> None:
     for number, is_right in values_at_the_edges(name):
         value = {1: number} if name == "logit_bias" else number
         assert (gateway_takes(name, value), engine_takes(name, value)) == (is_right, is_right), number
 
 
-@pytest.mark.parametrize("name", [name for name in MAX_ENTRIES if name != "stop_strings"])
+def test_no_new_tokens_are_the_gateways_business() -> None:
+    assert [gateway_takes("max_new_tokens", value) for value in (-1, 0, 1, 2**31)] == [False, True, True, False]
+    assert [engine_takes("max_new_tokens", value) for value in (0, 1, 2**31)] == [False, True, False]
+
+
+@pytest.mark.parametrize("name", [name for name in MAX_ENTRIES if name not in ("stop_strings", "bad_words")])
 def test_both_take_as_many_entries_and_no_more(name: str) -> None:
     for count, is_right in ((MAX_ENTRIES[name], True), (MAX_ENTRIES[name] + 1, False)):
         value: Any = dict.fromkeys(range(count), 0.0) if name == "logit_bias" else tuple(range(count))

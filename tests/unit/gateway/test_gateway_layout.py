@@ -15,7 +15,7 @@ ROOT = Path(loraplex_gateway.__file__).parent
 MOST_LINES = 300
 MOST_FUNCTION_LINES = 40
 MOST_ARGUMENTS = 7
-TOP = {"__init__.py", "__main__.py", "app.py", "config.py", "servers.py", "types.py"}
+TOP = {"__init__.py", "__main__.py", "app.py", "config.py", "servers.py", "types.py", "prompts.py"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -117,6 +117,7 @@ class AsyncClient:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[int, ...]:
         """Return the token ids of ``prompt`` or ``messages``, as `generate` would use them.
 
@@ -128,6 +129,7 @@ class AsyncClient:
             add_generation_prompt: Whether the chat template opens the assistant's turn. Default true.
             continue_final_message: Whether the last assistant turn is continued, not closed.
             chat_template_kwargs: Further variables of the chat template, JSON values.
+            tools: Functions that the model is told of, OpenAI's ``tools``.
 
         Raises:
             InvalidParameterError: If there is not exactly one of prompt and messages.
@@ -140,6 +142,7 @@ class AsyncClient:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
         )
         response = await self._call(lambda stub: stub.Tokenize(request, metadata=self._metadata))
         return tuple(response.token_ids)

@@ -129,7 +129,7 @@ class ChatMessage(_message.Message):
     """What an assistant's turn thought before its content, for templates that show it."""
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
-        """Calls that an assistant's turn made; templates without tools refuse them."""
+        """Calls that an assistant's turn made; written between Hermes' tags where the template has no place for tools."""
 
     def __init__(
         self,
@@ -239,7 +239,8 @@ class ChatMessages(_message.Message):
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Functions that the template tells the model of, each the JSON object of OpenAI's `tools[].function`; at most 128.
+        """Functions that the model is told of, each the JSON object of OpenAI's `tools[].function`; at most 128, 256 KiB. A template
+        without a place for them gets them as words in the system's turn.
         The output is text as the model writes it: calls are parsed by the HTTP API only.
         """
 
@@ -499,7 +500,9 @@ class StoppingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
-    """Most tokens to generate; with the prompt at most max_model_len. Default: what is left of max_model_len."""
+    """Most tokens to generate; with the prompt at most max_model_len. Default: what is left of max_model_len. 0 only reads the
+    prompt, for its prompt_logprobs; max_model_len must have room for one token more all the same.
+    """
     min_new_tokens: _builtins.int
     """End-of-text and stop token ids cannot be drawn, and stop strings are not looked for, before this many tokens. Default 0."""
     ignore_eos: _builtins.bool
@@ -700,8 +703,8 @@ class GenerateRequest(_message.Message):
     adapter_scale: _builtins.float
     """Multiplies the adapter's own scaling, 0 to 100. Default 1."""
     truncate_prompt_tokens: _builtins.int
-    """Keep only this many of the prompt's last tokens; -1 keeps as many as leave room for one output token. Unset: a prompt
-    that is too long is refused.
+    """Keep only this many of the prompt's last tokens; -1 keeps as many as leave room for max_new_tokens, or for one token
+    where that is unset. Unset: a prompt that is too long is refused.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:

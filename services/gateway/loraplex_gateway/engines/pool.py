@@ -42,6 +42,9 @@ class EnginePool:
         failover_wait_s: How long an engine that does not take requests is expected to come (back).
         clock: Monotonic seconds.
         dial: Opens a channel to an engine's address; anew for each session, with the credentials of then.
+
+    Attributes:
+        failover_wait_s: As above.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class EnginePool:
         self._gateway_id = gateway_id
         self._max_buffered_tokens = max_buffered_tokens
         self._silence_s = silence_s
+        self.failover_wait_s = failover_wait_s
         self._absences = Absences(failover_wait_s, clock)
         self._links: dict[str, EngineLink] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -130,14 +134,28 @@ class EnginePool:
                 self._close(engine_id)
         self._notify()
 
+    def can_constrain(self, fingerprint: str) -> bool | None:
+        """Return whether an engine of a base model constrains outputs; None if there is no engine."""
+        return any(found) if (found := [link.record.constrains for link in self._of_model(fingerprint)]) else None
+
     def choose(
-        self, fingerprint: str, *, adapter_digest: str, affinity_key: str, num_tokens: int, excluded: frozenset[str]
+        self,
+        fingerprint: str,
+        *,
+        adapter_digest: str,
+        affinity_key: str,
+        num_tokens: int,
+        excluded: frozenset[str],
+        is_constrained: bool = False,
     ) -> EngineLink | None:
         """Return the engine that should take a request of `num_tokens` tokens so far, or None if none can."""
         links = {
             link.engine_id: link
             for link in self._of_model(fingerprint)
-            if self._is_candidate(link) and link.engine_id not in excluded and link.record.max_model_len > num_tokens
+            if self._is_candidate(link)
+            and link.engine_id not in excluded
+            and link.record.max_model_len > num_tokens
+            and (link.record.constrains or not is_constrained)
         }
         # One that is about to be taken for lost gets nothing new while there are others.
         links = {each: link for each, link in links.items() if not link.is_quiet} or links

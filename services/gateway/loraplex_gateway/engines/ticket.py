@@ -57,6 +57,12 @@ class Ticket:
         next_sequence: Position of the first token that is still to come.
         max_buffered_tokens: More unread tokens than this end the request.
         on_overflow: Called once when that happens; aborts the request on the engine.
+
+    Attributes:
+        slot: The request's number in the session.
+        is_ended: Whether the engine has said the request's end.
+        take: Offered each plain token that comes while the reader waits and has read all; returns whether it took it. None
+            has the reader read them all.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class Ticket:
     ) -> None:
         self.slot = slot
         self.is_ended = False
+        self.take: Callable[[int], bool] | None = None
         self._expected = next_sequence
         self._max_buffered_tokens = max_buffered_tokens
         self._on_overflow = on_overflow
@@ -87,6 +94,8 @@ class Ticket:
                 self._gap(sequence)
             return  # a repeated token is none
         self._expected += 1
+        if self.take is not None and self._waiter is not None and self._is_taken(self.take, token_id):
+            return
         self._tokens.append(token_id)
         if len(self._tokens) > self._max_buffered_tokens and not self._is_reading:
             self._overflow()
@@ -151,7 +160,7 @@ class Ticket:
             try:
                 await self._waiter
             finally:
-                self._is_called = False
+                self._waiter, self._is_called = None, False
         most = MAX_UPDATE_LOGPROBS if self._logprobs else MAX_UPDATE_TOKENS
         tokens, self._tokens = self._tokens[:most], self._tokens[most:]
         logprobs, self._logprobs = self._logprobs[:most], self._logprobs[most:]
@@ -166,6 +175,13 @@ class Ticket:
         if not self._tokens:
             self._end = None
         return update
+
+    def _is_taken(self, take: Callable[[int], bool], token_id: int) -> bool:
+        try:
+            return take(token_id)
+        except Exception as error:
+            self.fail(error)  # the reader's, like all that goes wrong with its request: others share this session
+            return True
 
     @property
     def _is_reading(self) -> bool:

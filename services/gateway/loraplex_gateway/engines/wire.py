@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from itertools import repeat
 from typing import TYPE_CHECKING, TypeAlias
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from google.protobuf import duration_pb2
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.error_status import from_status
+from loraplex_common.structured_output import ConstraintKind, StructuredOutput
 
 from loraplex_gateway.types import (
     AdapterLoading,
@@ -54,6 +56,8 @@ class Submission:
     fail_fast: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_output: StructuredOutput | None = None
+    bad_token_sequences: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,12 +124,26 @@ def to_submit(submission: Submission, slot: int) -> engine_pb2.Submit:
         load_policy=gateway_pb2.LOAD_POLICY_FAIL_FAST if submission.fail_fast else gateway_pb2.LOAD_POLICY_WAIT,
         logprobs=submission.logprobs,
         prompt_logprobs=submission.prompt_logprobs,
+        bad_token_sequences=[gateway_pb2.TokenIds(ids=ids) for ids in submission.bad_token_sequences],
     )
+    if submission.structured_output is not None:
+        submit.structured_output.CopyFrom(_structured_output(submission.structured_output))
     for field in ("time_left", "queue_timeout", "time_limit"):
         seconds: float | None = getattr(submission, f"{field}_s")
         if seconds is not None:
             getattr(submit, field).CopyFrom(to_duration(seconds))
     return submit
+
+
+def _structured_output(wanted: StructuredOutput) -> gateway_pb2.StructuredOutput:
+    message = gateway_pb2.StructuredOutput(starts_after=wanted.starts_after)
+    if wanted.kind is ConstraintKind.JSON_OBJECT:
+        message.json_object = True
+    elif wanted.kind is ConstraintKind.CHOICE:
+        message.choice.choices.extend(json.loads(wanted.text))
+    else:
+        setattr(message, wanted.kind.value, wanted.text)
+    return message
 
 
 def _sampling(sampling: Sampling) -> gateway_pb2.SamplingParams:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
 from loraplex_common.auth import current_principal
-from loraplex_common.errors import InvalidParameterError
+from loraplex_common.errors import InvalidParameterError, LoraplexError
 
 from loraplex_gateway.grpc import wire
+from loraplex_gateway.grpc.writer import ChunkWriter, WholeAnswer
 from loraplex_gateway.requests import validation
 from loraplex_gateway.requests.stall import StallGuard
-from loraplex_gateway.types import ChatPrompt, Chunk, Finished, Started, TextPrompt
+from loraplex_gateway.types import ChatPrompt, TextPrompt
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -61,21 +62,30 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """Stream the continuation of one prompt."""
         quota = self._quotas.call(current_principal().name)
+        guard = StallGuard(self._slow_client_s)
+        writer = ChunkWriter(context, guard)
         events = self._core.generate(
             wire.generation_request(request, is_stream=True, **_trace(context)),
             caller=current_principal(),
             time_left_s=context.time_remaining(),
             quota=quota,
+            sink=writer,
         )
-        guard = StallGuard(self._slow_client_s)
         try:
             async for event in events:
+                await writer.idle()
                 guard.writing()
                 yield wire.response(event)
                 guard.written()
+        except LoraplexError:
+            await writer.idle()  # tokens that came before the failure
+            raise
         finally:
+            await writer.close()
             guard.close()
             _tell_quota(context, quota)
+            if writer.failure is not None:
+                await events.athrow(writer.failure)
             if guard.has_fired:
                 await events.athrow(guard.error())
             await events.aclose()
@@ -86,30 +96,21 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         """Return the whole continuation at once."""
         message = request.request
         message.progress_events = False
-        quota = self._quotas.call(current_principal().name)
+        quota, answer = self._quotas.call(current_principal().name), WholeAnswer()
         events = self._core.generate(
             wire.generation_request(message, is_stream=False, **_trace(context)),
             caller=current_principal(),
             time_left_s=context.time_remaining(),
             quota=quota,
+            sink=answer,
         )
-        response = gateway_pb2.GenerateOnceResponse()
-        text: list[str] = []
         try:
             async with aclosing(events):
                 async for event in events:
-                    if isinstance(event, Started):
-                        response.started.CopyFrom(wire.started(event))
-                    elif isinstance(event, Chunk):
-                        text.append(event.text)
-                        response.token_ids.extend(event.token_ids)
-                        response.logprobs.extend(wire.positions(event.logprobs))
-                    elif isinstance(event, Finished):
-                        response.finished.CopyFrom(wire.finished(event))
+                    answer.add(event)
         finally:
             _tell_quota(context, quota)
-        response.text = "".join(text)
-        return response
+        return answer.message()
 
     async def Tokenize(
         self, request: gateway_pb2.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from functools import singledispatch
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from loraplex.v1 import adapter_pb2, gateway_pb2
 from loraplex_common.errors import InvalidParameterError
+from loraplex_common.structured_output import ConstraintKind, StructuredOutput
 
 from loraplex_gateway import types
 from loraplex_gateway.engines.wire import from_duration, to_duration
-from loraplex_gateway.text import template_variables
+from loraplex_gateway.text import template_variables, tool_rules
 from loraplex_gateway.text.prompt_size import check_num_messages
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ _PRIORITIES = {
     gateway_pb2.PRIORITY_UNSPECIFIED: None,
     **{priority.value: priority for priority in types.Priority},
 }
+_OUTPUT: Final = "structured_output"
 _LOAD_POLICIES = (
     gateway_pb2.LOAD_POLICY_UNSPECIFIED,
     gateway_pb2.LOAD_POLICY_WAIT,
@@ -63,6 +66,8 @@ def generation_request(
         trace_id=trace_id,
         is_resumable=is_stream,
         resume=_resume(message.resume) if message.HasField("resume") else None,
+        structured_output=_structured_output(message.structured_output) if message.HasField(_OUTPUT) else None,
+        truncate_prompt_tokens=_optional(message, "truncate_prompt_tokens"),
     )
 
 
@@ -84,14 +89,24 @@ def prompt(
 
 def _chat(chat: gateway_pb2.ChatMessages) -> types.ChatPrompt:
     check_num_messages(len(chat.messages))
-    messages = tuple(
-        types.ChatMessage(role=turn.role, content=turn.content, name=_optional(turn, "name")) for turn in chat.messages
-    )
     return types.ChatPrompt(
-        messages=messages,
+        messages=tuple(_turn(turn) for turn in chat.messages),
         add_generation_prompt=_optional(chat, "add_generation_prompt", default=True),
         continue_final_message=_optional(chat, "continue_final_message", default=False),
         template_kwargs=template_variables.from_json(chat.chat_template_kwargs),
+        tools=tool_rules.from_json(chat.tools),
+    )
+
+
+def _turn(turn: gateway_pb2.ChatMessage) -> types.ChatMessage:
+    calls = (types.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in turn.tool_calls)
+    return types.ChatMessage(
+        role=turn.role,
+        content=turn.content,
+        name=_optional(turn, "name"),
+        tool_calls=tuple(calls),
+        tool_call_id=_optional(turn, "tool_call_id"),
+        reasoning=_optional(turn, "reasoning"),
     )
 
 
@@ -117,7 +132,21 @@ def _sampling(message: gateway_pb2.SamplingParams) -> types.Sampling:
         **{name: _optional(message, name) for name in names},
         logit_bias=dict(message.logit_bias),
         allowed_token_ids=tuple(message.allowed_token_ids),
+        bad_words=tuple(message.bad_words),
     )
+
+
+def _structured_output(message: gateway_pb2.StructuredOutput) -> StructuredOutput:
+    which = message.WhichOneof("constraint")
+    if which is None:
+        raise InvalidParameterError(f"{_OUTPUT} has no constraint; set one, or leave it out", field=_OUTPUT)
+    kind, value = ConstraintKind(which), getattr(message, which)
+    if kind is ConstraintKind.JSON_OBJECT and not value:
+        raise InvalidParameterError(f"{_OUTPUT}.json_object must be true; leave it out", field=f"{_OUTPUT}.json_object")
+    texts = {ConstraintKind.JSON_OBJECT: "", ConstraintKind.CHOICE: ""}
+    if kind is ConstraintKind.CHOICE:
+        texts[kind] = json.dumps(list(value.choices))
+    return StructuredOutput(kind=kind, text=texts.get(kind, value), starts_after=tuple(message.starts_after))
 
 
 def _stopping(message: gateway_pb2.StoppingParams) -> types.Stopping:
@@ -183,7 +212,8 @@ def _(event: types.Started) -> gateway_pb2.GenerateResponse:
 
 
 @response.register
-def _(event: types.Chunk) -> gateway_pb2.GenerateResponse:
+def chunk_response(event: types.Chunk) -> gateway_pb2.GenerateResponse:
+    """Convert a chunk."""
     chunk = gateway_pb2.Chunk(sequence=event.sequence, index=event.index, token_ids=event.token_ids, text=event.text)
     if event.logprobs:
         chunk.logprobs.extend(positions(event.logprobs))

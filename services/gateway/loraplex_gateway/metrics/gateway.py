@@ -9,6 +9,7 @@ from loraplex_common.auth import ANYBODY
 from loraplex_common.exposition import OTHER, private
 from prometheus_client import Counter, Gauge, Histogram
 
+from loraplex_gateway.metrics.tally import TallyHistogram
 from loraplex_gateway.metrics.vllm import VllmMetrics
 from loraplex_gateway.types import Priority
 
@@ -109,7 +110,8 @@ class GatewayMetrics:
             "queue_duration_seconds", "Wait for a place on this gateway.", QUEUE_BUCKETS, ("outcome",)
         )
         self.ttft = histogram("ttft_seconds", "From the request's arrival to its first token.", TTFT_BUCKETS)
-        self.itl = histogram("itl_seconds", "Mean time between the tokens of one chunk and the next.", ITL_BUCKETS)
+        itl = "Mean time between the tokens of one chunk and the next."
+        self.itl = TallyHistogram(prefix + "itl_seconds", itl, (), buckets=ITL_BUCKETS, registry=registry)
         self.tokens = counter("tokens_total", "Tokens.", ("tenant", "kind"))
         # A gauge by type, so that its name stays as the contract has it: counters get the suffix _total.
         self.fairness = Gauge(

@@ -17,6 +17,8 @@ from loraplex_common.vllm_metrics import (
 )
 from prometheus_client import Counter, Histogram
 
+from loraplex_gateway.metrics.tally import TallyHistogram
+
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
@@ -47,8 +49,12 @@ class VllmMetrics:
         self.outcomes = counter("vllm:request_success", "Ended requests.", "finished_reason")
         self.histograms = {
             spec: Histogram(spec.name, spec.text, ["model_name"], buckets=spec.buckets, registry=registry)
-            for spec in (TTFT, ITL, TPOT, NUM_CHOICES, *FINISHED_SPECS)
+            for spec in (TTFT, NUM_CHOICES, *FINISHED_SPECS)
         }
+        self.gaps = [
+            TallyHistogram(spec.name, spec.text, ["model_name"], buckets=spec.buckets, registry=registry)
+            for spec in (ITL, TPOT)
+        ]
         self._meters: dict[str, ModelMeter] = {}
 
     def of(self, model: str) -> ModelMeter:
@@ -75,6 +81,7 @@ class ModelMeter:
         self._histograms: dict[HistogramSpec, Histogram] = {
             spec: histogram.labels(model) for spec, histogram in metrics.histograms.items()
         }
+        self._gaps = [histogram.labels(model) for histogram in metrics.gaps]
 
     def started(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
         """An engine has taken a request."""
@@ -113,6 +120,5 @@ class ModelMeter:
         self._outcomes.labels(self._model, reason).inc()
 
     def _observe_gaps(self, count: int, gap_s: float) -> None:
-        for histogram in (self._histograms[ITL], self._histograms[TPOT]):
-            for _ in range(count):
-                histogram.observe(gap_s)
+        for tally in self._gaps:
+            tally.observe(gap_s, count)

@@ -20,7 +20,9 @@ from loraplex_gateway.openai.context import HttpContext
 from loraplex_gateway.openai.cors import Cors
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
 from loraplex_gateway.openai.errors import error_response
+from loraplex_gateway.openai.messages_api import routes as messages
 from loraplex_gateway.openai.openapi import document
+from loraplex_gateway.openai.responses_api import routes as responses
 from loraplex_gateway.openai.routes import adapters, generation, models, service, text
 from loraplex_gateway.openai.tracing import TraceIds
 
@@ -34,6 +36,8 @@ Family = Callable[[HttpContext], list[Endpoint | OpenEndpoint]]
 FAMILIES: Final[tuple[Family, ...]] = (
     models.endpoints,
     generation.endpoints,
+    responses.endpoints,
+    messages.endpoints,
     text.endpoints,
     adapters.endpoints,
     service.endpoints,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 import msgspec
 from loraplex_common.errors import InvalidParameterError
 
+from loraplex_gateway.openai.errors import BodyError
 from loraplex_gateway.openai.fields import CHAT, COMPLETION, WHICH_MODEL, Rule
 from loraplex_gateway.openai.schema import ChatBody, CompletionBody
 from loraplex_gateway.requests.validation import MAX_VIOLATIONS_TOLD
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from loraplex_gateway.openai.fields import Field, Table
 
 Body = TypeVar("Body", bound=msgspec.Struct)
-Violation = tuple[str, str]
+Object = TypeVar("Object", bound=msgspec.Struct)
+Violation = tuple[str, str, str]
+"""A field, what is wrong with it, and OpenAI's code for that."""
 
 BODIES: Final[dict[type[msgspec.Struct], Table]] = {ChatBody: CHAT, CompletionBody: COMPLETION}
 """The table of each kind of body; a further endpoint adds its own."""
@@ -33,22 +37,40 @@ _REMEDIES: Final = {"model": f": {WHICH_MODEL}"}
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def decode(data: bytes, body: type[Body]) -> Body:
-    """Read a request body by the table of its type. Null means absent.
+def decode(data: bytes, body: type[Body], table: Table | None = None) -> Body:
+    """Read a request body by a table, by default that of its type. Null means absent.
 
     Raises:
         InvalidParameterError: If it is no JSON object, or a field is unknown, not served, missing or of a wrong type;
             with one violation per field.
     """
-    members, table = _read(data), BODIES[body]
-    found: list[Violation] = []
-    for violation in _violations(members, table, "", members):
-        found.append(violation)
-        if len(found) == MAX_VIOLATIONS_TOLD:
-            break  # what a body of a million unknown names costs
+    members, table = _read(data), table or BODIES[body]
+    _check(members, table, "")
+    return _convert(_served(members, table), body, table)
+
+
+def read_object(value: dict[str, Any], struct: type[Object], table: Table, where: str) -> Object:
+    """Read an object inside a body by the table of its kind.
+
+    Args:
+        value: What the body has there.
+        struct: The served fields with their types.
+        table: What becomes of each field.
+        where: Its path in the body.
+
+    Raises:
+        InvalidParameterError: As `decode`, with the whole path of each field.
+    """
+    _check(value, table, f"{where}.")
+    return _convert(_served(value, table), struct, table, f"{where}.")
+
+
+def _check(members: dict[str, Any], table: Table, path: str) -> None:
+    # No more than are told: a body may have a million unknown names.
+    found = list(itertools.islice(_violations(members, table, path, members), MAX_VIOLATIONS_TOLD))
     if found:
-        raise InvalidParameterError("; ".join(text for _, text in found), violations=found)
-    return _convert(_served(members, table), body)
+        told = [(field, text) for field, text, _ in found]
+        raise BodyError("; ".join(text for _, text in told), openai_code=found[0][2], violations=told)
 
 
 def _read(data: bytes) -> dict[str, Any]:
@@ -98,9 +120,10 @@ def _violations(members: dict[str, Any], table: Table, path: str, body: dict[str
         field = table.fields.get(name)
         where = f"{path}{_quotable(name)}"
         if field is None:
-            yield where, f"unknown field {where}{_suggestion(name, table)}"
+            yield where, f"unknown field {where}{_suggestion(name, table)}", "unknown_parameter"
         elif field.rule is Rule.REFUSED and not _is_harmless(value, field, body):
-            yield where, f"{where} is not supported: {field.note}"
+            code = "unsupported_value" if field.harmless or field.same_as else "unsupported_parameter"
+            yield where, f"{where} is not supported: {field.note}", code
         elif name in table.nested:
             for suffix, inner in _objects_in(value):
                 yield from _violations(inner, table.nested[name], f"{where}{suffix}.", body)
@@ -149,17 +172,20 @@ def _served_inside(value: Any, table: Table) -> Any:
     return _served(value, table) if isinstance(value, dict) else value
 
 
-def _convert(members: dict[str, Any], body: type[Body]) -> Body:
+def _convert(members: dict[str, Any], struct: type[Object], table: Table, prefix: str = "") -> Object:
     try:
-        return msgspec.convert(members, body, strict=False)
+        return msgspec.convert(members, struct, strict=False)
     except msgspec.ValidationError as error:
         what, _, path = str(error).rstrip("`").partition(" - at `$.")
         missing = _MISSING.fullmatch(what)
         field = f"{path}.{missing[1]}".lstrip(".") if missing else path
-        known = BODIES[body].fields.get(field)
+        known = table.fields.get(field)
         values = f"; {known.note}" if known and what.startswith("Invalid enum value") else ""
-        text = f"{field} is missing{_REMEDIES.get(field, '')}" if missing else f"{field}: {what}{values}"
-        raise InvalidParameterError(text.replace("`", ""), field=field) from error
+        remedy = "" if prefix else _REMEDIES.get(field, "")
+        text = f"{prefix}{field} is missing{remedy}" if missing else f"{prefix}{field}: {what}{values}"
+        code = "missing_required_parameter" if missing else "invalid_type"
+        code = "invalid_value" if what.startswith("Invalid enum value") else code
+        raise BodyError(text.replace("`", ""), openai_code=code, field=f"{prefix}{field}") from error
 
 
 def _quotable(name: str) -> str:

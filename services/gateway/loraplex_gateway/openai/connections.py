@@ -8,13 +8,21 @@ import random
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.auth import Certificate
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Mapping
 
     from starlette.types import Scope
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as HttpProtocol
+else:
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as HttpProtocol
+    except ImportError:  # no wheel of httptools for this platform
+        from uvicorn.protocols.http.h11_impl import H11Protocol as HttpProtocol
+
+# Most bytes of a request's header, and of what else is no part of its body: trailers, extensions of chunks.
+MAX_HEADER_BYTES: Final = 64 * 1024
 
 # From the connection, or from the first byte of a further request, until its header is whole.
 HEADER_S: Final = 10.0
@@ -81,10 +89,15 @@ class Connections:
         self._open.pop(protocol, None)
 
 
-class BoundedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with a deadline for headers, kept in the book of `Connections`."""
+class BoundedProtocol(HttpProtocol):
+    """uvicorn's HTTP/1.1 with bounds for headers in time and size, kept in the book of `Connections`.
+
+    h11 bounds the size itself (`MAX_HEADER_BYTES`); httptools keeps whatever a client sends, so that bytes which have come
+    since the last of a body are counted here.
+    """
 
     book: Connections
+    _num_header_bytes = 0
     _header_timer: asyncio.TimerHandle | None = None
     _old_at_s = math.inf
 
@@ -106,10 +119,28 @@ class BoundedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Take data in; a header that has begun must end in time."""
         self.book.heard(self)
+        self._num_header_bytes += len(data)
         super().data_received(data)
+        if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response("The header of the request is too long.")
         if self.is_busy and self.loop.time() > self._old_at_s:
             self._part()
         self._time_header()
+
+    def on_headers_complete(self) -> None:
+        """Serve the request."""
+        self._num_header_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take in a piece of the body."""
+        self._num_header_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Note the end of the body."""
+        self._num_header_bytes = 0
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""

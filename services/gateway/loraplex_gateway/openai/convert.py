@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.ids import new_request_id
 
 from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.body import decode as decode
+from loraplex_gateway.openai.chat_body import chat_prompt, names_function
 from loraplex_gateway.openai.errors import BodyNames
 from loraplex_gateway.openai.model_names import read_model_name
+from loraplex_gateway.openai.output_format import constraint_field, structured_output
+from loraplex_gateway.openai.prompts import MAX_CHOICES, completion_prompts
 from loraplex_gateway.openai.schema import ChatBody, StreamOptions
 from loraplex_gateway.requests.validation import REQUEST_ID_RULE, is_request_id
-from loraplex_gateway.text.prompt_size import check_num_messages
 from loraplex_gateway.types import (
-    ChatMessage,
-    ChatPrompt,
     GenerationRequest,
     Priority,
     ResponseOptions,
     Sampling,
     Stopping,
-    TextPrompt,
-    TokenPrompt,
 )
 
 if TYPE_CHECKING:
     from loraplex_gateway.openai.model_names import IsBase
-    from loraplex_gateway.openai.schema import ChatTurn, CommonBody, CompletionBody, ContentPart
+    from loraplex_gateway.openai.schema import CommonBody, CompletionBody
     from loraplex_gateway.openai.tracing import Origin
-    from loraplex_gateway.types import Prompt
 
-MAX_CHOICES: Final = 128
 SEEDS: Final = range(-(2**63), 2**64)
 _TOKEN_ID: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
 
@@ -50,6 +46,10 @@ class Plan:
         include_usage: Whether a stream ends in a chunk with the token counts of all choices.
         has_running_usage: Whether its other chunks carry their choice's counts so far.
         logprobs: Number of alternatives to show per position; None shows none.
+        prompt_logprobs: As logprobs, for the prompt's tokens, in vLLM's form.
+        is_echo: Whether a completion begins with the prompt.
+        names_function: Whether tool_choice names the function to call: then the end is "stop", as OpenAI has it.
+        shows_thoughts: Whether a chat's thoughts are part of the answer.
     """
 
     requests: tuple[GenerationRequest, ...]
@@ -61,6 +61,10 @@ class Plan:
     has_running_usage: bool
     logprobs: int | None
     return_token_ids: bool
+    prompt_logprobs: int | None = None
+    is_echo: bool = False
+    names_function: bool = False
+    shows_thoughts: bool = True
 
 
 def completion_plan(body: CompletionBody, is_base: IsBase, *, origin: Origin) -> Plan:
@@ -70,9 +74,11 @@ def completion_plan(body: CompletionBody, is_base: IsBase, *, origin: Origin) ->
         InvalidParameterError: For what is not served.
     """
     request = _request(body, is_base, origin=origin, max_tokens=body.max_tokens, logprobs=body.logprobs)
-    prompts = _prompts(body.prompt, add_special_tokens=body.add_special_tokens)
-    names = BodyNames(fields.COMPLETION, body)
-    return _plan(body, [replace(request, prompt=prompt) for prompt in prompts], names=names, logprobs=body.logprobs)
+    if body.echo:
+        request = replace(request, options=_with_prompt(request.options))
+    prompts = completion_prompts(body.prompt, add_special_tokens=body.add_special_tokens)
+    plan = _plan(body, [replace(request, prompt=prompt) for prompt in prompts], logprobs=body.logprobs)
+    return replace(plan, is_echo=body.echo)
 
 
 def chat_plan(body: ChatBody, is_base: IsBase, *, origin: Origin) -> Plan:
@@ -91,15 +97,14 @@ def chat_plan(body: ChatBody, is_base: IsBase, *, origin: Origin) -> Plan:
             field="max_tokens",
         )
     request = _request(body, is_base, origin=origin, max_tokens=max_tokens, logprobs=logprobs)
-    check_num_messages(len(body.messages))
-    prompt = ChatPrompt(
-        messages=tuple(_message(n, turn) for n, turn in enumerate(body.messages)),
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        template_kwargs=body.chat_template_kwargs or {},
-    )
-    names = BodyNames(fields.CHAT, body)
-    return _plan(body, [replace(request, prompt=prompt)], names=names, logprobs=logprobs)
+    prompt, parsing = chat_prompt(body)
+    return _plan(body, [replace(request, prompt=prompt, parsing=parsing)], logprobs=logprobs)
+
+
+def _with_prompt(options: ResponseOptions) -> ResponseOptions:
+    """Return the options of an answer that begins with its prompt: `logprobs` is about the prompt's tokens as well."""
+    asked = [count for count in (options.logprobs, options.prompt_logprobs) if count is not None]
+    return replace(options, prompt_text=True, prompt_logprobs=max(asked, default=None))
 
 
 def _request(
@@ -124,7 +129,9 @@ def _request(
             ignore_eos=body.ignore_eos,
             include_stop=body.include_stop_str_in_output,
         ),
-        options=ResponseOptions(logprobs=logprobs, skip_special_tokens=body.skip_special_tokens),
+        options=ResponseOptions(
+            logprobs=logprobs, prompt_logprobs=body.prompt_logprobs, skip_special_tokens=body.skip_special_tokens
+        ),
         queue_timeout_s=body.queue_timeout,
         time_limit_s=body.time_limit,
         cache_salt=body.cache_salt or "",
@@ -132,6 +139,9 @@ def _request(
         priority=_priority(body.priority),
         fail_fast=body.load_policy == "fail_fast",
         adapter_scale=body.adapter_scale,
+        structured_output=structured_output(body),
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
+        truncates_end=body.truncation_side == "right",
     )
 
 
@@ -153,6 +163,7 @@ def _sampling(body: CommonBody) -> Sampling:
         frequency_penalty=body.frequency_penalty,
         logit_bias=_logit_bias(body.logit_bias or {}),
         allowed_token_ids=tuple(body.allowed_token_ids or ()),
+        bad_words=tuple(body.bad_words or ()),
     )
 
 
@@ -163,24 +174,33 @@ def _seed(seed: int | None) -> int | None:
     return None if seed is None else seed % 2**64
 
 
-def _plan(body: CommonBody, requests: list[GenerationRequest], *, names: BodyNames, logprobs: int | None) -> Plan:
+def _plan(body: CommonBody, requests: list[GenerationRequest], *, logprobs: int | None) -> Plan:
     n = body.n
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidParameterError(
+            "prompt_logprobs is not supported with stream=true: no chunk has a place for them", field="prompt_logprobs"
+        )
     if not n >= 1 or n * len(requests) > MAX_CHOICES:
         raise InvalidParameterError(
             f"n is {n} for {len(requests)} prompts; n x prompts must be 1 to {MAX_CHOICES}", field="n"
         )
     options = body.stream_options or StreamOptions()
+    is_chat = isinstance(body, ChatBody)
+    table = fields.CHAT if is_chat else fields.COMPLETION
     choices = [_choice(request, prompt * n + i, i) for prompt, request in enumerate(requests) for i in range(n)]
     return Plan(
         requests=tuple(choices),
         model=body.model,
-        names=names,
-        is_chat=isinstance(body, ChatBody),
+        names=BodyNames(table, body, constraint=constraint_field(body)),
+        is_chat=is_chat,
         is_stream=body.stream,
         include_usage=options.include_usage,
         has_running_usage=options.include_usage and options.continuous_usage_stats,
         logprobs=logprobs,
         return_token_ids=body.return_token_ids,
+        prompt_logprobs=body.prompt_logprobs,
+        names_function=isinstance(body, ChatBody) and names_function(body.tool_choice),
+        shows_thoughts=not isinstance(body, ChatBody) or body.include_reasoning,
     )
 
 
@@ -191,55 +211,6 @@ def _choice(request: GenerationRequest, index: int, draw: int) -> GenerationRequ
     seed = request.sampling.seed
     sampling = request.sampling if seed is None else replace(request.sampling, seed=(seed + draw) % 2**64)
     return replace(request, request_id=new_request_id(), sampling=sampling)
-
-
-def _prompts(prompt: str | list[Any], *, add_special_tokens: bool) -> list[Prompt]:
-    """Return the prompts of the four shapes that OpenAI allows: text, texts, token ids, lists of token ids."""
-    if isinstance(prompt, str):
-        return [TextPrompt(text=prompt, add_special_tokens=add_special_tokens)]
-    if not prompt:
-        raise InvalidParameterError("the prompt is empty", field="prompt")
-    if _are_token_ids(prompt):
-        return [TokenPrompt(ids=tuple(prompt))]
-    if len(prompt) > MAX_CHOICES:
-        raise InvalidParameterError(
-            f"prompt is a list of {len(prompt)} prompts; at most {MAX_CHOICES} are taken", field="prompt"
-        )
-    result: list[Prompt] = []
-    for n, item in enumerate(prompt):
-        if isinstance(item, str):
-            result.append(TextPrompt(text=item, add_special_tokens=add_special_tokens))
-        elif isinstance(item, list) and _are_token_ids(item):
-            result.append(TokenPrompt(ids=tuple(item)))
-        else:
-            raise InvalidParameterError(
-                f"prompt[{n}]: prompt must be text, token ids, or a list of either", field=f"prompt[{n}]"
-            )
-    return result
-
-
-def _are_token_ids(items: list[Any]) -> bool:
-    return all(type(item) is int for item in items)  # true and false are ints to Python
-
-
-def _message(n: int, turn: ChatTurn) -> ChatMessage:
-    content = turn.content
-    if isinstance(content, list):
-        content = "\n".join(_part(f"messages[{n}].content[{i}]", part) for i, part in enumerate(content))
-    # Newer clients say developer where models and their templates know system.
-    role = "system" if turn.role == "developer" else turn.role
-    return ChatMessage(role=role, content=content, name=turn.name)
-
-
-def _part(field: str, part: ContentPart) -> str:
-    if part.type != "text":
-        raise InvalidParameterError(
-            f"{field}.type is not supported: parts of type {part.type[:64]!r} are not served, only text",
-            field=f"{field}.type",
-        )
-    if part.text is None:
-        raise InvalidParameterError(f"{field}.text is missing", field=f"{field}.text")
-    return part.text
 
 
 def _priority(given: int | str | None) -> Priority | None:

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from loraplex_common.errors import InvalidParameterError
 from loraplex_common.interceptors import DROP_REASON_KEY
 from starlette.responses import Response
 
@@ -29,9 +30,37 @@ CODES: Final = {
     "QUEUE_TTL": "rate_limit_exceeded",
     "SLO_UNREACHABLE": "rate_limit_exceeded",
 }
-# What other callers do to see the names that there are -> what HTTP's do.
-HTTP_MEANS: Final = {"`loraplex adapters list`": "GET /v1/models"}
-_DOTTED: Final = re.compile(r"\b(?:sampling|stopping|response_options)\.\w+")
+# Means of other callers -> those of HTTP's. A call is named by the route that stands for it.
+HTTP_MEANS: Final = {
+    "`loraplex adapters list`": "GET /v1/models",
+    "is still running; resume it, wait": "is still running; wait",
+    "loraplex.v1.GatewayService/GetModel": "GET /v1/models/{model}",
+    "loraplex.v1.GatewayService/ListModels": "GET /v1/models",
+    "loraplex.v1.GatewayService/Generate": "POST /v1/completions and /v1/chat/completions",
+    "LOAD_POLICY_FAIL_FAST": "load_policy fail_fast",
+    "LOAD_POLICY_WAIT": "load_policy wait",
+}
+_CONSTRAINT: Final = "structured_output"
+# Names of the core with a dot in them, and those that stand without one in sentences about several fields.
+_CORE_NAMES: Final = re.compile(
+    rf"\b(?:(?:sampling|stopping|response_options)\.\w+|{_CONSTRAINT}(?:\.\w+)?\b|(?:min|max)_new_tokens|prompt_token_ids)"
+)
+# What a name of the core without a dot stands for.
+_FULL_NAMES: Final = {name: f"stopping.{name}" for name in ("min_new_tokens", "max_new_tokens")}
+
+
+class BodyError(InvalidParameterError):
+    """A body that cannot be read, for a cause that OpenAI's API has a code for.
+
+    Args:
+        message: What is wrong.
+        openai_code: The code.
+        keywords: The same as for every error.
+    """
+
+    def __init__(self, message: str, *, openai_code: str, **keywords: Any) -> None:
+        super().__init__(message, **keywords)
+        self.openai_code = openai_code
 
 
 class BodyNames:
@@ -40,15 +69,19 @@ class BodyNames:
     Args:
         table: The endpoint's fields.
         body: The body, where one has been read: of two names for one field, the one it uses is told.
+        constraint: The body's field that constrains the output, its path included; empty if none does.
     """
 
-    def __init__(self, table: Table, body: msgspec.Struct | None = None) -> None:
+    def __init__(self, table: Table, body: msgspec.Struct | None = None, *, constraint: str = "") -> None:
         self._table = table
         self._body = body
+        self._constraint = constraint
 
     def field(self, core: str) -> str:
         """Return the body's name of a field, its index or path kept: ``stop[3]`` for ``stopping.stop_strings[3]``."""
         root, bracket, rest = core.partition("[")
+        if root.partition(".")[0] == _CONSTRAINT:
+            return (self._constraint or "response_format") + bracket + rest
         names = [field.name for field in self._table.fields.values() if root in field.core]
         given = [name for name in names if getattr(self._body, name, None) is not None]
         name = next(iter([*given, *names]), root)
@@ -58,11 +91,9 @@ class BodyNames:
 
     def text(self, text: str, core: str | None = None) -> str:
         """Return a message in the body's words; `core` is the field that it is about, if it begins with it."""
-        if core is not None and text.startswith(f"{core} "):
+        if core is not None and text.startswith((f"{core} ", f"{core}:")):
             text = self.field(core) + text.removeprefix(core)
-        for elsewhere, here in HTTP_MEANS.items():
-            text = text.replace(elsewhere, here)
-        return _DOTTED.sub(lambda match: self.field(match[0]), text)
+        return _CORE_NAMES.sub(lambda match: self.field(_FULL_NAMES.get(match[0], match[0])), text)
 
 
 def error_object(error: LoraplexError, names: BodyNames | None = None) -> dict[str, Any]:
@@ -73,12 +104,14 @@ def error_object(error: LoraplexError, names: BodyNames | None = None) -> dict[s
         for (_, before), (_, after) in zip(violations, told, strict=True):
             message = message.replace(before, after)
         message, violations = names.text(message), tuple(told)
+    for elsewhere, here in HTTP_MEANS.items():
+        message = message.replace(elsewhere, here)
     status = error.http_status
     body: dict[str, Any] = {
         "message": message,
         "type": TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
         "param": violations[0][0] if violations else None,
-        "code": CODES.get(error.reason, error.reason),
+        "code": error.openai_code if isinstance(error, BodyError) else CODES.get(error.reason, error.reason),
         "reason": error.reason,
     }
     if len(violations) > 1:
@@ -86,8 +119,8 @@ def error_object(error: LoraplexError, names: BodyNames | None = None) -> dict[s
     return {"error": body}
 
 
-def error_response(error: LoraplexError, names: BodyNames | None = None) -> Response:
-    """Return the HTTP response of an error, with Retry-After where a retry makes sense."""
+def error_headers(error: LoraplexError) -> dict[str, str]:
+    """Return the headers of an error's response, with Retry-After where a retry makes sense."""
     headers: dict[str, str] = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -98,5 +131,10 @@ def error_response(error: LoraplexError, names: BodyNames | None = None) -> Resp
         headers[DROP_REASON_KEY] = error.drop_reason
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+def error_response(error: LoraplexError, names: BodyNames | None = None) -> Response:
+    """Return the HTTP response of an error."""
     body = msgspec.json.encode(error_object(error, names))
-    return Response(body, error.http_status, headers, media_type="application/json")
+    return Response(body, error.http_status, error_headers(error), media_type="application/json")

@@ -7,74 +7,19 @@ the two, and another the tables of docs/openai.md.
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
+from loraplex_gateway.openai.field_rules import Field as Field
+from loraplex_gateway.openai.field_rules import Rule as Rule
+from loraplex_gateway.openai.field_rules import Table as Table
+from loraplex_gateway.openai.field_rules import ignored as _ignored
+from loraplex_gateway.openai.field_rules import refused as _refused
+from loraplex_gateway.openai.field_rules import served as _served
+from loraplex_gateway.openai.field_rules import table as _table
+from loraplex_gateway.openai.output_fields import ONE_BACKEND, RESPONSE_FORMAT, STRUCTURED_OUTPUTS
 
-class Rule(enum.Enum):
-    """What becomes of a field that has a value."""
-
-    SERVED = "served"
-    IGNORED = "accepted and ignored"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One field of a JSON object. Null is as if it were absent, whatever the rule.
-
-    Attributes:
-        name: Its key.
-        note: What it does, why ignoring it does no harm, or why it is refused and what to do instead.
-        harmless: Values of a refused field that ask for nothing, and so pass.
-        same_as: Name of another field whose value is harmless too.
-        default: What the other field is if absent; None if it then has no value.
-        core: Names under which the gateway's other parts report errors of this field.
-    """
-
-    name: str
-    rule: Rule
-    note: str
-    harmless: tuple[Any, ...] = ()
-    same_as: str = ""
-    default: int | None = None
-    core: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """The fields of one kind of JSON object.
-
-    Attributes:
-        name: What the object is, for people.
-        fields: By key.
-        nested: Tables of the objects inside, by the key of the field that holds one or a list of them.
-    """
-
-    name: str
-    fields: dict[str, Field]
-    nested: dict[str, Table]
-
-
-def _served(name: str, note: str, *core: str) -> Field:
-    return Field(name, Rule.SERVED, note, core=core)
-
-
-def _ignored(names: str, note: str) -> tuple[Field, ...]:
-    return tuple(Field(name, Rule.IGNORED, note) for name in names.split())
-
-
-def _refused(names: str, note: str, *harmless: Any) -> tuple[Field, ...]:
-    return tuple(Field(name, Rule.REFUSED, note, harmless) for name in names.split())
-
-
-def _table(name: str, *fields: Field, **nested: Table) -> Table:
-    return Table(name, {field.name: field for field in fields}, nested)
-
-
-NO_CONSTRAINTS: Final = "output is not constrained; ask for the format in the prompt"
-NO_TOOLS: Final = "tool calling is not served; describe the functions in a message"
+OLD_TOOLS: Final = "OpenAI's older way; send tools and tool_choice, tool_calls and turns of the role tool"
+ONLY_FUNCTIONS: Final = "only functions are served: type `function` with a function"
 NO_MEDIA: Final = "only text is served"
 WHICH_MODEL: Final = "name an adapter, or the base model for none; GET /v1/models lists them"
 ADAPTER_IS_MODEL: Final = "put the adapter's name into model"
@@ -96,15 +41,49 @@ CONTENT_PART: Final = _table(
     *_refused("image_url image input_audio audio_url video_url file refusal thinking", NO_MEDIA),
 )
 
+CALLED_FUNCTION: Final = _table(
+    "messages[].tool_calls[].function",
+    _served("name", "the function's name"),
+    _served("arguments", "the text of a JSON object, or the object; empty for none"),
+)
+
+TURN_TOOL_CALL: Final = _table(
+    "messages[].tool_calls[]",
+    _served("id", "the call's id, for templates that use it"),
+    _served("type", "`function`"),
+    _served("function", "see below"),
+    *_ignored("index", "it is the place in the list"),
+    function=CALLED_FUNCTION,
+)
+
+OFFERED_FUNCTION: Final = _table(
+    "tools[].function",
+    _served("name", "1 to 64 letters, digits, `_` and `-`"),
+    _served("description", "for the model"),
+    _served("parameters", "a JSON schema of an object; absent: no parameters"),
+    _served("strict", "whether a call's arguments are held to the schema also where the model need not call"),
+    *_ignored("cache_control", "prefixes are cached by themselves"),
+)
+
+TOOL: Final = _table(
+    "tools[]",
+    _served("type", "`function`; other types are refused"),
+    _served("function", "see below"),
+    *_ignored("cache_control", "prefixes are cached by themselves"),
+    function=OFFERED_FUNCTION,
+)
+
 MESSAGE: Final = _table(
     "messages[]",
     _served("role", "`developer` means `system`"),
-    _served("content", "text, or a list of parts of type `text`"),
+    _served("content", "text, or a list of parts of type `text`; null beside tool_calls"),
     _served("name", "for templates that use it"),
-    *_refused("tool_calls", NO_TOOLS, []),
-    *_refused("function_call tool_call_id", NO_TOOLS),
+    _served("tool_calls", "calls that an assistant's turn made, see below"),
+    _served("tool_call_id", "the call that a turn of the role `tool` answers"),
+    _served("reasoning_content", "vLLM's; what an assistant's turn thought, for templates that show it"),
+    _served("reasoning", "vLLM's other name of reasoning_content"),
+    *_refused("function_call", OLD_TOOLS),
     *_refused("refusal", "write it into content", ""),
-    *_refused("reasoning reasoning_content", "write it into content as the model's template has it", ""),
     *_refused("annotations", "write them into content", []),
     *_refused("type", NO_MEDIA, "text"),
     *_ignored("cache_control", "prefixes are cached by themselves"),
@@ -137,7 +116,7 @@ _COMMON: Final = (
     _served("include_stop_str_in_output", "vLLM's"),
     _served("skip_special_tokens", "vLLM's"),
     _served("allowed_token_ids", "vLLM's; up to 1024", "sampling.allowed_token_ids"),
-    _served("return_token_ids", "vLLM's; ids of the output, not of the prompt"),
+    _served("return_token_ids", "vLLM's; ids of the output and of the prompt"),
     _served("cache_salt", "vLLM's; up to 256 characters; never shares with another tenant", "cache_salt"),
     _served("request_id", "vLLM's; a second request of this id is refused (409) while the first runs", "request_id"),
     _served(
@@ -158,7 +137,11 @@ _COMMON: Final = (
     *_ignored("spaces_between_special_tokens", "special tokens are written as the tokenizer has them"),
     *_ignored("return_token_offsets return_mm_kwargs", "only vLLM's render endpoints know it"),
     *_refused("store", "nothing is stored; leave it out", False),
-    *_refused("prompt_logprobs", "ask for them over gRPC"),
+    _served(
+        "prompt_logprobs",
+        "vLLM's; 0 to 20; not with stream; `rank` is null for a token beyond the likeliest",
+        "response_options.prompt_logprobs",
+    ),
     *_refused("logprob_token_ids", "only the likeliest tokens' probabilities are returned; use logprobs"),
     *_refused("return_tokens_as_token_ids", "use return_token_ids", False),
     *_refused("return_prompt_text", "the prompt is not repeated", False),
@@ -166,11 +149,29 @@ _COMMON: Final = (
     *_refused("use_beam_search early_stopping", "tokens are drawn one by one", False),
     *_refused("length_penalty", "it is for beam search, which is not served", 1.0),
     *_refused("logits_processors custom_logit_processor", "no code of a request is run; use logit_bias", []),
-    *_refused("bad_words", "use logit_bias", []),
-    *_refused("truncate_prompt_tokens truncation_side", "the prompt is used whole or refused; shorten it"),
-    *_refused("guided_json guided_regex guided_choice guided_grammar structured_outputs", NO_CONSTRAINTS),
-    *_refused("guided_decoding_backend guided_whitespace_pattern regex ebnf json_schema grammar", NO_CONSTRAINTS),
-    *_refused("response_format", NO_CONSTRAINTS, {"type": "text"}),
+    _served(
+        "bad_words",
+        "vLLM's; up to 64 strings that are never generated, at their beginning or after a space",
+        "sampling.bad_words",
+        "bad_token_sequences",
+    ),
+    _served(
+        "truncate_prompt_tokens",
+        "vLLM's; keep this many of the prompt's tokens; -1 as many as leave room for max_tokens",
+        "truncate_prompt_tokens",
+    ),
+    _served("truncation_side", "vLLM's; `left` keeps the last tokens, `right` the first"),
+    _served("structured_outputs", "vLLM's; see below"),
+    *(
+        _served(f"guided_{name}", f"older vLLM's name of structured_outputs.{name}")
+        for name in ("json", "regex", "choice", "grammar")
+    ),
+    *_ignored("guided_decoding_backend", ONE_BACKEND),
+    *_refused("guided_whitespace_pattern", "whitespace between JSON's parts is what JSON allows"),
+    *_refused("json_schema", "use structured_outputs.json"),
+    *_refused("regex", "use structured_outputs.regex"),
+    *_refused("ebnf grammar", "use structured_outputs.grammar"),
+    _served("response_format", "see below"),
     *_refused("repetition_detection watermarking", "it is not served; leave it out", False),
     *_refused("kv_transfer_params ec_transfer_params vllm_xargs", NOT_OURS, {}),
     *_refused("routed_experts_prompt_start", NOT_OURS, 0),
@@ -181,22 +182,33 @@ _COMMON: Final = (
 
 COMPLETION: Final = _table(
     "POST /v1/completions",
-    _served("prompt", "a string, token ids, or a list of either", "prompt", "text", "token_ids"),
+    _served("prompt", "a string, token ids, or a list of either", "prompt", "text", "token_ids", "prompt_token_ids"),
     *_COMMON,
-    _served("max_tokens", "16 if absent; together with the prompt at most max_model_len", "stopping.max_new_tokens"),
-    _served("logprobs", "0 to 20", "response_options.logprobs"),
+    _served(
+        "max_tokens",
+        "16 if absent; 0 only reads the prompt; together with the prompt at most max_model_len",
+        "stopping.max_new_tokens",
+    ),
+    _served(
+        "logprobs",
+        "0 to 20; with echo of the prompt's tokens too",
+        "response_options.logprobs",
+        "response_options.prompt_logprobs",
+    ),
+    _served("echo", "the prompt in front of the output"),
     _served("add_special_tokens", "vLLM's; whether text prompts begin with BOS"),
     Field("best_of", Rule.REFUSED, "only n choices are drawn; leave it out", same_as="n", default=1),
     Field("max_completion_tokens", Rule.REFUSED, "it is chat's name; send max_tokens", same_as="max_tokens"),
-    *_refused("echo", "the prompt's text is not repeated; put it in front of the completion yourself", False),
     *_refused("suffix", "the models served here do not fill in the middle; put all into prompt", ""),
     *_refused("prompt_embeds", "send text or token ids as prompt"),
     stream_options=STREAM_OPTIONS,
+    response_format=RESPONSE_FORMAT,
+    structured_outputs=STRUCTURED_OUTPUTS,
 )
 
 CHAT: Final = _table(
     "POST /v1/chat/completions",
-    _served("messages", "see below", "messages", "prompt"),
+    _served("messages", "see below", "messages", "prompt", "prompt_token_ids"),
     *_COMMON,
     _served("max_completion_tokens", "together with the prompt at most max_model_len", "stopping.max_new_tokens"),
     _served("max_tokens", "OpenAI's older name of max_completion_tokens", "stopping.max_new_tokens"),
@@ -205,22 +217,35 @@ CHAT: Final = _table(
     _served("add_generation_prompt", "vLLM's"),
     _served("continue_final_message", "vLLM's"),
     _served("chat_template_kwargs", "vLLM's; further variables of the model's template, e.g. `enable_thinking`"),
-    *_refused("tools functions", NO_TOOLS, []),
-    *_refused("tool_choice function_call", NO_TOOLS, "none", "auto"),
-    *_ignored("parallel_tool_calls", "it matters with tools only, which are refused"),
-    *_refused("chat_template", "conversations are rendered by the model's own template; send a prompt you rendered"),
+    _served("tools", "up to 128 functions, 256 KiB; see below", "tools"),
+    _served(
+        "tool_choice", "`auto`, `none`, `required`, a function by name, or OpenAI's `allowed_tools`", "tool_choice"
+    ),
+    _served("parallel_tool_calls", "false: at most one call; true: up to 16 where they are constrained"),
+    *_refused("functions", OLD_TOOLS, []),
+    *_refused("function_call", OLD_TOOLS, "none", "auto"),
+    _served(
+        "chat_template", "vLLM's; only where the operator allows it (`--allow-request-chat-template`)", "chat_template"
+    ),
+    _served("documents", "vLLM's; up to 128 objects for templates that read them, refused for others", "documents"),
+    _served(
+        "reasoning_effort",
+        "for templates that read it, refused for others; `none` also turns off thinking by `enable_thinking`",
+        "reasoning_effort",
+    ),
+    _served("include_reasoning", "vLLM's; false leaves the thoughts out of the answer"),
     *_refused("add_special_tokens", "the template writes the special tokens", False),
-    *_refused("documents", "put them into a message", []),
     *_refused("echo", "the prompt is not repeated", False),
     *_refused("modalities", NO_MEDIA, ["text"], []),
     *_refused("audio web_search_options", NO_MEDIA),
     *_refused("media_io_kwargs mm_processor_kwargs", NO_MEDIA, {}),
     *_refused("verbosity", "ask for it in a message", "medium"),
-    *_refused("reasoning_effort", "the model's thinking is not steered; leave it out", "none"),
     *_refused("thinking_token_budget", "the model's thinking is not limited; see max_completion_tokens", -1),
-    *_refused("include_reasoning", "the model's thinking is part of the text", True),
     stream_options=STREAM_OPTIONS,
-    messages=_table(MESSAGE.name, *MESSAGE.fields.values(), content=CONTENT_PART),
+    response_format=RESPONSE_FORMAT,
+    structured_outputs=STRUCTURED_OUTPUTS,
+    messages=_table(MESSAGE.name, *MESSAGE.fields.values(), content=CONTENT_PART, tool_calls=TURN_TOOL_CALL),
+    tools=TOOL,
 )
 
 MODEL_PATH: Final = _table("GET /v1/models/{model}", _served("model", "as in the bodies", "adapter"))

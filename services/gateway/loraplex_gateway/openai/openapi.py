@@ -115,6 +115,9 @@ def _annotate(ref: Json, table: Table, components: Json) -> None:
     component = components[ref["$ref"].removeprefix(_REFS)]
     required = component.get("required", [])
     properties: Json = component["properties"]
+    for name in [*properties]:  # a struct may have more than its table serves
+        if name not in table.fields or table.fields[name].rule is Rule.REFUSED:
+            del properties[name]
     for field in table.fields.values():
         if field.rule is Rule.IGNORED:
             properties[field.name] = {"description": f"Accepted and ignored: {field.note}."}

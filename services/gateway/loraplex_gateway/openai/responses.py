@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import msgspec
 from loraplex_common.errors import CancelledRequestError, LoraplexError, SlowConsumerError
 from loraplex_common.interceptors import internal_error
 
-from loraplex_gateway.openai.errors import error_object, error_response
+from loraplex_gateway.openai.direct import DirectWriter, direct_writer
 from loraplex_gateway.requests.stall import StallGuard
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from loraplex_common.admissions import Admission
     from starlette.types import Receive, Scope, Send
 
-    from loraplex_gateway.openai.convert import Plan
-    from loraplex_gateway.openai.render import Renderer
+    from loraplex_gateway.openai.answer import Answer
+    from loraplex_gateway.openai.choices import Choices
     from loraplex_gateway.quotas.calls import QuotaCall
+    from loraplex_gateway.requests.tap import Sink, Tap
     from loraplex_gateway.types import Event
 
-    Events = AsyncGenerator[tuple[int, Event], None]
-
-DONE: Final = b"data: [DONE]\n\n"
+JSON: Final = b"application/json"
+SSE: Final = b"text/event-stream; charset=utf-8"
 
 
 class GenerationResponse:
-    """An ASGI response that runs a plan.
+    """An ASGI response that runs a generation; the same for every API, which differ in how their `Answer` is written.
 
     Headers are sent with the first event of a streamed answer, so that a refusal still has its own HTTP status.
 
     Args:
-        plan: What was asked for.
-        events: What the core yields for it.
-        renderer: Builds the objects.
+        choices: What is generated.
+        answer: Writes the API's answer.
         admission: The caller; the answer ends with its right to ask.
         quota: What the tenant may use, for the headers.
         slow_client_s: Longest time that one write may wait.
@@ -45,18 +41,16 @@ class GenerationResponse:
 
     def __init__(
         self,
-        plan: Plan,
-        events: Events,
-        renderer: Renderer,
+        choices: Choices,
+        answer: Answer,
         *,
         admission: Admission,
         quota: QuotaCall,
         slow_client_s: float,
     ) -> None:
         self._admission = admission
-        self._plan = plan
-        self._events = events
-        self._renderer = renderer
+        self._choices = choices
+        self._answer = answer
         self._quota = quota
         self._slow_client_s = slow_client_s
         self._has_headers = False
@@ -83,14 +77,16 @@ class GenerationResponse:
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._guard = StallGuard(self._slow_client_s)
         try:
-            await self._answer(scope, receive, send)
+            await self._run(scope, receive, send)
         finally:
             self._guard.close()
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with aclosing(self._events):
-                await (self._stream(send) if self._plan.is_stream else self._whole(send))
+            if self._answer.is_stream:
+                await self._stream(scope, send)
+            else:
+                await self._whole(send)
         except asyncio.CancelledError:
             if not self._admission.has_lapsed:
                 raise
@@ -103,29 +99,35 @@ class GenerationResponse:
 
     async def _fail(self, failure: LoraplexError, scope: Scope, receive: Receive, send: Send) -> None:
         if self._has_headers:
-            await self._write(send, _sse(error_object(failure, self._plan.names)) + DONE, more=False)
+            await self._write(send, self._answer.failure(failure), more=False)
         else:
-            response = error_response(failure, self._plan.names)
+            response = self._answer.refusal(failure)
             response.headers.update(dict(self._quota.headers))
             await response(scope, receive, send)
 
     async def _whole(self, send: Send) -> None:
-        seen: list[list[Event]] = [[] for _ in self._plan.requests]
-        async for choice, event in self._events:
-            seen[choice].append(event)
-        body = msgspec.json.encode(self._renderer.whole(seen))
-        await self._start(send, b"application/json", (b"content-length", str(len(body)).encode()))
+        seen: list[list[Event]] = [[] for _ in range(self._answer.num_choices)]
+        sinks = [_Collector(self._choices, events) for events in seen]
+        async with aclosing(self._choices.run(sinks.__getitem__)) as events:
+            async for choice, event in events:
+                seen[choice].append(event)
+        body = self._answer.whole(seen)
+        await self._start(send, JSON, (b"content-length", str(len(body)).encode()))
         await self._write(send, body, more=False)
 
-    async def _stream(self, send: Send) -> None:
-        async for choice, event in self._events:
-            if not self._has_headers:
-                await self._start(send, b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
-            chunk = self._renderer.chunk(choice, event)
-            if chunk is not None:
-                await self._write(send, _sse(chunk))
-        tail = _sse(self._renderer.usage_chunk()) if self._plan.include_usage else b""
-        await self._write(send, tail + DONE, more=False)
+    async def _stream(self, scope: Scope, send: Send) -> None:
+        direct = direct_writer(scope)
+
+        def sink_of(choice: int) -> Sink | None:
+            return None if direct is None else _Frames(self._choices, self._answer, choice, direct)
+
+        async with aclosing(self._choices.run(sink_of)) as events:
+            async for choice, event in events:
+                if not self._has_headers:
+                    await self._start(send, SSE, (b"cache-control", b"no-cache"))
+                if frame := self._answer.frame(choice, event):
+                    await self._write(send, frame)
+        await self._write(send, self._answer.end(), more=False)
 
     async def _start(self, send: Send, content_type: bytes, *headers: tuple[bytes, bytes]) -> None:
         self._has_headers = True
@@ -146,8 +148,37 @@ class GenerationResponse:
         guard.written()
 
 
-def _sse(body: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+class _Collector:
+    """A sink that keeps the chunks of one choice for a whole answer."""
+
+    def __init__(self, choices: Choices, events: list[Event]) -> None:
+        self._choices = choices
+        self._events = events
+
+    def is_ready(self) -> bool:
+        return self._choices.is_waiting
+
+    def notify(self, tap: Tap) -> None:
+        if (chunk := tap.pull()) is not None:
+            self._events.append(chunk)
+
+
+class _Frames:
+    """A sink that writes the frames of one choice, in the turn of the event loop in which their tokens come."""
+
+    def __init__(self, choices: Choices, answer: Answer, choice: int, direct: DirectWriter) -> None:
+        self._choices = choices
+        self._answer = answer
+        self._choice = choice
+        self._direct = direct
+
+    def is_ready(self) -> bool:
+        return self._choices.is_waiting and self._direct.is_ready
+
+    def notify(self, tap: Tap) -> None:
+        chunk = tap.pull()
+        if chunk is not None and (frame := self._answer.frame(self._choice, chunk)):
+            self._direct.write(frame)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import uvicorn
 from loraplex_common.tls_files import RotatingServerContext
 
-from loraplex_gateway.openai.connections import Connections
+from loraplex_gateway.openai.connections import MAX_HEADER_BYTES, Connections
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from loraplex_common.tls_files import TlsFiles
     from starlette.types import ASGIApp
 
-MAX_HEADER_BYTES: Final = 64 * 1024
 KEEP_ALIVE_S: Final = 5
 # Also what asyncio accepts at one go, and how often it logs at one go if it cannot.
 BACKLOG: Final = 256
@@ -40,6 +39,7 @@ class HttpServer:
         tls: With a certificate, turns TLS on; new connections are shown what the files hold by then. With an authority,
             clients must show a certificate that it has signed; see `connections.certificate_of`.
         max_connections: As many may be open; see `Connections`.
+        shares_port: Whether other processes of this gateway listen on the port too, each with its share of the connections.
         max_connection_age_s: A request that comes later on a connection is its last; 0 for never.
 
     Attributes:
@@ -55,6 +55,7 @@ class HttpServer:
         tls: TlsFiles,
         max_connections: int,
         max_connection_age_s: float = 0.0,
+        shares_port: bool = False,
     ) -> None:
         self.connections = Connections(max_connections, max_age_s=max_connection_age_s)
         config = uvicorn.Config(
@@ -74,7 +75,7 @@ class HttpServer:
             config.load()
             config.ssl = RotatingServerContext(tls).context
         self._server = _Server(config)
-        self._address = (host, port)
+        self._address, self._shares_port = (host, port), shares_port
         self._socket: socket.socket | None = None
         self._ended = asyncio.Event()
         self._is_running = False
@@ -90,6 +91,8 @@ class HttpServer:
         family, kind, protocol, _, address = info[0]
         self._socket = socket.socket(family, kind, protocol)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if self._shares_port:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._socket.bind(address)
         self._socket.listen(BACKLOG)
         bound: Any = self._socket.getsockname()

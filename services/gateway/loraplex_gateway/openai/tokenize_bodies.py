@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.body import BODIES
-from loraplex_gateway.openai.convert import _message as chat_message
-from loraplex_gateway.openai.schema import ChatTurn
+from loraplex_gateway.openai.chat_body import chat_message, offered_function
+from loraplex_gateway.openai.schema import ChatTurn, Tool
 from loraplex_gateway.text.prompt_size import check_num_messages
 from loraplex_gateway.types import ChatPrompt, TextPrompt
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -29,7 +26,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
 
 
 class DetokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -67,14 +64,5 @@ def prompt_of(body: TokenizeBody) -> TextPrompt | ChatPrompt:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template_kwargs=body.chat_template_kwargs or {},
-        tools=tuple(_function(n, tool) for n, tool in enumerate(body.tools or ())),
+        tools=tuple(offered_function(n, tool) for n, tool in enumerate(body.tools or ())),
     )
-
-
-def _function(n: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    function = tool.get("function")
-    if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InvalidParameterError(
-            f'tools[{n}] is no function: send {{"type": "function", "function": {{"name": ...}}}}', field=f"tools[{n}]"
-        )
-    return function

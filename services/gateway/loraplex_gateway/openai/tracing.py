@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.ids import new_request_id
 
+from loraplex_gateway.openai.direct import offer_direct
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -51,6 +53,7 @@ class TraceIds:
             await self._app(scope, receive, send)
             return
         scope[_KEY] = origin = _origin(scope)
+        offer_direct(scope, send)
 
         async def send_traced(message: Message) -> None:
             if message["type"] == "http.response.start":

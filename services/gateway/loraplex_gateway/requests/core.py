@@ -18,16 +18,18 @@ from loraplex_gateway.engines.ticket import LocalCancelError
 from loraplex_gateway.requests.access_log import RequestRecord
 from loraplex_gateway.requests.relay import EngineRelay
 from loraplex_gateway.requests.run import RequestRun
+from loraplex_gateway.requests.tap import Tap
 from loraplex_gateway.requests.times import RequestTimes
 from loraplex_gateway.requests.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.prefetch import PrefetchHints
     from loraplex_gateway.engines.pool import EnginePool
+    from loraplex_gateway.engines.ticket import EngineUpdate
     from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.quotas.calls import QuotaCall, QuotaShare
     from loraplex_gateway.requests.admission import AdmissionController, Place
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.requests.preparation import Preparer
     from loraplex_gateway.requests.prepared import PreparedRequest
     from loraplex_gateway.requests.resumption import Resumption
+    from loraplex_gateway.requests.tap import Sink
     from loraplex_gateway.text.models import ServedModel
     from loraplex_gateway.text.tokenization import Encoded
     from loraplex_gateway.types import Event, GenerationRequest, Prompt
@@ -51,7 +54,13 @@ class GatewayCore:
         resumption: Gives out resume tokens and takes them back.
         hints: Prefetch hints; None without an adapter store.
         metrics: Where requests are counted.
+
+    Attributes:
+        cancel_elsewhere: Has another process (gateway id, tenant, request id) end a request, and returns whether it ran
+            there; None if it cannot be asked.
     """
+
+    cancel_elsewhere: Callable[[str, str, str], Awaitable[bool | None]] | None = None
 
     def __init__(
         self,
@@ -73,7 +82,13 @@ class GatewayCore:
         self._metrics = metrics
 
     async def generate(
-        self, request: GenerationRequest, *, caller: Principal, time_left_s: float | None, quota: QuotaCall
+        self,
+        request: GenerationRequest,
+        *,
+        caller: Principal,
+        time_left_s: float | None,
+        quota: QuotaCall,
+        sink: Sink | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Yield a request's events, the last of them `Finished`.
 
@@ -84,6 +99,7 @@ class GatewayCore:
             caller: The principal that asks.
             time_left_s: Until the caller's deadline; None for no deadline.
             quota: The call that this request is one of.
+            sink: Writes plain chunks to the client by itself, see `tap`; None has all of them yielded.
 
         Raises:
             LoraplexError: If the request is refused or fails.
@@ -92,6 +108,7 @@ class GatewayCore:
         with record:
             try:
                 run = await self._begin(record, share, caller)
+                tap = _tap(run, record, sink)
                 async with self._holding(run, share, caller.name) as (place, claim):
                     try:
                         with Waiting(place, claim, run, self._metrics) as waiting:
@@ -99,8 +116,8 @@ class GatewayCore:
                                 yield news
                         events = await self._replayed(run)
                     except LocalCancelError:
-                        events = _cancelled(run, claim)
-                    async with aclosing(self._relay(run, claim).updates()) as updates:
+                        events = _cancelled(run, claim, tap)
+                    async with aclosing(self._relay(run, claim, tap).updates()) as updates:
                         while True:
                             for event in events:
                                 record.see(event, num_tokens=run.num_tokens)
@@ -111,9 +128,9 @@ class GatewayCore:
                             if run.is_finished:
                                 return
                             try:
-                                events = run.events(*await anext(updates))
+                                events = await _next(run, updates, tap)
                             except LocalCancelError:
-                                events = _cancelled(run, claim)
+                                events = _cancelled(run, claim, tap)
             finally:
                 share.settle(*(run.used_tokens if run is not None else (0, 0)))
 
@@ -125,24 +142,36 @@ class GatewayCore:
         """Return the token ids that `generate` would use; refuses as `Preparer.encode` does."""
         return await self._preparer.encode(model, prompt, tenant=tenant)
 
+    async def count_tokens(self, request: GenerationRequest, *, caller: Principal) -> int:
+        """Return the length of the prompt that `generate` would use; refuses as `Preparer.count_tokens` does."""
+        return await self._preparer.count_tokens(request, caller=caller)
+
     async def cancel(self, tenant: str, request_id: str) -> bool:
         """End a running request of the tenant; return whether there was one.
 
         Raises:
             NotSupportedError: If another gateway runs it.
         """
-        running = self._claims.find(tenant, request_id)
-        if running is not None:
-            running.cancel()
+        if await self.cancel_here(tenant, request_id):
             return True
         owner = await self._claims.owner(tenant, request_id)
-        if owner is not None and owner != self._claims.gateway_id:  # ours, without a request: it has just ended
+        if owner is None or owner == self._claims.gateway_id:  # ours, without a request: it has just ended
+            return False
+        ended = await self.cancel_elsewhere(owner, tenant, request_id) if self.cancel_elsewhere is not None else None
+        if ended is None:
             raise NotSupportedError(
                 f"request {request_id} runs on gateway {owner}; cancelling across gateways is not built yet, "
                 "cancel the stream's RPC instead",
                 metadata={"gateway_id": owner},
             )
-        return False
+        return ended
+
+    async def cancel_here(self, tenant: str, request_id: str) -> bool:
+        """End a running request of the tenant in this process; return whether there was one."""
+        running = self._claims.find(tenant, request_id)
+        if running is not None:
+            running.cancel()
+        return running is not None
 
     def _record(self, request: GenerationRequest, caller: Principal, time_left_s: float | None) -> RequestRecord:
         """Return the record of a request that comes at this moment."""
@@ -230,11 +259,29 @@ class GatewayCore:
         self._metrics.client_resumes.labels("ended" if last else "continued").inc()
         return last
 
-    def _relay(self, run: RequestRun, claim: Claim) -> EngineRelay:
-        return EngineRelay(run, claim, pool=self._pool, hints=self._hints, metrics=self._metrics)
+    def _relay(self, run: RequestRun, claim: Claim, tap: Tap | None) -> EngineRelay:
+        return EngineRelay(run, claim, pool=self._pool, hints=self._hints, metrics=self._metrics, tap=tap)
 
 
-def _cancelled(run: RequestRun, claim: Claim) -> Sequence[Event]:
+def _tap(run: RequestRun, record: RequestRecord, sink: Sink | None) -> Tap | None:
+    """Return what takes plain tokens to the sink; None where each of them may be an end."""
+    has_stops = bool(run.prepared.request.stopping.stop_strings)
+    wants_none = run.prepared.max_new_tokens == 0  # and gets one, which is dropped
+    return None if sink is None or has_stops or wants_none else Tap(run, record, sink)
+
+
+async def _next(
+    run: RequestRun, updates: AsyncGenerator[tuple[str, EngineUpdate], None], tap: Tap | None
+) -> Sequence[Event]:
+    """Return the events of the next news that the tap has not taken, behind those of what it has."""
+    if tap is None:
+        return run.events(*await anext(updates))
+    tap.is_open = run.times.started_at is not None
+    engine_id, update = await anext(updates)
+    return [*tap.rest(), *run.events(engine_id, update)]
+
+
+def _cancelled(run: RequestRun, claim: Claim, tap: Tap | None) -> Sequence[Event]:
     """Return the last events of a request that was ended by its id.
 
     Raises:
@@ -242,4 +289,4 @@ def _cancelled(run: RequestRun, claim: Claim) -> Sequence[Event]:
     """
     if claim.failure is not None:
         raise claim.failure from None
-    return run.cancelled()
+    return [*(tap.rest() if tap is not None else ()), *run.cancelled()]

@@ -26,6 +26,7 @@ class OutputAssembler:
         stopping: Stop strings, and whether what stopped stays in the text.
         stop_token_ids: Ids that end the output; the text of the one that did is left out unless `include_stop`.
         prompt_ids: What the output continues; None for an unknown text.
+        shown_ids: Special tokens that have text although the others are left out.
 
     Attributes:
         num_tokens: Output tokens so far, up to the one that completed a stop string.
@@ -42,6 +43,7 @@ class OutputAssembler:
         stopping: Stopping,
         stop_token_ids: frozenset[int],
         prompt_ids: Sequence[int] | None = None,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.num_tokens = self.num_text_bytes = 0
         self.matched_stop: str | None = None
@@ -52,8 +54,10 @@ class OutputAssembler:
         self._stop_token_ids = stop_token_ids
         self._needs_text = options.text or bool(stopping.stop_strings)
         skips = options.skip_special_tokens
-        self._hidden_ids = table.special_ids if skips else frozenset()
-        self._detokenizer = make_detokenizer(table, skip_special_tokens=skips, prompt_ids=prompt_ids)
+        self._hidden_ids = table.special_ids - shown_ids if skips else frozenset()
+        self._detokenizer = make_detokenizer(
+            table, skip_special_tokens=skips, prompt_ids=prompt_ids, shown_ids=shown_ids
+        )
         self._stops = StopMatcher(stopping.stop_strings, include_stop=stopping.include_stop)
         self._num_characters = 0  # of the text before stop strings are looked for
         # A stop token whose text is held until it is known whether the output really ends here: with min_new_tokens

@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import ANYBODY
+from loraplex_common.errors import InvalidParameterError, NotSupportedError
 
-from loraplex_gateway.requests import validation
+from loraplex_gateway.chat_output.formats import output_format
+from loraplex_gateway.chat_output.reading import ChatReading, chat_reading
+from loraplex_gateway.requests import lengths, validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.requests.prepared import PreparedRequest
 from loraplex_gateway.requests.selection import select
+from loraplex_gateway.types import ChatPrompt, PromptText
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Principal
@@ -34,10 +38,12 @@ class RequestLimits:
     Attributes:
         max_stream_s: Deadline of requests that come without one.
         max_bytes_per_token: A prompt's text of more bytes than this x the longest sequence is not tokenised.
+        takes_chat_templates: Whether a request may bring a chat template.
     """
 
     max_stream_s: float
     max_bytes_per_token: int
+    takes_chat_templates: bool = False
 
 
 class Preparer:
@@ -88,22 +94,28 @@ class Preparer:
             AdapterNotFoundError: And the other refusals of `NameTable.resolve`.
             ModelNotFoundError: If there is no such base model.
             AdapterIncompatibleError: If the adapter is for another base model.
+            NotSupportedError: If no engine of the base model does what the request asks for.
         """
         validation.check_request(request)
         priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
         model, adapter = await self._select(request, caller)
-        prompt_ids = await self._prompt_ids(request, model, tenant=caller.name)
-        room = self._max_model_len(model) - len(prompt_ids)
+        tokens = await self._tokens(request, model, tenant=caller.name)
+        if tokens.reading is not None:
+            request = replace(request, structured_output=tokens.reading.structured_output)
+        self._check_engines(request, model)
+        room = self._max_model_len(model) - len(tokens.prompt)
         limit_s = min(self._limits.max_stream_s, float("inf") if time_left_s is None else time_left_s)
         waits = request.queue_timeout_s is not None and continuation is None  # a resumed stream had its place
         return PreparedRequest(
             request=request,
             model=model,
             adapter=adapter,
-            prompt_ids=prompt_ids,
+            prompt_ids=tokens.prompt,
+            prompt_text=tokens.prompt_text,
+            bad_token_sequences=tokens.bad_sequences,
             sampling=_drawable(model.defaults.fill(request.sampling)),
             stop_token_ids=_stop_token_ids(request, model),
-            max_new_tokens=continuation.max_new_tokens if continuation else request.stopping.max_new_tokens or room,
+            max_new_tokens=_max_new_tokens(request, continuation, room=room),
             priority=priority,
             fairness_key=_fairness_key(model, adapter, caller),
             cache_salt=cache_salt(caller, request.cache_salt),
@@ -111,18 +123,58 @@ class Preparer:
             deadline=arrived_at + limit_s - DEADLINE_MARGIN_S,
             queue_deadline=arrived_at + (request.queue_timeout_s or 0.0) if waits else None,
             continuation=continuation,
+            reading=tokens.reading,
         )
 
-    async def _prompt_ids(self, request: GenerationRequest, model: ServedModel, *, tenant: str) -> tuple[int, ...]:
-        """Return the prompt's tokens, checked together with all that the request says about tokens of its model."""
+    async def _tokens(self, request: GenerationRequest, model: ServedModel, *, tenant: str) -> _Tokens:
+        """Return a request's texts as tokens, checked together with all that it says about tokens of its model."""
         assert request.prompt is not None  # check_request
-        prompt_ids = (await self.encode(model, request.prompt, tenant=tenant)).ids
+        max_model_len, tokenizer = self._max_model_len(model), model.tokenizer
+        self._check_template(request.prompt)
+        encoded = await self.encode(model, request.prompt, tenant=tenant)
+        prompt_ids = lengths.truncated(encoded.ids, request, max_model_len)
         # The length first: it costs nothing, a look at each of a million ids does.
-        validation.check_length(len(prompt_ids), request.stopping.max_new_tokens, self._max_model_len(model))
+        lengths.check_length(len(prompt_ids), request.stopping.max_new_tokens, max_model_len)
         validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
         validation.check_drawable(request, model.defaults.eos_token_ids, model.info.vocab_size)
-        validation.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
-        return prompt_ids
+        lengths.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
+        bad_words, text = request.sampling.bad_words, None
+        if request.options.prompt_text:
+            is_whole = len(prompt_ids) == len(encoded.ids)
+            text = await tokenizer.prompt_text(request.prompt, prompt_ids, is_whole=is_whole, tenant=tenant)
+        return _Tokens(
+            prompt=prompt_ids,
+            prompt_text=text,
+            reading=_reading(request, model, encoded),
+            bad_sequences=await tokenizer.bad_token_sequences(bad_words, tenant=tenant) if bad_words else (),
+        )
+
+    def _check_engines(self, request: GenerationRequest, model: ServedModel) -> None:
+        """Refuse a constraint if the engines are there but none of them knows constraints: they would pass over it."""
+        is_constrained = request.structured_output is not None or bool(request.sampling.bad_words)
+        if is_constrained and self._pool.can_constrain(model.fingerprint) is False:
+            raise NotSupportedError(
+                f"no engine of {model.name} constrains outputs: all of them are of an earlier version; update one"
+            )
+
+    async def count_tokens(self, request: GenerationRequest, *, caller: Principal) -> int:
+        """Return the length of a request's prompt in tokens of the model that it names, an adapter's included.
+
+        Raises:
+            LoraplexError: The refusals of `prepare` that are about the prompt and the names.
+        """
+        validation.check_prompt(request.prompt)
+        assert request.prompt is not None  # check_prompt
+        model, _ = await self._select(request, caller)
+        return len((await self.encode(model, request.prompt, tenant=caller.name)).ids)
+
+    def _check_template(self, prompt: Prompt) -> None:
+        if isinstance(prompt, ChatPrompt) and prompt.template is not None and not self._limits.takes_chat_templates:
+            raise InvalidParameterError(
+                "chat_template is not supported: conversations are rendered by the model's own template unless the "
+                "operator allows others (--allow-request-chat-template); send a prompt you rendered",
+                field="chat_template",
+            )
 
     async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
         """Return the model that tokenises for two names; refuses them as `prepare` does."""
@@ -146,6 +198,41 @@ class Preparer:
         self, request: GenerationRequest, caller: Principal
     ) -> tuple[ServedModel, ResolvedAdapter | None]:
         return await select(self._catalog, self._names, model=request.model, adapter=request.adapter, caller=caller)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tokens:
+    """A request's texts as tokens: its prompt, the prompt's text if it is wanted, how its output is read, its bad words."""
+
+    prompt: tuple[int, ...]
+    prompt_text: PromptText | None
+    reading: ChatReading | None
+    bad_sequences: tuple[tuple[int, ...], ...]
+
+
+def _max_new_tokens(request: GenerationRequest, continuation: Continuation | None, *, room: int) -> int:
+    if continuation is not None:
+        return continuation.max_new_tokens
+    wanted = request.stopping.max_new_tokens
+    return room if wanted is None else wanted
+
+
+def _reading(request: GenerationRequest, model: ServedModel, encoded: Encoded) -> ChatReading | None:
+    """Return how the output of a chat is to be taken apart; None if it is not."""
+    prompt, template = request.prompt, encoded.template
+    if request.parsing is None or not isinstance(prompt, ChatPrompt) or template is None:
+        return None
+    output = output_format(
+        template.source, reads_tools=template.reads_tools, response_template=template.response_template
+    )
+    return chat_reading(
+        prompt,
+        request.parsing,
+        output=output,
+        rendered=encoded.rendered,
+        token_id=model.tokenizer.token_id,
+        constraint=request.structured_output,
+    )
 
 
 def _stop_token_ids(request: GenerationRequest, model: ServedModel) -> frozenset[int]:

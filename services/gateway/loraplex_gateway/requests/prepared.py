@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraplex_gateway.adapters.names import ResolvedAdapter
+from loraplex_gateway.chat_output.reading import ChatReading
 from loraplex_gateway.engines.wire import EngineFinish
 from loraplex_gateway.text.models import ServedModel
-from loraplex_gateway.types import FinishReason, GenerationRequest, Priority, Sampling, Timings
+from loraplex_gateway.types import FinishReason, GenerationRequest, Priority, PromptText, Sampling, Timings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +48,10 @@ class PreparedRequest:
         affinity_key: What it is routed by; empty for nothing.
         deadline: When the caller's deadline passes (monotonic seconds), less a margin.
         queue_deadline: When queue_timeout passes (monotonic seconds); None for never.
+        bad_token_sequences: Token sequences that its bad words are written with.
+        prompt_text: The prompt as text, if the answer shall begin with it.
         continuation: The stream that it resumes; None if it starts one.
+        reading: How the output is taken apart; None leaves it as it is.
     """
 
     request: GenerationRequest
@@ -63,7 +67,10 @@ class PreparedRequest:
     affinity_key: str
     deadline: float
     queue_deadline: float | None
+    bad_token_sequences: tuple[tuple[int, ...], ...] = ()
+    prompt_text: PromptText | None = None
     continuation: Continuation | None = None
+    reading: ChatReading | None = None
 
     @property
     def adapter_digest(self) -> str:
@@ -74,6 +81,11 @@ class PreparedRequest:
     def resumed_ids(self) -> tuple[int, ...]:
         """The output that the client of a resumed stream has."""
         return self.continuation.token_ids if self.continuation is not None else ()
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether only engines that constrain outputs can run it: others would pass over what it asks for."""
+        return self.request.structured_output is not None or bool(self.bad_token_sequences)
 
     @property
     def expected_tokens(self) -> tuple[int, int]:

@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import (
     DeadlineError,
-    DrainingError,
-    EngineHungError,
-    EngineOomError,
     LoraplexError,
     NoEngineError,
     QueueTimeoutError,
-    RequestLostError,
+    StoreUnavailableError,
     StreamInterruptedError,
 )
 from loraplex_common.log import get_logger
@@ -24,6 +21,7 @@ from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_gateway.engines.ticket import EngineLostError, EngineUpdate, LocalCancelError
 from loraplex_gateway.engines.wire import Submission
+from loraplex_gateway.requests.attempts import OUTAGE_PAUSE_S, Attempts
 from loraplex_gateway.requests.prepared import unsaid_finish
 from loraplex_gateway.types import FinishReason
 
@@ -37,22 +35,12 @@ if TYPE_CHECKING:
     from loraplex_gateway.metrics.gateway import GatewayMetrics
     from loraplex_gateway.requests.claims import Claim
     from loraplex_gateway.requests.run import RequestRun
+    from loraplex_gateway.requests.tap import Tap
 
-MAX_REFUSALS: Final = 4
-"""Engines that may refuse a request between two of its tokens, each for reasons of its own."""
-MAX_FRUITLESS_LOSSES: Final = 2
-"""Sessions in a row that may be lost with a request before it has given a token there.
-
-Seen from here, a request that ends its engine's session and one that is unlucky look alike. What tells them apart is
-progress: a request that gets tokens survives engine after engine, as before; a request that has twice gone down with a
-session without a token is not sent a third time, as every attempt interrupts all other streams there.
-"""
 FIRST_WAIT_S: Final = 5.0
 """For an engine that is being dialled, of a request that no engine has had yet; the others wait as the pool says."""
 # After the deadline, for the engine's own verdict to arrive.
 ENGINE_DEADLINE_SLACK_S: Final = 2.0
-# What an engine refuses that another may take.
-ELSEWHERE: Final = (DrainingError, NoEngineError, EngineOomError, EngineHungError)
 
 _log = get_logger()
 
@@ -66,6 +54,7 @@ class EngineRelay:
         pool: The engines.
         hints: Told when the chosen engine lacks the adapter; None without an adapter store.
         metrics: Where moves between engines are counted.
+        tap: Takes plain tokens the short way; None has all go the long one.
     """
 
     def __init__(
@@ -76,21 +65,19 @@ class EngineRelay:
         pool: EnginePool,
         hints: PrefetchHints | None,
         metrics: GatewayMetrics,
+        tap: Tap | None = None,
     ) -> None:
-        self._run = run
+        self._run, self._tap = run, tap
         self._prepared = run.prepared
         self._time_limit_at = run.time_limit_at
         self._clock = run.times.clock
         self._claim = claim
         self._pool = pool
-        self._hints = hints
-        self._metrics = metrics
+        self._hints, self._metrics = hints, metrics
         self._tokens: list[int] = list(run.prepared.resumed_ids)
         self._has_started = run.prepared.continuation is not None
         self._was_interrupted = False
-        self._excluded: frozenset[str] = frozenset()
-        self._num_fruitless_losses = 0
-        self._num_refusals = 0
+        self._attempts = Attempts(clock=self._clock, outage_s=pool.failover_wait_s)
 
     async def updates(self) -> AsyncGenerator[tuple[str, EngineUpdate], None]:
         """Yield (engine id, news); the last update has a normal end.
@@ -123,7 +110,9 @@ class EngineRelay:
                             yield link.engine_id, update
                             if update.end is not None:
                                 return
-                except (EngineLostError, *ELSEWHERE) as error:
+                except (EngineLostError, LoraplexError) as error:
+                    if not self._attempts.may_follow(error, has_begun=self._has_started):
+                        raise
                     failure = error
                 self._count(failure, link.engine_id, has_progressed=len(self._tokens) > num_tokens)
                 if (finish := self._prepared.finish_reached(self._tokens)) is not None:
@@ -131,6 +120,11 @@ class EngineRelay:
                     return
                 self._check_worth_another(failure)
                 self._note_retry(link.engine_id, failure)
+                if isinstance(failure, StoreUnavailableError):
+                    await self._outlast(failure)
+                    if self._is_cut_at(self._clock()):
+                        yield "", EngineUpdate(end=unsaid_finish(FinishReason.TIME_LIMIT))
+                        return
         finally:
             if self._was_interrupted and self._run.is_finished:
                 self._metrics.resumes.labels("ok").inc()
@@ -142,6 +136,8 @@ class EngineRelay:
         if self._hints is not None and digest and digest not in link.resident:
             self._hints.hint(digest, link.engine_id)
         ticket = link.submit(self._submission(link.record.max_model_len))
+        if self._tap is not None:
+            self._tap.output, ticket.take = self._tokens, self._tap.take
 
         def cancel() -> None:
             ticket.cancel()
@@ -165,14 +161,7 @@ class EngineRelay:
     def _count(self, failure: Exception, engine_id: str, *, has_progressed: bool) -> None:
         """Take in that an engine did not bring the request to its end; a new token clears the account."""
         self._was_interrupted = self._was_interrupted or self._has_started
-        if has_progressed:
-            self._num_fruitless_losses = self._num_refusals = 0
-            self._excluded = frozenset()
-        if not isinstance(failure, EngineLostError):
-            self._num_refusals += 1
-            self._excluded |= {engine_id}
-        elif not has_progressed:
-            self._num_fruitless_losses += failure.had_request
+        self._attempts.count(failure, engine_id, has_progressed=has_progressed)
 
     async def _choose(self, cause: Exception | None) -> EngineLink | None:
         """Return an engine, waiting for one while some is expected; None once the request's time limit has passed."""
@@ -186,7 +175,8 @@ class EngineRelay:
                 adapter_digest=prepared.adapter_digest,
                 affinity_key=prepared.affinity_key,
                 num_tokens=len(prepared.prompt_ids) + len(self._tokens),
-                excluded=self._excluded,
+                excluded=self._attempts.excluded,
+                is_constrained=prepared.is_constrained,
             )
             if link is not None:
                 return link
@@ -195,13 +185,29 @@ class EngineRelay:
                 first = first_until if self._pool.is_expected(fingerprint) else -math.inf
                 until = max(until, first) if self._has_started else first
             now = self._clock()
-            if self._time_limit_at is not None and self._time_limit_at <= min(now, prepared.deadline):
+            if self._is_cut_at(now):
                 return None
             limits = (self._time_limit_at, None if self._has_started else prepared.queue_deadline)
             left_s = min(until, prepared.deadline, *(limit for limit in limits if limit is not None)) - now
             if left_s <= 0:
                 raise self._give_up(cause)
             await self._wait(changed, left_s)
+
+    async def _outlast(self, outage: StoreUnavailableError) -> None:
+        """Wait before the request is sent once more while the adapter store is out of reach.
+
+        Raises:
+            DeadlineError: If the deadline comes first.
+            LocalCancelError: If the request is cancelled by its id meanwhile.
+        """
+        limits = [limit for limit in (self._prepared.deadline, self._time_limit_at) if limit is not None]
+        await self._wait(asyncio.Event(), max(0.0, min(OUTAGE_PAUSE_S, *(limit - self._clock() for limit in limits))))
+        if not self._is_cut_at(now := self._clock()) and now >= self._prepared.deadline:
+            raise self._give_up(outage)
+
+    def _is_cut_at(self, now: float) -> bool:
+        """Tell whether the output ends by its time limit, which comes before the deadline."""
+        return self._time_limit_at is not None and self._time_limit_at <= min(now, self._prepared.deadline)
 
     async def _wait(self, changed: asyncio.Event, timeout_s: float) -> None:
         """Wait for a change among the engines, a while at most.
@@ -244,7 +250,7 @@ class EngineRelay:
             prompt_ids=prepared.prompt_ids,
             resumed_ids=tuple(self._tokens),
             sampling=prepared.sampling,
-            stopping=replace(request.stopping, max_new_tokens=min(prepared.max_new_tokens, room)),
+            stopping=replace(request.stopping, max_new_tokens=max(1, min(prepared.max_new_tokens, room))),
             adapter_digest=prepared.adapter_digest,
             adapter_scale=request.adapter_scale,
             time_left_s=left_s(prepared.deadline),
@@ -257,19 +263,17 @@ class EngineRelay:
             fail_fast=request.fail_fast and not has_started,
             logprobs=request.options.logprobs,
             prompt_logprobs=None if has_started else request.options.prompt_logprobs,
+            structured_output=request.structured_output,
+            bad_token_sequences=prepared.bad_token_sequences,
         )
 
     def _check_worth_another(self, cause: Exception) -> None:
         """Raise what the request ends with if it has been lost or refused too often to be sent once more."""
-        if self._num_fruitless_losses >= MAX_FRUITLESS_LOSSES:
+        if self._attempts.is_suspect:
             if self._has_started:
                 self._metrics.resumes.labels("failed").inc()
-            raise RequestLostError(
-                f"the sessions of {self._num_fruitless_losses} engines ended after this request was sent and before it "
-                f"gave a token; it is not sent again. The last one: {cause}",
-                metadata={"output_tokens": str(len(self._tokens))},
-            )
-        if self._num_refusals >= MAX_REFUSALS:
+            raise self._attempts.lost(cause, num_tokens=len(self._tokens))
+        if self._attempts.are_spent:
             raise self._give_up(cause)
 
     def _give_up(self, cause: Exception | None) -> LoraplexError:
@@ -285,7 +289,8 @@ class EngineRelay:
         if self._has_started:
             self._metrics.resumes.labels("failed").inc()
             return StreamInterruptedError(
-                f"the engine was lost after {len(self._tokens)} tokens and no other could take over",
+                f"the engine was lost after {len(self._tokens)} tokens and no other could take over"
+                f"{f': {cause}' if isinstance(cause, StoreUnavailableError) else ''}",
                 metadata={"output_tokens": str(len(self._tokens))},
             )
         if isinstance(cause, LoraplexError):

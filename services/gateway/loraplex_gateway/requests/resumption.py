@@ -159,13 +159,15 @@ def request_digest(prepared: PreparedRequest) -> bytes:
     """
     request = prepared.request
     sampling = replace(prepared.sampling, seed=None, logit_bias=dict(sorted(prepared.sampling.logit_bias.items())))
-    parts = (
+    parts: tuple[Any, ...] = (
         request.adapter_scale,
         _said(sampling),
         _said(request.stopping),
         sorted(prepared.stop_token_ids),
         _said(request.options),
     )
+    if (wanted := request.structured_output) is not None:
+        parts = (*parts, (wanted.kind.value, wanted.text, wanted.starts_after))
     digest = hashlib.sha256(repr(parts).encode("utf-8", errors="surrogatepass"))
     digest.update(_encoder.encode(prepared.prompt_ids))
     return digest.digest()

@@ -15,9 +15,9 @@ from loraplex_gateway.requests.prepared import unsaid_finish
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started, Timings, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from loraplex_gateway.engines.wire import EngineFinish
+    from loraplex_gateway.engines.wire import EngineFinish, LogprobsMessage
     from loraplex_gateway.requests.prepared import PreparedRequest
     from loraplex_gateway.requests.times import RequestTimes
     from loraplex_gateway.types import Event, Resume
@@ -62,6 +62,7 @@ class RequestRun:
             stopping=prepared.request.stopping,
             stop_token_ids=prepared.stop_token_ids,
             prompt_ids=prepared.prompt_ids,
+            shown_ids=prepared.reading.shown_ids if prepared.reading is not None else frozenset(),
         )
 
     @property
@@ -91,7 +92,9 @@ class RequestRun:
                 events.append(update.loading)
             if update.started is not None or update.token_ids:
                 events.append(self._start(engine_id, update))
-        chunk = self._push(update) if update.token_ids else None
+        # An engine draws one token at least, in the step that ends the prompt; it is dropped if none is wanted.
+        is_wanted = update.token_ids and self.prepared.max_new_tokens
+        chunk = self.push(update.token_ids, update.logprobs) if is_wanted else None
         if self._output.matched_stop is not None:
             return [*events, *_present(chunk), self.finished(FinishReason.STOP)]
         if update.end is None:
@@ -99,6 +102,11 @@ class RequestRun:
         # A chunk of its own: a client that has these tokens may or may not have what was held back until the end.
         last = self._output.finish(stop_token_id=update.end.stop_token_id)
         return [*events, *_present(chunk), *_present(last), self._end(update.end)]
+
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[LogprobsMessage] = ()) -> Chunk | None:
+        """Return what a client is told about tokens that came, `logprobs` parallel to them where asked for."""
+        self.times.tokens_came()
+        return self._output.push(token_ids, logprobs)
 
     async def replay(self, resume: Resume) -> list[Event]:
         """Go through what the client has of the output; return its end if there is nothing more to come.
@@ -171,24 +179,28 @@ class RequestRun:
             self._queue_s += started.queue_s
             self._adapter_load_s = started.adapter_load_s
         self.resume_token = self._token(self)
+        reading = self.prepared.reading
         return Started(
             prompt_tokens=len(self.prepared.prompt_ids),
             cached_tokens=self._cached_tokens,
             engine_id=engine_id,
             adapter_revision=self.prepared.adapter_digest,
             seed=self.prepared.sampling.seed or 0,
+            sampling=self.prepared.sampling,
             resume_token=self.resume_token,
             prompt_logprobs=started.prompt_logprobs if started is not None else (),
+            prompt_token_ids=self.prepared.prompt_ids,
+            prompt_text=self.prepared.prompt_text,
+            make_parser=reading.parser if reading is not None and reading.rules is not None else None,
+            thought_end_id=reading.thought_end_id if reading is not None else None,
         )
-
-    def _push(self, update: EngineUpdate) -> Chunk | None:
-        self.times.tokens_came()
-        return self._output.push(update.token_ids, update.logprobs)
 
     def _end(self, finish: EngineFinish) -> Finished:
         # A stop string completed by the text that was held to the very end.
         if self._output.matched_stop is not None:
             return self.finished(FinishReason.STOP)
+        if not self.prepared.max_new_tokens and finish.reason is FinishReason.STOP:  # of the token that is dropped
+            return self.finished(FinishReason.LENGTH, timings=self._merged_timings(finish))
         return self.finished(finish.reason, stop_token_id=finish.stop_token_id, timings=self._merged_timings(finish))
 
     def _merged_timings(self, finish: EngineFinish) -> Timings:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common import request_limits
-from loraplex_common.errors import ContextLengthError, InvalidParameterError
-from loraplex_common.request_limits import MAX_PROMPT_LOGPROBS
+from loraplex_common.errors import InvalidParameterError
 
-from loraplex_gateway.text import template_variables
+from loraplex_gateway.requests import constraints
+from loraplex_gateway.text import template_variables, tool_rules
 from loraplex_gateway.types import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
@@ -81,7 +81,9 @@ _NUMBERS: Final[tuple[tuple[str, Callable[[GenerationRequest], float | None]], .
 
 def _range(field: str, get: Callable[[GenerationRequest], float | None]) -> Range:
     limits = request_limits.RANGES[field.rpartition(".")[2]]
-    return Range(field, get, limits.low, limits.high, excludes_low=limits.excludes_low)
+    # Without new tokens a prompt is only read: engines are asked for one, which is dropped (`relay`, `run`).
+    low = 0 if field == "stopping.max_new_tokens" else limits.low
+    return Range(field, get, low, limits.high, excludes_low=limits.excludes_low)
 
 
 RANGES: Final = tuple(_range(field, get) for field, get in _NUMBERS)
@@ -90,6 +92,7 @@ RANGES: Final = tuple(_range(field, get) for field, get in _NUMBERS)
 COUNTS: Final[tuple[tuple[str, Callable[[GenerationRequest], int]], ...]] = (
     ("sampling.logit_bias", lambda r: len(r.sampling.logit_bias)),
     ("sampling.allowed_token_ids", lambda r: len(r.sampling.allowed_token_ids)),
+    ("sampling.bad_words", lambda r: len(r.sampling.bad_words)),
     ("stopping.stop_strings", lambda r: len(r.stopping.stop_strings)),
     ("stopping.stop_token_ids", lambda r: len(r.stopping.stop_token_ids)),
 )
@@ -119,7 +122,9 @@ def check_request(request: GenerationRequest) -> None:
         for field, count in COUNTS
         if count(request) > (most := request_limits.MAX_ENTRIES[field.rpartition(".")[2]])
     ]
-    found += [*_names(request), *_stopping(request), *_logit_bias(request), *prompt_violations(request.prompt)]
+    found += [*_names(request), *_stopping(request), *_logit_bias(request), *_bad_words(request)]
+    found += [*constraints.violations(request.structured_output), *_truncation(request)]
+    found += prompt_violations(request.prompt)
     _raise_if_any(found)
 
 
@@ -143,6 +148,7 @@ def check_token_ids(request: GenerationRequest, prompt_ids: Sequence[int], vocab
         ("sampling.logit_bias", tuple(request.sampling.logit_bias)),
         ("sampling.allowed_token_ids", request.sampling.allowed_token_ids),
         ("stopping.stop_token_ids", request.stopping.stop_token_ids),
+        ("structured_output.starts_after", request.structured_output.starts_after if request.structured_output else ()),
     )
     found = [
         (field, f"{field} holds {bad}; token ids of this model are 0 to {vocab_size - 1}")
@@ -171,42 +177,6 @@ def check_drawable(request: GenerationRequest, eos_token_ids: Collection[int], v
         raise InvalidParameterError(f"{field}: {request_limits.NOTHING_LEFT}", field=field)
 
 
-def check_length(num_prompt_tokens: int, max_new_tokens: int | None, max_model_len: int) -> None:
-    """Refuse a request for more tokens than a sequence can have; without a limit of its own it must leave room for one.
-
-    Raises:
-        ContextLengthError: With the arithmetic.
-    """
-    wanted = 1 if max_new_tokens is None else max_new_tokens
-    total = num_prompt_tokens + wanted
-    if total <= max_model_len:
-        return
-    room = max_model_len - num_prompt_tokens
-    remedy = f"ask for at most {room} output tokens or shorten" if room > 0 else "shorten"
-    # Clients that cut their prompts and ask again know OpenAI's and vLLM's messages by these words.
-    raise ContextLengthError(
-        f"This model's maximum context length is {max_model_len} tokens. However, you requested {wanted} output tokens "
-        f"and your prompt contains {num_prompt_tokens} input tokens, for a total of {total} tokens; {remedy} the prompt",
-        field="stopping.max_new_tokens" if room > 0 else "prompt",
-        metadata={"prompt_tokens": str(num_prompt_tokens), "max_model_len": str(max_model_len)},
-    )
-
-
-def check_prompt_logprobs(num_prompt_tokens: int, num_alternatives: int | None) -> None:
-    """Refuse probabilities of a prompt that would not fit one message.
-
-    Raises:
-        InvalidParameterError: With the arithmetic.
-    """
-    if num_alternatives is None or num_prompt_tokens * (num_alternatives + 1) <= MAX_PROMPT_LOGPROBS:
-        return
-    raise InvalidParameterError(
-        f"response_options.prompt_logprobs of {num_prompt_tokens} tokens x (1 drawn + {num_alternatives} likeliest) are more than "
-        f"{MAX_PROMPT_LOGPROBS}; ask for fewer, or shorten the prompt",
-        field="response_options.prompt_logprobs",
-    )
-
-
 def prompt_violations(prompt: Prompt | None) -> Iterator[Violation]:
     """Yield what is wrong with a prompt, whatever the model."""
     if prompt is None:
@@ -231,6 +201,7 @@ def _chat(prompt: ChatPrompt) -> Iterator[Violation]:
         yield from _unicode(f"messages[{n}].role", message.role)
         yield from _unicode(f"messages[{n}].content", message.content)
     yield from template_variables.violations(prompt.template_kwargs)
+    yield from tool_rules.violations(prompt)
 
 
 def _names(request: GenerationRequest) -> Iterator[Violation]:
@@ -263,6 +234,21 @@ def _logit_bias(request: GenerationRequest) -> Iterator[Violation]:
         if bias not in request_limits.RANGES["logit_bias"]:
             yield "sampling.logit_bias", f"the bias of token {token_id} is {bias:g}; it must be in [-100, 100]"
             return
+
+
+def _bad_words(request: GenerationRequest) -> Iterator[Violation]:
+    for n, word in enumerate(request.sampling.bad_words):
+        field = f"sampling.bad_words[{n}]"
+        num_bytes = len(word.encode("utf-8", errors="surrogatepass"))
+        if not 1 <= num_bytes <= request_limits.MAX_BAD_WORD_BYTES:
+            yield field, f"{field} has {num_bytes} bytes; it must have 1 to {request_limits.MAX_BAD_WORD_BYTES}"
+        yield from _unicode(field, word)
+
+
+def _truncation(request: GenerationRequest) -> Iterator[Violation]:
+    field, most = "truncate_prompt_tokens", request.truncate_prompt_tokens
+    if most is not None and most != -1 and not 1 <= most <= request_limits.MAX_INT32:
+        yield field, f"{field} is {most}; it must be -1, or 1 to {request_limits.MAX_INT32}"
 
 
 def _unicode(field: str, text: str) -> Iterator[Violation]:

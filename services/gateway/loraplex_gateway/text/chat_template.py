@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import secrets
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.tokenizer_config import SPECIAL_TOKENS, read_special_tokens
+
+from loraplex_gateway.text.chat_messages import as_tools, as_turns
+from loraplex_gateway.text.default_tools import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +24,8 @@ if TYPE_CHECKING:
 
     from jinja2.parser import Parser
 
-    from loraplex_gateway.types import ChatMessage, ChatPrompt
+    from loraplex_gateway.text.chat_messages import Turn
+    from loraplex_gateway.types import ChatPrompt
 
 MAX_REASON_CHARS: Final = 500
 # In front of a space, which shows whether the template strips what it renders.
@@ -76,6 +81,12 @@ RESERVED_VARIABLES: Final = frozenset(
 )
 
 
+@functools.lru_cache(maxsize=256)
+def variables_of(source: str) -> frozenset[str]:
+    """Return the names that a template reads and does not set itself; the source must be valid Jinja."""
+    return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
+
+
 class ChatTemplateError(ValueError):
     """The model's chat template cannot be read; the message names the file."""
 
@@ -86,17 +97,42 @@ class ChatTemplate:
     Args:
         source: Jinja source.
         special_tokens: ``{"bos_token": "<s>", ...}`` as the template sees them.
+        response_template: JSON of how the tokenizer says that its model's answers are taken apart; empty if it does not.
+
+    Attributes:
+        source: As given.
+        response_template: As given.
+        variables: Names that it reads and does not set itself.
 
     Raises:
         ChatTemplateError: If the source is no valid Jinja.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], *, response_template: str = "") -> None:
         try:
             self._template = _environment().from_string(source)
+            self.variables = variables_of(source)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"chat template, line {error.lineno}: {error.message}") from error
+        self.source = source
+        self.response_template = response_template
         self._special_tokens = dict(special_tokens)
+
+    @property
+    def reads_tools(self) -> bool:
+        """Whether it writes out functions itself; else they are put into words."""
+        return "tools" in self.variables
+
+    def of_request(self, source: str) -> ChatTemplate:
+        """Return a request's own template, with the same special tokens.
+
+        Raises:
+            InvalidParameterError: If it is no valid Jinja.
+        """
+        try:
+            return ChatTemplate(source, self._special_tokens)
+        except (ChatTemplateError, RecursionError) as error:
+            raise InvalidParameterError(str(error)[:MAX_REASON_CHARS], field="chat_template") from error
 
     def render(self, prompt: ChatPrompt) -> str:
         """Return the conversation as text, special tokens written out.
@@ -104,36 +140,55 @@ class ChatTemplate:
         Raises:
             InvalidParameterError: If the template refuses the conversation, with the template's own words.
         """
-        messages = [_as_dict(message) for message in prompt.messages]
+        messages, tools = as_turns(prompt.messages), as_tools(prompt.tools)
+        if not self.reads_tools:
+            messages, tools = in_words(messages, tools), []
+        variables = self._variables(prompt) | {"tools": tools or None}
+        render = functools.partial(self._render, messages, variables, what=_what_of(prompt))
         if not prompt.continue_final_message:
-            return self._render(messages, prompt, add_generation_prompt=prompt.add_generation_prompt)
+            return render(opens_answer=prompt.add_generation_prompt)
         # Drawn anew each time: no conversation can hold it, so that none has to be searched for it.
         final, mark = messages[-1]["content"], _MARK + secrets.token_hex(16).upper()
         messages[-1]["content"] = f"{final}{mark} "
-        return _cut_at_mark(self._render(messages, prompt, add_generation_prompt=False), mark, final)
+        return _cut_at_mark(render(opens_answer=False), mark, final)
 
-    def _render(self, messages: list[dict[str, str]], prompt: ChatPrompt, *, add_generation_prompt: bool) -> str:
-        variables = {
-            **prompt.template_kwargs,
-            **self._special_tokens,
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+    def _variables(self, prompt: ChatPrompt) -> dict[str, Any]:
+        """Return what the request sets.
+
+        Raises:
+            InvalidParameterError: For what OpenAI's API or vLLM has and this template has no use for.
+        """
+        variables, effort = dict(prompt.template_kwargs), prompt.reasoning_effort
+        if prompt.documents and "documents" not in self.variables:
+            raise _unused("documents", "has no place for them; put them into a message")
+        if effort == "none" and "enable_thinking" in self.variables:
+            variables.setdefault("enable_thinking", False)
+        if effort is not None and "reasoning_effort" in self.variables:
+            variables.setdefault("reasoning_effort", effort)
+        elif effort not in (None, "none"):
+            raise _unused("reasoning_effort", "does not read it; leave it out")
+        documents = [dict(item) for item in prompt.documents]
+        return {**variables, **self._special_tokens, "documents": documents or None}
+
+    def _render(self, messages: list[Turn], variables: dict[str, Any], *, what: str, opens_answer: bool) -> str:
         try:
-            return self._template.render(variables)
+            return self._template.render({**variables, "messages": messages, "add_generation_prompt": opens_answer})
         except (jinja2.TemplateError, *_TEMPLATES_OWN_ERRORS) as error:
             reason = str(error)[:MAX_REASON_CHARS]  # it may quote the conversation
-            what = "these messages with these chat_template_kwargs" if prompt.template_kwargs else "these messages"
             raise InvalidParameterError(
                 f"the model's chat template refuses {what}: {reason}", field="messages"
             ) from error
 
 
-def _as_dict(message: ChatMessage) -> dict[str, str]:
-    turn = {"role": message.role, "content": message.content}
-    return turn if message.name is None else {**turn, "name": message.name}
+def _unused(field: str, why: str) -> InvalidParameterError:
+    return InvalidParameterError(f"{field} is not supported: the model's chat template {why}", field=field)
+
+
+def _what_of(prompt: ChatPrompt) -> str:
+    """Return what a template may have refused."""
+    given = {"chat_template_kwargs": prompt.template_kwargs, "tools": prompt.tools, "documents": prompt.documents}
+    names = [name for name, value in given.items() if value]
+    return f"these messages with these {' and '.join(names)}" if names else "these messages"
 
 
 def _cut_at_mark(rendered: str, mark: str, final: str) -> str:
@@ -171,4 +226,6 @@ def load_chat_template(directory: Path, config: Mapping[str, Any]) -> ChatTempla
         source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     if source is None:
         return None
-    return ChatTemplate(str(source), read_special_tokens(config))
+    described = config.get("response_template") or config.get("response_schema")
+    response_template = json.dumps(described, ensure_ascii=False) if described else ""
+    return ChatTemplate(str(source), read_special_tokens(config), response_template=response_template)

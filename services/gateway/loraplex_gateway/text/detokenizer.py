@@ -53,16 +53,22 @@ class ByteLevelDetokenizer:
         table: The model's tokens.
         skip_special_tokens: Whether special tokens have no text.
         prompt_ids: What the output continues; None for an unknown text that ends in a whole character.
+        shown_ids: Special tokens that have text all the same.
     """
 
     num_held = 0
     preview = ""
 
     def __init__(
-        self, table: TokenTable, *, skip_special_tokens: bool, prompt_ids: Sequence[int] | None = None
+        self,
+        table: TokenTable,
+        *,
+        skip_special_tokens: bool,
+        prompt_ids: Sequence[int] | None = None,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._table = table
-        self._skipped = table.special_ids if skip_special_tokens else frozenset()
+        self._skipped = table.special_ids - shown_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         end = b""
         for token_id in shown_from_end(prompt_ids or (), self._skipped):
@@ -96,7 +102,11 @@ class ByteLevelDetokenizer:
 
 
 def make_detokenizer(
-    table: TokenTable, *, skip_special_tokens: bool, prompt_ids: Sequence[int] | None = None
+    table: TokenTable,
+    *,
+    skip_special_tokens: bool,
+    prompt_ids: Sequence[int] | None = None,
+    shown_ids: frozenset[int] = frozenset(),
 ) -> Detokenizer:
     """Return the detokenizer that fits the tokenizer's decoder.
 
@@ -104,6 +114,7 @@ def make_detokenizer(
         table: The model's tokens.
         skip_special_tokens: Whether special tokens have no text.
         prompt_ids: What the output continues; None for an unknown text that ends in a whole character.
+        shown_ids: Special tokens that have text all the same.
     """
     kind = ByteLevelDetokenizer if table.is_byte_level else WindowDetokenizer
-    return kind(table, skip_special_tokens=skip_special_tokens, prompt_ids=prompt_ids)
+    return kind(table, skip_special_tokens=skip_special_tokens, prompt_ids=prompt_ids, shown_ids=shown_ids)

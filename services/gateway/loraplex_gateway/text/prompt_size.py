@@ -10,7 +10,7 @@ from loraplex_common.request_limits import MAX_MESSAGES
 from loraplex_gateway.types import TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
-    from loraplex_gateway.types import Prompt
+    from loraplex_gateway.types import ChatMessage, Prompt
 
 
 def check_num_messages(num_messages: int) -> None:
@@ -31,11 +31,15 @@ def prompt_bytes(prompt: Prompt) -> int:
         return 0
     if isinstance(prompt, TextPrompt):
         return num_bytes_of(prompt.text)
-    messages = sum(
-        num_bytes_of(message.role) + num_bytes_of(message.content) + num_bytes_of(message.name or "")
-        for message in prompt.messages
-    )
-    return messages + num_bytes_of(str(prompt.template_kwargs))
+    messages = sum(_message_bytes(message) for message in prompt.messages)
+    rest = [value for value in (prompt.template_kwargs, prompt.tools, prompt.documents, prompt.template) if value]
+    return messages + sum(num_bytes_of(str(value)) for value in rest)
+
+
+def _message_bytes(message: ChatMessage) -> int:
+    texts = (message.role, message.content, message.name or "", message.reasoning or "", message.tool_call_id or "")
+    calls = (text for call in message.tool_calls for text in (call.id, call.name, call.arguments))
+    return sum(num_bytes_of(text) for text in (*texts, *calls))
 
 
 def check_bytes(num_bytes: int, max_bytes: int | None) -> None:
@@ -46,8 +50,8 @@ def check_bytes(num_bytes: int, max_bytes: int | None) -> None:
     """
     if max_bytes is not None and num_bytes > max_bytes:
         raise ContextLengthError(
-            f"the prompt has {num_bytes} bytes, its roles and names and what the chat template adds included; more than "
-            f"{max_bytes} are taken for no sequence of this model's maximum context length; shorten the prompt",
+            f"This model's maximum context length is exceeded: the prompt has {num_bytes} bytes, its roles and names and what "
+            f"the chat template adds included; no sequence of this model has more than {max_bytes}; shorten the prompt",
             field="prompt",
             metadata={"prompt_bytes": str(num_bytes), "max_prompt_bytes": str(max_bytes)},
         )

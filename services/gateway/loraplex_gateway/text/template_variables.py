@@ -26,7 +26,7 @@ def violations(variables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield field, f"{field} cannot be set: the chat template has it from elsewhere, or it is not supported"
         elif not name.isidentifier():
             yield field, f"{field}: the name of a template's variable has letters, digits and _ only"
-        elif (problem := _problem(value, MAX_DEPTH)) is not None:
+        elif (problem := json_problem(value, MAX_DEPTH)) is not None:
             yield field, f"{field} {problem}"
     if (num_bytes := _num_bytes(variables)) > MAX_BYTES:
         yield FIELD, f"{FIELD} has {num_bytes} bytes as JSON; at most {MAX_BYTES} are allowed"
@@ -52,26 +52,31 @@ def from_json(texts: Mapping[str, str]) -> dict[str, Any]:
     return variables
 
 
-def _problem(value: object, depth: int) -> str | None:
-    """Return why a value is no JSON, or deeper than `depth`; at that depth it stops, however deep it goes."""
-    if isinstance(value, dict | list):
-        if depth == 0:
-            return f"is nested deeper than {MAX_DEPTH}"
-        children = [*value, *value.values()] if isinstance(value, dict) else value
-        return next((found for child in children if (found := _problem(child, depth - 1)) is not None), None)
-    if isinstance(value, float) and not math.isfinite(value):
-        return "holds a number that JSON does not have"
-    if isinstance(value, str) and not _is_unicode(value):
-        return "holds lone surrogates, which cannot be encoded as UTF-8"
-    return None
+def json_problem(value: object, max_depth: int) -> str | None:
+    """Return why a value is no JSON, or deeper than it may be; at that depth it stops, however deep it goes."""
+    return _problem(value, max_depth, max_depth)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded as UTF-8: lone surrogates cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _problem(value: object, depth: int, max_depth: int) -> str | None:
+    if isinstance(value, dict | list):
+        if depth == 0:
+            return f"is nested deeper than {max_depth}"
+        children = [*value, *value.values()] if isinstance(value, dict) else value
+        return next((found for child in children if (found := _problem(child, depth - 1, max_depth)) is not None), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "holds a number that JSON does not have"
+    if isinstance(value, str) and not is_unicode(value):
+        return "holds lone surrogates, which cannot be encoded as UTF-8"
+    return None
 
 
 def _num_bytes(variables: Mapping[str, Any]) -> int:

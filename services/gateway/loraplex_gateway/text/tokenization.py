@@ -14,27 +14,30 @@ from tokenizers import Tokenizer
 
 from loraplex_gateway.text.chat_template import ChatTemplate, load_chat_template
 from loraplex_gateway.text.prompt_size import check_bytes, num_bytes_of, prompt_bytes
+from loraplex_gateway.text.prompt_text import prompt_text
 from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.types import ChatPrompt, TextPrompt, TokenPrompt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from loraplex_gateway.text.fair_workers import FairWorkers
-    from loraplex_gateway.types import Prompt
+    from loraplex_gateway.types import Prompt, PromptText
 
 # About 0.3 ms of BPE: below it a thread's hand-over costs more than it saves the event loop.
 INLINE_MAX_CHARS: Final = 1024
 INLINE_MAX_MESSAGES: Final = 16
+INLINE_MAX_TOKENS: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt's token ids, and its text after the chat template for a conversation."""
+    """A prompt's token ids, and for a conversation its text after the chat template, and that template."""
 
     ids: tuple[int, ...]
     rendered: str = ""
+    template: ChatTemplate | None = None
 
 
 class PromptTokenizer:
@@ -45,6 +48,11 @@ class PromptTokenizer:
         config: tokenizer_config.json as read.
         template: The chat template, if the model has one.
         workers: Run long prompts.
+
+    Attributes:
+        table: What single tokens stand for.
+        template: The chat template; None if the model has none.
+        token_id: Returns the id of the token with this text; None if there is none.
     """
 
     def __init__(
@@ -57,8 +65,9 @@ class PromptTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.table = TokenTable(tokenizer)
+        self.token_id: Callable[[str], int | None] = tokenizer.token_to_id
         self._tokenizer = tokenizer
-        self._template = template
+        self.template = template
         self._workers = workers
         self._shared: dict[int, asyncio.Task[Encoded]] = {}
         self._waiters: dict[asyncio.Task[Encoded], int] = {}
@@ -90,7 +99,9 @@ class PromptTokenizer:
             return Encoded(prompt.ids)
         num_bytes = prompt_bytes(prompt)
         check_bytes(num_bytes, max_bytes)
-        is_short = isinstance(prompt, TextPrompt) or len(prompt.messages) <= INLINE_MAX_MESSAGES
+        is_short = isinstance(prompt, TextPrompt) or (
+            len(prompt.messages) <= INLINE_MAX_MESSAGES and prompt.template is None
+        )
         if is_short and num_bytes <= INLINE_MAX_CHARS:
             return self.encode_now(prompt, max_bytes=max_bytes)
         return await self._encode_away(prompt, tenant, num_bytes, max_bytes)
@@ -121,17 +132,50 @@ class PromptTokenizer:
         """Return the prompt's token ids, computed in the calling thread."""
         if isinstance(prompt, TextPrompt):
             return Encoded(self._encode_text(prompt.text, add_special_tokens=prompt.add_special_tokens))
-        if self._template is None:
+        if self.template is None:
             raise InvalidParameterError(
                 "this model has no chat template (neither chat_template.jinja nor tokenizer_config.json brings one); "
                 "send the prompt as text or token ids",
                 field="messages",
             )
-        rendered = self._template.render(prompt)
+        template = self.template if prompt.template is None else self.template.of_request(prompt.template)
+        rendered = template.render(prompt)
         # What a template repeats, or writes around every message, no count of what was sent can know.
         check_bytes(num_bytes_of(rendered), max_bytes)
         # A template writes the special tokens itself, BOS included if the model wants one.
-        return Encoded(self._encode_text(rendered, add_special_tokens=False), rendered)
+        return Encoded(self._encode_text(rendered, add_special_tokens=False), rendered, template)
+
+    async def prompt_text(
+        self, prompt: Prompt, token_ids: tuple[int, ...], *, is_whole: bool, tenant: str = ANYBODY.name
+    ) -> PromptText:
+        """Return a prompt as text with the place of each token, see `prompt_text.prompt_text`.
+
+        Raises:
+            SaturatedError: If too many long outputs and prompts wait already.
+        """
+        work = functools.partial(prompt_text, self.table, prompt, token_ids, is_whole=is_whole)
+        if len(token_ids) <= INLINE_MAX_TOKENS:
+            return work()
+        return await self._workers.run(work, tenant=tenant, num_bytes=4 * len(token_ids))
+
+    async def bad_token_sequences(
+        self, words: tuple[str, ...], *, tenant: str = ANYBODY.name
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return the token sequences that write these words, at the beginning of a text and after a space.
+
+        Raises:
+            SaturatedError: If too many long prompts wait already.
+        """
+        num_bytes = sum(num_bytes_of(word) for word in words)
+        if num_bytes <= INLINE_MAX_CHARS:
+            return self._token_sequences(words)
+        work = functools.partial(self._token_sequences, words)
+        return await self._workers.run(work, tenant=tenant, num_bytes=num_bytes)
+
+    def _token_sequences(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        texts = [text for word in words for text in _spaced(word)]
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return tuple(dict.fromkeys(tuple(encoding.ids) for encoding in found if encoding.ids))
 
     async def decode(self, token_ids: list[int], *, skip_special_tokens: bool, tenant: str = ANYBODY.name) -> str:
         """Return the text of all ids at once; bytes that are no UTF-8 become U+FFFD.
@@ -165,3 +209,9 @@ class PromptTokenizer:
             elif not self._add_bos and starts_with_bos:
                 ids = ids[1:]
         return tuple(ids)
+
+
+def _spaced(word: str) -> tuple[str, str]:
+    """Return a word as it begins a text and as it follows a space."""
+    bare = word.lstrip(" ") or word
+    return bare, f" {bare}"

@@ -66,13 +66,19 @@ class WindowDetokenizer:
         table: The model's tokens.
         skip_special_tokens: Whether special tokens have no text.
         prompt_ids: What the output continues; None for an unknown text.
+        shown_ids: Special tokens that have text all the same.
     """
 
     def __init__(
-        self, table: TokenTable, *, skip_special_tokens: bool, prompt_ids: Sequence[int] | None = None
+        self,
+        table: TokenTable,
+        *,
+        skip_special_tokens: bool,
+        prompt_ids: Sequence[int] | None = None,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._table = table
-        self._skipped = table.special_ids if skip_special_tokens else frozenset()
+        self._skipped = table.special_ids - shown_ids if skip_special_tokens else frozenset()
         self._pending: list[int] = []
         if prompt_ids is not None:
             self._context = self._end_of(prompt_ids)

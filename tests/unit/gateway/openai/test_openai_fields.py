@@ -16,13 +16,17 @@ from loraplex_gateway.openai.body import decode
 from loraplex_gateway.openai.errors import CODES, BodyNames
 from loraplex_gateway.openai.field_docs import with_tables
 from loraplex_gateway.openai.fields import Rule, Table
+from loraplex_gateway.openai.output_fields import RESPONSE_FORMAT, STRUCTURED_OUTPUTS
 from loraplex_gateway.openai.schema import (
     ChatBody,
     ChatTurn,
     CommonBody,
     CompletionBody,
     ContentPart,
+    JsonSchemaFormat,
+    ResponseFormat,
     StreamOptions,
+    StructuredOutputs,
 )
 from loraplex_gateway.openai.tokenize_bodies import DetokenizeBody, TokenizeBody
 from loraplex_gateway.requests.validation import COUNTS, RANGES
@@ -49,6 +53,9 @@ def completion(**changes: Any) -> CompletionBody:
         (MESSAGES, ChatTurn),
         (MESSAGES.nested["content"], ContentPart),
         (fields.STREAM_OPTIONS, StreamOptions),
+        (RESPONSE_FORMAT, ResponseFormat),
+        (RESPONSE_FORMAT.nested["json_schema"], JsonSchemaFormat),
+        (STRUCTURED_OUTPUTS, StructuredOutputs),
         (fields.TOKENIZE, TokenizeBody),
         (fields.DETOKENIZE, DetokenizeBody),
         (fields.LOAD_ADAPTER, LoadAdapterBody),
@@ -80,7 +87,6 @@ def test_every_field_that_validation_names_has_a_name_in_the_body(table: Table) 
     reported = [rule.field for rule in RANGES] + [field for field, _ in COUNTS]
     reported += ["adapter", "model", "request_id", "cache_salt", "affinity_key", "prompt"]
     reported += ["messages"] if table is fields.CHAT else ["text", "token_ids"]
-    reported.remove("response_options.prompt_logprobs")  # no field of a body
 
     for field in reported:
         assert names.field(field) in table.fields, field
@@ -100,15 +106,14 @@ def test_an_adapter_named_as_other_servers_do_is_told_its_place(call: Any, name:
 @pytest.mark.parametrize(
     "asked",
     [
-        {"tool_choice": "required"},
-        {"tool_choice": {"type": "function", "function": {"name": "f"}}},
-        {"tools": [{}]},
+        {"function_call": {"name": "f"}},
+        {"functions": [{"name": "f"}]},
         {"length_penalty": 1.2},
         {"logits_processors": ["x"]},
         {"use_beam_search": True},
-        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
+        {"guided_whitespace_pattern": " "},
         {"store": True},
-        {"bad_words": ["x"]},
         {"verbosity": "low"},
         {"modalities": ["text", "audio"]},
         {"stream_options": {"include_obfuscation": True}},
@@ -191,13 +196,12 @@ def test_an_echoed_answer_passes_with_all_its_nulls() -> None:
     ("message", "field"),
     [
         ({"function_call": {"name": "f", "arguments": "{}"}}, "messages[0].function_call"),
-        ({"tool_call_id": "c1"}, "messages[0].tool_call_id"),
-        ({"tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"tool_calls": [{}]}, "messages[0].tool_calls[0].function"),
+        ({"tool_calls": [{"function": {"name": "f", "x": 1}}]}, "messages[0].tool_calls[0].function.x"),
+        ({"tool_calls": [{"type": "custom", "function": {"name": "f"}}]}, "messages[0].tool_calls[0].type"),
         ({"refusal": "no"}, "messages[0].refusal"),
-        ({"reasoning_content": "hm"}, "messages[0].reasoning_content"),
         ({"audio": {"id": "a"}}, "messages[0].audio"),
         ({"weight": 0}, "messages[0].weight"),
-        ({"content": None}, "messages[0].content"),
         ({"content": [{"type": "text", "text": "x", "bold": True}]}, "messages[0].content[0].bold"),
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[0].content[0].image_url"),
         ({"role": 5}, "messages[0].role"),

@@ -12,10 +12,9 @@ from loraplex_common.error_status import to_status
 from loraplex_common.errors import ContextLengthError, InvalidParameterError
 from loraplex_common.request_limits import MAX_MESSAGES
 from loraplex_gateway.grpc import wire
+from loraplex_gateway.requests.lengths import check_length, check_prompt_logprobs
 from loraplex_gateway.requests.validation import (
     check_drawable,
-    check_length,
-    check_prompt_logprobs,
     check_request,
     check_token_ids,
 )
@@ -66,7 +65,7 @@ def test_sampling_ranges(field: str, bad: list[Any], good: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("stopping", "fields"),
     [
-        (Stopping(max_new_tokens=0), ["stopping.max_new_tokens"]),
+        (Stopping(max_new_tokens=-1), ["stopping.max_new_tokens"]),
         (Stopping(max_new_tokens=2, min_new_tokens=3), ["stopping.min_new_tokens"]),
         (Stopping(stop_strings=("",)), ["stopping.stop_strings[0]"]),
         (Stopping(stop_strings=("ok", "x" * 257)), ["stopping.stop_strings[1]"]),
@@ -101,6 +100,11 @@ def test_stopping_rules(stopping: Stopping, fields: list[str]) -> None:
         ({"time_limit_s": -1.0}, "time_limit"),
         ({"options": ResponseOptions(logprobs=21)}, "response_options.logprobs"),
         ({"options": ResponseOptions(prompt_logprobs=21)}, "response_options.prompt_logprobs"),
+        ({"sampling": Sampling(bad_words=("ok", ""))}, "sampling.bad_words[1]"),
+        ({"sampling": Sampling(bad_words=("x" * 257,))}, "sampling.bad_words[0]"),
+        ({"sampling": Sampling(bad_words=("x",) * 65)}, "sampling.bad_words"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
     ],
 )
 def test_other_rules(changes: dict[str, Any], field: str) -> None:
@@ -158,6 +162,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
     [
         (600, None, "prompt", "requested 1 output tokens .* 600 input tokens, for a total of 601 tokens; shorten"),
         (512, None, "prompt", "total of 513"),
+        (512, 0, "prompt", "requested 0 output tokens .* total of 513 tokens; shorten"),
         (500, 13, "stopping.max_new_tokens", "total of 513 tokens; ask for at most 12 output tokens or shorten"),
         (500, 2**31 - 1, "stopping.max_new_tokens", "at most 12"),
     ],
@@ -173,6 +178,7 @@ def test_more_tokens_than_a_sequence_can_have_are_refused_with_the_arithmetic(
 
 def test_a_sequence_may_be_filled_to_the_last_token() -> None:
     check_length(511, None, 512)
+    check_length(511, 0, 512)
     check_length(500, 12, 512)
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 from loraplex_common.rights import GATEWAY
 
 from loraplex_gateway.openai import convert, fields
-from loraplex_gateway.openai.choices import generate_choices
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
-from loraplex_gateway.openai.model_names import bases_of
-from loraplex_gateway.openai.render import Renderer
-from loraplex_gateway.openai.responses import GenerationResponse
+from loraplex_gateway.openai.generating import generation, read_body
+from loraplex_gateway.openai.openai_answer import OpenAIAnswer
 from loraplex_gateway.openai.schema import ChatBody, CompletionBody
 from loraplex_gateway.openai.tracing import origin_of
 
@@ -76,18 +73,5 @@ class _Generation:
         )
 
     async def _planned(self, request: Request, admission: Admission, plan: Callable[[bytes, IsBase], Plan]) -> ASGIApp:
-        context, caller = self._context, admission.principal
-
-        is_base = bases_of(context.catalog, caller)
-        async with context.bodies.read(request, tenant=caller.name) as data:
-            prepared = await context.away(functools.partial(plan, data, is_base), caller, num_bytes=len(data))
-            return self._generate(prepared, admission)
-
-    def _generate(self, plan: Plan, admission: Admission) -> ASGIApp:
-        context = self._context
-        quota = context.quotas.call(admission.principal.name, len(plan.requests))
-        events = generate_choices(context.core, plan.requests, caller=admission.principal, quota=quota)
-        renderer = Renderer(plan, request_id=plan.requests[0].request_id)
-        return GenerationResponse(
-            plan, events, renderer, admission=admission, quota=quota, slow_client_s=context.slow_client_s
-        )
+        planned = await read_body(self._context, request, admission, plan)
+        return generation(self._context, planned.requests, OpenAIAnswer(planned), admission)

@@ -1,0 +1,92 @@
+"""How the bodies of other APIs call the fields that errors of chat completions name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import InvalidParameterError
+
+from loraplex_gateway.openai.errors import BodyError, BodyNames
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from loraplex_gateway.openai.fields import Table
+    from loraplex_gateway.openai.schema import CommonBody
+
+_TURN: Final = re.compile(r"messages\[(\d+)\]")
+Rename = tuple[re.Pattern[str], str]
+
+
+def renames(*pairs: tuple[str, str]) -> tuple[Rename, ...]:
+    """Return (pattern, replacement) pairs compiled."""
+    return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chat:
+    """A conversation as chat completions have it.
+
+    Attributes:
+        turns: Objects of ``messages``.
+        paths: Where in the body each turn comes from.
+    """
+
+    turns: Sequence[dict[str, object]]
+    paths: Sequence[str]
+
+
+class OtherNames(BodyNames):
+    """Names of a body that was turned into one of chat completions.
+
+    Args:
+        table: The body's own fields.
+        body: The body.
+        paths: Where in it each turn of the conversation comes from.
+        renames: What else is called otherwise.
+        constraint: The field of the chat body that constrains the output; empty if none does.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        body: CommonBody | None,
+        *,
+        paths: Sequence[str] = (),
+        renames: Iterable[Rename] = (),
+        constraint: str = "",
+    ) -> None:
+        super().__init__(table, body, constraint=constraint)
+        self._paths = paths
+        self._renames = tuple(renames)
+
+    def field(self, core: str) -> str:
+        """Return the body's name of a field of chat completions, or of the gateway's other parts."""
+        return self._called(super().field(self._renamed(core)))
+
+    def text(self, text: str, core: str | None = None) -> str:
+        """Return a message in the body's words."""
+        return super().text(self._renamed(text), None if core is None else self._renamed(core))
+
+    def refusal(self, error: InvalidParameterError) -> InvalidParameterError:
+        """Return the refusal of the body as chat completions, in this body's words."""
+        told = [(self.field(field), self.text(text, field)) for field, text in error.violations]
+        message = "; ".join(text for _, text in told) if told else self.text(error.message)
+        if isinstance(error, BodyError):
+            return BodyError(message, openai_code=error.openai_code, violations=told)
+        return InvalidParameterError(message, violations=told)
+
+    def _renamed(self, text: str) -> str:
+        return _TURN.sub(self._path, self._called(text))
+
+    def _called(self, text: str) -> str:
+        for pattern, replacement in self._renames:
+            text = pattern.sub(replacement, text)
+        return text
+
+    def _path(self, match: re.Match[str]) -> str:
+        turn = int(match[1])
+        return self._paths[turn] if turn < len(self._paths) else match[0]

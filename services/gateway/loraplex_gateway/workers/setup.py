@@ -1,0 +1,41 @@
+"""What a worker is told by its parent."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import msgspec
+
+
+class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker's place among its siblings.
+
+    Attributes:
+        gateway_id: The worker, as engines and claims know it.
+        port: gRPC port that all workers share.
+        http_port: HTTP port that all workers share.
+        metrics_port: Where the parent shows the metrics of all.
+        folder: Where each worker's control socket is; only this user may enter.
+    """
+
+    gateway_id: str
+    port: int
+    http_port: int
+    metrics_port: int
+    folder: str
+
+    @property
+    def control(self) -> Path:
+        """This worker's control socket."""
+        return control_path(self.folder, self.gateway_id)
+
+
+def new_gateway_id() -> str:
+    """Return the id of a gateway process that starts now."""
+    return f"gateway-{uuid.uuid4().hex[:12]}"
+
+
+def control_path(folder: str, gateway_id: str) -> Path:
+    """Return where a worker listens for its parent and its siblings."""
+    return Path(folder, f"{gateway_id}.sock")
