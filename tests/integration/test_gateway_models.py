@@ -34,7 +34,9 @@ async def rig(valkey_url: str, tmp_path: Path) -> AsyncIterator[Rig]:
 
 
 async def listed(rig: Rig, caller: str = "me", **query: Any) -> dict[str, Any]:
-    async with httpx.AsyncClient(base_url=rig.http, headers={"authorization": f"Bearer key-{caller}"}) as http:
+    async with httpx.AsyncClient(
+        base_url=rig.http, headers={"authorization": f"Bearer key-{caller}"}, timeout=60
+    ) as http:
         answer = await http.get("/v1/models", params=query)
     body: dict[str, Any] = answer.json()
     return body
