@@ -35,6 +35,7 @@ serve: ## Serve the demo model and its adapters on this machine until Ctrl-C
 .PHONY: test
 test: $(VENV)/.dev-installed ## Run the tests that need no GPU
 	@tests/tools/ensure-prometheus.sh
+	@tests/tools/ensure-json-schema-suite.sh
 	@$(BIN)/pytest -n $(JOBS) -m "not gpu" -q -ra $(PYTEST_ARGS)
 
 # Client libraries pin what ours do not: they have an environment of their own, which the tests start them in.
@@ -96,6 +97,10 @@ bench: $(VENV)/.dev-installed ## Compare with transformers + peft on this machin
 campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS="--requests 100000 --seed 1" to one engine, OPENAPI_ARGS to the HTTP port
 	@$(BIN)/python -m support.request_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 	@$(BIN)/python -m support.openapi_campaign $(OPENAPI_ARGS)
+
+.PHONY: structured-campaign
+structured-campaign: $(VENV)/.dev-installed ## Random schemas through adapters at any temperature: CAMPAIGN_ARGS="--requests 500 --seed 1"
+	@$(BIN)/python -m support.structured_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 
 .PHONY: kill-gateways
 kill-gateways: $(VENV)/.dev-installed ## Kill gateways under streams of every kind: KILL_ARGS="--rounds 100 --seed 1 --gently"

@@ -35,6 +35,7 @@ WHAT: Final = {
     "sampling": "sampling on the device",
     "soak": "random faults against a fleet, every answer checked",
     "steps": "single steps, to which the simulator is fitted",
+    "structured": "random JSON Schemas on one engine, every output validated",
 }
 """Start of a file's name -> what such files hold."""
 HEAD: Final = """# Results

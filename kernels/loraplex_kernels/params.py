@@ -204,6 +204,7 @@ class SampleParams(ctypes.Structure):
         ("edits", c_void_p),
         ("edit_bits", c_void_p),
         ("counts", c_void_p),
+        ("masks", c_void_p),
         ("drawn", c_void_p),
         ("last_sampled", c_void_p),
         ("report", c_void_p),

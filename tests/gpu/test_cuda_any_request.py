@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,7 +32,8 @@ NUM_PAGES = 48
 
 async def test_random_requests_are_answered_as_asked_and_disturb_no_stranger(tmp_path: Path) -> None:
     model = write_base_model(tmp_path / "tiny", replace(BASES["gqa"], vocab_size=VOCAB_SIZE))
-    engine = cuda_engine(
+    engine = partial(
+        cuda_engine,
         model,
         "float32",
         num_pages=NUM_PAGES,

@@ -259,8 +259,9 @@ async def test_a_malformed_name_is_refused(client: StoreClient, name: str) -> No
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("chat_template.jinja", b"{{ other }}", "chat template differs"),
-        ("tokenizer_config.json", b'{"chat_template": "{{ other }}"}', "chat template differs"),
+        ("chat_template.jinja", b"{{ other }}", "leaves out what the user says"),
+        ("tokenizer_config.json", b'{"chat_template": "{{ other }}"}', "leaves out what the user says"),
+        ("generation_config.json", b'{"temperature": -1}', "temperature is -1"),
         ("tokenizer_config.json", b'{"eos_token": "</s>"}', "eos_token"),
         ("added_tokens.json", b'{"<tool>": 384}', "<tool>"),
         ("special_tokens_map.json", b'{"bos_token": {"content": "<s>"}}', "bos_token"),

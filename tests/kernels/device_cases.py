@@ -233,7 +233,8 @@ class Cases:
         for setup in batch.setups:
             sampler.occupy(setup)
         expected = draw_by_reference(sampler, batch, logits, 5)
-        found = draw_on_device(sampler, logits.to(self._device), batch.slots, batch.draws, 5)
+        on_device, masks = logits.to(self._device), batch.masks(self._device)
+        found = draw_on_device(sampler, on_device, batch.slots, batch.draws, 5, masks)
         tokens = [token if ok else -1 for token, ok in zip(found.tokens, found.valid, strict=True)]
         different = sum(a != b for a, b in zip(tokens, expected, strict=True))
         print(f"{self._dtype} sampling: {different} of {NUM_SLOTS} tokens differ", flush=True)

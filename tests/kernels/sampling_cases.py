@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from loraplex_engine.runners.cuda.sampling import DeviceSampler, make_edits, pack_counts
 from loraplex_engine.runners.cuda.step_handle import read_report
+from loraplex_engine.runners.sampled import Masks
 from loraplex_engine.step import SlotSetup, TokenLogprobs
 from loraplex_kernels.sampling import reference as reference_sampling
+from loraplex_kernels.sampling.sample import VALID
 from numpy.typing import NDArray
 from support.plans import Draw, sampling_arrays
 
@@ -75,18 +77,39 @@ def make_setup(rng: np.random.Generator, slot: int, vocab: int, draw: Draw) -> S
 
 @dataclass
 class Batch:
-    """Rows in scattered slots."""
+    """Rows in scattered slots; ``allowed``, bool ``[rows, vocab]``, says what a row may draw, if it draws under a mask."""
 
     slots: NDArray[np.int32]
     draws: list[Draw]
     setups: list[SlotSetup]
+    allowed: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
+
+    def masks(self, device: torch.device) -> Masks | None:
+        return make_masks(self.allowed, device) if self.allowed else None
+
+
+def make_masks(allowed: dict[int, NDArray[np.bool_]], device: torch.device) -> Masks:
+    """Return masks of rows: row -> bool ``[vocab]``."""
+    bits = np.stack(list(allowed.values()))
+    packed = np.packbits(np.pad(bits, ((0, 0), (0, -bits.shape[1] % 32))), axis=1, bitorder="little")
+    return Masks(rows=np.array(list(allowed), np.int32), words=torch.from_numpy(packed.view(np.int32)).to(device))
+
+
+def make_allowed(rng: np.random.Generator, rows: int, vocab: int) -> dict[int, NDArray[np.bool_]]:
+    """Return what a third of the rows may draw: most tokens, some, a few or one."""
+    allowed = {}
+    for row in sorted(rng.choice(rows, size=rows // 3, replace=False).tolist()):
+        allowed[row] = rng.random(vocab) < rng.choice([0.99, 0.3, 0.01, 0.0])
+        allowed[row][rng.integers(vocab)] = True
+    return allowed
 
 
 def make_batch(rows: int, vocab: int, seed: int) -> Batch:
     rng = np.random.default_rng(seed)
     slots = rng.permutation(NUM_SLOTS)[:rows].astype(np.int32)
     draws = [make_draw(rng, vocab) for _ in range(rows)]
-    return Batch(slots, draws, [make_setup(rng, int(slot), vocab, d) for slot, d in zip(slots, draws, strict=True)])
+    setups = [make_setup(rng, int(slot), vocab, draw) for slot, draw in zip(slots, draws, strict=True)]
+    return Batch(slots, draws, setups, make_allowed(rng, rows, vocab))
 
 
 @dataclass
@@ -94,6 +117,7 @@ class Drawn:
     """What one step drew."""
 
     tokens: list[int]
+    outcomes: list[int]
     valid: list[bool]
     last_sampled: list[int]
     logprobs: dict[int, TokenLogprobs]
@@ -104,32 +128,47 @@ def device_sampler(library: Any, vocab: int, kernel: Sample | None = None) -> De
 
 
 def draw_on_device(
-    sampler: DeviceSampler, logits: torch.Tensor, slots: NDArray[np.int32], draws: list[Draw], position: int
+    sampler: DeviceSampler,
+    logits: torch.Tensor,
+    slots: NDArray[np.int32],
+    draws: list[Draw],
+    position: int,
+    masks: Masks | None = None,
 ) -> Drawn:
     device, count = logits.device, len(slots)
     drawn = torch.full((2, count), -7, dtype=torch.int32, device=device)
     last = torch.full((NUM_SLOTS,), -7, dtype=torch.int32, device=device)
     arrays = sampling_arrays(draws, [position] * count)
-    report = sampler.sample(logits, slots, arrays, drawn, last)
+    report = sampler.sample(logits, slots, arrays, drawn, last, masks)
     tokens = drawn[0].cpu().numpy()
     logprobs = {} if report is None else read_report(report.cpu().numpy(), tokens, arrays.num_logprobs)
-    return Drawn(tokens.tolist(), (drawn[1] != 0).tolist(), last.cpu()[slots.tolist()].tolist(), logprobs)
+    outcomes = drawn[1].tolist()
+    return Drawn(tokens.tolist(), outcomes, (drawn[1] == VALID).tolist(), last.cpu()[slots.tolist()].tolist(), logprobs)
 
 
 def draw_with_torch(
-    sampler: Sampler, logits: torch.Tensor, slots: NDArray[np.int32], draws: list[Draw], position: int
+    sampler: Sampler,
+    logits: torch.Tensor,
+    slots: NDArray[np.int32],
+    draws: list[Draw],
+    position: int,
+    masks: Masks | None = None,
 ) -> Drawn:
-    sampled = sampler.sample(logits, slots, sampling_arrays(draws, [position] * len(slots)))
-    return Drawn(sampled.token_ids.tolist(), sampled.is_valid.tolist(), [], sampled.logprobs_to_host())
+    sampled = sampler.sample(logits, slots, sampling_arrays(draws, [position] * len(slots)), masks)
+    outcomes = sampled.outcomes.tolist()
+    return Drawn(sampled.token_ids.tolist(), outcomes, sampled.is_valid.tolist(), [], sampled.logprobs_to_host())
 
 
 def draw_by_reference(sampler: DeviceSampler, batch: Batch, logits: torch.Tensor, position: int) -> list[int]:
     """Draw a batch's first step; -1 for rows without a finite maximum."""
     rows, tokens = sampler.pack_rows(batch.slots, sampling_arrays(batch.draws, [position] * len(batch.slots))), []
-    for row, setup, own in zip(rows, batch.setups, logits.cpu(), strict=True):
+    masks = make_masks(batch.allowed, torch.device("cpu"))
+    words = dict(zip(masks.rows.tolist(), masks.words.numpy(), strict=True))
+    for at, (row, setup, own) in enumerate(zip(rows, batch.setups, logits.cpu(), strict=True)):
         counts = pack_counts(len(own), setup.prompt_token_ids, setup.output_token_ids).view(np.uint16)
         edits = make_edits(setup) if row["edit_row"] >= 0 else None
-        token, is_valid, _ = reference_sampling.sample(own, row, edits, counts if setup.uses_penalties else None)
+        kept = counts if setup.uses_penalties else None
+        token, is_valid, _ = reference_sampling.sample(own, row, edits, kept, words.get(at))
         tokens.append(token if is_valid else -1)
     return tokens
 
@@ -155,9 +194,10 @@ def compare(device: DeviceSampler, oracle: Sampler, batch: Batch, logits: list[t
         device.occupy(setup)
         oracle.occupy(setup)
     for step, values in enumerate(logits):
-        found = draw_on_device(device, values, batch.slots, batch.draws, first + step)
-        truth = draw_with_torch(oracle, values, batch.slots, batch.draws, first + step)
-        assert found.valid == truth.valid
+        masks = batch.masks(values.device)
+        found = draw_on_device(device, values, batch.slots, batch.draws, first + step, masks)
+        truth = draw_with_torch(oracle, values, batch.slots, batch.draws, first + step, masks)
+        assert found.outcomes == truth.outcomes
         wrong = [
             (row, batch.draws[row], mine, theirs)
             for row, (mine, theirs, ok) in enumerate(zip(found.tokens, truth.tokens, truth.valid, strict=True))

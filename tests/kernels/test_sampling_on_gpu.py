@@ -81,7 +81,8 @@ def test_the_reference_draws_what_the_kernel_draws(kind: str) -> None:
         device.occupy(setup)
     expected = draw_by_reference(device, batch, logits, 5)
 
-    found = draw_on_device(device, logits, batch.slots, batch.draws, 5)
+    masks = batch.masks(logits.device)
+    found = draw_on_device(device, logits, batch.slots, batch.draws, 5, masks)
 
     tokens = [token if ok else -1 for token, ok in zip(found.tokens, found.valid, strict=True)]
     assert sum(a != b for a, b in zip(tokens, expected, strict=True)) <= 1
@@ -140,13 +141,16 @@ def test_a_steady_step_makes_no_call_that_waits_for_the_device() -> None:
         device.occupy(setup)
     drawn = torch.zeros((STEPS, 2, NUM_SLOTS), dtype=torch.int32, device="cuda")
     last = torch.zeros(NUM_SLOTS, dtype=torch.int32, device="cuda")
-    arrays = [sampling_arrays(batch.draws, [step] * NUM_SLOTS) for step in range(STEPS)]
+    arrays, masks = (
+        [sampling_arrays(batch.draws, [step] * NUM_SLOTS) for step in range(STEPS)],
+        batch.masks(last.device),
+    )
     torch.cuda.synchronize()
 
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(STEPS):
-            device.sample(logits[step], batch.slots, arrays[step], drawn[step], last)
+            device.sample(logits[step], batch.slots, arrays[step], drawn[step], last, masks)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -154,9 +158,9 @@ def test_a_steady_step_makes_no_call_that_waits_for_the_device() -> None:
     for setup in batch.setups:
         oracle.occupy(setup)
     for step in range(STEPS):
-        truth = oracle.sample(logits[step], batch.slots, arrays[step])
+        truth = oracle.sample(logits[step], batch.slots, arrays[step], masks)
         assert torch.equal(drawn[step, 0][truth.is_valid], truth.token_ids[truth.is_valid].int())
-        assert torch.equal(drawn[step, 1] != 0, truth.is_valid)
+        assert torch.equal(drawn[step, 1], truth.outcomes)
 
 
 def test_a_launch_can_be_captured() -> None:

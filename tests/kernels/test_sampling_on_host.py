@@ -21,11 +21,13 @@ from kernels.sampling_cases import (
     make_batch,
     make_edge_batch,
     make_logits,
+    make_masks,
 )
+from loraplex_engine.runners import sampled
 from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.step import SlotSetup
-from loraplex_kernels.sampling.sample import Sample
-from support.plans import Draw
+from loraplex_kernels.sampling.sample import NOT_FINITE, NOTHING_LEFT, VALID, Sample
+from support.plans import Draw, sampling_arrays
 
 if TYPE_CHECKING:
     from loraplex_engine.runners.cuda.sampling import DeviceSampler
@@ -60,7 +62,7 @@ def test_the_reference_draws_what_the_kernel_draws(host_library: MakeHostLibrary
         device.occupy(setup)
     expected = draw_by_reference(device, batch, logits, 5)
 
-    found = draw_on_device(device, logits, batch.slots, batch.draws, 5)
+    found = draw_on_device(device, logits, batch.slots, batch.draws, 5, batch.masks(CPU))
 
     assert [token if ok else -1 for token, ok in zip(found.tokens, found.valid, strict=True)] == expected
 
@@ -82,6 +84,44 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_the_size_of_the_list(host_lib
     ]
     assert as_served.tokens == together.tokens
     assert [one.tokens[0] for one in alone] == [together.tokens[row] for row in (5, 0, 3, 1, 4, 2)]
+
+
+def test_a_mask_draws_what_allowed_token_ids_draw(host_library: MakeHostLibrary) -> None:
+    sampler, rng = make_sampler(host_library(torch.float32), 403), np.random.default_rng(5)
+    tokens = {slot: np.sort(rng.choice(403, 30, replace=False)) for slot in range(len(DRAWS))}
+    logits, slots = make_logits("peaked", len(DRAWS), 403, torch.float32, 1), np.arange(len(DRAWS), dtype=np.int32)
+    masks = make_masks({slot: np.isin(np.arange(403), listed) for slot, listed in tokens.items()}, CPU)
+    masked = draw_on_device(sampler, logits, slots, DRAWS, 3, masks)
+    for slot, listed in tokens.items():
+        allowed = tuple(listed.tolist())
+        setup = SlotSetup(slot=slot, prompt_token_ids=NONE, output_token_ids=NONE, allowed_token_ids=allowed)
+        sampler.occupy(setup)
+
+    listed_ids = draw_on_device(sampler, logits, slots, DRAWS, 3)
+
+    assert masked.tokens == listed_ids.tokens
+    assert masked.logprobs.keys() == listed_ids.logprobs.keys() == {1}
+    assert masked.logprobs[1].logprobs.tolist() == listed_ids.logprobs[1].logprobs.tolist()
+
+
+def test_an_empty_mask_is_told_from_logits_that_are_not_finite(host_library: MakeHostLibrary) -> None:
+    logits = make_logits("peaked", 2 * len(DRAWS), 403, torch.float32, 1)
+    logits[:, 5] = float("nan")
+    slots, draws = np.arange(2 * len(DRAWS), dtype=np.int32), [draw for draw in DRAWS for _ in range(2)]
+    allowed = {row: np.arange(403) == (5 if row % 2 else 403) for row in range(2 * len(DRAWS))}
+
+    sampler, masks = make_sampler(host_library(torch.float32), 403), make_masks(allowed, CPU)
+
+    assert draw_on_device(sampler, logits, slots, draws, 0, masks).outcomes == [NOTHING_LEFT, NOT_FINITE] * len(DRAWS)
+    oracle = Sampler(vocab_size=403, device=CPU)
+    assert oracle.sample(logits, slots, sampling_arrays(draws, [0] * len(draws)), masks).outcomes.tolist() == [
+        NOTHING_LEFT,
+        NOT_FINITE,
+    ] * len(DRAWS)
+
+
+def test_the_engine_and_the_kernel_say_what_became_of_a_draw_by_the_same_numbers() -> None:
+    assert (sampled.NOT_FINITE, sampled.VALID, sampled.NOTHING_LEFT) == (NOT_FINITE, VALID, NOTHING_LEFT)
 
 
 DRAWS = [

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from google.protobuf.duration_pb2 import Duration
 from loraplex.v1 import engine_pb2, gateway_pb2
 from loraplex_common.errors import DeadlineError, InvalidParameterError, LoraplexError, QueueTimeoutError
+from support.base_models import tiny_tokenizer_json
+from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     import random
@@ -56,6 +61,18 @@ RESPONSE: Final[dict[str, Sequence[Any]]] = {
     "cache_salt": (None, "", "salt"),
     "request_id": (None, "", "r", "r" * 256),
 }
+PATTERN: Final = r"[a-f]{2}-\d{1,3}"
+CHOICES: Final = ("yes", "no", "perhaps")
+Structure = gateway_pb2.StructuredOutput
+RULES: Final[dict[str, Sequence[Any]]] = {
+    "structured_output": (
+        *[None] * 12,
+        Structure(regex=PATTERN),
+        Structure(choice=Structure.Choices(choices=CHOICES)),
+        Structure(json_schema='{"type": "array", "items": {"enum": [1, null, "x"]}, "maxItems": 3}'),
+    ),
+    "bad_token_sequences": (*[None] * 12, [(9,)], [(5, 6), (7,), (8, 8, 8)], [(token,) for token in range(40, 90)]),
+}
 PROMPT_LENGTHS: Final = (1, 2, 3, 15, 16, 17, MAX_BATCHED_TOKENS, MAX_BATCHED_TOKENS + 1, 50, MAX_MODEL_LEN - 1)
 RESUMED_LENGTHS: Final = (0, 0, 0, 1, 2, 40, MAX_MODEL_LEN)
 
@@ -93,6 +110,11 @@ def make_request(rng: random.Random, slot: int) -> AnyRequest:
     for name in ("time_left", "queue_timeout", "time_limit"):
         if name in response:
             response[name] = Duration(seconds=int(response[name]), nanos=round(response[name] % 1 * 1e9))
+    rules = pick(RULES)
+    if "bad_token_sequences" in rules:
+        rules["bad_token_sequences"] = [gateway_pb2.TokenIds(ids=ids) for ids in rules["bad_token_sequences"]]
+    if "structured_output" in rules and rng.random() < 0.8:
+        num_resumed = 0  # random tokens begin no structured output
     submit = engine_pb2.Submit(
         slot=slot,
         prompt_token_ids=prompt,
@@ -100,6 +122,7 @@ def make_request(rng: random.Random, slot: int) -> AnyRequest:
         sampling=gateway_pb2.SamplingParams(**sampling),
         stopping=gateway_pb2.StoppingParams(**stopping),
         **response,
+        **rules,
     )
     eos = () if submit.stopping.ignore_eos else EOS_IDS
     return AnyRequest(submit=submit, most=most, stops=frozenset((*submit.stopping.stop_token_ids, *eos)))
@@ -119,13 +142,17 @@ def check(request: AnyRequest, outcome: Outcome) -> None:
     _check_prompt_logprobs(request, outcome)
     allowed = request.submit.sampling.allowed_token_ids
     assert not allowed or set(outcome.token_ids) <= set(allowed)
+    _check_bans(request, outcome)
 
 
 def _may_fail(request: AnyRequest, error: LoraplexError) -> bool:
-    """Tell whether a request can end so: its time was over, or it banned every token itself."""
+    """Tell whether a request can end so: its time was over, or it banned every token itself, or resumed another text."""
     submit = request.submit
     allowed = submit.sampling.allowed_token_ids
     is_impossible = bool(allowed) and set(allowed) <= request.stops and submit.stopping.min_new_tokens > 0
+    narrows = bool(allowed or submit.bad_token_sequences or submit.stopping.min_new_tokens)
+    is_impossible |= submit.HasField("structured_output") and (narrows or bool(submit.resumed_token_ids))
+    is_impossible |= bool(submit.bad_token_sequences and allowed)
     return (
         (isinstance(error, DeadlineError) and submit.HasField("time_left"))
         or (isinstance(error, QueueTimeoutError) and submit.HasField("queue_timeout"))
@@ -140,7 +167,9 @@ def _check_end(request: AnyRequest, outcome: Outcome) -> None:
     reason, least = finish.finish_reason, submit.stopping.min_new_tokens
     position = len(submit.resumed_token_ids)
     stopped = [n for n, token in enumerate(outcome.token_ids, position) if token in request.stops and n >= least]
-    if reason == gateway_pb2.FINISH_REASON_STOP:
+    if submit.HasField("structured_output") and reason == gateway_pb2.FINISH_REASON_STOP:
+        _check_structure(submit, outcome)
+    elif reason == gateway_pb2.FINISH_REASON_STOP:
         assert stopped == [num_outputs - 1]
         assert finish.stop_token_id == outcome.token_ids[-1]
     elif reason == gateway_pb2.FINISH_REASON_TIME_LIMIT:
@@ -149,6 +178,41 @@ def _check_end(request: AnyRequest, outcome: Outcome) -> None:
     else:
         assert reason == gateway_pb2.FINISH_REASON_LENGTH
         assert (num_outputs, stopped) == (request.most, [])
+
+
+def _check_structure(submit: engine_pb2.Submit, outcome: Outcome) -> None:
+    """Assert that an output which ended by itself is what was wanted; a stop id of the request's own may cut it."""
+    assert outcome.finish is not None
+    tokens = outcome.token_ids
+    last = tokens[-1] if tokens else None
+    if outcome.finish.HasField("stop_token_id"):
+        assert outcome.finish.stop_token_id == last
+        if last in submit.stopping.stop_token_ids and last not in EOS_IDS:
+            return
+    text, wanted = tokenizer().decode(tokens, skip_special_tokens=True), submit.structured_output
+    if wanted.HasField("regex"):
+        assert re.fullmatch(PATTERN, text), text
+    elif wanted.HasField("choice"):
+        assert text in CHOICES, text
+    else:
+        value = json.loads(text)
+        assert len(value) <= 3, text
+        assert all(each in (1, None, "x") for each in value), text
+
+
+def _check_bans(request: AnyRequest, outcome: Outcome) -> None:
+    resumed = list(request.submit.resumed_token_ids)
+    output = resumed + outcome.token_ids
+    for sequence in request.submit.bad_token_sequences:
+        ids = list(sequence.ids)
+        for end in range(len(resumed) + 1, len(output) + 1):
+            assert output[max(0, end - len(ids)) : end] != ids, f"{ids} ends before {end}"
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """Return the tokenizer of the tiny model."""
+    return Tokenizer.from_str(tiny_tokenizer_json(VOCAB_SIZE))
 
 
 def _check_logprobs(request: AnyRequest, outcome: Outcome) -> None:

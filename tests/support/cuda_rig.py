@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import pack
 from loraplex_common.base_model import load_base_model
+from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.runners.cuda.runner import CudaRunner
 from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.runners.torch.runner import TorchRunner
-from loraplex_engine.step import MIN_DECODE_RUNS
 from support.adapters import Recipe
 from support.base_models import TinyBase
 from support.engine_harness import recipe_adapter, running_engine
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_engine.constraints.types import MaskFiller
     from loraplex_engine.step import TokenLogprobs
     from numpy.typing import NDArray
     from support.engine_harness import EngineHarness
@@ -138,6 +139,7 @@ def cuda_engine(
     max_model_len: int = 128,
     max_num_batched_tokens: int = 64,
     eos_token_ids: tuple[int, ...] = (),
+    filler: MaskFiller | None = None,
 ) -> Iterator[EngineHarness]:
     """Run an engine on the CUDA backend."""
     limits = EngineLimits(
@@ -161,7 +163,7 @@ def cuda_engine(
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
 
-    with running_engine(limits, make) as harness:
+    with running_engine(limits, make, filler) as harness:
         yield harness
 
 

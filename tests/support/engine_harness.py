@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
+    from loraplex_engine.constraints.types import MaskFiller
+
 WAIT_S = 60.0
 NO_GROWTH = SchedulingPolicy(growth_quantile=0.0)
 """Admission that expects no growth, so that small pools come under pressure."""
@@ -60,6 +62,12 @@ class Generation:
     start: Started | None = None
     num_loading: int = 0
     end: Ended | None = None
+    num_resumed: int = 0
+
+    @property
+    def next_position(self) -> int:
+        """Position in the output of the next token to come."""
+        return self.num_resumed + len(self.tokens)
 
 
 @dataclass
@@ -124,7 +132,9 @@ class EngineHarness:
         )
         self.next_slot += 1
         generation = self.generations[submission.session_slot] = Generation(submission.session_slot)
-        self.engine.post(Submit(replace(submission, **fields)))  # type: ignore[arg-type]
+        submission = replace(submission, **fields)  # type: ignore[arg-type]
+        generation.num_resumed = len(submission.resumed_token_ids)
+        self.engine.post(Submit(submission))
         return generation
 
     def wait(self, generations: Sequence[Generation], timeout_s: float = WAIT_S) -> list[Generation]:
@@ -166,14 +176,14 @@ class EngineHarness:
         for slot, position, token_id in zip(
             outputs.token_slots.tolist(), outputs.token_positions.tolist(), outputs.token_ids.tolist(), strict=True
         ):
-            assert position == len(self.generations[slot].tokens)
+            assert position == self.generations[slot].next_position
             self.generations[slot].tokens.append(token_id)
         for event in outputs.events:
             generation = self.generations[event.session_slot]
             assert generation.end is None, f"{event} after the end"
             match event:
                 case TokenWithLogprobs():
-                    assert event.position == len(generation.tokens)
+                    assert event.position == generation.next_position
                     generation.tokens.append(event.token_id)
                     generation.logprobs.append(event.logprobs)
                 case Started():
@@ -227,10 +237,12 @@ class _Store:
 
 
 @contextmanager
-def running_engine(limits: EngineLimits, runner_factory: RunnerFactory) -> Iterator[EngineHarness]:
+def running_engine(
+    limits: EngineLimits, runner_factory: RunnerFactory, filler: MaskFiller | None = None
+) -> Iterator[EngineHarness]:
     """Run an engine until the block ends."""
     store, crashes = _Store(), list[BaseException]()
-    engine = Engine(limits, runner_factory, on_store_event=store.on_event, on_crash=crashes.append)
+    engine = Engine(limits, runner_factory, on_store_event=store.on_event, on_crash=crashes.append, filler=filler)
     store.engine = engine
     harness = EngineHarness(engine, store.images, crashes, store.events)
     try:
@@ -251,7 +263,12 @@ def fake_limits(*, block_tokens: int = 4, **fields: int) -> EngineLimits:
 
 @contextmanager
 def fake_engine(
-    *, depth: int = 1, loads_at_once: bool = True, step_patience_s: float | None = None, **fields: int
+    *,
+    depth: int = 1,
+    loads_at_once: bool = True,
+    step_patience_s: float | None = None,
+    filler: MaskFiller | None = None,
+    **fields: int,
 ) -> Iterator[tuple[EngineHarness, FakeRunner]]:
     """Run an engine on a `FakeRunner`."""
     runners = []
@@ -270,7 +287,7 @@ def fake_engine(
         return runners[0]
 
     limits = replace(fake_limits(**fields), step_patience_s=step_patience_s)
-    with running_engine(limits, make) as harness:
+    with running_engine(limits, make, filler) as harness:
         yield harness, runners[0]
 
 
@@ -308,6 +325,7 @@ def torch_engine(
     emulate_async: bool = False,
     eos_token_ids: tuple[int, ...] = (),
     policy: SchedulingPolicy = NO_GROWTH,
+    filler: MaskFiller | None = None,
 ) -> Iterator[EngineHarness]:
     """Run an engine on the torch backend in fp32 on the CPU; a small ``block_tokens`` makes small pages."""
     import torch
@@ -337,5 +355,5 @@ def torch_engine(
             WeightReader(model_dir, dtype=torch.float32, device=torch.device("cpu")),
         )
 
-    with running_engine(limits, make) as harness:
+    with running_engine(limits, make, filler) as harness:
         yield harness

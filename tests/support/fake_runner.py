@@ -13,6 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -37,13 +38,19 @@ def require(condition: bool, message: str) -> None:
         raise PlanError(message)
 
 
-def draw(tokens: NDArray[np.int32], digest: str, scale: float, seed: int, banned: tuple[int, ...] = ()) -> int:
-    """Return the token after ``tokens``."""
+def draw(
+    tokens: NDArray[np.int32],
+    digest: str,
+    scale: float,
+    seed: int,
+    banned: tuple[int, ...] = (),
+    allowed: Callable[[int], bool] = lambda _token: True,
+) -> int:
+    """Return the token after ``tokens``; -1 if none may follow."""
     text = np.ascontiguousarray(tokens, dtype=np.int32).tobytes() + f"{digest}/{scale}/{seed}".encode()
     token = zlib.crc32(text) % VOCAB_SIZE
-    while token in banned:
-        token = (token + 1) % VOCAB_SIZE
-    return token
+    candidates = [(token + offset) % VOCAB_SIZE for offset in range(VOCAB_SIZE)]
+    return next((each for each in candidates if each not in banned and allowed(each)), -1)
 
 
 def fake_pool(block_tokens: int, page_bytes: int) -> PoolGeometry:
@@ -88,9 +95,27 @@ class FakeStep:
     occupants: NDArray[np.int64]
     adapters: dict[int, FakeAdapter]
     result: StepResult | None = None
+    is_drawn: bool = False
+    masks: NDArray[np.int32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.masks = np.zeros((len(self.plan.masked), -(-VOCAB_SIZE // 32)), dtype=np.int32)
+        self.is_drawn = not len(self.plan.masked)
 
     def is_done(self) -> bool:
         return self.result is not None
+
+    def draw(self) -> None:
+        require(not self.is_drawn, f"step {self.plan.step_id} awaits no masks")
+        require(
+            all(step is self for step in self.runner.launched), "masks are filled before all earlier results are read"
+        )
+        self.is_drawn = True
+
+    def allows(self, index: int, token: int) -> bool:
+        """Whether a sampling row may draw a token."""
+        row = np.flatnonzero(self.plan.masked == index)
+        return not row.size or bool(int(self.masks[row[0], token // 32]) >> (token % 32) & 1)
 
     def wait(self) -> StepResult:
         return self.runner.compute_until(self)
@@ -228,6 +253,7 @@ class FakeRunner:
         if self.raise_on_launch is not None:
             raise self.raise_on_launch
         require(plan.step_id == self._next_step, f"step {plan.step_id} follows {self._next_step - 1}")
+        require(all(step.is_drawn for step in self._launched), "a step is launched before an earlier one was drawn")
         self._next_step += 1
         self._check_shapes(plan)
         self._check_pages(plan)
@@ -237,15 +263,21 @@ class FakeRunner:
         step = FakeStep(self, plan, occupants, dict(self.adapters))
         self._launched.append(step)
         require(len(self._launched) <= self._depth, f"{len(self._launched)} steps in flight")
-        if self._depth == 1:
+        if self._depth == 1 and step.is_drawn:
             self.compute_until(step)
         return step
 
     def compute_until(self, step: FakeStep) -> StepResult:
         """Compute launched plans in order up to a step."""
         while step.result is None:
+            require(self._launched[0].is_drawn, f"step {step.plan.step_id} is waited for and awaits masks")
             self._compute(self._launched.popleft())
         return step.result
+
+    @property
+    def launched(self) -> list[FakeStep]:
+        """Steps that have not been computed."""
+        return list(self._launched)
 
     def close(self) -> None:
         self.is_closed = True
@@ -266,6 +298,7 @@ class FakeRunner:
         require(bool((plan.token_ids[:decode] == FROM_DEVICE).all()), "a decode row has a token of the host")
         require(bool((plan.token_ids[decode:] >= 0).all()), "a prefill row lacks a token")
         require(set(range(decode)) <= set(plan.sample_rows.tolist()), "a decode row is not sampled")
+        require(bool((plan.masked < len(plan.sample_rows)).all()), "a masked row does not sample")
         for name in plan.sampling.__dataclass_fields__:
             require(len(getattr(plan.sampling, name)) == len(plan.sample_rows), f"sampling.{name} has another length")
 
@@ -372,11 +405,13 @@ class FakeRunner:
             setup = self._setups_of(step, row)
             banned = setup.stop_token_ids if plan.sampling.ban_stops[index] and setup else ()
             scale, seed = float(plan.adapter_scales[row]), int(plan.sampling.seed[index])
-            token_ids[index] = draw(sequences[row], digest, scale, seed, banned)
+            token_ids[index] = draw(sequences[row], digest, scale, seed, banned, partial(step.allows, index))
             self._last_tokens[int(plan.slots[row])] = int(token_ids[index])
             if plan.sampling.num_logprobs[index] >= 0:
                 logprobs[index] = _logprobs(int(token_ids[index]), int(plan.sampling.num_logprobs[index]))
         failed = {slot: LoraplexError(reason) for slot, reason in self.fail_slots.items() if slot in plan.slots}
+        slots = plan.slots[plan.sample_rows]
+        failed |= {int(slots[row]): LoraplexError("nothing left") for row in np.flatnonzero(token_ids < 0)}
         return StepResult(
             step_id=plan.step_id,
             slots=plan.slots[plan.sample_rows],

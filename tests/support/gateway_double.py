@@ -284,6 +284,7 @@ def revision() -> adapter_pb2.AdapterRevision:
         target_modules=["q_proj", "v_proj"],
         canonical_bytes=2048,
         num_layers=2,
+        text_parts=adapter_pb2.TextPartsInfo(digest=DIGEST, kinds=["chat_template", "stop_tokens"]),
     )
 
 

@@ -126,7 +126,8 @@ async def running_gateway(
     for engine in engines:
         await engine.start()
         await engine.register(client)
-    app = GatewayApp(make_config(valkey_url, store_target=f"127.0.0.1:{store.port}", **overrides))
+    overrides.setdefault("store_target", f"127.0.0.1:{store.port}")
+    app = GatewayApp(make_config(valkey_url, **overrides))
     try:
         await app.start()
         await _all_open(app, num_engines)

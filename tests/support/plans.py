@@ -70,6 +70,7 @@ class Sequence_:  # noqa: N801
     Attributes:
         forced: If not empty, tokens fed instead of the drawn ones (teacher forcing).
         chunks: Lengths of the prefill's chunks; the rest of the prompt is one more chunk.
+        allowed: If not empty, the sequence draws under a mask of these tokens.
         drawn: Tokens sampled so far.
         computed: Tokens in the pool.
     """
@@ -82,6 +83,7 @@ class Sequence_:  # noqa: N801
     forced: list[int] = field(default_factory=list)
     chunks: list[int] = field(default_factory=list)
     setup: SlotSetup | None = None
+    allowed: tuple[int, ...] = ()
     pages: list[int] = field(default_factory=list)
     drawn: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -167,11 +169,21 @@ class Harness:
                 [rows[row].draw for row in finished],
                 [max(rows[row].computed + len(chunks[row]) - len(rows[row].prompt), 0) for row in finished],
             ),
+            masked=np.array([at for at, row in enumerate(finished) if rows[row].allowed], dtype=np.int32),
             setups=tuple(s.setup for s in rows if s.computed == 0 and s.setup is not None),
         )
         for sequence, chunk in zip(rows, chunks, strict=True):
             sequence.computed += len(chunk)
         return plan
+
+    @staticmethod
+    def fill(masks: NDArray[np.int32], plan: StepPlan, sequences: Iterable[Sequence_]) -> None:
+        """Fill the masks of a plan."""
+        by_slot = {sequence.slot: sequence for sequence in sequences}
+        for row, slot in enumerate(plan.slots[plan.sample_rows[plan.masked]].tolist()):
+            bits = np.zeros(32 * masks.shape[1], dtype=np.uint8)
+            bits[list(by_slot[slot].allowed)] = 1
+            masks[row] = np.packbits(bits, bitorder="little").view(np.int32)
 
     @staticmethod
     def absorb(sequences: Iterable[Sequence_], result: StepResult) -> None:
@@ -188,7 +200,12 @@ class Harness:
 
     def step(self, sequences: Sequence[Sequence_]) -> StepResult:
         """Run one step and absorb its result."""
-        result = self.runner.launch(self.plan(sequences)).wait()
+        plan = self.plan(sequences)
+        handle = self.runner.launch(plan)
+        if len(plan.masked):
+            self.fill(handle.masks, plan, sequences)
+            handle.draw()
+        result = handle.wait()
         self.absorb(sequences, result)
         return result
 

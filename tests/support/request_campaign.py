@@ -16,6 +16,7 @@ import tempfile
 import time
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,11 @@ from loraplex_common.base_model import load_base_model
 from loraplex_common.grpc_server import GrpcServer, ServerConfig
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_engine.config import EngineConfig
+from loraplex_engine.constraints.compiler import make_constraints
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.metrics.requests import RequestMetrics
 from loraplex_engine.rpc.draining import Draining
+from loraplex_engine.rpc.rule_making import RuleMaker
 from loraplex_engine.rpc.servicer import EngineIdentity, EngineServicer
 from prometheus_client import CollectorRegistry
 from support.adapters import Recipe
@@ -44,8 +47,9 @@ from support.engine_harness import recipe_adapter, torch_engine
 from support.engine_sessions import EngineSessionClient, Outcome, make_submit
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
+    from loraplex_engine.constraints.compiler import Constraints
     from support.engine_harness import EngineHarness
 
 NUM_AT_ONCE = 20
@@ -63,6 +67,14 @@ STRANGERS: tuple[dict[str, Any], ...] = (
         "max_new_tokens": 16,
         "adapter_digest": ADAPTERS[2],
         "sampling": gateway_pb2.SamplingParams(temperature=0.8, seed=7, top_k=20, frequency_penalty=0.5),
+    },
+    {
+        "prompt": [31, 32],
+        "max_new_tokens": 20,
+        "adapter_digest": ADAPTERS[0],
+        "sampling": gateway_pb2.SamplingParams(temperature=1.0, seed=3),
+        "structured_output": gateway_pb2.StructuredOutput(regex=r"[a-z]{30,40}"),
+        "bad_token_sequences": [gateway_pb2.TokenIds(ids=[40, 41])],
     },
 )
 
@@ -154,8 +166,8 @@ class Campaign:
 
 
 @asynccontextmanager
-async def serving(harness: EngineHarness) -> AsyncIterator[EngineSessionClient]:
-    """Serve a harness's engine on a free port and open a session with it."""
+async def serving(harness: EngineHarness, rules: RuleMaker | None = None) -> AsyncIterator[EngineSessionClient]:
+    """Serve a harness's engine on a free port and open a session with it; ``rules`` makes what outputs must keep to."""
     registry = CollectorRegistry()
     base = adapter_pb2.BaseModel(name="tiny", vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
     servicer = EngineServicer(
@@ -165,6 +177,7 @@ async def serving(harness: EngineHarness) -> AsyncIterator[EngineSessionClient]:
         identity=EngineIdentity(engine_id="e", base_model=base, version="0"),
         config=EngineConfig(model=Path()),
         metrics=RequestMetrics(registry),
+        rules=rules or RuleMaker(constraints_of(Path()).compiler, EOS_IDS),
     )
     server = GrpcServer(ServerConfig(), metrics=RpcMetrics(registry))
     engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server.server)
@@ -178,6 +191,11 @@ async def serving(harness: EngineHarness) -> AsyncIterator[EngineSessionClient]:
         await server.drain(settle_s=0.0, grace_s=0.0)
 
 
+def constraints_of(model: Path) -> Constraints:
+    """Return what structured outputs of a model of `VOCAB_SIZE` tokens need."""
+    return make_constraints(model, vocab_size=VOCAB_SIZE, eos_token_ids=EOS_IDS)
+
+
 async def run_campaign(directory: Path, *, num_requests: int, seed: int, is_async: bool = False) -> Tally:
     """Run requests; raises only if engine, session or a stream is lost, every other fault is in the tally.
 
@@ -188,9 +206,10 @@ async def run_campaign(directory: Path, *, num_requests: int, seed: int, is_asyn
         is_async: Whether the runner lags behind, as a GPU does, with two steps in flight.
     """
     model = write_base_model(directory / "tiny", BASE)
-    engine = torch_engine(
+    engine = partial(
+        torch_engine,
         model,
-        num_pages=96,
+        num_pages=72,
         num_arena_slots=64,
         block_tokens=4,
         max_model_len=MAX_MODEL_LEN,
@@ -203,15 +222,16 @@ async def run_campaign(directory: Path, *, num_requests: int, seed: int, is_asyn
 
 
 async def run_campaign_on(
-    engine: AbstractContextManager[EngineHarness], model: Path, *, num_requests: int, seed: int
+    engine: Callable[..., AbstractContextManager[EngineHarness]], model: Path, *, num_requests: int, seed: int
 ) -> Tally:
     """Run requests on an engine of a model with `VOCAB_SIZE` tokens; otherwise like `run_campaign`."""
-    tally, began_s = Tally(seed), time.monotonic()
-    with engine as harness:
+    tally, began_s, constraints = Tally(seed), time.monotonic(), constraints_of(model)
+    with engine(filler=constraints.filler) as harness:
         for digest, recipe in zip(ADAPTERS, RECIPES, strict=True):
             harness.add_adapter(*recipe_adapter(load_base_model(model), recipe, digest))
-        async with serving(harness) as client:
+        async with serving(harness, RuleMaker(constraints.compiler, EOS_IDS)) as client:
             await Campaign(client, tally, num_requests).run()
+        await constraints.close()
         assert harness.engine.is_healthy, harness.crashes
         await asyncio.to_thread(harness.check_idle)
         tally.num_preemptions = harness.engine.counters.num_preemptions

@@ -12,6 +12,7 @@ import numpy as np
 from loraplex_common.adapter_image import AdapterSpec
 from loraplex_common.errors import AdapterNotFoundError, LoraplexError
 from loraplex_engine.adapters.arena import HostArena
+from loraplex_engine.constraints.output_rules import fill_masks
 from loraplex_engine.limits import EngineLimits, SchedulingPolicy
 from loraplex_engine.loop.adapter_operations import AdapterOperations
 from loraplex_engine.loop.engine_state import EngineState
@@ -30,7 +31,8 @@ from loraplex_engine.messages import (
 )
 from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from numpy.typing import NDArray
-from support.fake_runner import FakeRunner, draw, fake_image, fake_pool, fake_spec
+from support.constraints import StrideFiller
+from support.fake_runner import VOCAB_SIZE, FakeRunner, draw, fake_image, fake_pool, fake_spec
 
 if TYPE_CHECKING:
     from loraplex_engine.pool_geometry import PoolGeometry
@@ -201,6 +203,8 @@ class Rig:
             max_num_batched_tokens=max_num_batched_tokens,
         )
         self.steps: deque[StepHandle] = deque()
+        self.awaits_masks = False
+        self.filler = StrideFiller(VOCAB_SIZE)
         self.loads: dict[str, LoadHandle] = {}
         self.clients: dict[tuple[int, int], Client] = {}
         self.all_clients: list[Client] = []
@@ -298,13 +302,22 @@ class Rig:
         if plan is not None:
             self.steps.append(self.runner.launch(plan))
             self.now_s += self.step_s + self.token_s * int(plan.num_tokens[plan.num_decode_rows :].sum())
+            self.awaits_masks = len(plan.masked) > 0
         has_step = bool(self.steps)
         if has_step and (plan is None or len(self.steps) >= self.runner.pipeline_depth):
+            self._draw()
             self.scheduler.update(self.steps.popleft().wait())
+        self._draw()
         self.take_outputs()
         if check:
             self.check_integrity()
         return has_step
+
+    def _draw(self) -> None:
+        if self.awaits_masks and len(self.steps) == 1:
+            fill_masks(self.scheduler.rules(), self.steps[0].masks, self.filler)
+            self.steps[0].draw()
+            self.awaits_masks = False
 
     def run(self, *, max_turns: int = 2000) -> None:
         """Turn until nothing is left to do, finishing loads as they come."""

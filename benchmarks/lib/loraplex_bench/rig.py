@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from loraplex_engine.constraints.types import MaskFiller
     from loraplex_engine.messages import StoreEvent
     from loraplex_engine.model.weights import WeightSource
     from loraplex_engine.step import ModelRunner
@@ -111,6 +112,7 @@ class Rig:
     Args:
         setup: Sizes.
         weights: For our backend.
+        filler: Fills the masks of structured outputs; None if no request has one.
 
     Attributes:
         ready_s: From the start of construction until the engine could serve; committing and filling the arena is not
@@ -118,7 +120,7 @@ class Rig:
         capture_s: The part of it that capturing graphs took.
     """
 
-    def __init__(self, setup: RigSetup, weights: WeightSource | None) -> None:
+    def __init__(self, setup: RigSetup, weights: WeightSource | None, filler: MaskFiller | None = None) -> None:
         self.setup = setup
         self._crashes: list[BaseException] = []
         self._pinned: object = None
@@ -130,6 +132,7 @@ class Rig:
             lambda limits: self._make_runner(limits, weights),
             on_store_event=self._on_store_event,
             on_crash=self._crashes.append,
+            filler=filler,
         )
         self.ready_s = time.perf_counter() - began_s - self._touch_s
         self.outbox = self.engine.open_session()

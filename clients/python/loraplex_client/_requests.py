@@ -169,6 +169,7 @@ def tokenize_request(
     prompt: str | None,
     messages: Sequence[ChatMessage] | None,
     model: str | None,
+    adapter: str,
     add_special_tokens: bool | None,
     add_generation_prompt: bool | None,
     continue_final_message: bool | None,
@@ -180,7 +181,9 @@ def tokenize_request(
     Raises:
         InvalidParameterError: If there is not exactly one prompt, or an option goes with the other kind.
     """
-    request = gateway_pb2.TokenizeRequest(model=model or "", add_special_tokens=add_special_tokens)
+    request = gateway_pb2.TokenizeRequest(
+        model=model or "", adapter=adapter or None, add_special_tokens=add_special_tokens
+    )
     options: dict[str, Any] = {
         "prompt": prompt,
         "messages": messages,

@@ -70,6 +70,7 @@ def revision(message: adapter_pb2.AdapterRevision) -> Revision:
         num_layers=message.num_layers,
         source=message.source,
         create_time=_datetime(message.create_time),
+        text_parts=tuple(message.text_parts.kinds),
     )
 
 

@@ -55,8 +55,9 @@ class Revision:
     """One immutable set of LoRA weights.
 
     Attributes:
-        digest: sha256 over canonical config and tensors, 64 hex digits.
+        digest: sha256 over canonical config, tensors and text parts, 64 hex digits.
         source: Where it came from, e.g. ``hf:org/repo@<40 hex>``, ``upload``.
+        text_parts: Names of what it brings besides weights, e.g. ``chat_template``, ``stop_tokens``.
     """
 
     digest: str
@@ -69,6 +70,7 @@ class Revision:
     num_layers: int
     source: str
     create_time: datetime | None
+    text_parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

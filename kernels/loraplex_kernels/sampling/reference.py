@@ -31,10 +31,18 @@ def philox_words(count: int, seed: int, position: int) -> NDArray[np.uint64]:
 
 
 def processed_logits(
-    logits: torch.Tensor, row: Any, edits: NDArray[Any] | None, counts: NDArray[np.uint16] | None
+    logits: torch.Tensor,
+    row: Any,
+    edits: NDArray[Any] | None,
+    counts: NDArray[np.uint16] | None,
+    mask: NDArray[np.int32] | None,
 ) -> torch.Tensor:
-    """Return fp32 ``[vocab]``: logits after allowed ids, bias, banned stops and penalties."""
+    """Return fp32 ``[vocab]``: logits after mask, allowed ids, bias, banned stops and penalties."""
     x = logits.float().clone()
+    if mask is not None:
+        token = torch.arange(len(x))
+        word = torch.from_numpy(mask.astype(np.int64))[token // 32]
+        x.masked_fill_((word >> (token % 32)) & 1 == 0, -math.inf)
     if edits is not None:
         ids, flags = torch.from_numpy(edits["token"].astype(np.int64)), edits["flags"]
         kept = x[ids].masked_fill(torch.from_numpy((flags & EDIT_NOT_ALLOWED) != 0), -math.inf)
@@ -55,7 +63,11 @@ def processed_logits(
 
 
 def sample(
-    logits: torch.Tensor, row: Any, edits: NDArray[Any] | None = None, counts: NDArray[np.uint16] | None = None
+    logits: torch.Tensor,
+    row: Any,
+    edits: NDArray[Any] | None = None,
+    counts: NDArray[np.uint16] | None = None,
+    mask: NDArray[np.int32] | None = None,
 ) -> tuple[int, bool, torch.Tensor]:
     """Draw one row's token.
 
@@ -64,11 +76,12 @@ def sample(
         row: Record of `sample.ROW_DTYPE`.
         edits: Records of `sample.EDIT_DTYPE`, if the row has any.
         counts: ``[vocab]``, if the row has penalties.
+        mask: int32 ``[ceil(vocab / 32)]``, if the row has one.
 
     Returns:
         The token, whether the largest logit is finite (else the token is 0), and log probabilities fp32 ``[vocab]``.
     """
-    x = processed_logits(logits, row, edits, counts)
+    x = processed_logits(logits, row, edits, counts, mask)
     best = x.max()
     if not torch.isfinite(best):
         return 0, False, x

@@ -16,6 +16,10 @@ BLOCK: Final = 320
 LIST_CAPACITY: Final = 2048
 MAX_VOCAB: Final = 1 << 20  # ids have 20 bits in a key
 UNIT: Final = 8  # tokens per byte of the edits' bitmap
+WORD: Final = 32  # tokens per word of a mask
+NOT_FINITE: Final = 0
+VALID: Final = 1
+NOTHING_LEFT: Final = 2
 EDIT_NOT_ALLOWED: Final = 1
 EDIT_STOP: Final = 2
 IN_PROMPT: Final = 0x8000
@@ -38,11 +42,13 @@ ROW_DTYPE: Final = np.dtype(
         ("edit_row", np.int32),
         ("num_edits", np.int32),
         ("count_row", np.int32),
+        ("mask_row", np.int32),
+        ("reserved", np.int32, 3),
     ]
 )
 """How a row draws, csrc/sampling/row.cuh. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all; ``num_top`` -1
 reports nothing, else the drawn token's log probability and so many likeliest; ``edit_row`` and ``count_row`` -1: none;
-``num_edits`` below 0: tokens without an edit cannot be drawn."""
+``num_edits`` below 0: tokens without an edit cannot be drawn; ``mask_row`` -1: no mask."""
 EDIT_DTYPE: Final = np.dtype([("token", np.int32), ("bias", np.float32), ("flags", np.uint32)])
 """Edit of one token's logit: -inf if the token is not allowed, then the bias, then -inf if it is a banned stop."""
 ROW_INTS: Final = ROW_DTYPE.itemsize // 4
@@ -82,6 +88,11 @@ class Sample:
         """Bytes of one row of ``edit_bits``."""
         return -(-self._vocab // UNIT)
 
+    @property
+    def mask_words(self) -> int:
+        """Words of one row of ``masks``."""
+        return -(-self._vocab // WORD)
+
     def launch(
         self,
         logits: torch.Tensor,
@@ -92,6 +103,7 @@ class Sample:
         edits: torch.Tensor | None = None,
         edit_bits: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
         report: torch.Tensor | None = None,
     ) -> None:
         """Draw one token per row; the host does not wait for the device.
@@ -99,12 +111,15 @@ class Sample:
         Args:
             logits: ``[rows, vocab]``.
             rows: int32 ``[rows, ROW_INTS]``, of `ROW_DTYPE`; each row and slot in it must exist in the other arguments.
-            drawn: int32 ``[2, rows]``; tokens, and 1 where the row's largest logit is finite.
+            drawn: int32 ``[2, rows]``; tokens, and `VALID`; `NOTHING_LEFT` where no token can be drawn, `NOT_FINITE`
+                where the row's largest logit is NaN or infinite.
             last_sampled: int32 ``[slots]``; gets each row's token too.
             edits: int32 ``[edit rows, most edits, EDIT_INTS]``, of `EDIT_DTYPE`, tokens rising; None if no row has any.
             edit_bits: uint8 ``[edit rows, bitmap_bytes]``; bit ``t % 8`` of byte ``t // 8`` is set for a token with an edit.
             counts: int16 ``[count rows, vocab]``; bit 15: the token is in the prompt; other bits: its count in the
                 output, at most `MOST_COUNTED`. The drawn token is counted. None if no row has penalties.
+            masks: int32 ``[mask rows, mask_words]``; bit ``t % 32`` of word ``t // 32`` is set if token t may be drawn. None
+                if no row has a mask.
             report: int32 ``[rows, 1 + 2 n]``; fp32 bits of the log probabilities of the drawn token and the n likeliest
                 tokens, then the ids of these; written for rows that ask, as far as they ask. None if no row asks.
 
@@ -125,6 +140,7 @@ class Sample:
             params.max_edits = edits.shape[1]
         if counts is not None:
             params.counts = check("counts", counts, torch.int16, -1, vocab)
+        params.masks = None if masks is None else check("masks", masks, torch.int32, -1, self.mask_words)
         params.report, params.report_top = None, 0
         if report is not None:
             params.report = check("report", report, torch.int32, count, -1)

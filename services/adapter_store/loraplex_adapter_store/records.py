@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, AlreadyExistsError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, find_revision
+from loraplex_common.text_parts import TextPartsInfo
 
 MAX_REVISIONS: Final = 100
 """Revisions kept per name; older ones without a label are released, so that frequent pushes do not grow without end."""
@@ -16,11 +17,12 @@ MAX_REVISIONS: Final = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Revision:
-    """One immutable set of weights.
+    """One immutable set of weights, and what comes with them.
 
     Attributes:
         name: The name it was first imported under.
         create_time: Unix seconds.
+        text_parts: What it brings besides weights; None for nothing.
     """
 
     revision: str
@@ -33,16 +35,20 @@ class Revision:
     num_layers: int
     source: str
     create_time: float
+    text_parts: TextPartsInfo | None = None
 
     def to_json(self) -> str:
-        """Encode for Valkey."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        """Encode for Valkey, without the text parts: they have a key of their own, as older replicas read this one."""
+        fields = dataclasses.asdict(self)
+        del fields["text_parts"]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, data: str | bytes) -> Revision:
-        """Decode what `to_json` wrote."""
+    def from_json(cls, data: str | bytes, text_parts: str | bytes | None = None) -> Revision:
+        """Decode what `to_json` wrote, and what is said of the text parts if there are any."""
         fields: dict[str, Any] = json.loads(data)
-        return cls(**{**fields, "target_modules": tuple(fields["target_modules"])})
+        info = TextPartsInfo.from_json(text_parts) if text_parts else None
+        return cls(**{**fields, "target_modules": tuple(fields["target_modules"]), "text_parts": info})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ import crc32c
 import grpc
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex.v1 import adapter_store_pb2_grpc
+from loraplex_common import text_parts_wire
 from loraplex_common.auth import current_principal
 from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, check_adapter_name, check_label
@@ -206,7 +207,13 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         """Stream the name table and its changes; for gateways, so it shows every tenant's adapters."""
         async with aclosing(self._aliases.watch(request.start_sequence, request.start_history_id)) as updates:
             async for update in updates:
-                yield wire.alias_update(update)
+                yield wire.alias_update(update, with_text_parts=request.uses_text_parts)
+
+    async def GetTextParts(self, request: pb.GetTextPartsRequest, context: Context) -> pb.GetTextPartsResponse:
+        """Return what a revision brings besides weights."""
+        return text_parts_wire.to_message(
+            await self._downloads.text_parts(await self._revision(request.revision, "revision"))
+        )
 
     async def DownloadAdapter(
         self, request: pb.DownloadAdapterRequest, context: Context

@@ -34,6 +34,7 @@ from loraplex_adapter_store.attach.messages import (
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry
+    from loraplex_common.text_parts import TextPartsInfo
 
     from loraplex_adapter_store.aliases import AliasUpdate
     from loraplex_adapter_store.imports.importer import ImportOutcome, Progress
@@ -59,7 +60,12 @@ def revision(source: Revision) -> adapter_pb2.AdapterRevision:
         num_layers=source.num_layers,
         source=source.source,
         create_time=_timestamp(source.create_time),
+        text_parts=_text_parts(source.text_parts),
     )
+
+
+def _text_parts(info: TextPartsInfo | None) -> adapter_pb2.TextPartsInfo | None:
+    return None if info is None else adapter_pb2.TextPartsInfo(digest=info.digest, kinds=info.kinds)
 
 
 def aliases(record: AdapterRecord) -> list[adapter_pb2.Alias]:
@@ -86,23 +92,23 @@ def adapter(record: AdapterRecord, latest: Revision | None) -> adapter_pb2.Adapt
     )
 
 
-def entry(view: AdapterView) -> adapter_store_pb2.WatchAliasesResponse.Entry:
-    """Convert a view for the watchers."""
+def entry(view: AdapterView, *, with_text_parts: bool = True) -> adapter_store_pb2.WatchAliasesResponse.Entry:
+    """Convert a view for the watchers; one that uses no text parts is not told of revisions that have some."""
     return adapter_store_pb2.WatchAliasesResponse.Entry(
         name=view.record.name,
         aliases=aliases(view.record),
-        revisions=[revision(item) for item in view.revisions],
+        revisions=[revision(item) for item in view.revisions if with_text_parts or item.text_parts is None],
         allowed_tenants=view.record.allowed_tenants,
         deleted=view.record.is_deleted,
     )
 
 
-def alias_update(update: AliasUpdate) -> adapter_store_pb2.WatchAliasesResponse:
-    """Convert a change of the name table."""
+def alias_update(update: AliasUpdate, *, with_text_parts: bool = True) -> adapter_store_pb2.WatchAliasesResponse:
+    """Convert a change of the name table; see `entry`."""
     return adapter_store_pb2.WatchAliasesResponse(
         sequence=update.position.sequence,
         history_id=update.position.history_id,
-        entries=[entry(view) for view in update.views],
+        entries=[entry(view, with_text_parts=with_text_parts) for view in update.views],
         snapshot_start=update.is_snapshot_start,
         snapshot_end=update.is_snapshot_end,
     )

@@ -25,7 +25,9 @@ TOKENIZER_FILES: Final = (
     "vocab.json",
     "merges.txt",
 )
-READ_FILES: Final = (*ADAPTER_FILES, *TOKENIZER_FILES)
+GENERATION_FILE: Final = "generation_config.json"
+TEXT_FILES: Final = (*TOKENIZER_FILES, GENERATION_FILE)
+READ_FILES: Final = (*ADAPTER_FILES, *TEXT_FILES)
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_LISTED: Final = 2000
 MAX_DEPTH: Final = 2

@@ -33,6 +33,7 @@ class AdapterEntry:
     Attributes:
         labels: Label to digest.
         base_fingerprints: Digest of each known revision to the fingerprint of its base model.
+        text_parts: Digest of each revision that brings text parts to the digest of these.
         allowed_tenants: Tenants that may use it; empty means all tenants.
         is_deleted: True once the name is no longer served.
     """
@@ -40,6 +41,7 @@ class AdapterEntry:
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)
     base_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    text_parts: Mapping[str, str] = field(default_factory=dict)
     allowed_tenants: frozenset[str] = frozenset()
     is_deleted: bool = False
 
@@ -94,7 +96,8 @@ class AliasFeed:
         async with self._channel.use() as channel:
             stub: adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub
             stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
-            call = stub.WatchAliases(adapter_store_pb2.WatchAliasesRequest(start_sequence=0), wait_for_ready=True)
+            request = adapter_store_pb2.WatchAliasesRequest(start_sequence=0, uses_text_parts=True)
+            call = stub.WatchAliases(request, wait_for_ready=True)
             try:
                 await self._take_in(call)
             finally:
@@ -147,6 +150,11 @@ def _entry(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:
         name=entry.name,
         labels={alias.label: alias.revision for alias in entry.aliases},
         base_fingerprints={revision.revision: revision.base_fingerprint for revision in entry.revisions},
+        text_parts={
+            revision.revision: revision.text_parts.digest
+            for revision in entry.revisions
+            if revision.HasField("text_parts")
+        },
         allowed_tenants=frozenset(entry.allowed_tenants),
         is_deleted=entry.deleted,
     )

@@ -67,6 +67,7 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         STORE + "ImportAdapter": _ADMIN,
         STORE + "UploadAdapter": _ADMIN,
         STORE + "DownloadAdapter": _ADMIN,
+        STORE + "GetTextParts": _WATCHERS,
         STORE + "PrefetchAdapter": _WATCHERS,
         STORE + "EvictAdapter": _WATCHERS,
         STORE + "WatchAliases": frozenset({Role.ADMIN, Role.GATEWAY, Role.ENGINE}),

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec
 from loraplex_common.errors import LoraplexError
+from loraplex_common.structured_output import StructuredOutput
 from numpy.typing import NDArray
 
+from loraplex_engine.constraints.output_rules import OutputRules
 from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from loraplex_engine.step import TokenLogprobs
 
@@ -50,6 +52,10 @@ class Submission:
         deadline_s: ``time.monotonic()`` after which no client waits for the answer, or None.
         queue_deadline_s: ``time.monotonic()`` by which it must have a place in a batch, or None.
         time_limit_at_s: ``time.monotonic()`` at which the output is cut with TIME_LIMIT, or None.
+        structured_output: What the output must look like; None: anything.
+        bad_token_sequences: Sequences of token ids of which the last cannot be drawn after the others.
+        rules: Both, as the output goes on under them, resumed tokens taken in; it belongs to the step loop once it is
+            submitted. None if there is neither.
     """
 
     session_id: int
@@ -69,6 +75,9 @@ class Submission:
     cache_salt: str = ""
     fail_fast: bool = False
     arrived_s: float = 0.0
+    structured_output: StructuredOutput | None = None
+    bad_token_sequences: tuple[tuple[int, ...], ...] = ()
+    rules: OutputRules | None = None
 
 
 # --- commands: asyncio side -> step loop ---

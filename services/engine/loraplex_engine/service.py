@@ -26,6 +26,7 @@ from loraplex_common.tasks import Supervisor
 from loraplex_common.vllm_metrics import ENGINE_LABEL
 
 from loraplex_engine import build
+from loraplex_engine.constraints.compiler import Constraints, make_constraints
 from loraplex_engine.loop.engine import Engine
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
@@ -35,6 +36,7 @@ from loraplex_engine.metrics.requests import RequestMetrics
 from loraplex_engine.metrics.residency import ResidencyMetrics
 from loraplex_engine.rpc.draining import Draining
 from loraplex_engine.rpc.registration import Registration
+from loraplex_engine.rpc.rule_making import RuleMaker
 from loraplex_engine.rpc.servicer import EngineIdentity, EngineServicer
 from loraplex_engine.rpc.store_client import AdapterClient, Attachment
 
@@ -84,11 +86,13 @@ class EngineService:
         self._residency_metrics = ResidencyMetrics(registry)
         self._prefetch_metrics = PrefetchMetrics(registry, limits.page_bytes)
         self._client: AdapterClient | None = None
+        self._constraints = self._make_constraints(limits.eos_token_ids)
         self.engine = Engine(
             limits,
             build.runner_factory(config, self._info, device, files=files),
             on_store_event=lambda event: self._call_soon(self._on_store_event, event),
             on_crash=self._on_crash,
+            filler=self._constraints.filler,
         )
         registry.register(EngineCollector(self.engine, self._feed, self._residency_metrics, self._names))
         self._draining = Draining(self.engine)
@@ -99,6 +103,7 @@ class EngineService:
             identity=self._identity(),
             config=config,
             metrics=RequestMetrics(registry),
+            rules=RuleMaker(self._constraints.compiler, limits.eos_token_ids),
         )
         self._authenticator = Authenticator.from_file(config.api_keys_file)
         self._peers = config.peers()
@@ -107,6 +112,10 @@ class EngineService:
         self._supervisor = Supervisor()
         self._valkey = config.connect_valkey(config.redis_url) if config.redis_url else None
         self._registration: Registration | None = None
+
+    def _make_constraints(self, eos_token_ids: tuple[int, ...]) -> Constraints:
+        vocab_size = self._info.vocab_size
+        return make_constraints(self._config.model, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
     def _make_grpc(self, metrics: RpcMetrics) -> GrpcServer:
         config = self._config
@@ -181,6 +190,7 @@ class EngineService:
         await self._grpc.drain(settle_s=0.0, grace_s=STOP_GRACE_S)
         await self._supervisor.close()
         await self._metrics_http.stop()
+        await self._constraints.close()
         if self._valkey is not None:
             await self._valkey.aclose()
         await asyncio.to_thread(self.engine.close)

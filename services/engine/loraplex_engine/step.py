@@ -107,6 +107,8 @@ class StepPlan:
         num_decode_rows: Rows ``[0, num_decode_rows)`` are decode rows with one token each, the others prefill chunks.
         sample_rows: int32 ``[S]``; rows whose last token's logits are sampled; all but unfinished prefill chunks.
         sampling: How the sampling rows draw.
+        masked: int32 ``[M]``, rising; indices into ``sample_rows`` of rows that draw under a mask. A step with such rows draws
+            nothing before `StepHandle.draw`.
         setups: Slots with a new occupant in this step, which begins behind a prefix that others computed, if any.
     """
 
@@ -121,6 +123,7 @@ class StepPlan:
     num_decode_rows: int
     sample_rows: NDArray[np.int32]
     sampling: SamplingArrays
+    masked: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     setups: tuple[SlotSetup, ...] = ()
 
     @property
@@ -130,30 +133,6 @@ class StepPlan:
         if self.setups:
             begun = np.union1d(begun, np.array([setup.slot for setup in self.setups], dtype=np.int32))
         return begun
-
-
-MIN_DECODE_RUNS: Final = 64
-"""Least runs of decode rows for which the decode kernels cost less than a segment for each (benchmarks/NOTES.md)."""
-
-
-def count_runs(adapters: NDArray[np.int32]) -> int:
-    """Return how many runs of one adapter the rows make; rows without an adapter are left out.
-
-    Args:
-        adapters: int32 ``[N]``; adapter of each row, `NO_ADAPTER` for none.
-    """
-    return int(np.count_nonzero(np.diff(adapters[adapters != NO_ADAPTER], prepend=np.int32(-2))))
-
-
-def takes_decode_kernels(num_runs: int, *, has_prefill: bool, min_runs: int = MIN_DECODE_RUNS) -> bool:
-    """Tell whether a step's decode rows go through the decode kernels of LoRA, not as segments of the prefill kernel.
-
-    Args:
-        num_runs: Runs as `count_runs` counts them.
-        has_prefill: Whether the step has prefill chunks; without any, decode rows always take the decode kernels.
-        min_runs: Least runs for the decode kernels beside prefill chunks.
-    """
-    return num_runs >= max(1, min_runs if has_prefill else 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,13 +171,21 @@ class StepResult:
     failed_slots: dict[int, LoraplexError] = field(default_factory=dict)
 
 
-def not_finite() -> LoraplexError:
-    """Return the error of a request whose logits have no finite maximum."""
-    return LoraplexError("the engine cannot go on with this request: the model's logits are not finite")
-
-
 class StepHandle(Protocol):
     """A step on its way through the device."""
+
+    @property
+    def masks(self) -> NDArray[np.int32]:
+        """Memory for the masks of the plan's M masked rows, int32 ``[M, ceil(vocab_size / 32)]``; to be filled before `draw`.
+
+        Bit ``t % 32`` of word ``t // 32`` says whether the row may draw token t. Only for a plan with masked rows, once the
+        results of all earlier steps have been read.
+        """
+        ...
+
+    def draw(self) -> None:
+        """Draw the tokens of a plan with masked rows, under `masks`; before the next launch."""
+        ...
 
     def is_done(self) -> bool:
         """Tell without blocking whether the device has finished the step, reads of its pages included."""
@@ -250,7 +237,7 @@ class ModelRunner(Protocol):
         ...
 
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Start a step. Plans execute in the order of launches.
+        """Start a step. Plans execute in the order of launches; of a plan with masked rows, only the forward pass starts.
 
         A row's exception is among the result's ``failed_slots``; an exception raised here ends the step loop.
         """

@@ -48,6 +48,7 @@ from loraplex_gateway.servers import (
 )
 from loraplex_gateway.text.fair_workers import FairWorkers
 from loraplex_gateway.text.models import ModelCatalog, load_served_models
+from loraplex_gateway.text.voices import Voices
 from loraplex_gateway.workers.setup import new_gateway_id
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class GatewayApp:
         metrics_port: Bound port of /metrics, once started.
         http: The HTTP server.
         workers: Prepare prompts away from the event loop.
+        voices: Models as adapters speak.
     """
 
     def __init__(self, config: GatewayConfig, setup: WorkerSetup | None = None) -> None:
@@ -101,6 +103,7 @@ class GatewayApp:
         self._hints = PrefetchHints(self._store, clock=time.monotonic) if self._store is not None else None
         self.names = NameTable()
         self._adapter_names = AdapterNames()
+        self.voices = Voices.over(self._store)
         self.catalog = self._load_models()
         self.pool = self._make_pool()
         self._registry = RegistryWatcher(self._valkey, self.pool)
@@ -193,6 +196,7 @@ class GatewayApp:
         await self.pool.close()
         if self._hints is not None:
             await self._hints.close()
+        await self.voices.close()
         await self.quotas.close()
         await self.claims.close()
         if self._store is not None:
@@ -275,7 +279,7 @@ class GatewayApp:
             max_bytes_per_token=self.config.max_prompt_bytes_per_token,
             takes_chat_templates=self.config.allow_request_chat_template,
         )
-        preparer = Preparer(self.catalog, self.names, self.pool, limits=limits)
+        preparer = Preparer(self.catalog, self.names, self.pool, voices=self.voices, limits=limits)
         return GatewayCore(
             preparer,
             self.admission,

@@ -129,11 +129,16 @@ class Book:
         """Return the kinds of faults during a stretch of time."""
         return {fault.kind for fault in self._during(began_s - AFTERMATH_S, ended_s)}
 
-    def lost_its_gateway(self, stream: Stream) -> bool:
-        """Return whether the process that a stream went through ended while the stream ran."""
+    def lost_its_gateway(self, stream: Stream, *, has_others: bool = False) -> bool:
+        """Return whether the process that a stream went through ended while the stream ran.
+
+        Args:
+            stream: The stream.
+            has_others: Its client knows the other gateways too, and may have been with any of them.
+        """
         ended = ("kill gateway", "restart gateway")
         faults = self._during(stream.began_s, time.monotonic())
-        return any(fault.kind in ended and fault.part == stream.gateway.name for fault in faults)
+        return any(fault.kind in ended and (has_others or fault.part == stream.gateway.name) for fault in faults)
 
     def _during(self, began_s: float, ended_s: float) -> list[Fault]:
         return [f for f in self.faults if f.began_s <= ended_s and (not f.recovered_s or f.recovered_s >= began_s)]

@@ -131,7 +131,9 @@ class Asker:
         told = f"{reason} to {question} over {stream.face} after {stream.num_tokens} tokens; {sorted(disturbers)}: {message}"
         if stream.num_tokens:
             is_deleted = reason == "ADAPTER_NOT_FOUND" and self._catalogue.may_be_missing(question.adapter, stream)
-            if is_deleted and self._book.lost_its_gateway(stream):  # nothing outlives its name: a resume is refused
+            has_others = stream.face != "http" and CLIENTS_RESUME
+            # Nothing outlives its name: a resume is refused.
+            if is_deleted and self._book.lost_its_gateway(stream, has_others=has_others):
                 self._book.counts["resumes of deleted adapters refused"] += 1
                 self._book.close(stream, Outcome.REFUSED, reason)
                 return

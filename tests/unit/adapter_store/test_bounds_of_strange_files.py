@@ -24,7 +24,7 @@ from loraplex_adapter_store.checkpoint.confinement import Confinement, Confineme
 from loraplex_adapter_store.checkpoint.patterns import PatternMatcher, Question
 from loraplex_adapter_store.checkpoint.reader import Checkpoint, read_checkpoint
 from loraplex_adapter_store.checkpoint.safetensors_file import read_tensors
-from loraplex_adapter_store.checkpoint.tokenizer_check import check_strange_tokenizer
+from loraplex_adapter_store.checkpoint.text_check import check_strange_texts
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 from peft.utils.other import get_pattern_key
@@ -183,7 +183,7 @@ def test_tokenizer_files_take_their_share_at_most_and_are_refused(files: dict[st
     began = time.monotonic()
 
     with pytest.raises((AdapterIncompatibleError, AdapterCorruptUploadError), match=r"tokenizer|chat_template"):
-        check_strange_tokenizer(files, tiny_base_dir(), Confinement(), share=share)
+        check_strange_texts(files, tiny_base_dir(), Confinement(), share=share)
 
     assert time.monotonic() - began < 15.0
 

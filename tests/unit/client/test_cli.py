@@ -143,9 +143,12 @@ def test_a_directory_is_imported_listed_shown_and_deleted(loraplex: Runner, dire
 
     assert imported.code == 0
     assert f"imported json@{DIGEST[:12]}: rank 8, q_proj, v_proj, 2 KiB" in imported.out
+    assert imported.out.endswith("; brings chat template, stop tokens\n")
     assert "json" in listed.out
     assert "ready" in listed.out
+    assert "chat_template, stop_tokens" in listed.out
     assert DIGEST in shown.out
+    assert "; brings chat template, stop tokens" in shown.out
     assert aliased.out == f"json:prod -> {DIGEST}\n"
     assert [result.code for result in hinted] == [0, 0]
     assert deleted.code == 0

@@ -16,6 +16,7 @@ from loraplex_bench.weights import SharedWeights
 
 if TYPE_CHECKING:
     from loraplex_client.workload import Measured, Trace
+    from loraplex_engine.constraints.types import MaskFiller
 
     from loraplex_bench.shapes import Shape
 
@@ -62,10 +63,10 @@ class Bench:
         self._kept = (setup, rig)
         return rig
 
-    def new_rig(self, setup: RigSetup) -> Rig:
-        """Return an engine that the caller closes."""
+    def new_rig(self, setup: RigSetup, *, filler: MaskFiller | None = None) -> Rig:
+        """Return an engine that the caller closes; ``filler`` fills the masks of structured outputs, if it has any."""
         weights = self.weights(setup.shape)
-        rig = Rig(replace(setup, dependent_launch=self._dependent_launch), weights)
+        rig = Rig(replace(setup, dependent_launch=self._dependent_launch), weights, filler)
         allocated = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         self.results.note(
             f"{setup.description}; ready in {rig.ready_s:.1f} s, graphs captured in {rig.capture_s:.2f} s, "

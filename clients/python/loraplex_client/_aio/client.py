@@ -113,6 +113,7 @@ class AsyncClient:
         prompt: str | None = None,
         messages: Sequence[ChatMessage] | None = None,
         model: str | None = None,
+        adapter: str = "",
         add_special_tokens: bool | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
@@ -125,6 +126,7 @@ class AsyncClient:
             prompt: Text.
             messages: A conversation, rendered through the model's chat template.
             model: Base model; may be left out where the gateway fronts exactly one.
+            adapter: ``name``, ``name:label`` or ``name@revision``, whose chat template is used if it brings one.
             add_special_tokens: Whether text gets special tokens (BOS). Default true.
             add_generation_prompt: Whether the chat template opens the assistant's turn. Default true.
             continue_final_message: Whether the last assistant turn is continued, not closed.
@@ -138,6 +140,7 @@ class AsyncClient:
             prompt=prompt,
             messages=messages,
             model=model,
+            adapter=adapter,
             add_special_tokens=add_special_tokens,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,

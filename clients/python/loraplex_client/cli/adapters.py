@@ -93,7 +93,7 @@ def list_(
     store_target: StoreTarget = None,
 ) -> None:
     """List adapters by name."""
-    table = Table("NAME", "STATE", "REVISION", "RANK", "SIZE", "LABELS", box=None)
+    table = Table("NAME", "STATE", "REVISION", "RANK", "SIZE", "BRINGS", "LABELS", box=None)
     with connect(context, store_target=store_target) as client:
         for adapter in client.adapters.list(prefix=prefix, show_deleted=deleted):
             latest = adapter.latest
@@ -103,6 +103,7 @@ def list_(
                 latest.digest[:12] if latest else "-",
                 str(latest.max_rank) if latest else "-",
                 format_size(latest.canonical_bytes) if latest else "-",
+                ", ".join(latest.text_parts) if latest and latest.text_parts else "-",
                 ", ".join(_labels(adapter)),
             )
     stdout.print(table)
@@ -211,11 +212,17 @@ def _print_import(name: str, result: ImportResult) -> None:
     revision = result.revision
     stdout.print(
         f"imported {name}@{revision.digest[:12]}{known}: rank {revision.max_rank}, {', '.join(revision.target_modules)}, "
-        f"{format_size(revision.canonical_bytes)}",
+        f"{format_size(revision.canonical_bytes)}{_brings(revision)}",
         soft_wrap=True,
     )
     for warning in result.warnings:
         stderr.print(f"warning: {as_flags(warning)}", markup=False, soft_wrap=True)
+
+
+def _brings(revision: Revision) -> str:
+    """Return what a revision brings besides weights, for the end of a line."""
+    kinds = [kind.replace("_", " ") for kind in revision.text_parts]
+    return f"; brings {', '.join(kinds)}" if kinds else ""
 
 
 def _print_adapter(adapter: Adapter) -> None:
@@ -228,6 +235,7 @@ def _print_revision(revision: Revision) -> None:
     stdout.print(
         f"revision {revision.digest}\n"
         f"rank {revision.max_rank}, {revision.num_layers} layers, {', '.join(revision.target_modules)}\n"
-        f"{revision.num_parameters:,} parameters, {format_size(revision.canonical_bytes)}, from {revision.source}",
+        f"{revision.num_parameters:,} parameters, {format_size(revision.canonical_bytes)}, from {revision.source}"
+        f"{_brings(revision)}",
         soft_wrap=True,
     )

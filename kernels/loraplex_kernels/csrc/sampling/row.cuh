@@ -1,5 +1,6 @@
 // How one row draws, and its logits after constraints and penalties: computed anew whenever they are read, so that no
-// copy of the vocabulary is written. Order: allowed ids, bias, banned stops; repetition, frequency, presence penalty.
+// copy of the vocabulary is written. Order: mask, allowed ids, bias, banned stops; repetition, frequency, presence
+// penalty.
 #pragma once
 #include "common.cuh"
 
@@ -19,8 +20,10 @@ struct alignas(16) SampleRow {
     int edit_row;    // of edits and their bitmap; -1: none
     int num_edits;   // negative: -n edits, and tokens without one cannot be drawn
     int count_row;   // of counts; -1: no penalties
+    int mask_row;    // of masks; -1: every token may be drawn
+    int reserved[3];
 };
-static_assert(sizeof(SampleRow) == 64, "sample.py mirrors it");
+static_assert(sizeof(SampleRow) == 80, "sample.py mirrors it");
 
 struct Edit {
     int token;  // rising within a row
@@ -37,6 +40,7 @@ constexpr float kMaxLogit = 0x1.fffffep127f;  // the largest float
 // Tokens of one row.
 struct Source {
     const elem* logits;
+    const u8* mask;  // a bit per token, set if it may be drawn (words are little-endian); null: all may
     const u8* bits;  // a bit per token that has an edit; null: none
     const Edit* edits;
     u16* counts;  // null: no penalties

@@ -1,11 +1,12 @@
-// Draws one token per row: constraints, penalties, temperature, min_p, top_k, top_p, then Gumbel-max with Philox noise.
+// Draws one token per row: masks, constraints, penalties, temperature, min_p, top_k, top_p, then Gumbel-max with Philox noise.
 //
-//   x = penalize(constrain(logits)); v = (x - max x) / temperature, -inf below log(min_p)
+//   x = penalize(constrain(mask(logits))); v = (x - max x) / temperature, -inf below log(min_p)
 //   kept = the top_k likeliest of which the first make up top_p of the mass; token = argmax over kept of v + gumbel(word)
 //
 // Ties fall to the likelier token, then to the lower id. The choice is that of engine's torch sampler: the integers are
 // the same, and exp, log and division are those that torch calls on a GPU. Rows are independent of each other. Reported
-// log probabilities are those of x, before temperature. Rows whose maximum is not finite are marked invalid.
+// log probabilities are those of x, before temperature. Rows whose maximum is not finite are marked invalid, those of
+// which no token is left apart from those with NaN or an infinite maximum.
 //
 // Grid: one CTA per row. Block: THREADS, each taking every THREADS-th unit of 8 tokens. Passes over the row: 1 (maximum;
 // all that a greedy row needs), + 1 per draw, or + 1 to list candidates of a truncated draw, which then stays in shared
@@ -25,7 +26,8 @@ struct Params {
     const Edit* edits;      // [edit rows, max_edits]
     const u8* edit_bits;    // [edit rows, ceil(vocab / 8)]
     u16* counts;            // [count rows, vocab]; the drawn token is counted
-    int* drawn;             // [2, rows]: tokens, and 1 where the row's logits are finite
+    const u8* masks;        // [mask rows, 4 ceil(vocab / 32)]
+    int* drawn;             // [2, rows]: tokens, and what became of the draw, `kValid` or another
     int* last_sampled;      // [slots]
     int* report;            // [rows, 1 + 2 report_top]: log probability drawn, likeliest (fp32 bits), their ids
     int vocab;
@@ -33,7 +35,9 @@ struct Params {
     int report_top;
     int reserved;
 };
-static_assert(sizeof(Params) == 80, "params.py mirrors it");
+static_assert(sizeof(Params) == 88, "params.py mirrors it");
+
+constexpr int kNotFinite = 0, kValid = 1, kNothingLeft = 2;
 
 struct Best {
     float own;  // largest logit of this thread
@@ -194,7 +198,8 @@ __device__ __forceinline__ float report_likeliest(const Best best, int* report, 
 __device__ __forceinline__ void set_up(const Params& p) {
     const SampleRow& row = shared.row;
     const i64 at = blockIdx.x;
-    Source s = {p.logits + at * p.vocab, nullptr, nullptr, nullptr, p.vocab, 0, false, false};
+    Source s = {p.logits + at * p.vocab, nullptr, nullptr, nullptr, nullptr, p.vocab, 0, false, false};
+    if (row.mask_row >= 0) s.mask = p.masks + static_cast<i64>(row.mask_row) * ((p.vocab + 31) / 32 * 4);
     if (row.edit_row >= 0) {
         s.bits = p.edit_bits + static_cast<i64>(row.edit_row) * ((p.vocab + kUnit - 1) / kUnit);
         s.edits = p.edits + static_cast<i64>(row.edit_row) * p.max_edits;
@@ -230,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sample(const Params p)
         report[0] = __float_as_int(logit - best.x - log_sum);
     }
     p.drawn[blockIdx.x] = token;
-    p.drawn[gridDim.x + blockIdx.x] = is_valid;
+    p.drawn[gridDim.x + blockIdx.x] = is_valid ? kValid : best.x == negative_infinity() ? kNothingLeft : kNotFinite;
     p.last_sampled[shared.row.slot] = token;
     if (!s.counts) return;
     u16& count = as_global(s.counts)[token];

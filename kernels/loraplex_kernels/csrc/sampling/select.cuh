@@ -80,6 +80,7 @@ template <class Visit>
 __device__ __forceinline__ void each_unit(Visit visit) {
     const elem* logits = as_global(shared.source.logits);
     const int vocab = shared.source.vocab;
+    const u8* mask = shared.source.mask;
     const bool is_special = shared.source.is_special;
     int base = threadIdx.x * kUnit;
     if (base >= vocab) return;
@@ -91,6 +92,12 @@ __device__ __forceinline__ void each_unit(Visit visit) {
         float x[kUnit];
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) x[j] = to_float(unit.v[j]);
+        if (mask) {
+            const u32 allowed = as_global(mask)[base / kUnit];
+#pragma unroll
+            for (int j = 0; j < kUnit; ++j)
+                if (!(allowed >> j & 1)) x[j] = negative_infinity();
+        }
         if (is_special) {
 #pragma unroll 1
             for (int j = 0; j < kUnit && base + j < vocab; ++j) {

@@ -178,8 +178,36 @@ class Alias(_message.Message):
 Global___Alias: _TypeAlias = Alias  # noqa: Y015
 
 @_typing.final
+class TextPartsInfo(_message.Message):
+    """TextPartsInfo says what a revision brings besides weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """sha256 over the parts, 64 lower-case hex digits; revisions that bring the same have the same."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the parts: `chat_template`, `generation_defaults`, `stop_tokens`, `response_schema`."""
+
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        kinds: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "kinds", b"kinds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextPartsInfo: _TypeAlias = TextPartsInfo  # noqa: Y015
+
+@_typing.final
 class AdapterRevision(_message.Message):
-    """AdapterRevision describes one immutable set of LoRA weights, content-addressed."""
+    """AdapterRevision describes one immutable set of LoRA weights, and what comes with them, content-addressed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -193,8 +221,9 @@ class AdapterRevision(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    TEXT_PARTS_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
-    """sha256 over canonical config and tensors, 64 lower-case hex digits."""
+    """sha256 over canonical config, tensors and text parts, 64 lower-case hex digits."""
     name: _builtins.str
     """Name under which it was imported first."""
     base_fingerprint: _builtins.str
@@ -217,6 +246,10 @@ class AdapterRevision(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was imported."""
 
+    @_builtins.property
+    def text_parts(self) -> Global___TextPartsInfo:
+        """What it brings besides weights, used for its requests in place of the base model's; unset for nothing."""
+
     def __init__(
         self,
         *,
@@ -230,10 +263,11 @@ class AdapterRevision(_message.Message):
         num_layers: _builtins.int = ...,
         source: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        text_parts: Global___TextPartsInfo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "text_parts", b"text_parts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_fingerprint", b"base_fingerprint", "canonical_bytes", b"canonical_bytes", "create_time", b"create_time", "max_rank", b"max_rank", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "revision", b"revision", "source", b"source", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_fingerprint", b"base_fingerprint", "canonical_bytes", b"canonical_bytes", "create_time", b"create_time", "max_rank", b"max_rank", "name", b"name", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "revision", b"revision", "source", b"source", "target_modules", b"target_modules", "text_parts", b"text_parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -630,7 +630,9 @@ class UploadAdapterRequest(_message.Message):
         NUM_BYTES_FIELD_NUMBER: _builtins.int
         SHA256_FIELD_NUMBER: _builtins.int
         name: _builtins.str
-        """`adapter_config.json` or `adapter_model.safetensors`; anything else is refused by name."""
+        """`adapter_config.json`, `adapter_model.safetensors`, or a text beside them: tokenizer files, `chat_template.jinja`,
+        `chat_template.json`, `generation_config.json`; anything else is refused by name.
+        """
         num_bytes: _builtins.int
         """Length in bytes."""
         sha256: _builtins.str
@@ -856,19 +858,25 @@ class WatchAliasesRequest(_message.Message):
 
     START_SEQUENCE_FIELD_NUMBER: _builtins.int
     START_HISTORY_ID_FIELD_NUMBER: _builtins.int
+    USES_TEXT_PARTS_FIELD_NUMBER: _builtins.int
     start_sequence: _builtins.int
     """Changes after this sequence; 0 means the whole table first. Too old: OUT_OF_RANGE."""
     start_history_id: _builtins.str
     """The history_id that came with the sequence; if it is set and no longer holds: OUT_OF_RANGE."""
+    uses_text_parts: _builtins.bool
+    """Whether the watcher uses text parts. Revisions that have some are left out for others, which would answer their requests
+    with the base model's template.
+    """
     def __init__(
         self,
         *,
         start_sequence: _builtins.int = ...,
         start_history_id: _builtins.str = ...,
+        uses_text_parts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["start_history_id", b"start_history_id", "start_sequence", b"start_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["start_history_id", b"start_history_id", "start_sequence", b"start_sequence", "uses_text_parts", b"uses_text_parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1021,6 +1029,147 @@ class DownloadAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DownloadAdapterResponse: _TypeAlias = DownloadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class GetTextPartsRequest(_message.Message):
+    """GetTextPartsRequest names a revision."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Digest of the weights."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTextPartsRequest: _TypeAlias = GetTextPartsRequest  # noqa: Y015
+
+@_typing.final
+class GetTextPartsResponse(_message.Message):
+    """GetTextPartsResponse holds the parts; what is unset or empty is as the base model has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class GenerationDefaults(_message.Message):
+        """GenerationDefaults are the sampling parameters of requests that leave them open."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TEMPERATURE_FIELD_NUMBER: _builtins.int
+        TOP_K_FIELD_NUMBER: _builtins.int
+        TOP_P_FIELD_NUMBER: _builtins.int
+        MIN_P_FIELD_NUMBER: _builtins.int
+        REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+        temperature: _builtins.float
+        """As SamplingParams.temperature."""
+        top_k: _builtins.int
+        """As SamplingParams.top_k."""
+        top_p: _builtins.float
+        """As SamplingParams.top_p."""
+        min_p: _builtins.float
+        """As SamplingParams.min_p."""
+        repetition_penalty: _builtins.float
+        """As SamplingParams.repetition_penalty."""
+        def __init__(
+            self,
+            *,
+            temperature: _builtins.float | None = ...,
+            top_k: _builtins.int | None = ...,
+            top_p: _builtins.float | None = ...,
+            min_p: _builtins.float | None = ...,
+            repetition_penalty: _builtins.float | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_min_p", b"_min_p", "_repetition_penalty", b"_repetition_penalty", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "min_p", b"min_p", "repetition_penalty", b"repetition_penalty", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_p", b"_min_p", "_repetition_penalty", b"_repetition_penalty", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "min_p", b"min_p", "repetition_penalty", b"repetition_penalty", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
+        _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
+        _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+        _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
+        _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+        _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+        _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+        _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+        _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+        _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+
+    @_typing.final
+    class SpecialTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATION_DEFAULTS_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    RESPONSE_SCHEMA_FIELD_NUMBER: _builtins.int
+    chat_template: _builtins.str
+    """Jinja source, at most 64 KiB."""
+    response_schema: _builtins.str
+    """`response_template`, else `response_schema`, of tokenizer_config.json: how an answer is taken apart; JSON, at most 64 KiB."""
+    @_builtins.property
+    def special_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Role -> special token, e.g. `eos_token`: those that the template reads and that differ from the base model's."""
+
+    @_builtins.property
+    def generation_defaults(self) -> Global___GetTextPartsResponse.GenerationDefaults:
+        """Sampling defaults."""
+
+    @_builtins.property
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids that end an output besides the base model's end-of-text ids, ascending; at most 16."""
+
+    def __init__(
+        self,
+        *,
+        chat_template: _builtins.str = ...,
+        special_tokens: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        generation_defaults: Global___GetTextPartsResponse.GenerationDefaults | None = ...,
+        stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        response_schema: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generation_defaults", b"generation_defaults"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "generation_defaults", b"generation_defaults", "response_schema", b"response_schema", "special_tokens", b"special_tokens", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTextPartsResponse: _TypeAlias = GetTextPartsResponse  # noqa: Y015
 
 @_typing.final
 class AttachEngineRequest(_message.Message):

@@ -102,6 +102,11 @@ class AdapterStoreServiceStub:
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.DownloadAdapterRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.DownloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.GetTextParts = channel.unary_unary(
+                '/loraplex.v1.AdapterStoreService/GetTextParts',
+                request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.GetTextPartsRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.GetTextPartsResponse.FromString,
+                _registered_method=True)
         self.AttachEngine = channel.stream_stream(
                 '/loraplex.v1.AdapterStoreService/AttachEngine',
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.AttachEngineRequest.SerializeToString,
@@ -205,6 +210,13 @@ class AdapterStoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTextParts(self, request, context):
+        """GetTextParts returns what a revision brings besides weights.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AttachEngine(self, request_iterator, context):
         """AttachEngine is dialled by an engine: page images down, wants and residency events up.
         """
@@ -279,6 +291,11 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     servicer.DownloadAdapter,
                     request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.DownloadAdapterRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.DownloadAdapterResponse.SerializeToString,
+            ),
+            'GetTextParts': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTextParts,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.GetTextPartsRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.GetTextPartsResponse.SerializeToString,
             ),
             'AttachEngine': grpc.stream_stream_rpc_method_handler(
                     servicer.AttachEngine,
@@ -639,6 +656,33 @@ class AdapterStoreService:
             '/loraplex.v1.AdapterStoreService/DownloadAdapter',
             loraplex_dot_v1_dot_adapter__store__pb2.DownloadAdapterRequest.SerializeToString,
             loraplex_dot_v1_dot_adapter__store__pb2.DownloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTextParts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterStoreService/GetTextParts',
+            loraplex_dot_v1_dot_adapter__store__pb2.GetTextPartsRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__store__pb2.GetTextPartsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -62,6 +62,8 @@ class AdapterStoreServiceStub:
     """WatchAliases streams the whole name table, then every change to it."""
     DownloadAdapter: _grpc.UnaryStreamMultiCallable[_adapter_store_pb2.DownloadAdapterRequest, _adapter_store_pb2.DownloadAdapterResponse]
     """DownloadAdapter streams the canonical form from an offset."""
+    GetTextParts: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.GetTextPartsRequest, _adapter_store_pb2.GetTextPartsResponse]
+    """GetTextParts returns what a revision brings besides weights."""
     AttachEngine: _grpc.StreamStreamMultiCallable[_adapter_store_pb2.AttachEngineRequest, _adapter_store_pb2.AttachEngineResponse]
     """AttachEngine is dialled by an engine: page images down, wants and residency events up."""
 
@@ -98,6 +100,8 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     """WatchAliases streams the whole name table, then every change to it."""
     DownloadAdapter: _aio.UnaryStreamMultiCallable[_adapter_store_pb2.DownloadAdapterRequest, _adapter_store_pb2.DownloadAdapterResponse]  # type: ignore[assignment]
     """DownloadAdapter streams the canonical form from an offset."""
+    GetTextParts: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.GetTextPartsRequest, _adapter_store_pb2.GetTextPartsResponse]  # type: ignore[assignment]
+    """GetTextParts returns what a revision brings besides weights."""
     AttachEngine: _aio.StreamStreamMultiCallable[_adapter_store_pb2.AttachEngineRequest, _adapter_store_pb2.AttachEngineResponse]  # type: ignore[assignment]
     """AttachEngine is dialled by an engine: page images down, wants and residency events up."""
 
@@ -209,6 +213,14 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapter_store_pb2.DownloadAdapterResponse], _abc.AsyncIterator[_adapter_store_pb2.DownloadAdapterResponse]]:
         """DownloadAdapter streams the canonical form from an offset."""
+
+    @_abc_1.abstractmethod
+    def GetTextParts(
+        self,
+        request: _adapter_store_pb2.GetTextPartsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.GetTextPartsResponse, _abc.Awaitable[_adapter_store_pb2.GetTextPartsResponse]]:
+        """GetTextParts returns what a revision brings besides weights."""
 
     @_abc_1.abstractmethod
     def AttachEngine(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from loraplex_common.adapter_folder import TOKENIZER_FILES
+from loraplex_common.adapter_folder import GENERATION_FILE, TEXT_FILES
+from loraplex_common.end_of_text import read_eos_token_ids
+from loraplex_common.tokenizer_config import read_special_tokens, read_tokenizer_config
 
 from loraplex_adapter_store.checkpoint.chat_templates import Template, effective_template, read_template
 from loraplex_adapter_store.checkpoint.tokenizer_json import TokenizerFacts, around, read_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-SPECIAL_TOKENS: Final = (*("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),)
 
 
 def token_content(token: Any) -> str | None:
@@ -75,9 +75,33 @@ class BaseTokenizer:
     @functools.cached_property
     def template(self) -> Template | None:
         """The chat template that is served; None if there is none."""
-        configs = {name: self._json_of(name) for name in ("tokenizer_config.json", "chat_template.json")}
-        found = effective_template(self.bytes_of("chat_template.jinja"), configs)
+        found = self._found_template
         return None if found is None else read_template(found[0], file=str(self._directory / found[1]))
+
+    @property
+    def template_source(self) -> str | None:
+        """Its Jinja source; None if there is none."""
+        return None if self._found_template is None else self._found_template[0]
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """Role -> special token, as the chat template sees them."""
+        return read_special_tokens(read_tokenizer_config(self._directory))
+
+    @functools.cached_property
+    def generation(self) -> dict[str, Any]:
+        """Content of generation_config.json; empty if there is none."""
+        return self._json_of(GENERATION_FILE)
+
+    @functools.cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end an output of the base model."""
+        return frozenset(read_eos_token_ids(self._directory, len(self.vocabulary)))
+
+    @functools.cached_property
+    def _found_template(self) -> tuple[str, str] | None:
+        configs = {name: self._json_of(name) for name in ("tokenizer_config.json", "chat_template.json")}
+        return effective_template(self.bytes_of("chat_template.jinja"), configs)
 
     def special(self, name: str) -> str | None:
         """Return a special token by its role."""
@@ -94,7 +118,7 @@ class BaseTokenizer:
 
 def files_state(directory: Path) -> tuple[tuple[str, int, int], ...]:
     """Return a value that changes whenever a base model's tokenizer files do."""
-    stats = ((name, (directory / name)) for name in TOKENIZER_FILES)
+    stats = ((name, (directory / name)) for name in TEXT_FILES)
     return tuple((name, path.stat().st_mtime_ns, path.stat().st_size) for name, path in stats if path.is_file())
 
 

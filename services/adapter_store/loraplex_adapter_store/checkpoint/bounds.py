@@ -22,6 +22,8 @@ MAX_CONFIG_BYTES: Final = 4 * _MIB
 """Bytes of adapter_config.json."""
 MAX_CONFIG_VALUES: Final = 200_000
 """Values, keys not counted, in adapter_config.json: each takes some 100 bytes once it is parsed."""
+MAX_GENERATION_VALUES: Final = 10_000
+"""Values in generation_config.json."""
 MAX_RANK: Final = 65_536
 MAX_PATTERNS: Final = 16_384
 """Entries of rank_pattern, of alpha_pattern, of layers_pattern; PEFT writes at most one per module."""
@@ -69,6 +71,10 @@ PATTERN_SHARE: Final = Share(memory_bytes=512 * _MIB, time_s=5.0, output_bytes=1
 """Share of all regular expressions of one checkpoint."""
 TOKENIZER_SHARE: Final = Share(memory_bytes=2048 * _MIB, time_s=60.0, output_bytes=_MIB)
 """Share of all tokenizer files and chat templates of one checkpoint; a tokenizer.json of 17 MB takes 200 MB, twice."""
+TEMPLATE_SHARE: Final = Share(memory_bytes=256 * _MIB, time_s=5.0, output_bytes=_MIB)
+"""Share of the trial of a chat template that an adapter brings."""
+MAX_RENDERED_CHARS: Final = 1024 * 1024
+"""Characters that such a template may write for one of the trial's conversations, which have a few words."""
 VERDICTS_KEPT: Final = 256
 """Sets of tokenizer files whose verdict is remembered."""
 MAX_CHILDREN: Final = 2

@@ -1,7 +1,7 @@
 """The canonical form: one safetensors file whose sha256 is the adapter's revision.
 
-Its metadata holds the canonical config, with only the facts that decide what is computed: the base model's fingerprint
-and each module's scaling. Tensors keep PEFT's names and their own dtypes. They are sorted by name, keys are sorted, and
+Its metadata holds the canonical config, with only the facts that decide what is computed: the base model's fingerprint,
+each module's scaling, and the text parts if there are any. Tensors keep PEFT's names and their own dtypes. They are sorted by name, keys are sorted, and
 only the header is padded, to 8 bytes. So equal weights from differently written checkpoints have equal revisions.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from loraplex_common.adapter_image import LOW_RANK, AdapterSpec, ModuleSpec, Tensors
 from loraplex_common.errors import AdapterCorruptError
+from loraplex_common.text_parts import TextParts
 
 from loraplex_adapter_store.checkpoint.safetensors_file import Tensor, read_tensors
 from loraplex_adapter_store.checkpoint.tensor_names import parse_tensor_name, tensor_name
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT: Final = 1
 CHUNK_BYTES: Final = 2 * 1024 * 1024
+LENGTH_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class CanonicalForm:
     num_parameters: int
     num_bytes: int
     pieces: tuple[memoryview, ...]
+    text_parts: TextParts
     warnings: tuple[str, ...] = ()
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
@@ -75,13 +78,21 @@ class CanonicalAdapter:
     tensors: Tensors
 
 
-def canonicalise(checkpoint: Checkpoint) -> CanonicalForm:
-    """Build the canonical form of a checked checkpoint and compute its revision."""
-    config = {
+def canonicalise(checkpoint: Checkpoint, text_parts: TextParts | None = None) -> CanonicalForm:
+    """Build the canonical form of a checked checkpoint and compute its revision.
+
+    Args:
+        checkpoint: Config and tensors.
+        text_parts: What it brings besides; without any, the form has the bytes that it had before there were such parts.
+    """
+    text_parts = text_parts or TextParts()
+    config: dict[str, Any] = {
         "base": checkpoint.base_fingerprint,
         "format": FORMAT,
         "modules": [[m.layer, m.projection, m.scaling] for m in checkpoint.modules],
     }
+    if fields := text_parts.to_fields():
+        config["text_parts"] = fields
     named: dict[str, Tensor] = {}
     for module in checkpoint.modules:
         named[tensor_name(module.name, "A")] = module.lora_a
@@ -108,6 +119,7 @@ def canonicalise(checkpoint: Checkpoint) -> CanonicalForm:
         num_parameters=sum(int(np.prod(tensor.shape)) for _, tensor in ordered),
         num_bytes=8 + len(text) + position,
         pieces=pieces,
+        text_parts=text_parts,
         warnings=checkpoint.warnings,
     )
 
@@ -124,8 +136,7 @@ def read_canonical(data: bytes | bytearray, revision: str) -> CanonicalAdapter:
             f"revision {revision}: the stored bytes have sha256 {found}; import the adapter again"
         )
     tensors = read_tensors(data, file=revision)
-    (length,) = struct.unpack_from("<Q", data)
-    config = json.loads(json.loads(bytes(data[8 : 8 + length]))["__metadata__"]["loraplex"])
+    config = _config(data[: header_bytes(data)])
     named = {parse_tensor_name(name): tensor.values() for name, tensor in tensors.items()}
     matrices = {(found.layer, found.projection, found.matrix): values for found, values in named.items()}
     modules: list[ModuleSpec] = []
@@ -135,6 +146,29 @@ def read_canonical(data: bytes | bytearray, revision: str) -> CanonicalAdapter:
         values[layer, projection, LOW_RANK] = pair
         modules.append(ModuleSpec.low_rank(layer, projection, pair[0].shape[0], scaling))
     return CanonicalAdapter(config["base"], AdapterSpec(revision, tuple(modules)), values)
+
+
+def header_bytes(head: bytes | bytearray) -> int:
+    """Return how many bytes in front of the tensors a canonical form has, from its first `LENGTH_BYTES`."""
+    (length,) = struct.unpack_from("<Q", head)
+    return LENGTH_BYTES + int(length)
+
+
+def read_text_parts(head: bytes | bytearray) -> TextParts:
+    """Return the text parts of a canonical form.
+
+    Args:
+        head: Its first `header_bytes`, or more.
+
+    Raises:
+        TypeError: If it has a part that this version does not know.
+    """
+    return TextParts.from_fields(_config(head[: header_bytes(head)]).get("text_parts", {}))
+
+
+def _config(head: bytes | bytearray) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(json.loads(bytes(head[LENGTH_BYTES:]))["__metadata__"]["loraplex"])
+    return config
 
 
 def _dumps(value: Any) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import loopcontrols
+from loraplex_common.chat_sandbox import GenerationTag
 from loraplex_common.errors import AdapterCorruptUploadError
 
 from loraplex_adapter_store.checkpoint.bounds import MAX_TEMPLATE_CHARS
@@ -21,20 +22,7 @@ from loraplex_adapter_store.checkpoint.bounds import MAX_TEMPLATE_CHARS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from jinja2.parser import Parser
-
 DEFAULT_NAME: Final = "default"
-
-
-class _GenerationTag(Extension):
-    """Parses ``{% generation %}...{% endgeneration %}`` as its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (the base class says set)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the block's body unchanged."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +40,7 @@ class Template:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
 
 
 def read_template(source: str, *, file: str) -> Template:

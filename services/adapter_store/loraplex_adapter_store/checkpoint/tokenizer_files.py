@@ -1,8 +1,9 @@
 """Tokenizer files beside an adapter: accepted if they do what the base model's files do, else refused by name.
 
-loraplex tokenises with the base model's tokenizer and template. It would serve an adapter trained with added tokens or
-another template wrongly, so it refuses it. Trainers write copies of the base model's files in their own libraries'
-spelling; those are accepted. Padding, truncation, training settings and the writer's version make no difference here.
+loraplex tokenises with the base model's tokenizer. It would serve an adapter trained with added tokens wrongly, so it
+refuses it. Trainers write copies of the base model's files in their own libraries' spelling; those are accepted.
+Padding, truncation, training settings and the writer's version make no difference here. What the files say of chat
+template, stop tokens and response schema is the adapter's own: see `adapter_texts`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
+from loraplex_common.tokenizer_config import SPECIAL_TOKENS
 
+from loraplex_adapter_store.checkpoint.adapter_texts import BroughtTexts, brought_texts
 from loraplex_adapter_store.checkpoint.base_tokenizer import (
-    SPECIAL_TOKENS,
     BaseTokenizer,
     base_tokenizer,
     prefix_after_rule,
     token_content,
 )
-from loraplex_adapter_store.checkpoint.chat_templates import effective_template, read_template
 from loraplex_adapter_store.checkpoint.tokenizer_json import around, read_tokenizer, tokenizer_difference
 
 if TYPE_CHECKING:
@@ -30,16 +31,16 @@ _REDUNDANT: Final = frozenset({"tokenizer.model", "vocab.json", "merges.txt"})  
 _JSON_FILES: Final = (
     *("added_tokens.json", "chat_template.json", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"),
 )
-_TEMPLATE_CONFIGS: Final = ("tokenizer_config.json", "chat_template.json")
+_SETTINGS: Final = frozenset({"chat_template.json", "special_tokens_map.json", "tokenizer_config.json"})
 
 
-def check_tokenizer_files(files: Mapping[str, bytes], base_directory: Path) -> None:
-    """Compare the tokenizer files of an adapter with its base model's.
+def check_tokenizer_files(files: Mapping[str, bytes], base_directory: Path) -> BroughtTexts:
+    """Compare the tokenizer files of an adapter with its base model's, and return what they bring of their own.
 
-    It takes whatever time and memory the files require: for untrusted files see `tokenizer_check`.
+    It takes whatever time and memory the files require: for untrusted files see `text_check`.
 
     Args:
-        files: Name -> content of the `TOKENIZER_FILES` that the adapter brings.
+        files: Name -> content of the `TEXT_FILES` that the adapter brings.
         base_directory: The base model's files.
 
     Raises:
@@ -50,18 +51,24 @@ def check_tokenizer_files(files: Mapping[str, bytes], base_directory: Path) -> N
     others = {name: data for name, data in files.items() if data != base.bytes_of(name)}
     if "tokenizer.json" in files:
         others = {name: data for name, data in others.items() if name not in _REDUNDANT}
-    for name, difference in _differences(files, others, base):
+    objects: dict[str, dict[str, Any]] = {
+        name: _object(name, files[name])
+        for name in _JSON_FILES
+        if name in others or (name in _SETTINGS and name in files)
+    }
+    for name, difference in _differences(others, objects, base):
         raise AdapterIncompatibleError(
-            f"{name} beside the adapter: {difference}. Adapters are served with the base model's tokenizer and chat "
-            "template; remove the file if the adapter does not depend on it"
+            f"{name} beside the adapter: {difference}. Adapters are served with the base model's tokenizer; remove the file "
+            "if the adapter does not depend on it"
         )
+    return brought_texts(files, objects, base)
 
 
 def _differences(
-    files: Mapping[str, bytes], others: Mapping[str, bytes], base: BaseTokenizer
+    others: Mapping[str, bytes], objects: Mapping[str, dict[str, Any]], base: BaseTokenizer
 ) -> Iterator[tuple[str, str]]:
     """Yield (file, difference); ``others`` are the files whose bytes differ from the base model's."""
-    fields = {name: _object(name, others[name]) for name in _JSON_FILES if name in others}
+    fields = {name: objects[name] for name in _JSON_FILES if name in others}
     surroundings: tuple[list[int], list[int]] | None = None
     if "tokenizer.json" in others:
         difference, surroundings = _compared(others["tokenizer.json"], base)
@@ -81,7 +88,6 @@ def _differences(
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name in fields and (found := _config_difference(fields[name], base)):
             yield name, found
-    yield from _template_difference(files, others, fields, base)
     yield from _surroundings_difference(surroundings, fields.get("tokenizer_config.json", {}), base)
 
 
@@ -142,32 +148,16 @@ def _config_difference(fields: dict[str, Any], base: BaseTokenizer) -> str | Non
         for token in tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ():
             if (content := token_content(token)) is not None and content not in base.vocabulary:
                 return f"{name} has {content[:60]!r}, which is no token of the base model"
-    read = base.template.variables if base.template is not None else frozenset()
     for name in SPECIAL_TOKENS:
         content, theirs = token_content(fields.get(name)), base.special(name)
-        # The other tokens take no part in generation, unless the template writes them.
-        matters = name == "eos_token" or name in read or (name == "bos_token" and theirs is not None)
-        if matters and content is not None and content != theirs:
-            return f"its {name} is {content!r}, the base model's is {theirs!r}"
+        if content is None or content == theirs:
+            continue
+        if name == "bos_token" and theirs is not None:
+            return f"its bos_token is {content!r}, the base model's is {theirs!r}"
+        # The other tokens take no part in generation, unless a template writes them, which is checked there.
+        if name == "eos_token" and content not in base.vocabulary:
+            return f"its eos_token is {content!r}, which is no token of the base model"
     return None
-
-
-def _template_difference(
-    files: Mapping[str, bytes], others: Mapping[str, bytes], fields: Mapping[str, dict[str, Any]], base: BaseTokenizer
-) -> Iterator[tuple[str, str]]:
-    configs = {
-        name: fields[name] if name in fields else _object(name, files[name])
-        for name in _TEMPLATE_CONFIGS
-        if name in files
-    }
-    found = effective_template(files.get("chat_template.jinja"), configs)
-    if found is None or found[1] not in others:
-        return
-    text, name = found
-    if base.template is None:
-        yield name, "it has a chat template, the base model has none"
-    elif read_template(text, file=name).program != base.template.program:
-        yield name, "its chat template differs from the base model's"
 
 
 def _surroundings_difference(

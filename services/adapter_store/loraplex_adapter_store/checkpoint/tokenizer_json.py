@@ -4,7 +4,7 @@ The `tokenizers` library reads a file into one form, whatever the writer's versi
 still differ then, both are asked for the ids of many texts (`tokenizer_probes`). An untrusted file tokenises only if it
 is built of parts that the base model's file has too, or of parts without parameters that could take long: its patterns
 and replacements equal the base model's, or the file is refused. Reading it compiles its patterns all the same, so for
-untrusted files this runs in a child process (`tokenizer_check`).
+untrusted files this runs in a child process (`text_check`).
 """
 
 from __future__ import annotations

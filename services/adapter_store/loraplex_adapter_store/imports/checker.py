@@ -14,7 +14,7 @@ from loraplex_adapter_store.checkpoint.canonical import CanonicalForm, canonical
 from loraplex_adapter_store.checkpoint.confinement import Confinement
 from loraplex_adapter_store.checkpoint.peft_config import parse_peft_config
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
-from loraplex_adapter_store.checkpoint.tokenizer_check import check_strange_tokenizer
+from loraplex_adapter_store.checkpoint.text_check import check_strange_texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,10 +64,10 @@ class CheckpointChecker:
         config = parse_peft_config(files.config)
         chosen = self._bases.choose(config.base_model_name_or_path, base_model)
         base = chosen.base
-        check_strange_tokenizer(files.tokenizer, base.directory, confinement)
-        form = canonicalise(read_checkpoint(files.config, files.weights, base.info, confinement))
+        texts = check_strange_texts(files.texts, base.directory, confinement)
+        form = canonicalise(read_checkpoint(files.config, files.weights, base.info, confinement), texts.parts)
         try:
             check_servable(form.spec.sizes, base.info, engines)
         except ImageError as error:
             raise AdapterIncompatibleError(f"{error}; train or convert the adapter to a lower rank") from error
-        return replace(form, warnings=(*chosen.warnings, *form.warnings))
+        return replace(form, warnings=(*chosen.warnings, *texts.warnings, *form.warnings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.adapter_folder import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, explain_content
+from loraplex_common.adapter_folder import CONFIG_FILE, GENERATION_FILE, TEXT_FILES, WEIGHTS_FILE, explain_content
 from loraplex_common.errors import AdapterCorruptUploadError
 
 from loraplex_adapter_store.checkpoint.bounds import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES
@@ -21,21 +21,21 @@ class CheckpointFiles:
     """The content of the files that are read.
 
     Attributes:
-        tokenizer: Name -> content of tokenizer files, usually none.
+        texts: Name -> content of the texts beside it: tokenizer files, chat template, generation defaults.
         source: Where they came from, for people to read, e.g. ``dir:demo/json``.
     """
 
     config: bytes
     weights: bytes | bytearray
     source: str
-    tokenizer: dict[str, bytes] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
 
 
 def limit_of(name: str, max_adapter_bytes: int) -> int:
     """Return the most bytes read of a file."""
     if name == WEIGHTS_FILE:
         return max_adapter_bytes
-    return MAX_CONFIG_BYTES if name == CONFIG_FILE else MAX_TOKENIZER_BYTES
+    return MAX_CONFIG_BYTES if name in (CONFIG_FILE, GENERATION_FILE) else MAX_TOKENIZER_BYTES
 
 
 def check_size(name: str, num_bytes: int, max_adapter_bytes: int) -> int:
@@ -59,5 +59,5 @@ def from_contents(contents: Mapping[str, bytes | bytearray], source: str) -> Che
     for name, data in contents.items():
         if name not in _TEXTS and (kind := explain_content(data)) is not None:
             raise AdapterCorruptUploadError(f"{name}: {kind}")
-    tokenizer = {name: bytes(data) for name, data in contents.items() if name in TOKENIZER_FILES}
-    return CheckpointFiles(bytes(contents[CONFIG_FILE]), contents[WEIGHTS_FILE], source, tokenizer)
+    texts = {name: bytes(data) for name, data in contents.items() if name in TEXT_FILES}
+    return CheckpointFiles(bytes(contents[CONFIG_FILE]), contents[WEIGHTS_FILE], source, texts)

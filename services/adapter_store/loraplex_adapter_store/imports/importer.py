@@ -242,4 +242,5 @@ def _describe(form: CanonicalForm, name: str, source: str) -> Revision:
         num_layers=len({module.layer for module in form.spec.modules}),
         source=source,
         create_time=time.time(),
+        text_parts=form.text_parts.info,
     )

@@ -106,9 +106,11 @@ class Catalog:
         """Return the revisions that exist, in order."""
         if not digests:
             return []
+        names = [key(digest) for key in (keys.revision, keys.text_parts) for digest in digests]
         with keys.translated():
-            found = await self._client.mget([keys.revision(digest) for digest in digests])
-        return [Revision.from_json(data) for data in found if data]
+            found = await self._client.mget(names)
+        pairs = zip(found[: len(digests)], found[len(digests) :], strict=True)
+        return [Revision.from_json(data, text_parts) for data, text_parts in pairs if data]
 
     async def view(self, record: AdapterRecord) -> AdapterView:
         """Return a record together with its revisions."""
@@ -267,6 +269,9 @@ class Catalog:
         values += [revision.to_json() if revision else "", *shares.words]
         with keys.translated():
             async with self._client.client() as connection:  # WAITAOF is about this connection's writes
+                if revision is not None and revision.text_parts is not None:
+                    # Before the commit: a record of the revision without it would mean that there are none.
+                    await connection.set(keys.text_parts(revision.revision), revision.text_parts.to_json())
                 script = scripts.REMOVE if new.is_deleted else scripts.COMMIT
                 status, detail = await connection.eval(script, len(names), *names, *values)
                 if status == b"ok":

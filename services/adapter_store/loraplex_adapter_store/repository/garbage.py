@@ -79,7 +79,8 @@ class GarbageCollector:
         return collected
 
     async def _collect(self, digest: str, now: int) -> int:
-        names = [keys.GARBAGE, keys.references(digest), keys.collecting(digest), keys.revision(digest)]
+        own = (keys.references, keys.collecting, keys.revision, keys.text_parts)
+        names = [keys.GARBAGE, *(key(digest) for key in own)]
         with keys.translated():
             if not await self._client.eval(
                 scripts.BEGIN_COLLECTION, len(names), *names, digest, now, round(LOCK_S * 1000)

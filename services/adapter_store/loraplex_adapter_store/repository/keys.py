@@ -46,6 +46,11 @@ def revision(digest: str) -> str:
     return f"{_PREFIX}revision:{digest}"
 
 
+def text_parts(digest: str) -> str:
+    """String: the `TextPartsInfo` of a revision as JSON; exists for revisions with text parts, as long as they do."""
+    return f"{_PREFIX}texts:{digest}"
+
+
 def references(digest: str) -> str:
     """Set of names that have this revision."""
     return f"{_PREFIX}references:{digest}"

@@ -111,12 +111,12 @@ BEGIN_COLLECTION: Final = (
     ALLOWED_WHEN_FULL
     + """
 -- Takes a revision out of the catalog if it is due and nothing refers to it.
--- KEYS: garbage, references, collecting, revision.  ARGV: digest, now (ms), lock (ms)
+-- KEYS: garbage, references, collecting, revision, its text parts.  ARGV: digest, now (ms), lock (ms)
 local due = redis.call('ZSCORE', KEYS[1], ARGV[1])
 if not due or tonumber(due) > tonumber(ARGV[2]) then return 0 end
 if redis.call('SCARD', KEYS[2]) > 0 then redis.call('ZREM', KEYS[1], ARGV[1]) return 0 end
 redis.call('SET', KEYS[3], '1', 'PX', ARGV[3])
-redis.call('DEL', KEYS[4])
+redis.call('DEL', KEYS[4], KEYS[5])
 -- Due again when the lock ends: whoever collects may die in between.
 redis.call('ZADD', KEYS[1], tonumber(ARGV[2]) + tonumber(ARGV[3]), ARGV[1])
 return 1

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from loraplex_engine.adapters.adapter import AdapterStatus
     from loraplex_engine.adapters.warm_order import WarmCounts
+    from loraplex_engine.constraints.types import MaskFiller
     from loraplex_engine.limits import SchedulerCounters
     from loraplex_engine.loop.totals import LoopTotals
 
@@ -46,6 +47,8 @@ class Engine:
             (``asyncio_loop.call_soon_threadsafe(queue.put_nowait, event)``).
         on_crash: Called once, on a thread of the engine, if the step loop dies, or hangs (EngineHungError); the engine
             then refuses every command.
+        clock: Seconds, monotonic.
+        filler: Fills the masks of structured outputs; None if no request has one.
 
     Attributes:
         limits: What bounds it.
@@ -60,12 +63,13 @@ class Engine:
         on_store_event: Callable[[StoreEvent], None],
         on_crash: Callable[[BaseException], None],
         clock: Callable[[], float] = time.monotonic,
+        filler: MaskFiller | None = None,
     ) -> None:
         self.limits = limits
         self._clock = clock
         self.arena = HostArena(limits.num_arena_slots, limits.page_bytes)
         try:
-            state = self._state = EngineState(limits, self.arena, emit=on_store_event, clock=clock)
+            state = self._state = EngineState(limits, self.arena, emit=on_store_event, clock=clock, filler=filler)
             runner = self._runner = runner_factory(limits)
             runner.pin_host_memory(self.arena.view)
             times = StepTimes(state.scheduler.costs, runner.geometry, backend=runner.backend)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_engine.adapters.arena import HostArena
+    from loraplex_engine.constraints.types import MaskFiller
     from loraplex_engine.limits import EngineLimits
     from loraplex_engine.messages import StoreEvent
     from loraplex_engine.pages.page_worth import PageWorth
@@ -34,9 +35,11 @@ class EngineState:
         clock: Seconds, monotonic.
         page_worth: What a page is worth, unless a benchmark compares another rule.
         page_sources: Where pages come from when they are short, unless a benchmark compares another rule.
+        filler: Fills the masks of structured outputs; None if no request has one.
 
     Attributes:
         limits: Sizes.
+        filler: Fills the masks of structured outputs.
         pool: The owner of each page.
         arena: Slots for adapter images.
         cache: Where each adapter stands.
@@ -53,8 +56,10 @@ class EngineState:
         clock: Callable[[], float],
         page_worth: PageWorth = EXPECTED_COST,
         page_sources: PageSources = one_market,
+        filler: MaskFiller | None = None,
     ) -> None:
         self.limits = limits
+        self.filler = filler
         self.arena = arena
         self.pool = PagePool(limits.num_pages)
         self.cache = AdapterCache(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Final
 
@@ -23,10 +22,9 @@ from loraplex_engine.loop.calls import failing_into, run_call
 from loraplex_engine.loop.drains import Drain, Drains
 from loraplex_engine.loop.inbox import Inbox, Sessions
 from loraplex_engine.loop.step_watchdog import Pulse, StepWatchdog
-from loraplex_engine.loop.totals import LoopTotals
+from loraplex_engine.loop.steps_in_flight import StepsInFlight
 from loraplex_engine.messages import Abort, Call, CloseSession, Command, DropAdapter, ImageArrived, ImageRefused, Submit
 from loraplex_engine.scheduler.request_book import SlotInUseError
-from loraplex_engine.step import NO_ADAPTER, StepHandle, StepPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
     from loraplex_engine.loop.load_report import LoadReport
     from loraplex_engine.loop.outbox import SessionOutbox
     from loraplex_engine.loop.step_times import StepTimes
+    from loraplex_engine.loop.totals import LoopTotals
     from loraplex_engine.step import ModelRunner
 
 
@@ -51,9 +50,6 @@ class EngineLoop:
         times: Says how long steps should take.
         on_crash: Called once, with what killed it; on the loop's thread, or on the watchdog's if it hangs.
         clock: Seconds, monotonic.
-
-    Attributes:
-        totals: Where the loop has spent its time.
     """
 
     def __init__(
@@ -67,20 +63,19 @@ class EngineLoop:
         clock: Callable[[], float],
     ) -> None:
         self._scheduler, self._cache, self._grants = state.scheduler, state.cache, state.grants
-        self._runner, self._report, self._times = runner, report, times
+        self._runner, self._report = runner, report
         self._on_crash = on_crash
         self._clock = clock
         self._sessions = Sessions()
         self._inbox = Inbox(self._sessions)
         self._is_stopping = False
-        self._steps: deque[StepHandle] = deque()
         self._loading = AdapterLoading(state, runner, wake=self._inbox.wake)
         self._drains = Drains()
         self._num_ended_by_drain = 0
-        self.totals = LoopTotals()
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._is_hung = False
         self._pulse = Pulse()
+        self._steps = StepsInFlight(state.scheduler, runner, times=times, pulse=self._pulse, filler=state.filler)
         self._watchdog = StepWatchdog(
             self._pulse,
             has_work=lambda: self._inbox.has_commands,
@@ -89,6 +84,11 @@ class EngineLoop:
         )
 
     # --- any thread ---
+
+    @property
+    def totals(self) -> LoopTotals:
+        """Where the loop has spent its time."""
+        return self._steps.totals
 
     @property
     def is_alive(self) -> bool:
@@ -160,40 +160,20 @@ class EngineLoop:
         self._advance_drains()
         began_s = time.perf_counter()
         plan = self._scheduler.schedule()
-        self.totals.schedule_s += time.perf_counter() - began_s
+        self._steps.totals.schedule_s += time.perf_counter() - began_s
         self._grants.serve()
         self._loading.start()
         if plan is not None:
-            self._launch(plan)
+            self._steps.launch(plan)
         has_step = bool(self._steps)
-        if has_step and (plan is None or len(self._steps) >= self._runner.pipeline_depth):
-            self._complete(self._steps.popleft())
+        if has_step and (plan is None or self._steps.is_full):
+            self._steps.complete()
+        self._steps.draw()
         self._report.publish(self._clock())
         self._send()
         self._resolve_drains()
         if not has_step:
             self._sleep()
-
-    def _launch(self, plan: StepPlan) -> None:
-        began_s = time.perf_counter()
-        self._times.launched(plan)
-        self._pulse.works(self._times.expected_s)
-        self._steps.append(self._runner.launch(plan))
-        totals = self.totals
-        totals.launch_s += time.perf_counter() - began_s
-        totals.add_step(len(plan.token_ids))
-        totals.num_adapters += len(set(plan.adapters.tolist()) - {NO_ADAPTER})
-
-    def _complete(self, step: StepHandle) -> None:
-        began_s = time.perf_counter()
-        self._pulse.works(self._times.expected_s)
-        result = step.wait()
-        self._times.completed()
-        self._pulse.works()
-        waited_s = time.perf_counter()
-        self._scheduler.update(result)
-        self.totals.wait_s += waited_s - began_s
-        self.totals.update_s += time.perf_counter() - waited_s
 
     def _sleep(self) -> None:
         if self._is_stopping:  # `stop` came before this turn took its commands, which forgot the wake-up
@@ -262,7 +242,7 @@ class EngineLoop:
         self._take_commands()
         self._num_ended_by_drain += self._scheduler.end_all(error)
         while self._steps:
-            self._complete(self._steps.popleft())
+            self._steps.complete()
         self._send()
         self._resolve_drains()
         self._shut(error)

@@ -20,6 +20,7 @@ class LoopTotals:
         launch_s: Time spent on handing plans to the runner, including their computation if the runner computes at once.
         wait_s: Time spent on waiting for results.
         update_s: Time spent on reading results.
+        mask_s: Time spent on filling the masks of structured outputs, beside the device.
         step_sizes: Steps by size: entry ``k`` counts those of more than ``2 ** (k - 1)`` and at most ``2 ** k`` tokens.
     """
 
@@ -30,6 +31,7 @@ class LoopTotals:
     launch_s: float = 0.0
     wait_s: float = 0.0
     update_s: float = 0.0
+    mask_s: float = 0.0
     step_sizes: list[int] = field(default_factory=lambda: [0] * NUM_STEP_SIZES)
 
     def add_step(self, num_tokens: int) -> None:

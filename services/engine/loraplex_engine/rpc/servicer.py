@@ -14,7 +14,7 @@ from loraplex_common.errors import DrainingError, InvalidParameterError
 from loraplex_engine.adapters.adapter import AdapterStatus
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.rpc import wire
-from loraplex_engine.rpc.session import GatewaySession
+from loraplex_engine.rpc.session import GatewaySession, SessionTimes
 from loraplex_engine.rpc.validation import RequestLimits, check_digest
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loraplex_engine.messages import ResidencyChanged
     from loraplex_engine.metrics.requests import RequestMetrics
     from loraplex_engine.rpc.draining import Draining
+    from loraplex_engine.rpc.rule_making import RuleMaker
 
 DEFAULT_PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000
@@ -64,6 +65,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         identity: How the engine identifies itself.
         config: Limits of sessions.
         metrics: Is told of requests.
+        rules: Makes what outputs must keep to.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         identity: EngineIdentity,
         config: EngineConfig,
         metrics: RequestMetrics,
+        rules: RuleMaker,
     ) -> None:
         self._engine = engine
+        self._rules = rules
         self._feed = feed
         self._draining = draining
         self._identity = identity
@@ -112,9 +116,12 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             self._feed,
             limits=self._limits,
             metrics=self._metrics,
-            grace_s=self._config.session_grace_s,
-            max_silence_s=self._config.load_report_s,
-            max_stall_s=self._config.outbox_max_age_s,
+            rules=self._rules,
+            times=SessionTimes(
+                grace_s=self._config.session_grace_s,
+                max_silence_s=self._config.load_report_s,
+                max_stall_s=self._config.outbox_max_age_s,
+            ),
         )
         self._sessions.add(session)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -21,6 +22,7 @@ from loraplex_engine.faults import internal_error
 from loraplex_engine.messages import Abort, CloseSession, Ended, StepOutputs, Submit
 from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.output_encoder import OutputEncoder
+from loraplex_engine.rpc.rule_making import PendingRules
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from loraplex_engine.loop.engine import Engine
     from loraplex_engine.loop.residency_feed import ResidencyFeed
     from loraplex_engine.metrics.requests import RequestMetrics
+    from loraplex_engine.rpc.rule_making import RuleMaker
     from loraplex_engine.rpc.validation import RequestLimits
 
 SUBMITS_PER_TURN: Final = 32
@@ -35,6 +38,21 @@ STALL_CHECKS: Final = 10
 
 _log = get_logger()
 _NO_TOKENS = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionTimes:
+    """How long a session waits.
+
+    Attributes:
+        grace_s: How long requests go on after the gateway has closed its half of the stream.
+        max_silence_s: A message with the load goes out at least this often.
+        max_stall_s: How long one write may wait for the gateway to read.
+    """
+
+    grace_s: float
+    max_silence_s: float
+    max_stall_s: float
 
 
 class GatewaySession:
@@ -45,9 +63,8 @@ class GatewaySession:
         feed: Gives the residency changes.
         limits: Limits of the served model.
         metrics: Is told of every request's milestones.
-        grace_s: How long requests go on after the gateway has closed its half of the stream.
-        max_silence_s: A message with the load goes out at least this often.
-        max_stall_s: How long one write may wait for the gateway to read.
+        rules: Makes what outputs must keep to.
+        times: How long the session waits.
     """
 
     def __init__(
@@ -57,17 +74,20 @@ class GatewaySession:
         *,
         limits: RequestLimits,
         metrics: RequestMetrics,
-        grace_s: float,
-        max_silence_s: float,
-        max_stall_s: float,
+        rules: RuleMaker,
+        times: SessionTimes,
     ) -> None:
         self._engine = engine
         self._feed = feed
         self._limits = limits
         self._meter = metrics.open_session()
-        self._grace_s = grace_s
-        self._max_silence_s = max_silence_s
-        self._max_stall_s = max_stall_s
+        self._times = times
+        self._pending = PendingRules(
+            rules,
+            on_made=lambda submission, made: engine.post(Submit(replace(submission, rules=made))),
+            on_end=self._end,
+            clock=time.monotonic,
+        )
         self._outbox = engine.open_session()
         self._encoder = OutputEncoder(lambda slot: engine.post(Abort(self._outbox.session_id, slot)))
         self._active: set[int] = set()
@@ -105,7 +125,7 @@ class GatewaySession:
             self._outbox.close()
             self._engine.post(CloseSession(self._outbox.session_id))
             self._meter.close()
-            await cancel_and_wait(reader, watchdog)
+            await cancel_and_wait(reader, watchdog, *self._pending.forget_all())
 
     def close(self, error: LoraplexError) -> None:
         """End the session from the engine's side; what is pending is still sent."""
@@ -114,7 +134,7 @@ class GatewaySession:
     async def _next(self) -> list[engine_pb2.SessionResponse] | None:
         """Wait for outputs, or until the next message is due; None at the end."""
         try:
-            async with asyncio.timeout(self._max_silence_s):
+            async with asyncio.timeout(self._times.max_silence_s):
                 outputs = await self._outbox.next()
         except TimeoutError:
             return [self._message()]
@@ -156,9 +176,9 @@ class GatewaySession:
             return
         self._is_input_over = True
         if self._active:
-            await asyncio.sleep(self._grace_s)
+            await asyncio.sleep(self._times.grace_s)
             for slot in self._active:
-                self._engine.post(Abort(self._outbox.session_id, slot))
+                self._abort(slot)
         else:
             self._outbox.close()
 
@@ -179,7 +199,7 @@ class GatewaySession:
             for abort in request.aborts:
                 # An unknown slot is no error: the request's end and the gateway's abort may have crossed.
                 if abort.slot in self._active:
-                    self._engine.post(Abort(self._outbox.session_id, abort.slot))
+                    self._abort(abort.slot)
 
     def _submit(self, submit: engine_pb2.Submit) -> None:
         if submit.slot in self._active:
@@ -198,9 +218,19 @@ class GatewaySession:
         self._meter.submitted(submit.slot, len(submission.prompt_token_ids), now_s, submission.stopping.max_new_tokens)
         if submission.sampling.prompt_logprobs >= 0:
             self._encoder.expect_prompt_logprobs(submit.slot)
-        self._engine.post(Submit(submission))
+        if submission.structured_output is not None or submission.bad_token_sequences:
+            self._pending.begin(submission)
+        else:
+            self._engine.post(Submit(submission))
+
+    def _abort(self, slot: int) -> None:
+        if not self._pending.abort(slot):
+            self._engine.post(Abort(self._outbox.session_id, slot))
 
     def _refuse(self, slot: int, error: LoraplexError) -> None:
+        self._end(Ended(session_slot=slot, error=error))
+
+    def _end(self, ended: Ended) -> None:
         """Answer a request that never reached the step loop, in order with the loop's own answers."""
         self._outbox.put(
             StepOutputs(
@@ -208,7 +238,7 @@ class GatewaySession:
                 token_slots=_NO_TOKENS,
                 token_positions=_NO_TOKENS,
                 token_ids=_NO_TOKENS,
-                events=[Ended(session_slot=slot, error=error)],
+                events=[ended],
             )
         )
 
@@ -219,7 +249,7 @@ class GatewaySession:
         """
         checks, watched = 0, None
         while True:
-            await asyncio.sleep(self._max_stall_s / STALL_CHECKS)
+            await asyncio.sleep(self._times.max_stall_s / STALL_CHECKS)
             checks = checks + 1 if watched is not None and watched == self._pending_write else 0
             watched = self._pending_write
             if checks >= STALL_CHECKS:

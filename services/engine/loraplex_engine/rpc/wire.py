@@ -21,6 +21,7 @@ from loraplex_engine.messages import (
     Submission,
     TokenWithLogprobs,
 )
+from loraplex_engine.rpc.output_fields import check_bad_sequences, check_structured_output
 from loraplex_engine.rpc.validation import (
     MAX_REQUEST_ID_BYTES,
     RequestLimits,
@@ -88,9 +89,7 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
     _check_header(submit)
     prompt, resumed = check_tokens(submit, limits)
     scale = submit.adapter_scale if submit.HasField("adapter_scale") else 1.0
-    deadline_s = _moment(submit, "time_left", now_s)
-    if deadline_s is not None and deadline_s <= now_s:
-        raise DeadlineError("the client's deadline passed before the request reached the engine")
+    deadline_s = _deadline(submit, now_s)
     sampling, stopping = check_sampling(submit, limits), check_stopping(submit, limits)
     check_drawable(sampling, stopping, limits)
     return Submission(
@@ -111,7 +110,16 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         cache_salt=submit.cache_salt,
         fail_fast=_FAIL_FAST[submit.load_policy],
         arrived_s=now_s,
+        structured_output=check_structured_output(submit, limits),
+        bad_token_sequences=check_bad_sequences(submit, limits),
     )
+
+
+def _deadline(submit: engine_pb2.Submit, now_s: float) -> float | None:
+    deadline_s = _moment(submit, "time_left", now_s)
+    if deadline_s is not None and deadline_s <= now_s:
+        raise DeadlineError("the client's deadline passed before the request reached the engine")
+    return deadline_s
 
 
 def _check_header(submit: engine_pb2.Submit) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from loraplex_common.base_model import BaseModelInfo
 
+from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.limits import EngineLimits
-from loraplex_engine.step import MIN_DECODE_RUNS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

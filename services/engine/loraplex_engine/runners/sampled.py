@@ -6,14 +6,22 @@ Legend: S = sampling rows, V = vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplex_engine.runners.philox import upload
 from loraplex_engine.runners.slot_faults import SlotFaults
 from loraplex_engine.runners.top_tokens import likeliest
 from loraplex_engine.step import TokenLogprobs
+
+NOT_FINITE: Final = 0
+VALID: Final = 1
+NOTHING_LEFT: Final = 2
+"""What became of a draw; csrc/sampling/sample.cu says the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,19 +60,51 @@ class Sampled:
 
     Attributes:
         token_ids: int64 ``[S]``.
-        is_valid: Boolean ``[S]``; False where the logits have no finite maximum.
+        outcomes: int32 ``[S]``; `VALID`, else the token means nothing: `NOTHING_LEFT` where masks and bans rule out every
+            token, `NOT_FINITE` where the largest logit is NaN or infinite.
         logprobs: Probabilities of the rows that asked for them, in parts.
         faults: Slots whose request alone caused an exception; their tokens mean nothing.
     """
 
     token_ids: Tensor
-    is_valid: Tensor
+    outcomes: Tensor
     logprobs: tuple[LogprobRows, ...] = ()
     faults: SlotFaults = field(default_factory=dict)
+
+    @property
+    def is_valid(self) -> Tensor:
+        """Boolean ``[S]``; whether the row drew a token."""
+        return self.outcomes == VALID
 
     def logprobs_to_host(self) -> dict[int, TokenLogprobs]:
         """Return row -> probabilities; waits for the device."""
         return {row: entry for part in self.logprobs for row, entry in part.to_host().items()}
+
+
+def outcomes_of(best: Tensor) -> Tensor:
+    """Return what becomes of draws whose largest logits are ``best``, ``[S]``, after masks and bans; int32 ``[S]``."""
+    return torch.isfinite(best).to(torch.int32).masked_fill_(best == float("-inf"), NOTHING_LEFT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Masks:
+    """Which tokens some rows may draw.
+
+    Attributes:
+        rows: int32 ``[M]``; indices into the S rows.
+        words: int32 ``[M, ceil(V / 32)]``, on the sampler's device; bit ``t % 32`` of word ``t // 32``: token t may be drawn.
+    """
+
+    rows: NDArray[np.int32]
+    words: Tensor
+
+    def apply(self, logits: Tensor) -> None:
+        """Make the logits ``[S, V]`` of tokens that may not be drawn -inf, in place."""
+        bits = torch.arange(8, dtype=torch.uint8, device=self.words.device)
+        by_byte = (self.words.view(torch.uint8)[:, :, None] >> bits) & 1
+        is_banned = by_byte.view(len(self.words), -1)[:, : logits.shape[1]] == 0
+        rows = upload(self.rows.astype(np.int64), logits.device)
+        logits[rows] = logits[rows].masked_fill(is_banned, float("-inf"))
 
 
 def top_logprobs(

@@ -1,6 +1,6 @@
-"""Draws tokens from logits: constraints, penalties, temperature, truncation, then Gumbel-max with counter-based noise.
+"""Draws tokens from logits: masks, constraints, penalties, temperature, truncation, then Gumbel-max with counter-based noise.
 
-The order is vLLM's: allowed ids, logit bias and banned stops; repetition, frequency and presence penalties; (log
+The order is vLLM's: mask, allowed ids, logit bias and banned stops; repetition, frequency and presence penalties; (log
 probabilities are reported from here); temperature; min_p; top_k and top_p; draw. Steady greedy decoding is one argmax.
 Choices do not depend on the backend (csrc/sampling/sample.cu draws the same): ties go to the lower id, masses are integers.
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loraplex_engine.runners.philox import Noise, gumbel, upload
-from loraplex_engine.runners.sampled import LogprobRows, Sampled, top_logprobs
+from loraplex_engine.runners.sampled import LogprobRows, Masks, Sampled, outcomes_of, top_logprobs
 from loraplex_engine.runners.slot_faults import blaming, together_or_apart
 from loraplex_engine.runners.top_tokens import likeliest, likeliest_tokens
 from loraplex_engine.step import SlotSetup
@@ -90,21 +90,26 @@ class Sampler:
         """Tell whether the sampler keeps state for any of these slots."""
         return bool(self._slots) and any(slot in self._slots for slot in slots.tolist())
 
-    def sample(self, logits: Tensor, slots: NDArray[np.int32], arrays: SamplingArrays) -> Sampled:
+    def sample(
+        self, logits: Tensor, slots: NDArray[np.int32], arrays: SamplingArrays, masks: Masks | None = None
+    ) -> Sampled:
         """Draw one token per row.
 
         Args:
             logits: ``[S, V]``, any float type and memory order; not changed.
             slots: int32 ``[S]``.
             arrays: How to draw.
+            masks: What rows may draw at most; None if all may draw every token.
         """
         special = [(row, self._slots[slot]) for row, slot in enumerate(slots.tolist()) if slot in self._slots]
         random = np.flatnonzero(arrays.temperature > 0)
         asked = np.flatnonzero(arrays.num_logprobs >= 0)
-        if not special and not random.size and not asked.size:
+        if not special and not random.size and not asked.size and masks is None:
             best, token_ids = likeliest_tokens(logits)
-            return Sampled(token_ids=token_ids, is_valid=torch.isfinite(best))
+            return Sampled(token_ids=token_ids, outcomes=outcomes_of(best))
         work = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True).contiguous()
+        if masks is not None:
+            masks.apply(work)
         faults: SlotFaults = {}
         for row, state in special:
             with blaming(faults, [int(slots[row])], "while its logits were edited"):
@@ -124,7 +129,7 @@ class Sampler:
                 return top_logprobs(work[index].log_softmax(-1), token_ids[index], rows, arrays.num_logprobs[rows])
 
             reported = together_or_apart(asked, slots, report, faults, "while its probabilities were computed")
-        return Sampled(token_ids=token_ids, is_valid=torch.isfinite(best), logprobs=tuple(reported), faults=faults)
+        return Sampled(token_ids=token_ids, outcomes=outcomes_of(best), logprobs=tuple(reported), faults=faults)
 
     def _draw_rows(
         self,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from loraplex_common.errors import InvalidParameterError, LoraplexError
 
+from loraplex_engine.runners.sampled import NOTHING_LEFT, VALID
 from loraplex_engine.runners.slot_faults import blaming
-from loraplex_engine.step import StepResult, not_finite
+from loraplex_engine.step import StepResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,10 +46,23 @@ def take_over_slots(plan: StepPlan, sampler: SlotSampler, prompt_logprobs: Promp
     return faults
 
 
+def not_finite() -> LoraplexError:
+    """Return the error of a request whose logits have no finite maximum."""
+    return LoraplexError("the engine cannot go on with this request: the model's logits are not finite")
+
+
+def nothing_left() -> LoraplexError:
+    """Return the error of a request that bans every token that it allows."""
+    return InvalidParameterError(
+        "no token can be drawn any more: structured output, bad words, allowed token ids and min_new_tokens together rule "
+        "out every token"
+    )
+
+
 def make_result(
     plan: StepPlan,
     token_ids: NDArray[np.int32],
-    is_finite: NDArray[np.bool_],
+    outcomes: NDArray[np.int32],
     faults: SlotFaults,
     *,
     prompt_logprobs: dict[int, list[TokenLogprobs]],
@@ -58,13 +73,16 @@ def make_result(
     Args:
         plan: The step.
         token_ids: int32 ``[S]``; drawn.
-        is_finite: bool ``[S]``; False where a row's logits have no finite maximum, which ends its request.
+        outcomes: int32 ``[S]``; as in `Sampled`; all but `VALID` end the row's request.
         faults: Slots of which the request alone made something raise.
         prompt_logprobs: See `StepResult`.
         read_logprobs: Returns sampling row -> probabilities; None if no row asked. If it raises, the rows that asked fail.
     """
     slots = plan.slots[plan.sample_rows]
-    failed = {int(slots[row]): not_finite() for row in np.flatnonzero(~is_finite)} | faults
+    failed = {
+        int(slots[row]): nothing_left() if outcomes[row] == NOTHING_LEFT else not_finite()
+        for row in np.flatnonzero(outcomes != VALID)
+    } | faults
     logprobs: dict[int, TokenLogprobs] = {}
     if read_logprobs is not None:
         asked = slots[plan.sampling.num_logprobs >= 0].tolist()

@@ -49,6 +49,7 @@ class DecodeState:
         sessions: int64 ``[S]``.
         session_slots: int32 ``[S]``.
         wants_logprobs: bool ``[S]``; the row's tokens travel as events.
+        has_rules: bool ``[S]``; the row draws under a mask.
         shares: int32 ``[S]``; index of the row's fairness key.
         num_shared_blocks: int32 ``[S]``; leading blocks that the row found computed by other requests.
     """
@@ -73,6 +74,7 @@ class DecodeState:
         self.sessions = np.zeros(size, dtype=np.int64)
         self.session_slots = np.zeros(size, dtype=np.int32)
         self.wants_logprobs = np.zeros(size, dtype=np.bool_)
+        self.has_rules = np.zeros(size, dtype=np.bool_)
         self.shares = np.zeros(size, dtype=np.int32)
         self.num_shared_blocks = np.zeros(size, dtype=np.int32)
         self._temperature = np.zeros(size, dtype=np.float32)
@@ -118,6 +120,7 @@ class DecodeState:
         self.adapters[slot] = adapter
         self.adapter_scales[slot] = submission.adapter_scale
         self._set_stop_ids(slot, stop_ids)
+        self.has_rules[slot] = submission.rules is not None
         self.sessions[slot] = submission.session_id
         self.session_slots[slot] = submission.session_slot
         self._set_sampling(slot, request)

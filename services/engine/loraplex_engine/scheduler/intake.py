@@ -86,6 +86,8 @@ class RequestIntake:
             self._book.fail(request, self._prompt_too_long(request))
         elif len(request.output_token_ids) >= request.max_outputs:
             self._book.finish(request, FinishReason.LENGTH)
+        elif request.submission.rules is not None and request.submission.rules.is_ended:
+            self._book.finish(request, FinishReason.STOP)  # the resumed tokens are all that its structure allows
         elif not self._feasibility.refuse_if_too_large(request):
             self._time_limits.watch(request)
             self._arrive(request, now_s)

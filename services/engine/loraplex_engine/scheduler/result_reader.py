@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
     from loraplex_engine.scheduler.request import Request
     from loraplex_engine.scheduler.request_book import RequestBook
+    from loraplex_engine.scheduler.ruled_rows import RuledRows
     from loraplex_engine.scheduler.running_batch import Chunk, LaunchedStep
     from loraplex_engine.step import StepResult, TokenLogprobs
 
@@ -24,8 +25,12 @@ class ResultReader:
     dropped.
     """
 
-    def __init__(self, *, book: RequestBook, sharing: PrefixSharing) -> None:
+    def __init__(
+        self, *, book: RequestBook, sharing: PrefixSharing, ruled: RuledRows, eos_token_ids: tuple[int, ...]
+    ) -> None:
         self._book = book
+        self._ruled = ruled
+        self._eos_token_ids = eos_token_ids
         self._batch = book.batch
         self._sharing = sharing
         self._shares = book.queue.shares
@@ -69,6 +74,7 @@ class ResultReader:
 
     def _take_tokens(self, step: LaunchedStep, result: StepResult) -> None:
         state = self._batch.state
+        is_complete = self._ruled.follow(step, result) if len(step.masked) else None
         is_live = state.occupancy.take(step.sampled) == step.occupancy.take(step.sample_rows)
         indices = is_live.nonzero()[0]
         if len(indices) == 0:
@@ -76,6 +82,8 @@ class ResultReader:
         rows, positions, token_ids = step.sampled[indices], step.positions[indices], result.token_ids[indices]
         is_stop = state.record(rows, positions, token_ids)
         is_over = is_stop | (positions + 1 >= state.max_outputs.take(rows))
+        if is_complete is not None:
+            is_over |= is_complete[indices]
         self._counters.num_output_tokens += len(rows)
         self._shares.charge_outputs(state.shares.take(rows))
         is_plain = ~state.wants_logprobs.take(rows)
@@ -99,8 +107,15 @@ class ResultReader:
                 continue  # it failed above: its probabilities could not be read
             if is_stop[index]:
                 self._book.finish(request, FinishReason.STOP, int(token_ids[index]))
+            elif is_complete is not None and is_complete[indices[index]]:
+                self._finish_complete(request, int(token_ids[index]))
             else:
                 self._book.finish(request, FinishReason.LENGTH)
+
+    def _finish_complete(self, request: Request, token_id: int) -> None:
+        """End a request whose structure is complete, with ignore_eos and before min_new_tokens too: nothing can follow."""
+        is_eos = token_id in self._eos_token_ids
+        self._book.finish(request, FinishReason.STOP, token_id if is_eos else None)
 
     def _occupant(self, step: LaunchedStep, slot: int) -> Request | None:
         """Return the request that a step computed in a slot; None if it has left the slot since."""

@@ -38,6 +38,7 @@ class LaunchedStep:
         occupancy: int64 ``[N]``; each slot's occupancy at the launch.
         sample_rows: int32 ``[S]``; indices into ``rows``.
         sampled: Slots that sample, ``[S]``.
+        masked: int32 ``[M]``; indices into ``sampled`` of the rows that draw under a mask.
         positions: int32 ``[S]``; output index that each sampling row draws.
         num_decode_rows: Number of decode rows, which are first; the other rows are chunks.
         chunks: The prefill chunks, in the order of their rows.
@@ -48,6 +49,7 @@ class LaunchedStep:
     occupancy: NDArray[np.int64]
     sample_rows: NDArray[np.int32]
     sampled: Rows
+    masked: NDArray[np.int32]
     positions: NDArray[np.int32]
     num_decode_rows: int
     chunks: tuple[Chunk, ...]
@@ -67,6 +69,7 @@ class RunningBatch:
         rows: Slots by admission; replaced, not changed, when a request comes or goes, as steps in flight keep the old
             array.
         num_prefill_tokens: Tokens of running requests that have yet to be computed before their first draw.
+        num_with_rules: Running requests of which the output has rules.
         version: Rises whenever a request comes or goes.
     """
 
@@ -79,6 +82,7 @@ class RunningBatch:
         self._prefilling: list[Request] = []  # by admission
         self._setups: list[SlotSetup] = []
         self.num_prefill_tokens = 0
+        self.num_with_rules = 0
         self.version = 0
 
     def __len__(self) -> int:
@@ -117,6 +121,7 @@ class RunningBatch:
         self._prefilling.append(request)
         self.num_prefill_tokens += request.num_known_tokens - request.num_cached
         self._setups.append(setup)
+        self.num_with_rules += request.submission.rules is not None
         self.rows = np.concatenate([self.rows, np.array([request.slot], np.intp)])
         self.version += 1
 
@@ -128,6 +133,7 @@ class RunningBatch:
             self._prefilling.remove(request)
         self._setups = [setup for setup in self._setups if setup.slot != slot]
         self._requests.remove(request)
+        self.num_with_rules -= request.submission.rules is not None
         del self._by_slot[slot]
         self._pool.release(self.state.vacate(slot), last_step)
         request.slot = -1
@@ -165,6 +171,7 @@ class RunningBatch:
             num_decode_rows=len(decode_rows),
             sample_rows=sample_rows,
             sampling=state.sampling(sampled),
+            masked=state.has_rules.take(sampled).nonzero()[0].astype(np.int32) if self.num_with_rules else _NO_TOKENS,
             setups=tuple(self._take_setups(rows)),
         )
         launched = self._remember(plan, rows, sampled, chunks, now_s)
@@ -179,6 +186,7 @@ class RunningBatch:
             occupancy=self.state.occupancy.take(rows),
             sample_rows=plan.sample_rows,
             sampled=sampled,
+            masked=plan.masked,
             positions=plan.sampling.position,
             num_decode_rows=plan.num_decode_rows,
             chunks=tuple(chunks),
@@ -247,13 +255,15 @@ def _setup_of(request: Request, slot: int, stop_ids: tuple[int, ...]) -> SlotSet
     submission = request.submission
     sampling = submission.sampling
     uses_penalties = sampling.uses_penalties
+    ends = submission.rules.end_token_ids if submission.rules is not None else ()
+    bans_ends = submission.stopping.min_new_tokens > len(request.output_token_ids)
     return SlotSetup(
         slot=slot,
         prompt_token_ids=submission.prompt_token_ids if uses_penalties else _NO_TOKENS,
         output_token_ids=request.output_token_ids if uses_penalties else _NO_TOKENS,
         logit_bias=sampling.logit_bias,
         allowed_token_ids=sampling.allowed_token_ids,
-        stop_token_ids=stop_ids if submission.stopping.min_new_tokens > len(request.output_token_ids) else (),
+        stop_token_ids=tuple({*stop_ids, *ends}) if bans_ends else (),
         prompt_logprobs=sampling.prompt_logprobs if request.owes_prompt_logprobs else -1,
         uses_penalties=uses_penalties,
     )

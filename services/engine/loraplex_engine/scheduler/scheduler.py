@@ -29,6 +29,7 @@ from loraplex_engine.scheduler.prefix_sharing import PrefixSharing
 from loraplex_engine.scheduler.request import RequestFaultError
 from loraplex_engine.scheduler.request_book import RequestBook
 from loraplex_engine.scheduler.result_reader import ResultReader
+from loraplex_engine.scheduler.ruled_rows import RuledRows
 from loraplex_engine.scheduler.running_batch import RunningBatch
 from loraplex_engine.scheduler.step_costs import StepCosts
 from loraplex_engine.scheduler.waiting_queue import WaitingQueue
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.adapters.cache import AdapterCache
+    from loraplex_engine.constraints.output_rules import OutputRules
     from loraplex_engine.limits import EngineLimits, SchedulingPolicy
     from loraplex_engine.messages import StepOutputs, Submission
     from loraplex_engine.pages.page_pool import PagePool
@@ -109,7 +111,8 @@ class Scheduler:
         self._intake = RequestIntake(
             limits=limits, book=book, cache=cache, feasibility=feasibility, time_limits=time_limits, admission=admission
         )
-        self._reader = ResultReader(book=book, sharing=sharing)
+        self._ruled = RuledRows(book)
+        self._reader = ResultReader(book=book, sharing=sharing, ruled=self._ruled, eos_token_ids=limits.eos_token_ids)
         self._in_flight: deque[LaunchedStep] = deque()
         self._next_step = 0
 
@@ -242,6 +245,14 @@ class Scheduler:
         self.book.last_launched = self._next_step
         self._next_step += 1
         return plan
+
+    def rules(self) -> list[OutputRules | None]:
+        """Return the rules of the newest plan's masked rows, ``[M]``, once all earlier results were read; None: it has ended."""
+        return self._ruled.rules(self._in_flight[-1])
+
+    def fail_masked(self, error: LoraplexError) -> None:
+        """End the requests of the newest plan's masked rows: their masks cannot be made."""
+        self._ruled.fail(self._in_flight[-1], error)
 
     def update(self, result: StepResult) -> None:
         """Read the result of the oldest plan in flight; `take_outputs` then returns what it drew.

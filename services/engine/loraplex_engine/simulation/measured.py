@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from loraplex_engine.decode_runs import takes_decode_kernels
 from loraplex_engine.simulation.calibration import CalibrationError, MeasuredStep
 from loraplex_engine.simulation.shapes import ALL_TARGETS, ATTENTION_TARGETS, ModelShape, base_model
 from loraplex_engine.simulation.step_cost import StepLoad
-from loraplex_engine.step import takes_decode_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

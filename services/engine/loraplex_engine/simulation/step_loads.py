@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loraplex_engine.decode_runs import count_runs, takes_decode_kernels
 from loraplex_engine.simulation.step_cost import StepLoad
-from loraplex_engine.step import NO_ADAPTER, count_runs, takes_decode_kernels
+from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

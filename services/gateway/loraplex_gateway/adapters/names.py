@@ -28,12 +28,14 @@ class ResolvedAdapter:
 
     Attributes:
         is_restricted: True if only some tenants may use it.
+        text_parts: Digest of what the revision brings besides weights; empty for nothing.
     """
 
     name: str
     digest: str
     base_fingerprint: str
     is_restricted: bool = False
+    text_parts: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,7 @@ class NameTable:
             digest=digest,
             base_fingerprint=entry.base_fingerprints[digest],
             is_restricted=bool(entry.allowed_tenants),
+            text_parts=entry.text_parts.get(digest, ""),
         )
 
     def _not_found(self, ref: AdapterRef, caller: Principal) -> Exception:

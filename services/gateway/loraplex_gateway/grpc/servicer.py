@@ -122,14 +122,14 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 "add_special_tokens goes with text only: the chat template writes the special tokens of messages",
                 field="add_special_tokens",
             )
-        encoded = await self._encode(request.model, wire.prompt(request, add_special_tokens=add))
+        encoded = await self._encode(request.model, request.adapter, wire.prompt(request, add_special_tokens=add))
         return gateway_pb2.TokenizeResponse(token_ids=encoded.ids, rendered=encoded.rendered)
 
     async def CountTokens(
         self, request: gateway_pb2.CountTokensRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> gateway_pb2.CountTokensResponse:
         """Return the length of a prompt."""
-        encoded = await self._encode(request.model, wire.prompt(request))
+        encoded = await self._encode(request.model, request.adapter, wire.prompt(request))
         return gateway_pb2.CountTokensResponse(num_tokens=len(encoded.ids))
 
     async def Detokenize(
@@ -169,8 +169,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         card = await self._listing.get(request.name, current_principal())
         return gateway_pb2.GetModelResponse(model=wire.model_card(card))
 
-    async def _encode(self, model_name: str, prompt: Prompt | None) -> Encoded:
-        model = self._catalog.select(model_name)
+    async def _encode(self, model_name: str, adapter: str, prompt: Prompt | None) -> Encoded:
+        model = await self._core.voice(model_name, adapter, caller=current_principal())
         if not isinstance(prompt, TextPrompt | ChatPrompt):
             raise InvalidParameterError("no prompt: set exactly one of text and messages", field="prompt")
         if isinstance(prompt, ChatPrompt):

@@ -135,7 +135,7 @@ class GatewayCore:
                 share.settle(*(run.used_tokens if run is not None else (0, 0)))
 
     async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
-        """Return the model that tokenises for two names, for `encode`; refuses them as `generate` does."""
+        """Return a model as an adapter speaks, for `encode`; refuses names as `generate` does."""
         return await self._preparer.voice(model, adapter, caller=caller)
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import InvalidParameterError, NotSupportedError
+from loraplex_common.request_limits import MAX_ENTRIES
 
 from loraplex_gateway.chat_output.formats import output_format
 from loraplex_gateway.chat_output.reading import ChatReading, chat_reading
@@ -15,7 +16,7 @@ from loraplex_gateway.requests import lengths, validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.requests.prepared import PreparedRequest
 from loraplex_gateway.requests.selection import select
-from loraplex_gateway.types import ChatPrompt, PromptText
+from loraplex_gateway.types import ChatPrompt, GenerationRequest, PromptText
 
 if TYPE_CHECKING:
     from loraplex_common.auth import Principal
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from loraplex_gateway.requests.prepared import Continuation
     from loraplex_gateway.text.models import ModelCatalog, ServedModel
     from loraplex_gateway.text.tokenization import Encoded
-    from loraplex_gateway.types import GenerationRequest, Prompt, Sampling
+    from loraplex_gateway.text.voices import Voices
+    from loraplex_gateway.types import Prompt, Sampling
 
 # Taken off the caller's deadline, so that the engine's verdict still reaches the caller in time.
 DEADLINE_MARGIN_S: Final = 0.05
@@ -53,6 +55,7 @@ class Preparer:
         catalog: Base models.
         names: Adapter names.
         pool: Knows how long sequences may be.
+        voices: Models as adapters speak.
         limits: What is refused.
     """
 
@@ -62,11 +65,13 @@ class Preparer:
         names: NameTable,
         pool: EnginePool,
         *,
+        voices: Voices,
         limits: RequestLimits,
     ) -> None:
         self._catalog = catalog
         self._names = names
         self._pool = pool
+        self._voices = voices
         self._limits = limits
 
     async def prepare(
@@ -99,6 +104,7 @@ class Preparer:
         validation.check_request(request)
         priority = granted_priority(request.priority, caller)  # refuses before anything is looked up or tokenised
         model, adapter = await self._select(request, caller)
+        model = await self._voices.of(model, adapter)
         tokens = await self._tokens(request, model, tenant=caller.name)
         if tokens.reading is not None:
             request = replace(request, structured_output=tokens.reading.structured_output)
@@ -165,7 +171,7 @@ class Preparer:
         """
         validation.check_prompt(request.prompt)
         assert request.prompt is not None  # check_prompt
-        model, _ = await self._select(request, caller)
+        model = await self.voice(request.model, request.adapter, caller=caller)
         return len((await self.encode(model, request.prompt, tenant=caller.name)).ids)
 
     def _check_template(self, prompt: Prompt) -> None:
@@ -177,9 +183,10 @@ class Preparer:
             )
 
     async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
-        """Return the model that tokenises for two names; refuses them as `prepare` does."""
-        served, _ = await select(self._catalog, self._names, model=model, adapter=adapter, caller=caller)
-        return served
+        """Return a model as an adapter speaks, or by itself if that name is empty; refuses names as `prepare` does."""
+        return await self._voices.of(
+            *await select(self._catalog, self._names, model=model, adapter=adapter, caller=caller)
+        )
 
     async def encode(self, model: ServedModel, prompt: Prompt, *, tenant: str) -> Encoded:
         """Return a prompt's token ids.
@@ -236,7 +243,18 @@ def _reading(request: GenerationRequest, model: ServedModel, encoded: Encoded) -
 
 
 def _stop_token_ids(request: GenerationRequest, model: ServedModel) -> frozenset[int]:
-    """Return the ids that end the output."""
+    """Return the ids that end the output.
+
+    Raises:
+        InvalidParameterError: If an engine takes no list of so many: the adapter's own are sent with the request's.
+    """
+    added = frozenset() if request.stopping.ignore_eos else model.defaults.added_stop_ids
+    num_sent = len(added | frozenset(request.stopping.stop_token_ids))
+    if num_sent > (most := MAX_ENTRIES["stop_token_ids"]):
+        raise InvalidParameterError(
+            f"stop_token_ids has {num_sent} ids together with the adapter's own; at most {most} are allowed",
+            field="stopping.stop_token_ids",
+        )
     eos_ids = frozenset() if request.stopping.ignore_eos else model.defaults.eos_token_ids
     return eos_ids | frozenset(request.stopping.stop_token_ids)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loraplex_gateway.adapters.names import ResolvedAdapter
 from loraplex_gateway.chat_output.reading import ChatReading
 from loraplex_gateway.engines.wire import EngineFinish
 from loraplex_gateway.text.models import ServedModel
-from loraplex_gateway.types import FinishReason, GenerationRequest, Priority, PromptText, Sampling, Timings
+from loraplex_gateway.types import FinishReason, GenerationRequest, Priority, PromptText, Sampling, Stopping, Timings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ class PreparedRequest:
 
     Attributes:
         request: What the client asked for.
-        model: The base model.
+        model: The base model, as the adapter speaks.
         adapter: The adapter; None for the base model.
         prompt_ids: The prompt's tokens.
         sampling: With the model's defaults filled in, and a seed.
@@ -76,6 +76,14 @@ class PreparedRequest:
     def adapter_digest(self) -> str:
         """The adapter's revision; empty for the base model."""
         return self.adapter.digest if self.adapter is not None else ""
+
+    @property
+    def stopping(self) -> Stopping:
+        """Where an engine stops: as the request says, and at the adapter's stop tokens, which no engine knows by itself."""
+        stopping, added = self.request.stopping, self.model.defaults.added_stop_ids
+        if stopping.ignore_eos or not added:
+            return stopping
+        return replace(stopping, stop_token_ids=tuple(dict.fromkeys((*stopping.stop_token_ids, *sorted(added)))))
 
     @property
     def resumed_ids(self) -> tuple[int, ...]:

@@ -250,7 +250,7 @@ class EngineRelay:
             prompt_ids=prepared.prompt_ids,
             resumed_ids=tuple(self._tokens),
             sampling=prepared.sampling,
-            stopping=replace(request.stopping, max_new_tokens=max(1, min(prepared.max_new_tokens, room))),
+            stopping=replace(prepared.stopping, max_new_tokens=max(1, min(prepared.max_new_tokens, room))),
             adapter_digest=prepared.adapter_digest,
             adapter_scale=request.adapter_scale,
             time_left_s=left_s(prepared.deadline),

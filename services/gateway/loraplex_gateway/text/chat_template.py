@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
+import copy
 import functools
 import json
 import secrets
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import meta
+from loraplex_common.chat_sandbox import chat_environment
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.tokenizer_config import SPECIAL_TOKENS, read_special_tokens
 
@@ -21,8 +20,6 @@ from loraplex_gateway.text.default_tools import in_words
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    from jinja2.parser import Parser
 
     from loraplex_gateway.text.chat_messages import Turn
     from loraplex_gateway.types import ChatPrompt
@@ -34,41 +31,6 @@ _MARK: Final = "ENDOFTHEFINALMESSAGE"
 _TEMPLATES_OWN_ERRORS: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
-class _GenerationTag(Extension):
-    """``{% generation %}`` marks the assistant's words for training; here it only renders them."""
-
-    tags = {"generation"}  # noqa: RUF012 (the base class says set)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the block's body unchanged."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None, **keywords: Any) -> str:
-    # Jinja's own filter escapes HTML, which a prompt must not.
-    keywords.setdefault("ensure_ascii", False)
-    return json.dumps(value, indent=indent, **keywords)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
 # Variables that loraplex sets itself, the sandbox's own, and the arguments of transformers' apply_chat_template.
 RESERVED_VARIABLES: Final = frozenset(
     {
@@ -76,7 +38,7 @@ RESERVED_VARIABLES: Final = frozenset(
         *("conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
         *("return_assistant_tokens_mask", "tokenizer_kwargs", "loop", "self", "caller", "varargs", "kwargs"),
         *SPECIAL_TOKENS,
-        *_environment().globals,
+        *chat_environment().globals,
     }
 )
 
@@ -84,7 +46,7 @@ RESERVED_VARIABLES: Final = frozenset(
 @functools.lru_cache(maxsize=256)
 def variables_of(source: str) -> frozenset[str]:
     """Return the names that a template reads and does not set itself; the source must be valid Jinja."""
-    return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
+    return frozenset(meta.find_undeclared_variables(chat_environment().parse(source)))
 
 
 class ChatTemplateError(ValueError):
@@ -110,7 +72,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, response_template: str = "") -> None:
         try:
-            self._template = _environment().from_string(source)
+            self._template = chat_environment().from_string(source)
             self.variables = variables_of(source)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"chat template, line {error.lineno}: {error.message}") from error
@@ -122,6 +84,12 @@ class ChatTemplate:
     def reads_tools(self) -> bool:
         """Whether it writes out functions itself; else they are put into words."""
         return "tools" in self.variables
+
+    def answering(self, response_template: str) -> ChatTemplate:
+        """Return this template with other words on how its model's answers are taken apart."""
+        other = copy.copy(self)
+        other.response_template = response_template
+        return other
 
     def of_request(self, source: str) -> ChatTemplate:
         """Return a request's own template, with the same special tokens.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loraplex_common.base_model import BaseModelInfo, check_distinct_names, load_base_model
 from loraplex_common.errors import InvalidParameterError, ModelNotFoundError
+from loraplex_common.text_parts import TextParts
 
 from loraplex_gateway.adapters.close_names import MAX_NAME_CHARS, NameOrder
 from loraplex_gateway.text.generation_defaults import GenerationDefaults, load_generation_defaults
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedModel:
-    """One base model as the gateway needs it."""
+    """One base model as the gateway needs it, by itself or as an adapter speaks (`voices`).
+
+    Attributes:
+        text_parts: What the adapter brings; empty for the model by itself.
+    """
 
     info: BaseModelInfo
     tokenizer: PromptTokenizer
     defaults: GenerationDefaults
+    text_parts: TextParts = field(default_factory=TextParts)
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ from loraplex_common.tokenizer_config import read_special_tokens, read_tokenizer
 from tokenizers import Tokenizer
 
 from loraplex_gateway.text.chat_template import ChatTemplate, load_chat_template
+from loraplex_gateway.text.confined_templates import ConfinedTemplate
 from loraplex_gateway.text.prompt_size import check_bytes, num_bytes_of, prompt_bytes
 from loraplex_gateway.text.prompt_text import prompt_text
 from loraplex_gateway.text.token_table import TokenTable
@@ -37,11 +39,14 @@ class Encoded:
 
     ids: tuple[int, ...]
     rendered: str = ""
-    template: ChatTemplate | None = None
+    template: ChatTemplate | ConfinedTemplate | None = None
 
 
 class PromptTokenizer:
     """One model's tokenizer and chat template.
+
+    Attributes:
+        special_tokens: Role -> special token, as the chat template sees them.
 
     Args:
         tokenizer: Hugging Face tokenizer.
@@ -59,7 +64,7 @@ class PromptTokenizer:
         self,
         tokenizer: Tokenizer,
         config: dict[str, Any],
-        template: ChatTemplate | None,
+        template: ChatTemplate | ConfinedTemplate | None,
         workers: FairWorkers,
     ) -> None:
         tokenizer.no_truncation()
@@ -71,7 +76,8 @@ class PromptTokenizer:
         self._workers = workers
         self._shared: dict[int, asyncio.Task[Encoded]] = {}
         self._waiters: dict[asyncio.Task[Encoded], int] = {}
-        self._bos_token = read_special_tokens(config).get("bos_token", "")
+        self.special_tokens = read_special_tokens(config)
+        self._bos_token = self.special_tokens.get("bos_token", "")
         self._bos_id = tokenizer.token_to_id(self._bos_token) if self._bos_token else None
         self._add_bos: bool | None = config.get("add_bos_token")
 
@@ -81,6 +87,13 @@ class PromptTokenizer:
         config = read_tokenizer_config(directory)
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         return cls(tokenizer, config, load_chat_template(directory, config), workers)
+
+    def with_template(self, template: ChatTemplate | ConfinedTemplate) -> PromptTokenizer:
+        """Return this tokenizer with the chat template of an adapter."""
+        other = copy.copy(self)
+        other.template = template
+        other._shared, other._waiters = {}, {}
+        return other
 
     async def encode(self, prompt: Prompt, *, tenant: str = ANYBODY.name, max_bytes: int | None = None) -> Encoded:
         """Return the prompt's token ids.
@@ -99,9 +112,12 @@ class PromptTokenizer:
             return Encoded(prompt.ids)
         num_bytes = prompt_bytes(prompt)
         check_bytes(num_bytes, max_bytes)
-        is_short = isinstance(prompt, TextPrompt) or (
-            len(prompt.messages) <= INLINE_MAX_MESSAGES and prompt.template is None
-        )
+        if isinstance(prompt, TextPrompt):
+            is_short = True
+        else:
+            # A confined template waits for another process, and a request's own has not been seen before.
+            is_ready = not isinstance(self.template, ConfinedTemplate) and prompt.template is None
+            is_short = len(prompt.messages) <= INLINE_MAX_MESSAGES and is_ready
         if is_short and num_bytes <= INLINE_MAX_CHARS:
             return self.encode_now(prompt, max_bytes=max_bytes)
         return await self._encode_away(prompt, tenant, num_bytes, max_bytes)

@@ -8,9 +8,11 @@ from typing import Any, cast
 import pytest
 from loraplex.v1 import adapter_pb2, engine_pb2
 from loraplex_engine.config import EngineConfig
+from loraplex_engine.constraints.compiler import make_constraints
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.metrics.requests import RequestMetrics
 from loraplex_engine.rpc.draining import Draining
+from loraplex_engine.rpc.rule_making import RuleMaker
 from loraplex_engine.rpc.servicer import EngineIdentity, EngineServicer
 from loraplex_engine.runners.torch.runner import TorchRunner
 from prometheus_client import CollectorRegistry
@@ -29,6 +31,7 @@ async def test_the_backend_is_the_runners_own_word(monkeypatch: pytest.MonkeyPat
             identity=EngineIdentity(engine_id="e", base_model=adapter_pb2.BaseModel(name="b"), version="1"),
             config=EngineConfig(model=Path()),
             metrics=RequestMetrics(CollectorRegistry()),
+            rules=RuleMaker(make_constraints(Path(), vocab_size=1, eos_token_ids=()).compiler, ()),
         )
 
         info = await servicer.GetEngineInfo(engine_pb2.GetEngineInfoRequest(), cast("Any", None))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.simulation.calibration import CalibrationError, MeasuredStep, Prior, errors, fit
 from loraplex_engine.simulation.devices import DEVICES, H100, H100_PRIORS, H100_RESULTS
 from loraplex_engine.simulation.measured import measured_step, measured_steps
@@ -20,7 +21,6 @@ from loraplex_engine.simulation.shapes import (
     base_model_from_config,
 )
 from loraplex_engine.simulation.step_cost import StepCost, StepRates
-from loraplex_engine.step import MIN_DECODE_RUNS
 
 RESULTS = Path(__file__).resolve().parents[4] / "benchmarks" / "results"
 CASES = [

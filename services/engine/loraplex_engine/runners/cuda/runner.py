@@ -21,6 +21,7 @@ from loraplex_engine.model.weights import DTYPES
 from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
 from loraplex_engine.runners.cuda.decoder import LargestStep
+from loraplex_engine.runners.cuda.drawing import Drawing
 from loraplex_engine.runners.cuda.forwards import forward_of
 from loraplex_engine.runners.cuda.graphs import DecodeGraphs, bucket_sizes
 from loraplex_engine.runners.cuda.kernel_limits import require_kernels, tile_capacity
@@ -28,12 +29,10 @@ from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
 from loraplex_engine.runners.cuda.sampling import DeviceSampler
 from loraplex_engine.runners.cuda.step_buffers import StepBuffers
-from loraplex_engine.runners.cuda.step_handle import CudaStepHandle, ResultBuffers
 from loraplex_engine.runners.cuda.step_input import is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.runners.step_results import take_over_slots
-from loraplex_engine.runners.top_tokens import likeliest_tokens
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from loraplex_engine.model.weights import WeightSource
     from loraplex_engine.runners.cuda.adapter_loads import CudaLoadHandle
     from loraplex_engine.runners.cuda.host_memory import PinnedArena
+    from loraplex_engine.runners.cuda.step_handle import CudaStepHandle
     from loraplex_engine.runners.runner_config import RunnerConfig
     from loraplex_engine.runners.slot_faults import SlotFaults
     from loraplex_engine.step import StepPlan, TokenLogprobs
@@ -95,9 +95,10 @@ class CudaRunner:
         self._prompt_logprobs = PromptLogprobTracker(self._model)
         self._loads = AdapterLoads(self._pool, self._tables)
         self._buffers = StepBuffers(config, self._largest, sizes, device)
-        self._drawn = torch.zeros(2 * sizes[-1], dtype=torch.int32, device=device)
-        self._results = ResultBuffers()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._drawing = Drawing(
+            self._sampler, self._decoder.last_sampled, max_rows=self._largest.max_rows, stream=self._stream
+        )
         torch.cuda.synchronize(device)
         with torch.inference_mode():
             self.graphs = DecodeGraphs(sizes, self._run_decode, self._stream, num_variants=self._num_variants)
@@ -140,7 +141,8 @@ class CudaRunner:
         return self._loads.pin(arena)
 
     def launch(self, plan: StepPlan) -> CudaStepHandle:
-        """Start a step."""
+        """Start a step; a plan with masked rows draws nothing before its handle is told to."""
+        self._drawing.check_drawn(plan)
         torch.cuda.set_device(self._device)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             faults = take_over_slots(plan, self._sampler, self._prompt_logprobs)
@@ -151,9 +153,9 @@ class CudaRunner:
         self._buffers.send_decode(plan, bucket)
         variant = self._decode_lora.prepare(plan.adapters, bucket, self._num_binds) if self._num_variants > 1 else 0
         self.graphs.replay(bucket, variant)
-        if self._is_greedy(plan):
-            return self._handle(plan, bucket, faults)
-        return self._handle(plan, count, faults, report=self._sample(plan, self._decoder.work.logits[:count]))
+        if self._drawing.is_greedy(plan):
+            return self._drawing.send_greedy(plan, bucket, faults)
+        return self._drawing.draw(plan, self._decoder.work.logits[:count], faults)
 
     def _launch_mixed(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
         step, path = self._buffers.send_mixed(plan), self._base_path
@@ -170,67 +172,22 @@ class CudaRunner:
             )
         else:
             logits = self._decoder.logits(step, rest)
-        report = None
+        if len(plan.sample_rows) and not self._drawing.is_greedy(plan):
+            return self._drawing.draw(plan, logits, faults, prompt_logprobs)
         if len(plan.sample_rows):
-            if self._is_greedy(plan):
-                self._draw_greedily(logits, step.sample_slots)
-            else:
-                report = self._sample(plan, logits)
-        return self._handle(plan, len(plan.sample_rows), faults, report=report, prompt_logprobs=prompt_logprobs)
+            self._drawing.draw_greedily(logits, step.sample_slots)
+        return self._drawing.send_greedy(plan, len(plan.sample_rows), faults, prompt_logprobs)
 
     def _run_decode(self, bucket: int, variant: int) -> None:
         """Launch the kernels that a graph holds."""
         step = self._buffers.of_bucket(bucket)
         path = self._decode_lora.path(bucket, variant) if variant else self._base_path
         rest = self._decoder.forward(step, path, num_decode=bucket)
-        self._draw_greedily(self._decoder.logits(step, rest), step.sample_slots)
-
-    def _is_greedy(self, plan: StepPlan) -> bool:
-        """Tell whether every row takes its likeliest token and asks for nothing else."""
-        sampling = plan.sampling
-        return (
-            not sampling.temperature.any()
-            and not (sampling.num_logprobs >= 0).any()
-            and not self._sampler.has_any(plan.slots)
-        )
+        self._drawing.draw_greedily(self._decoder.logits(step, rest), step.sample_slots)
 
     def _wants_prompt_logprobs(self, plan: StepPlan) -> bool:
         setups = (self._sampler.setup(slot) for slot in plan.slots[plan.num_decode_rows :].tolist())
         return any(setup is not None and setup.prompt_logprobs >= 0 for setup in setups)
-
-    def _draw_greedily(self, logits: Tensor, slots: Tensor) -> None:
-        """Put the likeliest tokens where the next step's embedding and the host find them."""
-        best, token_ids = likeliest_tokens(logits)
-        drawn = self._drawn_of(token_ids.shape[0])
-        drawn[0].copy_(token_ids)
-        drawn[1].copy_(torch.isfinite(best))
-        self._decoder.last_sampled.index_copy_(0, slots.long(), drawn[0])
-
-    def _sample(self, plan: StepPlan, logits: Tensor) -> Tensor | None:
-        """Draw as each row asks, into the same places; returns the probabilities that rows asked for."""
-        slots, drawn = plan.slots[plan.sample_rows], self._drawn_of(len(plan.sample_rows))
-        return self._sampler.sample(logits, slots, plan.sampling, drawn, self._decoder.last_sampled)
-
-    def _drawn_of(self, count: int) -> Tensor:
-        return self._drawn[: 2 * count].view(2, count)
-
-    def _handle(
-        self,
-        plan: StepPlan,
-        columns: int,
-        faults: SlotFaults,
-        *,
-        report: Tensor | None = None,
-        prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
-    ) -> CudaStepHandle:
-        return CudaStepHandle(
-            plan,
-            self._drawn_of(columns),
-            self._results,
-            report=report,
-            prompt_logprobs=prompt_logprobs or {},
-            faults=faults,
-        )
 
     def load_adapter(
         self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
@@ -263,7 +220,7 @@ class CudaRunner:
         del self._base_path
         if self._config.limits.max_resident_adapters:
             del self._added_path, self._token_lora, self._decode_lora
-        del self._prompt_logprobs, self._sampler, self._loads, self._buffers
+        del self._prompt_logprobs, self._drawing, self._sampler, self._loads, self._buffers
         torch.cuda.empty_cache()
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from loraplex_engine.runners.sampled import Masks
     from loraplex_engine.step import SamplingArrays, SlotSetup
 
 FIRST_ROWS: Final = 8
@@ -187,7 +188,13 @@ class DeviceSampler:
         return bool(self._setups) and any(slot in self._setups for slot in slots.tolist())
 
     def sample(
-        self, logits: Tensor, slots: NDArray[np.int32], arrays: SamplingArrays, drawn: Tensor, last_sampled: Tensor
+        self,
+        logits: Tensor,
+        slots: NDArray[np.int32],
+        arrays: SamplingArrays,
+        drawn: Tensor,
+        last_sampled: Tensor,
+        masks: Masks | None = None,
     ) -> Tensor | None:
         """Draw one token per row.
 
@@ -195,14 +202,15 @@ class DeviceSampler:
             logits: ``[rows, vocab]`` in the library's dtype.
             slots: int32 ``[rows]``.
             arrays: How to draw.
-            drawn: int32 ``[2, rows]``; gets tokens, and 1 where the largest logit is finite.
+            drawn: int32 ``[2, rows]``; gets tokens and outcomes as in `Sampled`.
             last_sampled: int32 ``[num_slots]`` or more; gets each slot's token.
+            masks: What rows may draw at most; None if all may draw every token.
 
         Returns:
             int32 ``[rows, 1 + 2 n]``, overwritten by the next step: for rows that asked, fp32 bits of the log
             probabilities of the drawn token and of the likeliest tokens, then the ids of these. None if no row asked.
         """
-        rows = self.pack_rows(slots, arrays)
+        rows = self.pack_rows(slots, arrays, masks)
         most = int(arrays.num_logprobs.max(initial=-1))
         if most > self._report_top:
             self._make_report(min(most, self._vocab_size))
@@ -214,6 +222,7 @@ class DeviceSampler:
             drawn,
             last_sampled,
             **self.device_rows(),
+            masks=None if masks is None else masks.words,
             report=report,
         )
         return report
@@ -227,10 +236,14 @@ class DeviceSampler:
             "counts": self._counts.buffers.get("counts"),
         }
 
-    def pack_rows(self, slots: NDArray[np.int32], arrays: SamplingArrays) -> NDArray[np.void]:
+    def pack_rows(
+        self, slots: NDArray[np.int32], arrays: SamplingArrays, masks: Masks | None = None
+    ) -> NDArray[np.void]:
         """Return `ROW_DTYPE` ``[rows]``."""
-        rows = np.empty(len(slots), ROW_DTYPE)
-        rows["slot"] = slots
+        rows = np.zeros(len(slots), ROW_DTYPE)
+        rows["slot"], rows["mask_row"] = slots, -1
+        if masks is not None:
+            rows["mask_row"][masks.rows] = np.arange(len(masks.rows))
         rows["repetition"], rows["presence"] = arrays.repetition_penalty, arrays.presence_penalty
         rows["frequency"], rows["num_top"] = arrays.frequency_penalty, arrays.num_logprobs
         rows["is_banning"] = arrays.ban_stops

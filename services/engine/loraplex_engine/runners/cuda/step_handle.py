@@ -11,6 +11,8 @@ from loraplex_engine.runners.step_results import make_result
 from loraplex_engine.step import StepResult, TokenLogprobs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -61,9 +63,7 @@ class CudaStepHandle:
 
     Args:
         plan: The step.
-        drawn: Device tensor int32 ``[2, columns]``: tokens, and 1 where their logits are finite; sampling rows first.
         buffers: Give the pinned memory.
-        report: Device tensor int32 ``[sampling rows, 1 + 2 n]``, see `DeviceSampler.sample`; None if no row asked.
         prompt_logprobs: See `StepResult`.
         faults: Slots of the step whose request alone caused an exception.
     """
@@ -71,10 +71,8 @@ class CudaStepHandle:
     def __init__(
         self,
         plan: StepPlan,
-        drawn: Tensor,
         buffers: ResultBuffers,
         *,
-        report: Tensor | None,
         prompt_logprobs: dict[int, list[TokenLogprobs]],
         faults: SlotFaults,
     ) -> None:
@@ -83,11 +81,40 @@ class CudaStepHandle:
         self._prompt_logprobs = prompt_logprobs
         self._faults = faults
         self._result: StepResult | None = None
+        self._masks: NDArray[np.int32] | None = None
+        self._draw: Callable[[], None] | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def send(self, drawn: Tensor, report: Tensor | None) -> None:
+        """Send what was drawn to the host, on the current stream.
+
+        Args:
+            drawn: Device tensor int32 ``[2, columns]``: tokens and outcomes as in `Sampled`; sampling rows first.
+            report: Device tensor int32 ``[sampling rows, 1 + 2 n]``, see `DeviceSampler.sample`; None if no row asked.
+        """
         self._shape, self._drawn = tuple(drawn.shape), self._send(drawn)
         self._report = None if report is None else self._send(report)
         self._report_shape = () if report is None else tuple(report.shape)
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
+
+    def wait_for_masks(self, masks: NDArray[np.int32], draw: Callable[[], None]) -> None:
+        """Have `draw` call ``draw``, which calls `send`, once ``masks`` are filled."""
+        self._masks, self._draw = masks, draw
+
+    @property
+    def masks(self) -> NDArray[np.int32]:
+        """Memory for the masks of the plan's masked rows; see `StepHandle`."""
+        if self._masks is None:
+            raise RuntimeError(f"step {self._plan.step_id} has no masked rows")
+        return self._masks
+
+    def draw(self) -> None:
+        """Draw the tokens of a plan with masked rows; see `StepHandle`."""
+        if self._draw is None:
+            raise RuntimeError(f"step {self._plan.step_id} awaits no masks")
+        draw, self._draw = self._draw, None
+        draw()
 
     def _send(self, values: Tensor) -> Tensor:
         pinned = self._buffers.take(values.numel())
@@ -96,11 +123,13 @@ class CudaStepHandle:
 
     def is_done(self) -> bool:
         """Tell without blocking whether the device has finished the step."""
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        return self._event is not None and bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> StepResult:
         """Block until the step's tokens are on the host."""
         if self._result is None:
+            if self._event is None:
+                raise RuntimeError(f"step {self._plan.step_id} awaits masks")
             self._event.synchronize()
             self._result = self._read()
             self._buffers.give_back(self._drawn)
@@ -115,7 +144,7 @@ class CudaStepHandle:
         return make_result(
             plan,
             drawn[0],
-            drawn[1] != 0,
+            drawn[1],
             self._faults,
             prompt_logprobs=self._prompt_logprobs,
             read_logprobs=None if report is None else lambda: self._read_report(report, drawn[0]),

@@ -12,7 +12,8 @@ from loraplex_kernels.lora.prefill import TILE_TOKENS, LoraPrefill
 from loraplex_kernels.lora.prefill_cut import WAVE
 from loraplex_kernels.lora.tables import MAX_RANK
 
-from loraplex_engine.step import NO_ADAPTER, count_runs, takes_decode_kernels
+from loraplex_engine.decode_runs import count_runs, takes_decode_kernels
+from loraplex_engine.step import NO_ADAPTER
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import Geometry

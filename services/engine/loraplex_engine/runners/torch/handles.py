@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_engine.runners.sampled import Sampled
+from loraplex_engine.runners.philox import upload
+from loraplex_engine.runners.sampled import Masks, Sampled
 from loraplex_engine.runners.slot_faults import SlotFaults
 from loraplex_engine.runners.step_results import make_result
 from loraplex_engine.step import StepPlan, StepResult, TokenLogprobs
@@ -19,28 +20,70 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
+    from numpy.typing import NDArray
+
     from loraplex_engine.runners.torch.lora import AdapterTable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Undrawn:
+    """A step after its forward pass.
+
+    Attributes:
+        logits: ``[S, V]``.
+        faults: Slots of the step whose request alone caused an exception.
+    """
+
+    logits: Tensor
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    faults: SlotFaults
 
 
 class TorchStepHandle:
     """A launched step; see `StepHandle`."""
 
     def __init__(
-        self, plan: StepPlan, adapters: dict[int, AdapterTable], compute_until: Callable[[TorchStepHandle], None]
+        self,
+        plan: StepPlan,
+        adapters: dict[int, AdapterTable],
+        compute_until: Callable[[TorchStepHandle], None],
+        *,
+        vocab_size: int,
+        computes_at_once: bool,
     ) -> None:
         """Describe a launched step.
 
         Args:
             plan: The plan.
             adapters: Index of the adapter table -> adapter, for the adapters that the plan names.
-            compute_until: Computes all launched steps up to and including a handle's step.
+            compute_until: Computes all launched steps up to and including a handle's step, its draw excepted while it waits
+                for masks.
+            vocab_size: Columns of the logits.
+            computes_at_once: Whether `draw` draws, and does not leave it to `wait`.
         """
         self.plan = plan
         self.adapters = adapters  # as bound at the launch; an index may be unbound before the step is computed
         self.computed = threading.Event()
+        self.undrawn: Undrawn | None = None
+        self.awaits_masks = bool(len(plan.masked))
+        self.masks = np.zeros((len(plan.masked), -(-vocab_size // 32)), dtype=np.int32)
+        self._computes_at_once = computes_at_once
         self._compute_until = compute_until
         self._result: StepResult | None = None
         self._pending: StepOutput | None = None
+
+    def draw(self) -> None:
+        """Draw the tokens of a plan with masked rows, under `masks`."""
+        if not self.awaits_masks:
+            raise RuntimeError(f"step {self.plan.step_id} awaits no masks")
+        self.awaits_masks = False
+        if self._computes_at_once:
+            self._compute_until(self)
+
+    def masks_on(self, device: torch.device) -> Masks | None:
+        """Return the masks on a device; None if no row has one."""
+        rows: NDArray[np.int32] = self.plan.masked
+        return Masks(rows=rows, words=upload(self.masks, device)) if len(rows) else None
 
     def is_done(self) -> bool:
         """Tell without blocking whether the step is computed."""
@@ -56,7 +99,7 @@ class TorchStepHandle:
         self._compute_until(self)
         if self._result is None:
             if self._pending is None:
-                raise RuntimeError(f"step {self.plan.step_id} was launched and never computed")
+                raise RuntimeError(f"step {self.plan.step_id} was launched and never computed, or awaits masks")
             self._result = self._pending.to_result(self.plan)
             self._pending = None
         return self._result
@@ -71,7 +114,7 @@ class StepOutput:
     """
 
     token_ids: Tensor
-    is_valid: Tensor
+    outcomes: Tensor
     sampled: Sampled
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     faults: SlotFaults
@@ -88,7 +131,7 @@ class StepOutput:
         return make_result(
             plan,
             self.token_ids.numpy().astype(np.int32),
-            self.is_valid.numpy(),
+            self.outcomes.numpy(),
             self.faults,
             prompt_logprobs=self.prompt_logprobs,
             read_logprobs=self.sampled.logprobs_to_host if self.sampled.logprobs else None,

@@ -27,7 +27,7 @@ from loraplex_engine.runners.step_results import take_over_slots
 from loraplex_engine.runners.torch.attention import PagedPool
 from loraplex_engine.runners.torch.attention_plan import AttentionStep
 from loraplex_engine.runners.torch.forwards import make_forward
-from loraplex_engine.runners.torch.handles import StepOutput, TorchLoadHandle, TorchStepHandle
+from loraplex_engine.runners.torch.handles import StepOutput, TorchLoadHandle, TorchStepHandle, Undrawn
 from loraplex_engine.runners.torch.lora import AdapterTable, LoraStep, Segment
 from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, StepPlan
 
@@ -85,10 +85,18 @@ class TorchRunner:
         return 2 if self._emulate_async or self._device.type == "cuda" else 1
 
     def launch(self, plan: StepPlan) -> TorchStepHandle:
-        """Start a step; on a CPU, compute it."""
+        """Start a step; on a CPU, compute it, but for the draw of a plan with masked rows."""
+        if self._launched and self._launched[-1].awaits_masks:
+            raise RuntimeError(
+                f"step {plan.step_id} is launched before step {self._launched[-1].plan.step_id} was drawn"
+            )
         used = np.unique(plan.adapters).tolist()
         handle = TorchStepHandle(
-            plan, {index: self._adapters[index] for index in used if index != NO_ADAPTER}, self.compute_until
+            plan,
+            {index: self._adapters[index] for index in used if index != NO_ADAPTER},
+            self.compute_until,
+            vocab_size=self._model.config.vocab_size,
+            computes_at_once=not self._emulate_async,
         )
         self._launched.append(handle)
         if not self._emulate_async:
@@ -96,13 +104,19 @@ class TorchRunner:
         return handle
 
     def compute_until(self, handle: TorchStepHandle) -> None:
-        """Compute launched plans in order, up to and including a handle's plan."""
+        """Compute launched plans in order, up to and including a handle's plan; stop at a draw that awaits masks."""
         while not handle.computed.is_set():
-            first = self._launched.popleft()
-            first.fulfil(self._compute(first.plan, first.adapters))
+            first = self._launched[0]
+            if first.undrawn is None:
+                first.undrawn = self._run(first.plan, first.adapters)
+            if first.awaits_masks:
+                return
+            self._launched.popleft()
+            first.fulfil(self._draw(first, first.undrawn))
 
     @torch.inference_mode()
-    def _compute(self, plan: StepPlan, tables: dict[int, AdapterTable]) -> StepOutput:
+    def _run(self, plan: StepPlan, tables: dict[int, AdapterTable]) -> Undrawn:
+        """Run a step's forward pass."""
         faults = take_over_slots(plan, self._sampler, self._prompt_logprobs)
         order = np.argsort(plan.adapters, kind="stable")
         attention = AttentionStep(self._pool, plan, order, self._windows)
@@ -114,21 +128,27 @@ class TorchRunner:
         token_ends[order] = np.cumsum(plan.num_tokens[order])
         prompt_logprobs = self._prompt_logprobs.update(plan, token_ends, token_ids, hidden, self._sampler, faults)
         last = torch.from_numpy(token_ends[plan.sample_rows] - 1).to(self._device)
+        logits = self._model.logits(hidden.index_select(0, last))
+        return Undrawn(logits=logits, prompt_logprobs=prompt_logprobs, faults=faults)
+
+    @torch.inference_mode()
+    def _draw(self, step: TorchStepHandle, undrawn: Undrawn) -> StepOutput:
+        plan = step.plan
         slots = plan.slots[plan.sample_rows]
-        sampled = self._sampler.sample(self._model.logits(hidden.index_select(0, last)), slots, plan.sampling)
+        sampled = self._sampler.sample(undrawn.logits, slots, plan.sampling, step.masks_on(self._device))
         self._last_tokens[torch.from_numpy(slots.astype(np.int64)).to(self._device)] = sampled.token_ids
         event = None
         token_ids_host = sampled.token_ids.to("cpu", non_blocking=True)
-        is_valid_host = sampled.is_valid.to("cpu", non_blocking=True)
+        outcomes_host = sampled.outcomes.to("cpu", non_blocking=True)
         if self._device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         return StepOutput(
             token_ids=token_ids_host,
-            is_valid=is_valid_host,
+            outcomes=outcomes_host,
             sampled=sampled,
-            prompt_logprobs=prompt_logprobs,
-            faults=faults | sampled.faults,
+            prompt_logprobs=undrawn.prompt_logprobs,
+            faults=undrawn.faults | sampled.faults,
             event=event,
         )
 

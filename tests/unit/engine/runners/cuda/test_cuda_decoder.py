@@ -15,6 +15,7 @@ from kernels.kernel_cases import relative_error
 from loraplex_common.adapter_image import pack
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import load_base_model
+from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import DTYPES, WeightReader
@@ -28,7 +29,7 @@ from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, St
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
 from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.runners.torch.runner import TorchRunner
-from loraplex_engine.step import MIN_DECODE_RUNS, NO_ADAPTER, StepResult
+from loraplex_engine.step import NO_ADAPTER, StepResult
 from loraplex_kernels.attention.scalar import AttentionScalar
 from loraplex_kernels.lora.tables import AdapterTables
 from support.adapters import Recipe
@@ -65,6 +66,13 @@ class Done:
     def wait(self) -> StepResult:
         assert self._result is not None
         return self._result
+
+    @property
+    def masks(self) -> NDArray[np.int32]:
+        raise NotImplementedError
+
+    def draw(self) -> None:
+        raise NotImplementedError
 
     def add_done_callback(self, callback: object) -> None:
         callback()  # type: ignore[operator]

@@ -1,0 +1,76 @@
+"""From what a request wants to the library's text of a grammar."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+from loraplex_common.structured_output import ConstraintKind, StructuredOutput
+
+from loraplex_engine.constraints.context_free import read_grammar
+from loraplex_engine.constraints.json_schema import prepare_schema
+from loraplex_engine.constraints.json_text import ConstraintTextError, read_json
+from loraplex_engine.constraints.limits import MAX_LITERAL_BYTES
+from loraplex_engine.constraints.patterns import PatternError, literal, to_library
+from loraplex_engine.constraints.structural_tag import read_structural_tag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loraplex_engine.constraints.tokenizer import Vocabulary
+
+MAX_CHOICES: Final = 1024
+
+
+def to_grammar(wanted: StructuredOutput, vocabulary: Vocabulary, *, compact: bool = False) -> str:
+    """Return the library's list of grammars, as JSON.
+
+    Args:
+        wanted: The constraint.
+        vocabulary: The model's tokens, which structural tags name.
+        compact: Whether outputs in JSON have no blanks.
+
+    Raises:
+        ConstraintTextError: If the constraint cannot be written as a grammar; the message begins with its kind.
+    """
+    readers: dict[ConstraintKind, Callable[[], list[dict[str, Any]]]] = {
+        ConstraintKind.JSON_OBJECT: lambda: [_schema('{"type": "object"}', compact)],
+        ConstraintKind.JSON_SCHEMA: lambda: [_schema(wanted.text, compact)],
+        ConstraintKind.REGEX: lambda: [_lark(f"start: /{_regex(wanted.text)}/")],
+        ConstraintKind.CHOICE: lambda: [_lark(f"start: /{_choice(wanted.text)}/")],
+        ConstraintKind.GRAMMAR: lambda: [_lark(read_grammar(wanted.text, compact=compact))],
+        ConstraintKind.STRUCTURAL_TAG: lambda: read_structural_tag(wanted.text, vocabulary, compact=compact),
+    }
+    try:
+        return json.dumps({"grammars": readers[wanted.kind]()})
+    except ConstraintTextError as error:
+        raise ConstraintTextError(f"{wanted.kind.value}: {error}") from None
+
+
+def _schema(text: str, compact: bool) -> dict[str, Any]:
+    return {"json_schema": prepare_schema(text, compact=compact)}
+
+
+def _lark(text: str) -> dict[str, Any]:
+    return {"lark_grammar": text}
+
+
+def _regex(text: str) -> str:
+    try:
+        return to_library(text)
+    except PatternError as error:
+        raise ConstraintTextError(f"in {text[:80]!r} {error}") from None
+
+
+def _choice(text: str) -> str:
+    choices = read_json(text)
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ConstraintTextError("a list of texts is needed")
+    if not 0 < len(choices) <= MAX_CHOICES:
+        raise ConstraintTextError(f"1 to {MAX_CHOICES} texts are needed, not {len(choices)}")
+    if any(len(choice.encode("utf-8", "surrogatepass")) > MAX_LITERAL_BYTES for choice in choices):
+        raise ConstraintTextError(f"a text is longer than {MAX_LITERAL_BYTES} bytes")
+    try:
+        return "|".join(map(literal, choices))
+    except PatternError as error:
+        raise ConstraintTextError(str(error)) from None

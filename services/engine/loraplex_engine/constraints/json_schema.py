@@ -1,0 +1,221 @@
+"""Makes a JSON Schema ready for the library: what it would enforce wrongly is rewritten, what it would not is refused.
+
+The library enforces most keywords and refuses those that it knows it cannot. Between the two lie texts that it reads
+otherwise than JSON Schema does; this module knows them. Whatever comes out of it is either enforced as written or refused
+by the name of its keyword.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from loraplex_engine.constraints import keywords
+from loraplex_engine.constraints.exclusive import are_exclusive
+from loraplex_engine.constraints.formats import (
+    INTEGER_BOUNDS,
+    LIBRARY_FORMATS,
+    NUMBER_FORMATS,
+    PATTERNS,
+    STRING_FORMATS,
+)
+from loraplex_engine.constraints.json_text import ConstraintTextError, read_json
+from loraplex_engine.constraints.limits import MAX_JSON_BLANKS
+from loraplex_engine.constraints.patterns import to_library
+from loraplex_engine.constraints.references import Reference, check_references
+from loraplex_engine.constraints.repeated_factors import check_factors
+from loraplex_engine.constraints.schema_values import (
+    check_least_names,
+    check_names,
+    check_number,
+    check_text,
+    check_type,
+    check_value,
+    escaped,
+    not_numbers,
+    read_count,
+    read_pattern,
+    unsupported,
+)
+
+Schema: TypeAlias = dict[str, Any]
+
+ESCAPES: Final = 'nrbtf\\"'
+"""What may follow a backslash in an output's strings; without ``u`` each name of a property has one spelling only."""
+BLANKS: Final = f"[\\x20\\n\\r\\t]{{1,{MAX_JSON_BLANKS}}}"
+
+
+def prepare_schema(text: str, *, compact: bool = False) -> Schema:
+    """Return the schema for the library, with its options for the output's form.
+
+    Args:
+        text: The JSON of the schema, an object or a boolean.
+        compact: Whether the output has no blanks at all.
+
+    Raises:
+        ConstraintTextError: If it is no JSON, or has what cannot be enforced; the message names the keyword and its place.
+    """
+    schema = read_json(text)
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise ConstraintTextError(f"a schema is an object or true, not {json.dumps(schema)[:40]}")
+    compact = _read_options(schema.pop("x-guidance", {})) or compact
+    reader = _SchemaReader(schema)
+    prepared: Schema = reader.read(schema, _Spot("#", "#"))
+    check_references(reader.references, prepared, reader.places, has_ids=reader.has_ids)
+    check_factors(reader.factors)
+    form = {"whitespace_flexible": False} if compact else {"whitespace_pattern": BLANKS}
+    prepared["x-guidance"] = form | {"json_allowed_escapes": ESCAPES}
+    return prepared
+
+
+def _read_options(options: Any) -> bool:
+    """Return whether `x-guidance` asks for compact JSON; its other options would let keywords be ignored."""
+    flexible = options.get("whitespace_flexible", True) if isinstance(options, dict) else None
+    if not isinstance(flexible, bool) or set(options) - {"whitespace_flexible"}:
+        raise ConstraintTextError("keyword 'x-guidance' takes whitespace_flexible, true or false, and nothing else")
+    return not flexible
+
+
+class _Spot(NamedTuple):
+    """Where a (sub)schema is, and where its references start from: JSON pointers with a leading #."""
+
+    place: str
+    base: str
+
+    def at(self, *keys: str) -> _Spot:
+        return self._replace(place="/".join([self.place, *map(escaped, keys)]))
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    return key in keywords.HARMLESS and value is keywords.HARMLESS[key]
+
+
+class _SchemaReader:
+    """Rewrites one schema; keeps what must be looked at as a whole."""
+
+    def __init__(self, root: Schema) -> None:
+        self._root = root
+        dialect = root.get("$schema", "")
+        draft = keywords.NEWEST_DRAFT if dialect == "" else keywords.DRAFTS.get(str(dialect).removesuffix("#"))
+        if draft is None:
+            known = ", ".join(keywords.DRAFTS)
+            raise ConstraintTextError(f"keyword '$schema' names a dialect that is not known here; known are {known}")
+        self._draft = draft
+        self.places: set[str] = set()
+        self.references: list[Reference] = []
+        self.factors: set[float] = set()
+        self.has_ids = False
+
+    def read(self, schema: Any, spot: _Spot) -> Any:
+        """Return one (sub)schema as the library shall read it.
+
+        Raises:
+            ConstraintTextError: If it cannot be enforced.
+        """
+        self.places.add(spot.place)
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise ConstraintTextError(f"the schema at {spot.place} is neither an object nor a boolean")
+        schema = {key: value for key, value in schema.items() if not _says_nothing(key, value)}
+        self._refuse(schema, spot.place)
+        if "$ref" in schema and self._draft <= 7:  # there a reference hides its siblings
+            schema = {key: value for key, value in schema.items() if key in ("$ref", "$defs", "definitions")}
+        if not str(schema.get("$id", "#")).startswith("#"):
+            spot = spot._replace(base=spot.place)
+            self.has_ids = True
+        if "$ref" in schema:
+            self.references.append(Reference(schema["$ref"], spot.place, spot.base))
+        extra: list[Schema] = []
+        prepared = {key: self._value(key, value, spot, extra) for key, value in schema.items()}
+        check_least_names(prepared, spot.place)
+        return self._in_order(self._with_alternatives(prepared), extra)
+
+    def _refuse(self, schema: Schema, place: str) -> None:
+        for key in schema:
+            if key in keywords.REFUSED:
+                raise unsupported(key, place, keywords.REFUSED[key])
+            if key in keywords.CONTENT and self._draft <= 7:
+                raise unsupported(key, place, "leave it out, or use pattern")
+            if key == "x-guidance":
+                raise unsupported(key, place, "it belongs to the top of the schema")
+        if "prefixItems" in schema and ("additionalItems" in schema or self._draft < 2020):
+            raise unsupported("prefixItems", place, "before draft 2020-12 it is a list under items")
+        is_list = isinstance(schema.get("items"), list)
+        if "additionalItems" in schema and self._draft >= 2020 and not is_list:
+            raise unsupported("additionalItems", place, "since draft 2020-12 it is called items")
+
+    def _value(self, key: str, value: Any, spot: _Spot, extra: list[Schema]) -> Any:
+        place = spot.place
+        if key in keywords.SCHEMA and not isinstance(value, list):
+            return self.read(value, spot.at(key))
+        if key in keywords.LIST_OF_SCHEMAS or key == "items":
+            if not isinstance(value, list):
+                raise ConstraintTextError(f"keyword {key!r} at {place} must have a list")
+            return [self.read(item, spot.at(key, str(index))) for index, item in enumerate(value)]
+        if key in keywords.MAP_OF_SCHEMAS:
+            return self._map(key, value, spot)
+        if key == "format":
+            return self._format(value, place, extra)
+        if key == "pattern":
+            return read_pattern(value, key, place)
+        if key in keywords.COUNTS:
+            return read_count(value, key, place)
+        if key in keywords.BOUNDS or key == "multipleOf":
+            check_number(value, key, place)
+            if key == "multipleOf":
+                self.factors.add(abs(value))
+        elif key in ("const", "enum"):
+            check_value(value, key, place)
+        elif key == "type":
+            check_type(value, place)
+        elif key == "required":
+            check_names(value, key, place)
+        return value
+
+    def _map(self, key: str, value: Any, spot: _Spot) -> Schema:
+        if not isinstance(value, dict):
+            raise ConstraintTextError(f"keyword {key!r} at {spot.place} must have an object")
+        names = [read_pattern(name, key, spot.place) if key == "patternProperties" else name for name in value]
+        if len(set(names)) < len(names):
+            raise unsupported(key, spot.place, "two of its patterns mean the same")
+        if key == "properties":
+            for name in names:
+                check_text(name, key, spot.place)
+        return {
+            name: self.read(item, spot.at(key, original))
+            for name, (original, item) in zip(names, value.items(), strict=True)
+        }
+
+    @staticmethod
+    def _format(name: Any, place: str, extra: list[Schema]) -> Any:
+        if name in INTEGER_BOUNDS:
+            low, high = INTEGER_BOUNDS[name]
+            extra.append({"anyOf": [{"type": "number", "minimum": low, "maximum": high}, *not_numbers()]})
+        elif name in PATTERNS:
+            extra.append({"pattern": to_library(PATTERNS[name])})
+        elif name not in STRING_FORMATS and name not in NUMBER_FORMATS:
+            known = ", ".join(sorted(STRING_FORMATS))
+            raise unsupported("format", place, f"{name!r} is not known; known are {known}")
+        return name if name in LIBRARY_FORMATS else None
+
+    def _with_alternatives(self, prepared: Schema) -> Schema:
+        """Write oneOf as anyOf where no value can satisfy two of its options."""
+        options = prepared.get("oneOf")
+        if options is None or not are_exclusive(options, self._root):
+            return prepared
+        prepared = {key: value for key, value in prepared.items() if key != "oneOf"}
+        if "anyOf" in prepared:
+            return prepared | {"allOf": [*prepared.get("allOf", []), {"anyOf": options}]}
+        return prepared | {"anyOf": options}
+
+    @staticmethod
+    def _in_order(prepared: Schema, extra: list[Schema]) -> Schema:
+        """Put what the library reads together beside each other, and last what it intersects with that."""
+        if extra:
+            prepared = prepared | {"allOf": [*prepared.get("allOf", []), *extra]}
+        prepared = {key: value for key, value in prepared.items() if not (key == "format" and value is None)}
+        first = {key: value for key, value in prepared.items() if key not in keywords.IN_PLACE}
+        return first | {key: prepared[key] for key in keywords.IN_PLACE if key in prepared}

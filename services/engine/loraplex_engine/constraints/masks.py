@@ -1,0 +1,82 @@
+"""Fills the masks of a step's constrained rows."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from llguidance import LLExecutor
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+
+from loraplex_engine.constraints.matcher import GrammarState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from loraplex_engine.constraints.tokenizer import Vocabulary, VocabularySource
+    from loraplex_engine.constraints.types import ConstraintState
+
+MIN_ROWS_IN_PARALLEL: Final = 4
+MAX_THREADS: Final = 16
+
+
+class GrammarMaskFiller:
+    """A `MaskFiller` for the states of this package's constraints.
+
+    Args:
+        source: The model's tokens.
+        num_threads: Threads that compute masks; None takes most of the cores.
+    """
+
+    def __init__(self, source: VocabularySource, num_threads: int | None = None) -> None:
+        self._source = source
+        self._num_threads = num_threads or max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) - 1))
+        self._executor: LLExecutor | None = None
+
+    def fill(self, states: Sequence[ConstraintState], out: NDArray[np.int32]) -> None:
+        """Write the mask of the next token of each state; `MaskFiller` has the details."""
+        if not states:
+            return
+        vocabulary = self._source.get()
+        self._check(vocabulary, out, len(states))
+        rows = [state for state in states if isinstance(state, GrammarState)]
+        assert len(rows) == len(states), "states of another kind of constraint"
+        target = np.empty((len(rows), (vocabulary.tokenizer.vocab_size + 31) // 32), np.int32)
+        target = target if vocabulary.is_wider_than_model else out
+        self._compute(rows, target)
+        self._repair(rows, target)
+        if target is not out:
+            out[:] = target[:, : out.shape[1]]
+        if vocabulary.num_tokens != vocabulary.vocab_size:
+            out &= vocabulary.real_tokens
+        for row, state in enumerate(rows):
+            if state.is_free:
+                out[row] = vocabulary.real_tokens
+
+    def _compute(self, rows: Sequence[GrammarState], target: NDArray[np.int32]) -> None:
+        bound = [(state.matcher, row) for row, state in enumerate(rows) if not state.is_free]
+        if len(bound) < MIN_ROWS_IN_PARALLEL or self._num_threads == 1:
+            for matcher, row in bound:
+                fill_next_token_bitmask(matcher, target, row)
+            return
+        if self._executor is None:
+            self._executor = LLExecutor(self._num_threads)
+        fill_next_token_bitmask_par(self._executor, bound, target)
+
+    def _repair(self, rows: Sequence[GrammarState], target: NDArray[np.int32]) -> None:
+        for row, state in enumerate(rows):
+            if state.is_free or not state.is_broken:
+                continue
+            if state.repair():
+                fill_next_token_bitmask(state.matcher, target, row)
+                if state.is_broken:
+                    state.fail("the next token's mask costs too much")
+
+    @staticmethod
+    def _check(vocabulary: Vocabulary, out: NDArray[np.int32], num_rows: int) -> None:
+        shape = (num_rows, vocabulary.num_words)
+        if out.shape != shape or out.dtype != np.int32 or not out.flags.c_contiguous:
+            raise ValueError(f"masks must be contiguous int32 {shape}, not {out.dtype} {out.shape}")

@@ -1,0 +1,95 @@
+"""A base model as an adapter speaks: with the chat template, generation defaults and stop tokens that it brings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+from loraplex_common.errors import StoreUnavailableError
+
+from loraplex_gateway.adapters.text_parts import TextPartsSource
+from loraplex_gateway.text.chat_template import ChatTemplate
+from loraplex_gateway.text.confined_templates import ConfinedTemplate, TemplateProcesses
+
+if TYPE_CHECKING:
+    from loraplex_common.peers import PeerChannel
+    from loraplex_common.text_parts import TextParts
+
+    from loraplex_gateway.adapters.names import ResolvedAdapter
+    from loraplex_gateway.text.models import ServedModel
+
+MAX_BYTES: Final = 64 * 1024 * 1024
+
+
+class Voices:
+    """Models as adapters speak, the most recently used ones; adapters that bring the same share one.
+
+    Args:
+        source: Gets parts from the adapter store; None without one.
+        max_bytes: Most bytes of parts that are kept.
+    """
+
+    def __init__(self, source: TextPartsSource | None, *, max_bytes: int = MAX_BYTES) -> None:
+        self._source = source
+        self._max_bytes = max_bytes
+        self._processes = TemplateProcesses()
+        self._kept: OrderedDict[tuple[str, str], ServedModel] = OrderedDict()
+        self._num_bytes = 0
+
+    @classmethod
+    def over(cls, channel: PeerChannel | None) -> Voices:
+        """Return the voices of an adapter store's adapters; with no store there are none."""
+        return cls(None if channel is None else TextPartsSource(channel))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parts that are kept."""
+        return self._num_bytes
+
+    async def of(self, model: ServedModel, adapter: ResolvedAdapter | None) -> ServedModel:
+        """Return the model as a revision speaks; the model itself if the revision brings nothing.
+
+        Raises:
+            StoreUnavailableError: If the parts cannot be fetched: the base model's never stand in for them.
+            AdapterNotFoundError: If the revision has been deleted meanwhile.
+        """
+        if adapter is None or not adapter.text_parts:
+            return model
+        key = (model.name, adapter.text_parts)
+        if (voice := self._kept.get(key)) is not None:
+            self._kept.move_to_end(key)
+            return voice
+        if self._source is None:
+            raise StoreUnavailableError("there is no adapter store to get the adapter's texts from", retry_after_s=1.0)
+        parts = await self._source.get(adapter)
+        if key not in self._kept:  # else another request has waited for the same
+            self._keep(key, self._make(model, parts))
+        return self._kept[key]
+
+    async def close(self) -> None:
+        """End what renders and fetches."""
+        if self._source is not None:
+            await self._source.close()
+        self._processes.close()
+
+    def _make(self, model: ServedModel, parts: TextParts) -> ServedModel:
+        tokenizer, bases = model.tokenizer, model.tokenizer.template
+        if parts.chat_template:
+            tokens = {**tokenizer.special_tokens, **parts.special_tokens}
+            own = ConfinedTemplate(
+                self._processes, parts.chat_template, tokens, response_template=parts.response_schema
+            )
+            tokenizer = tokenizer.with_template(own)
+        elif parts.response_schema and isinstance(bases, ChatTemplate):
+            tokenizer = tokenizer.with_template(bases.answering(parts.response_schema))
+        return dataclasses.replace(
+            model, tokenizer=tokenizer, defaults=model.defaults.with_parts(parts), text_parts=parts
+        )
+
+    def _keep(self, key: tuple[str, str], voice: ServedModel) -> None:
+        self._kept[key] = voice
+        self._num_bytes += voice.text_parts.num_bytes
+        while self._num_bytes > self._max_bytes and len(self._kept) > 1:
+            _, gone = self._kept.popitem(last=False)
+            self._num_bytes -= gone.text_parts.num_bytes
