@@ -65,6 +65,7 @@ def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
                 right=GATEWAY + "Generate",
                 handler=routes.elsewhere,
                 summary="Not served.",
+                is_served=False,
             )
             for path in ("/v1/messages", "/v1/messages/{rest:path}")
         ),
