@@ -66,12 +66,12 @@ CHOICES: Final = ("yes", "no", "perhaps")
 Structure = gateway_pb2.StructuredOutput
 RULES: Final[dict[str, Sequence[Any]]] = {
     "structured_output": (
-        *[None] * 5,
+        *[None] * 12,
         Structure(regex=PATTERN),
         Structure(choice=Structure.Choices(choices=CHOICES)),
         Structure(json_schema='{"type": "array", "items": {"enum": [1, null, "x"]}, "maxItems": 3}'),
     ),
-    "bad_token_sequences": (None, None, None, [(9,)], [(5, 6), (7,), (8, 8, 8)], [(token,) for token in range(40, 90)]),
+    "bad_token_sequences": (*[None] * 12, [(9,)], [(5, 6), (7,), (8, 8, 8)], [(token,) for token in range(40, 90)]),
 }
 PROMPT_LENGTHS: Final = (1, 2, 3, 15, 16, 17, MAX_BATCHED_TOKENS, MAX_BATCHED_TOKENS + 1, 50, MAX_MODEL_LEN - 1)
 RESUMED_LENGTHS: Final = (0, 0, 0, 1, 2, 40, MAX_MODEL_LEN)

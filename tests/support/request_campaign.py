@@ -209,7 +209,7 @@ async def run_campaign(directory: Path, *, num_requests: int, seed: int, is_asyn
     engine = partial(
         torch_engine,
         model,
-        num_pages=96,
+        num_pages=72,
         num_arena_slots=64,
         block_tokens=4,
         max_model_len=MAX_MODEL_LEN,

@@ -26,7 +26,7 @@ from loraplex_common.tasks import Supervisor
 from loraplex_common.vllm_metrics import ENGINE_LABEL
 
 from loraplex_engine import build
-from loraplex_engine.constraints.compiler import make_constraints
+from loraplex_engine.constraints.compiler import Constraints, make_constraints
 from loraplex_engine.loop.engine import Engine
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
@@ -86,8 +86,7 @@ class EngineService:
         self._residency_metrics = ResidencyMetrics(registry)
         self._prefetch_metrics = PrefetchMetrics(registry, limits.page_bytes)
         self._client: AdapterClient | None = None
-        eos = limits.eos_token_ids
-        self._constraints = make_constraints(config.model, vocab_size=self._info.vocab_size, eos_token_ids=eos)
+        self._constraints = self._make_constraints(limits.eos_token_ids)
         self.engine = Engine(
             limits,
             build.runner_factory(config, self._info, device, files=files),
@@ -104,7 +103,7 @@ class EngineService:
             identity=self._identity(),
             config=config,
             metrics=RequestMetrics(registry),
-            rules=RuleMaker(self._constraints.compiler, eos),
+            rules=RuleMaker(self._constraints.compiler, limits.eos_token_ids),
         )
         self._authenticator = Authenticator.from_file(config.api_keys_file)
         self._peers = config.peers()
@@ -113,6 +112,10 @@ class EngineService:
         self._supervisor = Supervisor()
         self._valkey = config.connect_valkey(config.redis_url) if config.redis_url else None
         self._registration: Registration | None = None
+
+    def _make_constraints(self, eos_token_ids: tuple[int, ...]) -> Constraints:
+        vocab_size = self._info.vocab_size
+        return make_constraints(self._config.model, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
     def _make_grpc(self, metrics: RpcMetrics) -> GrpcServer:
         config = self._config

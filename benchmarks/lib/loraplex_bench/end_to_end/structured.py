@@ -50,7 +50,7 @@ class Mix:
         name: In results.
         is_structured: One entry per group of `Sizes.num_rows` requests; the first group is measured.
         has_adapters: Whether the requests use adapters, or the base model alone.
-        temperature: Of every request.
+        temperature: Every request's.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Measured:
 
     Attributes:
         gap_ms: Median time between two tokens of a row.
-        tokens_per_s: Of the group.
+        tokens_per_s: Tokens that the group gets in a second.
         extra_steps: Steps of the whole run beyond one for each token of a row: prompts, and steps that a row missed.
         mask_ms: Time in which the step loop filled masks, per step.
     """
@@ -98,7 +98,7 @@ class StructuredRun:
 
     Args:
         rig: The engine.
-        sizes: Of each request.
+        sizes: What each request is.
         mix: Kinds of requests.
         constraint: What structured requests keep to.
         workload: Number of the run; prompts differ between runs.

@@ -49,6 +49,11 @@ class OutputRules:
         self._end_token_id = -1
 
     @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an output with a structure, end-of-text with ignore_eos too; empty if there is no structure."""
+        return () if self.structure is None else self._ends
+
+    @property
     def is_ended(self) -> bool:
         """Whether the structure is complete: only end-of-text can follow."""
         return self.structure is not None and self.structure.is_ended

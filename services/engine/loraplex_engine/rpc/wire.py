@@ -89,9 +89,7 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
     _check_header(submit)
     prompt, resumed = check_tokens(submit, limits)
     scale = submit.adapter_scale if submit.HasField("adapter_scale") else 1.0
-    deadline_s = _moment(submit, "time_left", now_s)
-    if deadline_s is not None and deadline_s <= now_s:
-        raise DeadlineError("the client's deadline passed before the request reached the engine")
+    deadline_s = _deadline(submit, now_s)
     sampling, stopping = check_sampling(submit, limits), check_stopping(submit, limits)
     check_drawable(sampling, stopping, limits)
     return Submission(
@@ -115,6 +113,13 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         structured_output=check_structured_output(submit, limits),
         bad_token_sequences=check_bad_sequences(submit, limits),
     )
+
+
+def _deadline(submit: engine_pb2.Submit, now_s: float) -> float | None:
+    deadline_s = _moment(submit, "time_left", now_s)
+    if deadline_s is not None and deadline_s <= now_s:
+        raise DeadlineError("the client's deadline passed before the request reached the engine")
+    return deadline_s
 
 
 def _check_header(submit: engine_pb2.Submit) -> None:

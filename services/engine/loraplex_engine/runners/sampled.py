@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplex_engine.runners.philox import upload
 from loraplex_engine.runners.slot_faults import SlotFaults
 from loraplex_engine.runners.top_tokens import likeliest
 from loraplex_engine.step import TokenLogprobs
@@ -97,11 +98,13 @@ class Masks:
     rows: NDArray[np.int32]
     words: Tensor
 
-    def is_banned(self, vocab_size: int) -> Tensor:
-        """Return bool ``[M, V]``, True for tokens that may not be drawn."""
+    def apply(self, logits: Tensor) -> None:
+        """Make the logits ``[S, V]`` of tokens that may not be drawn -inf, in place."""
         bits = torch.arange(8, dtype=torch.uint8, device=self.words.device)
         by_byte = (self.words.view(torch.uint8)[:, :, None] >> bits) & 1
-        return by_byte.view(len(self.words), -1)[:, :vocab_size] == 0
+        is_banned = by_byte.view(len(self.words), -1)[:, : logits.shape[1]] == 0
+        rows = upload(self.rows.astype(np.int64), logits.device)
+        logits[rows] = logits[rows].masked_fill(is_banned, float("-inf"))
 
 
 def top_logprobs(

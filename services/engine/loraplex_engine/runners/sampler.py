@@ -109,8 +109,7 @@ class Sampler:
             return Sampled(token_ids=token_ids, outcomes=outcomes_of(best))
         work = logits.to(torch.float32, memory_format=torch.contiguous_format, copy=True).contiguous()
         if masks is not None:
-            rows = upload(masks.rows.astype(np.int64), self._device)
-            work[rows] = work[rows].masked_fill(masks.is_banned(work.shape[1]), NEG_INF)
+            masks.apply(work)
         faults: SlotFaults = {}
         for row, state in special:
             with blaming(faults, [int(slots[row])], "while its logits were edited"):

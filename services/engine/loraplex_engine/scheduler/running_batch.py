@@ -255,13 +255,15 @@ def _setup_of(request: Request, slot: int, stop_ids: tuple[int, ...]) -> SlotSet
     submission = request.submission
     sampling = submission.sampling
     uses_penalties = sampling.uses_penalties
+    ends = submission.rules.end_token_ids if submission.rules is not None else ()
+    bans_ends = submission.stopping.min_new_tokens > len(request.output_token_ids)
     return SlotSetup(
         slot=slot,
         prompt_token_ids=submission.prompt_token_ids if uses_penalties else _NO_TOKENS,
         output_token_ids=request.output_token_ids if uses_penalties else _NO_TOKENS,
         logit_bias=sampling.logit_bias,
         allowed_token_ids=sampling.allowed_token_ids,
-        stop_token_ids=stop_ids if submission.stopping.min_new_tokens > len(request.output_token_ids) else (),
+        stop_token_ids=tuple({*stop_ids, *ends}) if bans_ends else (),
         prompt_logprobs=sampling.prompt_logprobs if request.owes_prompt_logprobs else -1,
         uses_penalties=uses_penalties,
     )

@@ -247,10 +247,7 @@ class Scheduler:
         return plan
 
     def rules(self) -> list[OutputRules | None]:
-        """Return the rules of the newest plan's masked rows, ``[M]``, None for outputs that have ended meanwhile.
-
-        All earlier results must have been read; the plan draws under them.
-        """
+        """Return the rules of the newest plan's masked rows, ``[M]``, once all earlier results were read; None: it has ended."""
         return self._ruled.rules(self._in_flight[-1])
 
     def fail_masked(self, error: LoraplexError) -> None:

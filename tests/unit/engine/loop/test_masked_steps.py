@@ -1,4 +1,4 @@
-"""The step loop and steps that draw under masks: what overlaps with what, and whom a fault of the masks ends."""
+"""The step loop and steps that draw under masks: what overlaps with what, and which requests a fault of the masks ends."""
 
 from __future__ import annotations
 

@@ -124,6 +124,19 @@ def test_end_of_text_ends_a_structured_output_with_ignore_eos_too() -> None:
     assert client.end.stop_token_id == EOS
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_no_end_of_text_is_drawn_before_min_new_tokens(*, ignore_eos: bool) -> None:
+    rig, stride = Rig(depth=2, num_pages=64, max_num_seqs=8), Stride(least=2, most=40)
+    make = partial(ruled, stride, ignore_eos=ignore_eos, min_new_tokens=9, max_new_tokens=50)
+    clients = [rig.submit(make(slot=n, sampling=seeded(n))) for n in range(30)]
+
+    rig.run()
+
+    lengths = [len(client.tokens) for client in clients]
+    assert min(lengths) > 9
+    assert max(lengths) < 40, "some draw end-of-text as soon as they may"
+
+
 @DEPTHS
 def test_a_complete_structure_ends_the_output_before_min_new_tokens(depth: int) -> None:
     rig = Rig(depth=depth)

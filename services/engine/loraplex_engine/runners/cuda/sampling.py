@@ -210,9 +210,7 @@ class DeviceSampler:
             int32 ``[rows, 1 + 2 n]``, overwritten by the next step: for rows that asked, fp32 bits of the log
             probabilities of the drawn token and of the likeliest tokens, then the ids of these. None if no row asked.
         """
-        rows = self.pack_rows(slots, arrays)
-        if masks is not None:
-            rows["mask_row"][masks.rows] = np.arange(len(masks.rows))
+        rows = self.pack_rows(slots, arrays, masks)
         most = int(arrays.num_logprobs.max(initial=-1))
         if most > self._report_top:
             self._make_report(min(most, self._vocab_size))
@@ -238,10 +236,14 @@ class DeviceSampler:
             "counts": self._counts.buffers.get("counts"),
         }
 
-    def pack_rows(self, slots: NDArray[np.int32], arrays: SamplingArrays) -> NDArray[np.void]:
+    def pack_rows(
+        self, slots: NDArray[np.int32], arrays: SamplingArrays, masks: Masks | None = None
+    ) -> NDArray[np.void]:
         """Return `ROW_DTYPE` ``[rows]``."""
         rows = np.zeros(len(slots), ROW_DTYPE)
         rows["slot"], rows["mask_row"] = slots, -1
+        if masks is not None:
+            rows["mask_row"][masks.rows] = np.arange(len(masks.rows))
         rows["repetition"], rows["presence"] = arrays.repetition_penalty, arrays.presence_penalty
         rows["frequency"], rows["num_top"] = arrays.frequency_penalty, arrays.num_logprobs
         rows["is_banning"] = arrays.ban_stops
