@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,16 @@ def compare(arguments: argparse.Namespace) -> int:
                 runs.setdefault(f"{variant} {face}", []).append(result)
                 told = "  ".join(f"{key} {value:,.2f}" for key, value in result.items() if key != "rungs")
                 print(f"{variant:<10} {face:<4} {told}", flush=True)
-    result = {"commit": arguments.commit, "cores": os.cpu_count(), "python": sys.version.split()[0]}
-    result |= {"streams": arguments.streams, "clients": arguments.clients}
-    result |= {"medians": {key: medians(each) for key, each in runs.items()}, "runs": runs}
-    result["ratios"] = ratios(result["medians"])
-    for key, ratio in result["ratios"].items():
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": arguments.commit}
+    report |= {"machine": f"CPU, {os.cpu_count()} cores", "python": sys.version.split()[0]}
+    report |= {"command": " ".join(["python", "benchmarks/gateway_streams.py", *sys.argv[1:]])}
+    report |= {"streams": arguments.streams, "clients": arguments.clients}
+    report |= {"medians": {key: medians(each) for key, each in runs.items()}, "runs": runs}
+    report["ratios"] = ratios(report["medians"])
+    for key, ratio in report["ratios"].items():
         print(f"{key}: {ratio:.2f}")
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -24,6 +24,7 @@ WHAT: Final = {
     "cpu_vs_peft": "output rate beside transformers + peft",
     "engine": "the engine on whole workloads: bursts, traces, start",
     "gateway": "a gateway alone: open, with identity, with quotas",
+    "gateway-streams": "events a second through a gateway, over SSE and gRPC, by number of workers",
     "kernels": "kernels alone, beside their floors and peers",
     "layers": "LoRA inside a decode layer: time added to a step",
     "mixed-steps": "steps with decode rows beside prompts",
@@ -35,6 +36,7 @@ WHAT: Final = {
     "sampling": "sampling on the device",
     "soak": "random faults against a fleet, every answer checked",
     "steps": "single steps, to which the simulator is fitted",
+    "structured-": "rows that draw under masks, beside plain rows",
     "structured": "random JSON Schemas on one engine, every output validated",
 }
 """Start of a file's name -> what such files hold."""
