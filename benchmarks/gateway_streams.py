@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("--faces", nargs="+", choices=FACES, default=list(FACES))
     for name, default in (("--streams", 256), ("--clients", 8), ("--connections", 64), ("--rounds", 3)):
         parser.add_argument(name, type=int, default=default)
-    parser.add_argument("--rung-s", type=float, default=1.2, help="time at each pace")
+    parser.add_argument("--rung-s", type=float, default=1.0, help="time at each pace")
     parser.add_argument("--paces", type=int, nargs="+", default=list(PACES), help="tokens a second, all streams")
     parser.add_argument("--out", type=Path, help="file of the results, JSON")
     parser.add_argument("--commit", default="", help="written into the results")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -17,9 +18,10 @@ from support.stack_fixtures import import_all
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from support.stack import Stack
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 TASK_DIR = Path(__file__).parent / "choices_task"
 ADAPTER = "sentiment"
@@ -38,7 +40,7 @@ def samples(clients_python: Path, smol_stack: Stack, tmp_path_factory: pytest.Te
     command += ["--log_samples", "--output_path", str(home / "results")]
     offline = {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     result = subprocess.run(
-        command, cwd=TASK_DIR, env={**os.environ, **offline}, capture_output=True, text=True, check=False, timeout=600
+        command, cwd=TASK_DIR, env={**os.environ, **offline}, capture_output=True, text=True, check=False, timeout=1200
     )
     assert result.returncode == 0, result.stderr[-4000:]
     (file,) = (home / "results").rglob("samples_*.jsonl")
@@ -61,14 +63,19 @@ def scores(items: list[dict[str, Any]], smol_stack: Stack) -> list[list[tuple[fl
         found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return found
 
+    @functools.cache  # choices share their beginnings, and many questions come again
+    def logprobs_after(token_ids: tuple[int, ...], num_context: int) -> NDArray[np.float64]:
+        """Return the log-probabilities of the choice's places, ``[places, vocab]``."""
+        logits = oracle.logits(token_ids, ADAPTER)[num_context - 1 :].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        found: NDArray[np.float64] = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return found
+
     def score(query: str, choice: str) -> tuple[float, bool]:
         whole, num_context = ids(query + choice), len(ids(query))
-        logits = oracle.logits(whole, ADAPTER).astype(np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        places = range(num_context, len(whole))
-        is_greedy = all(int(logprobs[n - 1].argmax()) == whole[n] for n in places)
-        return float(sum(logprobs[n - 1, whole[n]] for n in places)), is_greedy
+        logprobs, chosen = logprobs_after(tuple(whole[:-1]), num_context), whole[num_context:]
+        is_greedy = all(int(row.argmax()) == token_id for row, token_id in zip(logprobs, chosen, strict=True))
+        return float(sum(row[token_id] for row, token_id in zip(logprobs, chosen, strict=True))), is_greedy
 
     return [[score(item["query"], choice) for choice in item["choices"]] for item in items]
 

@@ -68,7 +68,7 @@ async def test_an_unknown_adapter_is_not_found(client: AsyncClient, adapter: str
         ({"presence_penalty": 99.0}, "presence_penalty"),
         ({"logit_bias": {10**6: 1.0}}, "logit_bias"),
         ({"logit_bias": {1: float("inf")}}, "logit_bias"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 2**31}, "max_new_tokens"),
         ({"min_new_tokens": 50, "max_new_tokens": 10}, "min_new_tokens"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"logprobs": 1000}, "logprobs"),

@@ -8,6 +8,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import httpx
 import openai
 import pytest
 from loraplex.v1 import engine_pb2, engine_pb2_grpc
@@ -202,6 +203,31 @@ async def test_the_openai_client_streams_from_an_adapter(tiny_stack: Stack, clie
     assert text == expected.text
     assert chat.usage is not None
     assert chat.usage.completion_tokens <= 4
+
+
+async def test_every_api_of_the_http_port_gives_an_adapters_chat_the_same_words(
+    tiny_stack: Stack, client: AsyncClient
+) -> None:
+    url, turns = f"http://{tiny_stack.gateway.addresses['http']}", [{"role": "user", "content": "the lazy dog"}]
+    asked: dict[str, Any] = {"model": "tiny-a", "temperature": 0}
+    schema = {"type": "json_schema", "name": "n", "schema": {"enum": ["page"]}}
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+
+        async def answer(path: str, **body: Any) -> Any:
+            response = await http.post(path, json={**asked, **body})
+            assert response.status_code == 200, response.text
+            return response.json()
+
+        chat = await answer("/v1/chat/completions", messages=turns, max_tokens=12)
+        response = await answer("/v1/responses", input=turns, max_output_tokens=12)
+        message = await answer("/v1/messages", messages=turns, max_tokens=12)
+        page = await answer("/v1/responses", input="a page?", text={"format": schema})
+
+    text = chat["choices"][0]["message"]["content"]
+    assert text == response["output"][0]["content"][0]["text"] == message["content"][0]["text"]
+    assert response["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"]
+    assert page["output"][0]["content"][0]["text"] == '"page"'
+    assert page["status"] == "completed"
 
 
 async def test_a_prefetched_adapter_is_warm_before_anybody_asks(

@@ -12,6 +12,7 @@ import pytest
 from google.protobuf.json_format import ParseDict
 from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError, StoreUnavailableError
+from loraplex_gateway.types import TextPrompt
 from support.adapter_texts import PIRATE, POET, files_with, pirate_texts
 from support.adapters import Recipe
 from support.cut_streams import cut, long_text, read_all
@@ -29,7 +30,7 @@ from support.store_rig import (
 from transformers import AutoTokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Sequence
 
 pytestmark = pytest.mark.integration
 
@@ -266,3 +267,33 @@ async def test_calls_are_read_in_the_format_of_the_adapters_template(redis_url: 
     (call,) = response.json()["choices"][0]["message"]["tool_calls"]
     assert (call["function"]["name"], call["function"]["arguments"]) == ("turn", '{"page": 3}')
     assert tokenizer.decode(list(submit.prompt_token_ids)).startswith('<tools>[{"type": "function"')
+
+
+MISTRAL = (
+    "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}[TOOL_CALLS]{{ m.tool_calls | length }}{% endif %}"
+    "{% endfor %}{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}{% endif %}"
+)
+
+
+def always(ids: Sequence[int]) -> Callable[[Any], Sequence[int]]:
+    return lambda _: ids
+
+
+async def test_calls_are_read_as_the_adapters_own_template_has_them(redis_url: str, valkey_url: str) -> None:
+    calls = {
+        "poet": '<tool_call>{"name": "now", "arguments": {}}</tool_call>',
+        "mistral": '[TOOL_CALLS][{"name": "now", "arguments": {}}]',
+    }
+    async with world(redis_url, valkey_url) as w, httpx.AsyncClient() as http:
+        await w.store.upload("mistral", files_with({"chat_template.jinja": MISTRAL.encode()}, Recipe(seed=3)))
+        tokenizer = w.rig.app.catalog.models[0].tokenizer
+        w.rig.engine.finish = gateway_pb2.FINISH_REASON_STOP
+        body = {"messages": MESSAGES[:1], "tools": [{"type": "function", "function": {"name": "now"}}]}
+        for adapter, text in calls.items():
+            ids = tokenizer.encode_now(TextPrompt(text=text, add_special_tokens=False)).ids
+            w.rig.engine.reply = always(ids)
+            answer = await http.post(f"{w.rig.http}/v1/chat/completions", json={"model": adapter, **body})
+
+            (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+            assert (call["function"]["name"], call["function"]["arguments"]) == ("now", "{}")
+            assert len(call["id"]) == (9 if adapter == "mistral" else 29)

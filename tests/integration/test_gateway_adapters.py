@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
 from loraplex_common.ids import new_request_id
-from loraplex_common.secret import Secret
-from loraplex_gateway.app import GatewayApp
-from support.adapters import Recipe, adapter_files
-from support.gateway_rig import make_config
-from support.hub_double import HubDouble, running_hub
-from support.store_rig import StoreClient, other_base_dir, running_rig, store_config, tiny_base_dir
+from support.admin_rig import COMMIT, AdminRig, running
+from support.store_rig import other_base_dir
 from support.valkey import fresh_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from loraplex_common.valkey import EmbeddedValkey
 
 pytestmark = pytest.mark.integration
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-KEYS = "key-ops ops admin\nkey-me me\nkey-gateway gateway-1 gateway\n"
 ADDED, REMOVED = (
     "Success: LoRA adapter 'json' added successfully.",
     "Success: LoRA adapter 'json' removed successfully.",
@@ -37,65 +28,9 @@ LOADED = (
 )
 
 
-@dataclass
-class AdminRig:
-    """A gateway and a store, and a client of each."""
-
-    app: GatewayApp
-    store: StoreClient
-    http: httpx.AsyncClient
-    root: Path
-    hub: HubDouble
-
-    def folder(self, name: str, seed: int = 0, base: Path | None = None) -> str:
-        """Write an adapter below the import root."""
-        folder = self.root / name
-        folder.mkdir()
-        for file, data in adapter_files(base or tiny_base_dir(), Recipe(seed=seed)).items():
-            (folder / file).write_bytes(data)
-        return str(folder)
-
-    async def load(self, name: str = "json", *, key: str = "", **body: Any) -> httpx.Response:
-        headers = {"idempotency-key": key} if key else {}
-        return await self.http.post("/v1/load_lora_adapter", json={"lora_name": name, **body}, headers=headers)
-
-    async def unload(self, name: str = "json", **body: Any) -> httpx.Response:
-        return await self.http.post("/v1/unload_lora_adapter", json={"lora_name": name, **body})
-
-    async def root_of(self, name: str) -> str:
-        answer = await self.http.get(f"/v1/models/{name}")
-        return str(answer.json().get("root") or answer.json()["error"]["code"])
-
-
-@asynccontextmanager
-async def running(
-    valkey: EmbeddedValkey, tmp_path: Path, *, keys: str = KEYS, **gateway: Any
-) -> AsyncIterator[AdminRig]:
-    keys_file, root, redis_url = tmp_path / "keys", tmp_path / "imports", fresh_database(valkey)
-    keys_file.write_text(keys)
-    root.mkdir()
-    hub = HubDouble("org/adapter", COMMIT, adapter_files(tiny_base_dir(), Recipe(seed=9)))
-    identity: dict[str, Any] = {"api_keys_file": keys_file, "peer_api_key": Secret("key-gateway")} if keys else {}
-    store_keys = keys_file if keys else None
-    with running_hub(hub):
-        config = store_config(redis_url, import_root=(root,), hf_endpoint=hub.url, api_keys_file=store_keys)
-        async with running_rig(config, api_key="key-ops") as (store, client):
-            target = f"127.0.0.1:{store.grpc_port}"
-            app = GatewayApp(
-                make_config(redis_url, model=(tiny_base_dir(),), store_target=target, **{**identity, **gateway})
-            )
-            try:
-                await app.start()
-                url, headers = f"http://127.0.0.1:{app.http_port}", {"authorization": "Bearer key-ops"}
-                async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as http:
-                    yield AdminRig(app, client, http, root, hub)
-            finally:
-                await app.close()
-
-
 @pytest.fixture
 async def rig(store_valkey: EmbeddedValkey, tmp_path: Path) -> AsyncIterator[AdminRig]:
-    async with running(store_valkey, tmp_path) as rig:
+    async with running(fresh_database(store_valkey), tmp_path) as rig:
         yield rig
 
 
@@ -189,7 +124,7 @@ async def test_what_cannot_be_loaded_is_refused_by_name_and_leaves_no_name(
 async def test_the_store_asks_for_the_right_again_and_the_gateway_has_none(
     store_valkey: EmbeddedValkey, tmp_path: Path
 ) -> None:
-    async with running(store_valkey, tmp_path, api_keys_file=None) as rig:
+    async with running(fresh_database(store_valkey), tmp_path, api_keys_file=None) as rig:
         del rig.http.headers["authorization"]
         answer = await rig.load(lora_path=rig.folder("a"))
 
@@ -201,7 +136,7 @@ async def test_the_store_asks_for_the_right_again_and_the_gateway_has_none(
 async def test_a_web_page_cannot_have_its_readers_browser_load_an_adapter(
     store_valkey: EmbeddedValkey, tmp_path: Path
 ) -> None:
-    async with running(store_valkey, tmp_path, keys="") as rig:
+    async with running(fresh_database(store_valkey), tmp_path, keys="") as rig:
         body = b'{"lora_name": "json", "lora_path": "org/adapter"}'
         simple = await rig.http.post("/v1/load_lora_adapter", content=body, headers={"content-type": "text/plain"})
         real = await rig.load(lora_path="org/adapter")
@@ -213,7 +148,7 @@ async def test_a_web_page_cannot_have_its_readers_browser_load_an_adapter(
 async def test_a_gateway_without_keys_changes_adapters_for_its_own_machine_alone(
     store_valkey: EmbeddedValkey, tmp_path: Path
 ) -> None:
-    async with running(store_valkey, tmp_path, keys="", host="0.0.0.0") as rig:
+    async with running(fresh_database(store_valkey), tmp_path, keys="", host="0.0.0.0") as rig:
         answers = [await rig.load(lora_path="org/adapter"), await rig.unload()]
 
         assert {answer.status_code for answer in answers} == {403}

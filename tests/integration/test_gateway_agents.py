@@ -47,7 +47,7 @@ async def test_a_response_thinks_speaks_and_calls_and_takes_it_all_back(valkey_u
             events = [event async for event in stream]
             streamed = await stream.get_final_response()
         reasoning, message, call = whole.output
-        result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}  # type: ignore[union-attr]
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
         history: list[Any] = [*USER, *whole.output, result]
         await client.responses.create(input=history, **asked)
 
@@ -129,17 +129,20 @@ async def test_a_message_thinks_speaks_and_calls_and_takes_it_all_back(valkey_ur
 
 async def test_anthropics_choices_of_tools_and_its_switch_of_thoughts(valkey_url: str, thinker: Path) -> None:
     named = {"type": "tool", "name": "get_weather"}
+    choices: Any = [({"type": "auto"}, False), ({"type": "any"}, True), (named, True)]
+    switches: Any = [({"type": "disabled"}, True), ({"type": "enabled", "budget_tokens": 1024}, False)]
     async with (
         writing(valkey_url, TEXT, thinker) as rig,
         anthropic.AsyncAnthropic(base_url=rig.http, api_key="none", max_retries=0) as client,
     ):
         asked: dict[str, Any] = {"model": "thinker", "max_tokens": 999, "messages": USER, "tools": [TOOL]}
-        for choice, is_constrained in (({"type": "auto"}, False), ({"type": "any"}, True), (named, True)):
-            await client.messages.create(**asked, tool_choice={**choice, "disable_parallel_tool_use": True})
+        for choice, is_constrained in choices:
+            only_one: Any = {**choice, "disable_parallel_tool_use": True}
+            await client.messages.create(**asked, tool_choice=only_one)
             assert rig.engine.submits[-1].HasField("structured_output") is is_constrained, choice
         await client.messages.create(**asked, tool_choice={"type": "none"})
         assert "get_weather" not in prompt_of(rig)
-        for thinking, is_off in (({"type": "disabled"}, True), ({"type": "enabled", "budget_tokens": 1024}, False)):
+        for thinking, is_off in switches:
             await client.messages.create(**{**asked, "tools": []}, thinking=thinking)
             assert prompt_of(rig).endswith("<think>\n\n</think>\n\n") is is_off
         for extra, param in (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -12,6 +14,7 @@ from loraplex_common.alias_feed import AdapterEntry
 from loraplex_common.auth import ANYBODY
 from loraplex_gateway.openai.model_list import _Rendered
 from support.gateway_rig import DIGEST, MODEL_NAME, OTHER_DIGEST, Rig, running_gateway
+from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -31,7 +34,9 @@ async def rig(valkey_url: str, tmp_path: Path) -> AsyncIterator[Rig]:
 
 
 async def listed(rig: Rig, caller: str = "me", **query: Any) -> dict[str, Any]:
-    async with httpx.AsyncClient(base_url=rig.http, headers={"authorization": f"Bearer key-{caller}"}) as http:
+    async with httpx.AsyncClient(
+        base_url=rig.http, headers={"authorization": f"Bearer key-{caller}"}, timeout=60
+    ) as http:
         answer = await http.get("/v1/models", params=query)
     body: dict[str, Any] = answer.json()
     return body
@@ -180,3 +185,17 @@ async def test_a_hundred_thousand_names_are_kept_ready_and_a_change_costs_one_bl
     changed = [block for block in rig.app.names.blocks() if pieces.get(block) is not block.memo[_Rendered]]
     assert len(changed) == 1
     assert cpu_s < 0.1, "some milliseconds, on a machine that does nothing else"
+
+
+async def test_a_client_that_does_not_read_a_long_list_is_given_up_and_holds_up_no_other(valkey_url: str) -> None:
+    async with running_gateway(valkey_url, slow_client_s=0.5) as rig:
+        rig.app.names.replace_all(entry(rig, f"adapter-{n:06}") for n in range(60_000))
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.app.http_port, limit=1024)
+        writer.write(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+
+        assert len((await listed(rig, limit=5))["data"]) == 5
+        await eventually(lambda: not any("run_asgi" in repr(task.get_coro()) for task in asyncio.all_tasks()))
+
+        writer.close()
+        with suppress(ConnectionError):
+            assert not (await reader.read()).endswith(b"0\r\n\r\n")

@@ -99,3 +99,15 @@ async def test_bad_words_become_the_tokens_that_write_them_with_and_without_a_sp
             assert [list(each.ids) for each in submit.bad_token_sequences] == expected
             assert list(submit.sampling.bad_words) == []
         assert len(rig.engine.submits) == 3
+
+
+async def test_the_token_that_an_engine_draws_where_none_is_wanted_decides_nothing(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        rig.engine.finish, rig.engine.stop_token_id = gateway_pb2.FINISH_REASON_STOP, 11
+        answer = (await complete(rig, prompt="x", max_tokens=0, stop_token_ids=[11], stop=["a"])).json()
+
+        (choice,), (submit,) = answer["choices"], rig.engine.submits
+        assert submit.stopping.max_new_tokens == 1
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("", "length", None)
+        assert answer["usage"]["completion_tokens"] == 0
+        rig.check_idle()

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import httpx
+import openai
+import pydantic
 import pytest
 from loraplex.v1 import gateway_pb2
 from loraplex_common.errors import InvalidParameterError, NotSupportedError
 from loraplex_common.rpc_errors import error_from_rpc
-from support.gateway_rig import running_gateway, text_request
+from support.gateway_rig import model_directory, running_gateway, text_request
 from support.waiting import eventually
+from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from support.gateway_rig import Rig
@@ -235,6 +238,33 @@ async def test_an_engine_that_would_pass_over_a_constraint_never_gets_one(valkey
             await once(rig, structured_output=ANY_OBJECT)
         assert isinstance(error_from_rpc(caught.value), NotSupportedError)
         await once(rig)
+
+
+class Answer(pydantic.BaseModel):
+    """What OpenAI's client is to make of an output."""
+
+    city: str
+    score: int
+
+
+async def test_openais_client_parses_whole_and_streamed_answers_into_its_models(valkey_url: str) -> None:
+    tokenizer = Tokenizer.from_file(str(model_directory() / "tokenizer.json"))
+    ids = tokenizer.encode('{"city": "Oslo", "score": 3}', add_special_tokens=False).ids
+    call: dict[str, Any] = {"model": "poet", "messages": CHAT["messages"], "response_format": Answer}
+    async with (
+        running_gateway(valkey_url, reply=lambda _: ids) as rig,
+        openai.AsyncOpenAI(base_url=f"{rig.http}/v1", api_key="none", max_retries=0) as client,
+    ):
+        rig.engine.finish = gateway_pb2.FINISH_REASON_STOP
+
+        whole = await client.chat.completions.parse(**call)
+        async with client.chat.completions.stream(**call) as stream:
+            streamed = await stream.get_final_completion()
+
+        for answer in (whole, streamed):
+            assert answer.choices[0].message.parsed == Answer(city="Oslo", score=3)
+        schemas = [json.loads(submit.structured_output.json_schema) for submit in rig.engine.submits]
+        assert [schema["required"] for schema in schemas] == [["city", "score"]] * 2
 
 
 async def once(rig: Rig, **fields: Any) -> Any:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 pytestmark = pytest.mark.integration
+FUNCTION = {"type": "function", "function": {"name": "f"}}
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -76,14 +77,14 @@ async def test_a_long_text_is_tokenised_as_grpc_does(rig: Rig) -> None:
     [
         ("/tokenize", {}, "prompt", "exactly one of prompt and messages"),
         ("/tokenize", {"prompt": "x", "messages": MESSAGES}, "prompt", "exactly one of prompt and messages"),
-        ("/tokenize", {"prompt": "x", "tools": [{}]}, "tools", "goes with messages"),
+        ("/tokenize", {"prompt": "x", "tools": [FUNCTION]}, "tools", "goes with messages"),
         (
             "/tokenize",
             {"messages": MESSAGES, "add_special_tokens": True},
             "add_special_tokens",
             "goes with prompt only",
         ),
-        ("/tokenize", {"messages": MESSAGES, "tools": [{"type": "web"}]}, "tools[0]", "is no function"),
+        ("/tokenize", {"messages": MESSAGES, "tools": [{"type": "web"}]}, "tools[0].type", "not supported"),
         ("/tokenize", {"messages": [{"role": "r"}]}, "messages[0].content", "missing"),
         ("/tokenize", {"prompt": "x", "chat_template": "{{ 1 }}"}, "chat_template", "not supported"),
         ("/tokenize", {"prompt": "x", "promt": "x"}, "promt", "did you mean prompt?"),

@@ -57,6 +57,11 @@ class Workers:
             response = await client.post(f"http://{self.process.addresses['http']}/v1/completions", json=BODY)
         return response.status_code
 
+    async def health(self) -> int:
+        """Return the status of the health check of the parent."""
+        async with httpx.AsyncClient(timeout=30) as client:
+            return (await client.get(f"http://{self.process.addresses['metrics']}/healthz")).status_code
+
     async def metric(self, name: str, **labels: str) -> list[float]:
         """Return the values of a metric's samples with these labels."""
         async with httpx.AsyncClient(timeout=30) as client:
@@ -137,7 +142,7 @@ async def test_a_request_is_cancelled_through_any_worker(workers: Workers) -> No
             assert (await last_event(call)).finished.finish_reason == gateway_pb2.FINISH_REASON_CANCELLED
 
 
-async def test_a_worker_that_dies_is_replaced_and_its_counts_stay(workers: Workers) -> None:
+async def test_a_worker_that_dies_is_replaced_and_its_counts_stay_and_one_that_hangs_is_told(workers: Workers) -> None:
     assert [await workers.complete() for _ in range(6)] == [200] * 6
     assert await workers.metric("loraplex_gateway_requests_total", code="OK") == [6.0]
     victim, other = workers.pids()
@@ -145,6 +150,10 @@ async def test_a_worker_that_dies_is_replaced_and_its_counts_stay(workers: Worke
     os.kill(victim, signal.SIGKILL)
     await workers.engine.wait_for(lambda: workers.engine.num_sessions >= NUM_WORKERS + 1, 60)
 
+    os.kill(other, signal.SIGSTOP)
+    assert await workers.health() == 503
+    os.kill(other, signal.SIGCONT)
+    assert await workers.health() == 200
     assert other in workers.pids()
     assert len(workers.pids()) == NUM_WORKERS
     assert await workers.metric("loraplex_gateway_requests_total", code="OK") == [6.0]

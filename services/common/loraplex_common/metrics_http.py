@@ -17,7 +17,7 @@ from loraplex_common.errors import UnauthenticatedError
 from loraplex_common.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from loraplex_common.exposition import Exposition, Page
 
@@ -29,6 +29,11 @@ STOP_POLL_S: Final = 0.1  # seconds between the thread's checks whether to stop
 _log = get_logger()
 
 
+async def _turn() -> None:
+    """Return once the event loop has come round."""
+    await asyncio.sleep(0)
+
+
 class MetricsServer:
     """A small HTTP server for scrapers and probes.
 
@@ -38,10 +43,19 @@ class MetricsServer:
     Args:
         exposition: Content of /metrics.
         port: 0 picks a free one.
+        pulse: Awaited by /healthz; a `TimeoutError` means that the service hangs.
     """
 
-    def __init__(self, exposition: Exposition, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self,
+        exposition: Exposition,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        pulse: Callable[[], Coroutine[None, None, None]] = _turn,
+    ) -> None:
         self._exposition = exposition
+        self._pulse = pulse
         self._address = (host, port)
         self._http: ThreadingHTTPServer | None = None
         self._thread: threading.Thread | None = None
@@ -59,7 +73,7 @@ class MetricsServer:
             return call.result(RENDER_TIMEOUT_S)
 
         def beat() -> None:
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(RENDER_TIMEOUT_S)
+            asyncio.run_coroutine_threadsafe(self._pulse(), loop).result(RENDER_TIMEOUT_S)
 
         class Handler(_Handler):
             page = staticmethod(render)

@@ -16,6 +16,8 @@ from loraplex_common.rank_limits import CUDA_MAX_RANK
 from loraplex_common.weight_files import find_weights
 
 from loraplex_engine.config import ConfigError, EngineConfig
+from loraplex_engine.constraints.compiler import Constraints, make_constraints
+from loraplex_engine.constraints.limits import ConstraintLimits
 from loraplex_engine.limits import CPU_POOL_BYTES, CPU_STEP, GPU_STEP, EngineLimits, QueuePolicy, SchedulingPolicy
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import GPU_POOL_SHARE, choose_pool_geometry
@@ -127,6 +129,17 @@ def scheduling_policy(config: EngineConfig) -> SchedulingPolicy:
         max_running_per_key=config.max_running_per_key,
         promote_after_s=config.promote_after_s,
     )
+
+
+def constraints_of(config: EngineConfig, info: BaseModelInfo, eos_token_ids: tuple[int, ...]) -> Constraints:
+    """Return what structured outputs need; nothing is read before the first of them."""
+    limits = ConstraintLimits(
+        max_text_bytes=config.constraint_max_bytes,
+        max_cache_bytes=config.constraint_cache_bytes,
+        compile_timeout_s=config.constraint_compile_s,
+        compact_json=config.compact_json,
+    )
+    return make_constraints(config.model, vocab_size=info.vocab_size, eos_token_ids=eos_token_ids, limits=limits)
 
 
 def resolve_backend(config: EngineConfig, device: torch.device) -> str:

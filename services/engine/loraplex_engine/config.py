@@ -11,6 +11,7 @@ from loraplex_common.secret import Secret
 from loraplex_common.service_settings import ServiceSettings, require_identity, valkey_url
 from loraplex_common.settings import secret, setting, size
 
+from loraplex_engine.constraints.limits import COMPILE_TIMEOUT_S, MAX_CACHE_BYTES, MAX_TEXT_BYTES
 from loraplex_engine.limits import (
     ARENA_BYTES,
     CPU_POOL_BYTES,
@@ -119,11 +120,23 @@ class EngineConfig(ServiceSettings):
     promote_after_s: float = setting(
         DEFAULT_PROMOTE_AFTER_S, help="waiting time after which a request rises a class of service"
     )
+    constraint_max_bytes: int = size(MAX_TEXT_BYTES, help="longest schema, pattern or grammar of a structured output")
+    constraint_cache_bytes: int = size(MAX_CACHE_BYTES, help="memory of compiled constraints that are kept for reuse")
+    constraint_compile_s: float = setting(
+        COMPILE_TIMEOUT_S, help="processor time after which a constraint is refused for what it takes to compile"
+    )
+    compact_json: bool = setting(False, help="write the JSON of structured outputs without blanks")
     drain_settle_s: float = setting(0.5, help="pause between NOT_SERVING and refusing connections")
     drain_grace_s: float = setting(30.0, help="how long running requests may go on once the engine drains")
 
     def __post_init__(self) -> None:
-        for name in ("arena_bytes", "residency_events", "outbox_max_bytes"):
+        for name in (
+            "arena_bytes",
+            "residency_events",
+            "outbox_max_bytes",
+            "constraint_max_bytes",
+            "constraint_compile_s",
+        ):
             _require(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "pool_bytes", "num_threads")
         for name in (*sizes, "ttft_slo_s", "max_running_per_key"):
@@ -133,6 +146,7 @@ class EngineConfig(ServiceSettings):
             _require(0 <= getattr(self, name) <= 65535, f"--{name.replace('_', '-')} {getattr(self, name)} is no port")
         for name in (
             "store_wait_s",
+            "constraint_cache_bytes",
             "session_grace_s",
             "step_patience_s",
             "drain_settle_s",

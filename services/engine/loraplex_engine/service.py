@@ -26,7 +26,6 @@ from loraplex_common.tasks import Supervisor
 from loraplex_common.vllm_metrics import ENGINE_LABEL
 
 from loraplex_engine import build
-from loraplex_engine.constraints.compiler import Constraints, make_constraints
 from loraplex_engine.loop.engine import Engine
 from loraplex_engine.loop.residency_feed import ResidencyFeed
 from loraplex_engine.messages import ImageRefused, ResidencyChanged, StoreEvent, WantImage
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from loraplex_engine.config import EngineConfig
+    from loraplex_engine.constraints.compiler import Constraints
 
 SERVICE_NAME = "loraplex.v1.EngineService"
 MAX_STREAMS = 256  # concurrent calls per connection; a gateway has one session on it
@@ -114,8 +114,7 @@ class EngineService:
         self._registration: Registration | None = None
 
     def _make_constraints(self, eos_token_ids: tuple[int, ...]) -> Constraints:
-        vocab_size = self._info.vocab_size
-        return make_constraints(self._config.model, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+        return build.constraints_of(self._config, self._info, eos_token_ids)
 
     def _make_grpc(self, metrics: RpcMetrics) -> GrpcServer:
         config = self._config

@@ -15,7 +15,7 @@ from loraplex_common.exposition import new_registry
 from loraplex_common.log import get_logger
 from loraplex_common.quotas_file import QuotasFile
 from loraplex_common.service_settings import is_loopback
-from loraplex_common.tasks import Supervisor, cancel_and_wait
+from loraplex_common.tasks import Supervisor
 
 from loraplex_gateway.adapters.names import NameTable
 from loraplex_gateway.adapters.prefetch import PrefetchHints
@@ -41,6 +41,7 @@ from loraplex_gateway.resume.keys import ResumeKeyFile, ResumeKeys
 from loraplex_gateway.servers import (
     add_services,
     control_server,
+    drain,
     grpc_server,
     http_server,
     metrics_server,
@@ -61,9 +62,6 @@ if TYPE_CHECKING:
 
 # How long `start` waits for the first look at engines and names, so that "ready" means ready where all is well.
 FIRST_SYNC_S: Final = 5.0
-
-# How long before the end of the grace streams are told to go on elsewhere, so that it reaches their clients.
-HAND_OVER_S: Final = 1.0
 
 _log = get_logger()
 
@@ -88,9 +86,7 @@ class GatewayApp:
         if setup is not None:
             config = replace(config, port=setup.port, http_port=setup.http_port)
         self.config, self._setup = config, setup
-        self.grpc_port = 0
-        self.http_port = 0
-        self.metrics_port = 0
+        self.grpc_port = self.http_port = self.metrics_port = 0
         self.gateway_id = new_gateway_id() if setup is None else setup.gateway_id
         self._metrics_registry = new_registry("gateway")
         self._authenticator = Authenticator.from_file(config.api_keys_file)
@@ -177,15 +173,8 @@ class GatewayApp:
 
         Streams that are left at the end of the grace are told so, with what their clients need to go on elsewhere.
         """
-        config = self.config
         self._is_draining = True
-        hand_over = asyncio.create_task(self._hand_over(), name="hand-over")
-        try:
-            await asyncio.gather(
-                self._grpc.drain(settle_s=config.drain_settle_s, grace_s=config.drain_grace_s), self._drain_http()
-            )
-        finally:
-            await cancel_and_wait(hand_over)
+        await drain(self.config, self._grpc, self.http, admission=self.admission, claims=self.claims)
 
     async def close(self) -> None:
         """Release everything; safe after a failed start."""
@@ -205,17 +194,6 @@ class GatewayApp:
             await self._store_admin.close()
         await self._valkey.aclose()
         self.workers.close()
-
-    async def _hand_over(self) -> None:
-        config = self.config
-        before_end_s = min(HAND_OVER_S, config.drain_grace_s / 2)
-        await asyncio.sleep(config.drain_settle_s + config.drain_grace_s - before_end_s)
-        self.claims.hand_over()
-
-    async def _drain_http(self) -> None:
-        await asyncio.sleep(self.config.drain_settle_s)
-        self.admission.drain()
-        await self.http.stop(grace_s=self.config.drain_grace_s)
 
     async def _first_sync(self) -> None:
         """Wait for the registry, for a session with every engine it lists, and for the names."""
@@ -274,11 +252,7 @@ class GatewayApp:
         )
 
     def _make_core(self) -> GatewayCore:
-        limits = RequestLimits(
-            max_stream_s=self.config.max_stream_s,
-            max_bytes_per_token=self.config.max_prompt_bytes_per_token,
-            takes_chat_templates=self.config.allow_request_chat_template,
-        )
+        limits = RequestLimits.of(self.config)
         preparer = Preparer(self.catalog, self.names, self.pool, voices=self.voices, limits=limits)
         return GatewayCore(
             preparer,

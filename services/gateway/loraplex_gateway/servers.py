@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -12,6 +13,7 @@ from loraplex_common.grpc_server import GrpcServer
 from loraplex_common.metrics_http import MetricsServer
 from loraplex_common.peers import PeerChannel
 from loraplex_common.rpc_metrics import RpcMetrics
+from loraplex_common.tasks import cancel_and_wait
 from loraplex_common.tls_files import TlsFiles
 from loraplex_common.vllm_metrics import FLEET_LABEL
 
@@ -28,11 +30,15 @@ if TYPE_CHECKING:
     from loraplex_gateway.grpc.servicer import GatewayServicer
     from loraplex_gateway.grpc.servicer_fleet import FleetServicer
     from loraplex_gateway.metrics.gateway import GatewayMetrics
+    from loraplex_gateway.requests.admission import AdmissionController
+    from loraplex_gateway.requests.claims import RequestClaims
     from loraplex_gateway.requests.core import GatewayCore
     from loraplex_gateway.workers.setup import WorkerSetup
 
 # Per connection. A call beyond them waits at its client without a word, so saturation must be told long before.
 MAX_STREAMS: Final = 16_384
+# How long before the end of the grace streams are told to go on elsewhere, so that it reaches their clients.
+HAND_OVER_S: Final = 1.0
 
 
 def grpc_server(
@@ -101,6 +107,31 @@ def control_server(
     """Return a worker's control socket, and have its core ask its siblings by theirs."""
     core.cancel_elsewhere = partial(cancel_at_sibling, setup)
     return ControlServer(setup, registry, metrics.vllm.num_waiting, core.cancel_here)
+
+
+async def drain(
+    config: GatewayConfig, grpc: GrpcServer, http: HttpServer, *, admission: AdmissionController, claims: RequestClaims
+) -> None:
+    """Take both servers for clients out of service: settle, refuse new requests, wait for running ones.
+
+    Streams that are left at the end of the grace are told so, with what their clients need to go on elsewhere.
+    """
+
+    async def drain_http() -> None:
+        await asyncio.sleep(config.drain_settle_s)
+        admission.drain()
+        await http.stop(grace_s=config.drain_grace_s)
+
+    async def hand_over() -> None:
+        before_end_s = min(HAND_OVER_S, config.drain_grace_s / 2)
+        await asyncio.sleep(config.drain_settle_s + config.drain_grace_s - before_end_s)
+        claims.hand_over()
+
+    handing_over = asyncio.create_task(hand_over(), name="hand-over")
+    try:
+        await asyncio.gather(grpc.drain(settle_s=config.drain_settle_s, grace_s=config.drain_grace_s), drain_http())
+    finally:
+        await cancel_and_wait(handing_over)
 
 
 def _max_connections(config: GatewayConfig) -> int:

@@ -15,7 +15,17 @@ ROOT = Path(loraplex_gateway.__file__).parent
 MOST_LINES = 300
 MOST_FUNCTION_LINES = 40
 MOST_ARGUMENTS = 7
-TOP = {"__init__.py", "__main__.py", "app.py", "config.py", "servers.py", "types.py", "prompts.py"}
+TOP = {
+    "__init__.py",
+    "__main__.py",
+    "app.py",
+    "config.py",
+    "process.py",
+    "prompts.py",
+    "servers.py",
+    "types.py",
+    "worker.py",
+}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

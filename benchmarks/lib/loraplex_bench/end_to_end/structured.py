@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loraplex_bench.rig import Rig
 
 CUTOFF_S: Final = 60.0
+LEAST_GAP_MS: Final = 1e-3  # tokens of one message are 0 apart, and a reader that lags gets several steps in one
 NO_TOKENS: Final = np.empty(0, dtype=np.int32)
 
 
@@ -209,7 +210,7 @@ def _add_mix(bench: Bench, rig: Rig, sizes: Sizes, mix: Mix, found: list[Measure
 
 def _add_pair(bench: Bench, rig: Rig, sizes: Sizes, mix: Mix, first: list[Measured], second: list[Measured]) -> None:
     rounds = list(zip(first, second, strict=True))
-    gaps = [b.gap_ms / a.gap_ms for a, b in rounds]
+    gaps = [max(b.gap_ms, LEAST_GAP_MS) / max(a.gap_ms, LEAST_GAP_MS) for a, b in rounds]
     rates = [b.tokens_per_s / a.tokens_per_s for a, b in rounds]
     for metric, values in (("gap_p50_of_plain", gaps), ("share_of_plain", rates)):
         value = statistics.median(values)

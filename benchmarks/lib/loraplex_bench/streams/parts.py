@@ -68,14 +68,15 @@ class Gateway(Part):
     """
 
     def __init__(self, model: str, *, tree: Path | None, workers: int) -> None:
-        paths = [] if tree is None else [tree / "services/gateway", tree / "services/common", tree / "proto/gen"]
+        folders = ("services/gateway", "services/common", "proto/gen")
+        paths = [] if tree is None else [(tree / folder).resolve() for folder in folders]
         flags = ["--model", model, "--port", "0", "--http-port", "0", "--metrics-port", "0", "--log-level", "warning"]
         flags += ["--drain-settle-s", "0", "--drain-grace-s", "1", "--engine-silence-s", "60"]
         flags += ["--workers", str(workers)] if workers > 1 else []
         super().__init__(
             ["-m", "loraplex_gateway", *flags],
             cores=cores_of("gateway", workers=max(1, workers)),
-            environment={"PYTHONPATH": ":".join(str(path.resolve()) for path in paths)},
+            environment={"PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])},
         )
         assert self.process.stdout is not None
         ready = next((line for line in self.process.stdout if line.startswith("ready: ")), None)
@@ -104,7 +105,7 @@ class Load:
     Args:
         script: Runs the parts.
         folder: Where the parts share numbers and leave what they saw.
-        arguments: Of the script.
+        arguments: The script's.
         run: Part of the request ids.
     """
 

@@ -49,6 +49,7 @@ def serve(
     enable_reflection: Annotated[
         bool, typer.Option("--enable-reflection", help="Serve gRPC reflection, e.g. for grpcurl.")
     ] = False,
+    gateway_workers: Annotated[int, typer.Option(min=1, help="Processes of the gateway, on one pair of ports.")] = 1,
     drain_grace_s: Annotated[float, typer.Option(help="How long running requests may go on after Ctrl-C.")] = 10.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -72,7 +73,7 @@ def serve(
         **access.of_stack(),
         base_args=(*base.flags(), *(("--enable-reflection",) if enable_reflection else ())),
         engine_args=engine.flags(),
-        gateway_args=access.gateway_flags(),
+        gateway_args=(*access.gateway_flags(), "--workers", str(gateway_workers)),
         store_args=access.store_flags(),
     )
     asyncio.run(_serve(config, adapters, is_public=access.is_public))

@@ -194,11 +194,14 @@ def _stop_token_ids(fields: Mapping[str, Any], own: Mapping[str, str], base: Bas
     return added
 
 
+def _described(config: Mapping[str, Any]) -> Any:
+    """Return how a tokenizer says that answers are taken apart: as transformers has it now, or had it before."""
+    return config.get("response_template") or config.get("response_schema")
+
+
 def _response_schema(config: Mapping[str, Any], base: BaseTokenizer) -> str:
-    schema, theirs = (
-        fields.get("response_template") or fields.get("response_schema") for fields in (config, base.config)
-    )
-    if not schema or schema == theirs:
+    schema = _described(config)
+    if not schema or schema == _described(base.config):
         return ""
     if not isinstance(schema, dict):
         raise AdapterIncompatibleError(f"{CONFIG_FILE}: response_schema is no JSON object")

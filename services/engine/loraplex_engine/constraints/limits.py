@@ -49,7 +49,7 @@ class ConstraintLimits:
     refusal_ttl_s: float = 30.0
     max_lexer_states: int = 50_000
     max_step_fuel: int = 100_000
-    max_step_items: int = 20_000
+    max_step_items: int = 5_000
     max_row_items: int = 2_000
     compact_json: bool = False
 

@@ -34,7 +34,7 @@ class GrammarMaskFiller:
     def __init__(self, source: VocabularySource, num_threads: int | None = None) -> None:
         self._source = source
         self._num_threads = num_threads or max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) - 1))
-        self._executor: LLExecutor | None = None
+        self._executors: dict[int, LLExecutor] = {}
 
     def fill(self, states: Sequence[ConstraintState], out: NDArray[np.int32]) -> None:
         """Write the mask of the next token of each state; `MaskFiller` has the details."""
@@ -57,14 +57,25 @@ class GrammarMaskFiller:
                 out[row] = vocabulary.real_tokens
 
     def _compute(self, rows: Sequence[GrammarState], target: NDArray[np.int32]) -> None:
-        bound = [(state.matcher, row) for row, state in enumerate(rows) if not state.is_free]
+        """Compute masks without the interpreter's lock, which is given up once for all rows, not once for each.
+
+        Outputs of one grammar take turns at its lexer: they lie beside each other, so that one thread has most of them,
+        and one thread has all where there is one grammar only.
+        """
+        bound = [(state, row) for row, state in enumerate(rows) if not state.is_free]
         if len(bound) < MIN_ROWS_IN_PARALLEL or self._num_threads == 1:
-            for matcher, row in bound:
-                fill_next_token_bitmask(matcher, target, row)
+            for state, row in bound:
+                fill_next_token_bitmask(state.matcher, target, row)
             return
-        if self._executor is None:
-            self._executor = LLExecutor(self._num_threads)
-        fill_next_token_bitmask_par(self._executor, bound, target)
+        bound.sort(key=lambda entry: id(entry[0].grammar))
+        is_one = bound[0][0].grammar is bound[-1][0].grammar
+        matchers = [(state.matcher, row) for state, row in bound]
+        fill_next_token_bitmask_par(self._executor(1 if is_one else self._num_threads), matchers, target)
+
+    def _executor(self, num_threads: int) -> LLExecutor:
+        if num_threads not in self._executors:
+            self._executors[num_threads] = LLExecutor(num_threads)
+        return self._executors[num_threads]
 
     def _repair(self, rows: Sequence[GrammarState], target: NDArray[np.int32]) -> None:
         for row, state in enumerate(rows):

@@ -77,15 +77,19 @@ class Grammar:
 class GrammarState:
     """A constraint's state for one running output; one thread at a time uses it.
 
+    Attributes:
+        grammar: What it shares with other outputs.
+        matcher: The library's state.
+
     Args:
         grammar: The constraint.
         starts_after: Token ids that must come, in this order, before the constraint holds.
     """
 
-    __slots__ = ("_error", "_free_for", "_grammar", "_num_rebuilds", "_recent", "_tokens", "matcher")
+    __slots__ = ("_error", "_free_for", "_num_rebuilds", "_recent", "_tokens", "grammar", "matcher")
 
     def __init__(self, grammar: Grammar, starts_after: tuple[int, ...]) -> None:
-        self._grammar = grammar
+        self.grammar = grammar
         self._free_for = starts_after
         self._recent: list[int] = []
         self._tokens: list[int] = []
@@ -143,11 +147,11 @@ class GrammarState:
 
     def _rebuild(self, *further: int) -> bool:
         if LEXER_ERROR in self.matcher.get_error():
-            self._grammar.is_spent = True  # further outputs would see the same error
-        if not self._grammar.is_quick or self._num_rebuilds == MAX_REBUILDS:
+            self.grammar.is_spent = True  # further outputs would see the same error
+        if not self.grammar.is_quick or self._num_rebuilds == MAX_REBUILDS:
             return False
         self._num_rebuilds += 1
-        matcher = self._grammar.compile()
+        matcher = self.grammar.compile()
         if not matcher.consume_tokens([*self._tokens, *further]):
             return False
         self.matcher = matcher

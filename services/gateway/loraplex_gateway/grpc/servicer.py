@@ -78,14 +78,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 yield wire.response(event)
                 guard.written()
         except LoraplexError:
-            await writer.idle()  # tokens that came before the failure
+            await writer.settled()  # tokens that came before the failure
             raise
         finally:
             await writer.close()
             guard.close()
             _tell_quota(context, quota)
-            if writer.failure is not None:
-                await events.athrow(writer.failure)
             if guard.has_fired:
                 await events.athrow(guard.error())
             await events.aclose()

@@ -21,21 +21,16 @@ if TYPE_CHECKING:
 class ChunkWriter:
     """A sink over one call; tokens that come while a write is under way go out together with the next one.
 
-    The handler that makes it waits for `idle` before it writes itself, and closes it at its end.
+    The handler waits for `idle` before it writes itself, and closes it at its end. A write fails when the client is gone:
+    gRPC cancels the handler then, or else the handler meets the failure as soon as it has something to write.
 
     Args:
         context: The call.
         guard: Ends the handler if a write waits too long.
-
-    Attributes:
-        failure: Why a write failed; the handler has been cancelled for it.
     """
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any], guard: StallGuard) -> None:
-        handler = asyncio.current_task()
-        assert handler is not None
-        self.failure: Exception | None = None
-        self._handler = handler
+        self._failure: Exception | None = None
         self._context = context
         self._guard = guard
         self._loop = asyncio.get_running_loop()
@@ -46,7 +41,7 @@ class ChunkWriter:
 
     def is_ready(self) -> bool:
         """Whether chunks may be handed over now."""
-        return True
+        return self._failure is None
 
     def notify(self, tap: Tap) -> None:
         """Write what the tap has, unless that is being done."""
@@ -58,9 +53,15 @@ class ChunkWriter:
             self._is_idle.clear()
             wake.set_result(None)
 
-    async def idle(self) -> None:
-        """Return once all that was handed over is written."""
+    async def settled(self) -> None:
+        """Return once all that was handed over is written, or a write has failed."""
         await self._is_idle.wait()
+
+    async def idle(self) -> None:
+        """Return once all that was handed over is written; raises what a write failed with."""
+        await self._is_idle.wait()
+        if self._failure is not None:
+            raise self._failure
 
     async def close(self) -> None:
         """Write no more."""
@@ -80,8 +81,9 @@ class ChunkWriter:
                 self._is_idle.set()
                 await self._wake
         except Exception as error:
-            self.failure = error
-            self._handler.cancel()
+            self._failure = error
+        finally:
+            self._is_idle.set()
 
 
 class WholeAnswer:

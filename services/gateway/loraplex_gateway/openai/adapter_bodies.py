@@ -10,7 +10,7 @@ import msgspec
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_gateway.adapters.store_admin import AdapterSource
-from loraplex_gateway.openai import fields
+from loraplex_gateway.openai import further_fields
 from loraplex_gateway.openai.body import BODIES
 
 _HUB: Final = re.compile(
@@ -34,8 +34,8 @@ class UnloadAdapterBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     lora_name: str
 
 
-BODIES[LoadAdapterBody] = fields.LOAD_ADAPTER
-BODIES[UnloadAdapterBody] = fields.UNLOAD_ADAPTER
+BODIES[LoadAdapterBody] = further_fields.LOAD_ADAPTER
+BODIES[UnloadAdapterBody] = further_fields.UNLOAD_ADAPTER
 
 
 def source_of(path: str) -> AdapterSource:

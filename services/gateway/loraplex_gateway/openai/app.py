@@ -5,9 +5,11 @@ A further family is a function that takes the `HttpContext` and returns its endp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 from loraplex_common.errors import LoraplexError
 from loraplex_common.interceptors import internal_error
 from starlette.applications import Starlette
@@ -19,6 +21,7 @@ from loraplex_gateway.openai.cors import Cors
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
 from loraplex_gateway.openai.errors import error_response
 from loraplex_gateway.openai.messages_api import routes as messages
+from loraplex_gateway.openai.openapi import document
 from loraplex_gateway.openai.responses_api import routes as responses
 from loraplex_gateway.openai.routes import adapters, generation, models, service, text
 from loraplex_gateway.openai.tracing import TraceIds
@@ -42,8 +45,15 @@ FAMILIES: Final[tuple[Family, ...]] = (
 
 
 def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
-    """Return every route."""
-    return [endpoint for family in FAMILIES for endpoint in family(context)]
+    """Return every route, that of the document of all others included."""
+    known = [endpoint for family in FAMILIES for endpoint in family(context)]
+    body = functools.cache(lambda: msgspec.json.encode(document(known)))
+
+    async def openapi(request: Request) -> Response:
+        return Response(body(), media_type="application/json")
+
+    known.append(OpenEndpoint(path="/openapi.json", handler=openapi, summary="Return this document."))
+    return known
 
 
 def make_app(context: HttpContext) -> ASGIApp:

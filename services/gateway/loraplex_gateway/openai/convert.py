@@ -191,7 +191,7 @@ def _plan(body: CommonBody, requests: list[GenerationRequest], *, logprobs: int 
     return Plan(
         requests=tuple(choices),
         model=body.model,
-        names=BodyNames(table, body, constraint=constraint_field(body)),
+        names=BodyNames(table, body, constraint=constraint_field(body) or _tools_field(body)),
         is_chat=is_chat,
         is_stream=body.stream,
         include_usage=options.include_usage,
@@ -202,6 +202,11 @@ def _plan(body: CommonBody, requests: list[GenerationRequest], *, logprobs: int 
         names_function=isinstance(body, ChatBody) and names_function(body.tool_choice),
         shows_thoughts=not isinstance(body, ChatBody) or body.include_reasoning,
     )
+
+
+def _tools_field(body: CommonBody) -> str:
+    """Return what an output is constrained by that must or may be a call."""
+    return "tools" if isinstance(body, ChatBody) and body.tools else ""
 
 
 def _choice(request: GenerationRequest, index: int, draw: int) -> GenerationRequest:

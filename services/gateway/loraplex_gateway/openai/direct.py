@@ -38,6 +38,7 @@ class DirectWriter:
             and not cycle.flow.write_paused
             and not cycle.disconnected
             and not cycle.response_complete
+            and not cycle.transport.is_closing()
         )
 
     def write(self, data: bytes) -> None:

@@ -38,6 +38,8 @@ class Endpoint:
         table: What the fields of the body are for; None takes the struct alone.
         answer: Struct of the answer with status 200, str for plain text; None if the document says no more than that it is JSON.
         is_streamed: Whether the answer may be server-sent events instead.
+        is_served: False for a route that only says why it is not served; the document leaves it out.
+        statuses: Statuses that come with such an answer; the others come with an error.
     """
 
     methods: tuple[str, ...] = ("POST",)
@@ -50,6 +52,8 @@ class Endpoint:
     table: Table | None = None
     answer: type[msgspec.Struct | str] | None = None
     is_streamed: bool = False
+    is_served: bool = True
+    statuses: tuple[int, ...] = (200,)
 
     def route(self, context: HttpContext) -> Route:
         """Return the route, which lets callers in before anything of theirs is read."""
@@ -68,7 +72,8 @@ class OpenEndpoint:
     path: str
     handler: OpenHandler
     summary: str
-    answer: type[msgspec.Struct] | None = None
+    answer: type[msgspec.Struct | str] | None = None
+    statuses: tuple[int, ...] = (200,)
 
     def route(self, context: HttpContext) -> Route:
         """Return the route."""

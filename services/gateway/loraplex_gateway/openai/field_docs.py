@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loraplex_gateway.openai import fields
+from loraplex_gateway.openai import fields, further_fields
 from loraplex_gateway.openai.fields import Rule
 from loraplex_gateway.openai.output_fields import RESPONSE_FORMAT, STRUCTURED_OUTPUTS
 
@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 START: Final = "<!-- tables: written by loraplex_gateway.openai.field_docs -->\n"
 END: Final = "<!-- end of tables -->\n"
 # Endpoints that have nothing in common with the two that generate.
-OTHERS: Final = (fields.MODEL_LIST, fields.TOKENIZE, fields.DETOKENIZE, fields.LOAD_ADAPTER, fields.UNLOAD_ADAPTER)
+OTHERS: Final = (
+    further_fields.MODEL_LIST,
+    further_fields.TOKENIZE,
+    further_fields.DETOKENIZE,
+    further_fields.LOAD_ADAPTER,
+    further_fields.UNLOAD_ADAPTER,
+)
 
 
 def with_tables(page: str) -> str:
@@ -64,8 +70,13 @@ def _table(rows: Iterable[Field]) -> str:
     grouped: dict[tuple[str, str], list[str]] = {}
     for field in rows:
         grouped.setdefault((_rule(field), field.note), []).append(f"`{field.name}`")
-    lines += [f"| {', '.join(names)} | {rule} | {note} |" for (rule, note), names in grouped.items()]
+    lines += [f"| {', '.join(names)} | {rule} | {_cell(note)} |" for (rule, note), names in grouped.items()]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Return a text as a cell of a table, whose columns a bar would end."""
+    return text.replace("|", "\\|")
 
 
 def _rule(field: Field) -> str:

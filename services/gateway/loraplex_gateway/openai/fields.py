@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from loraplex_gateway.openai.adapter_fields import LOAD_ADAPTER as LOAD_ADAPTER
+from loraplex_gateway.openai.adapter_fields import UNLOAD_ADAPTER as UNLOAD_ADAPTER
 from loraplex_gateway.openai.field_rules import Field as Field
 from loraplex_gateway.openai.field_rules import Rule as Rule
 from loraplex_gateway.openai.field_rules import Table as Table
@@ -251,58 +253,3 @@ CHAT: Final = _table(
 )
 
 MODEL_PATH: Final = _table("GET /v1/models/{model}", _served("model", "as in the bodies", "adapter"))
-
-MODEL_LIST: Final = _table(
-    "GET /v1/models",
-    _served("limit", "most entries, 1 to 1000; without it and `after` the whole list"),
-    _served("after", "id of the last entry of the page before: its `last_id`"),
-    _served("after_id", "Anthropic's name of after"),
-)
-
-_WHICH_TOKENIZER: Final = _served(
-    "model", "as in the other bodies; if there is one base model, it may be left out for that", "adapter"
-)
-
-TOKENIZE: Final = _table(
-    "POST /tokenize",
-    _WHICH_TOKENIZER,
-    _served("prompt", "the text; either this or messages", "prompt", "text"),
-    _served("messages", "as in `POST /v1/chat/completions`", "messages", "prompt"),
-    _served("add_special_tokens", "whether a text begins with BOS; true if absent; messages take only false"),
-    _served("return_token_strs", "also returns each token as the vocabulary has it"),
-    _served("add_generation_prompt", "with messages; true if absent"),
-    _served("continue_final_message", "with messages"),
-    _served("chat_template_kwargs", "with messages; further variables of the model's template"),
-    _served("tools", "with messages; functions, as in `POST /v1/chat/completions`"),
-    *_refused("chat_template", "conversations are rendered by the model's own template; send a prompt you rendered"),
-    *_refused("media_io_kwargs mm_processor_kwargs", NO_MEDIA, {}),
-    messages=_table(MESSAGE.name, *MESSAGE.fields.values(), content=CONTENT_PART),
-)
-
-DETOKENIZE: Final = _table(
-    "POST /detokenize",
-    _WHICH_TOKENIZER,
-    _served("tokens", "token ids", "token_ids"),
-)
-
-LOAD_ADAPTER: Final = _table(
-    "POST /v1/load_lora_adapter",
-    _served("lora_name", "the adapter's name, without label or revision", "name"),
-    _served(
-        "lora_path",
-        "a directory below an import root of the adapter store, or a repository of the hub: `org/name`, "
-        "`hf:org/name` or `hf:org/name@commit`",
-        *("uri", "source", "hf.repo", "hf.revision", "hf.subfolder"),
-    ),
-    _served("load_inplace", "if the name has an adapter: import a new revision and move `latest` to it"),
-    _served(
-        "base_model_name", "the base model that the adapter must be for, instead of what it names itself", "base_model"
-    ),
-    *_refused("is_3d_lora_weight", "weights of experts are not served", False),
-)
-
-UNLOAD_ADAPTER: Final = _table(
-    "POST /v1/unload_lora_adapter",
-    _served("lora_name", "the adapter's name, without label or revision", "name"),
-    *_ignored("lora_int_id", "adapters are known by name"),
-)

@@ -17,7 +17,7 @@ RESPONSE_FORMAT: Final = table(
     *refused("schema", "put it into json_schema, with type json_schema"),
     json_schema=table(
         "response_format.json_schema",
-        served("schema", "a JSON Schema; see below for its keywords"),
+        served("schema", "a JSON Schema"),
         *(
             served(name, "says what the schema is for; the output depends on the schema alone")
             for name in ("name", "description")

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from loraplex_common.errors import InvalidParameterError
 
-from loraplex_gateway.openai import fields
+from loraplex_gateway.openai import further_fields
 from loraplex_gateway.openai.body import BODIES
 from loraplex_gateway.openai.chat_body import chat_message, offered_function
 from loraplex_gateway.openai.schema import ChatTurn, Tool
@@ -36,8 +36,8 @@ class DetokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tokens: list[int]
 
 
-BODIES[TokenizeBody] = fields.TOKENIZE
-BODIES[DetokenizeBody] = fields.DETOKENIZE
+BODIES[TokenizeBody] = further_fields.TOKENIZE
+BODIES[DetokenizeBody] = further_fields.DETOKENIZE
 
 
 def prompt_of(body: TokenizeBody) -> TextPrompt | ChatPrompt:

@@ -142,10 +142,6 @@ class GatewayCore:
         """Return the token ids that `generate` would use; refuses as `Preparer.encode` does."""
         return await self._preparer.encode(model, prompt, tenant=tenant)
 
-    async def count_tokens(self, request: GenerationRequest, *, caller: Principal) -> int:
-        """Return the length of the prompt that `generate` would use; refuses as `Preparer.count_tokens` does."""
-        return await self._preparer.count_tokens(request, caller=caller)
-
     async def cancel(self, tenant: str, request_id: str) -> bool:
         """End a running request of the tenant; return whether there was one.
 
@@ -266,8 +262,7 @@ class GatewayCore:
 def _tap(run: RequestRun, record: RequestRecord, sink: Sink | None) -> Tap | None:
     """Return what takes plain tokens to the sink; None where each of them may be an end."""
     has_stops = bool(run.prepared.request.stopping.stop_strings)
-    wants_none = run.prepared.max_new_tokens == 0  # and gets one, which is dropped
-    return None if sink is None or has_stops or wants_none else Tap(run, record, sink)
+    return None if sink is None or has_stops else Tap(run, record, sink)
 
 
 async def _next(

@@ -50,6 +50,8 @@ class OutputAssembler:
         self._table = table
         self._options = options
         self._include_stop = stopping.include_stop
+        # An engine draws one token at least, in the step that ends the prompt.
+        self._drops_all = stopping.max_new_tokens == 0
         self._min_new_tokens = stopping.min_new_tokens or 0
         self._stop_token_ids = stop_token_ids
         self._needs_text = options.text or bool(stopping.stop_strings)
@@ -67,6 +69,8 @@ class OutputAssembler:
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[wire.LogprobsMessage]) -> Chunk | None:
         """Add tokens; return a chunk if there is anything to send. Tokens behind a stop string are dropped."""
+        if self._drops_all:
+            return None
         index, num_taken = self.num_tokens, 0
         pieces: list[str] = []
         offsets: list[int] = []

@@ -10,10 +10,10 @@ from loraplex_common.auth import ANYBODY
 from loraplex_common.errors import InvalidParameterError, NotSupportedError
 from loraplex_common.request_limits import MAX_ENTRIES
 
-from loraplex_gateway.chat_output.formats import output_format
-from loraplex_gateway.chat_output.reading import ChatReading, chat_reading
+from loraplex_gateway.chat_output.reading import ChatReading
 from loraplex_gateway.requests import lengths, validation
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
+from loraplex_gateway.requests.parsing import reading_of
 from loraplex_gateway.requests.prepared import PreparedRequest
 from loraplex_gateway.requests.selection import select
 from loraplex_gateway.types import ChatPrompt, GenerationRequest, PromptText
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loraplex_common.auth import Principal
 
     from loraplex_gateway.adapters.names import NameTable, ResolvedAdapter
+    from loraplex_gateway.config import GatewayConfig
     from loraplex_gateway.engines.pool import EnginePool
     from loraplex_gateway.requests.prepared import Continuation
     from loraplex_gateway.text.models import ModelCatalog, ServedModel
@@ -46,6 +47,15 @@ class RequestLimits:
     max_stream_s: float
     max_bytes_per_token: int
     takes_chat_templates: bool = False
+
+    @classmethod
+    def of(cls, config: GatewayConfig) -> RequestLimits:
+        """Return what a configuration says."""
+        return cls(
+            max_stream_s=config.max_stream_s,
+            max_bytes_per_token=config.max_prompt_bytes_per_token,
+            takes_chat_templates=config.allow_request_chat_template,
+        )
 
 
 class Preparer:
@@ -136,7 +146,6 @@ class Preparer:
         """Return a request's texts as tokens, checked together with all that it says about tokens of its model."""
         assert request.prompt is not None  # check_request
         max_model_len, tokenizer = self._max_model_len(model), model.tokenizer
-        self._check_template(request.prompt)
         encoded = await self.encode(model, request.prompt, tenant=tenant)
         prompt_ids = lengths.truncated(encoded.ids, request, max_model_len)
         # The length first: it costs nothing, a look at each of a million ids does.
@@ -151,7 +160,7 @@ class Preparer:
         return _Tokens(
             prompt=prompt_ids,
             prompt_text=text,
-            reading=_reading(request, model, encoded),
+            reading=reading_of(request, model, encoded),
             bad_sequences=await tokenizer.bad_token_sequences(bad_words, tenant=tenant) if bad_words else (),
         )
 
@@ -163,24 +172,17 @@ class Preparer:
                 f"no engine of {model.name} constrains outputs: all of them are of an earlier version; update one"
             )
 
-    async def count_tokens(self, request: GenerationRequest, *, caller: Principal) -> int:
-        """Return the length of a request's prompt in tokens of the model that it names, an adapter's included.
-
-        Raises:
-            LoraplexError: The refusals of `prepare` that are about the prompt and the names.
-        """
-        validation.check_prompt(request.prompt)
-        assert request.prompt is not None  # check_prompt
-        model = await self.voice(request.model, request.adapter, caller=caller)
-        return len((await self.encode(model, request.prompt, tenant=caller.name)).ids)
-
-    def _check_template(self, prompt: Prompt) -> None:
-        if isinstance(prompt, ChatPrompt) and prompt.template is not None and not self._limits.takes_chat_templates:
+    def _with_template(self, model: ServedModel, prompt: Prompt) -> ServedModel:
+        """Return the model with the template that a prompt brings, if it brings one."""
+        if not isinstance(prompt, ChatPrompt) or prompt.template is None:
+            return model
+        if not self._limits.takes_chat_templates:
             raise InvalidParameterError(
                 "chat_template is not supported: conversations are rendered by the model's own template unless the "
                 "operator allows others (--allow-request-chat-template); send a prompt you rendered",
                 field="chat_template",
             )
+        return self._voices.with_template(model, prompt.template)
 
     async def voice(self, model: str, adapter: str, *, caller: Principal) -> ServedModel:
         """Return a model as an adapter speaks, or by itself if that name is empty; refuses names as `prepare` does."""
@@ -196,7 +198,8 @@ class Preparer:
             LoraplexError: And the other refusals of `PromptTokenizer.encode`.
         """
         max_bytes = self._max_model_len(model) * self._limits.max_bytes_per_token
-        return await model.tokenizer.encode(prompt, tenant=tenant, max_bytes=max_bytes)
+        tokenizer = self._with_template(model, prompt).tokenizer
+        return await tokenizer.encode(prompt, tenant=tenant, max_bytes=max_bytes)
 
     def _max_model_len(self, model: ServedModel) -> int:
         return self._pool.max_model_len(model.fingerprint) or model.info.max_position_embeddings
@@ -222,24 +225,6 @@ def _max_new_tokens(request: GenerationRequest, continuation: Continuation | Non
         return continuation.max_new_tokens
     wanted = request.stopping.max_new_tokens
     return room if wanted is None else wanted
-
-
-def _reading(request: GenerationRequest, model: ServedModel, encoded: Encoded) -> ChatReading | None:
-    """Return how the output of a chat is to be taken apart; None if it is not."""
-    prompt, template = request.prompt, encoded.template
-    if request.parsing is None or not isinstance(prompt, ChatPrompt) or template is None:
-        return None
-    output = output_format(
-        template.source, reads_tools=template.reads_tools, response_template=template.response_template
-    )
-    return chat_reading(
-        prompt,
-        request.parsing,
-        output=output,
-        rendered=encoded.rendered,
-        token_id=model.tokenizer.token_id,
-        constraint=request.structured_output,
-    )
 
 
 def _stop_token_ids(request: GenerationRequest, model: ServedModel) -> frozenset[int]:

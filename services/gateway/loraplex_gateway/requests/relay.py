@@ -68,11 +68,9 @@ class EngineRelay:
         tap: Tap | None = None,
     ) -> None:
         self._run, self._tap = run, tap
-        self._prepared = run.prepared
+        self._prepared, self._clock = run.prepared, run.times.clock
         self._time_limit_at = run.time_limit_at
-        self._clock = run.times.clock
-        self._claim = claim
-        self._pool = pool
+        self._claim, self._pool = claim, pool
         self._hints, self._metrics = hints, metrics
         self._tokens: list[int] = list(run.prepared.resumed_ids)
         self._has_started = run.prepared.continuation is not None

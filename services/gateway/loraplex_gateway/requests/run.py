@@ -92,9 +92,7 @@ class RequestRun:
                 events.append(update.loading)
             if update.started is not None or update.token_ids:
                 events.append(self._start(engine_id, update))
-        # An engine draws one token at least, in the step that ends the prompt; it is dropped if none is wanted.
-        is_wanted = update.token_ids and self.prepared.max_new_tokens
-        chunk = self.push(update.token_ids, update.logprobs) if is_wanted else None
+        chunk = self.push(update.token_ids, update.logprobs) if update.token_ids else None
         if self._output.matched_stop is not None:
             return [*events, *_present(chunk), self.finished(FinishReason.STOP)]
         if update.end is None:

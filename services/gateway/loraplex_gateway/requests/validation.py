@@ -81,7 +81,7 @@ _NUMBERS: Final[tuple[tuple[str, Callable[[GenerationRequest], float | None]], .
 
 def _range(field: str, get: Callable[[GenerationRequest], float | None]) -> Range:
     limits = request_limits.RANGES[field.rpartition(".")[2]]
-    # Without new tokens a prompt is only read: engines are asked for one, which is dropped (`relay`, `run`).
+    # Without new tokens a prompt is only read: engines are asked for one, which is dropped (`relay`, `output`).
     low = 0 if field == "stopping.max_new_tokens" else limits.low
     return Range(field, get, low, limits.high, excludes_low=limits.excludes_low)
 

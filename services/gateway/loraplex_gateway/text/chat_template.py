@@ -64,7 +64,6 @@ class ChatTemplate:
     Attributes:
         source: As given.
         response_template: As given.
-        variables: Names that it reads and does not set itself.
 
     Raises:
         ChatTemplateError: If the source is no valid Jinja.
@@ -73,9 +72,10 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, response_template: str = "") -> None:
         try:
             self._template = chat_environment().from_string(source)
-            self.variables = variables_of(source)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"chat template, line {error.lineno}: {error.message}") from error
+        except RecursionError as error:
+            raise ChatTemplateError("chat template: it is nested too deeply") from error
         self.source = source
         self.response_template = response_template
         self._special_tokens = dict(special_tokens)
@@ -83,24 +83,13 @@ class ChatTemplate:
     @property
     def reads_tools(self) -> bool:
         """Whether it writes out functions itself; else they are put into words."""
-        return "tools" in self.variables
+        return "tools" in variables_of(self.source)
 
-    def answering(self, response_template: str) -> ChatTemplate:
-        """Return this template with other words on how its model's answers are taken apart."""
+    def with_response_template(self, response_template: str) -> ChatTemplate:
+        """Return this template with another description of the answers."""
         other = copy.copy(self)
         other.response_template = response_template
         return other
-
-    def of_request(self, source: str) -> ChatTemplate:
-        """Return a request's own template, with the same special tokens.
-
-        Raises:
-            InvalidParameterError: If it is no valid Jinja.
-        """
-        try:
-            return ChatTemplate(source, self._special_tokens)
-        except (ChatTemplateError, RecursionError) as error:
-            raise InvalidParameterError(str(error)[:MAX_REASON_CHARS], field="chat_template") from error
 
     def render(self, prompt: ChatPrompt) -> str:
         """Return the conversation as text, special tokens written out.
@@ -127,11 +116,11 @@ class ChatTemplate:
             InvalidParameterError: For what OpenAI's API or vLLM has and this template has no use for.
         """
         variables, effort = dict(prompt.template_kwargs), prompt.reasoning_effort
-        if prompt.documents and "documents" not in self.variables:
+        if prompt.documents and "documents" not in variables_of(self.source):
             raise _unused("documents", "has no place for them; put them into a message")
-        if effort == "none" and "enable_thinking" in self.variables:
+        if effort == "none" and "enable_thinking" in variables_of(self.source):
             variables.setdefault("enable_thinking", False)
-        if effort is not None and "reasoning_effort" in self.variables:
+        if effort is not None and "reasoning_effort" in variables_of(self.source):
             variables.setdefault("reasoning_effort", effort)
         elif effort not in (None, "none"):
             raise _unused("reasoning_effort", "does not read it; leave it out")

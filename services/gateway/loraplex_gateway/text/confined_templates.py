@@ -229,10 +229,6 @@ class ConfinedTemplate:
         self.response_template = response_template
         self.reads_tools = False
 
-    def of_request(self, source: str) -> ConfinedTemplate:
-        """Return a request's own template, with the same special tokens."""
-        return ConfinedTemplate(self._processes, source, self._special_tokens)
-
     def render(self, prompt: ChatPrompt) -> str:
         """Return the conversation as text; see `TemplateProcesses.render`."""
         answer = self._processes.render(self._digest, self.source, self._special_tokens, prompt)

@@ -35,11 +35,18 @@ INLINE_MAX_TOKENS: Final = 128
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt's token ids, and for a conversation its text after the chat template, and that template."""
+    """A prompt's token ids, and for a conversation what has come of it.
+
+    Attributes:
+        rendered: The text after the chat template.
+        template: That template.
+        reads_tools: Whether the template has a place for functions.
+    """
 
     ids: tuple[int, ...]
     rendered: str = ""
     template: ChatTemplate | ConfinedTemplate | None = None
+    reads_tools: bool = False
 
 
 class PromptTokenizer:
@@ -56,7 +63,6 @@ class PromptTokenizer:
 
     Attributes:
         table: What single tokens stand for.
-        template: The chat template; None if the model has none.
         token_id: Returns the id of the token with this text; None if there is none.
     """
 
@@ -88,8 +94,17 @@ class PromptTokenizer:
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         return cls(tokenizer, config, load_chat_template(directory, config), workers)
 
-    def with_template(self, template: ChatTemplate | ConfinedTemplate) -> PromptTokenizer:
-        """Return this tokenizer with the chat template of an adapter."""
+    def with_template(self, template: ConfinedTemplate) -> PromptTokenizer:
+        """Return this tokenizer with the chat template of an adapter or a request."""
+        return self._with(template)
+
+    def with_response_template(self, response_template: str) -> PromptTokenizer:
+        """Return this tokenizer with an adapter's word on how answers are taken apart."""
+        if not isinstance(self.template, ChatTemplate):
+            return self
+        return self._with(self.template.with_response_template(response_template))
+
+    def _with(self, template: ChatTemplate | ConfinedTemplate) -> PromptTokenizer:
         other = copy.copy(self)
         other.template = template
         other._shared, other._waiters = {}, {}
@@ -115,9 +130,8 @@ class PromptTokenizer:
         if isinstance(prompt, TextPrompt):
             is_short = True
         else:
-            # A confined template waits for another process, and a request's own has not been seen before.
-            is_ready = not isinstance(self.template, ConfinedTemplate) and prompt.template is None
-            is_short = len(prompt.messages) <= INLINE_MAX_MESSAGES and is_ready
+            is_confined = isinstance(self.template, ConfinedTemplate)  # waits for another process
+            is_short = len(prompt.messages) <= INLINE_MAX_MESSAGES and not is_confined
         if is_short and num_bytes <= INLINE_MAX_CHARS:
             return self.encode_now(prompt, max_bytes=max_bytes)
         return await self._encode_away(prompt, tenant, num_bytes, max_bytes)
@@ -154,12 +168,16 @@ class PromptTokenizer:
                 "send the prompt as text or token ids",
                 field="messages",
             )
-        template = self.template if prompt.template is None else self.template.of_request(prompt.template)
-        rendered = template.render(prompt)
+        rendered = self.template.render(prompt)
         # What a template repeats, or writes around every message, no count of what was sent can know.
         check_bytes(num_bytes_of(rendered), max_bytes)
         # A template writes the special tokens itself, BOS included if the model wants one.
-        return Encoded(self._encode_text(rendered, add_special_tokens=False), rendered, template)
+        return Encoded(
+            self._encode_text(rendered, add_special_tokens=False),
+            rendered,
+            self.template,
+            reads_tools=self.template.reads_tools,
+        )
 
     async def prompt_text(
         self, prompt: Prompt, token_ids: tuple[int, ...], *, is_whole: bool, tenant: str = ANYBODY.name

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import StoreUnavailableError
 
 from loraplex_gateway.adapters.text_parts import TextPartsSource
-from loraplex_gateway.text.chat_template import ChatTemplate
 from loraplex_gateway.text.confined_templates import ConfinedTemplate, TemplateProcesses
 
 if TYPE_CHECKING:
@@ -67,6 +66,12 @@ class Voices:
             self._keep(key, self._make(model, parts))
         return self._kept[key]
 
+    def with_template(self, model: ServedModel, source: str) -> ServedModel:
+        """Return a model with the chat template of one request: a stranger's program as an adapter's is."""
+        tokens = model.tokenizer.special_tokens
+        template = ConfinedTemplate(self._processes, source, tokens)
+        return dataclasses.replace(model, tokenizer=model.tokenizer.with_template(template))
+
     async def close(self) -> None:
         """End what renders and fetches."""
         if self._source is not None:
@@ -74,15 +79,15 @@ class Voices:
         self._processes.close()
 
     def _make(self, model: ServedModel, parts: TextParts) -> ServedModel:
-        tokenizer, bases = model.tokenizer, model.tokenizer.template
+        tokenizer = model.tokenizer
         if parts.chat_template:
             tokens = {**tokenizer.special_tokens, **parts.special_tokens}
-            own = ConfinedTemplate(
+            template = ConfinedTemplate(
                 self._processes, parts.chat_template, tokens, response_template=parts.response_schema
             )
-            tokenizer = tokenizer.with_template(own)
-        elif parts.response_schema and isinstance(bases, ChatTemplate):
-            tokenizer = tokenizer.with_template(bases.answering(parts.response_schema))
+            tokenizer = tokenizer.with_template(template)
+        elif parts.response_schema:
+            tokenizer = tokenizer.with_response_template(parts.response_schema)
         return dataclasses.replace(
             model, tokenizer=tokenizer, defaults=model.defaults.with_parts(parts), text_parts=parts
         )

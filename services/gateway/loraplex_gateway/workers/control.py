@@ -26,8 +26,15 @@ _log = get_logger()
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is asked: its metrics, or to end a request if it is told one."""
+    """What a worker is asked: its metrics, or whether it lives, or to end a request.
 
+    Attributes:
+        is_pulse: Whether it is asked for a sign of life alone.
+        tenant: Whose request is to end.
+        cancel: The id of a request that is to end; empty for none.
+    """
+
+    is_pulse: bool = False
     tenant: str = ""
     cancel: str = ""
 
@@ -71,7 +78,9 @@ class ControlServer:
         try:
             question = msgspec.msgpack.decode(await reader.read(), type=Question)
             answer: Snapshot | bool
-            if question.cancel:
+            if question.is_pulse:
+                answer = True
+            elif question.cancel:
                 answer = await self._cancel(question.tenant, question.cancel)
             else:
                 answer = snapshot_of(self._registry, self._waiting)

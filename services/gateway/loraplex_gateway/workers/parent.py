@@ -89,6 +89,19 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
+    async def pulse(self) -> None:
+        """Return once it has shown that its event loop runs, or that there is none: one that died is started anew.
+
+        Raises:
+            TimeoutError: If it hangs.
+        """
+        try:
+            await ask(self.setup.control, Question(is_pulse=True), bool)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            _log.debug("a worker is not there", gateway_id=self.setup.gateway_id, cause=str(error))
+
     async def scrape(self) -> None:
         """Look at its metrics; those of before stay where it does not answer."""
         try:
@@ -101,7 +114,7 @@ class Parent:
     """A gateway of several processes.
 
     Args:
-        config: Of the gateway.
+        config: The gateway's configuration.
         arguments: The command line that it was read from.
     """
 
@@ -120,7 +133,7 @@ class Parent:
             vllm_labels={"engine": FLEET_LABEL},
             refresh=self._refresh,
         )
-        self._metrics = MetricsServer(exposition, config.host, config.metrics_port)
+        self._metrics = MetricsServer(exposition, config.host, config.metrics_port, pulse=self._pulse)
         self._supervisor = Supervisor()
 
     async def serve(self) -> None:
@@ -173,6 +186,9 @@ class Parent:
     async def _refresh(self) -> None:
         await asyncio.gather(*[worker.scrape() for worker in self._workers])
         self._merged.snapshots = [*(worker.last for worker in self._workers if worker.last is not None), *self._ended]
+
+    async def _pulse(self) -> None:
+        await asyncio.gather(*[worker.pulse() for worker in self._workers])
 
     async def _end(self) -> None:
         """Have the workers drain, however long they may take, and give everything back."""

@@ -55,7 +55,7 @@ class SharedPorts:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # lingering connections are no obstacle
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         holder.bind(address)
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # but from now on nobody else may listen here
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # from now on no other program may listen here
         return int(holder.getsockname()[1])
 
     def _claim(self, host: str, port: int, flag: str) -> None:

@@ -145,3 +145,54 @@ async def test_a_reader_that_waits_is_not_slow_however_much_comes_at_once() -> N
 
     assert len((await reading).token_ids) == 50
     assert overflowed == []
+
+
+async def test_a_token_that_is_taken_wakes_no_reader() -> None:
+    ticket, _ = make()
+    taken: list[int] = []
+
+    def take(token_id: int) -> bool:
+        taken.append(token_id)
+        return True
+
+    ticket.take = take
+    reading = asyncio.create_task(ticket.next())
+    await asyncio.sleep(0)
+
+    ticket.push_token(0, 5)
+    ticket.push_token(1, 6)
+    await asyncio.sleep(0)
+    assert (taken, reading.done()) == ([5, 6], False)
+
+    output(ticket, end=FINISH)
+    ticket.push_token(2, 7)  # behind news that the reader has not seen
+    update = await reading
+    assert (taken, list(update.token_ids), update.end) == ([5, 6], [7], FINISH)
+
+
+async def test_a_token_that_is_not_taken_is_the_readers_and_so_are_those_behind_it() -> None:
+    ticket, _ = make()
+    has_room = iter([True, False, True])
+    ticket.take = lambda _: next(has_room)
+    reading = asyncio.create_task(ticket.next())
+    await asyncio.sleep(0)
+
+    for sequence in range(4):
+        ticket.push_token(sequence, 10 + sequence)
+
+    assert list((await reading).token_ids) == [11, 12, 13]
+
+
+async def test_a_taker_that_fails_ends_its_own_request_alone() -> None:
+    ticket, _ = make()
+
+    def take(_: int) -> bool:
+        raise ZeroDivisionError
+
+    ticket.take = take
+    reading = asyncio.create_task(ticket.next())
+    await asyncio.sleep(0)
+    ticket.push_token(0, 5)
+
+    with pytest.raises(ZeroDivisionError):
+        await reading

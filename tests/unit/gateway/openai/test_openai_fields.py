@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from loraplex_common.errors import InvalidParameterError
-from loraplex_gateway.openai import fields
+from loraplex_gateway.openai import fields, further_fields
 from loraplex_gateway.openai.adapter_bodies import LoadAdapterBody, UnloadAdapterBody
 from loraplex_gateway.openai.body import decode
 from loraplex_gateway.openai.errors import CODES, BodyNames
@@ -57,10 +57,10 @@ def completion(**changes: Any) -> CompletionBody:
         (RESPONSE_FORMAT, ResponseFormat),
         (RESPONSE_FORMAT.nested["json_schema"], JsonSchemaFormat),
         (STRUCTURED_OUTPUTS, StructuredOutputs),
-        (fields.TOKENIZE, TokenizeBody),
-        (fields.DETOKENIZE, DetokenizeBody),
-        (fields.LOAD_ADAPTER, LoadAdapterBody),
-        (fields.UNLOAD_ADAPTER, UnloadAdapterBody),
+        (further_fields.TOKENIZE, TokenizeBody),
+        (further_fields.DETOKENIZE, DetokenizeBody),
+        (further_fields.LOAD_ADAPTER, LoadAdapterBody),
+        (further_fields.UNLOAD_ADAPTER, UnloadAdapterBody),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

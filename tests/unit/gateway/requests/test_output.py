@@ -53,6 +53,15 @@ def test_chunks_carry_positions() -> None:
     assert (second.sequence, second.index) == (1, len(first.token_ids))
 
 
+def test_where_no_token_is_wanted_none_is_seen() -> None:
+    stopping = Stopping(max_new_tokens=0, stop_strings=("a",))
+    output = OutputAssembler(TABLE, options=ResponseOptions(), stopping=stopping, stop_token_ids=frozenset({EOS}))
+
+    assert output.push([*ids("a"), EOS], ()) is None
+    assert output.finish(stop_token_id=EOS) is None
+    assert (output.num_tokens, output.matched_stop) == (0, None)
+
+
 def test_tokens_behind_a_stop_string_are_dropped() -> None:
     output = make(stop=("STOP",))
     tokens = ids("abSTOPcd")

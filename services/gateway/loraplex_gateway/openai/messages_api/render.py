@@ -71,6 +71,8 @@ class MessagesAnswer:
     def frame(self, choice: int, event: Event) -> bytes:
         """Return the events that tell of an event of the core."""
         if isinstance(event, Chunk):
+            if self._output.lengthens(event):
+                return b"%b%b}}\n\n" % (self._delta_head, msgspec.json.encode(event.text))
             return b"".join([self._told(step) for step in self._output.push(event)])
         if isinstance(event, Started):
             self._start(event)

@@ -19,12 +19,15 @@ from loraplex_gateway.openai.messages_api.convert import count_tokens_plan, mess
 from loraplex_gateway.openai.messages_api.render import MessagesAnswer
 from loraplex_gateway.openai.messages_api.schema import CountTokensBody, MessagesBody
 from loraplex_gateway.openai.tracing import origin_of
+from loraplex_gateway.requests.validation import check_prompt
 
 if TYPE_CHECKING:
     from loraplex_common.admissions import Admission
+    from loraplex_common.auth import Principal
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from loraplex_gateway.openai.context import HttpContext
+    from loraplex_gateway.types import GenerationRequest
 
 API_KEY: Final = b"x-api-key"
 AUTHORIZATION: Final = b"authorization"
@@ -62,6 +65,7 @@ def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
                 right=GATEWAY + "Generate",
                 handler=routes.elsewhere,
                 summary="Not served.",
+                is_served=False,
             )
             for path in ("/v1/messages", "/v1/messages/{rest:path}")
         ),
@@ -104,15 +108,22 @@ class _Messages:
 
     async def count_tokens(self, request: Request, admission: Admission) -> ASGIApp:
         """Count the tokens of a prompt."""
-        context, origin = self._context, origin_of(request.scope)
+        origin = origin_of(request.scope)
         plan = await read_body(
-            context, request, admission, lambda data, is_base: count_tokens_plan(data, is_base, origin=origin)
+            self._context, request, admission, lambda data, is_base: count_tokens_plan(data, is_base, origin=origin)
         )
         try:
-            num_tokens = await context.core.count_tokens(plan.requests[0], caller=admission.principal)
+            num_tokens = await self._num_tokens(plan.requests[0], admission.principal)
         except LoraplexError as error:
             return errors.refusal(error, origin.trace_id, plan.names)
         return JSONResponse({"input_tokens": num_tokens})
+
+    async def _num_tokens(self, asked: GenerationRequest, caller: Principal) -> int:
+        check_prompt(asked.prompt)
+        assert asked.prompt is not None  # check_prompt
+        core = self._context.core
+        model = await core.voice(asked.model, asked.adapter, caller=caller)
+        return len((await core.encode(model, asked.prompt, tenant=caller.name)).ids)
 
     async def elsewhere(self, request: Request, admission: Admission) -> ASGIApp:
         """Say that there is no such route."""

@@ -72,6 +72,8 @@ class ResponsesAnswer:
     def frame(self, choice: int, event: Event) -> bytes:
         """Return the events that tell of an event of the core."""
         if isinstance(event, Chunk):
+            if self._output.lengthens(event):
+                return self._delta(event.text)
             return b"".join([self._told(step) for step in self._output.push(event)])
         if isinstance(event, Started):
             self._resource.started(event)
@@ -120,7 +122,7 @@ class ResponsesAnswer:
 
     def _told(self, step: Step, ending: Ending | None = None) -> bytes:
         if isinstance(step, PartGrows):
-            return self._delta(step)
+            return self._delta(step.text, step.logprobs)
         return self._begun(step.part) if isinstance(step, PartBegins) else self._whole_part(step, ending)
 
     def _begun(self, part: Part) -> bytes:
@@ -140,12 +142,12 @@ class ResponsesAnswer:
         self._delta_head = b"event: " + kind.encode() + b"\ndata: " + common + b',"delta":'
         self._delta_tail = b',"logprobs":[]' if part.kind is PartKind.TEXT else b""
 
-    def _delta(self, step: PartGrows) -> bytes:
+    def _delta(self, text: str, logprobs: Sequence[PositionLogprobs] = ()) -> bytes:
         tail = self._delta_tail
-        if step.logprobs and self._num_top is not None:
-            tail = b',"logprobs":' + msgspec.json.encode(self._logprobs(step.logprobs))
+        if logprobs and self._num_top is not None:
+            tail = b',"logprobs":' + msgspec.json.encode(self._logprobs(logprobs))
         sequence = self._next_sequence()
-        return b'%b%b%b,"sequence_number":%d}\n\n' % (self._delta_head, msgspec.json.encode(step.text), tail, sequence)
+        return b'%b%b%b,"sequence_number":%d}\n\n' % (self._delta_head, msgspec.json.encode(text), tail, sequence)
 
     def _whole_part(self, step: PartEnds, ending: Ending | None) -> bytes:
         part = step.part

@@ -48,6 +48,7 @@ def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
             right=RIGHT,
             handler=routes.kept,
             summary="Not served: responses are not kept.",
+            is_served=False,
         ),
     ]
 

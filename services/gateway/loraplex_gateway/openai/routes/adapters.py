@@ -20,7 +20,7 @@ from loraplex_common.rights import STORE
 from starlette.responses import PlainTextResponse, Response
 
 from loraplex_gateway.adapters.store_admin import AdminCall, StoreAdmin
-from loraplex_gateway.openai import fields
+from loraplex_gateway.openai import further_fields
 from loraplex_gateway.openai.adapter_bodies import LoadAdapterBody, UnloadAdapterBody, source_of
 from loraplex_gateway.openai.body import decode
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
@@ -50,7 +50,7 @@ def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
             handler=routes.load,
             summary="Import an adapter into the adapter store.",
             body=LoadAdapterBody,
-            table=fields.LOAD_ADAPTER,
+            table=further_fields.LOAD_ADAPTER,
             answer=str,
         ),
         Endpoint(
@@ -59,7 +59,7 @@ def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
             handler=routes.unload,
             summary="Delete an adapter's name from the adapter store.",
             body=UnloadAdapterBody,
-            table=fields.UNLOAD_ADAPTER,
+            table=further_fields.UNLOAD_ADAPTER,
             answer=str,
         ),
     ]
@@ -84,7 +84,7 @@ class _Adapters:
                 in_place=body.load_inplace,
             )
         except LoraplexError as error:
-            return error_response(_told(error, call), BodyNames(fields.LOAD_ADAPTER, body))
+            return error_response(_told(error, call), BodyNames(further_fields.LOAD_ADAPTER, body))
         await self._heard(lambda: self._latest(name, admission) == digest)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
@@ -98,9 +98,9 @@ class _Adapters:
             await store.unload(name, call)
         except AdapterNotFoundError:
             missing = AdapterNotFoundError(f"The lora adapter {body.lora_name!r} cannot be found.")
-            return error_response(missing, BodyNames(fields.UNLOAD_ADAPTER, body))
+            return error_response(missing, BodyNames(further_fields.UNLOAD_ADAPTER, body))
         except LoraplexError as error:
-            return error_response(_told(error, call), BodyNames(fields.UNLOAD_ADAPTER, body))
+            return error_response(_told(error, call), BodyNames(further_fields.UNLOAD_ADAPTER, body))
         await self._heard(lambda: self._latest(name, admission) is None)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.rights import GATEWAY
 
-from loraplex_gateway.openai import fields
+from loraplex_gateway.openai import fields, further_fields
 from loraplex_gateway.openai.answers import ModelList, ModelObject
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
 from loraplex_gateway.openai.errors import BodyNames, error_response
@@ -37,7 +37,7 @@ def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
             right=GATEWAY + "ListModels",
             handler=routes.models,
             summary="List base models, adapters and their labels.",
-            query=fields.MODEL_LIST,
+            query=further_fields.MODEL_LIST,
             answer=ModelList,
         ),
         Endpoint(
@@ -111,8 +111,8 @@ def _paging(request: Request) -> tuple[int | None, str]:
     """
     query = request.query_params
     for name in query:
-        if name not in fields.MODEL_LIST.fields:
-            known = ", ".join(fields.MODEL_LIST.fields)
+        if name not in further_fields.MODEL_LIST.fields:
+            known = ", ".join(further_fields.MODEL_LIST.fields)
             raise InvalidParameterError(f"unknown parameter {name[:64]!r}: this list takes {known}", field=name[:64])
     limit = query.get("limit")
     if limit is not None and not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= MAX_LIMIT):

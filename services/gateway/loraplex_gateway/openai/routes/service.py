@@ -23,17 +23,24 @@ def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
     """Return the routes about the service itself."""
     routes = _Service(context)
     return [
-        OpenEndpoint(path="/metrics", handler=routes.metrics, summary="Say where metrics are."),
         OpenEndpoint(
-            path="/health", handler=routes.health, summary="Say whether requests can be served.", answer=Health
+            path="/metrics", handler=routes.metrics, summary="Say where metrics are.", answer=str, statuses=(404,)
         ),
-        OpenEndpoint(path="/healthz", handler=routes.health, summary="As /health.", answer=Health),
+        OpenEndpoint(
+            path="/health",
+            handler=routes.health,
+            summary="Say whether requests can be served.",
+            answer=Health,
+            statuses=(200, 503),
+        ),
+        OpenEndpoint(path="/healthz", handler=routes.health, summary="As /health.", answer=Health, statuses=(200, 503)),
         OpenEndpoint(
             methods=("GET", "POST"),
             path="/ping",
             handler=routes.health,
             summary="As /health, for SageMaker.",
             answer=Health,
+            statuses=(200, 503),
         ),
         Endpoint(
             methods=("GET",),

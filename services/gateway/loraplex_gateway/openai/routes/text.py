@@ -9,7 +9,7 @@ import msgspec
 from loraplex_common.errors import InvalidParameterError, LoraplexError
 from loraplex_common.rights import GATEWAY
 
-from loraplex_gateway.openai import fields
+from loraplex_gateway.openai import further_fields
 from loraplex_gateway.openai.answers import DetokenizeAnswer, TokenizeAnswer
 from loraplex_gateway.openai.body import decode
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
@@ -44,7 +44,7 @@ def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
             handler=routes.tokenize,
             summary="Return the token ids of a text or a conversation.",
             body=TokenizeBody,
-            table=fields.TOKENIZE,
+            table=further_fields.TOKENIZE,
             answer=TokenizeAnswer,
         ),
         Endpoint(
@@ -53,7 +53,7 @@ def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
             handler=routes.detokenize,
             summary="Return the text of token ids.",
             body=DetokenizeBody,
-            table=fields.DETOKENIZE,
+            table=further_fields.DETOKENIZE,
             answer=DetokenizeAnswer,
         ),
     ]
@@ -71,7 +71,7 @@ class _Text:
             try:
                 return json_response(await self._tokens(body, caller))
             except LoraplexError as error:
-                return error_response(error, BodyNames(fields.TOKENIZE, body))
+                return error_response(error, BodyNames(further_fields.TOKENIZE, body))
 
     async def detokenize(self, request: Request, admission: Admission) -> Response:
         """Return the text of all token ids at once, special tokens written out."""
@@ -81,7 +81,7 @@ class _Text:
             try:
                 return json_response(await self._text(body, caller))
             except LoraplexError as error:
-                return error_response(error, BodyNames(fields.DETOKENIZE, body))
+                return error_response(error, BodyNames(further_fields.DETOKENIZE, body))
 
     async def _tokens(self, body: TokenizeBody, caller: Principal) -> TokenizeAnswer:
         model, prompt = await self._model(body.model, caller), prompt_of(body)
