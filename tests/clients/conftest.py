@@ -11,6 +11,8 @@ from support.stack_fixtures import smol_stack
 
 __all__ = ["clients_python", "smol_stack"]
 
+collect_ignore = ["libraries"]  # test_libraries.py runs those, by the interpreter below
+
 
 @pytest.fixture(scope="session")
 def clients_python() -> Path:

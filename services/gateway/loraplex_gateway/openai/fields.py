@@ -47,6 +47,7 @@ CALLED_FUNCTION: Final = _table(
     "messages[].tool_calls[].function",
     _served("name", "the function's name"),
     _served("arguments", "the text of a JSON object, or the object; empty for none"),
+    *_ignored("parsed_arguments", "what OpenAI's clients read from arguments, and send back"),
 )
 
 TURN_TOOL_CALL: Final = _table(
@@ -89,6 +90,7 @@ MESSAGE: Final = _table(
     *_refused("annotations", "write them into content", []),
     *_refused("type", NO_MEDIA, "text"),
     *_ignored("cache_control", "prefixes are cached by themselves"),
+    *_ignored("parsed", "what OpenAI's clients read from content, and send back"),
     *_ignored("provider_specific_fields", "LiteLLM's notes on an answer; nothing depends on them"),
     *_refused("audio", NO_MEDIA),
 )

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from loraplex_common.errors import InvalidParameterError
 from loraplex_gateway.openai import fields, further_fields
@@ -190,6 +191,17 @@ def test_an_echoed_answer_passes_with_all_its_nulls() -> None:
     answer |= {"tool_calls": None, "function_call": None, "reasoning_content": None, "name": None}
 
     assert chat(messages=[answer, {**answer, "tool_calls": []}]).messages[1].content == "hi"
+
+
+def test_a_parsed_answer_of_openai_s_clients_passes_as_it_was_read() -> None:
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    call = {"id": "c", "type": "function", "function": {**function, "parsed_arguments": {"a": 1}}}
+    turn: dict[str, Any] = {"role": "assistant", "content": '{"b": 2}', "parsed": {"b": 2}, "tool_calls": [call]}
+
+    (read,) = chat(messages=[turn]).messages
+
+    assert read.content == '{"b": 2}'
+    assert [msgspec.to_builtins(made.function) for made in read.tool_calls or ()] == [function]
 
 
 @pytest.mark.parametrize(
