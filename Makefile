@@ -36,7 +36,7 @@ serve: ## Serve the demo model and its adapters on this machine until Ctrl-C
 test: $(VENV)/.dev-installed ## Run the tests that need no GPU
 	@tests/tools/ensure-prometheus.sh
 	@tests/tools/ensure-json-schema-suite.sh
-	@$(BIN)/pytest -n $(JOBS) -m "not gpu" -q -ra $(PYTEST_ARGS)
+	@$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not gpu" -q -ra $(PYTEST_ARGS)
 
 # Client libraries pin what ours do not: they have an environment of their own, which the tests start them in.
 CLIENTS_VENV ?= .venv-clients
