@@ -139,7 +139,10 @@ $(CLIENTS_VENV)/.installed: tests/clients/requirements.txt
 	@echo "Installing client libraries into $(CLIENTS_VENV)."
 	@$(PYTHON) -m venv $(CLIENTS_VENV)
 	@$(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check -qq install uv==0.13.9
-	@$(CLIENTS_VENV)/bin/python -m uv pip install -q --python $(CLIENTS_VENV)/bin/python -r tests/clients/requirements.txt
+	@$(CLIENTS_VENV)/bin/python -m uv pip install -q --system-certs --python $(CLIENTS_VENV)/bin/python \
+		-r tests/clients/requirements.txt || \
+		{ echo "uv could not; pip takes minutes." >&2 && \
+		$(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check -qq install -r tests/clients/requirements.txt; }
 	@touch $@
 
 tests/clients/npm/node_modules/.package-lock.json: tests/clients/npm/package-lock.json
