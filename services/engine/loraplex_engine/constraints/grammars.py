@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.structured_output import ConstraintKind, StructuredOutput
@@ -13,6 +14,7 @@ from loraplex_engine.constraints.json_text import ConstraintTextError, read_json
 from loraplex_engine.constraints.limits import MAX_LITERAL_BYTES
 from loraplex_engine.constraints.patterns import PatternError, literal, to_library
 from loraplex_engine.constraints.structural_tag import read_structural_tag
+from loraplex_engine.constraints.tag_grammar import NO_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from loraplex_engine.constraints.tokenizer import Vocabulary
 
 MAX_CHOICES: Final = 1024
+_NO_FORCING: Final = '%llguidance {"no_forcing": true}'
+_ESCAPED: Final = re.compile(r"\\+(?:x([0-9a-f]{2})|u([0-9a-f]{4}))")  # as `patterns.literal` and JSON write signs
 
 
 def to_grammar(wanted: StructuredOutput, vocabulary: Vocabulary, *, compact: bool = False) -> str:
@@ -42,9 +46,29 @@ def to_grammar(wanted: StructuredOutput, vocabulary: Vocabulary, *, compact: boo
         ConstraintKind.STRUCTURAL_TAG: lambda: read_structural_tag(wanted.text, vocabulary, compact=compact),
     }
     try:
-        return json.dumps({"grammars": readers[wanted.kind]()})
+        grammars = readers[wanted.kind]()
     except ConstraintTextError as error:
         raise ConstraintTextError(f"{wanted.kind.value}: {error}") from None
+    if _has_special_text(json.dumps(grammars, ensure_ascii=False), vocabulary):
+        grammars[0] = _without_forcing(grammars[0])
+    return json.dumps({"grammars": grammars})
+
+
+def _has_special_text(grammars: str, vocabulary: Vocabulary) -> bool:
+    """Return whether grammars may ask for the text of a special token."""
+    plain = _ESCAPED.sub(lambda found: chr(int(found[1] or found[2], 16)), grammars).replace("\\", "")
+    return any(text.replace("\\", "") in plain for text in vocabulary.special_tokens)
+
+
+def _without_forcing(grammar: dict[str, Any]) -> dict[str, Any]:
+    """Return a grammar whose text comes token by token also where only one text is possible.
+
+    The library tokenises such a text at once, and takes the text of a special token for the token, which is no text.
+    """
+    rest = dict(grammar)
+    schema = rest.pop("json_schema", None)
+    lark = rest.pop("lark_grammar", None) if schema is None else f"start: %json {json.dumps(schema)}"
+    return {**rest, "lark_grammar": f"{_NO_FORCING}\n{str(lark).removeprefix(NO_OPTIONS)}"}
 
 
 def _schema(text: str, compact: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loraplex_engine.constraints.tokenizer import Vocabulary
 
 EMPTY: Final = '""'
+NO_OPTIONS: Final = "%llguidance {}"
 
 
 class End(NamedTuple):
@@ -40,7 +41,7 @@ class GrammarWriter:
     def finish(self, expression: str) -> list[dict[str, Any]]:
         """Return the grammar of an expression, and the grammars that it uses."""
         rules = [f"{name}{options}: {body}" for (options, body), name in self._rules.items()]
-        text = "\n".join(["%llguidance {}", f"start: {expression}", *rules])
+        text = "\n".join([NO_OPTIONS, f"start: {expression}", *rules])
         return [{"name": "structural_tag", "lark_grammar": text}, *self._sides]
 
     def text(self, text: str) -> str:

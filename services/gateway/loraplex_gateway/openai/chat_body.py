@@ -77,14 +77,30 @@ def chosen_functions(choice: str | dict[str, Any] | None, offered: Functions) ->
     if not isinstance(choice, dict):
         raise InvalidParameterError(CHOICES, field="tool_choice")
     if names_function(choice):
-        return ToolMode.REQUIRED, _named(offered, [choice], "tool_choice")
+        functions = _named(offered, [choice], "tool_choice")
+        _check_names(choice)
+        return ToolMode.REQUIRED, functions
     allowed = choice.get("allowed_tools")
     if choice.get("type") != "allowed_tools" or not isinstance(allowed, dict):
         raise InvalidParameterError(CHOICES, field="tool_choice")
     tools, mode = allowed.get("tools"), allowed.get("mode", "auto")
     if not isinstance(tools, list) or mode not in ("auto", "required"):
         raise InvalidParameterError(CHOICES, field="tool_choice.allowed_tools")
+    _check_names(choice)
     return _must_be_offered(ToolMode(mode), _named(offered, tools, "tool_choice.allowed_tools"))
+
+
+def _check_names(choice: dict[str, Any]) -> None:
+    """Refuse members of a tool_choice that have no meaning there, or are not those of its type."""
+    own = "function" if names_function(choice) else "allowed_tools"
+    for where, value, known in (
+        ("tool_choice", choice, {"type", own}),
+        ("tool_choice.function", choice.get("function"), {"name"}),
+        ("tool_choice.allowed_tools", choice.get("allowed_tools"), {"mode", "tools"}),
+    ):
+        for name in (value if isinstance(value, dict) else {}).keys() - known:
+            field = f"{where}.{name[:64]}"
+            raise InvalidParameterError(f"unknown field {field}; leave it out", field=field)
 
 
 def _must_be_offered(mode: ToolMode, functions: Functions) -> tuple[ToolMode, Functions]:
@@ -133,9 +149,14 @@ def chat_message(n: int, turn: ChatTurn) -> ChatMessage:
     """Return one turn of a body.
 
     Raises:
-        InvalidParameterError: If it has no content, or one that is no text.
+        InvalidParameterError: If it has no content, or one that is no text, or two different thoughts.
     """
     content, calls = turn.content, _calls(turn.tool_calls or [])
+    if turn.reasoning and turn.reasoning_content and turn.reasoning != turn.reasoning_content:
+        field = f"messages[{n}].reasoning"
+        raise InvalidParameterError(
+            f"{field} and messages[{n}].reasoning_content differ; send one of them", field=field
+        )
     if content is None:
         if not calls and not (turn.role == "assistant" and (turn.reasoning_content or turn.reasoning)):
             raise InvalidParameterError(f"messages[{n}].content is missing", field=f"messages[{n}].content")

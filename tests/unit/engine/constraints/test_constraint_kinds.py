@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from random import Random
 from typing import Any
 
 import pytest
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.structured_output import ConstraintKind
-from support.constraint_rig import begins, compile_here, mask_of, small_vocabulary, takes
+from support.constraint_rig import begins, compile_here, mask_of, small_vocabulary, takes, walk
 
 KIND = ConstraintKind
 OBJECT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
@@ -179,6 +180,25 @@ def test_a_tag_that_begins_with_a_token_of_the_model_is_that_token_and_as_a_trig
     spelled = vocabulary.tokenizer.tokenize_str(f"text {TOOL}")
     for ids in ([token], [*vocabulary.tokenizer.tokenize_str("text "), token], spelled):
         assert {vocabulary.tokenizer.decode_str([next_id])[:1] for next_id in mask_of(constraint.start(ids))} == {"f"}
+
+
+@pytest.mark.parametrize("special", [SPECIAL, TOOL])
+@pytest.mark.parametrize("kind", [KIND.CHOICE, KIND.REGEX, KIND.JSON_SCHEMA, KIND.GRAMMAR, KIND.STRUCTURAL_TAG])
+def test_the_text_of_a_special_token_is_written_as_text_where_no_other_text_is_possible(
+    kind: ConstraintKind, special: str
+) -> None:
+    schema, quoted = json.dumps({"const": special}), json.dumps(special, ensure_ascii=False)
+    text, output = {
+        KIND.CHOICE: (json.dumps([f"it is {special}!"]), f"it is {special}!"),
+        KIND.REGEX: ("a{20}" + special.replace("|", r"\|"), "a" * 20 + special),  # behind what a trial draws
+        KIND.JSON_SCHEMA: (schema, quoted),
+        KIND.GRAMMAR: (f'start: "{special}" n\nn: %json {schema}', f"{special}{quoted}"),
+        KIND.STRUCTURAL_TAG: (_tag({"type": "json_schema", "json_schema": {"enum": [special]}}), quoted),
+    }[kind]
+    vocabulary = small_vocabulary()
+    tokens = walk(compile_here(kind, text).start(()), Random(0), max_tokens=80)
+    assert vocabulary.tokenizer.decode_str([*tokens]) == output
+    assert not {*vocabulary.special_tokens.values()} & {*tokens}
 
 
 def test_formats_of_tokens_are_about_tokens() -> None:

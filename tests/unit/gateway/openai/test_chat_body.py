@@ -61,6 +61,35 @@ def test_a_choice_that_cannot_be_is_refused(choice: Any) -> None:
     assert (caught.value.field or "").startswith("tool_choice")
 
 
+@pytest.mark.parametrize(
+    ("choice", "field"),
+    [
+        ({**named("a"), "mode": "auto"}, "tool_choice.mode"),
+        ({**named("a"), "allowed_tools": {}}, "tool_choice.allowed_tools"),
+        ({"type": "function", "function": {"name": "a", "strict": True}}, "tool_choice.function.strict"),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"tools": [named("a")], "max": 1}},
+            "tool_choice.allowed_tools.max",
+        ),
+    ],
+)
+def test_nothing_in_a_choice_is_dropped_in_silence(choice: Any, field: str) -> None:
+    with pytest.raises(InvalidParameterError, match="unknown field") as caught:
+        prompt_of(tools=TOOLS, tool_choice=choice)
+
+    assert caught.value.field == field
+
+
+def test_a_turn_has_one_text_of_thoughts_under_either_name() -> None:
+    turn = {"role": "assistant", "content": "x", "reasoning": "a"}
+    assert prompt_of(messages=[USER, {**turn, "reasoning_content": "a"}])[0].messages[1].reasoning == "a"
+
+    with pytest.raises(InvalidParameterError, match="send one of them") as caught:
+        prompt_of(messages=[USER, {**turn, "reasoning_content": "b"}])
+
+    assert caught.value.field == "messages[1].reasoning"
+
+
 @pytest.mark.parametrize("choice", ["required", named("a")])
 def test_no_function_can_be_called_where_none_is_offered(choice: Any) -> None:
     with pytest.raises(InvalidParameterError):
