@@ -179,3 +179,55 @@ async def test_what_is_no_body_has_a_longest_size(valkey_url: str, start: bytes)
         writer.close()
 
         assert await complete(rig) == 200
+
+
+UPGRADE = "connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+
+
+def request(body: bytes, *, version: str = "1.1", headers: str = "") -> bytes:
+    head = f"POST /v1/completions HTTP/{version}\r\nhost: x\r\n{headers}content-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+@pytest.mark.parametrize(
+    "cut", [None, 40, -len(BODY), -5], ids=["whole", "in the header", "at the body", "in the body"]
+)
+async def test_a_request_that_would_rather_speak_http2_is_served_in_http1(valkey_url: str, cut: int | None) -> None:
+    async with running_gateway(valkey_url) as rig:
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.app.http_port)
+        data = request(BODY, headers=UPGRADE)
+        writer.write(data[:cut])
+        await asyncio.sleep(0.05)
+        if cut is not None:
+            writer.write(data[cut:])
+        writer.write(request(BODY))
+        async with asyncio.timeout(20):
+            for _ in range(2):
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                assert head.startswith(b"http/1.1 200 ")
+                await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+        writer.close()
+
+
+async def test_a_stream_to_a_client_of_http_1_0_is_not_cut_into_chunks(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.app.http_port)
+        writer.write(request(BODY[:-1] + b', "stream": true}', version="1.0"))
+        async with asyncio.timeout(20):
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+
+        assert b"transfer-encoding" not in head.lower()
+        assert body.startswith(b"data: {")
+        assert body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_client_that_goes_is_missed_by_all_its_requests(valkey_url: str) -> None:
+    async with running_gateway(valkey_url) as rig:
+        rig.engine.hold_at = 2
+        _, writer = await asyncio.open_connection("127.0.0.1", rig.app.http_port)
+        writer.write(request(BODY.replace(b"2}", b"9}")) + b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        await rig.engine.wait_for(lambda: bool(rig.engine.submits))
+        writer.close()
+        await rig.engine.wait_for(lambda: bool(rig.engine.aborted_ids))
+        rig.check_idle()

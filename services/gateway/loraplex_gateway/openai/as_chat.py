@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from loraplex_common.errors import InvalidParameterError
 
-from loraplex_gateway.openai.convert import chat_plan
+from loraplex_gateway.openai.convert import chat_plan, constraining_field
 from loraplex_gateway.openai.field_rules import Table
-from loraplex_gateway.openai.other_names import OtherNames, Rename
-from loraplex_gateway.openai.output_format import constraint_field
+from loraplex_gateway.openai.other_names import Chat, OtherNames, Rename
 from loraplex_gateway.openai.schema import ChatBody, CommonBody
 
 if TYPE_CHECKING:
@@ -46,12 +44,12 @@ class Words:
     Attributes:
         table: Its own fields.
         renames: What chat completions call otherwise.
-        paths: Where in it each turn of the conversation comes from.
+        chat: Where in it each turn of the conversation comes from.
     """
 
     table: Table
     renames: tuple[Rename, ...]
-    paths: Sequence[str]
+    chat: Chat
 
 
 def chat_plan_of(body: CommonBody, own: Mapping[str, Any], is_base: IsBase, *, origin: Origin, words: Words) -> Plan:
@@ -68,7 +66,7 @@ def chat_plan_of(body: CommonBody, own: Mapping[str, Any], is_base: IsBase, *, o
         InvalidParameterError: For what is not served.
     """
     chat = as_chat(body, own)
-    names = OtherNames(words.table, body, paths=words.paths, renames=words.renames, constraint=constraint_field(chat))
+    names = OtherNames(words.table, body, chat=words.chat, renames=words.renames, constraint=constraining_field(chat))
     try:
         return replace(chat_plan(chat, is_base, origin=origin), names=names)
     except InvalidParameterError as error:

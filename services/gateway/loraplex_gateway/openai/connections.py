@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import random
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.auth import Certificate
@@ -15,11 +16,18 @@ if TYPE_CHECKING:
 
     from starlette.types import Scope
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as HttpProtocol
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+    from loraplex_gateway.openai.upgrades import PlainParser
 else:
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as HttpProtocol
+
+        from loraplex_gateway.openai.upgrades import PlainParser
     except ImportError:  # no wheel of httptools for this platform
         from uvicorn.protocols.http.h11_impl import H11Protocol as HttpProtocol
+
+        PlainParser = None
 
 # Most bytes of a request's header, and of what else is no part of its body: trailers, extensions of chunks.
 MAX_HEADER_BYTES: Final = 64 * 1024
@@ -93,7 +101,8 @@ class BoundedProtocol(HttpProtocol):
     """uvicorn's HTTP/1.1 with bounds for headers in time and size, kept in the book of `Connections`.
 
     h11 bounds the size itself (`MAX_HEADER_BYTES`); httptools keeps whatever a client sends, so that bytes which have come
-    since the last of a body are counted here.
+    since the last of a body are counted here. httptools reads on while a request is served: those that came meanwhile
+    (pipelining) wait for its answer, and all of them are told when the client is gone.
     """
 
     book: Connections
@@ -109,6 +118,9 @@ class BoundedProtocol(HttpProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock of the first header."""
         super().connection_made(transport)
+        self._cycles: deque[RequestResponseCycle] = deque()
+        if PlainParser is not None:
+            self.parser: PlainParser = PlainParser(self)  # type: ignore[assignment]
         certificate = _certificate(transport.get_extra_info("peercert"))
         if certificate is not None:
             self.app_state = {**self.app_state, _STATE: certificate}
@@ -128,9 +140,14 @@ class BoundedProtocol(HttpProtocol):
         self._time_header()
 
     def on_headers_complete(self) -> None:
-        """Serve the request."""
+        """Serve the request, after those that came before it."""
         self._num_header_bytes = 0
+        if self.parser.asks_to_upgrade:
+            return
         super().on_headers_complete()
+        while self._cycles and self._cycles[0].response_complete:
+            self._cycles.popleft()
+        self._cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Take in a piece of the body."""
@@ -140,12 +157,18 @@ class BoundedProtocol(HttpProtocol):
     def on_message_complete(self) -> None:
         """Note the end of the body."""
         self._num_header_bytes = 0
+        if self.parser.asks_to_upgrade:
+            return
         super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Forget the connection; uvicorn tells the last request of it alone."""
         self.book.closed(self)
         self._stop_timer()
+        for cycle in self._cycles:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._cycles.clear()
         super().connection_lost(exc)
 
     def _part(self) -> None:

@@ -191,7 +191,7 @@ def _plan(body: CommonBody, requests: list[GenerationRequest], *, logprobs: int 
     return Plan(
         requests=tuple(choices),
         model=body.model,
-        names=BodyNames(table, body, constraint=constraint_field(body) or _tools_field(body)),
+        names=BodyNames(table, body, constraint=constraining_field(body)),
         is_chat=is_chat,
         is_stream=body.stream,
         include_usage=options.include_usage,
@@ -204,9 +204,9 @@ def _plan(body: CommonBody, requests: list[GenerationRequest], *, logprobs: int 
     )
 
 
-def _tools_field(body: CommonBody) -> str:
-    """Return what an output is constrained by that must or may be a call."""
-    return "tools" if isinstance(body, ChatBody) and body.tools else ""
+def constraining_field(body: CommonBody) -> str:
+    """Return the field that constrains the output, `tools` for one that must or may be a call; empty if none does."""
+    return constraint_field(body) or ("tools" if isinstance(body, ChatBody) and body.tools else "")
 
 
 def _choice(request: GenerationRequest, index: int, draw: int) -> GenerationRequest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from starlette.types import Scope, Send
+    from starlette.types import Message, Scope, Send
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 else:
     try:
@@ -57,3 +57,26 @@ def direct_writer(scope: Scope) -> DirectWriter | None:
     """Return the writer of a request; None where its server has none."""
     writer = scope.get(_KEY)
     return writer if isinstance(writer, DirectWriter) else None
+
+
+def unframed(send: Send) -> Send:
+    """Return a `send` for a client of HTTP/1.0, which knows no chunks: an answer without a length ends with its connection.
+
+    h11 does this by itself.
+    """
+    cycle = getattr(send, "__self__", None)
+    if not isinstance(cycle, RequestResponseCycle):
+        return send
+    has_length = True
+
+    async def send_unframed(message: Message) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not has_length:
+                cycle.chunked_encoding = False
+        elif not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return send_unframed

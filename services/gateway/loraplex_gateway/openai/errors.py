@@ -37,6 +37,7 @@ HTTP_MEANS: Final = {
     "loraplex.v1.GatewayService/GetModel": "GET /v1/models/{model}",
     "loraplex.v1.GatewayService/ListModels": "GET /v1/models",
     "loraplex.v1.GatewayService/Generate": "POST /v1/completions and /v1/chat/completions",
+    "an adapter goes into the field adapter": "an adapter goes into model: its name, or base|name",
     "LOAD_POLICY_FAIL_FAST": "load_policy fail_fast",
     "LOAD_POLICY_WAIT": "load_policy wait",
 }
@@ -101,9 +102,11 @@ def error_object(error: LoraplexError, names: BodyNames | None = None) -> dict[s
     message, violations = error.message, error.violations
     if names is not None:
         told = [(names.field(field), names.text(text, field)) for field, text in violations]
+        renamed = message
         for (_, before), (_, after) in zip(violations, told, strict=True):
-            message = message.replace(before, after)
-        message, violations = names.text(message), tuple(told)
+            renamed = renamed.replace(before, after)
+        # Never twice: of another API's paths, what one is called may be another's name.
+        message, violations = names.text(message) if renamed == message else renamed, tuple(told)
     for elsewhere, here in HTTP_MEANS.items():
         message = message.replace(elsewhere, here)
     status = error.http_status

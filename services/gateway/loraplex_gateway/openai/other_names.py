@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.openai.fields import Table
     from loraplex_gateway.openai.schema import CommonBody
 
-_TURN: Final = re.compile(r"messages\[(\d+)\]")
+_TURN: Final = re.compile(r"messages\[(\d+)\](?:\.tool_calls\[(\d+)\](?:\.function)?)?")
 Rename = tuple[re.Pattern[str], str]
 
 
@@ -33,10 +33,12 @@ class Chat:
     Attributes:
         turns: Objects of ``messages``.
         paths: Where in the body each turn comes from.
+        calls: Where each call of each turn comes from.
     """
 
-    turns: Sequence[dict[str, object]]
-    paths: Sequence[str]
+    turns: Sequence[dict[str, object]] = ()
+    paths: Sequence[str] = ()
+    calls: Sequence[Sequence[str]] = ()
 
 
 class OtherNames(BodyNames):
@@ -45,7 +47,7 @@ class OtherNames(BodyNames):
     Args:
         table: The body's own fields.
         body: The body.
-        paths: Where in it each turn of the conversation comes from.
+        chat: Where in it each turn of the conversation comes from.
         renames: What else is called otherwise.
         constraint: The field of the chat body that constrains the output; empty if none does.
     """
@@ -55,12 +57,12 @@ class OtherNames(BodyNames):
         table: Table,
         body: CommonBody | None,
         *,
-        paths: Sequence[str] = (),
+        chat: Chat | None = None,
         renames: Iterable[Rename] = (),
         constraint: str = "",
     ) -> None:
         super().__init__(table, body, constraint=constraint)
-        self._paths = paths
+        self._chat = chat or Chat()
         self._renames = tuple(renames)
 
     def field(self, core: str) -> str:
@@ -69,7 +71,9 @@ class OtherNames(BodyNames):
 
     def text(self, text: str, core: str | None = None) -> str:
         """Return a message in the body's words."""
-        return super().text(self._renamed(text), None if core is None else self._renamed(core))
+        if core is not None and text.startswith((f"{core} ", f"{core}:")):
+            return self.field(core) + self.text(text.removeprefix(core))
+        return super().text(self._renamed(text))
 
     def refusal(self, error: InvalidParameterError) -> InvalidParameterError:
         """Return the refusal of the body as chat completions, in this body's words."""
@@ -89,4 +93,6 @@ class OtherNames(BodyNames):
 
     def _path(self, match: re.Match[str]) -> str:
         turn = int(match[1])
-        return self._paths[turn] if turn < len(self._paths) else match[0]
+        if turn >= len(self._chat.paths):
+            return match[0]
+        return self._chat.paths[turn] if match[2] is None else self._chat.calls[turn][int(match[2])]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.ids import new_request_id
 
-from loraplex_gateway.openai.direct import offer_direct
+from loraplex_gateway.openai.direct import offer_direct, unframed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,6 +54,8 @@ class TraceIds:
             return
         scope[_KEY] = origin = _origin(scope)
         offer_direct(scope, send)
+        if scope["http_version"] == "1.0":
+            send = unframed(send)
 
         async def send_traced(message: Message) -> None:
             if message["type"] == "http.response.start":

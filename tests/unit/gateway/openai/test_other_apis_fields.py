@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from loraplex_common.errors import InvalidParameterError
-from loraplex_gateway.openai.errors import BodyNames
+from loraplex_gateway.openai.errors import BodyNames, error_object
 from loraplex_gateway.openai.fields import Rule, Table
 from loraplex_gateway.openai.messages_api import fields as messages_fields
 from loraplex_gateway.openai.messages_api import schema as messages
@@ -123,3 +123,52 @@ def test_a_variable_of_the_template_goes_before_the_switch_of_thinking() -> None
 def test_a_million_items_cost_little() -> None:
     with pytest.raises(InvalidParameterError, match="entries"):
         asked(input=[{"role": "user", "content": ""}] * 100_000)
+
+
+def test_an_error_in_a_call_names_the_item_or_block_that_holds_it() -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}
+    items = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, call, call]
+    data = json.dumps({"model": "m", "input": items}).encode()
+    names = responses_request(data, lambda _: True, origin=ORIGIN).plan.names
+
+    where = "messages[1].tool_calls[1]"
+    assert names.field(f"{where}.function.arguments") == "input[3].arguments"
+    assert names.field(f"{where}.id") == "input[3].call_id"
+    assert names.text(f"{where}.function.arguments is no JSON", f"{where}.function.arguments") == (
+        "input[3].arguments is no JSON"
+    )
+
+    use = {"type": "tool_use", "id": "c", "name": "", "input": {}}
+    turns: list[dict[str, Any]] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    turns += [{"role": "assistant", "content": [{"type": "text", "text": "z"}, use]}, {"role": "user", "content": "x"}]
+    names = messages_plan(
+        json.dumps({"model": "m", "messages": turns, "max_tokens": 5, "system": "s"}).encode(),
+        lambda _: True,
+        origin=ORIGIN,
+    ).names
+
+    assert names.field("messages[2].tool_calls[0].function.name") == "messages[2].content[1].name"
+    assert names.field("messages[2].tool_calls[0].function.arguments") == "messages[2].content[1].input"
+    core = "messages[2].tool_calls[0].function.name"
+    told = error_object(InvalidParameterError(f"{core} is no function's name", field=core), names)["error"]
+    assert told["message"] == "messages[2].content[1].name is no function's name"
+
+
+def test_an_error_of_a_constraint_that_tools_make_names_the_tools() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    tool = {"type": "function", "name": "f", "parameters": schema}
+    data = json.dumps({"model": "m", "input": "x", "tools": [tool], "tool_choice": "required"}).encode()
+    assert responses_request(data, lambda _: True, origin=ORIGIN).plan.names.field("structured_output") == "tools"
+
+    body: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 5}
+    body |= {"tools": [{"name": "f", "input_schema": schema}], "tool_choice": {"type": "any"}}
+    assert (
+        messages_plan(json.dumps(body).encode(), lambda _: True, origin=ORIGIN).names.field("structured_output")
+        == "tools"
+    )
+
+
+def test_a_name_beside_a_choice_of_any_tool_is_not_dropped_in_silence() -> None:
+    tool = {"name": "f", "input_schema": {"type": "object"}}
+    with pytest.raises(InvalidParameterError, match=r"tool_choice\.name goes with type tool"):
+        message(tools=[tool], tool_choice={"type": "any", "name": "f"})

@@ -29,6 +29,7 @@ RENAMES: Final = renames(
     (r"\bresponse_format\b", "output_config.format"),
     (r"\bmax_completion_tokens\b", "max_tokens"),
     (r"\breasoning_effort\b", "output_config.effort"),
+    (r"(content\[\d+\])\.arguments\b", r"\1.input"),
 )
 CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
 # Variables with which templates of the common families turn thoughts on and off; the others do not look at them.
@@ -58,7 +59,7 @@ def count_tokens_plan(data: bytes, is_base: IsBase, *, origin: Origin) -> Plan:
 
 def _plan(body: Body, table: Table, limits: dict[str, Any], is_base: IsBase, *, origin: Origin) -> Plan:
     chat = turns.conversation(body.messages, body.system)
-    words = Words(table=table, renames=RENAMES, paths=chat.paths)
+    words = Words(table=table, renames=RENAMES, chat=chat)
     own = {
         "messages": chat.turns,
         "chat_template_kwargs": _template_kwargs(body),
@@ -103,6 +104,8 @@ def _tools(body: Body) -> dict[str, Any]:
     wanted: dict[str, Any] = {"tools": [_chat_tool(tool) for tool in tools]}
     if choice is None:
         return wanted
+    if choice.type != "tool" and choice.name is not None:
+        raise InvalidParameterError("tool_choice.name goes with type tool; leave it out", field="tool_choice.name")
     if choice.type == "tool":
         if choice.name is None or all(tool.name != choice.name for tool in tools):
             raise InvalidParameterError(

@@ -32,9 +32,11 @@ def conversation(messages: list[Any], system: str | list[Any] | None) -> Chat:
     """
     turns: list[Turn] = []
     paths: list[str] = []
+    calls: list[list[str]] = []
     if system:
         turns.append({"role": "system", "content": _text(system, "system")})
         paths.append("system")
+        calls.append([])
     check_num_messages(len(messages))
     for n, message in enumerate(messages):
         where = f"messages[{n}]"
@@ -46,7 +48,9 @@ def conversation(messages: list[Any], system: str | list[Any] | None) -> Chat:
             else:
                 turns.append(turn)
                 paths.append(where)
-    return Chat(turns=turns, paths=paths)
+                calls.append([])
+        calls[-1:] = [calls[-1] + _places(message["content"], f"{where}.content")]
+    return Chat(turns=turns, paths=paths, calls=calls)
 
 
 def continues(chat: Chat) -> bool:
@@ -86,6 +90,15 @@ def _assistant(blocks: list[msgspec.Struct]) -> Turn:
         turn["reasoning"] = "\n".join(thoughts)
     calls = [_call(block) for block in blocks if isinstance(block, ToolUseBlock)]
     return {**turn, "tool_calls": calls} if calls else turn
+
+
+def _places(content: str | list[Any], where: str) -> list[str]:
+    """Return where the calls of a message are; only an assistant's has any."""
+    if isinstance(content, str):
+        return []
+    return [
+        f"{where}[{n}]" for n, block in enumerate(content) if isinstance(block, dict) and block["type"] == "tool_use"
+    ]
 
 
 def _call(block: ToolUseBlock) -> Turn:

@@ -25,6 +25,7 @@ RENAMES: Final = renames(
     (r"\bresponse_format\b", "text.format"),
     (r"\bmax_completion_tokens\b", "max_output_tokens"),
     (r"\breasoning_effort\b", "reasoning.effort"),
+    (r"(input\[\d+\])\.id\b", r"\1.call_id"),
 )
 KNOWN_CHOICES: Final = ("none", "auto", "required")
 
@@ -49,7 +50,7 @@ def responses_request(data: bytes, is_base: IsBase, *, origin: Origin) -> Asked:
     tools = tuple(
         tool for tool in objects.read_all(body.tools or [], schema.TOOLS, "tools") if isinstance(tool, FunctionTool)
     )
-    words = Words(table=fields.RESPONSES, renames=RENAMES, paths=chat.paths)
+    words = Words(table=fields.RESPONSES, renames=RENAMES, chat=chat)
     own = {
         "messages": chat.turns,
         "max_completion_tokens": body.max_output_tokens,

@@ -46,19 +46,21 @@ class _Turns:
     def __init__(self) -> None:
         self._turns: list[Turn] = []
         self._paths: list[str] = []
+        self._calls: list[list[str]] = []
         self._open: Turn | None = None  # the assistant's turn that further items may still belong to
 
     def chat(self) -> Chat:
         """Return what has been collected."""
         for turn in self._turns:
             turn.setdefault("content", "")
-        return Chat(turns=self._turns, paths=self._paths)
+        return Chat(turns=self._turns, paths=self._paths, calls=self._calls)
 
     def add(self, turn: Turn, path: str) -> Turn:
         """Add a turn that is whole."""
         self._open = None
         self._turns.append(turn)
         self._paths.append(path)
+        self._calls.append([])
         return turn
 
     def take(self, item: Any, path: str) -> None:
@@ -69,6 +71,7 @@ class _Turns:
             call = {"name": item.name, "arguments": item.arguments}
             turn = self._assistant(path)
             turn.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": call})
+            self._calls[-1].append(path)
         elif isinstance(item, FunctionCallOutputItem):
             content = _text(item.output, schema.OUTPUT_PARTS, f"{path}.output")
             self.add({"role": "tool", "content": content, "tool_call_id": item.call_id}, path)
