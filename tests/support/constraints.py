@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from loraplex_common.errors import InvalidParameterError
-from loraplex_engine.constraints.types import ConstraintError
+from loraplex_engine.constraints.types import ConstraintCostError, ConstraintError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +63,7 @@ class StrideState:
 
     def accept(self, token_id: int) -> None:
         if len(self.token_ids) == self.constraint.breaks_at:
-            raise ConstraintError("it is too hard")
+            raise ConstraintCostError("it is too hard")
         if self.is_ended or not self.constraint.allows(len(self.token_ids), token_id):
             raise ConstraintError(f"token {token_id} cannot stand at {len(self.token_ids)}")
         self.token_ids.append(token_id)

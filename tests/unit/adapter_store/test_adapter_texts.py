@@ -113,6 +113,8 @@ def test_a_response_schema_is_carried() -> None:
         (generation(repetition_penalty=0), "repetition_penalty is 0"),
         (generation(min_p=True), "min_p is True"),
         (generation(temperature=float("nan")), "temperature is nan"),
+        (generation(temperature=10**400), "temperature is 1000"),
+        (generation(top_k=1.5), "top_k is 1.5"),
         (generation(eos_token_id=999), "eos_token_id 999 is no token"),
         (generation(eos_token_id="1"), "eos_token_id is no integer"),
         (generation(eos_token_id=list(range(40))), "at most 16 may"),

@@ -6,7 +6,6 @@ A part is brought only where it differs from what the base model's files say; a 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -159,8 +158,8 @@ def _generation_defaults(fields: Mapping[str, Any], base: BaseTokenizer) -> tupl
         value = fields.get(name)
         if value is None:
             continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not low <= value <= high or (name == "top_k" and value != int(value)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)  # NaN is in no range
+        if not is_number or not low <= value <= high or (name == "top_k" and value % 1):
             raise AdapterIncompatibleError(
                 f"{GENERATION_FILE}: {name} is {str(value)[:60]}; requests take {low:g} to {high:g}"
             )

@@ -17,6 +17,7 @@ from loraplex_engine.constraints.masks import GrammarMaskFiller
 from loraplex_engine.constraints.matcher import Grammar, GrammarConstraint
 from loraplex_engine.constraints.sandbox import Sandbox, TrialProcessError
 from loraplex_engine.constraints.tokenizer import FIELD, VocabularySource
+from loraplex_engine.constraints.turns import FairTurns, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,11 +38,18 @@ class _Compiled:
     num_bytes: int
 
 
+@dataclass(eq=False, kw_only=True, slots=True)
+class _Running:
+    task: asyncio.Task[_Compiled]
+    turn: Turn
+    num_waiters: int = 0
+
+
 class CachingCompiler:
     """A `ConstraintCompiler`; belongs to one event loop.
 
     Requests that want the same constraint share one compile, and what came of it: the least recently used ones go first
-    when the cache is full, refusals after some seconds.
+    when the cache is full, refusals after some seconds. A compile that no request waits for any more does not begin.
 
     Args:
         source: The model's tokens.
@@ -53,12 +61,12 @@ class CachingCompiler:
         self._limits = limits
         self._sandbox = Sandbox(source, limits)
         self._workers = ThreadPoolExecutor(limits.num_compiles, thread_name_prefix="constraints")
-        self._free = asyncio.Semaphore(limits.num_compiles)
-        self._running: dict[bytes, asyncio.Task[_Compiled]] = {}
+        self._turns = FairTurns(limits.num_compiles)
+        self._running: dict[bytes, _Running] = {}
         self._kept: OrderedDict[bytes, _Compiled | _Refusal] = OrderedDict()
 
-    async def compile(self, wanted: StructuredOutput) -> GrammarConstraint:
-        """Return the compiled constraint.
+    async def compile(self, wanted: StructuredOutput, fairness_key: str = "") -> GrammarConstraint:
+        """Return the compiled constraint; compiles of different fairness keys take turns.
 
         Raises:
             InvalidParameterError: If it cannot be compiled, or costs more than a constraint may; the message says why.
@@ -73,20 +81,36 @@ class CachingCompiler:
         if isinstance(kept, _Refusal):
             raise _refused(kept.reason)
         if kept is None:
-            task = self._running.get(key)
-            if task is None:
-                task = self._running[key] = asyncio.create_task(self._compile(key, wanted))
-                task.add_done_callback(lambda done: self._note(key, done))
-            kept = await asyncio.shield(task)  # a request that goes away leaves the compile to the others
+            kept = await self._wait_for(key, self._running.get(key) or self._begin(key, wanted), fairness_key)
         return GrammarConstraint(kept.grammar, wanted.starts_after)
 
     async def close(self) -> None:
         """End what runs in other threads and processes."""
-        for task in self._running.values():
+        tasks = [running.task for running in self._running.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._running.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._sandbox.close()
         self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, key: bytes, wanted: StructuredOutput) -> _Running:
+        turn = Turn()
+        task = asyncio.create_task(self._compile(turn, wanted))
+        running = self._running[key] = _Running(task=task, turn=turn)
+        task.add_done_callback(lambda _: self._ended(key, running))
+        return running
+
+    async def _wait_for(self, key: bytes, running: _Running, fairness_key: str) -> _Compiled:
+        self._turns.join(running.turn, fairness_key)
+        running.num_waiters += 1
+        try:
+            return await asyncio.shield(running.task)  # a request that goes away leaves the compile to the others
+        finally:
+            running.num_waiters -= 1
+            is_current = self._running.get(key) is running
+            if is_current and not running.num_waiters and not running.turn.has_begun:
+                del self._running[key]  # the next request that wants the same begins another
+                running.task.cancel()
 
     def _find(self, key: bytes) -> _Compiled | _Refusal | None:
         kept = self._kept.get(key)
@@ -98,9 +122,12 @@ class CachingCompiler:
             self._kept.move_to_end(key)
         return kept
 
-    def _note(self, key: bytes, task: asyncio.Task[_Compiled]) -> None:
+    def _ended(self, key: bytes, running: _Running) -> None:
         """Keep what came of a compile; one that was cancelled, or failed by a fault of ours, is not kept."""
-        self._running.pop(key, None)
+        self._turns.leave(running.turn)
+        if self._running.get(key) is running:
+            del self._running[key]
+        task = running.task
         if task.cancelled():
             return
         error = task.exception()
@@ -114,13 +141,13 @@ class CachingCompiler:
     def _kept_bytes(self) -> int:
         return sum(kept.num_bytes for kept in self._kept.values() if isinstance(kept, _Compiled))
 
-    async def _compile(self, key: bytes, wanted: StructuredOutput) -> _Compiled:
-        async with self._free:
-            loop = asyncio.get_running_loop()
-            vocabulary = await loop.run_in_executor(self._workers, self._source.get)
-            text, num_bytes = await self._try_out(wanted)
-            grammar = await loop.run_in_executor(self._workers, Grammar, text, vocabulary, self._limits.of_library())
-            return _Compiled(grammar, num_bytes + len(text))
+    async def _compile(self, turn: Turn, wanted: StructuredOutput) -> _Compiled:
+        await turn.came
+        loop = asyncio.get_running_loop()
+        vocabulary = await loop.run_in_executor(self._workers, self._source.get)
+        text, num_bytes = await self._try_out(wanted)
+        grammar = await loop.run_in_executor(self._workers, Grammar, text, vocabulary, self._limits.of_library())
+        return _Compiled(grammar, num_bytes + len(text))
 
     async def _try_out(self, wanted: StructuredOutput) -> tuple[str, int]:
         try:

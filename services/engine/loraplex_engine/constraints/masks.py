@@ -9,7 +9,8 @@ import numpy as np
 from llguidance import LLExecutor
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
-from loraplex_engine.constraints.matcher import GrammarState
+from loraplex_engine.constraints.matcher import TOO_COSTLY, GrammarState
+from loraplex_engine.constraints.types import ConstraintCostError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +85,7 @@ class GrammarMaskFiller:
             if state.repair():
                 fill_next_token_bitmask(state.matcher, target, row)
                 if state.is_broken:
-                    state.fail("the next token's mask costs too much")
+                    state.fail(ConstraintCostError(TOO_COSTLY))
 
     @staticmethod
     def _check(vocabulary: Vocabulary, out: NDArray[np.int32], num_rows: int) -> None:

@@ -9,7 +9,7 @@ from llguidance import LLMatcher
 from loraplex_common.errors import InvalidParameterError
 
 from loraplex_engine.constraints.tokenizer import FIELD
-from loraplex_engine.constraints.types import ConstraintError
+from loraplex_engine.constraints.types import ConstraintCostError, ConstraintError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,7 @@ MAX_REBUILD_S: Final = 0.05
 """Longest compile that a running output may wait for."""
 MAX_REBUILDS: Final = 2
 """Lexers of its own that one output may use up: the first end may be another output's doing, the second is not."""
+TOO_COSTLY: Final = "the next token's mask costs too much; make it simpler, with fewer repetitions in repetitions"
 LEXER_ERROR: Final = "lexer error"
 """How the library begins what it says of a lexer, which outputs share."""
 
@@ -48,9 +49,9 @@ class Grammar:
         self._text = text
         self.vocabulary = vocabulary
         self._limits = limits
-        began_s = time.perf_counter()
+        began_s = time.thread_time()  # of this thread: a busy machine makes no grammar slow
         self._shared = self.compile()
-        self._compile_s = time.perf_counter() - began_s
+        self._compile_s = time.thread_time() - began_s
         self.is_spent = False
 
     def compile(self) -> LLMatcher:
@@ -93,7 +94,7 @@ class GrammarState:
         self._free_for = starts_after
         self._recent: list[int] = []
         self._tokens: list[int] = []
-        self._error = ""
+        self._error: ConstraintError | None = None
         self._num_rebuilds = 0
         self.matcher = grammar.matcher()
 
@@ -113,14 +114,16 @@ class GrammarState:
         Raises:
             ConstraintError: If the constraint does not allow it, or its mask could not be computed.
         """
-        if self._error:
-            raise ConstraintError(self._error)
+        if self._error is not None:
+            raise self._error
         if self._free_for:
             self._accept_free(token_id)
             return
         if not self.matcher.consume_token(token_id) and not (self.is_broken and self._rebuild(token_id)):
-            self._error = self._error or f"token {token_id} is not allowed here: {_first_line(self.matcher)}"
-            raise ConstraintError(self._error)
+            is_costly = LEXER_ERROR in self.matcher.get_error()
+            refused = f"token {token_id} is not allowed here: {_first_line(self.matcher)}"
+            self._error = ConstraintCostError(TOO_COSTLY) if is_costly else ConstraintError(refused)
+            raise self._error
         self._tokens.append(token_id)
 
     @property
@@ -130,14 +133,14 @@ class GrammarState:
 
     def repair(self) -> bool:
         """Go on with a lexer of its own after a mask could not be computed; return whether that helps."""
-        if self._error or not self._rebuild():
-            self._error = self._error or f"the next token's mask costs too much: {_first_line(self.matcher)}"
+        if self._error is not None or not self._rebuild():
+            self.fail(ConstraintCostError(f"{TOO_COSTLY} ({_first_line(self.matcher)})"))
             return False
         return True
 
-    def fail(self, reason: str) -> None:
-        """Let the next `accept` raise."""
-        self._error = self._error or reason
+    def fail(self, error: ConstraintError) -> None:
+        """Let the next `accept` raise an error, the first that came."""
+        self._error = self._error or error
 
     def _accept_free(self, token_id: int) -> None:
         self._recent.append(token_id)

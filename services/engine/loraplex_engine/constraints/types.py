@@ -16,6 +16,10 @@ class ConstraintError(Exception):
     """A token cannot be taken in, or the next mask costs more than a step may; it ends its own request only."""
 
 
+class ConstraintCostError(ConstraintError):
+    """The next mask costs more than a step may: the constraint is at fault, not the engine."""
+
+
 class ConstraintState(Protocol):
     """The constraint of one running output; one thread at a time uses it."""
 
@@ -48,8 +52,12 @@ class CompiledConstraint(Protocol):
 class ConstraintCompiler(Protocol):
     """Makes constraints of what requests want."""
 
-    async def compile(self, wanted: StructuredOutput) -> CompiledConstraint:
+    async def compile(self, wanted: StructuredOutput, fairness_key: str = "") -> CompiledConstraint:
         """Return the compiled constraint, from the cache if another request had it; the loop is not held up.
+
+        Args:
+            wanted: What to compile.
+            fairness_key: Compiles of different keys take turns.
 
         Raises:
             InvalidParameterError: If it cannot be compiled, or costs more than a constraint may; the message says why.

@@ -40,7 +40,7 @@ class RuleMaker:
         resumed: list[int] = submission.resumed_token_ids.tolist()
         structure: ConstraintState | None = None
         if submission.structured_output is not None:
-            compiled = await self._compiler.compile(submission.structured_output)
+            compiled = await self._compiler.compile(submission.structured_output, submission.fairness_key)
             structure = await asyncio.to_thread(compiled.start, resumed)
         bad = submission.bad_token_sequences
         return OutputRules(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from loraplex_common.errors import LoraplexError
+from loraplex_common.errors import InvalidParameterError, LoraplexError
 
-from loraplex_engine.constraints.types import ConstraintError
+from loraplex_engine.constraints.tokenizer import FIELD
+from loraplex_engine.constraints.types import ConstraintCostError, ConstraintError
 from loraplex_engine.scheduler.request import RequestState
 
 if TYPE_CHECKING:
@@ -62,7 +63,11 @@ class RuledRows:
         try:
             rules.accept(token_id)
         except ConstraintError as error:
-            self._book.fail(request, LoraplexError(f"the structured output cannot go on: {error}"))
+            reason = f"the structured output cannot go on: {error}"
+            is_clients = isinstance(error, ConstraintCostError)  # sent again, it would end alike
+            self._book.fail(
+                request, InvalidParameterError(reason, field=FIELD) if is_clients else LoraplexError(reason)
+            )
 
     def _occupant(self, step: LaunchedStep, row: int) -> Request | None:
         slot = int(step.sampled[row])

@@ -129,7 +129,9 @@ class ChatTemplate:
 
     def _render(self, messages: list[Turn], variables: dict[str, Any], *, what: str, opens_answer: bool) -> str:
         try:
-            return self._template.render({**variables, "messages": messages, "add_generation_prompt": opens_answer})
+            text = self._template.render({**variables, "messages": messages, "add_generation_prompt": opens_answer})
+            text.encode()  # a template may write lone surrogates, which no tokenizer takes
+            return text
         except (jinja2.TemplateError, *_TEMPLATES_OWN_ERRORS) as error:
             reason = str(error)[:MAX_REASON_CHARS]  # it may quote the conversation
             raise InvalidParameterError(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.errors import InvalidParameterError, SaturatedError
 
+from loraplex_gateway.text.fair_workers import FairWorkers
 from loraplex_gateway.text.template_child import LENGTH
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ class TemplateProcesses:
         num_children: Renders at once.
         memory_bytes: Memory of a child beyond what it has when it starts.
         time_s: Wall time of one render.
+
+    Attributes:
+        workers: Threads that wait for the children; prompts of other templates have threads of their own.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class TemplateProcesses:
     ) -> None:
         self._memory_bytes = memory_bytes
         self._time_s = time_s
+        self.workers = FairWorkers(max(2, num_children))
         self._places: queue.LifoQueue[_Child | None] = queue.LifoQueue()
         for _ in range(num_children):
             self._places.put(None)
@@ -119,7 +124,15 @@ class TemplateProcesses:
         """Process ids of the children that run."""
         return tuple(child.pid for child in tuple(self._running))
 
-    def render(self, digest: str, source: str, special_tokens: Mapping[str, str], prompt: ChatPrompt) -> Rendered:
+    def render(
+        self,
+        digest: str,
+        source: str,
+        special_tokens: Mapping[str, str],
+        prompt: ChatPrompt,
+        *,
+        field: str = "messages",
+    ) -> Rendered:
         """Render a conversation; blocks.
 
         Args:
@@ -127,15 +140,16 @@ class TemplateProcesses:
             source: Jinja.
             special_tokens: As the template sees them.
             prompt: The conversation.
+            field: What a template that takes more than its share is blamed on: the adapter's messages, or ``chat_template``.
 
         Raises:
             InvalidParameterError: If the template refuses the conversation, or takes more than its share.
             SaturatedError: If no child is free in time.
         """
-        self._check_not_refused(digest)
+        self._check_not_refused(digest, field)
         child = self._take()
         try:
-            self._check_not_refused(digest)  # it may have been meanwhile
+            self._check_not_refused(digest, field)  # it may have been meanwhile
             if child is None:
                 child = self._start()
             answer = child.ask(pickle.dumps((digest, source, special_tokens, prompt)))
@@ -143,7 +157,7 @@ class TemplateProcesses:
             self._forget(child)
             child = None
             self._refuse(digest)
-            raise self._too_much() from error
+            raise self._too_much(field) from error
         finally:
             self._places.put(child)
         if "refusal" in answer:
@@ -152,6 +166,7 @@ class TemplateProcesses:
 
     def close(self) -> None:
         """End all children."""
+        self.workers.close()
         with self._lock:
             self._is_closed = True
             children, self._running = self._running, set()
@@ -180,21 +195,23 @@ class TemplateProcesses:
             if child is not None:
                 self._running.discard(child)
 
-    def _check_not_refused(self, digest: str) -> None:
+    def _check_not_refused(self, digest: str, field: str) -> None:
         if time.monotonic() < self._refused_until.get(digest, 0.0):
-            raise self._too_much()
+            raise self._too_much(field)
 
     def _refuse(self, digest: str) -> None:
         now = time.monotonic()
         self._refused_until = {name: until for name, until in self._refused_until.items() if until > now}
         self._refused_until[digest] = now + REFUSED_S
 
-    def _too_much(self) -> InvalidParameterError:
+    def _too_much(self, field: str) -> InvalidParameterError:
+        is_requests = field == "chat_template"
+        whose = "this" if is_requests else "the adapter's"
+        remedy = "send another" if is_requests else "import the adapter with another template"
         return InvalidParameterError(
-            f"the adapter's chat template takes more than {self._time_s:g} s or {self._memory_bytes // 2**20} MiB for these "
-            f"messages, or did within the last {REFUSED_S:g} s; import the adapter with another template, or send the prompt "
-            "as text",
-            field="messages",
+            f"{whose} chat template takes more than {self._time_s:g} s or {self._memory_bytes // 2**20} MiB for these "
+            f"messages, or did within the last {REFUSED_S:g} s; {remedy}, or send the prompt as text",
+            field=field,
         )
 
 
@@ -206,8 +223,10 @@ class ConfinedTemplate:
         source: Jinja.
         special_tokens: As the template sees them.
         response_template: As of a `ChatTemplate`.
+        field: As of `TemplateProcesses.render`.
 
     Attributes:
+        workers: Threads to render in.
         source: As given.
         response_template: As given.
         reads_tools: Whether it writes out functions itself; known once it has rendered a conversation.
@@ -220,8 +239,11 @@ class ConfinedTemplate:
         special_tokens: Mapping[str, str],
         *,
         response_template: str = "",
+        field: str = "messages",
     ) -> None:
         self._processes = processes
+        self.workers = processes.workers
+        self._field = field
         self._special_tokens = dict(special_tokens)
         named = json.dumps([source, self._special_tokens], sort_keys=True)
         self._digest = hashlib.sha256(named.encode(errors="surrogatepass")).hexdigest()
@@ -231,7 +253,8 @@ class ConfinedTemplate:
 
     def render(self, prompt: ChatPrompt) -> str:
         """Return the conversation as text; see `TemplateProcesses.render`."""
-        answer = self._processes.render(self._digest, self.source, self._special_tokens, prompt)
+        tokens = self._special_tokens
+        answer = self._processes.render(self._digest, self.source, tokens, prompt, field=self._field)
         self.reads_tools = answer.reads_tools
         return answer.text
 

@@ -143,7 +143,10 @@ class PromptTokenizer:
         task = self._shared.get(id(prompt))
         if task is None:
             work = functools.partial(self.encode_now, prompt, max_bytes=max_bytes)
-            task = asyncio.create_task(self._workers.run(work, tenant=tenant, num_bytes=num_bytes), name="encode")
+            workers = self._workers
+            if isinstance(prompt, ChatPrompt) and isinstance(self.template, ConfinedTemplate):
+                workers = self.template.workers  # it may hold its thread for seconds: other prompts do not wait for it
+            task = asyncio.create_task(workers.run(work, tenant=tenant, num_bytes=num_bytes), name="encode")
             self._shared[id(prompt)] = task  # the task keeps the prompt, and with it the key, alive
             task.add_done_callback(lambda _: self._shared.pop(id(prompt), None))
             self._waiters[task] = 0

@@ -69,7 +69,7 @@ class Voices:
     def with_template(self, model: ServedModel, source: str) -> ServedModel:
         """Return a model with the chat template of one request: a stranger's program as an adapter's is."""
         tokens = model.tokenizer.special_tokens
-        template = ConfinedTemplate(self._processes, source, tokens)
+        template = ConfinedTemplate(self._processes, source, tokens, field="chat_template")
         return dataclasses.replace(model, tokenizer=model.tokenizer.with_template(template))
 
     async def close(self) -> None:

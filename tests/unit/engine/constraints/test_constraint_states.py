@@ -13,7 +13,7 @@ from loraplex_common.errors import InvalidParameterError
 from loraplex_common.structured_output import ConstraintKind
 from loraplex_engine.constraints.matcher import Grammar, GrammarConstraint
 from loraplex_engine.constraints.tokenizer import VocabularySource, make_vocabulary
-from loraplex_engine.constraints.types import ConstraintError
+from loraplex_engine.constraints.types import ConstraintCostError, ConstraintError
 from support.constraint_rig import EOS, LIMITS, allowed_ids, compile_here, filler_of, mask_of, small_vocabulary, walk
 from support.random_schemas import random_schema, recursive_schema
 from support.tokenizers_for_tests import byte_fallback_tokenizer, byte_level_tokenizer
@@ -126,7 +126,7 @@ def test_a_mask_that_costs_too_much_ends_its_own_output_and_no_other() -> None:
     filler_of(small_vocabulary()).fill([costly, cheap], out)
     assert allowed_ids(out[0]) == [EOS]
     assert {small_vocabulary().tokenizer.decode_str([each]) for each in allowed_ids(out[1])} == {"b", "c"}
-    with pytest.raises(ConstraintError, match="costs too much"):
+    with pytest.raises(ConstraintCostError, match="costs too much; make it simpler"):
         costly.accept(EOS)
 
 
@@ -139,7 +139,7 @@ def test_outputs_that_shared_a_lexer_go_on_when_another_has_used_it_up() -> None
         if (allowed := mask_of(costly)) == [EOS]:
             break
         costly.accept(rng.choice(allowed))
-    with pytest.raises(ConstraintError, match="costs too much"):
+    with pytest.raises(ConstraintCostError, match="costs too much; make it simpler"):
         costly.accept(EOS)
     for state in [*others, constraint.start(())]:
         assert len(mask_of(state)) > 200

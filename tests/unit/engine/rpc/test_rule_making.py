@@ -36,7 +36,7 @@ class GatedCompiler:
         self.is_cancelled = False
         self.error: Exception | None = None
 
-    async def compile(self, wanted: StructuredOutput) -> Stride:
+    async def compile(self, wanted: StructuredOutput, fairness_key: str = "") -> Stride:
         assert wanted.text == "a"
         self.begun.set()
         try:

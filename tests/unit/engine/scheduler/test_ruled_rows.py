@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from loraplex_common.errors import InvalidParameterError
 from loraplex_engine.constraints.banned_sequences import BannedSequences
 from loraplex_engine.constraints.output_rules import OutputRules
 from loraplex_engine.messages import FinishReason
@@ -172,6 +173,8 @@ def test_a_structure_that_fails_ends_its_own_request_alone_and_its_token_is_not_
 
     assert broken.error is not None
     assert "it is too hard" in broken.error.message
+    assert isinstance(broken.error, InvalidParameterError), "sent again, it would end alike: not a fault of the engine"
+    assert broken.error.field == "structured_output"
     assert broken.tokens == expected(broken.submission, stride)[:4]
     assert good.tokens == expected(good.submission, stride)
     assert plain.tokens == solo(plain.submission, 9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_common.errors import InvalidParameterError
-from loraplex_gateway.text.confined_templates import TemplateProcesses
-from loraplex_gateway.types import ChatMessage, ChatPrompt
+from loraplex_gateway.text.confined_templates import ConfinedTemplate, TemplateProcesses
+from loraplex_gateway.text.fair_workers import FairWorkers
+from loraplex_gateway.text.tokenization import INLINE_MAX_CHARS, PromptTokenizer
+from loraplex_gateway.types import ChatMessage, ChatPrompt, TextPrompt
+from support.tokenizers_for_tests import byte_level_tokenizer
+from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,6 +53,11 @@ def test_a_refusal_is_the_templates_own_words(processes: TemplateProcesses) -> N
         processes.render("r", "{{ raise_exception('no such role') }}", {}, prompt("x"))
 
 
+def test_a_template_that_writes_no_unicode_refuses_its_own_request(processes: TemplateProcesses) -> None:
+    with pytest.raises(InvalidParameterError, match=r"chat template refuses these messages: .*surrogates not allowed"):
+        processes.render("surrogate", "{{ '\\ud800' }}", {}, prompt("x"))
+
+
 @pytest.mark.parametrize(("name", "template"), [("endless", ENDLESS), ("grows", GROWS)])
 def test_a_template_beyond_its_share_ends_its_own_request_and_is_refused_for_a_while(
     processes: TemplateProcesses, name: str, template: str
@@ -67,6 +77,31 @@ def test_a_template_beyond_its_share_ends_its_own_request_and_is_refused_for_a_w
         processes.render(name, template, {}, prompt("go"))
     assert time.monotonic() - began < 0.5
     assert processes.render("good", SAYS, {}, prompt("still")).text == "still"
+
+
+async def test_templates_that_take_all_their_time_hold_up_no_prompt_of_another_template(
+    processes: TemplateProcesses,
+) -> None:
+    workers = FairWorkers(2)
+    tokenizer = PromptTokenizer(Tokenizer.from_str(byte_level_tokenizer().to_str()), {}, None, workers)
+    hostile = [
+        tokenizer.with_template(ConfinedTemplate(processes, f"{ENDLESS}{n}", {}, field="chat_template"))
+        for n in range(3)
+    ]
+    waiting = [asyncio.create_task(each.encode(prompt("go"), tenant="greedy")) for each in hostile]
+    await asyncio.sleep(0)
+
+    text = "a word " * INLINE_MAX_CHARS
+    assert (await tokenizer.encode(TextPrompt(text=text))).ids
+
+    assert not any(each.done() for each in waiting)
+    for each in waiting:
+        with pytest.raises(
+            InvalidParameterError, match=r"^this chat template takes more than .* send another"
+        ) as refusal:
+            await each
+        assert refusal.value.field == "chat_template"
+    workers.close()
 
 
 def test_a_child_sees_nothing_of_the_gateways_environment(processes: TemplateProcesses) -> None:
