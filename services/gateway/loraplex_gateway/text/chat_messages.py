@@ -62,9 +62,13 @@ def _call(field: str, call: ToolCall) -> Turn:
 
 def _arguments(field: str, text: str) -> Turn:
     try:
-        arguments = json.loads(text) if text.strip() else {}
+        arguments = json.loads(text, parse_constant=_no_number) if text.strip() else {}
     except (ValueError, RecursionError) as error:
         raise InvalidParameterError(f"{field} is no JSON: {error}", field=field) from error
     if not isinstance(arguments, dict):
         raise InvalidParameterError(f"{field} is no JSON object", field=field)
     return arguments
+
+
+def _no_number(name: str) -> Turn:
+    raise ValueError(f"{name} is no number of JSON")

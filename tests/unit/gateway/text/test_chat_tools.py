@@ -175,7 +175,7 @@ def test_a_template_without_tools_renders_plain_turns_as_ever() -> None:
     assert ChatTemplate(CHATML, {}).render(prompt) == of_transformers(CHATML, prompt)
 
 
-@pytest.mark.parametrize("arguments", ["{", "[1]", "5", '"x"'])
+@pytest.mark.parametrize("arguments", ["{", "[1]", "5", '"x"', '{"a": NaN}', '{"a": [-Infinity]}'])
 @pytest.mark.parametrize("source", [QWEN, CHATML])
 def test_arguments_of_the_conversation_must_be_an_object(source: str, arguments: str) -> None:
     call = ToolCall(id="abcdefghi", name="now", arguments=arguments)
