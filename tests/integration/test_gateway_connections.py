@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_common.errors import DeadlineError, SaturatedError
+from loraplex_common.errors import CancelledRequestError, DeadlineError, SaturatedError
 from loraplex_gateway.openai.body_reader import FREE_BYTES, MAX_BODY_BYTES, BodyReader
 from starlette.requests import Request
 from support.gateway_rig import MODEL_NAME, running_gateway
@@ -152,6 +152,19 @@ async def test_a_body_that_trickles_is_given_up() -> None:
 
     with pytest.raises(DeadlineError, match="too slowly"):
         async with reader.read(Trickle(b"x").request(), tenant="a"):
+            pass
+    reader.check_integrity()
+
+
+async def test_a_client_that_goes_before_its_body_is_whole_is_no_fault_of_ours() -> None:
+    reader = BodyReader()
+    parts = [{"type": "http.request", "body": b"x", "more_body": True}]
+
+    async def receive() -> dict[str, object]:
+        return parts.pop() if parts else {"type": "http.disconnect"}
+
+    with pytest.raises(CancelledRequestError, match="went away"):
+        async with reader.read(Request({"type": "http", "method": "POST", "headers": []}, receive), tenant="a"):
             pass
     reader.check_integrity()
 

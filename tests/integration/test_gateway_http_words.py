@@ -163,6 +163,10 @@ async def test_who_may_not_is_told_so_by_the_route(valkey_url: str, tmp_path: Pa
             assert f"may not call {route}:" in error["message"]
         error = check(await http.post(COMPLETION_PATH, json=COMPLETION, headers=metrics), 403, "ROLE_FORBIDDEN")
         assert "POST /v1/completions" in error["message"]
+        for name in ("load", "unload"):
+            path = f"/v1/{name}_lora_adapter"
+            error = check(await http.post(path, json={}, headers=acme), 403, "ROLE_FORBIDDEN")
+            assert f"may not call POST {path}:" in error["message"]
         check(await http.get("/v1/models", headers={"authorization": "Bearer x"}), 401, "invalid_api_key")
         check(await http.get("/v1/models/nobody"), 404, "model_not_found")
         check(await http.get("/v1/models/a%20b"), 400, "invalid_value")

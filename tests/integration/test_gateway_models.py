@@ -112,8 +112,19 @@ async def test_a_page_goes_on_behind_an_entry_that_is_gone(rig: Rig) -> None:
     assert ids(await listed(rig, after="poet:prod")) == ["poetess"]
 
 
-@pytest.mark.parametrize("query", [{"limit": "0"}, {"limit": "1001"}, {"limit": "x"}, {"before_id": "poet"}])
-async def test_a_page_that_cannot_be_given_is_refused_by_name(rig: Rig, query: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"limit": "0"},
+        {"limit": "1001"},
+        {"limit": "0000010009999"},
+        {"limit": ["1", "2"]},
+        {"limit": "x"},
+        {"before_id": "poet"},
+        {"after": "poet", "after_id": "a"},
+    ],
+)
+async def test_a_page_that_cannot_be_given_is_refused_by_name(rig: Rig, query: dict[str, Any]) -> None:
     body = await listed(rig, **query)
 
     assert body["error"]["param"] == next(iter(query))

@@ -6,7 +6,13 @@ import asyncio
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import DeadlineError, InvalidParameterError, LoraplexError, SaturatedError
+from loraplex_common.errors import (
+    CancelledRequestError,
+    DeadlineError,
+    InvalidParameterError,
+    LoraplexError,
+    SaturatedError,
+)
 from starlette.requests import ClientDisconnect
 
 if TYPE_CHECKING:
@@ -55,6 +61,7 @@ class BodyReader:
         Raises:
             InvalidParameterError: If it is encoded, or too long, by what it announces or by what comes.
             DeadlineError: If it comes too slowly.
+            CancelledRequestError: If the client goes away, or what it sends is no HTTP.
             SaturatedError: If too many bytes of other bodies are here; it may be sent again.
         """
         body = bytearray()
@@ -92,6 +99,8 @@ class BodyReader:
                     chunk = await anext(stream)
             except StopAsyncIteration:
                 return
+            except ClientDisconnect:
+                raise CancelledRequestError("the client went away before its body had come") from None
             except TimeoutError:
                 raise DeadlineError(
                     f"the body came too slowly: {num_bytes} bytes in "

@@ -38,6 +38,8 @@ HTTP_MEANS: Final = {
     "loraplex.v1.GatewayService/ListModels": "GET /v1/models",
     "loraplex.v1.GatewayService/Generate": "POST /v1/completions and /v1/chat/completions",
     "an adapter goes into the field adapter": "an adapter goes into model: its name, or base|name",
+    "loraplex.v1.AdapterStoreService/ImportAdapter": "POST /v1/load_lora_adapter",
+    "loraplex.v1.AdapterStoreService/DeleteAdapter": "POST /v1/unload_lora_adapter",
     "LOAD_POLICY_FAIL_FAST": "load_policy fail_fast",
     "LOAD_POLICY_WAIT": "load_policy wait",
 }

@@ -107,15 +107,21 @@ def _paging(request: Request) -> tuple[int | None, str]:
     """Return `limit`, None if absent, and `after`.
 
     Raises:
-        InvalidParameterError: If one is malformed, or there are other parameters.
+        InvalidParameterError: If one is malformed or there twice, or there are other parameters.
     """
     query = request.query_params
     for name in query:
         if name not in further_fields.MODEL_LIST.fields:
             known = ", ".join(further_fields.MODEL_LIST.fields)
             raise InvalidParameterError(f"unknown parameter {name[:64]!r}: this list takes {known}", field=name[:64])
+    cursors = [name for name, _ in query.multi_items() if name != "limit"]
+    if len(cursors) > 1 or len(query.getlist("limit")) > 1:
+        name = "limit" if len(cursors) < 2 else cursors[0]
+        raise InvalidParameterError("send limit at most once, and one of after and after_id", field=name)
     limit = query.get("limit")
-    if limit is not None and not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= MAX_LIMIT):
+    if limit is not None and not (
+        limit.isascii() and limit.isdecimal() and len(limit) < 9 and 1 <= int(limit) <= MAX_LIMIT
+    ):
         raise InvalidParameterError(
             f"limit is {limit[:64]!r}; it must be in [1, {MAX_LIMIT}]; leave it out for the whole list", field="limit"
         )
