@@ -44,7 +44,6 @@ BAD_REQUESTS: list[tuple[gateway_pb2.GenerateRequest, str, str]] = [
     (text_request(sampling=gateway_pb2.SamplingParams(top_p=float("nan"))), "sampling.top_p", "nan"),
     (text_request(sampling=gateway_pb2.SamplingParams(top_k=-7)), "sampling.top_k", "-7"),
     (text_request(sampling=gateway_pb2.SamplingParams(logit_bias={1: 1e9})), "sampling.logit_bias", "100"),
-    (text_request(stopping=gateway_pb2.StoppingParams(max_new_tokens=0)), "stopping.max_new_tokens", "0"),
     (text_request(stopping=gateway_pb2.StoppingParams(max_new_tokens=600)), "stopping.max_new_tokens", "at most 50"),
     (text_request(stopping=gateway_pb2.StoppingParams(stop_strings=["x"] * 17)), "stopping.stop_strings", "16"),
     (
