@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from loraplex_gateway.openai.adapter_fields import LOAD_ADAPTER as LOAD_ADAPTER
-from loraplex_gateway.openai.adapter_fields import UNLOAD_ADAPTER as UNLOAD_ADAPTER
 from loraplex_gateway.openai.field_rules import Field as Field
 from loraplex_gateway.openai.field_rules import Rule as Rule
 from loraplex_gateway.openai.field_rules import Table as Table
