@@ -8,7 +8,7 @@ from loraplex_engine.adapters.cache import AdapterCache
 from loraplex_engine.loop.adapter_operations import AdapterOperations
 from loraplex_engine.messages import ResidencyChanged, ResidencyState, StoreEvent
 from loraplex_engine.pages.page_pool import PagePool
-from support.fake_runner import fake_spec
+from support.fake_adapters import fake_spec
 
 
 def anyone(_adapter: Adapter) -> bool:

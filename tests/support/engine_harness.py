@@ -38,7 +38,8 @@ from loraplex_engine.step import TokenLogprobs
 from numpy.typing import NDArray
 from support.adapters import Recipe, adapter_tensors, module_name
 from support.decoder_shapes import PROJECTIONS, pair_tensors
-from support.fake_runner import FakeRunner, fake_image, fake_pool, fake_spec
+from support.fake_adapters import fake_image, fake_pool, fake_spec
+from support.fake_runner import FakeRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -32,7 +32,8 @@ from loraplex_engine.messages import (
 from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 from numpy.typing import NDArray
 from support.constraints import StrideFiller
-from support.fake_runner import VOCAB_SIZE, FakeRunner, draw, fake_image, fake_pool, fake_spec
+from support.fake_adapters import fake_image, fake_pool, fake_spec
+from support.fake_runner import VOCAB_SIZE, FakeRunner, draw
 
 if TYPE_CHECKING:
     from loraplex_engine.pool_geometry import PoolGeometry

@@ -13,7 +13,7 @@ from loraplex_engine.messages import ResidencyState
 from loraplex_engine.pages.page_pool import PagePool
 from loraplex_engine.scheduler.request import Request, make_request
 from loraplex_engine.scheduler.waiting_queue import WaitingQueue
-from support.fake_runner import fake_spec
+from support.fake_adapters import fake_spec
 from support.scheduler_rig import make_submission
 
 

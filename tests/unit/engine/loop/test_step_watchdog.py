@@ -12,7 +12,7 @@ from loraplex_engine.loop.step_times import StepTimes
 from loraplex_engine.loop.step_watchdog import LOOK_S, Pulse, StepWatchdog
 from loraplex_engine.scheduler.step_costs import StepCosts
 from support.engine_harness import FAKE_PAGE_BYTES, WAIT_S, fake_engine
-from support.fake_runner import fake_geometry
+from support.fake_adapters import fake_geometry
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ from loraplex_engine.pages.page_pool import PageOwner, PagePool
 from loraplex_engine.pages.prefix_cache import PrefixCache
 from loraplex_engine.scheduler.eviction import PageEviction
 from loraplex_engine.scheduler.step_costs import StepCosts
-from support.fake_runner import fake_spec
+from support.fake_adapters import fake_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
