@@ -125,5 +125,5 @@ def test_a_further_kind_of_part_gets_a_table_of_its_own(monkeypatch: pytest.Monk
 def test_a_part_that_no_kernel_computes_is_refused_by_name() -> None:
     spec = AdapterSpec("ab" * 32, (ModuleSpec(0, "v_proj", (OutVector(3.0),)),))
 
-    with pytest.raises(ImageError, match="layer 0 v_proj: backend cuda does not compute parts of kind 'out_vector'"):
+    with pytest.raises(ImageError, match="layer 0 v_proj: backend cuda does not compute parts of kind 'test_vector'"):
         check_parts(spec)

@@ -1,4 +1,4 @@
-"""A kind of part that only tests have: a per-output vector c, as DoRA and (IA)3 will bring one."""
+"""A kind of part that only tests have: a per-output vector c, beside the ones that adapters have."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from loraplex_common.projections import Op, Projection
     from numpy.typing import NDArray
 
-OUT_VECTOR = "out_vector"
-KIND_C = 2
+OUT_VECTOR = "test_vector"
+KIND_C = 90
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import ITEM_BYTES, TILE_ALIGN, layout
+from loraplex_common.adapter_image import TILE_ALIGN, layout
 from loraplex_common.adapter_parts import KINDS, check_kinds
 from loraplex_common.low_rank import LOW_RANK, MAX_SLICES
 from loraplex_common.part_kind import Matrices
@@ -85,7 +85,7 @@ def make_entries(
     if len(pages) < plan.num_pages:
         raise ValueError(f"adapter {spec.digest[:12]} needs {plan.num_pages} pages, got {len(pages)}")
     offsets = pages[plan.tiles["page"]].astype(np.int64) * geometry.page_bytes + plan.tiles["offset"]
-    begins = _undivided(geometry, plan.tiles, plan.firsts, offsets)
+    begins = _undivided(plan, offsets)
     entries: dict[str, NDArray[np.void]] = {}
     for name, its in plan.kinds.items():
         kind = KINDS[name]
@@ -118,12 +118,14 @@ class _Plan(NamedTuple):
         num_pages: Pages of the image.
         tiles: All tiles, in stream order.
         firsts: First tile of each matrix.
+        strides: Bytes from one tile to the next of each matrix, where they lie one after another.
         kinds: By kind of part.
     """
 
     num_pages: int
     tiles: NDArray[np.void]
     firsts: NDArray[np.intp]
+    strides: NDArray[np.int64]
     kinds: dict[str, _KindPlan]
 
 
@@ -131,6 +133,12 @@ class _Plan(NamedTuple):
 def _plan(geometry: Geometry, sizes: PartSizes) -> _Plan:
     image = layout(geometry, sizes)
     firsts = np.flatnonzero(image.tiles["start"] == 0)
+    item_bytes = {
+        number: entry.item_bytes(geometry.dtype) for kind in KINDS.values() for number, entry in kind.entries.items()
+    }
+    heads = image.tiles[firsts]
+    items = np.array([item_bytes[number] for number in heads["kind"].tolist()], dtype=np.int64)
+    strides = -(-(heads["rows"].astype(np.int64) * heads["cols"] * items) // TILE_ALIGN) * TILE_ALIGN
     kinds = {}
     for kind in KINDS.values():
         matrices = np.flatnonzero(np.isin(image.tiles["kind"][firsts], list(kind.entries)))
@@ -139,25 +147,20 @@ def _plan(geometry: Geometry, sizes: PartSizes) -> _Plan:
         ]
         columns = tuple(np.array(column, dtype=np.intp) for column in zip(*places, strict=True))
         kinds[kind.name] = _KindPlan(matrices, image.tiles[firsts[matrices]], columns)
-    return _Plan(image.num_pages, image.tiles, firsts, kinds)
+    return _Plan(image.num_pages, image.tiles, firsts, strides, kinds)
 
 
-def _undivided(
-    geometry: Geometry, tiles: NDArray[np.void], firsts: NDArray[np.intp], offsets: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _undivided(plan: _Plan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return where each matrix begins if its tiles lie one after another in the pool, else -1.
 
     Args:
-        geometry: For the element size.
-        tiles: In stream order.
-        firsts: First tile of each matrix.
+        plan: The image's tiles.
         offsets: Offset of each tile in the pool, bytes.
     """
-    sizes = tiles["rows"][firsts].astype(np.int64) * tiles["cols"][firsts] * ITEM_BYTES[geometry.dtype]
-    strides = -(-sizes // TILE_ALIGN) * TILE_ALIGN
+    tiles, firsts = plan.tiles, plan.firsts
     counts = np.diff(np.append(firsts, len(tiles)))
     numbers = np.arange(len(tiles)) - np.repeat(firsts, counts)
-    expected = np.repeat(offsets[firsts], counts) + numbers * np.repeat(strides, counts)
+    expected = np.repeat(offsets[firsts], counts) + numbers * np.repeat(plan.strides, counts)
     undivided = np.logical_and.reduceat(offsets == expected, firsts) if len(firsts) else np.zeros(0, dtype=bool)
     return np.where(undivided, offsets[firsts], -1)
 

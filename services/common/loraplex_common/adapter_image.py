@@ -28,7 +28,7 @@ from loraplex_common.image_geometry import (
     ImageError,
 )
 from loraplex_common.low_rank import KIND_A, KIND_B, LOW_RANK
-from loraplex_common.part_kind import TILE_STEPS, Arrays, PartKind, Tile
+from loraplex_common.part_kind import FIXED_TYPES, TILE_STEPS, Arrays, EntryType, PartKind, Tile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,7 +129,6 @@ def _layer_tiles(
     geometry: Geometry, cursor: _Cursor, layer: int, found: Mapping[tuple[str, str], int], cuts: Cuts
 ) -> Iterator[tuple[int, ...]]:
     """Place the tiles of one layer; an op is cut alike in all layers with parts of the same sizes."""
-    item = ITEM_BYTES[geometry.dtype]
     for index in geometry.op_indices(layer).values():
         op = geometry.ops[index]
         for kind in KINDS.values():
@@ -139,6 +138,7 @@ def _layer_tiles(
             if (tiles := cuts.get((index, kind.name, sizes))) is None:
                 tiles = cuts[index, kind.name, sizes] = tuple(kind.tiles(geometry, layer, op, sizes))
             for tile in tiles:
+                item = kind.entries[tile.entry].item_bytes(geometry.dtype)
                 yield (layer, index, *tile, *cursor.place(tile.rows * tile.cols * item))
 
 
@@ -154,21 +154,41 @@ def pack(geometry: Geometry, spec: AdapterSpec, tensors: Tensors, tp_rank: int =
     plan = layout(geometry, spec.sizes)
     sources = _local_parts(geometry, spec, tensors, tp_rank)
     image = np.zeros((plan.num_pages, geometry.page_bytes), dtype=np.uint8)
-    stack = np.empty(geometry.tile_bytes // ITEM_BYTES[geometry.dtype], dtype=np.float32)
-    scratch = np.empty(stack.size, dtype=np.uint32)
-    flat = image.reshape(-1).view(np.uint16 if geometry.dtype == "bfloat16" else np.float32)
+    writer = _TileWriter(geometry, image)
     for layer, op, entry, index, start, num_rows, num_cols, page, offset in plan.tiles.tolist():
-        values = stack[: num_rows * num_cols]
         kind, parts = sources[layer, op, entry]
-        kind.fill(Tile(entry, index, start, num_rows, num_cols), parts, values.reshape(num_rows, num_cols))
-        first = (page * geometry.page_bytes + offset) // flat.itemsize
-        if not _encode_into(values, flat[first : first + values.size], scratch[: values.size]):
-            name, is_per_slice = kind.entries[entry]
+        tile, at = Tile(entry, index, start, num_rows, num_cols), page * geometry.page_bytes + offset
+        if not writer.write(kind, tile, parts, at):
+            name, is_per_slice, dtype = kind.entries[entry]
             which = f"{geometry.ops[op].slices[index]} {name}" if is_per_slice else name
             raise ImageError(
-                f"layer {layer} {geometry.ops[op].name} {which} holds a value that is not finite in {geometry.dtype}"
+                f"layer {layer} {geometry.ops[op].name} {which} holds a value that is not finite in "
+                f"{geometry.dtype if dtype == 'compute' else dtype}"
             )
     return image
+
+
+class _TileWriter:
+    """Writes tiles into an image in the types of their entries; its scratch serves all tiles."""
+
+    def __init__(self, geometry: Geometry, image: NDArray[np.uint8]) -> None:
+        num_items = geometry.tile_bytes // ITEM_BYTES["bfloat16"]
+        self._stack, self._scratch = np.empty(num_items, dtype=np.float32), np.empty(num_items, dtype=np.uint32)
+        flat = image.reshape(-1)
+        self._views: dict[EntryType, NDArray[Any]] = {name: flat.view(dtype) for name, dtype in FIXED_TYPES.items()}
+        self._views["compute"] = flat.view(np.uint16 if geometry.dtype == "bfloat16" else np.float32)
+
+    def write(self, kind: PartKind, tile: Tile, parts: Sequence[Arrays | None], at: int) -> bool:
+        """Write one tile at a byte of the image; return whether all its values are finite there."""
+        entry, count = kind.entries[tile.entry], tile.rows * tile.cols
+        view, shape = self._views[entry.dtype], (tile.rows, tile.cols)
+        out = view[at // view.itemsize : at // view.itemsize + count]
+        if entry.is_integer:
+            kind.fill(tile, parts, out.reshape(shape))
+            return True
+        values = self._stack[:count]
+        kind.fill(tile, parts, values.reshape(shape))
+        return _encode_into(values, out, self._scratch[:count])
 
 
 def _local_parts(
@@ -202,15 +222,15 @@ def _encode_into(values: NDArray[np.float32], out: NDArray[Any], scratch: NDArra
     return bool(np.isfinite(values).all())
 
 
-def tile_values(geometry: Geometry, image: NDArray[np.uint8], tile: np.void) -> NDArray[np.float32]:
-    """Read one tile back as fp32 ``[rows, cols]``; the reference that kernels and backends are tested against."""
-    count = int(tile["rows"]) * int(tile["cols"])
-    item = ITEM_BYTES[geometry.dtype]
-    raw = image[tile["page"], tile["offset"] : int(tile["offset"]) + count * item]
+def tile_values(geometry: Geometry, image: NDArray[np.uint8], tile: np.void) -> NDArray[Any]:
+    """Read one tile back as ``[rows, cols]``, integers as they are, else fp32; what kernels are tested against."""
+    entry = next(kind.entries[int(tile["kind"])] for kind in KINDS.values() if int(tile["kind"]) in kind.entries)
     shape = (int(tile["rows"]), int(tile["cols"]))
-    if geometry.dtype == "bfloat16":
+    num_bytes = shape[0] * shape[1] * entry.item_bytes(geometry.dtype)
+    raw = image[tile["page"], tile["offset"] : int(tile["offset"]) + num_bytes]
+    if entry.dtype == "compute" and geometry.dtype == "bfloat16":
         return from_bfloat16(raw.view(np.uint16)).reshape(shape)
-    return raw.view(np.float32).reshape(shape)
+    return raw.view(FIXED_TYPES.get(entry.dtype, np.float32)).reshape(shape)
 
 
 def image_sha256(image: NDArray[np.uint8]) -> str:

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from loraplex_common.image_geometry import ImageError
 from loraplex_common.low_rank import LOW_RANK, LowRank, LowRankKind
 from loraplex_common.part_kind import Part
+from loraplex_common.sparse_delta import SparseDeltaKind
+from loraplex_common.vectors import BiasKind, InVectorKind, OutVectorKind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from loraplex_common.part_kind import PartKind
 
-KINDS: Final[dict[str, PartKind]] = {kind.name: kind for kind in (LowRankKind(),)}
+KINDS: Final[dict[str, PartKind]] = {
+    kind.name: kind for kind in (LowRankKind(), OutVectorKind(), InVectorKind(), BiasKind(), SparseDeltaKind())
+}
 """All kinds of parts by name, in the order in which an op's parts follow each other in an image."""
 
 

@@ -6,7 +6,7 @@ class with this protocol, listed in `loraplex_common.adapter_parts.KINDS`. Layou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 # padding; of less where the (stacked) rank is so large that 64 exceed a tile; of 8 at least, for 16-byte vectors of bf16.
 TILE_STEPS: Final = (64, 32, 16, 8)
 
-Arrays: TypeAlias = tuple[NDArray[np.float32], ...]
-"""The tensors of one part, fp32, in the order of `PartKind.shapes`."""
+Arrays: TypeAlias = tuple[NDArray[Any], ...]
+"""The tensors of one part, fp32, or integers for an entry of integers; in the order of `PartKind.shapes`."""
+
+EntryType: TypeAlias = Literal["compute", "float32", "int32", "uint16"]
+"""Elements of an image entry: of the engine's compute dtype, or of one type in every image."""
+
+FIXED_TYPES: Final[dict[EntryType, type[np.generic]]] = {"float32": np.float32, "int32": np.int32, "uint16": np.uint16}
 
 
 class Part(Protocol):
@@ -62,10 +67,21 @@ class Entry(NamedTuple):
     Attributes:
         name: Its name in messages.
         is_per_slice: Whether each slice of an op has its own; else there is one for all of them.
+        dtype: Its elements. Factors are fp32 everywhere: in bf16 a factor near 1 would keep 8 bits.
     """
 
     name: str
     is_per_slice: bool
+    dtype: EntryType = "compute"
+
+    def item_bytes(self, compute_dtype: str) -> int:
+        """Return the bytes of an element in an image of that compute dtype."""
+        return ITEM_BYTES[compute_dtype] if self.dtype == "compute" else np.dtype(FIXED_TYPES[self.dtype]).itemsize
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether its elements are integers."""
+        return self.dtype in ("int32", "uint16")
 
 
 class Matrices(NamedTuple):
@@ -121,13 +137,16 @@ class PartKind(Protocol):
         """
         ...
 
-    def fill(self, tile: Tile, parts: Sequence[Arrays | None], out: NDArray[np.float32]) -> None:
+    def fill(self, tile: Tile, parts: Sequence[Arrays | None], out: NDArray[Any]) -> None:
         """Write a tile's values.
 
         Args:
             tile: One that `tiles` returned.
             parts: Each slice's local tensors; None for a slice without a part.
-            out: ``[rows, cols]``.
+            out: ``[rows, cols]``, of the entry's type for integers, else fp32.
+
+        Raises:
+            ImageError: If the parts contradict each other.
         """
         ...
 
@@ -153,13 +172,22 @@ class PartKind(Protocol):
         ...
 
 
-def cut(geometry: Geometry, length: int, unit_items: int, what: str) -> list[tuple[int, int]]:
+def cut(
+    geometry: Geometry, length: int, unit_items: int, what: str, item_bytes: int | None = None
+) -> list[tuple[int, int]]:
     """Cut ``length`` columns or outputs of ``unit_items`` elements each into half-open [start, stop) that fit a tile.
+
+    Args:
+        geometry: Geometry of the image.
+        length: Columns or outputs.
+        unit_items: Elements of each.
+        what: For messages.
+        item_bytes: Bytes of an element; the compute dtype's if unset.
 
     Raises:
         ImageError: If the least that a kernel reads at once exceeds a tile.
     """
-    unit_bytes = unit_items * ITEM_BYTES[geometry.dtype]
+    unit_bytes = unit_items * (item_bytes or ITEM_BYTES[geometry.dtype])
     for granule in TILE_STEPS:
         if step := geometry.tile_bytes // unit_bytes // granule * granule:
             break
