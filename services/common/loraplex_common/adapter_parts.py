@@ -80,6 +80,10 @@ class ModuleSpec:
         return self.pair.scaling if self.pair is not None else 0.0
 
 
+_ACTIVATION: Final = "activation"
+"""Stands in the first module of an activated adapter among its parts, though it is none that an engine computes."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """What an engine must know of an adapter besides its pages.
@@ -87,11 +91,13 @@ class AdapterSpec:
     Attributes:
         digest: The revision: sha256 over canonical config and tensors, 64 hex digits.
         modules: Adapted projections, by layer.
+        is_activated: It applies from a token of the prompt on that each request names (activated LoRA).
         sizes: What the layout depends on.
     """
 
     digest: str
     modules: tuple[ModuleSpec, ...]
+    is_activated: bool = False
     sizes: PartSizes = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -106,8 +112,14 @@ class AdapterSpec:
         return max((size for _, _, kind, size in self.sizes if kind == LOW_RANK), default=0)
 
     def to_json(self) -> bytes:
-        """Encode for the wire and for the adapter's manifest."""
+        """Encode for the wire and for the adapter's manifest.
+
+        A reader that does not know activated adapters would apply one to whole sequences; the mark makes it refuse the adapter
+        as one with a part of a kind that it does not know.
+        """
         modules = [_module_fields(module) for module in self.modules]
+        if self.is_activated:
+            modules[0]["parts"] = {**modules[0].get("parts", {}), _ACTIVATION: {}}
         return json.dumps({"digest": self.digest, "modules": modules}, separators=(",", ":")).encode()
 
     @classmethod
@@ -120,7 +132,19 @@ class AdapterSpec:
             TypeError: If there is a field too many, or a module is not an object or its parts are none.
         """
         fields: dict[str, Any] = json.loads(data)
-        return cls(fields["digest"], tuple(_module_of(module) for module in fields["modules"]))
+        is_activated = _take_activation(fields["modules"])
+        return cls(fields["digest"], tuple(_module_of(module) for module in fields["modules"]), is_activated)
+
+
+def _take_activation(modules: Any) -> bool:
+    """Take the mark of an activated adapter out of a spec's modules; return whether it was there."""
+    parts = modules[0].get("parts") if isinstance(modules, list) and modules and isinstance(modules[0], dict) else None
+    if not isinstance(parts, dict) or _ACTIVATION not in parts:
+        return False
+    del parts[_ACTIVATION]
+    if not parts:
+        del modules[0]["parts"]
+    return True
 
 
 def pair_sizes(ranks: Iterable[tuple[int, str, int]]) -> PartSizes:

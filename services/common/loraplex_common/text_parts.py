@@ -19,6 +19,8 @@ MAX_SCHEMA_BYTES: Final = 64 * 1024
 """Bytes of a response schema as compact JSON."""
 MAX_STOP_TOKENS: Final = 16
 """Stop tokens that an adapter adds to its base model's."""
+MAX_INVOCATION_TOKENS: Final = 64
+"""Tokens of the sequence that an activated adapter applies from."""
 GENERATION_RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "temperature": (0.0, 100.0),
     "top_k": (-1, 2**31 - 1),
@@ -64,6 +66,8 @@ class TextParts:
         stop_token_ids: Ids that end an output besides the base model's end-of-text ids, ascending.
         response_schema: ``response_template``, else ``response_schema``, of a tokenizer_config.json as compact JSON: how an
             answer is taken apart.
+        invocation_token_ids: The sequence that an activated LoRA (aLoRA) applies from: from its last occurrence in the
+            prompt on. Empty: the adapter applies to the whole sequence.
     """
 
     chat_template: str = ""
@@ -71,6 +75,7 @@ class TextParts:
     generation: Mapping[str, float] = field(default_factory=dict)
     stop_token_ids: tuple[int, ...] = ()
     response_schema: str = ""
+    invocation_token_ids: tuple[int, ...] = ()
 
     def to_fields(self) -> dict[str, Any]:
         """Return the parts that exist, for JSON; empty if there are none."""
@@ -80,6 +85,7 @@ class TextParts:
             "generation": dict(self.generation),
             "stop_token_ids": list(self.stop_token_ids),
             "response_schema": self.response_schema,
+            "invocation_token_ids": list(self.invocation_token_ids),
         }
         return {name: value for name, value in fields.items() if value}
 
@@ -90,7 +96,8 @@ class TextParts:
         Raises:
             TypeError: If there is a part that this version does not know.
         """
-        return cls(**{**fields, "stop_token_ids": tuple(fields.get("stop_token_ids", ()))})
+        ids = {name: tuple(fields.get(name, ())) for name in ("stop_token_ids", "invocation_token_ids")}
+        return cls(**{**fields, **ids})
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -100,6 +107,7 @@ class TextParts:
             "generation_defaults": self.generation,
             "stop_tokens": self.stop_token_ids,
             "response_schema": self.response_schema,
+            "invocation_tokens": self.invocation_token_ids,
         }
         return tuple(name for name, part in parts.items() if part)
 

@@ -14,6 +14,7 @@ def to_message(parts: TextParts) -> adapter_store_pb2.GetTextPartsResponse:
         special_tokens=dict(parts.special_tokens),
         stop_token_ids=parts.stop_token_ids,
         response_schema=parts.response_schema,
+        invocation_token_ids=parts.invocation_token_ids,
     )
     for name, value in parts.generation.items():
         setattr(message.generation_defaults, name, value)
@@ -30,4 +31,5 @@ def from_message(message: adapter_store_pb2.GetTextPartsResponse) -> TextParts:
         generation={name: getattr(defaults, name) for name in GENERATION_RANGES if name in named},
         stop_token_ids=tuple(message.stop_token_ids),
         response_schema=message.response_schema,
+        invocation_token_ids=tuple(message.invocation_token_ids),
     )

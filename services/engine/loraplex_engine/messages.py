@@ -49,6 +49,7 @@ class Submission:
         prompt_token_ids: int32 ``[num_prompt_tokens]``, not empty, each below the vocabulary size.
         resumed_token_ids: int32; output tokens drawn elsewhere before, continued here.
         adapter_digest: Digest of the adapter; None for the base model.
+        adapter_start: First token of the prompt that the adapter applies to; None if it is none that a sequence activates.
         deadline_s: ``time.monotonic()`` after which no client waits for the answer, or None.
         queue_deadline_s: ``time.monotonic()`` by which it must have a place in a batch, or None.
         time_limit_at_s: ``time.monotonic()`` at which the output is cut with TIME_LIMIT, or None.
@@ -67,6 +68,7 @@ class Submission:
     stopping: StoppingParams
     adapter_digest: str | None = None
     adapter_scale: float = 1.0
+    adapter_start: int | None = None
     deadline_s: float | None = None
     queue_deadline_s: float | None = None
     time_limit_at_s: float | None = None

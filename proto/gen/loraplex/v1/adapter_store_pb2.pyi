@@ -1138,6 +1138,7 @@ class GetTextPartsResponse(_message.Message):
     GENERATION_DEFAULTS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     RESPONSE_SCHEMA_FIELD_NUMBER: _builtins.int
+    INVOCATION_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     chat_template: _builtins.str
     """Jinja source, at most 64 KiB."""
     response_schema: _builtins.str
@@ -1154,6 +1155,12 @@ class GetTextPartsResponse(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end an output besides the base model's end-of-text ids, ascending; at most 16."""
 
+    @_builtins.property
+    def invocation_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The adapter applies from the last occurrence of this sequence in a prompt on (activated LoRA), at most 64 tokens; empty: to
+        all of it.
+        """
+
     def __init__(
         self,
         *,
@@ -1162,10 +1169,11 @@ class GetTextPartsResponse(_message.Message):
         generation_defaults: Global___GetTextPartsResponse.GenerationDefaults | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         response_schema: _builtins.str = ...,
+        invocation_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation_defaults", b"generation_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "generation_defaults", b"generation_defaults", "response_schema", b"response_schema", "special_tokens", b"special_tokens", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "generation_defaults", b"generation_defaults", "invocation_token_ids", b"invocation_token_ids", "response_schema", b"response_schema", "special_tokens", b"special_tokens", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -105,6 +105,7 @@ class Submit(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     BAD_TOKEN_SEQUENCES_FIELD_NUMBER: _builtins.int
+    ADAPTER_START_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The client's request id, for logs and traces."""
     slot: _builtins.int
@@ -127,6 +128,10 @@ class Submit(_message.Message):
     """As ResponseOptions.logprobs."""
     prompt_logprobs: _builtins.int
     """As ResponseOptions.prompt_logprobs."""
+    adapter_start: _builtins.int
+    """First token of the prompt that the adapter applies to; those before are the base model's. Set for adapters that are
+    activated by a sequence of tokens, and for no others.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -186,19 +191,24 @@ class Submit(_message.Message):
         prompt_logprobs: _builtins.int | None = ...,
         structured_output: _gateway_pb2.StructuredOutput | None = ...,
         bad_token_sequences: _abc.Iterable[_gateway_pb2.TokenIds] | None = ...,
+        adapter_start: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter_scale", b"adapter_scale", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "time_left", b"time_left", "time_limit", b"time_limit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_adapter_start", b"_adapter_start", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter_scale", b"adapter_scale", "adapter_start", b"adapter_start", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "time_left", b"time_left", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter_digest", b"adapter_digest", "adapter_scale", b"adapter_scale", "bad_token_sequences", b"bad_token_sequences", "cache_salt", b"cache_salt", "fairness_key", b"fairness_key", "load_policy", b"load_policy", "logprobs", b"logprobs", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "slot", b"slot", "stopping", b"stopping", "structured_output", b"structured_output", "time_left", b"time_left", "time_limit", b"time_limit", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_adapter_start", b"_adapter_start", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter_digest", b"adapter_digest", "adapter_scale", b"adapter_scale", "adapter_start", b"adapter_start", "bad_token_sequences", b"bad_token_sequences", "cache_salt", b"cache_salt", "fairness_key", b"fairness_key", "load_policy", b"load_policy", "logprobs", b"logprobs", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "slot", b"slot", "stopping", b"stopping", "structured_output", b"structured_output", "time_left", b"time_left", "time_limit", b"time_limit", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_scale: _TypeAlias = _typing.Literal["adapter_scale"]  # noqa: Y015
     _WhichOneofArgType__adapter_scale: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale"]  # noqa: Y015
+    _WhichOneofReturnType__adapter_start: _TypeAlias = _typing.Literal["adapter_start"]  # noqa: Y015
+    _WhichOneofArgType__adapter_start: _TypeAlias = _typing.Literal["_adapter_start", b"_adapter_start"]  # noqa: Y015
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter_scale) -> _WhichOneofReturnType__adapter_scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter_start) -> _WhichOneofReturnType__adapter_start | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
     @_typing.overload

@@ -14,6 +14,8 @@ from loraplex_engine.messages import ResidencyChanged, ResidencyState, WantImage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from loraplex_common.adapter_image import AdapterSpec
+
     from loraplex_engine.adapters.ranking import AdapterRanking
     from loraplex_engine.messages import StoreEvent
 
@@ -71,6 +73,11 @@ class AdapterStates:
         """Return when a WANTED adapter's image gets its turn for room in the arena; -inf if the adapter is unknown."""
         adapter = self._adapters.get(digest)
         return adapter.due_s if adapter else -math.inf
+
+    def spec_of(self, digest: str | None) -> AdapterSpec | None:
+        """Return what is known of an adapter; None until its image has arrived once, or without an adapter."""
+        adapter = self._adapters.get(digest) if digest is not None else None
+        return adapter.spec if adapter is not None else None
 
     def num_pages_of(self, digest: str) -> int | None:
         """Return the pages that an adapter takes; None until its image has been seen."""

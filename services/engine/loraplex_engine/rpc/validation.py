@@ -97,6 +97,20 @@ def check_digest(digest: str, field: str) -> str:
     return digest
 
 
+def check_adapter_start(submit: engine_pb2.Submit) -> int | None:
+    """Return the first token that the request's adapter applies to, if it says one.
+
+    Raises:
+        InvalidParameterError: If the prompt has no such token, or there is no adapter.
+    """
+    if not submit.HasField("adapter_start"):
+        return None
+    start, num_tokens = submit.adapter_start, len(submit.prompt_token_ids)
+    require(bool(submit.adapter_digest), "adapter_start", "the request names no adapter")
+    require(start < num_tokens, "adapter_start", f"{start} is behind the prompt's {num_tokens} tokens")
+    return int(start)
+
+
 def check_tokens(submit: engine_pb2.Submit, limits: RequestLimits) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return prompt and resumed token ids, which together leave room for at least one more token.
 

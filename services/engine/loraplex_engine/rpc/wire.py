@@ -25,6 +25,7 @@ from loraplex_engine.rpc.output_fields import check_bad_sequences, check_structu
 from loraplex_engine.rpc.validation import (
     MAX_REQUEST_ID_BYTES,
     RequestLimits,
+    check_adapter_start,
     check_digest,
     check_drawable,
     check_range,
@@ -88,7 +89,6 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
     """
     _check_header(submit)
     prompt, resumed = check_tokens(submit, limits)
-    scale = submit.adapter_scale if submit.HasField("adapter_scale") else 1.0
     deadline_s = _deadline(submit, now_s)
     sampling, stopping = check_sampling(submit, limits), check_stopping(submit, limits)
     check_drawable(sampling, stopping, limits)
@@ -101,7 +101,8 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         sampling=sampling,
         stopping=stopping,
         adapter_digest=check_digest(submit.adapter_digest, "adapter_digest") if submit.adapter_digest else None,
-        adapter_scale=check_range(scale, "adapter_scale"),
+        adapter_scale=check_range(_scale(submit), "adapter_scale"),
+        adapter_start=check_adapter_start(submit),
         deadline_s=deadline_s,
         queue_deadline_s=_moment(submit, "queue_timeout", now_s),
         time_limit_at_s=_moment(submit, "time_limit", now_s),
@@ -113,6 +114,10 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         structured_output=check_structured_output(submit, limits),
         bad_token_sequences=check_bad_sequences(submit, limits),
     )
+
+
+def _scale(submit: engine_pb2.Submit) -> float:
+    return submit.adapter_scale if submit.HasField("adapter_scale") else 1.0
 
 
 def _deadline(submit: engine_pb2.Submit, now_s: float) -> float | None:

@@ -43,7 +43,8 @@ class DecodeState:
         is_decoding: bool ``[S]``; the row's last prefill chunk was launched.
         blocks: int32 ``[S, B]``; page ids, `NO_PAGE` beyond ``num_blocks``.
         num_blocks: int32 ``[S]``.
-        adapters: int32 ``[S]``; index in the runner's table.
+        adapters: int32 ``[S]``; index in the runner's table of the adapter that the row's next tokens are computed with.
+        leased: int32 ``[S]``; index of the occupant's adapter, also while its tokens are the base model's.
         adapter_scales: fp32 ``[S]``.
         stop_ids: int32 ``[K, S]``; ids that end the output, filled up with -1.
         sessions: int64 ``[S]``.
@@ -69,6 +70,7 @@ class DecodeState:
         self.blocks = np.full((size, -(-max_model_len // block_tokens)), NO_PAGE, dtype=np.int32)
         self.num_blocks = np.zeros(size, dtype=np.int32)
         self.adapters = np.full(size, NO_ADAPTER, dtype=np.int32)
+        self.leased = np.full(size, NO_ADAPTER, dtype=np.int32)
         self.adapter_scales = np.ones(size, dtype=np.float32)
         self.stop_ids = np.full((_MIN_STOP_IDS, size), _NO_TOKEN, dtype=np.int32)
         self.sessions = np.zeros(size, dtype=np.int64)
@@ -117,7 +119,8 @@ class DecodeState:
         self.max_outputs[slot] = request.max_outputs
         self.min_outputs[slot] = submission.stopping.min_new_tokens
         self.is_decoding[slot] = False
-        self.adapters[slot] = adapter
+        self.leased[slot] = adapter
+        self.adapters[slot] = adapter if request.applies_adapter_at(request.num_cached) else NO_ADAPTER
         self.adapter_scales[slot] = submission.adapter_scale
         self._set_stop_ids(slot, stop_ids)
         self.has_rules[slot] = submission.rules is not None
@@ -128,6 +131,12 @@ class DecodeState:
         self.num_blocks[slot] = len(pages)
         self._free.pop()
         return slot
+
+    def activate(self, request: Request) -> None:
+        """Let a row's tokens be computed with its adapter from where the adapter applies on."""
+        slot = request.slot
+        if request.applies_adapter_at(int(self.num_computed[slot])):
+            self.adapters[slot] = self.leased[slot]
 
     def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...]) -> None:
         most, num_slots = self.stop_ids.shape

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import DeadlineError, LoraplexError, RequestTooLargeError, SloUnreachableError
 
 from loraplex_engine.messages import ResidencyState
+from loraplex_engine.scheduler.adapter_terms import disagreement
 from loraplex_engine.scheduler.request import Request, RequestState
 
 if TYPE_CHECKING:
@@ -47,9 +48,18 @@ class Feasibility:
         self._costs = costs
         self._block_tokens = book.batch.state.block_tokens
 
+    def refuse_if_unservable(self, request: Request) -> bool:
+        """End a request that its adapter, as far as it is known, cannot serve, or that cannot fit even alone."""
+        spec = self._cache.states.spec_of(request.adapter_digest)
+        error = disagreement(request.submission, spec) if spec is not None else None
+        if error is None:
+            return self._refuse_if_too_large(request)
+        self._book.fail(request, error)
+        return True
+
     # --- size ---
 
-    def refuse_if_too_large(self, request: Request) -> bool:
+    def _refuse_if_too_large(self, request: Request) -> bool:
         """End a request that cannot fit even alone; an open-ended one is cut to the room there is instead."""
         digest = request.adapter_digest
         adapter_pages = (self._cache.states.num_pages_of(digest) or 0) if digest else 0

@@ -84,5 +84,6 @@ class PrefixSharing:
                 adapter_scale=submission.adapter_scale,
                 cache_salt=submission.cache_salt,
                 block_tokens=self._state.block_tokens,
+                adapter_start=submission.adapter_start,
             )
         return request.block_keys.extend(tokens)

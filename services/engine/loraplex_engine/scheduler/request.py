@@ -93,6 +93,11 @@ class Request:
         """Digest of its adapter; None for the base model."""
         return self.submission.adapter_digest
 
+    def applies_adapter_at(self, position: int) -> bool:
+        """Tell whether its adapter, if it has one, applies to the token at a position."""
+        start = self.submission.adapter_start
+        return start is None or position >= start
+
     @property
     def num_prompt_tokens(self) -> int:
         """Length of the prompt."""

@@ -211,6 +211,9 @@ class RunningBatch:
     def _cut(self, request: Request, budget: int) -> Chunk:
         start = int(self.state.num_computed[request.slot])
         left = request.num_known_tokens - start
+        activation = request.submission.adapter_start
+        if activation is not None and start < activation:
+            budget = min(budget, activation - start)  # a chunk has one adapter or none
         return Chunk(request, start, min(left, budget), left <= budget)
 
     def _tokens_of(self, chunk: Chunk) -> NDArray[np.int32]:
@@ -229,6 +232,7 @@ class RunningBatch:
         """Count chunks as computed; with its last chunk, a request decodes from the next plan on."""
         for chunk in chunks:
             self.num_prefill_tokens -= chunk.num_tokens
+            self.state.activate(chunk.request)
             if chunk.is_last:
                 self.state.is_decoding[chunk.request.slot] = True
                 self._prefilling.remove(chunk.request)
