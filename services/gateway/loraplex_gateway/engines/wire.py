@@ -46,6 +46,7 @@ class Submission:
     stopping: Stopping
     adapter_digest: str = ""
     adapter_scale: float | None = None
+    adapter_start: int | None = None
     time_left_s: float | None = None
     queue_timeout_s: float | None = None
     time_limit_s: float | None = None
@@ -117,6 +118,7 @@ def to_submit(submission: Submission, slot: int) -> engine_pb2.Submit:
         stopping=_stopping(submission.stopping),
         adapter_digest=submission.adapter_digest,
         adapter_scale=submission.adapter_scale,
+        adapter_start=submission.adapter_start,
         fairness_key=submission.fairness_key,
         priority=gateway_pb2.Priority.ValueType(submission.priority),
         cache_salt=submission.cache_salt,

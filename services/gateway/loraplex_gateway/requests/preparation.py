@@ -12,6 +12,7 @@ from loraplex_common.request_limits import MAX_ENTRIES
 
 from loraplex_gateway.chat_output.reading import ChatReading
 from loraplex_gateway.requests import lengths, validation
+from loraplex_gateway.requests.activation import adapter_start
 from loraplex_gateway.requests.callers import affinity_key, cache_salt, granted_priority
 from loraplex_gateway.requests.parsing import reading_of
 from loraplex_gateway.requests.prepared import PreparedRequest
@@ -128,6 +129,7 @@ class Preparer:
             adapter=adapter,
             prompt_ids=tokens.prompt,
             prompt_text=tokens.prompt_text,
+            adapter_start=adapter_start(model, adapter, tokens.prompt),
             bad_token_sequences=tokens.bad_sequences,
             sampling=_drawable(model.defaults.fill(request.sampling)),
             stop_token_ids=_stop_token_ids(request, model),

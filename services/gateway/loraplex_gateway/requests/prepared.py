@@ -48,6 +48,7 @@ class PreparedRequest:
         affinity_key: What it is routed by; empty for nothing.
         deadline: When the caller's deadline passes (monotonic seconds), less a margin.
         queue_deadline: When queue_timeout passes (monotonic seconds); None for never.
+        adapter_start: First token of the prompt that an activated adapter applies to; None for other adapters.
         bad_token_sequences: Token sequences that its bad words are written with.
         prompt_text: The prompt as text, if the answer shall begin with it.
         continuation: The stream that it resumes; None if it starts one.
@@ -67,6 +68,7 @@ class PreparedRequest:
     affinity_key: str
     deadline: float
     queue_deadline: float | None
+    adapter_start: int | None = None
     bad_token_sequences: tuple[tuple[int, ...], ...] = ()
     prompt_text: PromptText | None = None
     continuation: Continuation | None = None

@@ -251,6 +251,7 @@ class EngineRelay:
             stopping=replace(prepared.stopping, max_new_tokens=max(1, min(prepared.max_new_tokens, room))),
             adapter_digest=prepared.adapter_digest,
             adapter_scale=request.adapter_scale,
+            adapter_start=prepared.adapter_start,
             time_left_s=left_s(prepared.deadline),
             queue_timeout_s=None if has_started else left_s(prepared.queue_deadline),
             time_limit_s=left_s(self._time_limit_at),
