@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from loraplex_client import Finished, FinishReason
+from loraplex_common.errors import InvalidParameterError
 from support.adapter_texts import PIRATE, POET
 from support.adapters import write_adapter
 from support.generation import greedy, start
+from support.oracle import Oracle
 from support.stack import Stack, assert_idle
 from support.stack_fixtures import TINY_RECIPES
 from transformers import AutoTokenizer
@@ -88,3 +91,29 @@ async def test_an_engine_stops_at_the_adapters_stop_token_and_the_bases_goes_on(
     assert ignoring == tokens
     assert later[:first] == tokens[:first]
     assert stop not in later[: first + 4]
+
+
+async def test_an_activated_adapter_applies_from_its_last_invocation_on_and_a_prompt_without_one_is_refused(
+    tiny_stack: Stack, client: AsyncClient, tmp_path: Path
+) -> None:
+    invocation, prompt = [7, 9, 8], [11, 12, 7, 9, 8, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 7, 9, 8, 11]
+    recipe = replace(TINY_RECIPES["tiny-a"], config={"alora_invocation_tokens": invocation})
+    folder = write_adapter(tmp_path / "judge", tiny_stack.model, recipe)
+    await client.adapters.upload("texts-judge", folder)
+    await upload(tiny_stack, client, tmp_path, "texts-plain")
+    oracle = Oracle(tiny_stack.model, {"judge": folder})
+
+    answers = await asyncio.gather(
+        *(
+            greedy(client, name, 12, prompt_token_ids=prompt)
+            for name in ("texts-judge", None, "texts-judge", "texts-plain")
+        )
+    )
+
+    assert answers[0] == answers[2] == oracle.greedy(prompt, 12, "judge")
+    assert answers[1] == oracle.greedy(prompt, 12)
+    assert len({tuple(answer) for answer in answers}) == 3
+    with pytest.raises(
+        InvalidParameterError, match=r"texts-judge is activated by the tokens \[7, 9, 8\].*do not contain"
+    ):
+        await greedy(client, "texts-judge", 12, prompt_token_ids=[7, 9, 11])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex_adapter_store.checkpoint.canonical import canonicalise, read_canonical
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
-from loraplex_common.adapter_image import LOW_RANK
+from loraplex_common.adapter_image import LOW_RANK, AdapterSpec
 from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterIncompatibleError
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -119,7 +120,7 @@ def test_ranks_scalings_and_weights_are_those_of_peft(fields: dict[str, Any], dt
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"layer_replication": [(0, 2), (0, 2)]}, "layer_replication"),
-        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"alora_invocation_tokens": [1, 10**6]}, "alora_invocation_tokens: 1000000 is not below the 384 tokens"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
     ],
@@ -136,3 +137,30 @@ def test_what_peft_can_do_and_we_cannot_is_refused_by_name(fields: dict[str, Any
             (tmp_path / "adapter_model.safetensors").read_bytes(),
             load_base_model(tiny_base_dir()),
         )
+
+
+def test_the_sequence_of_an_activated_adapter_is_part_of_its_revision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "r": 2}
+    model = get_peft_model(make_base_model(), LoraConfig(**settings, alora_invocation_tokens=[5, 6]))
+    model.save_pretrained(str(tmp_path))
+    config, weights = (tmp_path / "adapter_config.json"), (tmp_path / "adapter_model.safetensors").read_bytes()
+
+    def form() -> Any:
+        return canonicalise(read_checkpoint(config.read_bytes(), weights, load_base_model(tiny_base_dir())))
+
+    activated = form()
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"alora_invocation_tokens": None}))
+    plain = form()
+    read_back = read_canonical(b"".join(activated.chunks()), activated.revision)
+
+    assert activated.text_parts.invocation_token_ids == (5, 6)
+    assert activated.spec.is_activated
+    assert read_back.spec == activated.spec == AdapterSpec.from_json(activated.spec.to_json())
+    assert activated.revision != plain.revision
+    assert not plain.spec.is_activated
+    assert plain.text_parts.info is None
+    assert b'"parts":{"activation":{}}' in activated.spec.to_json(), (
+        "engines that do not know such adapters refuse them"
+    )

@@ -33,7 +33,7 @@ def base() -> BaseModelInfo:
         ("lora_bias", True),
         ("modules_to_save", ["score"]),
         ("trainable_token_indices", [3]),
-        ("alora_invocation_tokens", [1]),
+        ("alora_invocation_tokens", []),
         ("target_parameters", ["x"]),
         ("megatron_config", {"a": 1}),
         ("layer_replication", [[0, 1]]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -85,7 +85,7 @@ def canonicalise(checkpoint: Checkpoint, text_parts: TextParts | None = None) ->
         checkpoint: Config and tensors.
         text_parts: What it brings besides; without any, the form has the bytes that it had before there were such parts.
     """
-    text_parts = text_parts or TextParts()
+    text_parts = replace(text_parts or TextParts(), invocation_token_ids=checkpoint.invocation_token_ids)
     config: dict[str, Any] = {
         "base": checkpoint.base_fingerprint,
         "format": FORMAT,
@@ -115,7 +115,7 @@ def canonicalise(checkpoint: Checkpoint, text_parts: TextParts | None = None) ->
     return CanonicalForm(
         revision=revision,
         base_fingerprint=checkpoint.base_fingerprint,
-        spec=AdapterSpec(revision, modules),
+        spec=AdapterSpec(revision, modules, is_activated=bool(text_parts.invocation_token_ids)),
         num_parameters=sum(int(np.prod(tensor.shape)) for _, tensor in ordered),
         num_bytes=8 + len(text) + position,
         pieces=pieces,
@@ -145,7 +145,8 @@ def read_canonical(data: bytes | bytearray, revision: str) -> CanonicalAdapter:
         pair = matrices[layer, projection, "A"], matrices[layer, projection, "B"]
         values[layer, projection, LOW_RANK] = pair
         modules.append(ModuleSpec.low_rank(layer, projection, pair[0].shape[0], scaling))
-    return CanonicalAdapter(config["base"], AdapterSpec(revision, tuple(modules)), values)
+    is_activated = bool(config.get("text_parts", {}).get("invocation_token_ids"))
+    return CanonicalAdapter(config["base"], AdapterSpec(revision, tuple(modules), is_activated), values)
 
 
 def header_bytes(head: bytes | bytearray) -> int:

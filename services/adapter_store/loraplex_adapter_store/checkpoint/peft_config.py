@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from loraplex_common.adapter_folder import CONFIG_FILE as FILE
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
+from loraplex_common.request_limits import MAX_INT32
+from loraplex_common.text_parts import MAX_INVOCATION_TOKENS
 
 from loraplex_adapter_store.checkpoint.bounds import MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, MAX_RANK, parse_json
 
@@ -16,7 +18,7 @@ _USED: Final = frozenset(
     {
         *("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
         *("exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "bias"),
-        "init_lora_weights",
+        *("init_lora_weights", "alora_invocation_tokens"),
     }
 )
 _HARMLESS: Final = frozenset(
@@ -34,7 +36,6 @@ _REFUSED: Final = {
     "lora_bias": "biases of LoRA matrices are not served",
     "modules_to_save": "fully trained modules are not served; train with LoRA on the projections only",
     "trainable_token_indices": "trained token embeddings are not served",
-    "alora_invocation_tokens": "activated LoRA (aLoRA) is not served",
     "target_parameters": "LoRA on bare parameters is not served",
     "megatron_config": "Megatron layers are not served",
     "layer_replication": "it changes the base model's layers",
@@ -58,6 +59,7 @@ class PeftConfig:
     Attributes:
         target_modules: Names, one regular expression, or ``all-linear``.
         layers_to_transform: Layers that named targets are limited to; None for all.
+        invocation_token_ids: The sequence that the adapter applies from (activated LoRA); empty: it applies to all tokens.
         layers_pattern: Names of the lists of layers that the indices refer to; empty for any list.
     """
 
@@ -71,6 +73,7 @@ class PeftConfig:
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[str, ...]
     base_model_name_or_path: str
+    invocation_token_ids: tuple[int, ...] = ()
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the factor on B A x: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
@@ -104,6 +107,7 @@ def parse_peft_config(data: bytes) -> PeftConfig:
         layers_to_transform=_layers(fields.get("layers_to_transform")),
         layers_pattern=_as_tuple(_names(fields, "layers_pattern")),
         base_model_name_or_path=base_name or "",
+        invocation_token_ids=_invocation(fields.get("alora_invocation_tokens")),
     )
 
 
@@ -190,6 +194,19 @@ def _names(fields: dict[str, Any], name: str) -> str | tuple[str, ...]:
         return value or ()
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise _wrong(name, value, "a string or a list of strings")
+    return tuple(value)
+
+
+def _invocation(value: Any) -> tuple[int, ...]:
+    name = "alora_invocation_tokens"
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= MAX_INT32 for item in value):
+        raise _wrong(name, value, "a list of token ids")
+    if not 0 < len(value) <= MAX_INVOCATION_TOKENS:
+        raise AdapterIncompatibleError(
+            f"{FILE}: {name} has {len(value)} tokens; an adapter that a sequence activates needs 1 to {MAX_INVOCATION_TOKENS}"
+        )
     return tuple(value)
 
 

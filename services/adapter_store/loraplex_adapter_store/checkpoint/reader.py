@@ -52,11 +52,13 @@ class Checkpoint:
     Attributes:
         modules: By layer, then in the layer's order.
         warnings: What is odd about it although it can be served, for the author of the import.
+        invocation_token_ids: The sequence that it applies from; empty: it applies to all tokens.
     """
 
     base_fingerprint: str
     modules: tuple[Module, ...]
     warnings: tuple[str, ...] = ()
+    invocation_token_ids: tuple[int, ...] = ()
 
 
 def read_checkpoint(
@@ -99,7 +101,16 @@ def read_checkpoint(
                 )
         modules.append(_check_module(config, rules, base, layer, projection, pair["A"], pair["B"]))
     check_trial(modules, base)
-    return Checkpoint(base.fingerprint, tuple(modules), tuple(_warnings(modules)))
+    _check_invocation(config, base)
+    return Checkpoint(base.fingerprint, tuple(modules), tuple(_warnings(modules)), config.invocation_token_ids)
+
+
+def _check_invocation(config: PeftConfig, base: BaseModelInfo) -> None:
+    for token_id in config.invocation_token_ids:
+        if token_id >= base.vocab_size:
+            raise AdapterIncompatibleError(
+                f"{CONFIG_FILE}: alora_invocation_tokens: {token_id} is not below the {base.vocab_size} tokens of {base.name}"
+            )
 
 
 def _group_tensors(tensors: dict[str, Tensor], base: BaseModelInfo) -> dict[tuple[int, str], dict[str, Tensor]]:
