@@ -6,7 +6,7 @@
 starts; the same rows of the base model without LoRA beside them. It compares 64 structured rows with 64 plain rows, and 64
 plain rows beside 64 structured ones with 64 beside 64 plain ones, by the median time between tokens and the tokens per
 second. Kinds of rows take turns in each round, and each ratio is one round's. The vocabulary of 32,000 tokens is made in
-code. ``--smoke`` runs everything on a tiny model and the torch backend.
+code. ``--lexers 1,4,8`` compares numbers of lexers that the structured rows share, in one run. ``--smoke`` runs everything on a tiny model and the torch backend.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_bench.end_to_end.cases import setup_of
 from loraplex_bench.end_to_end.context import Bench
-from loraplex_bench.end_to_end.structured import Sizes, run_structured
+from loraplex_bench.end_to_end.structured import PAIRS, QUICK_PAIRS, Sizes, TimedFiller, Variant, run_structured
 from loraplex_bench.results import head_commit
 from loraplex_bench.shapes import LLAMA2_7B, AdapterFamily, Shape
 from loraplex_bench.synthetic_tokenizer import write_tokenizer
 from loraplex_common.structured_output import ConstraintKind, StructuredOutput
-from loraplex_engine.constraints.compiler import make_constraints
+from loraplex_engine.constraints.compiler import Constraints, make_constraints
+from loraplex_engine.constraints.limits import ConstraintLimits
 
 if TYPE_CHECKING:
     from loraplex_bench.rig import RigSetup
+    from loraplex_engine.constraints.types import CompiledConstraint
 
 PERSON: Final = {
     "type": "object",
@@ -74,25 +76,46 @@ def smoke_setup(folder: Path) -> tuple[RigSetup, Sizes]:
     return setup_of(tiny, AdapterFamily(ranks=(4,)), sizes.num_adapters, **limits), sizes
 
 
-def run(setup: RigSetup, sizes: Sizes, bench: Bench, folder: Path) -> None:
-    """Compile the schema, start the engine and measure."""
+def run(setup: RigSetup, sizes: Sizes, bench: Bench, folder: Path, lexers: list[int]) -> None:
+    """Compile the schema, once for each variant, start the engine and measure.
+
+    Args:
+        setup: The engine.
+        sizes: What each request is.
+        bench: Gets the results.
+        folder: For the tokenizer.
+        lexers: Most lexers of the schema, one entry per variant; empty: one variant, with those of an engine here.
+    """
     vocab_size = setup.shape.info.vocab_size
     eos = write_tokenizer(folder, vocab_size)
-    constraints = make_constraints(folder, vocab_size=vocab_size, eos_token_ids=(eos,))
 
-    async def compile_schema() -> object:
-        try:
-            wanted = StructuredOutput(kind=ConstraintKind.JSON_SCHEMA, text=json.dumps(SCHEMA))
-            return await constraints.compiler.compile(wanted)
-        finally:
-            await constraints.close()
+    def make(limits: ConstraintLimits, num_threads: int | None = None) -> Constraints:
+        return make_constraints(
+            folder, vocab_size=vocab_size, eos_token_ids=(eos,), limits=limits, num_threads=num_threads
+        )
 
-    began_s = time.perf_counter()
-    compiled = asyncio.run(compile_schema())
-    bench.results.note(f"the schema compiled in {time.perf_counter() - began_s:.2f} s, the tokenizer's part included")
+    def compile_schema(name: str, constraints: Constraints) -> Variant:
+        async def compile_and_close() -> CompiledConstraint:
+            try:
+                wanted = StructuredOutput(kind=ConstraintKind.JSON_SCHEMA, text=json.dumps(SCHEMA))
+                return await constraints.compiler.compile(wanted)
+            finally:
+                await constraints.close()
+
+        began_s = time.perf_counter()
+        variant = Variant(name=name, constraint=asyncio.run(compile_and_close()))
+        bench.results.note(
+            f"the schema compiled in {time.perf_counter() - began_s:.2f} s, the tokenizer's part included"
+        )
+        return variant
+
+    here = make(ConstraintLimits(), max(lexers, default=None))
+    variants = [compile_schema(f"lexers {most}", make(ConstraintLimits(max_lexers=most), most)) for most in lexers]
+    variants = variants or [compile_schema("", here)]
+    filler = TimedFiller(here.filler)
     setup = replace(setup, limits=replace(setup.limits, eos_token_ids=(eos,)))
-    with bench.new_rig(setup, filler=constraints.filler) as rig:
-        run_structured(bench, rig, sizes, compiled)  # type: ignore[arg-type]
+    with bench.new_rig(setup, filler=filler) as rig:
+        run_structured(bench, rig, sizes, variants, filler=filler, pairs=QUICK_PAIRS if lexers else PAIRS)
 
 
 def main() -> None:
@@ -101,13 +124,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the result file")
     parser.add_argument("--commit", default=head_commit(), help="for the result file, where there is no repository")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; the median counts")
+    parser.add_argument("--lexers", default="", help="compare so many lexers of the schema, such as 1,4,8; fewer mixes")
     args = parser.parse_args()
+    lexers = [int(most) for most in args.lexers.split(",") if most]
     bench = Bench(repeats=args.repeats)
     bench.results.print_head()
     with tempfile.TemporaryDirectory() as folder:
         setup, sizes = smoke_setup(Path(folder) / "model") if args.smoke else gpu_setup()
         try:
-            run(setup, sizes, bench, Path(folder) / "tokenizer")
+            run(setup, sizes, bench, Path(folder) / "tokenizer", lexers)
         finally:
             bench.release()
             if args.out and bench.results.rows:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from loraplex_client.workload import prompt_ids
 from loraplex_engine.constraints.output_rules import OutputRules
+from loraplex_engine.constraints.types import CompiledConstraint
 from loraplex_engine.messages import Ended, Submission, Submit
 from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 
@@ -21,7 +22,9 @@ from loraplex_bench.end_to_end.context import SUITE
 from loraplex_bench.results import Row
 
 if TYPE_CHECKING:
-    from loraplex_engine.constraints.types import CompiledConstraint
+    from collections.abc import Sequence
+
+    from loraplex_engine.constraints.types import ConstraintState, MaskFiller
     from loraplex_engine.messages import StepOutputs
     from numpy.typing import NDArray
 
@@ -75,6 +78,7 @@ PAIRS: Final = (
     (BESIDE_PLAIN, BESIDE_STRUCTURED),
 )
 """What is compared: of each pair, the second to the first of the same round."""
+QUICK_PAIRS: Final = ((PLAIN, STRUCTURED), (BESIDE_PLAIN, BESIDE_STRUCTURED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +90,35 @@ class Measured:
         tokens_per_s: Tokens that the group gets in a second.
         extra_steps: Steps of the whole run beyond one for each token of a row: prompts, and steps that a row missed.
         mask_ms: Time in which the step loop filled masks, per step.
+        mask_p99_ms: The filler's part of it, 99th percentile of the steps; 0 without masks.
     """
 
     gap_ms: float
     tokens_per_s: float
     extra_steps: int
     mask_ms: float
+    mask_p99_ms: float
+
+
+class TimedFiller:
+    """A `MaskFiller` that notes how long each step's masks take.
+
+    Args:
+        filler: Fills them.
+
+    Attributes:
+        times_ms: One entry per step with structured rows.
+    """
+
+    def __init__(self, filler: MaskFiller) -> None:
+        self._filler = filler
+        self.times_ms: list[float] = []
+
+    def fill(self, states: Sequence[ConstraintState], out: NDArray[np.int32]) -> None:
+        """Write the masks of one step."""
+        began_s = time.perf_counter()
+        self._filler.fill(states, out)
+        self.times_ms.append((time.perf_counter() - began_s) * 1e3)
 
 
 class StructuredRun:
@@ -102,12 +129,22 @@ class StructuredRun:
         sizes: What each request is.
         mix: Kinds of requests.
         constraint: What structured requests keep to.
+        filler: The engine's.
         workload: Number of the run; prompts differ between runs.
     """
 
-    def __init__(self, rig: Rig, sizes: Sizes, mix: Mix, *, constraint: CompiledConstraint, workload: int) -> None:
+    def __init__(
+        self,
+        rig: Rig,
+        sizes: Sizes,
+        mix: Mix,
+        *,
+        constraint: CompiledConstraint | None,
+        filler: TimedFiller,
+        workload: int,
+    ) -> None:
         self._rig, self._sizes, self._mix = rig, sizes, mix
-        self._constraint, self._workload = constraint, workload
+        self._constraint, self._filler, self._workload = constraint, filler, workload
         self._num_requests = sizes.num_rows * len(mix.is_structured)
         self._times: list[list[float]] = [[] for _ in range(self._num_requests)]
         self._num_open = self._num_requests
@@ -120,6 +157,7 @@ class StructuredRun:
         """
         submissions = [self._submission(index) for index in range(self._num_requests)]
         before = replace(self._rig.engine.totals)
+        self._filler.times_ms.clear()
         for submission in submissions:
             self._rig.engine.post(Submit(submission))
         until_s = time.perf_counter() + CUTOFF_S
@@ -148,6 +186,7 @@ class StructuredRun:
             tokens_per_s=float(is_inside.sum()) / (end_s - begin_s),
             extra_steps=num_steps - sizes.output_tokens,
             mask_ms=mask_ms,
+            mask_p99_ms=float(np.percentile(self._filler.times_ms or [0.0], 99)),
         )
 
     def _submission(self, index: int) -> Submission:
@@ -164,8 +203,12 @@ class StructuredRun:
             stopping=StoppingParams(max_new_tokens=sizes.output_tokens, ignore_eos=True),
             adapter_digest=self._rig.digest(index % sizes.num_adapters) if mix.has_adapters else None,
             arrived_s=time.monotonic(),
-            rules=OutputRules(self._constraint.start(())) if is_structured else None,
+            rules=OutputRules(self._structure()) if is_structured else None,
         )
+
+    def _structure(self) -> ConstraintState:
+        assert self._constraint is not None
+        return self._constraint.start(())
 
     def _take(self, outputs: StepOutputs, now_s: float) -> None:
         for slot in outputs.token_slots.tolist():
@@ -177,43 +220,76 @@ class StructuredRun:
                     raise RuntimeError(f"{self._mix.name}: {event.error}")
 
 
-def run_structured(bench: Bench, rig: Rig, sizes: Sizes, constraint: CompiledConstraint) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to serve structured rows.
+
+    Attributes:
+        name: In results, after the mix's name; empty if there is one variant only.
+        constraint: What structured requests keep to.
+    """
+
+    name: str
+    constraint: CompiledConstraint
+
+
+Kind = tuple[Mix, Variant | None]
+"""What one run measures; None: it has no structured rows."""
+
+
+def run_structured(
+    bench: Bench,
+    rig: Rig,
+    sizes: Sizes,
+    variants: Sequence[Variant],
+    *,
+    filler: TimedFiller,
+    pairs: Sequence[tuple[Mix, Mix]] = PAIRS,
+) -> None:
     """Measure every pair of mixes in turn, `Bench.repeats` times, after a round that does not count."""
-    mixes = list(dict.fromkeys(mix for pair in PAIRS for mix in pair))
-    measured: dict[Mix, list[Measured]] = {mix: [] for mix in mixes}
+    compared = [((first, None), (second, variant)) for first, second in pairs for variant in variants]
+    kinds: list[Kind] = list(dict.fromkeys(kind for pair in compared for kind in pair))
+    measured: dict[Kind, list[Measured]] = {kind: [] for kind in kinds}
     for number in range(bench.repeats + 1):
-        for mix in mixes if number % 2 else reversed(mixes):
-            workload = 1000 * number + mixes.index(mix)
-            found = StructuredRun(rig, sizes, mix, constraint=constraint, workload=workload).run()
+        for mix, variant in kinds if number % 2 else reversed(kinds):
+            workload = 1000 * number + kinds.index((mix, variant))
+            constraint = None if variant is None else variant.constraint
+            found = StructuredRun(rig, sizes, mix, constraint=constraint, filler=filler, workload=workload).run()
             if number:
-                measured[mix].append(found)
-    for mix in mixes:
-        _add_mix(bench, rig, sizes, mix, measured[mix])
-    for first, second in PAIRS:
+                measured[mix, variant].append(found)
+    for kind in kinds:
+        _add_kind(bench, rig, sizes, kind, measured[kind])
+    for first, second in compared:
         _add_pair(bench, rig, sizes, second, measured[first], measured[second])
 
 
-def _case(rig: Rig, sizes: Sizes, mix: Mix) -> str:
-    return f"{rig.setup.shape.name}/{rig.setup.family.name}/structured:{sizes.num_rows}/{mix.name}"
+def _name(kind: Kind) -> str:
+    mix, variant = kind
+    return mix.name if variant is None or not variant.name else f"{mix.name}, {variant.name}"
 
 
-def _add_mix(bench: Bench, rig: Rig, sizes: Sizes, mix: Mix, found: list[Measured]) -> None:
+def _case(rig: Rig, sizes: Sizes, kind: Kind) -> str:
+    return f"{rig.setup.shape.name}/{rig.setup.family.name}/structured:{sizes.num_rows}/{_name(kind)}"
+
+
+def _add_kind(bench: Bench, rig: Rig, sizes: Sizes, kind: Kind, found: list[Measured]) -> None:
     for metric, unit, values in (
         ("gap_p50", "ms", [each.gap_ms for each in found]),
         ("out_tok_per_s", "tok/s", [each.tokens_per_s for each in found]),
         ("extra_steps", "steps", [float(each.extra_steps) for each in found]),
         ("mask_per_step", "ms", [each.mask_ms for each in found]),
+        ("mask_p99", "ms", [each.mask_p99_ms for each in found]),
     ):
         value = statistics.median(values)
-        bench.add(Row(suite=SUITE, case=_case(rig, sizes, mix), metric=metric, value=value, unit=unit))
+        bench.add(Row(suite=SUITE, case=_case(rig, sizes, kind), metric=metric, value=value, unit=unit))
 
 
-def _add_pair(bench: Bench, rig: Rig, sizes: Sizes, mix: Mix, first: list[Measured], second: list[Measured]) -> None:
+def _add_pair(bench: Bench, rig: Rig, sizes: Sizes, kind: Kind, first: list[Measured], second: list[Measured]) -> None:
     rounds = list(zip(first, second, strict=True))
     gaps = [max(b.gap_ms, LEAST_GAP_MS) / max(a.gap_ms, LEAST_GAP_MS) for a, b in rounds]
     rates = [b.tokens_per_s / a.tokens_per_s for a, b in rounds]
     for metric, values in (("gap_p50_of_plain", gaps), ("share_of_plain", rates)):
         value = statistics.median(values)
         unit = "share" if metric == "share_of_plain" else "times"
-        bench.add(Row(suite=SUITE, case=_case(rig, sizes, mix), metric=metric, value=value, unit=unit))
-        bench.results.note(f"{mix.name}: {metric} by round: {', '.join(f'{each:.3f}' for each in sorted(values))}")
+        bench.add(Row(suite=SUITE, case=_case(rig, sizes, kind), metric=metric, value=value, unit=unit))
+        bench.results.note(f"{_name(kind)}: {metric} by round: {', '.join(f'{each:.3f}' for each in sorted(values))}")

@@ -6,14 +6,14 @@ import asyncio
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import InvalidParameterError, LoraplexError
 
-from loraplex_engine.constraints.limits import ConstraintLimits
-from loraplex_engine.constraints.masks import GrammarMaskFiller
+from loraplex_engine.constraints.limits import LEARNED_BYTES, ConstraintLimits
+from loraplex_engine.constraints.masks import GrammarMaskFiller, default_num_threads
 from loraplex_engine.constraints.matcher import Grammar, GrammarConstraint
 from loraplex_engine.constraints.sandbox import Sandbox, TrialProcessError
 from loraplex_engine.constraints.tokenizer import FIELD, VocabularySource
@@ -32,10 +32,12 @@ class _Refusal:
     until_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Compiled:
     grammar: Grammar
-    num_bytes: int
+    lexer_bytes: int
+    num_counted: int = 1
+    """Lexers for which room has been made in the cache."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -82,6 +84,9 @@ class CachingCompiler:
             raise _refused(kept.reason)
         if kept is None:
             kept = await self._wait_for(key, self._running.get(key) or self._begin(key, wanted), fairness_key)
+        if kept.num_counted != kept.grammar.num_lexers:  # earlier outputs needed more
+            kept.num_counted = kept.grammar.num_lexers
+            self._make_room()
         return GrammarConstraint(kept.grammar, wanted.starts_after)
 
     async def close(self) -> None:
@@ -135,19 +140,27 @@ class CachingCompiler:
             self._kept[key] = task.result()
         elif isinstance(error, InvalidParameterError):
             self._kept[key] = _Refusal(error.message, time.monotonic() + self._limits.refusal_ttl_s)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Drop what was used least recently."""
         while len(self._kept) > self._limits.max_cache_entries or self._kept_bytes() > self._limits.max_cache_bytes:
             self._kept.popitem(last=False)
 
     def _kept_bytes(self) -> int:
-        return sum(kept.num_bytes for kept in self._kept.values() if isinstance(kept, _Compiled))
+        return sum(each.lexer_bytes * each.num_counted for each in self._kept.values() if isinstance(each, _Compiled))
 
     async def _compile(self, turn: Turn, wanted: StructuredOutput) -> _Compiled:
         await turn.came
         loop = asyncio.get_running_loop()
         vocabulary = await loop.run_in_executor(self._workers, self._source.get)
         text, num_bytes = await self._try_out(wanted)
-        grammar = await loop.run_in_executor(self._workers, Grammar, text, vocabulary, self._limits.of_library())
-        return _Compiled(grammar, num_bytes + len(text))
+        num_bytes += len(text) + LEARNED_BYTES
+        limits = self._limits
+        grammar = await loop.run_in_executor(
+            self._workers, Grammar, text, vocabulary, limits.of_library(), limits.lexers_of(num_bytes)
+        )
+        return _Compiled(grammar, num_bytes)
 
     async def _try_out(self, wanted: StructuredOutput) -> tuple[str, int]:
         try:
@@ -199,6 +212,6 @@ def make_constraints(
         num_threads: Threads that fill masks; None takes most of the cores.
     """
     source = VocabularySource(model, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
-    return Constraints(
-        compiler=CachingCompiler(source, limits or ConstraintLimits()), filler=GrammarMaskFiller(source, num_threads)
-    )
+    limits, num_threads = limits or ConstraintLimits(), num_threads or default_num_threads()
+    limits = replace(limits, max_lexers=min(limits.max_lexers, num_threads))  # further ones would have no thread
+    return Constraints(compiler=CachingCompiler(source, limits), filler=GrammarMaskFiller(source, num_threads))

@@ -24,6 +24,11 @@ MIN_ROWS_IN_PARALLEL: Final = 4
 MAX_THREADS: Final = 16
 
 
+def default_num_threads() -> int:
+    """Return most of the cores: one is for the step loop's thread, which waits for the others, and the event loop's."""
+    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) - 1))
+
+
 class GrammarMaskFiller:
     """A `MaskFiller` for the states of this package's constraints.
 
@@ -34,7 +39,7 @@ class GrammarMaskFiller:
 
     def __init__(self, source: VocabularySource, num_threads: int | None = None) -> None:
         self._source = source
-        self._num_threads = num_threads or max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) - 1))
+        self._num_threads = num_threads or default_num_threads()
         self._executors: dict[int, LLExecutor] = {}
 
     def fill(self, states: Sequence[ConstraintState], out: NDArray[np.int32]) -> None:
@@ -60,20 +65,22 @@ class GrammarMaskFiller:
     def _compute(self, rows: Sequence[GrammarState], target: NDArray[np.int32]) -> None:
         """Compute masks without the interpreter's lock, which is given up once for all rows, not once for each.
 
-        Outputs of one grammar take turns at its lexer: they lie beside each other, so that one thread has most of them,
-        and one thread has all where there is one grammar only.
+        Outputs that share a lexer take turns at it: they lie beside each other, so that one thread has most of them, and
+        there are no more threads than lexers.
         """
         bound = [(state, row) for row, state in enumerate(rows) if not state.is_free]
         if len(bound) < MIN_ROWS_IN_PARALLEL or self._num_threads == 1:
             for state, row in bound:
                 fill_next_token_bitmask(state.matcher, target, row)
             return
-        bound.sort(key=lambda entry: id(entry[0].grammar))
-        is_one = bound[0][0].grammar is bound[-1][0].grammar
+        bound.sort(key=lambda entry: id(entry[0].lexer))
+        num_lexers = len({id(state.lexer) for state, _ in bound})
         matchers = [(state.matcher, row) for state, row in bound]
-        fill_next_token_bitmask_par(self._executor(1 if is_one else self._num_threads), matchers, target)
+        fill_next_token_bitmask_par(self._executor(num_lexers), matchers, target)
 
-    def _executor(self, num_threads: int) -> LLExecutor:
+    def _executor(self, num_lexers: int) -> LLExecutor:
+        """Return threads for so many lexers, of a few sizes so that few threads sleep beside them."""
+        num_threads = min(1 << (num_lexers - 1).bit_length(), self._num_threads)
         if num_threads not in self._executors:
             self._executors[num_threads] = LLExecutor(num_threads)
         return self._executors[num_threads]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Final
+from weakref import WeakSet
 
 from llguidance import LLMatcher
 from loraplex_common.errors import InvalidParameterError
@@ -27,32 +29,64 @@ LEXER_ERROR: Final = "lexer error"
 """How the library begins what it says of a lexer, which outputs share."""
 
 
+OUTPUTS_PER_LEXER: Final = 4
+"""Outputs that share a lexer before another is made for the next."""
+
+
+class Lexer:
+    """What is compiled of a grammar, once: its outputs share the lexer, and one thread at a time uses that.
+
+    Attributes:
+        matcher: The library's, at the beginning of a text.
+        outputs: The states that share the lexer and still live.
+
+    Args:
+        matcher: One that shares nothing.
+    """
+
+    __slots__ = ("matcher", "outputs")
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self.outputs: WeakSet[GrammarState] = WeakSet()
+
+
 class Grammar:
     """A grammar of the library with what is compiled of it; any thread may use it.
 
-    Outputs share one lexer, which keeps what it has learned for all of them. If it runs out of its bounds, all of them
-    see the error; each then gets a lexer of its own, so that only an output whose own text costs too much ends.
+    Outputs share a lexer, which keeps what it has learned for all of them, and take turns at it. Where many live at once, a
+    grammar that compiles quickly gets several lexers, so that masks are computed in parallel. If one runs out of its bounds,
+    all that share it see the error; each then gets a lexer of its own, so that only an output whose own text costs too
+    much ends.
 
     Attributes:
-        is_spent: Whether the shared lexer has reached its bounds.
+        is_spent: Whether a shared lexer has reached its bounds.
 
     Args:
         text: The library's JSON list of grammars.
         vocabulary: The model's tokens.
         limits: Bounds of the library's lexer and parser.
+        max_lexers: Most lexers that outputs share.
 
     Raises:
         ValueError: If the grammar cannot be compiled.
     """
 
-    def __init__(self, text: str, vocabulary: Vocabulary, limits: LLParserLimits) -> None:
+    def __init__(self, text: str, vocabulary: Vocabulary, limits: LLParserLimits, max_lexers: int = 1) -> None:
         self._text = text
         self.vocabulary = vocabulary
         self._limits = limits
         began_s = time.thread_time()  # of this thread: a busy machine makes no grammar slow
-        self._shared = self.compile()
+        self._lexers = [Lexer(self.compile())]
         self._compile_s = time.thread_time() - began_s
+        self._max_lexers = max_lexers if self.is_quick else 1
+        self._lock = threading.Lock()
         self.is_spent = False
+
+    @property
+    def num_lexers(self) -> int:
+        """How many lexers outputs share."""
+        return len(self._lexers)
 
     def compile(self) -> LLMatcher:
         """Return a matcher that shares nothing.
@@ -70,9 +104,17 @@ class Grammar:
         """Whether a running output can wait for a compile of its own; the step waits with it."""
         return self._compile_s <= MAX_REBUILD_S
 
-    def matcher(self) -> LLMatcher:
-        """Return a matcher at the beginning of a text; it shares the lexer unless that has reached its bounds."""
-        return self.compile() if self.is_spent else self._shared.deep_copy()
+    def join(self, output: GrammarState) -> Lexer:
+        """Return the lexer of a new output: that of the fewest others, or its own if a shared one has reached its bounds."""
+        if self.is_spent:
+            return Lexer(self.compile())
+        with self._lock:
+            lexer = min(self._lexers, key=lambda each: len(each.outputs))
+            if len(lexer.outputs) >= OUTPUTS_PER_LEXER and len(self._lexers) < self._max_lexers:
+                lexer = Lexer(self.compile())
+                self._lexers.append(lexer)
+            lexer.outputs.add(output)
+        return lexer
 
 
 class GrammarState:
@@ -80,6 +122,7 @@ class GrammarState:
 
     Attributes:
         grammar: What it shares with other outputs.
+        lexer: What it shares with some of them.
         matcher: The library's state.
 
     Args:
@@ -87,7 +130,17 @@ class GrammarState:
         starts_after: Token ids that must come, in this order, before the constraint holds.
     """
 
-    __slots__ = ("_error", "_free_for", "_num_rebuilds", "_recent", "_tokens", "grammar", "matcher")
+    __slots__ = (
+        "__weakref__",
+        "_error",
+        "_free_for",
+        "_num_rebuilds",
+        "_recent",
+        "_tokens",
+        "grammar",
+        "lexer",
+        "matcher",
+    )
 
     def __init__(self, grammar: Grammar, starts_after: tuple[int, ...]) -> None:
         self.grammar = grammar
@@ -96,7 +149,8 @@ class GrammarState:
         self._tokens: list[int] = []
         self._error: ConstraintError | None = None
         self._num_rebuilds = 0
-        self.matcher = grammar.matcher()
+        self.lexer = grammar.join(self)
+        self.matcher = self.lexer.matcher.deep_copy()
 
     @property
     def is_free(self) -> bool:
@@ -157,7 +211,8 @@ class GrammarState:
         matcher = self.grammar.compile()
         if not matcher.consume_tokens([*self._tokens, *further]):
             return False
-        self.matcher = matcher
+        self.lexer.outputs.discard(self)
+        self.lexer, self.matcher = Lexer(matcher), matcher
         return True
 
 

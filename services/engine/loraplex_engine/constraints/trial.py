@@ -141,9 +141,9 @@ def _run(trial: Trial, vocabulary: Vocabulary, limits: ConstraintLimits) -> None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # the library tells of its end at length
         _bound(limits)
-        before = _resident_bytes()
+        before = _private_bytes()
         reason = try_constraint(trial, vocabulary, limits)
-        TrialResult(number=trial.number, reason=reason, num_bytes=max(0, _resident_bytes() - before)).write()
+        TrialResult(number=trial.number, reason=reason, num_bytes=max(0, _private_bytes() - before)).write()
         status = 0
     finally:
         os._exit(status)
@@ -170,8 +170,10 @@ def _bound(limits: ConstraintLimits) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _private_bytes() -> int:
+    """Return the memory that belongs to this process alone, so not that of libraries, which the engine has anyway."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * resource.getpagesize()
 
 
 def try_constraint(trial: Trial, vocabulary: Vocabulary, limits: ConstraintLimits) -> str:

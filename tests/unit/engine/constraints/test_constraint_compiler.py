@@ -15,6 +15,7 @@ import pytest
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.structured_output import ConstraintKind, StructuredOutput
 from loraplex_engine.constraints.compiler import CachingCompiler, Constraints, make_constraints
+from loraplex_engine.constraints.limits import LEARNED_BYTES
 from loraplex_engine.constraints.matcher import Grammar, GrammarConstraint
 from support.constraint_rig import EOS, LIMITS, PADDED_VOCAB_SIZE, small_vocabulary, takes
 from support.tokenizers_for_tests import byte_level_tokenizer
@@ -34,9 +35,13 @@ def _wanted(schema: Any, **fields: Any) -> StructuredOutput:
 
 
 @asynccontextmanager
-async def _constraints(model: Path, limits: ConstraintLimits = LIMITS) -> AsyncIterator[Constraints]:
+async def _constraints(
+    model: Path, limits: ConstraintLimits = LIMITS, max_lexers: int = 1
+) -> AsyncIterator[Constraints]:
     (model / "tokenizer.json").write_text(byte_level_tokenizer().to_str())
-    constraints = make_constraints(model, vocab_size=PADDED_VOCAB_SIZE, eos_token_ids=(EOS,), limits=limits)
+    constraints = make_constraints(
+        model, vocab_size=PADDED_VOCAB_SIZE, eos_token_ids=(EOS,), limits=limits, num_threads=max_lexers
+    )
     try:
         yield constraints
     finally:
@@ -82,6 +87,49 @@ async def test_the_cache_is_bounded_in_bytes(tmp_path: Path) -> None:
     async with _constraints(tmp_path, replace(LIMITS, max_cache_bytes=1)) as constraints:
         first = await constraints.compiler.compile(_wanted({"const": "a"}))
         assert _grammar(await constraints.compiler.compile(_wanted({"const": "a"}))) is not _grammar(first)
+
+
+async def test_further_lexers_count_in_the_cache(tmp_path: Path) -> None:
+    async with _constraints(tmp_path, max_lexers=4) as constraints:
+        compiler = constraints.compiler
+        first = await compiler.compile(_wanted({"const": "a"}))
+        small = compiler._kept_bytes()
+        outputs = [first.start(()) for _ in range(16)]
+        assert _grammar(first).num_lexers == 4
+        await compiler.compile(_wanted({"const": "a"}))
+        assert compiler._kept_bytes() == 4 * small
+        assert len({id(output.lexer) for output in outputs}) == 4
+
+
+async def test_further_lexers_make_room_in_the_cache_and_keep_their_own_place(tmp_path: Path) -> None:
+    async with _constraints(tmp_path, max_lexers=4) as constraints:
+        compiler = constraints.compiler
+        await compiler.compile(_wanted({"const": "b"}))
+        first = await compiler.compile(_wanted({"const": "a"}))
+        outputs = [first.start(()) for _ in range(16)]
+        kept: Any = compiler._kept
+        all_bytes = sum(each.lexer_bytes * each.grammar.num_lexers for each in kept.values())
+        compiler._limits = replace(compiler._limits, max_cache_bytes=all_bytes - 1)
+        assert _grammar(await compiler.compile(_wanted({"const": "a"}))) is _grammar(first)
+        assert len(outputs) == 16
+        assert len(kept) == 1
+
+
+@pytest.mark.parametrize(("num_bytes", "num_lexers"), [(0, 6), (1000, 6), (4000, 2), (100_000, 1)])
+def test_the_lexers_of_one_constraint_do_not_fill_the_cache(num_bytes: int, num_lexers: int) -> None:
+    assert replace(LIMITS, max_cache_bytes=64_000, max_lexers=6).lexers_of(num_bytes) == num_lexers
+
+
+def test_there_are_no_more_lexers_than_threads(tmp_path: Path) -> None:
+    for num_threads, most in ((1, 1), (3, 3), (64, LIMITS.max_lexers)):
+        constraints = make_constraints(tmp_path, vocab_size=10, eos_token_ids=(1,), num_threads=num_threads)
+        assert constraints.compiler._limits.max_lexers == most
+
+
+async def test_a_small_constraint_is_not_charged_for_the_memory_of_libraries(tmp_path: Path) -> None:
+    async with _constraints(tmp_path) as constraints:
+        await constraints.compiler.compile(_wanted({"const": "a"}))
+        assert LEARNED_BYTES < constraints.compiler._kept_bytes() < LEARNED_BYTES + (1 << 20)
 
 
 async def test_a_grammar_whose_lexer_is_used_up_is_compiled_anew(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.structured_output import ConstraintKind
-from loraplex_engine.constraints.matcher import Grammar, GrammarConstraint
+from loraplex_engine.constraints import matcher
+from loraplex_engine.constraints.matcher import OUTPUTS_PER_LEXER, Grammar, GrammarConstraint
 from loraplex_engine.constraints.tokenizer import VocabularySource, make_vocabulary
 from loraplex_engine.constraints.types import ConstraintCostError, ConstraintError
 from support.constraint_rig import EOS, LIMITS, allowed_ids, compile_here, filler_of, mask_of, small_vocabulary, walk
@@ -144,6 +146,73 @@ def test_outputs_that_shared_a_lexer_go_on_when_another_has_used_it_up() -> None
     for state in [*others, constraint.start(())]:
         assert len(mask_of(state)) > 200
         state.accept(_ids("a")[0])
+
+
+def _with_lexers(text: str, max_lexers: int, limits: ConstraintLimits = LIMITS) -> Grammar:
+    grammar = json.dumps({"grammars": [{"lark_grammar": text}]})
+    return Grammar(grammar, small_vocabulary(), limits.of_library(), max_lexers)
+
+
+def test_outputs_that_live_at_once_spread_over_lexers_up_to_the_bound() -> None:
+    grammar = _with_lexers("start: /[a-z]{3,9}/", max_lexers=3)
+    constraint = GrammarConstraint(grammar)
+    first = [constraint.start(()) for _ in range(OUTPUTS_PER_LEXER)]
+    assert grammar.num_lexers == 1
+    outputs = first + [constraint.start(()) for _ in range(20 - OUTPUTS_PER_LEXER)]
+    assert grammar.num_lexers == 3
+    counts = Counter(id(output.lexer) for output in outputs)
+    assert sorted(counts.values()) == [6, 7, 7]
+
+
+def test_outputs_that_have_ended_need_no_further_lexer() -> None:
+    grammar = _with_lexers("start: /[a-z]{3,9}/", max_lexers=3)
+    for _ in range(5 * OUTPUTS_PER_LEXER):
+        GrammarConstraint(grammar).start(())
+    assert grammar.num_lexers == 1
+
+
+def test_a_grammar_that_takes_long_to_compile_has_one_lexer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher, "MAX_REBUILD_S", -1.0)
+    grammar = _with_lexers("start: /[a-z]{3,9}/", max_lexers=3)
+    outputs = [GrammarConstraint(grammar).start(()) for _ in range(20)]
+    assert grammar.num_lexers == len({id(output.lexer) for output in outputs}) == 1
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_masks_are_the_same_with_one_lexer_and_with_several(num_threads: int) -> None:
+    texts = [compile_here(KIND.JSON_SCHEMA, json.dumps(random_schema(random.Random(seed)))) for seed in range(3)]
+    pairs = []
+    for constraint in texts:
+        text = constraint._grammar._text
+        several = GrammarConstraint(Grammar(text, small_vocabulary(), LIMITS.of_library(), max_lexers=4))
+        pairs += [(constraint.start(()), several.start(())) for _ in range(16)]
+    rng, filler = random.Random(2), filler_of(small_vocabulary(), num_threads)
+    alone, together = (np.zeros((len(pairs), small_vocabulary().num_words), np.int32) for _ in range(2))
+    for _ in range(12):
+        filler.fill([one for one, _ in pairs], alone)
+        filler.fill([several for _, several in pairs], together)
+        assert np.array_equal(alone, together)
+        for row, states in enumerate(pairs):
+            token_id = rng.choice(allowed_ids(alone[row]))
+            for state in states:
+                state.accept(token_id)
+    assert len({id(several.lexer) for _, several in pairs}) == 3 * 4
+
+
+def test_a_used_up_lexer_ends_no_output_of_another_lexer() -> None:
+    grammar = _with_lexers(COSTLY, 2, replace(LIMITS, max_lexer_states=100))
+    constraint = GrammarConstraint(grammar)
+    outputs = [constraint.start(()) for _ in range(2 * OUTPUTS_PER_LEXER)]
+    costly, rng = outputs[0], random.Random(3)
+    for _ in range(2000):
+        if (allowed := mask_of(costly)) == [EOS]:
+            break
+        costly.accept(rng.choice(allowed))
+    with pytest.raises(ConstraintCostError, match="costs too much; make it simpler"):
+        costly.accept(EOS)
+    assert grammar.is_spent
+    for state in [*outputs[1:], constraint.start(())]:
+        assert len(mask_of(state)) > 200
 
 
 def test_a_model_without_a_tokenizer_is_refused_by_name(tmp_path: object) -> None:
