@@ -91,7 +91,7 @@ class EngineConfig(ServiceSettings):
     num_threads: int | None = setting(None, help="compute threads on a CPU (default: all cores)")
     log_level: str = setting("info", help="debug, info, warning or error")
     log_format: LogFormat = setting("console", help="log lines for people or for collectors")
-    store_wait_s: float = setting(30.0, help="longest wait for an adapter while the store cannot be reached")
+    store_wait_s: float = setting(30.0, help="longest wait for an adapter while the store is away or says nothing")
     session_grace_s: float = setting(2.0, help="how long requests of a lost session go on before they are aborted")
     load_report_s: float = setting(1.0, help="longest silence on a session: a load report is sent at least this often")
     residency_events: int = setting(1024, help="residency changes that WatchAdapters can go back")
