@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def test_a_field_of_a_newer_gateway_is_refused_by_its_number(part: str, name: st
     submit = make_submit(stopping=stopping(max_new_tokens=3))
     for _ in range(2):
         submit.bad_token_sequences.add().ids.append(5)
-    inner = getattr(submit, part) if part else submit
+    inner: Any = getattr(submit, part) if part else submit
     (inner[1] if part == "bad_token_sequences" else inner).MergeFromString(NEWER)
 
     with pytest.raises(NotSupportedError, match=f"field {name} of Submit.* update the engine"):
