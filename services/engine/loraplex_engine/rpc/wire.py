@@ -88,11 +88,9 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         InvalidParameterError: If a field is out of its range; `field` names it.
         DeadlineError: If the client's deadline has passed already.
     """
-    _check_known(submit)
     _check_header(submit)
     prompt, resumed = check_tokens(submit, limits)
-    scale = submit.adapter_scale if submit.HasField("adapter_scale") else 1.0
-    deadline_s = _deadline(submit, now_s)
+    scale, deadline_s = submit.adapter_scale if submit.HasField("adapter_scale") else 1.0, _deadline(submit, now_s)
     sampling, stopping = check_sampling(submit, limits), check_stopping(submit, limits)
     check_drawable(sampling, stopping, limits)
     return Submission(
@@ -136,7 +134,8 @@ def _check_known(submit: engine_pb2.Submit) -> None:
 
 
 def _check_header(submit: engine_pb2.Submit) -> None:
-    """Check the fields that say which request it is and how urgent, not what it computes."""
+    """Check that all fields are known, and those that say which request it is and how urgent, not what it computes."""
+    _check_known(submit)
     require(submit.slot <= MAX_INT32, "slot", f"{submit.slot} exceeds {MAX_INT32}")
     require(
         len(submit.request_id.encode()) <= MAX_REQUEST_ID_BYTES,
