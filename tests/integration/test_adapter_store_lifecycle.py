@@ -92,6 +92,25 @@ async def test_latest_moves_with_every_import_and_labels_stay(client: StoreClien
     assert rest.next_page_token == ""
 
 
+async def test_an_import_is_stored_only_where_latest_is_what_is_expected(client: StoreClient, tmp_path: Path) -> None:
+    first = (await client.upload_recipe("a", Recipe(seed=1), expected_revision="")).revision.revision
+
+    for expected in ("", "0" * 64):
+        with refused(ConflictError, "a:latest points at"):
+            await client.upload_recipe("a", Recipe(seed=2), expected_revision=expected)
+    with refused(ConflictError, "a:latest points at"):  # before anything is read: there is no such directory
+        await client.import_dir("a", tmp_path / "nothing", expected_revision="")
+    with refused(ConflictError, "b:latest points at nothing"):
+        await client.upload_recipe("b", expected_revision=first)
+    assert (await client.get("a")).revision.revision == first
+    assert await client.names() == ["a"]
+
+    second = await client.upload_recipe("a", Recipe(seed=2), expected_revision=first[:12])
+    assert (await client.get("a")).revision.revision == second.revision.revision != first
+    await delete(client, "a")
+    assert (await client.upload_recipe("a", Recipe(seed=1), expected_revision="")).revision.revision == first
+
+
 async def test_an_alias_moves_only_from_where_it_is_expected(client: StoreClient) -> None:
     first = (await client.upload_recipe("a", Recipe(seed=1))).revision.revision
     second = (await client.upload_recipe("a", Recipe(seed=2))).revision.revision

@@ -19,7 +19,7 @@ from support.valkey import running_server
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from loraplex_common.valkey import EmbeddedValkey
@@ -33,8 +33,9 @@ class Table:
     def __init__(self) -> None:
         self.labels: dict[str, dict[str, str]] = {}
 
-    def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
+    def replacing(self, entries: Iterable[AdapterEntry]) -> Iterator[None]:
         self.labels = {entry.name: dict(entry.labels) for entry in entries}
+        yield
 
     def update(self, entries: Iterable[AdapterEntry]) -> None:
         self.labels |= {entry.name: dict(entry.labels) for entry in entries}

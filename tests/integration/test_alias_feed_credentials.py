@@ -15,7 +15,7 @@ from support.certificates import TestAuthority, write
 from support.store_rig import store_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 
@@ -25,8 +25,9 @@ class Table:
     def __init__(self) -> None:
         self.is_filled = asyncio.Event()
 
-    def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
+    def replacing(self, entries: Iterable[AdapterEntry]) -> Iterator[None]:
         self.is_filled.set()
+        yield
 
     def update(self, entries: Iterable[AdapterEntry]) -> None:
         return None

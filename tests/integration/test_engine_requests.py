@@ -12,6 +12,7 @@ from loraplex.v1 import engine_pb2_grpc, gateway_pb2
 from loraplex_common.errors import (
     DeadlineError,
     InvalidParameterError,
+    NotSupportedError,
     RequestTooLargeError,
     StoreUnavailableError,
 )
@@ -140,6 +141,18 @@ async def test_a_bad_field_ends_its_own_request_only(
 
     assert isinstance(error, InvalidParameterError)
     assert error.field == field
+    assert len(await session.finish(neighbour)) == 20
+
+
+async def test_a_field_of_a_newer_gateway_ends_its_own_request_only(session: EngineSessionClient) -> None:
+    neighbour = await session.submit(1, PROMPT, 20)
+    newer = gateway_pb2.SamplingParams(seed=1)
+    newer.MergeFromString(b"\xfa\x3f\x01x")
+
+    error = await session.fail(await session.submit(2, PROMPT, sampling=newer))
+
+    assert isinstance(error, NotSupportedError)
+    assert "sampling.1023" in error.message
     assert len(await session.finish(neighbour)) == 20
 
 

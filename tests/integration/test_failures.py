@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_client import AsyncClient, Started
 from loraplex_common.errors import LoraplexError, StoreUnavailableError
+from loraplex_engine.rpc.store_silence import LEAST_S
 from support.adapters import Recipe, write_adapter
 from support.generation import PROMPT, greedy, greedy_all, read_tokens, start
 from support.stack import Stack, StackFlags, assert_idle, read_metrics, running_stack
@@ -132,6 +134,35 @@ async def test_a_store_that_stays_away_makes_misses_unavailable_with_a_retry_tim
     assert waited_s < STORE_WAIT_S + 10  # the client itself tries three times
     assert len(warm) == 16
     assert len(await greedy(client, "cold")) == 16
+
+
+async def test_a_store_that_hangs_makes_misses_unavailable_as_soon_as_one_that_is_gone(
+    fragile_stack: Stack, client: AsyncClient
+) -> None:
+    stack = fragile_stack
+    await import_cold(stack, client, "frozen", 206)
+    await greedy(client, "tiny-a")
+
+    stack.store.signal(signal.SIGSTOP)
+    try:
+        began_s = time.monotonic()
+        with pytest.raises(StoreUnavailableError, match="has not answered for") as caught:
+            await greedy(client, "frozen")
+        waited_s = time.monotonic() - began_s
+        assert len(await greedy(client, "tiny-a")) == 16
+    finally:
+        stack.store.signal(signal.SIGCONT)
+
+    assert caught.value.retry_after_s is not None
+    assert waited_s < max(STORE_WAIT_S, LEAST_S) + 10  # gRPC itself notices after 40 s
+    await eventually(lambda: serves(client, "frozen"))
+
+
+async def serves(client: AsyncClient, name: str) -> bool:
+    try:
+        return len(await greedy(client, name)) == 16
+    except StoreUnavailableError:
+        return False
 
 
 async def test_streams_outlive_valkey_and_nothing_imported_is_lost(fragile_stack: Stack, client: AsyncClient) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from loraplex.v1 import adapter_pb2, adapter_store_pb2
 from loraplex_common.ids import new_request_id
 from support.admin_rig import COMMIT, AdminRig, running
 from support.store_rig import other_base_dir
@@ -74,6 +75,49 @@ async def test_an_adapter_comes_from_the_hub_at_a_commit(rig: AdminRig, path: st
     assert (await rig.load(lora_path=path)).text == ADDED
 
     assert (await rig.store.get("json")).adapter.latest.source == f"hf:org/adapter@{COMMIT}"
+
+
+async def test_of_calls_that_load_one_new_name_at_once_one_wins_whatever_gateway_they_come_through(
+    rig: AdminRig,
+) -> None:
+    folders = [rig.folder(f"f{seed}", seed=seed) for seed in range(10)]
+    async with rig.another_gateway() as other:
+        clients = [rig.http, other] * 5
+        answers = await asyncio.gather(
+            *[rig.load(lora_path=path, over=http) for path, http in zip(folders, clients, strict=True)]
+        )
+
+    won = [answer.text for answer in answers if answer.status_code == 200]
+    lost = [answer.json()["error"]["message"] for answer in answers if answer.status_code == 400]
+    assert (won, lost) == ([ADDED], [LOADED] * 9)
+    kept = (await rig.store.get("json")).adapter
+    winner = [answer.status_code for answer in answers].index(200)
+    assert kept.latest.source.endswith(f"dir:f{winner}")
+    assert [alias.label for alias in kept.aliases] == ["latest"]
+    stored = await rig.store.stub.ListAdapterRevisions(adapter_store_pb2.ListAdapterRevisionsRequest(name="json"))
+    assert len(stored.revisions) == 1
+
+
+async def test_a_load_that_fails_takes_no_name_from_another_that_goes_on(rig: AdminRig) -> None:
+    for n in range(5):
+        good, bad = f"json{n}", str(rig.root / "nothing")
+        answers = await asyncio.gather(
+            rig.load(good, lora_path=bad), rig.load(good, lora_path=rig.folder(f"f{n}")), rig.load(good, lora_path=bad)
+        )
+        assert answers[1].status_code == 200
+        assert (await rig.store.get(good)).adapter.state == adapter_pb2.Adapter.STATE_READY
+
+
+async def test_a_load_that_fails_leaves_a_name_that_was_there(rig: AdminRig) -> None:
+    made = adapter_pb2.Adapter(name="json", description="mine", allowed_tenants=["me"])
+    await rig.store.stub.CreateAdapter(adapter_store_pb2.CreateAdapterRequest(adapter=made))
+
+    failed = await rig.load(lora_path=str(rig.root / "nothing"))
+    loaded = await rig.load(lora_path=rig.folder("a"))
+
+    kept = (await rig.store.get("json")).adapter
+    assert (failed.status_code, loaded.status_code) == (400, 200)
+    assert (kept.description, list(kept.allowed_tenants)) == ("mine", ["me"])
 
 
 async def test_a_repeated_call_with_its_key_is_done_once(rig: AdminRig) -> None:

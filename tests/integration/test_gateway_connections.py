@@ -88,7 +88,7 @@ async def test_a_large_body_is_answered_and_leaves_nothing_held(valkey_url: str)
 
 async def test_who_sends_too_much_hears_why(valkey_url: str) -> None:
     async with running_gateway(valkey_url) as rig:
-        assert await complete(rig, b" " * (MAX_BODY_BYTES + 1_000_000)) == 400
+        assert await complete(rig, b" " * (MAX_BODY_BYTES + 1_000_000)) == 413
 
 
 async def test_a_role_of_four_megabytes_stops_nobodys_tokens(valkey_url: str) -> None:

@@ -196,6 +196,7 @@ async def test_a_moved_stream_ends_by_its_time_limit_during_an_outage(valkey_url
         responses += await rest(call)
 
         assert responses[-1].finished.finish_reason == gateway_pb2.FINISH_REASON_TIME_LIMIT
+        await eventually(lambda: _resumes(rig) == {"time_limit": 1.0})
         rig.check_idle()
 
 

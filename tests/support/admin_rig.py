@@ -18,6 +18,8 @@ from support.store_rig import StoreClient, running_rig, store_config, tiny_base_
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from loraplex_gateway.config import GatewayConfig
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 KEYS = "key-ops ops admin\nkey-me me\nkey-gateway gateway-1 gateway\n"
 
@@ -40,9 +42,11 @@ class AdminRig:
             (folder / file).write_bytes(data)
         return str(folder)
 
-    async def load(self, name: str = "json", *, key: str = "", **body: Any) -> httpx.Response:
-        headers = {"idempotency-key": key} if key else {}
-        return await self.http.post("/v1/load_lora_adapter", json={"lora_name": name, **body}, headers=headers)
+    async def load(
+        self, name: str = "json", *, key: str = "", over: httpx.AsyncClient | None = None, **body: Any
+    ) -> httpx.Response:
+        headers, http = {"idempotency-key": key} if key else {}, over or self.http
+        return await http.post("/v1/load_lora_adapter", json={"lora_name": name, **body}, headers=headers)
 
     async def unload(self, name: str = "json", **body: Any) -> httpx.Response:
         return await self.http.post("/v1/unload_lora_adapter", json={"lora_name": name, **body})
@@ -50,6 +54,12 @@ class AdminRig:
     async def root_of(self, name: str) -> str:
         answer = await self.http.get(f"/v1/models/{name}")
         return str(answer.json().get("root") or answer.json()["error"]["code"])
+
+    @asynccontextmanager
+    async def another_gateway(self) -> AsyncIterator[httpx.AsyncClient]:
+        """Run a further gateway of the same store, and yield a client of it."""
+        async with _serving(self.app.config) as (_, http):
+            yield http
 
 
 @asynccontextmanager
@@ -64,13 +74,19 @@ async def running(redis_url: str, tmp_path: Path, *, keys: str = KEYS, **gateway
         config = store_config(redis_url, import_root=(root,), hf_endpoint=hub.url, api_keys_file=store_keys)
         async with running_rig(config, api_key="key-ops") as (store, client):
             target = f"127.0.0.1:{store.grpc_port}"
-            app = GatewayApp(
-                make_config(redis_url, model=(tiny_base_dir(),), store_target=target, **{**identity, **gateway})
-            )
-            try:
-                await app.start()
-                url, headers = f"http://127.0.0.1:{app.http_port}", {"authorization": "Bearer key-ops"}
-                async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as http:
-                    yield AdminRig(app, client, http, root, hub)
-            finally:
-                await app.close()
+            flags = {"model": (tiny_base_dir(),), "store_target": target, **identity, **gateway}
+            async with _serving(make_config(redis_url, **flags)) as (app, http):
+                yield AdminRig(app, client, http, root, hub)
+
+
+@asynccontextmanager
+async def _serving(config: GatewayConfig) -> AsyncIterator[tuple[GatewayApp, httpx.AsyncClient]]:
+    """Run a gateway, and yield it with an administrator's client."""
+    app = GatewayApp(config)
+    try:
+        await app.start()
+        url, headers = f"http://127.0.0.1:{app.http_port}", {"authorization": "Bearer key-ops"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as http:
+            yield app, http
+    finally:
+        await app.close()

@@ -91,6 +91,10 @@ class ServiceProcess:
             self.kill()
             raise AssertionError(f"{self.log_path.stem} ignores SIGTERM\n{self.log()}") from None
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send the process a signal, such as SIGSTOP: it then hangs until SIGCONT."""
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         """End the process at once, as a crash would."""
         self._process.kill()

@@ -164,12 +164,7 @@ class Lifecycle:
         """
 
         def apply(old: AdapterRecord) -> AdapterRecord:
-            current = _existing(old).labels.get(label, "")
-            if expected is not None and expected != current:
-                raise ConflictError(
-                    f"{name}:{label} points at {current or 'nothing'}, not at {expected or 'nothing'}: read again",
-                    metadata={"current_revision": current},
-                )
+            _existing(old).expect(label, expected)
             return old.with_alias(label, revision, time.time())
 
         try:

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, AlreadyExistsError
+from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, AlreadyExistsError, ConflictError
 from loraplex_common.ids import DEFAULT_LABEL, AdapterRef, find_revision
 from loraplex_common.text_parts import TextPartsInfo
 
@@ -114,6 +114,19 @@ class AdapterRecord:
         if label not in self.labels and label != DEFAULT_LABEL:
             raise AdapterNotFoundError(f"adapter {self.name} has no label {label!r}")
         return self.labels.get(label)
+
+    def expect(self, label: str, revision: str | None) -> None:
+        """Check that a label points at a revision; empty means that it must not exist, None expects nothing.
+
+        Raises:
+            ConflictError: If it does not.
+        """
+        current = self.labels.get(label, "")
+        if revision is not None and revision != current:
+            raise ConflictError(
+                f"{self.name}:{label} points at {current or 'nothing'}, not at {revision or 'nothing'}: read again",
+                metadata={"current_revision": current},
+            )
 
     def touched(self, now: float, **changes: Any) -> AdapterRecord:
         """Return the record after a change, with the next version."""

@@ -149,7 +149,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def ImportAdapter(self, request: pb.ImportAdapterRequest, context: Context) -> operations_pb2.Operation:
         """Start an import from a directory or the hub."""
-        target = _target(request, _caller(request))
+        target = await self._target(request)
         source: str | HubSource
         match request.WhichOneof("source"):
             case "uri":
@@ -168,7 +168,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidParameterError("the first message must be a header", field="header")
-        target = _target(first.header, _caller(first.header))
+        target = await self._target(first.header)
         files = tuple(
             AnnouncedFile(name=file.name, num_bytes=file.num_bytes, sha256=file.sha256) for file in first.header.files
         )
@@ -247,6 +247,23 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     async def _revision(self, text: str, field: str, name: str = "") -> str:
         return await self._revisions.find(text, current_principal(), field=field, name=name)
 
+    async def _target(self, request: pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header) -> ImportTarget:
+        caller, expected = _caller(request), None
+        if request.stage and request.label == DEFAULT_LABEL:
+            raise InvalidParameterError(f"a staged import leaves {DEFAULT_LABEL!r} where it is", field="label")
+        name = check_adapter_name(request.name)
+        if request.HasField("expected_revision"):
+            expected = await self._revisions.expected(request.expected_revision, field="expected_revision", name=name)
+        return ImportTarget(
+            name=name,
+            label=check_label(request.label) if request.label else "",
+            base_model=request.base_model,
+            request_id=caller.request_id,
+            content=caller.content,
+            is_staged=request.stage,
+            expected=expected,
+        )
+
     async def _adapter(self, record: AdapterRecord) -> Any:
         latest = await self._lifecycle.latest_of([record])
         return wire.adapter(record, latest.get(wire.latest_of(record) or ""))
@@ -265,19 +282,6 @@ def _caller(request: _Mutation) -> Caller:
     name = asked.DESCRIPTOR.full_name
     content = hashlib.sha256(name.encode() + b"\0" + asked.SerializeToString(deterministic=True)).hexdigest()
     return Caller(current_principal(), request.request_id, content)
-
-
-def _target(request: pb.ImportAdapterRequest | pb.UploadAdapterRequest.Header, caller: Caller) -> ImportTarget:
-    if request.stage and request.label == DEFAULT_LABEL:
-        raise InvalidParameterError(f"a staged import leaves {DEFAULT_LABEL!r} where it is", field="label")
-    return ImportTarget(
-        name=check_adapter_name(request.name),
-        label=check_label(request.label) if request.label else "",
-        base_model=request.base_model,
-        request_id=caller.request_id,
-        content=caller.content,
-        is_staged=request.stage,
-    )
 
 
 async def _parts_of(messages: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncGenerator[bytes, None]:

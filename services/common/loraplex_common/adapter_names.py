@@ -6,15 +6,17 @@ behind the gateway knows adapters by digest alone.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
+from loraplex_common.alias_feed import SLICE_NAMES, in_slices
 from loraplex_common.exposition import private
 from loraplex_common.ids import DEFAULT_LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from loraplex_common.alias_feed import AdapterEntry
 
@@ -56,10 +58,22 @@ class AdapterNames:
         return names
 
     def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
-        """Forget everything and take over a whole table."""
-        self._names.clear()
-        self._digests.clear()
-        self.update(entries)
+        """Forget everything and take over a whole table, at once."""
+        for _ in self.replacing(entries):
+            pass
+
+    def replacing(self, entries: Iterable[AdapterEntry]) -> Iterator[None]:
+        """Take over a whole table, some hundred names at each step; the names of before are told until the last."""
+        fresh = AdapterNames()
+        for part in in_slices(entries):
+            fresh.update(part)
+            yield
+        before, self._names, self._digests = self._names, fresh._names, fresh._digests
+        self.changed_at = time.time()
+        while before:  # to give back a hundred thousand at once takes tens of milliseconds
+            for digest in tuple(itertools.islice(before, SLICE_NAMES)):
+                del before[digest]
+            yield
 
     def update(self, entries: Iterable[AdapterEntry]) -> None:
         """Take over the present state of several names."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import grpc
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc
@@ -15,13 +16,16 @@ from loraplex_common.reconnect import keep_connected
 from loraplex_common.tasks import cancel_and_wait
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from loraplex_common.auth import Principal
     from loraplex_common.peers import PeerChannel
 
 FIRST_BACKOFF_S: Final = 0.2
 MAX_BACKOFF_S: Final = 5.0
+SLICE_NAMES: Final = 256
+"""Names of a whole table that are taken in at one step: some milliseconds."""
+Item = TypeVar("Item")
 
 _log = get_logger()
 
@@ -53,8 +57,8 @@ class AdapterEntry:
 class AliasTable(Protocol):
     """A table that is kept equal to the store's."""
 
-    def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
-        """Forget everything and take over a whole table."""
+    def replacing(self, entries: Iterable[AdapterEntry]) -> Iterator[None]:
+        """Forget everything and take over a whole table, in steps of `SLICE_NAMES`: other tasks run between two of them."""
 
     def update(self, entries: Iterable[AdapterEntry]) -> None:
         """Take over the present state of several names."""
@@ -118,9 +122,14 @@ class AliasFeed:
             else:
                 staged += entries
                 if response.snapshot_end:
+                    num_adapters = len(staged)
                     for table in self._tables:
-                        table.replace_all(staged)
-                    _log.info("received the name table", num_adapters=len(staged), sequence=response.sequence)
+                        for _ in table.replacing(staged):
+                            await asyncio.sleep(0)
+                    while staged:  # those that are as they were are given back
+                        del staged[-SLICE_NAMES:]
+                        await asyncio.sleep(0)
+                    _log.info("received the name table", num_adapters=num_adapters, sequence=response.sequence)
                     staged = None
             self._history_id, self._sequence = response.history_id, response.sequence
             response = await call.read()
@@ -143,6 +152,13 @@ class AliasFeed:
                 from_sequence=self._sequence,
                 to_sequence=response.sequence,
             )
+
+
+def in_slices(items: Iterable[Item]) -> Iterator[tuple[Item, ...]]:
+    """Yield the items in parts of `SLICE_NAMES`."""
+    iterator = iter(items)
+    while part := tuple(itertools.islice(iterator, SLICE_NAMES)):
+        yield part
 
 
 def _entry(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:

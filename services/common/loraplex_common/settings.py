@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, Union
 
 from loraplex_common.secret import Secret
-from loraplex_common.sizes import parse_size
+from loraplex_common.sizes import parse_size, size_as_flag
 from loraplex_common.version import package_version
 
 if typing.TYPE_CHECKING:
@@ -50,7 +50,7 @@ def setting(
         help: One line for ``--help``.
         parse: Turns text into the value; by default chosen by the field's type. See `size`.
         parse_flag: The same for the command line, where less is allowed; by default ``parse``.
-        show: Turns the value into its form for the log; by default the whole value is shown.
+        show: Turns the value into its form for the log and ``--help``; by default the whole value is shown.
         metavar: Placeholder in ``--help``.
     """
     metadata = {"help": help, "parse": parse, "parse_flag": parse_flag, "show": show, "metavar": metavar}
@@ -64,7 +64,7 @@ def secret(*, help: str) -> Any:
 
 def size(default: Any = dataclasses.MISSING, *, help: str) -> Any:
     """Declare a field in bytes, written like ``512MiB``."""
-    return setting(default, help=help, parse=parse_size, metavar="SIZE")
+    return setting(default, help=help, parse=parse_size, show=size_as_flag, metavar="SIZE")
 
 
 def load(
@@ -235,7 +235,8 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Fie
         _add_secret_flag(parser, name, field)
         return
     flag, convert = f"--{name.replace('_', '-')}", field.metadata.get("parse_flag") or _converter(field, hint)
-    default = "" if field.default in (dataclasses.MISSING, None, ()) else f" (default: {field.default})"
+    show = field.metadata.get("show") or str
+    default = "" if field.default in (dataclasses.MISSING, None, ()) else f" (default: {show(field.default)})"
     text = (field.metadata.get("help", "") + default).replace("%", "%%")
     if _item_type(hint) is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)

@@ -43,3 +43,12 @@ def format_size(num_bytes: int) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
+
+
+def size_as_flag(num_bytes: int) -> str:
+    """Return a size as flags take it, to the byte, in the largest unit that has a whole number: ``512MiB``, ``1500``."""
+    value, units = num_bytes, ["KiB", "MiB", "GiB", "TiB"]
+    unit = ""
+    while value and value % 1024 == 0 and units:
+        value, unit = value // 1024, units.pop(0)
+    return f"{value}{unit}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Literal, get_args
 
 from loraplex_common.log import LogFormat
 from loraplex_common.secret import Secret
 from loraplex_common.service_settings import ServiceSettings, require_identity, valkey_url
 from loraplex_common.settings import secret, setting, size
+from loraplex_common.sizes import size_as_flag
 
 from loraplex_engine.constraints.limits import COMPILE_TIMEOUT_S, MAX_CACHE_BYTES, MAX_TEXT_BYTES
 from loraplex_engine.limits import (
@@ -29,8 +30,6 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "torch", "cuda"]
 QueuePolicyName = Literal["fcfs", "slo-abort", "newest-first"]
-
-MIB: Final = 1024 * 1024
 
 
 class ConfigError(ValueError):
@@ -81,8 +80,8 @@ class EngineConfig(ServiceSettings):
     )
     pool_bytes: int | None = size(
         None,
-        help=f"device memory of the page pool (default: {CPU_POOL_BYTES // MIB}MiB on a CPU, on a GPU most of what the weights "
-        "leave)",
+        help=f"device memory of the page pool (default: {size_as_flag(CPU_POOL_BYTES)} on a CPU, on a GPU most of what the "
+        "weights leave)",
     )
     arena_bytes: int = size(ARENA_BYTES, help="host memory for adapter images")
     dtype: DtypeName = setting("auto", help="compute type; auto is float32 on a CPU, bfloat16 on a GPU")
@@ -91,7 +90,7 @@ class EngineConfig(ServiceSettings):
     num_threads: int | None = setting(None, help="compute threads on a CPU (default: all cores)")
     log_level: str = setting("info", help="debug, info, warning or error")
     log_format: LogFormat = setting("console", help="log lines for people or for collectors")
-    store_wait_s: float = setting(30.0, help="longest wait for an adapter while the store cannot be reached")
+    store_wait_s: float = setting(30.0, help="longest wait for an adapter while the store is away or says nothing")
     session_grace_s: float = setting(2.0, help="how long requests of a lost session go on before they are aborted")
     load_report_s: float = setting(1.0, help="longest silence on a session: a load report is sent at least this often")
     residency_events: int = setting(1024, help="residency changes that WatchAdapters can go back")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_common.sizes import format_size, parse_size
+from loraplex_common.sizes import format_size, parse_size, size_as_flag
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,16 @@ def test_plain_bytes_are_exact(num_bytes: int) -> None:
 )
 def test_sizes_are_written_for_people(num_bytes: int, expected: str) -> None:
     assert format_size(num_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(2**30, "1GiB"), (512 * 2**20, "512MiB"), (1536 * 2**20, "1536MiB"), (1500, "1500"), (0, "0")],
+)
+def test_a_size_is_shown_as_a_flag_takes_it(num_bytes: int, text: str) -> None:
+    assert size_as_flag(num_bytes) == text
+
+
+@given(st.integers(0, 2**50))
+def test_what_is_shown_of_a_size_is_exact(num_bytes: int) -> None:
+    assert parse_size(size_as_flag(num_bytes)) == num_bytes

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,13 @@ def test_a_step_on_a_gpu_is_larger_unless_somebody_says_otherwise() -> None:
 def test_a_step_needs_a_token_for_each_sequence(flags: list[str], device: str) -> None:
     with pytest.raises(ConfigError, match=r"--max-num-seqs [0-9]+: each running sequence"):
         step_sizes(load(*flags), torch.device(device))
+
+
+def test_the_help_shows_sizes_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load("--help")
+
+    text = " ".join(capsys.readouterr().out.split())
+    assert "page pool (default: 1GiB on a CPU" in text
+    assert "adapter images (default: 512MiB)" in text
+    assert re.search(r"default: \d{7,}|1024MiB", text) is None

@@ -465,6 +465,7 @@ class ImportAdapterRequest(_message.Message):
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name to import under."""
     uri: _builtins.str
@@ -479,6 +480,8 @@ class ImportAdapterRequest(_message.Message):
     """UUID4 that makes a repeated call harmless."""
     stage: _builtins.bool
     """Whether `latest` stays where it is: the revision is used by its digest, or by `label`, until a label is moved to it."""
+    expected_revision: _builtins.str
+    """If set, `latest` must point at this revision when the import is stored (empty string: at none); else ABORTED."""
     @_builtins.property
     def hf(self) -> Global___HuggingFaceSource:
         """The Hugging Face hub."""
@@ -494,13 +497,19 @@ class ImportAdapterRequest(_message.Message):
         base_model: _builtins.str = ...,
         request_id: _builtins.str = ...,
         stage: _builtins.bool = ...,
+        expected_revision: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hf", b"hf", "source", b"source", "uri", b"uri"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "hf", b"hf", "source", b"source", "uri", b"uri"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "credential_ref", b"credential_ref", "hf", b"hf", "label", b"label", "name", b"name", "request_id", b"request_id", "source", b"source", "stage", b"stage", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "base_model", b"base_model", "credential_ref", b"credential_ref", "expected_revision", b"expected_revision", "hf", b"hf", "label", b"label", "name", b"name", "request_id", b"request_id", "source", b"source", "stage", b"stage", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["hf", "uri"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
 Global___ImportAdapterRequest: _TypeAlias = ImportAdapterRequest  # noqa: Y015
@@ -662,6 +671,7 @@ class UploadAdapterRequest(_message.Message):
         BASE_MODEL_FIELD_NUMBER: _builtins.int
         REQUEST_ID_FIELD_NUMBER: _builtins.int
         STAGE_FIELD_NUMBER: _builtins.int
+        EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         """Name to import under."""
         label: _builtins.str
@@ -672,6 +682,8 @@ class UploadAdapterRequest(_message.Message):
         """UUID4 that makes a repeated call harmless."""
         stage: _builtins.bool
         """As ImportAdapterRequest.stage."""
+        expected_revision: _builtins.str
+        """As ImportAdapterRequest.expected_revision."""
         @_builtins.property
         def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___UploadAdapterRequest.File]:
             """The files, in the order their data follows."""
@@ -685,12 +697,15 @@ class UploadAdapterRequest(_message.Message):
             base_model: _builtins.str = ...,
             request_id: _builtins.str = ...,
             stage: _builtins.bool = ...,
+            expected_revision: _builtins.str | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "files", b"files", "label", b"label", "name", b"name", "request_id", b"request_id", "stage", b"stage"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "base_model", b"base_model", "expected_revision", b"expected_revision", "files", b"files", "label", b"label", "name", b"name", "request_id", b"request_id", "stage", b"stage"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
+        _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+        _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
 
     HEADER_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int

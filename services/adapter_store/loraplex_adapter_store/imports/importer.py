@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from loraplex_common.errors import LoraplexError, StoreUnavailableError
+from loraplex_common.ids import DEFAULT_LABEL
 from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.imports.files import CheckpointFiles
@@ -67,6 +68,7 @@ class ImportTarget:
         base_model: Base model to use instead of the checkpoint's own declaration; may be empty.
         content: Digest of all that the request asks for, without its request_id.
         is_staged: Whether ``latest`` stays where it is.
+        expected: Where ``latest`` must point when the import is stored; empty means nowhere, None anywhere.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ImportTarget:
     request_id: str = ""
     content: str = ""
     is_staged: bool = False
+    expected: str | None = None
 
     @property
     def asked(self) -> Answer:
@@ -136,6 +139,7 @@ class Importer:
             progress: Updated during the import.
 
         Raises:
+            ConflictError: If ``latest`` is not where it is expected; nothing is fetched if it is not before.
             LoraplexError: If anything is wrong with source, checkpoint or Valkey; nothing has changed then.
         """
         return await self._measured(self._import_from(source, fetch, target, progress))
@@ -161,6 +165,8 @@ class Importer:
         return outcome
 
     async def _import_from(self, source: str, fetch: Fetch, target: ImportTarget, progress: Progress) -> ImportOutcome:
+        if (record := await self._catalog.get(target.name)) is not None:
+            record.expect(DEFAULT_LABEL, target.expected)
         work = partial(self._checked, fetch, target.base_model, progress)
         async with self._shared.use((source, target.base_model), work, name=f"fetch {source}") as (form, origin):
             return await self._store(form, origin, target, progress)
@@ -205,6 +211,7 @@ class Importer:
         now = time.time()
 
         def apply(old: AdapterRecord) -> AdapterRecord:
+            old.expect(DEFAULT_LABEL, target.expected)
             return old.with_import(form.revision, target.label, now, is_staged=target.is_staged)
 
         if not exists:

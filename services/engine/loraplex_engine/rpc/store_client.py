@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import grpc
 from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
@@ -24,24 +24,26 @@ from loraplex_common.tasks import cancel_and_wait
 
 from loraplex_engine.adapters.arena import HEADER_BYTES
 from loraplex_engine.messages import DropAdapter, ImageRefused, ResidencyChanged, ResidencyState, WantImage
-from loraplex_engine.rpc import wire
-from loraplex_engine.rpc.image_transfer import ImageOffer, ImageTransfers, TransferCallbacks
+from loraplex_engine.rpc import store_wire
+from loraplex_engine.rpc.image_transfer import ImageTransfers, TransferCallbacks
+from loraplex_engine.rpc.store_silence import LOOK_S, StoreSilence
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from typing import Any
 
     from loraplex_engine.loop.engine import Engine
     from loraplex_engine.loop.residency_feed import ResidencyFeed
 
 FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 2.0
-EXPIRY_CHECK_S: Final = 0.25
 RETRY_AFTER_S: Final = 2.0
 REPORT_PAUSE_S: Final = 0.005
 """Seconds between two reports of residency: an adapter that comes and goes in between is one message."""
 
 _Request = adapter_store_pb2.AttachEngineRequest
 _Response = adapter_store_pb2.AttachEngineResponse
+_Call: TypeAlias = "grpc.aio.StreamStreamCall[Any, Any]"
 _log = get_logger()
 
 
@@ -69,7 +71,8 @@ class AdapterClient:
         engine: The engine whose arena is filled.
         feed: The engine's residency events.
         attachment: Content of the hello.
-        wait_s: How long the store may stay away before the requests that need it are told.
+        wait_s: How long the store may stay away, or say nothing to what it is asked, before the requests that need it are
+            told.
     """
 
     def __init__(
@@ -85,9 +88,9 @@ class AdapterClient:
         self._engine = engine
         self._feed = feed
         self._attachment = attachment
-        self._wait_s = wait_s
+        self._silence = StoreSilence(wait_s)
         self._wanted: dict[str, WantImage] = {}
-        self._away_since_s: float | None = time.monotonic()
+        self._call: _Call | None = None  # once the store has welcomed it
         self._was_told_away = False
         callbacks = TransferCallbacks(grant=self._grant, decline=self._decline, fail=self._fail)
         self._transfers = ImageTransfers(engine, attachment.max_image_pages, callbacks)
@@ -96,7 +99,7 @@ class AdapterClient:
     @property
     def is_attached(self) -> bool:
         """True while a store is connected."""
-        return self._away_since_s is None
+        return self._call is not None
 
     def is_prefetching(self, digest: str) -> bool:
         """Tell whether an unsolicited image of the adapter is on its way."""
@@ -106,12 +109,13 @@ class AdapterClient:
         """Ask for an image, now or as soon as a store is connected."""
         self._wanted[event.digest] = event
         if self.is_attached:
-            self._outgoing.put_nowait(_want(event))
+            self._ask(event)
 
     def changed(self, event: ResidencyChanged) -> None:
         """Forget wants that were met, refused or given up."""
         if event.state is not ResidencyState.WANTED:
             self._wanted.pop(event.digest, None)
+            self._silence.owes_no_more(event.digest)
 
     async def run(self) -> None:
         """Stay attached until cancelled."""
@@ -138,8 +142,9 @@ class AdapterClient:
         was_welcomed = False
         try:
             async for response in call:
+                self._silence.heard()
                 if response.HasField("welcome"):
-                    was_welcomed = True
+                    was_welcomed, self._call = True, call
                     self._welcomed(response.welcome)
                 elif not await self._handle(response):
                     break
@@ -148,12 +153,17 @@ class AdapterClient:
             say = _log.warning if was_welcomed or not self._was_told_away else _log.debug
             say("adapter store is away", code=error.code().name, details=error.details())
             self._was_told_away = True
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise  # otherwise the call alone has been cancelled
+            _log.warning("gave up an adapter store that says nothing")
         finally:
+            self._call = None
+            self._silence.disconnected()
             call.cancel()
             await cancel_and_wait(reporter)
             await self._transfers.abandon_all()
-            if self._away_since_s is None:
-                self._away_since_s = time.monotonic()
         return was_welcomed
 
     @staticmethod
@@ -177,7 +187,7 @@ class AdapterClient:
                     nonce=arena.nonce,
                 )
             ],
-            held=[_held(event) for event in self._feed.held],
+            held=[store_wire.held(event) for event in self._feed.held],
             sequence=sequence,
             max_image_pages=self._attachment.max_image_pages,
             max_rank=self._attachment.max_rank,
@@ -186,16 +196,19 @@ class AdapterClient:
     def _welcomed(self, welcome: _Response.Welcome) -> None:
         _log.info("attached to adapter store", store=welcome.store_id, shared_memory=list(welcome.shared_memory))
         self._transfers.is_shared = any(welcome.shared_memory)
-        self._away_since_s = None
         for event in self._wanted.values():
-            self._outgoing.put_nowait(_want(event))
+            self._ask(event)
+
+    def _ask(self, event: WantImage) -> None:
+        self._silence.owes(event.digest)
+        self._outgoing.put_nowait(store_wire.want(event))
 
     async def _report(self, position: int) -> None:
         """Send the state of each adapter that changed after ``position``."""
         while True:
             latest = {event.digest: event for event in self._feed.since(position)}
             for event in sorted(latest.values(), key=lambda event: event.sequence):
-                residency = _Request.Residency(sequence=event.sequence, held=_held(event))
+                residency = _Request.Residency(sequence=event.sequence, held=store_wire.held(event))
                 self._outgoing.put_nowait(_Request(residency=residency))
             position = self._feed.sequence
             await asyncio.sleep(REPORT_PAUSE_S)
@@ -205,11 +218,13 @@ class AdapterClient:
         """Act on a message; False if the stream must be started anew."""
         match response.WhichOneof("message"):
             case "offer":
-                await self._transfers.offered(_offer(response.offer))
+                self._silence.owes_no_more(response.offer.digest)  # now the engine has to find room
+                await self._transfers.offered(store_wire.offer(response.offer))
             case "chunk":
                 chunk = response.chunk
                 await self._transfers.write(chunk.digest, chunk.rank, chunk.offset, chunk.data, chunk.crc32c)
             case "filled":
+                self._silence.owes_no_more(response.filled.digest)
                 self._transfers.filled(response.filled.digest, response.filled.rank)
             case "refuse":
                 await self._refused(response.refuse)
@@ -224,6 +239,7 @@ class AdapterClient:
     async def _refused(self, refuse: _Response.Refuse) -> None:
         await self._transfers.abandon(refuse.digest)
         self._wanted.pop(refuse.digest, None)
+        self._silence.owes_no_more(refuse.digest)
         self._engine.post(ImageRefused(refuse.digest, from_status(refuse.status)))
 
     def _agrees(self, ack: _Response.Ack) -> bool:
@@ -235,6 +251,8 @@ class AdapterClient:
         return True
 
     def _grant(self, digest: str, rank: int, slots: tuple[int, ...]) -> None:
+        if digest in self._wanted:
+            self._silence.owes(digest)
         self._outgoing.put_nowait(_Request(grant=_Request.Grant(digest=digest, rank=rank, slots=slots)))
 
     def _decline(self, digest: str) -> None:
@@ -247,43 +265,21 @@ class AdapterClient:
         self._outgoing.put_nowait(_Request(residency=residency))
 
     async def _expire_wants(self) -> None:
-        """Tell the requests that need the store when it has been away for too long."""
+        """Tell the requests that need the store when it has been away, or said nothing, for too long."""
+        looked_at_s = time.monotonic()
         while True:
-            await asyncio.sleep(EXPIRY_CHECK_S)
-            away_s = 0.0 if self._away_since_s is None else time.monotonic() - self._away_since_s
-            if away_s <= self._wait_s:
+            await asyncio.sleep(LOOK_S)
+            elapsed_s, looked_at_s = time.monotonic() - looked_at_s, time.monotonic()
+            if not self._silence.look(elapsed_s, is_attached=self.is_attached):
                 continue
+            if self._call is not None:  # a new stream may reach another store, or this one once it goes on
+                call, self._call = self._call, None
+                call.cancel()
             for digest in list(self._wanted):
                 del self._wanted[digest]
                 error = StoreUnavailableError(
-                    f"adapter {digest} is not on this engine and the adapter store has been away for {away_s:.0f} s",
+                    f"adapter {digest} is not on this engine, and the adapter store has not answered for "
+                    f"{self._silence.seconds:.0f} s: ask again once the store is back, or look at why it is not",
                     retry_after_s=RETRY_AFTER_S,
                 )
                 self._engine.post(ImageRefused(digest, error))
-
-
-def _offer(offer: _Response.Offer) -> ImageOffer:
-    return ImageOffer(
-        digest=offer.digest,
-        rank=offer.rank,
-        num_pages=offer.num_pages,
-        image_sha256=offer.image_sha256,
-        is_wanted=offer.wanted,
-        spec=offer.spec,
-    )
-
-
-def _want(event: WantImage) -> _Request:
-    want = _Request.Want(digest=event.digest)
-    if event.deadline_s is not None:
-        want.time_left.CopyFrom(wire.duration(max(0.0, event.deadline_s - time.monotonic())))
-    return _Request(want=want)
-
-
-def _held(event: ResidencyChanged) -> _Request.Held:
-    return _Request.Held(
-        digest=event.digest,
-        tier=wire.tier(event.state),
-        generation=event.generation,
-        num_leases=event.num_leases,
-    )

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Final
 from google.protobuf.duration_pb2 import Duration
 from loraplex.v1 import adapter_pb2, engine_pb2, gateway_pb2
 from loraplex_common.error_status import to_status
-from loraplex_common.errors import DeadlineError
+from loraplex_common.errors import DeadlineError, InvalidParameterError, NotSupportedError
 from loraplex_common.request_limits import MAX_INT32
+from loraplex_common.unknown_fields import refuse_unknown_fields
 
 from loraplex_engine.messages import (
     Ended,
@@ -84,6 +85,7 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         now_s: ``time.monotonic()`` when it arrived; relative times count from here.
 
     Raises:
+        NotSupportedError: If it has a field that this engine does not know: it would be answered without.
         InvalidParameterError: If a field is out of its range; `field` names it.
         DeadlineError: If the client's deadline has passed already.
     """
@@ -127,8 +129,19 @@ def _deadline(submit: engine_pb2.Submit, now_s: float) -> float | None:
     return deadline_s
 
 
+def _check_known(submit: engine_pb2.Submit) -> None:
+    try:
+        refuse_unknown_fields(submit)
+    except InvalidParameterError as error:
+        raise NotSupportedError(
+            f"this engine is of an earlier version than its gateway: the request has field {error.field} of Submit, which it "
+            "does not know; update the engine, or ask without what the gateway's version has brought"
+        ) from error
+
+
 def _check_header(submit: engine_pb2.Submit) -> None:
-    """Check the fields that say which request it is and how urgent, not what it computes."""
+    """Check that all fields are known, and those that say which request it is and how urgent, not what it computes."""
+    _check_known(submit)
     require(submit.slot <= MAX_INT32, "slot", f"{submit.slot} exceeds {MAX_INT32}")
     require(
         len(submit.request_id.encode()) <= MAX_REQUEST_ID_BYTES,

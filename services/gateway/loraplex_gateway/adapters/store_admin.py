@@ -16,7 +16,9 @@ from loraplex.v1 import adapter_pb2, adapter_store_pb2_grpc
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex_common.error_status import from_status
 from loraplex_common.errors import (
+    AdapterNotFoundError,
     AlreadyExistsError,
+    ConflictError,
     DeadlineError,
     InvalidParameterError,
     LoraplexError,
@@ -112,16 +114,17 @@ class StoreAdmin:
             DeadlineError: If the import takes longer than `IMPORT_TIMEOUT_S`; it goes on.
             LoraplexError: What the store says otherwise.
         """
-        if not in_place:
-            await self._reserve(name, call)
+        etag = "" if in_place else await self._reserve(name, call)
         try:
             with _translated():
-                return await self._import(name, source, call, base_model)
+                return await self._import(name, source, call, base_model, is_new=not in_place)
         except DeadlineError:
             raise
-        except LoraplexError:
-            if not in_place:
-                await self._give_back(name, call)
+        except LoraplexError as error:
+            if etag:
+                await self._give_back(name, etag, call)
+            if not in_place and "current_revision" in error.metadata:  # another call's import was stored first
+                raise _already_loaded(name) from error
             raise
 
     async def unload(self, name: str, call: AdminCall) -> None:
@@ -136,27 +139,32 @@ class StoreAdmin:
                 request = pb.DeleteAdapterRequest(name=name, force=True, request_id=call.request_id("delete"))
                 await _store(channel).DeleteAdapter(request, metadata=call.metadata, timeout=CALL_TIMEOUT_S)
 
-    async def _reserve(self, name: str, call: AdminCall) -> None:
-        """Take a new name, or one without an adapter."""
+    async def _reserve(self, name: str, call: AdminCall) -> str:
+        """Take a new name, or one without an adapter; return the etag of a name that this call has made, else nothing."""
         async with self._channel.use() as channel:
             store, request_id = _store(channel), call.request_id("create")
             request = pb.CreateAdapterRequest(adapter=adapter_pb2.Adapter(name=name), request_id=request_id)
             try:
                 with _translated():
-                    await store.CreateAdapter(request, metadata=call.metadata, timeout=CALL_TIMEOUT_S)
+                    made = await store.CreateAdapter(request, metadata=call.metadata, timeout=CALL_TIMEOUT_S)
+                # A repeated call is told how the name is now.
+                return str(made.adapter.etag) if made.adapter.state == adapter_pb2.Adapter.STATE_EMPTY else ""
             except AlreadyExistsError:
                 with _translated():
                     known = await self._known(store, name, call)
                 if known is not None and known.state == adapter_pb2.Adapter.STATE_READY:
-                    raise InvalidParameterError(ALREADY_LOADED.format(name=name), field="name") from None
+                    raise _already_loaded(name) from None
+        return ""
 
     async def _known(self, store: Any, name: str, call: AdminCall) -> adapter_pb2.Adapter | None:
         request = pb.AdapterStoreServiceListAdaptersRequest(name_prefix=name, page_size=1)
         page = await store.ListAdapters(request, metadata=call.metadata, timeout=CALL_TIMEOUT_S)
         return next((adapter for adapter in page.adapters if adapter.name == name), None)
 
-    async def _import(self, name: str, source: AdapterSource, call: AdminCall, base_model: str) -> str:
+    async def _import(self, name: str, source: AdapterSource, call: AdminCall, base_model: str, *, is_new: bool) -> str:
         request = pb.ImportAdapterRequest(name=name, base_model=base_model, request_id=call.request_id("import"))
+        if is_new:
+            request.expected_revision = ""  # of several such calls the store takes one
         if source.uri:
             request.uri = source.uri
         else:
@@ -172,18 +180,21 @@ class StoreAdmin:
         operation.response.Unpack(result)
         return result.revision.revision
 
-    async def _give_back(self, name: str, call: AdminCall) -> None:
-        """Delete a name that has no adapter after an import that has failed."""
+    async def _give_back(self, name: str, etag: str, call: AdminCall) -> None:
+        """Delete a name that this call has made, after an import that has failed; not if it has changed meanwhile."""
         try:
             with _translated():
                 async with self._channel.use() as channel:
-                    store = _store(channel)
-                    known = await self._known(store, name, call)
-                    if known is not None and known.state == adapter_pb2.Adapter.STATE_EMPTY:
-                        request = pb.DeleteAdapterRequest(name=name, etag=known.etag)
-                        await store.DeleteAdapter(request, metadata=call.metadata, timeout=CALL_TIMEOUT_S)
+                    request = pb.DeleteAdapterRequest(name=name, etag=etag)
+                    await _store(channel).DeleteAdapter(request, metadata=call.metadata, timeout=CALL_TIMEOUT_S)
+        except (ConflictError, AdapterNotFoundError):
+            return  # another call has taken the name
         except LoraplexError as error:
             _log.warning("a name without an adapter is left behind", adapter=name, error=error.message)
+
+
+def _already_loaded(name: str) -> InvalidParameterError:
+    return InvalidParameterError(ALREADY_LOADED.format(name=name), field="name")
 
 
 def _store(channel: grpc.aio.Channel) -> Any:

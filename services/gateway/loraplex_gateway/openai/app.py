@@ -44,6 +44,9 @@ FAMILIES: Final[tuple[Family, ...]] = (
 )
 
 
+MAX_SHOWN_CHARS: Final = 256
+
+
 def endpoints(context: HttpContext) -> list[Endpoint | OpenEndpoint]:
     """Return every route, that of the document of all others included."""
     known = [endpoint for family in FAMILIES for endpoint in family(context)]
@@ -73,7 +76,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path} is not served here: {error.detail}"
+    path = request.scope.get("raw_path", b"").decode("latin-1")  # a line break in it as the client wrote it
+    message = f"{request.method} {path[:MAX_SHOWN_CHARS]} is not served here: {error.detail}"
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
     return JSONResponse(body, error.status_code, error.headers)
 

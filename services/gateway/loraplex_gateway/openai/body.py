@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import json
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, get_args, get_type_hints
 
 import msgspec
 from loraplex_common.errors import InvalidParameterError
@@ -32,6 +33,8 @@ BODIES: Final[dict[type[msgspec.Struct], Table]] = {ChatBody: CHAT, CompletionBo
 
 # Names are quoted in messages and compared with ours: no field of the API is longer.
 MAX_FIELD_CHARS: Final = 64
+# From here on a float stands for several integers.
+MAX_EXACT: Final = 2**53
 _MISSING: Final = re.compile(r"Object missing required field `(\w+)`?")
 _REMEDIES: Final = {"model": f": {WHICH_MODEL}"}
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
@@ -174,7 +177,10 @@ def _served_inside(value: Any, table: Table) -> Any:
 
 def _convert(members: dict[str, Any], struct: type[Object], table: Table, prefix: str = "") -> Object:
     try:
-        return msgspec.convert(members, struct, strict=False)
+        try:
+            return msgspec.convert(members, struct)
+        except msgspec.ValidationError:
+            return msgspec.convert(_with_integers(members, struct), struct)
     except msgspec.ValidationError as error:
         what, _, path = str(error).rstrip("`").partition(" - at `$.")
         missing = _MISSING.fullmatch(what)
@@ -186,6 +192,31 @@ def _convert(members: dict[str, Any], struct: type[Object], table: Table, prefix
         code = "missing_required_parameter" if missing else "invalid_type"
         code = "invalid_value" if what.startswith("Invalid enum value") else code
         raise BodyError(text.replace("`", ""), openai_code=code, field=f"{prefix}{field}") from error
+
+
+def _with_integers(members: dict[str, Any], struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the members with 1 in place of 1.0 where the struct has integers: to JSON both are the same number."""
+    kinds = _integer_fields(struct)
+    return {name: _integer(value, in_lists=kinds[name]) if name in kinds else value for name, value in members.items()}
+
+
+def _integer(value: Any, *, in_lists: bool) -> Any:
+    if in_lists and isinstance(value, list):
+        return [_integer(item, in_lists=False) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < MAX_EXACT:
+        return int(value)
+    return value
+
+
+@functools.cache
+def _integer_fields(struct: type[msgspec.Struct]) -> dict[str, bool]:
+    """Return the fields that hold integers and no other numbers; True for lists of them."""
+    found = {}
+    for name, hint in get_type_hints(struct).items():
+        kinds = {hint, *get_args(hint)}
+        if float not in kinds and not kinds.isdisjoint((int, list[int])):
+            found[name] = list[int] in kinds
+    return found
 
 
 def _quotable(name: str) -> str:

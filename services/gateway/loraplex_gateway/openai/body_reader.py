@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import (
     CancelledRequestError,
     DeadlineError,
-    InvalidParameterError,
     LoraplexError,
     SaturatedError,
 )
 from starlette.requests import ClientDisconnect
 
+from loraplex_gateway.openai.errors import BodyTooLongError, ContentEncodingError, TransferCodingError
+from loraplex_gateway.openai.http_protocol import AS_IT_IS
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from starlette.datastructures import Headers
     from starlette.requests import Request
 
 MIB: Final = 1024 * 1024
@@ -28,6 +31,7 @@ BUDGET_BYTES: Final = 64 * MIB
 # A body has this long, and longer by what has come of it.
 GRACE_S: Final = 10.0
 MIN_BYTES_PER_S: Final = 32 * 1024
+TOO_LONG: Final = f"the body is longer than {MAX_BODY_BYTES} bytes, the most that is read"
 RETRY_S: Final = 1.0
 LINGER_S: Final = 1.0
 LINGER_BYTES: Final = 16 * MIB
@@ -59,7 +63,9 @@ class BodyReader:
         """Hold a whole body.
 
         Raises:
-            InvalidParameterError: If it is encoded, or too long, by what it announces or by what comes.
+            ContentEncodingError: If it is encoded.
+            TransferCodingError: If it comes in another form than in chunks.
+            BodyTooLongError: If it is too long, by what it announces or by what comes.
             DeadlineError: If it comes too slowly.
             CancelledRequestError: If the client goes away, or what it sends is no HTTP.
             SaturatedError: If too many bytes of other bodies are here; it may be sent again.
@@ -67,15 +73,15 @@ class BodyReader:
         body = bytearray()
         num_charged = 0
         try:
-            _check_encoding(request.headers.get("content-encoding", "identity"))
-            _check_length(request.headers.get("content-length", ""))
+            _check_form(request.headers)
             async for chunk in self._chunks(request):
                 body += chunk
                 wanted = max(0, len(body) - FREE_BYTES)
                 self._charge(tenant, wanted - num_charged)
                 num_charged = wanted
         except LoraplexError:
-            await _linger(request)
+            if body or "expect" not in request.headers:  # otherwise the client waits to hear whether to send
+                await _linger(request)
             raise
         else:
             yield bytes(body)
@@ -108,7 +114,7 @@ class BodyReader:
                 ) from None
             num_bytes += len(chunk)
             if num_bytes > MAX_BODY_BYTES:
-                raise InvalidParameterError(f"the body is longer than {MAX_BODY_BYTES} bytes", field="body")
+                raise BodyTooLongError(TOO_LONG, field="body")
             yield chunk
 
     def _charge(self, tenant: str, num_bytes: int) -> None:
@@ -137,13 +143,21 @@ async def _linger(request: Request) -> None:
                     return
 
 
-def _check_encoding(encoding: str) -> None:
-    if encoding.lower() != "identity":
-        raise InvalidParameterError(
-            f"Content-Encoding {encoding[:64]} is not served; send the body as it is", field="body"
+def _check_form(headers: Headers) -> None:
+    """Refuse what a body's header announces and is not served."""
+    encodings = ", ".join(headers.getlist("content-encoding"))
+    if _codings(encodings) - {"identity"}:
+        raise ContentEncodingError(
+            f"Content-Encoding {encodings[:64]} is not served; send the body as it is, without that header",
+            field="body",
         )
-
-
-def _check_length(announced: str) -> None:
+    codings = ", ".join(headers.getlist("transfer-encoding"))
+    if _codings(codings) - {"chunked"}:
+        raise TransferCodingError(f"Transfer-Encoding {codings[:64]} is not served; {AS_IT_IS}", field="body")
+    announced = headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:16]) > MAX_BODY_BYTES:
-        raise InvalidParameterError(f"the body is longer than {MAX_BODY_BYTES} bytes", field="body")
+        raise BodyTooLongError(TOO_LONG, field="body")
+
+
+def _codings(header: str) -> set[str]:
+    return {coding for part in header.split(",") if (coding := part.strip().lower())}

@@ -11,7 +11,7 @@ from loraplex_common.rights import require_right
 
 from loraplex_gateway.adapters.store_admin import StoreAdmin
 from loraplex_gateway.openai.body_reader import BodyReader
-from loraplex_gateway.openai.connections import certificate_of
+from loraplex_gateway.openai.client_certificates import certificate_of
 from loraplex_gateway.openai.model_list import ModelList
 from loraplex_gateway.quotas.calls import TenantQuotas
 from loraplex_gateway.requests.core import GatewayCore

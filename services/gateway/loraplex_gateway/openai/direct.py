@@ -59,6 +59,16 @@ def direct_writer(scope: Scope) -> DirectWriter | None:
     return writer if isinstance(writer, DirectWriter) else None
 
 
+def end_if_unasked(send: Send) -> None:
+    """Let a connection end with an answer to a client that still waits to hear whether to send its body (``Expect``).
+
+    It may send the body or not, so where its next request would begin is not known. h11 does this by itself.
+    """
+    cycle = getattr(send, "__self__", None)
+    if isinstance(cycle, RequestResponseCycle) and cycle.waiting_for_100_continue:
+        cycle.keep_alive = False
+
+
 def unframed(send: Send) -> Send:
     """Return a `send` for a client of HTTP/1.0, which knows no chunks: an answer without a length ends with its connection.
 

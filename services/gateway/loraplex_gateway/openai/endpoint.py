@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.routing import Route
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 
     Handler = Callable[[Request, Admission], Awaitable[ASGIApp]]
     OpenHandler = Callable[[Request], Awaitable[ASGIApp]]
+
+
+class _WholePath(Route):
+    """A route of a whole path: starlette's own ends in front of a line break (``$``), and its parameters take none."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], *, methods: list[str]) -> None:
+        super().__init__(path, endpoint, methods=methods)
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +70,7 @@ class Endpoint:
         async def answer(request: Request) -> ASGIApp:
             return await self.handler(request, context.admit(request, self.right))
 
-        return Route(self.path, answer, methods=list(self.methods))
+        return _WholePath(self.path, answer, methods=list(self.methods))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,4 +86,4 @@ class OpenEndpoint:
 
     def route(self, context: HttpContext) -> Route:
         """Return the route."""
-        return Route(self.path, self.handler, methods=list(self.methods))
+        return _WholePath(self.path, self.handler, methods=list(self.methods))

@@ -66,6 +66,24 @@ class BodyError(InvalidParameterError):
         self.openai_code = openai_code
 
 
+class BodyTooLongError(InvalidParameterError):
+    """A body is longer than any that is read."""
+
+    http_status = 413
+
+
+class ContentEncodingError(InvalidParameterError):
+    """A body is compressed: it is not decoded here."""
+
+    http_status = 415
+
+
+class TransferCodingError(InvalidParameterError):
+    """A body is coded for its way in a form that is not understood here."""
+
+    http_status = 501
+
+
 class BodyNames:
     """How a body calls the fields that the gateway's other parts report errors of.
 

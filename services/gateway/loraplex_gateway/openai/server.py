@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import uvicorn
 from loraplex_common.tls_files import RotatingServerContext
 
-from loraplex_gateway.openai.connections import MAX_HEADER_BYTES, Connections
+from loraplex_gateway.openai.connections import Connections
+from loraplex_gateway.openai.http_protocol import MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -37,7 +38,7 @@ class HttpServer:
         host: Address to listen on.
         port: 0 picks a free one.
         tls: With a certificate, turns TLS on; new connections are shown what the files hold by then. With an authority,
-            clients must show a certificate that it has signed; see `connections.certificate_of`.
+            clients must show a certificate that it has signed; see `client_certificates.certificate_of`.
         max_connections: As many may be open; see `Connections`.
         shares_port: Whether other processes of this gateway listen on the port too, each with its share of the connections.
         max_connection_age_s: A request that comes later on a connection is its last; 0 for never.

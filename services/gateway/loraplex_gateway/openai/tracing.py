@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.ids import new_request_id
 
-from loraplex_gateway.openai.direct import offer_direct, unframed
+from loraplex_gateway.openai.direct import end_if_unasked, offer_direct, unframed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,11 +54,13 @@ class TraceIds:
             return
         scope[_KEY] = origin = _origin(scope)
         offer_direct(scope, send)
+        client = send
         if scope["http_version"] == "1.0":
             send = unframed(send)
 
         async def send_traced(message: Message) -> None:
             if message["type"] == "http.response.start":
+                end_if_unasked(client)
                 added = ((HEADER, origin.trace_id.encode("ascii")), *scope.get(_HEADERS, ()))
                 headers = [*message.get("headers", ()), *added]
                 message = {**message, "headers": headers}

@@ -74,7 +74,7 @@ class EngineRelay:
         self._hints, self._metrics = hints, metrics
         self._tokens: list[int] = list(run.prepared.resumed_ids)
         self._has_started = run.prepared.continuation is not None
-        self._was_interrupted = False
+        self._was_interrupted, self._resumed = False, "ok"
         self._attempts = Attempts(clock=self._clock, outage_s=pool.failover_wait_s)
 
     async def updates(self) -> AsyncGenerator[tuple[str, EngineUpdate], None]:
@@ -94,6 +94,7 @@ class EngineRelay:
             while True:
                 link = await self._choose(failure)
                 if link is None:
+                    self._resumed = "time_limit"
                     yield "", EngineUpdate(end=unsaid_finish(FinishReason.TIME_LIMIT))
                     return
                 num_tokens = len(self._tokens)
@@ -120,12 +121,9 @@ class EngineRelay:
                 self._note_retry(link.engine_id, failure)
                 if isinstance(failure, StoreUnavailableError):
                     await self._outlast(failure)
-                    if self._is_cut_at(self._clock()):
-                        yield "", EngineUpdate(end=unsaid_finish(FinishReason.TIME_LIMIT))
-                        return
         finally:
             if self._was_interrupted and self._run.is_finished:
-                self._metrics.resumes.labels("ok").inc()
+                self._metrics.resumes.labels(self._resumed).inc()
 
     @contextmanager
     def _submitted(self, link: EngineLink) -> Iterator[Ticket]:
@@ -168,6 +166,8 @@ class EngineRelay:
         first_until = self._clock() + FIRST_WAIT_S
         while True:
             changed = self._pool.changed
+            if self._has_started and self._is_cut_at(self._clock()):
+                return None
             link = self._pool.choose(
                 fingerprint,
                 adapter_digest=prepared.adapter_digest,

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from loraplex_gateway.types import ChatPrompt
 
 MAX_REASON_CHARS: Final = 500
+# Names of templates that mean something, as transformers picks them.
+DEFAULT: Final = "default"
+WITH_TOOLS: Final = "tool_use"
 # In front of a space, which shows whether the template strips what it renders.
 _MARK: Final = "ENDOFTHEFINALMESSAGE"
 # A template is a program of the model's: what it raises over a conversation is its refusal.
@@ -64,6 +67,7 @@ class ChatTemplate:
     Attributes:
         source: As given.
         response_template: As given.
+        with_tools: What renders conversations with functions, if the model has another template for them.
 
     Raises:
         ChatTemplateError: If the source is no valid Jinja.
@@ -78,6 +82,7 @@ class ChatTemplate:
             raise ChatTemplateError("chat template: it is nested too deeply") from error
         self.source = source
         self.response_template = response_template
+        self.with_tools: ChatTemplate | None = None
         self._special_tokens = dict(special_tokens)
 
     @property
@@ -89,7 +94,13 @@ class ChatTemplate:
         """Return this template with another description of the answers."""
         other = copy.copy(self)
         other.response_template = response_template
+        if self.with_tools is not None:
+            other.with_tools = self.with_tools.with_response_template(response_template)
         return other
+
+    def chosen_for(self, prompt: ChatPrompt) -> ChatTemplate:
+        """Return the template that renders a conversation."""
+        return self.with_tools if self.with_tools is not None and prompt.tools else self
 
     def render(self, prompt: ChatPrompt) -> str:
         """Return the conversation as text, special tokens written out.
@@ -170,21 +181,60 @@ def _cut_at_mark(rendered: str, mark: str, final: str) -> str:
 
 
 def load_chat_template(directory: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
-    """Return a model's chat template, or None if it has none.
+    """Return a model's chat template, or None if it has none that is called ``default``.
 
     Args:
-        directory: Model directory; its chat_template.jinja goes before what the config holds.
+        directory: Model directory; see `_sources`.
         config: tokenizer_config.json as read.
 
     Raises:
-        ChatTemplateError: If the template is unreadable.
+        ChatTemplateError: If a template is unreadable.
     """
-    file = directory / "chat_template.jinja"
-    source: Any = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-    if isinstance(source, list):  # several named templates
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-    if source is None:
+    sources = _sources(directory, config)
+    if DEFAULT not in sources:
         return None
     described = config.get("response_template") or config.get("response_schema")
     response_template = json.dumps(described, ensure_ascii=False) if described else ""
-    return ChatTemplate(str(source), read_special_tokens(config), response_template=response_template)
+    make = functools.partial(
+        ChatTemplate, special_tokens=read_special_tokens(config), response_template=response_template
+    )
+    template = make(sources[DEFAULT])
+    if WITH_TOOLS in sources:
+        template.with_tools = make(sources[WITH_TOOLS])
+    return template
+
+
+def _sources(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return a model's templates by name, of the first place that has some.
+
+    Source: transformers 5, `PreTrainedTokenizerBase.from_pretrained`: chat_template.jinja and additional_chat_templates/
+    go before tokenizer_config.json. What is last, chat_template.json, only its processors read: nothing goes before them.
+    """
+    files = [directory / "chat_template.jinja", *sorted((directory / "additional_chat_templates").glob("*.jinja"))]
+    names = [DEFAULT, *(file.stem for file in files[1:])]
+    found = {name: _text_of(file) for name, file in zip(names, files, strict=True) if file.is_file()}
+    legacy = directory / "chat_template.json"
+    if found or not legacy.is_file():
+        return found or _named(config.get("chat_template"))
+    try:
+        fields = json.loads(_text_of(legacy))
+    except ValueError as error:
+        raise ChatTemplateError(f"{legacy} is no JSON: {error}") from error
+    return _named(config.get("chat_template")) or _named(
+        fields.get("chat_template") if isinstance(fields, dict) else None
+    )
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ChatTemplateError(f"{file} is no UTF-8: {error}") from error
+
+
+def _named(value: Any) -> dict[str, str]:
+    """Return the templates of a configuration: a text, a list of ``{"name", "template"}``, or name -> template."""
+    if isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    named = value if isinstance(value, dict) else {DEFAULT: value}
+    return {name: source for name, source in named.items() if isinstance(name, str) and isinstance(source, str)}

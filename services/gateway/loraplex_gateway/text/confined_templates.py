@@ -251,6 +251,10 @@ class ConfinedTemplate:
         self.response_template = response_template
         self.reads_tools = False
 
+    def chosen_for(self, prompt: ChatPrompt) -> ConfinedTemplate:
+        """Return itself: an adapter or a request brings one template."""
+        return self
+
     def render(self, prompt: ChatPrompt) -> str:
         """Return the conversation as text; see `TemplateProcesses.render`."""
         tokens = self._special_tokens

@@ -167,19 +167,20 @@ class PromptTokenizer:
             return Encoded(self._encode_text(prompt.text, add_special_tokens=prompt.add_special_tokens))
         if self.template is None:
             raise InvalidParameterError(
-                "this model has no chat template (neither chat_template.jinja nor tokenizer_config.json brings one); "
-                "send the prompt as text or token ids",
+                "this model has no chat template (neither chat_template.jinja, tokenizer_config.json nor chat_template.json "
+                "brings one that is called default); send the prompt as text or token ids",
                 field="messages",
             )
-        rendered = self.template.render(prompt)
+        template = self.template.chosen_for(prompt)
+        rendered = template.render(prompt)
         # What a template repeats, or writes around every message, no count of what was sent can know.
         check_bytes(num_bytes_of(rendered), max_bytes)
         # A template writes the special tokens itself, BOS included if the model wants one.
         return Encoded(
             self._encode_text(rendered, add_special_tokens=False),
             rendered,
-            self.template,
-            reads_tools=self.template.reads_tools,
+            template,
+            reads_tools=template.reads_tools,
         )
 
     async def prompt_text(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import crc32c
@@ -258,3 +259,77 @@ async def test_requests_learn_that_the_store_stays_away(model: Path) -> None:
     assert error.retry_after_s is not None
     assert time.monotonic() - began_s >= 0.4
     await close(line, task)
+
+
+@asynccontextmanager
+async def impatient(model: Path, monkeypatch: pytest.MonkeyPatch, wait_s: float = 0.5) -> AsyncIterator[Line]:
+    """Yield a line to a scripted store that is given up after a silence of `wait_s`."""
+    monkeypatch.setattr("loraplex_engine.rpc.store_silence.LEAST_S", 0.0)
+    store = ScriptedStore()  # type: ignore[abstract]  # one RPC of many
+    server = aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(store, server)
+    await server.start()
+    line = make_line(model, f"127.0.0.1:{port}", store, wait_s=wait_s)
+    task = asyncio.create_task(line.client.run())
+    await eventually(lambda: line.client.is_attached)
+    try:
+        yield line
+    finally:
+        await close(line, task)
+        await server.stop(None)
+
+
+async def test_a_connected_store_that_does_not_answer_is_given_up_and_dialled_anew(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with impatient(model, monkeypatch) as line:
+        line.submit()
+        await line.store.next_of("want")
+        error = (await line.end()).error
+
+        assert isinstance(error, StoreUnavailableError)
+        assert error.retry_after_s is not None
+        assert "has not answered for" in error.message
+        await eventually(lambda: len(line.store.hellos) == 2)
+        await eventually(lambda: line.client.is_attached)
+        spec, image = line.image()
+        line.submit()
+        await line.store.next_of("want", 2)
+        line.offer(spec, image)
+        await line.store.next_of("grant")
+        line.send(image)
+        assert (await line.end()).error is None
+
+
+async def test_a_store_that_stops_in_the_middle_of_an_image_is_given_up(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with impatient(model, monkeypatch) as line:
+        spec, image = line.image()
+        line.submit()
+        await line.store.next_of("want")
+        line.offer(spec, image)
+        await line.store.next_of("grant")
+
+        assert isinstance((await line.end()).error, StoreUnavailableError)
+        await eventually(lambda: len(line.store.hellos) == 2)
+
+
+async def test_a_store_that_owes_nothing_or_goes_on_speaking_is_kept(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with impatient(model, monkeypatch, wait_s=0.5) as line:
+        await asyncio.sleep(1.2)  # longer than a silence may last
+        line.submit()
+        await line.store.next_of("want")
+        for _ in range(8):
+            line.say(ack=Response.Ack(sequence=0))
+            await asyncio.sleep(0.2)
+        spec, image = line.image()
+        line.offer(spec, image)
+        await line.store.next_of("grant")
+        line.send(image)
+
+        assert (await line.end()).error is None
+        assert len(line.store.hellos) == 1

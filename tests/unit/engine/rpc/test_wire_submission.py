@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from loraplex.v1 import engine_pb2, gateway_pb2
-from loraplex_common.errors import DeadlineError, InvalidParameterError
+from loraplex_common.errors import DeadlineError, InvalidParameterError, NotSupportedError
 from loraplex_engine.messages import Priority, Submission
 from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.validation import RequestLimits
@@ -199,3 +200,27 @@ def test_a_request_that_bans_every_token_is_refused_by_name(
     with pytest.raises(InvalidParameterError, match="no token can be drawn") as caught:
         wire.submission(submit, session_id=9, limits=limits, now_s=1000.0)
     assert caught.value.field == "sampling.allowed_token_ids"
+
+
+NEWER = b"\xfa\x3f\x01x"  # field 1023 of a later version, a string
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("", "1023"),
+        ("sampling", "sampling.1023"),
+        ("stopping", "stopping.1023"),
+        ("structured_output", "structured_output.1023"),
+        ("bad_token_sequences", r"bad_token_sequences\[1\].1023"),
+    ],
+)
+def test_a_field_of_a_newer_gateway_is_refused_by_its_number(part: str, name: str) -> None:
+    submit = make_submit(stopping=stopping(max_new_tokens=3))
+    for _ in range(2):
+        submit.bad_token_sequences.add().ids.append(5)
+    inner: Any = getattr(submit, part) if part else submit
+    (inner[1] if part == "bad_token_sequences" else inner).MergeFromString(NEWER)
+
+    with pytest.raises(NotSupportedError, match=f"field {name} of Submit.* update the engine"):
+        submission(submit)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import InvalidParameterError, LoraplexError
+from loraplex_common.errors import AdapterNotFoundError, InvalidParameterError, LoraplexError
+from loraplex_common.ids import AdapterRef
 from loraplex_common.rights import GATEWAY
 
 from loraplex_gateway.openai import fields, further_fields
@@ -12,7 +13,7 @@ from loraplex_gateway.openai.answers import ModelList, ModelObject
 from loraplex_gateway.openai.endpoint import Endpoint, OpenEndpoint
 from loraplex_gateway.openai.errors import BodyNames, error_response
 from loraplex_gateway.openai.json_responses import PiecesResponse, json_response
-from loraplex_gateway.openai.model_names import bases_of, read_model_name
+from loraplex_gateway.openai.model_names import ModelName, bases_of, read_model_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from loraplex_gateway.openai.context import HttpContext
     from loraplex_gateway.openai.model_list import Piece
+    from loraplex_gateway.openai.model_names import IsBase
 
 MAX_LIMIT: Final = 1000
 
@@ -71,7 +73,7 @@ class _Models:
         """Describe what one name means."""
         asked, caller = request.path_params["name"], admission.principal
         try:
-            name = read_model_name(asked, bases_of(self._context.catalog, caller))
+            name = _model_name(asked, bases_of(self._context.catalog, caller))
             card = await self._context.listing.get(
                 name.adapter or name.base, caller, base=name.base if name.adapter else ""
             )
@@ -86,6 +88,22 @@ class _Models:
                 max_model_len=card.max_model_len,
             )
         )
+
+
+def _model_name(text: str, is_base: IsBase) -> ModelName:
+    """Return what a name of a path means.
+
+    Raises:
+        AdapterNotFoundError: If nothing can have it.
+        InvalidParameterError: If it is the name of a base model and of an adapter.
+    """
+    name = read_model_name(text, is_base)
+    if name.adapter:
+        try:
+            AdapterRef.parse(name.adapter, field="model")
+        except InvalidParameterError as error:
+            raise AdapterNotFoundError(error.message, field="model") from error
+    return name
 
 
 def _whole(pieces: Iterator[Piece], *, has_more: bool = False) -> Iterator[bytes]:

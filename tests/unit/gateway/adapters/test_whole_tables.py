@@ -1,0 +1,97 @@
+"""A whole table of names is taken in step by step: other tasks run in between, and what is known stays true."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from hypothesis import given
+from hypothesis import strategies as st
+from loraplex_common.adapter_names import AdapterNames
+from loraplex_common.alias_feed import SLICE_NAMES, AdapterEntry
+from loraplex_gateway.adapters.names import NameTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+NUM = 100_000
+# 20 ms on a quiet core, and room for a collection of garbage. At once it took 700 ms.
+LONGEST_S = 0.1
+
+
+def entries(num: int, *, revision: int = 0, prefix: str = "adapter") -> list[AdapterEntry]:
+    digests = [f"{7 * n + revision:064x}" for n in range(num)]
+    return [
+        AdapterEntry(name=f"{prefix}-{n:06}", labels={"latest": digest}, base_fingerprints={digest: "f"})
+        for n, digest in enumerate(digests)
+    ]
+
+
+def longest_step_s(table: NameTable | AdapterNames, whole: Iterable[AdapterEntry]) -> float:
+    """Take a table in; return the processor time of its longest step, and of what is left at the end."""
+    steps, began_s = [], time.thread_time()
+    for _ in table.replacing(whole):
+        steps.append(time.thread_time() - began_s)
+        began_s = time.thread_time()
+    return max(*steps, time.thread_time() - began_s)
+
+
+def test_no_step_of_a_hundred_thousand_names_takes_long() -> None:
+    first, again = entries(NUM), entries(NUM)
+
+    for table in (NameTable(), AdapterNames()):
+        for whole in (first, again, first[: NUM - 1000]):
+            assert longest_step_s(table, whole) < LONGEST_S
+
+
+def test_what_is_as_it_was_is_not_worked_out_again() -> None:
+    table = NameTable()
+    table.replace_all(entries(3 * SLICE_NAMES))
+    before = table.blocks()
+
+    table.replace_all(entries(3 * SLICE_NAMES))
+
+    assert [new is old for new, old in zip(table.blocks(), before, strict=True)] == [True] * len(before)
+
+
+def test_a_name_is_as_before_or_as_in_the_new_table_until_all_is_taken_in() -> None:
+    table, num = NameTable(), 3 * SLICE_NAMES
+    old, new = entries(num), [*entries(num // 2, revision=1), *entries(num, prefix="other")]
+    table.replace_all(old)
+    allowed = {entry.name: [dict(entry.labels)] for entry in old}
+    for entry in new:
+        allowed.setdefault(entry.name, []).append(dict(entry.labels))
+
+    for _ in table.replacing(new):
+        for block in table.blocks():
+            for entry in table.entries_of(block):
+                assert dict(entry.labels) in allowed[entry.name]
+
+    assert names_of(table) == sorted(entry.name for entry in new)
+
+
+def names_of(table: NameTable) -> list[str]:
+    return [entry.name for block in table.blocks() for entry in table.entries_of(block)]
+
+
+TABLES = st.dictionaries(st.text("ab/", min_size=1, max_size=4), st.integers(0, 2), max_size=20)
+
+
+@given(TABLES, TABLES)
+def test_a_replaced_table_is_as_a_new_one(before: dict[str, int], after: dict[str, int]) -> None:
+    def whole(table: dict[str, int]) -> list[AdapterEntry]:
+        return [AdapterEntry(name=name, labels={"latest": f"{number}"}) for name, number in table.items()]
+
+    replaced, fresh = NameTable(), NameTable()
+    replaced.replace_all(whole(before))
+    replaced.replace_all(whole(after))
+    fresh.replace_all(whole(after))
+    told = AdapterNames()
+    told.replace_all(whole(before))
+    told.replace_all(whole(after))
+
+    assert names_of(replaced) == names_of(fresh) == sorted(after)
+    assert list(replaced._order.after()) == list(fresh._order.after())
+    assert {digest: told.of(digest) for digest in "012"} == {
+        digest: sorted(name for name, number in after.items() if f"{number}" == digest) for digest in "012"
+    }
