@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
+from loraplex_common.flora import FloraKind
 from loraplex_common.image_geometry import ImageError
 from loraplex_common.low_rank import LOW_RANK, LowRank, LowRankKind
 from loraplex_common.part_kind import Part
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from loraplex_common.part_kind import PartKind
 
 KINDS: Final[dict[str, PartKind]] = {
-    kind.name: kind for kind in (LowRankKind(), OutVectorKind(), InVectorKind(), BiasKind(), SparseDeltaKind())
+    kind.name: kind
+    for kind in (LowRankKind(), OutVectorKind(), InVectorKind(), BiasKind(), SparseDeltaKind(), FloraKind())
 }
 """All kinds of parts by name, in the order in which an op's parts follow each other in an image."""
 
