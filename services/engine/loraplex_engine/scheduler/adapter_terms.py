@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
+from loraplex_common.flora import FLORA
+from loraplex_common.vectors import IN_VECTOR, OUT_VECTOR
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec
     from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.messages import Submission
+
+
+_MULTIPLIERS: Final = {
+    OUT_VECTOR: "a factor on its outputs (DoRA, (IA)3)",
+    IN_VECTOR: "a factor on its inputs ((IA)3)",
+    FLORA: "FLoRA",
+}
 
 
 def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | None:
@@ -24,4 +33,12 @@ def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | N
         return InvalidParameterError(
             f"adapter_start: adapter {spec.digest} applies to whole sequences; leave it unset", field="adapter_start"
         )
-    return None
+    part, scale = spec.unscalable, submission.adapter_scale
+    if part is None or scale == 1:
+        return None
+    return InvalidParameterError(
+        f"adapter_scale: {scale:g} cannot be applied to adapter {spec.digest}: in layer {part.layer}, {part.projection} has "
+        f"{_MULTIPLIERS[part.kind]}, which multiplies what the base model computes; leave adapter_scale out, or name an "
+        "adapter of pairs, biases and sparse deltas alone",
+        field="adapter_scale",
+    )

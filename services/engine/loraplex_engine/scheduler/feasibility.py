@@ -48,8 +48,10 @@ class Feasibility:
         self._costs = costs
         self._block_tokens = book.batch.state.block_tokens
 
+    # --- the adapter ---
+
     def refuse_if_unservable(self, request: Request) -> bool:
-        """End a request that its adapter, as far as it is known, cannot serve, or that cannot fit even alone."""
+        """End a request that can never be served, by what is known of its adapter by now; True if it was ended."""
         spec = self._cache.states.spec_of(request.adapter_digest)
         error = disagreement(request.submission, spec) if spec is not None else None
         if error is None:
