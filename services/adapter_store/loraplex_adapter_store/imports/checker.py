@@ -65,7 +65,8 @@ class CheckpointChecker:
         chosen = self._bases.choose(config.base_model_name_or_path, base_model)
         base = chosen.base
         texts = check_strange_texts(files.texts, base.directory, confinement)
-        form = canonicalise(read_checkpoint(files.config, files.weights, base.info, confinement), texts.parts)
+        checkpoint = read_checkpoint(files.config, files.weights, base.info, confinement, base.directory)
+        form = canonicalise(checkpoint, texts.parts)
         try:
             check_servable(form.spec.sizes, base.info, engines)
         except ImageError as error:
