@@ -91,7 +91,6 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
     """
     _check_header(submit)
     prompt, resumed = check_tokens(submit, limits)
-    deadline_s = _deadline(submit, now_s)
     sampling, stopping = check_sampling(submit, limits), check_stopping(submit, limits)
     check_drawable(sampling, stopping, limits)
     return Submission(
@@ -105,7 +104,7 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         adapter_digest=check_digest(submit.adapter_digest, "adapter_digest") if submit.adapter_digest else None,
         adapter_scale=check_range(_scale(submit), "adapter_scale"),
         adapter_start=check_adapter_start(submit),
-        deadline_s=deadline_s,
+        deadline_s=_deadline(submit, now_s),
         queue_deadline_s=_moment(submit, "queue_timeout", now_s),
         time_limit_at_s=_moment(submit, "time_limit", now_s),
         fairness_key=submit.fairness_key,
