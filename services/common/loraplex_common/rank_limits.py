@@ -45,13 +45,15 @@ class RankLimits:
             if kind == LOW_RANK and self.max_rank and rank > self.max_rank:
                 raise ImageError(
                     f"layer {layer} {projection}: rank {rank} exceeds the {self.max_rank} that the kernels of {self.name} "
-                    "take for one projection"
+                    "take for one projection; train or convert the adapter to a lower rank"
                 )
         try:
             layout(self.geometry, sizes)
         except ImageError as error:
+            if "exceed a tile" not in str(error):  # the rank is not what does not fit
+                raise ImageError(f"{error} ({self.name})") from error
             bound = f"{self.name} takes at most rank {max_stacked_rank(self.geometry)} there"
-            raise ImageError(f"{error}; {bound}") from error
+            raise ImageError(f"{error}; {bound}; train or convert the adapter to a lower rank") from error
 
 
 def max_stacked_rank(geometry: Geometry) -> int:

@@ -70,5 +70,5 @@ class CheckpointChecker:
         try:
             check_servable(form.spec.sizes, base.info, engines)
         except ImageError as error:
-            raise AdapterIncompatibleError(f"{error}; train or convert the adapter to a lower rank") from error
+            raise AdapterIncompatibleError(str(error)) from error
         return replace(form, warnings=(*chosen.warnings, *texts.warnings, *form.warnings))
