@@ -68,7 +68,7 @@ def test_partial_products_of_tensor_parallel_ranks_add_up_or_lie_side_by_side() 
     for name in ("v_proj", "down_proj"):
         projection = geometry(tp_degree=2).projection(0, name)
         a, b = (rng.standard_normal(shape) for shape in kind.shapes(projection, 2).values())
-        weight, x = rng.standard_normal((len(b), a.shape[1])), rng.standard_normal(a.shape[1])
+        weight, x = rng.standard_normal((len(b), a.shape[1])), rng.standard_normal((a.shape[1],))
         columns, outputs = projection.local_shape(2)
         parts = []
         for rank in range(2):
