@@ -17,6 +17,7 @@ _USED: Final = frozenset(
         *("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
         *("exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "bias"),
         "init_lora_weights",
+        "target_parameters",  # the dialects turn it into target_modules, or refuse it
     }
 )
 _HARMLESS: Final = frozenset(
@@ -26,6 +27,7 @@ _HARMLESS: Final = frozenset(
         *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),  # initialisation; see init_lora_weights
         *("megatron_core", "qalora_group_size"),  # act only together with megatron_config and use_qalora
         "fan_in_fan_out",  # off in PEFT for layers that store weights as all served architectures do
+        "tensor_model_parallel_size",  # says how Megatron wrote fused tensors; see the dialects
         "ensure_weight_tying",  # acts only on embeddings, which are refused anyway
     }
 )
@@ -35,7 +37,6 @@ _REFUSED: Final = {
     "modules_to_save": "fully trained modules are not served; train with LoRA on the projections only",
     "trainable_token_indices": "trained token embeddings are not served",
     "alora_invocation_tokens": "activated LoRA (aLoRA) is not served",
-    "target_parameters": "LoRA on bare parameters is not served",
     "megatron_config": "Megatron layers are not served",
     "layer_replication": "it changes the base model's layers",
     "use_qalora": "QALoRA is not served",
@@ -110,11 +111,7 @@ def parse_peft_config(data: bytes) -> PeftConfig:
 def _refuse_unserved(fields: dict[str, Any]) -> None:
     peft_type = fields.get("peft_type")
     if peft_type is None:
-        is_mlx = "lora_parameters" in fields or "fine_tune_type" in fields
-        raise AdapterIncompatibleError(
-            f"{FILE}: peft_type is missing: "
-            + ("MLX (mlx-lm) wrote it; convert the adapter to PEFT's form" if is_mlx else 'PEFT writes "LORA" for LoRA')
-        )
+        raise AdapterIncompatibleError(f'{FILE}: peft_type is missing: PEFT writes "LORA" for LoRA')
     if peft_type != "LORA":
         raise AdapterIncompatibleError(f"{FILE}: peft_type {_shown(peft_type)} is not served, only LORA")
     for name, why in _REFUSED.items():

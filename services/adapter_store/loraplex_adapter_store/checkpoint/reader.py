@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 
+from loraplex_adapter_store.checkpoint.dialects import normalise, peft_config_data
 from loraplex_adapter_store.checkpoint.module_rules import ModuleRules
 from loraplex_adapter_store.checkpoint.patterns import PatternMatcher
 from loraplex_adapter_store.checkpoint.peft_config import PeftConfig, parse_peft_config
@@ -64,22 +65,27 @@ def read_checkpoint(
     weights: bytes | bytearray | memoryview,
     base: BaseModelInfo,
     confinement: Confinement | None = None,
+    *,
+    weights_file: str = WEIGHTS_FILE,
 ) -> Checkpoint:
-    """Parse and check a PEFT LoRA checkpoint against a base model.
+    """Parse and check a LoRA checkpoint, of PEFT or of a known dialect, against a base model.
 
     Args:
         config_data: adapter_config.json.
-        weights: adapter_model.safetensors; not copied.
+        weights: adapter_model.safetensors; not copied, except what a dialect transposes or fuses.
         base: The base model.
         confinement: Owner of the child process that matches patterns, if there are any.
+        weights_file: Name of the weights' file, for messages.
 
     Raises:
         AdapterCorruptUploadError: If a file is damaged, a tensor holds NaN or infinity, or a trial product leaves the
             range of engines' dtypes.
         AdapterIncompatibleError: If it cannot be served on this base; the message names setting or tensor.
     """
-    config = parse_peft_config(config_data)
-    found = _group_tensors(read_tensors(weights, file=WEIGHTS_FILE), base)
+    parse_peft_config(peft_config_data(config_data))  # an error of the settings is said before one of the tensors
+    written = normalise(config_data, read_tensors(weights, file=weights_file), base)
+    config = parse_peft_config(written.config)
+    found = _group_tensors(written.tensors, base)
     rules = ModuleRules(config, base, PatternMatcher(confinement=confinement))
     targeted = rules.targeted()
     expected = {(layer, projection.name) for layer, projection in targeted}
@@ -99,7 +105,7 @@ def read_checkpoint(
                 )
         modules.append(_check_module(config, rules, base, layer, projection, pair["A"], pair["B"]))
     check_trial(modules, base)
-    return Checkpoint(base.fingerprint, tuple(modules), tuple(_warnings(modules)))
+    return Checkpoint(base.fingerprint, tuple(modules), (*written.notes, *_warnings(modules)))
 
 
 def _group_tensors(tensors: dict[str, Tensor], base: BaseModelInfo) -> dict[tuple[int, str], dict[str, Tensor]]:
