@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,8 @@ def read_files(files: dict[str, bytes], base: str) -> CanonicalAdapter:
 
 def peft_outputs(folder: Path, base: str, inputs: dict[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
     """Return what each module of the model that PEFT loads makes of its input, by dotted name."""
-    model = PeftModel.from_pretrained(base_model(base), str(folder)).base_model.model.eval()
+    model: Any = PeftModel.from_pretrained(base_model(base), str(folder)).base_model.model
+    model.eval()
     with torch.no_grad():
         return {name: model.get_submodule(name)(x).numpy() for name, x in inputs.items()}
 
@@ -121,6 +123,6 @@ def dense(csr: Arrays, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Return a sparse delta's values, columns and starts as a matrix."""
     values, columns, starts = csr
     matrix = np.zeros(shape)
-    for row, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for row, (begin, end) in enumerate(pairwise(starts)):
         matrix[row, columns[begin:end]] = values[begin:end]
     return matrix

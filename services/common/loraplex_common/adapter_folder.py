@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
-ADAPTER_FILES: Final = (CONFIG_FILE, WEIGHTS_FILE)
+WEIGHTS_FILES: Final = (WEIGHTS_FILE, "adapters.safetensors")
+"""Names of the file with the weights: PEFT's, then MLX-LM's. The first that a folder has is read."""
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,7 +28,7 @@ TOKENIZER_FILES: Final = (
 )
 GENERATION_FILE: Final = "generation_config.json"
 TEXT_FILES: Final = (*TOKENIZER_FILES, GENERATION_FILE)
-READ_FILES: Final = (*ADAPTER_FILES, *TEXT_FILES)
+READ_FILES: Final = (CONFIG_FILE, *WEIGHTS_FILES, *TEXT_FILES)
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_LISTED: Final = 2000
 MAX_DEPTH: Final = 2
@@ -47,9 +48,8 @@ _KINDS: Final = tuple(
             f"PATH: a sharded adapter is not read; load its shards with safetensors and save them as one {WEIGHTS_FILE}",
         ),
         (
-            r"(\d+_)?adapters\.safetensors",
-            "PATH: an MLX adapter (mlx-lm) is not read: its matrices are transposed and named otherwise; convert it to "
-            f"PEFT's {CONFIG_FILE} and {WEIGHTS_FILE}",
+            r"\d+_adapters\.safetensors",
+            f"PATH: weights that MLX-LM saved in between; rename the file to adapters.safetensors beside {CONFIG_FILE}",
         ),
         (
             r"(?i).*\.gguf",
@@ -106,9 +106,10 @@ def check_present(names: Iterable[str]) -> list[str]:
         AdapterCorruptUploadError: If they are missing.
     """
     present = set(names)
-    if not present.issuperset(ADAPTER_FILES):
+    weights = next((name for name in WEIGHTS_FILES if name in present), None)
+    if weights is None or CONFIG_FILE not in present:
         raise diagnose(present)
-    return [name for name in READ_FILES if name in present]
+    return [name for name in READ_FILES if name in present and (name == weights or name not in WEIGHTS_FILES)]
 
 
 def diagnose(names: Collection[str]) -> LoraplexError:
@@ -117,19 +118,22 @@ def diagnose(names: Collection[str]) -> LoraplexError:
     Args:
         names: The same as for `check_present`.
     """
-    inner = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{WEIGHTS_FILE}"))
+    inner = sorted(
+        {folder for folder, _, name in (name.rpartition("/") for name in names) if folder and name in WEIGHTS_FILES}
+    )
     inner = [folder for folder in inner if f"{folder}/{CONFIG_FILE}" in names]
     if inner:
         shown = ", ".join(inner[:_MAX_NAMED]) + (", ..." if len(inner) > _MAX_NAMED else "")
         return AdapterCorruptUploadError(
             f"{CONFIG_FILE} and {WEIGHTS_FILE} are not in this folder but in {shown}: import that folder"
         )
-    if WEIGHTS_FILE not in names:
+    has_weights = any(name in names for name in WEIGHTS_FILES)
+    if not has_weights:
         for pattern, text in _KINDS:
             found = min((name for name in names if pattern.fullmatch(name)), default=None)
             if found is not None:
                 return AdapterIncompatibleError(text.replace("PATH", found[:200]))
-    missing = [name for name in ADAPTER_FILES if name not in names]
+    missing = [name for name, found in ((CONFIG_FILE, CONFIG_FILE in names), (WEIGHTS_FILE, has_weights)) if not found]
     return AdapterCorruptUploadError(
         f"no PEFT adapter: {' and '.join(missing)} {'are' if missing[1:] else 'is'} missing"
     )

@@ -15,7 +15,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = {
     "sharded": ([CONFIG, "adapter_model-00001-of-00002.safetensors"], "00001-of-00002.*sharded"),
     "sharded with an index": ([CONFIG, f"{WEIGHTS}.index.json"], "sharded"),
-    "MLX": ([CONFIG, "adapters.safetensors", "0000100_adapters.safetensors"], "MLX"),
+    "MLX in between": ([CONFIG, "0000100_adapters.safetensors"], "0000100.*MLX-LM.*rename"),
     "GGUF": ([CONFIG, "adapter-F16-LoRA.gguf"], "adapter-F16-LoRA.gguf: a GGUF"),
     "FSDP": ([CONFIG, "pytorch_model_fsdp_0/__0_0.distcp"], "FSDP.*merge-weights"),
     "DeepSpeed": (["zero_to_fp32.py", "global_step10/mp_rank_00_model_states.pt", "latest"], "DeepSpeed.*zero_to_fp32"),
@@ -58,6 +58,17 @@ def test_what_trainers_leave_beside_an_adapter_is_not_read() -> None:
     names = ["optimizer.pt", "adapter_model.bin", "trainer_state.json", "global_step10/x.pt", WEIGHTS, CONFIG]
 
     assert check_present([*names, "tokenizer.json"]) == [CONFIG, WEIGHTS, "tokenizer.json"]
+
+
+def test_the_weights_of_mlx_are_read_if_pefts_are_not_there() -> None:
+    names = [CONFIG, "adapters.safetensors", "0000100_adapters.safetensors"]
+
+    assert check_present(names) == [CONFIG, "adapters.safetensors"]
+    assert check_present([*names, WEIGHTS]) == [CONFIG, WEIGHTS]
+    with pytest.raises(AdapterCorruptUploadError, match=f"no PEFT adapter: {CONFIG} is missing"):
+        check_present(names[1:])
+    with pytest.raises(AdapterCorruptUploadError, match="but in mine: import that folder"):
+        check_present([f"mine/{name}" for name in names])
 
 
 @pytest.mark.parametrize(

@@ -639,8 +639,9 @@ class UploadAdapterRequest(_message.Message):
         NUM_BYTES_FIELD_NUMBER: _builtins.int
         SHA256_FIELD_NUMBER: _builtins.int
         name: _builtins.str
-        """`adapter_config.json`, `adapter_model.safetensors`, or a text beside them: tokenizer files, `chat_template.jinja`,
-        `chat_template.json`, `generation_config.json`; anything else is refused by name.
+        """`adapter_config.json`, `adapter_model.safetensors` (or MLX-LM's `adapters.safetensors`), or a text beside them:
+        tokenizer files, `chat_template.jinja`, `chat_template.json`, `generation_config.json`; anything else is refused by
+        name.
         """
         num_bytes: _builtins.int
         """Length in bytes."""

@@ -122,11 +122,7 @@ def parse_peft_config(data: bytes) -> PeftConfig:
 def _method(fields: dict[str, Any]) -> str:
     name = fields.get("peft_type")
     if name is None:
-        is_mlx = "lora_parameters" in fields or "fine_tune_type" in fields
-        raise AdapterIncompatibleError(
-            f"{FILE}: peft_type is missing: "
-            + ("MLX (mlx-lm) wrote it; convert the adapter to PEFT's form" if is_mlx else 'PEFT writes "LORA" for LoRA')
-        )
+        raise AdapterIncompatibleError(f'{FILE}: peft_type is missing: PEFT writes "LORA" for LoRA')
     served = ", ".join(METHODS)
     if isinstance(name, str) and name in REFUSED_METHODS:
         what, remedy = REFUSED_METHODS[name]

@@ -20,6 +20,7 @@ _LORA_HARMLESS: Final = frozenset(
         *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),  # initialisation; see init_lora_weights
         *("megatron_core", "qalora_group_size"),  # act only together with megatron_config and use_qalora
         "ensure_weight_tying",  # acts only on embeddings, which are refused anyway
+        "tensor_model_parallel_size",  # says how Megatron wrote fused tensors; see the dialects
     }
 )
 
@@ -48,7 +49,6 @@ _REFUSED: Final = {
     "modules_to_save": "fully trained modules are not served; train with LoRA on the projections only",
     "trainable_token_indices": "trained token embeddings are not served",
     _INVOCATION: "only LoRA can be activated by a sequence of tokens",
-    "target_parameters": "LoRA on bare parameters is not served",
     "megatron_config": "Megatron layers are not served",
     "layer_replication": "it changes the base model's layers",
     "use_qalora": "QALoRA is not served",
@@ -63,7 +63,8 @@ METHODS: Final[dict[str, Method]] = {
     LORA: Method(
         used=_LAYERS
         | {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules", "bias"}
-        | {"use_dora", "lora_bias", "init_lora_weights", _INVOCATION},
+        | {"use_dora", "lora_bias", "init_lora_weights", _INVOCATION}
+        | {"target_parameters"},  # the dialects turn it into target_modules, or refuse it
         harmless=_LORA_HARMLESS,
         refused={name: why for name, why in _REFUSED.items() if name != _INVOCATION},
     ),
@@ -73,6 +74,7 @@ METHODS: Final[dict[str, Method]] = {
         | {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
         | {"r", "use_rslora", "alpha_pattern"},  # PEFT's layers of AdaLoRA do not look at them
         refused=_REFUSED
+        | {"target_parameters": "AdaLoRA on bare parameters is not served"}
         | {"use_dora": "PEFT has no DoRA for AdaLoRA", "lora_bias": "PEFT's AdaLoRA has no biases of its matrices"},
     ),
     IA3: Method(

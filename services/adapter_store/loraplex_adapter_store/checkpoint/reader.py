@@ -10,6 +10,7 @@ from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibl
 
 from loraplex_adapter_store.checkpoint import tensor_names as names
 from loraplex_adapter_store.checkpoint.base_biases import BaseBiases
+from loraplex_adapter_store.checkpoint.dialects import normalise, peft_config_data
 from loraplex_adapter_store.checkpoint.effects import check_shared_inputs, warnings_of
 from loraplex_adapter_store.checkpoint.method_readers import Source, checked, optional_slots_of, parts_of, slots_of
 from loraplex_adapter_store.checkpoint.module_rules import ModuleRules
@@ -60,24 +61,29 @@ def read_checkpoint(
     weights: bytes | bytearray | memoryview,
     base: BaseModelInfo,
     confinement: Confinement | None = None,
+    *,
     base_dir: Path | None = None,
+    weights_file: str = WEIGHTS_FILE,
 ) -> Checkpoint:
-    """Parse and check a PEFT checkpoint against a base model.
+    """Parse and check a checkpoint, of PEFT or of a known dialect, against a base model.
 
     Args:
         config_data: adapter_config.json.
-        weights: adapter_model.safetensors; not copied.
+        weights: adapter_model.safetensors; not copied, except what a dialect transposes or fuses.
         base: The base model.
         confinement: Owner of the child process that matches patterns, if there are any.
         base_dir: The base model's files, of which trained biases need the base's own; they are refused without it.
+        weights_file: Name of the weights' file, for messages.
 
     Raises:
         AdapterCorruptUploadError: If a file is damaged, a tensor holds NaN or infinity, or a trial product leaves the
             range of engines' dtypes.
         AdapterIncompatibleError: If it cannot be served on this base; the message names setting or tensor.
     """
-    config = parse_peft_config(config_data)
-    found, shared = _group_tensors(read_tensors(weights, file=WEIGHTS_FILE), base, config)
+    parse_peft_config(peft_config_data(config_data))  # an error of the settings is said before one of the tensors
+    written = normalise(config_data, read_tensors(weights, file=weights_file), base)
+    config = parse_peft_config(written.config)
+    found, shared = _group_tensors(written.tensors, base, config)
     rules = ModuleRules(config, base, PatternMatcher(confinement=confinement))
     sites = _sites(found, config, rules, base)
     _check_shared(shared, config, [each for layer, each in sites if names.VERA_D in found[layer, each.name]])
@@ -104,7 +110,9 @@ def read_checkpoint(
     check_shared_inputs(modules, base)
     check_trial(modules, base)
     _check_invocation(config, base)
-    return Checkpoint(base.fingerprint, tuple(modules), tuple(warnings_of(modules)), config.invocation_token_ids)
+    return Checkpoint(
+        base.fingerprint, tuple(modules), (*written.notes, *warnings_of(modules)), config.invocation_token_ids
+    )
 
 
 def _check_invocation(config: PeftConfig, base: BaseModelInfo) -> None:

@@ -1,7 +1,8 @@
 """The names of a checkpoint's tensors: PEFT's names are read, all others are explained and refused.
 
-PEFT ignores tensors with names that it does not know, and goes on as if the adapter were untrained there. So no tensor
-is renamed here: the message says what the name would have to be, and which program writes the other name.
+Names of other programs have become PEFT's before (`dialects`). PEFT ignores tensors with names that it does not know, and
+goes on as if the adapter were untrained there. So a tensor that no rule knows is refused, and the message says what its
+name would have to be.
 """
 
 from __future__ import annotations
@@ -56,21 +57,7 @@ _TELLTALES: Final = (
     (".ranknum", "only peft_type ADALORA has it"),
     (".experts.", "LoRA on the experts of a mixture is not served"),
     ("base_layer.", _BASE_WEIGHT),
-    (".lora_a", "as MLX (mlx-lm) names and transposes matrices; convert the adapter to PEFT's form"),
-    (".lora_b", "as MLX (mlx-lm) names and transposes matrices; convert the adapter to PEFT's form"),
-    ("lora_down", "as tools for diffusion models name matrices (kohya); convert the adapter to PEFT's form"),
-    ("lora_up", "as tools for diffusion models name matrices (kohya); convert the adapter to PEFT's form"),
-    ("lora.down", "as tools for diffusion models name matrices (diffusers); convert the adapter to PEFT's form"),
-    ("lora.up", "as tools for diffusion models name matrices (diffusers); convert the adapter to PEFT's form"),
-    (".alpha", "alpha is read from adapter_config.json only"),
 )
-_WRAPPERS: Final = {
-    "_orig_mod": "torch.compile",
-    "module": "DistributedDataParallel or DeepSpeed",
-    "_fsdp_wrapped_module": "FSDP",
-    "_checkpoint_wrapped_module": "activation checkpointing",
-    "language_model": "a model that also sees or hears",
-}
 _MISPLACED: Final = (
     r"(?P<prefix>.*?)layers\.(?P<layer>0|[1-9]\d{{0,5}})\.(?P<between>(?:\w+\.)*?)(?P<path>{paths})"
     r"\.(?P<inside>(?:\w+\.)*?)lora_(?P<matrix>[AB])(?P<rest>(?:\.\w+)*)"
@@ -147,14 +134,7 @@ def _explained(name: str, paths: Collection[str]) -> str:
         is_base = name.startswith("base_model.model.") and name.endswith(".weight") and "lora" not in name
         return _BASE_WEIGHT if is_base else "no projection of a served decoder layer"
     expected = tensor_name(module_name(int(match["layer"]), match["path"]), f"lora_{match['matrix']}.weight")
-    reasons = [f"'{part}.' comes from {_WRAPPERS[part]}" for part in _WRAPPERS if part in name.split(".")]
-    adapter = match["rest"].removesuffix(".weight").strip(".")
-    if adapter and adapter != "default":
-        reasons.append(f"'{adapter}' is an adapter's name, which save_pretrained leaves out")
-    if not name.startswith("base_model.model."):
-        reasons.append("'base_model.model.' is missing in front")
-    why = f" ({'; '.join(reasons)})" if reasons else ""
     return (
-        f"PEFT would ignore it under this name{why}; it loads {expected}. Save with save_pretrained of the unwrapped PEFT "
+        f"PEFT would ignore it under this name; it loads {expected}. Save with save_pretrained of the unwrapped PEFT "
         "model, or rename the tensors"
     )

@@ -12,6 +12,7 @@ from loraplex_common.rank_limits import check_servable
 
 from loraplex_adapter_store.checkpoint.canonical import CanonicalForm, canonicalise
 from loraplex_adapter_store.checkpoint.confinement import Confinement
+from loraplex_adapter_store.checkpoint.dialects import peft_config_data
 from loraplex_adapter_store.checkpoint.peft_config import parse_peft_config
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_adapter_store.checkpoint.text_check import check_strange_texts
@@ -61,14 +62,21 @@ class CheckpointChecker:
     def _check_blocking(
         self, files: CheckpointFiles, base_model: str, engines: tuple[RankLimits, ...], confinement: Confinement
     ) -> CanonicalForm:
-        config = parse_peft_config(files.config)
+        config = parse_peft_config(peft_config_data(files.config))
         chosen = self._bases.choose(config.base_model_name_or_path, base_model)
         base = chosen.base
         texts = check_strange_texts(files.texts, base.directory, confinement)
-        checkpoint = read_checkpoint(files.config, files.weights, base.info, confinement, base.directory)
+        checkpoint = read_checkpoint(
+            files.config,
+            files.weights,
+            base.info,
+            confinement,
+            base_dir=base.directory,
+            weights_file=files.weights_file,
+        )
         form = canonicalise(checkpoint, texts.parts)
         try:
             check_servable(form.spec.sizes, base.info, engines)
         except ImageError as error:
-            raise AdapterIncompatibleError(f"{error}; train or convert the adapter to a lower rank") from error
+            raise AdapterIncompatibleError(str(error)) from error
         return replace(form, warnings=(*chosen.warnings, *texts.warnings, *form.warnings))

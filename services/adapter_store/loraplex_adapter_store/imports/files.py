@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.adapter_folder import CONFIG_FILE, GENERATION_FILE, TEXT_FILES, WEIGHTS_FILE, explain_content
+from loraplex_common.adapter_folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TEXT_FILES,
+    WEIGHTS_FILE,
+    WEIGHTS_FILES,
+    explain_content,
+)
 from loraplex_common.errors import AdapterCorruptUploadError
 
 from loraplex_adapter_store.checkpoint.bounds import MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES
@@ -23,17 +30,19 @@ class CheckpointFiles:
     Attributes:
         texts: Name -> content of the texts beside it: tokenizer files, chat template, generation defaults.
         source: Where they came from, for people to read, e.g. ``dir:demo/json``.
+        weights_file: Name of the file that the weights are from.
     """
 
     config: bytes
     weights: bytes | bytearray
     source: str
     texts: dict[str, bytes] = field(default_factory=dict)
+    weights_file: str = WEIGHTS_FILE
 
 
 def limit_of(name: str, max_adapter_bytes: int) -> int:
     """Return the most bytes read of a file."""
-    if name == WEIGHTS_FILE:
+    if name in WEIGHTS_FILES:
         return max_adapter_bytes
     return MAX_CONFIG_BYTES if name in (CONFIG_FILE, GENERATION_FILE) else MAX_TOKENIZER_BYTES
 
@@ -60,4 +69,5 @@ def from_contents(contents: Mapping[str, bytes | bytearray], source: str) -> Che
         if name not in _TEXTS and (kind := explain_content(data)) is not None:
             raise AdapterCorruptUploadError(f"{name}: {kind}")
     texts = {name: bytes(data) for name, data in contents.items() if name in TEXT_FILES}
-    return CheckpointFiles(bytes(contents[CONFIG_FILE]), contents[WEIGHTS_FILE], source, texts)
+    weights_file = next(name for name in WEIGHTS_FILES if name in contents)
+    return CheckpointFiles(bytes(contents[CONFIG_FILE]), contents[weights_file], source, texts, weights_file)

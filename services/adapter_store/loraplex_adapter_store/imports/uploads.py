@@ -70,7 +70,9 @@ def check_announced(files: tuple[AnnouncedFile, ...], max_adapter_bytes: int) ->
     names = [file.name for file in files]
     if len(set(names)) != len(names):
         raise InvalidParameterError("a file is announced twice", field="header.files")
-    check_present(names)
+    unread = sorted(set(names) - set(check_present(names)))
+    if unread:
+        raise InvalidParameterError(f"{unread[0]}: another file has the weights; upload one", field="header.files")
     return sum(check_size(file.name, file.num_bytes, max_adapter_bytes) for file in files)
 
 
