@@ -59,12 +59,18 @@ def alone(base_dir: Path, truth: PeftTruth) -> dict[tuple[str | None, int], list
 def test_every_kind_among_strangers_evicted_and_preempted_equals_alone(
     base_dir: Path, truth: PeftTruth, alone: dict[tuple[str | None, int], list[int]], *, emulate_async: bool
 ) -> None:
-    with torch_engine(base_dir) as probe:
+    with torch_engine(base_dir, block_tokens=4) as probe:
         add_adapters(probe, truth)
-        num_pages = max(len(image) for _, image in probe.images.values()) + 6
+        num_pages = max(len(image) for _, image in probe.images.values()) + 24
 
     with torch_engine(
-        base_dir, num_pages=num_pages, emulate_async=emulate_async, max_num_batched_tokens=24, max_num_seqs=8
+        base_dir,
+        num_pages=num_pages,
+        num_arena_slots=4000,
+        block_tokens=4,
+        emulate_async=emulate_async,
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
     ) as harness:
         add_adapters(harness, truth)
         jobs = [key for _ in range(2) for key in alone]
@@ -75,6 +81,7 @@ def test_every_kind_among_strangers_evicted_and_preempted_equals_alone(
 
         assert len({tuple(tokens) for (_, length), tokens in alone.items() if length == 30}) == 1 + len(TUNERS)
         assert [generation.tokens for generation in generations] == [alone[job] for job in jobs]
+        assert harness.engine.counters.num_preemptions > 0, "the case is too easy"
         harness.check_idle()
 
 

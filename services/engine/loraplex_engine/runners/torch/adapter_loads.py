@@ -6,8 +6,9 @@ GPU it waits on the device, on a stream for copies.
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from loraplex_engine.model.linear import Linear
     from loraplex_engine.runners.torch.attention import PagedPool
     from loraplex_engine.runners.torch.handles import TorchStepHandle
+
+FACTOR_NICENESS: Final = 10
+"""Added to the niceness of the thread that computes factors, which Linux keeps by thread: steps on the same cores go first."""
 
 
 class AdapterLoads:
@@ -45,7 +49,9 @@ class AdapterLoads:
         self.factors = FactorWriter(linears)
         self.tables: dict[int, AdapterTable] = {}
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
-        self._computer = ThreadPoolExecutor(1, thread_name_prefix="adapter-factors")
+        self._computer = ThreadPoolExecutor(
+            1, thread_name_prefix="adapter-factors", initializer=os.nice, initargs=(FACTOR_NICENESS,)
+        )
         is_cuda = pool.pages.device.type == "cuda"
         self._stream = torch.cuda.Stream() if is_cuda else None  # type: ignore[no-untyped-call]
 
