@@ -6,7 +6,8 @@
 starts; the same rows of the base model without LoRA beside them. It compares 64 structured rows with 64 plain rows, and 64
 plain rows beside 64 structured ones with 64 beside 64 plain ones, by the median time between tokens and the tokens per
 second. Kinds of rows take turns in each round, and each ratio is one round's. The vocabulary of 32,000 tokens is made in
-code. ``--lexers 1,4,8`` compares numbers of lexers that the structured rows share, in one run. ``--smoke`` runs everything on a tiny model and the torch backend.
+code. ``--lexers 1,4,8`` compares numbers of lexers that the structured rows share, in one run. ``--smoke`` runs everything
+on a tiny model and the torch backend.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from loraplex_bench.end_to_end.cases import setup_of
 from loraplex_bench.end_to_end.context import Bench
 from loraplex_bench.end_to_end.structured import PAIRS, QUICK_PAIRS, Sizes, TimedFiller, Variant, run_structured
+from loraplex_bench.person_schema import SCHEMA
 from loraplex_bench.results import head_commit
 from loraplex_bench.shapes import LLAMA2_7B, AdapterFamily, Shape
 from loraplex_bench.synthetic_tokenizer import write_tokenizer
@@ -33,28 +35,6 @@ from loraplex_engine.constraints.limits import ConstraintLimits
 if TYPE_CHECKING:
     from loraplex_bench.rig import RigSetup
     from loraplex_engine.constraints.types import CompiledConstraint
-
-PERSON: Final = {
-    "type": "object",
-    "properties": {
-        "id": {"type": "integer", "minimum": 0, "maximum": 999_999},
-        "kind": {"enum": ["customer", "supplier", "partner"]},
-        "name": {"type": "string", "maxLength": 40},
-        "email": {"type": "string", "pattern": "^[a-z]{3,12}@[a-z]{3,12}\\.(com|org|net)$"},
-        "score": {"type": "integer", "minimum": -1000, "maximum": 1000},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 5},
-        "is_active": {"type": "boolean"},
-    },
-    "required": ["id", "kind", "name", "email", "score", "tags", "is_active"],
-    "additionalProperties": False,
-}
-SCHEMA: Final = {
-    "type": "array",
-    "minItems": 100_000,
-    "items": PERSON,
-    "x-guidance": {"whitespace_flexible": False},
-}
-"""No output of the benchmark completes it, so all rows run equally long; without blanks, of which random weights write many."""
 
 
 def gpu_setup() -> tuple[RigSetup, Sizes]:

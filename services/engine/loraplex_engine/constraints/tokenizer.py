@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 
 FIELD: Final = "structured_output"
 """The request field that errors name."""
+_CHARACTER: Final = r'[^"\\\x00-\x1F\x7F]'
+"""What a JSON string holds without an escape."""
+_LENGTHS: Final = (*range(1, 11), 30)
+SLICES: Final = [r"[\x20\x0A\x0D\x09]+", *(f"{_CHARACTER}{{1,{length}}}" for length in _LENGTHS), f"{_CHARACTER}+"]
+"""Sets of tokens that the library allows at once where a text may go on with each of them, instead of walking through them.
+
+They are the library's, for JSON, with one more for each length below ten: near the end of a string of bounded length only short
+tokens fit. Masks are the same with any slices.
+"""
 
 _log = get_logger()
 
@@ -126,7 +135,7 @@ def make_vocabulary(text: str, *, vocab_size: int, eos_token_ids: Sequence[int])
     if not eos:
         raise ValueError("it has no end-of-text token; name one in generation_config.json (eos_token_id)")
     return Vocabulary(
-        tokenizer=LLTokenizer(text, n_vocab=max(vocab_size, num_tokens), eos_token=eos),
+        tokenizer=LLTokenizer(text, n_vocab=max(vocab_size, num_tokens), eos_token=eos, slices=SLICES),
         vocab_size=vocab_size,
         num_tokens=num_tokens,
         eos_token_ids=tuple(eos),

@@ -199,6 +199,21 @@ def test_masks_are_the_same_with_one_lexer_and_with_several(num_threads: int) ->
     assert len({id(several.lexer) for _, several in pairs}) == 3 * 4
 
 
+@pytest.mark.parametrize("max_length", [1, 3, 7, 12, 40])
+def test_slices_change_no_mask_of_a_string_of_bounded_length(max_length: int) -> None:
+    vocabulary = make_vocabulary(byte_level_tokenizer().to_str(), vocab_size=350, eos_token_ids=(1,))
+    plain = replace(vocabulary, tokenizer=vocabulary.tokenizer.with_slices([]))
+    schema = json.dumps({"type": "array", "items": {"type": "string", "maxLength": max_length}, "maxItems": 4})
+    sliced, walked = (compile_here(KIND.JSON_SCHEMA, schema, each).start(()) for each in (vocabulary, plain))
+    rng = random.Random(max_length)
+    while not sliced.is_ended:
+        allowed = mask_of(sliced, vocabulary)
+        assert allowed == mask_of(walked, plain)
+        token_id = rng.choice(allowed)
+        for state in (sliced, walked):
+            state.accept(token_id)
+
+
 def test_a_used_up_lexer_ends_no_output_of_another_lexer() -> None:
     grammar = _with_lexers(COSTLY, 2, replace(LIMITS, max_lexer_states=100))
     constraint = GrammarConstraint(grammar)
