@@ -115,7 +115,7 @@ class GatewayApp:
         self.quotas = self._make_quotas()
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
-        self._models = ModelList(self._listing, created=int(time.time()))
+        self._models = ModelList(self._listing)
         self._grpc = self._make_grpc()
         self.http = self._make_http()
         self._metrics_server = metrics_server(config, self._authenticator, self._metrics_registry, self._as_worker())
