@@ -9,7 +9,7 @@ import pytest
 from loraplex.v1 import adapter_pb2, adapter_store_pb2
 from loraplex_common.ids import new_request_id
 from support.admin_rig import COMMIT, AdminRig, running
-from support.store_rig import other_base_dir
+from support.store_rig import other_base_dir, tiny_base_dir
 from support.valkey import fresh_database
 
 if TYPE_CHECKING:
@@ -96,6 +96,19 @@ async def test_of_calls_that_load_one_new_name_at_once_one_wins_whatever_gateway
     assert [alias.label for alias in kept.aliases] == ["latest"]
     stored = await rig.store.stub.ListAdapterRevisions(adapter_store_pb2.ListAdapterRevisionsRequest(name="json"))
     assert len(stored.revisions) == 1
+
+
+async def test_every_gateway_says_the_same_of_when_a_model_was_created(rig: AdminRig) -> None:
+    await rig.load(lora_path=rig.folder("a"))
+    imported_at = (await rig.store.get("json")).adapter.latest.create_time.seconds
+    written_at = int((tiny_base_dir() / "config.json").stat().st_mtime)
+
+    async with rig.another_gateway() as other:
+        for http in (rig.http, other):
+            listed = (await http.get("/v1/models")).json()["data"]
+            asked = [(await http.get(f"/v1/models/{name}")).json() for name in ("tiny", "json", "json:latest")]
+            assert [card["created"] for card in listed] == [written_at, imported_at]
+            assert [card["created"] for card in asked] == [written_at, imported_at, imported_at]
 
 
 async def test_a_load_that_fails_takes_no_name_from_another_that_goes_on(rig: AdminRig) -> None:

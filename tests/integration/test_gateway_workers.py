@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,26 @@ async def test_both_workers_serve_both_faces_and_metrics_sum_them(workers: Worke
     assert await workers.metric("loraplex_gateway_ttft_seconds_count") == [24.0]
     for of_all_engines in ("vllm:num_requests_running", "vllm:lora_requests_info"):
         assert len(await workers.metric(of_all_engines)) == 1
+
+
+async def test_any_worker_tells_the_load_of_all(workers: Workers) -> None:
+    workers.engine.hold_at = 2
+    url = f"http://{workers.process.addresses['http']}/load"
+    async with AsyncExitStack() as stack:
+        calls: list[Any] = []
+        for n in range(8):  # the chance that one worker has all of them is 1 in 128
+            stub = await stack.enter_async_context(workers.stub())
+            calls.append(stub.Generate(text_request(request_id=f"r{n}")))
+            await first_chunk(calls[-1])
+        loads = []
+        for _ in range(8):
+            async with httpx.AsyncClient(timeout=30) as client:
+                loads.append((await client.get(url)).json())
+        workers.engine.release()
+        for call in calls:
+            await last_event(call)
+
+    assert loads == [{"server_load": 8}] * 8
 
 
 async def test_a_request_is_cancelled_through_any_worker(workers: Workers) -> None:

@@ -38,6 +38,7 @@ class AdapterEntry:
         labels: Label to digest.
         base_fingerprints: Digest of each known revision to the fingerprint of its base model.
         text_parts: Digest of each revision that brings text parts to the digest of these.
+        created: Digest of each known revision to the Unix time at which the store imported it.
         allowed_tenants: Tenants that may use it; empty means all tenants.
         is_deleted: True once the name is no longer served.
     """
@@ -46,6 +47,7 @@ class AdapterEntry:
     labels: Mapping[str, str] = field(default_factory=dict)
     base_fingerprints: Mapping[str, str] = field(default_factory=dict)
     text_parts: Mapping[str, str] = field(default_factory=dict)
+    created: Mapping[str, int] = field(default_factory=dict)
     allowed_tenants: frozenset[str] = frozenset()
     is_deleted: bool = False
 
@@ -171,6 +173,7 @@ def _entry(entry: adapter_store_pb2.WatchAliasesResponse.Entry) -> AdapterEntry:
             for revision in entry.revisions
             if revision.HasField("text_parts")
         },
+        created={revision.revision: revision.create_time.seconds for revision in entry.revisions},
         allowed_tenants=frozenset(entry.allowed_tenants),
         is_deleted=entry.deleted,
     )

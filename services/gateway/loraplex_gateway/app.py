@@ -50,6 +50,7 @@ from loraplex_gateway.servers import (
 from loraplex_gateway.text.fair_workers import FairWorkers
 from loraplex_gateway.text.models import ModelCatalog, load_served_models
 from loraplex_gateway.text.voices import Voices
+from loraplex_gateway.workers.control import load_of_all
 from loraplex_gateway.workers.setup import new_gateway_id
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class GatewayApp:
         self.quotas = self._make_quotas()
         self.core = self._make_core()
         self._listing = ModelListing(self.catalog, self.names, self.pool)
-        self._models = ModelList(self._listing, created=int(time.time()))
+        self._models = ModelList(self._listing)
         self._grpc = self._make_grpc()
         self.http = self._make_http()
         self._metrics_server = metrics_server(config, self._authenticator, self._metrics_registry, self._as_worker())
@@ -239,7 +240,7 @@ class GatewayApp:
         return (
             None
             if self._setup is None
-            else control_server(self._setup, self.core, self.metrics, self._metrics_registry)
+            else control_server(self._setup, self.core, self.admission, self.metrics, self._metrics_registry)
         )
 
     def _make_quotas(self) -> TenantQuotas:
@@ -289,7 +290,7 @@ class GatewayApp:
             workers=self.workers,
             slow_client_s=self.config.slow_client_s,
             is_ready=lambda: self.is_ready,
-            num_requests=lambda: self.admission.num_running + self.admission.num_waiting,
+            num_requests=partial(load_of_all, self._setup, lambda: self.admission.num_requests),
             cors_origins=self.config.cors_allow_origin,
         )
         return http_server(self.config, make_app(context), shares_port=self._setup is not None)

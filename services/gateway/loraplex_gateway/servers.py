@@ -102,11 +102,17 @@ def metrics_server(
 
 
 def control_server(
-    setup: WorkerSetup, core: GatewayCore, metrics: GatewayMetrics, registry: CollectorRegistry
+    setup: WorkerSetup,
+    core: GatewayCore,
+    admission: AdmissionController,
+    metrics: GatewayMetrics,
+    registry: CollectorRegistry,
 ) -> ControlServer:
     """Return a worker's control socket, and have its core ask its siblings by theirs."""
     core.cancel_elsewhere = partial(cancel_at_sibling, setup)
-    return ControlServer(setup, registry, metrics.vllm.num_waiting, core.cancel_here)
+    return ControlServer(
+        setup, registry, metrics.vllm.num_waiting, lambda: admission.num_requests, cancel=core.cancel_here
+    )
 
 
 async def drain(

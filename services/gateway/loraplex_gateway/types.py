@@ -278,6 +278,7 @@ class ModelCard:
     Attributes:
         revision: Digest; empty for a base model.
         labels: Label to digest, for an adapter.
+        created: Unix time at which the revision was imported, or the base model's files were written.
         num_engines_resident: Engines on whose device it is.
     """
 
@@ -286,4 +287,5 @@ class ModelCard:
     revision: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     max_model_len: int
+    created: int = 0
     num_engines_resident: int

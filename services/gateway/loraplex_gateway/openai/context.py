@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -36,7 +36,7 @@ class HttpContext:
     Attributes:
         store_admin: Imports and deletes adapters; None without an adapter store.
         is_local: Whether only this machine reaches the port.
-        num_requests: Returns how many requests run or wait.
+        num_requests: Returns how many requests run or wait, on all workers.
         cors_origins: Origins of web pages that may read answers.
     """
 
@@ -53,7 +53,7 @@ class HttpContext:
     workers: FairWorkers
     slow_client_s: float
     is_ready: Callable[[], bool]
-    num_requests: Callable[[], int]
+    num_requests: Callable[[], Awaitable[int]]
     cors_origins: tuple[str, ...] = ()
 
     def admit(self, request: Request, right: str) -> Admission:

@@ -102,15 +102,10 @@ class ModelList:
 
     Args:
         listing: Knows base models and adapters.
-        created: Unix time that every entry carries.
-
-    Attributes:
-        created: The same.
     """
 
-    def __init__(self, listing: ModelListing, created: int) -> None:
+    def __init__(self, listing: ModelListing) -> None:
         self._listing = listing
-        self.created = created
 
     async def run(self) -> None:
         """Keep the pieces ready for ever, so that no caller waits for those that have changed."""
@@ -164,7 +159,13 @@ class ModelList:
                     yield entry
 
     def _base_piece(self, bases: tuple[ServedBase, ...]) -> Piece:
-        return Piece.of(tuple(self._entry(base.name, base.name, None, base.max_model_len) for base in bases))
+        models = (
+            ModelObject(
+                id=base.name, created=base.created, root=base.name, parent=None, max_model_len=base.max_model_len
+            )
+            for base in bases
+        )
+        return Piece.of(tuple(Entry(model.id, _encode(model)) for model in models))
 
     def _rendered(self, block: NameBlock, bases: tuple[ServedBase, ...]) -> _Rendered:
         if not _is_stale(block, bases):
@@ -190,13 +191,14 @@ class ModelList:
             # Alone, the name of a base model and an adapter is refused.
             is_plain = label == DEFAULT_LABEL and adapter.name not in names
             shown = adapter.name if is_plain else f"{adapter.name}:{label}"
-            yield self._entry(shown, digest, base.name, base.max_model_len, adapter.allowed_tenants)
-
-    def _entry(
-        self, name: str, root: str, parent: str | None, length: int, allowed: frozenset[str] = frozenset()
-    ) -> Entry:
-        model = ModelObject(id=name, created=self.created, root=root, parent=parent, max_model_len=length)
-        return Entry(name, _encode(model), allowed)
+            model = ModelObject(
+                id=shown,
+                created=adapter.created.get(digest, 0),
+                root=digest,
+                parent=base.name,
+                max_model_len=base.max_model_len,
+            )
+            yield Entry(shown, _encode(model), adapter.allowed_tenants)
 
 
 def _is_stale(block: NameBlock, bases: tuple[ServedBase, ...]) -> bool:

@@ -87,6 +87,11 @@ class AdmissionController:
         """Requests that wait."""
         return len(self._waiting)
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that run or wait."""
+        return len(self._running) + len(self._waiting)
+
     def waiting_by_priority(self) -> dict[int, int]:
         """Return the number of waiting requests of each priority."""
         counts: dict[int, int] = {}

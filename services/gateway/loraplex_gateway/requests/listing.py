@@ -31,11 +31,17 @@ ADAPTER_KEY: Final = "1"
 
 @dataclass(frozen=True, slots=True)
 class ServedBase:
-    """A base model, and how long its sequences may be, in tokens."""
+    """A base model.
+
+    Attributes:
+        max_model_len: How long its sequences may be, in tokens.
+        created: As of a `ServedModel`.
+    """
 
     name: str
     fingerprint: str
     max_model_len: int
+    created: int
 
 
 class ModelListing:
@@ -60,7 +66,8 @@ class ModelListing:
     def bases(self) -> tuple[ServedBase, ...]:
         """Return the base models, in the order of their flags, with their present lengths."""
         return tuple(
-            ServedBase(model.name, model.fingerprint, self.max_model_len(model)) for model in self._catalog.models
+            ServedBase(model.name, model.fingerprint, self.max_model_len(model), model.created)
+            for model in self._catalog.models
         )
 
     def all(self, caller: Principal, *, after: str = "") -> Iterator[ModelCard]:
@@ -131,6 +138,7 @@ class ModelListing:
             name=model.name,
             base_model=model.name,
             max_model_len=self.max_model_len(model),
+            created=model.created,
             num_engines_resident=sum(link.is_candidate for link in links),
         )
 
@@ -146,6 +154,7 @@ class ModelListing:
             revision=digest,
             labels=entry.labels,
             max_model_len=self.max_model_len(model),
+            created=entry.created.get(digest, 0),
             num_engines_resident=self._pool.num_resident(digest),
         )
 

@@ -28,12 +28,14 @@ class ServedModel:
     """One base model as the gateway needs it, by itself or as an adapter speaks (`voices`).
 
     Attributes:
+        created: Unix time at which its config.json was written: the same for all processes that read it.
         text_parts: What the adapter brings; empty for the model by itself.
     """
 
     info: BaseModelInfo
     tokenizer: PromptTokenizer
     defaults: GenerationDefaults
+    created: int = 0
     text_parts: TextParts = field(default_factory=TextParts)
 
     @property
@@ -61,6 +63,7 @@ def load_served_model(
         info=info,
         tokenizer=PromptTokenizer.from_directory(directory, workers),
         defaults=load_generation_defaults(directory, info.vocab_size),
+        created=int((directory / "config.json").stat().st_mtime),
     )
 
 

@@ -1,4 +1,4 @@
-"""A worker's control socket: its metrics for the parent, and cancellations that reached a sibling."""
+"""A worker's control socket: its metrics for the parent, its load for siblings, and cancellations that reached one."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ if TYPE_CHECKING:
     from loraplex_gateway.workers.setup import WorkerSetup
 
 TIMEOUT_S: Final = 4.0  # less than a scrape may take
+LOAD_TIMEOUT_S: Final = 1.0
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 
 _log = get_logger()
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is asked: its metrics, or whether it lives, or to end a request.
+    """What a worker is asked: its metrics, or whether it lives, or for its load, or to end a request.
 
     Attributes:
         is_pulse: Whether it is asked for a sign of life alone.
+        is_load: Whether it is asked how many requests it has.
         tenant: Whose request is to end.
         cancel: The id of a request that is to end; empty for none.
     """
 
     is_pulse: bool = False
+    is_load: bool = False
     tenant: str = ""
     cancel: str = ""
 
@@ -46,6 +49,7 @@ class ControlServer:
         setup: Says where.
         registry: The worker's metrics.
         waiting: Requests that wait for a place here, by base model.
+        num_requests: Returns how many requests run or wait here.
         cancel: Ends a request (tenant, id) of this worker; returns whether there was one.
     """
 
@@ -54,11 +58,13 @@ class ControlServer:
         setup: WorkerSetup,
         registry: CollectorRegistry,
         waiting: Mapping[str, int],
+        num_requests: Callable[[], int],
         cancel: Callable[[str, str], Awaitable[bool]],
     ) -> None:
         self._setup = setup
         self._registry = registry
         self._waiting = waiting
+        self._num_requests = num_requests
         self._cancel = cancel
         self._server: asyncio.Server | None = None
 
@@ -77,9 +83,11 @@ class ControlServer:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             question = msgspec.msgpack.decode(await reader.read(), type=Question)
-            answer: Snapshot | bool
+            answer: Snapshot | bool | int
             if question.is_pulse:
                 answer = True
+            elif question.is_load:
+                answer = self._num_requests()
             elif question.cancel:
                 answer = await self._cancel(question.tenant, question.cancel)
             else:
@@ -92,13 +100,13 @@ class ControlServer:
             writer.close()
 
 
-async def ask(path: Path, question: Question, kind: type[Any]) -> Any:
+async def ask(path: Path, question: Question, kind: type[Any], *, timeout_s: float = TIMEOUT_S) -> Any:
     """Ask a worker and return its answer.
 
     Raises:
-        OSError: If the worker is gone, or does not answer within `TIMEOUT_S` (`TimeoutError`).
+        OSError: If the worker is gone, or does not answer in time (`TimeoutError`).
     """
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(timeout_s):
         reader, writer = await asyncio.open_unix_connection(path, limit=MAX_ANSWER_BYTES)
         try:
             writer.write(msgspec.msgpack.encode(question))
@@ -120,3 +128,22 @@ async def cancel_at_sibling(setup: WorkerSetup, owner: str, tenant: str, request
         return bool(await ask(path, Question(tenant=tenant, cancel=request_id), bool))
     except OSError:
         return None
+
+
+async def load_of_all(setup: WorkerSetup | None, own: Callable[[], int]) -> int:
+    """Return how many requests run or wait on this worker and on its siblings; a sibling that hangs is left out.
+
+    Args:
+        setup: Says where the siblings are; None for a gateway of one process.
+        own: Returns how many this one has.
+    """
+    paths = [] if setup is None else setup.siblings
+    return own() + sum(await asyncio.gather(*[_load_of(path) for path in paths]))
+
+
+async def _load_of(path: Path) -> int:
+    try:
+        return int(await ask(path, Question(is_load=True), int, timeout_s=LOAD_TIMEOUT_S))
+    except OSError as error:
+        _log.debug("a worker does not tell its load", gateway_id=path.stem, cause=str(error))
+        return 0

@@ -30,6 +30,11 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
         """This worker's control socket."""
         return control_path(self.folder, self.gateway_id)
 
+    @property
+    def siblings(self) -> list[Path]:
+        """The control sockets of the other workers; one that was killed may have left its own."""
+        return [path for path in Path(self.folder).glob("*.sock") if path != self.control]
+
 
 def new_gateway_id() -> str:
     """Return the id of a gateway process that starts now."""

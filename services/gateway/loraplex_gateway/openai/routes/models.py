@@ -82,7 +82,7 @@ class _Models:
         return json_response(
             ModelObject(
                 id=asked,
-                created=self._context.models.created,
+                created=card.created,
                 root=card.revision or card.name,
                 parent=card.base_model if card.revision else None,
                 max_model_len=card.max_model_len,
@@ -97,12 +97,14 @@ def _model_name(text: str, is_base: IsBase) -> ModelName:
         AdapterNotFoundError: If nothing can have it.
         InvalidParameterError: If it is the name of a base model and of an adapter.
     """
-    name = read_model_name(text, is_base)
-    if name.adapter:
-        try:
+    try:
+        name = read_model_name(text, is_base)
+        if name.adapter:
             AdapterRef.parse(name.adapter, field="model")
-        except InvalidParameterError as error:
-            raise AdapterNotFoundError(error.message, field="model") from error
+    except InvalidParameterError as error:
+        if error.metadata:  # two have the name
+            raise
+        raise AdapterNotFoundError(error.message, field="model") from error
     return name
 
 

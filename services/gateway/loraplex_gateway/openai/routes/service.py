@@ -80,5 +80,5 @@ class _Service:
         return json_response(Version(version=package_version()))
 
     async def load(self, request: Request, admission: Admission) -> Response:
-        """Say how many requests run or wait here, as vLLM does."""
-        return json_response(Load(server_load=self._context.num_requests()))
+        """Say how many requests run or wait here, on all workers, as vLLM does."""
+        return json_response(Load(server_load=await self._context.num_requests()))
