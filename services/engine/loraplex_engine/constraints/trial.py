@@ -27,6 +27,7 @@ import numpy as np
 from llguidance import LLMatcher
 from loraplex_common.structured_output import ConstraintKind, StructuredOutput
 
+from loraplex_engine.constraints.context_free import schemas_of
 from loraplex_engine.constraints.grammars import to_grammar
 from loraplex_engine.constraints.json_text import ConstraintTextError
 from loraplex_engine.constraints.limits import ConstraintLimits
@@ -187,6 +188,14 @@ def try_constraint(trial: Trial, vocabulary: Vocabulary, limits: ConstraintLimit
         grammar = to_grammar(wanted, vocabulary, compact=limits.compact_json)
     except ConstraintTextError as error:
         return str(error)[:MAX_REASON_CHARS]
+    if reason := _draw(grammar, vocabulary, limits):
+        return f"{trial.kind}: {_blame(grammar, vocabulary, limits) or reason}"[:MAX_REASON_CHARS]
+    Path(trial.grammar_file).write_text(grammar, encoding="utf-8")
+    return ""
+
+
+def _draw(grammar: str, vocabulary: Vocabulary, limits: ConstraintLimits) -> str:
+    """Compile the library's list of grammars and draw some tokens; return why that does not work, or nothing."""
     matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=limits.of_library())
     rng = Random(0)
     for _ in range(NUM_STEPS):
@@ -195,12 +204,19 @@ def try_constraint(trial: Trial, vocabulary: Vocabulary, limits: ConstraintLimit
         began_s = time.process_time()
         mask = matcher.compute_bitmask()
         if (took_s := time.process_time() - began_s) > MAX_MASK_S:
-            return f"{trial.kind}: the mask of one token takes {took_s:.1f} s; make it smaller"
+            return f"the mask of one token takes {took_s:.1f} s; make it smaller"
         allowed = np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little"))
         matcher.consume_token(int(rng.choice(allowed)))
-    if matcher.is_error():
-        return f"{trial.kind}: {_explain(matcher.get_error())}"[:MAX_REASON_CHARS]
-    Path(trial.grammar_file).write_text(grammar, encoding="utf-8")
+    return _explain(matcher.get_error()) if matcher.is_error() else ""
+
+
+def _blame(grammar: str, vocabulary: Vocabulary, limits: ConstraintLimits) -> str:
+    """Return which rule has a schema that does not work by itself either, and why; nothing if each of them does."""
+    lark = json.loads(grammar)["grammars"][0].get("lark_grammar", "")
+    for rule, start, end in schemas_of(lark):
+        schema = json.loads(lark[start:end])
+        if reason := _draw(json.dumps({"grammars": [{"json_schema": schema}]}), vocabulary, limits):
+            return f"rule {rule!r}: {reason}"
     return ""
 
 
