@@ -220,11 +220,15 @@ def _blame(grammar: str, vocabulary: Vocabulary, limits: ConstraintLimits) -> st
     return ""
 
 
+TOO_MUCH_AT_ONCE: Final = (
+    "too much may come in one place: an object may have some 490 optional 'properties', other choices about as many cases; "
+    "require the properties, with types that take null, or group them in objects of their own"
+)
 EXPLANATIONS: Final = {
     "Unimplemented keys": "keywords cannot be enforced",
     "Unsatisfiable schema": "no value satisfies the schema",
-    "oneOf constraints": "keyword 'oneOf' cannot be enforced unless its options exclude each other, by type or by the "
-    "value of a required property; use anyOf",
+    "oneOf constraints": "keyword 'oneOf' cannot be enforced unless its options exclude each other, by type, by bounds or by "
+    "the values of a required property; use anyOf, or x-guidance with coerce_one_of, which reads it as anyOf",
     "not present in a registry": "keyword '$ref' points to another document, which is not read",
     "Anchor": "keyword '$ref' points to an anchor that is not there",
     "patternProperty regexes": "keyword 'patternProperties' cannot be enforced unless no name matches two of its patterns",
@@ -232,7 +236,12 @@ EXPLANATIONS: Final = {
     "Schema intersection stack level": "keywords 'allOf' and '$ref' cannot be enforced where they are intersected without end",
     "NoExtension": "no output satisfies it; perhaps a keyword 'pattern' or an expression asks for characters that outputs "
     "cannot have",
-    "min/maxProperties": "keywords 'minProperties' and 'maxProperties' cannot be enforced beside optional properties",
+    "min/maxProperties": "keywords 'minProperties' and 'maxProperties' cannot be enforced where another schema adds optional "
+    "properties; list those under the same properties",
+    "Current row has": TOO_MUCH_AT_ONCE,
+    "Too many items": TOO_MUCH_AT_ONCE,
+    "regex for integer range": "keywords 'minimum' and 'maximum' cannot be enforced: the integers are too large",
+    "regex for float range": "keywords 'minimum' and 'maximum' cannot be enforced: the numbers are too large",
 }
 """Part of what the library says -> what is said to the caller before it."""
 
