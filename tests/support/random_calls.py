@@ -37,8 +37,8 @@ TEMPLATES: Final = {
 """Format -> a chat template from which a gateway knows it."""
 OPENINGS: Final = {"llama3_json": "{", "mistral": "[TOOL_CALLS]", "mistral_named": "[TOOL_CALLS]"}
 """Format -> what begins a call; the others' is Hermes'."""
-ENDS: Final = {EOS: 9, '"': 4, "]": 4, "}": 4}
-"""What ends texts, lists, objects and the output -> a bias for it, without which most outputs were cut."""
+BIASES: Final = {EOS: 9, '"': 5, "]": 6, "}": 6, "\u0120": -4, "\u010a": -4, "\u0109": -4, "\u010d": -4}
+"""Bias of what ends texts, lists, objects and the output, and of blanks as a tokenizer has them; most outputs would be cut."""
 MARKERS: Final = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
 
 
@@ -99,7 +99,7 @@ def make_call_request(
     fmt = rng.choice(list(models))
     mode = rng.choice(("required", "required", "named", "auto"))
     choice: Any = {"type": "function", "function": {"name": names[-1]}} if mode == "named" else mode
-    biases = dict(ENDS)
+    biases = dict(BIASES) if rng.random() < 0.8 else {EOS: 9}  # some with long strings and many blanks, and cut
     if mode == "auto":
         functions[names[0]]["strict"] = True
         biases[OPENINGS.get(fmt, "<tool_call>")] = 14
