@@ -104,6 +104,10 @@ campaign: $(VENV)/.dev-installed ## Random requests of every kind: CAMPAIGN_ARGS
 structured-campaign: $(VENV)/.dev-installed ## Random schemas through adapters at any temperature: CAMPAIGN_ARGS="--requests 500 --seed 1"
 	@$(BIN)/python -m support.structured_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
 
+.PHONY: tool-campaign
+tool-campaign: $(VENV)/.dev-installed ## Random strict functions through adapters and tool formats: CAMPAIGN_ARGS="--requests 500 --seed 1"
+	@$(BIN)/python -m support.tool_campaign --results benchmarks/results $(CAMPAIGN_ARGS)
+
 .PHONY: kill-gateways
 kill-gateways: $(VENV)/.dev-installed ## Kill gateways under streams of every kind: KILL_ARGS="--rounds 100 --seed 1 --gently"
 	@$(BIN)/python -m support.gateway_kills $(KILL_ARGS)

@@ -38,6 +38,7 @@ WHAT: Final = {
     "steps": "single steps, to which the simulator is fitted",
     "structured-": "rows that draw under masks, beside plain rows",
     "structured": "random JSON Schemas on one engine, every output validated",
+    "tools": "random strict functions through adapters of every tool format, every call validated",
 }
 """Start of a file's name -> what such files hold."""
 HEAD: Final = """# Results

@@ -185,6 +185,18 @@ async def test_thoughts_come_apart_and_special_tags_stay_inside(valkey_url: str,
         assert chunks[-1].usage.completion_tokens_details.reasoning_tokens == num_thought
 
 
+@pytest.mark.parametrize("include_reasoning", [True, False])
+async def test_an_output_that_is_cut_within_its_thoughts_has_no_content(
+    valkey_url: str, thinker: Path, include_reasoning: bool
+) -> None:
+    async with answering(valkey_url, "<think>\nHm, well", thinker) as (_, client):
+        answer = await client.chat.completions.create(
+            model="thinker", messages=USER, extra_body={"include_reasoning": include_reasoning}
+        )
+
+        assert answer.choices[0].message.content is None
+
+
 async def test_a_prompt_that_closes_the_thoughts_has_an_answer_of_content_alone(valkey_url: str, thinker: Path) -> None:
     async with answering(valkey_url, "Hello", thinker) as (_, client):
         for extra in ({"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}):
@@ -212,6 +224,9 @@ async def test_a_request_may_bring_its_template_where_the_operator_says_so(valke
         with pytest.raises(openai.BadRequestError, match="line 1") as caught:
             await client.chat.completions.create(**asked, extra_body=bad)
 
+        assert caught.value.param == "chat_template"
+        with pytest.raises(openai.BadRequestError, match="the request's own chat template refuses") as caught:
+            await client.chat.completions.create(**asked, extra_body={"chat_template": "{{ raise_exception('no') }}"})
         assert caught.value.param == "chat_template"
         ids = list(rig.engine.submits[0].prompt_token_ids)
         assert rig.app.catalog.models[0].tokenizer.decode_now(ids, skip_special_tokens=False) == "hi!"

@@ -17,7 +17,7 @@ def random_schema(rng: Random, depth: int = 2) -> Any:
     """Return a schema; most have values that are short, none has a keyword that is refused by design."""
     makers: list[Callable[[Random, int], Any]] = [_boolean, _integer, _number, _string, _choice, _constant]
     if depth > 0:
-        makers += [_object, _object, _array, _union, _intersection, _reference]
+        makers += [random_object, random_object, _array, _union, _intersection, _reference]
     return rng.choice(makers)(rng, depth)
 
 
@@ -66,7 +66,8 @@ def _constant(rng: Random, _depth: int) -> Any:
     return {"const": rng.choice(["fixed", 12, False, None, {"n": [1, {"m": "x"}]}, ["a", 2]])}
 
 
-def _object(rng: Random, depth: int) -> Any:
+def random_object(rng: Random, depth: int) -> dict[str, Any]:
+    """Return the schema of an object."""
     names = rng.sample(NAMES, rng.randint(0, 4))
     schema: dict[str, Any] = {"type": "object", "properties": {name: random_schema(rng, depth - 1) for name in names}}
     schema["required"] = [name for name in names if rng.random() < 0.7]

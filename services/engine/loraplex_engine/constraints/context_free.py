@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from loraplex_engine.constraints.json_schema import prepare_schema
 from loraplex_engine.constraints.json_text import ConstraintTextError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _COMMENT: Final = re.compile(r"(#|//).*$")
 _UNICODE_ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))|\\.", re.DOTALL)
 _JSON_BLOCK: Final = re.compile(r"%json\s*(?=\{)")
+_HEAD_OF_RULE: Final = re.compile(r"^[ \t]*[?!]?([A-Za-z_]\w*)[^\n:]*:", re.MULTILINE)
 _OPTIONS_OF_RULE: Final = re.compile(r"^\s*[\w-]+\s*\[([^\]]*)\]\s*:", re.MULTILINE)
 _REFUSED_OPTIONS: Final = {
     "capture": "outputs have no captures",
@@ -50,9 +54,9 @@ def read_grammar(text: str, *, compact: bool = False) -> str:
     return _prepare_schemas(text, compact)
 
 
-def _prepare_schemas(text: str, compact: bool) -> str:
-    """Replace the schemas of %json by those that the library shall read."""
-    parts, done = [], 0
+def schemas_of(text: str) -> Iterator[tuple[str, int, int]]:
+    """Yield the schemas of a Lark grammar: the name of the rule that each is in, and where in the text it is, half-open."""
+    done = 0
     for found in _JSON_BLOCK.finditer(text):
         if found.start() < done:
             continue
@@ -60,8 +64,20 @@ def _prepare_schemas(text: str, compact: bool) -> str:
             _, end = json.JSONDecoder().raw_decode(text, found.end())
         except (ValueError, RecursionError):
             continue  # the library says what is wrong with it
-        schema = prepare_schema(text[found.end() : end], compact=compact)
-        parts += [text[done : found.end()], json.dumps(schema)]
+        *_, rule = ["", *_HEAD_OF_RULE.findall(text, done, found.start())]
+        yield rule, found.end(), end
+        done = end
+
+
+def _prepare_schemas(text: str, compact: bool) -> str:
+    """Replace the schemas of %json by those that the library shall read."""
+    parts, done = [], 0
+    for rule, start, end in schemas_of(text):
+        try:
+            schema = prepare_schema(text[start:end], compact=compact)
+        except ConstraintTextError as error:
+            raise ConstraintTextError(f"rule {rule!r}: {error}") from None
+        parts += [text[done:start], json.dumps(schema)]
         done = end
     return "".join([*parts, text[done:]])
 

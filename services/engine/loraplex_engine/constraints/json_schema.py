@@ -8,10 +8,10 @@ by the name of its keyword.
 from __future__ import annotations
 
 import json
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from loraplex_engine.constraints import keywords
-from loraplex_engine.constraints.exclusive import are_exclusive
+from loraplex_engine.constraints.exclusive import cases_of
 from loraplex_engine.constraints.formats import (
     INTEGER_BOUNDS,
     LIBRARY_FORMATS,
@@ -19,15 +19,15 @@ from loraplex_engine.constraints.formats import (
     PATTERNS,
     STRING_FORMATS,
 )
+from loraplex_engine.constraints.guidance import read_guidance
 from loraplex_engine.constraints.json_text import ConstraintTextError, read_json
-from loraplex_engine.constraints.limits import MAX_JSON_BLANKS
 from loraplex_engine.constraints.patterns import to_library
+from loraplex_engine.constraints.property_counts import with_combinations
 from loraplex_engine.constraints.references import Reference, check_references
 from loraplex_engine.constraints.repeated_factors import check_factors
 from loraplex_engine.constraints.schema_values import (
-    check_least_names,
     check_names,
-    check_number,
+    check_numbers,
     check_text,
     check_type,
     check_value,
@@ -39,10 +39,6 @@ from loraplex_engine.constraints.schema_values import (
 )
 
 Schema: TypeAlias = dict[str, Any]
-
-ESCAPES: Final = 'nrbtf\\"'
-"""What may follow a backslash in an output's strings; without ``u`` each name of a property has one spelling only."""
-BLANKS: Final = f"[\\x20\\n\\r\\t]{{1,{MAX_JSON_BLANKS}}}"
 
 
 def prepare_schema(text: str, *, compact: bool = False) -> Schema:
@@ -60,22 +56,28 @@ def prepare_schema(text: str, *, compact: bool = False) -> Schema:
         schema = {}
     if not isinstance(schema, dict):
         raise ConstraintTextError(f"a schema is an object or true, not {json.dumps(schema)[:40]}")
-    compact = _read_options(schema.pop("x-guidance", {})) or compact
+    guidance = read_guidance(schema.pop("x-guidance", {}), compact=compact)
     reader = _SchemaReader(schema)
     prepared: Schema = reader.read(schema, _Spot("#", "#"))
     check_references(reader.references, prepared, reader.places, has_ids=reader.has_ids)
-    check_factors(reader.factors)
-    form = {"whitespace_flexible": False} if compact else {"whitespace_pattern": BLANKS}
-    prepared["x-guidance"] = form | {"json_allowed_escapes": ESCAPES}
+    check_factors(reader.factors, may_meet=reader.may_meet)
+    for choice in reader.choices:
+        cases = choice["oneOf"]
+        if not guidance.coerces_one_of:
+            cases = cases_of(cases, prepared, draft=reader.draft, has_ids=reader.has_ids)
+        if cases is not None:
+            _write_as_any_of(choice, cases)
+    prepared["x-guidance"] = guidance.form
     return prepared
 
 
-def _read_options(options: Any) -> bool:
-    """Return whether `x-guidance` asks for compact JSON; its other options would let keywords be ignored."""
-    flexible = options.get("whitespace_flexible", True) if isinstance(options, dict) else None
-    if not isinstance(flexible, bool) or set(options) - {"whitespace_flexible"}:
-        raise ConstraintTextError("keyword 'x-guidance' takes whitespace_flexible, true or false, and nothing else")
-    return not flexible
+def _write_as_any_of(schema: Schema, cases: list[Any]) -> None:
+    """Write oneOf as an anyOf of these cases, in place."""
+    del schema["oneOf"]
+    if "anyOf" in schema:
+        schema["allOf"] = [*schema.get("allOf", []), {"anyOf": cases}]
+    else:
+        schema["anyOf"] = cases
 
 
 class _Spot(NamedTuple):
@@ -96,17 +98,17 @@ class _SchemaReader:
     """Rewrites one schema; keeps what must be looked at as a whole."""
 
     def __init__(self, root: Schema) -> None:
-        self._root = root
         dialect = root.get("$schema", "")
         draft = keywords.NEWEST_DRAFT if dialect == "" else keywords.DRAFTS.get(str(dialect).removesuffix("#"))
         if draft is None:
             known = ", ".join(keywords.DRAFTS)
             raise ConstraintTextError(f"keyword '$schema' names a dialect that is not known here; known are {known}")
-        self._draft = draft
+        self.draft = draft
         self.places: set[str] = set()
         self.references: list[Reference] = []
         self.factors: set[float] = set()
-        self.has_ids = False
+        self.choices: list[Schema] = []  # schemas with oneOf
+        self.has_ids = self.may_meet = False
 
     def read(self, schema: Any, spot: _Spot) -> Any:
         """Return one (sub)schema as the library shall read it.
@@ -121,7 +123,7 @@ class _SchemaReader:
             raise ConstraintTextError(f"the schema at {spot.place} is neither an object nor a boolean")
         schema = {key: value for key, value in schema.items() if not _says_nothing(key, value)}
         self._refuse(schema, spot.place)
-        if "$ref" in schema and self._draft <= 7:  # there a reference hides its siblings
+        if "$ref" in schema and self.draft <= 7:  # there a reference hides its siblings
             schema = {key: value for key, value in schema.items() if key in ("$ref", "$defs", "definitions")}
         if not str(schema.get("$id", "#")).startswith("#"):
             spot = spot._replace(base=spot.place)
@@ -129,22 +131,26 @@ class _SchemaReader:
         if "$ref" in schema:
             self.references.append(Reference(schema["$ref"], spot.place, spot.base))
         extra: list[Schema] = []
+        check_numbers(schema, spot.place)
         prepared = {key: self._value(key, value, spot, extra) for key, value in schema.items()}
-        check_least_names(prepared, spot.place)
-        return self._in_order(self._with_alternatives(prepared), extra)
+        prepared = self._in_order(with_combinations(prepared, spot.place), extra)
+        self.may_meet |= "allOf" in prepared or bool(prepared.keys() & {"$ref", "anyOf", "oneOf"} and len(prepared) > 1)
+        if "oneOf" in prepared:
+            self.choices.append(prepared)
+        return prepared
 
     def _refuse(self, schema: Schema, place: str) -> None:
         for key in schema:
             if key in keywords.REFUSED:
                 raise unsupported(key, place, keywords.REFUSED[key])
-            if key in keywords.CONTENT and self._draft <= 7:
+            if key in keywords.CONTENT and self.draft <= 7:
                 raise unsupported(key, place, "leave it out, or use pattern")
             if key == "x-guidance":
                 raise unsupported(key, place, "it belongs to the top of the schema")
-        if "prefixItems" in schema and ("additionalItems" in schema or self._draft < 2020):
+        if "prefixItems" in schema and ("additionalItems" in schema or self.draft < 2020):
             raise unsupported("prefixItems", place, "before draft 2020-12 it is a list under items")
         is_list = isinstance(schema.get("items"), list)
-        if "additionalItems" in schema and self._draft >= 2020 and not is_list:
+        if "additionalItems" in schema and self.draft >= 2020 and not is_list:
             raise unsupported("additionalItems", place, "since draft 2020-12 it is called items")
 
     def _value(self, key: str, value: Any, spot: _Spot, extra: list[Schema]) -> Any:
@@ -163,10 +169,8 @@ class _SchemaReader:
             return read_pattern(value, key, place)
         if key in keywords.COUNTS:
             return read_count(value, key, place)
-        if key in keywords.BOUNDS or key == "multipleOf":
-            check_number(value, key, place)
-            if key == "multipleOf":
-                self.factors.add(abs(value))
+        if key == "multipleOf":
+            self.factors.add(abs(value))
         elif key in ("const", "enum"):
             check_value(value, key, place)
         elif key == "type":
@@ -200,16 +204,6 @@ class _SchemaReader:
             known = ", ".join(sorted(STRING_FORMATS))
             raise unsupported("format", place, f"{name!r} is not known; known are {known}")
         return name if name in LIBRARY_FORMATS else None
-
-    def _with_alternatives(self, prepared: Schema) -> Schema:
-        """Write oneOf as anyOf where no value can satisfy two of its options."""
-        options = prepared.get("oneOf")
-        if options is None or not are_exclusive(options, self._root):
-            return prepared
-        prepared = {key: value for key, value in prepared.items() if key != "oneOf"}
-        if "anyOf" in prepared:
-            return prepared | {"allOf": [*prepared.get("allOf", []), {"anyOf": options}]}
-        return prepared | {"anyOf": options}
 
     @staticmethod
     def _in_order(prepared: Schema, extra: list[Schema]) -> Schema:

@@ -11,8 +11,12 @@ from loraplex_engine.constraints.json_text import ConstraintTextError
 MAX_PRODUCT: Final = 2**32 - 1
 
 
-def check_factors(factors: set[float]) -> None:
-    """Check the values of multipleOf of a schema, any of which may meet in one place through allOf or $ref.
+def check_factors(factors: set[float], *, may_meet: bool) -> None:
+    """Check the values of multipleOf of a schema.
+
+    Args:
+        factors: The values.
+        may_meet: Whether any of them may meet in one place, through allOf or $ref.
 
     Raises:
         ConstraintTextError: If a product of them does not fit, so that the library would compute a wrong common multiple.
@@ -20,6 +24,11 @@ def check_factors(factors: set[float]) -> None:
     exact = [Decimal(repr(factor)) for factor in factors if factor]
     if len(exact) < len(factors):
         raise ConstraintTextError("keyword 'multipleOf' must have a number above 0")
+    for group in [exact] if may_meet else [[factor] for factor in exact]:
+        _check_together(group)
+
+
+def _check_together(exact: list[Decimal]) -> None:
     if not exact:
         return
     places = max(0, *(-int(factor.as_tuple().exponent) for factor in exact))

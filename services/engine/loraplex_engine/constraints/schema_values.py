@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
+from loraplex_engine.constraints.conjunctions import is_integer
 from loraplex_engine.constraints.json_text import MAX_EXACT_INTEGER, ConstraintTextError
+from loraplex_engine.constraints.keywords import BOUNDS
 from loraplex_engine.constraints.limits import MAX_LITERAL_BYTES
 from loraplex_engine.constraints.patterns import PatternError, to_library
 
@@ -17,6 +19,11 @@ _UNSPEAKABLE: Final = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f\ud800-\udfff]")
 def not_numbers() -> list[dict[str, str]]:
     """Return schemas that together allow all values but numbers."""
     return [{"type": name} for name in ("null", "boolean", "string", "array", "object")]
+
+
+def not_objects() -> list[dict[str, str]]:
+    """Return schemas that together allow all values but objects."""
+    return [{"type": name} for name in ("null", "boolean", "string", "number", "array")]
 
 
 def read_pattern(pattern: Any, key: str, place: str) -> str:
@@ -37,14 +44,41 @@ def read_count(value: Any, key: str, place: str) -> int:
     return int(value)
 
 
-def check_number(value: Any, key: str, place: str) -> None:
-    """Refuse what is no number, or cannot be compared exactly."""
-    if isinstance(value, bool) and key.startswith("exclusive"):
-        return  # draft 4
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConstraintTextError(f"keyword {key!r} at {place} must have a number")
-    if abs(value) > MAX_EXACT_INTEGER:
-        raise unsupported(key, place, f"{value} is too large to be compared exactly")
+def check_numbers(schema: dict[str, Any], place: str) -> None:
+    """Refuse bounds and factors of a schema that are no numbers, or cannot be compared exactly."""
+    for key in (*BOUNDS, "multipleOf"):
+        if key not in schema:
+            continue
+        value = schema[key]
+        if isinstance(value, bool) and key.startswith("exclusive"):
+            continue  # draft 4
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConstraintTextError(f"keyword {key!r} at {place} must have a number")
+        # Bounds of integers are compared as binary64 and then in 64 bits.
+        if abs(value) > MAX_EXACT_INTEGER and not (is_integer(schema) and _is_exact_bound(value, key)):
+            raise too_large(key, place, value)
+
+
+def _is_exact_bound(value: float, key: str) -> bool:
+    """Return whether a bound of integers keeps its value in binary64 and in 64 bits, where 2^63 - 1 is what 2^63 becomes."""
+    if key not in ("minimum", "maximum") or value != int(value):
+        return False
+    return is_exact(value) or (key == "maximum" and value == 2**63 - 1)
+
+
+def is_exact(value: float) -> bool:
+    """Return whether a number is one of binary64 within 64 bits."""
+    return -(2**63) < value < 2**63 and int(float(value)) == value
+
+
+def too_large(key: str, place: str, value: float) -> ConstraintTextError:
+    """Return the refusal of a number."""
+    return unsupported(
+        key,
+        place,
+        f"{value} is too large to be compared exactly; beyond 2^53 there are bounds of type integer, const and enum, "
+        "with whole numbers of binary64 within 63 bits",
+    )
 
 
 def check_value(value: Any, key: str, place: str) -> None:
@@ -58,8 +92,10 @@ def check_value(value: Any, key: str, place: str) -> None:
             pending += item
         elif isinstance(item, str):
             check_text(item, key, place)
-        elif isinstance(item, int | float) and abs(item) > MAX_EXACT_INTEGER:
-            raise unsupported(key, place, f"{item} is too large to be compared exactly")
+        elif (isinstance(item, int) and not is_exact(item)) or (
+            isinstance(item, float) and abs(item) > MAX_EXACT_INTEGER
+        ):
+            raise too_large(key, place, item)
 
 
 def check_text(text: str, key: str, place: str) -> None:
@@ -93,10 +129,3 @@ def check_names(value: Any, key: str, place: str) -> None:
         raise ConstraintTextError(f"keyword {key!r} at {place} must have a list of names")
     for name in value:
         check_text(name, key, place)
-
-
-def check_least_names(schema: dict[str, Any], place: str) -> None:
-    """Refuse to count names that an output may repeat: JSON keeps the last of them only."""
-    least = schema.get("minProperties", 0)
-    if least > len(schema.get("required", ())) + 1:
-        raise unsupported("minProperties", place, "more than one name beyond the required ones may be the same twice")

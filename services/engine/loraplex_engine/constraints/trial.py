@@ -27,6 +27,7 @@ import numpy as np
 from llguidance import LLMatcher
 from loraplex_common.structured_output import ConstraintKind, StructuredOutput
 
+from loraplex_engine.constraints.context_free import schemas_of
 from loraplex_engine.constraints.grammars import to_grammar
 from loraplex_engine.constraints.json_text import ConstraintTextError
 from loraplex_engine.constraints.limits import ConstraintLimits
@@ -192,6 +193,14 @@ def try_constraint(trial: Trial, vocabulary: Vocabulary, limits: ConstraintLimit
         grammar = to_grammar(wanted, vocabulary, compact=limits.compact_json)
     except ConstraintTextError as error:
         return str(error)[:MAX_REASON_CHARS]
+    if reason := _draw(grammar, vocabulary, limits):
+        return f"{trial.kind}: {_blame(grammar, vocabulary, limits) or reason}"[:MAX_REASON_CHARS]
+    Path(trial.grammar_file).write_text(grammar, encoding="utf-8")
+    return ""
+
+
+def _draw(grammar: str, vocabulary: Vocabulary, limits: ConstraintLimits) -> str:
+    """Compile the library's list of grammars and draw some tokens; return why that does not work, or nothing."""
     matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=limits.of_library())
     rng = Random(0)
     for _ in range(NUM_STEPS):
@@ -200,20 +209,31 @@ def try_constraint(trial: Trial, vocabulary: Vocabulary, limits: ConstraintLimit
         began_s = time.process_time()
         mask = matcher.compute_bitmask()
         if (took_s := time.process_time() - began_s) > MAX_MASK_S:
-            return f"{trial.kind}: the mask of one token takes {took_s:.1f} s; make it smaller"
+            return f"the mask of one token takes {took_s:.1f} s; make it smaller"
         allowed = np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little"))
         matcher.consume_token(int(rng.choice(allowed)))
-    if matcher.is_error():
-        return f"{trial.kind}: {_explain(matcher.get_error())}"[:MAX_REASON_CHARS]
-    Path(trial.grammar_file).write_text(grammar, encoding="utf-8")
+    return _explain(matcher.get_error()) if matcher.is_error() else ""
+
+
+def _blame(grammar: str, vocabulary: Vocabulary, limits: ConstraintLimits) -> str:
+    """Return which rule has a schema that does not work by itself either, and why; nothing if each of them does."""
+    lark = json.loads(grammar)["grammars"][0].get("lark_grammar", "")
+    for rule, start, end in schemas_of(lark):
+        schema = json.loads(lark[start:end])
+        if reason := _draw(json.dumps({"grammars": [{"json_schema": schema}]}), vocabulary, limits):
+            return f"rule {rule!r}: {reason}"
     return ""
 
 
+TOO_MUCH_AT_ONCE: Final = (
+    "too much may come in one place: an object may have some 490 optional 'properties', other choices about as many cases; "
+    "require the properties, with types that take null, or group them in objects of their own"
+)
 EXPLANATIONS: Final = {
     "Unimplemented keys": "keywords cannot be enforced",
     "Unsatisfiable schema": "no value satisfies the schema",
-    "oneOf constraints": "keyword 'oneOf' cannot be enforced unless its options exclude each other, by type or by the "
-    "value of a required property; use anyOf",
+    "oneOf constraints": "keyword 'oneOf' cannot be enforced unless its options exclude each other, by type, by bounds or by "
+    "the values of a required property; use anyOf, or x-guidance with coerce_one_of, which reads it as anyOf",
     "not present in a registry": "keyword '$ref' points to another document, which is not read",
     "Anchor": "keyword '$ref' points to an anchor that is not there",
     "patternProperty regexes": "keyword 'patternProperties' cannot be enforced unless no name matches two of its patterns",
@@ -221,7 +241,12 @@ EXPLANATIONS: Final = {
     "Schema intersection stack level": "keywords 'allOf' and '$ref' cannot be enforced where they are intersected without end",
     "NoExtension": "no output satisfies it; perhaps a keyword 'pattern' or an expression asks for characters that outputs "
     "cannot have",
-    "min/maxProperties": "keywords 'minProperties' and 'maxProperties' cannot be enforced beside optional properties",
+    "min/maxProperties": "keywords 'minProperties' and 'maxProperties' cannot be enforced where another schema adds optional "
+    "properties; list those under the same properties",
+    "Current row has": TOO_MUCH_AT_ONCE,
+    "Too many items": TOO_MUCH_AT_ONCE,
+    "regex for integer range": "keywords 'minimum' and 'maximum' cannot be enforced: the integers are too large",
+    "regex for float range": "keywords 'minimum' and 'maximum' cannot be enforced: the numbers are too large",
 }
 """Part of what the library says -> what is said to the caller before it."""
 

@@ -30,6 +30,7 @@ class ParserRules:
         tools: How calls are written; None looks for none.
         schemas: The offered functions' parameters, by name.
         is_parallel: Whether more than one call is shown.
+        is_forced: Whether the output can be calls only, so that what is no whole call is the beginning of one that was cut.
     """
 
     thoughts: ThoughtTags | None = None
@@ -37,6 +38,7 @@ class ParserRules:
     tools: ToolFormat | None = None
     schemas: Mapping[str, Mapping[str, Any]]
     is_parallel: bool = True
+    is_forced: bool = False
 
 
 class OutputParser:
@@ -185,6 +187,8 @@ class OutputParser:
         return JsonRegion(self._calls, opening=opening, closing=tools.closing, names=names)
 
     def _shown(self, deltas: list[Delta]) -> Sequence[Delta]:
+        if self._rules.is_forced:
+            deltas = [delta for delta in deltas if not isinstance(delta, ContentDelta)]
         if self._rules.is_parallel:
             return deltas
         return [

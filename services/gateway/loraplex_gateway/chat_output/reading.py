@@ -89,6 +89,7 @@ def chat_reading(
         tools=tools,
         schemas={function["name"]: grammar.parameters_of(function) for function in prompt.tools},
         is_parallel=parsing.is_parallel,
+        is_forced=tools is not None and mode is ToolMode.REQUIRED,
     )
     markers = (
         *(tools.markers if tools else ()),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from loraplex_common.errors import InvalidParameterError
 
-from loraplex_gateway.openai.convert import chat_plan, constraining_field
+from loraplex_gateway.openai.convert import callable_of, chat_plan, constraining_field
 from loraplex_gateway.openai.field_rules import Table
 from loraplex_gateway.openai.other_names import Chat, OtherNames, Rename
 from loraplex_gateway.openai.schema import ChatBody, CommonBody
@@ -66,8 +67,12 @@ def chat_plan_of(body: CommonBody, own: Mapping[str, Any], is_base: IsBase, *, o
         InvalidParameterError: For what is not served.
     """
     chat = as_chat(body, own)
-    names = OtherNames(words.table, body, chat=words.chat, renames=words.renames, constraint=constraining_field(chat))
+    constraint = constraining_field(chat)
+    named = functools.partial(
+        OtherNames, words.table, body, chat=words.chat, renames=words.renames, constraint=constraint
+    )
     try:
-        return replace(chat_plan(chat, is_base, origin=origin), names=names)
+        plan = chat_plan(chat, is_base, origin=origin)
     except InvalidParameterError as error:
-        raise names.refusal(error) from error
+        raise named().refusal(error) from error
+    return replace(plan, names=named(callable_tools=callable_of(chat, plan.requests)))

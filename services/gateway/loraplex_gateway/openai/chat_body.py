@@ -123,6 +123,12 @@ def _named(offered: Functions, choices: list[Any], field: str) -> Functions:
     return tuple(known for known in offered if known["name"] in names)
 
 
+def callable_tools(body: ChatBody, prompt: ChatPrompt) -> tuple[int, ...]:
+    """Return which of a body's `tools` its prompt has: those that may be called."""
+    names = {function["name"] for function in prompt.tools}
+    return tuple(n for n, tool in enumerate(body.tools or ()) if tool.function and tool.function.name in names)
+
+
 def offered_function(n: int, tool: Tool) -> Mapping[str, Any]:
     """Return one function of a body's `tools`.
 

@@ -59,7 +59,7 @@ class ChatParts:
         """Return the whole message."""
         content, thoughts = "".join(self._content), "".join(self._thoughts)
         body: Json = {"role": "assistant", "content": content, "refusal": None}
-        if not content and (thoughts or self._calls):
+        if not content and (self._has_thought or self._calls):
             body["content"] = None
         if thoughts:
             body["reasoning_content"] = body["reasoning"] = thoughts

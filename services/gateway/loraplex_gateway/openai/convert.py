@@ -11,7 +11,7 @@ from loraplex_common.ids import new_request_id
 
 from loraplex_gateway.openai import fields
 from loraplex_gateway.openai.body import decode as decode
-from loraplex_gateway.openai.chat_body import chat_prompt, names_function
+from loraplex_gateway.openai.chat_body import callable_tools, chat_prompt, names_function
 from loraplex_gateway.openai.errors import BodyNames
 from loraplex_gateway.openai.model_names import read_model_name
 from loraplex_gateway.openai.output_format import constraint_field, structured_output
@@ -19,6 +19,7 @@ from loraplex_gateway.openai.prompts import MAX_CHOICES, completion_prompts
 from loraplex_gateway.openai.schema import ChatBody, StreamOptions
 from loraplex_gateway.requests.validation import REQUEST_ID_RULE, is_request_id
 from loraplex_gateway.types import (
+    ChatPrompt,
     GenerationRequest,
     Priority,
     ResponseOptions,
@@ -27,6 +28,8 @@ from loraplex_gateway.types import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loraplex_gateway.openai.model_names import IsBase
     from loraplex_gateway.openai.schema import CommonBody, CompletionBody
     from loraplex_gateway.openai.tracing import Origin
@@ -191,7 +194,7 @@ def _plan(body: CommonBody, requests: list[GenerationRequest], *, logprobs: int 
     return Plan(
         requests=tuple(choices),
         model=body.model,
-        names=BodyNames(table, body, constraint=constraining_field(body)),
+        names=BodyNames(table, body, constraint=constraining_field(body), callable_tools=callable_of(body, requests)),
         is_chat=is_chat,
         is_stream=body.stream,
         include_usage=options.include_usage,
@@ -202,6 +205,12 @@ def _plan(body: CommonBody, requests: list[GenerationRequest], *, logprobs: int 
         names_function=isinstance(body, ChatBody) and names_function(body.tool_choice),
         shows_thoughts=not isinstance(body, ChatBody) or body.include_reasoning,
     )
+
+
+def callable_of(body: CommonBody, requests: Sequence[GenerationRequest]) -> Sequence[int]:
+    """Return which of a body's `tools` may be called."""
+    prompt = requests[0].prompt
+    return callable_tools(body, prompt) if isinstance(body, ChatBody) and isinstance(prompt, ChatPrompt) else ()
 
 
 def constraining_field(body: CommonBody) -> str:

@@ -12,6 +12,8 @@ from loraplex_common.interceptors import DROP_REASON_KEY
 from starlette.responses import Response
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loraplex_common.errors import LoraplexError
 
     from loraplex_gateway.openai.fields import Table
@@ -48,6 +50,9 @@ _CONSTRAINT: Final = "structured_output"
 _CORE_NAMES: Final = re.compile(
     rf"\b(?:(?:sampling|stopping|response_options)\.\w+|{_CONSTRAINT}(?:\.\w+)?\b|(?:min|max)_new_tokens|prompt_token_ids)"
 )
+_RULE_OF_CALLS: Final = re.compile(r"grammar: rule '(?:args_(\d+)|body)': ")
+"""How an engine's refusal of a grammar of calls begins: see `chat_output.grammar`."""
+_TOOL: Final = re.compile(r"^tools\[(\d+)\]")
 # What a name of the core without a dot stands for.
 _FULL_NAMES: Final = {name: f"stopping.{name}" for name in ("min_new_tokens", "max_new_tokens")}
 
@@ -91,15 +96,36 @@ class BodyNames:
         table: The endpoint's fields.
         body: The body, where one has been read: of two names for one field, the one it uses is told.
         constraint: The body's field that constrains the output, its path included; empty if none does.
+        callable_tools: Places among the body's `tools` of those that may be called.
     """
 
-    def __init__(self, table: Table, body: msgspec.Struct | None = None, *, constraint: str = "") -> None:
+    def __init__(
+        self,
+        table: Table,
+        body: msgspec.Struct | None = None,
+        *,
+        constraint: str = "",
+        callable_tools: Sequence[int] = (),
+    ) -> None:
         self._table = table
         self._body = body
         self._constraint = constraint
+        self._callable_tools = callable_tools
+
+    def violation(self, field: str, text: str) -> tuple[str, str]:
+        """Return a violation in the body's words; what is wrong with a function's schema is told of that function."""
+        found = _RULE_OF_CALLS.match(text)
+        if found is not None and self._callable_tools and field.partition(".")[0] == _CONSTRAINT:
+            if found[1] is None:
+                text = f"json_schema: {text[found.end() :]}"
+            else:
+                field = f"tools[{found[1]}].function.parameters"
+                text = f"{field}: {text[found.end() :]}"
+        return self.field(field), self.text(text, field)
 
     def field(self, core: str) -> str:
         """Return the body's name of a field, its index or path kept: ``stop[3]`` for ``stopping.stop_strings[3]``."""
+        core = _TOOL.sub(self._place, core)
         root, bracket, rest = core.partition("[")
         if root.partition(".")[0] == _CONSTRAINT:
             return (self._constraint or "response_format") + bracket + rest
@@ -109,6 +135,11 @@ class BodyNames:
         if name == "stop" and isinstance(getattr(self._body, name, None), str):
             return name  # one string has no index
         return name + bracket + rest
+
+    def _place(self, found: re.Match[str]) -> str:
+        """Return which of the body's tools one of those that may be called is."""
+        number = int(found[1])
+        return f"tools[{self._callable_tools[number] if number < len(self._callable_tools) else number}]"
 
     def text(self, text: str, core: str | None = None) -> str:
         """Return a message in the body's words; `core` is the field that it is about, if it begins with it."""
@@ -121,7 +152,7 @@ def error_object(error: LoraplexError, names: BodyNames | None = None) -> dict[s
     """Return ``{"error": {...}}``: `code` is OpenAI's where it has one, `reason` is ours, `param` the offending field."""
     message, violations = error.message, error.violations
     if names is not None:
-        told = [(names.field(field), names.text(text, field)) for field, text in violations]
+        told = [names.violation(field, text) for field, text in violations]
         renamed = message
         for (_, before), (_, after) in zip(violations, told, strict=True):
             renamed = renamed.replace(before, after)

@@ -50,6 +50,7 @@ class OtherNames(BodyNames):
         chat: Where in it each turn of the conversation comes from.
         renames: What else is called otherwise.
         constraint: The field of the chat body that constrains the output; empty if none does.
+        callable_tools: As of `BodyNames`.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class OtherNames(BodyNames):
         chat: Chat | None = None,
         renames: Iterable[Rename] = (),
         constraint: str = "",
+        callable_tools: Sequence[int] = (),
     ) -> None:
-        super().__init__(table, body, constraint=constraint)
+        super().__init__(table, body, constraint=constraint, callable_tools=callable_tools)
         self._chat = chat or Chat()
         self._renames = tuple(renames)
 
@@ -77,7 +79,7 @@ class OtherNames(BodyNames):
 
     def refusal(self, error: InvalidParameterError) -> InvalidParameterError:
         """Return the refusal of the body as chat completions, in this body's words."""
-        told = [(self.field(field), self.text(text, field)) for field, text in error.violations]
+        told = [self.violation(field, text) for field, text in error.violations]
         message = "; ".join(text for _, text in told) if told else self.text(error.message)
         if isinstance(error, BodyError):
             return BodyError(message, openai_code=error.openai_code, violations=told)

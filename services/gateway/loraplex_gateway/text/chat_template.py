@@ -112,13 +112,13 @@ class ChatTemplate:
         if not self.reads_tools:
             messages, tools = in_words(messages, tools), []
         variables = self._variables(prompt) | {"tools": tools or None}
-        render = functools.partial(self._render, messages, variables, what=_what_of(prompt))
+        render = functools.partial(self._render, messages, variables, prompt)
         if not prompt.continue_final_message:
             return render(opens_answer=prompt.add_generation_prompt)
         # Drawn anew each time: no conversation can hold it, so that none has to be searched for it.
         final, mark = messages[-1]["content"], _MARK + secrets.token_hex(16).upper()
         messages[-1]["content"] = f"{final}{mark} "
-        return _cut_at_mark(render(opens_answer=False), mark, final)
+        return _cut_at_mark(render(opens_answer=False), mark, final, prompt)
 
     def _variables(self, prompt: ChatPrompt) -> dict[str, Any]:
         """Return what the request sets.
@@ -128,17 +128,19 @@ class ChatTemplate:
         """
         variables, effort = dict(prompt.template_kwargs), prompt.reasoning_effort
         if prompt.documents and "documents" not in variables_of(self.source):
-            raise _unused("documents", "has no place for them; put them into a message")
+            raise _unused(prompt, "documents", "has no place for them; put them into a message")
         if effort == "none" and "enable_thinking" in variables_of(self.source):
             variables.setdefault("enable_thinking", False)
         if effort is not None and "reasoning_effort" in variables_of(self.source):
             variables.setdefault("reasoning_effort", effort)
         elif effort not in (None, "none"):
-            raise _unused("reasoning_effort", "does not read it; leave it out")
+            raise _unused(prompt, "reasoning_effort", "does not read it; leave it out")
         documents = [dict(item) for item in prompt.documents]
         return {**variables, **self._special_tokens, "documents": documents or None}
 
-    def _render(self, messages: list[Turn], variables: dict[str, Any], *, what: str, opens_answer: bool) -> str:
+    def _render(
+        self, messages: list[Turn], variables: dict[str, Any], prompt: ChatPrompt, *, opens_answer: bool
+    ) -> str:
         try:
             text = self._template.render({**variables, "messages": messages, "add_generation_prompt": opens_answer})
             text.encode()  # a template may write lone surrogates, which no tokenizer takes
@@ -146,12 +148,21 @@ class ChatTemplate:
         except (jinja2.TemplateError, *_TEMPLATES_OWN_ERRORS) as error:
             reason = str(error)[:MAX_REASON_CHARS]  # it may quote the conversation
             raise InvalidParameterError(
-                f"the model's chat template refuses {what}: {reason}", field="messages"
+                f"{_whose(prompt)} chat template refuses {_what_of(prompt)}: {reason}", field=_blamed(prompt)
             ) from error
 
 
-def _unused(field: str, why: str) -> InvalidParameterError:
-    return InvalidParameterError(f"{field} is not supported: the model's chat template {why}", field=field)
+def _unused(prompt: ChatPrompt, field: str, why: str) -> InvalidParameterError:
+    return InvalidParameterError(f"{field} is not supported: {_whose(prompt)} chat template {why}", field=field)
+
+
+def _whose(prompt: ChatPrompt) -> str:
+    return "the model's" if prompt.template is None else "the request's own"
+
+
+def _blamed(prompt: ChatPrompt) -> str:
+    """Return the field that a template's refusal is about: of the messages' template, or of the request's own."""
+    return "messages" if prompt.template is None else "chat_template"
 
 
 def _what_of(prompt: ChatPrompt) -> str:
@@ -161,7 +172,7 @@ def _what_of(prompt: ChatPrompt) -> str:
     return f"these messages with these {' and '.join(names)}" if names else "these messages"
 
 
-def _cut_at_mark(rendered: str, mark: str, final: str) -> str:
+def _cut_at_mark(rendered: str, mark: str, final: str, prompt: ChatPrompt) -> str:
     """Return what is in front of the mark that was put behind the final message.
 
     A template that strips its messages strips the mark's space, too; then the final message's own spaces go as well.
@@ -173,9 +184,9 @@ def _cut_at_mark(rendered: str, mark: str, final: str) -> str:
         head = head.rstrip() if final.strip() else head  # nothing but space is stripped to an open turn
     if not found or not head.rstrip().endswith(final.strip()):
         raise InvalidParameterError(
-            "continue_final_message is not possible here: the model's chat template leaves out or changes the final "
-            "message, so there is no place in the prompt where it ends; send the prompt as text",
-            field="messages",
+            f"continue_final_message is not possible here: {_whose(prompt)} chat template leaves out or changes the "
+            "final message, so there is no place in the prompt where it ends; send the prompt as text",
+            field=_blamed(prompt),
         )
     return head
 

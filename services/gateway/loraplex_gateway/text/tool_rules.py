@@ -90,7 +90,7 @@ def _function(field: str, function: Mapping[str, Any]) -> Iterator[Violation]:
         yield f"{field}.name", f"{field}.name must be 1 to 64 letters, digits, _ and -"
     if parameters is not None and not isinstance(parameters, dict):
         yield f"{field}.parameters", f"{field}.parameters must be a JSON schema, an object"
-    elif parameters and parameters.get("type", "object") != "object":
+    elif parameters and parameters.get("type", "object") not in ("object", ["object"]):
         yield f"{field}.parameters", f"{field}.parameters.type must be object: arguments have names"
 
 

@@ -11,6 +11,7 @@ import pytest
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.structured_output import ConstraintKind, StructuredOutput
 from loraplex_gateway.chat_output import formats
+from loraplex_gateway.chat_output.deltas import ArgumentsDelta, ContentDelta
 from loraplex_gateway.chat_output.formats import OutputFormat, ThoughtTags, ToolFormat
 from loraplex_gateway.chat_output.reading import ChatReading, chat_reading
 from loraplex_gateway.types import ChatMessage, ChatPrompt, OutputParsing, ToolMode
@@ -132,6 +133,19 @@ def test_a_call_that_must_be_made_is_one_that_parses(name: str, has_markers: boo
     assert not fits(forced(fmt, ("get_weather", "{}")))
     assert not fits(forced(fmt, PARIS)[:-1])
     assert not fits(f"{forced(fmt, PARIS)} bye")
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_a_forced_call_that_is_cut_anywhere_shows_none_of_its_format_as_text(name: str) -> None:
+    made = reading(FORMATS[name], ToolMode.REQUIRED, WEATHER, NOW)
+    whole = forced(FORMATS[name], PARIS, LATER)
+
+    for end in range(len(whole)):
+        parser = made.parser()
+        deltas = [*parser.push(whole[:end]), *parser.finish()]
+        assert not [delta for delta in deltas if isinstance(delta, ContentDelta)], whole[:end]
+        arguments = "".join(d.text for d in deltas if isinstance(d, ArgumentsDelta) and d.index == 0)
+        assert PARIS[1].startswith(arguments)
 
 
 @pytest.mark.parametrize("name", list(FORMATS))

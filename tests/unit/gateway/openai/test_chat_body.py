@@ -145,6 +145,13 @@ def test_functions_are_bounded_before_a_template_sees_them(functions: list[dict[
     assert caught.value.violations[0][0] == field
 
 
+@pytest.mark.parametrize("kind", ["object", ["object"]])
+def test_arguments_are_an_object_however_their_type_is_written(kind: str | list[str]) -> None:
+    prompt, _ = prompt_of(tools=[{"type": "function", "function": {"name": "a", "parameters": {"type": kind}}}])
+
+    check_prompt(prompt)
+
+
 @pytest.mark.parametrize(
     ("turn", "field"),
     [

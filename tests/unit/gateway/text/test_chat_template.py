@@ -202,6 +202,20 @@ def test_the_templates_own_refusal_reaches_the_client() -> None:
     assert caught.value.field == "messages"
 
 
+def test_a_template_of_the_requests_own_is_not_called_the_models() -> None:
+    source = "{{ raise_exception('no pirates') }}"
+    own = ChatPrompt(messages=(ChatMessage(role="user", content="hi"),), template=source)
+
+    for prompt, whose, field in (
+        (own, "the request's own", "chat_template"),
+        (chat(("user", "hi")), "the model's", "messages"),
+    ):
+        with pytest.raises(InvalidParameterError) as refusal:
+            ChatTemplate(source, {}).render(prompt)
+        assert refusal.value.message == f"{whose} chat template refuses these messages: no pirates"
+        assert refusal.value.violations[0][0] == field
+
+
 @pytest.mark.parametrize(
     "source",
     ["{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ ''.format.__globals__.os }}"],
