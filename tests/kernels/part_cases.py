@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from kernels.kernel_cases import round_to
-from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, layout, pack
+from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, Tensors, layout, pack
 from loraplex_common.low_rank import LOW_RANK, LowRank
 from loraplex_common.sparse_delta import SPARSE_DELTA, SparseDelta
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR, Bias, InVector, OutVector
 from loraplex_kernels import reference
+from numpy.typing import NDArray
 from support.decoder_shapes import OPS, PROJECTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from loraplex_common.adapter_image import Geometry, Tensors
+    from loraplex_common.adapter_image import Geometry
     from loraplex_common.part_kind import Arrays, Part
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)

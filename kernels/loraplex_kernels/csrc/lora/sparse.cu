@@ -186,8 +186,9 @@ __device__ __forceinline__ void add_rows(const Params& p, Shared& shared, const 
     __syncthreads();
     add_up<kWidth>(p, shared, s, lanes, num);
     __syncthreads();
-#pragma unroll 1
-    for (int t = 0; t < count; ++t) {
+#pragma unroll
+    for (int t = 0; t < kWidth; ++t) {
+        if (t >= count) break;
         const int row = group.tokens[first + t];
         const float factor = s.scaling * p.scale[row];
         elem* to = p.y + static_cast<i64>(row) * p.width + output;
