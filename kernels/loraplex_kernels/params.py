@@ -138,6 +138,61 @@ class ExpandAddParams(ctypes.Structure):
     ]
 
 
+class PartTables(ctypes.Structure):
+    """csrc/lora/parts.cuh."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("pool", c_void_p),
+        ("tiles", c_void_p),
+        ("adapters", c_void_p),
+        ("entry_stride", c_int64),
+    ]
+
+
+class FinishParams(ctypes.Structure):
+    """csrc/lora/finish.cu."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("tables", PartTables),
+        ("scales", c_void_p),
+        ("biases", c_void_p),
+        ("y", c_void_p),
+        ("scale", c_void_p),
+        ("base_bias", c_void_p),
+        ("slice_begin", c_int * 4),
+        ("width", c_int),
+        ("reserved", c_int),
+    ]
+
+
+class ScaleInputParams(ctypes.Structure):
+    """csrc/lora/scale_input.cu."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("tables", PartTables),
+        ("entries", c_void_p),
+        ("x", c_void_p),
+        ("columns", c_int),
+        ("reserved", c_int),
+    ]
+
+
+class SparseParams(ctypes.Structure):
+    """csrc/lora/sparse.cu."""
+
+    _fields_: ClassVar[_Fields] = [
+        ("lora", LoraTables),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("scale", c_void_p),
+        ("slice_begin", c_int * 4),
+        ("width", c_int),
+        ("value_shift", c_int),
+        ("column_shift", c_int),
+        ("start_shift", c_int),
+    ]
+
+
 class AttentionDecodeParams(ctypes.Structure):
     """csrc/attention/decode.cu."""
 

@@ -91,3 +91,32 @@ def attention(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: in
     if layout.window:
         hidden |= key_at <= query_at - layout.window
     return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -math.inf).softmax(-1), wide_value)
+
+
+def finish(
+    y: torch.Tensor,
+    c: torch.Tensor | None,
+    b: torch.Tensor | None,
+    base_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``c * (y - base_bias) + base_bias + b``; fp32 ``[tokens, out_features]``; what is None is left out."""
+    value = y.float()
+    kept = torch.zeros(y.shape[1], device=y.device) if base_bias is None else base_bias.float()
+    if c is not None:
+        value = c * (value - kept) + kept
+    return value if b is None else value + b
+
+
+def sparse_product(x: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Return ``S x`` of a matrix by output row (CSR); fp32 ``[tokens, out_features]``.
+
+    Args:
+        x: ``[tokens, in_features]``.
+        values: ``[nnz]``.
+        columns: int ``[nnz]``.
+        starts: int ``[out_features + 1]``; where each output's values begin.
+    """
+    outputs = torch.repeat_interleave(torch.arange(len(starts) - 1, device=x.device), starts.diff())
+    products = values.float() * x.float()[:, columns]
+    out = torch.zeros(len(x), len(starts) - 1, dtype=torch.float32, device=x.device)
+    return out.index_add_(1, outputs, products)

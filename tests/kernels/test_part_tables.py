@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 from kernels.kernel_cases import AdapterPool
+from kernels.part_cases import PartPool
 from loraplex_common.adapter_image import ITEM_BYTES, LOW_RANK, AdapterSpec, Geometry, ImageError, ModuleSpec, pack
 from loraplex_common.adapter_parts import KINDS
 from loraplex_common.low_rank import LowRank
 from loraplex_common.projections import Projection
+from loraplex_common.sparse_delta import SPARSE_DELTA, SparseDelta
+from loraplex_common.vectors import BIAS, Bias, InVector
+from loraplex_common.vectors import OUT_VECTOR as SCALES
 from loraplex_kernels.lora.items import HEADER_STEP, ItemBuilder, header_ints, op_shapes, range_index
 from loraplex_kernels.lora.tables import AdapterTables, OpLimitError, check_parts, make_entries
 from support.decoder_shapes import decoder_geometry
@@ -127,3 +131,67 @@ def test_a_part_that_no_kernel_computes_is_refused_by_name() -> None:
 
     with pytest.raises(ImageError, match="layer 0 v_proj: backend cuda does not compute parts of kind 'test_vector'"):
         check_parts(spec)
+
+
+def small_geometry() -> Geometry:
+    return decoder_geometry(
+        dtype="float32",
+        page_bytes=16 * 1024,
+        num_layers=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=64,
+    )
+
+
+def test_binding_plain_lora_touches_no_table_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = small_geometry()
+    adapter = AdapterPool(geometry, 16, np.random.default_rng(0)).add_uniform(8)
+    tables = AdapterTables(geometry, max_adapters=1, tile_capacity=256, device=CPU)
+    sent: list[int] = []
+    monkeypatch.setattr(tables, "_upload", lambda target, source: sent.append(target.data_ptr()))
+
+    tables.bind(0, adapter.spec, adapter.pages)
+
+    assert sent == [tables.tiles.data_ptr(), tables.entries[0].data_ptr()]
+    assert not tables.has_others[0]
+
+
+def test_an_index_forgets_the_parts_of_the_adapter_that_it_named_before() -> None:
+    geometry = small_geometry()
+    pairs, others = (
+        AdapterPool(geometry, 64, np.random.default_rng(0)),
+        PartPool(geometry, 64, np.random.default_rng(1)),
+    )
+    plain, rich = pairs.add_uniform(8), others.add((SCALES, BIAS, SPARSE_DELTA), ("q_proj", "down_proj"))
+    tables = AdapterTables(geometry, max_adapters=2, tile_capacity=1024, device=CPU)
+    tables.bind(1, rich.spec, rich.pages)
+    qkv, gate_up = geometry.op_indices(0)["qkv"], geometry.op_indices(0)["gate_up"]
+    assert tables.has_others.tolist() == [False, True]
+    assert tables.has_part[BIAS][1, [qkv, gate_up]].tolist() == [True, False]
+    assert (tables.max_nonzeros[1, qkv] > 0).tolist() == [True, False, False]
+    assert tables.max_stacked[1].max() == 0
+
+    tables.unbind(1)
+    assert not tables.max_nonzeros.any()
+    tables.bind(1, plain.spec, plain.pages)
+
+    for kind in (SCALES, BIAS, SPARSE_DELTA):
+        assert not tables.entries_of(kind).any()
+        assert not tables.has_part[kind].any()
+    assert not tables.has_others.any()
+    assert tables.max_stacked[1, qkv] == 24
+
+
+def test_a_factor_on_inputs_beside_a_sparse_delta_in_one_module_is_refused() -> None:
+    spec = AdapterSpec(
+        "ab" * 32, (ModuleSpec(1, "o_proj", (InVector(), SparseDelta(5))), ModuleSpec(1, "k_proj", (Bias(),)))
+    )
+
+    with pytest.raises(ImageError, match=r"layer 1 o_proj: .* a factor on inputs and a sparse delta in one module"):
+        check_parts(spec)
+    check_parts(
+        AdapterSpec("ab" * 32, (ModuleSpec(1, "o_proj", (InVector(),)), ModuleSpec(1, "k_proj", (SparseDelta(5),))))
+    )

@@ -6,26 +6,28 @@ on the caller's current stream; the caller orders that stream before the first s
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from loraplex_common.adapter_image import TILE_ALIGN, layout
 from loraplex_common.adapter_parts import KINDS, check_kinds
+from loraplex_common.image_geometry import ImageError
 from loraplex_common.low_rank import LOW_RANK, MAX_SLICES
 from loraplex_common.part_kind import Matrices
 from loraplex_common.rank_limits import CUDA_MAX_RANK
+from loraplex_common.sparse_delta import SPARSE_DELTA
+from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR
 
+from loraplex_kernels.lora.entry_plan import entry_plan, undivided
 from loraplex_kernels.lora.ranges import RangeAllocator
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
-    from loraplex_common.adapter_parts import PartSizes
     from numpy.typing import NDArray
 
-COMPUTED_KINDS: Final = (LOW_RANK,)
+COMPUTED_KINDS: Final = (LOW_RANK, OUT_VECTOR, IN_VECTOR, BIAS, SPARSE_DELTA)
 """Kinds of parts that kernels exist for."""
+NO_KINDS: Final = frozenset[str]()
 MAX_RANK: Final = CUDA_MAX_RANK  # kMaxRank, of one projection
 MAX_STACKED_RANK: Final = MAX_SLICES * MAX_RANK  # of an op
 
@@ -42,15 +44,27 @@ def check_parts(spec: AdapterSpec) -> None:
     """Refuse an adapter whose parts the kernels cannot take.
 
     Raises:
-        ImageError: If a module has a part that no kernel computes.
+        ImageError: If a module has a part that no kernel computes, or two that no kernel computes together.
         RankLimitError: If a module's rank exceeds `MAX_RANK`; ops of such modules stay within `MAX_STACKED_RANK`.
     """
     check_kinds(spec, COMPUTED_KINDS, "cuda")
+    if any(kind == SPARSE_DELTA for _, _, kind, _ in spec.sizes):
+        _check_sparse(spec)
     for layer, projection, kind, size in spec.sizes:
         if kind == LOW_RANK and size > MAX_RANK:
             raise RankLimitError(
                 f"layer {layer}: rank {size} ({projection}) exceeds the {MAX_RANK} that the CUDA kernels take for one "
                 "projection"
+            )
+
+
+def _check_sparse(spec: AdapterSpec) -> None:
+    """Refuse modules with e and S: e is applied to x where it lies, and S would read e * x."""
+    for module in spec.modules:
+        if {IN_VECTOR, SPARSE_DELTA} <= {part.kind for part in module.parts}:
+            raise ImageError(
+                f"layer {module.layer} {module.projection}: backend cuda does not compute a factor on inputs and a sparse "
+                "delta in one module"
             )
 
 
@@ -71,7 +85,7 @@ def check_ops(geometry: Geometry) -> None:
 def make_entries(
     geometry: Geometry, spec: AdapterSpec, pages: NDArray[np.int32]
 ) -> tuple[dict[str, NDArray[np.void]], NDArray[np.int64]]:
-    """Return an adapter's ``[layers, ops]`` entries, by kind of part, and its tiles' byte offsets in the pool.
+    """Return an adapter's ``[layers, ops]`` entries, by each kind of part that it has, and its tiles' byte offsets in the pool.
 
     Tile numbers in the entries count from the adapter's first tile.
 
@@ -81,88 +95,19 @@ def make_entries(
         ImageError: If a module has a part that no kernel computes.
     """
     check_parts(spec)
-    plan = _plan(geometry, spec.sizes)
+    plan = entry_plan(geometry, spec.sizes)
     if len(pages) < plan.num_pages:
         raise ValueError(f"adapter {spec.digest[:12]} needs {plan.num_pages} pages, got {len(pages)}")
     offsets = pages[plan.tiles["page"]].astype(np.int64) * geometry.page_bytes + plan.tiles["offset"]
-    begins = _undivided(plan, offsets)
+    begins = undivided(plan, offsets)
     entries: dict[str, NDArray[np.void]] = {}
     for name, its in plan.kinds.items():
         kind = KINDS[name]
         rows = entries[name] = np.zeros((geometry.num_layers, len(geometry.ops)), dtype=kind.table_dtype)
         kind.write_entries(rows, Matrices(its.tiles, plan.firsts[its.matrices], begins[its.matrices]))
-        if its.places:
-            parts = [part for module in spec.modules for part in module.parts if part.kind == name]
-            kind.write_numbers(rows, its.places, parts)
+        parts = [part for module in spec.modules for part in module.parts if part.kind == name]
+        kind.write_numbers(rows, its.places, parts)
     return entries, offsets
-
-
-class _KindPlan(NamedTuple):
-    """One kind's part of a `_Plan`.
-
-    Attributes:
-        matrices: Numbers of its matrices among all.
-        tiles: First tile of each of them.
-        places: Layers, ops and slices of its parts, in the order of the modules; empty without parts.
-    """
-
-    matrices: NDArray[np.intp]
-    tiles: NDArray[np.void]
-    places: tuple[NDArray[np.intp], ...]
-
-
-class _Plan(NamedTuple):
-    """What the entries of all adapters with parts of the same sizes have in common.
-
-    Attributes:
-        num_pages: Pages of the image.
-        tiles: All tiles, in stream order.
-        firsts: First tile of each matrix.
-        strides: Bytes from one tile to the next of each matrix, where they lie one after another.
-        kinds: By kind of part.
-    """
-
-    num_pages: int
-    tiles: NDArray[np.void]
-    firsts: NDArray[np.intp]
-    strides: NDArray[np.int64]
-    kinds: dict[str, _KindPlan]
-
-
-@functools.lru_cache(maxsize=256)
-def _plan(geometry: Geometry, sizes: PartSizes) -> _Plan:
-    image = layout(geometry, sizes)
-    firsts = np.flatnonzero(image.tiles["start"] == 0)
-    item_bytes = {
-        number: entry.item_bytes(geometry.dtype) for kind in KINDS.values() for number, entry in kind.entries.items()
-    }
-    heads = image.tiles[firsts]
-    items = np.array([item_bytes[number] for number in heads["kind"].tolist()], dtype=np.int64)
-    strides = -(-(heads["rows"].astype(np.int64) * heads["cols"] * items) // TILE_ALIGN) * TILE_ALIGN
-    kinds = {}
-    for kind in KINDS.values():
-        matrices = np.flatnonzero(np.isin(image.tiles["kind"][firsts], list(kind.entries)))
-        places = [
-            (part.layer, *geometry.place(part.layer, part.projection)) for part in sizes if part.kind == kind.name
-        ]
-        columns = tuple(np.array(column, dtype=np.intp) for column in zip(*places, strict=True))
-        kinds[kind.name] = _KindPlan(matrices, image.tiles[firsts[matrices]], columns)
-    return _Plan(image.num_pages, image.tiles, firsts, strides, kinds)
-
-
-def _undivided(plan: _Plan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return where each matrix begins if its tiles lie one after another in the pool, else -1.
-
-    Args:
-        plan: The image's tiles.
-        offsets: Offset of each tile in the pool, bytes.
-    """
-    tiles, firsts = plan.tiles, plan.firsts
-    counts = np.diff(np.append(firsts, len(tiles)))
-    numbers = np.arange(len(tiles)) - np.repeat(firsts, counts)
-    expected = np.repeat(offsets[firsts], counts) + numbers * np.repeat(plan.strides, counts)
-    undivided = np.logical_and.reduceat(offsets == expected, firsts) if len(firsts) else np.zeros(0, dtype=bool)
-    return np.where(undivided, offsets[firsts], -1)
 
 
 class AdapterTables:
@@ -173,6 +118,10 @@ class AdapterTables:
         tiles: int64 ``[tile_capacity]`` on the device; byte offsets in the pool.
         max_ranks: int32 ``[max_adapters, ops, 3]`` on the host; largest rank of each slice over the layers.
         max_stacked: int32 ``[max_adapters, ops]`` on the host; largest stacked rank over the layers.
+        max_nonzeros: int32 ``[max_adapters, ops, 3]`` on the host; most non-zeros of each slice's sparse delta over the
+            layers.
+        has_part: By kind of part but pairs, bool ``[max_adapters, ops]`` on the host.
+        has_others: bool ``[max_adapters]`` on the host; whether an adapter has any part but pairs.
 
     Raises:
         OpLimitError: If an op has more slices than the kernels take.
@@ -195,6 +144,10 @@ class AdapterTables:
         self.tiles = torch.zeros(tile_capacity, dtype=torch.int64, device=device)
         self.max_ranks = np.zeros((max_adapters, num_ops, MAX_SLICES), dtype=np.int32)
         self.max_stacked = np.zeros((max_adapters, num_ops), dtype=np.int32)
+        self.max_nonzeros = np.zeros((max_adapters, num_ops, MAX_SLICES), dtype=np.int32)
+        self.has_part = {name: np.zeros((max_adapters, num_ops), dtype=np.bool_) for name in KINDS if name != LOW_RANK}
+        self.has_others = np.zeros(max_adapters, dtype=np.bool_)
+        self._written: dict[int, frozenset[str]] = {}  # by index, kinds whose rows on the device are not blank
 
     @property
     def entries(self) -> torch.Tensor:
@@ -204,6 +157,11 @@ class AdapterTables:
     def entries_of(self, kind: str) -> torch.Tensor:
         """Return the entries of a kind of part: uint8 ``[max_adapters, layers, ops, bytes of an entry]`` on the device."""
         return self._entries[kind]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The entries of all kinds."""
+        return tuple(self._entries.values())
 
     @property
     def entry_stride(self) -> int:
@@ -232,14 +190,30 @@ class AdapterTables:
         entries, offsets = make_entries(self.geometry, spec, pages)
         start = self._allocator.allocate(len(offsets))
         self._ranges[index] = (start, len(offsets))
-        self.max_ranks[index] = entries[LOW_RANK]["rank"].max(axis=0)
-        self.max_stacked[index] = entries[LOW_RANK]["stacked_rank"].max(axis=0)
+        self._note_parts(index, spec, entries)
         self._upload(self.tiles[start : start + len(offsets)], torch.from_numpy(offsets))
         for name, rows in entries.items():
             for field in KINDS[name].tile_fields:
                 rows[field] += start
             target = self._entries[name][index]
             self._upload(target, torch.from_numpy(rows.view(np.uint8).reshape(target.shape)))
+        kinds = frozenset(entries)
+        for name in self._written.get(index, NO_KINDS) - kinds:
+            self._entries[name][index].zero_()
+        self._written[index] = kinds
+
+    def _note_parts(self, index: int, spec: AdapterSpec, entries: dict[str, NDArray[np.void]]) -> None:
+        if (pairs := entries.get(LOW_RANK)) is not None:
+            self.max_ranks[index] = pairs["rank"].max(axis=0)
+            self.max_stacked[index] = pairs["stacked_rank"].max(axis=0)
+        self.has_others[index] = len(entries) > (LOW_RANK in entries)
+        if not self.has_others[index]:
+            return
+        for layer, projection, kind, _ in spec.sizes:
+            if kind != LOW_RANK:
+                self.has_part[kind][index, self.geometry.place(layer, projection)[0]] = True
+        if (deltas := entries.get(SPARSE_DELTA)) is not None:
+            self.max_nonzeros[index] = deltas["count"].max(axis=0)
 
     def unbind(self, index: int) -> None:
         """Forget an adapter; its rows on the device stay until the index is bound again, and no step names them.
@@ -250,6 +224,11 @@ class AdapterTables:
         self._allocator.release(*self._ranges.pop(index))
         self.max_ranks[index] = 0
         self.max_stacked[index] = 0
+        for name in self._written[index]:
+            if name != LOW_RANK:
+                self.has_part[name][index] = False
+        if SPARSE_DELTA in self._written[index]:
+            self.max_nonzeros[index] = 0
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if the tile table's accounts do not add up."""

@@ -18,6 +18,8 @@ from loraplex_common.errors import AdapterIncompatibleError, SaturatedError
 from loraplex_kernels.lora.ranges import TableFullError
 
 from loraplex_engine.runners.cuda.host_memory import PinnedArena, check
+from loraplex_engine.runners.cuda.magnitude_loads import MagnitudeLoad
+from loraplex_engine.runners.cuda.magnitudes import has_magnitudes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from loraplex_kernels.lora.tables import AdapterTables
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from loraplex_engine.runners.cuda.magnitude_loads import MagnitudeLoads
 
 TABLE_RETRY_S: Final = 1.0  # evictions of other adapters free tiles
 HOST_TO_DEVICE = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -85,10 +89,11 @@ class AdapterLoads:
     Args:
         pool: uint8 ``[pages, page_bytes]``.
         tables: Device tables.
+        magnitudes: Computes c of DoRA adapters behind the copy.
     """
 
-    def __init__(self, pool: Tensor, tables: AdapterTables) -> None:
-        self._pool, self._tables = pool, tables
+    def __init__(self, pool: Tensor, tables: AdapterTables, magnitudes: MagnitudeLoads) -> None:
+        self._pool, self._tables, self._magnitudes = pool, tables, magnitudes
         self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self._watcher = LoadWatcher(pool.device)
         self._arena: PinnedArena | None = None
@@ -107,7 +112,7 @@ class AdapterLoads:
         pages: NDArray[np.int32],
         source: NDArray[np.uint8],
         compute: torch.cuda.Stream,
-    ) -> CudaLoadHandle:
+    ) -> CudaLoadHandle | MagnitudeLoad:
         """Start a load behind everything launched on the compute stream; see `ModelRunner.load_adapter`.
 
         Raises:
@@ -125,6 +130,10 @@ class AdapterLoads:
             self._copy(pages, source)
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record()
+        if has_magnitudes(spec):
+            load = MagnitudeLoad(spec, pages, event, compute, staging)
+            self._magnitudes.start(load)
+            return load
         return CudaLoadHandle(event, staging, self._watcher)
 
     def _bind(self, index: int, spec: AdapterSpec, pages: NDArray[np.int32]) -> None:
@@ -141,6 +150,7 @@ class AdapterLoads:
 
     def close(self) -> None:
         """Wait for the copies and release the arena."""
+        self._magnitudes.close()
         self._stream.synchronize()
         self._watcher.close()
         if self._arena is not None:

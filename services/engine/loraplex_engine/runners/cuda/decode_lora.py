@@ -19,6 +19,8 @@ from loraplex_kernels.lora.items import op_shapes
 
 from loraplex_engine.runners.cuda.graphs import lora_variants, variant_of
 from loraplex_engine.runners.cuda.lora_paths import BasePath, BesideLoraPath, Fork, Grids, InLineLoraPath
+from loraplex_engine.runners.cuda.part_lora import DecodeParts
+from loraplex_engine.runners.cuda.part_variants import PART_VARIANTS
 from loraplex_engine.runners.cuda.token_lora import max_decode_items
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class DecodeLora:
         max_rows_beside: Steps of up to so many rows take `BesideLoraPath`.
 
     Attributes:
-        variants: The graphs that it has a path for, see `lora_variants`.
+        variants: The graphs of pairs alone that it has a path for, see `lora_variants`.
     """
 
     def __init__(
@@ -80,14 +82,23 @@ class DecodeLora:
         self._delta = torch.empty(rows_beside * widest, dtype=torch.float32, device=library.device)
         self._hidden = {lora: lora.new_scratch() for lora in (self.beside, self.in_line)}
         self._sent: dict[LoraDecode, tuple[object, int]] = {}
+        self._parts = DecodeParts(library, tables, pool, followers=followers, max_rows=max_rows, num_sms=num_sms)
+
+    @property
+    def num_variants(self) -> int:
+        """The graphs that it has a path for: `variants`, then `PART_VARIANTS`."""
+        return len(self.variants) + len(PART_VARIANTS)
 
     @property
     def fixed_tensors(self) -> tuple[Tensor, ...]:
         """Tensors whose addresses reach kernels through tables."""
-        return (self.beside.items.buffer, self.in_line.items.buffer, *self._hidden.values(), self._delta)
+        own = (self.beside.items.buffer, self.in_line.items.buffer, *self._hidden.values(), self._delta)
+        return (*own, *self._parts.fixed_tensors)
 
     def path(self, bucket: int, variant: int) -> LayerPath:
         """Return how a graph of that many rows and that variant goes through the projections."""
+        if variant >= len(self.variants):
+            return self._parts.path(bucket, variant - len(self.variants))
         ops = self.variants[variant]
         if not ops:
             return BasePath(self._followers)
@@ -119,6 +130,8 @@ class DecodeLora:
         lora, key = self._kernels_of(bucket), (num_binds, adapters.tobytes())
         sent = self._sent.get(lora)
         if sent is None or sent[0] != key:
+            if self._tables.has_others[used].any():
+                return len(self.variants) + self._parts.prepare(adapters, key)
             lora.prepare(adapters)
             sent = self._sent[lora] = (
                 key,

@@ -58,7 +58,7 @@ class Workspace:
     Attributes:
         hidden: The residual stream.
         x: Normed input of qkv and gate_up, and of lm_head.
-        qkv, attended, gate_up, act: Along a layer; ``projected``: scratch of o and down in a decode step.
+        qkv, attended, gate_up, act: Along a layer; ``projected``: scratch of o and down, see `scratch`.
         logits: ``[max_rows, vocab]``.
     """
 
@@ -71,10 +71,22 @@ class Workspace:
         self.x = buffer(tokens, hidden)
         self.qkv = buffer(tokens, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
         self.attended = buffer(tokens, config.num_heads * config.head_dim)
-        self.projected = buffer(limits.max_rows, hidden)
+        fits_gate_up = 2 * config.intermediate_size >= hidden
+        self.projected = buffer(limits.max_rows if fits_gate_up else tokens, hidden)
         self.gate_up = buffer(tokens, 2 * config.intermediate_size)
         self.act = buffer(tokens, config.intermediate_size)
         self.logits = buffer(limits.max_rows, config.vocab_size)
+
+    def scratch(self, tokens: int) -> Tensor:
+        """Return the scratch of o and down, ``[tokens, hidden]``.
+
+        More tokens than decode steps have take gate_up's memory: from o's product to the norm behind it, and from down's to the
+        next layer's, nothing else is in it.
+        """
+        if tokens <= len(self.projected):
+            return self.projected[:tokens]
+        hidden = self.projected.shape[1]
+        return self.gate_up.view(-1)[: tokens * hidden].view(tokens, hidden)
 
 
 class PagedAttention:
@@ -192,7 +204,7 @@ class LlamaDecoder(CudaDecoder[LlamaModel]):
     def forward(self, step: StepInputs, path: LayerPath, *, num_decode: int) -> Tensor | None:
         """See `CudaDecoder`."""
         work, tokens = self.work, step.token_ids.shape[0]
-        hidden, x, projected = work.hidden[:tokens], work.x[:tokens], work.projected[:tokens]
+        hidden, x, projected = work.hidden[:tokens], work.x[:tokens], work.scratch(tokens)
         qkv, attended = work.qkv[:tokens], work.attended[:tokens]
         gate_up, act = work.gate_up[:tokens], work.act[:tokens]
         self._embedding.launch(self._model.embedding, step.token_ids, step.slots, self.last_sampled, hidden)

@@ -26,7 +26,10 @@ from loraplex_engine.runners.cuda.forwards import forward_of
 from loraplex_engine.runners.cuda.graphs import DecodeGraphs, bucket_sizes
 from loraplex_engine.runners.cuda.kernel_limits import require_kernels, tile_capacity
 from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
-from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, BasePath
+from loraplex_engine.runners.cuda.lora_paths import BasePath
+from loraplex_engine.runners.cuda.magnitude_loads import MagnitudeLoads
+from loraplex_engine.runners.cuda.magnitudes import RowScales
+from loraplex_engine.runners.cuda.part_lora import TokenParts, make_part_kernels
 from loraplex_engine.runners.cuda.sampling import DeviceSampler
 from loraplex_engine.runners.cuda.step_buffers import StepBuffers
 from loraplex_engine.runners.cuda.step_input import is_pure_decode
@@ -41,12 +44,12 @@ if TYPE_CHECKING:
 
     from loraplex_engine.limits import EngineLimits
     from loraplex_engine.model.weights import WeightSource
-    from loraplex_engine.runners.cuda.adapter_loads import CudaLoadHandle
     from loraplex_engine.runners.cuda.host_memory import PinnedArena
+    from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.step_handle import CudaStepHandle
     from loraplex_engine.runners.runner_config import RunnerConfig
     from loraplex_engine.runners.slot_faults import SlotFaults
-    from loraplex_engine.step import StepPlan, TokenLogprobs
+    from loraplex_engine.step import LoadHandle, StepPlan, TokenLogprobs
 
 
 class CudaRunner:
@@ -93,7 +96,8 @@ class CudaRunner:
             max_rows=self._largest.max_rows,
         )
         self._prompt_logprobs = PromptLogprobTracker(self._model)
-        self._loads = AdapterLoads(self._pool, self._tables)
+        scales = RowScales(self._pool, self.geometry, self._model.linears, self._library.dtype)
+        self._loads = AdapterLoads(self._pool, self._tables, MagnitudeLoads(scales, self.geometry, device))
         self._buffers = StepBuffers(config, self._largest, sizes, device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._drawing = Drawing(
@@ -105,16 +109,17 @@ class CudaRunner:
 
     def _make_lora_paths(self) -> None:
         config, largest = self._config, self._largest
+        num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._decode_lora = DecodeLora(
             self._library,
             self._tables,
             self._pool,
             followers=self._decoder.followers,
             max_rows=largest.max_rows,
-            num_sms=torch.cuda.get_device_properties(self._device).multi_processor_count,
+            num_sms=num_sms,
         )
-        self._num_variants = len(self._decode_lora.variants)
-        self._token_lora = make_token_lora(
+        self._num_variants = self._decode_lora.num_variants
+        token_lora = make_token_lora(
             self._library,
             self._tables,
             self._pool,
@@ -123,7 +128,8 @@ class CudaRunner:
             max_tokens=largest.max_tokens,
             min_decode_runs=config.min_decode_runs,
         )
-        self._added_path = AddedLoraPath(self._decoder.followers, self._token_lora)
+        parts = make_part_kernels(self._library, self._tables, self._pool, max_rows=largest.max_tokens, num_sms=num_sms)
+        self._token_parts = TokenParts(token_lora, self._tables, self._decoder.followers, parts)
         self._num_binds = 0
 
     @property
@@ -158,10 +164,10 @@ class CudaRunner:
         return self._drawing.draw(plan, self._decoder.work.logits[:count], faults)
 
     def _launch_mixed(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
-        step, path = self._buffers.send_mixed(plan), self._base_path
+        step = self._buffers.send_mixed(plan)
+        path: LayerPath = self._base_path
         if (plan.adapters >= 0).any():
-            self._token_lora.prepare(plan)
-            path = self._added_path
+            path = self._token_parts.prepare(plan)
         rest = self._decoder.forward(step, path, num_decode=plan.num_decode_rows)
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         if self._wants_prompt_logprobs(plan):
@@ -191,7 +197,7 @@ class CudaRunner:
 
     def load_adapter(
         self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
-    ) -> CudaLoadHandle:
+    ) -> LoadHandle:
         """Start to copy an image into the pool and bind it; see `ModelRunner.load_adapter`."""
         torch.cuda.set_device(self._device)
         self._num_binds += 1
@@ -202,7 +208,7 @@ class CudaRunner:
         try:
             check_parts(spec)
         except ImageError as error:
-            raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}") from error
+            raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}; serve it with --backend torch") from error
         except RankLimitError as error:
             raise AdapterIncompatibleError(
                 f"adapter {spec.digest}: {error}; serve it with --backend torch or train it with a lower rank"
@@ -219,7 +225,7 @@ class CudaRunner:
         del self.graphs, self._decoder, self._model, self._pool, self._tables
         del self._base_path
         if self._config.limits.max_resident_adapters:
-            del self._added_path, self._token_lora, self._decode_lora
+            del self._token_parts, self._decode_lora
         del self._prompt_logprobs, self._drawing, self._sampler, self._loads, self._buffers
         torch.cuda.empty_cache()
 

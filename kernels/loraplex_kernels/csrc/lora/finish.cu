@@ -1,0 +1,64 @@
+// y = c * (y - base_bias) + base_bias + scale * b over rows with an adapter, after their product and pairs; rows, and outputs,
+// without c and b stay as they are. c that scales the base's bias too: y = c * y + scale * b.
+//
+// Grid: (ceil(width / (256 * 16 bytes)), rows). Block: 256 threads, one 16-byte vector each. No shared memory.
+// Alignment: slices begin on 16 bytes. Registers: 5 CTAs per SM, hence at most 48. Architectures: sm_80 and up.
+#include "lora/parts.cuh"
+
+struct Params {
+    PartTables tables;
+    const VectorEntry* scales;  // [adapters][layers][ops], already advanced to this layer and op
+    const VectorEntry* biases;  // the same
+    elem* y;                    // [rows, width]
+    const float* scale;         // [rows]; the request's factor on b
+    const elem* base_bias;      // [width], in y already; or null
+    int slice_begin[kSlices + 1];
+    int width;
+    int reserved;
+};
+static_assert(sizeof(Params) == 96, "params.py mirrors it");
+
+struct SliceVector {
+    int first, step, flags;
+    i64 offset;
+};
+__device__ __forceinline__ SliceVector load_slice(const VectorEntry* e, int slice) {
+    const Quad firsts = load_lasting16(e->first), steps = load_lasting16(e->step);
+    const i64 offset = load_lasting8(e->offset + slice);
+    const u32 first = slice == 0 ? firsts.x : slice == 1 ? firsts.y : firsts.z;
+    const u32 step = slice == 0 ? steps.x : slice == 1 ? steps.y : steps.z;
+    return {static_cast<int>(first), static_cast<int>(step), static_cast<int>(firsts.w), offset};
+}
+
+extern "C" __global__ void __launch_bounds__(256, 5) lora_finish(const Params p) {
+    allow_dependents();
+    const int column = (blockIdx.x * 256 + threadIdx.x) * kVec;
+    const i64 row = blockIdx.y;
+    const int adapter = p.tables.adapters[row];
+    SliceVector c = {}, b = {};
+    int at = 0;
+    if (adapter >= 0 && column < p.width) {
+        const int slice = (column >= p.slice_begin[1]) + (column >= p.slice_begin[2]);
+        const i64 entry = adapter * p.tables.entry_stride;
+        at = column - p.slice_begin[slice];
+        c = load_slice(p.scales + entry, slice);
+        b = load_slice(p.biases + entry, slice);
+    }
+    Numbers factors = {}, added = {};
+    if (c.step != 0) factors = load_numbers(p.tables, c.first, c.step, c.offset, at);
+    if (b.step != 0) added = load_numbers(p.tables, b.first, b.step, b.offset, at);
+    dependency_wait();  // also a CTA without work: its grid must not complete before the one it depends on
+    if (c.step == 0 && b.step == 0) return;
+    elem* to = p.y + row * p.width + column;
+    Vec y = load_vec(to), bias = {};
+    if (c.step != 0 && p.base_bias != nullptr && !(c.flags & kScalesBias)) bias = load_vec(p.base_bias + column);
+    const float scale = p.scale[row];
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+        float v = to_float(y.v[j]);
+        const float kept = to_float(bias.v[j]);
+        if (c.step != 0) v = factors.v[j] * (v - kept) + kept;
+        y.v[j] = from_float<elem>(v + scale * added.v[j]);
+    }
+    store_vec(to, y);
+}

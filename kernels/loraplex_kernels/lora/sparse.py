@@ -1,0 +1,155 @@
+"""Sparse deltas: ``y += S x`` for rows whose adapters have one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from loraplex_common.image_geometry import ITEM_BYTES
+from loraplex_common.sparse_delta import SPARSE_DELTA
+
+from loraplex_kernels.lora.items import GROUP_INTS, HEADER_STEP, ITEM_INTS
+from loraplex_kernels.lora.sparse_items import build_sparse
+from loraplex_kernels.params import SparseParams
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from loraplex_kernels.lora.items import OpShape
+    from loraplex_kernels.lora.tables import AdapterTables
+    from loraplex_kernels.module import Kernel, KernelLibrary
+
+BLOCK: Final = 256
+OUTPUTS: Final = 512  # kOutputs
+TOKENS: Final = (4, 2, 1)
+X_BYTES: Final = 48 * 1024
+"""Most shared memory for several rows' x, so that four CTAs, or three, fit a multiprocessor."""
+SM_BYTES: Final = 220 * 1024
+MAX_CTAS: Final = 4  # at 64 registers x 256 threads
+INT_BYTES: Final = 4
+
+
+def rows_at_once(columns: int, item_bytes: int) -> int:
+    """Return how many rows of that many columns share a load of values."""
+    return next((count for count in TOKENS if count * columns * item_bytes <= X_BYTES), 1)
+
+
+def shared_bytes(columns: int, item_bytes: int) -> int:
+    """Return the size of the kernel's Shared."""
+    tokens = rows_at_once(columns, item_bytes)
+    x_bytes = -(-tokens * columns * item_bytes // 16) * 16
+    return -(-(x_bytes + tokens * OUTPUTS * 4 + (OUTPUTS + 1) * INT_BYTES) // 16) * 16
+
+
+def ctas_per_sm(columns: int, item_bytes: int) -> int:
+    """Return how many CTAs fit a multiprocessor of 227 KiB."""
+    return max(1, min(MAX_CTAS, SM_BYTES // (shared_bytes(columns, item_bytes) + 1024)))
+
+
+class LoraSparse:
+    """The kernel of sparse deltas with the items of one step, in fixed buffers.
+
+    Args:
+        library: Compiles and loads it.
+        tables: The resident adapters.
+        pool: uint8 ``[num_pages, page_bytes]``; the unified pool.
+        shapes: Shapes of the model's ops.
+        max_rows: Most rows of a step.
+        num_sms: Multiprocessors of the device.
+
+    Raises:
+        ValueError: If tiles are no power of two of bytes.
+    """
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        tables: AdapterTables,
+        pool: torch.Tensor,
+        shapes: tuple[OpShape, ...],
+        *,
+        max_rows: int,
+        num_sms: int,
+    ) -> None:
+        self._library, self._tables, self._shapes = library, tables, shapes
+        self._kept = (pool,)  # kept alive: the kernels have its address
+        item_bytes, tile_bytes = ITEM_BYTES[tables.geometry.dtype], tables.geometry.tile_bytes
+        if tile_bytes & (tile_bytes - 1):
+            raise ValueError(f"tiles of {tile_bytes} bytes: kernels of sparse deltas take powers of two")
+        self._tokens = [rows_at_once(shape.columns, item_bytes) for shape in shapes]
+        self._grids = [num_sms * ctas_per_sm(shape.columns, item_bytes) for shape in shapes]
+        self._kernels = [self._load(pool, columns, item_bytes) for columns in (shape.columns for shape in shapes)]
+        self._ranges_at = np.cumsum([0, *(grid + 1 for grid in self._grids)])
+        self._groups_at = -(-int(self._ranges_at[-1]) // HEADER_STEP) * HEADER_STEP
+        self._max_groups = max_rows
+        self._items_at = self._groups_at + max_rows * GROUP_INTS
+        slices = sum(len(shape.outputs) for shape in shapes)
+        self._max_items = sum(self._grids) + slices * max_rows
+        size = self._items_at + self._max_items * ITEM_INTS
+        self.buffer = torch.zeros(size, dtype=torch.int32, device=library.device)
+        self._pinned = library.device.type == "cuda"
+
+    def _load(self, pool: torch.Tensor, columns: int, item_bytes: int) -> Kernel[SparseParams]:
+        defines = (f"COLUMNS={columns}", f"TOKENS={rows_at_once(columns, item_bytes)}")
+        kernel = self._library.load(
+            "lora_sparse", SparseParams(), BLOCK, defines=defines, shared_bytes=shared_bytes(columns, item_bytes)
+        )
+        tile_bits = self._tables.geometry.tile_bytes.bit_length() - 1
+        params = kernel.params
+        params.lora.pool, params.lora.tiles = pool.data_ptr(), self._tables.tiles.data_ptr()
+        params.lora.entry_stride = self._tables.entry_stride
+        params.value_shift = tile_bits - (item_bytes.bit_length() - 1)
+        params.column_shift, params.start_shift = tile_bits - 1, tile_bits - 2
+        return kernel
+
+    def prepare(self, adapters: NDArray[np.int32], rows: NDArray[np.int32] | None = None) -> None:
+        """Build a step's items and copy them to the device on the current stream.
+
+        Args:
+            adapters: int32 ``[N]``; adapter of each row, -1 for none.
+            rows: int32 ``[N]``; the rows' numbers in activations, 0..N-1 if unset.
+        """
+        numbers = np.arange(len(adapters), dtype=np.int32) if rows is None else rows
+        chosen = np.flatnonzero((adapters >= 0) & self._tables.has_part[SPARSE_DELTA][adapters].any(axis=1))
+        work = build_sparse(
+            adapters[chosen], numbers[chosen], self._tables.max_nonzeros, self._shapes, self._tokens, self._grids
+        )
+        if len(work.groups) > self._max_groups or len(work.items) > self._max_items:
+            raise ValueError(
+                f"{len(work.groups)} groups, {len(work.items)} items exceed {self._max_groups} and {self._max_items}"
+            )
+        head = np.zeros(self._groups_at + work.groups.size, dtype=np.int32)
+        head[: self._ranges_at[-1]] = np.concatenate(work.ranges)
+        head[self._groups_at :] = work.groups.reshape(-1)
+        self._send(self.buffer[: len(head)], head)
+        self._send(self.buffer[self._items_at : self._items_at + work.items.size], work.items.reshape(-1))
+
+    def add(self, layer: int, op: str, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> None:
+        """Compute ``y[t] += scaling * scale[t] * S x[t]`` for the rows of the step's items.
+
+        Args:
+            layer: Decoder layer.
+            op: One of the layer's ops.
+            x: ``[tokens, in_features]``.
+            y: ``[tokens, out_features of all slices]``, updated in place.
+            scale: fp32 ``[tokens]``.
+        """
+        index = self._tables.op_index(layer, op)
+        shape, kernel = self._shapes[index], self._kernels[index]
+        params, width = kernel.params, shape.slice_begin[-1]
+        params.x = self._library.check("x", x, self._library.dtype, -1, shape.columns)
+        params.y = self._library.check("y", y, self._library.dtype, -1, width)
+        params.scale = self._library.check("scale", scale, torch.float32, -1)
+        params.slice_begin[:] = shape.kernel_slice_begin
+        params.width = width
+        base = self.buffer.data_ptr()
+        params.lora.entries = self._tables.entry_address(layer, index, SPARSE_DELTA)
+        params.lora.range = base + INT_BYTES * int(self._ranges_at[index])
+        params.lora.groups = base + INT_BYTES * self._groups_at
+        params.lora.items = base + INT_BYTES * self._items_at
+        kernel.launch(self._grids[index])
+
+    def _send(self, target: torch.Tensor, source: NDArray[np.int32]) -> None:
+        host = torch.from_numpy(source)
+        target.copy_(host.pin_memory() if self._pinned else host, non_blocking=self._pinned)

@@ -1,0 +1,197 @@
+"""A thread that turns the magnitudes of DoRA adapters into c on the device, projection by projection, beside the steps.
+
+Each projection, or 8192 outputs of it, is waited for before the next is launched, and while steps run there is a pause as
+well: a step is delayed by the few microseconds that reading these weights takes, a few times. The stream has the lowest
+priority that there is. One thread takes the adapters in the order of their loads. An adapter that was computed once is copied
+from the host the next time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from loraplex_engine.runners.cuda.magnitudes import ops_with_magnitudes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+    from loraplex_common.adapter_image import AdapterSpec, Geometry
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from loraplex_engine.runners.cuda.magnitudes import OpMagnitudes, RowScales
+
+MAX_CACHED_BYTES: Final = 512 << 20
+"""Host memory for c of adapters that were computed: 5.4 MB each of Llama-2-7B, all seven projections."""
+PAUSE_S: Final = 150e-6
+"""Between two projections while steps run, so that most of the device is theirs."""
+
+
+class ScaleCache:
+    """The c of adapters by revision on the host, least recently used first, under a bound of bytes."""
+
+    def __init__(self, max_bytes: int = MAX_CACHED_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._values: OrderedDict[str, Tensor] = OrderedDict()
+        self._num_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are held."""
+        return self._num_bytes
+
+    def get(self, digest: str) -> Tensor | None:
+        """Return an adapter's c, fp32 on the host, if it is held."""
+        values = self._values.get(digest)
+        if values is not None:
+            self._values.move_to_end(digest)
+        return values
+
+    def put(self, digest: str, values: Tensor) -> None:
+        """Keep an adapter's c; others leave if there is no room."""
+        if digest in self._values or values.nbytes > self._max_bytes:
+            return
+        self._values[digest] = values
+        self._num_bytes += values.nbytes
+        while self._num_bytes > self._max_bytes:
+            _, oldest = self._values.popitem(last=False)
+            self._num_bytes -= oldest.nbytes
+
+
+class MagnitudeLoad:
+    """An adapter whose c is being computed; see `LoadHandle`.
+
+    Args:
+        spec: The adapter.
+        pages: Its pages in the pool.
+        copied: Behind the copy of its image.
+        compute: The stream of the steps.
+        staging: Kept alive until the copy has read it.
+    """
+
+    def __init__(
+        self,
+        spec: AdapterSpec,
+        pages: NDArray[np.int32],
+        copied: torch.cuda.Event | None,
+        compute: torch.cuda.Stream | None,
+        staging: Tensor | None = None,
+    ) -> None:
+        self.spec, self.pages, self.copied, self.compute = spec, pages, copied, compute
+        self._staging = staging
+        self._lock = threading.Lock()
+        self._is_over = False
+        self._error: BaseException | None = None
+        self._callbacks: list[Callable[[], None]] = []
+
+    def is_done(self) -> bool:
+        """Tell whether a step launched now may read the pages, c included.
+
+        Raises:
+            RuntimeError: If c could not be computed.
+        """
+        if self._error is not None:
+            raise RuntimeError(f"adapter {self.spec.digest}: its DoRA factors were not computed") from self._error
+        return self._is_over
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Have a function called once `is_done` is true or raises, on the thread that computes; at once if it is over."""
+        with self._lock:
+            if not self._is_over:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Note that c is written, or why it is not."""
+        with self._lock:
+            self._error, self._is_over, self._staging = error, True, None
+        for callback in self._callbacks:
+            callback()
+
+
+class MagnitudeLoads:
+    """Computes c of one adapter after the other.
+
+    Args:
+        scales: Computes an op's.
+        geometry: Geometry of adapter images.
+        device: The device; on a CPU, as tests have it, nothing is waited for.
+    """
+
+    def __init__(self, scales: RowScales, geometry: Geometry, device: torch.device) -> None:
+        self._scales, self._geometry, self._device = scales, geometry, device
+        self.cache = ScaleCache()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._is_stopping = False
+        self._jobs: SimpleQueue[MagnitudeLoad | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="adapter-magnitudes", daemon=True)
+        self._thread.start()
+
+    def start(self, load: MagnitudeLoad) -> None:
+        """Take an adapter on; its image may still be under way."""
+        self._jobs.put(load)
+
+    def close(self) -> None:
+        """Stop after the op that is being computed; adapters that are not done stay so."""
+        self._is_stopping = True
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        if self._stream is None:
+            with torch.inference_mode():
+                self._take_all()
+            return
+        torch.cuda.set_device(self._device)
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            self._take_all()
+
+    def _take_all(self) -> None:
+        while (load := self._jobs.get()) is not None and not self._is_stopping:
+            try:
+                self._load(load)
+            except Exception as error:  # the step loop raises it: `MagnitudeLoad.is_done`
+                load.end(error)
+
+    def _load(self, load: MagnitudeLoad) -> None:
+        if self._stream is not None and load.copied is not None:
+            self._stream.wait_event(load.copied)
+        ops = ops_with_magnitudes(self._geometry, load.spec, load.pages)
+        known = self.cache.get(load.spec.digest)
+        if known is not None:
+            self._restore(ops, known)
+            load.end()
+            return
+        computed = []
+        for op in ops:
+            for values in self._scales.compute(op):
+                computed.append(values)
+                self._wait(load.compute)
+                if self._is_stopping:
+                    return
+        self.cache.put(load.spec.digest, torch.cat(computed).cpu())
+        load.end()
+
+    def _restore(self, ops: Iterator[OpMagnitudes], known: Tensor) -> None:
+        values, at = known.to(self._device), 0
+        for op in ops:
+            at += self._scales.restore(op, values[at:])
+        self._wait(None)
+
+    def _wait(self, compute: torch.cuda.Stream | None) -> None:
+        """Wait for what was launched; while steps run, give them time."""
+        if self._stream is None:
+            return
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        event.synchronize()
+        if compute is not None and not compute.query():
+            time.sleep(PAUSE_S)

@@ -1,0 +1,149 @@
+"""Ways through a layer's projections with every part that an adapter may have (ADR 26).
+
+    y = c * (W (e * x) + sum of s B A x) + S x + b
+
+Pairs come first, as they read x and not e * x: their delta lies in y, x is scaled where it lies, and the product accumulates
+onto y. Then one pointwise kernel applies c and b, and S x is added by a kernel of its own. o and down write a scratch
+instead of the residual stream where c has to multiply them before they get there.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from loraplex_engine.runners.cuda.lora_paths import BasePath
+
+if TYPE_CHECKING:
+    from loraplex_kernels.lora.decode import LoraDecode
+    from loraplex_kernels.lora.sparse import LoraSparse
+    from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
+    from torch import Tensor
+
+    from loraplex_engine.model.linear import Linear
+    from loraplex_engine.runners.cuda.lora_paths import Followers, Grids, TokenLora
+    from loraplex_engine.runners.cuda.part_variants import PartVariant
+    from loraplex_engine.runners.cuda.step_input import StepInputs
+
+
+class PartKernels:
+    """The kernels of all parts but pairs, with the rows of one step.
+
+    Args:
+        vectors: Kernels of e, c and b.
+        sparse: Kernel of S, with the step's items.
+        rows: The rows' adapters.
+    """
+
+    def __init__(self, vectors: LoraVectors, sparse: LoraSparse, rows: RowAdapters) -> None:
+        self.vectors, self.sparse, self.rows = vectors, sparse, rows
+
+    @property
+    def fixed_tensors(self) -> tuple[Tensor, ...]:
+        """Tensors whose addresses reach kernels through tables."""
+        return (self.sparse.buffer, self.rows.buffer)
+
+
+class _PartPath(BasePath):
+    """What the paths of decode steps and of steps with prompts share: the order of an op's parts."""
+
+    def __init__(self, followers: Followers, parts: PartKernels) -> None:
+        super().__init__(followers)
+        self._parts = parts
+
+    @abstractmethod
+    def _needs(self, layer: int, op: str) -> PartVariant:
+        """Return what may be computed in an op."""
+
+    @abstractmethod
+    def _start(self, layer: int, op: str, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """Write the pairs' delta to ``out``, before x is scaled."""
+
+    def project(self, layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        """See `LayerPath`."""
+        needs = self._needs(layer, op)
+        if needs.has_pairs:
+            self._start(layer, op, x, out, step)
+        if needs.scales_inputs:
+            self._parts.vectors.scale_input(layer, op, x, self._parts.rows)
+        if needs.has_pairs:
+            linear.onto(x, out)
+        else:
+            linear.into(x, out)
+        self._finish(layer, op, linear, x, out, step)
+
+    def add_to_residual(
+        self, layer: int, op: str, linear: Linear, x: Tensor, residual: Tensor, scratch: Tensor, step: StepInputs
+    ) -> Tensor | None:
+        """See `LayerPath`."""
+        needs = self._needs(layer, op)
+        if needs.has_pairs or needs.scales_inputs or needs.finishes:
+            self.project(layer, op, linear, x, scratch, step)
+            return scratch
+        linear.onto(x, residual)
+        self._finish(layer, op, linear, x, residual, step)
+        return None
+
+    def _finish(self, layer: int, op: str, linear: Linear, x: Tensor, y: Tensor, step: StepInputs) -> None:
+        needs, parts = self._needs(layer, op), self._parts
+        if needs.finishes:
+            parts.vectors.finish(layer, op, y, parts.rows, step.scales, linear.bias)
+        if needs.has_sparse:
+            parts.sparse.add(layer, op, x, y, step.scales)
+
+
+class DecodePartPath(_PartPath):
+    """A decode step, in line as `InLineLoraPath`: a graph's kernels are those of its variant, in every op.
+
+    Args:
+        followers: They find qkv and gate_up complete.
+        lora: The pairs' kernels, with the step's items; every op's delta is complete.
+        hidden: Scratch from ``lora.new_scratch``.
+        grids: CTAs of the pairs' kernels.
+        parts: The other kernels.
+        variant: What is computed.
+    """
+
+    def __init__(
+        self,
+        followers: Followers,
+        lora: LoraDecode,
+        hidden: Tensor,
+        grids: Grids,
+        *,
+        parts: PartKernels,
+        variant: PartVariant,
+    ) -> None:
+        super().__init__(followers, parts)
+        self._lora, self._hidden, self._grids, self._variant = lora, hidden, grids, variant
+
+    def _needs(self, layer: int, op: str) -> PartVariant:
+        return self._variant
+
+    def _start(self, layer: int, op: str, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        self._lora.shrink(layer, op, x, self._hidden, self._grids.shrink)
+        self._lora.expand_delta(layer, op, self._hidden, step.scales, out, self._grids.expand)
+
+
+class TokenPartPath(_PartPath):
+    """A step with prefill chunks: an op's kernels are those that the step's adapters need.
+
+    Args:
+        followers: They find qkv and gate_up complete.
+        lora: The pairs of any tokens.
+        parts: The other kernels.
+        needs: What each op of each layer needs; `prepare` of the kernels goes with it.
+    """
+
+    def __init__(
+        self, followers: Followers, lora: TokenLora, parts: PartKernels, needs: list[dict[str, PartVariant]]
+    ) -> None:
+        super().__init__(followers, parts)
+        self._lora, self._op_needs = lora, needs
+
+    def _needs(self, layer: int, op: str) -> PartVariant:
+        return self._op_needs[layer][op]
+
+    def _start(self, layer: int, op: str, x: Tensor, out: Tensor, step: StepInputs) -> None:
+        out.zero_()
+        self._lora.apply(layer, op, x, out, step.scales)
