@@ -50,32 +50,33 @@ class GrammarMaskFiller:
         self._check(vocabulary, out, len(states))
         rows = [state for state in states if isinstance(state, GrammarState)]
         assert len(rows) == len(states), "states of another kind of constraint"
-        target = np.empty((len(rows), (vocabulary.tokenizer.vocab_size + 31) // 32), np.int32)
-        target = target if vocabulary.is_wider_than_model else out
-        self._compute(rows, target)
-        self._repair(rows, target)
+        target = out
+        if vocabulary.is_wider_than_model:
+            target = np.empty((len(rows), (vocabulary.tokenizer.vocab_size + 31) // 32), np.int32)
+        bound = [(state, row) for row, state in enumerate(rows) if not state.is_free]
+        self._compute(bound, target)
+        self._repair(bound, target)
         if target is not out:
             out[:] = target[:, : out.shape[1]]
         if vocabulary.num_tokens != vocabulary.vocab_size:
             out &= vocabulary.real_tokens
-        for row, state in enumerate(rows):
-            if state.is_free:
-                out[row] = vocabulary.real_tokens
+        if len(bound) < len(rows):
+            for row, state in enumerate(rows):
+                if state.is_free:
+                    out[row] = vocabulary.real_tokens
 
-    def _compute(self, rows: Sequence[GrammarState], target: NDArray[np.int32]) -> None:
+    def _compute(self, bound: Sequence[tuple[GrammarState, int]], target: NDArray[np.int32]) -> None:
         """Compute masks without the interpreter's lock, which is given up once for all rows, not once for each.
 
         Outputs that share a lexer take turns at it: they lie beside each other, so that one thread has most of them, and
-        there are no more threads than lexers.
+        there are about as many threads as lexers.
         """
-        bound = [(state, row) for row, state in enumerate(rows) if not state.is_free]
         if len(bound) < MIN_ROWS_IN_PARALLEL or self._num_threads == 1:
             for state, row in bound:
                 fill_next_token_bitmask(state.matcher, target, row)
             return
-        bound.sort(key=lambda entry: id(entry[0].lexer))
         num_lexers = len({id(state.lexer) for state, _ in bound})
-        matchers = [(state.matcher, row) for state, row in bound]
+        matchers = [(state.matcher, row) for state, row in sorted(bound, key=lambda entry: id(entry[0].lexer))]
         fill_next_token_bitmask_par(self._executor(num_lexers), matchers, target)
 
     def _executor(self, num_lexers: int) -> LLExecutor:
@@ -85,11 +86,10 @@ class GrammarMaskFiller:
             self._executors[num_threads] = LLExecutor(num_threads)
         return self._executors[num_threads]
 
-    def _repair(self, rows: Sequence[GrammarState], target: NDArray[np.int32]) -> None:
-        for row, state in enumerate(rows):
-            if state.is_free or not state.is_broken:
-                continue
-            if state.repair():
+    @staticmethod
+    def _repair(bound: Sequence[tuple[GrammarState, int]], target: NDArray[np.int32]) -> None:
+        for state, row in bound:
+            if state.is_broken and state.repair():
                 fill_next_token_bitmask(state.matcher, target, row)
                 if state.is_broken:
                     state.fail(ConstraintCostError(TOO_COSTLY))

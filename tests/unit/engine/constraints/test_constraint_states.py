@@ -199,6 +199,15 @@ def test_masks_are_the_same_with_one_lexer_and_with_several(num_threads: int) ->
     assert len({id(several.lexer) for _, several in pairs}) == 3 * 4
 
 
+@pytest.mark.parametrize(("max_lexers", "num_threads"), [(1, 1), (2, 2), (3, 4), (8, 5)])
+def test_as_many_threads_fill_masks_as_there_are_lexers(max_lexers: int, num_threads: int) -> None:
+    constraint = GrammarConstraint(_with_lexers("start: /[a-z]{3,9}/", max_lexers))
+    outputs = [constraint.start(()) for _ in range(max_lexers * OUTPUTS_PER_LEXER)]
+    filler = filler_of(small_vocabulary(), num_threads=5)
+    filler.fill(outputs, np.zeros((len(outputs), small_vocabulary().num_words), np.int32))
+    assert list(filler._executors) == [num_threads]
+
+
 @pytest.mark.parametrize("max_length", [1, 3, 7, 12, 40])
 def test_slices_change_no_mask_of_a_string_of_bounded_length(max_length: int) -> None:
     vocabulary = make_vocabulary(byte_level_tokenizer().to_str(), vocab_size=350, eos_token_ids=(1,))
