@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import gc
 import itertools
 import json
 import re
@@ -33,6 +34,7 @@ BODIES: Final[dict[type[msgspec.Struct], Table]] = {ChatBody: CHAT, CompletionBo
 
 # Names are quoted in messages and compared with ours: no field of the API is longer.
 MAX_FIELD_CHARS: Final = 64
+LONG_CHARS: Final = 256 * 1024
 # From here on a float stands for several integers.
 MAX_EXACT: Final = 2**53
 _MISSING: Final = re.compile(r"Object missing required field `(\w+)`?")
@@ -79,7 +81,7 @@ def _check(members: dict[str, Any], table: Table, path: str) -> None:
 def _read(data: bytes) -> dict[str, Any]:
     try:
         text = data.decode()
-        members = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+        members = _parsed(text)
     except RecursionError:
         raise InvalidParameterError("the body is nested too deeply", field="body") from None
     except ValueError as error:  # no UTF-8, no JSON, an integer of thousands of digits
@@ -90,6 +92,21 @@ def _read(data: bytes) -> dict[str, Any]:
         for name, value in members.items():
             _check_unicode(name, value)
     return members
+
+
+def _parsed(text: str) -> Any:
+    """Parse JSON; of long texts without the garbage collector.
+
+    It would look at all that there is again and again while a million small lists come into being, with the interpreter's
+    lock in its hands. Another thread may turn it on in between, which costs time alone.
+    """
+    if len(text) < LONG_CHARS:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    gc.disable()
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    finally:
+        gc.enable()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import time
@@ -303,3 +304,18 @@ def test_what_is_wrong_costs_little_however_much_it_is(body: dict[str, Any]) -> 
 
     assert time.process_time() - started_at < 2
     assert len(caught.value.message) < 2000
+
+
+@pytest.mark.parametrize("end", [b"]}", b"]"], ids=["whole", "broken"])
+def test_the_garbage_collector_leaves_a_long_body_alone(end: bytes) -> None:
+    data = b'{"model": "m", "prompt": [' + b"[1]," * 200_000 + b"[1]" + end
+    num_before = sum(generation["collections"] for generation in gc.get_stats())
+
+    if end == b"]}":
+        assert len(decode(data, CompletionBody).prompt) == 200_001
+    else:
+        with pytest.raises(InvalidParameterError, match="no valid JSON"):
+            decode(data, CompletionBody)
+
+    assert sum(generation["collections"] for generation in gc.get_stats()) - num_before < 20
+    assert gc.isenabled()
