@@ -194,7 +194,8 @@ def try_constraint(trial: Trial, vocabulary: Vocabulary, limits: ConstraintLimit
     except ConstraintTextError as error:
         return str(error)[:MAX_REASON_CHARS]
     if reason := _draw(grammar, vocabulary, limits):
-        return f"{trial.kind}: {_blame(grammar, vocabulary, limits) or reason}"[:MAX_REASON_CHARS]
+        blamed = _blame(grammar, vocabulary, limits) if wanted.kind is ConstraintKind.GRAMMAR else ""
+        return f"{trial.kind}: {blamed or reason}"[:MAX_REASON_CHARS]
     Path(trial.grammar_file).write_text(grammar, encoding="utf-8")
     return ""
 

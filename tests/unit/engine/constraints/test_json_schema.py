@@ -76,6 +76,12 @@ def test_what_would_be_read_otherwise_is_refused_with_its_keyword(schema: Any, p
     assert part in _refusal(schema)
 
 
+def test_a_schema_with_the_text_of_a_special_token_is_refused_without_a_rule_that_the_request_has_not() -> None:
+    assert _refusal({"allOf": [{"const": "<|im_start|>"}, {"type": "null"}]}).startswith(
+        "json_schema: no value satisfies"
+    )
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "3", '"string"', "false", '{"maximum": NaN}', "[" * 100_000, '{"a":' * 70 + "1"]
 )
