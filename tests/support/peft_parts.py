@@ -90,7 +90,8 @@ def _tune(model: Any, tuner: str, seed: int) -> TunedModel:
     else:
         model = get_peft_model(model, _config(tuner, targets, rng)).eval()
         found = {name: _parts_of(module, tuner, rng) for name, module in model.named_modules() if _is_tuned(module)}
-    modules, tensors = [], {}
+    modules: list[ModuleSpec] = []
+    tensors: dict[tuple[int, str, str], Arrays] = {}
     for name, parts in found.items():
         match = re.search(r"layers\.(\d+)\.\w+\.(\w+)$", name)
         assert match is not None, name
@@ -109,7 +110,7 @@ def _config(tuner: str, targets: list[str], rng: np.random.Generator) -> Any:
         return ShiraConfig(r=int(rng.integers(1, 4)), target_modules=targets)
     return LoraConfig(
         r=rank,
-        lora_alpha=rank * float(rng.uniform(0.5, 2)),
+        lora_alpha=int(rng.integers(1, 2 * rank + 1)),
         target_modules=targets,
         use_dora=tuner == "dora",
         lora_bias=tuner == "lora_bias",
