@@ -19,7 +19,7 @@ class KnownBase:
     """A base model and the place of its files.
 
     Attributes:
-        directory: Its files; only the tokenizer is read, to compare an adapter's with it.
+        directory: Its files; the tokenizer is read, to compare an adapter's with it, and biases that an adapter trained on.
     """
 
     info: BaseModelInfo

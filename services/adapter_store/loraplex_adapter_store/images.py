@@ -68,10 +68,12 @@ class Fit:
     def check_pages(self, digest: str, num_pages: int, page_bytes: int, max_rank: int) -> None:
         """Raise `AdapterIncompatibleError` if an image can never fit the pool."""
         if num_pages > self.max_pages:
+            size, remedy = (
+                (f" (largest rank {max_rank})", "lower the rank") if max_rank else ("", "adapt fewer modules")
+            )
             raise AdapterIncompatibleError(
-                f"revision {digest} (largest rank {max_rank}) takes {num_pages} pages of {page_bytes} bytes = "
-                f"{num_pages * page_bytes} bytes, the engine's pool can hold at most {self.max_pages} pages for one adapter; "
-                "raise --pool-bytes or lower the rank"
+                f"revision {digest}{size} takes {num_pages} pages of {page_bytes} bytes = {num_pages * page_bytes} bytes, the "
+                f"engine's pool can hold at most {self.max_pages} pages for one adapter; raise --pool-bytes or {remedy}"
             )
 
 

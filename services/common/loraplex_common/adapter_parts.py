@@ -10,11 +10,12 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
+from loraplex_common.flora import FLORA, FloraKind
 from loraplex_common.image_geometry import ImageError
 from loraplex_common.low_rank import LOW_RANK, LowRank, LowRankKind
 from loraplex_common.part_kind import Part
 from loraplex_common.sparse_delta import SparseDeltaKind
-from loraplex_common.vectors import BiasKind, InVectorKind, OutVectorKind
+from loraplex_common.vectors import IN_VECTOR, OUT_VECTOR, BiasKind, InVectorKind, OutVector, OutVectorKind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
     from loraplex_common.part_kind import PartKind
 
 KINDS: Final[dict[str, PartKind]] = {
-    kind.name: kind for kind in (LowRankKind(), OutVectorKind(), InVectorKind(), BiasKind(), SparseDeltaKind())
+    kind.name: kind
+    for kind in (LowRankKind(), OutVectorKind(), InVectorKind(), BiasKind(), SparseDeltaKind(), FloraKind())
 }
 """All kinds of parts by name, in the order in which an op's parts follow each other in an image."""
+
+MULTIPLYING_KINDS: Final = frozenset({OUT_VECTOR, IN_VECTOR, FLORA})
+"""Kinds whose part multiplies what the base computes instead of adding to it."""
 
 
 class PartSize(NamedTuple):
@@ -104,6 +109,19 @@ class AdapterSpec:
     def max_rank(self) -> int:
         """Largest rank of any module."""
         return max((size for _, _, kind, size in self.sizes if kind == LOW_RANK), default=0)
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether the engine computes factors of it from its own weights (DoRA)."""
+        if not any(kind == OUT_VECTOR for _, _, kind, _ in self.sizes):
+            return False
+        parts = (part for module in self.modules for part in module.parts)
+        return any(isinstance(part, OutVector) and part.is_magnitude for part in parts)
+
+    @property
+    def unscalable(self) -> PartSize | None:
+        """The first part that a request's own scale cannot be applied to: c, e and FLoRA multiply what the base computes."""
+        return next((each for each in self.sizes if each.kind in MULTIPLYING_KINDS), None)
 
     def to_json(self) -> bytes:
         """Encode for the wire and for the adapter's manifest."""

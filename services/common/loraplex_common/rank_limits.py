@@ -45,13 +45,16 @@ class RankLimits:
             if kind == LOW_RANK and self.max_rank and rank > self.max_rank:
                 raise ImageError(
                     f"layer {layer} {projection}: rank {rank} exceeds the {self.max_rank} that the kernels of {self.name} "
-                    "take for one projection"
+                    "take for one projection; train or convert the adapter to a lower rank"
                 )
+        pairs = tuple(each for each in sizes if each.kind == LOW_RANK)
         try:
-            layout(self.geometry, sizes)
+            layout(self.geometry, pairs)
         except ImageError as error:
             bound = f"{self.name} takes at most rank {max_stacked_rank(self.geometry)} there"
-            raise ImageError(f"{error}; {bound}") from error
+            raise ImageError(f"{error}; {bound}; train or convert the adapter to a lower rank") from error
+        if len(pairs) < len(sizes):
+            layout(self.geometry, sizes)
 
 
 def max_stacked_rank(geometry: Geometry) -> int:

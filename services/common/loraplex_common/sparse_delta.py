@@ -88,21 +88,21 @@ class SparseDeltaKind:
         return {"values": (size,), "columns": (size,), "starts": (projection.out_features + 1,)}
 
     def local(self, projection: Projection, arrays: Arrays, tp_rank: int, tp_degree: int) -> Arrays:
-        """See `PartKind`.
-
-        Raises:
-            ImageError: If there are several ranks: how many non-zeros each has follows from the values, and not from the
-                spec alone.
-        """
-        del tp_rank
-        if tp_degree > 1:
-            raise ImageError(
-                f"{projection.path}: a sparse delta is not divided over tensor-parallel ranks: serve it at degree 1"
-            )
+        """See `PartKind`; `tiles` has refused several ranks."""
+        del projection, tp_rank, tp_degree
         return arrays
 
     def tiles(self, geometry: Geometry, layer: int, op: Op, sizes: Sequence[int]) -> Iterator[Tile]:
-        """See `PartKind`: per slice the values, the columns, the starts."""
+        """See `PartKind`: per slice the values, the columns, the starts.
+
+        Raises:
+            ImageError: If there are several ranks: how many non-zeros each has follows from the values, and not from the
+                spec alone. Also if the projection has more columns than their type counts.
+        """
+        if geometry.tp_degree > 1:
+            raise ImageError(
+                f"layer {layer} {op.name}: a sparse delta is not divided over tensor-parallel ranks: serve it at degree 1"
+            )
         for index, (projection, size) in enumerate(zip(op.projections, sizes, strict=True)):
             if not size:
                 continue

@@ -111,9 +111,6 @@ def test_ranks_scalings_and_weights_are_those_of_peft(fields: dict[str, Any], dt
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),

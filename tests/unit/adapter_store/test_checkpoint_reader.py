@@ -29,8 +29,6 @@ def base() -> BaseModelInfo:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("use_dora", True),
-        ("lora_bias", True),
         ("modules_to_save", ["score"]),
         ("trainable_token_indices", [3]),
         ("alora_invocation_tokens", [1]),
@@ -43,8 +41,9 @@ def base() -> BaseModelInfo:
         ("monteclora_config", {"n": 1}),
         ("arrow_config", {"n": 1}),
         ("kasa_config", {"n": 1}),
-        ("bias", "all"),
-        ("peft_type", "IA3"),
+        ("bias", "vera_only"),
+        ("peft_type", "LOHA"),
+        ("peft_type", "some future type"),
         ("task_type", "SEQ_CLS"),
         ("init_lora_weights", "corda"),
         ("some_future_setting", "on"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_common.adapter_parts import pair_sizes
+from loraplex_common.adapter_parts import PartSize, pair_sizes
 from loraplex_common.base_model import BaseModelInfo, load_base_model
+from loraplex_common.flora import FLORA
 from loraplex_common.image_geometry import ImageError
+from loraplex_common.low_rank import LOW_RANK
 from loraplex_common.rank_limits import CUDA_MAX_RANK, RankLimits, check_servable, max_stacked_rank
 from support.base_models import TinyBase, write_base_model
 from support.decoder_shapes import decoder_geometry
@@ -76,3 +78,12 @@ def test_where_no_engine_is_known_the_most_capable_decides(base: BaseModelInfo) 
     check_servable(ranks(o_proj=2048), base, [])
     with pytest.raises(ImageError, match="any engine takes at most rank 2048"):
         check_servable(ranks(o_proj=2049), base, [])
+
+
+def test_what_is_wrong_with_another_part_is_not_blamed_on_the_rank(base: BaseModelInfo) -> None:
+    sizes = (PartSize(0, "o_proj", LOW_RANK, 8), PartSize(1, "down_proj", FLORA, 9))
+
+    with pytest.raises(ImageError, match="layer 1 down_proj: FLoRA of rank 9") as caught:
+        engine(base).check(sizes)
+
+    assert "takes at most rank" not in str(caught.value)

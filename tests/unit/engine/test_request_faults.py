@@ -37,7 +37,7 @@ POISON = "poison"
 POISON_TOP = 7
 PLACES = [
     (intake, "make_request"),
-    (Feasibility, "refuse_if_too_large"),
+    (Feasibility, "refuse_if_unservable"),
     (AdapterFetching, "fetch"),
     (Feasibility, "end_if_unreachable"),
     (PrefixSharing, "find"),

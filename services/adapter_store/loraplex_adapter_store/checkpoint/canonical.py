@@ -1,8 +1,10 @@
 """The canonical form: one safetensors file whose sha256 is the adapter's revision.
 
 Its metadata holds the canonical config, with only the facts that decide what is computed: the base model's fingerprint,
-each module's scaling, and the text parts if there are any. Tensors keep PEFT's names and their own dtypes. They are sorted by name, keys are sorted, and
-only the header is padded, to 8 bytes. So equal weights from differently written checkpoints have equal revisions.
+each module's scaling or parts, and the text parts if there are any. Tensors keep their own dtypes; those of a pair keep
+PEFT's names, those of other parts are called by kind (`canonical_parts`). They are sorted by name, keys are sorted, and
+only the header is padded, to 8 bytes. So equal weights from differently written checkpoints have equal revisions. What
+modules share is written once: of VeRA, each has two vectors, and its pair is multiplied out when it is read.
 """
 
 from __future__ import annotations
@@ -14,21 +16,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from loraplex_common.adapter_image import LOW_RANK, AdapterSpec, ModuleSpec, Tensors
+from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, Tensors
 from loraplex_common.errors import AdapterCorruptError
 from loraplex_common.text_parts import TextParts
 
-from loraplex_adapter_store.checkpoint.safetensors_file import Tensor, read_tensors
-from loraplex_adapter_store.checkpoint.tensor_names import parse_tensor_name, tensor_name
+from loraplex_adapter_store.checkpoint.canonical_parts import module_fields, module_names, named_tensors, read_parts
+from loraplex_adapter_store.checkpoint.safetensors_file import read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from loraplex_common.part_kind import Arrays
+    from loraplex_common.part_kind import Arrays, Part
 
     from loraplex_adapter_store.checkpoint.reader import Checkpoint
 
 FORMAT: Final = 1
+FORMAT_OF_PARTS: Final = 2
+"""Of adapters with a module that is more than a pair of matrices."""
 CHUNK_BYTES: Final = 2 * 1024 * 1024
 LENGTH_BYTES: Final = 8
 
@@ -88,15 +92,12 @@ def canonicalise(checkpoint: Checkpoint, text_parts: TextParts | None = None) ->
     text_parts = text_parts or TextParts()
     config: dict[str, Any] = {
         "base": checkpoint.base_fingerprint,
-        "format": FORMAT,
-        "modules": [[m.layer, m.projection, m.scaling] for m in checkpoint.modules],
+        "format": FORMAT if all(module.is_plain for module in checkpoint.modules) else FORMAT_OF_PARTS,
+        "modules": [module_fields(module) for module in checkpoint.modules],
     }
     if fields := text_parts.to_fields():
         config["text_parts"] = fields
-    named: dict[str, Tensor] = {}
-    for module in checkpoint.modules:
-        named[tensor_name(module.name, "A")] = module.lora_a
-        named[tensor_name(module.name, "B")] = module.lora_b
+    named = {name: tensor for module in checkpoint.modules for name, tensor in named_tensors(module)}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "loraplex": _dumps(config)}}
     position = 0
     ordered = sorted(named.items())
@@ -111,12 +112,11 @@ def canonicalise(checkpoint: Checkpoint, text_parts: TextParts | None = None) ->
     for piece in pieces:
         digest.update(piece)
     revision = digest.hexdigest()
-    modules = tuple(ModuleSpec.low_rank(m.layer, m.projection, m.rank, m.scaling) for m in checkpoint.modules)
     return CanonicalForm(
         revision=revision,
         base_fingerprint=checkpoint.base_fingerprint,
-        spec=AdapterSpec(revision, modules),
-        num_parameters=sum(int(np.prod(tensor.shape)) for _, tensor in ordered),
+        spec=AdapterSpec(revision, tuple(module.spec for module in checkpoint.modules)),
+        num_parameters=sum(int(np.prod(tensor.shape)) for _, tensor in ordered if not tensor.is_integer),
         num_bytes=8 + len(text) + position,
         pieces=pieces,
         text_parts=text_parts,
@@ -137,14 +137,15 @@ def read_canonical(data: bytes | bytearray, revision: str) -> CanonicalAdapter:
         )
     tensors = read_tensors(data, file=revision)
     config = _config(data[: header_bytes(data)])
-    named = {parse_tensor_name(name): tensor.values() for name, tensor in tensors.items()}
-    matrices = {(found.layer, found.projection, found.matrix): values for found, values in named.items()}
+    names = module_names(tensors)
     modules: list[ModuleSpec] = []
     values: dict[tuple[int, str, str], Arrays] = {}
-    for layer, projection, scaling in config["modules"]:
-        pair = matrices[layer, projection, "A"], matrices[layer, projection, "B"]
-        values[layer, projection, LOW_RANK] = pair
-        modules.append(ModuleSpec.low_rank(layer, projection, pair[0].shape[0], scaling))
+    for layer, projection, fields in config["modules"]:
+        parts: list[Part] = []
+        for part, arrays in read_parts(names[layer, projection], fields, tensors):
+            parts.append(part)
+            values[layer, projection, part.kind] = arrays
+        modules.append(ModuleSpec(layer, projection, tuple(parts)))
     return CanonicalAdapter(config["base"], AdapterSpec(revision, tuple(modules)), values)
 
 

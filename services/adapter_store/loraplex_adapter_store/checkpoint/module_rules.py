@@ -66,6 +66,8 @@ class ModuleRules:
 
     def rank(self, key: str) -> int:
         """Return the rank of a module."""
+        if key in self._config.ranks:
+            return self._config.ranks[key]
         index = self._answer("rank_pattern", key)
         return self._config.rank if index is None else list(self._config.rank_pattern.values())[index]
 
@@ -76,6 +78,13 @@ class ModuleRules:
             return self._config.alpha, "lora_alpha"
         name, alpha = list(self._config.alpha_pattern.items())[index]
         return alpha, f"alpha_pattern[{name!r}]"
+
+    def is_feedforward(self, key: str) -> bool:
+        """Return whether (IA)3 scales a module's input, by PEFT's rule: any end of its name counts, not only whole parts."""
+        names = self._config.feedforward_modules
+        if isinstance(names, str):
+            return self._answer("feedforward_modules", key) is not None
+        return key.endswith(names)
 
     def _is_all_linear(self) -> bool:
         return isinstance(self._config.target_modules, str) and self._config.target_modules.lower() == "all-linear"
@@ -114,6 +123,7 @@ def _questions(config: PeftConfig, keys: tuple[str, ...]) -> list[Question]:
         for setting, pattern in (
             ("exclude_modules", config.exclude_modules),
             ("target_modules", config.target_modules),
+            ("feedforward_modules", config.feedforward_modules),
         )
         if isinstance(pattern, str)
     ]

@@ -4,74 +4,64 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from loraplex_common.adapter_folder import CONFIG_FILE as FILE
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 
 from loraplex_adapter_store.checkpoint.bounds import MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, MAX_RANK, parse_json
+from loraplex_adapter_store.checkpoint.peft_methods import (
+    ADALORA,
+    LORA,
+    METHODS,
+    REFUSED_METHODS,
+    SHIRA,
+    VERA,
+    Method,
+)
 
-_USED: Final = frozenset(
-    {
-        *("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
-        *("exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "bias"),
-        "init_lora_weights",
-        "target_parameters",  # the dialects turn it into target_modules, or refuse it
-    }
-)
-_HARMLESS: Final = frozenset(
-    {
-        # These concern training, or how the file was made; they do not change the inference.
-        *("auto_mapping", "revision", "inference_mode", "lora_dropout", "peft_version", "runtime_config"),
-        *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),  # initialisation; see init_lora_weights
-        *("megatron_core", "qalora_group_size"),  # act only together with megatron_config and use_qalora
-        "fan_in_fan_out",  # off in PEFT for layers that store weights as all served architectures do
-        "tensor_model_parallel_size",  # says how Megatron wrote fused tensors; see the dialects
-        "ensure_weight_tying",  # acts only on embeddings, which are refused anyway
-    }
-)
-_REFUSED: Final = {
-    "use_dora": "DoRA's magnitude vectors are not served",
-    "lora_bias": "biases of LoRA matrices are not served",
-    "modules_to_save": "fully trained modules are not served; train with LoRA on the projections only",
-    "trainable_token_indices": "trained token embeddings are not served",
-    "alora_invocation_tokens": "activated LoRA (aLoRA) is not served",
-    "megatron_config": "Megatron layers are not served",
-    "layer_replication": "it changes the base model's layers",
-    "use_qalora": "QALoRA is not served",
-    "use_bdlora": "block-diagonal LoRA is not served",
-    "velora_config": "VeLoRA is not served",
-    "monteclora_config": "MonteCLoRA is not served",
-    "arrow_config": "Arrow routing is not served",
-    "kasa_config": "KaSA is not served",
-}
 # These values start from the unchanged base and leave plain LoRA (MiCA trains A alone). All other strings (pissa,
 # olora, corda, loftq, ...) change the base weights too, and such a checkpoint is only right on top of the changed
 # weights.
 _HARMLESS_INITS: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+_DEFAULT_RANK: Final = {LORA: 8, ADALORA: 12, VERA: 256, SHIRA: 32}
+_ADALORA_KEY: Final = re.compile(r"(?P<module>\w+(?:\.\w+)*)\.lora_E(?:\.\w+)?", re.ASCII)
+_MISSING_NAMES: Final = {"feedforward_modules": "PEFT writes which of target_modules scale their inputs, [] for none"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeftConfig:
-    """The settings of a LoRA checkpoint that decide what it computes.
+    """The settings of a checkpoint that decide what it computes.
 
     Attributes:
+        method: ``peft_type``: one of `METHODS`.
+        rank: Rank of modules that neither ``rank_pattern`` nor ``ranks`` names.
+        ranks: Of AdaLoRA, the ranks that its budget left to modules, by their dotted names.
+        bias: ``none``, ``all`` or ``only``: whose biases the base's training changed.
         target_modules: Names, one regular expression, or ``all-linear``.
+        feedforward_modules: Of (IA)3, likewise: whose inputs are scaled.
         layers_to_transform: Layers that named targets are limited to; None for all.
         layers_pattern: Names of the lists of layers that the indices refer to; empty for any list.
     """
 
+    method: str = LORA
     rank: int
     alpha: float
-    use_rslora: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
     target_modules: str | tuple[str, ...]
-    exclude_modules: str | tuple[str, ...]
-    layers_to_transform: frozenset[int] | None
-    layers_pattern: tuple[str, ...]
-    base_model_name_or_path: str
+    exclude_modules: str | tuple[str, ...] = ()
+    feedforward_modules: str | tuple[str, ...] = ()
+    layers_to_transform: frozenset[int] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    base_model_name_or_path: str = ""
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the factor on B A x: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
@@ -90,38 +80,60 @@ def parse_peft_config(data: bytes) -> PeftConfig:
     fields = parse_json(data, what=FILE, max_values=MAX_CONFIG_VALUES)
     if not isinstance(fields, dict):
         raise AdapterCorruptUploadError(f"{FILE}: no JSON object")
-    _refuse_unserved(fields)
+    name = _method(fields)
+    _refuse_unserved(fields, METHODS[name])
     base_name = fields.get("base_model_name_or_path")
     if not isinstance(base_name, str | None):
         raise _wrong("base_model_name_or_path", base_name, "a string")
+    patterns: dict[str, Any] = {}
+    if name == ADALORA:
+        patterns["ranks"] = dict(_adalora_rank(k, v) for k, v in _mapping(fields, "rank_pattern").items())
+    else:
+        patterns["rank_pattern"] = {
+            k: _rank(f"rank_pattern[{k!r}]", v) for k, v in _mapping(fields, "rank_pattern").items()
+        }
+        patterns["alpha_pattern"] = {
+            k: _number(f"alpha_pattern[{k!r}]", v) for k, v in _mapping(fields, "alpha_pattern").items()
+        }
+    rank_setting = "init_r" if name == ADALORA else "r"
     return PeftConfig(
-        rank=_rank("r", fields.get("r", 8)),
+        method=name,
+        rank=_rank(rank_setting, fields.get(rank_setting, _DEFAULT_RANK.get(name, 8))),
         alpha=_number("lora_alpha", fields.get("lora_alpha", 8)),
-        use_rslora=_flag("use_rslora", fields.get("use_rslora")),
-        rank_pattern={k: _rank(f"rank_pattern[{k!r}]", v) for k, v in _mapping(fields, "rank_pattern").items()},
-        alpha_pattern={k: _number(f"alpha_pattern[{k!r}]", v) for k, v in _mapping(fields, "alpha_pattern").items()},
+        use_rslora=name == LORA and _flag("use_rslora", fields.get("use_rslora")),
+        use_dora=_flag("use_dora", fields.get("use_dora")),
+        lora_bias=_flag("lora_bias", fields.get("lora_bias")),
+        bias=_bias(fields, name),
         target_modules=_names(fields, "target_modules"),
         exclude_modules=_names(fields, "exclude_modules"),
+        feedforward_modules=_names(fields, "feedforward_modules"),
         layers_to_transform=_layers(fields.get("layers_to_transform")),
         layers_pattern=_as_tuple(_names(fields, "layers_pattern")),
         base_model_name_or_path=base_name or "",
+        **patterns,
     )
 
 
-def _refuse_unserved(fields: dict[str, Any]) -> None:
-    peft_type = fields.get("peft_type")
-    if peft_type is None:
+def _method(fields: dict[str, Any]) -> str:
+    name = fields.get("peft_type")
+    if name is None:
         raise AdapterIncompatibleError(f'{FILE}: peft_type is missing: PEFT writes "LORA" for LoRA')
-    if peft_type != "LORA":
-        raise AdapterIncompatibleError(f"{FILE}: peft_type {_shown(peft_type)} is not served, only LORA")
-    for name, why in _REFUSED.items():
+    served = ", ".join(METHODS)
+    if isinstance(name, str) and name in REFUSED_METHODS:
+        what, remedy = REFUSED_METHODS[name]
+        raise AdapterIncompatibleError(f'{FILE}: peft_type "{name}": {what} are not served, only {served}: {remedy}')
+    if not isinstance(name, str) or name not in METHODS:
+        raise AdapterIncompatibleError(f"{FILE}: peft_type {_shown(name)} is not served, only {served}")
+    return name
+
+
+def _refuse_unserved(fields: dict[str, Any], method: Method) -> None:
+    for name, why in method.refused.items():
         if not _is_off(fields.get(name)):
             raise AdapterIncompatibleError(f"{FILE}: {name} = {_shown(fields[name])}: {why}")
     for name in ("bias", "task_type"):
         if not isinstance(fields.get(name), str | None):
             raise _wrong(name, fields[name], "a string")
-    if fields.get("bias") not in ("none", None):
-        raise AdapterIncompatibleError(f"{FILE}: bias = {_shown(fields['bias'])}: trained biases are not served")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
         raise AdapterIncompatibleError(f"{FILE}: task_type = {_shown(fields['task_type'])}: only CAUSAL_LM is served")
     init = fields.get("init_lora_weights")
@@ -133,10 +145,39 @@ def _refuse_unserved(fields: dict[str, Any]) -> None:
             "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for name, value in fields.items():
-        if value and name not in _USED | _HARMLESS:
+        if value and value != "none" and not method.knows(name):
             raise AdapterIncompatibleError(
                 f"{FILE}: unknown setting {name[:100]} = {_shown(value)}: it may change what the adapter computes"
             )
+    for name, why in _MISSING_NAMES.items():
+        if name in method.used and fields.get(name) is None:
+            raise AdapterIncompatibleError(f"{FILE}: {name} is missing: {why}")
+    if fields.get("use_dora") and fields.get("lora_bias"):
+        raise AdapterIncompatibleError(f"{FILE}: lora_bias with use_dora: PEFT has no such combination")
+    if "save_projection" in method.used and not _flag("save_projection", fields.get("save_projection", True)):
+        raise AdapterIncompatibleError(
+            f"{FILE}: save_projection = false: the file lacks VeRA's shared matrices, and a random generator's numbers may "
+            "differ between versions and devices; train with save_projection = true, or convert the adapter with PEFT's "
+            "convert_to_lora"
+        )
+
+
+def _bias(fields: dict[str, Any], method: str) -> str:
+    value = "none" if fields.get("bias") is None else fields["bias"]
+    only = "vera_only" if method == VERA else "lora_only"
+    if value not in ("none", "all", only):
+        raise AdapterIncompatibleError(f'{FILE}: bias = {_shown(value)} is not one of "none", "all", "{only}"')
+    return "only" if value == only else str(value)
+
+
+def _adalora_rank(name: str, kept: Any) -> tuple[str, int]:
+    """Return a module and its rank from an entry of AdaLoRA's rank_pattern: which singular values its budget kept."""
+    match = _ADALORA_KEY.fullmatch(name[:1000])
+    if match is None:
+        raise _wrong(f"rank_pattern[{name[:200]!r}]", kept, "an entry of AdaLoRA, whose names end with lora_E")
+    if not isinstance(kept, list) or not all(isinstance(each, bool) for each in kept):
+        raise _wrong(f"rank_pattern[{name[:200]!r}]", kept, "a list of true and false")
+    return match["module"], sum(kept)
 
 
 def _is_off(value: Any) -> bool:

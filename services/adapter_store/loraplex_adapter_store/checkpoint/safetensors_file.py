@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -25,12 +25,15 @@ from loraplex_adapter_store.checkpoint.bounds import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ITEM_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
 NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
 }
+INTEGERS: Final = frozenset({"I32", "I64"})
 MAX_BFLOAT16: Final = 3.3895313892515355e38  # a larger fp32 value would round to infinity on a bf16 engine
 _BFLOAT16_MAGNITUDE: Final = np.uint16(0x7FFF)
 
@@ -40,7 +43,7 @@ class Tensor:
     """One tensor of a file, its bytes not copied.
 
     Attributes:
-        dtype: ``F32``, ``F16`` or ``BF16``.
+        dtype: ``F32``, ``F16`` or ``BF16``; of indices ``I32`` or ``I64``.
         data: Little-endian, row-major.
     """
 
@@ -49,10 +52,28 @@ class Tensor:
     shape: tuple[int, ...]
     data: memoryview
 
-    def values(self) -> NDArray[np.float32]:
-        """Return the values in fp32; exact for every dtype."""
+    @classmethod
+    def of(cls, name: str, values: NDArray[Any]) -> Tensor:
+        """Return a tensor with the bytes of fp32 values or of int32 indices."""
+        dtype = "I32" if values.dtype.kind == "i" else "F32"
+        raw = np.ascontiguousarray(values, dtype=NUMPY_DTYPES[dtype])
+        return cls(name, dtype, values.shape, memoryview(raw.tobytes()))
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it holds indices."""
+        return self.dtype in INTEGERS
+
+    def values(self) -> NDArray[Any]:
+        """Return the values in fp32, exact for every dtype; integers as they are."""
         raw = np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+        if self.is_integer:
+            return raw
         return from_bfloat16(raw) if self.dtype == "BF16" else raw.astype(np.float32, copy=False)
+
+    def reshaped(self, *shape: int) -> Tensor:
+        """Return the same values in another shape."""
+        return replace(self, shape=shape)
 
     def largest(self) -> float:
         """Return the largest magnitude; NaN or infinity if there is one, 0 if all values are 0."""
@@ -73,7 +94,7 @@ def read_tensors(data: bytes | bytearray | memoryview, *, file: str) -> dict[str
 
     Raises:
         AdapterCorruptUploadError: If the file departs from the format; the message says where.
-        AdapterIncompatibleError: If a tensor has a dtype other than fp32, fp16 or bf16.
+        AdapterIncompatibleError: If a tensor has a dtype other than fp32, fp16, bf16, int32 and int64.
     """
     view = memoryview(data).toreadonly()
     header, start = _read_header(view, file)

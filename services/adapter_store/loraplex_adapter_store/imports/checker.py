@@ -67,11 +67,16 @@ class CheckpointChecker:
         base = chosen.base
         texts = check_strange_texts(files.texts, base.directory, confinement)
         checkpoint = read_checkpoint(
-            files.config, files.weights, base.info, confinement, weights_file=files.weights_file
+            files.config,
+            files.weights,
+            base.info,
+            confinement,
+            base_dir=base.directory,
+            weights_file=files.weights_file,
         )
         form = canonicalise(checkpoint, texts.parts)
         try:
             check_servable(form.spec.sizes, base.info, engines)
         except ImageError as error:
-            raise AdapterIncompatibleError(f"{error}; train or convert the adapter to a lower rank") from error
+            raise AdapterIncompatibleError(str(error)) from error
         return replace(form, warnings=(*chosen.warnings, *texts.warnings, *form.warnings))

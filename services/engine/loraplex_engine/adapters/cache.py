@@ -1,9 +1,9 @@
 """Residency of adapters on one engine: where each image is, which requests lease it, and what is evicted for room.
 
-Accounting only: the step loop has the runner carry out the loads and unloads decided here. It belongs to the step loop's
-thread, and accounts for pages of the pool (shared with KV), indices of the runner's adapter table, and slots of the host
-arena. An adapter without leases and pins is *idle*; idle adapters are evicted by worth (`ranking`), and the arena keeps
-its copy. A waiting request's *claim* outranks other waiting requests, not running ones.
+Accounting only, on the step loop's thread, which has the runner carry out the loads and unloads decided here. Counted are
+pages of the pool (shared with KV), indices of the runner's adapter table, and slots of the host arena. An adapter without
+leases and pins is *idle*; idle adapters are evicted by worth (`ranking`), and the arena keeps its copy. A *claim* of a
+waiting request outranks other waiting requests, not running ones.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ class AdapterCache:
     def load_finished(self, digest: str) -> None:
         """Note that the runner has the adapter's pages."""
         adapter = self.states[digest]
-        self.ranking.costs.copied(adapter.num_pages, began_s=adapter.loading_since_s, done_s=self._clock())
+        if not (adapter.spec and adapter.spec.has_magnitudes):  # such a load is more than a copy
+            self.ranking.costs.copied(adapter.num_pages, began_s=adapter.loading_since_s, done_s=self._clock())
         if adapter.state is ResidencyState.DRAINING:
             self.evict(adapter)
             return
@@ -292,8 +293,7 @@ class AdapterCache:
             RuntimeError: If something is lost or counted twice.
         """
         on_device = [a for a in self.states.all if a.is_on_device]
-        pages = sum(adapter.num_pages for adapter in on_device)
-        if pages != self._pool.num_adapter:
+        if (pages := sum(adapter.num_pages for adapter in on_device)) != self._pool.num_adapter:
             raise RuntimeError(f"adapters have {pages} pages, the pool accounts {self._pool.num_adapter}")
         self.loads.indices.check_integrity([adapter.index for adapter in on_device])
         self.states.check_integrity()

@@ -14,6 +14,8 @@ from loraplex_engine.messages import ResidencyChanged, ResidencyState, WantImage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from loraplex_common.adapter_parts import PartSize
+
     from loraplex_engine.adapters.ranking import AdapterRanking
     from loraplex_engine.messages import StoreEvent
 
@@ -76,6 +78,11 @@ class AdapterStates:
         """Return the pages that an adapter takes; None until its image has been seen."""
         adapter = self._adapters.get(digest)
         return adapter.num_pages if adapter and adapter.spec else None
+
+    def unscalable_part_of(self, digest: str) -> PartSize | None:
+        """Return a part that no request's own scale can be applied to; None without one, or until the image has been seen."""
+        adapter = self._adapters.get(digest)
+        return adapter.spec.unscalable if adapter and adapter.spec else None
 
     @property
     def num_pinned(self) -> int:

@@ -30,12 +30,12 @@ class LayerReader:
     Attributes:
         config: The decoder.
         layer: Number of the layer.
-        linears: What `linear` has returned so far.
+        linears: What `linear` has returned so far, by op.
     """
 
     def __init__(self, config: ModelConfig, weights: WeightSource, forms: LinearForms, layer: int) -> None:
         self.config, self.layer = config, layer
-        self.linears: list[Linear] = []
+        self.linears: dict[str, Linear] = {}
         self._weights, self._forms = weights, forms
 
     def linear(self, op: str, *, has_bias: bool) -> Linear:
@@ -46,8 +46,8 @@ class LayerReader:
             for each in self.config.layers[layer]
             if each.op == op
         ]
-        self.linears.append(self._weights.linear(parts, self._forms))
-        return self.linears[-1]
+        self.linears[op] = self._weights.linear(parts, self._forms)
+        return self.linears[op]
 
     def norm(self, name: str, width: int) -> RmsNorm:
         """Return a norm of the layer; the name is one of `WeightNames`."""
@@ -67,6 +67,7 @@ class DecoderModel(ABC, Generic[LayerT]):
 
     Attributes:
         layers: Weights of the layers.
+        linears: Per layer, its fused products by op.
         embedding: ``[vocab, hidden]``.
         final_norm: The norm before lm_head.
         lm_head: The output projection.
@@ -91,7 +92,8 @@ class DecoderModel(ABC, Generic[LayerT]):
         self.layers = [self._read_layer(reader) for reader in readers]
         self.final_norm = RmsNorm(weights.read(config.names.final_norm, (config.hidden_size,)), config.rms_norm_eps)
         self.rope = rope_table(config, max_model_len).to(device)
-        linears = [self.lm_head, *(linear for reader in readers for linear in reader.linears)]
+        self.linears = [reader.linears for reader in readers]
+        linears = [self.lm_head, *(linear for layer in self.linears for linear in layer.values())]
         self.weight_bytes = sum(linear.weight_bytes for linear in linears)
 
     @abstractmethod

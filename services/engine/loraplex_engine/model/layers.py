@@ -64,7 +64,11 @@ class Dense:
         """See `Linear`."""
         return self.weight.nbytes
 
-    def into(self, x: Tensor, out: Tensor) -> None:
+    def rows(self, first: int, last: int) -> Tensor:
+        """See `Linear`: a view."""
+        return self.weight[first:last]
+
+    def multiply(self, x: Tensor, out: Tensor) -> None:
         """See `Linear`; ``out`` comes from `new_activation`."""
         if out.is_contiguous():
             torch.mm(x, self._weight_t, out=out)
@@ -74,6 +78,10 @@ class Dense:
             torch.bmm(self._blocks, x_t, out=out.t().view(num_blocks, OUTPUT_BLOCK, num_tokens))
         else:
             torch.mm(self.weight, x.t(), out=out.t())
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """See `Linear`; ``out`` comes from `new_activation`."""
+        self.multiply(x, out)
         if self.bias is not None:
             out.add_(self.bias)
 

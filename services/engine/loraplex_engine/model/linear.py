@@ -31,6 +31,19 @@ class Linear(Protocol):
         """Bytes that a product reads of ``W``, scales included, however few its tokens are; the bias is left out."""
         ...
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, ``[out_features]``, if there is one."""
+        ...
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return rows ``[first, last)`` of ``W`` in the compute dtype, ``[last - first, in_features]``, as products read them."""
+        ...
+
+    def multiply(self, x: Tensor, out: Tensor) -> None:
+        """Compute ``out[:] = x @ W.T``, without the bias; arguments as those of `into`."""
+        ...
+
     def into(self, x: Tensor, out: Tensor) -> None:
         """Compute ``out[:] = x @ W.T + bias``.
 

@@ -85,7 +85,7 @@ class AdapterFetching:
         if state is ResidencyState.ABSENT:
             self._cache.states.want(digest, request.objective_s)
         elif state is ResidencyState.IN_ARENA:
-            if self._feasibility.refuse_if_too_large(request):
+            if self._feasibility.refuse_if_unservable(request):
                 return Outcome.GONE
             outcome = self._load(request, digest, reserving)
             if outcome is not None:
@@ -133,6 +133,6 @@ class AdapterFetching:
         waiting = self._queue.of_adapter(digest)
         for request in waiting:
             with self._book.answering_for(request, "when its adapter arrived"):
-                if not self._feasibility.refuse_if_too_large(request):
+                if not self._feasibility.refuse_if_unservable(request):
                     self._book.report_loading(request, digest)
         return bool(waiting)

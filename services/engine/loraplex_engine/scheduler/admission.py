@@ -186,7 +186,7 @@ class Admission:
         if not self._batch.state.num_free or not self._has_budget:
             self._fetching.claim(request, is_reserving=request is self._reserving)
             return Outcome.NO_PLACE
-        if self._feasibility.refuse_if_too_large(request) or self._feasibility.end_if_unreachable(request, now_s):
+        if self._feasibility.refuse_if_unservable(request) or self._feasibility.end_if_unreachable(request, now_s):
             return Outcome.GONE
         return self._placement.seat(request, set() if request is self._reserving else set(self._spared))
 

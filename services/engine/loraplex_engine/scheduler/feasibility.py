@@ -1,5 +1,7 @@
 """Ends requests that cannot be served: those that never fit, and those whose first token cannot come in time any more.
 
+A request with a scale of its own on an adapter that multiplies what the base computes is refused once the adapter is known.
+
 A request that alone needs more pages than the pool has is refused at once, with the arithmetic. A request that has an
 objective for its first token ends as soon as the objective is out of reach, while ending it still helps others. The
 estimate is the least time that the request would wait if it were next: the copy of its adapter, the prefill admitted
@@ -12,7 +14,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from loraplex_common.errors import DeadlineError, LoraplexError, RequestTooLargeError, SloUnreachableError
+from loraplex_common.errors import (
+    DeadlineError,
+    InvalidParameterError,
+    LoraplexError,
+    RequestTooLargeError,
+    SloUnreachableError,
+)
+from loraplex_common.flora import FLORA
+from loraplex_common.vectors import IN_VECTOR, OUT_VECTOR
 
 from loraplex_engine.messages import ResidencyState
 from loraplex_engine.scheduler.request import Request, RequestState
@@ -24,6 +34,11 @@ if TYPE_CHECKING:
     from loraplex_engine.scheduler.request_book import RequestBook
     from loraplex_engine.scheduler.step_costs import StepCosts
 
+_MULTIPLIERS: Final = {
+    OUT_VECTOR: "a factor on its outputs (DoRA, (IA)3)",
+    IN_VECTOR: "a factor on its inputs ((IA)3)",
+    FLORA: "FLoRA",
+}
 _MIN_RETRY_S: Final = 0.1
 _MAX_RETRY_S: Final = 60.0
 
@@ -47,7 +62,28 @@ class Feasibility:
         self._costs = costs
         self._block_tokens = book.batch.state.block_tokens
 
-    # --- size ---
+    # --- size and scale ---
+
+    def refuse_if_unservable(self, request: Request) -> bool:
+        """End a request that can never be served, by what is known of its adapter by now; True if it was ended."""
+        return self._refuse_if_unscalable(request) or self.refuse_if_too_large(request)
+
+    def _refuse_if_unscalable(self, request: Request) -> bool:
+        """End a request with a scale of its own on an adapter that multiplies what the base computes."""
+        digest, scale = request.adapter_digest, request.submission.adapter_scale
+        if digest is None or scale == 1:
+            return False
+        part = self._cache.states.unscalable_part_of(digest)
+        if part is None:
+            return False
+        error = InvalidParameterError(
+            f"adapter_scale: {scale:g} cannot be applied to adapter {digest}: in layer {part.layer}, {part.projection} has "
+            f"{_MULTIPLIERS[part.kind]}, which multiplies what the base model computes; leave adapter_scale out, or name an "
+            "adapter of pairs, biases and sparse deltas alone",
+            field="adapter_scale",
+        )
+        self._book.fail(request, error)
+        return True
 
     def refuse_if_too_large(self, request: Request) -> bool:
         """End a request that cannot fit even alone; an open-ended one is cut to the room there is instead."""

@@ -88,7 +88,7 @@ class RequestIntake:
             self._book.finish(request, FinishReason.LENGTH)
         elif request.submission.rules is not None and request.submission.rules.is_ended:
             self._book.finish(request, FinishReason.STOP)  # the resumed tokens are all that its structure allows
-        elif not self._feasibility.refuse_if_too_large(request):
+        elif not self._feasibility.refuse_if_unservable(request):
             self._time_limits.watch(request)
             self._arrive(request, now_s)
 

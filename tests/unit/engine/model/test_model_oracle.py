@@ -16,10 +16,10 @@ from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.step import SlotSetup
 from support.adapters import random_recipe, write_adapter
 from support.base_models import Architecture, TinyBase, write_base_model
-from support.oracle import Comparison, Oracle, Rig, make_rig
+from support.oracle import Comparison, Oracle, make_rig
 from support.plans import Draw, Sequence_
+from support.teacher_forcing import NUM_FORCED, add_sequences, compare
 
-NUM_FORCED = 5
 ROPES = (
     None,
     {"rope_type": "linear", "factor": 2.0},
@@ -60,43 +60,6 @@ def bases(draw: st.DrawFn) -> TinyBase:
         seed=draw(st.integers(0, 1000)),
         num_shards=draw(st.sampled_from([1, 2])),
     )
-
-
-def add_sequences(
-    rig: Rig, oracle: Oracle, rng: np.random.Generator, vocab_size: int
-) -> list[tuple[str | None, Sequence_]]:
-    """Two sequences per adapter and for the base: prompts of any length, in chunks of any length, teacher-forced."""
-    added = []
-    for name, index in list(rig.adapters.items()) * 2:
-        prompt = rng.integers(0, vocab_size, int(rng.integers(1, 45))).tolist()
-        cuts = np.flatnonzero(rng.random(len(prompt) - 1) < 0.08) + 1
-        sequence = rig.harness.add(
-            prompt,
-            adapter=index,
-            forced=oracle.greedy(prompt, NUM_FORCED, name),
-            chunks=np.diff([0, *cuts]).tolist(),
-            draw=Draw(num_logprobs=vocab_size),
-            setup=SlotSetup(
-                slot=0,
-                prompt_token_ids=np.empty(0, np.int32),
-                output_token_ids=np.empty(0, np.int32),
-                prompt_logprobs=vocab_size,
-            ),
-        )
-        added.append((name, sequence))
-    return added
-
-
-def compare(oracle: Oracle, added: list[tuple[str | None, Sequence_]], tally: Comparison) -> None:
-    """Compare every position of every sequence with the oracle's."""
-    for name, sequence in added:
-        truth = oracle.logits([*sequence.prompt, *sequence.forced[:NUM_FORCED]], name)
-        for position, entry in enumerate(sequence.prompt_logprobs):
-            tally.logprobs(truth[position], entry)
-        assert len(sequence.prompt_logprobs) == len(sequence.prompt) - 1
-        for step, token in enumerate(sequence.drawn):
-            tally.choice(f"{name} step {step}", truth[len(sequence.prompt) - 1 + step], token)
-            tally.logprobs(truth[len(sequence.prompt) - 1 + step], sequence.logprobs[step])
 
 
 @settings(max_examples=14, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -39,6 +39,14 @@ class CublasDense:
         """See `Linear`."""
         return self.weight.nbytes
 
+    def rows(self, first: int, last: int) -> Tensor:
+        """See `Linear`: a view."""
+        return self.weight[first:last]
+
+    def multiply(self, x: Tensor, out: Tensor) -> None:
+        """See `Linear`."""
+        torch.mm(x, self._weight_t, out=out)
+
     def into(self, x: Tensor, out: Tensor) -> None:
         """See `Linear`."""
         if self.bias is None:

@@ -95,9 +95,10 @@ class TorchForward(ABC, Generic[ModelT]):
     @staticmethod
     def _project(layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, lora: LoraStep | None) -> None:
         """Compute a fused projection of one layer with the step's adapters."""
-        linear.into(x, out)
-        if lora is not None:
-            lora.apply(layer, op, x, out)
+        if lora is None:
+            linear.into(x, out)
+        else:
+            lora.project(layer, op, linear, x, out)
 
     def _rotate(
         self, q_norm: RmsNorm | None, k_norm: RmsNorm | None, buffers: Activations, cos: Tensor, sin: Tensor

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from loraplex_engine.runners.torch.lora import AdapterTable
+    from loraplex_engine.runners.torch.adapter_table import AdapterTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,16 +6,14 @@ Plans are computed on the step loop's thread; adapters are copied into the pool 
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
-from loraplex_common.adapter_parts import check_kinds
+from loraplex_common.adapter_parts import KINDS, check_kinds
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_common.image_geometry import ImageError
-from loraplex_common.low_rank import LOW_RANK
 from torch import Tensor
 
 from loraplex_engine.model.layers import TORCH_LINEARS
@@ -24,11 +22,13 @@ from loraplex_engine.model.weights import DTYPES
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.runners.step_results import take_over_slots
+from loraplex_engine.runners.torch.adapter_loads import AdapterLoads
 from loraplex_engine.runners.torch.attention import PagedPool
 from loraplex_engine.runners.torch.attention_plan import AttentionStep
 from loraplex_engine.runners.torch.forwards import make_forward
-from loraplex_engine.runners.torch.handles import StepOutput, TorchLoadHandle, TorchStepHandle, Undrawn
-from loraplex_engine.runners.torch.lora import AdapterTable, LoraStep, Segment
+from loraplex_engine.runners.torch.handles import StepOutput, TorchStepHandle, Undrawn
+from loraplex_engine.runners.torch.lora import Segment
+from loraplex_engine.runners.torch.parts import make_lora_step
 from loraplex_engine.step import FROM_DEVICE, NO_ADAPTER, StepPlan
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
     from loraplex_engine.model.weights import WeightSource
     from loraplex_engine.runners.runner_config import RunnerConfig
+    from loraplex_engine.runners.torch.adapter_table import AdapterTable
     from loraplex_engine.runners.torch.forward import Activations
+    from loraplex_engine.runners.torch.handles import TorchLoadHandle
+    from loraplex_engine.runners.torch.lora import LoraStep
 
 
 KEPT_BUFFERS: Final = 4  # step sizes whose activation buffers are kept; batches shrink and grow by a few rows
@@ -73,11 +76,9 @@ class TorchRunner:
         self._sampler = Sampler(vocab_size=model.vocab_size, device=self._device)
         self._prompt_logprobs = PromptLogprobTracker(self._model)
         self._last_tokens = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=self._device)
-        self._adapters: dict[int, AdapterTable] = {}
+        self._loads = AdapterLoads(self.geometry, self._pool, self._model.linears)
         self._buffers: dict[int, Activations] = {}
         self._launched: deque[TorchStepHandle] = deque()
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
-        self._copy_stream = torch.cuda.Stream() if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
     def pipeline_depth(self) -> int:
@@ -93,7 +94,7 @@ class TorchRunner:
         used = np.unique(plan.adapters).tolist()
         handle = TorchStepHandle(
             plan,
-            {index: self._adapters[index] for index in used if index != NO_ADAPTER},
+            {index: self._loads.tables[index] for index in used if index != NO_ADAPTER},
             self.compute_until,
             vocab_size=self._model.config.vocab_size,
             computes_at_once=not self._emulate_async,
@@ -179,7 +180,7 @@ class TorchRunner:
             own = scales[first:last]
             column = torch.from_numpy(own).to(self._device) if (own != 1).any() else None
             segments.append(Segment(first=first, last=last, table=tables[index], scales=column))
-        return LoraStep(segments, self._dtype)
+        return make_lora_step(segments, self._dtype)
 
     def _activations(self, num_tokens: int) -> Activations:
         buffers = self._buffers.pop(num_tokens, None)
@@ -195,7 +196,7 @@ class TorchRunner:
     def check_adapter(self, spec: AdapterSpec) -> None:
         """Refuse an adapter with a part that is not computed here; see `ModelRunner`."""
         try:
-            check_kinds(spec, (LOW_RANK,), "torch")
+            check_kinds(spec, KINDS, "torch")
         except ImageError as error:
             raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}") from error
 
@@ -206,49 +207,17 @@ class TorchRunner:
         self, index: int, spec: AdapterSpec, pages: NDArray[np.int32], source: NDArray[np.uint8]
     ) -> TorchLoadHandle:
         """Start to copy an image into the pool and bind it; see `ModelRunner.load_adapter`."""
-        if index in self._adapters:
-            raise RuntimeError(f"index {index} of the adapter table is in use")
-        readers = list(self._launched)
-        event = None
-        if self._copy_stream is not None:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        return TorchLoadHandle(self._copier.submit(self._copy, index, spec, pages.copy(), source, readers, event))
-
-    def _copy(
-        self,
-        index: int,
-        spec: AdapterSpec,
-        pages: NDArray[np.int32],
-        source: NDArray[np.uint8],
-        readers: list[TorchStepHandle],
-        event: torch.cuda.Event | None,
-    ) -> None:
-        for handle in readers:
-            handle.computed.wait()
-        with torch.inference_mode():
-            if self._copy_stream is None or event is None:
-                memory = self._pool.pages.numpy()
-                for row, page in enumerate(pages.tolist()):
-                    memory[page] = source[row]
-            else:
-                with torch.cuda.stream(self._copy_stream):
-                    self._copy_stream.wait_event(event)
-                    for row, page in enumerate(pages.tolist()):
-                        self._pool.pages[page].copy_(torch.from_numpy(np.array(source[row])))
-                self._copy_stream.synchronize()
-            self._adapters[index] = AdapterTable(self.geometry, spec, pages, self._pool.values)
+        return self._loads.load(index, spec, pages, source, list(self._launched))
 
     def unload_adapter(self, index: int) -> None:
         """Unbind an index; launched steps keep the adapter that they read."""
-        del self._adapters[index]
+        del self._loads.tables[index]
 
     def close(self) -> None:
         """Stop the copy thread and free the device's memory."""
         for handle in self._launched:
             handle.computed.set()
         self._launched.clear()
-        self._copier.shutdown()
-        self._adapters.clear()
+        self._loads.close()
         self._buffers.clear()
-        del self._forward, self._model, self._pool
+        del self._forward, self._model, self._pool, self._loads

@@ -1,0 +1,112 @@
+"""Copies adapter images into the pool on threads of their own, and makes them ready to be read.
+
+Order: a load waits until the steps launched before it have been computed, as these may still read what the pages held. On a
+GPU it waits on the device, on a stream for copies.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from loraplex_engine.runners.torch.adapter_table import AdapterTable
+from loraplex_engine.runners.torch.factors import FactorWriter
+from loraplex_engine.runners.torch.handles import TorchLoadHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from loraplex_common.adapter_image import AdapterSpec, Geometry
+    from numpy.typing import NDArray
+
+    from loraplex_engine.model.linear import Linear
+    from loraplex_engine.runners.torch.attention import PagedPool
+    from loraplex_engine.runners.torch.handles import TorchStepHandle
+
+
+class AdapterLoads:
+    """Adapters in the pool and on their way to it.
+
+    Args:
+        geometry: Geometry of images.
+        pool: The pool.
+        linears: The model's fused products, by layer and op.
+
+    Attributes:
+        tables: Index of the adapter table -> adapter.
+        factors: Computes what DoRA needs.
+    """
+
+    def __init__(self, geometry: Geometry, pool: PagedPool, linears: Sequence[Mapping[str, Linear]]) -> None:
+        self._geometry, self._pool = geometry, pool
+        self.factors = FactorWriter(linears)
+        self.tables: dict[int, AdapterTable] = {}
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
+        self._computer = ThreadPoolExecutor(1, thread_name_prefix="adapter-factors")
+        is_cuda = pool.pages.device.type == "cuda"
+        self._stream = torch.cuda.Stream() if is_cuda else None  # type: ignore[no-untyped-call]
+
+    def load(
+        self,
+        index: int,
+        spec: AdapterSpec,
+        pages: NDArray[np.int32],
+        source: NDArray[np.uint8],
+        readers: list[TorchStepHandle],
+    ) -> TorchLoadHandle:
+        """Start a load; see `ModelRunner.load_adapter`.
+
+        Adapters whose factors have to be computed have a thread of their own, so that plain copies do not wait for them.
+
+        Args:
+            index: Index of the adapter table.
+            spec: The adapter.
+            pages: Page ids in image order.
+            source: The image.
+            readers: Launched steps, which may read the pages.
+        """
+        if index in self.tables:
+            raise RuntimeError(f"index {index} of the adapter table is in use")
+        event = None
+        if self._stream is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        must_compute = spec.has_magnitudes and spec.digest not in self.factors.kept
+        thread = self._computer if must_compute else self._copier
+        return TorchLoadHandle(thread.submit(self._load, index, spec, pages.copy(), source, readers, event))
+
+    def _load(
+        self,
+        index: int,
+        spec: AdapterSpec,
+        pages: NDArray[np.int32],
+        source: NDArray[np.uint8],
+        readers: list[TorchStepHandle],
+        event: torch.cuda.Event | None,
+    ) -> None:
+        for handle in readers:
+            handle.computed.wait()
+        table = AdapterTable(self._geometry, spec, pages, self._pool.values)
+        with torch.inference_mode():
+            if self._stream is None or event is None:
+                memory = self._pool.pages.numpy()
+                for row, page in enumerate(pages.tolist()):
+                    memory[page] = source[row]
+                self.factors.write(spec.digest, table)
+            else:
+                with torch.cuda.stream(self._stream):
+                    self._stream.wait_event(event)
+                    for row, page in enumerate(pages.tolist()):
+                        self._pool.pages[page].copy_(torch.from_numpy(np.array(source[row])))
+                    self.factors.write(spec.digest, table)
+                self._stream.synchronize()
+        self.tables[index] = table
+
+    def close(self) -> None:
+        """Stop the threads; loads that have not begun never do."""
+        self._copier.shutdown(cancel_futures=True)
+        self._computer.shutdown(cancel_futures=True)
+        self.tables.clear()
