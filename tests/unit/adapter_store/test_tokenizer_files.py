@@ -207,8 +207,7 @@ def test_another_bos_is_alike_where_no_text_begins_with_it(tmp_path: Path) -> No
 def test_a_unigram_model_with_other_scores_is_another_one(tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_base_dir(), base)
-    vocab = [["<unk>", 0.0], ["a", -3.0], ["b", -3.0], ["ab", -1.0]]
-    model = Tokenizer(Unigram([(piece, score) for piece, score in vocab], unk_id=0))
+    model = Tokenizer(Unigram([("<unk>", 0.0), ("a", -3.0), ("b", -3.0), ("ab", -1.0)], unk_id=0))
     (base / "tokenizer.json").write_text(model.to_str())
     other = json.loads(model.to_str())
     other["model"]["vocab"][3][1] = -9.0
