@@ -51,6 +51,7 @@ TUNE_NAMES = {
     "mlp.up_proj": "mlp.w3",
     "lora_A": "lora_a",
     "lora_B": "lora_b",
+    "lora_magnitude_vector": "magnitude",
 }
 META_NAMES = {
     "attn.output_proj": "attention.wo",
@@ -67,7 +68,7 @@ def torchtune(fields: Fields, values: Values, base: BaseModelInfo, *, rotates: b
     for name, value in values.items():
         ours = name.removeprefix(PEFT_PREFIX)
         heads = base.num_heads if "q_proj" in name else base.num_kv_heads if "k_proj" in name else 0
-        if heads and rotates and "lora_B" in name:
+        if heads and rotates and "lora_A" not in name:
             value = value.reshape(heads, 2, base.head_dim // 2, -1).swapaxes(1, 2).reshape(value.shape)
         for theirs, tune in TUNE_NAMES.items():
             ours = ours.replace(theirs, tune)

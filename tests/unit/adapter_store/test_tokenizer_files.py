@@ -14,6 +14,7 @@ from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibl
 from support.base_models import CHAT_TEMPLATE
 from support.store_rig import tiny_base_dir
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from transformers import AutoTokenizer
 
 if TYPE_CHECKING:
@@ -111,6 +112,12 @@ ALIKE = {
     "template that marks generations": config(
         chat_template=CHAT_TEMPLATE.replace("message['content'] +", "'' }}" + GENERATION + "{{")
     ),
+    "template with dots for brackets": config(chat_template=CHAT_TEMPLATE.replace("message['role']", "message.role")),
+    "a space that is not added, said again": config(add_prefix_space=False),
+    "literal text in a part of its own": tokenizer(
+        lambda f: f.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"String": "\n"}, "behavior": "Isolated", "invert": False}, f["pre_tokenizer"]]})
+    ),
+    "defaults that do nothing": {"generation_config.json": b'{"temperature": 1, "top_p": 1.0, "top_k": 0, "min_p": 0, "repetition_penalty": 1.0, "do_sample": true}'},
     "template with other whitespace": config(chat_template=CHAT_TEMPLATE.replace("{% if", "{%- if").replace("'<|im_end|>\\n'", '"<|im_end|>\\n"')),
     "settings of training": config(padding_side="left", model_max_length=2048, pad_token="<|eos|>", add_eos_token=True, tokenizer_class="GPT2Tokenizer"),
     "an unknown token that nothing writes": config(unk_token="<|eos|>"),
@@ -134,6 +141,15 @@ OTHER = {
     "a normaliser": (tokenizer(lambda f: f.update(normalizer={"type": "Lowercase"})), "it makes ids"),
     "NFC": (tokenizer(lambda f: f.update(normalizer={"type": "NFC"})), "it makes ids"),
     "a space in front": (tokenizer(lambda f: f["pre_tokenizer"].update(add_prefix_space=True)), "it makes ids"),
+    "a space in front by the configuration": (config(add_prefix_space=True), "add_prefix_space is true, .* does not put one"),
+    "a text replaced": (
+        tokenizer(lambda f: f.update(normalizer={"type": "Replace", "pattern": {"String": "zymurgy"}, "content": "beer"})),
+        "it makes ids .* of 'zymurgy'",
+    ),
+    "a long text put in": (
+        tokenizer(lambda f: f.update(normalizer={"type": "Prepend", "prepend": "x" * 17})),
+        "its normalizer has a part",
+    ),
     "digits apart": (
         tokenizer(lambda f: f.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, f["pre_tokenizer"] | {"use_regex": False}]})),
         "it makes ids",
@@ -175,6 +191,30 @@ def test_a_tokenizer_saved_again_by_transformers_is_accepted(tmp_path: Path) -> 
     AutoTokenizer.from_pretrained(tiny_base_dir()).save_pretrained(tmp_path)
 
     check_tokenizer_files({file.name: file.read_bytes() for file in tmp_path.iterdir()}, tiny_base_dir())
+
+
+def test_another_bos_is_alike_where_no_text_begins_with_it(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base_dir(), base)
+    (base / "tokenizer.json").write_text(json.dumps(original() | {"post_processor": None}))
+    other = {"special_tokens_map.json": b'{"bos_token": "<|eos|>"}'}
+
+    assert check_tokenizer_files(other, base).parts.info is None
+    with pytest.raises(AdapterIncompatibleError, match=r"it puts ids \[1\] before every text"):
+        check_tokenizer_files(other | config(bos_token="<|eos|>", add_bos_token=True), base)
+
+
+def test_a_unigram_model_with_other_scores_is_another_one(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base_dir(), base)
+    model = Tokenizer(Unigram([("<unk>", 0.0), ("a", -3.0), ("b", -3.0), ("ab", -1.0)], unk_id=0))
+    (base / "tokenizer.json").write_text(model.to_str())
+    other = json.loads(model.to_str())
+    other["model"]["vocab"][3][1] = -9.0
+
+    assert check_tokenizer_files({"tokenizer.json": model.to_str(pretty=True).encode()}, base).parts.info is None
+    with pytest.raises(AdapterIncompatibleError, match="it makes ids"):
+        check_tokenizer_files({"tokenizer.json": json.dumps(other).encode()}, base)
 
 
 @pytest.mark.parametrize(

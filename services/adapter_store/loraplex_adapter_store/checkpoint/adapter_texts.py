@@ -37,6 +37,14 @@ _NOT_SERVED: Final = (
     *("max_new_tokens", "stop_strings", "bad_words_ids", "suppress_tokens", "no_repeat_ngram_size"),
     *("typical_p", "num_beams", "forced_eos_token_id", "forced_bos_token_id"),
 )
+# Values with which a setting does nothing, as a request has them if nothing is said (`SamplingParams`).
+_NEUTRAL: Final[Mapping[str, tuple[float, ...]]] = {
+    "temperature": (1.0,),
+    "top_k": (0, -1),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "repetition_penalty": (1.0,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +177,10 @@ def _generation_defaults(fields: Mapping[str, Any], base: BaseTokenizer) -> tupl
     theirs = base.generation
     ignored = [name for name in _NOT_SERVED if fields.get(name) not in (None, theirs.get(name))]
     warnings = (f"{GENERATION_FILE}: not taken over: {', '.join(ignored)}",) if ignored else ()
-    is_same = all(theirs.get(name) == value for name, value in defaults.items())
+    is_same = all(
+        value == said if (said := theirs.get(name)) is not None else value in _NEUTRAL[name]
+        for name, value in defaults.items()
+    )
     return ({} if is_same else defaults), warnings
 
 

@@ -1,7 +1,7 @@
 """Compares chat templates as programs: how a template is spelt makes no difference, what it renders does.
 
 The templates are untrusted and are never run here. Two templates are alike if Jinja parses both to the same tree, in
-which line ends, comments, quotes and whitespace control make no difference. ``{% generation %}`` marks the assistant's
+which line ends, comments, quotes and whitespace control make no difference, nor does ``m.role`` for ``m['role']``. ``{% generation %}`` marks the assistant's
 words for a trainer and renders nothing of its own, so the marks are left out.
 """
 
@@ -97,7 +97,13 @@ def effective_template(jinja: bytes | None, configs: Mapping[str, dict[str, Any]
     return None
 
 
+_METHODS: Final = frozenset({*dir(dict), *dir(list), *dir(str)})
+
+
 def _program(value: Any) -> Any:
+    if isinstance(value, nodes.Getattr) and value.attr not in _METHODS:
+        # `m.role` is `m['role']`: Jinja tries both for either, and what is in a conversation has no such attribute.
+        value = nodes.Getitem(value.node, nodes.Const(value.attr), value.ctx)
     if isinstance(value, nodes.Node):
         children = [(name, _program(child)) for name, child in value.iter_fields()]
         return (type(value).__name__, *children)

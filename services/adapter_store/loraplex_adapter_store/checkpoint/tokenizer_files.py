@@ -88,6 +88,8 @@ def _differences(
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name in fields and (found := _config_difference(fields[name], base)):
             yield name, found
+    if found := _space_difference(fields.get("tokenizer_config.json", {}), base):
+        yield "tokenizer_config.json", found
     yield from _surroundings_difference(surroundings, fields.get("tokenizer_config.json", {}), base)
 
 
@@ -117,7 +119,8 @@ def _vocab_difference(vocab: dict[str, Any], base: BaseTokenizer) -> str | None:
 
 
 def _merges_difference(data: bytes, base: BaseTokenizer) -> str | None:
-    lines = data.decode(errors="replace").splitlines()
+    # Only line ends separate merges: tokens may contain what `splitlines` splits at besides, such as U+2028.
+    lines = [line.removesuffix("\r") for line in data.decode(errors="replace").split("\n")]
     merges = [line for line in lines[1 if lines and lines[0].startswith("#version") else 0 :] if line]
     theirs = json.loads(base.facts.tokenizer.to_str())["model"].get("merges") or []
     if [line.split(" ") for line in merges] != theirs:
@@ -152,12 +155,29 @@ def _config_difference(fields: dict[str, Any], base: BaseTokenizer) -> str | Non
         content, theirs = token_content(fields.get(name)), base.special(name)
         if content is None or content == theirs:
             continue
-        if name == "bos_token" and theirs is not None:
+        # Without an id before every text, no text begins with it; `add_bos_token` is compared with the surroundings.
+        if name == "bos_token" and theirs is not None and base.prefix:
             return f"its bos_token is {content!r}, the base model's is {theirs!r}"
         # The other tokens take no part in generation, unless a template writes them, which is checked there.
         if name == "eos_token" and content not in base.vocabulary:
             return f"its eos_token is {content!r}, which is no token of the base model"
     return None
+
+
+def _space_difference(config: Mapping[str, Any], base: BaseTokenizer) -> str | None:
+    """Compare ``add_prefix_space``, which transformers applies to a pre-tokeniser of one part; it may be spelled out."""
+    said, parts = config.get("add_prefix_space"), base.facts.stages["pre_tokenizer"]
+    if not isinstance(said, bool) or len(parts) != 1 or said == base.config.get("add_prefix_space"):
+        return None
+    part = parts[0]
+    adds = part.get("add_prefix_space") if part.get("type") == "ByteLevel" else None
+    if part.get("type") == "Metaspace":
+        adds = part.get("prepend_scheme") != "never"
+    if adds in (None, said):
+        return None
+    return (
+        f"add_prefix_space is {str(said).lower()}, the base model's tokenizer {'puts' if adds else 'does not put'} one"
+    )
 
 
 def _surroundings_difference(

@@ -3,7 +3,7 @@
 The `tokenizers` library reads a file into one form, whatever the writer's version left out or spelt otherwise. If files
 still differ then, both are asked for the ids of many texts (`tokenizer_probes`). An untrusted file tokenises only if it
 is built of parts that the base model's file has too, or of parts without parameters that could take long: its patterns
-and replacements equal the base model's, or the file is refused. Reading it compiles its patterns all the same, so for
+equal the base model's or are literal texts, its replacements are short, or the file is refused. Reading it compiles its patterns all the same, so for
 untrusted files this runs in a child process (`text_check`).
 """
 
@@ -30,9 +30,12 @@ BATCH: Final = 4096
 _PLAIN_PARTS: Final = frozenset(
     {
         *("ByteLevel", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation"),
-        *("Metaspace", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt"),
+        *("Metaspace", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Strip"),
     }
 )
+# These look for a pattern, or put in a text. The pattern is the base model's or a literal text, the text is short.
+_LITERAL_PARTS: Final = frozenset({"Split", "Replace", "Prepend"})
+_MAX_LITERAL_CHARS: Final = 16
 _STAGES: Final = ("normalizer", "pre_tokenizer")  # `around` compares the post-processor; a decoder makes no ids
 _TOKEN_FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized")
 
@@ -99,16 +102,17 @@ def tokenizer_difference(theirs: TokenizerFacts, base: TokenizerFacts) -> str | 
         return found
     if theirs.merges_sha256 != base.merges_sha256:
         return "its merges differ from the base model's"
-    if theirs.added == base.added and theirs.stages == base.stages:
-        return None
+    if theirs.vocab_sha256 == base.vocab_sha256 and theirs.added == base.added and theirs.stages == base.stages:
+        return None  # without equal scores, as a Unigram model has them, equal tokens prove nothing
     known = {_key(part) for name in _STAGES for part in base.stages[name]}
+    patterns = {json.dumps(part["pattern"]) for name in _STAGES for part in base.stages[name] if "pattern" in part}
     for name in _STAGES:
         if theirs.stages[name] == base.stages[name]:
             continue
         if len(json.dumps(theirs.stages[name])) > MAX_SECTION_CHARS:
             return f"its {name} is longer than {MAX_SECTION_CHARS} characters"
         for part in theirs.stages[name]:
-            if part.get("type") not in _PLAIN_PARTS and _key(part) not in known:
+            if not (part.get("type") in _PLAIN_PARTS or _key(part) in known or _is_literal(part, patterns)):
                 return f"its {name} has a part {_key(part)[:120]} that the base model's has not"
     return _behaviour_difference(theirs, base)
 
@@ -168,7 +172,9 @@ def _vocabulary_difference(theirs: TokenizerFacts, base: TokenizerFacts) -> str 
 def _behaviour_difference(theirs: TokenizerFacts, base: TokenizerFacts) -> str | None:
     """Compare the ids of many texts."""
     texts: list[str] = []
-    for text in probes(base.vocabulary(), base.added.keys() | theirs.added.keys()):
+    for text in probes(
+        base.vocabulary(), base.added.keys() | theirs.added.keys() | _literals(base) | _literals(theirs)
+    ):
         texts.append(text)
         if len(texts) == BATCH:
             if found := _first_difference(texts, theirs, base):
@@ -200,6 +206,21 @@ def _parts(stage: Any) -> Iterator[dict[str, Any]]:
                 yield from _parts(part)
     else:
         yield stage
+
+
+def _literals(facts: TokenizerFacts) -> set[str]:
+    """Return the literal texts that the parts look for, so that these are tried."""
+    found = {part.get("pattern", {}).get("String", "") for name in _STAGES for part in facts.stages[name]}
+    return found - {""}
+
+
+def _is_literal(part: dict[str, Any], patterns: set[str]) -> bool:
+    """Return whether a part can be tried: a text takes no time to find, and a short one makes no text much longer."""
+    pattern = part.get("pattern", {"String": ""})
+    texts = [part.get("content", ""), part.get("prepend", ""), pattern.get("String", "")]
+    is_known = json.dumps(pattern) in patterns or "String" in pattern
+    is_short = all(len(text) <= _MAX_LITERAL_CHARS for text in texts)
+    return part.get("type") in _LITERAL_PARTS and is_known and is_short
 
 
 def _key(part: dict[str, Any]) -> str:

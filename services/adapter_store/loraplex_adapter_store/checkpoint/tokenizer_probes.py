@@ -44,7 +44,7 @@ def probes(vocabulary: Mapping[str, int], added: Collection[str]) -> Iterator[st
 
     Args:
         vocabulary: Token -> id; byte-level and SentencePiece spellings are turned into text.
-        added: Tokens that are matched before all others.
+        added: Tokens that are matched before all others, and literal texts that a part looks for.
     """
     yield from _PASSAGES
     for token in added:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from loraplex_adapter_store.checkpoint.tensor_names import SLOTS
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
@@ -91,6 +93,8 @@ _NAMED: Final = re.compile(
     r"\.(?!(?:weight|bias)(?:\.|$))(?P<adapter>[^.]+)(?P<end>\.weight|\.bias)?",
     re.ASCII,
 )
+_OWN_PARTS: Final = frozenset({*SLOTS, *(slot.removesuffix(".weight") for slot in SLOTS)})
+"""What PEFT itself writes behind a module's name; some versions with ``.weight`` at the end, some without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +168,7 @@ def _dotted(
         rule, ours = _PARTS[part]
         # These programs do not wrap a model, so their names have no prefix that could be missing.
         return Reading(layer, (at,), ours, (*(each for each in prefix_rules if each != "bare_names"), rule))
-    return Reading(layer, (at,), part, prefix_rules)
+    return Reading(layer, (at,), part, prefix_rules) if part.removesuffix(".weight") in _OWN_PARTS else None
 
 
 def _joined(name: str, paths: Collection[str]) -> Reading | None:

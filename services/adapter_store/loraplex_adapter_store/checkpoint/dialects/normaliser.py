@@ -116,7 +116,8 @@ def _placed(
     for name, tensor in tensors.items():
         reading = readings[name]
         if reading is None:
-            bare, rules = unwrapped(name)
+            # What modules share may be wrapped too; a tensor of a layer is refused under the name that the file has.
+            bare, rules = unwrapped(name) if "layers." not in name else (name, ())
             used.update(rules)
             found = {bare: tensor}
         elif reading.part == ALPHA:
