@@ -108,10 +108,13 @@ class Comparison:
         assert self.logit_error < MAX_LOGIT_ERROR, self.logit_error
 
 
-def adapter_image(geometry: Geometry, info: BaseModelInfo, directory: Path) -> tuple[AdapterSpec, NDArray[np.uint8]]:
-    """Read a PEFT directory as the store does, and pack it."""
+def adapter_image(
+    geometry: Geometry, info: BaseModelInfo, directory: Path, model_dir: Path | None = None
+) -> tuple[AdapterSpec, NDArray[np.uint8]]:
+    """Read a PEFT directory as the store does, and pack it; trained biases need the base's directory."""
     config = (directory / "adapter_config.json").read_bytes()
-    form = canonicalise(read_checkpoint(config, (directory / "adapter_model.safetensors").read_bytes(), info))
+    weights = (directory / "adapter_model.safetensors").read_bytes()
+    form = canonicalise(read_checkpoint(config, weights, info, base_dir=model_dir))
     adapter = read_canonical(b"".join(form.chunks()), form.revision)
     return adapter.spec, pack(geometry, adapter.spec, adapter.tensors)
 
@@ -148,5 +151,5 @@ def make_rig(
     harness = Harness(runner, geometry, num_pages, seed=seed)
     indices: dict[str | None, int] = {None: -1}
     for name, directory in (adapters or {}).items():
-        indices[name] = harness.load(*adapter_image(runner.geometry, info, directory))
+        indices[name] = harness.load(*adapter_image(runner.geometry, info, directory, model_dir))
     return Rig(runner, harness, indices)

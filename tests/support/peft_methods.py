@@ -48,7 +48,14 @@ def base_model(name: str) -> Any:
 
 
 def save_trained(
-    folder: Path, base: str, config: Any, *, dtype: torch.dtype = torch.float32, seed: int = 0, before_save: Any = None
+    folder: Path,
+    base: str,
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    std: float = 0.2,
+    before_save: Any = None,
 ) -> dict[str, bytes]:
     """Write an adapter whose parameters have values that training could have given, and return its two files."""
     torch.manual_seed(seed)
@@ -58,7 +65,7 @@ def save_trained(
             if not parameter.requires_grad:
                 continue
             noise = torch.randn_like(parameter)
-            parameter.copy_(parameter * (1 + 0.2 * noise) if "magnitude" in name else parameter + 0.2 * noise)
+            parameter.copy_(parameter * (1 + std * noise) if "magnitude" in name else parameter + std * noise)
             if "base_layer" not in name and dtype != torch.float32:
                 parameter.data = parameter.data.to(dtype)
     if before_save is not None:
