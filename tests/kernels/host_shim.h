@@ -3,6 +3,7 @@
 // with address and undefined-behaviour sanitizers, so that an index that strays is found.
 #pragma once
 #include <sanitizer/common_interface_defs.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <array>
@@ -41,12 +42,37 @@ struct Copy {
     const void* from;
     bool live, early;
 };
+#ifdef __x86_64__
+// swapcontext keeps the mask of signals by a system call, which costs more than most of what runs between two barriers.
+using Context = void*;  // the stack pointer, below the registers that a called function preserves
+extern "C" void shim_switch(Context* from, Context to) noexcept;
+asm(".pushsection .text\n.type shim_switch, @function\nshim_switch:\n"
+    "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
+    "mov %rsp, (%rdi)\nmov %rsi, %rsp\n"
+    "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n.popsection");
+inline void switch_to(Context& from, Context& to) { shim_switch(&from, to); }
+inline void start_at(Context& context, void* stack, void (*entry)()) {
+    void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStackBytes) - 1;  // aligned as after a call
+    *top = nullptr, *--top = reinterpret_cast<void*>(entry);
+    context = top - 6;
+}
+#else
+using Context = ucontext_t;
+inline void switch_to(Context& from, Context& to) { swapcontext(&from, &to); }
+inline void start_at(Context& context, void* stack, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack, context.uc_stack.ss_size = kStackBytes, context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+}
+#endif
 struct Fiber {
     std::vector<std::vector<Copy>> copies;  // by group; the last is open
     unsigned cluster_generation = 0;
-    ucontext_t context;
-    std::vector<char> stack;
-    unsigned thread = 0;
+    Context context;
+    void* stack = nullptr;
+    const Barrier* waits_at = nullptr;  // with `waits_for` arrivals, for another generation than this
+    const unsigned* waits_for = nullptr;
+    unsigned generation = 0;
     bool done = false;
     void* fake_stack = nullptr;
 };
@@ -54,7 +80,7 @@ inline Index block_index, grid_size;
 inline unsigned block_size, live;  // live: fibers of the cluster
 inline std::vector<Fiber> fibers;
 inline unsigned current;
-inline ucontext_t scheduler;
+inline Context scheduler;
 inline void* scheduler_fake;
 inline const void* scheduler_bottom;
 inline size_t scheduler_size;
@@ -70,7 +96,7 @@ inline unsigned long progress;
 inline void yield() {
     Fiber& self = fibers[current];
     __sanitizer_start_switch_fiber(&self.fake_stack, scheduler_bottom, scheduler_size);
-    swapcontext(&self.context, &scheduler);
+    switch_to(self.context, scheduler);
     __sanitizer_finish_switch_fiber(self.fake_stack, &scheduler_bottom, &scheduler_size);
 }
 inline void wait(Barrier& barrier, const unsigned& expected) {
@@ -82,8 +108,14 @@ inline void wait(Barrier& barrier, const unsigned& expected) {
             ++barrier.generation, ++progress;
             break;
         }
+        Fiber& self = fibers[current];
+        self.waits_at = &barrier, self.waits_for = &expected, self.generation = generation;
         yield();
+        self.waits_at = nullptr;
     }
+}
+inline bool waits_in_vain(const Fiber& f) {
+    return f.waits_at && f.waits_at->generation == f.generation && f.waits_at->arrived < *f.waits_for;
 }
 inline void enter() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
@@ -92,7 +124,13 @@ inline void enter() {
     self.done = true;
     --live, --warp_live[current / 32], --block_live[current / block_size], ++progress;
     __sanitizer_start_switch_fiber(nullptr, scheduler_bottom, scheduler_size);
-    swapcontext(&self.context, &scheduler);
+    switch_to(self.context, scheduler);
+}
+// Pages of a mapping cost nothing until they are touched, and most of a stack is not.
+inline void* make_stack() {
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) std::exit(8);
+    return stack;
 }
 inline void run_block() {
     const unsigned threads = block_size * kCluster;
@@ -106,23 +144,19 @@ inline void run_block() {
     fibers.resize(threads);
     for (unsigned t = 0; t < threads; ++t) {
         Fiber& f = fibers[t];
-        f.stack.resize(kStackBytes);
-        f.thread = t, f.done = false, f.fake_stack = nullptr;
+        if (f.stack == nullptr) f.stack = make_stack();
+        f.done = false, f.waits_at = nullptr, f.fake_stack = nullptr;
         f.copies.assign(1, {}), f.cluster_generation = 0;
         ++warp_live[t / 32];
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.data();
-        f.context.uc_stack.ss_size = f.stack.size();
-        f.context.uc_link = &scheduler;
-        makecontext(&f.context, enter, 0);
+        start_at(f.context, f.stack, enter);
     }
     while (live) {
         const unsigned long before = progress;
         for (current = 0; current < threads; ++current) {
             Fiber& f = fibers[current];
-            if (f.done) continue;
-            __sanitizer_start_switch_fiber(&scheduler_fake, f.stack.data(), f.stack.size());
-            swapcontext(&scheduler, &f.context);
+            if (f.done || waits_in_vain(f)) continue;
+            __sanitizer_start_switch_fiber(&scheduler_fake, f.stack, kStackBytes);
+            switch_to(scheduler, f.context);
             __sanitizer_finish_switch_fiber(scheduler_fake, nullptr, nullptr);
         }
         if (progress == before) {

@@ -51,13 +51,10 @@ def test_every_stack_case_has_a_floor_and_a_peer() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
-def test_steps_and_ops_run_with_lora_and_without(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if base.name.startswith("popen") else base) / "kernel-builds"
-    shared.mkdir(exist_ok=True)
+def test_steps_and_ops_run_with_lora_and_without(tmp_path: Path) -> None:
     info = load_base_model(write_base_model(tmp_path / "base", BASE), name="tiny")
     shape = Shape(info=info, pool_gib=0.0, dtype="float32")
-    library = HostLibrary(torch.float32, shared, tmp_path)
+    library = HostLibrary(torch.float32, tmp_path)
     stack = DecodeStack(shape, library, RandomWeights(dtype=torch.float32, device=CPU), max_rows=4)
     adapters = StackAdapters(stack, AdapterFamily(targets="all", ranks=(4,)), 4, num_sms=2)
     library.track(

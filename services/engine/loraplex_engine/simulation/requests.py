@@ -79,7 +79,8 @@ class TraceRequests:
         outcomes.load_s[index] = event.adapter_load_s
         if event.finish_reason is FinishReason.LENGTH:
             outcomes.end[index] = End.DONE
-            outcomes.first_token_s[index] = self._trace.arrival_s[index] + event.queue_s + event.prefill_s
+            # Back from the end, not on from the arrival: the sum of its parts may round to later than the end.
+            outcomes.first_token_s[index] = now_s - event.decode_s
             return
         outcomes.end[index] = End.ABORTED if event.queue_s > 0 else End.REFUSED
         if event.decode_s > 0:  # decode_s counts from the first token, which remains valid after a later error

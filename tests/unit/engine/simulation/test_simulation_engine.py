@@ -63,6 +63,22 @@ def test_every_request_ends_with_all_its_tokens(trace: SavedTrace, num_pages: in
     assert counters.num_output_tokens == trace.output_tokens.sum()
 
 
+def test_a_first_token_that_is_the_last_does_not_come_after_it() -> None:
+    """Where times were added up from the arrival, request 10 of these ended 1.4e-17 s before its first token."""
+    trace = make_trace(
+        [0.013 * turn for turn in (1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 6, 6, 7)],
+        adapter=4,
+        prompt_tokens=[11, 12, 40, 7, 23, 12, 32, 40, 6, 30, 28, 14, 5, 5, 17, 22, 26, 24, 38, 21],
+        output_tokens=[1, 1, 40, 40, 40, 40, 1, 40, 40, 1, 1, 40, 40, 1, 1, 40, 1, 1, 40, 1],
+        tenant=[0, 1, 2, 2, 0, 0, 2, 2, 2, 1, 2, 0, 1, 1, 0, 0, 1, 1, 2, 1],
+    )
+
+    outcomes, _ = replay(trace, make_setup(num_pages=48, fill_arena=False))
+
+    single = trace.output_tokens == 1
+    assert (outcomes.end_s[single] == outcomes.first_token_s[single]).all()
+
+
 def test_two_replays_of_a_trace_are_equal() -> None:
     rng = np.random.default_rng(5)
     trace = make_trace(

@@ -59,13 +59,6 @@ def add_sequences(harness: Harness, indices: list[int]) -> list[Sequence_]:
     ]
 
 
-def host_library(dtype: torch.dtype, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> HostLibrary:
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if base.name.startswith("popen") else base) / "kernel-builds"
-    shared.mkdir(exist_ok=True)
-    return HostLibrary(dtype, shared, tmp_path)
-
-
 def make_oracle(model_dir: Path, geometry: PoolGeometry) -> TorchRunner:
     limits = EngineLimits(pool=geometry, num_pages=NUM_PAGES, max_num_seqs=NUM_SLOTS, max_model_len=128)
     return TorchRunner(
@@ -78,9 +71,9 @@ def make_oracle(model_dir: Path, geometry: PoolGeometry) -> TorchRunner:
 @pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
 @pytest.mark.parametrize("max_rows_beside", [BUCKET, 0], ids=["beside", "in line"])
 def test_prefill_mixed_and_padded_decode_steps_draw_what_the_torch_backend_draws(
-    model_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, max_rows_beside: int
+    model_dir: Path, tmp_path: Path, max_rows_beside: int
 ) -> None:
-    library = host_library(torch.float32, tmp_path, tmp_path_factory)
+    library = HostLibrary(torch.float32, tmp_path)
     own = HostRunner(model_dir, library, max_rows_beside=max_rows_beside)
     oracle = make_oracle(model_dir, own.pool_geometry)
     drawn = []
@@ -122,10 +115,10 @@ def centred(logits: torch.Tensor) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
 def test_decode_rows_beside_chunks_have_the_torch_backends_logits_as_groups_and_as_segments(
-    model_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoder, "PagedAttention", ScalarAttention)
-    library = host_library(torch.bfloat16, tmp_path, tmp_path_factory)
+    library = HostLibrary(torch.bfloat16, tmp_path)
     groups, segments = (HostRunner(model_dir, library, min_decode_runs=minimum) for minimum in (2, 3))
     oracle = make_oracle(model_dir, groups.pool_geometry)
     logits: list[list[torch.Tensor]] = []

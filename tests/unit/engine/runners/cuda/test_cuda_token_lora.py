@@ -244,13 +244,8 @@ def test_buffers_hold_a_step_of_distinct_adapters_of_any_rank(rank: int, num_dec
 
 @pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
 @pytest.mark.parametrize("min_decode_runs", [1, NEVER], ids=["groups and segments", "segments"])
-def test_a_step_adds_what_each_rows_adapter_adds(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, min_decode_runs: int
-) -> None:
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if base.name.startswith("popen") else base) / "kernel-builds"
-    shared.mkdir(exist_ok=True)
-    rng, library = np.random.default_rng(11), HostLibrary(torch.bfloat16, shared, tmp_path)
+def test_a_step_adds_what_each_rows_adapter_adds(tmp_path: Path, min_decode_runs: int) -> None:
+    rng, library = np.random.default_rng(11), HostLibrary(torch.bfloat16, tmp_path)
     resident, tables = resident_adapters(library)
     pool = torch.from_numpy(resident.pages)
     sizes = {"max_rows": MAX_ROWS, "max_tokens": MAX_TOKENS, "min_decode_runs": min_decode_runs}
