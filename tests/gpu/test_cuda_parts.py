@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -43,16 +43,17 @@ class PartRig:
         model_dir: The base.
         dtype: Compute dtype.
         is_plain: Compute by the plain formula, step by step, no graphs.
+        options: Of the runner.
     """
 
-    def __init__(self, model_dir: Path, dtype: str, *, is_plain: bool = False, dependent: bool | None = None) -> None:
+    def __init__(self, model_dir: Path, dtype: str, *, is_plain: bool = False, **options: Any) -> None:
         self.runner = make_cuda_runner(
             model_dir,
             dtype,
             num_pages=NUM_PAGES,
             max_num_seqs=48,
             max_num_batched_tokens=2048,
-            dependent_launch=dependent,
+            **options,
         )
         self.harness = Harness(self.runner, choose_pool_geometry(load_base_model(model_dir), dtype=dtype), NUM_PAGES)
         self.adapters: dict[int, PartAdapter] = {}
@@ -130,7 +131,7 @@ def test_a_batch_of_any_kinds_equals_the_plain_formula(
 
 @pytest.mark.parametrize("dependent", [False, True])
 def test_a_row_draws_alone_what_it_draws_among_other_kinds(model_dirs: dict[str, Path], dependent: bool) -> None:
-    rig = PartRig(model_dirs["gqa"], "float32", dependent=dependent)
+    rig = PartRig(model_dirs["gqa"], "float32", dependent_launch=dependent)
     vocab, families = BASES["gqa"].vocab_size, (*FAMILIES, None)
     together, apart = (rig.add(vocab, 14, families, Draw()) for _ in range(2))
 
@@ -140,6 +141,23 @@ def test_a_row_draws_alone_what_it_draws_among_other_kinds(model_dirs: dict[str,
 
     assert [row.drawn for row in together] == [row.drawn for row in apart]
     rig.runner.close()
+
+
+@pytest.mark.parametrize("count", [14, 40])
+def test_steps_compute_the_same_bits_however_their_warps_get_on(model_dirs: dict[str, Path], count: int) -> None:
+    found, vocab = [], BASES["gqa"].vocab_size
+    for options in ({}, {"jitter": True, "dependent_launch": True}, {"jitter": True, "dependent_launch": False}):
+        rig = PartRig(model_dirs["gqa"], "bfloat16", **options)
+        rows = rig.add(vocab, count, (*FAMILIES, None), Draw(num_logprobs=vocab))
+        for row in rows:
+            row.forced = list(range(7, 7 + NUM_TOKENS))
+        rig.harness.generate(rows, NUM_TOKENS)
+        found.append(np.array([entry.logprobs for row in rows for entry in row.logprobs]))
+        rig.runner.close()
+
+    assert np.isfinite(found[0]).all()
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
 
 
 def test_adapters_that_leave_and_come_back_elsewhere_draw_what_they_drew(model_dirs: dict[str, Path]) -> None:
