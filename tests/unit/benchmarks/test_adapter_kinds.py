@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pytest
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
-from loraplex_bench.paths import ROOT
 from loraplex_bench.results import Results
 from loraplex_bench.steps.kind_bench import DrySteps
+from loraplex_bench.steps.kind_measurement import Measurement, tiny_shape
 from loraplex_bench.steps.part_images import DENSITY, DORA, IA3, LORA, SHIRA, kind_images
 from loraplex_kernels.lora.tables import check_parts
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
-
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    yield
-    sys.modules.pop("adapter_kinds", None)
-
-
-@pytest.mark.usefixtures("benchmarks")
 def test_every_kind_is_measured_and_the_bars_are_beside_their_figures() -> None:
-    import adapter_kinds
-
-    shape, results = adapter_kinds.tiny_shape(), Results()
+    shape, results = tiny_shape(), Results()
     images = kind_images(shape.geometry)
 
-    adapter_kinds.Measurement(DrySteps(shape, images, 32), results, shape, images, rows=8).run()
+    Measurement(DrySteps(shape, images, 32), results, shape, images, rows=8).run()
 
     steps = [row.case for row in results.rows if row.metric == "step"]
     assert steps == [
@@ -54,11 +38,8 @@ def test_every_kind_is_measured_and_the_bars_are_beside_their_figures() -> None:
     assert bars == {"of LoRA's step": 1.1, "of its bar": 1.0, "p50 of alone": 1.2, "p99 of alone": 1.2}
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_the_adapters_are_of_their_kinds_and_served_by_the_kernels() -> None:
-    import adapter_kinds
-
-    shape = adapter_kinds.tiny_shape()
+    shape = tiny_shape()
     images = kind_images(shape.geometry)
     size = sum(int(np.prod(each.shape)) for layer in shape.geometry.layers for each in layer)
 
