@@ -13,6 +13,7 @@ from loraplex_common.base_model import load_base_model
 from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.weights import WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
+from loraplex_engine.runners.cuda.part_variants import PART_VARIANTS
 from loraplex_engine.runners.cuda.runner import CudaRunner
 from loraplex_engine.runners.runner_config import RunnerConfig
 from support.base_models import write_base_model
@@ -50,11 +51,11 @@ def generate(model_dir: Path, max_resident_adapters: int) -> tuple[list[list[int
     return tokens, num_graphs
 
 
-def test_a_backend_without_lora_draws_the_same_tokens_with_a_third_of_the_graphs(tmp_path: Path) -> None:
+def test_a_backend_without_lora_draws_the_same_tokens_with_a_graph_for_each_bucket(tmp_path: Path) -> None:
     model_dir = write_base_model(tmp_path / "base", BASES["gqa"])
 
     without, few = generate(model_dir, 0)
     with_lora, many = generate(model_dir, 16)
 
     assert without == with_lora
-    assert many == 3 * few
+    assert many == (3 + len(PART_VARIANTS)) * few

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
+from kernels.part_device_cases import PartRig
 from kernels.sampling_cases import NUM_SLOTS, device_sampler, draw_by_reference, draw_on_device, make_batch, make_logits
 from loraplex_kernels import reference
 from loraplex_kernels.attention.decode import AttentionDecode
@@ -241,6 +242,12 @@ class Cases:
         if different > 1:
             self.failures.append(f"{self._dtype} sampling: {different} of {NUM_SLOTS} tokens differ")
 
+    def lora_parts(self) -> None:
+        """Factors on inputs and outputs, biases, sparse deltas."""
+        rig = PartRig(self._library)
+        for op in OPS:
+            self.check(f"lora_parts {op}", *rig.run(op, self._generator))
+
     def run(self) -> None:
         """Run all cases that the element type has."""
         steps: list[Callable[[], None]] = [
@@ -249,6 +256,7 @@ class Cases:
             self.lora_decode,
             self.attention,
             self.sampling,
+            self.lora_parts,
         ]
         if self._dtype == torch.bfloat16:
             steps.append(self.lora_prefill)

@@ -139,7 +139,8 @@ class PartPool:
         e = tensors[IN_VECTOR][0] if IN_VECTOR in parts else torch.ones(x.shape[1])
         y = (e * x.float()) @ weight.T
         if isinstance(pair := parts.get(LOW_RANK), LowRank):
-            y = y + reference.lora_delta(x, *tensors[LOW_RANK], scale * pair.scaling)
+            a, b = tensors[LOW_RANK]
+            y = y + reference.lora_delta(x, a, b, scale * pair.scaling)
         c = tensors[OUT_VECTOR][0] if OUT_VECTOR in parts else torch.ones(y.shape[1])
         factor = parts.get(OUT_VECTOR)
         y = c * (y + bias) if isinstance(factor, OutVector) and factor.scales_bias else c * y + bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=N
 class Rig:
     """Adapters of some kinds, each in a table, and rows that name them."""
 
-    def __init__(self, library: HostLibrary, kinds: list[tuple[str, ...]], **options: int) -> None:
+    def __init__(self, library: HostLibrary, kinds: list[tuple[str, ...]], **options: Any) -> None:
         self.library, self.rng = library, np.random.default_rng(len(kinds))
         self.geometry = make_geometry(
             dtype=NAMES[library.dtype], hidden=136, inter=4168, heads=2, kv_heads=1, layers=1, page_bytes=16 * 1024

@@ -167,6 +167,10 @@ __device__ __forceinline__ void keep_x(const Params& p, Shared& shared, const Gr
             rows[t] = Vec{};
             if (t < count) rows[t] = load_vec(p.x + static_cast<i64>(group.tokens[first + t]) * kColumns + column);
         }
+        if constexpr (kWidth == 1) {
+            store_vec(shared.x + column, rows[0]);
+            continue;
+        }
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
             Column<kWidth> x;

@@ -10,7 +10,10 @@ import pytest
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_common.adapter_image import AdapterSpec, Geometry, ModuleSpec, layout
+from loraplex_common.low_rank import LowRank
 from loraplex_common.projections import Projection
+from loraplex_common.sparse_delta import SparseDelta
+from loraplex_common.vectors import Bias, OutVector
 from loraplex_engine.pool_geometry import PoolGeometry
 from loraplex_engine.runners.cuda.graphs import bucket_sizes, lora_variants, variant_of
 from loraplex_engine.runners.cuda.kernel_limits import require_kernels, tile_capacity
@@ -81,6 +84,17 @@ def test_adapters_that_fill_a_pool_fit_its_tile_table(rank: int) -> None:
 
     assert num_adapters * len(plan.tiles) <= capacity
     assert len(OPS) == 4
+
+
+@pytest.mark.parametrize("num_nonzeros", [100, 20_000, 700_000])
+def test_adapters_of_every_part_that_fill_a_pool_fit_its_tile_table(num_nonzeros: int) -> None:
+    parts = (LowRank(16, 1.0), OutVector(), Bias(), SparseDelta(num_nonzeros))
+    spec = AdapterSpec("0" * 64, tuple(ModuleSpec(layer, name, parts) for layer in range(2) for name in PROJECTIONS))
+    plan = layout(GEOMETRY, spec.sizes)
+
+    capacity = tile_capacity(GEOMETRY, num_pages=10 * plan.num_pages, max_adapters=10)
+
+    assert 10 * len(plan.tiles) <= capacity
 
 
 def test_without_adapters_there_is_no_tile_table() -> None:

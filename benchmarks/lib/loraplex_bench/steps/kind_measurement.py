@@ -1,0 +1,146 @@
+"""What kinds of adapters cost in a decode step: which steps are timed, and the bars beside their figures."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from loraplex_common.projections import gated_decoder_layer
+from loraplex_engine.step import NO_ADAPTER
+
+from loraplex_bench.results import Row
+from loraplex_bench.shapes import Shape, llama
+from loraplex_bench.steps.part_images import DORA, IA3, LORA, SHIRA
+
+if TYPE_CHECKING:
+    from loraplex_engine.step import LoadHandle
+    from numpy.typing import NDArray
+
+    from loraplex_bench.results import Results
+    from loraplex_bench.steps.kind_bench import KindSteps
+    from loraplex_bench.steps.part_images import KindImage
+
+ROWS: Final = 64
+TIMED_STEPS: Final = 60
+LOADING_STEPS: Final = 200
+OP_US: Final = 3.0
+KINDS: Final = (LORA, DORA, SHIRA, IA3)
+
+
+def numbers_of(rows: int) -> dict[str, range]:
+    """Return the adapters of each kind, as many as rows."""
+    return {kind: range(place * rows, (place + 1) * rows) for place, kind in enumerate(KINDS)}
+
+
+class Measurement:
+    """Times steps of one runner and adds rows of results.
+
+    Args:
+        steps: The runner.
+        results: Where rows go.
+        shape: The model.
+        images: Adapters by kind.
+        rows: Decode rows, and adapters of each kind.
+    """
+
+    def __init__(
+        self, steps: KindSteps, results: Results, shape: Shape, images: dict[str, KindImage], rows: int = ROWS
+    ) -> None:
+        self._steps, self._results, self._shape, self._images, self._rows = steps, results, shape, images, rows
+        self._numbers = numbers_of(rows)
+        self._num_ops = shape.geometry.num_layers * len(shape.geometry.ops)
+
+    def run(self) -> None:
+        """Measure everything, DoRA's load before its step."""
+        self._load_all(LORA)
+        base_us = self._step("no adapter", np.full(self._rows, NO_ADAPTER))
+        for rows in sorted({1, self._rows // 2}):
+            self._step(LORA, np.array(self._numbers[LORA][:rows]))
+        lora_us = self._step(LORA, np.array(self._numbers[LORA]))
+        self._load_beside_steps()
+        dora_us = self._step(DORA, np.array(self._numbers[DORA]))
+        self._add(f"{self._rows} rows/{DORA}", "of LoRA's step", dora_us / lora_us, "share", floor=1.1)
+        self._reload()
+        self._load_all(SHIRA)
+        self._sparse(base_us)
+        self._load_all(IA3)
+        self._step(IA3, np.array(self._numbers[IA3]))
+        mixed = [self._numbers[KINDS[row % len(KINDS)]][row // len(KINDS)] for row in range(self._rows)]
+        self._step("mixed", np.array(mixed))
+
+    def _step(self, name: str, adapters: NDArray[np.int_]) -> float:
+        times = self._steps.step_times(adapters.astype(np.int32), TIMED_STEPS)
+        median_us = statistics.median(times) * 1e6
+        self._add(f"{len(adapters)} rows/{name}", "step", median_us, "us")
+        return median_us
+
+    def _sparse(self, base_us: float) -> None:
+        added_us = self._step(SHIRA, np.array(self._numbers[SHIRA])) - base_us
+        num_bytes = 4 * self._images[SHIRA].num_nonzeros * self._rows
+        rate = self._steps.copy_bytes_per_s()
+        floor_us, case = num_bytes / rate * 1e6, f"{self._rows} rows/{SHIRA}"
+        self._results.note(
+            f"a copy reads and writes {rate / 1e12:.2f} TB/s; SHiRA's non-zeros are {num_bytes / 1e9:.2f} GB a step"
+        )
+        self._add(case, "added", added_us, "us", floor=floor_us)
+        self._add(case, "of its bar", added_us / (1.5 * floor_us + OP_US * self._num_ops), "share", floor=1.0)
+
+    def _load_all(self, kind: str) -> None:
+        begin_s = time.perf_counter()
+        handles = [self._steps.load(kind, number) for number in self._numbers[kind]]
+        self._wait(handles)
+        self._add(f"{len(handles)} adapters/{kind}", "load", (time.perf_counter() - begin_s) * 1e3, "ms")
+
+    def _reload(self) -> None:
+        """Time DoRA's load where c is on the host."""
+        for number in self._numbers[DORA]:
+            self._steps.unload(number)
+        begin_s = time.perf_counter()
+        self._wait([self._steps.load(DORA, number) for number in self._numbers[DORA]])
+        milliseconds = (time.perf_counter() - begin_s) * 1e3
+        self._add(f"{self._rows} adapters/{DORA}", "load, c known (as far as it fits)", milliseconds, "ms")
+
+    def _load_beside_steps(self) -> None:
+        others = np.array(self._numbers[LORA], dtype=np.int32)
+        alone = self._steps.step_times(others, LOADING_STEPS)
+        waiting, handles, begin_s = list(self._numbers[DORA]), list["LoadHandle"](), time.perf_counter()
+
+        def load_one() -> bool:
+            if waiting:
+                handles.append(self._steps.load(DORA, waiting.pop(0)))
+            return not waiting and all(handle.is_done() for handle in handles)
+
+        beside = self._steps.step_times(others, LOADING_STEPS, load_one)
+        seconds, case = time.perf_counter() - begin_s, f"{self._rows} rows/{LORA}, {self._rows} DoRA loading"
+        self._add(case, "loads", seconds * 1e3, "ms")
+        for name, share in (("p50", 0.5), ("p99", 0.99)):
+            before_us, after_us = (float(np.quantile(times, share)) * 1e6 for times in (alone, beside))
+            self._add(case, f"{name} alone", before_us, "us")
+            self._add(case, f"{name} while loading", after_us, "us")
+            self._add(case, f"{name} of alone", after_us / before_us, "share", floor=1.2)
+
+    @staticmethod
+    def _wait(handles: list[LoadHandle]) -> None:
+        while not all(handle.is_done() for handle in handles):
+            time.sleep(0.001)
+
+    def _add(self, case: str, metric: str, value: float, unit: str, floor: float | None = None) -> None:
+        case = f"{self._shape.name}/{case}"
+        self._results.add(Row(suite="adapter_kinds", case=case, metric=metric, value=value, unit=unit, floor=floor))
+
+
+def tiny_shape() -> Shape:
+    """Return a model of a few megabytes with pages of a tile at least."""
+    layer = gated_decoder_layer(hidden_size=256, intermediate_size=512, num_heads=4, num_kv_heads=4, head_dim=64)
+    info = replace(
+        llama("tiny", inter=512, kv_heads=4, vocab=256),
+        hidden_size=256,
+        num_heads=4,
+        head_dim=64,
+        num_layers=2,
+        layers=(layer,) * 2,
+    )
+    return Shape(info=info, pool_gib=0.1)

@@ -1,0 +1,77 @@
+"""The kernels of vectors and sparse deltas on one op, in the order of a step: e, product on the host, c and b, S."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from kernels.kernel_cases import make_geometry
+from kernels.part_cases import PartPool
+from loraplex_common.sparse_delta import SPARSE_DELTA
+from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR
+from loraplex_kernels.lora.items import op_shapes
+from loraplex_kernels.lora.sparse import LoraSparse
+from loraplex_kernels.lora.tables import AdapterTables
+from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
+
+if TYPE_CHECKING:
+    from loraplex_kernels.module import KernelLibrary
+    from torch import Tensor
+
+KINDS = ((OUT_VECTOR, IN_VECTOR), (OUT_VECTOR, BIAS, SPARSE_DELTA), (SPARSE_DELTA,), (BIAS,))
+ADAPTERS = (1, 0, 2, -1, 2, 2, 3, 1, 2, 2, 1)
+
+
+class PartRig:
+    """Adapters of `KINDS` on a device, and rows that name them.
+
+    Args:
+        library: Kernels.
+        inter: Inputs of down; hidden is 256.
+        num_sms: Multiprocessors that the sparse deltas are cut for.
+        density: Non-zeros of the sparse deltas.
+        adapters: Adapter of each row.
+    """
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        *,
+        inter: int = 4168,
+        num_sms: int = 2,
+        density: float = 0.02,
+        adapters: tuple[int, ...] = ADAPTERS,
+    ) -> None:
+        self.library, rng = library, np.random.default_rng(inter)
+        dtype = "float32" if library.dtype == torch.float32 else "bfloat16"
+        self.geometry = make_geometry(dtype=dtype, inter=inter, layers=1, page_bytes=64 * 1024)
+        self.resident = PartPool(self.geometry, 2048, rng)
+        for kinds in KINDS:
+            self.resident.add(kinds, density=density)
+        self.tables = AdapterTables(self.geometry, max_adapters=4, tile_capacity=1 << 14, device=library.device)
+        for index, adapter in enumerate(self.resident.adapters):
+            self.tables.bind(index, adapter.spec, adapter.pages)
+        pool, shapes = torch.from_numpy(self.resident.pages).to(library.device), op_shapes(self.geometry)
+        self.shapes, count = shapes, len(adapters)
+        self.vectors = LoraVectors(library, self.tables, pool, shapes)
+        self.sparse = LoraSparse(library, self.tables, pool, shapes, max_rows=count, num_sms=num_sms)
+        self.rows, self.adapters = RowAdapters(count, library.device), np.array(adapters, dtype=np.int32)
+        self.rows.upload(self.adapters)
+        self.sparse.prepare(self.adapters)
+        self.scales = torch.linspace(0.5, 1.5, count)
+
+    def run(self, op: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return what an op's kernels computed, and what they had to."""
+        shape, dtype, device = self.shapes[self.tables.op_index(0, op)], self.library.dtype, self.library.device
+        columns, width = shape.columns, shape.slice_begin[-1]
+        x = torch.randn(len(self.adapters), columns, generator=generator).to(dtype)
+        weight = (torch.randn(width, columns, generator=generator) / columns**0.5).to(dtype)
+        bias = torch.randn(width, generator=generator).to(dtype)
+        expected = self.resident.output(self.adapters, self.scales.numpy(), x, weight, bias, (0, op))
+        scaled, scales = x.clone().to(device), self.scales.to(device)
+        self.vectors.scale_input(0, op, scaled, self.rows)
+        y = (scaled.cpu().float() @ weight.float().T + bias.float()).to(dtype).to(device)
+        self.vectors.finish(0, op, y, self.rows, scales, bias.to(device))
+        self.sparse.add(0, op, x.to(device), y, scales)
+        return y, expected
