@@ -109,13 +109,12 @@ def read_checkpoint(
         )
     check_shared_inputs(modules, base)
     check_trial(modules, base)
-    _check_invocation(config, base)
-    return Checkpoint(
-        base.fingerprint, tuple(modules), (*written.notes, *warnings_of(modules)), config.invocation_token_ids
-    )
+    warnings = (*written.notes, *warnings_of(modules))
+    return Checkpoint(base.fingerprint, tuple(modules), warnings, _checked_invocation(config, base))
 
 
-def _check_invocation(config: PeftConfig, base: BaseModelInfo) -> None:
+def _checked_invocation(config: PeftConfig, base: BaseModelInfo) -> tuple[int, ...]:
+    """Return the sequence that activates the adapter; empty without one."""
     if config.invocation_token_ids and config.use_dora:
         raise AdapterIncompatibleError(
             f"{CONFIG_FILE}: alora_invocation_tokens together with use_dora: PEFT has no such variant; train one of the two"
@@ -125,6 +124,7 @@ def _check_invocation(config: PeftConfig, base: BaseModelInfo) -> None:
             raise AdapterIncompatibleError(
                 f"{CONFIG_FILE}: alora_invocation_tokens: {token_id} is not below the {base.vocab_size} tokens of {base.name}"
             )
+    return config.invocation_token_ids
 
 
 def _group_tensors(
