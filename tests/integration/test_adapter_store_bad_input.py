@@ -89,8 +89,8 @@ async def test_an_unserved_setting_is_refused_by_name(client: StoreClient, name:
 
 
 async def test_an_unserved_peft_type_is_refused_by_name(client: StoreClient) -> None:
-    with refused(AdapterIncompatibleError, 'peft_type "IA3"'):
-        await client.upload("a", files(peft_type="IA3"))
+    with refused(AdapterIncompatibleError, 'peft_type "LOHA"'):
+        await client.upload("a", files(peft_type="LOHA"))
 
 
 async def test_an_unserved_target_is_refused_by_name(client: StoreClient) -> None:

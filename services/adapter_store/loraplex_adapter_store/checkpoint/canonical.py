@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT: Final = 1
 FORMAT_OF_PARTS: Final = 2
-"""Of adapters with a module that is more than a pair of matrices."""
+"""Format of an adapter with a module that is more than a pair of matrices."""
 CHUNK_BYTES: Final = 2 * 1024 * 1024
 LENGTH_BYTES: Final = 8
 

@@ -34,7 +34,7 @@ PART_TENSORS: Final[dict[str, tuple[str, ...]]] = {
 """What follows a module's name in the names of a part's tensors, in the order of `PartKind.shapes`."""
 
 _SCALED: Final = (("base_model.vera_A", VERA_D), ("base_model.vera_B", VERA_B))
-"""Of a pair of `ScaledRows`, for A and B: the name of the matrix that modules share, and of the module's own factors."""
+"""Names of what a pair of `ScaledRows` is made of, for A and B: the matrix that modules share, and the module's own factors."""
 _COLUMNS: Final = "columns"
 """Beside a pair's fields, the inputs of a module whose pair is of `ScaledRows`."""
 

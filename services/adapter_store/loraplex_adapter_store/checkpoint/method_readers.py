@@ -1,6 +1,6 @@
 """What each of PEFT's methods makes of a module's tensors: the parts of ADR 26, in fp32 exactly what PEFT computes.
 
-Sources: PEFT 0.21, `tuners/*/layer.py`. Of each: LoRA and DoRA ``lora/layer.py``, ``lora/dora.py``; AdaLoRA
+Sources: PEFT 0.21, `tuners/*/layer.py`. LoRA and DoRA are in ``lora/layer.py``, ``lora/dora.py``; AdaLoRA
 ``adalora/layer.py: get_delta_weight``; (IA)3 ``ia3/layer.py: forward``; VeRA ``vera/layer.py: get_delta_weight``; SHiRA
 ``shira/layer.py: get_delta_weight``. FLoRA (arXiv:2312.05677) is not in PEFT.
 """

@@ -40,10 +40,10 @@ class PeftConfig:
     Attributes:
         method: ``peft_type``: one of `METHODS`.
         rank: Rank of modules that neither ``rank_pattern`` nor ``ranks`` names.
-        ranks: Of AdaLoRA, the ranks that its budget left to modules, by their dotted names.
-        bias: ``none``, ``all`` or ``only``: whose biases the base's training changed.
+        ranks: Ranks that AdaLoRA's budget left to modules, by their dotted names.
+        bias: ``none``, ``all`` or ``only`` (of adapted modules): which of the base's biases were trained.
         target_modules: Names, one regular expression, or ``all-linear``.
-        feedforward_modules: Of (IA)3, likewise: whose inputs are scaled.
+        feedforward_modules: Likewise, the modules whose inputs (IA)3 scales.
         layers_to_transform: Layers that named targets are limited to; None for all.
         invocation_token_ids: The sequence that the adapter applies from (activated LoRA); empty: it applies to all tokens.
         layers_pattern: Names of the lists of layers that the indices refer to; empty for any list.
