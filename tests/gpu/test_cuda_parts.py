@@ -43,7 +43,7 @@ class PartRig:
         model_dir: The base.
         dtype: Compute dtype.
         is_plain: Compute by the plain formula, step by step, no graphs.
-        options: Of the runner.
+        options: Arguments of `make_cuda_runner`.
     """
 
     def __init__(self, model_dir: Path, dtype: str, *, is_plain: bool = False, **options: Any) -> None:
