@@ -64,6 +64,7 @@ class HostRunner:
     """`CudaRunner` without streams and graphs: decode steps padded to a bucket, others as they are."""
 
     backend: ClassVar[str] = "cuda"
+    weight_norms: ClassVar[tuple[float, ...]] = ()
     pipeline_depth = 1
     # instead: makes the path that a step takes, in place of the engine's
 
