@@ -46,7 +46,7 @@ async def report_on(client: StoreClient, name: str) -> Any:
 
 @asynccontextmanager
 async def attached_engine(store: RunningStore) -> AsyncIterator[None]:
-    line = make_line(tiny_base_dir(), f"127.0.0.1:{store.grpc_port}", ScriptedStore(), wait_s=20)
+    line = make_line(tiny_base_dir(), f"127.0.0.1:{store.grpc_port}", ScriptedStore(), wait_s=20)  # type: ignore[abstract]
     task = asyncio.create_task(line.client.run())
     try:
         await eventually(lambda: "e1" in store.attached)
@@ -61,7 +61,7 @@ async def test_norms_are_relative_to_the_weights_that_a_real_engine_serves(
     store, client = rig
     await client.upload_recipe("a", RECIPE)
     base = load_base_model(tiny_base_dir())
-    weights = {}
+    weights: dict[str, Any] = {}
     for file in tiny_base_dir().glob("*.safetensors"):
         weights |= load_file(file)
 
@@ -94,7 +94,7 @@ async def test_norms_are_relative_to_the_weights_that_a_real_engine_serves(
 async def test_without_an_engine_that_has_reported_nothing_is_said_of_the_base(
     rig: tuple[RunningStore, StoreClient],
 ) -> None:
-    store, client = rig
+    _, client = rig
     revision = (await client.upload_recipe("a", RECIPE)).revision
     async with attached_peer(client.channel, load_base_model(tiny_base_dir())):
         report = await report_on(client, "a")
@@ -103,7 +103,6 @@ async def test_without_an_engine_that_has_reported_nothing_is_said_of_the_base(
     assert not any(module.HasField("base_norm") for module in report.modules)
     assert not any(part.HasField("relative_norm") for module in report.modules for part in module.parts)
     assert len(report.images) == 1
-    del store
 
 
 async def test_the_import_is_told_of_later_and_old_revisions_say_that_it_was_not_recorded(
