@@ -34,6 +34,7 @@ async def test_a_restricted_adapter_is_to_others_as_one_that_does_not_exist(
             for name in ("private", "prixxte"):
                 for call in (
                     bob.stub.GetAdapter(pb.GetAdapterRequest(name=f"{name}{suffix}")),
+                    bob.stub.GetAdapterReport(pb.GetAdapterReportRequest(name=f"{name}{suffix}")),
                     bob.stub.ListAdapterRevisions(pb.ListAdapterRevisionsRequest(name=name)),
                     bob.stub.DeleteAdapter(pb.DeleteAdapterRequest(name=name)),
                 ):
@@ -43,8 +44,9 @@ async def test_a_restricted_adapter_is_to_others_as_one_that_does_not_exist(
                     said = error.message.replace(name, "NAME")
                     told.append((error.code, error.reason, said, error.metadata, error.violations))
 
-        assert told[:3] == told[3:]
-        assert [status for status, *_ in told[:3]] == [
+        assert told[:4] == told[4:]
+        assert [status for status, *_ in told[:4]] == [
+            StatusCode.NOT_FOUND,
             StatusCode.NOT_FOUND,
             StatusCode.NOT_FOUND,
             StatusCode.PERMISSION_DENIED,

@@ -109,6 +109,7 @@ class FakeRunner:
     """
 
     backend: ClassVar[str] = "fake"
+    weight_norms: ClassVar[tuple[float, ...]] = ()
 
     def __init__(
         self,

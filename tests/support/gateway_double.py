@@ -159,6 +159,7 @@ class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer, operations
         self.requests: list[Any] = []
         self.import_error: LoraplexError | None = None
         self.warnings: list[str] = []
+        self.report = adapter_store_pb2.AdapterReport()
         self._looks = 0
 
     def UploadAdapter(
@@ -198,6 +199,14 @@ class StoreDouble(adapter_store_pb2_grpc.AdapterStoreServiceServicer, operations
 
             fail(context, AdapterNotFoundError(f"no adapter {name!r}"))
         return adapter_store_pb2.GetAdapterResponse(adapter=self.adapters[name], revision=revision())
+
+    def GetAdapterReport(
+        self, request: adapter_store_pb2.GetAdapterReportRequest, context: grpc.ServicerContext
+    ) -> adapter_store_pb2.GetAdapterReportResponse:
+        self.requests.append(request)
+        self.report.name = request.name.partition(":")[0]
+        self.report.revision.CopyFrom(revision())
+        return adapter_store_pb2.GetAdapterReportResponse(report=self.report)
 
     def ListAdapters(
         self, request: adapter_store_pb2.AdapterStoreServiceListAdaptersRequest, context: grpc.ServicerContext

@@ -68,6 +68,7 @@ class HostRunner:
     """
 
     backend: ClassVar[str] = "cuda"
+    weight_norms: ClassVar[tuple[float, ...]] = ()
     pipeline_depth = 1
 
     def __init__(

@@ -30,6 +30,7 @@ from loraplex_client.events import (
     TokenLogprob,
     Usage,
 )
+from loraplex_client.report import AdapterReport, ReportImage, ReportModule, ReportNotes, ReportPart
 from loraplex_client.resources import (
     Adapter,
     AdapterState,
@@ -46,6 +47,7 @@ __all__ = [
     "Accepted",
     "Adapter",
     "AdapterLoading",
+    "AdapterReport",
     "AdapterState",
     "Adapters",
     "AsyncAdapters",
@@ -68,6 +70,10 @@ __all__ = [
     "PositionLogprobs",
     "PromptOptions",
     "Queued",
+    "ReportImage",
+    "ReportModule",
+    "ReportNotes",
+    "ReportPart",
     "Revision",
     "Started",
     "Tier",

@@ -23,6 +23,7 @@ from loraplex_adapter_store.aliases import AliasTable
 from loraplex_adapter_store.attach.attached import AttachedEngines
 from loraplex_adapter_store.bases import KnownBases
 from loraplex_adapter_store.config import StoreConfig
+from loraplex_adapter_store.contents import Contents
 from loraplex_adapter_store.credentials import Credentials
 from loraplex_adapter_store.downloads import Downloads
 from loraplex_adapter_store.hints import Hints
@@ -38,6 +39,7 @@ from loraplex_adapter_store.imports.sources import Sources
 from loraplex_adapter_store.lifecycle import Lifecycle
 from loraplex_adapter_store.metrics import ReplicaFactorCollector, StoreMetrics
 from loraplex_adapter_store.operations import OperationsServicer
+from loraplex_adapter_store.reports import Reports
 from loraplex_adapter_store.repository import keys
 from loraplex_adapter_store.repository.blobs import Blobs
 from loraplex_adapter_store.repository.catalog import Catalog
@@ -113,8 +115,7 @@ async def running_store(config: StoreConfig) -> AsyncIterator[RunningStore]:
             aliases=aliases,
             attached=attached,
             hints=hints,
-            revisions=RevisionFinder(core.catalog, aliases),
-            downloads=Downloads(core.catalog, core.blobs),
+            contents=_contents(core, aliases, attached, stack),
         )
         server = _server(core, servicer, operations)
         metrics_port = await _serve_metrics(core, stack)
@@ -158,6 +159,12 @@ def _images(core: _Core) -> ImageCache:
     return ImageCache(core.blobs, core.catalog, core.metrics, budget_bytes=budget_bytes, executor=core.executor)
 
 
+def _contents(core: _Core, aliases: AliasTable, attached: AttachedEngines, stack: AsyncExitStack) -> Contents:
+    reports = Reports(core.blobs, attached)
+    stack.push_async_callback(asyncio.to_thread, reports.close)
+    return Contents(RevisionFinder(core.catalog, aliases), Downloads(core.catalog, core.blobs), reports)
+
+
 def _limit_of(config: StoreConfig) -> LimitOf:
     if config.quotas_file is None:
         return unlimited
@@ -172,7 +179,7 @@ def _importer(core: _Core, bases: KnownBases, aliases: AliasTable, attached: Att
         max_running=config.max_concurrent_imports,
         max_pending=config.max_pending_imports,
     )
-    checker = CheckpointChecker(bases, attached.limits, core.executor)
+    checker = CheckpointChecker(bases, attached.limits, attached.weight_norms, core.executor)
     return Importer(checker, core.catalog, core.blobs, budget, core.metrics, told=aliases.wait_for)
 
 

@@ -58,6 +58,7 @@ RIGHTS: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         _ENGINES + "Undrain": _ADMIN,
         # Tenants see their own names and public ones: the store filters.
         STORE + "GetAdapter": _USERS,
+        STORE + "GetAdapterReport": _USERS,
         STORE + "ListAdapters": _USERS,
         STORE + "ListAdapterRevisions": _USERS,
         STORE + "CreateAdapter": _ADMIN,

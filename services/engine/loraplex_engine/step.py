@@ -232,6 +232,11 @@ class ModelRunner(Protocol):
         ...
 
     @property
+    def weight_norms(self) -> tuple[float, ...]:
+        """Frobenius norms of the base's weights, for each layer and projection in the geometry's order; may be empty."""
+        ...
+
+    @property
     def pipeline_depth(self) -> int:
         """Most plans worth having in flight: 1 if `launch` computes before it returns, else 2."""
         ...

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 from loraplex_adapter_store.checkpoint.canonical import canonicalise
+from loraplex_adapter_store.checkpoint.exploding import exploding_of
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibleError
 from support.adapters import Recipe
@@ -55,13 +57,40 @@ def test_an_adapter_that_changes_nothing_is_taken_with_a_warning(base: BaseModel
     assert "the adapter answers as the base model does" in " ".join(form.warnings)
 
 
-def test_one_module_that_changes_something_is_enough(base: BaseModelInfo) -> None:
+def test_modules_that_change_nothing_beside_others_are_counted_and_named(base: BaseModelInfo) -> None:
     def zero_all_but_one(tensors: dict[str, Any]) -> None:
         for name in tensors:
             if "lora_B" in name and "layers.1.mlp" not in name:
                 tensors[name] *= 0
 
-    assert read(base, change=zero_all_but_one).warnings == ()
+    (warning,) = read(base, change=zero_all_but_one).warnings
+    assert re.match(r"the delta is zero in \d+ modules: model\.layers\.0\.self_attn\.q_proj, .* in all:", warning)
+    assert "layers.1.mlp" not in warning
+
+
+def test_a_delta_that_drowns_its_base_is_warned_of_by_its_modules_name(base: BaseModelInfo) -> None:
+    checkpoint = read(base)
+    first = checkpoint.modules[0]
+    a, b = (each.values().astype(np.float64) for each in first.parts[0].tensors)
+    norm = float(np.linalg.norm(first.scaling * b @ a))
+    place = (first.layer, first.projection)
+
+    (told,) = exploding_of(checkpoint.modules, {place: norm / 10.01})
+
+    assert f"10 times as large as the base's weight in 1 module: {first.name}: " in told
+    assert list(exploding_of(checkpoint.modules, {place: norm / 9.99})) == []
+    assert list(exploding_of(checkpoint.modules, {})) == []
+
+
+def test_a_delta_that_drowns_any_base_is_warned_of_without_the_weights_norms(base: BaseModelInfo) -> None:
+    def explode(tensors: dict[str, Any]) -> None:
+        for name in tensors:
+            if "layers.1.self_attn.v_proj.lora_B" in name:
+                tensors[name] *= 1e6
+
+    (told,) = exploding_of(read(base, change=explode).modules, {})
+
+    assert "outputs of more than 1000 in 1 module: model.layers.1.self_attn.v_proj: " in told
 
 
 def test_values_whose_product_no_engine_can_hold_are_refused(base: BaseModelInfo) -> None:

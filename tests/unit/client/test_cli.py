@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, StreamInterruptedError
+from support.adapter_reports import adapter_report
 from support.gateway_double import DIGEST, GatewayDouble, StoreDouble, chunk
 
 if TYPE_CHECKING:
@@ -154,6 +156,40 @@ def test_a_directory_is_imported_listed_shown_and_deleted(loraplex: Runner, dire
     assert deleted.code == 0
     assert gone.code == 1
     assert "ADAPTER_NOT_FOUND" in gone.err
+
+
+def test_a_report_is_a_table_or_json_and_says_what_is_not_known(loraplex: Runner, store: StoreDouble) -> None:
+    store.report = adapter_report()
+
+    table = loraplex("adapters", "show", "json:prod", "--report")
+    as_json = loraplex("adapters", "show", "json:prod", "--report", "--json")
+    store.report.ClearField("notes")
+    old = loraplex("adapters", "show", "json", "--report")
+
+    assert [result.code for result in (table, as_json, old)] == [0, 0, 0]
+    assert "method: LORA\nread: read as MLX-LM [writes] it\nfolded: nothing\nwarning: odd\n2 more notes" in table.out
+    assert "engines (bfloat16, pages of 2 MiB, each of 2 ranks): 6 MiB, 3 pages" in table.out
+    rows = [line.split() for line in table.out.splitlines() if line.lstrip().startswith("0 ")]
+    assert rows == [
+        ["0", "q_proj", "low_rank", "8", "2", "1.5", "0.25", "0.5", "-"],
+        ["0", "v_proj", "low_rank", "8", "2", "1.5", "unknown", "0.5", "-"],
+        ["0", "v_proj", "out_vector", "(magnitudes)", "1", "-", "-", "-", "3", "-"],
+    ]
+    assert "not recorded" in old.out
+    found = json.loads(as_json.out)
+    assert (found["format"], found["name"], found["revision"]) == (1, "json", DIGEST)
+    assert found["notes"]["rules"] == ["read as MLX-LM [writes] it"]
+    assert found["modules"][0]["base_norm"] == 6.0
+    assert found["modules"][1]["base_norm"] is found["modules"][1]["parts"][0]["relative_norm"] is None
+    assert found["images"][0]["num_bytes"] == 6 * 2**20
+    assert [request.name for request in store.requests] == ["json:prod", "json:prod", "json"]
+
+
+def test_json_is_a_form_of_the_report_alone(loraplex: Runner) -> None:
+    result = loraplex("adapters", "show", "json", "--json")
+
+    assert result.code == 2
+    assert "give --report too" in result.err
 
 
 def test_a_new_name_for_known_weights_is_imported_not_unchanged(loraplex: Runner, directory: Path) -> None:

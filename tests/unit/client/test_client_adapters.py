@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_client import AdapterState, AsyncClient, Client, ImportProgress, ImportStage
 from loraplex_common.errors import AdapterIncompatibleError, AdapterNotFoundError, InvalidParameterError
+from support.adapter_reports import adapter_report
 from support.gateway_double import DIGEST, StoreDouble, serving
 
 if TYPE_CHECKING:
@@ -157,3 +159,17 @@ async def test_the_asyncio_twin_does_the_same(target: str, store: StoreDouble, d
             await adapters.get("json")
         with pytest.raises(InvalidParameterError):
             await adapters.upload("json", directory / "nowhere")
+
+
+async def test_both_clients_return_the_same_report(target: str, store: StoreDouble, client: Client) -> None:
+    store.report = adapter_report()
+
+    blocking = await asyncio.to_thread(client.adapters.report, "json")
+    async with AsyncClient("127.0.0.1:1", store_target=target) as other:
+        assert await other.adapters.report("json") == blocking
+
+    assert (blocking.name, blocking.revision) == ("json", DIGEST)
+    assert blocking.modules[0].parts[0].relative_norm == 0.25
+    assert blocking.modules[1].base_norm is None
+    assert blocking.notes is not None
+    assert blocking.notes.num_omitted == 2

@@ -12,6 +12,7 @@ from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 from loraplex_client import _store_messages as messages
 from loraplex_client._aio.waiting import in_thread, read_in_thread
 from loraplex_client._errors import translated
+from loraplex_client._report_messages import report as report_of
 from loraplex_client._requests import duration
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import grpc
 
     from loraplex_client._connection import Connection
+    from loraplex_client.report import AdapterReport
     from loraplex_client.resources import Adapter, ImportResult, ProgressCallback, Revision
 
 WAIT_S: Final = 0.5  # longest silence between two reports of an import's progress
@@ -132,6 +134,17 @@ class AsyncAdapters:
         with translated(self._connection.target):
             response = await self._stub.GetAdapter(request, metadata=self._metadata)
         return messages.adapter(response.adapter, response.revision)
+
+    async def report(self, name: str) -> AdapterReport:
+        """Return what the revision that a name resolves to is made of: each module's parts and norms, bytes, import notes.
+
+        Raises:
+            AdapterNotFoundError: If there is no such adapter, or nothing has been imported under the name.
+        """
+        request = adapter_store_pb2.GetAdapterReportRequest(name=name)
+        with translated(self._connection.target):
+            response = await self._stub.GetAdapterReport(request, metadata=self._metadata)
+        return report_of(response.report)
 
     async def revisions(self, name: str) -> AsyncIterator[Revision]:
         """Yield the revisions of a name, newest first."""

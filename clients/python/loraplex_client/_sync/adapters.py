@@ -12,6 +12,7 @@ from loraplex.v1 import adapter_pb2, adapter_store_pb2, adapter_store_pb2_grpc
 
 from loraplex_client import _store_messages as messages
 from loraplex_client._errors import translated
+from loraplex_client._report_messages import report as report_of
 from loraplex_client._requests import duration
 from loraplex_client._sync.waiting import in_thread, read_in_thread
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import grpc
 
     from loraplex_client._connection import Connection
+    from loraplex_client.report import AdapterReport
     from loraplex_client.resources import Adapter, ImportResult, ProgressCallback, Revision
 
 WAIT_S: Final = 0.5  # longest silence between two reports of an import's progress
@@ -131,6 +133,17 @@ class Adapters:
         with translated(self._connection.target):
             response = self._stub.GetAdapter(request, metadata=self._metadata)
         return messages.adapter(response.adapter, response.revision)
+
+    def report(self, name: str) -> AdapterReport:
+        """Return what the revision that a name resolves to is made of: each module's parts and norms, bytes, import notes.
+
+        Raises:
+            AdapterNotFoundError: If there is no such adapter, or nothing has been imported under the name.
+        """
+        request = adapter_store_pb2.GetAdapterReportRequest(name=name)
+        with translated(self._connection.target):
+            response = self._stub.GetAdapterReport(request, metadata=self._metadata)
+        return report_of(response.report)
 
     def revisions(self, name: str) -> Iterator[Revision]:
         """Yield the revisions of a name, newest first."""

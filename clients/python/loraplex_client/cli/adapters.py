@@ -12,6 +12,7 @@ from rich.table import Table
 from loraplex_client.cli.context import StoreTarget, connect, progress_bars, stderr, stdout
 from loraplex_client.cli.global_options import remote
 from loraplex_client.cli.make_random import make_random
+from loraplex_client.cli.report import print_report
 from loraplex_client.cli.wording import as_flags
 from loraplex_client.resources import Adapter, ImportProgress, ImportResult, Revision
 
@@ -111,8 +112,22 @@ def list_(
 
 @app.command()
 @remote
-def show(context: typer.Context, name: AnyName, store_target: StoreTarget = None) -> None:
-    """Show one adapter and its revisions."""
+def show(
+    context: typer.Context,
+    name: AnyName,
+    report: Annotated[
+        bool, typer.Option("--report", help="What it is made of instead: norms of each module, bytes, import notes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+    store_target: StoreTarget = None,
+) -> None:
+    """Show one adapter and its revisions, or the report on one revision."""
+    if as_json and not report:
+        raise typer.BadParameter("it is a form of the report: give --report too", param_hint="--json")
+    if report:
+        with connect(context, store_target=store_target) as client:
+            print_report(client.adapters.report(name), as_json=as_json)
+        return
     with connect(context, store_target=store_target) as client:
         adapter = client.adapters.get(name)
         revisions = list(client.adapters.revisions(adapter.name))

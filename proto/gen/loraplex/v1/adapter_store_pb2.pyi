@@ -128,6 +128,285 @@ class GetAdapterResponse(_message.Message):
 Global___GetAdapterResponse: _TypeAlias = GetAdapterResponse  # noqa: Y015
 
 @_typing.final
+class GetAdapterReportRequest(_message.Message):
+    """GetAdapterReportRequest names an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`name`, `name:label` or `name@revision`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAdapterReportRequest: _TypeAlias = GetAdapterReportRequest  # noqa: Y015
+
+@_typing.final
+class GetAdapterReportResponse(_message.Message):
+    """GetAdapterReportResponse holds the report."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def report(self) -> Global___AdapterReport:
+        """The report."""
+
+    def __init__(
+        self,
+        *,
+        report: Global___AdapterReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAdapterReportResponse: _TypeAlias = GetAdapterReportResponse  # noqa: Y015
+
+@_typing.final
+class AdapterReport(_message.Message):
+    """AdapterReport says what a revision is made of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ImportNotes(_message.Message):
+        """ImportNotes is what the import that stored the revision did and found."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        METHOD_FIELD_NUMBER: _builtins.int
+        RULES_FIELD_NUMBER: _builtins.int
+        FOLDED_FIELD_NUMBER: _builtins.int
+        WARNINGS_FIELD_NUMBER: _builtins.int
+        NUM_OMITTED_FIELD_NUMBER: _builtins.int
+        method: _builtins.str
+        """`peft_type`, for example `LORA`."""
+        num_omitted: _builtins.int
+        """Notes left out, as they exceed the room of a revision."""
+        @_builtins.property
+        def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """The rules of dialects by which the file was read; empty for PEFT's own form."""
+
+        @_builtins.property
+        def folded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """What was folded into other values; empty if the parts are the file's tensors."""
+
+        @_builtins.property
+        def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """The import's other warnings."""
+
+        def __init__(
+            self,
+            *,
+            method: _builtins.str = ...,
+            rules: _abc.Iterable[_builtins.str] | None = ...,
+            folded: _abc.Iterable[_builtins.str] | None = ...,
+            warnings: _abc.Iterable[_builtins.str] | None = ...,
+            num_omitted: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["folded", b"folded", "method", b"method", "num_omitted", b"num_omitted", "rules", b"rules", "warnings", b"warnings"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Part(_message.Message):
+        """Part is one part of a module."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KIND_FIELD_NUMBER: _builtins.int
+        SIZE_FIELD_NUMBER: _builtins.int
+        SCALE_FIELD_NUMBER: _builtins.int
+        NORM_FIELD_NUMBER: _builtins.int
+        RELATIVE_NORM_FIELD_NUMBER: _builtins.int
+        LARGEST_FIELD_NUMBER: _builtins.int
+        DEVIATION_FIELD_NUMBER: _builtins.int
+        MAGNITUDE_FIELD_NUMBER: _builtins.int
+        kind: _builtins.str
+        """`low_rank`, `out_vector` (c), `in_vector` (e), `bias`, `sparse_delta` or `flora`."""
+        size: _builtins.int
+        """Rank of a pair or of FLoRA, non-zeros of a sparse delta; 1 for a vector."""
+        scale: _builtins.float
+        """Factor on what a pair or a sparse delta adds; unset for other kinds."""
+        norm: _builtins.float
+        """Frobenius norm of what it adds, the scale included: `s B A`, `s S` or b; unset for factors."""
+        relative_norm: _builtins.float
+        """`norm` divided by that of the base's weight; unset for a bias, for factors, and while the latter is not known."""
+        largest: _builtins.float
+        """Largest magnitude among its values, the scale left out."""
+        deviation: _builtins.float
+        """Of c, e and FLoRA's B A: the largest distance of a factor from 1. Unset for DoRA, whose factors engines compute."""
+        magnitude: _builtins.bool
+        """Of c: whether the values are DoRA's magnitudes."""
+        def __init__(
+            self,
+            *,
+            kind: _builtins.str = ...,
+            size: _builtins.int = ...,
+            scale: _builtins.float | None = ...,
+            norm: _builtins.float | None = ...,
+            relative_norm: _builtins.float | None = ...,
+            largest: _builtins.float = ...,
+            deviation: _builtins.float | None = ...,
+            magnitude: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_deviation", b"_deviation", "_norm", b"_norm", "_relative_norm", b"_relative_norm", "_scale", b"_scale", "deviation", b"deviation", "norm", b"norm", "relative_norm", b"relative_norm", "scale", b"scale"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_deviation", b"_deviation", "_norm", b"_norm", "_relative_norm", b"_relative_norm", "_scale", b"_scale", "deviation", b"deviation", "kind", b"kind", "largest", b"largest", "magnitude", b"magnitude", "norm", b"norm", "relative_norm", b"relative_norm", "scale", b"scale", "size", b"size"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__deviation: _TypeAlias = _typing.Literal["deviation"]  # noqa: Y015
+        _WhichOneofArgType__deviation: _TypeAlias = _typing.Literal["_deviation", b"_deviation"]  # noqa: Y015
+        _WhichOneofReturnType__norm: _TypeAlias = _typing.Literal["norm"]  # noqa: Y015
+        _WhichOneofArgType__norm: _TypeAlias = _typing.Literal["_norm", b"_norm"]  # noqa: Y015
+        _WhichOneofReturnType__relative_norm: _TypeAlias = _typing.Literal["relative_norm"]  # noqa: Y015
+        _WhichOneofArgType__relative_norm: _TypeAlias = _typing.Literal["_relative_norm", b"_relative_norm"]  # noqa: Y015
+        _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+        _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__deviation) -> _WhichOneofReturnType__deviation | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__norm) -> _WhichOneofReturnType__norm | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__relative_norm) -> _WhichOneofReturnType__relative_norm | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+    @_typing.final
+    class Module(_message.Message):
+        """Module is one adapted projection."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        LAYER_FIELD_NUMBER: _builtins.int
+        PROJECTION_FIELD_NUMBER: _builtins.int
+        PARTS_FIELD_NUMBER: _builtins.int
+        BASE_NORM_FIELD_NUMBER: _builtins.int
+        layer: _builtins.int
+        """Decoder layer, from 0."""
+        projection: _builtins.str
+        """Last part of the projection's name, for example `q_proj`."""
+        base_norm: _builtins.float
+        """Frobenius norm of the base's weight; unset as long as no engine of this base has reported it to this replica."""
+        @_builtins.property
+        def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterReport.Part]:
+            """Its parts, at most one of each kind."""
+
+        def __init__(
+            self,
+            *,
+            layer: _builtins.int = ...,
+            projection: _builtins.str = ...,
+            parts: _abc.Iterable[Global___AdapterReport.Part] | None = ...,
+            base_norm: _builtins.float | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_base_norm", b"_base_norm", "base_norm", b"base_norm"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_norm", b"_base_norm", "base_norm", b"base_norm", "layer", b"layer", "parts", b"parts", "projection", b"projection"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__base_norm: _TypeAlias = _typing.Literal["base_norm"]  # noqa: Y015
+        _WhichOneofArgType__base_norm: _TypeAlias = _typing.Literal["_base_norm", b"_base_norm"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__base_norm) -> _WhichOneofReturnType__base_norm | None: ...
+
+    @_typing.final
+    class Image(_message.Message):
+        """Image is the adapter as the engines of one geometry hold it, in host memory and on the device."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        DTYPE_FIELD_NUMBER: _builtins.int
+        PAGE_BYTES_FIELD_NUMBER: _builtins.int
+        TP_DEGREE_FIELD_NUMBER: _builtins.int
+        NUM_PAGES_FIELD_NUMBER: _builtins.int
+        NUM_BYTES_FIELD_NUMBER: _builtins.int
+        PROBLEM_FIELD_NUMBER: _builtins.int
+        dtype: _builtins.str
+        """Element type: `float32` or `bfloat16`."""
+        page_bytes: _builtins.int
+        """Bytes of one page."""
+        tp_degree: _builtins.int
+        """Tensor-parallel degree; each rank holds an image of this size."""
+        num_pages: _builtins.int
+        """Pages of the image; 0 if it cannot be laid out."""
+        num_bytes: _builtins.int
+        """Bytes of these pages."""
+        problem: _builtins.str
+        """Why it cannot be laid out; empty if it can."""
+        def __init__(
+            self,
+            *,
+            dtype: _builtins.str = ...,
+            page_bytes: _builtins.int = ...,
+            tp_degree: _builtins.int = ...,
+            num_pages: _builtins.int = ...,
+            num_bytes: _builtins.int = ...,
+            problem: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "num_bytes", b"num_bytes", "num_pages", b"num_pages", "page_bytes", b"page_bytes", "problem", b"problem", "tp_degree", b"tp_degree"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    MODULES_FIELD_NUMBER: _builtins.int
+    INVOCATION_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name asked for, without label or revision."""
+    @_builtins.property
+    def revision(self) -> _adapter_pb2.AdapterRevision:
+        """The revision; canonical_bytes is what the store keeps."""
+
+    @_builtins.property
+    def notes(self) -> Global___AdapterReport.ImportNotes:
+        """Unset if the revision was stored before imports were recorded."""
+
+    @_builtins.property
+    def modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterReport.Module]:
+        """By layer, then in the layer's order."""
+
+    @_builtins.property
+    def invocation_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The adapter applies from the last occurrence of this sequence in a prompt on; empty: to all of it."""
+
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterReport.Image]:
+        """One for each geometry among the engines of its base that are attached to this replica."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        revision: _adapter_pb2.AdapterRevision | None = ...,
+        notes: Global___AdapterReport.ImportNotes | None = ...,
+        modules: _abc.Iterable[Global___AdapterReport.Module] | None = ...,
+        invocation_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        images: _abc.Iterable[Global___AdapterReport.Image] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["notes", b"notes", "revision", b"revision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "invocation_token_ids", b"invocation_token_ids", "modules", b"modules", "name", b"name", "notes", b"notes", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterReport: _TypeAlias = AdapterReport  # noqa: Y015
+
+@_typing.final
 class AdapterStoreServiceListAdaptersRequest(_message.Message):
     """AdapterStoreServiceListAdaptersRequest pages through adapters."""
 
@@ -1287,6 +1566,7 @@ class AttachEngineRequest(_message.Message):
         SEQUENCE_FIELD_NUMBER: _builtins.int
         MAX_IMAGE_PAGES_FIELD_NUMBER: _builtins.int
         MAX_RANK_FIELD_NUMBER: _builtins.int
+        WEIGHT_NORMS_FIELD_NUMBER: _builtins.int
         engine_id: _builtins.str
         """Which engine."""
         sequence: _builtins.int
@@ -1311,6 +1591,12 @@ class AttachEngineRequest(_message.Message):
         def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttachEngineRequest.Held]:
             """All images held."""
 
+        @_builtins.property
+        def weight_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+            """Frobenius norms of the base's weights, one for each layer and projection in the order of the geometry's layers; empty
+            if they are not known.
+            """
+
         def __init__(
             self,
             *,
@@ -1322,10 +1608,11 @@ class AttachEngineRequest(_message.Message):
             sequence: _builtins.int = ...,
             max_image_pages: _builtins.int = ...,
             max_rank: _builtins.int = ...,
+            weight_norms: _abc.Iterable[_builtins.float] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "geometry", b"geometry"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence", "weight_norms", b"weight_norms"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

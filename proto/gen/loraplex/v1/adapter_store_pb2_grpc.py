@@ -47,6 +47,11 @@ class AdapterStoreServiceStub:
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterResponse.FromString,
                 _registered_method=True)
+        self.GetAdapterReport = channel.unary_unary(
+                '/loraplex.v1.AdapterStoreService/GetAdapterReport',
+                request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterReportRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterReportResponse.FromString,
+                _registered_method=True)
         self.ListAdapters = channel.unary_unary(
                 '/loraplex.v1.AdapterStoreService/ListAdapters',
                 request_serializer=loraplex_dot_v1_dot_adapter__store__pb2.AdapterStoreServiceListAdaptersRequest.SerializeToString,
@@ -128,6 +133,13 @@ class AdapterStoreServiceServicer:
 
     def GetAdapter(self, request, context):
         """GetAdapter describes one adapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAdapterReport(self, request, context):
+        """GetAdapterReport measures one revision: what each module changes by how much, and what its import did.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -236,6 +248,11 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
                     servicer.GetAdapter,
                     request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterResponse.SerializeToString,
+            ),
+            'GetAdapterReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAdapterReport,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterReportRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterReportResponse.SerializeToString,
             ),
             'ListAdapters': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAdapters,
@@ -359,6 +376,33 @@ class AdapterStoreService:
             '/loraplex.v1.AdapterStoreService/GetAdapter',
             loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterRequest.SerializeToString,
             loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAdapterReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterStoreService/GetAdapterReport',
+            loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterReportRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__store__pb2.GetAdapterReportResponse.FromString,
             options,
             channel_credentials,
             insecure,

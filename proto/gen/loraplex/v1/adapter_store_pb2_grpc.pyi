@@ -40,6 +40,8 @@ class AdapterStoreServiceStub:
     """CreateAdapter reserves a name."""
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.GetAdapterRequest, _adapter_store_pb2.GetAdapterResponse]
     """GetAdapter describes one adapter."""
+    GetAdapterReport: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.GetAdapterReportRequest, _adapter_store_pb2.GetAdapterReportResponse]
+    """GetAdapterReport measures one revision: what each module changes by how much, and what its import did."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.AdapterStoreServiceListAdaptersRequest, _adapter_store_pb2.AdapterStoreServiceListAdaptersResponse]
     """ListAdapters pages through adapters by name."""
     UpdateAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_store_pb2.UpdateAdapterRequest, _adapter_store_pb2.UpdateAdapterResponse]
@@ -78,6 +80,8 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     """CreateAdapter reserves a name."""
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.GetAdapterRequest, _adapter_store_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """GetAdapter describes one adapter."""
+    GetAdapterReport: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.GetAdapterReportRequest, _adapter_store_pb2.GetAdapterReportResponse]  # type: ignore[assignment]
+    """GetAdapterReport measures one revision: what each module changes by how much, and what its import did."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.AdapterStoreServiceListAdaptersRequest, _adapter_store_pb2.AdapterStoreServiceListAdaptersResponse]  # type: ignore[assignment]
     """ListAdapters pages through adapters by name."""
     UpdateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_store_pb2.UpdateAdapterRequest, _adapter_store_pb2.UpdateAdapterResponse]  # type: ignore[assignment]
@@ -125,6 +129,14 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_store_pb2.GetAdapterResponse, _abc.Awaitable[_adapter_store_pb2.GetAdapterResponse]]:
         """GetAdapter describes one adapter."""
+
+    @_abc_1.abstractmethod
+    def GetAdapterReport(
+        self,
+        request: _adapter_store_pb2.GetAdapterReportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_store_pb2.GetAdapterReportResponse, _abc.Awaitable[_adapter_store_pb2.GetAdapterReportResponse]]:
+        """GetAdapterReport measures one revision: what each module changes by how much, and what its import did."""
 
     @_abc_1.abstractmethod
     def ListAdapters(

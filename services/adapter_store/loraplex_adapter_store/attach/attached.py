@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from loraplex_common.errors import LoraplexError, RoleForbiddenError
 from loraplex_common.ids import is_digest
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from concurrent.futures import Executor
 
+    from loraplex_common.adapter_image import Geometry
+
     from loraplex_adapter_store.attach.messages import Hello
     from loraplex_adapter_store.images import ImageCache
     from loraplex_adapter_store.metrics import StoreMetrics
@@ -31,6 +35,10 @@ BLOCK_MS: Final = 1000
 RETRY_S: Final = 0.5
 PUBLISH_PAUSE_S: Final = 0.1
 """Least time between two publications of one engine's holdings; residency may change with every request."""
+MAX_BASES: Final = 64
+"""Base models whose norms are kept."""
+WeightNorms: TypeAlias = Mapping[tuple[int, str], float]
+"""(layer, projection) -> Frobenius norm of the base's weight."""
 
 
 class AttachedEngines:
@@ -50,6 +58,9 @@ class AttachedEngines:
         self._metrics = metrics
         self._executor = executor
         self._sessions: dict[str, EngineSession] = {}
+        self._norms: dict[
+            str, WeightNorms
+        ] = {}  # by fingerprint of the base; they outlive the engine that reported them
         self._owners: dict[str, str] = {}  # engine id -> name of the principal that attached it
 
     def __contains__(self, engine_id: str) -> bool:
@@ -79,6 +90,7 @@ class AttachedEngines:
         self._owners[hello.engine_id] = owner
         self._sessions[hello.engine_id] = session
         self._metrics.engines.set(len(self._sessions))
+        self._note_norms(hello)
         tasks = [
             asyncio.create_task(self._follow_hints(session), name=f"hints {hello.engine_id}"),
             asyncio.create_task(self._publish_holdings(session), name=f"holdings {hello.engine_id}"),
@@ -137,9 +149,27 @@ class AttachedEngines:
             for hello in (session.hello for session in self._sessions.values())
         )
 
+    def geometries(self, base_fingerprint: str) -> tuple[Geometry, ...]:
+        """Return the different geometries among the engines attached here that serve a base model."""
+        hellos = (session.hello for session in self._sessions.values())
+        return tuple(dict.fromkeys(each.geometry for each in hellos if each.base_fingerprint == base_fingerprint))
+
+    def weight_norms(self, base_fingerprint: str) -> WeightNorms:
+        """Return what an engine has reported of a base model's weights; empty if none has. From any thread."""
+        return self._norms.get(base_fingerprint, {})
+
     def ids(self) -> list[str]:
         """Return the ids of all attached engines."""
         return list(self._sessions)
+
+    def _note_norms(self, hello: Hello) -> None:
+        if not hello.weight_norms or hello.base_fingerprint in self._norms:
+            return
+        while len(self._norms) >= MAX_BASES:
+            del self._norms[next(iter(self._norms))]
+        places = ((layer, each.name) for layer, offered in enumerate(hello.geometry.layers) for each in offered)
+        pairs = zip(places, hello.weight_norms, strict=True)
+        self._norms[hello.base_fingerprint] = {place: norm for place, norm in pairs if math.isfinite(norm)}
 
     async def _detach(self, session: EngineSession, tasks: list[asyncio.Task[None]]) -> None:
         engine_id = session.hello.engine_id

@@ -22,6 +22,7 @@ from loraplex_common.text_parts import TextParts
 
 from loraplex_adapter_store.checkpoint.canonical_parts import module_fields, module_names, named_tensors, read_parts
 from loraplex_adapter_store.checkpoint.safetensors_file import read_tensors
+from loraplex_adapter_store.import_notes import ImportNotes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +47,7 @@ class CanonicalForm:
         spec: The facts that engines build their tables from.
         pieces: The file's pieces in order.
         warnings: The checkpoint's warnings; they are no part of the file.
+        notes: What is kept of the import beside the file.
     """
 
     revision: str
@@ -56,6 +58,7 @@ class CanonicalForm:
     pieces: tuple[memoryview, ...]
     text_parts: TextParts
     warnings: tuple[str, ...] = ()
+    notes: ImportNotes | None = None
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the file in chunks of ``chunk_bytes``; only the last may be shorter."""

@@ -12,6 +12,8 @@ from loraplex_common.projections import ops_of
 from loraplex_common.sparse_delta import SPARSE_DELTA
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR, OutVector
 
+from loraplex_adapter_store.checkpoint.naming import counted_names
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -48,7 +50,13 @@ def check_shared_inputs(modules: Sequence[Module], base: BaseModelInfo) -> None:
 
 def warnings_of(modules: Sequence[Module]) -> Iterator[str]:
     """Yield what is odd about an adapter although it can be served."""
-    if all(_is_nothing(part) for module in modules for part in module.parts):
+    idle = [module.name for module in modules if all(map(_is_nothing, module.parts))]
+    if 0 < len(idle) < len(modules):
+        yield (
+            f"the delta is zero in {counted_names(idle)}, of {len(modules)} in all: they answer as the base model does. Were "
+            "they trained, and gathered before they were saved?"
+        )
+    if len(idle) == len(modules):
         kinds = {part.kind for module in modules for part in module.parts}
         what = "A or B is zero in every module" if kinds == {LOW_RANK} else "no module changes anything"
         yield (

@@ -12,12 +12,13 @@ from loraplex_adapter_store.checkpoint import tensor_names as names
 from loraplex_adapter_store.checkpoint.base_biases import BaseBiases
 from loraplex_adapter_store.checkpoint.dialects import normalise, peft_config_data
 from loraplex_adapter_store.checkpoint.effects import check_shared_inputs, warnings_of
+from loraplex_adapter_store.checkpoint.folding import folded_of
 from loraplex_adapter_store.checkpoint.method_readers import Source, checked, optional_slots_of, parts_of, slots_of
 from loraplex_adapter_store.checkpoint.module_rules import ModuleRules
 from loraplex_adapter_store.checkpoint.parts import Module
 from loraplex_adapter_store.checkpoint.patterns import PatternMatcher
 from loraplex_adapter_store.checkpoint.peft_config import PeftConfig, parse_peft_config
-from loraplex_adapter_store.checkpoint.peft_methods import VERA
+from loraplex_adapter_store.checkpoint.peft_methods import LORA, VERA
 from loraplex_adapter_store.checkpoint.safetensors_file import Tensor, read_tensors
 from loraplex_adapter_store.checkpoint.tensor_names import module_name, parse_tensor_name, tensor_name
 from loraplex_adapter_store.checkpoint.trial import check_trial
@@ -48,12 +49,18 @@ class Checkpoint:
         modules: By layer, then in the layer's order.
         warnings: What is odd about it although it can be served, for the author of the import.
         invocation_token_ids: The sequence that it applies from; empty: it applies to all tokens.
+        method: ``peft_type``.
+        rules: Those of the warnings that say by which rules of dialects the file was read.
+        folded: What was folded into other values, in words.
     """
 
     base_fingerprint: str
     modules: tuple[Module, ...]
     warnings: tuple[str, ...] = ()
     invocation_token_ids: tuple[int, ...] = ()
+    method: str = LORA
+    rules: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
 
 
 def read_checkpoint(
@@ -87,6 +94,34 @@ def read_checkpoint(
     rules = ModuleRules(config, base, PatternMatcher(confinement=confinement))
     sites = _sites(found, config, rules, base)
     _check_shared(shared, config, [each for layer, each in sites if names.VERA_D in found[layer, each.name]])
+    modules = _read_modules(config, found, shared, sites, rules, base, base_dir)
+    if not modules:
+        raise AdapterIncompatibleError(
+            f"{CONFIG_FILE}: no module is left that does anything (ranks and biases are 0): it is the base model"
+        )
+    check_shared_inputs(modules, base)
+    check_trial(modules, base)
+    return Checkpoint(
+        base.fingerprint,
+        tuple(modules),
+        (*written.notes, *warnings_of(modules)),
+        _checked_invocation(config, base),
+        method=config.method,
+        rules=written.notes,
+        folded=tuple(folded_of(config, modules)),
+    )
+
+
+def _read_modules(
+    config: PeftConfig,
+    found: _Found,
+    shared: dict[str, Tensor],
+    sites: list[tuple[int, Projection]],
+    rules: ModuleRules,
+    base: BaseModelInfo,
+    base_dir: Path | None,
+) -> list[Module]:
+    """Return the modules that change anything, in the order of their sites."""
     biases = BaseBiases(base_dir)
     modules: list[Module] = []
     for layer, projection in sites:
@@ -103,14 +138,7 @@ def read_checkpoint(
         )
         if parts := parts_of(source):
             modules.append(Module(layer, projection.name, name, tuple(parts)))
-    if not modules:
-        raise AdapterIncompatibleError(
-            f"{CONFIG_FILE}: no module is left that does anything (ranks and biases are 0): it is the base model"
-        )
-    check_shared_inputs(modules, base)
-    check_trial(modules, base)
-    warnings = (*written.notes, *warnings_of(modules))
-    return Checkpoint(base.fingerprint, tuple(modules), warnings, _checked_invocation(config, base))
+    return modules
 
 
 def _checked_invocation(config: PeftConfig, base: BaseModelInfo) -> tuple[int, ...]:

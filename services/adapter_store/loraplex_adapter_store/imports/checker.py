@@ -13,9 +13,11 @@ from loraplex_common.rank_limits import check_servable
 from loraplex_adapter_store.checkpoint.canonical import CanonicalForm, canonicalise
 from loraplex_adapter_store.checkpoint.confinement import Confinement
 from loraplex_adapter_store.checkpoint.dialects import peft_config_data
+from loraplex_adapter_store.checkpoint.exploding import exploding_of
 from loraplex_adapter_store.checkpoint.peft_config import parse_peft_config
 from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_adapter_store.checkpoint.text_check import check_strange_texts
+from loraplex_adapter_store.import_notes import ImportNotes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.rank_limits import RankLimits
 
+    from loraplex_adapter_store.attach.attached import WeightNorms
     from loraplex_adapter_store.bases import KnownBases
     from loraplex_adapter_store.imports.files import CheckpointFiles
 
@@ -33,11 +36,19 @@ class CheckpointChecker:
     Args:
         bases: The base models known here.
         engines: Tells what the engines known can take.
+        norms: Gives what is known of a base's weights, by its fingerprint; called in a thread.
         executor: Runs the checks.
     """
 
-    def __init__(self, bases: KnownBases, engines: Callable[[], tuple[RankLimits, ...]], executor: Executor) -> None:
+    def __init__(
+        self,
+        bases: KnownBases,
+        engines: Callable[[], tuple[RankLimits, ...]],
+        norms: Callable[[str], WeightNorms],
+        executor: Executor,
+    ) -> None:
         self._bases = bases
+        self._norms = norms
         self._engines = engines
         self._executor = executor
 
@@ -79,4 +90,12 @@ class CheckpointChecker:
             check_servable(form.spec.sizes, base.info, engines)
         except ImageError as error:
             raise AdapterIncompatibleError(str(error)) from error
-        return replace(form, warnings=(*chosen.warnings, *texts.warnings, *form.warnings))
+        exploding = exploding_of(checkpoint.modules, self._norms(base.info.fingerprint))
+        warnings = (*chosen.warnings, *texts.warnings, *form.warnings, *exploding)
+        notes = ImportNotes(
+            method=checkpoint.method,
+            rules=checkpoint.rules,
+            folded=checkpoint.folded,
+            warnings=tuple(each for each in warnings if each not in checkpoint.rules),
+        )
+        return replace(form, warnings=warnings, notes=notes)

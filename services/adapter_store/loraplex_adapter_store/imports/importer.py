@@ -217,6 +217,8 @@ class Importer:
         if not exists:
             await self._catalog.check_room(target.name, apply, revision)
             await self._blobs.put(form)
+        elif form.notes is not None:
+            await self._blobs.note_if_missing(form.revision, form.notes)
         record = await self._catalog.change(
             target.name,
             apply,

@@ -13,7 +13,8 @@ from loraplex_common.errors import AdapterCorruptError, AdapterIncompatibleError
 from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.checkpoint.canonical import CHUNK_BYTES, CanonicalForm
-from loraplex_adapter_store.repository import keys
+from loraplex_adapter_store.import_notes import ImportNotes
+from loraplex_adapter_store.repository import keys, scripts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _log = get_logger()
 _UNLINK_BATCH: Final = 64
+NOTES: Final = "notes"
+"""Field of the manifest's hash beside `Manifest.to_fields`; stores that know of none leave it alone."""
 TEXT_PARTS: Final = "text_parts"
 """Stands in a manifest's first module among its parts, though it is none that an engine computes."""
 
@@ -103,7 +106,21 @@ class Blobs:
                 spec=form.spec,
                 has_text_parts=form.text_parts.info is not None,
             )
-            await self._client.hset(keys.manifest(form.revision), mapping=manifest.to_fields())
+            fields = manifest.to_fields()
+            if form.notes is not None:
+                fields[NOTES] = form.notes.to_json()
+            await self._client.hset(keys.manifest(form.revision), mapping=fields)
+
+    async def notes(self, digest: str) -> ImportNotes | None:
+        """Return what is kept of the import that stored a revision; None if nothing is."""
+        with keys.translated():
+            data = await self._client.hget(keys.manifest(digest), NOTES)
+        return ImportNotes.from_json(data) if data else None
+
+    async def note_if_missing(self, digest: str, notes: ImportNotes) -> None:
+        """Keep an import's notes with a revision that an earlier version stored without any."""
+        with keys.translated():
+            await self._client.eval(scripts.ADD_FIELD, 1, keys.manifest(digest), NOTES, notes.to_json())
 
     async def manifest(self, digest: str) -> Manifest | None:
         """Return a blob's manifest; None if there is no such blob.

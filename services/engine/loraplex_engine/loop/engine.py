@@ -111,6 +111,11 @@ class Engine:
         return self._runner.geometry
 
     @property
+    def weight_norms(self) -> tuple[float, ...]:
+        """Frobenius norms of the base's weights, for each layer and projection in the geometry's order; may be empty."""
+        return self._runner.weight_norms
+
+    @property
     def totals(self) -> LoopTotals:
         """Where the step loop has spent its time."""
         return self._loop.totals

@@ -191,6 +191,7 @@ class AdapterClient:
             sequence=sequence,
             max_image_pages=self._attachment.max_image_pages,
             max_rank=self._attachment.max_rank,
+            weight_norms=self._engine.weight_norms,
         )
 
     def _welcomed(self, welcome: _Response.Welcome) -> None:

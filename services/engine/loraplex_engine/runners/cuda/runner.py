@@ -17,6 +17,7 @@ from loraplex_kernels.lora.tables import AdapterTables, RankLimitError, check_pa
 from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
 
 from loraplex_engine.model.registry import read_model
+from loraplex_engine.model.weight_norms import weight_norms
 from loraplex_engine.model.weights import DTYPES
 from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
 from loraplex_engine.runners.cuda.decode_lora import DecodeLora
@@ -61,6 +62,7 @@ class CudaRunner:
 
     Attributes:
         geometry: Geometry of adapter images, as announced to the store.
+        weight_norms: See `ModelRunner`.
         graphs: Captured decode steps.
     """
 
@@ -77,6 +79,7 @@ class CudaRunner:
         make_decoder = forward_of(model)
         self._model = read_model(model, weights, CUDA_LINEARS, max_model_len=limits.max_model_len, device=device)
         weights.close()
+        self.weight_norms = weight_norms(self.geometry, self._model.linears)
         self._pool = torch.zeros((limits.num_pages, limits.page_bytes), dtype=torch.uint8, device=device)
         self._library = _make_library(config, device)
         sizes = bucket_sizes(limits.max_num_seqs)
@@ -85,8 +88,7 @@ class CudaRunner:
             self._model, self._library, self._pool, limits.pool, self._largest, num_slots=limits.max_num_seqs
         )
         self._tables = _make_tables(config, self.geometry, device)
-        self._base_path = BasePath(self._decoder.followers)
-        self._num_variants = 1
+        self._base_path, self._num_variants = BasePath(self._decoder.followers), 1
         if limits.max_resident_adapters:
             self._make_lora_paths()
         self._sampler = DeviceSampler(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loraplex_engine.model.layers import TORCH_LINEARS
 from loraplex_engine.model.registry import read_model
+from loraplex_engine.model.weight_norms import weight_norms
 from loraplex_engine.model.weights import DTYPES
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.runners.sampler import Sampler
@@ -56,6 +57,7 @@ class TorchRunner:
 
     Attributes:
         geometry: Geometry of adapter images, as announced to the store.
+        weight_norms: See `ModelRunner`.
     """
 
     backend: ClassVar[str] = "torch"
@@ -70,6 +72,7 @@ class TorchRunner:
         self._model = read_model(model, weights, TORCH_LINEARS, max_model_len=limits.max_model_len, device=self._device)
         self._forward = make_forward(self._model)
         weights.close()
+        self.weight_norms = weight_norms(self.geometry, self._model.linears)
         pages = torch.zeros((limits.num_pages, limits.page_bytes), dtype=torch.uint8, device=self._device)
         self._pool = PagedPool(pages, limits.pool, model.num_heads, self._dtype)
         self._windows = set(model.windows)
