@@ -9,8 +9,9 @@ import pytest
 from loraplex_kernels import compiler
 from loraplex_kernels.compiler import Build, CompileError, CubinCache, cache_key, compile_kernel, headers, sources
 from loraplex_kernels.lora import prefill as lora_prefill
-from loraplex_kernels.lora import prefill_cut, sparse
+from loraplex_kernels.lora import prefill_cut
 from loraplex_kernels.lora.items import OpShape
+from loraplex_kernels.lora.sparse import DEFAULT_VARIANT
 from loraplex_kernels.module import JITTER_MACRO
 from loraplex_kernels.sampling import sample as sampling
 
@@ -26,7 +27,6 @@ PREFILL = [
 ]
 FP32 = "LORAPLEX_FP32"
 SAMPLE = (f"THREADS={sampling.BLOCK}", f"CAPACITY={sampling.LIST_CAPACITY}")
-SPARSE = (f"THREADS={sparse.DEFAULT_VARIANT.threads}", f"AHEAD={sparse.DEFAULT_VARIANT.ahead}")
 BUILDS = [
     ("rms_norm", ("HIDDEN=576", "THREADS=96"), 32),
     ("rms_norm", ("HIDDEN=4096", "THREADS=512"), 32),
@@ -48,11 +48,8 @@ BUILDS = [
     ("lora_finish", (FP32,), None),
     ("lora_scale_input", (), None),
     ("lora_scale_input", (FP32,), None),
-    ("lora_sparse", ("COLUMNS=4096", "TOKENS=4", *SPARSE), None),
-    ("lora_sparse", ("COLUMNS=11008", "TOKENS=2", *SPARSE), None),
-    ("lora_sparse", ("COLUMNS=28672", "TOKENS=1", *SPARSE), None),
-    ("lora_sparse", ("COLUMNS=4096", "TOKENS=2", *SPARSE, FP32), None),
-    ("lora_sparse", ("COLUMNS=28672", "TOKENS=1", *SPARSE, FP32), None),
+    *(("lora_sparse", DEFAULT_VARIANT.defines(columns, 2), None) for columns in (4096, 11008, 28672)),
+    *(("lora_sparse", (*DEFAULT_VARIANT.defines(columns, 4), FP32), None) for columns in (4096, 28672)),
     ("attention_decode", ("HEAD_DIM=64",), None),
     ("attention_decode", ("HEAD_DIM=128",), None),
     ("attention_prefill", ("HEAD_DIM=64", "SHARED_BYTES=49152"), None),

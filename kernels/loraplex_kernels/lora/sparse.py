@@ -28,20 +28,48 @@ TOKENS: Final = (4, 2, 1)
 X_BYTES: Final = 48 * 1024
 """Most shared memory for several rows' x, so that two CTAs fit a multiprocessor."""
 SM_BYTES: Final = 220 * 1024
-MAX_CTAS: Final = 2
 INT_BYTES: Final = 4
 
 
 class SparseVariant(NamedTuple):
-    """How the kernel is built.
+    """How the kernel is built; the default is what a model runs with, others are for measurements.
 
     Attributes:
-        threads: Of a CTA; two CTAs share a multiprocessor's registers.
+        threads: Of a CTA.
+        ctas: CTAs that share a multiprocessor's registers.
         ahead: Runs of 8 non-zeros that a lane loads ahead.
+        is_wide: x of one row is fp32 in shared memory, where several rows' would fit.
     """
 
     threads: int = 384
+    ctas: int = 2
     ahead: int = 2
+    is_wide: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> SparseVariant:
+        """Return the variant of ``threads x CTAs x ahead x wide``, such as ``384x2x2x1``.
+
+        Raises:
+            ValueError: If the text is no such thing.
+        """
+        threads, ctas, ahead, is_wide = (int(number) for number in text.split("x"))
+        return cls(threads, ctas, ahead, bool(is_wide))
+
+    def __str__(self) -> str:
+        return f"{self.threads}x{self.ctas}x{self.ahead}x{self.is_wide:d}"
+
+    def defines(self, columns: int, item_bytes: int) -> tuple[str, ...]:
+        """Return the macros of a kernel for that many columns."""
+        return (
+            f"COLUMNS={columns}",
+            f"TOKENS={rows_at_once(columns, item_bytes)}",
+            f"THREADS={self.threads}",
+            f"CTAS={self.ctas}",
+            f"AHEAD={self.ahead}",
+            f"WIDE={self.is_wide:d}",
+            f"SHARED_BYTES={shared_bytes(columns, item_bytes, self)}",
+        )
 
 
 DEFAULT_VARIANT: Final = SparseVariant()
@@ -63,7 +91,7 @@ def shared_bytes(columns: int, item_bytes: int, variant: SparseVariant = DEFAULT
 
 def ctas_per_sm(columns: int, item_bytes: int, variant: SparseVariant = DEFAULT_VARIANT) -> int:
     """Return how many CTAs fit a multiprocessor of 227 KiB."""
-    return max(1, min(MAX_CTAS, SM_BYTES // (shared_bytes(columns, item_bytes, variant) + 1024)))
+    return max(1, min(variant.ctas, SM_BYTES // (shared_bytes(columns, item_bytes, variant) + 1024)))
 
 
 class LoraSparse:
@@ -114,15 +142,12 @@ class LoraSparse:
 
     def _load(self, pool: torch.Tensor, columns: int, item_bytes: int) -> Kernel[SparseParams]:
         variant = self._variant
-        defines = (
-            f"COLUMNS={columns}",
-            f"TOKENS={rows_at_once(columns, item_bytes)}",
-            f"THREADS={variant.threads}",
-            f"AHEAD={variant.ahead}",
-        )
-        shared = shared_bytes(columns, item_bytes, variant)
         kernel = self._library.load(
-            "lora_sparse", SparseParams(), variant.threads, defines=defines, shared_bytes=shared
+            "lora_sparse",
+            SparseParams(),
+            variant.threads,
+            defines=variant.defines(columns, item_bytes),
+            shared_bytes=shared_bytes(columns, item_bytes, variant),
         )
         tile_bits = self._tables.geometry.tile_bytes.bit_length() - 1
         params = kernel.params

@@ -7,8 +7,9 @@
 // (16 bytes of values, 16 of columns), a run per lane, whatever outputs they belong to: a lane adds up what lies before the
 // first output that begins within its run, and what lies behind, and the output's lane adds up these sums. A run lies at a
 // multiple of 8 of the slice's non-zeros, so the order of a row's sum depends on its adapter alone.
-// Macros: COLUMNS, inputs of the op; TOKENS, rows at a time (1, 2, 4); THREADS; AHEAD, runs that a lane loads ahead.
-// Alignment: COLUMNS % (16 / sizeof(elem)) == 0. Registers: 1024 threads per SM, hence at most 64. Shared memory: see Shared.
+// Macros: COLUMNS, inputs of the op; TOKENS, rows at a time (1, 2, 4); THREADS, of which CTAS blocks share an SM; AHEAD, runs
+// that a lane loads ahead; WIDE, whether x of one row is fp32; SHARED_BYTES, size of Shared.
+// Alignment: COLUMNS % (16 / sizeof(elem)) == 0. Registers: 768 threads per SM, hence at most 80. Shared memory: see Shared.
 // Architectures: sm_80 and up.
 #include "lora/parts.cuh"
 
@@ -18,7 +19,7 @@ constexpr int kOutputs = 64;           // outputs of a warp at a time
 constexpr int kRun = 8;                // non-zeros that a lane loads at a time
 constexpr int kSums = 128 * kAhead;    // sums of runs that a warp keeps: of kSums / rows runs
 constexpr int kItems = 16;             // items whose entries a CTA reads at once
-constexpr bool kIsWide = TOKENS >= 2;  // x of one row is fp32, for which there is room
+constexpr bool kIsWide = WIDE != 0 && TOKENS >= 2;  // x of one row is fp32, for which there is room
 
 struct Params {
     LoraTables lora;  // its entries are SparseEntry; range: [grid + 1]
@@ -37,7 +38,6 @@ struct Slice {
     float scaling;
     int fused;  // its first output
 };
-static_assert(sizeof(Slice) == 48, "sparse.py knows its size");
 
 // What a warp keeps of the outputs that it takes at a time.
 struct WarpSums {
@@ -53,6 +53,7 @@ struct Shared {
     alignas(16) Item items[kItems];
     Slice slices[kItems];
 };
+static_assert(sizeof(Shared) == SHARED_BYTES, "sparse.py knows its size");
 
 __device__ __forceinline__ const u8* undivided(const LoraTables& t, const i64* offset) {
     const i64 at = load_lasting8(offset);
@@ -144,7 +145,7 @@ __device__ __forceinline__ void multiply(const Shared& shared, const Run& run, i
     if constexpr (kWidth == 1 && kIsWide) {
         sums[0] += value * reinterpret_cast<const float*>(shared.x)[column];
     } else {
-        const Column<kWidth> x = *reinterpret_cast<const Column<kWidth>*>(shared.x + column * kWidth);
+        const Column<kWidth> x = reinterpret_cast<const Column<kWidth>*>(shared.x)[column];
 #pragma unroll
         for (int t = 0; t < kWidth; ++t) sums[t] += value * to_float(x.v[t]);
     }
@@ -328,7 +329,7 @@ __device__ __forceinline__ void add_rows(const Params& p, Shared& shared, const 
                         begin + item.extent * (warp + 1) / kWarps);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) lora_sparse(const Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, CTAS) lora_sparse(const Params p) {
     LORAPLEX_SHARED(Shared, shared);
     allow_dependents();
     const int end = static_cast<int>(load_lasting4(p.lora.range + blockIdx.x + 1));
