@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 WARP: Final = 32
 OUTPUTS: Final = 64  # kOutputs
-ITEMS: Final = 16  # kItems
-SLICE_BYTES: Final = 48
+ITEMS: Final = 4  # kItems
+ITEM_BYTES_KEPT: Final = 16 + 24 + 3 * (32 * 8 + 8)  # Item, Slice and three Tiles of 32
 TOKENS: Final = (4, 2, 1)
 X_BYTES: Final = 48 * 1024
 """Most shared memory for several rows' x, so that two CTAs fit a multiprocessor."""
@@ -86,7 +86,7 @@ def shared_bytes(columns: int, item_bytes: int, variant: SparseVariant = DEFAULT
     warp_bytes = sums * 4 + (tokens + 1) * (OUTPUTS + 1) * INT_BYTES + sums
     x_bytes = -(-tokens * columns * item_bytes // 16) * 16
     warps_bytes = -(-(variant.threads // WARP) * warp_bytes // 16) * 16
-    return x_bytes + warps_bytes + ITEMS * (ITEM_INTS * INT_BYTES + SLICE_BYTES)
+    return x_bytes + warps_bytes + ITEMS * ITEM_BYTES_KEPT
 
 
 def ctas_per_sm(columns: int, item_bytes: int, variant: SparseVariant = DEFAULT_VARIANT) -> int:

@@ -18,7 +18,8 @@ constexpr int kColumns = COLUMNS, kTokens = TOKENS, kAhead = AHEAD;
 constexpr int kOutputs = 64;           // outputs of a warp at a time
 constexpr int kRun = 8;                // non-zeros that a lane loads at a time
 constexpr int kSums = 128 * kAhead;    // sums of runs that a warp keeps: of kSums / rows runs
-constexpr int kItems = 16;             // items whose entries a CTA reads at once
+constexpr int kItems = 4;              // items whose entries and tiles a CTA reads at once
+constexpr int kTiles = 32;             // tiles of a matrix that it notes; of a matrix with more, those from the item's first on
 constexpr bool kIsWide = WIDE != 0 && TOKENS >= 2;  // x of one row is fp32, for which there is room
 
 struct Params {
@@ -33,11 +34,19 @@ struct Params {
 static_assert(sizeof(Params) == 112, "params.py mirrors it");
 
 struct Slice {
-    const u8 *values, *columns, *starts;  // null: the matrix is divided, ask the tile table
-    int value_first, column_first, start_first, count;
+    int matrices[3];  // number of the first tile of values, columns, starts
+    int count;
     float scaling;
     int fused;  // its first output
 };
+
+// Where tiles of an item's matrix lie.
+struct Tiles {
+    const u8* at[kTiles];
+    int first;     // at[0]
+    int matrix;    // the matrix's first in the tile table
+};
+enum Matrix { kValues, kColumnNumbers, kStarts };
 
 // What a warp keeps of the outputs that it takes at a time.
 struct WarpSums {
@@ -52,33 +61,51 @@ struct Shared {
     WarpSums warps[kWarps];
     alignas(16) Item items[kItems];
     Slice slices[kItems];
+    Tiles tiles[kItems][3];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "sparse.py knows its size");
 
-__device__ __forceinline__ const u8* undivided(const LoraTables& t, const i64* offset) {
-    const i64 at = load_lasting8(offset);
-    return at >= 0 ? t.pool + at : nullptr;
-}
-__device__ __forceinline__ Slice load_slice(const Params& p, int adapter, int fused) {
-    const SparseEntry* e = reinterpret_cast<const SparseEntry*>(p.lora.entries) + adapter * p.lora.entry_stride;
-    const int slice = (fused >= p.slice_begin[1]) + (fused >= p.slice_begin[2]);
+__device__ __forceinline__ Slice load_slice(const Params& p, const Item& item) {
+    const SparseEntry* e = reinterpret_cast<const SparseEntry*>(p.lora.entries) + item.adapter * p.lora.entry_stride;
+    const int slice = (item.begin >= p.slice_begin[1]) + (item.begin >= p.slice_begin[2]);
     Slice s;
     s.count = static_cast<int>(load_lasting4(e->count + slice));
     s.scaling = __uint_as_float(load_lasting4(e->scaling + slice));
-    s.value_first = static_cast<int>(load_lasting4(e->value_first + slice));
-    s.column_first = static_cast<int>(load_lasting4(e->column_first + slice));
-    s.start_first = static_cast<int>(load_lasting4(e->start_first + slice));
-    s.values = undivided(p.lora, e->value_offset + slice);
-    s.columns = undivided(p.lora, e->column_offset + slice);
-    s.starts = undivided(p.lora, e->start_offset + slice);
+    s.matrices[kValues] = static_cast<int>(load_lasting4(e->value_first + slice));
+    s.matrices[kColumnNumbers] = static_cast<int>(load_lasting4(e->column_first + slice));
+    s.matrices[kStarts] = static_cast<int>(load_lasting4(e->start_first + slice));
     s.fused = slice == 0 ? 0 : slice == 1 ? p.slice_begin[1] : p.slice_begin[2];
     return s;
 }
 
-// Where element `at` of a divided matrix lies.
-template <int kItemBytes>
-__device__ __forceinline__ const u8* of_tile(const LoraTables& t, int first, int at, int shift) {
-    return t.pool + load_lasting8(t.tiles + first + (at >> shift)) + (at & ((1 << shift) - 1)) * kItemBytes;
+__device__ __forceinline__ const u8* tile_address(const LoraTables& t, int matrix, int tile) {
+    return t.pool + load_lasting8(t.tiles + matrix + tile);
+}
+
+// Notes where a matrix's tiles lie: thread `part` of kTiles.
+__device__ __forceinline__ void keep_tiles(const Params& p, Tiles& tiles, const Item& item, const Slice& s, int matrix,
+                                           int part) {
+    const int shift = matrix == kValues ? p.value_shift : matrix == kColumnNumbers ? p.column_shift : p.start_shift;
+    const int begin = item.begin - s.fused;
+    int first = 0, last = (begin + item.extent) >> shift;
+    if (matrix != kStarts) {
+        last = (s.count - 1) >> shift;
+        if (last >= kTiles) {
+            const int at = begin >> p.start_shift, within = begin & ((1 << p.start_shift) - 1);
+            const u8* start = tile_address(p.lora, s.matrices[kStarts], at) + within * 4;
+            first = min(static_cast<int>(load_lasting4(start)) >> shift, last);
+        }
+    }
+    if (first + part <= last) tiles.at[part] = tile_address(p.lora, s.matrices[matrix], first + part);
+    if (part == 0) tiles.first = first, tiles.matrix = s.matrices[matrix];
+}
+
+// Where piece number `at` of a matrix lies, of 1 << shift to a tile.
+template <int kBytes>
+__device__ __forceinline__ const u8* address(const LoraTables& t, const Tiles& tiles, int at, int shift) {
+    const int tile = at >> shift, noted = tile - tiles.first;
+    const u8* from = noted < kTiles ? tiles.at[noted] : tile_address(t, tiles.matrix, tile);
+    return as_global(from) + (at & ((1 << shift) - 1)) * kBytes;
 }
 
 struct Run {
@@ -90,37 +117,20 @@ struct Run {
 #endif
 };
 
-__device__ __forceinline__ const u8* value_address(const Params& p, const Slice& s, int at) {
-    if (s.values != nullptr) return s.values + at * static_cast<i64>(sizeof(elem));
-    return of_tile<sizeof(elem)>(p.lora, s.value_first, at, p.value_shift);
-}
-__device__ __forceinline__ const u8* column_address(const Params& p, const Slice& s, int at) {
-    if (s.columns != nullptr) return s.columns + at * 2ll;
-    return of_tile<2>(p.lora, s.column_first, at, p.column_shift);
-}
-
 // Run number `run` of a slice, zeros from run `stop` on. What lies behind the last non-zero of a tile is zeros: adapter_image.py.
-__device__ __forceinline__ Run load_run(const Params& p, const Slice& s, int run, int stop) {
+__device__ __forceinline__ Run load_run(const Params& p, const Tiles (&tiles)[3], int run, int stop) {
     Run loaded = {};
     if (run >= stop) return loaded;
-    const u8 *values = s.values, *columns = s.columns;
-    if (values != nullptr && columns != nullptr) {
-        values = as_global(values) + static_cast<u32>(run) * static_cast<i64>(kRun * sizeof(elem));
-        columns = as_global(columns) + static_cast<u32>(run) * static_cast<i64>(kRun * 2);
-    } else {
-        values = value_address(p, s, run * kRun);
-        columns = column_address(p, s, run * kRun);
-    }
-    loaded.columns = load_weights16(columns);
+    constexpr int kShift = 3;  // log2 of kRun
+    const u8* values = address<kRun * sizeof(elem)>(p.lora, tiles[kValues], run, p.value_shift - kShift);
+    loaded.columns = load_weights16(address<kRun * 2>(p.lora, tiles[kColumnNumbers], run, p.column_shift - kShift));
 #pragma unroll
     for (int q = 0; q < static_cast<int>(sizeof(elem)) / 2; ++q) loaded.values[q] = load_weights16(values + q * 16);
     return loaded;
 }
 
-__device__ __forceinline__ int load_start(const Params& p, const Slice& s, int output) {
-    const u8* from = s.starts != nullptr ? as_global(s.starts) + static_cast<u32>(output) * 4ll
-                                         : of_tile<4>(p.lora, s.start_first, output, p.start_shift);
-    return static_cast<int>(load_lasting4(from));
+__device__ __forceinline__ int load_start(const Params& p, const Tiles (&tiles)[3], int output) {
+    return static_cast<int>(load_lasting4(address<4>(p.lora, tiles[kStarts], output, p.start_shift)));
 }
 
 __device__ __forceinline__ u32 word_of(const Quad& q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
@@ -224,23 +234,23 @@ __device__ __forceinline__ void add_runs(const WarpSums& mine, int output, int w
 
 // A warp's outputs [at, end) of a slice times kWidth rows from `first` of the group on.
 template <int kWidth>
-__device__ __forceinline__ void add_outputs(const Params& p, Shared& shared, const Slice& s, const Group& group, int first,
-                                            int at, int end) {
+__device__ __forceinline__ void add_outputs(const Params& p, Shared& shared, const Slice& s, const Tiles (&tiles)[3],
+                                            const Group& group, int first, int at, int end) {
     constexpr int kEach = kOutputs / kWarp, kRound = kAhead * kWarp;
     static_assert(kWindow<kWidth> % kRound == 0, "loads ahead go on in the next window");
     WarpSums& mine = shared.warps[threadIdx.x / kWarp];
-    const int lane = lane_id(), stop = (load_start(p, s, end) + kRun - 1) / kRun;
+    const int lane = lane_id(), stop = (load_start(p, tiles, end) + kRun - 1) / kRun;
     Run runs[kAhead];
-    const int from = load_start(p, s, at) / kRun;
+    const int from = load_start(p, tiles, at) / kRun;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) runs[i] = load_run(p, s, from + i * kWarp + lane, stop);
+    for (int i = 0; i < kAhead; ++i) runs[i] = load_run(p, tiles, from + i * kWarp + lane, stop);
 #pragma unroll 1
     for (; at < end; at += kOutputs) {
         const int num = min(kOutputs, end - at);
         int starts[kEach + 1];
 #pragma unroll
         for (int i = 0; i <= kEach; ++i)
-            if (i * kWarp + lane <= num) starts[i] = load_start(p, s, at + i * kWarp + lane);
+            if (i * kWarp + lane <= num) starts[i] = load_start(p, tiles, at + i * kWarp + lane);
 #pragma unroll
         for (int i = 0; i <= kEach; ++i)
             if (i * kWarp + lane <= num) mine.starts[i * kWarp + lane] = starts[i];
@@ -258,12 +268,12 @@ __device__ __forceinline__ void add_outputs(const Params& p, Shared& shared, con
                     const int now = run + i * kWarp;
                     if (now >= window_stop) break;
                     add_up_run<kWidth>(shared, mine, runs[i], now + lane, window, num);
-                    runs[i] = load_run(p, s, now + kRound + lane, last);
+                    runs[i] = load_run(p, tiles, now + kRound + lane, last);
                 }
             }
             if (window_stop == last && at + kOutputs < end) {  // the next outputs' runs
 #pragma unroll
-                for (int i = 0; i < kAhead; ++i) runs[i] = load_run(p, s, behind / kRun + i * kWarp + lane, stop);
+                for (int i = 0; i < kAhead; ++i) runs[i] = load_run(p, tiles, behind / kRun + i * kWarp + lane, stop);
             }
             __syncwarp();
 #pragma unroll
@@ -316,8 +326,9 @@ __device__ __forceinline__ void keep_x(const Params& p, Shared& shared, const Gr
 
 // An item for kWidth rows, from `first` of the group on.
 template <int kWidth>
-__device__ __forceinline__ void add_rows(const Params& p, Shared& shared, const Item& item, const Slice& s, int first,
-                                         bool is_kept) {
+__device__ __forceinline__ void add_rows(const Params& p, Shared& shared, int number, int first, bool is_kept) {
+    const Item& item = shared.items[number];
+    const Slice& s = shared.slices[number];
     const Group& group = p.lora.groups[item.group];
     if (!is_kept) {
         __syncthreads();  // warps may still read the x that was kept
@@ -325,7 +336,7 @@ __device__ __forceinline__ void add_rows(const Params& p, Shared& shared, const 
         __syncthreads();
     }
     const int begin = item.begin - s.fused, warp = threadIdx.x / kWarp;
-    add_outputs<kWidth>(p, shared, s, group, first, begin + item.extent * warp / kWarps,
+    add_outputs<kWidth>(p, shared, s, shared.tiles[number], group, first, begin + item.extent * warp / kWarps,
                         begin + item.extent * (warp + 1) / kWarps);
 }
 
@@ -341,25 +352,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, CTAS) lora_sparse(const P
         if (static_cast<int>(threadIdx.x) < num) {
             const Item item = load_item(p.lora, base + threadIdx.x);
             shared.items[threadIdx.x] = item;
-            shared.slices[threadIdx.x] = load_slice(p, item.adapter, item.begin);
+            shared.slices[threadIdx.x] = load_slice(p, item);
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < num * 3 * kTiles; i += kThreads) {
+            const int item = i / (3 * kTiles), matrix = i / kTiles % 3;
+            keep_tiles(p, shared.tiles[item][matrix], shared.items[item], shared.slices[item], matrix, i % kTiles);
         }
         dependency_wait();
         __syncthreads();
 #pragma unroll 1
         for (int i = 0; i < num; ++i) {
-            const Item item = shared.items[i];
-            const Slice& s = shared.slices[i];
-            if (s.count == 0) continue;  // this layer has none
-            const int rows = p.lora.groups[item.group].count;
+            if (shared.slices[i].count == 0) continue;  // this layer has none
+            const int which = shared.items[i].group, rows = p.lora.groups[which].count;
 #pragma unroll 1
             for (int first = 0; first < rows; first += kTokens) {
-                const i64 wanted = static_cast<i64>(item.group) * kGroupTokens + first;
+                const i64 wanted = static_cast<i64>(which) * kGroupTokens + first;
                 if (kTokens == 1 || rows - first == 1) {
-                    add_rows<1>(p, shared, item, s, first, kept == wanted);
+                    add_rows<1>(p, shared, i, first, kept == wanted);
                 } else if (kTokens == 2 || rows - first == 2) {
-                    add_rows<kTokens < 2 ? 1 : 2>(p, shared, item, s, first, kept == wanted);
+                    add_rows<kTokens < 2 ? 1 : 2>(p, shared, i, first, kept == wanted);
                 } else {
-                    add_rows<kTokens>(p, shared, item, s, first, kept == wanted);
+                    add_rows<kTokens>(p, shared, i, first, kept == wanted);
                 }
                 kept = wanted;
             }
