@@ -59,6 +59,10 @@ class SparseVariant(NamedTuple):
     def __str__(self) -> str:
         return f"{self.threads}x{self.ctas}x{self.ahead}x{self.is_wide:d}"
 
+    def ahead_of(self, item_bytes: int) -> int:
+        """Return the runs that a lane loads ahead: of fp32, whose runs take half as many registers again, one."""
+        return self.ahead if item_bytes <= 2 else 1
+
     def defines(self, columns: int, item_bytes: int) -> tuple[str, ...]:
         """Return the macros of a kernel for that many columns."""
         return (
@@ -66,7 +70,7 @@ class SparseVariant(NamedTuple):
             f"TOKENS={rows_at_once(columns, item_bytes)}",
             f"THREADS={self.threads}",
             f"CTAS={self.ctas}",
-            f"AHEAD={self.ahead}",
+            f"AHEAD={self.ahead_of(item_bytes)}",
             f"WIDE={self.is_wide:d}",
             f"SHARED_BYTES={shared_bytes(columns, item_bytes, self)}",
         )
@@ -82,7 +86,7 @@ def rows_at_once(columns: int, item_bytes: int) -> int:
 
 def shared_bytes(columns: int, item_bytes: int, variant: SparseVariant = DEFAULT_VARIANT) -> int:
     """Return the size of the kernel's Shared."""
-    tokens, sums = rows_at_once(columns, item_bytes), 128 * variant.ahead
+    tokens, sums = rows_at_once(columns, item_bytes), 128 * variant.ahead_of(item_bytes)
     warp_bytes = sums * 4 + (tokens + 1) * (OUTPUTS + 1) * INT_BYTES + sums
     x_bytes = -(-tokens * columns * item_bytes // 16) * 16
     warps_bytes = -(-(variant.threads // WARP) * warp_bytes // 16) * 16

@@ -193,8 +193,9 @@ __device__ __forceinline__ void add_up_run(const Shared& shared, WarpSums& mine,
     for (int output = mark - 1; output < num && begin < kRun; ++output) {  // several begin within the run
         const int end = min(mine.starts[output + 1] - first, kRun);
         float head[kWidth] = {};
-#pragma unroll 1
-        for (int i = begin; i < end; ++i) multiply<kWidth>(shared, run, i, head);
+#pragma unroll
+        for (int i = 0; i < kRun; ++i)
+            if (i >= begin && i < end) multiply<kWidth>(shared, run, i, head);
 #pragma unroll
         for (int t = 0; t < kWidth; ++t) mine.heads[t][output] = head[t];
         begin = end;
@@ -236,17 +237,19 @@ __device__ __forceinline__ void add_runs(const WarpSums& mine, int output, int w
 template <int kWidth>
 __device__ __forceinline__ void add_outputs(const Params& p, Shared& shared, const Slice& s, const Tiles (&tiles)[3],
                                             const Group& group, int first, int at, int end) {
-    constexpr int kEach = kOutputs / kWarp, kRound = kAhead * kWarp;
+    constexpr bool kIsMany = kWidth * sizeof(elem) >= 8;  // rows, so that registers are few
+    constexpr int kLoads = kIsMany ? 1 : kAhead, kRound = kLoads * kWarp;
+    constexpr int kEach = kIsMany ? 1 : kOutputs / kWarp, kAtOnce = kEach * kWarp;
     static_assert(kWindow<kWidth> % kRound == 0, "loads ahead go on in the next window");
     WarpSums& mine = shared.warps[threadIdx.x / kWarp];
     const int lane = lane_id(), stop = (load_start(p, tiles, end) + kRun - 1) / kRun;
-    Run runs[kAhead];
+    Run runs[kLoads];
     const int from = load_start(p, tiles, at) / kRun;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) runs[i] = load_run(p, tiles, from + i * kWarp + lane, stop);
+    for (int i = 0; i < kLoads; ++i) runs[i] = load_run(p, tiles, from + i * kWarp + lane, stop);
 #pragma unroll 1
-    for (; at < end; at += kOutputs) {
-        const int num = min(kOutputs, end - at);
+    for (; at < end; at += kAtOnce) {
+        const int num = min(kAtOnce, end - at);
         int starts[kEach + 1];
 #pragma unroll
         for (int i = 0; i <= kEach; ++i)
@@ -264,16 +267,16 @@ __device__ __forceinline__ void add_outputs(const Params& p, Shared& shared, con
 #pragma unroll 1
             for (int run = window; run < window_stop; run += kRound) {
 #pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
+                for (int i = 0; i < kLoads; ++i) {
                     const int now = run + i * kWarp;
                     if (now >= window_stop) break;
                     add_up_run<kWidth>(shared, mine, runs[i], now + lane, window, num);
                     runs[i] = load_run(p, tiles, now + kRound + lane, last);
                 }
             }
-            if (window_stop == last && at + kOutputs < end) {  // the next outputs' runs
+            if (window_stop == last && at + kAtOnce < end) {  // the next outputs' runs
 #pragma unroll
-                for (int i = 0; i < kAhead; ++i) runs[i] = load_run(p, tiles, behind / kRun + i * kWarp + lane, stop);
+                for (int i = 0; i < kLoads; ++i) runs[i] = load_run(p, tiles, behind / kRun + i * kWarp + lane, stop);
             }
             __syncwarp();
 #pragma unroll
