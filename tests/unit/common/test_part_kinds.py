@@ -103,7 +103,9 @@ def test_a_kind_that_this_version_does_not_know_is_refused_with_the_remedy(monke
     data = SPEC.to_json()
     monkeypatch.delitem(KINDS, OUT_VECTOR)
 
-    with pytest.raises(ImageError, match=r"layer 0 v_proj: part kind 'test_vector' is not one of low_rank, .*: upgrade"):
+    with pytest.raises(
+        ImageError, match=r"layer 0 v_proj: part kind 'test_vector' is not one of low_rank, .*: upgrade"
+    ):
         AdapterSpec.from_json(data)
     with pytest.raises(ImageError, match="layer 0 v_proj: part kind 'test_vector' is not one of low_rank"):
         layout.__wrapped__(GEOMETRY, SPEC.sizes)

@@ -15,11 +15,11 @@
 
 constexpr int kThreads = THREADS, kWarps = kThreads / kWarp;
 constexpr int kColumns = COLUMNS, kTokens = TOKENS, kAhead = AHEAD;
-constexpr int kOutputs = 64;           // outputs of a warp at a time
-constexpr int kRun = 8;                // non-zeros that a lane loads at a time
-constexpr int kSums = 128 * kAhead;    // sums of runs that a warp keeps: of kSums / rows runs
-constexpr int kItems = 4;              // items whose entries and tiles a CTA reads at once
-constexpr int kTiles = 32;             // tiles of a matrix that it notes; of a matrix with more, those from the item's first on
+constexpr int kOutputs = 64;         // outputs of a warp at a time
+constexpr int kRun = 8;              // non-zeros that a lane loads at a time
+constexpr int kSums = 128 * kAhead;  // sums of runs that a warp keeps: of kSums / rows runs
+constexpr int kItems = 4;            // items whose entries and tiles a CTA reads at once
+constexpr int kTiles = 32;           // tiles of a matrix that it notes; of a matrix with more, those from the item's first on
 constexpr bool kIsWide = WIDE != 0 && TOKENS >= 2;  // x of one row is fp32, for which there is room
 
 struct Params {
@@ -43,8 +43,8 @@ struct Slice {
 // Where tiles of an item's matrix lie.
 struct Tiles {
     const u8* at[kTiles];
-    int first;     // at[0]
-    int matrix;    // the matrix's first in the tile table
+    int first;   // at[0]
+    int matrix;  // the matrix's first in the tile table
 };
 enum Matrix { kValues, kColumnNumbers, kStarts };
 
@@ -235,8 +235,8 @@ __device__ __forceinline__ void add_runs(const WarpSums& mine, int output, int w
 
 // A warp's outputs [at, end) of a slice times kWidth rows from `first` of the group on.
 template <int kWidth>
-__device__ __forceinline__ void add_outputs(const Params& p, Shared& shared, const Slice& s, const Tiles (&tiles)[3],
-                                            const Group& group, int first, int at, int end) {
+__device__ __forceinline__ void add_outputs(const Params& p, Shared& shared, int number, int first, int at, int end) {
+    const Tiles(&tiles)[3] = shared.tiles[number];
     constexpr bool kIsMany = kWidth * sizeof(elem) >= 8;  // rows, so that registers are few
     constexpr int kLoads = kIsMany ? 1 : kAhead, kRound = kLoads * kWarp;
     constexpr int kEach = kIsMany ? 1 : kOutputs / kWarp, kAtOnce = kEach * kWarp;
@@ -284,6 +284,8 @@ __device__ __forceinline__ void add_outputs(const Params& p, Shared& shared, con
                 if (i * kWarp + lane < num) add_runs<kWidth>(mine, i * kWarp + lane, window, window_stop, totals[i]);
             __syncwarp();
         }
+        const Slice& s = shared.slices[number];
+        const Group& group = p.lora.groups[shared.items[number].group];
 #pragma unroll
         for (int t = 0; t < kWidth; ++t) {
             if (first + t >= group.count) break;
@@ -307,7 +309,8 @@ __device__ __forceinline__ void keep_x(const Params& p, Shared& shared, const Gr
 #pragma unroll
         for (int t = 0; t < kWidth; ++t) {
             rows[t] = Vec{};
-            if (first + t < group.count) rows[t] = load_vec(p.x + static_cast<i64>(group.tokens[first + t]) * kColumns + column);
+            if (first + t < group.count)
+                rows[t] = load_vec(p.x + static_cast<i64>(group.tokens[first + t]) * kColumns + column);
         }
         if constexpr (kWidth == 1 && !kIsWide) {
             store_vec(shared.x + column, rows[0]);
@@ -339,7 +342,7 @@ __device__ __forceinline__ void add_rows(const Params& p, Shared& shared, int nu
         __syncthreads();
     }
     const int begin = item.begin - s.fused, warp = threadIdx.x / kWarp;
-    add_outputs<kWidth>(p, shared, s, shared.tiles[number], group, first, begin + item.extent * warp / kWarps,
+    add_outputs<kWidth>(p, shared, number, first, begin + item.extent * warp / kWarps,
                         begin + item.extent * (warp + 1) / kWarps);
 }
 
@@ -374,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, CTAS) lora_sparse(const P
                 if (kTokens == 1 || rows - first == 1) {
                     add_rows<1>(p, shared, i, first, kept == wanted);
                 } else if (kTokens == 2 || rows - first == 2) {
-                    add_rows<kTokens < 2 ? 1 : 2>(p, shared, i, first, kept == wanted);
+                    add_rows < kTokens<2 ? 1 : 2>(p, shared, i, first, kept == wanted);
                 } else {
                     add_rows<kTokens>(p, shared, i, first, kept == wanted);
                 }
