@@ -11,6 +11,7 @@ from loraplex_kernels.compiler import Build, CompileError, CubinCache, cache_key
 from loraplex_kernels.lora import prefill as lora_prefill
 from loraplex_kernels.lora import prefill_cut
 from loraplex_kernels.lora.items import OpShape
+from loraplex_kernels.lora.sparse import DEFAULT_VARIANT
 from loraplex_kernels.module import JITTER_MACRO
 from loraplex_kernels.sampling import sample as sampling
 
@@ -47,11 +48,8 @@ BUILDS = [
     ("lora_finish", (FP32,), None),
     ("lora_scale_input", (), None),
     ("lora_scale_input", (FP32,), None),
-    ("lora_sparse", ("COLUMNS=4096", "TOKENS=4"), None),
-    ("lora_sparse", ("COLUMNS=11008", "TOKENS=2"), None),
-    ("lora_sparse", ("COLUMNS=28672", "TOKENS=1"), None),
-    ("lora_sparse", ("COLUMNS=4096", "TOKENS=2", FP32), None),
-    ("lora_sparse", ("COLUMNS=28672", "TOKENS=1", FP32), None),
+    *(("lora_sparse", DEFAULT_VARIANT.defines(columns, 2), None) for columns in (4096, 11008, 28672)),
+    *(("lora_sparse", (*DEFAULT_VARIANT.defines(columns, 4), FP32), None) for columns in (4096, 28672)),
     ("attention_decode", ("HEAD_DIM=64",), None),
     ("attention_decode", ("HEAD_DIM=128",), None),
     ("attention_prefill", ("HEAD_DIM=64", "SHARED_BYTES=49152"), None),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,63 @@ if TYPE_CHECKING:
     from loraplex_kernels.lora.tables import AdapterTables
     from loraplex_kernels.module import Kernel, KernelLibrary
 
-BLOCK: Final = 256
-OUTPUTS: Final = 512  # kOutputs
+WARP: Final = 32
+OUTPUTS: Final = 64  # kOutputs
+ITEMS: Final = 4  # kItems
+ITEM_BYTES_KEPT: Final = 16 + 24 + 3 * (32 * 8 + 8)  # Item, Slice and three Tiles of 32
 TOKENS: Final = (4, 2, 1)
 X_BYTES: Final = 48 * 1024
-"""Most shared memory for several rows' x, so that four CTAs, or three, fit a multiprocessor."""
+"""Most shared memory for several rows' x, so that two CTAs fit a multiprocessor."""
 SM_BYTES: Final = 220 * 1024
-MAX_CTAS: Final = 4  # at 64 registers x 256 threads
 INT_BYTES: Final = 4
+
+
+class SparseVariant(NamedTuple):
+    """How the kernel is built; the default is what a model runs with, others are for measurements.
+
+    Attributes:
+        threads: Of a CTA.
+        ctas: CTAs that share a multiprocessor's registers.
+        ahead: Runs of 8 non-zeros that a lane loads ahead.
+        is_wide: x of one row is fp32 in shared memory, where several rows' would fit.
+    """
+
+    threads: int = 384
+    ctas: int = 2
+    ahead: int = 2
+    is_wide: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> SparseVariant:
+        """Return the variant of ``threads x CTAs x ahead x wide``, such as ``384x2x2x1``.
+
+        Raises:
+            ValueError: If the text is no such thing.
+        """
+        threads, ctas, ahead, is_wide = (int(number) for number in text.split("x"))
+        return cls(threads, ctas, ahead, bool(is_wide))
+
+    def __str__(self) -> str:
+        return f"{self.threads}x{self.ctas}x{self.ahead}x{self.is_wide:d}"
+
+    def ahead_of(self, item_bytes: int) -> int:
+        """Return the runs that a lane loads ahead: of fp32, whose runs take half as many registers again, one."""
+        return self.ahead if item_bytes <= 2 else 1
+
+    def defines(self, columns: int, item_bytes: int) -> tuple[str, ...]:
+        """Return the macros of a kernel for that many columns."""
+        return (
+            f"COLUMNS={columns}",
+            f"TOKENS={rows_at_once(columns, item_bytes)}",
+            f"THREADS={self.threads}",
+            f"CTAS={self.ctas}",
+            f"AHEAD={self.ahead_of(item_bytes)}",
+            f"WIDE={self.is_wide:d}",
+            f"SHARED_BYTES={shared_bytes(columns, item_bytes, self)}",
+        )
+
+
+DEFAULT_VARIANT: Final = SparseVariant()
 
 
 def rows_at_once(columns: int, item_bytes: int) -> int:
@@ -35,16 +84,18 @@ def rows_at_once(columns: int, item_bytes: int) -> int:
     return next((count for count in TOKENS if count * columns * item_bytes <= X_BYTES), 1)
 
 
-def shared_bytes(columns: int, item_bytes: int) -> int:
+def shared_bytes(columns: int, item_bytes: int, variant: SparseVariant = DEFAULT_VARIANT) -> int:
     """Return the size of the kernel's Shared."""
-    tokens = rows_at_once(columns, item_bytes)
+    tokens, sums = rows_at_once(columns, item_bytes), 128 * variant.ahead_of(item_bytes)
+    warp_bytes = sums * 4 + (tokens + 1) * (OUTPUTS + 1) * INT_BYTES + sums
     x_bytes = -(-tokens * columns * item_bytes // 16) * 16
-    return -(-(x_bytes + tokens * OUTPUTS * 4 + (OUTPUTS + 1) * INT_BYTES) // 16) * 16
+    warps_bytes = -(-(variant.threads // WARP) * warp_bytes // 16) * 16
+    return x_bytes + warps_bytes + ITEMS * ITEM_BYTES_KEPT
 
 
-def ctas_per_sm(columns: int, item_bytes: int) -> int:
+def ctas_per_sm(columns: int, item_bytes: int, variant: SparseVariant = DEFAULT_VARIANT) -> int:
     """Return how many CTAs fit a multiprocessor of 227 KiB."""
-    return max(1, min(MAX_CTAS, SM_BYTES // (shared_bytes(columns, item_bytes) + 1024)))
+    return max(1, min(variant.ctas, SM_BYTES // (shared_bytes(columns, item_bytes, variant) + 1024)))
 
 
 class LoraSparse:
@@ -57,6 +108,7 @@ class LoraSparse:
         shapes: Shapes of the model's ops.
         max_rows: Most rows of a step.
         num_sms: Multiprocessors of the device.
+        variant: How the kernel is built.
 
     Raises:
         ValueError: If tiles are no power of two of bytes.
@@ -71,6 +123,7 @@ class LoraSparse:
         *,
         max_rows: int,
         num_sms: int,
+        variant: SparseVariant = DEFAULT_VARIANT,
     ) -> None:
         self._library, self._tables, self._shapes = library, tables, shapes
         self._kept = (pool,)  # kept alive: the kernels have its address
@@ -78,7 +131,8 @@ class LoraSparse:
         if tile_bytes & (tile_bytes - 1):
             raise ValueError(f"tiles of {tile_bytes} bytes: kernels of sparse deltas take powers of two")
         self._tokens = [rows_at_once(shape.columns, item_bytes) for shape in shapes]
-        self._grids = [num_sms * ctas_per_sm(shape.columns, item_bytes) for shape in shapes]
+        self._variant = variant
+        self._grids = [num_sms * ctas_per_sm(shape.columns, item_bytes, variant) for shape in shapes]
         self._kernels = [self._load(pool, columns, item_bytes) for columns in (shape.columns for shape in shapes)]
         self._ranges_at = np.cumsum([0, *(grid + 1 for grid in self._grids)])
         self._groups_at = -(-int(self._ranges_at[-1]) // HEADER_STEP) * HEADER_STEP
@@ -91,9 +145,13 @@ class LoraSparse:
         self._pinned = library.device.type == "cuda"
 
     def _load(self, pool: torch.Tensor, columns: int, item_bytes: int) -> Kernel[SparseParams]:
-        defines = (f"COLUMNS={columns}", f"TOKENS={rows_at_once(columns, item_bytes)}")
+        variant = self._variant
         kernel = self._library.load(
-            "lora_sparse", SparseParams(), BLOCK, defines=defines, shared_bytes=shared_bytes(columns, item_bytes)
+            "lora_sparse",
+            SparseParams(),
+            variant.threads,
+            defines=variant.defines(columns, item_bytes),
+            shared_bytes=shared_bytes(columns, item_bytes, variant),
         )
         tile_bits = self._tables.geometry.tile_bytes.bit_length() - 1
         params = kernel.params

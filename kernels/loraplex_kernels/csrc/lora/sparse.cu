@@ -1,20 +1,26 @@
 // y += scaling * scale * S x: the sparse deltas (CSR) of a step's rows, each item some outputs of one slice of one adapter for a
 // group of up to 8 rows.
 //
-// Grid: any; CTA i takes the pieces [range[i], range[i + 1]), which items.py cuts so that all CTAs read about as many bytes.
-// Block: 256 threads. x of up to TOKENS rows lies in shared memory; values and columns stream past it, 8 non-zeros (16 bytes
-// of each) per lane at a time. An output's non-zeros are shared out over LANES = 1, 2, 4, .. 32 lanes, as many as an average
-// output of the slice fills, so a row's sum is in an order that depends on its adapter alone. Rows of one group share each load.
-// Macros: COLUMNS, inputs of the op; TOKENS, rows at a time (1, 2, 4).
-// Alignment: COLUMNS % (16 / sizeof(elem)) == 0. Registers: 4 CTAs per SM, hence at most 64. Shared memory: see Shared.
+// Grid: any; CTA i takes the pieces [range[i], range[i + 1]), which sparse_items.py cuts so that all CTAs read about as many
+// bytes. Block: THREADS threads; x of up to TOKENS rows lies in shared memory for all of them, and each warp takes outputs of
+// its own, so that warps never wait for each other. A warp's non-zeros are one contiguous range. It goes past x in runs of 8
+// (16 bytes of values, 16 of columns), a run per lane, whatever outputs they belong to: a lane adds up what lies before the
+// first output that begins within its run, and what lies behind, and the output's lane adds up these sums. A run lies at a
+// multiple of 8 of the slice's non-zeros, so the order of a row's sum depends on its adapter alone.
+// Macros: COLUMNS, inputs of the op; TOKENS, rows at a time (1, 2, 4); THREADS, of which CTAS blocks share an SM; AHEAD, runs
+// that a lane loads ahead; WIDE, whether x of one row is fp32; SHARED_BYTES, size of Shared.
+// Alignment: COLUMNS % (16 / sizeof(elem)) == 0. Registers: 768 threads per SM, hence at most 80. Shared memory: see Shared.
 // Architectures: sm_80 and up.
 #include "lora/parts.cuh"
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kColumns = COLUMNS, kTokens = TOKENS;
-constexpr int kOutputs = 512;  // outputs at a time
-constexpr int kRun = 8;        // non-zeros that a lane loads at a time
-constexpr int kAhead = 2;      // outputs that a lane loads for before it multiplies
+constexpr int kThreads = THREADS, kWarps = kThreads / kWarp;
+constexpr int kColumns = COLUMNS, kTokens = TOKENS, kAhead = AHEAD;
+constexpr int kOutputs = 64;         // outputs of a warp at a time
+constexpr int kRun = 8;              // non-zeros that a lane loads at a time
+constexpr int kSums = 128 * kAhead;  // sums of runs that a warp keeps: of kSums / rows runs
+constexpr int kItems = 4;            // items whose entries and tiles a CTA reads at once
+constexpr int kTiles = 32;           // tiles of a matrix that it notes; of a matrix with more, those from the item's first on
+constexpr bool kIsWide = WIDE != 0 && TOKENS >= 2;  // x of one row is fp32, for which there is room
 
 struct Params {
     LoraTables lora;  // its entries are SparseEntry; range: [grid + 1]
@@ -27,36 +33,79 @@ struct Params {
 };
 static_assert(sizeof(Params) == 112, "params.py mirrors it");
 
-struct Shared {
-    alignas(16) elem x[kColumns * kTokens];  // [column][token]
-    float sums[kTokens][kOutputs];
-    int starts[kOutputs + 1];
+struct Slice {
+    int matrices[3];  // number of the first tile of values, columns, starts
+    int count;
+    float scaling;
+    int fused;  // its first output
 };
 
-struct Slice {
-    i64 value_offset, column_offset, start_offset;
-    int value_first, column_first, start_first, count;
-    float scaling;
+// Where tiles of an item's matrix lie.
+struct Tiles {
+    const u8* at[kTiles];
+    int first;   // at[0]
+    int matrix;  // the matrix's first in the tile table
 };
-__device__ __forceinline__ Slice load_slice(const Params& p, int adapter, int slice) {
-    const SparseEntry* e = reinterpret_cast<const SparseEntry*>(p.lora.entries) + adapter * p.lora.entry_stride;
+enum Matrix { kValues, kColumnNumbers, kStarts };
+
+// What a warp keeps of the outputs that it takes at a time.
+struct WarpSums {
+    float runs[kSums];                   // [row][run]: what belongs to the output that the run begins with
+    float heads[kTokens][kOutputs + 1];  // of an output that begins within a run: what of it lies there
+    int starts[kOutputs + 1];
+    alignas(4) u8 marks[kSums];  // 1 + the first output that begins within the run, behind its first non-zero; or 0
+};
+
+struct Shared {
+    alignas(16) elem x[kColumns * kTokens];  // [column][row]
+    WarpSums warps[kWarps];
+    alignas(16) Item items[kItems];
+    Slice slices[kItems];
+    Tiles tiles[kItems][3];
+};
+static_assert(sizeof(Shared) == SHARED_BYTES, "sparse.py knows its size");
+
+__device__ __forceinline__ Slice load_slice(const Params& p, const Item& item) {
+    const SparseEntry* e = reinterpret_cast<const SparseEntry*>(p.lora.entries) + item.adapter * p.lora.entry_stride;
+    const int slice = (item.begin >= p.slice_begin[1]) + (item.begin >= p.slice_begin[2]);
     Slice s;
     s.count = static_cast<int>(load_lasting4(e->count + slice));
     s.scaling = __uint_as_float(load_lasting4(e->scaling + slice));
-    s.value_first = static_cast<int>(load_lasting4(e->value_first + slice));
-    s.column_first = static_cast<int>(load_lasting4(e->column_first + slice));
-    s.start_first = static_cast<int>(load_lasting4(e->start_first + slice));
-    s.value_offset = load_lasting8(e->value_offset + slice);
-    s.column_offset = load_lasting8(e->column_offset + slice);
-    s.start_offset = load_lasting8(e->start_offset + slice);
+    s.matrices[kValues] = static_cast<int>(load_lasting4(e->value_first + slice));
+    s.matrices[kColumnNumbers] = static_cast<int>(load_lasting4(e->column_first + slice));
+    s.matrices[kStarts] = static_cast<int>(load_lasting4(e->start_first + slice));
+    s.fused = slice == 0 ? 0 : slice == 1 ? p.slice_begin[1] : p.slice_begin[2];
     return s;
 }
 
-// Where element `at` of a matrix lies; tiles that lie behind each other have no gaps.
-template <int kItemBytes>
-__device__ __forceinline__ const u8* element(const LoraTables& t, i64 offset, int first, int at, int shift) {
-    if (offset >= 0) return t.pool + offset + static_cast<i64>(at) * kItemBytes;
-    return t.pool + load_lasting8(t.tiles + first + (at >> shift)) + (at & ((1 << shift) - 1)) * kItemBytes;
+__device__ __forceinline__ const u8* tile_address(const LoraTables& t, int matrix, int tile) {
+    return t.pool + load_lasting8(t.tiles + matrix + tile);
+}
+
+// Notes where a matrix's tiles lie: thread `part` of kTiles.
+__device__ __forceinline__ void keep_tiles(const Params& p, Tiles& tiles, const Item& item, const Slice& s, int matrix,
+                                           int part) {
+    const int shift = matrix == kValues ? p.value_shift : matrix == kColumnNumbers ? p.column_shift : p.start_shift;
+    const int begin = item.begin - s.fused;
+    int first = 0, last = (begin + item.extent) >> shift;
+    if (matrix != kStarts) {
+        last = (s.count - 1) >> shift;
+        if (last >= kTiles) {
+            const int at = begin >> p.start_shift, within = begin & ((1 << p.start_shift) - 1);
+            const u8* start = tile_address(p.lora, s.matrices[kStarts], at) + within * 4;
+            first = min(static_cast<int>(load_lasting4(start)) >> shift, last);
+        }
+    }
+    if (first + part <= last) tiles.at[part] = tile_address(p.lora, s.matrices[matrix], first + part);
+    if (part == 0) tiles.first = first, tiles.matrix = s.matrices[matrix];
+}
+
+// Where piece number `at` of a matrix lies, of 1 << shift to a tile.
+template <int kBytes>
+__device__ __forceinline__ const u8* address(const LoraTables& t, const Tiles& tiles, int at, int shift) {
+    const int tile = at >> shift, noted = tile - tiles.first;
+    const u8* from = noted < kTiles ? tiles.at[noted] : tile_address(t, tiles.matrix, tile);
+    return as_global(from) + (at & ((1 << shift) - 1)) * kBytes;
 }
 
 struct Run {
@@ -66,170 +115,271 @@ struct Run {
 #else
     Quad values[1];
 #endif
-    u32 live;  // bit i: non-zero i is the output's
 };
 
-// The non-zeros [at, at + kRun) as far as they are in [begin, end); `at` is a multiple of kRun.
-__device__ __forceinline__ Run load_run(const Params& p, const Slice& s, int at, int begin, int end) {
-    Run run;
-    const int low = max(begin - at, 0), high = min(end - at, kRun);
-    run.live = high > low ? (1u << high) - (1u << low) : 0;
-    run.columns = Quad{};
+// Run number `run` of a slice, zeros from run `stop` on. What lies behind the last non-zero of a tile is zeros: adapter_image.py.
+__device__ __forceinline__ Run load_run(const Params& p, const Tiles (&tiles)[3], int run, int stop) {
+    Run loaded = {};
+    if (run >= stop) return loaded;
+    constexpr int kShift = 3;  // log2 of kRun
+    const u8* values = address<kRun * sizeof(elem)>(p.lora, tiles[kValues], run, p.value_shift - kShift);
+    loaded.columns = load_weights16(address<kRun * 2>(p.lora, tiles[kColumnNumbers], run, p.column_shift - kShift));
 #pragma unroll
-    for (Quad& q : run.values) q = Quad{};
-    if (run.live == 0) return run;
-    const u8* values = element<sizeof(elem)>(p.lora, s.value_offset, s.value_first, at, p.value_shift);
-    run.columns = load_weights16(element<2>(p.lora, s.column_offset, s.column_first, at, p.column_shift));
-#pragma unroll
-    for (int q = 0; q < static_cast<int>(sizeof(elem)) / 2; ++q) run.values[q] = load_weights16(values + q * 16);
-    return run;
+    for (int q = 0; q < static_cast<int>(sizeof(elem)) / 2; ++q) loaded.values[q] = load_weights16(values + q * 16);
+    return loaded;
+}
+
+__device__ __forceinline__ int load_start(const Params& p, const Tiles (&tiles)[3], int output) {
+    return static_cast<int>(load_lasting4(address<4>(p.lora, tiles[kStarts], output, p.start_shift)));
 }
 
 __device__ __forceinline__ u32 word_of(const Quad& q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
 
-// Shared x of one column, kWidth rows.
+// x of one column, kWidth rows.
 template <int kWidth>
 struct alignas(sizeof(elem) * kWidth) Column {
     elem v[kWidth];
 };
 
+// Non-zero `i` of a run times x.
 template <int kWidth>
-__device__ __forceinline__ void multiply(const Shared& shared, const Run& run, float (&sums)[kWidth]) {
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-        if (!(run.live >> i & 1)) continue;
-        const u32 pair = word_of(run.columns, i / 2);
-        const u32 column = i % 2 == 0 ? pair & 0xffff : pair >> 16;
+__device__ __forceinline__ void multiply(const Shared& shared, const Run& run, int i, float (&sums)[kWidth]) {
+    const u32 pair = word_of(run.columns, i / 2);
+    const u32 column = i % 2 == 0 ? pair & 0xffff : pair >> 16;
 #ifdef LORAPLEX_FP32
-        const float value = __uint_as_float(word_of(run.values[i / 4], i % 4));
+    const float value = __uint_as_float(word_of(run.values[i / 4], i % 4));
 #else
-        const u32 both = word_of(run.values[0], i / 2);
-        const float value = i % 2 == 0 ? low_float(both) : high_float(both);
+    const u32 both = word_of(run.values[0], i / 2);
+    const float value = i % 2 == 0 ? low_float(both) : high_float(both);
 #endif
-        const Column<kWidth> x = *reinterpret_cast<const Column<kWidth>*>(shared.x + column * kWidth);
+    if constexpr (kWidth == 1 && kIsWide) {
+        sums[0] += value * reinterpret_cast<const float*>(shared.x)[column];
+    } else {
+        const Column<kWidth> x = reinterpret_cast<const Column<kWidth>*>(shared.x)[column];
 #pragma unroll
         for (int t = 0; t < kWidth; ++t) sums[t] += value * to_float(x.v[t]);
     }
 }
 
-// Lanes that an average output's non-zeros fill.
-__device__ __forceinline__ int lanes_of(int count, int outputs) {
-    const int runs = count / outputs / kRun + 1;
-    int lanes = 1;
-    while (lanes < runs && lanes < kWarp) lanes *= 2;
-    return lanes;
-}
-
-// Sums of `num` outputs whose starts are in shared memory.
+// Runs of which a warp keeps sums.
 template <int kWidth>
-__device__ __forceinline__ void add_up(const Params& p, Shared& shared, const Slice& s, int lanes, int num) {
-    const int lane = threadIdx.x % kWarp, within = lane & (lanes - 1), at_once = kThreads / lanes;
-#pragma unroll 1
-    for (int base = static_cast<int>(threadIdx.x) / lanes; base - lane / lanes < num; base += kAhead * at_once) {
-        Run runs[kAhead];
-        int begin[kAhead], end[kAhead];
+constexpr int kWindow = kSums / kWidth;
+
+// The sums of run `at`: of the output that it begins with, and of those that begin within it.
+template <int kWidth>
+__device__ __forceinline__ void add_up_run(const Shared& shared, WarpSums& mine, const Run& run, int at, int window, int num) {
+    const int mark = mine.marks[at - window], first = at * kRun;
+    const int before = mark != 0 ? mine.starts[mark - 1] - first : kRun;
+    float sums[kWidth] = {}, behind[kWidth] = {};
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            const int output = base + i * at_once;
-            begin[i] = output < num ? shared.starts[output] : 0;
-            end[i] = output < num ? shared.starts[output + 1] : 0;
-            runs[i] = load_run(p, s, (begin[i] / kRun + within) * kRun, begin[i], end[i]);
+    for (int i = 0; i < kRun; ++i) {
+        if (i < before) {
+            multiply<kWidth>(shared, run, i, sums);
+        } else {
+            multiply<kWidth>(shared, run, i, behind);
         }
+    }
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            float sums[kWidth] = {};
-            multiply<kWidth>(shared, runs[i], sums);
+    for (int t = 0; t < kWidth; ++t) mine.runs[t * kWindow<kWidth> + at - window] = sums[t];
+    if (mark == 0 || mark > num) return;
+    const int next = mine.starts[mark] - first;
+    if (next >= kRun) {
+#pragma unroll
+        for (int t = 0; t < kWidth; ++t) mine.heads[t][mark - 1] = behind[t];
+        return;
+    }
+    int begin = before;
 #pragma unroll 1
-            for (int at = (begin[i] / kRun + within + lanes) * kRun; at < end[i]; at += lanes * kRun)
-                multiply<kWidth>(shared, load_run(p, s, at, begin[i], end[i]), sums);
-#pragma unroll 1
-            for (int mask = lanes / 2; mask > 0; mask /= 2) {
+    for (int output = mark - 1; output < num && begin < kRun; ++output) {  // several begin within the run
+        const int end = min(mine.starts[output + 1] - first, kRun);
+        float head[kWidth] = {};
 #pragma unroll
-                for (int t = 0; t < kWidth; ++t) sums[t] += __shfl_xor_sync(kFullMask, sums[t], mask);
-            }
-            const int output = base + i * at_once;
-            if (within == 0 && output < num) {
+        for (int i = 0; i < kRun; ++i)
+            if (i >= begin && i < end) multiply<kWidth>(shared, run, i, head);
 #pragma unroll
-                for (int t = 0; t < kWidth; ++t) shared.sums[t][output] = sums[t];
-            }
-        }
+        for (int t = 0; t < kWidth; ++t) mine.heads[t][output] = head[t];
+        begin = end;
     }
 }
 
-// Rows [first, first + kWidth) of a group's x, those behind `count` as zeros.
+// Notes for each run of [window, stop) which output is the first to begin within it; `num` outputs, and the one behind them.
+__device__ __forceinline__ void mark_runs(WarpSums& mine, int window, int stop, int num) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int i = 0; i < kSums / 4 / kWarp; ++i) reinterpret_cast<u32*>(mine.marks)[i * kWarp + lane] = 0;
+    __syncwarp();
+    for (int output = lane; output <= num; output += kWarp) {
+        const int start = mine.starts[output], run = start / kRun;
+        if (start % kRun == 0 || run < window || run >= stop) continue;
+        if (output == 0 || mine.starts[output - 1] <= run * kRun) mine.marks[run - window] = static_cast<u8>(output + 1);
+    }
+    __syncwarp();
+}
+
+// Adds to an output's total what runs [window, stop) hold of it.
 template <int kWidth>
-__device__ __forceinline__ void keep_x(const Params& p, Shared& shared, const Group& group, int first, int count) {
+__device__ __forceinline__ void add_runs(const WarpSums& mine, int output, int window, int stop, float (&total)[kWidth]) {
+    const int begin = mine.starts[output], end = mine.starts[output + 1];
+    if (begin == end) return;
+    if (begin % kRun != 0 && begin / kRun >= window && begin / kRun < stop) {
+#pragma unroll
+        for (int t = 0; t < kWidth; ++t) total[t] += mine.heads[t][output];
+    }
+    const int last = min((end + kRun - 1) / kRun, stop);
+#pragma unroll 1
+    for (int run = max((begin + kRun - 1) / kRun, window); run < last; ++run) {
+#pragma unroll
+        for (int t = 0; t < kWidth; ++t) total[t] += mine.runs[t * kWindow<kWidth> + run - window];
+    }
+}
+
+// A warp's outputs [at, end) of a slice times kWidth rows from `first` of the group on.
+template <int kWidth>
+__device__ __forceinline__ void add_outputs(const Params& p, Shared& shared, int number, int first, int at, int end) {
+    const Tiles(&tiles)[3] = shared.tiles[number];
+    constexpr bool kIsMany = kWidth * sizeof(elem) >= 8;  // rows, so that registers are few
+    constexpr int kLoads = kIsMany ? 1 : kAhead, kRound = kLoads * kWarp;
+    constexpr int kEach = kIsMany ? 1 : kOutputs / kWarp, kAtOnce = kEach * kWarp;
+    static_assert(kWindow<kWidth> % kRound == 0, "loads ahead go on in the next window");
+    WarpSums& mine = shared.warps[threadIdx.x / kWarp];
+    const int lane = lane_id(), stop = (load_start(p, tiles, end) + kRun - 1) / kRun;
+    Run runs[kLoads];
+    const int from = load_start(p, tiles, at) / kRun;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) runs[i] = load_run(p, tiles, from + i * kWarp + lane, stop);
+#pragma unroll 1
+    for (; at < end; at += kAtOnce) {
+        const int num = min(kAtOnce, end - at);
+        int starts[kEach + 1];
+#pragma unroll
+        for (int i = 0; i <= kEach; ++i)
+            if (i * kWarp + lane <= num) starts[i] = load_start(p, tiles, at + i * kWarp + lane);
+#pragma unroll
+        for (int i = 0; i <= kEach; ++i)
+            if (i * kWarp + lane <= num) mine.starts[i * kWarp + lane] = starts[i];
+        __syncwarp();
+        const int behind = mine.starts[num], last = (behind + kRun - 1) / kRun;
+        float totals[kEach][kWidth] = {};
+#pragma unroll 1
+        for (int window = mine.starts[0] / kRun; window < last; window += kWindow<kWidth>) {
+            const int window_stop = min(window + kWindow<kWidth>, last);
+            mark_runs(mine, window, window_stop, num);
+#pragma unroll 1
+            for (int run = window; run < window_stop; run += kRound) {
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) {
+                    const int now = run + i * kWarp;
+                    if (now >= window_stop) break;
+                    add_up_run<kWidth>(shared, mine, runs[i], now + lane, window, num);
+                    runs[i] = load_run(p, tiles, now + kRound + lane, last);
+                }
+            }
+            if (window_stop == last && at + kAtOnce < end) {  // the next outputs' runs
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) runs[i] = load_run(p, tiles, behind / kRun + i * kWarp + lane, stop);
+            }
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < kEach; ++i)
+                if (i * kWarp + lane < num) add_runs<kWidth>(mine, i * kWarp + lane, window, window_stop, totals[i]);
+            __syncwarp();
+        }
+        const Slice& s = shared.slices[number];
+        const Group& group = p.lora.groups[shared.items[number].group];
+#pragma unroll
+        for (int t = 0; t < kWidth; ++t) {
+            if (first + t >= group.count) break;
+            const int row = group.tokens[first + t];
+            const float factor = s.scaling * p.scale[row];
+            elem* to = p.y + static_cast<i64>(row) * p.width + s.fused + at + lane;
+#pragma unroll
+            for (int i = 0; i < kEach; ++i)
+                if (i * kWarp + lane < num) to[i * kWarp] = from_float<elem>(to_float(to[i * kWarp]) + factor * totals[i][t]);
+        }
+        __syncwarp();  // before the next outputs' starts
+    }
+}
+
+// Rows [first, first + kWidth) of a group's x, those behind its last as zeros.
+template <int kWidth>
+__device__ __forceinline__ void keep_x(const Params& p, Shared& shared, const Group& group, int first) {
 #pragma unroll 1
     for (int column = threadIdx.x * kVec; column < kColumns; column += kThreads * kVec) {
         Vec rows[kWidth];
 #pragma unroll
         for (int t = 0; t < kWidth; ++t) {
             rows[t] = Vec{};
-            if (t < count) rows[t] = load_vec(p.x + static_cast<i64>(group.tokens[first + t]) * kColumns + column);
+            if (first + t < group.count)
+                rows[t] = load_vec(p.x + static_cast<i64>(group.tokens[first + t]) * kColumns + column);
         }
-        if constexpr (kWidth == 1) {
+        if constexpr (kWidth == 1 && !kIsWide) {
             store_vec(shared.x + column, rows[0]);
             continue;
         }
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
-            Column<kWidth> x;
+            if constexpr (kWidth == 1) {
+                reinterpret_cast<float*>(shared.x)[column + j] = to_float(rows[0].v[j]);
+            } else {
+                Column<kWidth> x;
 #pragma unroll
-            for (int t = 0; t < kWidth; ++t) x.v[t] = rows[t].v[j];
-            *reinterpret_cast<Column<kWidth>*>(shared.x + (column + j) * kWidth) = x;
+                for (int t = 0; t < kWidth; ++t) x.v[t] = rows[t].v[j];
+                *reinterpret_cast<Column<kWidth>*>(shared.x + (column + j) * kWidth) = x;
+            }
         }
     }
 }
 
-// Up to kWidth rows, from `first` of the group on, times `num` outputs from `output` (fused) on.
+// An item for kWidth rows, from `first` of the group on.
 template <int kWidth>
-__device__ __forceinline__ void add_rows(const Params& p, Shared& shared, const Slice& s, const Group& group, int lanes,
-                                         int first, bool is_kept, int output, int num) {
-    const int count = min(group.count - first, kWidth);
-    if (!is_kept) keep_x<kWidth>(p, shared, group, first, count);
-    __syncthreads();
-    add_up<kWidth>(p, shared, s, lanes, num);
-    __syncthreads();
-#pragma unroll
-    for (int t = 0; t < kWidth; ++t) {
-        if (t >= count) break;
-        const int row = group.tokens[first + t];
-        const float factor = s.scaling * p.scale[row];
-        elem* to = p.y + static_cast<i64>(row) * p.width + output;
-        for (int i = threadIdx.x; i < num; i += kThreads) to[i] = from_float<elem>(to_float(to[i]) + factor * shared.sums[t][i]);
+__device__ __forceinline__ void add_rows(const Params& p, Shared& shared, int number, int first, bool is_kept) {
+    const Item& item = shared.items[number];
+    const Slice& s = shared.slices[number];
+    const Group& group = p.lora.groups[item.group];
+    if (!is_kept) {
+        __syncthreads();  // warps may still read the x that was kept
+        keep_x<kWidth>(p, shared, group, first);
+        __syncthreads();
     }
+    const int begin = item.begin - s.fused, warp = threadIdx.x / kWarp;
+    add_outputs<kWidth>(p, shared, number, first, begin + item.extent * warp / kWarps,
+                        begin + item.extent * (warp + 1) / kWarps);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4) lora_sparse(const Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, CTAS) lora_sparse(const Params p) {
     LORAPLEX_SHARED(Shared, shared);
     allow_dependents();
     const int end = static_cast<int>(load_lasting4(p.lora.range + blockIdx.x + 1));
     i64 kept = -1;  // whose x is in shared memory: group and first row
 #pragma unroll 1
-    for (int i = static_cast<int>(load_lasting4(p.lora.range + blockIdx.x)); i < end; ++i) {
-        const Item item = load_item(p.lora, i);
-        const int slice = (item.begin >= p.slice_begin[1]) + (item.begin >= p.slice_begin[2]);
-        const Slice s = load_slice(p, item.adapter, slice);
-        if (s.count == 0) continue;  // this layer has none
-        const int lanes = lanes_of(s.count, p.slice_begin[slice + 1] - p.slice_begin[slice]);
-        const Group& group = p.lora.groups[item.group];
+    for (int base = static_cast<int>(load_lasting4(p.lora.range + blockIdx.x)); base < end; base += kItems) {
+        __syncthreads();
+        const int num = min(kItems, end - base);
+        if (static_cast<int>(threadIdx.x) < num) {
+            const Item item = load_item(p.lora, base + threadIdx.x);
+            shared.items[threadIdx.x] = item;
+            shared.slices[threadIdx.x] = load_slice(p, item);
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < num * 3 * kTiles; i += kThreads) {
+            const int item = i / (3 * kTiles), matrix = i / kTiles % 3;
+            keep_tiles(p, shared.tiles[item][matrix], shared.items[item], shared.slices[item], matrix, i % kTiles);
+        }
+        dependency_wait();
+        __syncthreads();
 #pragma unroll 1
-        for (int done = 0; done < item.extent; done += kOutputs) {
-            const int num = min(kOutputs, item.extent - done), at = item.begin - p.slice_begin[slice] + done;
-            for (int o = threadIdx.x; o <= num; o += kThreads)
-                shared.starts[o] = static_cast<int>(
-                    load_lasting4(element<4>(p.lora, s.start_offset, s.start_first, at + o, p.start_shift)));
-            dependency_wait();
+        for (int i = 0; i < num; ++i) {
+            if (shared.slices[i].count == 0) continue;  // this layer has none
+            const int which = shared.items[i].group, rows = p.lora.groups[which].count;
 #pragma unroll 1
-            for (int first = 0; first < group.count; first += kTokens) {
-                const i64 wanted = static_cast<i64>(item.group) * kGroupTokens + first;
-                const int left = group.count - first, output = item.begin + done;
-                if (kTokens == 1 || left == 1) {
-                    add_rows<1>(p, shared, s, group, lanes, first, kept == wanted, output, num);
-                } else if (kTokens == 2 || left == 2) {
-                    add_rows<kTokens < 2 ? 1 : 2>(p, shared, s, group, lanes, first, kept == wanted, output, num);
+            for (int first = 0; first < rows; first += kTokens) {
+                const i64 wanted = static_cast<i64>(which) * kGroupTokens + first;
+                if (kTokens == 1 || rows - first == 1) {
+                    add_rows<1>(p, shared, i, first, kept == wanted);
+                } else if (kTokens == 2 || rows - first == 2) {
+                    add_rows < kTokens<2 ? 1 : 2>(p, shared, i, first, kept == wanted);
                 } else {
-                    add_rows<kTokens>(p, shared, s, group, lanes, first, kept == wanted, output, num);
+                    add_rows<kTokens>(p, shared, i, first, kept == wanted);
                 }
                 kept = wanted;
             }
