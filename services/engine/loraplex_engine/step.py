@@ -203,6 +203,7 @@ class LoadHandle(Protocol):
         """Tell without blocking whether a step launched now may read the pages.
 
         Raises:
+            LoraplexError: If this adapter could not be made ready; nothing reads or writes its pages any more.
             RuntimeError: If the copy failed; the device cannot be trusted any more, and the loop ends.
         """
         ...

@@ -28,7 +28,7 @@ class AdapterLoading:
         self._cache, self._scheduler, self._arena = state.cache, state.scheduler, state.arena
         self._runner = runner
         self._wake = wake
-        self._handles: dict[str, LoadHandle] = {}
+        self._handles: dict[str, tuple[int, LoadHandle]] = {}  # with the adapter's index
 
     def image_arrived(self, image: ImageArrived) -> None:
         """Take over an image in the arena, unless the runner cannot compute its adapter."""
@@ -51,11 +51,19 @@ class AdapterLoading:
             except LoraplexError as error:
                 self._scheduler.load_refused(load.digest, error)
                 continue
-            self._handles[load.digest] = handle
+            self._handles[load.digest] = load.index, handle
             handle.add_done_callback(self._wake)
 
     def take_finished(self) -> None:
-        """Take over the loads that are done."""
-        for digest in [digest for digest, handle in self._handles.items() if handle.is_done()]:
+        """Take over the loads that are done, and end the requests that wait for one that failed."""
+        for digest, (index, handle) in list(self._handles.items()):
+            try:
+                if not handle.is_done():
+                    continue
+            except LoraplexError as error:
+                del self._handles[digest]
+                self._runner.unload_adapter(index)
+                self._scheduler.load_refused(digest, error)
+                continue
             del self._handles[digest]
             self._cache.load_finished(digest)

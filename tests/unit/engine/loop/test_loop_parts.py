@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from loraplex_common.errors import InvalidParameterError
+from loraplex_common.errors import InvalidParameterError, SaturatedError
+from loraplex_engine.runners.torch.factors import FactorWriter
 from support.base_models import TinyBase, write_base_model
 from support.engine_harness import EngineHarness, torch_engine
 from support.peft_parts import TUNERS, PeftTruth
@@ -13,6 +14,7 @@ from support.peft_parts import TUNERS, PeftTruth
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from loraplex_engine.runners.torch.adapter_table import AdapterTable
     from support.engine_harness import Generation
 
 NUM_TOKENS = 12
@@ -132,3 +134,32 @@ def test_a_scale_of_zero_makes_an_adapter_that_only_adds_the_base_model(
         assert scaled.end is not None
         assert scaled.end.error is None
         assert scaled.tokens == base.tokens
+
+
+def test_factors_that_cannot_be_computed_end_the_adapters_requests_alone(
+    base_dir: Path, truth: PeftTruth, digests: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, failures = FactorWriter.write, [MemoryError("no memory")]
+
+    def failing(self: FactorWriter, digest: str, table: AdapterTable) -> None:
+        if failures:
+            raise failures.pop()
+        write(self, digest, table)
+
+    monkeypatch.setattr(FactorWriter, "write", failing)
+    dora = digests["dora"]
+    with torch_engine(base_dir) as harness:
+        add_adapters(harness, truth)
+        base = harness.submit(prompt(30), max_new_tokens=NUM_TOKENS)
+        refused = [harness.submit(prompt(length), adapter=dora, max_new_tokens=NUM_TOKENS) for length in (3, 30)]
+        harness.wait([base, *refused])
+        again = harness.generate([prompt(30)], adapter=dora, max_new_tokens=NUM_TOKENS)
+        harness.check_idle()
+
+    assert base.end is not None
+    assert base.end.error is None
+    for generation in refused:
+        assert generation.end is not None
+        assert isinstance(generation.end.error, SaturatedError)
+        assert "its DoRA factors could not be computed: no memory" in str(generation.end.error)
+    assert len(again[0]) == NUM_TOKENS, "the next request loads it again"

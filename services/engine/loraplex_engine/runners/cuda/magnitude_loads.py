@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 import torch
+from loraplex_common.errors import SaturatedError
 
 from loraplex_engine.runners.cuda.magnitudes import ops_with_magnitudes
 
@@ -32,6 +33,9 @@ MAX_CACHED_BYTES: Final = 512 << 20
 """Host memory for c of adapters that were computed: 5.4 MB each of Llama-2-7B, all seven projections."""
 PAUSE_S: Final = 150e-6
 """Between two projections while steps run, so that most of the device is theirs."""
+
+
+RETRY_S: Final = 1.0
 
 
 class ScaleCache:
@@ -95,10 +99,13 @@ class MagnitudeLoad:
         """Tell whether a step launched now may read the pages, c included.
 
         Raises:
-            RuntimeError: If c could not be computed.
+            SaturatedError: If c could not be computed, as when there is no memory for it.
         """
         if self._error is not None:
-            raise RuntimeError(f"adapter {self.spec.digest}: its DoRA factors were not computed") from self._error
+            raise SaturatedError(
+                f"adapter {self.spec.digest}: its DoRA factors could not be computed: {self._error}",
+                retry_after_s=RETRY_S,
+            ) from self._error
         return self._is_over
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
@@ -158,7 +165,9 @@ class MagnitudeLoads:
         while (load := self._jobs.get()) is not None and not self._is_stopping:
             try:
                 self._load(load)
-            except Exception as error:  # the step loop raises it: `MagnitudeLoad.is_done`
+            except Exception as error:  # the adapter's requests end with it: `MagnitudeLoad.is_done`
+                if self._stream is not None:
+                    self._stream.synchronize()  # nothing launched may write to pages that are given away
                 load.end(error)
 
     def _load(self, load: MagnitudeLoad) -> None:

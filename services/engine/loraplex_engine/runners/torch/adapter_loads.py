@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
+from loraplex_common.errors import SaturatedError
 
 from loraplex_engine.runners.torch.adapter_table import AdapterTable
 from loraplex_engine.runners.torch.factors import FactorWriter
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 FACTOR_NICENESS: Final = 10
 """Added to the niceness of the thread that computes factors, which Linux keeps by thread: steps on the same cores go first."""
+FACTORS_RETRY_S: Final = 1.0
 
 
 class AdapterLoads:
@@ -101,15 +103,28 @@ class AdapterLoads:
                 memory = self._pool.pages.numpy()
                 for row, page in enumerate(pages.tolist()):
                     memory[page] = source[row]
-                self.factors.write(spec.digest, table)
+                self._write_factors(spec, table)
             else:
                 with torch.cuda.stream(self._stream):
                     self._stream.wait_event(event)
                     for row, page in enumerate(pages.tolist()):
                         self._pool.pages[page].copy_(torch.from_numpy(np.array(source[row])))
-                    self.factors.write(spec.digest, table)
+                    self._write_factors(spec, table)
                 self._stream.synchronize()
         self.tables[index] = table
+
+    def _write_factors(self, spec: AdapterSpec, table: AdapterTable) -> None:
+        """Compute what DoRA needs.
+
+        Raises:
+            SaturatedError: If there is no memory for it; the adapter's requests end, no others.
+        """
+        try:
+            self.factors.write(spec.digest, table)
+        except (RuntimeError, MemoryError) as error:
+            raise SaturatedError(
+                f"adapter {spec.digest}: its DoRA factors could not be computed: {error}", retry_after_s=FACTORS_RETRY_S
+            ) from error
 
     def close(self) -> None:
         """Stop the threads; loads that have not begun never do."""

@@ -213,8 +213,8 @@ class TorchRunner:
         return self._loads.load(index, spec, pages, source, list(self._launched))
 
     def unload_adapter(self, index: int) -> None:
-        """Unbind an index; launched steps keep the adapter that they read."""
-        del self._loads.tables[index]
+        """Unbind an index, also of a load that failed; launched steps keep the adapter that they read."""
+        self._loads.tables.pop(index, None)
 
     def close(self) -> None:
         """Stop the copy thread and free the device's memory."""

@@ -13,6 +13,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from kernels.kernel_cases import round_to
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, layout, pack
+from loraplex_common.errors import SaturatedError
 from loraplex_common.low_rank import LOW_RANK, LowRank
 from loraplex_common.vectors import OUT_VECTOR, OutVector
 from loraplex_engine.runners.cuda import magnitudes
@@ -174,7 +175,7 @@ def test_what_cannot_be_computed_is_raised_by_its_load_and_the_next_adapter_is_c
     broken.add_done_callback(told.set)
 
     assert told.wait(60)
-    with pytest.raises(RuntimeError, match="its DoRA factors were not computed"):
+    with pytest.raises(SaturatedError, match="its DoRA factors could not be computed"):
         broken.is_done()
     engine.load(loads)
     loads.close()
