@@ -210,6 +210,11 @@ class AdapterStates:
         """Pinned adapters that are only in the arena."""
         return [d for d in sorted(self._pinned) if self._adapters[d].state is ResidencyState.IN_ARENA]
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """The adapters that `take_changed` would return."""
+        return frozenset(self._changed)
+
     def take_changed(self) -> set[str]:
         """Return and forget the adapters whose state has changed."""
         changed, self._changed = self._changed, set()

@@ -23,7 +23,7 @@ from loraplex_engine.scheduler.queue_lines import Line
 from loraplex_engine.scheduler.request import Request, RequestState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 OVERLOAD_SHARE: Final = 0.5
 """Share of the objective: a line whose oldest request has waited longer is overloaded."""
@@ -125,6 +125,10 @@ class WaitingQueue:
         self._step_out(request)
         request.is_parked = True
         request.parked_since_s = now_s
+
+    def has_parked(self, digests: Iterable[str]) -> bool:
+        """Tell whether a request waits for one of these adapters to change its state."""
+        return any(request.is_parked for digest in digests for request in self._by_digest.get(digest, {}).values())
 
     def unpark(self, digest: str, now_s: float) -> None:
         """Look at all requests of an adapter again."""

@@ -98,6 +98,8 @@ class SteadyDecode:
         admission, queue, states = scheduler.admission, scheduler.queue, self._cache.states
         if admission.is_reserving or (states.num_pinned and states.pins_to_load):
             return False
+        if queue.has_parked(states.changed):
+            return False  # the next decision looks at these requests again
         if len(queue) and (admission.has_changed(now_s) or now_s >= queue.next_promotion_s):
             return False
         return scheduler.warming.is_settled

@@ -51,6 +51,25 @@ def test_jumping_over_steady_steps_changes_no_outcome(
         assert one.num_turns <= other.num_turns
 
 
+def test_a_jump_does_not_pass_over_a_request_whose_adapter_has_just_changed_its_state() -> None:
+    # A decision that starts a load lets the next decision look at the requests that wait for the adapter; a jump from the first
+    # one on admitted them one adapter later. Found by random search.
+    trace = make_trace(
+        [0.001 * (number + 1) for number in range(14)],
+        adapter=[-1, 7, -1, 5, 1, 6, 2, 4, 5, -1, 0, 0, 3, -1],
+        prompt_tokens=[27, 39, 10, 37, 18, 26, 18, 17, 22, 5, 12, 2, 1, 28],
+        output_tokens=[17, 20, 35, 33, 17, 19, 7, 36, 24, 36, 6, 2, 34, 8],
+        tenant=[1, 1, 0, 2, 2, 1, 0, 0, 1, 0, 2, 2, 1, 0],
+    )
+    setup = make_setup(num_pages=48, fill_arena=True)
+
+    jumped, _ = replay(trace, setup, jumps=True)
+    stepped, _ = replay(trace, setup, jumps=False)
+
+    for name in ("first_token_s", "end_s"):
+        np.testing.assert_allclose(getattr(jumped, name), getattr(stepped, name), rtol=1e-9, atol=1e-9, err_msg=name)
+
+
 @settings(max_examples=40, deadline=None)
 @given(trace=traces(), num_pages=st.integers(48, 120))
 def test_every_request_ends_with_all_its_tokens(trace: SavedTrace, num_pages: int) -> None:
