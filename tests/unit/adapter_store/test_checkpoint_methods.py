@@ -253,6 +253,21 @@ def test_a_trained_bias_needs_the_base_models_own(base: BaseModelInfo) -> None:
         read_method(base, "lora", change=put(name, np.ones(32)), bias="all")
 
 
+@pytest.mark.parametrize(
+    ("name", "size"), [(f"{Q0}.base_layer.bias", 64), (f"{Q0.replace('q_proj', 'k_proj')}.bias", 32)]
+)
+def test_a_trained_bias_of_an_activated_adapter_is_refused_as_it_would_change_what_is_before_the_sequence(
+    name: str, size: int
+) -> None:
+    settings: dict[str, Any] = {"bias": "all", "base_dir": base_dir("qwen2"), "alora_invocation_tokens": [5, 6]}
+
+    with pytest.raises(
+        AdapterIncompatibleError, match=rf"tensor {name}: .*alora_invocation_tokens: PEFT adds it .*before"
+    ):
+        read_method(base_info("qwen2"), "lora", change=put(name, np.ones(size)), **settings)
+    assert read_method(base_info("qwen2"), "lora_bias", alora_invocation_tokens=[5, 6]).invocation_token_ids == (5, 6)
+
+
 def test_floras_factors_are_read_as_they_are_written(base: BaseModelInfo) -> None:
     checkpoint = read_method(base, "flora")
     form = canonicalise(checkpoint)
