@@ -143,7 +143,7 @@ def _group_tensors(
     paths = {projection.path for layer in base.layers for projection in layer}
     slots = slots_of(config) | optional_slots_of(config)
     for name, tensor in tensors.items():
-        if config.method == VERA and (slot := names.SHARED_VERA.get(name.removesuffix(".default"))):
+        if config.method == VERA and (slot := names.SHARED_VERA.get(name)):
             group = shared
         else:
             part = parse_tensor_name(name, paths, slots)
