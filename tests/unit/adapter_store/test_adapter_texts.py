@@ -60,6 +60,11 @@ def test_a_template_of_its_own_is_brought_from_wherever_it_stands(files: dict[st
     assert (parts.chat_template, parts.kinds) == (OWN, ("chat_template",))
 
 
+def test_a_template_in_another_encoding_is_refused_and_not_served_with_replaced_characters() -> None:
+    with pytest.raises(AdapterCorruptUploadError, match=r"chat_template\.jinja is no UTF-8: .*0xe9"):
+        brought({"chat_template.jinja": f"Répondez. {OWN}".encode("latin-1")})
+
+
 def test_another_end_of_text_is_a_stop_token_and_what_the_template_writes() -> None:
     parts = brought(config(eos_token="<|im_start|>", chat_template=OWN))
 

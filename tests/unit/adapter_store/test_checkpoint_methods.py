@@ -62,7 +62,7 @@ def scaled(end: str, by: float) -> Any:
         ("dora", "lora_magnitude_vector$", "lora_magnitude_vector.default.weight"),
         ("dora", r"\.weight$", ".default.weight"),
         ("lora_bias", r"lora_B\.", "lora_B.default."),
-        *((method, "$", ".default") for method in ("adalora", "vera", "ia3", "shira")),
+        *((method, "$", name) for method in ("adalora", "vera", "ia3", "shira") for name in (".default", ".math")),
     ],
 )
 def test_every_spelling_that_peft_had_makes_one_revision(
@@ -101,6 +101,7 @@ def test_two_spellings_of_one_tensor_are_refused(base: BaseModelInfo) -> None:
             "rank_pattern names .*up_proj",
         ),
         ("adalora", None, {"use_dora": True}, "use_dora"),
+        ("vera", renamed("([AB]|lambda_[bd])$", r"\1.\1"), {}, "several adapters: tensor .*vera_A.A is of 'A'"),
         ("vera", drop("base_model.vera_A"), {}, r"base_model\.vera_A is missing: .* save_projection = true"),
         ("vera", None, {"save_projection": False}, "save_projection = false: .* convert_to_lora"),
         ("vera", put("base_model.vera_A", np.ones((4, 64))), {}, r"vera_A has shape \[4, 64\], expected \[4, 128\]"),
@@ -251,6 +252,18 @@ def test_a_trained_bias_needs_the_base_models_own(base: BaseModelInfo) -> None:
     name = f"{Q0.replace('q_proj', 'k_proj')}.base_layer.bias"
     with pytest.raises(AdapterIncompatibleError, match="not explained by target_modules"):
         read_method(base, "lora", change=put(name, np.ones(32)), bias="all")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [(f"{Q0}.base_layer.bias", 64), (f"{Q0.replace('q_proj', 'k_proj')}.bias", 32)]
+)
+def test_a_trained_bias_of_an_activated_adapter_is_refused(name: str, size: int) -> None:
+    settings: dict[str, Any] = {"bias": "all", "base_dir": base_dir("qwen2"), "alora_invocation_tokens": [5, 6]}
+    with pytest.raises(
+        AdapterIncompatibleError, match=rf"tensor {name}: .*alora_invocation_tokens: PEFT adds it .*before"
+    ):
+        read_method(base_info("qwen2"), "lora", change=put(name, np.ones(size)), **settings)
+    assert read_method(base_info("qwen2"), "lora_bias", alora_invocation_tokens=[5, 6]).invocation_token_ids == (5, 6)
 
 
 def test_floras_factors_are_read_as_they_are_written(base: BaseModelInfo) -> None:

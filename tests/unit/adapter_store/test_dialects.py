@@ -215,6 +215,18 @@ REFUSED: dict[str, tuple[tuple[Change, ...], str]] = {
         (setting(alpha_pattern={"w1": 8}), lambda _, v: v.update({"layers.0.mlp.w1.lora_a.weight": v[NAME]})),
         "alpha_pattern names 'w1'",
     ),
+    "a pattern on torchtune's attention": (
+        (setting(alpha_pattern={"layers.0.attn.q_proj": 8}), renaming((NAME, "layers.0.attn.q_proj.lora_a.weight"))),
+        "alpha_pattern names 'layers.0.attn.q_proj', which matches otherwise",
+    ),
+    "a pattern from the start of a model without its lm_head": (
+        (setting(alpha_pattern={"^layers.0.self_attn.q_proj": 8}), renaming((NAME, NAME.replace(".model.model", ".model")))),
+        "alpha_pattern names '.layers.0.self_attn.q_proj', which matches otherwise",
+    ),
+    "a pattern that PEFT does not match in a multimodal model": (
+        (setting(alpha_pattern={"model.layers.0.self_attn.q_proj": 8}), renaming((NAME, NAME.replace(".lay", ".language_model.lay")))),
+        "alpha_pattern names 'model.layers.0.self_attn.q_proj', which matches otherwise",
+    ),
     "LoRA's dtype without MS-Swift": ((setting(lora_dtype="bf16"),), "unknown setting lora_dtype"),
 }  # fmt: skip
 

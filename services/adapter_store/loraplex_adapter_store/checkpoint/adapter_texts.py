@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE: Final = "tokenizer_config.json"
 MAP_FILE: Final = "special_tokens_map.json"
+TEMPLATE_FILE: Final = "chat_template.jinja"
 _TEMPLATE_CONFIGS: Final = (CONFIG_FILE, "chat_template.json")
 # Settings of a generation_config.json that change the output in transformers and mean nothing here.
 _NOT_SERVED: Final = (
@@ -119,9 +120,10 @@ def _template(
     files: Mapping[str, bytes], objects: Mapping[str, dict[str, Any]], own: Mapping[str, str], base: BaseTokenizer
 ) -> tuple[str, str, dict[str, str]]:
     """Return template, its file's name and the adapter's own tokens that it reads; empty if the base's does as well."""
-    found = effective_template(
-        files.get("chat_template.jinja"), {name: objects[name] for name in _TEMPLATE_CONFIGS if name in objects}
-    )
+    jinja = files.get(TEMPLATE_FILE)
+    if jinja is not None:
+        _check_utf8(jinja)
+    found = effective_template(jinja, {name: objects[name] for name in _TEMPLATE_CONFIGS if name in objects})
     if found is not None:
         text, file = found
         template = read_template(text, file=file)
@@ -138,6 +140,13 @@ def _template(
         return "", "", {}
     _check_length(text, MAX_TEMPLATE_BYTES, f"{file}: its chat template")
     return text, file, tokens
+
+
+def _check_utf8(template: bytes) -> None:
+    try:
+        template.decode()
+    except UnicodeDecodeError as error:  # replaced characters would stand in each prompt
+        raise AdapterCorruptUploadError(f"{TEMPLATE_FILE} is no UTF-8: {error}; save it as UTF-8") from error
 
 
 def _check_length(text: str, limit: int, what: str) -> None:

@@ -39,6 +39,7 @@ _ANNOUNCED: Final = {
     names.LORA_B_BIAS: "has lora_bias = true",
     names.SHIRA_INDICES: "targets it: without it, a random generator would decide where the values are",
 }
+_TRAINED_BIASES: Final = (names.ADAPTED_BIAS, names.OTHER_BIAS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def read_checkpoint(
         base.fingerprint,
         tuple(modules),
         (*written.notes, *warnings_of(modules)),
-        _checked_invocation(config, base),
+        _checked_invocation(config, base, found),
         method=config.method,
         rules=written.notes,
         folded=tuple(folded_of(config, modules)),
@@ -141,11 +142,17 @@ def _read_modules(
     return modules
 
 
-def _checked_invocation(config: PeftConfig, base: BaseModelInfo) -> tuple[int, ...]:
+def _checked_invocation(config: PeftConfig, base: BaseModelInfo, found: _Found) -> tuple[int, ...]:
     """Return the sequence that activates the adapter; empty without one."""
     if config.invocation_token_ids and config.use_dora:
         raise AdapterIncompatibleError(
             f"{CONFIG_FILE}: alora_invocation_tokens together with use_dora: PEFT has no such variant; train one of the two"
+        )
+    trained = (tensors[slot] for tensors in found.values() for slot in _TRAINED_BIASES if slot in tensors)
+    if config.invocation_token_ids and (bias := next(trained, None)) is not None:
+        raise AdapterIncompatibleError(
+            f"tensor {bias.name}: a trained bias of the base model together with alora_invocation_tokens: PEFT adds it to the "
+            "tokens before the sequence too, where only the base model may answer; train with bias = none, or with lora_bias"
         )
     for token_id in config.invocation_token_ids:
         if token_id >= base.vocab_size:
@@ -164,7 +171,7 @@ def _group_tensors(
     paths = {projection.path for layer in base.layers for projection in layer}
     slots = slots_of(config) | optional_slots_of(config)
     for name, tensor in tensors.items():
-        if config.method == VERA and (slot := names.SHARED_VERA.get(name.removesuffix(".default"))):
+        if config.method == VERA and (slot := names.SHARED_VERA.get(name)):
             group = shared
         else:
             part = parse_tensor_name(name, paths, slots)

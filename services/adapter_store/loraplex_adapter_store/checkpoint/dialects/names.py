@@ -93,6 +93,7 @@ _NAMED: Final = re.compile(
     r"\.(?!(?:weight|bias)(?:\.|$))(?P<adapter>[^.]+)(?P<end>\.weight|\.bias)?",
     re.ASCII,
 )
+_SHARED: Final = re.compile(r"(base_model\.vera_[AB])\.(\w+)", re.ASCII)
 _OWN_PARTS: Final = frozenset({*SLOTS, *(slot.removesuffix(".weight") for slot in SLOTS)})
 """What PEFT itself writes behind a module's name; some versions with ``.weight`` at the end, some without."""
 
@@ -124,6 +125,12 @@ def unwrapped(name: str) -> tuple[str, tuple[str, ...]]:
     parts = name.split(".")
     found = tuple(dict.fromkeys(WRAPPERS[part] for part in parts if part in WRAPPERS))
     return (".".join(part for part in parts if part not in WRAPPERS), found) if found else (name, ())
+
+
+def shared_name(name: str) -> tuple[str, str]:
+    """Return PEFT's name of a tensor that all modules share, and the adapter's name in it, empty if there is none."""
+    found = _SHARED.fullmatch(name)
+    return (found[1], found[2]) if found is not None else (name, "")
 
 
 def read_name(name: str, paths: Collection[str], own: Collection[str] = ()) -> Reading | None:

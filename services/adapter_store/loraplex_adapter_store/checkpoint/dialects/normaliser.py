@@ -16,7 +16,7 @@ from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibl
 
 from loraplex_adapter_store.checkpoint.dialects.configs import read_config
 from loraplex_adapter_store.checkpoint.dialects.layouts import Layouts
-from loraplex_adapter_store.checkpoint.dialects.names import ALPHA, PEFT_PREFIX, A, read_name, unwrapped
+from loraplex_adapter_store.checkpoint.dialects.names import ALPHA, PEFT_PREFIX, A, read_name, shared_name, unwrapped
 from loraplex_adapter_store.checkpoint.dialects.table import RULES
 from loraplex_adapter_store.checkpoint.dialects.targets import (
     with_last_layers,
@@ -27,7 +27,7 @@ from loraplex_adapter_store.checkpoint.dialects.tensor_ops import number
 from loraplex_adapter_store.checkpoint.safetensors_file import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from loraplex_common.base_model import BaseModelInfo
 
@@ -69,7 +69,7 @@ def normalise(config: bytes, tensors: Mapping[str, Tensor], base: BaseModelInfo)
     own = ("lora_A", "lora_B") if fields.get("peft_type") == "ADALORA" else ()  # parameters there, as in loralib
     readings = {name: read_name(name, paths, own) for name in tensors}
     used = Counter(rule for reading in readings.values() if reading is not None for rule in reading.rules)
-    _check_adapter_names(readings)
+    _check_adapter_names(readings, tensors)
     if form.last_layers is not None:
         read = {path for reading in readings.values() if reading is not None for path in reading.paths}
         fields = with_last_layers(form, read, base)
@@ -94,11 +94,13 @@ def _note(rule: str, num_tensors: int | None = None) -> str:
     return f"read as {known.program} writes it{counted}: {known.form}: {known.meaning}".replace("`", "'")
 
 
-def _check_adapter_names(readings: Mapping[str, Reading | None]) -> None:
+def _check_adapter_names(readings: Mapping[str, Reading | None], names: Collection[str]) -> None:
     first: dict[str, str] = {}
-    for name, reading in readings.items():
-        if reading is not None and reading.adapter:
-            first.setdefault(reading.adapter, name)
+    for name in names:
+        reading = readings[name]
+        adapter = shared_name(unwrapped(name)[0])[1] if reading is None else reading.adapter
+        if adapter:
+            first.setdefault(adapter, name)
     if len(first) > 1:
         (one, one_name), (other, other_name) = list(first.items())[:2]
         raise AdapterIncompatibleError(
@@ -118,7 +120,8 @@ def _placed(
         if reading is None:
             # What modules share may be wrapped too; a tensor of a layer is refused under the name that the file has.
             bare, rules = unwrapped(name) if "layers." not in name else (name, ())
-            used.update(rules)
+            bare, adapter = shared_name(bare)
+            used.update((*rules, "adapter_name") if adapter else rules)
             found = {bare: tensor}
         elif reading.part == ALPHA:
             _put(alphas, reading.names()[0], tensor)

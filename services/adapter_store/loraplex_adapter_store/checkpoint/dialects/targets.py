@@ -41,6 +41,16 @@ _NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
     }
 )
 """Rule -> the program's name of a module -> names of projections."""
+_FOREIGN: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
+    {
+        "torchtune": frozenset({"attn", "model"}),
+        "meta": frozenset({"attention", "feed_forward", "model"}),
+        "headless": frozenset({"model"}),
+        "multimodal": frozenset({"model", "language_model"}),
+    }
+    | dict.fromkeys(("megatron", "megatron_qkv", "megatron_fc1"), frozenset({"decoder", "self_attention"}))
+)
+"""Rule of another program's modules -> what only one of its names and PEFT's has in it, besides names of projections."""
 _MULTIMODAL: Final = re.compile(r"(?:model\.)?language_model\.(?:model\.)?")
 _PATTERNS: Final = ("rank_pattern", "alpha_pattern")
 
@@ -70,24 +80,26 @@ def with_projections(fields: dict[str, Any], rules: Collection[str]) -> None:
         AdapterIncompatibleError: If a pattern of ranks or alphas has such a name.
     """
     names = {name: ours for rule in rules for name, ours in _NAMES.get(rule, {}).items()}
-    is_multimodal = "multimodal" in rules
-    if not names and not is_multimodal:
+    foreign = frozenset().union(*(_FOREIGN.get(rule, ()) for rule in rules))
+    if not foreign:
         return
     for setting in _PATTERNS:
         patterns = fields.get(setting)
         for pattern in patterns if isinstance(patterns, dict) else ():
-            words = set(re.findall(r"\w+", pattern))
-            if words & names.keys() or (is_multimodal and "language_model" in words):
+            # A pattern that matched there and not here, or the other way round, would leave a module with another alpha.
+            if "^" in pattern or not {*re.findall(r"\w+", pattern)}.isdisjoint(names.keys() | foreign):
                 raise AdapterIncompatibleError(
-                    f"{CONFIG_FILE}: {setting} names {pattern[:80]!r} as the training program does; save the adapter with "
-                    "PEFT's names"
+                    f"{CONFIG_FILE}: {setting} names {pattern[:80]!r}, which matches otherwise in the training program; save the "
+                    "adapter with PEFT's names, or begin the pattern at 'layers.'"
                 )
     targets = fields.get("target_modules")
     if isinstance(targets, list):
-        fields["target_modules"] = [each for target in targets for each in _projections(target, names, is_multimodal)]
+        fields["target_modules"] = [
+            each for target in targets for each in _projections(target, names, is_multimodal="multimodal" in rules)
+        ]
 
 
-def _projections(target: Any, names: Mapping[str, tuple[str, ...]], is_multimodal: bool) -> tuple[Any, ...]:
+def _projections(target: Any, names: Mapping[str, tuple[str, ...]], *, is_multimodal: bool) -> tuple[Any, ...]:
     if not isinstance(target, str):
         return (target,)
     found = names.get(target.rpartition(".")[2], (target,)) if names else (target,)
