@@ -23,7 +23,10 @@ from loraplex_engine.runners.cuda.magnitudes import RowScales, has_magnitudes, o
 from support.decoder_shapes import OPS, decoder_geometry
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from loraplex_common.adapter_image import Geometry
+    from loraplex_engine.runners.cuda.magnitudes import PlacedTile
     from numpy.typing import NDArray
 
 CPU = torch.device("cpu")
@@ -178,12 +181,18 @@ def test_pieces_are_launched_in_turn_with_loads_of_the_step_loop(
     if is_known:
         engine.load(loads)
         engine.copy_image()
-    name = "_numbers"  # every piece that writes c asks for its tile
-    numbers = getattr(engine.scales, name)
-    monkeypatch.setattr(engine.scales, name, lambda tile: (seen.append(loads.turn.locked()), numbers(tile))[1])
-    pieces = list[bool]()
-    launch = loads._launch
-    monkeypatch.setattr(loads, "_launch", lambda work: (pieces.append(True), launch(work))[1])
+    pieces, numbers, launch = list[bool](), engine.scales._numbers, loads._launch
+
+    def numbers_in_turn(tile: PlacedTile) -> torch.Tensor:  # every piece that writes c asks for its tile
+        seen.append(loads.turn.locked())
+        return numbers(tile)
+
+    def counted(work: Iterator[None]) -> bool:
+        pieces.append(True)
+        return launch(work)
+
+    monkeypatch.setattr(engine.scales, "_numbers", numbers_in_turn)
+    monkeypatch.setattr(loads, "_launch", counted)
 
     engine.load(loads)
 
