@@ -57,9 +57,23 @@ class PartPool:
         self.adapters: list[PartAdapter] = []
 
     def add(
-        self, kinds: Iterable[str], projections: tuple[str, ...] = PROJECTIONS, *, rank: int = 8, density: float = 0.02
+        self,
+        kinds: Iterable[str],
+        projections: tuple[str, ...] = PROJECTIONS,
+        *,
+        rank: int = 8,
+        density: float = 0.02,
+        counts: tuple[int, ...] = (),
     ) -> PartAdapter:
-        """Pack an adapter whose modules have parts of these kinds, in every layer."""
+        """Pack an adapter whose modules have parts of these kinds, in every layer.
+
+        Args:
+            kinds: Kinds of parts.
+            projections: The modules.
+            rank: Of pairs.
+            density: Of sparse deltas.
+            counts: Non-zeros of a sparse delta's outputs, in turn; random ones of that density if empty.
+        """
         modules, tensors = [], dict[tuple[int, str, str], Any]()
         for layer in range(self.geometry.num_layers):
             shared = dict[int, Any]()
@@ -67,6 +81,8 @@ class PartPool:
                 parts: list[Part] = []
                 for kind in kinds:
                     part, arrays = self._part(kind, layer, name, rank, density)
+                    if kind == SPARSE_DELTA and counts:
+                        part, arrays = self._sparse(layer, name, counts)
                     if kind == IN_VECTOR:
                         arrays = shared.setdefault(self.geometry.place(layer, name)[0], arrays)
                     parts.append(part)
@@ -78,6 +94,14 @@ class PartPool:
         self.pages[pages] = pack(self.geometry, spec, tensors)
         self.adapters.append(PartAdapter(spec, pages, tensors))
         return self.adapters[-1]
+
+    def _sparse(self, layer: int, name: str, counts: tuple[int, ...]) -> tuple[SparseDelta, Arrays]:
+        columns, outputs = self.geometry.projection(layer, name).shape
+        sizes = np.minimum(np.resize(counts, outputs), columns)
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        where = np.concatenate([np.sort(self._rng.choice(columns, size, replace=False)) for size in sizes.tolist()])
+        values = round_to(self._rng.standard_normal(len(where), dtype=np.float32), self.geometry.dtype)
+        return SparseDelta(len(where), 0.25), (values, where.astype(np.int32), starts)
 
     def _part(self, kind: str, layer: int, name: str, rank: int, density: float) -> tuple[Part, Arrays]:
         rng, dtype = self._rng, self.geometry.dtype

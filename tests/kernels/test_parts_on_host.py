@@ -141,6 +141,40 @@ def test_sparse_deltas_are_added_for_rows_of_any_adapters(
     assert torch.equal(y[~is_sparse], before[~is_sparse])
 
 
+COUNTS = {
+    "none to all": (0, 1, 7, 8, 9, 400, 16, 0, 0, 3, 15, 17, 133),
+    "short": (1, 0, 2, 1, 1, 3, 0, 0, 1),
+    "of runs": (8, 16, 0, 24),
+    "long": (500, 1, 4100),
+    "one at the end": (*(0,) * 63, 5),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("case", COUNTS)
+def test_outputs_of_any_number_of_non_zeros_wherever_runs_and_warps_cut_them(
+    host_library: MakeHostLibrary, dtype: torch.dtype, case: str
+) -> None:
+    """Outputs begin and end within a run, on its edge, several in one; ranges of warps and CTAs begin within runs."""
+    rig = Rig(host_library(dtype), [(SPARSE_DELTA,)], counts=COUNTS[case])
+    shape = rig.shapes[rig.tables.op_index(0, "down")]
+    adapters, rows = np.array([0, 0, 0], dtype=np.int32), 3
+    x, found = rig.randn(rows, shape.columns), list[torch.Tensor]()
+    zero = torch.zeros(shape.slice_begin[-1], shape.columns)
+    expected = rig.resident.output(adapters, np.ones(rows, np.float32), x, zero, None, (0, "down"))
+
+    for num_sms in (1, 3):
+        y = torch.zeros(rows, shape.slice_begin[-1], dtype=dtype)
+        sparse = LoraSparse(rig.library, rig.tables, rig.pool, rig.shapes, max_rows=16, num_sms=num_sms)
+        rig.library.track(sparse.buffer)
+        sparse.prepare(adapters)
+        sparse.add(0, "down", x, y, torch.ones(rows))
+        found.append(y)
+
+    assert relative_error(found[0], expected) < TOLERANCE[dtype]
+    assert torch.equal(*found), "where work is cut does not change a sum"
+
+
 def test_a_rows_sum_does_not_depend_on_the_rows_beside_it(host_library: MakeHostLibrary) -> None:
     rig = Rig(host_library(torch.float32), [(SPARSE_DELTA,)], density=0.05)
     x, found = rig.randn(5, 136), list[torch.Tensor]()

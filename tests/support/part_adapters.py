@@ -44,8 +44,18 @@ class PartAdapter:
     tensors: Tensors
 
 
-def random_adapter(geometry: Geometry, parts: tuple[Part, ...], number: int, strength: float = 0.3) -> PartAdapter:
-    """Draw an adapter whose modules have these parts, on all projections or every other one."""
+def random_adapter(
+    geometry: Geometry, parts: tuple[Part, ...], number: int, strength: float = 0.3, dtype: str | None = None
+) -> PartAdapter:
+    """Draw an adapter whose modules have these parts, on all projections.
+
+    Args:
+        geometry: The model's.
+        parts: Of each module.
+        number: Seed, and digest.
+        strength: Of its changes.
+        dtype: Values are rounded to it, for an adapter of the same values in a wider geometry; the geometry's if unset.
+    """
     rng, modules, tensors = np.random.default_rng(number), [], dict[tuple[int, str, str], Any]()
     for layer in range(geometry.num_layers):
         for projection in geometry.layers[layer]:
@@ -63,7 +73,7 @@ def random_adapter(geometry: Geometry, parts: tuple[Part, ...], number: int, str
                         arrays,
                     )
                 own.append(drawn)
-                tensors[layer, projection.name, drawn.kind] = _rounded(arrays, drawn.kind, geometry.dtype)
+                tensors[layer, projection.name, drawn.kind] = _rounded(arrays, drawn.kind, dtype or geometry.dtype)
             modules.append(ModuleSpec(layer, projection.name, tuple(own)))
     return PartAdapter(AdapterSpec(f"{number:064x}", tuple(modules)), tensors)
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 REPLAYS = 15
 MAX_ERROR = 2e-2
 
 
-def time_us(calls: list[Callable[[], None]], flush: torch.Tensor) -> float:
+def time_us(calls: Sequence[Callable[[], object]], flush: torch.Tensor) -> float:
     """Median time of one call, in microseconds, with weights cold in L2."""
     for call in calls[:2]:
         call()

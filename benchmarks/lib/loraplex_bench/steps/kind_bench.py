@@ -100,7 +100,7 @@ class KindBench:
     def load(self, kind: str, number: int) -> LoadHandle:
         """See `KindSteps`."""
         spec, source = self._images[kind].spec(number), self._arena[self._places[kind]]
-        return self.runner.load_adapter(number, spec, self._pages[number], source)
+        return self.runner.load_adapter(number, spec, self._pages[number][: len(source)], source)
 
     def unload(self, number: int) -> None:
         """See `KindSteps`."""

@@ -7,6 +7,7 @@ seen.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
@@ -22,7 +23,7 @@ from loraplex_engine.runners.cuda.magnitude_loads import MagnitudeLoad
 from loraplex_engine.runners.cuda.magnitudes import has_magnitudes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from loraplex_common.adapter_image import AdapterSpec
     from loraplex_kernels.lora.tables import AdapterTables
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from loraplex_engine.runners.cuda.magnitude_loads import MagnitudeLoads
 
 TABLE_RETRY_S: Final = 1.0  # evictions of other adapters free tiles
+MAX_COPY_BYTES: Final = 4 << 20
+"""Of pages that lie behind each other: few calls, and a step's own inputs wait for none longer than 0.1 ms."""
 HOST_TO_DEVICE = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
 
 
@@ -125,7 +128,8 @@ class AdapterLoads:
             np.copyto(staging.numpy(), source)
             source = staging.numpy()
         self._stream.wait_stream(compute)
-        with torch.cuda.stream(self._stream):
+        # The thread of magnitudes waits meanwhile: each call below gives up the interpreter, and would wait to get it back.
+        with self._magnitudes.turn, torch.cuda.stream(self._stream):
             self._bind(index, spec, pages)  # first: an adapter that cannot be bound must start no copy
             self._copy(pages, source)
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -162,12 +166,20 @@ class AdapterLoads:
         return source.strides[1] == 1 and self._arena.holds(begin, extent)
 
     def _copy(self, pages: NDArray[np.int32], source: NDArray[np.uint8]) -> None:
-        """Copy page by page."""
+        """Copy pages, those that lie behind each other at once."""
         page_bytes = self._pool.shape[1]
         target, stream = self._pool.data_ptr(), self._stream.cuda_stream
         begin, stride = source.__array_interface__["data"][0], source.strides[0]
-        for row, page in enumerate(pages.tolist()):
+        for row, page, count in page_runs(pages, MAX_COPY_BYTES // page_bytes if stride == page_bytes else 1):
             result = runtime.cudaMemcpyAsync(
-                target + page * page_bytes, begin + row * stride, page_bytes, HOST_TO_DEVICE, stream
+                target + page * page_bytes, begin + row * stride, count * page_bytes, HOST_TO_DEVICE, stream
             )
-            check(result, f"copy of adapter page {page}")
+            check(result, f"copy of {count} adapter pages from {page} on")
+
+
+def page_runs(pages: NDArray[np.int32], longest: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (row, page, count) of runs of consecutive pages, each at most ``longest`` of them, at least one."""
+    bounds = np.append(np.flatnonzero(np.diff(pages, prepend=-2) != 1), len(pages)).tolist()
+    for begin, end in itertools.pairwise(bounds):
+        for row in range(begin, end, max(longest, 1)):
+            yield row, int(pages[row]), min(max(longest, 1), end - row)

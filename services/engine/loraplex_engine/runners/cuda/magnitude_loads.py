@@ -1,9 +1,10 @@
 """A thread that turns the magnitudes of DoRA adapters into c on the device, projection by projection, beside the steps.
 
-Each projection, or 8192 outputs of it, is waited for before the next is launched, and while steps run there is a pause as
-well: a step is delayed by the few microseconds that reading these weights takes, a few times. The stream has the lowest
-priority that there is. One thread takes the adapters in the order of their loads. An adapter that was computed once is copied
-from the host the next time.
+Each piece, at most 8192 outputs of a projection and 16 million numbers of W, is waited for before the next is launched, and
+while steps run there is a pause as well: a step is delayed by the few microseconds that reading these weights takes, a few
+times. The stream has the lowest priority that there is. One thread takes the adapters in the order of their loads. An adapter
+that was computed once is copied from the host the next time. Between pieces the thread waits without the interpreter, and it
+launches none while the step loop's thread holds `MagnitudeLoads.turn`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from loraplex_common.errors import SaturatedError
 
-from loraplex_engine.runners.cuda.magnitudes import ops_with_magnitudes
+from loraplex_engine.runners.cuda.magnitudes import num_magnitudes, ops_with_magnitudes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -136,6 +137,10 @@ class MagnitudeLoads:
     def __init__(self, scales: RowScales, geometry: Geometry, device: torch.device) -> None:
         self._scales, self._geometry, self._device = scales, geometry, device
         self.cache = ScaleCache()
+        self.turn = (
+            threading.Lock()
+        )  # held by the thread that launches: a piece of this one, or a load of the step loop's
+        self._staging = torch.empty(0)  # pinned
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._is_stopping = False
         self._jobs: SimpleQueue[MagnitudeLoad | None] = SimpleQueue()
@@ -175,25 +180,46 @@ class MagnitudeLoads:
             self._stream.wait_event(load.copied)
         ops = ops_with_magnitudes(self._geometry, load.spec, load.pages)
         known = self.cache.get(load.spec.digest)
-        if known is not None:
-            self._restore(ops, known)
-            load.end()
-            return
-        computed = []
-        for op in ops:
-            for values in self._scales.compute(op):
-                computed.append(values)
-                self._wait(load.compute)
-                if self._is_stopping:
-                    return
-        self.cache.put(load.spec.digest, torch.cat(computed).cpu())
+        pieces = self._restore(ops, known) if known is not None else self._compute(ops, load.spec)
+        while self._launch(pieces):
+            self._wait(load.compute)
+            if self._is_stopping:
+                return
+        if known is None:
+            count = num_magnitudes(self._geometry, load.spec)
+            self.cache.put(load.spec.digest, self._staging[:count].clone())
         load.end()
 
-    def _restore(self, ops: Iterator[OpMagnitudes], known: Tensor) -> None:
-        values, at = known.to(self._device), 0
+    def _launch(self, pieces: Iterator[None]) -> bool:
+        """Launch the next piece, in turn; tell whether there was one."""
+        with self.turn:
+            return next(pieces, True) is None
+
+    def _compute(self, ops: Iterator[OpMagnitudes], spec: AdapterSpec) -> Iterator[None]:
+        """Compute c into the pool and, for the cache, into the staging buffer; yield after each piece."""
+        at, staging = 0, self._staged(num_magnitudes(self._geometry, spec))
+        for op in ops:
+            for values in self._scales.compute(op):
+                if values is not None:
+                    staging[at : at + len(values)].copy_(values, non_blocking=True)
+                    at += len(values)
+                yield
+
+    def _restore(self, ops: Iterator[OpMagnitudes], known: Tensor) -> Iterator[None]:
+        """Copy c into the pool; yield after each op."""
+        staging, at = self._staged(len(known)), 0
+        staging.copy_(known)
+        values = staging.to(self._device, non_blocking=True)
+        yield
         for op in ops:
             at += self._scales.restore(op, values[at:])
-        self._wait(None)
+            yield
+
+    def _staged(self, count: int) -> Tensor:
+        """Return the staging buffer, grown to that many numbers; earlier copies out of or into it were waited for."""
+        if len(self._staging) < count:
+            self._staging = torch.empty(count, pin_memory=self._stream is not None)
+        return self._staging[:count]
 
     def _wait(self, compute: torch.cuda.Stream | None) -> None:
         """Wait for what was launched; while steps run, give them time."""

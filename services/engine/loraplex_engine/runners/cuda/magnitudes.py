@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 SCRATCH_ITEMS: Final = 2 << 20
 """Numbers of each fp32 scratch, 8 MiB: outputs are taken in slices that fit."""
-WEIGHT_ITEMS: Final = 32 << 20
-"""Numbers of W that are read at once, for forms of W that have to be unpacked."""
+WEIGHT_ITEMS: Final = 16 << 20
+"""Numbers of W that are read at once: some 10 us of the device, which kernels of a step may wait for."""
 
 
 class PlacedTile(NamedTuple):
@@ -69,6 +69,16 @@ class OpMagnitudes(NamedTuple):
 def has_magnitudes(spec: AdapterSpec) -> bool:
     """Tell whether an adapter has c that the engine must compute."""
     return any(isinstance(part, OutVector) and part.is_magnitude for module in spec.modules for part in module.parts)
+
+
+def num_magnitudes(geometry: Geometry, spec: AdapterSpec) -> int:
+    """Return how many numbers an adapter's c has that the engine must compute."""
+    count = 0
+    for module in spec.modules:
+        if any(isinstance(part, OutVector) and part.is_magnitude for part in module.parts):
+            op, index = geometry.place(module.layer, module.projection)
+            count += geometry.ops[op].local_outputs(geometry.tp_degree)[index]
+    return count
 
 
 def ops_with_magnitudes(geometry: Geometry, spec: AdapterSpec, pages: NDArray[np.int32]) -> Iterator[OpMagnitudes]:
@@ -133,17 +143,27 @@ class RowScales:
         self._pool, self._geometry, self._linears, self._dtype = pool.view(-1), geometry, linears, dtype
         self._squares: dict[tuple[int, int], Tensor] = {}  # ||W||^2 by layer and op
 
-    def compute(self, op: OpMagnitudes) -> Iterator[Tensor]:
-        """Write the c of an op over its magnitudes; yield what was written, fp32, after each of `OpMagnitudes.c`."""
+    def compute(self, op: OpMagnitudes) -> Iterator[Tensor | None]:
+        """Write the c of an op over its magnitudes, piece by piece.
+
+        Yields:
+            What was written, fp32, after each of `OpMagnitudes.c`; None after pieces of work before.
+        """
         linear = self._linears[op.layer][self._geometry.ops[op.op].name]
-        squares = self._squares_of(op, linear)
+        yield from self._make_squares(op, linear)
+        squares = self._squares[op.layer, op.op]
         a = torch.cat([self._view(tile) for tile in op.a], dim=1) if op.a else None
         for tile in op.c:
             magnitudes = self._numbers(tile)
             begin = self._begin_of(op, tile)
             norm = squares[begin : begin + tile.cols]
             if a is not None and tile.slice in op.b:
-                norm = norm + self._added_squares(op, linear, a, tile)
+                added: list[Tensor] = []
+                for piece in self._added_squares(op, linear, a, tile):
+                    if added:
+                        yield None
+                    added.append(piece)
+                norm = norm + (torch.cat(added) if len(added) > 1 else added[0])
             norm = norm.clamp_min(0).sqrt_()
             c = magnitudes / norm
             c.masked_fill_(norm == 0, 0)  # the row is zero, so its product with x is
@@ -170,22 +190,21 @@ class RowScales:
     def _numbers(self, tile: PlacedTile) -> Tensor:
         return self._pool[tile.offset : tile.offset + 4 * tile.cols].view(torch.float32)
 
-    def _squares_of(self, op: OpMagnitudes, linear: Linear) -> Tensor:
-        """Return ||W||^2 of each row of an op, computed once."""
+    def _make_squares(self, op: OpMagnitudes, linear: Linear) -> Iterator[None]:
+        """Compute ||W||^2 of each row of an op, once; yield after each piece."""
         key = (op.layer, op.op)
-        if key not in self._squares:
-            step = max(1, SCRATCH_ITEMS // linear.in_features)
-            norms = [
-                torch.linalg.vector_norm(
-                    linear.rows(first, min(first + step, linear.out_features)), dim=1, dtype=torch.float32
-                )
-                for first in range(0, linear.out_features, step)
-            ]
-            self._squares[key] = torch.cat(norms).square_()
-        return self._squares[key]
+        if key in self._squares:
+            return
+        step = max(1, WEIGHT_ITEMS // linear.in_features)
+        norms = []
+        for first in range(0, linear.out_features, step):
+            rows = linear.rows(first, min(first + step, linear.out_features))
+            norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
+            yield None
+        self._squares[key] = torch.cat(norms).square_()
 
-    def _added_squares(self, op: OpMagnitudes, linear: Linear, stacked: Tensor, c_tile: PlacedTile) -> Tensor:
-        """Return ||W + s B A||^2 - ||W||^2 of the rows of a c tile."""
+    def _added_squares(self, op: OpMagnitudes, linear: Linear, stacked: Tensor, c_tile: PlacedTile) -> Iterator[Tensor]:
+        """Yield ||W + s B A||^2 - ||W||^2 of the rows of a c tile, piece by piece."""
         b_tiles = op.b[c_tile.slice]
         rank = b_tiles[0].cols
         first_rank = sum(tiles[0].cols for other, tiles in op.b.items() if other < c_tile.slice)
@@ -194,13 +213,11 @@ class RowScales:
         scaling, first_row = op.scalings[c_tile.slice], self._begin_of(op, c_tile)
         gram = (a.float() @ a.float().t()).mul_(scaling)
         step = max(1, min(SCRATCH_ITEMS // rank, WEIGHT_ITEMS // linear.in_features))
-        added = []
         for begin in range(0, c_tile.cols, step):
             end = min(begin + step, c_tile.cols)
             wide_b = b[begin:end].float()
             cross = product(linear.rows(first_row + begin, first_row + end), a)
-            added.append(torch.addmm(cross, wide_b, gram, beta=2.0).mul_(wide_b).sum(1).mul_(scaling))
-        return torch.cat(added)
+            yield torch.addmm(cross, wide_b, gram, beta=2.0).mul_(wide_b).sum(1).mul_(scaling)
 
 
 def product(weight: Tensor, a: Tensor) -> Tensor:

@@ -17,13 +17,17 @@ from loraplex_common.errors import SaturatedError
 from loraplex_common.low_rank import LOW_RANK, LowRank
 from loraplex_common.vectors import OUT_VECTOR, OutVector
 from loraplex_engine.runners.cuda import magnitudes
+from loraplex_engine.runners.cuda.adapter_loads import page_runs
 from loraplex_engine.runners.cuda.linears import CublasDense
 from loraplex_engine.runners.cuda.magnitude_loads import MagnitudeLoad, MagnitudeLoads, ScaleCache
 from loraplex_engine.runners.cuda.magnitudes import RowScales, has_magnitudes, ops_with_magnitudes
 from support.decoder_shapes import OPS, decoder_geometry
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from loraplex_common.adapter_image import Geometry
+    from loraplex_engine.runners.cuda.magnitudes import PlacedTile
     from numpy.typing import NDArray
 
 CPU = torch.device("cpu")
@@ -132,6 +136,7 @@ def test_c_is_m_over_the_norm_of_each_adapted_row(
     dtype: str, scratch_items: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(magnitudes, "SCRATCH_ITEMS", scratch_items)
+    monkeypatch.setattr(magnitudes, "WEIGHT_ITEMS", 40 * scratch_items)
     engine = Engine(dtype)
     loads = MagnitudeLoads(engine.scales, engine.geometry, CPU)
     others = engine.pool.clone()
@@ -164,6 +169,52 @@ def test_a_reload_copies_what_was_computed_and_computes_nothing(monkeypatch: pyt
 
     assert torch.equal(engine.pool[engine.pages.tolist()], first[before.tolist()])
     loads.close()
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_pieces_are_launched_in_turn_with_loads_of_the_step_loop(
+    is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch outside the turn fails its load, and there is a piece for each slice of W that is read."""
+    engine, seen = Engine("float32"), list[bool]()
+    monkeypatch.setattr(magnitudes, "WEIGHT_ITEMS", 128 * 128)
+    loads = MagnitudeLoads(engine.scales, engine.geometry, CPU)
+    if is_known:
+        engine.load(loads)
+        engine.copy_image()
+    pieces, numbers, launch = list[bool](), engine.scales._numbers, loads._launch
+
+    def numbers_in_turn(tile: PlacedTile) -> torch.Tensor:  # every piece that writes c asks for its tile
+        seen.append(loads.turn.locked())
+        return numbers(tile)
+
+    def counted(work: Iterator[None]) -> bool:
+        pieces.append(True)
+        return launch(work)
+
+    monkeypatch.setattr(engine.scales, "_numbers", numbers_in_turn)
+    monkeypatch.setattr(loads, "_launch", counted)
+
+    engine.load(loads)
+
+    assert seen
+    assert all(seen)
+    assert not loads.turn.locked()
+    rows = sum(engine.geometry.projection(0, module).shape[1] for module in RANKS)
+    assert len(pieces) > (8 if is_known else 2 * rows // 128)
+    loads.close()
+
+
+@pytest.mark.parametrize("longest", [0, 1, 3, 100])
+def test_pages_that_lie_behind_each_other_are_copied_at_once(longest: int) -> None:
+    pages = np.array([4, 5, 6, 7, 2, 9, 10, 0, 1], dtype=np.int32)
+
+    runs = list(page_runs(pages, longest))
+
+    assert [page + i for _, page, count in runs for i in range(count)] == pages.tolist()
+    assert [row for row, _, _ in runs] == np.cumsum([0, *(count for _, _, count in runs)])[:-1].tolist()
+    assert len(runs) == {0: 9, 1: 9, 3: 5, 100: 4}[longest]
+    assert list(page_runs(pages[:0], longest)) == []
 
 
 def test_what_cannot_be_computed_is_raised_by_its_load_and_the_next_adapter_is_computed() -> None:
