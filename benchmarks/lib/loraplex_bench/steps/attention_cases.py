@@ -54,7 +54,7 @@ def attention_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> di
             for layer in range(layers)
         ]
         if splits <= max(2, chosen * 2):
-            times["op" if splits == chosen else f"splits{splits}"] = time_us(calls, flush)  # type: ignore[arg-type]
+            times["op" if splits == chosen else f"splits{splits}"] = time_us(calls, flush)
     return times
 
 
