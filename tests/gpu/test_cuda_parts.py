@@ -46,7 +46,7 @@ class PartRig:
         dtype: Compute dtype.
         truth_of: Compute by the plain formula in fp32, step by step, no graphs, with an adapter's values as that dtype has
             them.
-        options: Further options of the runner.
+        options: Arguments of `make_cuda_runner`.
     """
 
     def __init__(self, model_dir: Path, dtype: str, *, truth_of: str | None = None, **options: Any) -> None:
