@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import struct
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from loraplex_kernels.compiler import SOURCES, sources
 from loraplex_kernels.module import KernelLibrary, dtype_defines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 HERE = Path(__file__).parent
 FLAGS = (
@@ -43,9 +44,9 @@ def pointer_fields(value: ctypes.Structure, at: int = 0) -> Iterator[tuple[int, 
 class HostKernel:
     """Stands in for `module.Kernel`."""
 
-    def __init__(self, library: HostLibrary, binary: Path, params: Any, block: int) -> None:
+    def __init__(self, library: HostLibrary, build: Callable[[], Path], params: Any, block: int) -> None:
         self.params = params
-        self._library, self._binary, self._block = library, binary, block
+        self._library, self._build, self._block = library, build, block
 
     def launch(self, x: int, y: int = 1, z: int = 1, *, stream: int | None = None) -> None:
         del stream
@@ -61,11 +62,12 @@ class HostKernel:
         call = struct.pack("<5q", x, y, z, self._block, ctypes.sizeof(self.params)) + bytes(self.params)
         call += struct.pack("<q", len(raw)) + b"".join(struct.pack("<q", data.size) + data.tobytes() for data in raw)
         call += struct.pack("<q", len(relocations)) + b"".join(struct.pack("<3q", *entry) for entry in relocations)
+        binary = self._build()  # here, as a decoder loads more kernels than its steps launch
         request, reply = self._library.scratch / "call", self._library.scratch / "result"
         request.write_bytes(call)
-        done = subprocess.run([self._binary, request, reply], capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run([binary, request, reply], capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
-            raise AssertionError(f"{self._binary.name} failed:\n{done.stderr[:4000]}")
+            raise AssertionError(f"{binary.name} failed:\n{done.stderr[:4000]}")
         result, begin = reply.read_bytes(), 0
         for data in raw:
             data[:] = memoryview(result)[begin : begin + data.size]
@@ -87,15 +89,17 @@ class HostLibrary(KernelLibrary):
         self._tensors: list[torch.Tensor] = []
 
     def load(self, name: str, params: Any, block: int, *, defines: Sequence[str] = (), shared_bytes: int = 0) -> Any:
-        macros = (*defines, *dtype_defines(self.dtype))
+        return HostKernel(self, partial(self._build, name, (*defines, *dtype_defines(self.dtype))), params, block)
+
+    def _build(self, name: str, macros: tuple[str, ...]) -> Path:
         binary = self._directory / "-".join((name, *macros)).replace("=", "_")
         if not binary.exists():
             command = [str(COMPILER), *FLAGS, f"-I{SOURCES}", f"-I{HERE}", *(f"-D{macro}" for macro in macros)]
             command += [f'-DKERNEL_FILE="{sources()[name]}"', f"-DKERNEL_NAME={name}", str(HERE / "host_runner.cpp")]
-            partial = self.scratch / binary.name
-            subprocess.run([*command, "-o", str(partial)], check=True, timeout=120)
-            partial.replace(binary)
-        return HostKernel(self, binary, params, block)
+            unfinished = self.scratch / binary.name
+            subprocess.run([*command, "-o", str(unfinished)], check=True, timeout=120)
+            unfinished.replace(binary)
+        return binary
 
     def track(self, *tensors: torch.Tensor) -> None:
         """Make tensors known whose addresses reach kernels without `check`."""

@@ -78,7 +78,7 @@ def test_finish_applies_c_and_b_and_leaves_rows_without_them_as_they_are(
         kept = None if adapter % 2 else bias  # every other adapter's c scales the base's bias too
         b = b if b is None else scales[row] * b
         assert relative_error(y[row], reference.finish(before[row : row + 1], c, b, kept)[0]) < TOLERANCE[dtype]
-    assert torch.equal(y[5], before[5]), "rows behind the step's are nobody's"
+    assert torch.equal(y[5], before[5]), "rows behind the step's have no adapter"
 
 
 @DTYPES

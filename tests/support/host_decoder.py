@@ -61,11 +61,14 @@ class Done:
 
 
 class HostRunner:
-    """`CudaRunner` without streams and graphs: decode steps padded to a bucket, others as they are."""
+    """`CudaRunner` without streams and graphs: decode steps padded to a bucket, others as they are.
+
+    Attributes:
+        instead: Makes the path that a step takes, in place of the engine's.
+    """
 
     backend: ClassVar[str] = "cuda"
     pipeline_depth = 1
-    # instead: makes the path that a step takes, in place of the engine's
 
     def __init__(
         self,
