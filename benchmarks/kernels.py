@@ -108,7 +108,7 @@ def prefill_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> dict
         require_close(y[rows, : expected.shape[1]], expected, str(row))
     y.copy_(0.3 * torch.randn_like(y))
     calls = [lambda layer=layer: lora.apply(layer, case.op, x, scale, y) for layer in range(case.sets)]
-    return {"op": time_us(calls, flush)}  # type: ignore[arg-type]
+    return {"op": time_us(calls, flush)}
 
 
 def launch_rows() -> list[Case]:

@@ -153,7 +153,9 @@ def test_a_row_draws_alone_what_it_draws_among_other_kinds(model_dirs: dict[str,
 @pytest.mark.parametrize("count", [14, 40])
 def test_steps_compute_the_same_bits_however_their_warps_get_on(model_dirs: dict[str, Path], count: int) -> None:
     found, vocab = [], BASES["gqa"].vocab_size
-    for options in ({}, {"jitter": True, "dependent_launch": True}, {"jitter": True, "dependent_launch": False}):
+    jittered = [{"jitter": True, "dependent_launch": dependent} for dependent in (True, False)]
+    builds: list[dict[str, Any]] = [{}, *jittered]
+    for options in builds:
         rig = PartRig(model_dirs["gqa"], "bfloat16", **options)
         rows = rig.add(vocab, count, (*FAMILIES, None), Draw(num_logprobs=vocab))
         for row in rows:

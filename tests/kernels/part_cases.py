@@ -70,8 +70,8 @@ class PartPool:
         Args:
             kinds: Kinds of parts.
             projections: The modules.
-            rank: Of pairs.
-            density: Of sparse deltas.
+            rank: Rank of pairs.
+            density: Share of non-zeros in sparse deltas.
             counts: Non-zeros of a sparse delta's outputs, in turn; random ones of that density if empty.
         """
         modules, tensors = [], dict[tuple[int, str, str], Any]()

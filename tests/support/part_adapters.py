@@ -51,9 +51,9 @@ def random_adapter(
 
     Args:
         geometry: The model's.
-        parts: Of each module.
+        parts: Parts of each module.
         number: Seed, and digest.
-        strength: Of its changes.
+        strength: Size of its changes.
         dtype: Values are rounded to it, for an adapter of the same values in a wider geometry; the geometry's if unset.
     """
     rng, modules, tensors = np.random.default_rng(number), [], dict[tuple[int, str, str], Any]()

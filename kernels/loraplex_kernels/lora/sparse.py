@@ -35,7 +35,7 @@ class SparseVariant(NamedTuple):
     """How the kernel is built; the default is what a model runs with, others are for measurements.
 
     Attributes:
-        threads: Of a CTA.
+        threads: Threads of a CTA.
         ctas: CTAs that share a multiprocessor's registers.
         ahead: Runs of 8 non-zeros that a lane loads ahead.
         is_wide: x of one row is fp32 in shared memory, where several rows' would fit.

@@ -54,7 +54,7 @@ def attention_case(row: Case, library: KernelLibrary, flush: torch.Tensor) -> di
             for layer in range(layers)
         ]
         if splits <= max(2, chosen * 2):
-            times["op" if splits == chosen else f"splits{splits}"] = time_us(calls, flush)  # type: ignore[arg-type]
+            times["op" if splits == chosen else f"splits{splits}"] = time_us(calls, flush)
     return times
 
 
@@ -95,4 +95,4 @@ def attention_prefill_case(row: Case, library: KernelLibrary, flush: torch.Tenso
     expected = reference.attention(q[:tokens, :4096].view(tokens, 32, 128), key, value, cached, kv)
     require_close(out[:tokens].view(tokens, 32, 128), expected, str(row))
     calls = [lambda layer=layer: kernel.launch(layer, pool, q, tables, tiles, out) for layer in range(layers)]
-    return {"op": time_us(calls, flush)}  # type: ignore[arg-type]
+    return {"op": time_us(calls, flush)}

@@ -2,7 +2,7 @@
 // without c and b stay as they are. c that scales the base's bias too: y = c * y + scale * b.
 //
 // Grid: (ceil(width / (256 * 16 bytes)), rows). Block: 256 threads, one 16-byte vector each. No shared memory.
-// Alignment: slices begin on 16 bytes. Registers: 5 CTAs per SM, hence at most 48. Architectures: sm_80 and up.
+// Alignment: slices begin on 16 bytes. Registers: 6 CTAs per SM, hence at most 40. Architectures: sm_80 and up.
 #include "lora/parts.cuh"
 
 struct Params {
@@ -30,7 +30,7 @@ __device__ __forceinline__ SliceVector load_slice(const VectorEntry* e, int slic
     return {static_cast<int>(first), static_cast<int>(step), static_cast<int>(firsts.w), offset};
 }
 
-extern "C" __global__ void __launch_bounds__(256, 5) lora_finish(const Params p) {
+extern "C" __global__ void __launch_bounds__(256, 6) lora_finish(const Params p) {
     allow_dependents();
     const int column = (blockIdx.x * 256 + threadIdx.x) * kVec;
     const i64 row = blockIdx.y;

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 TABLE_RETRY_S: Final = 1.0  # evictions of other adapters free tiles
 MAX_COPY_BYTES: Final = 4 << 20
-"""Of pages that lie behind each other: few calls, and a step's own inputs wait for none longer than 0.1 ms."""
+"""The longest copy of pages that lie behind each other: few calls, and a step's own inputs wait for none longer than 0.1 ms."""
 HOST_TO_DEVICE = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
 
 
