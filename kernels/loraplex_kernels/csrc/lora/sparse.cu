@@ -38,7 +38,8 @@ struct alignas(sizeof(elem) * kWidth) Column {
     elem v[kWidth];
 };
 
-// Non-zero `i` of a run times x.
+// Non-zero `i` of a run times x. Fused by name: where an item ends decides which of the loops below adds an output up, and each
+// must round alike.
 template <int kWidth>
 __device__ __forceinline__ void multiply(const Shared& shared, const Run& run, int i, float (&sums)[kWidth]) {
     const u32 pair = word_of(run.columns, i / 2);
@@ -50,11 +51,11 @@ __device__ __forceinline__ void multiply(const Shared& shared, const Run& run, i
     const float value = i % 2 == 0 ? low_float(both) : high_float(both);
 #endif
     if constexpr (kWidth == 1 && kIsWide) {
-        sums[0] += value * reinterpret_cast<const float*>(shared.x)[column];
+        sums[0] = fmaf(value, reinterpret_cast<const float*>(shared.x)[column], sums[0]);
     } else {
         const Column<kWidth> x = reinterpret_cast<const Column<kWidth>*>(shared.x)[column];
 #pragma unroll
-        for (int t = 0; t < kWidth; ++t) sums[t] += value * to_float(x.v[t]);
+        for (int t = 0; t < kWidth; ++t) sums[t] = fmaf(value, to_float(x.v[t]), sums[t]);
     }
 }
 
@@ -191,7 +192,8 @@ __device__ __forceinline__ void add_outputs(const Params& p, Shared& shared, int
             elem* to = p.y + static_cast<i64>(row) * p.width + s.fused + at + lane;
 #pragma unroll
             for (int i = 0; i < kEach; ++i)
-                if (i * kWarp + lane < num) to[i * kWarp] = from_float<elem>(to_float(to[i * kWarp]) + factor * totals[i][t]);
+                if (i * kWarp + lane < num)
+                    to[i * kWarp] = from_float<elem>(fmaf(factor, totals[i][t], to_float(to[i * kWarp])));
         }
         __syncwarp();  // before the next outputs' starts
     }
