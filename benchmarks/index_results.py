@@ -21,6 +21,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCUMENTS: Final = ("*.md", "docs/**/*.md", "benchmarks/*.md", "kernels/*.md")
 WHAT: Final = {
+    "adapter-kinds": "kinds of adapters in a decode step: DoRA, (IA)3, SHiRA beside LoRA; loads beside steps",
     "cpu_vs_peft": "output rate beside transformers + peft",
     "engine": "the engine on whole workloads: bursts, traces, start",
     "gateway": "a gateway alone: open, with identity, with quotas",
@@ -36,6 +37,7 @@ WHAT: Final = {
     "sampling": "sampling on the device",
     "soak": "random faults against a fleet, every answer checked",
     "steps": "single steps, to which the simulator is fitted",
+    "sparse-kernel": "the kernel of sparse deltas alone, ways to build it",
     "structured-": "rows that draw under masks, beside plain rows",
     "structured": "random JSON Schemas on one engine, every output validated",
     "tools": "random strict functions through adapters of every tool format, every call validated",
