@@ -133,7 +133,9 @@ def _start(sealed: SealedStack) -> None:
         sealed, "loraplex_engine", "engine-1", *FREE_PORTS, "--metrics-port", "0", *sizes, *peers, *key, *client_ca
     )
     names = ("--engine-tls-name", "engine-1")
-    sealed.gateway = _spawn(sealed, "loraplex_gateway", "gateway", *FREE_PORTS, "--http-port", "0", *peers, *names)
+    sealed.gateway = _spawn(
+        sealed, "loraplex_gateway", "gateway", *FREE_PORTS, "--http-port", "0", "--metrics-port", "0", *peers, *names
+    )
     with sealed.client("acme") as client:
         eventually_sync(lambda: _generates(client), what="the engine found")
 

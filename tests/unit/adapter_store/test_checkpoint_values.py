@@ -85,12 +85,12 @@ def test_a_delta_that_drowns_its_base_is_warned_of_by_its_modules_name(base: Bas
 def test_a_delta_that_drowns_any_base_is_warned_of_without_the_weights_norms(base: BaseModelInfo) -> None:
     def explode(tensors: dict[str, Any]) -> None:
         for name in tensors:
-            if "layers.1.self_attn.v_proj.lora_B" in name:
+            if "layers.1.self_attn.q_proj.lora_B" in name:
                 tensors[name] *= 1e6
 
     (told,) = exploding_of(read(base, change=explode).modules, {})
 
-    assert "outputs of more than 1000 in 1 module: model.layers.1.self_attn.v_proj: " in told
+    assert "outputs of more than 1000 in 1 module: model.layers.1.self_attn.q_proj: " in told
 
 
 def test_values_whose_product_no_engine_can_hold_are_refused(base: BaseModelInfo) -> None:

@@ -126,7 +126,11 @@ _COMMON: Final = (
         "vLLM's numbers (lower is sooner), or `batch`, `normal`, `high`; at most the key's class",
         "priority",
     ),
-    _served("adapter_scale", "multiplies the adapter's own scaling, 0 to 100", "adapter_scale"),
+    _served(
+        "adapter_scale",
+        "multiplies the adapter's own scaling, 0 to 100; refused on an adapter that multiplies what the base computes (DoRA, (IA)3, FLoRA)",
+        "adapter_scale",
+    ),
     _served("queue_timeout", "longest wait for a place in a batch, in seconds", "queue_timeout"),
     _served("time_limit", "longest time from admission, in seconds; the text so far is the answer", "time_limit"),
     _served("affinity_key", "a tenant's equal keys prefer the same engine", "affinity_key"),

@@ -87,6 +87,10 @@ class PreparedRequest:
             return stopping
         return replace(stopping, stop_token_ids=tuple(dict.fromkeys((*stopping.stop_token_ids, *sorted(added)))))
 
+    def most_new_tokens(self, max_model_len: int) -> int:
+        """Return how many tokens the output may have on an engine of so long sequences: at least 1."""
+        return max(1, min(self.max_new_tokens, max_model_len - len(self.prompt_ids)))
+
     @property
     def resumed_ids(self) -> tuple[int, ...]:
         """The output that the client of a resumed stream has."""

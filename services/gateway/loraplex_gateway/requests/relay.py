@@ -236,19 +236,18 @@ class EngineRelay:
 
     def _submission(self, max_model_len: int) -> Submission:
         """Return what an engine is sent at this moment: the request, its output so far, and the time that is left."""
-        prepared, has_started, now = self._prepared, self._has_started, self._clock()
-        request = prepared.request
+        prepared, request = self._prepared, self._prepared.request
+        has_started, now = self._has_started, self._clock()
 
         def left_s(instant: float | None) -> float | None:
             return None if instant is None else max(instant - now, 0.001)
 
-        room = max_model_len - len(prepared.prompt_ids)
         return Submission(
             request_id=request.request_id,
             prompt_ids=prepared.prompt_ids,
             resumed_ids=tuple(self._tokens),
             sampling=prepared.sampling,
-            stopping=replace(prepared.stopping, max_new_tokens=max(1, min(prepared.max_new_tokens, room))),
+            stopping=replace(prepared.stopping, max_new_tokens=prepared.most_new_tokens(max_model_len)),
             adapter_digest=prepared.adapter_digest,
             adapter_scale=request.adapter_scale,
             adapter_start=prepared.adapter_start,

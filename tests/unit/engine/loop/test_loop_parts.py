@@ -81,7 +81,8 @@ def test_every_kind_among_strangers_evicted_and_preempted_equals_alone(
         ]
         harness.wait(generations)
 
-        assert len({tuple(tokens) for (_, length), tokens in alone.items() if length == 30}) == 1 + len(TUNERS)
+        digests = {digest for digest, _ in alone}
+        assert len({(*alone[digest, 3], *alone[digest, 30]) for digest in digests}) == 1 + len(TUNERS)
         assert [generation.tokens for generation in generations] == [alone[job] for job in jobs]
         assert harness.engine.counters.num_preemptions > 0, "the case is too easy"
         harness.check_idle()
