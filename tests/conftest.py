@@ -6,7 +6,7 @@ import functools
 import gc
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from support.valkey import fresh_database, running_server
@@ -40,7 +40,12 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+FIRST: Final = frozenset({"test_soak.py"})
+"""Files that wait for minutes: a worker that comes to one last leaves the others without work."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in FIRST)
     for item in items:
         if item.get_closest_marker("gpu") is not None and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: none answers to nvidia-smi"))
