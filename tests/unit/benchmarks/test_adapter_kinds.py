@@ -34,8 +34,8 @@ def test_every_kind_is_measured_and_the_bars_are_beside_their_figures() -> None:
             "8 rows/mixed",
         )
     ]
-    bars = {row.metric: row.floor for row in results.rows if row.unit == "share"}
-    assert bars == {"of LoRA's step": 1.1, "of its bar": 1.0, "p50 of alone": 1.2, "p99 of alone": 1.2}
+    bars = {row.metric: row.floor for row in results.rows if row.unit == "share" and row.floor is not None}
+    assert bars == {"of LoRA's step": 1.1, "of its bar": 1.0, "p99 of alone": 1.2}
 
 
 def test_the_adapters_are_of_their_kinds_and_served_by_the_kernels() -> None:
