@@ -171,9 +171,11 @@ class MagnitudeLoads:
             try:
                 self._load(load)
             except Exception as error:  # the adapter's requests end with it: `MagnitudeLoad.is_done`
-                if self._stream is not None:
-                    self._stream.synchronize()  # nothing launched may write to pages that are given away
-                load.end(error)
+                try:
+                    if self._stream is not None:
+                        self._stream.synchronize()  # nothing launched may write to pages that are given away
+                finally:  # a device that is lost raises here, too, and no request may wait for this load
+                    load.end(error)
 
     def _load(self, load: MagnitudeLoad) -> None:
         if self._stream is not None and load.copied is not None:
