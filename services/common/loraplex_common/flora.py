@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import numpy as np
 
 from loraplex_common.image_geometry import ImageError
-from loraplex_common.low_rank import MAX_SLICES
+from loraplex_common.low_rank import MAX_SLICES, local_pair
 from loraplex_common.part_kind import Arrays, Entry, Matrices, Tile, cut
-from loraplex_common.projections import Split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -86,11 +85,7 @@ class FloraKind:
 
     def local(self, projection: Projection, arrays: Arrays, tp_rank: int, tp_degree: int) -> Arrays:
         """See `PartKind`: A is cut where ranks divide the input, B where they divide the output; partial sums add up."""
-        a, b = arrays
-        columns, outputs = projection.local_shape(tp_degree)
-        if projection.split is Split.INPUTS:
-            return a[:, tp_rank * columns : (tp_rank + 1) * columns], b
-        return a, b[tp_rank * outputs : (tp_rank + 1) * outputs]
+        return local_pair(projection, arrays, tp_rank, tp_degree)
 
     def tiles(self, geometry: Geometry, layer: int, op: Op, sizes: Sequence[int]) -> Iterator[Tile]:
         """See `PartKind`: each slice's A, then its B."""

@@ -85,11 +85,7 @@ class LowRankKind:
 
     def local(self, projection: Projection, arrays: Arrays, tp_rank: int, tp_degree: int) -> Arrays:
         """See `PartKind`: A is cut where ranks divide the input, B where they divide the output."""
-        a, b = arrays
-        columns, outputs = projection.local_shape(tp_degree)
-        if projection.split is Split.INPUTS:
-            return a[:, tp_rank * columns : (tp_rank + 1) * columns], b
-        return a, b[tp_rank * outputs : (tp_rank + 1) * outputs]
+        return local_pair(projection, arrays, tp_rank, tp_degree)
 
     def tiles(self, geometry: Geometry, layer: int, op: Op, sizes: Sequence[int]) -> Iterator[Tile]:
         """See `PartKind`: A, then each slice's B."""
@@ -132,3 +128,12 @@ class LowRankKind:
     ) -> None:
         """See `PartKind`."""
         entries["scaling"][places] = [part.scaling for part in parts]
+
+
+def local_pair(projection: Projection, arrays: Arrays, tp_rank: int, tp_degree: int) -> Arrays:
+    """Return views of what one tensor-parallel rank computes with of A ``[rank, in]`` and B ``[out, rank]``."""
+    a, b = arrays
+    columns, outputs = projection.local_shape(tp_degree)
+    if projection.split is Split.INPUTS:
+        return a[:, tp_rank * columns : (tp_rank + 1) * columns], b
+    return a, b[tp_rank * outputs : (tp_rank + 1) * outputs]
