@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 READY_TIMEOUT_S = 60.0
@@ -94,6 +95,15 @@ class ServiceProcess:
     def signal(self, number: signal.Signals) -> None:
         """Send the process a signal, such as SIGSTOP: it then hangs until SIGCONT."""
         self._process.send_signal(number)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Let the process stand still for a while."""
+        self.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End the process at once, as a crash would."""
