@@ -14,6 +14,8 @@ MAX_WAIT_S: Final = 7 * 86400.0
 MAX_PROMPT_LOGPROBS: Final = 100_000
 # Limit of the turns of a conversation; a template is run over each of them.
 MAX_MESSAGES: Final = 16_384
+# Adapters of one request: each has its own pages, and its own products in every layer.
+MAX_ADAPTERS: Final = 8
 # A constraint's text: schemas of thousands of fields are a few hundred KiB.
 MAX_CONSTRAINT_BYTES: Final = 512 * 1024
 MAX_CONSTRAINT_DEPTH: Final = 128

@@ -39,6 +39,14 @@ class FinishReason(enum.Enum):
     CANCELLED = "cancelled"
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterTerm:
+    """One of the adapters that a request adds up, and the request's own factor on it."""
+
+    digest: str
+    scale: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
     """One request as a gateway submitted it.
@@ -49,6 +57,7 @@ class Submission:
         prompt_token_ids: int32 ``[num_prompt_tokens]``, not empty, each below the vocabulary size.
         resumed_token_ids: int32; output tokens drawn elsewhere before, continued here.
         adapter_digest: Digest of the adapter; None for the base model.
+        more_adapters: Adapters that are added to ``adapter_digest``, in this order; no digest comes twice.
         adapter_start: First token of the prompt that the adapter applies to; None if it is none that a sequence activates.
         deadline_s: ``time.monotonic()`` after which no client waits for the answer, or None.
         queue_deadline_s: ``time.monotonic()`` by which it must have a place in a batch, or None.
@@ -68,6 +77,7 @@ class Submission:
     stopping: StoppingParams
     adapter_digest: str | None = None
     adapter_scale: float = 1.0
+    more_adapters: tuple[AdapterTerm, ...] = ()
     adapter_start: int | None = None
     deadline_s: float | None = None
     queue_deadline_s: float | None = None

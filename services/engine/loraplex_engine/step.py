@@ -91,6 +91,26 @@ class SlotSetup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MoreAdapters:
+    """Adapters that are added to the first one of some rows, in the order in which they are added; E entries.
+
+    Attributes:
+        rows: int32 ``[E]``, rising; a row comes once for each adapter besides its first.
+        adapters: int32 ``[E]``; as ``StepPlan.adapters``, never ``NO_ADAPTER``, and none twice in a row.
+        scales: fp32 ``[E]``; as ``StepPlan.adapter_scales``.
+    """
+
+    rows: NDArray[np.int32]
+    adapters: NDArray[np.int32]
+    scales: NDArray[np.float32]
+
+
+NO_MORE_ADAPTERS: Final = MoreAdapters(
+    rows=np.empty(0, dtype=np.int32), adapters=np.empty(0, dtype=np.int32), scales=np.empty(0, dtype=np.float32)
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
     """One forward pass over a batch of sequences: decode rows first, then prefill chunks.
 
@@ -109,6 +129,7 @@ class StepPlan:
         sampling: How the sampling rows draw.
         masked: int32 ``[M]``, rising; indices into ``sample_rows`` of rows that draw under a mask. A step with such rows draws
             nothing before `StepHandle.draw`.
+        more_adapters: Adapters besides the first, of rows that add several up.
         setups: Slots with a new occupant in this step, which begins behind a prefix that others computed, if any.
     """
 
@@ -124,6 +145,7 @@ class StepPlan:
     sample_rows: NDArray[np.int32]
     sampling: SamplingArrays
     masked: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    more_adapters: MoreAdapters = NO_MORE_ADAPTERS
     setups: tuple[SlotSetup, ...] = ()
 
     @property

@@ -106,6 +106,7 @@ class Submit(_message.Message):
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     BAD_TOKEN_SEQUENCES_FIELD_NUMBER: _builtins.int
     ADAPTER_START_FIELD_NUMBER: _builtins.int
+    MORE_ADAPTERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The client's request id, for logs and traces."""
     slot: _builtins.int
@@ -168,6 +169,12 @@ class Submit(_message.Message):
     def bad_token_sequences(self) -> _containers.RepeatedCompositeFieldContainer[_gateway_pb2.TokenIds]:
         """Token sequences whose last token cannot be drawn after the others; SamplingParams.bad_words is the gateway's business."""
 
+    @_builtins.property
+    def more_adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterTerm]:
+        """Adapters that are added to `adapter_digest`'s, which is the first; no digest comes twice. Their order is part of what
+        cached prefixes are told apart by.
+        """
+
     def __init__(
         self,
         *,
@@ -192,10 +199,11 @@ class Submit(_message.Message):
         structured_output: _gateway_pb2.StructuredOutput | None = ...,
         bad_token_sequences: _abc.Iterable[_gateway_pb2.TokenIds] | None = ...,
         adapter_start: _builtins.int | None = ...,
+        more_adapters: _abc.Iterable[Global___AdapterTerm] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_adapter_start", b"_adapter_start", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter_scale", b"adapter_scale", "adapter_start", b"adapter_start", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "time_left", b"time_left", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_adapter_start", b"_adapter_start", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter_digest", b"adapter_digest", "adapter_scale", b"adapter_scale", "adapter_start", b"adapter_start", "bad_token_sequences", b"bad_token_sequences", "cache_salt", b"cache_salt", "fairness_key", b"fairness_key", "load_policy", b"load_policy", "logprobs", b"logprobs", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "slot", b"slot", "stopping", b"stopping", "structured_output", b"structured_output", "time_left", b"time_left", "time_limit", b"time_limit", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_adapter_start", b"_adapter_start", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "adapter_digest", b"adapter_digest", "adapter_scale", b"adapter_scale", "adapter_start", b"adapter_start", "bad_token_sequences", b"bad_token_sequences", "cache_salt", b"cache_salt", "fairness_key", b"fairness_key", "load_policy", b"load_policy", "logprobs", b"logprobs", "more_adapters", b"more_adapters", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "slot", b"slot", "stopping", b"stopping", "structured_output", b"structured_output", "time_left", b"time_left", "time_limit", b"time_limit", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_scale: _TypeAlias = _typing.Literal["adapter_scale"]  # noqa: Y015
     _WhichOneofArgType__adapter_scale: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale"]  # noqa: Y015
@@ -215,6 +223,34 @@ class Submit(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class AdapterTerm(_message.Message):
+    """AdapterTerm is one of the adapters that a request adds up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Digest of the adapter's weights, 64 hex digits."""
+    scale: _builtins.float
+    """As Submit.adapter_scale. Default 1."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "digest", b"digest", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___AdapterTerm: _TypeAlias = AdapterTerm  # noqa: Y015
 
 @_typing.final
 class Abort(_message.Message):

@@ -680,6 +680,7 @@ class GenerateRequest(_message.Message):
     ADAPTER_SCALE_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """UUID4 chosen by the client; the gateway draws one if empty. A second request of this id is refused while the first
     runs. Tracing has the metadata `x-request-id` (logged, sent back as a trailer, not unique) and `traceparent`.
@@ -742,6 +743,13 @@ class GenerateRequest(_message.Message):
     def structured_output(self) -> Global___StructuredOutput:
         """What the output must look like. Unset: anything."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """Adapters whose effects are added to the base model's, each times its weight, instead of `adapter` and
+        `adapter_scale`. The order counts for what requests may share. Adapters that multiply what the base computes, or
+        replace a part of it, are refused among several; so is a revision that comes twice.
+        """
+
     def __init__(
         self,
         *,
@@ -765,10 +773,11 @@ class GenerateRequest(_message.Message):
         adapter_scale: _builtins.float | None = ...,
         structured_output: Global___StructuredOutput | None = ...,
         truncate_prompt_tokens: _builtins.int | None = ...,
+        adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "adapter_scale", b"adapter_scale", "messages", b"messages", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "response_options", b"response_options", "resume", b"resume", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "time_limit", b"time_limit", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "adapter", b"adapter", "adapter_scale", b"adapter_scale", "affinity_key", b"affinity_key", "cache_salt", b"cache_salt", "load_policy", b"load_policy", "messages", b"messages", "model", b"model", "priority", b"priority", "progress_events", b"progress_events", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "response_options", b"response_options", "resume", b"resume", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "time_limit", b"time_limit", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "adapter", b"adapter", "adapter_scale", b"adapter_scale", "adapters", b"adapters", "affinity_key", b"affinity_key", "cache_salt", b"cache_salt", "load_policy", b"load_policy", "messages", b"messages", "model", b"model", "priority", b"priority", "progress_events", b"progress_events", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "response_options", b"response_options", "resume", b"resume", "sampling", b"sampling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "time_limit", b"time_limit", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_scale: _TypeAlias = _typing.Literal["adapter_scale"]  # noqa: Y015
     _WhichOneofArgType__adapter_scale: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale"]  # noqa: Y015
@@ -784,6 +793,34 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class WeightedAdapter(_message.Message):
+    """WeightedAdapter is one of the adapters that a request adds up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As GenerateRequest.adapter; not empty."""
+    weight: _builtins.float
+    """As GenerateRequest.adapter_scale. Default 1."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "name", b"name", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___WeightedAdapter: _TypeAlias = WeightedAdapter  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):
@@ -938,6 +975,7 @@ class Started(_message.Message):
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    ADAPTER_REVISIONS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt, special tokens included."""
     cached_tokens: _builtins.int
@@ -945,7 +983,7 @@ class Started(_message.Message):
     engine_id: _builtins.str
     """Which engine; empty where a resumed stream had ended already."""
     adapter_revision: _builtins.str
-    """Digest of the adapter's weights in use; empty for the base model."""
+    """Digest of the adapter's weights in use; empty for the base model. Of several adapters, the first one's."""
     resume_token: _builtins.str
     """For Resume; empty if the stream cannot be resumed: chunks carry no token ids, or this gateway does not serve it."""
     seed: _builtins.int
@@ -953,6 +991,10 @@ class Started(_message.Message):
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionLogprobs]:
         """Probabilities of the prompt's tokens after the first, if asked for; not sent again when a stream is resumed."""
+
+    @_builtins.property
+    def adapter_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of all adapters in use, in the order of GenerateRequest.adapters; empty unless that was set."""
 
     def __init__(
         self,
@@ -964,10 +1006,11 @@ class Started(_message.Message):
         resume_token: _builtins.str = ...,
         seed: _builtins.int = ...,
         prompt_logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
+        adapter_revisions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_revision", b"adapter_revision", "cached_tokens", b"cached_tokens", "engine_id", b"engine_id", "prompt_logprobs", b"prompt_logprobs", "prompt_tokens", b"prompt_tokens", "resume_token", b"resume_token", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_revision", b"adapter_revision", "adapter_revisions", b"adapter_revisions", "cached_tokens", b"cached_tokens", "engine_id", b"engine_id", "prompt_logprobs", b"prompt_logprobs", "prompt_tokens", b"prompt_tokens", "resume_token", b"resume_token", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
