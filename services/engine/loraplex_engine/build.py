@@ -90,6 +90,7 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
         pool=pool,
         num_pages=num_pages,
         num_arena_slots=num_arena_slots,
+        max_added_tokens=config.max_added_tokens,
         eos_token_ids=read_eos_token_ids(config.model, info.vocab_size),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,

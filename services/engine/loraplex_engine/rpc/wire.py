@@ -26,6 +26,7 @@ from loraplex_engine.rpc.output_fields import check_bad_sequences, check_structu
 from loraplex_engine.rpc.validation import (
     MAX_REQUEST_ID_BYTES,
     RequestLimits,
+    added_token_ids,
     check_adapter_start,
     check_digest,
     check_drawable,
@@ -112,6 +113,7 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         cache_salt=submit.cache_salt,
         fail_fast=_FAIL_FAST[submit.load_policy],
         arrived_s=now_s,
+        added_token_ids=added_token_ids(submit, limits),
         structured_output=check_structured_output(submit, limits),
         bad_token_sequences=check_bad_sequences(submit, limits),
     )
