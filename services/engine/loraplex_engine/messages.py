@@ -62,7 +62,7 @@ class Submission:
         deadline_s: ``time.monotonic()`` after which no client waits for the answer, or None.
         queue_deadline_s: ``time.monotonic()`` by which it must have a place in a batch, or None.
         time_limit_at_s: ``time.monotonic()`` at which the output is cut with TIME_LIMIT, or None.
-        added_token_ids: Of each field with ids that only an adapter can add, the largest.
+        added_token_ids: The largest id of each field that has ids which only an adapter can add.
         structured_output: What the output must look like; None: anything.
         bad_token_sequences: Sequences of token ids of which the last cannot be drawn after the others.
         rules: Both, as the output goes on under them, resumed tokens taken in; the step loop's once submitted. None: neither.

@@ -88,16 +88,22 @@ class PromptLogprobTracker:
             first = last - int(plan.num_tokens[row])
             with blaming(faults, [slot], "while its prompt's probabilities were computed"):
                 logits = self._model.logits if logits_of is None else logits_of(row)
-                states, targets = hidden[first : last - 1], token_ids[first + 1 : last]
-                before, num_top = self._carried.get(slot), setup.prompt_logprobs
-                entries: list[TokenLogprobs] = []
-                if before is not None and before[1] == logits:
-                    states, targets = torch.cat((before[0], states)), token_ids[first:last]
-                elif before is not None:
-                    entries = self._entries(before[0], token_ids[first : first + 1], num_top, before[1])
-                self._carried[slot] = hidden[last - 1 : last].clone(), logits
-                result[slot] = entries + self._entries(states, targets, num_top, logits)
+                result[slot] = self._of_chunk(slot, setup, hidden[first:last], token_ids[first:last], logits)
         return result
+
+    def _of_chunk(
+        self, slot: int, setup: SlotSetup, hidden: Tensor, token_ids: Tensor, logits: LogitsOf
+    ) -> list[TokenLogprobs]:
+        """Return the entries of a chunk's tokens; its last hidden state is kept."""
+        states, targets, num_top = hidden[:-1], token_ids[1:], setup.prompt_logprobs
+        before = self._carried.get(slot)
+        entries: list[TokenLogprobs] = []
+        if before is not None and before[1] == logits:
+            states, targets = torch.cat((before[0], states)), token_ids
+        elif before is not None:
+            entries = self._entries(before[0], token_ids[:1], num_top, before[1])
+        self._carried[slot] = hidden[-1:].clone(), logits
+        return entries + self._entries(states, targets, num_top, logits)
 
     @staticmethod
     def _entries(states: Tensor, targets: Tensor, num_top: int, logits: LogitsOf) -> list[TokenLogprobs]:

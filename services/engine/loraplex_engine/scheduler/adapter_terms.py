@@ -26,6 +26,9 @@ _MULTIPLIERS: Final = {
 
 def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | None:
     """Return why a request cannot be computed with its adapter; None if it can."""
+    for field, token_id in submission.added_token_ids:
+        if token_id > spec.last_row_id:
+            return InvalidParameterError(_no_row(field, token_id, spec), field=field)
     if spec.is_activated and submission.adapter_start is None:
         return AdapterIncompatibleError(
             f"adapter {spec.digest} is activated by a sequence of tokens, and the gateway did not say where the prompt has it: "
@@ -35,9 +38,6 @@ def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | N
         return InvalidParameterError(
             f"adapter_start: adapter {spec.digest} applies to whole sequences; leave it unset", field="adapter_start"
         )
-    for field, token_id in submission.added_token_ids:
-        if token_id > spec.last_row_id:
-            return InvalidParameterError(_no_row(field, token_id, spec), field=field)
     part, scale = spec.unscalable, submission.adapter_scale
     if part is None or scale == 1:
         return None
