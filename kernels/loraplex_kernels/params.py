@@ -266,5 +266,5 @@ class SampleParams(ctypes.Structure):
         ("vocab", c_int),
         ("max_edits", c_int),
         ("report_top", c_int),
-        ("reserved", c_int),
+        ("stride", c_int),
     ]

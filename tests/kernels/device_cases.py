@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from kernels.kernel_cases import AdapterPool, make_geometry, relative_error
+from kernels.outside_device_cases import OutsideRig
 from kernels.part_device_cases import PartRig
 from kernels.sampling_cases import NUM_SLOTS, device_sampler, draw_by_reference, draw_on_device, make_batch, make_logits
 from loraplex_kernels import reference
@@ -248,6 +249,14 @@ class Cases:
         for op in OPS:
             self.check(f"lora_parts {op}", *rig.run(op, self._generator))
 
+    def token_rows(self) -> None:
+        """Embeddings and logits of adapters."""
+        rig = OutsideRig(self._library)
+        self.check("embed_rows", *rig.embed()[:2])
+        found, expected, _ = rig.logits()
+        finite = torch.isfinite(expected)
+        self.check("head_rows", found[finite], expected[finite])
+
     def run(self) -> None:
         """Run all cases that the element type has."""
         steps: list[Callable[[], None]] = [
@@ -257,6 +266,7 @@ class Cases:
             self.attention,
             self.sampling,
             self.lora_parts,
+            self.token_rows,
         ]
         if self._dtype == torch.bfloat16:
             steps.append(self.lora_prefill)

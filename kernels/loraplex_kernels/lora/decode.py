@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from loraplex_kernels.lora.tables import AdapterTables
+    from loraplex_kernels.lora.outside_tables import OpTables
     from loraplex_kernels.module import Kernel, KernelLibrary
     from loraplex_kernels.params import ExpandParams
 
@@ -85,7 +85,7 @@ class LoraDecode:
     def __init__(
         self,
         library: KernelLibrary,
-        tables: AdapterTables,
+        tables: OpTables,
         pool: torch.Tensor,
         shapes: tuple[OpShape, ...],
         *,
@@ -143,12 +143,12 @@ class LoraDecode:
             op: One of the layer's ops.
             h: What `shrink` wrote.
             scale: fp32 ``[tokens]``.
-            y: ``[tokens, out_features of all slices]``, updated in place.
+            y: ``[tokens, out_features of all slices]``, or as wide as the shape says, updated in place.
             grid: CTAs.
         """
         params, index = self._expand.params, self._tables.op_index(layer, op)
         shape = self._shapes[index]
-        params.y = self._library.check("y", y, self._library.dtype, -1, shape.slice_begin[-1])
+        params.y = self._library.check("y", y, self._library.dtype, -1, shape.row_columns)
         params.delta, params.accumulates = None, True
         self._launch_expand(layer, index, h, scale, grid)
 
@@ -183,7 +183,7 @@ class LoraDecode:
 
     def _launch_expand(self, layer: int, op_index: int, h: torch.Tensor, scale: torch.Tensor, grid: int) -> None:
         params, shape = self._expand.params, self._shapes[op_index]
-        params.y_stride = shape.slice_begin[-1]
+        params.y_stride = shape.row_columns
         self._fill_lora(params.lora, layer, op_index, expand=True)
         self._fill_expand(params.expand, shape, h, scale)
         self._expand.launch(grid)

@@ -16,16 +16,18 @@ from loraplex_common.low_rank import LOW_RANK, MAX_SLICES
 from loraplex_common.part_kind import Matrices
 from loraplex_common.rank_limits import CUDA_MAX_RANK
 from loraplex_common.sparse_delta import SPARSE_DELTA
+from loraplex_common.token_rows import ROWS
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR
 
 from loraplex_kernels.lora.entry_plan import entry_plan, undivided
+from loraplex_kernels.lora.outside_tables import OutsideTables, check_outside, divided
 from loraplex_kernels.lora.ranges import RangeAllocator
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
 
-COMPUTED_KINDS: Final = (LOW_RANK, OUT_VECTOR, IN_VECTOR, BIAS, SPARSE_DELTA)
+COMPUTED_KINDS: Final = (LOW_RANK, OUT_VECTOR, IN_VECTOR, BIAS, SPARSE_DELTA, ROWS)
 """Kinds of parts that kernels exist for."""
 NO_KINDS: Final = frozenset[str]()
 MAX_RANK: Final = CUDA_MAX_RANK  # kMaxRank, of one projection
@@ -95,6 +97,7 @@ def make_entries(
         ImageError: If a module has a part that no kernel computes.
     """
     check_parts(spec)
+    check_outside(spec, geometry)
     plan = entry_plan(geometry, spec.sizes)
     if len(pages) < plan.num_pages:
         raise ValueError(f"adapter {spec.digest[:12]} needs {plan.num_pages} pages, got {len(pages)}")
@@ -103,7 +106,7 @@ def make_entries(
     entries: dict[str, NDArray[np.void]] = {}
     for name, its in plan.kinds.items():
         kind = KINDS[name]
-        rows = entries[name] = np.zeros((geometry.num_decoder_layers, geometry.num_decoder_ops), dtype=kind.table_dtype)
+        rows = entries[name] = np.zeros((geometry.num_layers, len(geometry.ops)), dtype=kind.table_dtype)
         kind.write_entries(rows, Matrices(its.tiles, plan.firsts[its.matrices], begins[its.matrices]))
         parts = [part for module in spec.modules for part in module.parts if part.kind == name]
         kind.write_numbers(rows, its.places, parts)
@@ -121,7 +124,8 @@ class AdapterTables:
         max_nonzeros: int32 ``[max_adapters, ops, 3]`` on the host; most non-zeros of each slice's sparse delta over the
             layers.
         has_part: By kind of part but pairs, bool ``[max_adapters, ops]`` on the host.
-        has_others: bool ``[max_adapters]`` on the host; whether an adapter has any part but pairs.
+        has_others: bool ``[max_adapters]`` on the host; whether an adapter has any part but pairs in the layers.
+        outside: What adapters have outside of the layers.
 
     Raises:
         OpLimitError: If an op has more slices than the kernels take.
@@ -136,6 +140,8 @@ class AdapterTables:
         num_ops = geometry.num_decoder_ops
         self._entries: dict[str, torch.Tensor] = {}
         for kind in KINDS.values():
+            if kind.name == ROWS:
+                continue
             shape = (max_adapters, geometry.num_decoder_layers, num_ops, kind.table_dtype.itemsize)
             spare = kind.table_dtype.itemsize  # kernels prefetch the entry behind the one they read
             storage = torch.zeros(int(np.prod(shape)) + spare, dtype=torch.uint8, device=device)
@@ -145,8 +151,11 @@ class AdapterTables:
         self.max_ranks = np.zeros((max_adapters, num_ops, MAX_SLICES), dtype=np.int32)
         self.max_stacked = np.zeros((max_adapters, num_ops), dtype=np.int32)
         self.max_nonzeros = np.zeros((max_adapters, num_ops, MAX_SLICES), dtype=np.int32)
-        self.has_part = {name: np.zeros((max_adapters, num_ops), dtype=np.bool_) for name in KINDS if name != LOW_RANK}
+        self.has_part = {
+            name: np.zeros((max_adapters, num_ops), dtype=np.bool_) for name in self._entries if name != LOW_RANK
+        }
         self.has_others = np.zeros(max_adapters, dtype=np.bool_)
+        self.outside = OutsideTables(geometry, self.tiles, max_adapters=max_adapters)
         self._written: dict[int, frozenset[str]] = {}  # by index, kinds whose rows on the device are not blank
 
     @property
@@ -190,14 +199,17 @@ class AdapterTables:
         entries, offsets = make_entries(self.geometry, spec, pages)
         start = self._allocator.allocate(len(offsets))
         self._ranges[index] = (start, len(offsets))
-        self._note_parts(index, spec, entries)
         self._upload(self.tiles[start : start + len(offsets)], torch.from_numpy(offsets))
         for name, rows in entries.items():
             for field in KINDS[name].tile_fields:
                 rows[field] += start
+        inside, outside = divided(self.geometry, spec, entries)
+        self._note_parts(index, spec, inside)
+        self.outside.bind(index, outside, self._upload)
+        for name, rows in inside.items():
             target = self._entries[name][index]
             self._upload(target, torch.from_numpy(rows.view(np.uint8).reshape(target.shape)))
-        kinds = frozenset(entries)
+        kinds = frozenset(inside)
         for name in self._written.get(index, NO_KINDS) - kinds:
             self._entries[name][index].zero_()
         self._written[index] = kinds
@@ -210,7 +222,7 @@ class AdapterTables:
         if not self.has_others[index]:
             return
         for layer, projection, kind, _ in spec.sizes:
-            if kind != LOW_RANK:
+            if kind != LOW_RANK and layer != self.geometry.outside:
                 self.has_part[kind][index, self.geometry.place(layer, projection)[0]] = True
         if (deltas := entries.get(SPARSE_DELTA)) is not None:
             self.max_nonzeros[index] = deltas["count"].max(axis=0)
@@ -222,6 +234,7 @@ class AdapterTables:
             KeyError: If the index is not bound.
         """
         self._allocator.release(*self._ranges.pop(index))
+        self.outside.unbind(index)
         self.max_ranks[index] = 0
         self.max_stacked[index] = 0
         for name in self._written[index]:

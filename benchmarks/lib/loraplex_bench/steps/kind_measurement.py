@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from loraplex_common.projections import gated_decoder_layer
+from loraplex_common.projections import embedding_and_head, gated_decoder_layer
 from loraplex_engine.step import NO_ADAPTER
 
 from loraplex_bench.results import Row
 from loraplex_bench.shapes import Shape, llama
-from loraplex_bench.steps.part_images import DORA, IA3, LORA, SHIRA
+from loraplex_bench.steps.part_images import DORA, HEAD, IA3, LORA, SHIRA
 
 if TYPE_CHECKING:
     from loraplex_engine.step import LoadHandle
@@ -27,7 +27,8 @@ ROWS: Final = 64
 TIMED_STEPS: Final = 60
 LOADING_STEPS: Final = 200
 OP_US: Final = 3.0
-KINDS: Final = (LORA, DORA, SHIRA, IA3)
+MIXED: Final = (LORA, DORA, SHIRA, IA3)
+KINDS: Final = (*MIXED, HEAD)
 
 
 def numbers_of(rows: int) -> dict[str, range]:
@@ -68,8 +69,10 @@ class Measurement:
         self._sparse(base_us)
         self._load_all(IA3)
         self._step(IA3, np.array(self._numbers[IA3]))
-        mixed = [self._numbers[KINDS[row % len(KINDS)]][row // len(KINDS)] for row in range(self._rows)]
+        mixed = [self._numbers[MIXED[row % len(MIXED)]][row // len(MIXED)] for row in range(self._rows)]
         self._step("mixed", np.array(mixed))
+        self._load_all(HEAD)
+        self._outside(lora_us)
 
     def _step(self, name: str, adapters: NDArray[np.int_]) -> float:
         times = self._steps.step_times(adapters.astype(np.int32), TIMED_STEPS)
@@ -87,6 +90,11 @@ class Measurement:
         )
         self._add(case, "added", added_us, "us", floor=floor_us)
         self._add(case, "of its bar", added_us / (1.5 * floor_us + OP_US * self._num_ops), "share", floor=1.0)
+
+    def _outside(self, lora_us: float) -> None:
+        added_us = self._step(HEAD, np.array(self._numbers[HEAD])) - lora_us
+        floor_us = self._images[HEAD].head_bytes * self._rows / self._steps.copy_bytes_per_s() * 1e6
+        self._add(f"{self._rows} rows/{HEAD}", "added to LoRA's step", added_us, "us", floor=floor_us)
 
     def _load_all(self, kind: str) -> None:
         begin_s = time.perf_counter()
@@ -161,5 +169,6 @@ def tiny_shape() -> Shape:
         head_dim=64,
         num_layers=2,
         layers=(layer,) * 2,
+        outside=embedding_and_head(vocab_size=256, hidden_size=256, embedding="model.embed_tokens", lm_head="lm_head"),
     )
     return Shape(info=info, pool_gib=0.1)
