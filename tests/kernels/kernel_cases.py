@@ -108,7 +108,9 @@ class AdapterPool:
 
     def add_uniform(self, rank: int, projections: tuple[str, ...] = PROJECTIONS) -> ResidentAdapter:
         """Pack an adapter of one rank on all layers."""
-        return self.add({(layer, name): rank for layer in range(self.geometry.num_layers) for name in projections})
+        return self.add(
+            {(layer, name): rank for layer in range(self.geometry.num_decoder_layers) for name in projections}
+        )
 
     def delta(
         self, adapters: NDArray[np.int32], scales: NDArray[np.float32], x: torch.Tensor, layer: int, op: str

@@ -75,7 +75,7 @@ class PartPool:
             counts: Non-zeros of a sparse delta's outputs, in turn; random ones of that density if empty.
         """
         modules, tensors = [], dict[tuple[int, str, str], Any]()
-        for layer in range(self.geometry.num_layers):
+        for layer in range(self.geometry.num_decoder_layers):
             shared = dict[int, Any]()
             for name in sorted(projections, key=PROJECTIONS.index):
                 parts: list[Part] = []

@@ -57,7 +57,7 @@ def random_adapter(
         dtype: Values are rounded to it, for an adapter of the same values in a wider geometry; the geometry's if unset.
     """
     rng, modules, tensors = np.random.default_rng(number), [], dict[tuple[int, str, str], Any]()
-    for layer in range(geometry.num_layers):
+    for layer in range(geometry.num_decoder_layers):
         for projection in geometry.layers[layer]:
             op = geometry.place(layer, projection.name)[0]
             own: list[Part] = []

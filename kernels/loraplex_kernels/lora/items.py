@@ -76,7 +76,7 @@ class OpShape:
 
 
 def op_shapes(geometry: Geometry, *, complete: frozenset[str] = frozenset()) -> tuple[OpShape, ...]:
-    """Return the shapes of a model's ops, of one tensor-parallel rank, in the order of ``geometry.ops``.
+    """Return the shapes of a model's ops, of one tensor-parallel rank, in the order of ``geometry.decoder_ops``.
 
     Args:
         geometry: Shapes of the base model.
@@ -88,7 +88,7 @@ def op_shapes(geometry: Geometry, *, complete: frozenset[str] = frozenset()) -> 
             outputs=op.local_outputs(geometry.tp_degree),
             complete=op.name in complete,
         )
-        for op in geometry.ops
+        for op in geometry.decoder_ops
     )
 
 

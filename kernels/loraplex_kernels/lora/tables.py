@@ -74,7 +74,7 @@ def check_ops(geometry: Geometry) -> None:
     Raises:
         OpLimitError: If an op has more than `MAX_SLICES` projections.
     """
-    for op in geometry.ops:
+    for op in geometry.decoder_ops:
         if len(op.projections) > MAX_SLICES:
             raise OpLimitError(
                 f"op {op.name} fuses {len(op.projections)} projections ({', '.join(op.slices)}); the CUDA kernels take "
@@ -103,7 +103,7 @@ def make_entries(
     entries: dict[str, NDArray[np.void]] = {}
     for name, its in plan.kinds.items():
         kind = KINDS[name]
-        rows = entries[name] = np.zeros((geometry.num_layers, len(geometry.ops)), dtype=kind.table_dtype)
+        rows = entries[name] = np.zeros((geometry.num_decoder_layers, geometry.num_decoder_ops), dtype=kind.table_dtype)
         kind.write_entries(rows, Matrices(its.tiles, plan.firsts[its.matrices], begins[its.matrices]))
         parts = [part for module in spec.modules for part in module.parts if part.kind == name]
         kind.write_numbers(rows, its.places, parts)
@@ -133,14 +133,14 @@ class AdapterTables:
         self._allocator = RangeAllocator(tile_capacity)
         self._ranges: dict[int, tuple[int, int]] = {}
         self._pinned = device.type == "cuda"
-        num_ops = len(geometry.ops)
+        num_ops = geometry.num_decoder_ops
         self._entries: dict[str, torch.Tensor] = {}
         for kind in KINDS.values():
-            shape = (max_adapters, geometry.num_layers, num_ops, kind.table_dtype.itemsize)
+            shape = (max_adapters, geometry.num_decoder_layers, num_ops, kind.table_dtype.itemsize)
             spare = kind.table_dtype.itemsize  # kernels prefetch the entry behind the one they read
             storage = torch.zeros(int(np.prod(shape)) + spare, dtype=torch.uint8, device=device)
             self._entries[kind.name] = storage[:-spare].view(shape)
-        self._op_indices = [geometry.op_indices(layer) for layer in range(geometry.num_layers)]
+        self._op_indices = [geometry.op_indices(layer) for layer in range(geometry.num_decoder_layers)]
         self.tiles = torch.zeros(tile_capacity, dtype=torch.int64, device=device)
         self.max_ranks = np.zeros((max_adapters, num_ops, MAX_SLICES), dtype=np.int32)
         self.max_stacked = np.zeros((max_adapters, num_ops), dtype=np.int32)
@@ -166,10 +166,10 @@ class AdapterTables:
     @property
     def entry_stride(self) -> int:
         """Entries from one adapter to the next."""
-        return self.geometry.num_layers * len(self.geometry.ops)
+        return self.geometry.num_decoder_layers * self.geometry.num_decoder_ops
 
     def op_index(self, layer: int, op: str) -> int:
-        """Return the place in ``geometry.ops`` of a layer's op."""
+        """Return the place in ``geometry.decoder_ops`` of a layer's op."""
         return self._op_indices[layer][op]
 
     def entry_address(self, layer: int, op_index: int, kind: str = LOW_RANK) -> int:

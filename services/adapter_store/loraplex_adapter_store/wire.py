@@ -197,7 +197,7 @@ def hello(message: adapter_store_pb2.AttachEngineRequest) -> Hello:
 
 
 def _weight_norms(hello: adapter_store_pb2.AttachEngineRequest.Hello, shape: Geometry) -> tuple[float, ...]:
-    norms, expected = tuple(hello.weight_norms), sum(len(layer) for layer in shape.layers)
+    norms, expected = tuple(hello.weight_norms), sum(len(layer) for layer in shape.decoder_layers)
     if norms and len(norms) != expected:
         raise InvalidParameterError(f"{len(norms)} norms for {expected} projections", field="hello.weight_norms")
     return norms

@@ -47,6 +47,7 @@ class ModelConfig:
     Attributes:
         decoder: Which of the engine's decoders computes it: a key of `loraplex_engine.model.registry.DECODERS`.
         layers: The projections of each layer: what its dense products are, and what it offers to adapters.
+        outside: What lies outside of the layers and offers itself to adapters: the embedding and lm_head.
         names: Names of the tensors.
         qkv_bias: Whether q, k and v have biases; ``o_bias`` and ``mlp_bias`` likewise.
         qk_norm: Whether each head of q and k is normalised before RoPE (Qwen3).
@@ -58,6 +59,7 @@ class ModelConfig:
 
     decoder: str = LLAMA_DECODER
     layers: tuple[LayerProjections, ...]
+    outside: LayerProjections = ()
     names: WeightNames = field(default_factory=WeightNames)
     hidden_size: int
     intermediate_size: int

@@ -42,6 +42,7 @@ class RankLimits:
             ImageError: If it cannot; the message has the arithmetic.
         """
         for layer, projection, kind, rank in sizes:
+            self.geometry.projection(layer, projection)  # refuses what the engine does not offer
             if kind == LOW_RANK and self.max_rank and rank > self.max_rank:
                 raise ImageError(
                     f"layer {layer} {projection}: rank {rank} exceeds the {self.max_rank} that the kernels of {self.name} "

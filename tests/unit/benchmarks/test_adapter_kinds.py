@@ -41,7 +41,7 @@ def test_every_kind_is_measured_and_the_bars_are_beside_their_figures() -> None:
 def test_the_adapters_are_of_their_kinds_and_served_by_the_kernels() -> None:
     shape = tiny_shape()
     images = kind_images(shape.geometry)
-    size = sum(int(np.prod(each.shape)) for layer in shape.geometry.layers for each in layer)
+    size = sum(int(np.prod(each.shape)) for layer in shape.geometry.decoder_layers for each in layer)
 
     for image in images.values():
         check_parts(image.spec(7))

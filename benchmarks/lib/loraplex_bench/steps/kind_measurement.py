@@ -51,7 +51,7 @@ class Measurement:
     ) -> None:
         self._steps, self._results, self._shape, self._images, self._rows = steps, results, shape, images, rows
         self._numbers = numbers_of(rows)
-        self._num_ops = shape.geometry.num_layers * len(shape.geometry.ops)
+        self._num_ops = shape.geometry.num_decoder_layers * shape.geometry.num_decoder_ops
 
     def run(self) -> None:
         """Measure everything, DoRA's load before its step."""

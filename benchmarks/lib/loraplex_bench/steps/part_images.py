@@ -57,7 +57,7 @@ def _image(geometry: Geometry, name: str) -> KindImage:
     rng, modules = np.random.default_rng(0), []
     tensors: dict[tuple[int, str, str], Arrays] = {}
     drawn: dict[str, list[tuple[Part, Arrays]]] = {}  # every layer has the same values: drawing is most of the work
-    for layer in range(geometry.num_layers):
+    for layer in range(geometry.num_decoder_layers):
         for projection in geometry.layers[layer]:
             if projection.path not in drawn:
                 drawn[projection.path] = _parts(name, projection, rng)

@@ -1567,6 +1567,7 @@ class AttachEngineRequest(_message.Message):
         MAX_IMAGE_PAGES_FIELD_NUMBER: _builtins.int
         MAX_RANK_FIELD_NUMBER: _builtins.int
         WEIGHT_NORMS_FIELD_NUMBER: _builtins.int
+        MAX_ADDED_TOKENS_FIELD_NUMBER: _builtins.int
         engine_id: _builtins.str
         """Which engine."""
         sequence: _builtins.int
@@ -1575,6 +1576,8 @@ class AttachEngineRequest(_message.Message):
         """Largest image the pool can ever hold, in pages."""
         max_rank: _builtins.int
         """Largest rank of one projection that its kernels take; 0 if only the image's tiles limit it."""
+        max_added_tokens: _builtins.int
+        """As GetEngineInfoResponse.max_added_tokens."""
         @_builtins.property
         def base_model(self) -> _adapter_pb2.BaseModel:
             """Its base model."""
@@ -1593,8 +1596,8 @@ class AttachEngineRequest(_message.Message):
 
         @_builtins.property
         def weight_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-            """Frobenius norms of the base's weights, one for each layer and projection in the order of the geometry's layers; empty
-            if they are not known.
+            """Frobenius norms of the base's weights, one for each decoder layer and projection in the order of the geometry's
+            layers; empty if they are not known.
             """
 
         def __init__(
@@ -1609,10 +1612,11 @@ class AttachEngineRequest(_message.Message):
             max_image_pages: _builtins.int = ...,
             max_rank: _builtins.int = ...,
             weight_norms: _abc.Iterable[_builtins.float] | None = ...,
+            max_added_tokens: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "geometry", b"geometry"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence", "weight_norms", b"weight_norms"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_added_tokens", b"max_added_tokens", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence", "weight_norms", b"weight_norms"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

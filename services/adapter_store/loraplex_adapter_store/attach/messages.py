@@ -51,8 +51,8 @@ class Hello:
         arenas: One arena per tensor-parallel rank.
         max_image_pages: Pages of the largest image that the engine's pool can ever hold.
         max_rank: Largest rank of one projection that its kernels take; 0 if only the tiles limit it.
-        weight_norms: Frobenius norms of the base's weights, for each layer and projection in the order of the geometry's
-            layers; empty if the engine does not say.
+        weight_norms: Frobenius norms of the base's weights, for each decoder layer and projection in the order of the
+            geometry's layers; empty if the engine does not say.
     """
 
     engine_id: str

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.architectures.entries import head_dim, no_windows, num_kv_heads, rope_parameters
-from loraplex_common.decoder_config import ModelConfig
-from loraplex_common.projections import gated_decoder_layer
+from loraplex_common.decoder_config import ModelConfig, WeightNames
+from loraplex_common.projections import embedding_and_head, gated_decoder_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,14 +57,22 @@ def read_llama_like(
     layer = gated_decoder_layer(
         hidden_size=hidden, intermediate_size=intermediate, num_heads=num_heads, num_kv_heads=kv_heads, head_dim=dim
     )
+    vocab_size, names = values.integer("vocab_size"), WeightNames()
     return ModelConfig(
         layers=(layer,) * num_layers,
+        outside=embedding_and_head(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            embedding=names.embedding.removesuffix(".weight"),
+            lm_head=names.lm_head,
+        ),
+        names=names,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_heads=num_heads,
         num_kv_heads=kv_heads,
         head_dim=dim,
-        vocab_size=values.integer("vocab_size"),
+        vocab_size=vocab_size,
         rms_norm_eps=values.number("rms_norm_eps", 1e-6),
         qkv_bias=qkv_bias,
         o_bias=o_bias,

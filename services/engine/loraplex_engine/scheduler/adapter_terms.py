@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraplex_common.errors import AdapterIncompatibleError, InvalidParameterError
 from loraplex_common.flora import FLORA
+from loraplex_common.token_rows import ROWS
 from loraplex_common.vectors import IN_VECTOR, OUT_VECTOR
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ _MULTIPLIERS: Final = {
     OUT_VECTOR: "a factor on its outputs (DoRA, (IA)3)",
     IN_VECTOR: "a factor on its inputs ((IA)3)",
     FLORA: "FLoRA",
+    ROWS: "rows of tokens",
 }
 
 
@@ -38,7 +40,7 @@ def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | N
         return None
     return InvalidParameterError(
         f"adapter_scale: {scale:g} cannot be applied to adapter {spec.digest}: in layer {part.layer}, {part.projection} has "
-        f"{_MULTIPLIERS[part.kind]}, which multiplies what the base model computes; leave adapter_scale out, or name an "
+        f"{_MULTIPLIERS[part.kind]}, which multiplies or replaces what the base model computes; leave adapter_scale out, or name an "
         "adapter of pairs, biases and sparse deltas alone",
         field="adapter_scale",
     )

@@ -55,7 +55,7 @@ class DecodeParts:
         num_sms: int,
     ) -> None:
         self._tables, self._followers, self._num_sms = tables, followers, num_sms
-        every = frozenset(op.name for op in tables.geometry.ops)
+        every = frozenset(op.name for op in tables.geometry.decoder_ops)
         shapes = op_shapes(tables.geometry, complete=every)
         items = max_decode_items(shapes, max_rows)
         self._lora = LoraDecode(library, tables, pool, shapes, max_rows=max_rows, max_items=items)
@@ -130,8 +130,8 @@ class TokenParts:
 
     def _op_needs(self, used: NDArray[np.int32]) -> list[dict[str, PartVariant]]:
         geometry = self._tables.geometry
-        of_op = [needed_parts(self._tables, used, index) for index in range(len(geometry.ops))]
+        of_op = [needed_parts(self._tables, used, index) for index in range(geometry.num_decoder_ops)]
         return [
             {name: of_op[index] for name, index in geometry.op_indices(layer).items()}
-            for layer in range(geometry.num_layers)
+            for layer in range(geometry.num_decoder_layers)
         ]

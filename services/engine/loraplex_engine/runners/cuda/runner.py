@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
+from loraplex_common.adapter_parts import check_inside
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_common.image_geometry import ImageError
@@ -208,6 +209,7 @@ class CudaRunner:
     def check_adapter(self, spec: AdapterSpec) -> None:
         """Refuse an adapter that our kernels cannot compute; see `ModelRunner`."""
         try:
+            check_inside(spec, self.geometry, "cuda")
             check_parts(spec)
         except ImageError as error:
             raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}; serve it with --backend torch") from error

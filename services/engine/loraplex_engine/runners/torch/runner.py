@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
-from loraplex_common.adapter_parts import KINDS, check_kinds
+from loraplex_common.adapter_parts import KINDS, check_inside, check_kinds
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_common.image_geometry import ImageError
@@ -200,6 +200,7 @@ class TorchRunner:
         """Refuse an adapter with a part that is not computed here; see `ModelRunner`."""
         try:
             check_kinds(spec, KINDS, "torch")
+            check_inside(spec, self.geometry, "torch")
         except ImageError as error:
             raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}") from error
 
