@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import InvalidParameterError
 from support.adapters import Recipe, adapter_files
 from support.added_tokens import NUM_TOKENS, extended_by_transformers, padded_base_dir, saved
-from support.cut_streams import another_gateway, cut, long_text, read_all
+from support.cut_streams import another_gateway, cut, long_text, read_all, rest_of
 from support.gateway_rig import Rig, running_gateway, text_request
-from support.store_rig import refused, running_rig, store_config, translated
+from support.store_rig import StoreClient, refused, running_rig, store_config, translated
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator
 
 pytestmark = pytest.mark.integration
 
@@ -37,7 +38,6 @@ CALLER = (
     "<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{% endfor %}"
 )
 CALL_TOKENS = (AddedToken("<tool_call>", special=True), AddedToken("</tool_call>", special=True))
-Reply = list[int]
 
 
 @dataclass
@@ -60,21 +60,26 @@ class World:
             engine.reply = lambda _: list(ids)
 
 
-async def upload(client: Any, name: str, tokens: Sequence[AddedToken], seed: int, **texts: str) -> Any:
-    """Import an adapter that adds tokens; return transformers' tokenizer of its folder."""
+@functools.cache
+def tokenizer_of(tokens: tuple[AddedToken, ...]) -> tuple[Any, dict[str, bytes]]:
+    """Return transformers' tokenizer of the folder of an adapter that adds tokens, and its files; the base's for none."""
+    if not tokens:
+        return AutoTokenizer.from_pretrained(padded_base_dir()), {}
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = extended_by_transformers(padded_base_dir(), tokens)
-        files = saved(tokenizer, Path(folder)) if tokens else {}
-        theirs: Any = AutoTokenizer.from_pretrained(folder if tokens else padded_base_dir())
-    files |= {name.replace("__", "."): text.encode() for name, text in texts.items()}
-    await client.upload(name, files | adapter_files(padded_base_dir(), Recipe(seed=seed)))
+        files = saved(extended_by_transformers(padded_base_dir(), tokens), Path(folder))
+        return AutoTokenizer.from_pretrained(folder), files
+
+
+async def upload(client: StoreClient, name: str, tokens: tuple[AddedToken, ...], seed: int, **texts: str) -> Any:
+    """Import an adapter that adds tokens; return transformers' tokenizer of its folder."""
+    theirs, files = tokenizer_of(tokens)
+    own = {file.replace("__", "."): text.encode() for file, text in texts.items()}
+    await client.upload(name, files | own | adapter_files(padded_base_dir(), Recipe(seed=seed)))
     return theirs
 
 
 @asynccontextmanager
-async def world(
-    redis_url: str, valkey_url: str, reply: Callable[[Any], Reply] | None = None, **options: Any
-) -> AsyncIterator[World]:
+async def world(redis_url: str, valkey_url: str, **options: Any) -> AsyncIterator[World]:
     async with running_rig(store_config(redis_url, model=(padded_base_dir(),))) as (store, client):
         theirs = {
             "left": await upload(client, "left", LEFT, 1),
@@ -207,8 +212,7 @@ async def test_a_stream_that_moves_to_another_engine_keeps_its_tokens(redis_url:
         await first.kill()
         for engine in here.rig.engines:
             engine.release()
-        async for response in call:
-            responses.append(response)
+        responses += await rest_of(call)
 
     text = "".join(response.chunk.text for response in responses)
     assert text == here.theirs["left"].decode(reply, skip_special_tokens=False)

@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loraplex_common.added_tokens import FLAGS, MAX_ADDED_TOKEN_BYTES, MAX_ADDED_TOKENS, AddedToken
 from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_common.projections import EMBED_OP
+from loraplex_common.token_rows import ROWS
 from loraplex_common.tokenizer_config import SPECIAL_TOKENS
 
 from loraplex_adapter_store.checkpoint.base_tokenizer import token_content
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from loraplex_common.base_model import BaseModelInfo
 
     from loraplex_adapter_store.checkpoint.base_tokenizer import BaseTokenizer
+    from loraplex_adapter_store.checkpoint.parts import Module
     from loraplex_adapter_store.checkpoint.tokenizer_json import TokenizerFacts
 
 Listed = dict[int, AddedToken]
@@ -50,6 +55,33 @@ def added_tokens(
     _check_bounds(tokens)
     _check_ids(tokens, base)
     return tokens
+
+
+def check_rows(tokens: Sequence[AddedToken], modules: Iterable[Module], base: BaseModelInfo) -> None:
+    """Refuse tokens beyond the base model's rows that the adapter has no row for: no engine could read or draw them.
+
+    Args:
+        tokens: By ascending id.
+        modules: What the adapter adapts.
+        base: The base model.
+
+    Raises:
+        AdapterIncompatibleError: With the token and the remedy.
+    """
+    beyond = {token.id: token for token in tokens if token.id >= base.vocab_size}
+    if not beyond:
+        return
+    rows = {module.projection: part.tensors[0] for module in modules if (part := module.of_kind(ROWS)) is not None}
+    needed = [each for each in base.outside if each.op == EMBED_OP or not base.config.get("tie_word_embeddings")]
+    for name in [each.name for each in needed] or ["embed_tokens"]:
+        known = {int(each) for each in rows[name].values()} if name in rows else set()
+        if (missing := min(beyond.keys() - known, default=None)) is not None:
+            token = beyond[missing]
+            raise AdapterIncompatibleError(
+                f"token {token.content[:60]!r} (id {missing}) beside the adapter is beyond the base model's {base.vocab_size} rows, "
+                f"and the adapter has no row of {name} for it: save it with its resized embeddings (PEFT: save_pretrained with "
+                "save_embedding_layers=True, or trainable_token_indices), or remove the token from its tokenizer"
+            )
 
 
 def _sources(

@@ -105,15 +105,20 @@ class _ExtendedTokenTable(TokenTable):
     def __init__(self, base: TokenTable, added: Sequence[AddedToken]) -> None:
         self.tokenizer = extended_tokenizer(base.tokenizer, added)
         self.is_byte_level = base.is_byte_level
-        known = self.tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in known.items() if token.special)
+        gaps = gap_ids(self.tokenizer)
+        special = {token.id for token in added if token.special and self._is_skipped(token.id)}
+        self.special_ids = base.special_ids | special | gaps
         self._base = base
-        self._bytes = dict.fromkeys(gap_ids(self.tokenizer), b"")
+        self._bytes = dict.fromkeys(gaps, b"")
         self._bytes |= {token.id: self._compute_bytes(token.id) for token in added}
 
     def token_bytes(self, token_id: int) -> bytes:
         own = self._bytes.get(token_id)
         return self._base.token_bytes(token_id) if own is None else own
+
+    def _is_skipped(self, token_id: int) -> bool:
+        # The library shows special tokens that its normaliser changes: it looks for the changed text among the special ones.
+        return not self.tokenizer.decode([token_id], skip_special_tokens=True)
 
     @functools.cached_property
     def anchor(self) -> int | None:
