@@ -48,7 +48,7 @@ class World:
     store_target: str
     theirs: dict[str, Any]
 
-    async def once(self, adapter: str, text: str = "x", **fields: Any) -> gateway_pb2.GenerateOnceResponse:
+    async def once(self, adapter: str, text: str | None = "x", **fields: Any) -> gateway_pb2.GenerateOnceResponse:
         request = ParseDict({"adapter": adapter, "text": text, **fields}, gateway_pb2.GenerateRequest())
         request.stopping.max_new_tokens = request.stopping.max_new_tokens or 8
         with translated():
@@ -116,7 +116,7 @@ async def test_two_adapters_with_tokens_of_one_id_show_their_own_texts_in_one_ba
 ) -> None:
     async with world(redis_url, valkey_url) as here:
         here.replies(FIRST, 70, FIRST + 1, 71)
-        shown = {"response_options": {"skip_special_tokens": False, "text": True}}
+        shown: dict[str, Any] = {"response_options": {"skip_special_tokens": False, "text": True}}
 
         answers = await asyncio.gather(*(here.once(name, **shown) for name in 4 * ("left", "right", "plain")))
         skipped = await here.once("left", response_options={"skip_special_tokens": True, "text": True})
