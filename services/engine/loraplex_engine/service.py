@@ -273,6 +273,7 @@ class EngineService:
             base_model=self._base_model(),
             max_image_pages=self.engine.limits.max_image_pages,
             max_rank=build.max_rank(self._config, build.resolve_device(self._config)),
+            max_added_tokens=self.engine.limits.max_added_tokens,
         )
 
     def _record(self, port: int) -> EngineRecord:
@@ -290,7 +291,6 @@ class EngineService:
             page_bytes=limits.page_bytes,
             max_image_pages=limits.max_image_pages,
             constrains=True,
-            version=importlib.metadata.version("loraplex"),
         )
 
 

@@ -198,10 +198,10 @@ class StepHandle(Protocol):
 
     @property
     def masks(self) -> NDArray[np.int32]:
-        """Memory for the masks of the plan's M masked rows, int32 ``[M, ceil(vocab_size / 32)]``; to be filled before `draw`.
+        """Memory for the masks of the plan's M masked rows, int32 ``[M, words]``; to be filled before `draw`.
 
-        Bit ``t % 32`` of word ``t // 32`` says whether the row may draw token t. Only for a plan with masked rows, once the
-        results of all earlier steps have been read.
+        Bit ``t % 32`` of word ``t // 32`` says whether the row may draw token t: of the vocabulary and, beside an adapter that adds
+        tokens, of those. Only for a plan with masked rows, once the results of all earlier steps have been read.
         """
         ...
 

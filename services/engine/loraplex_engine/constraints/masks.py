@@ -48,6 +48,11 @@ class GrammarMaskFiller:
             return
         vocabulary = self._source.get()
         self._check(vocabulary, out, len(states))
+        if out.shape[1] > vocabulary.num_words:
+            masks = np.empty((len(states), vocabulary.num_words), np.int32)
+            self.fill(states, masks)
+            out[:, : vocabulary.num_words], out[:, vocabulary.num_words :] = masks, 0
+            return
         rows = [state for state in states if isinstance(state, GrammarState)]
         assert len(rows) == len(states), "states of another kind of constraint"
         target = out
@@ -96,6 +101,6 @@ class GrammarMaskFiller:
 
     @staticmethod
     def _check(vocabulary: Vocabulary, out: NDArray[np.int32], num_rows: int) -> None:
-        shape = (num_rows, vocabulary.num_words)
+        shape = (num_rows, max(vocabulary.num_words, out.shape[1]))
         if out.shape != shape or out.dtype != np.int32 or not out.flags.c_contiguous:
             raise ValueError(f"masks must be contiguous int32 {shape}, not {out.dtype} {out.shape}")

@@ -52,7 +52,7 @@ def check_bad_sequences(submit: engine_pb2.Submit, limits: RequestLimits) -> tup
     for index, sequence in enumerate(submit.bad_token_sequences):
         name, length = f"{field}[{index}]", len(sequence.ids)
         require(1 <= length <= MAX_SEQUENCE_TOKENS, name, f"{length} tokens are not in [1, {MAX_SEQUENCE_TOKENS}]")
-        check_token_ids(sequence.ids, f"{name}.ids", limits.vocab_size)
+        limits.check_ids(sequence.ids, f"{name}.ids", submit)
     return tuple(tuple(sequence.ids) for sequence in submit.bad_token_sequences)
 
 

@@ -26,6 +26,9 @@ _MULTIPLIERS: Final = {
 
 def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | None:
     """Return why a request cannot be computed with its adapter; None if it can."""
+    for field, token_id in submission.added_token_ids:
+        if token_id > spec.last_row_id:
+            return InvalidParameterError(_no_row(field, token_id, spec), field=field)
     if spec.is_activated and submission.adapter_start is None:
         return AdapterIncompatibleError(
             f"adapter {spec.digest} is activated by a sequence of tokens, and the gateway did not say where the prompt has it: "
@@ -43,4 +46,13 @@ def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | N
         f"{_MULTIPLIERS[part.kind]}, which multiplies or replaces what the base model computes; leave adapter_scale out, or name an "
         "adapter of pairs, biases and sparse deltas alone",
         field="adapter_scale",
+    )
+
+
+def _no_row(field: str, token_id: int, spec: AdapterSpec) -> str:
+    last = spec.last_row_id
+    what = f"its rows of tokens end at {last}" if last >= 0 else "it adds no tokens"
+    return (
+        f"{field}: token id {token_id} is behind the base model's vocabulary, and adapter {spec.digest} has no row for it: "
+        f"{what}; use ids of the vocabulary, or name the adapter that adds the token"
     )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loraplex_engine.model.linear import Linear
     from loraplex_engine.runners.torch.adapter_table import AdapterTable
     from loraplex_engine.runners.torch.adapter_views import AdapterOp
+    from loraplex_engine.runners.torch.outside import OutsideStep
 
 
 class Segment:
@@ -63,11 +64,22 @@ class Segment:
 
 
 class LoraStep:
-    """Adapters of one step; built once, applied to every fused projection of every layer."""
+    """Adapters of one step; built once, applied to every fused projection of every layer.
+
+    Attributes:
+        outside: Those of them that do something outside of the decoder layers; None if none does.
+    """
+
+    outside: OutsideStep | None = None
 
     def __init__(self, segments: list[Segment], dtype: torch.dtype) -> None:
         self._segments = segments
         self._apply = _apply_fp32 if dtype == torch.float32 else _apply_widened
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All segments."""
+        return self._segments
 
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, y: Tensor) -> None:
         """Compute a fused projection with the step's adapters.
