@@ -124,12 +124,9 @@ class Resumption:
         """
         if prepared.model.fingerprint != point.fingerprint or request_digest(prepared) != point.request_digest:
             raise _changed("the request, or how this gateway's model reads it")
-        vocab_size = prepared.model.info.vocab_size
-        if resume.token_ids and max(resume.token_ids) >= vocab_size:
-            raise _invalid(
-                "token_ids",
-                f"resume.token_ids holds {max(resume.token_ids)}; token ids of this model are 0 to {vocab_size - 1}",
-            )
+        known = prepared.model.token_ids
+        if (bad := known.first_unknown(resume.token_ids)) is not None:
+            raise _invalid("token_ids", f"resume.token_ids holds {bad}; token ids of this model are {known}")
         ends, least = prepared.stop_token_ids, prepared.request.stopping.min_new_tokens or 0
         if not ends.isdisjoint(resume.token_ids[least:-1]):
             raise _invalid("token_ids", "resume.token_ids goes on behind a token that ends the output")
