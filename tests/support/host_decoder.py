@@ -18,6 +18,7 @@ from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import BasePath
 from loraplex_engine.runners.cuda.outside import OutsideModules
 from loraplex_engine.runners.cuda.part_lora import TokenParts, make_part_kernels
+from loraplex_engine.runners.cuda.part_variants import NO_GRAPH
 from loraplex_engine.runners.cuda.step_input import InputLayout, InputWriter, StepShape, is_pure_decode
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
 from loraplex_engine.runners.token_rows import TokenRows
@@ -147,12 +148,13 @@ class HostRunner:
     def launch(self, plan: StepPlan) -> Done:
         is_decode, has_adapters = is_pure_decode(plan), bool((plan.adapters >= 0).any())
         path: LayerPath = self.base
+        if is_decode and has_adapters:
+            self.variants.append(self.lora.prepare(plan.adapters, BUCKET, self.num_binds))
+            is_decode = self.variants[-1] != NO_GRAPH
         if is_decode:
             shape = StepShape(num_tokens=BUCKET, num_rows=BUCKET, width=9, num_samples=BUCKET)
             if has_adapters:
-                variant = self.lora.prepare(plan.adapters, BUCKET, self.num_binds)
-                path = self.lora.path(BUCKET, variant)
-                self.variants.append(variant)
+                path = self.lora.path(BUCKET, self.variants[-1])
         else:
             shape = StepShape(
                 num_tokens=len(plan.token_ids),

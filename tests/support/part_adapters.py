@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, Tensors
 from loraplex_common.bfloat16 import from_bfloat16, to_bfloat16
+from loraplex_common.flora import FLORA, Flora
 from loraplex_common.low_rank import LOW_RANK, LowRank
 from loraplex_common.sparse_delta import SPARSE_DELTA, SparseDelta
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR, Bias, InVector, OutVector
@@ -31,8 +32,11 @@ FAMILIES: Final[dict[str, tuple[Part, ...]]] = {
     "(IA)3": (OutVector(scales_bias=True), InVector()),
     "lora_bias": (LowRank(4, 0.5), Bias()),
     "everything": (LowRank(3, 1.0), OutVector(), Bias(), SparseDelta(1, 0.5)),
+    "FLoRA": (Flora(3),),
 }
 """By name, the parts of each module; a sparse delta gets its number of non-zeros when it is drawn."""
+GRAPHED: Final = tuple(name for name in FAMILIES if name != "FLoRA")
+"""Families of which decode steps are graphs; FLoRA is behind them."""
 DENSITY: Final = 0.03
 
 
@@ -82,6 +86,12 @@ def _draw(part: Part, columns: int, outputs: int, rng: np.random.Generator, stre
     if isinstance(part, LowRank):
         a = rng.standard_normal((part.rank, columns), dtype=np.float32) / np.float32(np.sqrt(columns))
         return part, (a, rng.standard_normal((outputs, part.rank), dtype=np.float32) * np.float32(strength))
+    if isinstance(part, Flora):  # B A is near 1 everywhere, as training would begin
+        a, b = (rng.standard_normal((part.rank, size), dtype=np.float32) for size in (columns, outputs))
+        a, b = a * np.float32(strength), b.T * np.float32(strength)
+        a[0] += 1
+        b[:, 0] += 1
+        return part, (a, b)
     if isinstance(part, SparseDelta):
         dense = rng.random((outputs, columns)) < DENSITY
         starts = np.concatenate([[0], np.cumsum(dense.sum(1))]).astype(np.int32)
@@ -167,7 +177,10 @@ def _module_output(
         kind: [torch.from_numpy(t).to(x.device) for t in tensors[module.layer, module.projection, kind]]
         for kind in parts
     }
-    y = (x * found[IN_VECTOR][0] if IN_VECTOR in parts else x) @ weight.T
+    replaced = weight
+    if FLORA in parts:
+        replaced = weight * (found[FLORA][1] @ found[FLORA][0])
+    y = (x * found[IN_VECTOR][0] if IN_VECTOR in parts else x) @ replaced.T
     adapted = weight
     if module.pair is not None:
         a, b = found[LOW_RANK]

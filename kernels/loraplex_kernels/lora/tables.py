@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 from loraplex_common.adapter_parts import KINDS, check_kinds
+from loraplex_common.flora import FLORA
 from loraplex_common.image_geometry import ImageError
 from loraplex_common.low_rank import LOW_RANK, MAX_SLICES
 from loraplex_common.part_kind import Matrices
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
 
-COMPUTED_KINDS: Final = (LOW_RANK, OUT_VECTOR, IN_VECTOR, BIAS, SPARSE_DELTA, ROWS)
+COMPUTED_KINDS: Final = (LOW_RANK, OUT_VECTOR, IN_VECTOR, BIAS, SPARSE_DELTA, ROWS, FLORA)
 """Kinds of parts that kernels exist for."""
 NO_KINDS: Final = frozenset[str]()
 MAX_RANK: Final = CUDA_MAX_RANK  # kMaxRank, of one projection
@@ -50,8 +51,11 @@ def check_parts(spec: AdapterSpec) -> None:
         RankLimitError: If a module's rank exceeds `MAX_RANK`; ops of such modules stay within `MAX_STACKED_RANK`.
     """
     check_kinds(spec, COMPUTED_KINDS, "cuda")
-    if any(kind == SPARSE_DELTA for _, _, kind, _ in spec.sizes):
-        _check_sparse(spec)
+    kinds = {size.kind for size in spec.sizes}
+    if SPARSE_DELTA in kinds:
+        _refuse_together(spec, IN_VECTOR, SPARSE_DELTA, "a factor on inputs and a sparse delta")
+    if FLORA in kinds:
+        _refuse_together(spec, LOW_RANK, FLORA, "a low-rank pair and FLoRA")
     for layer, projection, kind, size in spec.sizes:
         if kind == LOW_RANK and size > MAX_RANK:
             raise RankLimitError(
@@ -60,13 +64,15 @@ def check_parts(spec: AdapterSpec) -> None:
             )
 
 
-def _check_sparse(spec: AdapterSpec) -> None:
-    """Refuse modules with e and S: e is applied to x where it lies, and S would read e * x."""
+def _refuse_together(spec: AdapterSpec, first: str, second: str, what: str) -> None:
+    """Refuse modules with two kinds of parts that our kernels do not compute in one module.
+
+    e is applied to x where it lies, and S would read e * x. FLoRA replaces an output in which a pair's delta lies already.
+    """
     for module in spec.modules:
-        if {IN_VECTOR, SPARSE_DELTA} <= {part.kind for part in module.parts}:
+        if {first, second} <= {part.kind for part in module.parts}:
             raise ImageError(
-                f"layer {module.layer} {module.projection}: backend cuda does not compute a factor on inputs and a sparse "
-                "delta in one module"
+                f"layer {module.layer} {module.projection}: backend cuda does not compute {what} in one module"
             )
 
 
@@ -123,6 +129,7 @@ class AdapterTables:
         max_stacked: int32 ``[max_adapters, ops]`` on the host; largest stacked rank over the layers.
         max_nonzeros: int32 ``[max_adapters, ops, 3]`` on the host; most non-zeros of each slice's sparse delta over the
             layers.
+        max_flora: int32 ``[max_adapters, ops, 3]`` on the host; largest rank of each slice's FLoRA over the layers.
         has_part: By kind of part but pairs, bool ``[max_adapters, ops]`` on the host.
         has_others: bool ``[max_adapters]`` on the host; whether an adapter has any part but pairs in the layers.
         outside: What adapters have outside of the layers.
@@ -151,6 +158,7 @@ class AdapterTables:
         self.max_ranks = np.zeros((max_adapters, num_ops, MAX_SLICES), dtype=np.int32)
         self.max_stacked = np.zeros((max_adapters, num_ops), dtype=np.int32)
         self.max_nonzeros = np.zeros((max_adapters, num_ops, MAX_SLICES), dtype=np.int32)
+        self.max_flora = np.zeros((max_adapters, num_ops, MAX_SLICES), dtype=np.int32)
         self.has_part = {
             name: np.zeros((max_adapters, num_ops), dtype=np.bool_) for name in self._entries if name != LOW_RANK
         }
@@ -226,6 +234,8 @@ class AdapterTables:
                 self.has_part[kind][index, self.geometry.place(layer, projection)[0]] = True
         if (deltas := entries.get(SPARSE_DELTA)) is not None:
             self.max_nonzeros[index] = deltas["count"].max(axis=0)
+        if (floras := entries.get(FLORA)) is not None:
+            self.max_flora[index] = floras["rank"].max(axis=0)
 
     def unbind(self, index: int) -> None:
         """Forget an adapter; its rows on the device stay until the index is bound again, and no step names them.
@@ -240,8 +250,8 @@ class AdapterTables:
         for name in self._written[index]:
             if name != LOW_RANK:
                 self.has_part[name][index] = False
-        if SPARSE_DELTA in self._written[index]:
-            self.max_nonzeros[index] = 0
+        self.max_nonzeros[index] = 0
+        self.max_flora[index] = 0
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if the tile table's accounts do not add up."""

@@ -9,8 +9,8 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from loraplex_bench.results import Results
 from loraplex_bench.steps.kind_bench import DrySteps
-from loraplex_bench.steps.kind_measurement import Measurement, tiny_shape
-from loraplex_bench.steps.part_images import DENSITY, DORA, HEAD, IA3, LORA, SHIRA, kind_images
+from loraplex_bench.steps.kind_measurement import KINDS, Measurement, tiny_shape
+from loraplex_bench.steps.part_images import DENSITY, DORA, FLORA, HEAD, IA3, LORA, SHIRA, kind_images
 from loraplex_kernels.lora.tables import check_parts
 
 
@@ -18,7 +18,7 @@ def test_every_kind_is_measured_and_the_bars_are_beside_their_figures() -> None:
     shape, results = tiny_shape(), Results()
     images = kind_images(shape.geometry)
 
-    Measurement(DrySteps(shape, images, 40), results, shape, images, rows=8).run()
+    Measurement(DrySteps(shape, images, 8 * len(KINDS)), results, shape, images, rows=8).run()
 
     steps = [row.case for row in results.rows if row.metric == "step"]
     assert steps == [
@@ -32,6 +32,9 @@ def test_every_kind_is_measured_and_the_bars_are_beside_their_figures() -> None:
             f"8 rows/{SHIRA}",
             f"8 rows/{IA3}",
             "8 rows/mixed",
+            f"1 rows/{FLORA}",
+            f"8 rows/{FLORA}",
+            f"8 rows/one {FLORA}, others without",
             f"8 rows/{HEAD}",
         )
     ]

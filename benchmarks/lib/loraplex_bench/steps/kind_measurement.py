@@ -13,7 +13,7 @@ from loraplex_engine.step import NO_ADAPTER
 
 from loraplex_bench.results import Row
 from loraplex_bench.shapes import Shape, llama
-from loraplex_bench.steps.part_images import DORA, HEAD, IA3, LORA, SHIRA
+from loraplex_bench.steps.part_images import DORA, FLORA, FLORA_RANK, HEAD, IA3, LORA, SHIRA
 
 if TYPE_CHECKING:
     from loraplex_engine.step import LoadHandle
@@ -28,7 +28,7 @@ TIMED_STEPS: Final = 60
 LOADING_STEPS: Final = 200
 OP_US: Final = 3.0
 MIXED: Final = (LORA, DORA, SHIRA, IA3)
-KINDS: Final = (*MIXED, HEAD)
+KINDS: Final = (*MIXED, FLORA, HEAD)
 
 
 def numbers_of(rows: int) -> dict[str, range]:
@@ -71,6 +71,8 @@ class Measurement:
         self._step(IA3, np.array(self._numbers[IA3]))
         mixed = [self._numbers[MIXED[row % len(MIXED)]][row // len(MIXED)] for row in range(self._rows)]
         self._step("mixed", np.array(mixed))
+        self._load_all(FLORA)
+        self._flora(base_us)
         self._load_all(HEAD)
         self._outside(lora_us)
 
@@ -95,6 +97,25 @@ class Measurement:
         added_us = self._step(HEAD, np.array(self._numbers[HEAD])) - lora_us
         floor_us = self._images[HEAD].head_bytes * self._rows / self._steps.copy_bytes_per_s() * 1e6
         self._add(f"{self._rows} rows/{HEAD}", "added to LoRA's step", added_us, "us", floor=floor_us)
+
+    def _flora(self, base_us: float) -> None:
+        """Time FLoRA of all rows, of one alone, and of one among rows without an adapter.
+
+        The floor of what it adds is W's bytes and the factors', at the rate of a copy.
+        """
+        geometry, rate = self._shape.geometry, self._steps.copy_bytes_per_s()
+        projections = [projection for layer in geometry.layers for projection in layer]
+        weight_bytes = sum(2 * each.in_features * each.out_features for each in projections)
+        factor_bytes = sum(4 * FLORA_RANK * (each.in_features + each.out_features) for each in projections)
+        self._results.note(f"one pass over W reads {weight_bytes / 1e9:.2f} GB")
+        numbers = np.array(self._numbers[FLORA])
+        one = np.full(self._rows, NO_ADAPTER)
+        one[0] = numbers[0]
+        self._step(FLORA, numbers[:1])
+        for name, adapters, count in ((FLORA, numbers, self._rows), (f"one {FLORA}, others without", one, 1)):
+            added_us = self._step(name, adapters) - base_us
+            floor_us = (weight_bytes + count * factor_bytes) / rate * 1e6
+            self._add(f"{self._rows} rows/{name}", "added", added_us, "us", floor=floor_us)
 
     def _load_all(self, kind: str) -> None:
         begin_s = time.perf_counter()

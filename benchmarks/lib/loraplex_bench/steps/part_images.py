@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, pack
+from loraplex_common.flora import Flora
 from loraplex_common.low_rank import LowRank
 from loraplex_common.sparse_delta import SparseDelta
 from loraplex_common.token_rows import Rows
@@ -26,6 +27,8 @@ SHIRA: Final = "SHiRA 1 %"
 IA3: Final = "(IA)3"
 HEAD: Final = "LoRA r16, lm_head r16 and 64 rows"
 NUM_TOKEN_ROWS: Final = 64
+FLORA: Final = "FLoRA r2"
+FLORA_RANK: Final = 2
 RANK: Final = 16
 DENSITY: Final = 0.01
 IA3_OUTPUTS: Final = ("k_proj", "v_proj")
@@ -55,7 +58,7 @@ class KindImage:
 
 def kind_images(geometry: Geometry) -> dict[str, KindImage]:
     """Return every kind's image."""
-    return {name: _image(geometry, name) for name in (LORA, DORA, SHIRA, IA3, HEAD)}
+    return {name: _image(geometry, name) for name in (LORA, DORA, SHIRA, IA3, FLORA, HEAD)}
 
 
 def _image(geometry: Geometry, name: str) -> KindImage:
@@ -111,6 +114,8 @@ def _parts(name: str, projection: Projection, rng: np.random.Generator) -> list[
         if projection.name in IA3_OUTPUTS:
             return [(OutVector(scales_bias=True), near_one)]
         return [(InVector(), (1 + normal(columns),))] if projection.name in IA3_INPUTS else []
+    if name == FLORA:
+        return [(Flora(FLORA_RANK), (1 + normal(FLORA_RANK, columns), (1 + normal(outputs, FLORA_RANK)) / FLORA_RANK))]
     pair: tuple[Part, Arrays] = (LowRank(RANK, 2.0), (normal(RANK, columns), normal(outputs, RANK)))
     return [pair, (OutVector(is_magnitude=True), (1 + normal(outputs),))] if name == DORA else [pair]
 

@@ -20,7 +20,7 @@ from loraplex_kernels.lora.items import op_shapes
 from loraplex_engine.runners.cuda.graphs import lora_variants, variant_of
 from loraplex_engine.runners.cuda.lora_paths import BasePath, BesideLoraPath, Fork, Grids, InLineLoraPath
 from loraplex_engine.runners.cuda.part_lora import DecodeParts
-from loraplex_engine.runners.cuda.part_variants import PART_VARIANTS
+from loraplex_engine.runners.cuda.part_variants import NO_GRAPH, PART_VARIANTS
 from loraplex_engine.runners.cuda.token_lora import max_decode_items
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class DecodeLora:
     def prepare(self, adapters: NDArray[np.int32], bucket: int, num_binds: int) -> int:
         """Send the items of a step, unless the device has them already; return the variant that reads them.
 
+        A step that no graph computes gets `NO_GRAPH`: it goes the way of steps with prompts.
+
         Args:
             adapters: int32 ``[N]``; adapter of each row, -1 for none.
             bucket: Bucket of the graph that will run.
@@ -131,7 +133,8 @@ class DecodeLora:
         sent = self._sent.get(lora)
         if sent is None or sent[0] != key:
             if self._tables.has_others[used].any():
-                return len(self.variants) + self._parts.prepare(adapters, key)
+                number = self._parts.prepare(adapters, key)
+                return number if number == NO_GRAPH else len(self.variants) + number
             lora.prepare(adapters)
             sent = self._sent[lora] = (
                 key,

@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from loraplex_kernels.lora.decode import LoraDecode
+from loraplex_kernels.lora.flora import LoraFlora
 from loraplex_kernels.lora.items import op_shapes
 from loraplex_kernels.lora.sparse import LoraSparse
 from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
 
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, Grids
 from loraplex_engine.runners.cuda.part_paths import DecodePartPath, PartKernels, TokenPartPath
-from loraplex_engine.runners.cuda.part_variants import PART_VARIANTS, PartVariant, needed_parts, part_variant_of
+from loraplex_engine.runners.cuda.part_variants import (
+    NO_GRAPH,
+    PART_VARIANTS,
+    PartVariant,
+    needed_parts,
+    part_variant_of,
+)
 from loraplex_engine.runners.cuda.token_lora import max_decode_items
 
 if TYPE_CHECKING:
@@ -27,14 +34,15 @@ if TYPE_CHECKING:
 
 
 def make_part_kernels(
-    library: KernelLibrary, tables: AdapterTables, pool: Tensor, *, max_rows: int, num_sms: int
+    library: KernelLibrary, tables: AdapterTables, pool: Tensor, *, max_rows: int, num_sms: int, in_graphs: bool = False
 ) -> PartKernels:
-    """Return the kernels of all parts but pairs for steps of up to ``max_rows`` rows."""
+    """Return the kernels of all parts but pairs for steps of up to ``max_rows`` rows, of FLoRA for steps without a graph."""
     shapes = op_shapes(tables.geometry)
     return PartKernels(
         LoraVectors(library, tables, pool, shapes),
         LoraSparse(library, tables, pool, shapes, max_rows=max_rows, num_sms=num_sms),
         RowAdapters(max_rows, library.device),
+        None if in_graphs else LoraFlora(library, tables, pool, shapes, max_rows=max_rows),
     )
 
 
@@ -60,7 +68,7 @@ class DecodeParts:
         items = max_decode_items(shapes, max_rows)
         self._lora = LoraDecode(library, tables, pool, shapes, max_rows=max_rows, max_items=items)
         self._hidden = self._lora.new_scratch()
-        self._parts = make_part_kernels(library, tables, pool, max_rows=max_rows, num_sms=num_sms)
+        self._parts = make_part_kernels(library, tables, pool, max_rows=max_rows, num_sms=num_sms, in_graphs=True)
         self._sent: tuple[object, int] | None = None
 
     @property
@@ -78,6 +86,8 @@ class DecodeParts:
     def prepare(self, adapters: NDArray[np.int32], key: object) -> int:
         """Send what a step's kernels read, unless the device has it already; return the variant that computes it.
 
+        It sends nothing for a step that no graph computes, and returns `NO_GRAPH`.
+
         Args:
             adapters: int32 ``[N]``; adapter of each row, -1 for none.
             key: Differs whenever the adapters, or what their indices name, do.
@@ -85,6 +95,8 @@ class DecodeParts:
         if self._sent is not None and self._sent[0] == key:
             return self._sent[1]
         number = part_variant_of(needed_parts(self._tables, adapters[adapters >= 0]))
+        if number == NO_GRAPH:
+            return number
         variant = PART_VARIANTS[number]
         if variant.has_pairs:
             self._lora.prepare(adapters)
@@ -126,6 +138,9 @@ class TokenParts:
             self._parts.rows.upload(adapters)
         if needs.has_sparse:
             self._parts.sparse.prepare(adapters)
+        if needs.has_flora:
+            assert self._parts.flora is not None
+            self._parts.flora.prepare(adapters)
         return TokenPartPath(self._followers, self._token_lora, self._parts, self._op_needs(used))
 
     def _op_needs(self, used: NDArray[np.int32]) -> list[dict[str, PartVariant]]:

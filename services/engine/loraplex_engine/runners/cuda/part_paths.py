@@ -3,7 +3,7 @@
     y = c * (W (e * x) + sum of s B A x) + S x + b
 
 Pairs come first, as they read x and not e * x: their delta lies in y, x is scaled where it lies, and the product accumulates
-onto y. Then one pointwise kernel applies c and b, and S x is added by a kernel of its own. o and down write a scratch
+onto y. FLoRA replaces what then lies there, in its rows and projections, which have no pairs. Then one pointwise kernel applies c and b, and S x is added by a kernel of its own. o and down write a scratch
 instead of the residual stream where c has to multiply them before they get there.
 """
 
@@ -12,10 +12,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
+import torch
+
 from loraplex_engine.runners.cuda.lora_paths import BasePath
 
 if TYPE_CHECKING:
     from loraplex_kernels.lora.decode import LoraDecode
+    from loraplex_kernels.lora.flora import LoraFlora, Product
     from loraplex_kernels.lora.sparse import LoraSparse
     from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
     from torch import Tensor
@@ -33,15 +36,19 @@ class PartKernels:
         vectors: Kernels of e, c and b.
         sparse: Kernel of S, with the step's items.
         rows: The rows' adapters.
+        flora: Kernels of FLoRA, with the step's rows; None where only steps without it come.
     """
 
-    def __init__(self, vectors: LoraVectors, sparse: LoraSparse, rows: RowAdapters) -> None:
-        self.vectors, self.sparse, self.rows = vectors, sparse, rows
+    def __init__(
+        self, vectors: LoraVectors, sparse: LoraSparse, rows: RowAdapters, flora: LoraFlora | None = None
+    ) -> None:
+        self.vectors, self.sparse, self.rows, self.flora = vectors, sparse, rows, flora
 
     @property
     def fixed_tensors(self) -> tuple[Tensor, ...]:
         """Tensors whose addresses reach kernels through tables."""
-        return (self.sparse.buffer, self.rows.buffer)
+        own = (self.sparse.buffer, self.rows.buffer)
+        return own if self.flora is None else (*own, self.flora.buffer)
 
 
 class _PartPath(BasePath):
@@ -70,6 +77,9 @@ class _PartPath(BasePath):
             linear.onto(x, out)
         else:
             linear.into(x, out)
+        if needs.has_flora:
+            assert self._parts.flora is not None
+            self._parts.flora.replace(layer, op, _product_of(linear), linear.bias, x, out)
         self._finish(layer, op, linear, x, out, step)
 
     def add_to_residual(
@@ -77,7 +87,7 @@ class _PartPath(BasePath):
     ) -> Tensor | None:
         """See `LayerPath`."""
         needs = self._needs(layer, op)
-        if needs.has_pairs or needs.scales_inputs or needs.finishes:
+        if needs.has_pairs or needs.scales_inputs or needs.finishes or needs.has_flora:
             self.project(layer, op, linear, x, scratch, step)
             return scratch
         linear.onto(x, residual)
@@ -90,6 +100,15 @@ class _PartPath(BasePath):
             parts.vectors.finish(layer, op, y, parts.rows, step.scales, linear.bias)
         if needs.has_sparse:
             parts.sparse.add(layer, op, x, y, step.scales)
+
+
+def _product_of(linear: Linear) -> Product:
+    """Return what multiplies with some outputs of a linear layer."""
+
+    def multiply(first: int, last: int, x: Tensor, out: Tensor) -> None:
+        torch.mm(x, linear.rows(first, last).t(), out=out)
+
+    return multiply
 
 
 class DecodePartPath(_PartPath):

@@ -1,4 +1,4 @@
-"""The CUDA backend: decode steps replay graphs, steps with prefill chunks launch the same kernels one by one.
+"""The CUDA backend: decode steps replay graphs, steps with prefill chunks, or with FLoRA, launch the same kernels one by one.
 
 Everything except adapter copies runs on one stream. `launch` never makes the host wait for the device, unless the step
 has a prompt whose probabilities are asked for.
@@ -32,6 +32,7 @@ from loraplex_engine.runners.cuda.magnitude_loads import MagnitudeLoads
 from loraplex_engine.runners.cuda.magnitudes import RowScales
 from loraplex_engine.runners.cuda.outside import OutsideModules, plain_ids
 from loraplex_engine.runners.cuda.part_lora import TokenParts, make_part_kernels
+from loraplex_engine.runners.cuda.part_variants import NO_GRAPH
 from loraplex_engine.runners.cuda.sampling import DeviceSampler
 from loraplex_engine.runners.cuda.step_buffers import StepBuffers
 from loraplex_engine.runners.cuda.step_input import is_pure_decode
@@ -164,9 +165,12 @@ class CudaRunner:
             return self._launch_decode(plan, faults) if is_pure_decode(plan) else self._launch_mixed(plan, faults)
 
     def _launch_decode(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
-        bucket, count, outside = self.graphs.bucket(len(plan.slots)), len(plan.slots), self._outside_of(plan)
-        self._buffers.send_decode(plan, bucket)
+        bucket, count = self.graphs.bucket(len(plan.slots)), len(plan.slots)
         variant = self._decode_lora.prepare(plan.adapters, bucket, self._num_binds) if self._num_variants > 1 else 0
+        if variant == NO_GRAPH:
+            return self._launch_mixed(plan, faults)
+        outside = self._outside_of(plan)
+        self._buffers.send_decode(plan, bucket)
         step = self._buffers.of_bucket(bucket)
         if outside is not None:
             outside.embed(plan, step)
