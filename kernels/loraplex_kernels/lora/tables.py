@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 COMPUTED_KINDS: Final = (LOW_RANK, OUT_VECTOR, IN_VECTOR, BIAS, SPARSE_DELTA)
 """Kinds of parts that kernels exist for."""
 NO_KINDS: Final = frozenset[str]()
-MAX_RANK: Final = CUDA_MAX_RANK  # kMaxRank, of one projection
+MAX_RANK: Final = CUDA_MAX_RANK  # kMaxRank of kernels built with LORAPLEX_CHAINS, of one projection
+PLAIN_MAX_RANK: Final = 256  # kMaxRank of the others
 MAX_STACKED_RANK: Final = MAX_SLICES * MAX_RANK  # of an op
 
 
@@ -122,6 +123,7 @@ class AdapterTables:
             layers.
         has_part: By kind of part but pairs, bool ``[max_adapters, ops]`` on the host.
         has_others: bool ``[max_adapters]`` on the host; whether an adapter has any part but pairs.
+        is_wide: bool ``[max_adapters]`` on the host; whether an adapter has a rank above `PLAIN_MAX_RANK`.
 
     Raises:
         OpLimitError: If an op has more slices than the kernels take.
@@ -147,6 +149,7 @@ class AdapterTables:
         self.max_nonzeros = np.zeros((max_adapters, num_ops, MAX_SLICES), dtype=np.int32)
         self.has_part = {name: np.zeros((max_adapters, num_ops), dtype=np.bool_) for name in KINDS if name != LOW_RANK}
         self.has_others = np.zeros(max_adapters, dtype=np.bool_)
+        self.is_wide = np.zeros(max_adapters, dtype=np.bool_)
         self._written: dict[int, frozenset[str]] = {}  # by index, kinds whose rows on the device are not blank
 
     @property
@@ -206,6 +209,7 @@ class AdapterTables:
         if (pairs := entries.get(LOW_RANK)) is not None:
             self.max_ranks[index] = pairs["rank"].max(axis=0)
             self.max_stacked[index] = pairs["stacked_rank"].max(axis=0)
+        self.is_wide[index] = bool((self.max_ranks[index] > PLAIN_MAX_RANK).any())
         self.has_others[index] = len(entries) > (LOW_RANK in entries)
         if not self.has_others[index]:
             return
