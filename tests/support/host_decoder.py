@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import load_base_model
+from loraplex_common.request_limits import MAX_ADAPTERS
 from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import DTYPES, WeightReader
 from loraplex_engine.pool_geometry import choose_pool_geometry
-from loraplex_engine.runners.cuda.decode_lora import DecodeLora
+from loraplex_engine.runners.cuda.decode_lora import NO_GRAPH, DecodeLora
 from loraplex_engine.runners.cuda.decoder import LargestStep, LlamaDecoder
 from loraplex_engine.runners.cuda.linears import CUDA_LINEARS
 from loraplex_engine.runners.cuda.lora_paths import BasePath
@@ -107,7 +108,7 @@ class HostRunner:
             min_decode_runs=min_decode_runs,
         )
         self.base = BasePath(self.decoder.followers)
-        parts = make_part_kernels(library, self.tables, self.pool, max_rows=64, num_sms=1)
+        parts = make_part_kernels(library, self.tables, self.pool, max_rows=64, num_sms=1, num_passes=MAX_ADAPTERS)
         self.token_parts = TokenParts(token_lora, self.tables, self.decoder.followers, parts)
         library.track(self.pool, self.tables.tiles, *self.tables.tensors)
         library.track(*self.lora.fixed_tensors, *token_lora.fixed_tensors, *parts.fixed_tensors)
@@ -141,10 +142,15 @@ class HostRunner:
         if is_decode:
             shape = StepShape(num_tokens=BUCKET, num_rows=BUCKET, width=9, num_samples=BUCKET)
             if has_adapters:
-                variant = self.lora.prepare(plan.adapters, BUCKET, self.num_binds)
-                path = self.lora.path(BUCKET, variant)
+                variant = self.lora.prepare(
+                    plan.adapters, BUCKET, self.num_binds, scales=plan.adapter_scales, more=plan.more_adapters
+                )
                 self.variants.append(variant)
-        else:
+                if variant == NO_GRAPH:
+                    is_decode = False
+                else:
+                    path = self.lora.path(BUCKET, variant)
+        if not is_decode:
             shape = StepShape(
                 num_tokens=len(plan.token_ids),
                 num_rows=len(plan.slots),

@@ -13,6 +13,7 @@ import torch
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_common.image_geometry import ImageError
+from loraplex_common.request_limits import MAX_ADAPTERS
 from loraplex_kernels.lora.tables import AdapterTables, RankLimitError, check_parts
 from loraplex_kernels.module import KernelLibrary, device_arch, has_dependent_launch
 
@@ -20,7 +21,7 @@ from loraplex_engine.model.registry import read_model
 from loraplex_engine.model.weight_norms import weight_norms
 from loraplex_engine.model.weights import DTYPES
 from loraplex_engine.runners.cuda.adapter_loads import AdapterLoads
-from loraplex_engine.runners.cuda.decode_lora import DecodeLora
+from loraplex_engine.runners.cuda.decode_lora import NO_GRAPH, DecodeLora
 from loraplex_engine.runners.cuda.decoder import LargestStep
 from loraplex_engine.runners.cuda.drawing import Drawing
 from loraplex_engine.runners.cuda.forwards import forward_of
@@ -130,7 +131,14 @@ class CudaRunner:
             max_tokens=largest.max_tokens,
             min_decode_runs=config.min_decode_runs,
         )
-        parts = make_part_kernels(self._library, self._tables, self._pool, max_rows=largest.max_tokens, num_sms=num_sms)
+        parts = make_part_kernels(
+            self._library,
+            self._tables,
+            self._pool,
+            max_rows=largest.max_tokens,
+            num_sms=num_sms,
+            num_passes=MAX_ADAPTERS,
+        )
         self._token_parts = TokenParts(token_lora, self._tables, self._decoder.followers, parts)
         self._num_binds = 0
 
@@ -158,8 +166,14 @@ class CudaRunner:
 
     def _launch_decode(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
         bucket, count = self.graphs.bucket(len(plan.slots)), len(plan.slots)
+        variant = 0
+        if self._num_variants > 1:
+            variant = self._decode_lora.prepare(
+                plan.adapters, bucket, self._num_binds, scales=plan.adapter_scales, more=plan.more_adapters
+            )
+            if variant == NO_GRAPH:
+                return self._launch_mixed(plan, faults)
         self._buffers.send_decode(plan, bucket)
-        variant = self._decode_lora.prepare(plan.adapters, bucket, self._num_binds) if self._num_variants > 1 else 0
         self.graphs.replay(bucket, variant)
         if self._drawing.is_greedy(plan):
             return self._drawing.send_greedy(plan, bucket, faults)

@@ -16,11 +16,11 @@ from kernels.host_kernels import COMPILER, HostLibrary
 from kernels.kernel_cases import AdapterPool, make_adapters, make_geometry, relative_error
 from kernels.recording_kernels import RecordingLibrary
 from loraplex_engine.runners.cuda.token_lora import make_token_lora
-from loraplex_engine.step import NO_ADAPTER, StepPlan
+from loraplex_engine.step import NO_ADAPTER
 from loraplex_kernels.lora.items import op_shapes
-from loraplex_kernels.lora.tables import MAX_RANK, AdapterTables
+from loraplex_kernels.lora.tables import MAX_RANK, PLAIN_MAX_RANK, AdapterTables
 from support.decoder_shapes import OPS
-from support.plans import Draw, sampling_arrays
+from support.row_plans import make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from kernels.recording_kernels import Launch
     from loraplex_common.adapter_image import Geometry
+    from loraplex_engine.step import StepPlan
     from loraplex_kernels.lora.items import OpShape
     from loraplex_kernels.module import KernelLibrary
     from numpy.typing import NDArray
@@ -41,26 +42,6 @@ RANKS: Final = (
     {"o_proj": 72, "down_proj": 1},
     {"k_proj": 256, "up_proj": 200},
 )
-
-
-def make_plan(decode: Sequence[int], chunks: Sequence[tuple[int, int]]) -> StepPlan:
-    """Return a step of decode rows with these adapters and of chunks of these (tokens, adapter)."""
-    count = len(decode) + len(chunks)
-    rows = np.arange(count, dtype=np.int32)
-    num_tokens = np.array([1] * len(decode) + [tokens for tokens, _ in chunks], dtype=np.int32)
-    return StepPlan(
-        step_id=1,
-        slots=rows,
-        num_tokens=num_tokens,
-        starts=np.zeros_like(rows),
-        token_ids=np.zeros(num_tokens.sum(), dtype=np.int32),
-        block_tables=np.zeros((count, 1), dtype=np.int32),
-        adapters=np.array([*decode, *(adapter for _, adapter in chunks)], dtype=np.int32),
-        adapter_scales=np.ones(count, dtype=np.float32),
-        num_decode_rows=len(decode),
-        sample_rows=rows,
-        sampling=sampling_arrays([Draw()] * count, [0] * count),
-    )
 
 
 def resident_adapters(library: KernelLibrary) -> tuple[AdapterPool, AdapterTables]:
@@ -223,7 +204,7 @@ def test_in_fp32_all_tokens_are_groups() -> None:
     assert Recorded(1, torch.float32).kernels(plan) == {op: ["lora_shrink", "lora_expand"] for op in OPS}
 
 
-@pytest.mark.parametrize("rank", [1, 16, 85, MAX_RANK])
+@pytest.mark.parametrize("rank", [1, 16, 85, PLAIN_MAX_RANK, MAX_RANK])
 @pytest.mark.parametrize("num_decode", [300, 299, 150, 1])
 def test_buffers_hold_a_step_of_distinct_adapters_of_any_rank(rank: int, num_decode: int) -> None:
     geometry: Geometry = make_geometry(hidden=4096, inter=14336, heads=32, kv_heads=8, head_dim=128, page_bytes=2 << 20)
@@ -231,6 +212,7 @@ def test_buffers_hold_a_step_of_distinct_adapters_of_any_rank(rank: int, num_dec
     tables = AdapterTables(geometry, max_adapters=max_rows, tile_capacity=0, device=library.device)
     tables.max_ranks[:] = rank
     tables.max_stacked[:] = [rank * len(names) for names in OPS.values()]
+    tables.is_wide[:] = rank > PLAIN_MAX_RANK
     pool = torch.zeros(1, geometry.page_bytes, dtype=torch.uint8)
     lora = make_token_lora(library, tables, pool, geometry, max_rows=max_rows, max_tokens=max_tokens, min_decode_runs=1)
     num_chunks = max_rows - num_decode
