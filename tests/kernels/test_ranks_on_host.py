@@ -110,19 +110,23 @@ def test_ranks_up_to_512_decode_beside_rank_8_in_one_launch(
         tables.bind(index, adapter.spec, adapter.pages)
     assert tables.is_wide.tolist() == [False, True, True]
     pool, shapes = torch.from_numpy(resident.pages), op_shapes(geometry)
-    lora = LoraChains(library, tables, pool, shapes, max_rows=4, max_terms=4)
-    adapters, scales = np.array([0, 1, 2, 0], dtype=np.int32), rng.uniform(0.5, 2, 4).astype(np.float32)
-    h = lora.new_scratch()
+    lora = LoraChains(library, tables, pool, shapes, max_rows=6, max_terms=9)
+    lists = ((0,), (1,), (2,), (0,), (1, 2), (2, 0, 1))  # h of the last two is staged in parts
+    places = np.array([row for row, each in enumerate(lists) for _ in each], dtype=np.int32)
+    adapters = np.array([index for each in lists for index in each], dtype=np.int32)
+    scales, h = rng.uniform(0.5, 2, len(adapters)).astype(np.float32), lora.new_scratch()
     library.track(tables.entries, tables.tiles, pool, *lora.fixed_tensors, h)
-    lora.prepare_terms(Terms(np.arange(4, dtype=np.int32), adapters, scales, 4))
+    lora.prepare_terms(Terms(places, adapters, scales, len(lists)))
     for op, shape in zip(OPS, shapes, strict=True):
-        x = torch.randn(4, shape.columns).to(dtype)
-        y = (0.3 * torch.randn(4, sum(shape.outputs))).to(dtype)
-        expected = y + resident.delta(adapters, scales, x, 0, op)
+        x = torch.randn(len(lists), shape.columns).to(dtype)
+        y = (0.3 * torch.randn(len(lists), sum(shape.outputs))).to(dtype)
+        expected = y.float().clone()
+        of_term = resident.delta(adapters, scales, x[torch.from_numpy(places).long()], 0, op)
+        expected.index_add_(0, torch.from_numpy(places).long(), of_term)
         h.fill_(float("nan"))
 
         lora.shrink(0, op, x, h, 11)
-        lora.expand_add(0, op, h, torch.ones(4), y, 9)
+        lora.expand_add(0, op, h, torch.ones(len(lists)), y, 9)
 
-        for row in range(4):
-            assert relative_error(y[row], expected[row]) < 2 * TOLERANCE[dtype], (op, row)
+        for row, each in enumerate(lists):
+            assert relative_error(y[row], expected[row]) < 2 * TOLERANCE[dtype], (op, each)
