@@ -138,6 +138,10 @@ class ExpandAddParams(ctypes.Structure):
     ]
 
 
+class ExpandChainParams(ExpandAddParams):
+    """csrc/lora/expand_chain.cu."""
+
+
 class PartTables(ctypes.Structure):
     """csrc/lora/parts.cuh."""
 

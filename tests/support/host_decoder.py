@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.base_model import load_base_model
+from loraplex_common.request_limits import MAX_ADAPTERS
 from loraplex_engine.decode_runs import MIN_DECODE_RUNS
 from loraplex_engine.model.llama import LlamaModel
 from loraplex_engine.model.weights import DTYPES, WeightReader
@@ -111,7 +112,7 @@ class HostRunner:
             min_decode_runs=min_decode_runs,
         )
         self.base = BasePath(self.decoder.followers)
-        parts = make_part_kernels(library, self.tables, self.pool, max_rows=64, num_sms=1)
+        parts = make_part_kernels(library, self.tables, self.pool, max_rows=64, num_sms=1, num_passes=MAX_ADAPTERS)
         self.token_parts = TokenParts(token_lora, self.tables, self.decoder.followers, parts)
         self.rows = TokenRows(self.geometry, vocab_size=info.vocab_size, max_added_tokens=max_added_tokens)
         self.outside = OutsideModules(library, self.tables, self.pool, self.decoder, limits, num_sms=2)
@@ -149,7 +150,11 @@ class HostRunner:
         is_decode, has_adapters = is_pure_decode(plan), bool((plan.adapters >= 0).any())
         path: LayerPath = self.base
         if is_decode and has_adapters:
-            self.variants.append(self.lora.prepare(plan.adapters, BUCKET, self.num_binds))
+            self.variants.append(
+                self.lora.prepare(
+                    plan.adapters, BUCKET, self.num_binds, scales=plan.adapter_scales, more=plan.more_adapters
+                )
+            )
             is_decode = self.variants[-1] != NO_GRAPH
         if is_decode:
             shape = StepShape(num_tokens=BUCKET, num_rows=BUCKET, width=9, num_samples=BUCKET)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -166,6 +166,48 @@ class PlainPath(BasePath):
                         step.scales[rows, None],
                     )
                 begin = end
+        return y
+
+
+class SummedPath(PlainPath):
+    """A `PlainPath` of tokens that add several adapters up: what each adds to the base's product, one after the other.
+
+    Attributes:
+        more: Plain paths, one for each further place in the lists, with each token's factor, fp32 ``[tokens]``.
+        base: The path without adapters.
+    """
+
+    more: tuple[tuple[PlainPath, Tensor], ...] = ()
+    base: PlainPath
+
+    @classmethod
+    def of_plan_with_lists(
+        cls, followers: Followers, geometry: Geometry, adapters: dict[int, PartAdapter], plan: StepPlan
+    ) -> SummedPath:
+        """Return the path of a step."""
+        path = cls(followers, geometry, adapters, np.repeat(plan.adapters, plan.num_tokens))
+        entries, found = plan.more_adapters, []
+        place = np.array([int((entries.rows[:i] == row).sum()) for i, row in enumerate(entries.rows)], dtype=np.int32)
+        for number in range(int(place.max(initial=-1)) + 1):
+            chosen, of_row = place == number, np.full(len(plan.slots), -1, dtype=np.int32)
+            factors = np.zeros(len(plan.slots), dtype=np.float32)
+            of_row[entries.rows[chosen]], factors[entries.rows[chosen]] = (
+                entries.adapters[chosen],
+                entries.scales[chosen],
+            )
+            own = PlainPath(followers, geometry, adapters, np.repeat(of_row, plan.num_tokens))
+            found.append((own, torch.from_numpy(np.repeat(factors, plan.num_tokens))))
+        path.more = tuple(found)
+        path.base = PlainPath(followers, geometry, adapters, np.full(len(path._of_token), -1, dtype=np.int32))
+        return path
+
+    def _output(self, layer: int, op: str, linear: Linear, x: Tensor, step: StepInputs) -> Tensor:
+        y = super()._output(layer, op, linear, x, step)
+        base = self.base._output(layer, op, linear, x, step)
+        for path, factors in self.more:
+            scales = torch.zeros_like(step.scales)
+            scales[: len(factors)] = factors.to(scales.device)
+            y = y + path._output(layer, op, linear, x, replace(step, scales=scales)) - base
         return y
 
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 COMPUTED_KINDS: Final = (LOW_RANK, OUT_VECTOR, IN_VECTOR, BIAS, SPARSE_DELTA, ROWS, FLORA)
 """Kinds of parts that kernels exist for."""
 NO_KINDS: Final = frozenset[str]()
-MAX_RANK: Final = CUDA_MAX_RANK  # kMaxRank, of one projection
+MAX_RANK: Final = CUDA_MAX_RANK  # kMaxRank of kernels built with LORAPLEX_CHAINS, of one projection
+PLAIN_MAX_RANK: Final = 256  # kMaxRank of the others
 MAX_STACKED_RANK: Final = MAX_SLICES * MAX_RANK  # of an op
 
 
@@ -133,6 +134,7 @@ class AdapterTables:
         has_part: By kind of part but pairs, bool ``[max_adapters, ops]`` on the host.
         has_others: bool ``[max_adapters]`` on the host; whether an adapter has any part but pairs in the layers.
         outside: What adapters have outside of the layers.
+        is_wide: bool ``[max_adapters]`` on the host; whether an adapter has a rank above `PLAIN_MAX_RANK`.
 
     Raises:
         OpLimitError: If an op has more slices than the kernels take.
@@ -164,6 +166,7 @@ class AdapterTables:
         }
         self.has_others = np.zeros(max_adapters, dtype=np.bool_)
         self.outside = OutsideTables(geometry, self.tiles, max_adapters=max_adapters)
+        self.is_wide = np.zeros(max_adapters, dtype=np.bool_)
         self._written: dict[int, frozenset[str]] = {}  # by index, kinds whose rows on the device are not blank
 
     @property
@@ -226,6 +229,7 @@ class AdapterTables:
         if (pairs := entries.get(LOW_RANK)) is not None:
             self.max_ranks[index] = pairs["rank"].max(axis=0)
             self.max_stacked[index] = pairs["stacked_rank"].max(axis=0)
+        self.is_wide[index] = bool((self.max_ranks[index] > PLAIN_MAX_RANK).any())
         self.has_others[index] = len(entries) > (LOW_RANK in entries)
         if not self.has_others[index]:
             return

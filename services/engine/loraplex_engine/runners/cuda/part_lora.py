@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from loraplex_common.sparse_delta import SPARSE_DELTA
+from loraplex_common.vectors import BIAS
 from loraplex_kernels.lora.decode import LoraDecode
 from loraplex_kernels.lora.flora import LoraFlora
 from loraplex_kernels.lora.items import op_shapes
@@ -12,7 +14,7 @@ from loraplex_kernels.lora.sparse import LoraSparse
 from loraplex_kernels.lora.vectors import LoraVectors, RowAdapters
 
 from loraplex_engine.runners.cuda.lora_paths import AddedLoraPath, Grids
-from loraplex_engine.runners.cuda.part_paths import DecodePartPath, PartKernels, TokenPartPath
+from loraplex_engine.runners.cuda.part_paths import DecodePartPath, PartKernels, PartPass, TokenPartPath
 from loraplex_engine.runners.cuda.part_variants import (
     NO_GRAPH,
     PART_VARIANTS,
@@ -20,6 +22,7 @@ from loraplex_engine.runners.cuda.part_variants import (
     needed_parts,
     part_variant_of,
 )
+from loraplex_engine.runners.cuda.row_terms import PassScales, row_passes, used_adapters
 from loraplex_engine.runners.cuda.token_lora import max_decode_items
 
 if TYPE_CHECKING:
@@ -34,15 +37,28 @@ if TYPE_CHECKING:
 
 
 def make_part_kernels(
-    library: KernelLibrary, tables: AdapterTables, pool: Tensor, *, max_rows: int, num_sms: int, in_graphs: bool = False
+    library: KernelLibrary,
+    tables: AdapterTables,
+    pool: Tensor,
+    *,
+    max_rows: int,
+    num_sms: int,
+    in_graphs: bool = False,
+    num_passes: int = 1,
 ) -> PartKernels:
-    """Return the kernels of all parts but pairs for steps of up to ``max_rows`` rows, of FLoRA for steps without a graph."""
+    """Return the kernels of all parts but pairs for steps of up to ``max_rows`` rows, of FLoRA for steps without a graph.
+
+    Rows have up to ``num_passes`` adapters each.
+    """
     shapes = op_shapes(tables.geometry)
+    sparse = LoraSparse(library, tables, pool, shapes, max_rows=max_rows, num_sms=num_sms)
+    sparse.reserve_passes(num_passes)
     return PartKernels(
         LoraVectors(library, tables, pool, shapes),
-        LoraSparse(library, tables, pool, shapes, max_rows=max_rows, num_sms=num_sms),
+        sparse,
         RowAdapters(max_rows, library.device),
         None if in_graphs else LoraFlora(library, tables, pool, shapes, max_rows=max_rows),
+        tuple(RowAdapters(max_rows, library.device) for _ in range(1, num_passes)),
     )
 
 
@@ -123,10 +139,11 @@ class TokenParts:
     ) -> None:
         self._token_lora, self._tables, self._followers, self._parts = token_lora, tables, followers, parts
         self._added = AddedLoraPath(followers, token_lora)
+        self._scales = PassScales(len(parts.rows.buffer), parts.rows.buffer.device)
 
     def prepare(self, plan: StepPlan) -> LayerPath:
         """Send what the kernels of a step with adapters read; return its path."""
-        used = np.unique(plan.adapters[plan.adapters >= 0])
+        used = np.unique(used_adapters(plan.adapters, plan.more_adapters))
         if not self._tables.has_others[used].any():
             self._token_lora.prepare(plan)
             return self._added
@@ -141,7 +158,22 @@ class TokenParts:
         if needs.has_flora:
             assert self._parts.flora is not None
             self._parts.flora.prepare(adapters)
-        return TokenPartPath(self._followers, self._token_lora, self._parts, self._op_needs(used))
+        more = self._prepare_more(plan) if len(plan.more_adapters.rows) else []
+        return TokenPartPath(self._followers, self._token_lora, self._parts, self._op_needs(used), more)
+
+    def _prepare_more(self, plan: StepPlan) -> list[PartPass]:
+        """Send b and S of further adapters of rows, a pass for each place in their lists."""
+        passes, has, found = row_passes(plan.more_adapters, len(plan.slots)), self._tables.has_part, []
+        for number, scales in enumerate(self._scales.upload(passes, plan.num_tokens)):
+            adapters = np.repeat(passes[number].adapters, plan.num_tokens)
+            used = adapters[adapters >= 0]
+            adds_bias, has_sparse = (bool(has[kind][used].any()) for kind in (BIAS, SPARSE_DELTA))
+            if adds_bias:
+                self._parts.more_rows[number].upload(adapters)
+            if has_sparse:
+                self._parts.sparse.prepare(adapters, number=number + 1)
+            found.append(PartPass(scales, adds_bias, has_sparse))
+        return found
 
     def _op_needs(self, used: NDArray[np.int32]) -> list[dict[str, PartVariant]]:
         geometry = self._tables.geometry

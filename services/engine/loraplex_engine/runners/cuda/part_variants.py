@@ -60,6 +60,8 @@ PART_VARIANTS: Final = (
 )
 """The variants that graphs are captured of, smallest first; the last serves any mix without FLoRA."""
 NO_GRAPH: Final = -1
+"""The variant of steps that no graph computes: with FLoRA, with rows of several adapters or ranks above `PLAIN_MAX_RANK` beside
+parts other than pairs, or with more terms than the buffers hold."""
 
 
 def needed_parts(tables: AdapterTables, used: NDArray[np.int32], op: int | slice = slice(None)) -> PartVariant:

@@ -13,6 +13,7 @@ import torch
 from loraplex_common.architectures.registry import model_config
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_common.image_geometry import ImageError
+from loraplex_common.request_limits import MAX_ADAPTERS
 from loraplex_kernels.lora.outside_tables import check_outside
 from loraplex_kernels.lora.tables import RankLimitError, check_parts
 
@@ -127,7 +128,14 @@ class CudaRunner:
             max_tokens=largest.max_tokens,
             min_decode_runs=config.min_decode_runs,
         )
-        parts = make_part_kernels(self._library, self._tables, self._pool, max_rows=largest.max_tokens, num_sms=num_sms)
+        parts = make_part_kernels(
+            self._library,
+            self._tables,
+            self._pool,
+            max_rows=largest.max_tokens,
+            num_sms=num_sms,
+            num_passes=MAX_ADAPTERS,
+        )
         self._token_parts = TokenParts(token_lora, self._tables, self._decoder.followers, parts)
         self._num_binds = 0
         if self.geometry.has_outside:
@@ -166,9 +174,13 @@ class CudaRunner:
 
     def _launch_decode(self, plan: StepPlan, faults: SlotFaults) -> CudaStepHandle:
         bucket, count = self.graphs.bucket(len(plan.slots)), len(plan.slots)
-        variant = self._decode_lora.prepare(plan.adapters, bucket, self._num_binds) if self._num_variants > 1 else 0
-        if variant == NO_GRAPH:
-            return self._launch_mixed(plan, faults)
+        variant = 0
+        if self._num_variants > 1:
+            variant = self._decode_lora.prepare(
+                plan.adapters, bucket, self._num_binds, scales=plan.adapter_scales, more=plan.more_adapters
+            )
+            if variant == NO_GRAPH:
+                return self._launch_mixed(plan, faults)
         outside = self._outside_of(plan)
         self._buffers.send_decode(plan, bucket)
         step = self._buffers.of_bucket(bucket)
