@@ -41,8 +41,10 @@ CHAINS: Final = 3 + len(PART_VARIANTS)
 class Steps:
     """Runs sequences of lists of adapters, by the engine's paths or by the plain formula."""
 
-    def __init__(self, model_dir: Path, tmp_path: Path, families: list[str], *, is_plain: bool) -> None:
-        self.runner = HostRunner(model_dir, HostLibrary(torch.float32, tmp_path))
+    def __init__(
+        self, model_dir: Path, tmp_path: Path, families: list[str], *, is_plain: bool, rows_beside: int = BUCKET
+    ) -> None:
+        self.runner = HostRunner(model_dir, HostLibrary(torch.float32, tmp_path), max_rows_beside=rows_beside)
         self.harness = ListHarness(self.runner, self.runner.pool_geometry, NUM_PAGES)
         self.adapters: dict[int, PartAdapter] = {}
         for number, family in enumerate(families):
@@ -82,15 +84,21 @@ LISTS: Final[list[list[tuple[int, float]]]] = [
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
 @pytest.mark.parametrize(
-    ("families", "variants"),
-    [(["LoRA"] * 3, {CHAINS}), (["LoRA", "lora_bias", "SHiRA"], {NO_GRAPH})],
-    ids=["pairs, by graphs", "b and S, in passes"],
+    ("families", "variants", "rows_beside"),
+    [
+        (["LoRA"] * 3, {CHAINS}, BUCKET),
+        (["LoRA"] * 3, {CHAINS}, 0),
+        (["LoRA", "lora_bias", "SHiRA"], {NO_GRAPH}, BUCKET),
+    ],
+    ids=["pairs, beside products", "pairs, in line", "b and S, in passes"],
 )
 def test_prompts_and_decode_rows_have_the_logits_of_the_weighted_sum(
-    tmp_path: Path, families: list[str], variants: set[int]
+    tmp_path: Path, families: list[str], variants: set[int], rows_beside: int
 ) -> None:
     model_dir = write_base_model(tmp_path / "base", BASE)
-    found, plain = (Steps(model_dir, tmp_path, families, is_plain=is_plain) for is_plain in (False, True))
+    found, plain = (
+        Steps(model_dir, tmp_path, families, is_plain=is_plain, rows_beside=rows_beside) for is_plain in (False, True)
+    )
 
     for own, expected in zip(found.logits(LISTS), plain.logits(LISTS), strict=True):
         assert relative_error(own, expected) < 2e-4
