@@ -55,7 +55,9 @@ class ListRig:
         self.harness = ListHarness(self.runner, geometry, NUM_PAGES)
         self.adapters: dict[int, PartAdapter] = {}
         for number, each in enumerate(parts):
-            adapter = random_adapter(self.runner.geometry, each, number, STRENGTH[dtype], dtype)
+            rank = max([8, *(part.rank for part in each if isinstance(part, LowRank))])
+            strength = STRENGTH[dtype] * (8 / rank) ** 0.5  # so that a delta's size does not depend on its rank
+            adapter = random_adapter(self.runner.geometry, each, number, strength, dtype)
             self.adapters[number] = adapter
             if not truth:  # whose tiles may hold less
                 image = pack(self.runner.geometry, adapter.spec, adapter.tensors)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from loraplex_engine.runners.slot_faults import SlotFaults
     from loraplex_engine.runners.torch.forward import Activations
     from loraplex_engine.runners.torch.handles import TorchLoadHandle
+    from loraplex_engine.runners.torch.lora import LoraStep
 
 
 KEPT_BUFFERS: Final = 4  # step sizes whose activation buffers are kept; batches shrink and grow by a few rows

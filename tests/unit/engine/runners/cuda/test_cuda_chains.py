@@ -14,11 +14,11 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 from kernels.host_kernels import COMPILER, HostLibrary
 from kernels.kernel_cases import relative_error
 from loraplex_common.adapter_image import pack
-from loraplex_engine.runners.cuda.part_variants import NO_GRAPH
+from loraplex_engine.runners.cuda.part_variants import NO_GRAPH, PART_VARIANTS
 from loraplex_engine.runners.cuda.row_terms import row_passes, rows_of, token_terms
 from loraplex_engine.step import MoreAdapters
 from support.base_models import TinyBase, write_base_model
-from support.host_decoder import NUM_PAGES, HostRunner
+from support.host_decoder import BUCKET, NUM_PAGES, HostRunner
 from support.list_plans import ListHarness
 from support.part_adapters import FAMILIES, SummedPath, random_adapter
 from support.row_plans import make_plan
@@ -33,15 +33,17 @@ if TYPE_CHECKING:
 BASE: Final = TinyBase(
     architecture="qwen2", hidden_size=64, intermediate_size=128, num_heads=2, num_kv_heads=1, head_dim=64, num_layers=1
 )
-CHAINS: Final = 7
-"""Variant behind three of plain LoRA and four of other parts."""
+CHAINS: Final = 3 + len(PART_VARIANTS)
+"""The variant behind those of plain LoRA and of other parts."""
 
 
 class Steps:
     """Runs sequences of lists of adapters, by the engine's paths or by the plain formula."""
 
-    def __init__(self, model_dir: Path, tmp_path: Path, families: list[str], *, is_plain: bool) -> None:
-        self.runner = HostRunner(model_dir, HostLibrary(torch.float32, tmp_path))
+    def __init__(
+        self, model_dir: Path, tmp_path: Path, families: list[str], *, is_plain: bool, rows_beside: int = BUCKET
+    ) -> None:
+        self.runner = HostRunner(model_dir, HostLibrary(torch.float32, tmp_path), max_rows_beside=rows_beside)
         self.harness = ListHarness(self.runner, self.runner.pool_geometry, NUM_PAGES)
         self.adapters: dict[int, PartAdapter] = {}
         for number, family in enumerate(families):
@@ -81,15 +83,21 @@ LISTS: Final[list[list[tuple[int, float]]]] = [
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no g++: the host shim cannot be built")
 @pytest.mark.parametrize(
-    ("families", "variants"),
-    [(["LoRA"] * 3, {CHAINS}), (["LoRA", "lora_bias", "SHiRA"], {NO_GRAPH})],
-    ids=["pairs, by graphs", "b and S, in passes"],
+    ("families", "variants", "rows_beside"),
+    [
+        (["LoRA"] * 3, {CHAINS}, BUCKET),
+        (["LoRA"] * 3, {CHAINS}, 0),
+        (["LoRA", "lora_bias", "SHiRA"], {NO_GRAPH}, BUCKET),
+    ],
+    ids=["pairs, beside products", "pairs, in line", "b and S, in passes"],
 )
 def test_prompts_and_decode_rows_have_the_logits_of_the_weighted_sum(
-    tmp_path: Path, families: list[str], variants: set[int]
+    tmp_path: Path, families: list[str], variants: set[int], rows_beside: int
 ) -> None:
     model_dir = write_base_model(tmp_path / "base", BASE)
-    found, plain = (Steps(model_dir, tmp_path, families, is_plain=is_plain) for is_plain in (False, True))
+    found, plain = (
+        Steps(model_dir, tmp_path, families, is_plain=is_plain, rows_beside=rows_beside) for is_plain in (False, True)
+    )
 
     for own, expected in zip(found.logits(LISTS), plain.logits(LISTS), strict=True):
         assert relative_error(own, expected) < 2e-4
@@ -105,6 +113,24 @@ def test_steps_without_several_adapters_take_the_graphs_that_they_took(tmp_path:
     steps.logits([[(0, 1.0)], [(1, 1.0)], []])
 
     assert set(steps.runner.variants) == {2}
+
+
+def test_large_ranks_take_the_graph_of_chains_and_beside_other_parts_no_graph(tmp_path: Path) -> None:
+    model_dir = write_base_model(tmp_path / "base", BASE)
+    runner = Steps(model_dir, tmp_path, ["LoRA", "LoRA", "lora_bias"], is_plain=False).runner
+    plain, wide, mixed = (np.array(adapters, dtype=np.int32) for adapters in ([0, 0], [0, 1], [1, 2]))
+    more = MoreAdapters(
+        rows=np.array([1], dtype=np.int32), adapters=np.array([2], dtype=np.int32), scales=np.ones(1, dtype=np.float32)
+    )
+    assert runner.lora.prepare(wide, BUCKET, 1) == 2
+
+    runner.tables.is_wide[1] = True
+
+    assert runner.lora.prepare(plain, BUCKET, 2) == 2
+    assert runner.lora.prepare(wide, BUCKET, 2) == CHAINS
+    assert runner.lora.prepare(mixed, BUCKET, 2) == NO_GRAPH
+    assert runner.lora.prepare(plain, BUCKET, 2, more=more) == NO_GRAPH
+    assert runner.lora.prepare(np.array([2, 0], dtype=np.int32), BUCKET, 2) == 3
 
 
 def lists_plan() -> StepPlan:
