@@ -193,6 +193,7 @@ def hello(message: adapter_store_pb2.AttachEngineRequest) -> Hello:
         max_image_pages=source.max_image_pages,
         max_rank=source.max_rank,
         weight_norms=_weight_norms(source, shape),
+        max_added_tokens=source.max_added_tokens,
     )
 
 

@@ -35,6 +35,11 @@ class WeightNames:
     q_norm: str = "self_attn.q_norm.weight"
     k_norm: str = "self_attn.k_norm.weight"
 
+    @property
+    def embedding_module(self) -> str:
+        """Path of the embedding's module."""
+        return self.embedding.removesuffix(".weight")
+
     def in_layer(self, layer: int, name: str) -> str:
         """Return the full name of a tensor or module of one layer."""
         return self.layer.format(layer=layer) + name

@@ -66,9 +66,9 @@ class Geometry:
         for index in self.layer_indices:
             if not 0 <= index < len(self.distinct_layers):
                 raise ImageError(f"layer description {index} does not exist: there are {len(self.distinct_layers)}")
+        self._check_outside()
         for layer in self.distinct_layers:
             _check_layer(layer, self.tp_degree)
-        self._check_outside()
         per_layer = [ops_of(layer) for layer in self.distinct_layers]
         ops = tuple(dict.fromkeys(op for layer in per_layer for op in layer))
         place = {op: index for index, op in enumerate(ops)}

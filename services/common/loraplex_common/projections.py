@@ -109,7 +109,7 @@ def gated_decoder_layer(
     )
 
 
-def embedding_and_head(*, vocab_size: int, hidden_size: int, embedding: str, lm_head: str) -> LayerProjections:
+def embedding_and_head(vocab_size: int, hidden_size: int, *, embedding: str, lm_head: str) -> LayerProjections:
     """Return what lies outside of the decoder layers and can be adapted.
 
     Args:

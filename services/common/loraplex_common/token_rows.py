@@ -1,7 +1,8 @@
 """Rows of the embedding or of lm_head that an adapter replaces: what training saved of them as values, not as deltas.
 
 ``embed_tokens``: a token with ``ids[i]`` has the embedding ``values[i]``. ``lm_head``: the logit of ``ids[i]`` is ``values[i] . h``.
-Ids from the base's vocabulary on are tokens that the adapter adds.
+A row is final: where the module has a pair too, the pair is already in the row's values, and adds nothing to it. Ids from the
+base's vocabulary on are tokens that the adapter adds.
 
 Per op, an image holds the ids (int32, cut into ``[1][n]`` tiles), then the values: tiles ``[n][hidden]`` of whole rows.
 """
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from loraplex_common.projections import Op, Projection
 
 ROWS: Final = "rows"
+DEFAULT_MAX_ADDED_TOKENS: Final = 256
+"""Tokens that an adapter may add behind the base's vocabulary, unless an engine is told otherwise (``--max-added-tokens``)."""
 KIND_IDS: Final = 10
 KIND_ROW_VALUES: Final = 11
 

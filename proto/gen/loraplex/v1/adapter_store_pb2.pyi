@@ -236,13 +236,13 @@ class AdapterReport(_message.Message):
         DEVIATION_FIELD_NUMBER: _builtins.int
         MAGNITUDE_FIELD_NUMBER: _builtins.int
         kind: _builtins.str
-        """`low_rank`, `out_vector` (c), `in_vector` (e), `bias`, `sparse_delta` or `flora`."""
+        """`low_rank`, `out_vector` (c), `in_vector` (e), `bias`, `sparse_delta`, `flora` or `rows`."""
         size: _builtins.int
-        """Rank of a pair or of FLoRA, non-zeros of a sparse delta; 1 for a vector."""
+        """Rank of a pair or of FLoRA, non-zeros of a sparse delta, rows of tokens that are stored; 1 for a vector."""
         scale: _builtins.float
         """Factor on what a pair or a sparse delta adds; unset for other kinds."""
         norm: _builtins.float
-        """Frobenius norm of what it adds, the scale included: `s B A`, `s S` or b; unset for factors."""
+        """Frobenius norm of what it adds, the scale included: `s B A`, `s S` or b; unset for factors and rows."""
         relative_norm: _builtins.float
         """`norm` divided by that of the base's weight; unset for a bias, for factors, and while the latter is not known."""
         largest: _builtins.float
@@ -295,7 +295,7 @@ class AdapterReport(_message.Message):
         PARTS_FIELD_NUMBER: _builtins.int
         BASE_NORM_FIELD_NUMBER: _builtins.int
         layer: _builtins.int
-        """Decoder layer, from 0."""
+        """Decoder layer, from 0; the number behind the last for embed_tokens and lm_head."""
         projection: _builtins.str
         """Last part of the projection's name, for example `q_proj`."""
         base_norm: _builtins.float

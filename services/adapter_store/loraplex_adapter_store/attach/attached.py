@@ -145,6 +145,8 @@ class AttachedEngines:
                 base_fingerprint=hello.base_fingerprint,
                 geometry=hello.geometry,
                 max_rank=hello.max_rank,
+                max_image_pages=hello.max_image_pages,
+                max_added_tokens=hello.max_added_tokens,
             )
             for hello in (session.hello for session in self._sessions.values())
         )

@@ -87,7 +87,7 @@ class CheckpointChecker:
         )
         form = canonicalise(checkpoint, texts.parts)
         try:
-            check_servable(form.spec.sizes, base.info, engines)
+            check_servable(form.spec.sizes, base.info, engines, form.spec.last_row_id)
         except ImageError as error:
             raise AdapterIncompatibleError(str(error)) from error
         exploding = exploding_of(checkpoint.modules, self._norms(base.info.fingerprint))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from loraplex_common.architectures.entries import Windows
     from loraplex_common.config_values import ConfigValues
+    from loraplex_common.projections import LayerProjections
 
 ACTIVATIONS: Final = ("silu", "swish")
 DEFAULT_MAX_POSITIONS: Final = 2048
@@ -57,22 +58,15 @@ def read_llama_like(
     layer = gated_decoder_layer(
         hidden_size=hidden, intermediate_size=intermediate, num_heads=num_heads, num_kv_heads=kv_heads, head_dim=dim
     )
-    vocab_size, names = values.integer("vocab_size"), WeightNames()
     return ModelConfig(
         layers=(layer,) * num_layers,
-        outside=embedding_and_head(
-            vocab_size=vocab_size,
-            hidden_size=hidden,
-            embedding=names.embedding.removesuffix(".weight"),
-            lm_head=names.lm_head,
-        ),
-        names=names,
+        outside=_outside(values.integer("vocab_size"), hidden),
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_heads=num_heads,
         num_kv_heads=kv_heads,
         head_dim=dim,
-        vocab_size=vocab_size,
+        vocab_size=values.integer("vocab_size"),
         rms_norm_eps=values.number("rms_norm_eps", 1e-6),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
@@ -83,3 +77,8 @@ def read_llama_like(
         rope=rope_parameters(values, max_positions),
         max_position_embeddings=max_positions,
     )
+
+
+def _outside(vocab_size: int, hidden_size: int) -> LayerProjections:
+    names = WeightNames()
+    return embedding_and_head(vocab_size, hidden_size, embedding=names.embedding_module, lm_head=names.lm_head)
