@@ -109,7 +109,8 @@ class TorchRunner:
             vocab_size=self._rows.num_columns(plan),
             computes_at_once=not self._emulate_async,
         )
-        handle.input_faults, handle.edits_outside = faults, not self._loads.outside.isdisjoint(handle.adapters)
+        outside = self._loads.outside
+        handle.input_faults, handle.edits_outside = faults, bool(outside) and not outside.isdisjoint(handle.adapters)
         self._launched.append(handle)
         if not self._emulate_async:
             self.compute_until(handle)
