@@ -56,7 +56,9 @@ class Case:
             page_bytes=64 * 1024,
         )
         self.resident = AdapterPool(geometry, 128, self.rng)
-        tables = AdapterTables(geometry, max_adapters=len(RANKS), tile_capacity=1024, device=library.device)
+        self.tables = tables = AdapterTables(
+            geometry, max_adapters=len(RANKS), tile_capacity=1024, device=library.device
+        )
         for index, ranks in enumerate(RANKS):
             adapter = self.resident.add({(0, name): rank for name, rank in ranks.items()})
             tables.bind(index, adapter.spec, adapter.pages)
@@ -146,7 +148,7 @@ def test_a_step_that_exceeds_fixed_buffers_is_not_prepared_and_larger_ones_are_m
     case = Case(host_library(torch.float32), torch.float32)
     lists = ((0, 1, 2),) * 40
     terms = case.terms(lists, random_scales(case.rng, lists))
-    tables, pool = case.chains._tables, case.chains._kept[0]
+    tables, pool = case.tables, case.chains._kept[0]
     small = LoraChains(case.library, tables, pool, case.shapes, max_rows=3, max_terms=fixed_terms(3))
     grows = LoraChains(case.library, tables, pool, case.shapes, max_rows=1, max_terms=1, grows=True)
 

@@ -133,7 +133,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> gateway_pb2.DetokenizeResponse:
         """Return the text of token ids."""
         caller = current_principal()
-        model = await self._core.voice(request.model, request.adapter, caller=caller)
+        model = await self._core.voice(request.model, names_by_field(request.adapter, ()), caller=caller)
         token_ids = list(request.token_ids)
         _check_ids(token_ids, model)
         text = await model.tokenizer.decode(

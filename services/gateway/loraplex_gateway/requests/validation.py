@@ -255,12 +255,6 @@ def _unicode(field: str, text: str) -> Iterator[Violation]:
         yield field, f"no valid Unicode at character {error.start}: lone surrogates cannot be encoded as UTF-8"
 
 
-def _number(value: float) -> str:
-    """Return a number as people write it: whole ones with all their digits."""
-    whole = isinstance(value, int) or (math.isfinite(value) and value == int(value))
-    return str(int(value)) if whole else f"{value:g}"
-
-
 def _raise_if_any(found: list[Violation]) -> None:
     if not found:
         return
