@@ -10,8 +10,12 @@ import torch
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
-from loraplex_common.adapter_image import pack
+from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, pack
 from loraplex_common.base_model import load_base_model
+from loraplex_common.errors import AdapterIncompatibleError
+from loraplex_common.low_rank import LowRank
+from loraplex_common.token_rows import Rows
+from loraplex_common.vectors import OutVector
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.step import SlotSetup, TokenLogprobs
 from support.cuda_rig import BASES, Agreement, make_cuda_runner, make_torch_runner
@@ -177,4 +181,20 @@ def test_an_adapter_that_comes_back_elsewhere_draws_what_it_drew(model_dirs: dic
 
     assert [row.drawn for row in before] == [row.drawn for row in after]
     assert len(runner.graphs) == graphs
+    runner.close()
+
+
+def test_what_the_kernels_do_not_compute_there_is_refused_with_the_remedy(model_dirs: dict[str, Path]) -> None:
+    runner = make_cuda_runner(model_dirs["gqa"], "float32", num_pages=NUM_PAGES)
+    outside = runner.geometry.num_decoder_layers
+
+    for number, wanted in enumerate(ADAPTERS):
+        runner.check_adapter(draw_outside(runner.geometry, wanted, number)[0])
+    for part, message in (
+        (OutVector(is_magnitude=True), r"lm_head: parts of kind 'out_vector' .* train lm_head with plain LoRA"),
+        (LowRank(300, 1.0), r"lm_head: rank 300 exceeds the 256 .* serve it with --backend torch"),
+        (Rows(1, VOCAB + 256), r"--max-added-tokens 257"),
+    ):
+        with pytest.raises(AdapterIncompatibleError, match=message):
+            runner.check_adapter(AdapterSpec("ab" * 32, (ModuleSpec(outside, "lm_head", (part,)),)))
     runner.close()

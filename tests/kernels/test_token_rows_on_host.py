@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,13 +15,16 @@ from kernels.outside_device_cases import COLUMNS, HIDDEN, VOCAB, OutsideRig
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec
 from loraplex_common.image_geometry import ImageError
 from loraplex_common.low_rank import LOW_RANK, LowRank
-from loraplex_common.token_rows import ROWS
+from loraplex_common.token_rows import Rows
 from loraplex_common.vectors import OutVector
 from loraplex_kernels.lora.items import OpShape, make_groups
 from loraplex_kernels.lora.outside_tables import check_outside
 from loraplex_kernels.lora.tables import AdapterTables
 from loraplex_kernels.lora.token_rows import EmbedRows, HeadRows
 from support.random_outside import EMBED, HEAD, Outside
+
+if TYPE_CHECKING:
+    from loraplex_common.part_kind import Part
 
 MakeHostLibrary = Callable[[torch.dtype], HostLibrary]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
@@ -139,14 +143,29 @@ def test_an_adapter_without_modules_outside_touches_none_of_their_tables(monkeyp
     ]
 
 
-def test_other_parts_outside_of_the_layers_and_odd_vocabularies_are_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        (
+            HEAD,
+            OutVector(),
+            r"lm_head: parts of kind 'out_vector' are not computed outside of .*, only low_rank and rows",
+        ),
+        (HEAD, LowRank(8, 1.0), r"lm_head: LoRA on 100 outputs, which 8 does not divide"),
+        (EMBED, LowRank(257, 1.0), r"embed_tokens: rank 257 exceeds the 256 .* outside of the decoder layers"),
+        (EMBED, LowRank(256, 1.0), ""),
+        (HEAD, Rows(3, 99), ""),
+    ],
+)
+def test_what_kernels_do_not_compute_outside_of_the_layers_is_refused_by_name(
+    name: str, part: Part, message: str
+) -> None:
     geometry = make_geometry(layers=1, vocab=100)
+    spec = AdapterSpec("ab" * 32, (ModuleSpec(1, name, (part,)),))
 
-    with pytest.raises(
-        ImageError, match=r"lm_head: parts of kind 'out_vector' are not .* train the module as plain LoRA"
-    ):
-        check_outside(AdapterSpec("ab" * 32, (ModuleSpec(1, HEAD, (OutVector(),)),)), geometry)
-    with pytest.raises(ImageError, match=r"lm_head: LoRA on 100 outputs, which 8 does not divide, .* --backend torch"):
-        check_outside(AdapterSpec("ab" * 32, (ModuleSpec(1, HEAD, (LowRank(8, 1.0),)),)), geometry)
-    check_outside(AdapterSpec("ab" * 32, (ModuleSpec(1, EMBED, (LowRank(8, 1.0),)),)), geometry)
-    assert ROWS in AdapterTables(geometry, max_adapters=1, tile_capacity=1, device=torch.device("cpu")).outside.entries
+    if message:
+        with pytest.raises(ImageError, match=message):
+            check_outside(spec, geometry)
+    else:
+        check_outside(spec, geometry)
+    check_outside(AdapterSpec("ab" * 32, (ModuleSpec(0, "q_proj", (part,)),)), geometry)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OUTSIDE_KINDS: Final = (LOW_RANK, ROWS)
 """Kinds of parts that kernels compute outside of the decoder layers."""
+OUTSIDE_MAX_RANK: Final = 256  # kMaxRank of kernels built for single adapters
 EXPAND_OUTPUTS: Final = 8
 """The expand kernel writes so many outputs at a time."""
 
@@ -52,21 +53,24 @@ def check_outside(spec: AdapterSpec, geometry: Geometry) -> None:
     """Refuse what an adapter has outside of the decoder layers, if the kernels cannot take it.
 
     Raises:
-        ImageError: If so; the message names module, kind and remedy.
+        ImageError: If so; the message names module and kind, or rank.
     """
-    for layer, projection, kind, _ in spec.sizes:
+    for layer, projection, kind, size in spec.sizes:
         if layer != geometry.outside:
             continue
         if kind not in OUTSIDE_KINDS:
             raise ImageError(
                 f"{projection}: parts of kind {kind!r} are not computed outside of the decoder layers, only "
-                f"{' and '.join(OUTSIDE_KINDS)}: train the module as plain LoRA, in modules_to_save or by trainable_token_indices"
+                f"{' and '.join(OUTSIDE_KINDS)}"
+            )
+        if kind == LOW_RANK and size > OUTSIDE_MAX_RANK:
+            raise ImageError(
+                f"{projection}: rank {size} exceeds the {OUTSIDE_MAX_RANK} that the CUDA kernels take outside of the decoder layers"
             )
         outputs = geometry.projection(layer, projection).out_features
         if kind == LOW_RANK and outputs % EXPAND_OUTPUTS:
             raise ImageError(
-                f"{projection}: LoRA on {outputs} outputs, which {EXPAND_OUTPUTS} does not divide, is not computed by the CUDA "
-                "kernels: serve it with --backend torch"
+                f"{projection}: LoRA on {outputs} outputs, which {EXPAND_OUTPUTS} does not divide, is not computed by the CUDA kernels"
             )
 
 

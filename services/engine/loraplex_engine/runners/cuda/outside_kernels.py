@@ -16,7 +16,7 @@ from loraplex_kernels.lora.items import (
     OpShape,
     make_groups,
 )
-from loraplex_kernels.lora.tables import MAX_RANK
+from loraplex_kernels.lora.outside_tables import OUTSIDE_MAX_RANK
 from loraplex_kernels.lora.token_rows import EmbedRows, HeadRows
 from torch import Tensor
 
@@ -61,7 +61,7 @@ class OutsideDecoder(Protocol):
 
 def max_items(shape: OpShape, num_groups: int) -> int:
     """Return an upper bound of the items of one op with that many groups, whatever the ranks."""
-    shrink = -(-MAX_RANK // SHRINK_ROWS) * shape.num_planes
+    shrink = -(-OUTSIDE_MAX_RANK // SHRINK_ROWS) * shape.num_planes
     return num_groups * (shrink + sum(-(-outputs // SMALLEST_RUN) for outputs in shape.outputs))
 
 

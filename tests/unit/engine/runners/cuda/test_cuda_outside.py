@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
 
 from kernels.host_kernels import COMPILER, HostLibrary
-from loraplex_common.adapter_image import pack
+from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, pack
 from loraplex_common.base_model import load_base_model
 from loraplex_engine.limits import EngineLimits
 from loraplex_engine.model.weights import WeightReader
@@ -31,7 +31,7 @@ from support.random_outside import Outside, draw_outside
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loraplex_common.adapter_image import Geometry
+    from loraplex_common.adapter_image import Geometry, Tensors
     from loraplex_engine.step import StepPlan
     from support.host_decoder import Done
     from support.plans import Sequence_
@@ -184,6 +184,56 @@ def test_logits_of_prompt_positions_are_those_that_are_drawn_from(model_dir: Pat
     for row in range(len(rows)):
         found = logits_of(row)(hidden[[3 * row + 2] * 2])
         assert torch.allclose(found, runner.steps[0][row].expand(2, -1), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_list_of_adapters_draws_as_one_whose_pairs_are_all_of_theirs(model_dir: Path, tmp_path: Path) -> None:
+    """On the embedding, lm_head and both; prompts and decode rows, other rows beside them."""
+    runner = Steps(model_dir, HostLibrary(torch.float32, tmp_path))
+    harness = Harness(runner, runner.pool_geometry, NUM_PAGES)
+    wanted = (Outside(embed=(4, ()), head=(5, ())), Outside(embed=(3, ()), head=(9, ())))
+    both = [draw_outside(runner.geometry, each, 70 + number) for number, each in enumerate(wanted)]
+    weights, found = (0.5, 2.0), list[torch.Tensor]()
+    spec, tensors = joined(both, weights)
+    first, second, all_in_one = (
+        harness.load(spec, pack(runner.geometry, spec, tensors)) for spec, tensors in (*both, (spec, tensors))
+    )
+
+    for adapter, scale in ((first, weights[0]), (all_in_one, 1.0)):
+        rows = [
+            harness.add((5, 6, 7), adapter=adapter, scale=scale, forced=[9, 4]),
+            harness.add((1, 2), adapter=second, forced=[9, 4]),
+            harness.add((40, 41), forced=[4, 5]),
+        ]
+        for _ in range(3):
+            plan = harness.plan(rows)
+            if adapter == first:
+                plan = replace(
+                    plan,
+                    more_adapters=MoreAdapters(
+                        rows=np.array([0], dtype=np.int32),
+                        adapters=np.array([second], dtype=np.int32),
+                        scales=np.array([weights[1]], dtype=np.float32),
+                    ),
+                )
+            harness.absorb(rows, runner.launch(plan).wait())
+        found.append(torch.cat(runner.steps[-3:]))
+        harness.release(rows)
+
+    assert torch.allclose(found[0], found[1], atol=2e-4)
+    assert not torch.allclose(found[0][0], found[0][2], atol=0.1)
+
+
+def joined(both: list[tuple[AdapterSpec, Tensors]], weights: tuple[float, ...]) -> tuple[AdapterSpec, Tensors]:
+    """Return the adapter whose pairs compute the weighted sum of others'."""
+    modules, tensors = [], dict[tuple[int, str, str], Any]()
+    for at in both[0][1]:
+        scalings = [next(m.scaling for m in spec.modules if m.projection == at[1]) for spec, _ in both]
+        pairs = [each[1][at] for each in both]
+        b = [w * s * pair[1] for w, s, pair in zip(weights, scalings, pairs, strict=True)]
+        tensors[at] = np.concatenate([pair[0] for pair in pairs]), np.concatenate(b, axis=1).astype(np.float32)
+        modules.append(ModuleSpec.low_rank(at[0], at[1], len(tensors[at][0]), 1.0))
+    return AdapterSpec("ee" * 32, tuple(modules)), tensors
 
 
 def test_lists_of_adapters_are_taken_place_by_place() -> None:
