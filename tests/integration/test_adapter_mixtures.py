@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @pytest.mark.integration
 def test_random_mixtures_of_all_methods_evicted_and_reloaded_equal_peft(tmp_path: Path) -> None:
-    tally = run_adapter_campaign(tmp_path, num_rounds=2, num_requests=33, seed=16)
+    tally = run_adapter_campaign(tmp_path, num_rounds=2, num_requests=22, seed=16)
 
     assert tally.is_good, tally
     assert set(tally.by_method) == {"base", *METHODS}
-    assert tally.num_positions > 200
+    assert tally.num_positions > 150
     assert tally.num_reloads > len(METHODS), "the pool is too large: adapters have to leave it and come back"
