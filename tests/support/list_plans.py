@@ -12,8 +12,9 @@ from support.plans import Harness, Sequence_
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from loraplex_engine.model_runner import ModelRunner
     from loraplex_engine.pool_geometry import PoolGeometry
-    from loraplex_engine.step import ModelRunner, StepPlan
+    from loraplex_engine.step import StepPlan
 
 
 class ListHarness(Harness):

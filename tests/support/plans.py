@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from loraplex_engine.model_runner import ModelRunner
 from loraplex_engine.step import (
     FROM_DEVICE,
     NO_ADAPTER,
-    ModelRunner,
     MoreAdapters,
     SamplingArrays,
     SlotSetup,

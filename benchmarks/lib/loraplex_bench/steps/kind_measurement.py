@@ -16,7 +16,7 @@ from loraplex_bench.shapes import Shape, llama
 from loraplex_bench.steps.part_images import DORA, FLORA, FLORA_RANK, HEAD, IA3, LORA, SHIRA
 
 if TYPE_CHECKING:
-    from loraplex_engine.step import LoadHandle
+    from loraplex_engine.model_runner import LoadHandle
     from numpy.typing import NDArray
 
     from loraplex_bench.results import Results

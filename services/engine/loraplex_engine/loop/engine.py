@@ -20,7 +20,7 @@ from loraplex_engine.loop.outbox import SessionOutbox
 from loraplex_engine.loop.step_loop import EngineLoop
 from loraplex_engine.loop.step_times import StepTimes
 from loraplex_engine.messages import Call, Command, LoadSnapshot, StoreEvent
-from loraplex_engine.step import ModelRunner
+from loraplex_engine.model_runner import ModelRunner
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec, Geometry

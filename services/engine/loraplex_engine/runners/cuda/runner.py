@@ -48,12 +48,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.model_runner import LoadHandle
     from loraplex_engine.runners.cuda.host_memory import PinnedArena
     from loraplex_engine.runners.cuda.lora_paths import LayerPath
     from loraplex_engine.runners.cuda.step_handle import CudaStepHandle
     from loraplex_engine.runners.runner_config import RunnerConfig
     from loraplex_engine.runners.slot_faults import SlotFaults
-    from loraplex_engine.step import LoadHandle, StepPlan, TokenLogprobs
+    from loraplex_engine.step import StepPlan, TokenLogprobs
 
 
 class CudaRunner:
