@@ -107,7 +107,7 @@ class Direct:
     """Servers that give the clients what a gateway would, each a process: the streams without a gateway.
 
     Args:
-        commands: Of the servers.
+        commands: What starts each server.
 
     Attributes:
         addresses: Kind of port -> addresses of all, with commas.

@@ -15,9 +15,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from loraplex_engine.messages import LoadSnapshot, ResidencyChanged, ResidencyState
+from loraplex_engine.messages import ResidencyChanged, ResidencyState
 
 if TYPE_CHECKING:
+    from loraplex_engine.loop.load_report import LoadSnapshot
     from collections.abc import Iterable, Iterator
 
     from loraplex_common.adapter_names import AdapterNames
