@@ -13,14 +13,17 @@ import numpy as np
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.ids import is_digest
 from loraplex_common.request_limits import (
+    MAX_ADAPTERS,
     MAX_ENTRIES,
     MAX_INT32,
     MAX_PROMPT_LOGPROBS,
     NOTHING_LEFT,
     RANGES,
+    Range,
     leaves_nothing,
 )
 
+from loraplex_engine.messages import AdapterTerm
 from loraplex_engine.sampling_params import SamplingParams, StoppingParams
 
 if TYPE_CHECKING:
@@ -63,7 +66,10 @@ def check_range(value: float, field: str) -> float:
     Raises:
         InvalidParameterError: If the value is out of range; NaN and infinities always are.
     """
-    limits = RANGES[field.rpartition(".")[2]]
+    return _check_within(value, RANGES[field.rpartition(".")[2]], field)
+
+
+def _check_within(value: float, limits: Range, field: str) -> float:
     require(
         value in limits,
         field,
@@ -109,6 +115,35 @@ def check_adapter_start(submit: engine_pb2.Submit) -> int | None:
     require(bool(submit.adapter_digest), "adapter_start", "the request names no adapter")
     require(start < num_tokens, "adapter_start", f"{start} is behind the prompt's {num_tokens} tokens")
     return int(start)
+
+
+def check_more_adapters(submit: engine_pb2.Submit) -> tuple[AdapterTerm, ...]:
+    """Return the adapters that are added to the request's first one, in their order.
+
+    Raises:
+        InvalidParameterError: If there are too many or no first one, one comes twice or has no digest, a factor is out of
+            its range, or the first one is activated by a sequence of tokens.
+    """
+    more = submit.more_adapters
+    if not more:
+        return ()
+    field = "more_adapters"
+    require(bool(submit.adapter_digest), field, "the request names no first adapter in adapter_digest")
+    require(len(more) < MAX_ADAPTERS, field, f"{len(more)} adapters beside the first exceed {MAX_ADAPTERS} in all")
+    require(
+        not submit.HasField("adapter_start"),
+        field,
+        "an adapter that a sequence of tokens activates is not added to others",
+    )
+    seen = {submit.adapter_digest}
+    terms = []
+    for at, term in enumerate(more):
+        digest = check_digest(term.digest, f"{field}[{at}].digest")
+        require(digest not in seen, f"{field}[{at}].digest", f"adapter {digest} comes twice")
+        seen.add(digest)
+        scale = term.scale if term.HasField("scale") else 1.0
+        terms.append(AdapterTerm(digest, _check_within(scale, RANGES["adapter_scale"], f"{field}[{at}].scale")))
+    return tuple(terms)
 
 
 def check_tokens(submit: engine_pb2.Submit, limits: RequestLimits) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

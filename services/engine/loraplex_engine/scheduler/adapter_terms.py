@@ -1,4 +1,4 @@
-"""What a request and its adapter must agree on; known once the adapter's image has arrived."""
+"""What a request and its adapters must agree on; known of each adapter once its image has arrived."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from loraplex_common.vectors import IN_VECTOR, OUT_VECTOR
 
 if TYPE_CHECKING:
     from loraplex_common.adapter_image import AdapterSpec
+    from loraplex_common.adapter_parts import PartSize
     from loraplex_common.errors import LoraplexError
 
     from loraplex_engine.messages import Submission
@@ -23,7 +24,9 @@ _MULTIPLIERS: Final = {
 
 
 def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | None:
-    """Return why a request cannot be computed with its adapter; None if it can."""
+    """Return why a request cannot be computed with an adapter of its own; None if it can."""
+    if submission.more_adapters:
+        return _why_not_added(spec)
     if spec.is_activated and submission.adapter_start is None:
         return AdapterIncompatibleError(
             f"adapter {spec.digest} is activated by a sequence of tokens, and the gateway did not say where the prompt has it: "
@@ -38,7 +41,29 @@ def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | N
         return None
     return InvalidParameterError(
         f"adapter_scale: {scale:g} cannot be applied to adapter {spec.digest}: in layer {part.layer}, {part.projection} has "
-        f"{_MULTIPLIERS[part.kind]}, which multiplies what the base model computes; leave adapter_scale out, or name an "
-        "adapter of pairs, biases and sparse deltas alone",
+        f"{_what(part)}; leave adapter_scale out, or name an adapter of pairs, biases and sparse deltas alone",
         field="adapter_scale",
     )
+
+
+def _why_not_added(spec: AdapterSpec) -> LoraplexError | None:
+    """Return why an adapter cannot be one of several of a request; None if it can."""
+    part = spec.unscalable
+    if spec.is_activated:
+        why = "it is activated by a sequence of tokens, from which on it alone applies"
+    elif part is not None:
+        why = f"in layer {part.layer}, {part.projection} has {_what(part)}"
+    else:
+        return None
+    return InvalidParameterError(
+        f"adapters: adapter {spec.digest} cannot be added to others: {why}; name it alone, or name adapters of pairs, biases and "
+        "sparse deltas",
+        field="adapters",
+    )
+
+
+def _what(part: PartSize) -> str:
+    multiplier = _MULTIPLIERS.get(part.kind)
+    if multiplier is None:
+        return f"a part of kind {part.kind}, which takes the place of what the base model has"
+    return f"{multiplier}, which multiplies what the base model computes"
