@@ -67,7 +67,7 @@ async def test_replaced_rows_are_stored_reported_and_given_to_an_engine(client: 
     ]
     geometry = base.geometry(dtype="float32", page_bytes=report.images[0].page_bytes)
     sizes = [(layer, "q_proj", "low_rank", 2) for layer in range(base.num_layers)]
-    plan = layout(geometry, (*tuple(sizes), (base.num_layers, "lm_head", "rows", 4)))  # type: ignore[arg-type]
+    plan = layout(geometry, (*tuple(sizes), (base.num_layers, "lm_head", "rows", 4)))
     assert report.images[0].num_pages == plan.num_pages
     found = {
         kind: [
