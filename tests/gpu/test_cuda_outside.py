@@ -18,7 +18,7 @@ from loraplex_common.token_rows import Rows
 from loraplex_common.vectors import OutVector
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.step import SlotSetup, TokenLogprobs
-from support.cuda_rig import BASES, Agreement, make_cuda_runner, make_torch_runner
+from support.cuda_rig import BASES, MAX_LOGIT_ERROR, Agreement, make_cuda_runner, make_torch_runner
 from support.plans import Draw, Harness, Sequence_
 from support.random_outside import Outside, draw_outside
 
@@ -107,9 +107,12 @@ def test_tokens_and_logits_are_the_torch_backends(model_dirs: dict[str, Path], d
             expected, found = finite(true.logprobs[position]), finite(row.logprobs[position])
             assert set(expected.token_ids.tolist()) == set(found.token_ids.tolist())
             assert (max(expected.token_ids) >= VOCAB) == (number % 5 == 1), "only its adapter's rows have added tokens"
-            agreement.choice(f"row {number}, position {position}", expected, row.drawn[position])
             agreement.logprobs(expected, found)
-    agreement.check(min_ties=2)
+            if dtype == "float32":  # random rows of lm_head are no plain choices for bf16
+                agreement.choice(f"row {number}, position {position}", expected, row.drawn[position])
+    if dtype == "float32":
+        agreement.check(min_ties=2)
+    assert agreement.error < MAX_LOGIT_ERROR[dtype]
     oracle.runner.close()
     own.runner.close()
 
