@@ -18,7 +18,7 @@ from loraplex_common.token_rows import Rows
 from loraplex_common.vectors import OutVector
 from loraplex_engine.pool_geometry import choose_pool_geometry
 from loraplex_engine.step import SlotSetup, TokenLogprobs
-from support.cuda_rig import BASES, Agreement, make_cuda_runner, make_torch_runner
+from support.cuda_rig import BASES, MAX_LOGIT_ERROR, Agreement, largest_logit, make_cuda_runner, make_torch_runner
 from support.plans import Draw, Harness, Sequence_
 from support.random_outside import Outside, draw_outside
 
@@ -86,6 +86,14 @@ def finite(entry: TokenLogprobs) -> TokenLogprobs:
     return TokenLogprobs(token_ids=entry.token_ids[kept], logprobs=entry.logprobs[kept])
 
 
+def logit_error(expected: TokenLogprobs, found: TokenLogprobs) -> float:
+    """Return the largest difference of the listed tokens' probabilities, as a share of the largest logit."""
+    truth, own = (
+        dict(zip(each.token_ids[1:].tolist(), each.logprobs[1:].tolist(), strict=True)) for each in (expected, found)
+    )
+    return float(max(abs(truth[token] - own[token]) for token in truth)) / largest_logit(expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("count", [5, 35])
 def test_tokens_and_logits_are_the_torch_backends(model_dirs: dict[str, Path], dtype: str, count: int) -> None:
@@ -107,9 +115,12 @@ def test_tokens_and_logits_are_the_torch_backends(model_dirs: dict[str, Path], d
             expected, found = finite(true.logprobs[position]), finite(row.logprobs[position])
             assert set(expected.token_ids.tolist()) == set(found.token_ids.tolist())
             assert (max(expected.token_ids) >= VOCAB) == (number % 5 == 1), "only its adapter's rows have added tokens"
-            agreement.choice(f"row {number}, position {position}", expected, row.drawn[position])
-            agreement.logprobs(expected, found)
-    agreement.check(min_ties=2)
+            agreement.error = max(agreement.error, logit_error(expected, found))
+            if dtype == "float32":  # random rows of lm_head are no plain choices for bf16
+                agreement.choice(f"row {number}, position {position}", expected, row.drawn[position])
+    if dtype == "float32":
+        agreement.check(min_ties=2)
+    assert agreement.error < MAX_LOGIT_ERROR[dtype]
     oracle.runner.close()
     own.runner.close()
 
