@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
+from loraplex_common.token_rows import DEFAULT_MAX_ADDED_TOKENS
+
 from loraplex_engine.pool_geometry import PoolGeometry
 
 CPU_STEP: Final = (64, 1024)
@@ -17,7 +19,7 @@ CPU_POOL_BYTES: Final = 1024 * 1024 * 1024
 ARENA_BYTES: Final = 512 * 1024 * 1024
 MAX_PASS_OVER_S: Final = 2.0
 MAX_RESIDENT_ADAPTERS: Final = 4096
-MAX_ADDED_TOKENS: Final = 256
+MAX_ADDED_TOKENS: Final = DEFAULT_MAX_ADDED_TOKENS
 MOST_ADDED_TOKENS: Final = 1 << 16
 """Largest setting of ``--max-added-tokens``: each widens every penalty count by a token, and logits of steps that have them."""
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
