@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from loraplex_client import Finished
 from loraplex_common.errors import InvalidParameterError
 from support.adapters import Recipe, write_adapter
 from support.added_tokens import NUM_TOKENS, extended_by_transformers, padded_base_dir, saved
@@ -149,4 +150,5 @@ async def test_an_id_is_taken_from_the_adapter_that_has_it_alone(beyond: tuple[S
     finally:
         await client.close()
 
+    assert isinstance(stopped[-1], Finished)
     assert stopped[-1].stop_token_id == ROWS

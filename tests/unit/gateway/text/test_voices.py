@@ -28,7 +28,7 @@ from support.gateway_rig import model_directory
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from loraplex_gateway.text.models import ServedModel
 
@@ -154,11 +154,14 @@ async def test_adapters_that_add_the_same_tokens_share_one_tokenizer_built_once(
     store: tuple[Store, PeerChannel], model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service, channel = store
-    voices, built = Voices.over(channel), []
-    extended = TokenTable.extended
-    monkeypatch.setattr(
-        TokenTable, "extended", lambda table, added: built.append(threading.get_ident()) or extended(table, added)
-    )
+    voices, extended = Voices.over(channel), TokenTable.extended
+    built: list[int] = []
+
+    def noted(table: TokenTable, added: Sequence[AddedToken]) -> TokenTable:
+        built.append(threading.get_ident())
+        return extended(table, added)
+
+    monkeypatch.setattr(TokenTable, "extended", noted)
     tokens = (AddedToken(id=model.info.vocab_size, content="<tool>"),)
     adapters = [
         service.resolved(number, TextParts(added_tokens=tokens, stop_token_ids=(number,))) for number in range(3)
