@@ -1313,6 +1313,7 @@ class TokenizeRequest(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Base model; may be empty where the gateway fronts exactly one."""
     text: _builtins.str
@@ -1325,6 +1326,10 @@ class TokenizeRequest(_message.Message):
     def messages(self) -> Global___ChatMessages:
         """A conversation."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """As GenerateRequest.adapters, whose weights do not change tokens."""
+
     def __init__(
         self,
         *,
@@ -1333,10 +1338,11 @@ class TokenizeRequest(_message.Message):
         messages: Global___ChatMessages | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
         adapter: _builtins.str | None = ...,
+        adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "messages", b"messages", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "messages", b"messages", "model", b"model", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "adapters", b"adapters", "add_special_tokens", b"add_special_tokens", "messages", b"messages", "model", b"model", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter: _TypeAlias = _typing.Literal["adapter"]  # noqa: Y015
     _WhichOneofArgType__adapter: _TypeAlias = _typing.Literal["_adapter", b"_adapter"]  # noqa: Y015
@@ -1456,6 +1462,7 @@ class CountTokensRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Base model; may be empty where the gateway fronts exactly one."""
     text: _builtins.str
@@ -1466,6 +1473,10 @@ class CountTokensRequest(_message.Message):
     def messages(self) -> Global___ChatMessages:
         """A conversation."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """As TokenizeRequest.adapters."""
+
     def __init__(
         self,
         *,
@@ -1473,10 +1484,11 @@ class CountTokensRequest(_message.Message):
         text: _builtins.str = ...,
         messages: Global___ChatMessages | None = ...,
         adapter: _builtins.str | None = ...,
+        adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "adapter", b"adapter", "messages", b"messages", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "adapter", b"adapter", "messages", b"messages", "model", b"model", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "adapter", b"adapter", "adapters", b"adapters", "messages", b"messages", "model", b"model", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter: _TypeAlias = _typing.Literal["adapter"]  # noqa: Y015
     _WhichOneofArgType__adapter: _TypeAlias = _typing.Literal["_adapter", b"_adapter"]  # noqa: Y015

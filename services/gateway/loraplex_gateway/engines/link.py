@@ -118,9 +118,9 @@ class EngineLink:
         """Adapters of this gateway's requests on the engine."""
         return self._slots.digests
 
-    def is_warm(self, digest: str) -> bool:
+    def holds(self, digest: str) -> bool:
         """Whether the engine holds an adapter or is getting it for another of our requests."""
-        return not digest or digest in self.resident or self._slots.uses(digest)
+        return digest in self.resident or self._slots.uses(digest)
 
     def submit(self, submission: Submission) -> Ticket:
         """Queue a request for the next message to the engine.
@@ -131,7 +131,7 @@ class EngineLink:
         if self.state is not LinkState.OPEN:
             raise EngineLostError(f"no session with engine {self.engine_id}", had_request=False)
         ticket = self._slots.take(
-            submission.adapter_digest,
+            submission.adapter_digests,
             lambda slot: Ticket(
                 slot,
                 next_sequence=len(submission.resumed_ids),

@@ -14,6 +14,7 @@ from loraplex_gateway.grpc.writer import ChunkWriter, WholeAnswer
 from loraplex_gateway.requests import validation
 from loraplex_gateway.requests.stall import StallGuard
 from loraplex_gateway.types import ChatPrompt, TextPrompt
+from loraplex_gateway.weighted import names_by_field
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -117,14 +118,14 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 "add_special_tokens goes with text only: the chat template writes the special tokens of messages",
                 field="add_special_tokens",
             )
-        encoded = await self._encode(request.model, request.adapter, wire.prompt(request, add_special_tokens=add))
+        encoded = await self._encode(request, wire.prompt(request, add_special_tokens=add))
         return gateway_pb2.TokenizeResponse(token_ids=encoded.ids, rendered=encoded.rendered)
 
     async def CountTokens(
         self, request: gateway_pb2.CountTokensRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> gateway_pb2.CountTokensResponse:
         """Return the length of a prompt."""
-        encoded = await self._encode(request.model, request.adapter, wire.prompt(request))
+        encoded = await self._encode(request, wire.prompt(request))
         return gateway_pb2.CountTokensResponse(num_tokens=len(encoded.ids))
 
     async def Detokenize(
@@ -132,7 +133,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> gateway_pb2.DetokenizeResponse:
         """Return the text of token ids."""
         caller = current_principal()
-        model = await self._core.voice(request.model, request.adapter, caller=caller)
+        model = await self._core.voice(request.model, names_by_field(request.adapter, ()), caller=caller)
         token_ids = list(request.token_ids)
         _check_ids(token_ids, model)
         text = await model.tokenizer.decode(
@@ -165,8 +166,13 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         card = await self._listing.get(request.name, current_principal())
         return gateway_pb2.GetModelResponse(model=wire.model_card(card))
 
-    async def _encode(self, model_name: str, adapter: str, prompt: Prompt | None) -> Encoded:
-        model = await self._core.voice(model_name, adapter, caller=current_principal())
+    async def _encode(
+        self, request: gateway_pb2.TokenizeRequest | gateway_pb2.CountTokensRequest, prompt: Prompt | None
+    ) -> Encoded:
+        weighted = wire.weighted_adapters(request.adapters)
+        validation.check_adapters(request.adapter, weighted)
+        adapters = names_by_field(request.adapter, weighted)
+        model = await self._core.voice(request.model, adapters, caller=current_principal(), prompt=prompt)
         if not isinstance(prompt, TextPrompt | ChatPrompt):
             raise InvalidParameterError("no prompt: set exactly one of text and messages", field="prompt")
         if isinstance(prompt, ChatPrompt):

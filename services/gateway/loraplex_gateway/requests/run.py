@@ -177,12 +177,13 @@ class RequestRun:
             self._queue_s += started.queue_s
             self._adapter_load_s = started.adapter_load_s
         self.resume_token = self._token(self)
-        reading = self.prepared.reading
+        reading, digests = self.prepared.reading, self.prepared.adapter_digests
         return Started(
             prompt_tokens=len(self.prepared.prompt_ids),
             cached_tokens=self._cached_tokens,
             engine_id=engine_id,
-            adapter_revision=self.prepared.adapter_digest,
+            adapter_revision=next(iter(digests), ""),
+            adapter_revisions=digests if self.prepared.request.adapters else (),
             seed=self.prepared.sampling.seed or 0,
             sampling=self.prepared.sampling,
             resume_token=self.resume_token,

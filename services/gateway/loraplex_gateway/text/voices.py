@@ -11,12 +11,16 @@ from loraplex_common.errors import StoreUnavailableError
 from loraplex_gateway.adapters.text_parts import TextPartsSource
 from loraplex_gateway.text.added_vocabularies import VOCABULARY_BYTES, AddedVocabularies
 from loraplex_gateway.text.confined_templates import ConfinedTemplate, TemplateProcesses
+from loraplex_gateway.text.joined_parts import joined
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from loraplex_common.peers import PeerChannel
     from loraplex_common.text_parts import TextParts
 
     from loraplex_gateway.adapters.names import ResolvedAdapter
+    from loraplex_gateway.text.joined_parts import TextNeeds
     from loraplex_gateway.text.models import ServedModel
 
 MAX_BYTES: Final = 64 * 1024 * 1024
@@ -68,6 +72,26 @@ class Voices:
         tokenizer = await self._vocabularies.of(model, parts)
         if key not in self._kept:  # else another request has waited for the same
             self._keep(key, self._make(dataclasses.replace(model, tokenizer=tokenizer), parts))
+        return self._kept[key]
+
+    async def of_all(self, model: ServedModel, adapters: Sequence[ResolvedAdapter], needs: TextNeeds) -> ServedModel:
+        """Return the model as several revisions speak together; the model itself for none.
+
+        Raises:
+            InvalidParameterError: If they bring different parts of a kind that the request needs, see `joined`.
+            LoraplexError: And the refusals of `of`.
+        """
+        if len(adapters) < 2:
+            return await self.of(model, adapters[0] if adapters else None)
+        voices = [await self.of(model, adapter) for adapter in adapters]
+        parts = joined([(adapter, voice.text_parts) for adapter, voice in zip(adapters, voices, strict=True)], needs)
+        if not parts.to_fields():
+            return model
+        key = (model.name, parts.digest)
+        tokenizer = await self._vocabularies.of(model, parts)
+        if key not in self._kept:
+            self._keep(key, self._make(dataclasses.replace(model, tokenizer=tokenizer), parts))
+        self._kept.move_to_end(key)
         return self._kept[key]
 
     def with_template(self, model: ServedModel, source: str) -> ServedModel:

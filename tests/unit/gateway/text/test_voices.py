@@ -21,6 +21,7 @@ from loraplex_gateway.adapters import text_parts
 from loraplex_gateway.adapters.names import ResolvedAdapter
 from loraplex_gateway.text.added_vocabularies import VOCABULARY_BYTES
 from loraplex_gateway.text.fair_workers import FairWorkers
+from loraplex_gateway.text.joined_parts import TextNeeds
 from loraplex_gateway.text.models import load_served_model
 from loraplex_gateway.text.token_table import TokenTable
 from loraplex_gateway.text.voices import Voices
@@ -201,4 +202,22 @@ async def test_tokenizers_count_among_the_bytes_that_are_kept(
 
     gc.collect()
     assert len(voices._vocabularies._tables) == 2
+    await voices.close()
+
+
+async def test_several_adapters_of_which_one_adds_tokens_are_tokenised_with_them(
+    store: tuple[Store, PeerChannel], model: ServedModel
+) -> None:
+    service, channel = store
+    voices = Voices.over(channel)
+    tokens = (AddedToken(id=model.info.vocab_size, content="<tool>"),)
+    adapters = [
+        service.resolved(1, TextParts(added_tokens=tokens)),
+        service.resolved(2, TextParts(stop_token_ids=(5,))),
+    ]
+
+    voice = await voices.of_all(model, adapters, TextNeeds(has_template=False, has_stops=True))
+
+    assert voice.tokenizer.token_id("<tool>") == model.info.vocab_size
+    assert voice.defaults.added_stop_ids == {5}
     await voices.close()
