@@ -7,11 +7,15 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from loraplex_adapter_store.checkpoint.added_tokens import check_rows
+from loraplex_adapter_store.checkpoint.reader import read_checkpoint
 from loraplex_adapter_store.checkpoint.tokenizer_files import check_tokenizer_files
 from loraplex_common.added_tokens import AddedToken as Added
+from loraplex_common.base_model import load_base_model
 from loraplex_common.errors import AdapterIncompatibleError
 from loraplex_common.text_parts import TextParts
 from support.added_tokens import NUM_TOKENS, extended_by_transformers, padded_base_dir, saved
+from support.outside_adapters import OutsideTruth
 from support.store_rig import tiny_base_dir
 from tokenizers import AddedToken
 
@@ -172,3 +176,25 @@ def test_more_tokens_than_may_be_added_are_refused_with_the_number() -> None:
     tokens = {str(ROWS + n): token(ROWS + n, f"<{n}>") for n in range(1025)}
     with pytest.raises(AdapterIncompatibleError, match="it adds 1025 tokens to the base model's; at most 1024"):
         check_tokenizer_files(config(added_tokens_decoder=tokens), padded_base_dir())
+
+
+@pytest.mark.parametrize("kind", ["saved", "trained", "resized"])
+def test_tokens_behind_the_rows_need_a_row_of_the_adapter(kind: str, tmp_path: Path) -> None:
+    truth = OutsideTruth(tiny_base_dir(), [kind])
+    (adapter,) = truth.adapters.values()
+    adapter.model.save_pretrained(tmp_path)
+    base = load_base_model(tiny_base_dir())
+    config, weights = ((tmp_path / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+    modules = read_checkpoint(config, weights, base, base_dir=tiny_base_dir()).modules
+    tokens = [Added(id=token_id, content=f"<{token_id}>") for token_id in adapter.added]
+    inside = [Added(id=ROWS - 1, content="<inside>")]
+
+    check_rows([*inside, *tokens], modules, base)
+    check_rows(inside, (), base)
+    missing = Added(id=ROWS + len(tokens), content="<no row>")
+    with pytest.raises(
+        AdapterIncompatibleError, match=r"'<no row>' \(id 387\).* has no row of embed_tokens for it: save"
+    ):
+        check_rows([*tokens, missing], modules, base)
+    with pytest.raises(AdapterIncompatibleError, match="has no row of lm_head"):
+        check_rows(tokens, [module for module in modules if module.projection != "lm_head"], base)

@@ -18,12 +18,12 @@ from prometheus_client.registry import Collector
 from loraplex_engine.messages import ResidencyChanged, ResidencyState
 
 if TYPE_CHECKING:
-    from loraplex_engine.loop.load_report import LoadSnapshot
     from collections.abc import Iterable, Iterator
 
     from loraplex_common.adapter_names import AdapterNames
 
     from loraplex_engine.loop.engine import Engine
+    from loraplex_engine.loop.load_report import LoadSnapshot
     from loraplex_engine.loop.residency_feed import ResidencyFeed
     from loraplex_engine.loop.totals import LoopTotals
     from loraplex_engine.metrics.residency import ResidencyMetrics

@@ -145,6 +145,7 @@ def added_token_ids(submit: engine_pb2.Submit, limits: RequestLimits) -> tuple[A
         "sampling.allowed_token_ids": submit.sampling.allowed_token_ids,
         "stopping.stop_token_ids": submit.stopping.stop_token_ids,
         "bad_token_sequences": bad,
+        "structured_output.starts_after": submit.structured_output.starts_after,
     }
     largest = (AddedTokenId(field, max(ids, default=0)) for field, ids in fields.items())
     return tuple(each for each in largest if each.token_id >= limits.vocab_size)

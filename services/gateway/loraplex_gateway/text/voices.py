@@ -88,11 +88,11 @@ class Voices:
         if not parts.to_fields():
             return model
         key = (model.name, parts.digest)
-        if (voice := self._kept.get(key)) is None:
-            self._keep(key, voice := self._make(model, parts))
-        else:
-            self._kept.move_to_end(key)
-        return voice
+        tokenizer = await self._vocabularies.of(model, parts)
+        if key not in self._kept:
+            self._keep(key, self._make(dataclasses.replace(model, tokenizer=tokenizer), parts))
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
     def with_template(self, model: ServedModel, source: str) -> ServedModel:
         """Return a model with the chat template of one request: a stranger's program as an adapter's is."""
