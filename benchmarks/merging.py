@@ -7,7 +7,8 @@
 projection). Each prompt of golden.json is answered greedily with the pair *apart*; then the same tokens are computed again:
 *apart*, as one prompt (what another order of the same arithmetic changes: the noise), *merged*, ``bf16(W + s B A) x``, and,
 of answers of the base, *unmerged*: ``bf16(W + s B A) x - s B A x``, as rows without the adapter would need it. A token is
-changed if another one is drawn at its place, an output if any of its tokens is. `rounding` is the norm of what bf16 takes from
+changed if another one is drawn at its place, an output if any of its tokens is; *same order* compares with the answer's own way
+computed as one prompt too. `rounding` is the norm of what bf16 takes from
 W + s B A, as a share of the norm of s B A.
 """
 
@@ -59,12 +60,13 @@ class Changes:
     """What one way changes in answers that another gave."""
 
     def __init__(self) -> None:
-        self.tokens = self.changed_tokens = self.outputs = self.changed_outputs = 0
+        self.tokens = self.changed_tokens = self.outputs = self.changed_outputs = self.beside = 0
         self.largest: list[float] = []
 
     def compare(self, answer: list[int], expected: Tensor, found: Tensor) -> None:
         """Compare logits ``[tokens, vocabulary]`` at the places where an answer's tokens were drawn."""
         changed = int((found.argmax(dim=1) != torch.tensor(answer)).sum())
+        self.beside += int((found.argmax(dim=1) != expected.argmax(dim=1)).sum())
         self.tokens += len(answer)
         self.changed_tokens += changed
         self.outputs += 1
@@ -74,6 +76,7 @@ class Changes:
     def add_rows(self, results: Results, case: str) -> None:
         """Add the figures."""
         add(results, case, "tokens changed", self.changed_tokens / self.tokens, "share")
+        add(results, case, "tokens changed, same order", self.beside / self.tokens, "share")
         add(results, case, "outputs changed", self.changed_outputs / self.outputs, "share")
         add(results, case, "largest logit difference, median", float(torch.tensor(self.largest).median()), "logits")
         add(results, case, "largest logit difference", max(self.largest), "logits")
