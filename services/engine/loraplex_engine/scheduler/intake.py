@@ -109,9 +109,9 @@ class RequestIntake:
         if not request.submission.fail_fast:
             self._book.report_loading(request)
             return
-        what = f"adapter {lacking[0]} is" if len(lacking) == 1 else f"adapters {', '.join(lacking)} are"
         error = AdapterLoadingError(
-            f"{what} being loaded", retry_after_s=max(0.05, self._cache.ranking.costs.resident_s)
+            "; ".join(f"adapter {digest} is being loaded" for digest in lacking),
+            retry_after_s=max(0.05, self._cache.ranking.costs.resident_s),
         )
         self._book.fail(request, error)
         for digest in lacking:

@@ -17,6 +17,7 @@ from loraplex_common.errors import (
 )
 from loraplex_common.flora import Flora
 from loraplex_common.low_rank import LowRank
+from loraplex_common.token_rows import Rows
 from loraplex_common.vectors import InVector, OutVector
 from loraplex_engine.messages import AdapterTerm, FinishReason, Loading, ResidencyState
 from loraplex_engine.step import NO_MORE_ADAPTERS
@@ -128,7 +129,7 @@ def test_fail_fast_names_the_adapters_that_are_missing_and_brings_all_of_them() 
     rig.take_outputs()
 
     assert isinstance(client.error, AdapterLoadingError)
-    assert "adapters b, c are being loaded" in str(client.error)
+    assert "adapter b is being loaded; adapter c is being loaded" in str(client.error)
     deliver_all(rig)
     rig.run()
     again = rig.submit(summing(2, "abc", fail_fast=True))
@@ -260,6 +261,7 @@ MULTIPLYING: Mapping[str, tuple[Part, ...]] = {
     "multiplies what the base model computes": (LowRank(4, 1.0), OutVector()),
     "a factor on its inputs": (InVector(),),
     "FLoRA": (Flora(1),),
+    "rows of tokens, which replace what the base model has": (Rows(1, 3),),
 }
 
 
