@@ -290,7 +290,7 @@ class EngineService:
             page_bytes=limits.page_bytes,
             max_image_pages=limits.max_image_pages,
             constrains=True,
-            version=importlib.metadata.version("loraplex"),
+            sums_adapters=True,
         )
 
 
