@@ -24,6 +24,7 @@ def make_geometry(
     head_dim: int = 64,
     layers: int = 2,
     page_bytes: int = 256 * 1024,
+    vocab: int = 0,
 ) -> Geometry:
     return decoder_geometry(
         dtype=dtype,
@@ -34,6 +35,7 @@ def make_geometry(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
+        vocab_size=vocab,
     )
 
 
@@ -108,7 +110,9 @@ class AdapterPool:
 
     def add_uniform(self, rank: int, projections: tuple[str, ...] = PROJECTIONS) -> ResidentAdapter:
         """Pack an adapter of one rank on all layers."""
-        return self.add({(layer, name): rank for layer in range(self.geometry.num_layers) for name in projections})
+        return self.add(
+            {(layer, name): rank for layer in range(self.geometry.num_decoder_layers) for name in projections}
+        )
 
     def delta(
         self, adapters: NDArray[np.int32], scales: NDArray[np.float32], x: torch.Tensor, layer: int, op: str

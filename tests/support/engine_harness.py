@@ -16,7 +16,7 @@ import numpy as np
 from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, Tensors, pack
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.errors import AdapterNotFoundError
-from loraplex_engine.limits import EngineLimits, SchedulingPolicy
+from loraplex_engine.limits import MAX_ADDED_TOKENS, EngineLimits, SchedulingPolicy
 from loraplex_engine.loop.engine import Engine, RunnerFactory
 from loraplex_engine.loop.outbox import SessionOutbox
 from loraplex_engine.messages import (
@@ -323,6 +323,7 @@ def torch_engine(
     max_model_len: int = 256,
     max_num_seqs: int = 16,
     max_num_batched_tokens: int = 256,
+    max_added_tokens: int = MAX_ADDED_TOKENS,
     emulate_async: bool = False,
     eos_token_ids: tuple[int, ...] = (),
     policy: SchedulingPolicy = NO_GROWTH,
@@ -347,6 +348,7 @@ def torch_engine(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_added_tokens=max_added_tokens,
         policy=policy,
     )
 

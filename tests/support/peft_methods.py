@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from loraplex_common.part_kind import Arrays, Part
     from numpy.typing import NDArray
 
-BASES = {"llama": TinyBase(), "qwen2": TinyBase(architecture="qwen2"), "bf16": TinyBase(bias=True, dtype="bfloat16")}
+BASES = {
+    "llama": TinyBase(),
+    "qwen2": TinyBase(architecture="qwen2"),
+    "bf16": TinyBase(bias=True, dtype="bfloat16"),
+    "tied": TinyBase(tie_word_embeddings=True),
+    "tied bf16": TinyBase(architecture="qwen3", tie_word_embeddings=True, dtype="bfloat16"),
+}
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from loraplex_common.adapter_image import AdapterSpec
 from loraplex_common.flora import FLORA
 from loraplex_common.low_rank import LOW_RANK
 from loraplex_common.sparse_delta import SPARSE_DELTA
+from loraplex_common.token_rows import ROWS
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR, OutVector
 
 from loraplex_adapter_store.checkpoint.canonical import read_canonical, read_text_parts
@@ -107,16 +108,21 @@ def measure_part(part: Part, arrays: Arrays) -> PartMeasure:
         deviation = float(np.abs(arrays[0] - 1.0).max())
     elif part.kind == FLORA:
         deviation = _product_deviation(*arrays)
-    values = arrays[:1] if part.kind == SPARSE_DELTA else arrays
+    values = {SPARSE_DELTA: arrays[:1], ROWS: arrays[1:]}.get(part.kind, arrays)
     return PartMeasure(
         kind=part.kind,
         size=part.size,
         scale=scale,
         norm=norm,
-        largest=max((float(np.abs(each).max()) for each in values if each.size), default=0.0),
+        largest=max((_largest(each) for each in values if each.size), default=0.0),
         deviation=deviation,
         is_magnitude=is_magnitude,
     )
+
+
+def _largest(values: NDArray[Any]) -> float:
+    """Return the largest magnitude, without a copy: rows of tokens may be gigabytes."""
+    return max(float(values.max()), -float(values.min()))
 
 
 def pair_norm(a: NDArray[Any], b: NDArray[Any], scaling: float) -> float:

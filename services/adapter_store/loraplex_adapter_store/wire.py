@@ -193,11 +193,12 @@ def hello(message: adapter_store_pb2.AttachEngineRequest) -> Hello:
         max_image_pages=source.max_image_pages,
         max_rank=source.max_rank,
         weight_norms=_weight_norms(source, shape),
+        max_added_tokens=source.max_added_tokens,
     )
 
 
 def _weight_norms(hello: adapter_store_pb2.AttachEngineRequest.Hello, shape: Geometry) -> tuple[float, ...]:
-    norms, expected = tuple(hello.weight_norms), sum(len(layer) for layer in shape.layers)
+    norms, expected = tuple(hello.weight_norms), sum(len(layer) for layer in shape.decoder_layers)
     if norms and len(norms) != expected:
         raise InvalidParameterError(f"{len(norms)} norms for {expected} projections", field="hello.weight_norms")
     return norms

@@ -15,21 +15,25 @@ from loraplex_common.image_geometry import ImageError
 from loraplex_common.low_rank import LOW_RANK, LowRank, LowRankKind
 from loraplex_common.part_kind import Part
 from loraplex_common.sparse_delta import SparseDeltaKind
+from loraplex_common.token_rows import ROWS, Rows, RowsKind
 from loraplex_common.vectors import IN_VECTOR, OUT_VECTOR, BiasKind, InVectorKind, OutVector, OutVectorKind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from loraplex_common.image_geometry import Geometry
     from loraplex_common.part_kind import PartKind
 
 KINDS: Final[dict[str, PartKind]] = {
     kind.name: kind
-    for kind in (LowRankKind(), OutVectorKind(), InVectorKind(), BiasKind(), SparseDeltaKind(), FloraKind())
+    for kind in (LowRankKind(), OutVectorKind(), InVectorKind(), BiasKind(), SparseDeltaKind(), FloraKind(), RowsKind())
 }
 """All kinds of parts by name, in the order in which an op's parts follow each other in an image."""
 
 MULTIPLYING_KINDS: Final = frozenset({OUT_VECTOR, IN_VECTOR, FLORA})
 """Kinds whose part multiplies what the base computes instead of adding to it."""
+UNSCALABLE_KINDS: Final = MULTIPLYING_KINDS | {ROWS}
+"""Kinds whose part has no scale: it multiplies or replaces what the base computes."""
 
 
 class PartSize(NamedTuple):
@@ -126,8 +130,16 @@ class AdapterSpec:
 
     @property
     def unscalable(self) -> PartSize | None:
-        """The first part that a request's own scale cannot be applied to: c, e and FLoRA multiply what the base computes."""
-        return next((each for each in self.sizes if each.kind in MULTIPLYING_KINDS), None)
+        """The first part that a request's own scale cannot be applied to: c, e, FLoRA and rows of tokens."""
+        return next((each for each in self.sizes if each.kind in UNSCALABLE_KINDS), None)
+
+    @property
+    def last_row_id(self) -> int:
+        """Largest token id with a row of its own in the embedding or lm_head; -1 without any."""
+        if not any(kind == ROWS for _, _, kind, _ in self.sizes):
+            return -1
+        parts = (part for module in self.modules for part in module.parts)
+        return max(part.last_id for part in parts if isinstance(part, Rows))
 
     def to_json(self) -> bytes:
         """Encode for the wire and for the adapter's manifest.
@@ -181,6 +193,19 @@ def check_kinds(spec: AdapterSpec, computed: Collection[str], backend: str) -> N
             raise ImageError(
                 f"layer {layer} {projection}: backend {backend} does not compute parts of kind {kind!r}, only "
                 f"{', '.join(computed)}"
+            )
+
+
+def check_inside(spec: AdapterSpec, geometry: Geometry, backend: str) -> None:
+    """Refuse an adapter with modules outside of the decoder layers, which a backend does not compute.
+
+    Raises:
+        ImageError: If it has one; the message names it.
+    """
+    for layer, projection, _, _ in spec.sizes:
+        if layer == geometry.outside:
+            raise ImageError(
+                f"{projection}: backend {backend} computes no adapters of modules outside of the decoder layers"
             )
 
 

@@ -43,6 +43,7 @@ class BaseModelInfo:
         max_position_embeddings: Longest sequence the model was trained for, in tokens.
         config: config.json as read.
         layers: What each decoder layer offers to adapters.
+        outside: What lies outside of the layers and is offered to adapters: the embedding and lm_head.
     """
 
     name: str
@@ -58,9 +59,12 @@ class BaseModelInfo:
     max_position_embeddings: int
     config: dict[str, Any]
     layers: tuple[LayerProjections, ...]
+    outside: LayerProjections = ()
 
     def geometry(self, *, dtype: str, page_bytes: int, tp_degree: int = 1) -> Geometry:
         """Return the image geometry of an engine that serves this model.
+
+        With several tensor-parallel ranks it offers nothing outside of the layers.
 
         Raises:
             ImageError: If it is none, or tensor-parallel ranks would share a head.
@@ -68,7 +72,8 @@ class BaseModelInfo:
         for name, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.num_kv_heads)):
             if tp_degree <= 0 or heads % tp_degree:  # a projection only tells how wide its heads are together
                 raise ImageError(f"{name} {heads} cannot be split over tp_degree {tp_degree}")
-        return Geometry.of(self.layers, dtype=dtype, page_bytes=page_bytes, tp_degree=tp_degree)
+        outside = self.outside if tp_degree == 1 else ()
+        return Geometry.of(self.layers, outside, dtype=dtype, page_bytes=page_bytes, tp_degree=tp_degree)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,7 @@ def load_base_model(directory: Path, *, name: str | None = None, aliases: tuple[
         max_position_embeddings=shape.max_position_embeddings,
         config=checked.config,
         layers=shape.layers,
+        outside=shape.outside,
     )
 
 

@@ -35,6 +35,11 @@ class WeightNames:
     q_norm: str = "self_attn.q_norm.weight"
     k_norm: str = "self_attn.k_norm.weight"
 
+    @property
+    def embedding_module(self) -> str:
+        """Path of the embedding's module."""
+        return self.embedding.removesuffix(".weight")
+
     def in_layer(self, layer: int, name: str) -> str:
         """Return the full name of a tensor or module of one layer."""
         return self.layer.format(layer=layer) + name
@@ -47,6 +52,7 @@ class ModelConfig:
     Attributes:
         decoder: Which of the engine's decoders computes it: a key of `loraplex_engine.model.registry.DECODERS`.
         layers: The projections of each layer: what its dense products are, and what it offers to adapters.
+        outside: What lies outside of the layers and offers itself to adapters: the embedding and lm_head.
         names: Names of the tensors.
         qkv_bias: Whether q, k and v have biases; ``o_bias`` and ``mlp_bias`` likewise.
         qk_norm: Whether each head of q and k is normalised before RoPE (Qwen3).
@@ -58,6 +64,7 @@ class ModelConfig:
 
     decoder: str = LLAMA_DECODER
     layers: tuple[LayerProjections, ...]
+    outside: LayerProjections = ()
     names: WeightNames = field(default_factory=WeightNames)
     hidden_size: int
     intermediate_size: int

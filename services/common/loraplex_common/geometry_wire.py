@@ -30,9 +30,10 @@ def to_message(geometry: Geometry) -> adapter_pb2.Geometry:
         tp_degree=geometry.tp_degree,
         distinct_layers=[
             adapter_pb2.DecoderLayer(projections=[_projection_message(each) for each in layer])
-            for layer in geometry.distinct_layers
+            for layer in geometry.distinct_layers[: len(geometry.distinct_layers) - geometry.has_outside]
         ],
-        layer_indices=geometry.layer_indices,
+        layer_indices=geometry.layer_indices[: geometry.num_decoder_layers],
+        outside=[_projection_message(each) for each in geometry.layers[-1]] if geometry.has_outside else (),
     )
 
 
@@ -46,16 +47,21 @@ def from_message(message: adapter_pb2.Geometry) -> Geometry:
     is_known = message.layout_version == LAYOUT_VERSION  # what another version says of layers is not read
     if is_known:
         _check_sizes(message)
+    layers = tuple(
+        tuple(_projection(each) for each in layer.projections)
+        for layer in (message.distinct_layers if is_known else ())
+    )
+    indices = tuple(message.layer_indices if is_known else ())
+    if outside := tuple(_projection(each) for each in (message.outside if is_known else ())):
+        layers, indices = (*layers, outside), (*indices, len(layers))
     return Geometry(
         layout_version=message.layout_version,
         dtype=message.dtype,
         page_bytes=message.page_bytes,
         tp_degree=message.tp_degree or 1,
-        distinct_layers=tuple(
-            tuple(_projection(each) for each in layer.projections)
-            for layer in (message.distinct_layers if is_known else ())
-        ),
-        layer_indices=tuple(message.layer_indices if is_known else ()),
+        distinct_layers=layers,
+        layer_indices=indices,
+        has_outside=bool(outside),
     )
 
 
@@ -71,7 +77,9 @@ def _check_sizes(message: adapter_pb2.Geometry) -> None:
     ):
         if number > MAX_LAYERS:
             raise ImageError(f"{number} {what} exceed the {MAX_LAYERS} that are read")
-    if (number := sum(len(layer.projections) for layer in message.distinct_layers)) > MAX_PROJECTIONS:
+    if (
+        number := sum(len(each.projections) for each in message.distinct_layers) + len(message.outside)
+    ) > MAX_PROJECTIONS:
         raise ImageError(f"{number} projections exceed the {MAX_PROJECTIONS} that are read")
 
 

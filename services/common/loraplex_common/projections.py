@@ -1,10 +1,15 @@
-"""What an adapter may adapt: the dense products of each decoder layer, as the model's architecture declares them."""
+"""What an adapter may adapt, as the model's architecture declares it: the dense products of each decoder layer, embedding, lm_head."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
+
+EMBED_OP: Final = "embed"
+"""Op of the embedding, outside of the decoder layers: its input features are tokens."""
+HEAD_OP: Final = "head"
+"""Op of lm_head, outside of the decoder layers: its output features are tokens."""
 
 
 class Split(enum.Enum):
@@ -101,4 +106,19 @@ def gated_decoder_layer(
         Projection("mlp.gate_proj", "gate_up", hidden_size, intermediate_size),
         Projection("mlp.up_proj", "gate_up", hidden_size, intermediate_size),
         Projection("mlp.down_proj", "down", intermediate_size, hidden_size, Split.INPUTS),
+    )
+
+
+def embedding_and_head(vocab_size: int, hidden_size: int, *, embedding: str, lm_head: str) -> LayerProjections:
+    """Return what lies outside of the decoder layers and can be adapted.
+
+    Args:
+        vocab_size: Rows of the embedding and of lm_head.
+        hidden_size: Width of the residual stream.
+        embedding: Path of the embedding, from the model on.
+        lm_head: Path of the linear layer that computes logits.
+    """
+    return (
+        Projection(embedding, EMBED_OP, vocab_size, hidden_size),
+        Projection(lm_head, HEAD_OP, hidden_size, vocab_size),
     )

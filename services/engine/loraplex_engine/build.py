@@ -25,16 +25,16 @@ from loraplex_engine.runners.runner_config import RunnerConfig
 from loraplex_engine.runners.torch.runner import TorchRunner
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from loraplex_common.weight_digests import FileState
 
     from loraplex_engine.loop.engine import RunnerFactory
-    from loraplex_engine.step import ModelRunner
+    from loraplex_engine.model_runner import ModelRunner
 
 STEP_SIZES: Final = {"cpu": CPU_STEP, "cuda": GPU_STEP}
 """Default sequences and tokens of one step by device."""
 MIN_POOL_PAGES: Final = 2  # one for an adapter, one for a sequence
+ADDED_TOKEN_BYTES: Final = 6
+"""What a token that an adapter may add takes for each sequence of a step: a logit of up to 4 bytes and a penalty count of 2."""
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
@@ -73,7 +73,7 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
         ConfigError: If a size does not work out; the message names the flag.
     """
     pool = choose_pool_geometry(info, dtype=resolve_dtype(config, device))
-    num_pages = (config.pool_bytes or _default_pool_bytes(config.model, device)) // pool.page_bytes
+    num_pages = (config.pool_bytes or _default_pool_bytes(config, device)) // pool.page_bytes
     num_arena_slots = config.arena_bytes // pool.page_bytes
     max_model_len = config.max_model_len or info.max_position_embeddings
     for flag, size in (("--pool-bytes", num_pages), ("--arena-bytes", num_arena_slots)):
@@ -90,6 +90,7 @@ def engine_limits(config: EngineConfig, info: BaseModelInfo, device: torch.devic
         pool=pool,
         num_pages=num_pages,
         num_arena_slots=num_arena_slots,
+        max_added_tokens=config.max_added_tokens,
         eos_token_ids=read_eos_token_ids(config.model, info.vocab_size),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -198,9 +199,10 @@ def _cuda_runner(config: RunnerConfig, weights: WeightReader) -> ModelRunner:
     return CudaRunner(config, weights)
 
 
-def _default_pool_bytes(model: Path, device: torch.device) -> int:
+def _default_pool_bytes(config: EngineConfig, device: torch.device) -> int:
     if device.type == "cpu":
         return CPU_POOL_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    weights = sum(file.stat().st_size for file in find_weights(model).shards())
-    return int((free - weights) * GPU_POOL_SHARE)
+    weights = sum(file.stat().st_size for file in find_weights(config.model).shards())
+    added = step_sizes(config, device)[0] * config.max_added_tokens * ADDED_TOKEN_BYTES
+    return int((free - weights - added) * GPU_POOL_SHARE)

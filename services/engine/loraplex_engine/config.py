@@ -21,8 +21,10 @@ from loraplex_engine.limits import (
     DEFAULT_HALF_LIFE_S,
     DEFAULT_PROMOTE_AFTER_S,
     GPU_STEP,
+    MAX_ADDED_TOKENS,
     MAX_BACKLOG_BYTES,
     MAX_BACKLOG_S,
+    MOST_ADDED_TOKENS,
     STEP_PATIENCE_S,
 )
 
@@ -84,6 +86,9 @@ class EngineConfig(ServiceSettings):
         "weights leave)",
     )
     arena_bytes: int = size(ARENA_BYTES, help="host memory for adapter images")
+    max_added_tokens: int = setting(
+        MAX_ADDED_TOKENS, help="most tokens that an adapter may add behind the base model's vocabulary; 0 for none"
+    )
     dtype: DtypeName = setting("auto", help="compute type; auto is float32 on a CPU, bfloat16 on a GPU")
     device: DeviceName = setting("auto", help="where to compute; auto is the GPU if there is one")
     backend: BackendName = setting("auto", help="what computes; auto is our kernels on a GPU, torch on a CPU")
@@ -154,6 +159,10 @@ class EngineConfig(ServiceSettings):
         ):
             _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
         _require(self.load_report_s > 0, "--load-report-s must be positive")
+        _require(
+            0 <= self.max_added_tokens <= MOST_ADDED_TOKENS,
+            f"--max-added-tokens {self.max_added_tokens} is not in [0, {MOST_ADDED_TOKENS}]",
+        )
         self._check_callers()
         self._check_policy()
         _require(self.dtype in get_args(DtypeName), f"--dtype {self.dtype!r} is not one of {get_args(DtypeName)}")

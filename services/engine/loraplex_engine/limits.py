@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
+from loraplex_common.token_rows import DEFAULT_MAX_ADDED_TOKENS
+
 from loraplex_engine.pool_geometry import PoolGeometry
 
 CPU_STEP: Final = (64, 1024)
@@ -17,6 +19,9 @@ CPU_POOL_BYTES: Final = 1024 * 1024 * 1024
 ARENA_BYTES: Final = 512 * 1024 * 1024
 MAX_PASS_OVER_S: Final = 2.0
 MAX_RESIDENT_ADAPTERS: Final = 4096
+MAX_ADDED_TOKENS: Final = DEFAULT_MAX_ADDED_TOKENS
+MOST_ADDED_TOKENS: Final = 1 << 16
+"""Largest setting of ``--max-added-tokens``: each widens every penalty count by a token, and logits of steps that have them."""
 MAX_BACKLOG_BYTES: Final = 8 * 1024 * 1024
 MAX_BACKLOG_S: Final = 5.0
 STEP_PATIENCE_S: Final = 5.0
@@ -77,6 +82,7 @@ class EngineLimits:
         num_pages: Pages of the pool.
         num_arena_slots: Pages of host memory for adapter images.
         max_resident_adapters: Size of the runner's adapter table; 0 serves the base model alone.
+        max_added_tokens: Tokens that an adapter may add behind the base's vocabulary.
         max_model_len: Longest sequence, prompt and output together, in tokens.
         max_num_seqs: Most sequences of one step.
         max_num_batched_tokens: Most tokens of one step.
@@ -92,6 +98,7 @@ class EngineLimits:
     num_pages: int
     num_arena_slots: int = 0
     max_resident_adapters: int = MAX_RESIDENT_ADAPTERS
+    max_added_tokens: int = MAX_ADDED_TOKENS
     max_model_len: int
     max_num_seqs: int = CPU_STEP[0]
     max_num_batched_tokens: int = CPU_STEP[1]

@@ -1,7 +1,7 @@
 """What crosses between the step loop's thread and the asyncio side: commands go in, events come out.
 
-Domain types only; the servicer and the store client convert them from and to the wire. Commands are posted to the
-loop's one inbox; events leave through one outbox per session and one for the store client.
+Domain types only, converted from and to the wire by `rpc`. Commands are posted to the loop's one inbox; events leave through
+one outbox per session and one for the store client.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraplex_common.structured_output import StructuredOutput
 from numpy.typing import NDArray
 
 from loraplex_engine.constraints.output_rules import OutputRules
-from loraplex_engine.sampling_params import SamplingParams, StoppingParams
+from loraplex_engine.sampling_params import AddedTokenId, SamplingParams, StoppingParams
 from loraplex_engine.step import TokenLogprobs
 
 
@@ -54,7 +54,7 @@ class Submission:
     Attributes:
         session_id: The session whose outbox gets the outputs.
         session_slot: The gateway's number for the request, unique among its running requests.
-        prompt_token_ids: int32 ``[num_prompt_tokens]``, not empty, each below the vocabulary size.
+        prompt_token_ids: int32 ``[num_prompt_tokens]``, not empty, each below the vocabulary size or added by the adapter.
         resumed_token_ids: int32; output tokens drawn elsewhere before, continued here.
         adapter_digest: Digest of the adapter; None for the base model.
         more_adapters: Adapters that are added to ``adapter_digest``, in this order; no digest comes twice.
@@ -62,10 +62,10 @@ class Submission:
         deadline_s: ``time.monotonic()`` after which no client waits for the answer, or None.
         queue_deadline_s: ``time.monotonic()`` by which it must have a place in a batch, or None.
         time_limit_at_s: ``time.monotonic()`` at which the output is cut with TIME_LIMIT, or None.
+        added_token_ids: The largest id of each field that has ids which only an adapter can add.
         structured_output: What the output must look like; None: anything.
         bad_token_sequences: Sequences of token ids of which the last cannot be drawn after the others.
-        rules: Both, as the output goes on under them, resumed tokens taken in; it belongs to the step loop once it is
-            submitted. None if there is neither.
+        rules: Both, as the output goes on under them, resumed tokens taken in; the step loop's once submitted. None: neither.
     """
 
     session_id: int
@@ -87,6 +87,7 @@ class Submission:
     cache_salt: str = ""
     fail_fast: bool = False
     arrived_s: float = 0.0
+    added_token_ids: tuple[AddedTokenId, ...] = ()
     structured_output: StructuredOutput | None = None
     bad_token_sequences: tuple[tuple[int, ...], ...] = ()
     rules: OutputRules | None = None
@@ -211,8 +212,7 @@ class Ended:
 
     Attributes:
         stop_token_id: The stop token that was drawn, for FinishReason.STOP; it is the output's last token.
-        queue_s: Time until the request got a place in a batch; it includes ``adapter_load_s``, the wait for the
-            adapter.
+        queue_s: Time until the request got a place in a batch, ``adapter_load_s``, the wait for the adapter, included.
     """
 
     session_slot: int
@@ -243,30 +243,6 @@ class StepOutputs:
     token_positions: NDArray[np.int32]
     token_ids: NDArray[np.int32]
     events: list[SessionEvent]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadSnapshot:
-    """The engine's load between two steps; fields as in engine.proto LoadReport.
-
-    Attributes:
-        pages_free: Pages that can be had at once, including those of cached blocks.
-        pages_cached: The part of ``pages_free`` that holds cached blocks.
-    """
-
-    sequence: int
-    running: int
-    waiting: int
-    queued_uncached_tokens: int
-    pages_total: int
-    pages_free: int
-    pages_cached: int = 0
-    pages_kv: int
-    pages_adapter: int
-    pages_pinned: int
-    adapters_resident: int
-    tokens_per_s: float
-    draining: bool
 
 
 # --- events: step loop -> store client ---

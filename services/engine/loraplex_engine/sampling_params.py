@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from loraplex_common.request_limits import MAX_ENTRIES, RANGES
 
@@ -33,6 +33,13 @@ class SamplingParams:
     def uses_penalties(self) -> bool:
         """True if the tokens so far change the next draw."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class AddedTokenId(NamedTuple):
+    """The largest id of a request's field, if it is behind the base's vocabulary: the request's adapter must add it."""
+
+    field: str
+    token_id: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

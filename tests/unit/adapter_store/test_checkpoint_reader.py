@@ -104,7 +104,7 @@ def test_a_missing_tensor_is_named(base: BaseModelInfo) -> None:
         ("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight", "has 2 layers"),
         ("base_model.model.model.layers.0.mlp.q_proj.lora_A.weight", "no projection"),
         ("base_model.model.lm_head.lora_A.weight", "lm_head"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "embeddings"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "not explained by"),
         (f"{PREFIX}.lora_magnitude_vector.weight", "DoRA"),
         (f"{PREFIX}.lora_B.bias", "biases"),
         ("whatever", "no projection"),

@@ -79,7 +79,7 @@ WILD: dict[str, tuple[Form, str]] = {
     "key_diffusers": (as_written_by("diffusers"), SAME),
     "key_kohya": (as_written_by("kohya"), SAME),
     "key_extra_alpha": (as_written_by("alphas beside"), SAME),
-    "key_embed_beside": (with_tensor("base_model.model.model.embed_tokens.weight", 8, 8), "trained embeddings"),
+    "key_embed_beside": (with_tensor("base_model.model.model.embed_tokens.weight", 8, 8), "expected"),
     "key_lm_head_beside": (with_tensor("base_model.model.lm_head.weight", 8, 8), "lm_head"),
     "key_missing_layer": (without_tensors(r"layers\.1\."), r"layers\.1\..* is missing"),
     "key_missing_one_b": (without_tensors(r"1\.mlp\.up_proj\.lora_B"), r"layers\.1\.mlp\.up_proj\.lora_B.* is missing"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from loraplex_common.adapter_parts import PartSize, pair_sizes
 from loraplex_common.base_model import BaseModelInfo, load_base_model
 from loraplex_common.flora import FLORA
-from loraplex_common.image_geometry import ImageError
+from loraplex_common.image_geometry import Geometry, ImageError
 from loraplex_common.low_rank import LOW_RANK
 from loraplex_common.rank_limits import CUDA_MAX_RANK, RankLimits, check_servable, max_stacked_rank
+from loraplex_common.token_rows import ROWS
 from support.base_models import TinyBase, write_base_model
 from support.decoder_shapes import decoder_geometry
 
@@ -58,9 +60,9 @@ def test_q_k_and_v_share_the_largest_rank_that_a_tile_holds(
 def test_kernels_bound_each_projection(base: BaseModelInfo) -> None:
     limits = engine(base, "bfloat16", max_rank=CUDA_MAX_RANK)
 
-    limits.check(ranks(q_proj=256, k_proj=256, v_proj=256))
-    with pytest.raises(ImageError, match="layer 1 v_proj: rank 257 exceeds the 256 that the kernels of engine e1 take"):
-        limits.check(ranks(q_proj=8, v_proj=257))
+    limits.check(ranks(q_proj=512, k_proj=512, v_proj=512))
+    with pytest.raises(ImageError, match="layer 1 v_proj: rank 513 exceeds the 512 that the kernels of engine e1 take"):
+        limits.check(ranks(q_proj=8, v_proj=513))
 
 
 def test_every_engine_of_the_base_model_counts_and_no_other(base: BaseModelInfo) -> None:
@@ -87,3 +89,37 @@ def test_what_is_wrong_with_another_part_is_not_blamed_on_the_rank(base: BaseMod
         engine(base).check(sizes)
 
     assert "takes at most rank" not in str(caught.value)
+
+
+def test_rows_that_exceed_an_engines_pool_are_refused_with_the_arithmetic(base: BaseModelInfo) -> None:
+    limits = replace(engine(base, "bfloat16"), max_image_pages=2)
+    rows = (PartSize(base.num_layers, "lm_head", ROWS, 300),)
+
+    limits.check(rows)
+    with pytest.raises(
+        ImageError,
+        match=r"image of 2 pages x 1048576 = 2097152 bytes, of which 300 rows of lm_head x 2048 bytes "
+        r"and 300 rows of embed_tokens x 2048 bytes, exceeds the 1 pages, 1048576 bytes, that the pool of engine e1.*"
+        r"--pool-bytes.*trainable_token_indices",
+    ):
+        replace(limits, max_image_pages=1).check((*rows, PartSize(base.num_layers, "embed_tokens", ROWS, 300)))
+
+
+def test_tokens_that_an_engine_has_no_room_for_are_refused_with_its_flag(base: BaseModelInfo) -> None:
+    rows = (PartSize(base.num_layers, "lm_head", ROWS, 3),)
+
+    engine(base).check(rows, last_row_id=300 + 255)
+    with pytest.raises(ImageError, match=r"token 556 is beyond the 300 tokens.*--max-added-tokens 257"):
+        engine(base).check(rows, last_row_id=300 + 256)
+    check_servable(rows, base, [], last_row_id=300 + 255)
+    with pytest.raises(ImageError, match="any engine"):
+        check_servable(rows, base, [], last_row_id=300 + 256)
+
+
+def test_an_engine_that_offers_nothing_outside_of_the_layers_refuses_lora_on_lm_head(base: BaseModelInfo) -> None:
+    with pytest.raises(ImageError, match="lm_head is outside of the decoder layers"):
+        replace(engine(base), geometry=replace_outside(base)).check(pair_sizes([(base.num_layers, "lm_head", 4)]))
+
+
+def replace_outside(base: BaseModelInfo) -> Geometry:
+    return replace(base, outside=()).geometry(dtype="float32", page_bytes=MIB)

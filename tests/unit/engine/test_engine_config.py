@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from loraplex_common import settings
-from loraplex_engine.build import scheduling_policy, step_sizes
+from loraplex_common.base_model import load_base_model
+from loraplex_engine.build import engine_limits, scheduling_policy, step_sizes
 from loraplex_engine.config import ConfigError, EngineConfig
 from loraplex_engine.limits import QueuePolicy, SchedulingPolicy
+from support.base_models import TinyBase, write_base_model
 
 
 def load(*argv: str, environ: dict[str, str] | None = None) -> EngineConfig:
@@ -50,6 +52,8 @@ def test_loopback_is_the_default() -> None:
         ({"max_num_seqs": 0}, "--max-num-seqs"),
         ({"max_num_batched_tokens": -1}, "--max-num-batched-tokens"),
         ({"pool_bytes": 0}, "--pool-bytes"),
+        ({"max_added_tokens": -1}, "--max-added-tokens"),
+        ({"max_added_tokens": 65537}, "--max-added-tokens"),
         ({"max_model_len": -1}, "--max-model-len"),
         ({"port": 65536}, "--port"),
         ({"drain_grace_s": -1.0}, "--drain-grace-s"),
@@ -139,3 +143,20 @@ def test_the_help_shows_sizes_as_people_write_them(capsys: pytest.CaptureFixture
     assert "page pool (default: 1GiB on a CPU" in text
     assert "adapter images (default: 512MiB)" in text
     assert re.search(r"default: \d{7,}|1024MiB", text) is None
+
+
+def test_the_pool_leaves_room_for_tokens_that_adapters_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = 8 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (memory, memory))
+    info = load_base_model(write_base_model(tmp_path, TinyBase()))
+
+    def pool_bytes(*argv: str) -> int:
+        config = settings.load(
+            EngineConfig, service="engine", argv=["--model", str(tmp_path), "--max-num-seqs", "128", *argv], environ={}
+        )
+        limits = engine_limits(config, info, torch.device("cuda"))
+        return limits.num_pages * limits.page_bytes
+
+    less = pool_bytes("--max-added-tokens", "0") - pool_bytes("--max-added-tokens", "65536")
+
+    assert less == pytest.approx(0.85 * 128 * 65536 * 6, rel=0.01)

@@ -154,11 +154,22 @@ class Client:
         response = self._call(lambda stub: stub.Tokenize(request, metadata=self._metadata))
         return tuple(response.token_ids)
 
-    def detokenize(self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = False) -> str:
-        """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
+    def detokenize(
+        self, token_ids: Sequence[int], *, model: str = "", adapter: str = "", skip_special_tokens: bool = False
+    ) -> str:
+        """Return the text of token ids; bytes that are no UTF-8 become U+FFFD.
+
+        Args:
+            token_ids: The ids.
+            model: Base model; may be left out where the gateway fronts exactly one.
+            adapter: ``name``, ``name:label`` or ``name@revision``: tokens that it adds have its text.
+            skip_special_tokens: Whether special tokens are left out.
+        """
         request = gateway_pb2.DetokenizeRequest(
             model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
         )
+        if adapter:
+            request.adapter = adapter
         response = self._call(lambda stub: stub.Detokenize(request, metadata=self._metadata))
         return response.text
 

@@ -189,7 +189,9 @@ class TextPartsInfo(_message.Message):
     """sha256 over the parts, 64 lower-case hex digits; revisions that bring the same have the same."""
     @_builtins.property
     def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of the parts: `chat_template`, `generation_defaults`, `stop_tokens`, `response_schema`."""
+        """Names of the parts: `chat_template`, `generation_defaults`, `stop_tokens`, `response_schema`, `invocation_tokens`,
+        `added_tokens`.
+        """
 
     def __init__(
         self,
@@ -315,7 +317,7 @@ Global___BaseModel: _TypeAlias = BaseModel  # noqa: Y015
 
 @_typing.final
 class Projection(_message.Message):
-    """Projection is one dense product of a decoder layer that adapters may adapt."""
+    """Projection is one dense product that adapters may adapt: of a decoder layer, or one that lies outside of them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -348,7 +350,7 @@ class Projection(_message.Message):
     OUT_FEATURES_FIELD_NUMBER: _builtins.int
     SPLIT_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """Name of the module inside its layer, e.g. `self_attn.q_proj`; its last part is unique within the layer."""
+    """Name of the module inside its layer, e.g. `self_attn.q_proj`, or in the model if it is outside of the layers; its last part is unique within the layer."""
     op: _builtins.str
     """The fused product that computes it, e.g. `qkv`."""
     in_features: _builtins.int
@@ -410,6 +412,7 @@ class Geometry(_message.Message):
     TP_DEGREE_FIELD_NUMBER: _builtins.int
     DISTINCT_LAYERS_FIELD_NUMBER: _builtins.int
     LAYER_INDICES_FIELD_NUMBER: _builtins.int
+    OUTSIDE_FIELD_NUMBER: _builtins.int
     layout_version: _builtins.int
     """Version of the image layout."""
     dtype: _builtins.str
@@ -426,6 +429,13 @@ class Geometry(_message.Message):
     def layer_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Per decoder layer, its place in `distinct_layers`."""
 
+    @_builtins.property
+    def outside(self) -> _containers.RepeatedCompositeFieldContainer[Global___Projection]:
+        """What lies outside of the decoder layers and can be adapted: the embedding (op `embed`) and lm_head (op `head`). In images it
+        is one more layer behind the decoder's. Empty: nothing there is offered. A reader that does not know the field makes the
+        same images of all adapters that it can read.
+        """
+
     def __init__(
         self,
         *,
@@ -435,10 +445,11 @@ class Geometry(_message.Message):
         tp_degree: _builtins.int = ...,
         distinct_layers: _abc.Iterable[Global___DecoderLayer] | None = ...,
         layer_indices: _abc.Iterable[_builtins.int] | None = ...,
+        outside: _abc.Iterable[Global___Projection] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["distinct_layers", b"distinct_layers", "dtype", b"dtype", "layer_indices", b"layer_indices", "layout_version", b"layout_version", "page_bytes", b"page_bytes", "tp_degree", b"tp_degree"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distinct_layers", b"distinct_layers", "dtype", b"dtype", "layer_indices", b"layer_indices", "layout_version", b"layout_version", "outside", b"outside", "page_bytes", b"page_bytes", "tp_degree", b"tp_degree"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

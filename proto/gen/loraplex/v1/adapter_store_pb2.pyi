@@ -236,13 +236,13 @@ class AdapterReport(_message.Message):
         DEVIATION_FIELD_NUMBER: _builtins.int
         MAGNITUDE_FIELD_NUMBER: _builtins.int
         kind: _builtins.str
-        """`low_rank`, `out_vector` (c), `in_vector` (e), `bias`, `sparse_delta` or `flora`."""
+        """`low_rank`, `out_vector` (c), `in_vector` (e), `bias`, `sparse_delta`, `flora` or `rows`."""
         size: _builtins.int
-        """Rank of a pair or of FLoRA, non-zeros of a sparse delta; 1 for a vector."""
+        """Rank of a pair or of FLoRA, non-zeros of a sparse delta, rows of tokens that are stored; 1 for a vector."""
         scale: _builtins.float
         """Factor on what a pair or a sparse delta adds; unset for other kinds."""
         norm: _builtins.float
-        """Frobenius norm of what it adds, the scale included: `s B A`, `s S` or b; unset for factors."""
+        """Frobenius norm of what it adds, the scale included: `s B A`, `s S` or b; unset for factors and rows."""
         relative_norm: _builtins.float
         """`norm` divided by that of the base's weight; unset for a bias, for factors, and while the latter is not known."""
         largest: _builtins.float
@@ -295,7 +295,7 @@ class AdapterReport(_message.Message):
         PARTS_FIELD_NUMBER: _builtins.int
         BASE_NORM_FIELD_NUMBER: _builtins.int
         layer: _builtins.int
-        """Decoder layer, from 0."""
+        """Decoder layer, from 0; the number behind the last for embed_tokens and lm_head."""
         projection: _builtins.str
         """Last part of the projection's name, for example `q_proj`."""
         base_norm: _builtins.float
@@ -1409,6 +1409,50 @@ class GetTextPartsResponse(_message.Message):
         def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
 
     @_typing.final
+    class AddedToken(_message.Message):
+        """AddedToken is a token that is looked for in a text before all others; the flags are those of Hugging Face tokenizers."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ID_FIELD_NUMBER: _builtins.int
+        CONTENT_FIELD_NUMBER: _builtins.int
+        SPECIAL_FIELD_NUMBER: _builtins.int
+        NORMALIZED_FIELD_NUMBER: _builtins.int
+        LSTRIP_FIELD_NUMBER: _builtins.int
+        RSTRIP_FIELD_NUMBER: _builtins.int
+        SINGLE_WORD_FIELD_NUMBER: _builtins.int
+        id: _builtins.int
+        """Its id; from BaseModel.vocab_size on only the adapter has a row for it."""
+        content: _builtins.str
+        """Its text."""
+        special: _builtins.bool
+        """Whether it is left out where special tokens are."""
+        normalized: _builtins.bool
+        """Whether it is looked for in the normalised text."""
+        lstrip: _builtins.bool
+        """Whether it takes the spaces before it along."""
+        rstrip: _builtins.bool
+        """Whether it takes those behind it along."""
+        single_word: _builtins.bool
+        """Whether it is not found inside of words."""
+        def __init__(
+            self,
+            *,
+            id: _builtins.int = ...,
+            content: _builtins.str = ...,
+            special: _builtins.bool = ...,
+            normalized: _builtins.bool = ...,
+            lstrip: _builtins.bool = ...,
+            rstrip: _builtins.bool = ...,
+            single_word: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "id", b"id", "lstrip", b"lstrip", "normalized", b"normalized", "rstrip", b"rstrip", "single_word", b"single_word", "special", b"special"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class SpecialTokensEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -1434,6 +1478,7 @@ class GetTextPartsResponse(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     RESPONSE_SCHEMA_FIELD_NUMBER: _builtins.int
     INVOCATION_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ADDED_TOKENS_FIELD_NUMBER: _builtins.int
     chat_template: _builtins.str
     """Jinja source, at most 64 KiB."""
     response_schema: _builtins.str
@@ -1456,6 +1501,10 @@ class GetTextPartsResponse(_message.Message):
         all of it.
         """
 
+    @_builtins.property
+    def added_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetTextPartsResponse.AddedToken]:
+        """Tokens that the adapter's tokenizer has and the base model's has not, by ascending id; at most 1024."""
+
     def __init__(
         self,
         *,
@@ -1465,10 +1514,11 @@ class GetTextPartsResponse(_message.Message):
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         response_schema: _builtins.str = ...,
         invocation_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        added_tokens: _abc.Iterable[Global___GetTextPartsResponse.AddedToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation_defaults", b"generation_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "generation_defaults", b"generation_defaults", "invocation_token_ids", b"invocation_token_ids", "response_schema", b"response_schema", "special_tokens", b"special_tokens", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_tokens", b"added_tokens", "chat_template", b"chat_template", "generation_defaults", b"generation_defaults", "invocation_token_ids", b"invocation_token_ids", "response_schema", b"response_schema", "special_tokens", b"special_tokens", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1567,6 +1617,7 @@ class AttachEngineRequest(_message.Message):
         MAX_IMAGE_PAGES_FIELD_NUMBER: _builtins.int
         MAX_RANK_FIELD_NUMBER: _builtins.int
         WEIGHT_NORMS_FIELD_NUMBER: _builtins.int
+        MAX_ADDED_TOKENS_FIELD_NUMBER: _builtins.int
         engine_id: _builtins.str
         """Which engine."""
         sequence: _builtins.int
@@ -1575,6 +1626,8 @@ class AttachEngineRequest(_message.Message):
         """Largest image the pool can ever hold, in pages."""
         max_rank: _builtins.int
         """Largest rank of one projection that its kernels take; 0 if only the image's tiles limit it."""
+        max_added_tokens: _builtins.int
+        """As GetEngineInfoResponse.max_added_tokens."""
         @_builtins.property
         def base_model(self) -> _adapter_pb2.BaseModel:
             """Its base model."""
@@ -1593,8 +1646,8 @@ class AttachEngineRequest(_message.Message):
 
         @_builtins.property
         def weight_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-            """Frobenius norms of the base's weights, one for each layer and projection in the order of the geometry's layers; empty
-            if they are not known.
+            """Frobenius norms of the base's weights, one for each decoder layer and projection in the order of the geometry's
+            layers; empty if they are not known.
             """
 
         def __init__(
@@ -1609,10 +1662,11 @@ class AttachEngineRequest(_message.Message):
             max_image_pages: _builtins.int = ...,
             max_rank: _builtins.int = ...,
             weight_norms: _abc.Iterable[_builtins.float] | None = ...,
+            max_added_tokens: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "geometry", b"geometry"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence", "weight_norms", b"weight_norms"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "base_model", b"base_model", "engine_id", b"engine_id", "geometry", b"geometry", "held", b"held", "max_added_tokens", b"max_added_tokens", "max_image_pages", b"max_image_pages", "max_rank", b"max_rank", "sequence", b"sequence", "weight_norms", b"weight_norms"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -644,6 +644,7 @@ class GetEngineInfoResponse(_message.Message):
     BACKEND_FIELD_NUMBER: _builtins.int
     API_REVISIONS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    MAX_ADDED_TOKENS_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """Unique among all engines that ever ran."""
     num_pages: _builtins.int
@@ -658,6 +659,8 @@ class GetEngineInfoResponse(_message.Message):
     """Compute backend: `torch` or `cuda`."""
     version: _builtins.str
     """Version of the software."""
+    max_added_tokens: _builtins.int
+    """Tokens that an adapter may add behind the base model's vocabulary; their ids begin at its size."""
     @_builtins.property
     def base_model(self) -> _adapter_pb2.BaseModel:
         """The base model."""
@@ -688,10 +691,11 @@ class GetEngineInfoResponse(_message.Message):
         backend: _builtins.str = ...,
         api_revisions: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
+        max_added_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "geometry", b"geometry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_revisions", b"api_revisions", "backend", b"backend", "base_model", b"base_model", "block_tokens", b"block_tokens", "engine_id", b"engine_id", "geometry", b"geometry", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "num_pages", b"num_pages", "target_modules", b"target_modules", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_revisions", b"api_revisions", "backend", b"backend", "base_model", b"base_model", "block_tokens", b"block_tokens", "engine_id", b"engine_id", "geometry", b"geometry", "max_added_tokens", b"max_added_tokens", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "num_pages", b"num_pages", "target_modules", b"target_modules", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

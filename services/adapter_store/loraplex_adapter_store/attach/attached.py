@@ -145,6 +145,8 @@ class AttachedEngines:
                 base_fingerprint=hello.base_fingerprint,
                 geometry=hello.geometry,
                 max_rank=hello.max_rank,
+                max_image_pages=hello.max_image_pages,
+                max_added_tokens=hello.max_added_tokens,
             )
             for hello in (session.hello for session in self._sessions.values())
         )
@@ -167,7 +169,8 @@ class AttachedEngines:
             return
         while len(self._norms) >= MAX_BASES:
             del self._norms[next(iter(self._norms))]
-        places = ((layer, each.name) for layer, offered in enumerate(hello.geometry.layers) for each in offered)
+        layers = hello.geometry.decoder_layers
+        places = ((layer, each.name) for layer, offered in enumerate(layers) for each in offered)
         pairs = zip(places, hello.weight_norms, strict=True)
         self._norms[hello.base_fingerprint] = {place: norm for place, norm in pairs if math.isfinite(norm)}
 

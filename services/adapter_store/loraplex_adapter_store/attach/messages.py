@@ -51,8 +51,9 @@ class Hello:
         arenas: One arena per tensor-parallel rank.
         max_image_pages: Pages of the largest image that the engine's pool can ever hold.
         max_rank: Largest rank of one projection that its kernels take; 0 if only the tiles limit it.
-        weight_norms: Frobenius norms of the base's weights, for each layer and projection in the order of the geometry's
-            layers; empty if the engine does not say.
+        weight_norms: Frobenius norms of the base's weights, for each decoder layer and projection in the order of the
+            geometry's layers; empty if the engine does not say.
+        max_added_tokens: Tokens that an adapter may add behind the base's vocabulary.
     """
 
     engine_id: str
@@ -65,6 +66,7 @@ class Hello:
     max_image_pages: int
     max_rank: int = 0
     weight_norms: tuple[float, ...] = ()
+    max_added_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

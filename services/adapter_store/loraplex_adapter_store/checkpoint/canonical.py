@@ -20,7 +20,13 @@ from loraplex_common.adapter_image import AdapterSpec, ModuleSpec, Tensors
 from loraplex_common.errors import AdapterCorruptError
 from loraplex_common.text_parts import TextParts
 
-from loraplex_adapter_store.checkpoint.canonical_parts import module_fields, module_names, named_tensors, read_parts
+from loraplex_adapter_store.checkpoint.canonical_parts import (
+    module_fields,
+    module_names,
+    name_of,
+    named_tensors,
+    read_parts,
+)
 from loraplex_adapter_store.checkpoint.safetensors_file import read_tensors
 from loraplex_adapter_store.import_notes import ImportNotes
 
@@ -149,7 +155,7 @@ def read_canonical(data: bytes | bytearray, revision: str) -> CanonicalAdapter:
     values: dict[tuple[int, str, str], Arrays] = {}
     for layer, projection, fields in config["modules"]:
         parts: list[Part] = []
-        for part, arrays in read_parts(names[layer, projection], fields, tensors):
+        for part, arrays in read_parts(name_of(names, layer, projection), fields, tensors):
             parts.append(part)
             values[layer, projection, part.kind] = arrays
         modules.append(ModuleSpec(layer, projection, tuple(parts)))

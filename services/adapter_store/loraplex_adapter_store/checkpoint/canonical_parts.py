@@ -10,6 +10,7 @@ from loraplex_common.adapter_parts import KINDS
 from loraplex_common.flora import FLORA
 from loraplex_common.low_rank import LOW_RANK, LowRank
 from loraplex_common.sparse_delta import SPARSE_DELTA
+from loraplex_common.token_rows import ROWS
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR
 
 from loraplex_adapter_store.checkpoint.parts import ScaledRows
@@ -30,6 +31,7 @@ PART_TENSORS: Final[dict[str, tuple[str, ...]]] = {
     BIAS: ("bias.b",),
     SPARSE_DELTA: ("sparse_delta.values", "sparse_delta.columns", "sparse_delta.starts"),
     FLORA: ("flora.A", "flora.B"),
+    ROWS: ("rows.ids", "rows.values"),
 }
 """What follows a module's name in the names of a part's tensors, in the order of `PartKind.shapes`."""
 
@@ -40,8 +42,11 @@ _COLUMNS: Final = "columns"
 
 _ENDS: Final = "|".join(re.escape(name) for name in (*sum(PART_TENSORS.values(), ()), VERA_B, VERA_D))
 _OWN_TENSOR: Final = re.compile(
-    rf"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?P<path>\w+(?:\.\w+)*?))\.(?:{_ENDS})", re.ASCII
+    rf"base_model\.model\.(?P<module>(?:model\.layers\.(?P<layer>\d+)\.)?(?P<path>\w+(?:\.\w+)*?))\.(?:{_ENDS})",
+    re.ASCII,
 )
+_OUTSIDE: Final = -1
+"""Stands for the layer of a module that is in none; the config's entry has the number behind the last."""
 
 
 def module_fields(module: Module) -> list[Any]:
@@ -73,8 +78,14 @@ def module_names(tensors: Iterable[str]) -> dict[tuple[int, str], str]:
     found: dict[tuple[int, str], str] = {}
     for name in tensors:
         if match := _OWN_TENSOR.fullmatch(name):
-            found[int(match["layer"]), match["path"].rpartition(".")[2]] = match["module"]
+            layer = _OUTSIDE if match["layer"] is None else int(match["layer"])
+            found[layer, match["path"].rpartition(".")[2]] = match["module"]
     return found
+
+
+def name_of(names: Mapping[tuple[int, str], str], layer: int, projection: str) -> str:
+    """Return the dotted name of a module of the canonical config, from `module_names`."""
+    return names[layer, projection] if (layer, projection) in names else names[_OUTSIDE, projection]
 
 
 def read_parts(module: str, fields: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Part, Arrays]]:

@@ -128,7 +128,7 @@ def _lora(source: Source) -> list[PartTensors]:
     b = source.take(names.LORA_B, outputs, rank, why=why)
     alpha, setting = source.rules.alpha(source.name)
     scaling = config.scaling(rank, alpha)
-    parts = [_pair(rank, scaling, a, b, f"{CONFIG_FILE}: {setting} = {alpha:g}", source.name)]
+    parts = [scaled_pair(rank, scaling, a, b, f"{CONFIG_FILE}: {setting} = {alpha:g}", source.name)]
     if config.use_dora:
         parts.append(PartTensors(OutVector(is_magnitude=True), (source.take(names.MAGNITUDE, outputs),)))
     return parts
@@ -150,7 +150,7 @@ def _adalora(source: Source) -> list[PartTensors]:
     alpha = config.alpha if config.alpha > 0 else float(config.rank)
     scaling = float(np.float32(alpha) / (ranknum + ADALORA_EPSILON))
     folded = Tensor.of(f"{a.name} times {e.name}", a.values() * e.values())
-    return [_pair(rank, scaling, folded, b, f"{CONFIG_FILE}: lora_alpha = {alpha:g}", source.name)]
+    return [scaled_pair(rank, scaling, folded, b, f"{CONFIG_FILE}: lora_alpha = {alpha:g}", source.name)]
 
 
 def _vera(source: Source) -> list[PartTensors]:
@@ -159,7 +159,7 @@ def _vera(source: Source) -> list[PartTensors]:
     d = source.take(names.VERA_D, rank, why=f"rank {rank} of {CONFIG_FILE} and ")
     b = source.take(names.VERA_B, outputs)
     pair = ScaledRows(source.shared["A"], d, (rank, columns)), ScaledRows(source.shared["B"], b, (outputs, rank))
-    return [_pair(rank, 1.0, *pair, f"{CONFIG_FILE}: r = {rank}", source.name)]
+    return [scaled_pair(rank, 1.0, *pair, f"{CONFIG_FILE}: r = {rank}", source.name)]
 
 
 def _ia3(source: Source) -> list[PartTensors]:
@@ -226,10 +226,15 @@ def _flora(source: Source) -> list[PartTensors]:
     return [PartTensors(Flora(rank), tensors)]
 
 
-def _pair(
+def scaled_pair(
     rank: int, scaling: float, a: Tensor | ScaledRows, b: Tensor | ScaledRows, setting: str, name: str
 ) -> PartTensors:
-    """Return a pair if engines, which hold the scaling in fp32, can tell it from 0 and from infinity, and its values too."""
+    """Return a pair if engines, which hold the scaling in fp32, can tell it from 0 and from infinity, and its values too.
+
+    Raises:
+        AdapterIncompatibleError: If they cannot tell the scaling; the message has ``setting`` and the module's name.
+        AdapterCorruptUploadError: If the values are beyond bf16's range, or make values that are.
+    """
     if not MIN_FLOAT32 <= abs(scaling) <= MAX_BFLOAT16:
         raise AdapterIncompatibleError(
             f"{setting} makes the scaling of {name} {scaling:g}, so the base model would answer in the adapter's place; set it "

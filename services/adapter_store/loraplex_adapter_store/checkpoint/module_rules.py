@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from loraplex_common.adapter_folder import CONFIG_FILE
 from loraplex_common.errors import AdapterIncompatibleError
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from loraplex_common.projections import Projection
 
     from loraplex_adapter_store.checkpoint.peft_config import PeftConfig
-
-_UNSERVED_MODULES: Final = ("lm_head", "model.embed_tokens")
 
 
 class ModuleRules:
@@ -37,7 +35,8 @@ class ModuleRules:
             for layer, offered in enumerate(base.layers)
             for each in offered
         ]
-        questions = _questions(config, (*_UNSERVED_MODULES, *(name for _, _, name in self._modules)))
+        outside = (each.path for each in base.outside)
+        questions = _questions(config, (*outside, *(name for _, _, name in self._modules)))
         self._answers: dict[str, dict[str, Answer]] = {
             question.setting: dict(zip(question.keys, found, strict=True))
             for question, found in zip(questions, matcher.ask(questions), strict=True)
@@ -46,23 +45,26 @@ class ModuleRules:
         self._excluded = _listed(config.exclude_modules)
 
     def targeted(self) -> list[tuple[int, Projection]]:
-        """Return (layer, projection) of all modules that PEFT would adapt, in layer order.
+        """Return (layer, projection) of all modules of the layers that PEFT would adapt, in layer order.
 
         Raises:
-            AdapterIncompatibleError: If there are none, or if some of them are not served.
+            AdapterIncompatibleError: If there are none, and none outside of the layers either.
         """
         if not self._config.target_modules:
             raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules is missing")
-        for name in _UNSERVED_MODULES:
-            if not self._is_all_linear() and self._is_targeted(name, None):
-                raise AdapterIncompatibleError(f"{CONFIG_FILE}: target_modules includes {name}, which is not served")
         found = [(layer, projection) for layer, projection, name in self._modules if self._is_targeted(name, layer)]
-        if not found:
+        if not found and not self.targeted_outside():
             raise AdapterIncompatibleError(
                 f"{CONFIG_FILE}: target_modules (with exclude_modules and layers_to_transform) matches no projection of base "
                 f"model {self._base.name}"
             )
         return found
+
+    def targeted_outside(self) -> list[Projection]:
+        """Return the modules outside of the layers that PEFT would adapt if ``modules_to_save`` did not replace them."""
+        if self._is_all_linear():  # PEFT leaves the output layer out, and the embedding is not linear
+            return []
+        return [each for each in self._base.outside if self._is_targeted(each.path, None)]
 
     def rank(self, key: str) -> int:
         """Return the rank of a module."""

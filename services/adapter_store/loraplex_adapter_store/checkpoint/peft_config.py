@@ -14,6 +14,7 @@ from loraplex_common.request_limits import MAX_INT32
 from loraplex_common.text_parts import MAX_INVOCATION_TOKENS
 
 from loraplex_adapter_store.checkpoint.bounds import MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, MAX_RANK, parse_json
+from loraplex_adapter_store.checkpoint.outside_config import OutsideConfig, read_outside
 from loraplex_adapter_store.checkpoint.peft_methods import (
     ADALORA,
     LORA,
@@ -47,6 +48,7 @@ class PeftConfig:
         layers_to_transform: Layers that named targets are limited to; None for all.
         invocation_token_ids: The sequence that the adapter applies from (activated LoRA); empty: it applies to all tokens.
         layers_pattern: Names of the lists of layers that the indices refer to; empty for any list.
+        outside: What it does to the embedding and lm_head besides LoRA.
     """
 
     method: str = LORA
@@ -66,6 +68,7 @@ class PeftConfig:
     layers_pattern: tuple[str, ...] = ()
     base_model_name_or_path: str = ""
     invocation_token_ids: tuple[int, ...] = ()
+    outside: OutsideConfig = field(default_factory=OutsideConfig)
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the factor on B A x: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
@@ -115,6 +118,7 @@ def parse_peft_config(data: bytes) -> PeftConfig:
         layers_pattern=_as_tuple(_names(fields, "layers_pattern")),
         base_model_name_or_path=base_name or "",
         invocation_token_ids=_invocation(fields.get("alora_invocation_tokens")),
+        outside=read_outside(fields),
         **patterns,
     )
 

@@ -13,13 +13,16 @@ _COMMON_HARMLESS: Final = frozenset(
     {"auto_mapping", "revision", "inference_mode", "peft_version", "runtime_config", "fan_in_fan_out"}
 )
 _COMMON: Final = frozenset({"peft_type", "task_type", "target_modules", "base_model_name_or_path"})
+_SAVED: Final = frozenset({"modules_to_save"})
+"""Which modules outside of the layers are replaced; every method of PEFT has it, and other modules are refused."""
+_TOKENS: Final = frozenset({"trainable_token_indices", "ensure_weight_tying"})
+"""Which of their rows are replaced, and whether lm_head follows the embedding; LoRA has them, and so AdaLoRA."""
 _LAYERS: Final = frozenset({"layers_to_transform", "layers_pattern"})
 _LORA_HARMLESS: Final = frozenset(
     {
         "lora_dropout",
         *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),  # initialisation; see init_lora_weights
         *("megatron_core", "qalora_group_size"),  # act only together with megatron_config and use_qalora
-        "ensure_weight_tying",  # acts only on embeddings, which are refused anyway
         "tensor_model_parallel_size",  # says how Megatron wrote fused tensors; see the dialects
     }
 )
@@ -46,8 +49,7 @@ class Method:
 
 _INVOCATION: Final = "alora_invocation_tokens"
 _REFUSED: Final = {
-    "modules_to_save": "fully trained modules are not served; train with LoRA on the projections only",
-    "trainable_token_indices": "trained token embeddings are not served",
+    "trainable_token_indices": "only LoRA's token embeddings are served",
     _INVOCATION: "only LoRA can be activated by a sequence of tokens",
     "megatron_config": "Megatron layers are not served",
     "layer_replication": "it changes the base model's layers",
@@ -64,35 +66,43 @@ METHODS: Final[dict[str, Method]] = {
         used=_LAYERS
         | {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules", "bias"}
         | {"use_dora", "lora_bias", "init_lora_weights", _INVOCATION}
+        | _SAVED
+        | _TOKENS
         | {"target_parameters"},  # the dialects turn it into target_modules, or refuse it
         harmless=_LORA_HARMLESS,
-        refused={name: why for name, why in _REFUSED.items() if name != _INVOCATION},
+        refused={name: why for name, why in _REFUSED.items() if name not in _TOKENS | {_INVOCATION}},
     ),
     ADALORA: Method(
-        used=_LAYERS | {"init_r", "lora_alpha", "rank_pattern", "exclude_modules", "bias", "init_lora_weights"},
+        used=_LAYERS
+        | _SAVED
+        | _TOKENS
+        | {"init_r", "lora_alpha", "rank_pattern", "exclude_modules", "bias", "init_lora_weights"},
         harmless=_LORA_HARMLESS
         | {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
         | {"r", "use_rslora", "alpha_pattern"},  # PEFT's layers of AdaLoRA do not look at them
-        refused=_REFUSED
+        refused={name: why for name, why in _REFUSED.items() if name not in _TOKENS}
         | {"target_parameters": "AdaLoRA on bare parameters is not served"}
         | {"use_dora": "PEFT has no DoRA for AdaLoRA", "lora_bias": "PEFT's AdaLoRA has no biases of its matrices"},
     ),
     IA3: Method(
-        used=frozenset({"feedforward_modules", "exclude_modules"}),
+        used=_SAVED | {"feedforward_modules", "exclude_modules"},
         harmless=frozenset({"init_ia3_weights"}),
         refused=_REFUSED,
     ),
     VERA: Method(
-        used=_LAYERS | {"r", "bias", "save_projection"},
+        used=_LAYERS | _SAVED | {"r", "bias", "save_projection"},
         harmless=frozenset({"projection_prng_key", "vera_dropout", "d_initial", "init_weights"}),
         refused=_REFUSED,
     ),
     SHIRA: Method(
-        used=frozenset({"r"}),
+        used=_SAVED | {"r"},
         harmless=frozenset({"mask_type", "random_seed", "init_weights"}),  # the file says where the values are
         refused=_REFUSED,
     ),
-    FLORA: Method(used=_LAYERS | {"r", "rank_pattern", "exclude_modules"}, refused=_REFUSED),
+    FLORA: Method(
+        used=_LAYERS | {"r", "rank_pattern", "exclude_modules"},
+        refused=_REFUSED | {"modules_to_save": "FLoRA replaces no modules"},
+    ),
 }
 """What is served, by ``peft_type``; FLORA is a format of ours, as PEFT has no such tuner."""
 

@@ -10,15 +10,19 @@ from loraplex_common.errors import AdapterCorruptUploadError, AdapterIncompatibl
 
 from loraplex_adapter_store.checkpoint import tensor_names as names
 from loraplex_adapter_store.checkpoint.base_biases import BaseBiases
+from loraplex_adapter_store.checkpoint.base_weights import BaseWeights
 from loraplex_adapter_store.checkpoint.dialects import normalise, peft_config_data
 from loraplex_adapter_store.checkpoint.effects import check_shared_inputs, warnings_of
 from loraplex_adapter_store.checkpoint.folding import folded_of
 from loraplex_adapter_store.checkpoint.method_readers import Source, checked, optional_slots_of, parts_of, slots_of
 from loraplex_adapter_store.checkpoint.module_rules import ModuleRules
+from loraplex_adapter_store.checkpoint.outside import read_outside_modules
+from loraplex_adapter_store.checkpoint.outside_names import split_outside
 from loraplex_adapter_store.checkpoint.parts import Module
 from loraplex_adapter_store.checkpoint.patterns import PatternMatcher
 from loraplex_adapter_store.checkpoint.peft_config import PeftConfig, parse_peft_config
-from loraplex_adapter_store.checkpoint.peft_methods import LORA, VERA
+from loraplex_adapter_store.checkpoint.peft_methods import FLORA, LORA, VERA
+from loraplex_adapter_store.checkpoint.rank_one import fold_rank_one
 from loraplex_adapter_store.checkpoint.safetensors_file import Tensor, read_tensors
 from loraplex_adapter_store.checkpoint.tensor_names import module_name, parse_tensor_name, tensor_name
 from loraplex_adapter_store.checkpoint.trial import check_trial
@@ -80,7 +84,7 @@ def read_checkpoint(
         weights: adapter_model.safetensors; not copied, except what a dialect transposes or fuses.
         base: The base model.
         confinement: Owner of the child process that matches patterns, if there are any.
-        base_dir: The base model's files, of which trained biases need the base's own; they are refused without it.
+        base_dir: The base model's files, which trained biases and replaced rows are compared with; they are refused without it.
         weights_file: Name of the weights' file, for messages.
 
     Raises:
@@ -91,11 +95,15 @@ def read_checkpoint(
     parse_peft_config(peft_config_data(config_data))  # an error of the settings is said before one of the tensors
     written = normalise(config_data, read_tensors(weights, file=weights_file), base)
     config = parse_peft_config(written.config)
-    found, shared = _group_tensors(written.tensors, base, config)
+    inside, outside = split_outside(written.tensors, base)
+    found, shared = _group_tensors(inside, base, config)
     rules = ModuleRules(config, base, PatternMatcher(confinement=confinement))
     sites = _sites(found, config, rules, base)
     _check_shared(shared, config, [each for layer, each in sites if names.VERA_D in found[layer, each.name]])
-    modules = _read_modules(config, found, shared, sites, rules, base, base_dir)
+    base_weights = BaseWeights(base_dir)
+    modules = _read_modules(config, found, shared, sites, rules, base, base_weights)
+    others, replaced = read_outside_modules(config, rules, base, base_weights, outside)
+    modules += others
     if not modules:
         raise AdapterIncompatibleError(
             f"{CONFIG_FILE}: no module is left that does anything (ranks and biases are 0): it is the base model"
@@ -109,7 +117,7 @@ def read_checkpoint(
         _checked_invocation(config, base, found),
         method=config.method,
         rules=written.notes,
-        folded=tuple(folded_of(config, modules)),
+        folded=(*folded_of(config, modules), *replaced),
     )
 
 
@@ -120,10 +128,10 @@ def _read_modules(
     sites: list[tuple[int, Projection]],
     rules: ModuleRules,
     base: BaseModelInfo,
-    base_dir: Path | None,
+    weights: BaseWeights,
 ) -> list[Module]:
     """Return the modules that change anything, in the order of their sites."""
-    biases = BaseBiases(base_dir)
+    biases = BaseBiases(weights)
     modules: list[Module] = []
     for layer, projection in sites:
         name = module_name(layer, projection.path)
@@ -139,7 +147,7 @@ def _read_modules(
         )
         if parts := parts_of(source):
             modules.append(Module(layer, projection.name, name, tuple(parts)))
-    return modules
+    return fold_rank_one(modules, base) if config.method == FLORA else modules
 
 
 def _checked_invocation(config: PeftConfig, base: BaseModelInfo, found: _Found) -> tuple[int, ...]:

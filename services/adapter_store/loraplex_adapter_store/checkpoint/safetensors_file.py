@@ -35,6 +35,8 @@ NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
 }
 INTEGERS: Final = frozenset({"I32", "I64"})
 MAX_BFLOAT16: Final = 3.3895313892515355e38  # a larger fp32 value would round to infinity on a bf16 engine
+SLICE_ITEMS: Final = 1 << 22
+"""Values that are looked at at once, so that a matrix of gigabytes takes some ten megabytes beside the file."""
 _BFLOAT16_MAGNITUDE: Final = np.uint16(0x7FFF)
 
 
@@ -78,11 +80,14 @@ class Tensor:
     def largest(self) -> float:
         """Return the largest magnitude; NaN or infinity if there is one, 0 if all values are 0."""
         raw = np.frombuffer(self.data, dtype=NUMPY_DTYPES[self.dtype])
-        if not raw.size:
-            return 0.0
-        if self.dtype == "BF16":  # without their sign, bf16 numbers are ordered as their bits are
-            return float(from_bfloat16(np.max(raw & _BFLOAT16_MAGNITUDE, keepdims=True))[0])
-        return float(np.max(np.abs(raw)))
+        found = [_largest(raw[first : first + SLICE_ITEMS], self.dtype) for first in range(0, raw.size, SLICE_ITEMS)]
+        return float(np.max(found)) if found else 0.0
+
+
+def _largest(raw: NDArray[Any], dtype: str) -> float:
+    if dtype == "BF16":  # without their sign, bf16 numbers are ordered as their bits are
+        return float(from_bfloat16(np.max(raw & _BFLOAT16_MAGNITUDE, keepdims=True))[0])
+    return float(np.max(np.abs(raw)))
 
 
 def read_tensors(data: bytes | bytearray | memoryview, *, file: str) -> dict[str, Tensor]:

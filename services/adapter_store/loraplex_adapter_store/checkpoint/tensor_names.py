@@ -43,10 +43,10 @@ _KEY: Final = re.compile(
 )
 _BASE_WEIGHT: Final = "a weight of the base model: save the adapter alone (save_pretrained of the PEFT model)"
 _TELLTALES: Final = (
-    ("lora_embedding", "LoRA on embeddings is not served"),
-    ("embed_tokens", "trained embeddings are not served"),
-    ("lm_head", "LoRA on or a trained lm_head is not served"),
-    ("modules_to_save", "fully trained modules are not served"),
+    ("lora_embedding", "LoRA on an embedding is read of base_model.model.model.embed_tokens alone"),
+    ("embed_tokens", "a trained embedding is read under the name base_model.model.model.embed_tokens alone"),
+    ("lm_head", "LoRA on or a trained lm_head is read under the name base_model.model.lm_head alone"),
+    ("modules_to_save", "trained modules other than embed_tokens and lm_head are not served"),
     ("lora_magnitude_vector", "PEFT takes DoRA's magnitudes only with use_dora = true"),
     (".lora_B.bias", "PEFT takes biases of LoRA matrices only with lora_bias = true"),
     (".bias", "biases are served only of projections, and only as PEFT's bias and lora_bias announce them"),

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from loraplex_common.errors import AdapterCorruptUploadError
 from loraplex_common.flora import FLORA
+from loraplex_common.image_geometry import OUTSIDE_NAMES
 from loraplex_common.low_rank import LOW_RANK, LowRank
 from loraplex_common.sparse_delta import SPARSE_DELTA, SparseDelta
+from loraplex_common.token_rows import ROWS
 from loraplex_common.vectors import BIAS, IN_VECTOR, OUT_VECTOR, OutVector
 
 from loraplex_adapter_store.checkpoint.safetensors_file import MAX_BFLOAT16
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from loraplex_common.base_model import BaseModelInfo
     from numpy.typing import NDArray
@@ -46,12 +48,14 @@ def check_trial(modules: Iterable[Module], base: BaseModelInfo) -> None:
     layers: dict[int, dict[str, tuple[float, Module]]] = {}
     for module in modules:
         layers.setdefault(module.layer, {})[module.projection] = output_size(module), module
-    # The next norm sums the squares of what all layers have added.
-    residual = math.sqrt(MAX_BFLOAT16 / base.hidden_size) / base.num_layers
+    # The next norm sums the squares of what all layers and the embedding have added.
+    residual = math.sqrt(MAX_BFLOAT16 / base.hidden_size) / (base.num_layers + 1)
     paths = (
         (("q_proj", "k_proj"), MAX_BFLOAT16 / base.hidden_size),
         (("v_proj", "o_proj"), residual),
         (("gate_proj", "up_proj", "down_proj"), residual),
+        (("embed_tokens",), residual),
+        (("lm_head",), MAX_BFLOAT16),
     )
     for found in layers.values():
         for projections, limit in paths:
@@ -69,6 +73,8 @@ def output_size(module: Module) -> float:
         What the order of ADR 26 makes of `BASE_GAIN` and the trial products; infinity if it leaves fp32.
     """
     tensors = {part.kind: part for part in module.parts}
+    if module.projection in OUTSIDE_NAMES:
+        return _outside_size(module, tensors)
     with np.errstate(over="ignore", invalid="ignore"):
         size = BASE_GAIN * _largest(tensors.get(IN_VECTOR))
         if (flora := tensors.get(FLORA)) is not None:
@@ -85,6 +91,21 @@ def output_size(module: Module) -> float:
                 size *= _largest(out)
         size += _sparse_gain(tensors.get(SPARSE_DELTA))
         size += _largest(tensors.get(BIAS), absent=0.0)
+    return size if math.isfinite(size) else math.inf
+
+
+def _outside_size(module: Module, tensors: Mapping[str, PartTensors]) -> float:
+    """Return an upper bound of the values that the embedding gives, or lm_head of inputs of mean square 1."""
+    size = BASE_GAIN
+    with np.errstate(over="ignore", invalid="ignore"):
+        if (pair := tensors.get(LOW_RANK)) is not None and module.projection == "lm_head":
+            size += _pair_gain(pair)
+        elif pair is not None:  # its inputs are tokens, each a column of A
+            a, b = pair.tensors
+            size += abs(module.scaling) * module.rank * a.largest() * b.largest()
+        if (rows := tensors.get(ROWS)) is not None:
+            width = rows.tensors[1].shape[1] if module.projection == "lm_head" else 1
+            size = max(size, rows.tensors[1].largest() * math.sqrt(width))
     return size if math.isfinite(size) else math.inf
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_common.errors import LoraplexError, StoreUnavailableError
 from loraplex_common.ids import DEFAULT_LABEL
+from loraplex_common.image_geometry import OUTSIDE_NAMES
 from loraplex_common.log import get_logger
 
 from loraplex_adapter_store.imports.files import CheckpointFiles
@@ -248,7 +249,7 @@ def _describe(form: CanonicalForm, name: str, source: str) -> Revision:
         num_parameters=form.num_parameters,
         canonical_bytes=form.num_bytes,
         target_modules=tuple(sorted({module.projection for module in form.spec.modules})),
-        num_layers=len({module.layer for module in form.spec.modules}),
+        num_layers=len({each.layer for each in form.spec.modules if each.projection not in OUTSIDE_NAMES}),
         source=source,
         create_time=time.time(),
         text_parts=form.text_parts.info,

@@ -9,14 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from loraplex_common.architectures.entries import head_dim, no_windows, num_kv_heads, rope_parameters
-from loraplex_common.decoder_config import ModelConfig
-from loraplex_common.projections import gated_decoder_layer
+from loraplex_common.decoder_config import ModelConfig, WeightNames
+from loraplex_common.projections import embedding_and_head, gated_decoder_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loraplex_common.architectures.entries import Windows
     from loraplex_common.config_values import ConfigValues
+    from loraplex_common.projections import LayerProjections
 
 ACTIVATIONS: Final = ("silu", "swish")
 DEFAULT_MAX_POSITIONS: Final = 2048
@@ -59,6 +60,7 @@ def read_llama_like(
     )
     return ModelConfig(
         layers=(layer,) * num_layers,
+        outside=_outside(values.integer("vocab_size"), hidden),
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_heads=num_heads,
@@ -75,3 +77,8 @@ def read_llama_like(
         rope=rope_parameters(values, max_positions),
         max_position_embeddings=max_positions,
     )
+
+
+def _outside(vocab_size: int, hidden_size: int) -> LayerProjections:
+    names = WeightNames()
+    return embedding_and_head(vocab_size, hidden_size, embedding=names.embedding_module, lm_head=names.lm_head)

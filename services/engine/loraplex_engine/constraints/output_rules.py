@@ -1,7 +1,8 @@
 """What one output may go on with: its structure, its banned sequences, or both, as one mask and one end.
 
 A token may be drawn if the structure allows it and it completes no banned sequence. Where the structure lets the output
-end, it may end by each of the model's end-of-text ids and by each of the request's own stop ids.
+end, it may end by each of the model's end-of-text ids and by each of the request's own stop ids. Tokens that an adapter adds are
+no part of any structure; one that is among the request's stop ids ends it.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class OutputRules:
             self._add_ends(mask)
         if self._bans is not None:
             for token_id in self._bans.banned_now():
-                mask[token_id // WORD_BITS] &= np.int32(~_bit(token_id))
+                if token_id // WORD_BITS < len(mask):  # what is behind the mask cannot be drawn at all
+                    mask[token_id // WORD_BITS] &= np.int32(~_bit(token_id))
 
     def _add_ends(self, mask: NDArray[np.int32]) -> None:
         self._added_ends = frozenset()
@@ -89,7 +91,8 @@ class OutputRules:
         else:
             return
         self._end_token_id = token_id
-        self._added_ends = frozenset(each for each in self._ends if not _has(mask, each))
+        ends = (each for each in self._ends if each // WORD_BITS < len(mask))
+        self._added_ends = frozenset(each for each in ends if not _has(mask, each))
         for each in self._added_ends:
             mask[each // WORD_BITS] |= np.int32(_bit(each))
 
@@ -99,7 +102,7 @@ def fill_masks(rules: Sequence[OutputRules | None], out: NDArray[np.int32], fill
 
     Args:
         rules: Rules of R outputs, each once; None allows every token.
-        out: int32 ``[R, ceil(vocab_size / 32)]``, contiguous.
+        out: int32 ``[R, words]``, contiguous: at least the vocabulary's, and in steps with adapters that add tokens those.
         filler: Fills the masks of structures; None if no output can have one.
     """
     rows, states = [], []

@@ -75,6 +75,7 @@ class MaskFiller(Protocol):
 
         Args:
             states: The states of R running outputs, each once.
-            out: [R, ceil(vocab_size / 32)], contiguous. Bit t % 32 of word t // 32 becomes 1 if token t is allowed.
+            out: [R, words], contiguous, at least ceil(vocab_size / 32) words. Bit t % 32 of word t // 32 becomes 1 if token t is
+                allowed; tokens that adapters add, behind the vocabulary, never are.
         """
         ...

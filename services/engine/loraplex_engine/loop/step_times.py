@@ -61,4 +61,4 @@ class StepTimes:
 
 def _num_weights(geometry: Geometry) -> int:
     """Return the weights of the decoder's layers."""
-    return sum(each.in_features * each.out_features for layer in geometry.layers for each in layer)
+    return sum(each.in_features * each.out_features for layer in geometry.decoder_layers for each in layer)

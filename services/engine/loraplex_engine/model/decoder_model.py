@@ -102,13 +102,17 @@ class DecoderModel(ABC, Generic[LayerT]):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states ``[S, hidden]``: ``[S, vocab]`` in the compute dtype, in either memory order."""
+        return self.head(hidden)[1]
+
+    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return lm_head's input, the normed hidden states ``[S, hidden]``, and its output, as `logits` does."""
         rows = new_activation(hidden.shape[0], hidden.shape[1], dtype=self._dtype, device=self._device)
         rows.copy_(hidden)
         x = torch.empty_like(rows)
         self.final_norm.into(rows, x)
         out = new_activation(hidden.shape[0], self.config.vocab_size, dtype=self._dtype, device=self._device)
         self.lm_head.into(x, out)
-        return out
+        return x, out
 
 
 def _read_embeddings(config: ModelConfig, weights: WeightSource, forms: LinearForms) -> tuple[Tensor, Linear]:

@@ -29,10 +29,10 @@ def weight_norms(geometry: Geometry, linears: Sequence[Mapping[str, Linear]]) ->
         linears: Per layer, its fused products by op.
 
     Returns:
-        One norm for each layer and projection, in the order of the geometry's layers.
+        One norm for each decoder layer and projection, in the order of the geometry's layers.
     """
     found: list[Tensor] = []
-    for layer, projections in enumerate(geometry.layers):
+    for layer, projections in enumerate(geometry.decoder_layers):
         bounds: dict[str, tuple[Linear, int, int]] = {}
         for name, index in geometry.op_indices(layer).items():
             op, first = geometry.ops[index], 0

@@ -91,6 +91,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             vocab_size=base.vocab_size,
             max_model_len=base.max_model_len,
             eos_token_ids=engine.limits.eos_token_ids,
+            max_added_tokens=engine.limits.max_added_tokens,
         )
         self._is_closing = asyncio.Event()
         self._sessions: set[GatewaySession] = set()
@@ -153,6 +154,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             backend=self._engine.backend,
             api_revisions=API_REVISIONS,
             version=self._identity.version,
+            max_added_tokens=limits.max_added_tokens,
         )
 
     async def WatchLoad(

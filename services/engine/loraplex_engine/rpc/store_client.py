@@ -55,12 +55,14 @@ class Attachment:
         engine_id: The name under which hints reach the engine.
         max_image_pages: Pages of the largest image that the pool can ever hold.
         max_rank: Largest rank of one projection that the kernels take; 0 if only the tiles limit it.
+        max_added_tokens: Tokens that an adapter may add behind the base's vocabulary.
     """
 
     engine_id: str
     base_model: adapter_pb2.BaseModel
     max_image_pages: int
     max_rank: int = 0
+    max_added_tokens: int = 0
 
 
 class AdapterClient:
@@ -191,6 +193,7 @@ class AdapterClient:
             sequence=sequence,
             max_image_pages=self._attachment.max_image_pages,
             max_rank=self._attachment.max_rank,
+            max_added_tokens=self._attachment.max_added_tokens,
             weight_norms=self._engine.weight_norms,
         )
 

@@ -13,7 +13,6 @@ import numpy as np
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.ids import is_digest
 from loraplex_common.request_limits import (
-    MAX_ADAPTERS,
     MAX_ENTRIES,
     MAX_INT32,
     MAX_PROMPT_LOGPROBS,
@@ -23,11 +22,10 @@ from loraplex_common.request_limits import (
     leaves_nothing,
 )
 
-from loraplex_engine.messages import AdapterTerm
-from loraplex_engine.sampling_params import SamplingParams, StoppingParams
+from loraplex_engine.sampling_params import AddedTokenId, SamplingParams, StoppingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from loraplex.v1 import engine_pb2, gateway_pb2
     from numpy.typing import NDArray
@@ -43,11 +41,21 @@ class RequestLimits:
     Attributes:
         max_model_len: Most tokens of prompt and output together.
         eos_token_ids: The model's end-of-text ids.
+        max_added_tokens: Ids behind the vocabulary that an adapter may add.
     """
 
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...] = ()
+    max_added_tokens: int = 0
+
+    def check_ids(self, ids: Sequence[int], field: str, submit: engine_pb2.Submit) -> NDArray[np.int32]:
+        """Return token ids as int32 ``[len(ids)]`` if each can exist: which an adapter adds is known once its image is here.
+
+        Raises:
+            InvalidParameterError: If one cannot; names the first.
+        """
+        return check_token_ids(ids, field, self.vocab_size, self.max_added_tokens if submit.adapter_digest else 0)
 
 
 def require(condition: bool, field: str, message: str) -> None:
@@ -66,10 +74,15 @@ def check_range(value: float, field: str) -> float:
     Raises:
         InvalidParameterError: If the value is out of range; NaN and infinities always are.
     """
-    return _check_within(value, RANGES[field.rpartition(".")[2]], field)
+    return check_within(value, RANGES[field.rpartition(".")[2]], field)
 
 
-def _check_within(value: float, limits: Range, field: str) -> float:
+def check_within(value: float, limits: Range, field: str) -> float:
+    """Return a number if it is in a range.
+
+    Raises:
+        InvalidParameterError: If it is not.
+    """
     require(
         value in limits,
         field,
@@ -78,18 +91,18 @@ def _check_within(value: float, limits: Range, field: str) -> float:
     return value
 
 
-def check_token_ids(ids: Sequence[int], field: str, vocab_size: int) -> NDArray[np.int32]:
-    """Return token ids as int32 ``[len(ids)]`` if each is below the vocabulary size.
+def check_token_ids(ids: Sequence[int], field: str, vocab_size: int, num_added: int = 0) -> NDArray[np.int32]:
+    """Return token ids as int32 ``[len(ids)]`` if each is below the vocabulary size, or among those behind it.
 
     Raises:
         InvalidParameterError: If one is not; names the first.
     """
     array = np.fromiter(ids, np.int64, count=len(ids))
-    if array.size and int(array.max()) >= vocab_size:
-        position = int(np.argmax(array >= vocab_size))
-        require(
-            False, f"{field}[{position}]", f"token id {array[position]} is not below the vocabulary size {vocab_size}"
-        )
+    if array.size and int(array.max()) >= vocab_size + num_added:
+        position = int(np.argmax(array >= vocab_size + num_added))
+        what = f"token id {array[position]} is not below the vocabulary size {vocab_size}"
+        added = f", nor among the {num_added} ids behind it that an adapter may add (--max-added-tokens)"
+        require(False, f"{field}[{position}]", what + added if num_added else what)
     return array.astype(np.int32)
 
 
@@ -101,49 +114,6 @@ def check_digest(digest: str, field: str) -> str:
     """
     require(is_digest(digest), field, f"{digest[:80]!r} is not 64 lower-case hex digits")
     return digest
-
-
-def check_adapter_start(submit: engine_pb2.Submit) -> int | None:
-    """Return the first token that the request's adapter applies to, if it says one.
-
-    Raises:
-        InvalidParameterError: If the prompt has no such token, or there is no adapter.
-    """
-    if not submit.HasField("adapter_start"):
-        return None
-    start, num_tokens = submit.adapter_start, len(submit.prompt_token_ids)
-    require(bool(submit.adapter_digest), "adapter_start", "the request names no adapter")
-    require(start < num_tokens, "adapter_start", f"{start} is behind the prompt's {num_tokens} tokens")
-    return int(start)
-
-
-def check_more_adapters(submit: engine_pb2.Submit) -> tuple[AdapterTerm, ...]:
-    """Return the adapters that are added to the request's first one, in their order.
-
-    Raises:
-        InvalidParameterError: If there are too many or no first one, one comes twice or has no digest, a factor is out of
-            its range, or the first one is activated by a sequence of tokens.
-    """
-    more = submit.more_adapters
-    if not more:
-        return ()
-    field = "more_adapters"
-    require(bool(submit.adapter_digest), field, "the request names no first adapter in adapter_digest")
-    require(len(more) < MAX_ADAPTERS, field, f"{len(more)} adapters beside the first exceed {MAX_ADAPTERS} in all")
-    require(
-        not submit.HasField("adapter_start"),
-        field,
-        "an adapter that a sequence of tokens activates is not added to others",
-    )
-    seen = {submit.adapter_digest}
-    terms = []
-    for at, term in enumerate(more):
-        digest = check_digest(term.digest, f"{field}[{at}].digest")
-        require(digest not in seen, f"{field}[{at}].digest", f"adapter {digest} comes twice")
-        seen.add(digest)
-        scale = term.scale if term.HasField("scale") else 1.0
-        terms.append(AdapterTerm(digest, _check_within(scale, RANGES["adapter_scale"], f"{field}[{at}].scale")))
-    return tuple(terms)
 
 
 def check_tokens(submit: engine_pb2.Submit, limits: RequestLimits) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -159,8 +129,26 @@ def check_tokens(submit: engine_pb2.Submit, limits: RequestLimits) -> tuple[NDAr
         "prompt_token_ids",
         f"{num_tokens} tokens leave no room for output: prompt and output together are at most {limits.max_model_len}",
     )
-    prompt = check_token_ids(submit.prompt_token_ids, "prompt_token_ids", limits.vocab_size)
-    return prompt, check_token_ids(submit.resumed_token_ids, "resumed_token_ids", limits.vocab_size)
+    prompt = limits.check_ids(submit.prompt_token_ids, "prompt_token_ids", submit)
+    return prompt, limits.check_ids(submit.resumed_token_ids, "resumed_token_ids", submit)
+
+
+def added_token_ids(submit: engine_pb2.Submit, limits: RequestLimits) -> tuple[AddedTokenId, ...]:
+    """Return the largest id behind the vocabulary of each field that has one; the ids are checked already."""
+    if not submit.adapter_digest:
+        return ()
+    bad = [each for sequence in submit.bad_token_sequences for each in sequence.ids]
+    fields: dict[str, Iterable[int]] = {
+        "prompt_token_ids": submit.prompt_token_ids,
+        "resumed_token_ids": submit.resumed_token_ids,
+        "sampling.logit_bias": submit.sampling.logit_bias,
+        "sampling.allowed_token_ids": submit.sampling.allowed_token_ids,
+        "stopping.stop_token_ids": submit.stopping.stop_token_ids,
+        "bad_token_sequences": bad,
+        "structured_output.starts_after": submit.structured_output.starts_after,
+    }
+    largest = (AddedTokenId(field, max(ids, default=0)) for field, ids in fields.items())
+    return tuple(each for each in largest if each.token_id >= limits.vocab_size)
 
 
 def check_sampling(submit: engine_pb2.Submit, limits: RequestLimits) -> SamplingParams:
@@ -184,8 +172,8 @@ def check_sampling(submit: engine_pb2.Submit, limits: RequestLimits) -> Sampling
         presence_penalty=_in_range(wire, "presence_penalty", 0.0),
         frequency_penalty=_in_range(wire, "frequency_penalty", 0.0),
         seed=wire.seed,
-        logit_bias=_check_logit_bias(wire.logit_bias, limits),
-        allowed_token_ids=_check_token_set(wire.allowed_token_ids, "sampling.allowed_token_ids", limits.vocab_size),
+        logit_bias=_check_logit_bias(submit, limits),
+        allowed_token_ids=_check_token_set(wire.allowed_token_ids, "sampling.allowed_token_ids", limits, submit),
         num_logprobs=_check_logprobs(submit, "logprobs"),
         prompt_logprobs=_check_prompt_logprobs(submit),
     )
@@ -221,7 +209,7 @@ def check_stopping(submit: engine_pb2.Submit, limits: RequestLimits) -> Stopping
     return StoppingParams(
         max_new_tokens=max_new_tokens,
         min_new_tokens=wire.min_new_tokens,
-        stop_token_ids=_check_token_set(wire.stop_token_ids, "stopping.stop_token_ids", limits.vocab_size),
+        stop_token_ids=_check_token_set(wire.stop_token_ids, "stopping.stop_token_ids", limits, submit),
         ignore_eos=wire.ignore_eos,
     )
 
@@ -247,17 +235,19 @@ def _in_range(wire: gateway_pb2.SamplingParams, name: str, default: float) -> fl
     return check_range(value, f"sampling.{name}")
 
 
-def _check_token_set(ids: Iterable[int], field: str, vocab_size: int) -> tuple[int, ...]:
+def _check_token_set(
+    ids: Iterable[int], field: str, limits: RequestLimits, submit: engine_pb2.Submit
+) -> tuple[int, ...]:
     listed = tuple(ids)
     limit = MAX_ENTRIES[field.rpartition(".")[2]]
     require(len(listed) <= limit, field, f"{len(listed)} entries exceed {limit}")
-    check_token_ids(listed, field, vocab_size)
+    limits.check_ids(listed, field, submit)
     return listed
 
 
-def _check_logit_bias(bias: Mapping[int, float], limits: RequestLimits) -> dict[int, float]:
-    field = "sampling.logit_bias"
-    _check_token_set(bias, field, limits.vocab_size)
+def _check_logit_bias(submit: engine_pb2.Submit, limits: RequestLimits) -> dict[int, float]:
+    field, bias = "sampling.logit_bias", submit.sampling.logit_bias
+    _check_token_set(bias, field, limits, submit)
     for token_id, value in bias.items():
         require(value in RANGES["logit_bias"], f"{field}[{token_id}]", f"{value:g} is not in [-100, 100]")
     return dict(bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from google.protobuf.duration_pb2 import Duration
 from loraplex.v1 import adapter_pb2, engine_pb2, gateway_pb2
@@ -15,21 +15,20 @@ from loraplex_engine.messages import (
     Ended,
     FinishReason,
     Loading,
-    LoadSnapshot,
     Priority,
     ResidencyState,
     Started,
     Submission,
     TokenWithLogprobs,
 )
+from loraplex_engine.rpc.adapter_fields import check_adapter_start, check_more_adapters
 from loraplex_engine.rpc.output_fields import check_bad_sequences, check_structured_output
 from loraplex_engine.rpc.validation import (
     MAX_REQUEST_ID_BYTES,
     RequestLimits,
-    check_adapter_start,
+    added_token_ids,
     check_digest,
     check_drawable,
-    check_more_adapters,
     check_range,
     check_sampling,
     check_stopping,
@@ -38,6 +37,7 @@ from loraplex_engine.rpc.validation import (
 )
 
 if TYPE_CHECKING:
+    from loraplex_engine.loop.load_report import LoadSnapshot
     from loraplex_engine.step import TokenLogprobs
 
 _PRIORITIES: Final = {
@@ -106,14 +106,13 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
         adapter_scale=check_range(_scale(submit), "adapter_scale"),
         more_adapters=check_more_adapters(submit),
         adapter_start=check_adapter_start(submit),
-        deadline_s=_deadline(submit, now_s),
-        queue_deadline_s=_moment(submit, "queue_timeout", now_s),
-        time_limit_at_s=_moment(submit, "time_limit", now_s),
+        **_moments(submit, now_s),
         fairness_key=submit.fairness_key,
         priority=_PRIORITIES[submit.priority],
         cache_salt=submit.cache_salt,
         fail_fast=_FAIL_FAST[submit.load_policy],
         arrived_s=now_s,
+        added_token_ids=added_token_ids(submit, limits),
         structured_output=check_structured_output(submit, limits),
         bad_token_sequences=check_bad_sequences(submit, limits),
     )
@@ -121,6 +120,22 @@ def submission(submit: engine_pb2.Submit, *, session_id: int, limits: RequestLim
 
 def _scale(submit: engine_pb2.Submit) -> float:
     return submit.adapter_scale if submit.HasField("adapter_scale") else 1.0
+
+
+class _Moments(TypedDict):
+    """Fields of `Submission`."""
+
+    deadline_s: float | None
+    queue_deadline_s: float | None
+    time_limit_at_s: float | None
+
+
+def _moments(submit: engine_pb2.Submit, now_s: float) -> _Moments:
+    return {
+        "deadline_s": _deadline(submit, now_s),
+        "queue_deadline_s": _moment(submit, "queue_timeout", now_s),
+        "time_limit_at_s": _moment(submit, "time_limit", now_s),
+    }
 
 
 def _deadline(submit: engine_pb2.Submit, now_s: float) -> float | None:

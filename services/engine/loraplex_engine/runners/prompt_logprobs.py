@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from loraplex_engine.step import SlotSetup, StepPlan, TokenLogprobs
 
 CHUNK_POSITIONS: Final = 64  # positions whose logits are held at once: 64 x 128k tokens are 32 MiB in fp32
+
+
+LogitsOf: TypeAlias = Callable[[Tensor], Tensor]
+"""Hidden states ``[n, hidden]`` -> logits ``[n, V]``, under some row's adapters."""
 
 
 class KnowsSetups(Protocol):
@@ -38,7 +43,8 @@ class PromptLogprobTracker:
 
     def __init__(self, model: DecoderModel[Any]) -> None:
         self._model = model
-        self._carried: dict[int, Tensor] = {}  # slot -> hidden state of the last position computed, [1, hidden]
+        # Slot -> hidden state of the last position computed, [1, hidden], and what computes its logits.
+        self._carried: dict[int, tuple[Tensor, LogitsOf]] = {}
 
     def vacate(self, slots: NDArray[np.int32]) -> None:
         """Forget slots that have a new occupant."""
@@ -54,6 +60,7 @@ class PromptLogprobTracker:
         hidden: Tensor,
         sampler: KnowsSetups,
         faults: SlotFaults,
+        logits_of: Callable[[int], LogitsOf] | None = None,
     ) -> dict[int, list[TokenLogprobs]]:
         """Return slot -> entries of the prompt tokens that this step took as input, except for a prompt's first token.
 
@@ -69,6 +76,7 @@ class PromptLogprobTracker:
             hidden: ``[T, hidden]``; the step's output.
             sampler: Knows which slots asked for entries.
             faults: Gets the slots whose entries cannot be computed.
+            logits_of: What computes the logits of a row of the plan; None if the model's own lm_head does for all.
         """
         result: dict[int, list[TokenLogprobs]] = {}
         for row in range(plan.num_decode_rows, len(plan.slots)):
@@ -79,14 +87,26 @@ class PromptLogprobTracker:
             last = int(token_ends[row])
             first = last - int(plan.num_tokens[row])
             with blaming(faults, [slot], "while its prompt's probabilities were computed"):
-                states, targets = hidden[first : last - 1], token_ids[first + 1 : last]
-                if slot in self._carried:
-                    states, targets = torch.cat((self._carried[slot], states)), token_ids[first:last]
-                self._carried[slot] = hidden[last - 1 : last].clone()
-                result[slot] = self._entries(states, targets, setup.prompt_logprobs)
+                logits = self._model.logits if logits_of is None else logits_of(row)
+                result[slot] = self._of_chunk(slot, setup, hidden[first:last], token_ids[first:last], logits)
         return result
 
-    def _entries(self, states: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:
+    def _of_chunk(
+        self, slot: int, setup: SlotSetup, hidden: Tensor, token_ids: Tensor, logits: LogitsOf
+    ) -> list[TokenLogprobs]:
+        """Return the entries of a chunk's tokens; its last hidden state is kept."""
+        states, targets, num_top = hidden[:-1], token_ids[1:], setup.prompt_logprobs
+        before = self._carried.get(slot)
+        entries: list[TokenLogprobs] = []
+        if before is not None and before[1] == logits:
+            states, targets = torch.cat((before[0], states)), token_ids
+        elif before is not None:
+            entries = self._entries(before[0], token_ids[:1], num_top, before[1])
+        self._carried[slot] = hidden[-1:].clone(), logits
+        return entries + self._entries(states, targets, num_top, logits)
+
+    @staticmethod
+    def _entries(states: Tensor, targets: Tensor, num_top: int, logits: LogitsOf) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []
         for part, wanted in zip(
             torch.split(states, CHUNK_POSITIONS), torch.split(targets, CHUNK_POSITIONS), strict=True
@@ -94,7 +114,7 @@ class PromptLogprobTracker:
             count = part.shape[0]
             if count == 0:
                 continue
-            logprobs = self._model.logits(part).float().log_softmax(-1)
+            logprobs = logits(part).float().log_softmax(-1)
             asked = np.full(count, num_top, dtype=np.int32)
             picked = top_logprobs(logprobs, wanted, np.arange(count), asked).to_host()
             entries.extend(picked[position] for position in range(count))

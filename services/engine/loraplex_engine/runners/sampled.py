@@ -1,6 +1,6 @@
 """The tokens that a sampler drew, and their probabilities, still on the device.
 
-Legend: S = sampling rows, V = vocabulary.
+Legend: S = sampling rows, V = columns of the logits.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class Masks:
 
     Attributes:
         rows: int32 ``[M]``; indices into the S rows.
-        words: int32 ``[M, ceil(V / 32)]``, on the sampler's device; bit ``t % 32`` of word ``t // 32``: token t may be drawn.
+        words: int32 ``[M, words]``, on the sampler's device; bit ``t % 32`` of word ``t // 32``: token t may be drawn. Tokens
+            behind the last word may not.
     """
 
     rows: NDArray[np.int32]
@@ -103,6 +104,9 @@ class Masks:
         bits = torch.arange(8, dtype=torch.uint8, device=self.words.device)
         by_byte = (self.words.view(torch.uint8)[:, :, None] >> bits) & 1
         is_banned = by_byte.view(len(self.words), -1)[:, : logits.shape[1]] == 0
+        missing = logits.shape[1] - is_banned.shape[1]
+        if missing > 0:
+            is_banned = torch.nn.functional.pad(is_banned, (0, missing), value=True)
         rows = upload(self.rows.astype(np.int64), logits.device)
         logits[rows] = logits[rows].masked_fill(is_banned, float("-inf"))
 

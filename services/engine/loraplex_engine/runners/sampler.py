@@ -4,7 +4,11 @@ The order is vLLM's: mask, allowed ids, logit bias and banned stops; repetition,
 probabilities are reported from here); temperature; min_p; top_k and top_p; draw. Steady greedy decoding is one argmax.
 Choices do not depend on the backend (csrc/sampling/sample.cu draws the same): ties go to the lower id, masses are integers.
 
-Legend: S = sampling rows, V = vocabulary, R = rows drawn at random, C = candidate tokens.
+Logits have a column for each token of the base's vocabulary and, in steps with adapters that add tokens, for each token that
+an adapter may add: what a row's adapter has not is -inf there. What a row draws does not depend on the width.
+
+Legend: S = sampling rows, V = columns of the logits, W = vocabulary and all tokens that adapters may add, R = rows drawn at
+random, C = candidate tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ class SlotState:
 
     Attributes:
         setup: The setup that the scheduler sent.
-        seen: Boolean ``[V]``, tokens of prompt and output; ``counts`` int32 ``[V]``, tokens of the output. None without
+        seen: Boolean ``[W]``, tokens of prompt and output; ``counts`` int32 ``[W]``, tokens of the output. None without
             penalties.
     """
 
@@ -50,7 +54,12 @@ class SlotState:
 
 
 class Sampler:
-    """Draws tokens; keeps by slot what outlives a step (constraints, penalty counts)."""
+    """Draws tokens; keeps by slot what outlives a step (constraints, penalty counts).
+
+    Args:
+        vocab_size: W, most columns of logits.
+        device: Where the logits are.
+    """
 
     def __init__(self, *, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -172,13 +181,14 @@ class Sampler:
     ) -> Tensor:
         """Draw among all tokens; ``top_k`` and ``top_p`` are off."""
         del top_k, top_p
-        return (work + gumbel(noise.of_vocabulary(self._vocab_size))).argmax(-1)
+        return (work + gumbel(noise.of_vocabulary(work.shape[1]))).argmax(-1)
 
     def _draw_truncated(
         self, work: Tensor, noise: Noise, top_k: NDArray[np.int32], top_p: NDArray[np.float32]
     ) -> Tensor:
         """Draw among the top_k likeliest tokens with a mass of top_p together; the likeliest is always among them."""
-        limits = np.where(top_k > 0, np.minimum(top_k, self._vocab_size), self._vocab_size).astype(np.int64)
+        columns = work.shape[1]
+        limits = np.where(top_k > 0, np.minimum(top_k, columns), columns).astype(np.int64)
         limit, nucleus = self._column(limits), self._column(top_p)
         total = _weights(work).sum(-1, keepdim=True)
         values, tokens = self._likeliest(work, limits, _bound(nucleus, total))
@@ -186,7 +196,7 @@ class Sampler:
         values = values.masked_fill(ranks >= limit, NEG_INF)
         weights = _weights(values)
         # After top_k, only the tokens it kept count; without top_k, the mass is that of the whole vocabulary.
-        mass = torch.where(limit < self._vocab_size, weights.sum(-1, keepdim=True), total)
+        mass = torch.where(limit < columns, weights.sum(-1, keepdim=True), total)
         before = weights.cumsum(-1) - weights
         values.masked_fill_((nucleus < 1) & (before >= _bound(nucleus, mass)), NEG_INF)
         choice = (values + gumbel(noise.of_tokens(tokens))).argmax(-1, keepdim=True)
@@ -198,7 +208,7 @@ class Sampler:
         values, tokens = likeliest(work, count)
         is_open = limits > count
         holds_mass = (_weights(values).sum(-1, keepdim=True) >= wanted_mass)[:, 0].cpu().numpy()
-        if (is_open & ((limits < self._vocab_size) | ~holds_mass)).any():
+        if (is_open & ((limits < work.shape[1]) | ~holds_mass)).any():
             values, tokens = work.sort(dim=-1, descending=True, stable=True)
         return values, tokens
 
@@ -251,6 +261,7 @@ def _penalize(logits: Tensor, state: SlotState, arrays: SamplingArrays, row: int
     """
     if state.counts is None or state.seen is None:
         return
+    counts, seen = state.counts[: len(logits)], state.seen[: len(logits)]
     repetition = float(arrays.repetition_penalty[row])
     if repetition != 1.0:
         # The factor is a tensor: on a GPU, torch multiplies by the reciprocal of a scalar, which rounds twice.
@@ -258,7 +269,7 @@ def _penalize(logits: Tensor, state: SlotState, arrays: SamplingArrays, row: int
         # A tiny penalty makes a likely token certain, never infinite: an infinite logit would leave no valid draw.
         is_raised = (logits > 0) & torch.isfinite(logits)
         penalized = torch.where(is_raised, (logits / divisor).clamp(max=MAX_LOGIT), logits * divisor)
-        logits.copy_(torch.where(state.seen, penalized, logits))
+        logits.copy_(torch.where(seen, penalized, logits))
     frequency, presence = float(arrays.frequency_penalty[row]), float(arrays.presence_penalty[row])
     if frequency or presence:
-        logits.sub_(state.counts * frequency).sub_((state.counts > 0) * presence)
+        logits.sub_(counts * frequency).sub_((counts > 0) * presence)

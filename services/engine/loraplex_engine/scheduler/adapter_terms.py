@@ -25,6 +25,9 @@ _MULTIPLIERS: Final = {
 
 def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | None:
     """Return why a request cannot be computed with an adapter of its own; None if it can."""
+    for field, token_id in submission.added_token_ids:
+        if token_id > spec.last_row_id:
+            return InvalidParameterError(_no_row(field, token_id, spec), field=field)
     if submission.more_adapters:
         return _why_not_added(spec)
     if spec.is_activated and submission.adapter_start is None:
@@ -43,6 +46,15 @@ def disagreement(submission: Submission, spec: AdapterSpec) -> LoraplexError | N
         f"adapter_scale: {scale:g} cannot be applied to adapter {spec.digest}: in layer {part.layer}, {part.projection} has "
         f"{_what(part)}; leave adapter_scale out, or name an adapter of pairs, biases and sparse deltas alone",
         field="adapter_scale",
+    )
+
+
+def _no_row(field: str, token_id: int, spec: AdapterSpec) -> str:
+    last = spec.last_row_id
+    what = f"its rows of tokens end at {last}" if last >= 0 else "it adds no tokens"
+    return (
+        f"{field}: token id {token_id} is behind the base model's vocabulary, and adapter {spec.digest} has no row for it: "
+        f"{what}; use ids of the vocabulary, or name the adapter that adds the token"
     )
 
 
@@ -65,5 +77,5 @@ def _why_not_added(spec: AdapterSpec) -> LoraplexError | None:
 def _what(part: PartSize) -> str:
     multiplier = _MULTIPLIERS.get(part.kind)
     if multiplier is None:
-        return f"a part of kind {part.kind}, which takes the place of what the base model has"
+        return "rows of tokens, which replace what the base model has"
     return f"{multiplier}, which multiplies what the base model computes"

@@ -212,7 +212,6 @@ class EnginePool:
         link = EngineLink(
             record,
             gateway_id=self._gateway_id,
-            token_bytes=model.tokenizer.table.token_bytes,
             max_buffered_tokens=self._max_buffered_tokens,
             on_change=self._notify,
             silence_s=self._silence_s,

@@ -73,7 +73,7 @@ class EngineStart:
     cached_tokens: int
     queue_s: float
     adapter_load_s: float
-    prompt_logprobs: tuple[PositionLogprobs, ...]
+    prompt_logprobs: tuple[LogprobsMessage, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,13 +201,13 @@ def positions(
     )
 
 
-def started(message: engine_pb2.EngineStarted, token_bytes: Callable[[int], bytes]) -> EngineStart:
+def started(message: engine_pb2.EngineStarted) -> EngineStart:
     """Convert the start of a request."""
     return EngineStart(
         cached_tokens=message.cached_tokens,
         queue_s=from_duration(message.queue),
         adapter_load_s=from_duration(message.adapter_load),
-        prompt_logprobs=positions(message.prompt_logprobs, token_bytes),
+        prompt_logprobs=tuple(message.prompt_logprobs),
     )
 
 

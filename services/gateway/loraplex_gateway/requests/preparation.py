@@ -157,7 +157,7 @@ class Preparer:
         prompt_ids = lengths.truncated(encoded.ids, request, max_model_len)
         # The length first: it costs nothing, a look at each of a million ids does.
         lengths.check_length(len(prompt_ids), request.stopping.max_new_tokens, max_model_len)
-        validation.check_token_ids(request, prompt_ids, model.info.vocab_size)
+        validation.check_token_ids(request, prompt_ids, model.token_ids)
         validation.check_drawable(request, model.defaults.eos_token_ids, model.info.vocab_size)
         lengths.check_prompt_logprobs(len(prompt_ids), request.options.prompt_logprobs)
         bad_words, text = request.sampling.bad_words, None

@@ -13,11 +13,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from loraplex_common.added_tokens import MAX_ADDED_TOKENS
 from loraplex_common.errors import NotSupportedError, ResumeInvalidError
 from loraplex_common.ids import AdapterRef
 
 from loraplex_gateway.requests.prepared import Continuation
 from loraplex_gateway.resume.token import ResumePoint, seal, unseal
+from loraplex_gateway.text.token_ids import TokenIds
 from loraplex_gateway.weighted import names_by_field
 
 if TYPE_CHECKING:
@@ -133,12 +135,11 @@ class Resumption:
         """
         if prepared.model.fingerprint != point.fingerprint or request_digest(prepared) != point.request_digest:
             raise _changed("the request, or how this gateway's model reads it")
-        vocab_size = prepared.model.info.vocab_size
-        if resume.token_ids and max(resume.token_ids) >= vocab_size:
-            raise _invalid(
-                "token_ids",
-                f"resume.token_ids holds {max(resume.token_ids)}; token ids of this model are 0 to {vocab_size - 1}",
-            )
+        known = prepared.model.token_ids
+        # An adapter may have rows that its tokenizer names no token for; only engines know them, and refuse others.
+        nameless = MAX_ADDED_TOKENS if prepared.adapters else 0
+        if (bad := TokenIds(known.size + nameless, known.added).first_unknown(resume.token_ids)) is not None:
+            raise _invalid("token_ids", f"resume.token_ids holds {bad}; token ids of this model are {known}")
         ends, least = prepared.stop_token_ids, prepared.request.stopping.min_new_tokens or 0
         if not ends.isdisjoint(resume.token_ids[least:-1]):
             raise _invalid("token_ids", "resume.token_ids goes on behind a token that ends the output")

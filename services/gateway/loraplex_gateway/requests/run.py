@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import ResumeInvalidError
 
 from loraplex_gateway.engines.ticket import EngineUpdate
-from loraplex_gateway.engines.wire import EngineStart
+from loraplex_gateway.engines.wire import EngineStart, positions
 from loraplex_gateway.requests.output import OutputAssembler
 from loraplex_gateway.requests.prepared import unsaid_finish
 from loraplex_gateway.types import Chunk, Finished, FinishReason, Started, Timings, Usage
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loraplex_gateway.engines.wire import EngineFinish, LogprobsMessage
     from loraplex_gateway.requests.prepared import PreparedRequest
     from loraplex_gateway.requests.times import RequestTimes
-    from loraplex_gateway.types import Event, Resume
+    from loraplex_gateway.types import Event, PositionLogprobs, Resume
 
 # A few milliseconds of the event loop at most.
 REPLAY_TOKENS: Final = 128
@@ -187,12 +187,17 @@ class RequestRun:
             seed=self.prepared.sampling.seed or 0,
             sampling=self.prepared.sampling,
             resume_token=self.resume_token,
-            prompt_logprobs=started.prompt_logprobs if started is not None else (),
+            prompt_logprobs=self._prompt_logprobs(started),
             prompt_token_ids=self.prepared.prompt_ids,
             prompt_text=self.prepared.prompt_text,
             make_parser=reading.parser if reading is not None and reading.rules is not None else None,
             thought_end_id=reading.thought_end_id if reading is not None else None,
         )
+
+    def _prompt_logprobs(self, started: EngineStart | None) -> tuple[PositionLogprobs, ...]:
+        if started is None or not started.prompt_logprobs:
+            return ()
+        return positions(started.prompt_logprobs, self.prepared.model.tokenizer.table.token_bytes)
 
     def _end(self, finish: EngineFinish) -> Finished:
         # A stop string completed by the text that was held to the very end.

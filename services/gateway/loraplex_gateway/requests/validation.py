@@ -21,6 +21,7 @@ from loraplex_gateway.types import ChatPrompt, GenerationRequest, TextPrompt, To
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
+    from loraplex_gateway.text.token_ids import TokenIds
     from loraplex_gateway.types import Prompt, WeightedAdapter
 
 Violation = tuple[str, str]
@@ -127,7 +128,7 @@ def check_prompt(prompt: Prompt | None) -> None:
     _raise_if_any(list(prompt_violations(prompt)))
 
 
-def check_token_ids(request: GenerationRequest, prompt_ids: Sequence[int], vocab_size: int) -> None:
+def check_token_ids(request: GenerationRequest, prompt_ids: Sequence[int], known: TokenIds) -> None:
     """Refuse token ids that the model does not have, and prompts without a token.
 
     Raises:
@@ -141,9 +142,9 @@ def check_token_ids(request: GenerationRequest, prompt_ids: Sequence[int], vocab
         ("structured_output.starts_after", request.structured_output.starts_after if request.structured_output else ()),
     )
     found = [
-        (field, f"{field} holds {bad}; token ids of this model are 0 to {vocab_size - 1}")
+        (field, f"{field} holds {bad}; token ids of this model are {known}")
         for field, ids in fields
-        if (bad := _first_outside(ids, vocab_size)) is not None
+        if (bad := known.first_unknown(ids)) is not None
     ]
     if not prompt_ids:
         found.append(("prompt", "the prompt is empty: it has no token; send at least one"))
@@ -252,12 +253,6 @@ def _unicode(field: str, text: str) -> Iterator[Violation]:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         yield field, f"no valid Unicode at character {error.start}: lone surrogates cannot be encoded as UTF-8"
-
-
-def _first_outside(ids: Sequence[int], vocab_size: int) -> int | None:
-    if not ids or (max(ids) < vocab_size and min(ids) >= 0):
-        return None
-    return next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
 
 
 def _raise_if_any(found: list[Violation]) -> None:

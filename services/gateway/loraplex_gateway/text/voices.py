@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from loraplex_common.errors import StoreUnavailableError
 
 from loraplex_gateway.adapters.text_parts import TextPartsSource
+from loraplex_gateway.text.added_vocabularies import VOCABULARY_BYTES, AddedVocabularies
 from loraplex_gateway.text.confined_templates import ConfinedTemplate, TemplateProcesses
 from loraplex_gateway.text.joined_parts import joined
 
@@ -37,6 +38,7 @@ class Voices:
         self._source = source
         self._max_bytes = max_bytes
         self._processes = TemplateProcesses()
+        self._vocabularies = AddedVocabularies()
         self._kept: OrderedDict[tuple[str, str], ServedModel] = OrderedDict()
         self._num_bytes = 0
 
@@ -56,6 +58,7 @@ class Voices:
         Raises:
             StoreUnavailableError: If the parts cannot be fetched: the base model's never stand in for them.
             AdapterNotFoundError: If the revision has been deleted meanwhile.
+            AdapterIncompatibleError: If its added tokens are none that this model's tokenizer can have.
         """
         if adapter is None or not adapter.text_parts:
             return model
@@ -66,8 +69,9 @@ class Voices:
         if self._source is None:
             raise StoreUnavailableError("there is no adapter store to get the adapter's texts from", retry_after_s=1.0)
         parts = await self._source.get(adapter)
+        tokenizer = await self._vocabularies.of(model, parts)
         if key not in self._kept:  # else another request has waited for the same
-            self._keep(key, self._make(model, parts))
+            self._keep(key, self._make(dataclasses.replace(model, tokenizer=tokenizer), parts))
         return self._kept[key]
 
     async def of_all(self, model: ServedModel, adapters: Sequence[ResolvedAdapter], needs: TextNeeds) -> ServedModel:
@@ -84,11 +88,11 @@ class Voices:
         if not parts.to_fields():
             return model
         key = (model.name, parts.digest)
-        if (voice := self._kept.get(key)) is None:
-            self._keep(key, voice := self._make(model, parts))
-        else:
-            self._kept.move_to_end(key)
-        return voice
+        tokenizer = await self._vocabularies.of(model, parts)
+        if key not in self._kept:
+            self._keep(key, self._make(dataclasses.replace(model, tokenizer=tokenizer), parts))
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
     def with_template(self, model: ServedModel, source: str) -> ServedModel:
         """Return a model with the chat template of one request: a stranger's program as an adapter's is."""
@@ -100,6 +104,7 @@ class Voices:
         """End what renders and fetches."""
         if self._source is not None:
             await self._source.close()
+        await self._vocabularies.close()
         self._processes.close()
 
     def _make(self, model: ServedModel, parts: TextParts) -> ServedModel:
@@ -118,7 +123,12 @@ class Voices:
 
     def _keep(self, key: tuple[str, str], voice: ServedModel) -> None:
         self._kept[key] = voice
-        self._num_bytes += voice.text_parts.num_bytes
+        self._num_bytes += _size(voice)
         while self._num_bytes > self._max_bytes and len(self._kept) > 1:
             _, gone = self._kept.popitem(last=False)
-            self._num_bytes -= gone.text_parts.num_bytes
+            self._num_bytes -= _size(gone)
+
+
+def _size(voice: ServedModel) -> int:
+    parts = voice.text_parts
+    return parts.num_bytes + (VOCABULARY_BYTES if parts.added_tokens else 0)

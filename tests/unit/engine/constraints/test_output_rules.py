@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from loraplex_common.structured_output import ConstraintKind
 from loraplex_engine.constraints.banned_sequences import BannedSequences
+from loraplex_engine.constraints.masks import GrammarMaskFiller
 from loraplex_engine.constraints.output_rules import OutputRules, fill_masks
 from loraplex_engine.constraints.types import ConstraintError
+from support.constraint_rig import PADDED_VOCAB_SIZE, allowed_ids, compile_here, mask_of, small_vocabulary
 from support.constraints import Stride, StrideFiller
 
 VOCAB = 70
@@ -76,3 +79,44 @@ def test_a_banned_end_of_text_stays_banned() -> None:
     rules = OutputRules(Stride(eos=(7,)).start([0, 1, 2]), BannedSequences([(30,)]), eos_token_ids=(7, 30))
 
     assert allowed(rules) == [every(3) | {7}]
+
+
+class VocabularyAtHand:
+    """A `VocabularySource` that has been read."""
+
+    def get(self) -> object:
+        return small_vocabulary()
+
+
+def test_in_a_step_with_added_tokens_a_structure_allows_none_of_them_but_those_that_end_it() -> None:
+    added = PADDED_VOCAB_SIZE + 40  # in a word behind the vocabulary's
+    constraint = compile_here(ConstraintKind.REGEX, "a+")
+    filler = GrammarMaskFiller(VocabularyAtHand(), num_threads=1)  # type: ignore[arg-type]
+    structured = OutputRules(constraint.start([]))
+    may_end = OutputRules(
+        constraint.start(small_vocabulary().tokenizer.tokenize_str("a")),
+        eos_token_ids=(1,),
+        stop_token_ids=(added,),
+    )
+    free = OutputRules(None, BannedSequences([(added,), (5,)]))
+    out = np.full((4, -(-(PADDED_VOCAB_SIZE + 64) // 32)), 0x5A5A5A5A, dtype=np.int32)
+
+    fill_masks([structured, free, None, may_end], out, filler)
+
+    assert allowed_ids(out[0]) == mask_of(constraint.start([]))
+    assert set(range(32 * out.shape[1])) - set(allowed_ids(out[1])) == {added, 5}
+    assert len(allowed_ids(out[2])) == 32 * out.shape[1]
+    assert max(set(allowed_ids(out[3])) - {added}) < PADDED_VOCAB_SIZE
+    assert added in allowed_ids(out[3])
+    may_end.accept(added)
+    assert may_end.is_ended
+
+
+def test_ids_behind_a_mask_change_nothing_in_it() -> None:
+    (found,) = allowed(
+        OutputRules(
+            Stride(eos=(7,)).start([0, 1, 2]), BannedSequences([(200,)]), eos_token_ids=(7,), stop_token_ids=(300,)
+        )
+    )
+
+    assert found == every(3) | {7}

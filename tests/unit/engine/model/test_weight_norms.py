@@ -28,7 +28,7 @@ def test_each_projection_has_the_norm_of_its_own_rows(
     geometry = info.geometry(dtype="float32", page_bytes=2**16)
     generator = torch.Generator().manual_seed(0)
     linears, expected = [], []
-    for number, layer in enumerate(geometry.layers):
+    for number, layer in enumerate(geometry.decoder_layers):
         weights = {
             each.name: (torch.randn(each.out_features, each.in_features, generator=generator) * (number + 1)).to(dtype)
             for each in layer

@@ -37,6 +37,7 @@ async def test_the_backend_is_the_runners_own_word(monkeypatch: pytest.MonkeyPat
         info = await servicer.GetEngineInfo(engine_pb2.GetEngineInfoRequest(), cast("Any", None))
 
     assert info.backend == backend
+    assert info.max_added_tokens == harness.engine.limits.max_added_tokens > 0
 
 
 def test_each_runner_names_its_backend() -> None:

@@ -10,7 +10,7 @@ from loraplex_common.errors import DeadlineError, InvalidParameterError, NotSupp
 from loraplex_engine.messages import AdapterTerm, Priority, Submission
 from loraplex_engine.rpc import wire
 from loraplex_engine.rpc.validation import RequestLimits
-from loraplex_engine.sampling_params import SamplingParams, StoppingParams
+from loraplex_engine.sampling_params import AddedTokenId, SamplingParams, StoppingParams
 
 LIMITS = RequestLimits(vocab_size=100, max_model_len=32)
 DIGEST, OTHER = "ab" * 32, "cd" * 32
@@ -243,3 +243,50 @@ def test_a_field_of_a_newer_gateway_is_refused_by_its_number(part: str, name: st
 
     with pytest.raises(NotSupportedError, match=f"field {name} of Submit.* update the engine"):
         submission(submit)
+
+
+def with_ids(token_id: int) -> dict[str, dict[str, object]]:
+    """Fields of a request that has a token id in one place each, by the place's name."""
+    bad = [gateway_pb2.TokenIds(ids=[1, token_id])]
+    return {
+        "prompt_token_ids": {"prompt_token_ids": [1, token_id]},
+        "resumed_token_ids": {"resumed_token_ids": [token_id]},
+        "sampling.logit_bias": {"sampling": sampling(logit_bias={token_id: 1.0})},
+        "sampling.allowed_token_ids": {"sampling": sampling(allowed_token_ids=[token_id])},
+        "stopping.stop_token_ids": {"stopping": stopping(stop_token_ids=[token_id])},
+        "bad_token_sequences": {"bad_token_sequences": bad},
+    }
+
+
+@pytest.mark.parametrize("field", list(with_ids(0)))
+def test_an_id_behind_the_vocabulary_needs_an_adapter_and_its_range_ends(field: str) -> None:
+    limits = RequestLimits(vocab_size=100, max_model_len=32, max_added_tokens=4)
+
+    def read(token_id: int, **fields: object) -> Submission:
+        message = make_submit(**with_ids(token_id)[field], **fields)
+        return wire.submission(message, session_id=9, limits=limits, now_s=1000.0)
+
+    assert read(103, adapter_digest=DIGEST).added_token_ids == (AddedTokenId(field, 103),)
+    assert read(99, adapter_digest=DIGEST).added_token_ids == ()
+    with pytest.raises(
+        InvalidParameterError, match=r"token id 104 .* the 4 ids behind it .*--max-added-tokens"
+    ) as caught:
+        read(104, adapter_digest=DIGEST)
+    assert caught.value.field is not None
+    assert caught.value.field.startswith(field)
+    with pytest.raises(InvalidParameterError, match="token id 100 is not below the vocabulary size 100"):
+        read(100)
+
+
+def test_what_a_structure_starts_after_is_of_the_vocabulary_or_added_by_an_adapter() -> None:
+    limits = RequestLimits(vocab_size=100, max_model_len=32, max_added_tokens=4)
+
+    def read(token_id: int, **fields: Any) -> Submission:
+        wanted = gateway_pb2.StructuredOutput(regex="a", starts_after=[token_id])
+        submit = make_submit(structured_output=wanted, **fields)
+        return wire.submission(submit, session_id=9, limits=limits, now_s=1000.0)
+
+    assert read(103, adapter_digest=DIGEST).added_token_ids == (AddedTokenId("structured_output.starts_after", 103),)
+    for token_id, fields in ((104, {"adapter_digest": DIGEST}), (100, {})):
+        with pytest.raises(InvalidParameterError, match="starts_after"):
+            read(token_id, **fields)

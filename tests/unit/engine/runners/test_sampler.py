@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -293,3 +294,51 @@ def test_nothing_left_to_draw_is_no_valid_draw() -> None:
     )
 
     assert sampled.is_valid.tolist() == [False]
+
+
+@pytest.mark.parametrize("is_feature_major", [False, True])
+@pytest.mark.parametrize("num_added", [3, 256])
+def test_columns_of_tokens_that_a_row_has_not_change_no_draw(num_added: int, *, is_feature_major: bool) -> None:
+    draws = [
+        Draw(),
+        Draw(temperature=2.0, seed=1),
+        Draw(temperature=1.0, top_k=VOCAB, seed=2),
+        Draw(temperature=1.0, top_k=VOCAB + 2, top_p=0.9, seed=3),
+        Draw(temperature=1.5, top_p=0.99, min_p=0.001, seed=4),
+        Draw(repetition_penalty=1.3, presence_penalty=1.0, frequency_penalty=0.5),
+    ]
+    draws = [replace(draw, num_logprobs=VOCAB) for draw in draws]
+    narrow = make_logits(len(draws), seed=9)
+    wide = torch.cat([narrow, torch.full((len(draws), num_added), float("-inf"))], dim=1)
+    if is_feature_major:
+        narrow, wide = narrow.t().contiguous().t(), wide.t().contiguous().t()
+    found = []
+    for logits in (narrow, wide):
+        sampler, outcomes = Sampler(vocab_size=VOCAB + num_added, device=CPU), []
+        seen = np.arange(9, dtype=np.int32)
+        sampler.occupy(SlotSetup(slot=5, prompt_token_ids=seen, output_token_ids=seen, uses_penalties=True))
+        for position in range(20):
+            slots = np.arange(len(draws), dtype=np.int32)
+            drawn = sampler.sample(logits, slots, sampling_arrays(draws, [position] * len(draws)))
+            assert drawn.is_valid.all()
+            outcomes.append((drawn.token_ids.tolist(), drawn.logprobs_to_host()))
+        found.append(outcomes)
+
+    for one, other in zip(*found, strict=True):
+        assert one[0] == other[0]
+        for row, entry in one[1].items():
+            assert entry.token_ids.tolist() == other[1][row].token_ids.tolist()
+            assert entry.logprobs.tobytes() == other[1][row].logprobs.tobytes()
+
+
+def test_penalties_count_added_tokens() -> None:
+    sampler = Sampler(vocab_size=VOCAB + 4, device=CPU)
+    setup = SlotSetup(slot=0, prompt_token_ids=EMPTY, output_token_ids=EMPTY, uses_penalties=True)
+    sampler.occupy(setup)
+    logits = torch.zeros((1, VOCAB + 4))
+    logits[0, VOCAB + 2], logits[0, 7] = 3.0, 2.5
+
+    drawn = [sample(logits, [Draw(frequency_penalty=2.0)], sampler=sampler)[0] for _ in range(3)]
+
+    assert drawn == [VOCAB + 2, 7, VOCAB + 2]
+    assert sample(logits[:, :VOCAB], [Draw(frequency_penalty=2.0)], sampler=sampler) == [7]

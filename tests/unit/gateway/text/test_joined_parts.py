@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+from loraplex_common.added_tokens import AddedToken
 from loraplex_common.errors import InvalidParameterError
 from loraplex_common.text_parts import GENERATION_RANGES, TextParts
 from loraplex_gateway.adapters.names import ResolvedAdapter
@@ -39,11 +40,21 @@ def of(*parts: TextParts, needs: TextNeeds = ALL) -> TextParts:
         TextParts(generation={"temperature": 0.5}),
         TextParts(stop_token_ids=(5, 6)),
         TextParts(response_schema="{}"),
+        TextParts(added_tokens=(AddedToken(id=300, content="<tool>"),)),
         TextParts(chat_template="t", generation={"top_k": 3}, stop_token_ids=(5,), response_schema="{}"),
     ],
 )
 def test_the_part_of_the_only_one_that_brings_it_applies_and_equal_ones_are_one(part: TextParts) -> None:
     assert of(part, TextParts()) == of(TextParts(), part) == of(part, TextParts(), part) == part
+
+
+def test_adapters_that_add_different_tokens_are_refused_by_name() -> None:
+    one, other = (TextParts(added_tokens=(AddedToken(id=300, content=text),)) for text in ("<a>", "<b>"))
+
+    with pytest.raises(
+        InvalidParameterError, match="adapters 'a0' and 'a1' bring different added tokens: name one of them"
+    ):
+        of(one, other)
 
 
 def test_different_parts_of_different_adapters_come_together() -> None:

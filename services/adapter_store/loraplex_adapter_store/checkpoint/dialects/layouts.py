@@ -8,8 +8,9 @@ import numpy as np
 from loraplex_common.adapter_folder import CONFIG_FILE
 from loraplex_common.errors import AdapterIncompatibleError
 
-from loraplex_adapter_store.checkpoint.dialects.names import MAGNITUDE, A, B
+from loraplex_adapter_store.checkpoint.dialects.names import MAGNITUDE, OUTSIDE, A, B
 from loraplex_adapter_store.checkpoint.dialects.tensor_ops import transposed, with_rows
+from loraplex_adapter_store.checkpoint.outside_names import EMBED_A
 
 if TYPE_CHECKING:
     from loraplex_common.base_model import BaseModelInfo
@@ -60,16 +61,17 @@ class Layouts:
     def _projection(self, reading: Reading) -> Projection | None:
         if reading.layer >= self._base.num_layers:
             return None  # the reader refuses it
-        return next((each for each in self._base.layers[reading.layer] if each.path == reading.paths[0]), None)
+        offered = self._base.outside if reading.layer == OUTSIDE else self._base.layers[reading.layer]
+        return next((each for each in offered if each.path == reading.paths[0]), None)
 
     def _from_mlx(self, reading: Reading, tensor: Tensor) -> Tensor:
         projection = self._projection(reading)
         if self._is_mlx or projection is None or len(tensor.shape) != 2:
             return transposed(tensor)
         # The configuration is PEFT's, so a script has converted it; the matrices may be converted or not.
-        width = projection.in_features if reading.part == A else projection.out_features
-        is_ours = tensor.shape[1 if reading.part == A else 0] == width
-        is_theirs = tensor.shape[0 if reading.part == A else 1] == width
+        is_a = reading.part in (A, EMBED_A)
+        width = projection.in_features if is_a else projection.out_features
+        is_ours, is_theirs = tensor.shape[is_a] == width, tensor.shape[not is_a] == width
         if is_ours and is_theirs:
             raise AdapterIncompatibleError(
                 f"tensor {tensor.name[:200]} of shape {list(tensor.shape)} may be transposed (MLX-LM) or not; put MLX-LM's own "

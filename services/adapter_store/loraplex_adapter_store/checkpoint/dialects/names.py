@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from loraplex_adapter_store.checkpoint.dialects.outside import read_outside_name
 from loraplex_adapter_store.checkpoint.tensor_names import SLOTS
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ WRAPPERS: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Part of a name that a wrapper adds -> rule."""
 PEFT_PREFIX: Final = "base_model.model.model."
+OUTSIDE: Final = -1
+"""Stands for the layer of a module that is in none."""
 _PREFIXES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         PEFT_PREFIX: (),
@@ -103,6 +106,7 @@ class Reading:
     """What a tensor's name means.
 
     Attributes:
+        layer: `OUTSIDE` for a module that is in none; its path is then its whole name.
         paths: The modules of its layer that it belongs to; several if it is fused.
         part: PEFT's name of what it is, e.g. `A`.
         rules: The rules that say so; none for PEFT's own name.
@@ -117,6 +121,8 @@ class Reading:
 
     def names(self) -> list[str]:
         """Return PEFT's names of it, one for each module."""
+        if self.layer == OUTSIDE:
+            return [f"base_model.model.{path}.{self.part}" for path in self.paths]
         return [f"{PEFT_PREFIX}layers.{self.layer}.{path}.{self.part}" for path in self.paths]
 
 
@@ -133,18 +139,24 @@ def shared_name(name: str) -> tuple[str, str]:
     return (found[1], found[2]) if found is not None else (name, "")
 
 
-def read_name(name: str, paths: Collection[str], own: Collection[str] = ()) -> Reading | None:
+def read_name(
+    name: str, paths: Collection[str], own: Collection[str] = (), outside: Collection[str] = ()
+) -> Reading | None:
     """Read a tensor's name.
 
     Args:
         name: In the file.
         paths: Paths of the base model's projections inside their layers.
         own: Ends of names that mean something else in this checkpoint than in a dialect.
+        outside: Paths of the base model's modules outside of its layers.
 
     Returns:
         Its meaning; None if no rule knows it.
     """
     bare, wrappers = unwrapped(name)
+    if (beside := read_outside_name(bare, _PREFIXES, outside)) is not None:
+        path, part, rules, adapter = beside
+        return Reading(OUTSIDE, (path,), part, (*wrappers, *rules), adapter)
     found = _LAYER.fullmatch(bare)
     if found is None or found["prefix"] not in _PREFIXES:
         reading = _joined(bare, paths)

@@ -67,12 +67,15 @@ def normalise(config: bytes, tensors: Mapping[str, Tensor], base: BaseModelInfo)
     fields = dict(form.fields)
     paths = sorted({each.path for layer in base.layers for each in layer}, key=len, reverse=True)
     own = ("lora_A", "lora_B") if fields.get("peft_type") == "ADALORA" else ()  # parameters there, as in loralib
-    readings = {name: read_name(name, paths, own) for name in tensors}
+    outside = [each.path for each in base.outside]
+    readings = {name: read_name(name, paths, own, outside) for name in tensors}
     used = Counter(rule for reading in readings.values() if reading is not None for rule in reading.rules)
     _check_adapter_names(readings, tensors)
     if form.last_layers is not None:
         read = {path for reading in readings.values() if reading is not None for path in reading.paths}
-        fields = with_last_layers(form, read, base)
+        fields = with_last_layers(form, read, base) | {
+            "ensure_weight_tying": True
+        }  # there a tied matrix has one adapter
     with_projections(fields, used.keys())
     layouts = Layouts(base, is_mlx=form.is_mlx, tensor_parallel=fields.get("tensor_model_parallel_size"))
     if any(rule.startswith("megatron") for rule in used):

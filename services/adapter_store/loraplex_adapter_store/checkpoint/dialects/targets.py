@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
     from loraplex_adapter_store.checkpoint.dialects.configs import ConfigForm
 
-_TUNE: Final = {"output_proj": ("o_proj",), "w1": ("gate_proj",), "w2": ("down_proj",), "w3": ("up_proj",)}
+_TUNE: Final = {
+    "output": ("lm_head",),
+    "output_proj": ("o_proj",),
+    "w1": ("gate_proj",),
+    "w2": ("down_proj",),
+    "w3": ("up_proj",),
+}
 _META: Final = {f"w{x}": (f"{x}_proj",) for x in "qkvo"}
 _MEGATRON: Final = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),

@@ -41,8 +41,10 @@ def lora_variants(geometry: Geometry) -> tuple[frozenset[str], ...]:
 
     The last serves any mix.
     """
-    attention = {op.name for op in geometry.ops if all(each.path.startswith(ATTENTION) for each in op.projections)}
-    every = {op.name for op in geometry.ops}
+    attention = {
+        op.name for op in geometry.decoder_ops if all(each.path.startswith(ATTENTION) for each in op.projections)
+    }
+    every = {op.name for op in geometry.decoder_ops}
     return tuple(dict.fromkeys((frozenset[str](), frozenset(attention), frozenset(every))))
 
 
@@ -54,7 +56,7 @@ def variant_of(variants: tuple[frozenset[str], ...], geometry: Geometry, max_sta
         geometry: Geometry of adapter images.
         max_stacked: int32 ``[adapters, ops]``; stacked rank by op of each adapter in the batch.
     """
-    used = {op.name for column, op in enumerate(geometry.ops) if max_stacked[:, column].any()}
+    used = {op.name for column, op in enumerate(geometry.decoder_ops) if max_stacked[:, column].any()}
     return next(index for index, ops in enumerate(variants) if ops >= used)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -19,12 +20,13 @@ from loraplex_engine.runners.torch.factors import FactorWriter
 from loraplex_engine.runners.torch.handles import TorchLoadHandle
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
 
     from loraplex_engine.model.linear import Linear
+    from loraplex_engine.runners.token_rows import TokenRows
     from loraplex_engine.runners.torch.attention import PagedPool
     from loraplex_engine.runners.torch.handles import TorchStepHandle
 
@@ -40,14 +42,19 @@ class AdapterLoads:
         geometry: Geometry of images.
         pool: The pool.
         linears: The model's fused products, by layer and op.
+        rows: Is told of adapters with rows of tokens.
 
     Attributes:
         tables: Index of the adapter table -> adapter.
+        outside: Indices of adapters that do something outside of the decoder layers, those on their way among them.
         factors: Computes what DoRA needs.
     """
 
-    def __init__(self, geometry: Geometry, pool: PagedPool, linears: Sequence[Mapping[str, Linear]]) -> None:
-        self._geometry, self._pool = geometry, pool
+    def __init__(
+        self, geometry: Geometry, pool: PagedPool, linears: Sequence[Mapping[str, Linear]], rows: TokenRows
+    ) -> None:
+        self._geometry, self._pool, self._rows = geometry, pool, rows
+        self.outside: set[int] = set()
         self.factors = FactorWriter(linears)
         self.tables: dict[int, AdapterTable] = {}
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
@@ -75,21 +82,35 @@ class AdapterLoads:
             pages: Page ids in image order.
             source: The image.
             readers: Launched steps, which may read the pages.
+
+        Raises:
+            AdapterIncompatibleError: If it cannot be computed with its rows of tokens.
         """
         if index in self.tables:
             raise RuntimeError(f"index {index} of the adapter table is in use")
+        row_ids = self._rows.bind(index, spec, source)
+        if any(module.layer == self._geometry.outside for module in spec.modules):
+            self.outside.add(index)
         event = None
         if self._stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         must_compute = spec.has_magnitudes and spec.digest not in self.factors.kept
         thread = self._computer if must_compute else self._copier
-        return TorchLoadHandle(thread.submit(self._load, index, spec, pages.copy(), source, readers, event))
+        make_table = partial(AdapterTable, self._geometry, spec, pages.copy(), self._pool.values, row_ids)
+        return TorchLoadHandle(thread.submit(self._load, index, spec, make_table, pages.copy(), source, readers, event))
+
+    def unload(self, index: int) -> None:
+        """Unbind an index, also of a load that failed."""
+        self.tables.pop(index, None)
+        self.outside.discard(index)
+        self._rows.unbind(index)
 
     def _load(
         self,
         index: int,
         spec: AdapterSpec,
+        make_table: Callable[[], AdapterTable],
         pages: NDArray[np.int32],
         source: NDArray[np.uint8],
         readers: list[TorchStepHandle],
@@ -97,7 +118,7 @@ class AdapterLoads:
     ) -> None:
         for handle in readers:
             handle.computed.wait()
-        table = AdapterTable(self._geometry, spec, pages, self._pool.values)
+        table = make_table()
         with torch.inference_mode():
             if self._stream is None or event is None:
                 memory = self._pool.pages.numpy()

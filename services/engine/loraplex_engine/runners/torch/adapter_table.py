@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from loraplex_common.adapter_image import ITEM_BYTES, KIND_A, KIND_B, AdapterSpec, Geometry, layout
 from loraplex_common.flora import KIND_FLORA_A, KIND_FLORA_B
@@ -28,11 +29,13 @@ from loraplex_engine.runners.torch.adapter_views import (
     SparseSlice,
     VectorTile,
 )
+from loraplex_engine.runners.torch.outside_views import outside_views
 
 if TYPE_CHECKING:
-    import numpy as np
     from loraplex_common.part_kind import Part
     from numpy.typing import NDArray
+
+    from loraplex_engine.runners.token_rows import RowIds
 
 
 class AdapterTable:
@@ -42,9 +45,17 @@ class AdapterTable:
         num_ops: Ops of the model.
         has_other_parts: Whether a module has a part other than a pair.
         magnitudes: Magnitudes that c has to be computed from.
+        outside: What it does outside of the decoder layers; None if nothing.
     """
 
-    def __init__(self, geometry: Geometry, spec: AdapterSpec, pages: NDArray[np.int32], pool: Tensor) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        spec: AdapterSpec,
+        pages: NDArray[np.int32],
+        pool: Tensor,
+        row_ids: RowIds | None = None,
+    ) -> None:
         """Make the views.
 
         Args:
@@ -52,12 +63,14 @@ class AdapterTable:
             spec: The adapter.
             pages: Page ids in image order.
             pool: The whole pool in the compute dtype, one-dimensional.
+            row_ids: Tokens that it has rows of; None if it has none.
         """
         views = _Views(geometry, spec, pages, pool)
         self._ops = views.ops
         self.num_ops = len(geometry.ops)
         self.has_other_parts = any(op.others is not None for op in self._ops.values())
         self.magnitudes = list(views.magnitudes.values())
+        self.outside = outside_views(geometry, spec, pages, pool, row_ids)
 
     def op(self, layer: int, op: str) -> AdapterOp | None:
         """Return what the adapter does in one fused projection of one layer, if anything."""
@@ -94,6 +107,10 @@ class _Views:
         self.magnitudes: dict[_Place, Magnitudes] = {}
         self._pair_slices: dict[tuple[int, int], list[int]] = {}  # slices of an op with a pair, in stacking order
         tiles = layout(geometry, spec.sizes).tiles
+        if geometry.outside is not None:
+            tiles = tiles[
+                : np.searchsorted(tiles["layer"], geometry.outside)
+            ]  # the last layer is none of the decoder's
         self._take_pairs(tiles)
         others = tiles[(tiles["kind"] != KIND_A) & (tiles["kind"] != KIND_B)]
         if len(others):

@@ -92,6 +92,13 @@ class TorchForward(ABC, Generic[ModelT]):
         cos, sin = rope[:, None, 0], rope[:, None, 1]
         return torch.cat((cos, cos), dim=-1), sin
 
+    def _embed(self, token_ids: Tensor, hidden: Tensor, lora: LoraStep | None) -> None:
+        """Write the step's embeddings with the step's adapters."""
+        if lora is None or lora.outside is None:
+            hidden.copy_(self._model.embedding.index_select(0, token_ids))
+        else:
+            lora.outside.embed(token_ids, self._model.embedding, hidden)
+
     @staticmethod
     def _project(layer: int, op: str, linear: Linear, x: Tensor, out: Tensor, lora: LoraStep | None) -> None:
         """Compute a fused projection of one layer with the step's adapters."""
@@ -131,7 +138,7 @@ class LlamaForward(TorchForward[LlamaModel]):
     ) -> Tensor:
         """See `TorchForward`."""
         config, hidden = self._model.config, buffers.hidden
-        hidden.copy_(self._model.embedding.index_select(0, token_ids))
+        self._embed(token_ids, hidden, lora)
         cos, sin = self._cos_sin(attention.positions, hidden.dtype)
         for index, layer in enumerate(self._model.layers):
             layer.input_norm.into(hidden, buffers.x)

@@ -58,13 +58,16 @@ class TorchStepHandle:
             adapters: Index of the adapter table -> adapter, for the adapters that the plan names.
             compute_until: Computes all launched steps up to and including a handle's step, its draw excepted while it waits
                 for masks.
-            vocab_size: Columns of the logits.
+            vocab_size: Columns of the step's logits.
             computes_at_once: Whether `draw` draws, and does not leave it to `wait`.
         """
         self.plan = plan
         self.adapters = adapters  # as bound at the launch; an index may be unbound before the step is computed
         self.computed = threading.Event()
         self.undrawn: Undrawn | None = None
+        self.num_columns = vocab_size
+        self.input_faults: SlotFaults = {}  # of input that the row's adapter lacks, as bound at the launch
+        self.edits_outside = False  # whether an adapter does something outside of the decoder layers
         self.awaits_masks = bool(len(plan.masked))
         self.masks = np.zeros((len(plan.masked), -(-vocab_size // 32)), dtype=np.int32)
         self._computes_at_once = computes_at_once

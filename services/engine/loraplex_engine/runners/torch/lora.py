@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loraplex_engine.model.linear import Linear
     from loraplex_engine.runners.torch.adapter_table import AdapterTable
     from loraplex_engine.runners.torch.adapter_views import AdapterOp
+    from loraplex_engine.runners.torch.outside import OutsideStep
 
 
 class Segment:
@@ -78,11 +79,21 @@ class LoraStep:
     Args:
         groups: The step's segments; those of a group have the same tokens, and their adapters are added up.
         dtype: The compute dtype.
+
+    Attributes:
+        outside: Those of the adapters that do something outside of the decoder layers; None if none does.
     """
+
+    outside: OutsideStep | None = None
 
     def __init__(self, groups: Sequence[Sequence[Segment]], dtype: torch.dtype) -> None:
         self._groups = groups
         self._apply = _apply_fp32 if dtype == torch.float32 else _apply_widened
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All segments; several may have the same tokens."""
+        return [segment for group in self._groups for segment in group]
 
     def project(self, layer: int, op: str, linear: Linear, x: Tensor, y: Tensor) -> None:
         """Compute a fused projection with the step's adapters.

@@ -23,24 +23,30 @@ from loraplex_engine.model.weights import DTYPES
 from loraplex_engine.runners.prompt_logprobs import PromptLogprobTracker
 from loraplex_engine.runners.sampler import Sampler
 from loraplex_engine.runners.step_results import take_over_slots
+from loraplex_engine.runners.token_rows import TokenRows
 from loraplex_engine.runners.torch.adapter_loads import AdapterLoads
 from loraplex_engine.runners.torch.attention import PagedPool
 from loraplex_engine.runners.torch.attention_plan import AttentionStep
 from loraplex_engine.runners.torch.forwards import make_forward
 from loraplex_engine.runners.torch.handles import StepOutput, TorchStepHandle, Undrawn
+from loraplex_engine.runners.torch.outside import OutsideStep
 from loraplex_engine.runners.torch.parts import make_lora_step
 from loraplex_engine.runners.torch.segments import cut_segments, order_rows, used_adapters
 from loraplex_engine.step import FROM_DEVICE, StepPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from loraplex_common.adapter_image import AdapterSpec, Geometry
     from numpy.typing import NDArray
 
     from loraplex_engine.model.weights import WeightSource
+    from loraplex_engine.runners.prompt_logprobs import LogitsOf
     from loraplex_engine.runners.runner_config import RunnerConfig
-    from loraplex_engine.runners.torch.adapter_table import AdapterTable
+    from loraplex_engine.runners.slot_faults import SlotFaults
     from loraplex_engine.runners.torch.forward import Activations
     from loraplex_engine.runners.torch.handles import TorchLoadHandle
+    from loraplex_engine.runners.torch.lora import LoraStep
 
 
 KEPT_BUFFERS: Final = 4  # step sizes whose activation buffers are kept; batches shrink and grow by a few rows
@@ -75,10 +81,11 @@ class TorchRunner:
         pages = torch.zeros((limits.num_pages, limits.page_bytes), dtype=torch.uint8, device=self._device)
         self._pool = PagedPool(pages, limits.pool, model.num_heads, self._dtype)
         self._windows = set(model.windows)
-        self._sampler = Sampler(vocab_size=model.vocab_size, device=self._device)
+        self._rows = TokenRows(self.geometry, vocab_size=model.vocab_size, max_added_tokens=limits.max_added_tokens)
+        self._sampler = Sampler(vocab_size=self._rows.num_tokens, device=self._device)
         self._prompt_logprobs = PromptLogprobTracker(self._model)
         self._last_tokens = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=self._device)
-        self._loads = AdapterLoads(self.geometry, self._pool, self._model.linears)
+        self._loads = AdapterLoads(self.geometry, self._pool, self._model.linears, self._rows)
         self._buffers: dict[int, Activations] = {}
         self._launched: deque[TorchStepHandle] = deque()
 
@@ -93,13 +100,17 @@ class TorchRunner:
             raise RuntimeError(
                 f"step {plan.step_id} is launched before step {self._launched[-1].plan.step_id} was drawn"
             )
+        faults: SlotFaults = {}
+        plan = self._rows.known_input(plan, faults)
         handle = TorchStepHandle(
             plan,
             {index: self._loads.tables[index] for index in used_adapters(plan)},
             self.compute_until,
-            vocab_size=self._model.config.vocab_size,
+            vocab_size=self._rows.num_columns(plan),
             computes_at_once=not self._emulate_async,
         )
+        outside = self._loads.outside
+        handle.input_faults, handle.edits_outside = faults, bool(outside) and not outside.isdisjoint(handle.adapters)
         self._launched.append(handle)
         if not self._emulate_async:
             self.compute_until(handle)
@@ -110,29 +121,51 @@ class TorchRunner:
         while not handle.computed.is_set():
             first = self._launched[0]
             if first.undrawn is None:
-                first.undrawn = self._run(first.plan, first.adapters)
+                first.undrawn = self._run(first)
             if first.awaits_masks:
                 return
             self._launched.popleft()
             first.fulfil(self._draw(first, first.undrawn))
 
     @torch.inference_mode()
-    def _run(self, plan: StepPlan, tables: dict[int, AdapterTable]) -> Undrawn:
+    def _run(self, step: TorchStepHandle) -> Undrawn:
         """Run a step's forward pass."""
-        faults = take_over_slots(plan, self._sampler, self._prompt_logprobs)
+        plan = step.plan
+        faults = take_over_slots(plan, self._sampler, self._prompt_logprobs) | step.input_faults
         order = order_rows(plan)
         attention = AttentionStep(self._pool, plan, order, self._windows)
         attention.clear_new_pages()
         token_ids = self._input_tokens(plan, order)
-        groups = cut_segments(plan, order, tables, self._device) if tables else []
+        groups = cut_segments(plan, order, step.adapters, self._device) if step.adapters else []
         lora = make_lora_step(groups, self._dtype) if groups else None
+        outside = self._outside_step(step, lora)
         hidden = self._forward.compute(token_ids, self._activations(len(token_ids)), self._pool, attention, lora)
         token_ends = np.empty(len(order), dtype=np.int64)  # by row of the plan
         token_ends[order] = np.cumsum(plan.num_tokens[order])
-        prompt_logprobs = self._prompt_logprobs.update(plan, token_ends, token_ids, hidden, self._sampler, faults)
-        last = torch.from_numpy(token_ends[plan.sample_rows] - 1).to(self._device)
-        logits = self._model.logits(hidden.index_select(0, last))
+        prompt_logprobs = self._prompt_logprobs.update(
+            plan, token_ends, token_ids, hidden, self._sampler, faults, self._logits_of(outside, token_ends)
+        )
+        last = token_ends[plan.sample_rows] - 1
+        x, logits = self._model.head(hidden.index_select(0, torch.from_numpy(last).to(self._device)))
+        if outside is not None:
+            logits = outside.logits(logits, x, last)
         return Undrawn(logits=logits, prompt_logprobs=prompt_logprobs, faults=faults)
+
+    def _outside_step(self, step: TorchStepHandle, lora: LoraStep | None) -> OutsideStep | None:
+        """Return the step's adapters that do something outside of the decoder layers, and let ``lora`` know; None without any."""
+        if lora is None or not step.edits_outside:
+            return None
+        edited = [segment for segment in lora.segments if segment.table.outside is not None]
+        lora.outside = OutsideStep(edited, self._pool.values, step.num_columns)
+        return lora.outside
+
+    def _logits_of(
+        self, outside: OutsideStep | None, token_ends: NDArray[np.int64]
+    ) -> Callable[[int], LogitsOf] | None:
+        """Return what tells how a row's logits are computed; None if the model's lm_head computes all of them."""
+        if outside is None:
+            return None
+        return lambda row: outside.logits_of_row(self._model.head, int(token_ends[row]) - 1) or self._model.logits
 
     @torch.inference_mode()
     def _draw(self, step: TorchStepHandle, undrawn: Undrawn) -> StepOutput:
@@ -186,6 +219,7 @@ class TorchRunner:
             check_kinds(spec, KINDS, "torch")
         except ImageError as error:
             raise AdapterIncompatibleError(f"adapter {spec.digest}: {error}") from error
+        self._rows.check(spec)
 
     def pin_host_memory(self, arena: NDArray[np.uint8]) -> object:
         """Leave the arena unpinned: copies here are plain."""
@@ -198,7 +232,7 @@ class TorchRunner:
 
     def unload_adapter(self, index: int) -> None:
         """Unbind an index, also of a load that failed; launched steps keep the adapter that they read."""
-        self._loads.tables.pop(index, None)
+        self._loads.unload(index)
 
     def close(self) -> None:
         """Stop the copy thread and free the device's memory."""

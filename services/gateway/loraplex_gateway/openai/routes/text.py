@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from loraplex_gateway.openai.context import HttpContext
+    from loraplex_gateway.text.token_ids import TokenIds
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -103,7 +104,7 @@ class _Text:
         names = read_names(body.model, None, bases_of(self._context.catalog, caller))
         adapters = names_by_field(names.adapter, ())
         model = await self._context.core.voice(names.base, adapters, caller=caller)
-        check = functools.partial(_check_ids, body.tokens, model.info.vocab_size)
+        check = functools.partial(_check_ids, body.tokens, model.token_ids)
         await self._context.away(check, caller, num_bytes=4 * len(body.tokens))
         text = await model.tokenizer.decode(body.tokens, skip_special_tokens=False, tenant=caller.name)
         return DetokenizeAnswer(prompt=text)
@@ -112,9 +113,6 @@ class _Text:
         return await self._context.away(functools.partial(decode, data, kind), caller, num_bytes=len(data))
 
 
-def _check_ids(tokens: Sequence[int], vocab_size: int) -> None:
-    bad = next((token for token in tokens if not 0 <= token < vocab_size), None)
-    if bad is not None:
-        raise InvalidParameterError(
-            f"tokens holds {bad}; token ids of this model are 0 to {vocab_size - 1}", field="tokens"
-        )
+def _check_ids(tokens: Sequence[int], known: TokenIds) -> None:
+    if (bad := known.first_unknown(tokens)) is not None:
+        raise InvalidParameterError(f"tokens holds {bad}; token ids of this model are {known}", field="tokens")
