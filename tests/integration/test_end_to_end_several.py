@@ -167,8 +167,9 @@ async def test_one_that_multiplies_is_refused_among_several_by_name(
         with pytest.raises(LoraplexError) as caught:
             await several(client, [("tiny-a", 0.5), ("several-dora", 0.5)])
         assert isinstance(caught.value, InvalidParameterError)
-        assert caught.value.field is not None
-        assert caught.value.field.startswith("adapters")
+        assert caught.value.field == "adapters"
+        assert "adapter 'several-dora' (revision " in caught.value.message
+        assert "which multiplies what the base model computes; name it alone" in caught.value.message
         assert len(await several(client, [("several-dora", 1.0)])) == 24
     finally:
         await client.adapters.delete("several-dora")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import os
 import threading
 import time
@@ -23,6 +22,7 @@ from loraplex_common.peers import PeerChannel
 from loraplex_common.registry import EngineRecord
 from loraplex_common.rpc_metrics import RpcMetrics
 from loraplex_common.tasks import Supervisor
+from loraplex_common.version import package_version
 from loraplex_common.vllm_metrics import ENGINE_LABEL
 
 from loraplex_engine import build
@@ -261,11 +261,7 @@ class EngineService:
         )
 
     def _identity(self) -> EngineIdentity:
-        return EngineIdentity(
-            engine_id=self.engine_id,
-            base_model=self._base_model(),
-            version=importlib.metadata.version("loraplex"),
-        )
+        return EngineIdentity(engine_id=self.engine_id, base_model=self._base_model(), version=package_version())
 
     def _attachment(self) -> Attachment:
         return Attachment(
@@ -291,6 +287,7 @@ class EngineService:
             page_bytes=limits.page_bytes,
             max_image_pages=limits.max_image_pages,
             constrains=True,
+            sums_adapters=True,
         )
 
 

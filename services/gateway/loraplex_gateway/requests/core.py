@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from loraplex_common.errors import NotSupportedError, ResumeInvalidError, StreamInterruptedError
+from loraplex_common.errors import LoraplexError, NotSupportedError, ResumeInvalidError, StreamInterruptedError
 from loraplex_common.ids import new_request_id
 
 from loraplex_gateway.engines.ticket import LocalCancelError
@@ -226,8 +226,9 @@ class GatewayCore:
                 if not place.is_admitted:
                     self._hint_early(run.prepared)
                 yield place, claim
-        except StreamInterruptedError as error:
-            if run.resume_token:
+        except LoraplexError as error:
+            run.prepared.name_adapters_in(error)
+            if run.resume_token and isinstance(error, StreamInterruptedError):
                 error.metadata["resume_token"] = run.resume_token
             raise
         finally:

@@ -14,6 +14,8 @@ from loraplex_gateway.types import FinishReason, GenerationRequest, Priority, Pr
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from loraplex_common.errors import LoraplexError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Continuation:
@@ -117,6 +119,19 @@ class PreparedRequest:
         """
         num_resumed = len(self.resumed_ids)
         return len(self.prompt_ids) + num_resumed, max(0, self.max_new_tokens - num_resumed)
+
+    def name_adapters_in(self, error: LoraplexError) -> None:
+        """Have an engine's error, which knows revisions alone, call the adapters as the request does."""
+
+        def named(text: str) -> str:
+            for adapter in self.adapters:
+                text = text.replace(
+                    f"adapter {adapter.digest}", f"adapter {adapter.name!r} (revision {adapter.digest[:12]})"
+                )
+            return text
+
+        error.message = named(error.message)
+        error.violations = tuple((field, named(text)) for field, text in error.violations)
 
     def finish_reached(self, tokens: Sequence[int]) -> EngineFinish | None:
         """Return the end if an engine that is lost had emitted the output's last token but not said so."""
