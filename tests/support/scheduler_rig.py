@@ -86,9 +86,9 @@ def solo(submission: Submission, max_outputs: int, eos: tuple[int, ...] = (EOS,)
     num_resumed = len(outputs)
     while len(outputs) < max_outputs:
         banned = stops if len(outputs) < stopping.min_new_tokens else ()
-        digest = submission.adapter_digest or ""
+        adapters = tuple((term.digest, term.scale) for term in submission.adapters)
         tokens = np.array(prompt + outputs, dtype=np.int32)
-        token = draw(tokens, digest, submission.adapter_scale, submission.sampling.seed, banned)
+        token = draw(tokens, adapters, submission.sampling.seed, banned)
         outputs.append(token)
         if token in stops and not banned:
             break

@@ -65,7 +65,7 @@ class StepsInFlight:
         totals = self.totals
         totals.launch_s += time.perf_counter() - began_s
         totals.add_step(len(plan.token_ids))
-        totals.num_adapters += len(set(plan.adapters.tolist()) - {NO_ADAPTER})
+        totals.num_adapters += len({*plan.adapters.tolist(), *plan.more_adapters.adapters.tolist()} - {NO_ADAPTER})
 
     def complete(self) -> None:
         """Wait for the oldest step and pass its result on."""
